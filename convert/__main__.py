@@ -1,0 +1,8 @@
+"""`python -m convert SOURCE TARGET`: the verb `convert` of jlayer."""
+
+import sys
+
+from jlayer.app.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

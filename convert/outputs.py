@@ -1,0 +1,183 @@
+"""The files that a source becomes: sizes before anything is written, and bytes on demand.
+
+The checks that need the weights themselves happen here, while the bytes go by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from convert.cast import cast, count_nonfinite
+from convert.doors import CheckedSource
+from convert.progress import Progress
+from convert.read import Chunk, Source, SourceFile, file_chunks
+from jlayer.errors import CheckpointError
+from jlayer.weights.header import TensorEntry
+from jlayer.weights.layout import CONFIG, INDEX, encode_header, encode_index, weight_files
+
+_WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
+
+
+class Output(Protocol):
+    """One file to be. `tensors` is empty for what is not weights."""
+
+    name: str
+    n_bytes: int
+    tensors: dict[str, TensorEntry]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The file's bytes, from the start each time, each chunk valid until the next but one."""
+
+
+class WeightFile:
+    """A file of weights. `nonfinite` counts, by tensor, what `allow_nonfinite` has let through."""
+
+    def __init__(
+        self,
+        name: str,
+        shapes: dict[str, tuple[int, ...]],
+        source: Source,
+        *,
+        dtype: str | None,
+        allow_nonfinite: bool,
+        progress: Progress,
+    ):
+        self.name = name
+        self.nonfinite: dict[str, int] = {}
+        self._source, self._progress = source, progress
+        self._allow_nonfinite = allow_nonfinite
+        before = {tensor: source.tensors[tensor].dtype for tensor in shapes}
+        after = {tensor: dtype or own for tensor, own in before.items()}
+        self._header, self.tensors = encode_header(shapes, after)
+        self.n_bytes = len(self._header) + sum(entry.n_bytes for entry in self.tensors.values())
+        self._source_header = encode_header(shapes, before)[0] if before != after else None
+        self._source_digest = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The file's bytes. Raises CheckpointError for numbers that are or become infinite."""
+        self._source_digest = self._source_header and hashlib.sha256(self._source_header)
+        yield self._header
+        for tensor, entry in self.tensors.items():
+            yield from self._tensor_chunks(tensor, entry.dtype)
+
+    def source_sha256(self, sha256: str) -> str:
+        """The digest that this file, which has `sha256`, would have without change of dtype.
+
+        So a source is known by the same digests whatever it was cast to, at the price of a second
+        hash only where it was cast. To be asked once `chunks` are all through.
+        """
+        return sha256 if self._source_digest is None else self._source_digest.hexdigest()
+
+    def _tensor_chunks(self, tensor, target):
+        dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
+        for chunk in self._source.chunks(tensor):
+            before += count_nonfinite(chunk, dtype)
+            self._progress.advance(len(chunk))
+            if self._source_digest is not None:
+                self._source_digest.update(chunk)
+            if target != dtype:
+                chunk = cast(chunk, dtype, target)
+                after += count_nonfinite(chunk, target)
+            yield chunk
+        where = f"{self._source.where(tensor)}: tensor {tensor}"
+        if after > before:
+            raise CheckpointError(
+                f"{where}: {dtype} numbers beyond the range of {target}: {after - before}, "
+                f"expected 0; choose {_WIDER[target]}"
+            )
+        if before and not self._allow_nonfinite:
+            raise CheckpointError(
+                f"{where}: NaN or infinite numbers: {before}, expected 0; fetch the model again, "
+                "or convert it as it is with --allow-nonfinite"
+            )
+        if before:
+            self.nonfinite[tensor] = before
+            self._progress.note(f"{where}: NaN or infinite numbers kept: {before}")
+
+
+@dataclass(frozen=True)
+class CopiedFile:
+    """A file that is taken over from the source as it is."""
+
+    name: str
+    file: SourceFile
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.file.n_bytes
+
+    def chunks(self) -> Iterator[Chunk]:
+        return file_chunks(self.file)
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """A file whose bytes are made here."""
+
+    name: str
+    content: bytes
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.content)
+
+    def chunks(self) -> Iterator[Chunk]:
+        return iter([self.content])
+
+
+def weight_outputs(
+    checked: CheckedSource, *, dtype: str | None, allow_nonfinite: bool, progress: Progress
+) -> list[WeightFile]:
+    """The weight files of a layered folder, in sweep order."""
+    return [
+        WeightFile(
+            name,
+            shapes,
+            checked.tensors,
+            dtype=dtype,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+        for name, shapes in weight_files(checked.cfg).items()
+    ]
+
+
+def side_outputs(
+    checked: CheckedSource, weights: list[WeightFile], *, dtype: str | None
+) -> list[Output]:
+    """What lies beside the weights: config, tokenizer files, and the index, made anew."""
+    return [
+        SmallFile(CONFIG, config_with_dtype(checked.config_bytes, dtype)),
+        *(CopiedFile(name, file) for name, file in checked.side_files.items() if name != CONFIG),
+        SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
+    ]
+
+
+def config_with_dtype(config_bytes: bytes, dtype: str | None) -> bytes:
+    """The published config with its dtype changed and nothing else; as it is where that fits."""
+    config = json.loads(config_bytes)
+    stale = [
+        key
+        for key in ("dtype", "torch_dtype")
+        if config.get(key) is not None and str(config[key]).removeprefix("torch.") != dtype
+    ]
+    if dtype is None or not stale:
+        return config_bytes
+    config.update(dict.fromkeys(stale, dtype))
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def fingerprint(config_bytes: bytes, source_sha256: dict[str, str]) -> str:
+    """What tells one source from another, however it was sharded and whatever it is cast to.
+
+    Over the config's bytes and the digest of every weight file in its source's dtype.
+    """
+    lines = [f"{CONFIG} {hashlib.sha256(config_bytes).hexdigest()}"]
+    lines += [f"{name} {digest}" for name, digest in sorted(source_sha256.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""Whether a converted folder is whole: manifest, tensors, headers, sizes, digests, no strangers.
+
+Gathers all that is wrong; only what leaves nothing to compare with ends it early.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from convert.doors import names_in, regular_file
+from convert.progress import Progress
+from convert.read import file_chunks, hash_stream
+from jlayer.config import ModelConfig, read_config
+from jlayer.errors import CheckpointError
+from jlayer.strict import read_small_file
+from jlayer.weights.header import read_header
+from jlayer.weights.layout import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    encode_header,
+    encode_index,
+    read_manifest,
+    weight_files,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a folder was found to be; `findings` is empty where all is well."""
+
+    folder: str
+    findings: tuple[str, ...]
+    n_files: int
+    n_layers: int
+    folder_bytes: int
+
+
+def verify_folder(folder: str | os.PathLike, *, progress: Progress | None = None) -> Verdict:
+    """Reads a layered folder whole and holds it against its manifest and its config.
+
+    Raises CheckpointError where there is no sound manifest or config, or StorageError.
+    """
+    folder, progress = os.fspath(folder), progress or Progress()
+    names = names_in(folder)
+    if MANIFEST not in names:
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}: not converted, or not to the end; convert the source again"
+        )
+    manifest, cfg = read_manifest(folder), read_config(folder)
+    total = sum(entry.n_bytes for entry in manifest.files.values())
+    findings = [
+        f"{name!a} is not part of it" for name in sorted(names - manifest.files.keys() - {MANIFEST})
+    ]
+    findings += _disagreements(manifest, cfg)
+    progress.start(total)
+    for name, entry in manifest.files.items():
+        progress.file(name)
+        findings += _file_findings(folder, name, entry, progress)
+    if INDEX in manifest.files and INDEX in names and not findings:
+        findings += _index_findings(folder, manifest)
+    return Verdict(folder, tuple(findings), len(manifest.files) + 1, cfg.num_hidden_layers, total)
+
+
+def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
+    """Where the manifest is not that of a complete model of this config."""
+    if manifest.family != cfg.model_type:
+        yield f"the manifest is of family {manifest.family!a}, {CONFIG} of {cfg.model_type}"
+    expected = weight_files(cfg)
+    for name in (CONFIG, INDEX, *expected):
+        if name not in manifest.files:
+            yield f"{name} is not in the manifest"
+    for name, entry in manifest.files.items():
+        shapes = {tensor: place.shape for tensor, place in entry.tensors.items()}
+        if shapes != expected.get(name, {}):
+            yield f"{name} holds other tensors or shapes in the manifest than by {CONFIG}"
+        elif shapes:
+            dtypes = {tensor: place.dtype for tensor, place in entry.tensors.items()}
+            if encode_header(shapes, dtypes)[1] != entry.tensors:
+                yield f"{name} is laid out in another way than this format's"
+
+
+def _file_findings(folder, name, entry: FileEntry, progress) -> Iterator[str]:
+    try:
+        file = regular_file(folder, name)
+        if file.n_bytes != entry.n_bytes:
+            yield f"{name} has {file.n_bytes} bytes, expected {entry.n_bytes}"
+            return
+        if entry.tensors and read_header(file.real).tensors != entry.tensors:
+            yield f"{name} holds other tensors than the manifest says"
+    except CheckpointError as error:
+        yield str(error)
+        return
+    _, digest = hash_stream(file_chunks(file), lambda chunk: progress.advance(len(chunk)))
+    if digest != entry.sha256:
+        yield f"{name} is damaged: its SHA-256 is {digest}, expected {entry.sha256}"
+
+
+def _index_findings(folder, manifest):
+    tensors = {name: entry.tensors for name, entry in manifest.files.items() if entry.tensors}
+    if read_small_file(regular_file(folder, INDEX).real) != encode_index(tensors):
+        yield f"{INDEX} does not agree with the manifest"

@@ -1,0 +1,35 @@
+"""jlayer: language models far larger than the GPU, run layer by layer.
+
+Public names are imported on first use, so that `import jlayer` is cheap.
+"""
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoModel": "jlayer.run.model",
+    "Model": "jlayer.run.model",
+    "Generation": "jlayer.run.generate",
+    "Step": "jlayer.run.generate",
+    "generate": "jlayer.run.generate",
+    "stream": "jlayer.run.generate",
+    "JlayerError": "jlayer.errors",
+    "UsageError": "jlayer.errors",
+    "CheckpointError": "jlayer.errors",
+    "UnsupportedModelError": "jlayer.errors",
+    "DoesNotFitError": "jlayer.errors",
+    "StorageError": "jlayer.errors",
+    "LockedError": "jlayer.errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jlayer' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

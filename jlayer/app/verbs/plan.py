@@ -1,0 +1,84 @@
+"""What a run needs of GPU memory, host memory and disk: arithmetic from a config, before anything
+is allocated."""
+
+from __future__ import annotations
+
+import os
+
+from jlayer.config import RunConfig, model_config
+from jlayer.errors import CheckpointError, DoesNotFitError
+from jlayer.strict import read_json_object
+from jlayer.weights.budget import human, make_plan, shapes_of_run
+
+# What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
+# an H200).
+CONTEXT_BYTES = {"gpu": 640 << 20, "cpu": 0}
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "ref", metavar="REF", help="a folder with a config.json, or the config.json itself"
+    )
+    parser.add_argument(
+        "--device-memory", default="4GiB", help="the promise for the device (default: 4GiB)"
+    )
+    parser.add_argument(
+        "--host-memory", default="16GiB", help="the promise for the host (default: 16GiB)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens of prompt and answer (default: 512)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
+    parser.add_argument(
+        "--dtype", help="compute in bfloat16, float16 or float32 (default: the model's)"
+    )
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
+
+
+def run(args) -> dict:
+    path = os.path.join(args.ref, "config.json") if os.path.isdir(args.ref) else args.ref
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: missing; expected a config.json or a folder that holds one")
+    cfg = model_config(read_json_object(path), where=path)
+    options = RunConfig.from_options(
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        dtype=args.dtype,
+        device=args.device,
+        context=args.context,
+    )
+    stored = cfg.dtype or "bfloat16"
+    plan = make_plan(
+        cfg,
+        stored_dtype=stored,
+        dtype=options.dtype or stored,
+        device_budget=options.device_memory,
+        host_budget=options.host_memory,
+        context_bytes=CONTEXT_BYTES[args.device],
+        shared_memory=args.device == "cpu",
+        **shapes_of_run(batch=args.batch, longest=args.context, context=args.context),
+    )
+    if not args.json:
+        print(describe(plan))
+    try:
+        plan.check()
+    except DoesNotFitError as error:
+        raise DoesNotFitError(str(error), report=plan.as_dict()) from None
+    return plan.as_dict()
+
+
+def describe(plan) -> str:
+    """The plan for a person: one line for each thing that takes memory."""
+    rows = [
+        ("model", plan.model_bytes),
+        ("one layer", plan.tile_bytes),
+        ("read and moved each sweep", plan.sweep_bytes),
+    ]
+    lines = [f"{name:<28}{human(n):>12}" for name, n in rows]
+    for title, memory in (("device", plan.as_dict()["device"]), ("host", plan.as_dict()["host"])):
+        lines.append(f"{title}")
+        for name, n_bytes in memory.items():
+            if n_bytes:
+                lines.append(f"  {name.removesuffix('_bytes'):<26}{human(n_bytes):>12}")
+    lines.append("fits" if plan.fits else "does not fit")
+    return "\n".join(lines)

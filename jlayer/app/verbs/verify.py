@@ -1,0 +1,40 @@
+"""Read a converted folder whole and check every byte of it against its manifest.
+
+Says everything that is missing, cut off, changed or foreign, and ends with code 3 if anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from jlayer.errors import CheckpointError
+
+HELP = "read a converted folder whole and check every byte"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a layered checkpoint")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Checks and returns the verdict; raises CheckpointError with all findings."""
+    from convert import verify_folder
+    from convert.progress import StderrProgress
+
+    progress = StderrProgress()
+    try:
+        verdict = verify_folder(args.folder, progress=progress)
+    finally:
+        progress.close()
+    if verdict.findings:
+        count = f"{len(verdict.findings)} finding{'s' if len(verdict.findings) > 1 else ''}"
+        raise CheckpointError(
+            f"{verdict.folder}: {count}: {'; '.join(verdict.findings)}; convert the source again"
+        )
+    if not args.json:
+        print(
+            f"{verdict.folder}: whole, {verdict.n_layers} layers in {verdict.n_files} files, "
+            f"{verdict.folder_bytes:,} bytes, every checksum right"
+        )
+    return dataclasses.asdict(verdict)

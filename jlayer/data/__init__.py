@@ -1,0 +1,1 @@
+"""What ships with the package: the checkpoint that the demo runs."""

@@ -1,0 +1,38 @@
+"""Grouped-query attention over a cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jlayer.model.cache import LayerCache
+from jlayer.model.layers import exact_for
+
+
+def attention(q, cache: LayerCache, positions):
+    """q [B, T, N, H] at positions [B, T] over what the cache holds up to each position -> [B, T,
+    N*H].
+
+    Scores and softmax in float32. Query head n reads key/value head n // G.
+    """
+    b, t, n, h = q.shape
+    s, k = cache.k.shape[1:3]
+    grouped = q.reshape(b, t, k, n // k, h)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        grouped,
+        cache.k,
+        precision=exact_for(q.dtype),
+        preferred_element_type=jnp.float32,
+    ) * (h**-0.5)
+    seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= positions[:, :, None]  # [B, T, S]
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights,
+        cache.v,
+        precision=exact_for(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.astype(q.dtype).reshape(b, t, n * h)

@@ -1,0 +1,1 @@
+"""From a prompt to tokens: the executor, generation, and the object a user holds."""

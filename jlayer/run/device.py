@@ -1,0 +1,92 @@
+"""Which device a run uses, and the promise that its allocator is held to. JAX is started here, and
+nowhere before.
+
+An allocator's cap must be in the environment before JAX starts. Where JAX was started earlier with
+another one, the promise can no longer be made, and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from jlayer.errors import DoesNotFitError, UsageError
+
+DEFAULT_DEVICE_MEMORY = 4 << 30
+# The driver's context and libraries beside the allocator: 0.62 GiB on an H200 (driver 580), the
+# allowance until measured.
+GPU_CONTEXT_BYTES = 640 << 20
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """(total, free) bytes of the first GPU as the driver tells without starting JAX, or None where
+    there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    query = [program, "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode != 0 or not answer.stdout.strip():
+        return None
+    total, free = answer.stdout.splitlines()[0].split(",")
+    return int(total) << 20, int(free) << 20
+
+
+def choose(device: str | None, device_memory: int | None):
+    """The JAX device for `device` ("cpu", "gpu" or None: the accelerator if there is one) and the
+    budget in bytes.
+
+    Caps the allocator so that the whole process stays within the budget. Raises UsageError (asked
+    for and absent, or JAX already started in a way that breaks the promise) or DoesNotFitError
+    (less than the driver's own context).
+    """
+    import jax
+
+    memory = None if device == "cpu" else gpu_memory()
+    started = jax._src.xla_bridge.backends_are_initialized()
+    wants_gpu = device != "cpu" and memory is not None
+    if not started:
+        if device == "cpu":
+            jax.config.update("jax_platforms", "cpu")
+        elif wants_gpu:
+            device_memory = _cap(memory, device_memory)
+    found = jax.devices("cpu")[0] if device == "cpu" else jax.devices()[0]
+    if device == "gpu" and found.platform != "gpu":
+        raise UsageError(
+            "device: gpu was asked for, but JAX finds none; "
+            'install the GPU build (pip install "jlayer[cuda]"), or ask for --device cpu'
+        )
+    budget = device_memory or DEFAULT_DEVICE_MEMORY
+    if found.platform == "gpu":
+        _check_cap(found, budget)
+    return found, budget
+
+
+def _cap(memory, device_memory):
+    total, free = memory
+    budget = device_memory or min(DEFAULT_DEVICE_MEMORY, free)
+    if budget > free:
+        raise DoesNotFitError(
+            f"device_memory: {budget} bytes asked for, the GPU has {free} free of {total}; "
+            "ask for less, or end what else runs there"
+        )
+    if budget <= GPU_CONTEXT_BYTES:
+        raise DoesNotFitError(
+            f"device_memory: {budget} bytes, "
+            f"but the driver's context alone takes {GPU_CONTEXT_BYTES}"
+        )
+    os.environ.setdefault(_FRACTION, f"{(budget - GPU_CONTEXT_BYTES) / total:.6f}")
+    return budget
+
+
+def _check_cap(found, budget):
+    stats = found.memory_stats() or {}
+    limit = stats.get("bytes_limit", 0)
+    if limit > budget:
+        raise UsageError(
+            f"device_memory: JAX was started before with an allocator of {limit} bytes, "
+            f"more than the {budget} promised; load the model before other JAX work, "
+            f"or set {_FRACTION} before starting Python"
+        )

@@ -1,0 +1,371 @@
+"""From prompts to new tokens: prefill, decode, stop. One loop serves generate, stream,
+transformers-style ids and the CLI.
+
+A prompt is encoded elsewhere (`tokens`), a sweep is run elsewhere (`forward`), an id is drawn
+elsewhere (`sample`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from jlayer.config import RunConfig, unknown_name
+from jlayer.errors import UsageError
+from jlayer.run.model import AutoModel, Model, as_id_lists
+from jlayer.run.report import Clock, Stats
+from jlayer.run.sample import Choice, SamplingOptions, choose
+from jlayer.run.tokens import StopWatcher, TextStream
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one sweep added to a text: complete characters only, so `text` may lag behind
+    `token_ids`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text. `token_ids` are the new ones only; `stats`, `memory` and `plan` are as
+    `generate --json` prints them."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    device: str
+    dtype: str
+    seed: int | None
+    stats: dict
+    memory: dict
+    plan: dict
+
+    def as_dict(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Continuation:
+    """One sequence being continued: its ids, its text, and whether and why it has ended."""
+
+    def __init__(
+        self, prompt: list[int], *, options: SamplingOptions, limit: int, number: int, text=None
+    ):
+        self.history = list(prompt)
+        self.n_prompt = len(prompt)
+        self.finish_reason: str | None = "length" if limit == 0 else None
+        self.choices: list[Choice] = []
+        self._options, self._limit, self._number = options, limit, number
+        self._stream = TextStream(text, continues=True) if text else None
+        self._stops = StopWatcher(options.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.history[self.n_prompt :]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def draw(self, logits: np.ndarray) -> Step:
+        """Adds the token that `logits` [V] give, and says what it added to the text."""
+        choice = choose(
+            logits,
+            options=self._options,
+            history=self.history,
+            n_prompt=self.n_prompt,
+            sequence=self._number,
+        )
+        self.choices.append(choice)
+        self.history.append(choice.token_id)
+        ended = choice.token_id in self._options.eos_token_id
+        piece = self._read(choice.token_id)
+        if ended or self._stops.stopped is not None:
+            self.finish_reason = "stop"
+        elif len(self.history) - self.n_prompt >= self._limit:
+            self.finish_reason = "length"
+        if self.finish_reason and self._stream:
+            piece += self._rest()
+        self._pieces.append(piece)
+        return Step(piece, (choice.token_id,))
+
+    def interrupt(self):
+        """Ends the sequence where it is; the text so far stays."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+            if self._stream:
+                self._pieces.append(self._rest())
+
+    def _read(self, token):
+        return "" if self._stream is None else self._stops.feed(self._stream.step(token))
+
+    def _rest(self):
+        return self._stops.feed(self._stream.finish()) + self._stops.finish()
+
+
+class Decoding:
+    """One run: some prompts continued together, every sweep shared. Iterate for the steps; then ask
+    for `generations`."""
+
+    def __init__(
+        self, model: Model, prompts: list[list[int]], options: SamplingOptions, *, text=None
+    ):
+        self._model, self.options = model, options.seeded() if not options.is_greedy else options
+        for prompt in prompts:
+            model.check_ids(prompt)
+        limits = []
+        for prompt in prompts:
+            model.check_length(len(prompt), 0)
+            limits.append(options.new_tokens_limit(len(prompt), context=model.context_limit))
+        if options.stop and text is None:
+            raise UsageError(
+                "stop: the model has no tokenizer, so text cannot be watched; leave it out"
+            )
+        self.continuations = [
+            Continuation(prompt, options=self.options, limit=limit, number=number, text=text)
+            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        ]
+        self._longest = max(map(len, prompts))
+        self._context = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+        self._forward = model.forward(
+            batch=len(prompts), longest=self._longest, context=self._context
+        )
+        self.stats = Stats(load_s=model.load_s, sweep_bytes=model.sweep_bytes)
+        self._compiles_before = dict(model.compiles)
+
+    def __iter__(self) -> Iterator[list[Step | None]]:
+        """One list a sweep: what each sequence gained, None for those that have ended."""
+        if self._all_ended():
+            return
+        model, stats = self._model, self.stats
+        clock = Clock()
+        forward = self._forward
+        forward.compile(self._longest)
+        forward.compile(1)
+        model.executor.fill()
+        stats.load_s += clock.lap()
+        before = model.executor.totals()
+        ids, starts = [c.history for c in self.continuations], [0] * len(self.continuations)
+        try:
+            while True:
+                clock.lap()
+                logits = forward.sweep(ids, starts)
+                steps = [
+                    None if c.finish_reason else c.draw(row[-1])
+                    for c, row in zip(self.continuations, logits, strict=True)
+                ]
+                self._count(clock.lap(), steps, before, forward)
+                yield steps
+                if self._all_ended():
+                    return
+                # An ended sequence goes on as padding: its row would change the compiled shape.
+                ids = [[] if c.finish_reason else c.history[-1:] for c in self.continuations]
+                starts = [len(c.history) - 1 for c in self.continuations]
+        finally:
+            self._count_bytes(before)
+
+    def generations(self) -> list[Generation]:
+        """The texts so far; what has not ended is marked as interrupted."""
+        for continuation in self.continuations:
+            continuation.interrupt()
+        model = self._model
+        before = self._compiles_before
+        self.stats.compiles = {
+            shape: n - before.get(shape, 0)
+            for shape, n in model.compiles.items()
+            if n > before.get(shape, 0)
+        }
+        memory = model.memory()
+        return [
+            Generation(
+                text=c.text,
+                token_ids=c.token_ids,
+                prompt_tokens=c.n_prompt,
+                finish_reason=c.finish_reason,
+                device=model.device_name,
+                dtype=model.dtype,
+                seed=self.options.seed,
+                stats=self.stats.as_dict(),
+                memory=memory,
+                plan=model.plan.as_dict(),
+            )
+            for c in self.continuations
+        ]
+
+    def _all_ended(self):
+        return all(c.finish_reason for c in self.continuations)
+
+    def _count(self, seconds, steps, before, forward):
+        stats = self.stats
+        if stats.sweeps == 0:
+            stats.prefill_s = seconds
+        else:
+            stats.decode_s += seconds
+            stats.decode_sweeps += 1
+        stats.sweeps += 1
+        stats.new_tokens += sum(step is not None for step in steps)
+        self._model.note_peaks(forward)
+        self._count_bytes(before)
+
+    def _count_bytes(self, before):
+        now = self._model.executor.totals()
+        self.stats.read_bytes = now.read_bytes - before.read_bytes
+        self.stats.put_bytes = now.put_bytes - before.put_bytes
+        self.stats.stall_s = now.stall_s - before.stall_s
+        self.stats.reads = "direct" if self._model.executor.reads_directly else "buffered"
+
+
+def generate(model_or_ref, prompt=None, **options):
+    """Continues a prompt: a str, ids, or a list of them -> a Generation, or a list where a list
+    came in.
+
+    `options` are transformers' generation options, `seed`, `stop`, and, where a ref is given, those
+    of `AutoModel.from_pretrained`. Raises the errors of both.
+    """
+    model, owned, options = _opened(model_or_ref, options)
+    try:
+        prompts, one = encode_prompts(model, prompt)
+        decoding = Decoding(
+            model, prompts, sampling_options(model, options, implied=True), text=model.text
+        )
+        for _ in decoding:
+            pass
+        found = decoding.generations()
+        return found[0] if one else found
+    finally:
+        if owned:
+            model.close()
+
+
+def stream(model_or_ref, prompt, **options) -> Iterator[Step]:
+    """Continues one prompt, yielding a Step as each sweep ends. Options and errors as in
+    `generate`."""
+    model, owned, options = _opened(model_or_ref, options)
+    try:
+        prompts, one = encode_prompts(model, prompt)
+        if not one:
+            raise UsageError("prompt: stream takes one prompt; generate takes a list")
+        decoding = Decoding(
+            model, prompts, sampling_options(model, options, implied=True), text=model.text
+        )
+        for (step,) in decoding:
+            yield step
+    finally:
+        if owned:
+            model.close()
+
+
+def generate_ids(model: Model, input_ids, **options):
+    """transformers' `generate`: ids [B, T] in, prompt and new ids out in the same kind; see
+    `Model.generate`."""
+    as_object = options.pop("return_dict_in_generate", False)
+    prompts = as_id_lists(input_ids)
+    sampling = sampling_options(model, options, implied=False)
+    decoding = Decoding(model, prompts, sampling, text=model.text if sampling.stop else None)
+    for _ in decoding:
+        pass
+    sequences = _like(
+        input_ids, [c.history for c in decoding.continuations], _padding(model, sampling)
+    )
+    return Sequences(sequences) if as_object else sequences
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What `generate` returns with return_dict_in_generate: ids [B, T] of prompt and answer."""
+
+    sequences: object
+
+
+def sampling_options(model: Model, options: dict, *, implied: bool) -> SamplingOptions:
+    """The user's options over what the model's makers set, checked against the vocabulary."""
+    return SamplingOptions.from_mapping(
+        options,
+        generation_config=model.generation_config,
+        vocab_size=model.config.vocab_size,
+        sampling_implied=implied,
+    )
+
+
+def encode_prompts(model: Model, prompt) -> tuple[list[list[int]], bool]:
+    """A str, ids, or a list of these -> (ids of each, whether it was a single one). Raises
+    UsageError."""
+    if isinstance(prompt, str):
+        return [_encode(model, prompt)], True
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (list, tuple)):
+        raise UsageError(
+            f"prompt: found {type(prompt).__name__}, expected a str, ids, or a list of them"
+        )
+    if prompt and all(type(token) is int for token in prompt):
+        return [list(prompt)], True
+    if not prompt:
+        raise UsageError("prompt: an empty list; give at least one prompt")
+    return [encode_prompts(model, one)[0][0] for one in prompt], False
+
+
+def _encode(model, text):
+    if model.text is None:
+        raise UsageError(f"{model.folder}: holds no tokenizer; give the prompt as ids")
+    return model.text.encode(text)
+
+
+def _opened(model_or_ref, options):
+    """(model, whether it is ours to close, the options left for generation)."""
+    if isinstance(model_or_ref, Model):
+        return model_or_ref, False, options
+    own = {field.name for field in fields(RunConfig)} | {"draft"}
+    run = {name: value for name, value in options.items() if name in own}
+    rest = {name: value for name, value in options.items() if name not in own}
+    _check_names(rest, own)
+    return AutoModel.from_pretrained(model_or_ref, **run), True, rest
+
+
+def _check_names(options, own):
+    """An unknown option is refused before the model is opened, and offers run options too."""
+    try:
+        SamplingOptions.from_mapping(options)
+    except UsageError as error:
+        unknown = next(
+            (name for name in options if f"option {name!r} is not known" in str(error)), None
+        )
+        if unknown is None:
+            raise
+        known = [*own, *(field.name for field in fields(SamplingOptions))]
+        raise UsageError(unknown_name("option", unknown, known)) from None
+
+
+def _padding(model, options):
+    configured = model.generation_config.get("pad_token_id")
+    return (
+        configured
+        if type(configured) is int
+        else options.eos_token_id[0]
+        if options.eos_token_id
+        else 0
+    )
+
+
+def _like(given, rows, padding):
+    """Rows of ids as the kind that `given` was: list, numpy, jax or torch; padded on the right
+    where they are arrays."""
+    if isinstance(given, (list, tuple)):
+        return rows if given and isinstance(given[0], (list, tuple)) else rows[0]
+    longest = max(map(len, rows))
+    array = np.array([row + [padding] * (longest - len(row)) for row in rows])
+    array = array if given.ndim == 2 else array[0]
+    if isinstance(given, np.ndarray):
+        return array.astype(given.dtype)
+    if type(given).__module__.startswith("torch"):
+        import torch
+
+        return torch.from_numpy(array).to(device=given.device, dtype=given.dtype)
+    import jax.numpy as jnp
+
+    return jnp.asarray(array, dtype=given.dtype)

@@ -1,0 +1,275 @@
+"""AutoModel: the object a user holds. Opens a folder, plans, owns the executor, and answers with
+logits or tokens."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import jax
+import numpy as np
+
+from jlayer.config import RunConfig, read_generation_config
+from jlayer.errors import UsageError
+from jlayer.run import device as devices
+from jlayer.run.executor import Executor
+from jlayer.run.forward import Forward
+from jlayer.run.programs import Programs
+from jlayer.run.report import Clock, anonymous_bytes, available_bytes
+from jlayer.weights.budget import N_SLOTS, Plan, make_plan, shapes_of_run
+from jlayer.weights.direct import RowReader
+from jlayer.weights.store import Store
+
+
+class AutoModel:
+    """Named as in transformers, for scripts that only change an import."""
+
+    @staticmethod
+    def from_pretrained(
+        ref: str | os.PathLike,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        dtype: str | None = None,
+        draft: str | None = None,
+        **options,
+    ) -> Model:
+        """Opens a layered folder to be streamed.
+
+        `device_memory` and `host_memory` are promises for the whole process (bytes, or words such
+        as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
+        available. `dtype` is what activations are computed in, by default the weights' own. Further
+        options: `device` ("cpu" or "gpu"), `context`.
+
+        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
+        """
+        if draft is not None:
+            raise UsageError(f"draft: found {draft!r}; speculation is not there yet, leave it out")
+        run = RunConfig.from_options(
+            device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
+        )
+        return Model(ref, run)
+
+
+class Model:
+    """A model that is streamed layer by layer. Close it, or use it in a `with`, to end its reader's
+    thread."""
+
+    def __init__(self, ref: str | os.PathLike, run: RunConfig):
+        clock = Clock()
+        self.folder = os.fspath(ref)
+        self._store = Store(self.folder)
+        self.config = self._store.cfg
+        self.run = run
+        self.generation_config = read_generation_config(self.folder)
+        stored = self._store.layer_tile(0).parts[0].dtype
+        self.dtype = run.dtype or stored
+        self._check_context()
+        self.device, self.device_budget = devices.choose(run.device, run.device_memory)
+        self.host_budget = run.host_memory or available_bytes() * 4 // 5
+        self.plan = self.plan_for(batch=1, longest=1, context=run.context or 1)
+        self.plan.check()
+        tiles = [self._store.layer_tile(layer) for layer in range(self.config.num_hidden_layers)]
+        tiles += self._store.head_tiles(max(tile.n_bytes for tile in tiles))
+        self._programs = Programs(self.config, dtype=self.dtype, device=self.device)
+        segment, self._embedding_dtype = self._store.embedding()
+        self._embedding = RowReader(segment, n_rows=self.config.vocab_size)
+        part = self._store.norm_part()
+        norm = RowReader(self._store.segment_of(part.tensor), n_rows=1)
+        raw = norm.read([0])[0].view(np.dtype(part.dtype))
+        norm.close()
+        self._norm = (part, jax.device_put(raw.copy(), self.device))
+        self._executor = Executor(self._store, tuple(tiles), n_slots=N_SLOTS, device=self.device)
+        self._end = weakref.finalize(self, _close, self._executor, self._embedding)
+        self.host_peak_bytes = anonymous_bytes()
+        self.device_peak_bytes = 0
+        self._tokenizer = None
+        self._text = None
+        self.load_s = clock.lap()
+
+    def plan_for(self, *, batch: int, longest: int, context: int) -> Plan:
+        """The plan of a run whose longest sweep carries `longest` tokens of each of `batch`
+        sequences."""
+        on_gpu = self.device.platform == "gpu"
+        return make_plan(
+            self.config,
+            stored_dtype=self._store.layer_tile(0).parts[0].dtype,
+            dtype=self.dtype,
+            device_budget=self.device_budget,
+            host_budget=self.host_budget,
+            context_bytes=devices.GPU_CONTEXT_BYTES if on_gpu else 0,
+            shared_memory=not on_gpu,
+            **shapes_of_run(batch=batch, longest=longest, context=context),
+        )
+
+    @property
+    def context_limit(self) -> int:
+        """The most positions a sequence may have: --context where given, else the model's own
+        limit."""
+        return self.run.context or self.config.max_position_embeddings
+
+    @property
+    def tokenizer(self):
+        """The published tokenizer as transformers gives it (loaded on first use, which imports
+        transformers)."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        return self._tokenizer
+
+    @property
+    def text(self):
+        """The tokenizer that generation itself uses: small, and without transformers."""
+        if self._text is None:
+            from jlayer.run.tokens import Tokenizer
+
+            self._text = Tokenizer.from_folder(self.folder)
+        return self._text
+
+    def forward(self, *, batch: int, longest: int, context: int) -> Forward:
+        """Room for `batch` sequences of up to `context` positions; checked against the promises
+        before any allocation."""
+        self.plan = self.plan_for(batch=batch, longest=longest, context=context)
+        self.plan.check()
+        return Forward(
+            self._executor,
+            self._programs,
+            self._embedding,
+            self._embedding_dtype,
+            self._norm,
+            batch=batch,
+            context=context,
+        )
+
+    def logits(self, input_ids) -> np.ndarray:
+        """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
+
+        Raises UsageError: no tokens, rows of different lengths, ids outside the vocabulary, longer
+        than the context.
+        """
+        ids = as_id_lists(input_ids)
+        if len({len(row) for row in ids}) > 1:
+            raise UsageError(
+                f"input_ids: rows of lengths {[len(row) for row in ids]}, expected equal ones"
+            )
+        for row in ids:
+            self.check_ids(row)
+        self.check_length(len(ids[0]), 0)
+        forward = self.forward(batch=len(ids), longest=len(ids[0]), context=len(ids[0]))
+        return forward.sweep(ids, [0] * len(ids), every=True)
+
+    def generate(self, input_ids, **options):
+        """New tokens after `input_ids`, as transformers' `generate` gives them; see
+        `jlayer.run.generate`."""
+        from jlayer.run.generate import generate_ids
+
+        return generate_ids(self, input_ids, **options)
+
+    def check_ids(self, ids: list[int]):
+        """Raises UsageError unless `ids` are some tokens of the vocabulary."""
+        if not ids:
+            raise UsageError(
+                "prompt: empty, and this model has no beginning token to start from; give some text"
+            )
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise UsageError(
+                    f"prompt: id {token} is outside the vocabulary of {self.config.vocab_size}"
+                )
+
+    def check_length(self, n_prompt: int, n_new: int):
+        """Raises UsageError where prompt and new tokens exceed the context."""
+        limit = self.context_limit
+        if n_prompt > limit:
+            raise UsageError(
+                f"prompt: {n_prompt} tokens, longer than the context of {limit}; shorten it"
+            )
+        if n_prompt + n_new > limit:
+            raise UsageError(
+                f"max_new_tokens: {n_new} after a prompt of {n_prompt} tokens exceed the context "
+                f"of {limit}; ask for at most {limit - n_prompt}"
+            )
+
+    def _check_context(self):
+        limit = self.config.max_position_embeddings
+        if self.run.context and self.run.context > limit:
+            raise UsageError(
+                f"context: {self.run.context} tokens, the model's own limit is {limit}"
+            )
+
+    @property
+    def executor(self) -> Executor:
+        """What streams the weights: its tiles, what it moved, and the hook that is told of every
+        step."""
+        return self._executor
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """Backend compiles by input shape, so far."""
+        return self._programs.compiles
+
+    @property
+    def sweep_bytes(self) -> int:
+        """Weight bytes that pass in one sweep."""
+        return sum(tile.n_bytes for tile in self._executor.tiles)
+
+    @property
+    def model_bytes(self) -> int:
+        return self._store.weight_bytes
+
+    @property
+    def device_name(self) -> str:
+        """The device in words, as the driver names it."""
+        return f"{self.device.platform}:{self.device.id} ({self.device.device_kind})"
+
+    def note_peaks(self, forward: Forward):
+        """Looks at memory; called after each sweep, and the largest figures seen are the peaks."""
+        self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
+        weights = self._executor.totals().most_live_bytes
+        held = weights + forward.held_bytes + self._programs.temporary_bytes
+        self.device_peak_bytes = max(self.device_peak_bytes, held)
+
+    def memory(self) -> dict:
+        """Budgets and peaks as `generate --json` prints them. A CPU has no allocator to ask: there
+        the sum is accounted."""
+        stats = self.device.memory_stats()
+        measured = devices.GPU_CONTEXT_BYTES + stats["peak_bytes_in_use"] if stats else None
+        return {
+            "device_budget_bytes": self.device_budget,
+            "device_peak_bytes": measured or self.device_peak_bytes,
+            "device_peak_how": "measured" if measured else "accounted",
+            "host_budget_bytes": self.host_budget,
+            "host_peak_bytes": self.host_peak_bytes,
+            "host_peak_how": "measured",
+        }
+
+    def close(self):
+        """Ends the reader's thread and closes the files."""
+        self._end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def as_id_lists(input_ids) -> list[list[int]]:
+    """Ids as lists, numpy, jax or torch give them, [B, T] or [T], as B lists of ints.
+
+    Raises UsageError where they are no integers or of more than two dimensions.
+    """
+    rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+    if isinstance(rows, (list, tuple)) and all(type(token) is int for token in rows):
+        rows = [rows]
+    ok = isinstance(rows, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) and all(type(token) is int for token in row) for row in rows
+    )
+    if not ok or not rows:
+        raise UsageError("input_ids: expected integers of shape [B, T] or [T]")
+    return [list(row) for row in rows]
+
+
+def _close(executor, embedding):
+    executor.close()
+    embedding.close()

@@ -1,0 +1,86 @@
+"""What happened in a run: bytes, times, peaks, compiles. Counted where it happens, put together
+here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """One generation's figures, as `generate --json` prints them; bytes in bytes, times in
+    seconds."""
+
+    load_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    sweeps: int = 0
+    new_tokens: int = 0
+    decode_sweeps: int = 0
+    sweep_bytes: int = 0
+    read_bytes: int = 0
+    put_bytes: int = 0
+    bounced_bytes: int = 0
+    stall_s: float = 0.0
+    compiles: dict[str, int] = field(default_factory=dict)
+    reads: str = "direct"
+
+    @property
+    def tokens_per_sweep(self) -> float:
+        """New tokens over decode sweeps, 0 where prefill alone was enough (it gives the first
+        token)."""
+        return self.new_tokens / self.decode_sweeps if self.decode_sweeps else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second of prefill and decoding."""
+        seconds = self.prefill_s + self.decode_s
+        return self.new_tokens / seconds if seconds else 0.0
+
+    def as_dict(self) -> dict:
+        return {
+            "load_s": round(self.load_s, 4),
+            "prefill_s": round(self.prefill_s, 4),
+            "decode_s": round(self.decode_s, 4),
+            "sweeps": self.sweeps,
+            "tokens_per_sweep": round(self.tokens_per_sweep, 4),
+            "tokens_per_s": round(self.tokens_per_s, 4),
+            "sweep_bytes": self.sweep_bytes,
+            "read_bytes": self.read_bytes,
+            "put_bytes": self.put_bytes,
+            "bounced_bytes": self.bounced_bytes,
+            "stall_s": round(self.stall_s, 4),
+            "compiles": dict(self.compiles),
+            "reads": self.reads,
+        }
+
+
+class Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self):
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        return seconds
+
+
+def anonymous_bytes() -> int:
+    """This process's anonymous resident memory now, as the kernel counts it."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def available_bytes() -> int:
+    """What the system says can be taken without swapping."""
+    with open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0

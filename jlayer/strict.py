@@ -1,0 +1,147 @@
+"""Files and JSON from outside, taken strictly: no FIFOs, duplicate keys, NaN or deep nesting.
+
+Every published header, index and config passes this door before anything trusts it.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+
+from jlayer.errors import CheckpointError, StorageError
+
+MAX_DEPTH = 64
+MAX_JSON_BYTES = 64 << 20
+# Possessive, and an open string runs to the end: linear in the text, whatever the text is.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def parse_json_object(raw: bytes, *, what: str) -> dict:
+    """The JSON object in `raw`; `what` names its origin in errors.
+
+    Raises CheckpointError: not UTF-8, not JSON, not an object, a key twice, nested deeper than
+    MAX_DEPTH, NaN or infinity.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{what}: not UTF-8 (byte {error.start}); fetch the file again"
+        ) from None
+    _check_depth(text, what)
+    try:
+        found = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _unique(pairs, what),
+            parse_constant=lambda word: _refuse_constant(word, what),
+        )
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{what}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
+            "fetch the file again"
+        ) from None
+    except ValueError:
+        raise CheckpointError(
+            f"{what}: not JSON (a number of thousands of digits); fetch the file again"
+        ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what}: found a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def read_json_object(path: str | os.PathLike) -> dict:
+    """The JSON object in the file at `path`, a regular file of at most MAX_JSON_BYTES.
+
+    Raises CheckpointError (missing, not regular, too large, not strict JSON) or StorageError.
+    """
+    return parse_json_object(read_small_file(path), what=os.fspath(path))
+
+
+def read_small_file(path: str | os.PathLike, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes. Raises what `open_regular` raises."""
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found = file.read(min(size, limit) + 1)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(found) > limit:
+        raise CheckpointError(f"{path}: {size} bytes, over the limit of {limit}")
+    return found
+
+
+def regular_status(path: str | os.PathLike) -> os.stat_result:
+    """The status of the regular file at `path`, which is not opened.
+
+    Raises CheckpointError (missing, not a regular file) or StorageError.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        # A cache whose download was cut short is full of links to nothing.
+        leads = f" (a link to {os.readlink(path)}, not there)" if os.path.islink(path) else ""
+        raise CheckpointError(f"{path}: missing{leads}; fetch it") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{path}: not a regular file, but a loop of links") from None
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    _refuse_irregular(status, path)
+    return status
+
+
+def open_regular(path: str | os.PathLike) -> int:
+    """A descriptor of the regular file at `path`, for reading; anything else is refused unopened.
+
+    Raises what `regular_status` raises.
+    """
+    regular_status(path)
+    try:
+        # Should it become a FIFO in between, O_NONBLOCK keeps the open from hanging.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        _refuse_irregular(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_irregular(status, path):
+    if not stat.S_ISREG(status.st_mode):
+        leads = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+        raise CheckpointError(f"{path}: not a regular file{leads}; expected one")
+
+
+def _unique(pairs, what):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise CheckpointError(
+            f"{what}: key {twice!a} stands twice; which one is meant cannot be known"
+        )
+    return found
+
+
+def _refuse_constant(word, what):
+    raise CheckpointError(f"{what}: {word} is not JSON; expected a finite number")
+
+
+def _check_depth(text, what):
+    """Counts brackets outside strings: no input reaches the recursive parser's own limit."""
+    depth = 0
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    for match in _STRING_OR_BRACKET.finditer(text):
+        token = match.group()
+        if token in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise CheckpointError(f"{what}: nested deeper than {MAX_DEPTH} levels")
+        elif token in "]}":
+            depth -= 1

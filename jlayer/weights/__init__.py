@@ -1,0 +1,1 @@
+"""Disk → host → device → dropped: every side effect on weights lives here."""

@@ -1,0 +1,155 @@
+"""Bytes from files into memory that is already there: O_DIRECT where the file system has it,
+buffered where not.
+
+Direct reads go past the page cache, so they neither take a core for the kernel's copy nor push out
+what is worth keeping. They want offset, length and address aligned, so a segment is read with its
+surrounding blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+import numpy as np
+
+from jlayer.errors import CheckpointError, StorageError
+from jlayer.weights.layout import ALIGNMENT
+from jlayer.weights.store import Segment
+
+REQUEST_BYTES = (
+    16 << 20
+)  # one request: long enough for a disk's full speed, short enough to stop within a moment
+
+
+def aligned_span(segment: Segment) -> tuple[int, int]:
+    """(first byte, length) of the aligned blocks around a segment."""
+    first = segment.offset // ALIGNMENT * ALIGNMENT
+    last = -(-(segment.offset + segment.n_bytes) // ALIGNMENT) * ALIGNMENT
+    return first, last - first
+
+
+class Reader:
+    """Open files and the way to read them. Every file is opened once, here; reading opens
+    nothing."""
+
+    def __init__(self, paths):
+        self._files: dict[str, tuple[int, bool]] = {}
+        self.read_bytes = 0
+        self._stopped = threading.Event()
+        try:
+            for path in paths:
+                self._files[path] = _open(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def reads_directly(self) -> bool:
+        """Whether every file is read past the page cache."""
+        return all(direct for _, direct in self._files.values())
+
+    def read(self, segment: Segment, into: np.ndarray) -> int:
+        """Fills `into` (uint8, page-aligned) with the blocks around a segment; returns where in it
+        the segment begins.
+
+        Raises CheckpointError where the file ends early, StorageError where the system cannot read.
+        """
+        first, length = aligned_span(segment)
+        needed = segment.offset + segment.n_bytes - first
+        view = memoryview(into)
+        done = 0
+        while done < needed:
+            if self._stopped.is_set():
+                raise StorageError(f"{segment.file}: reading was stopped")
+            count = self._request(
+                segment.file, view[done : min(done + REQUEST_BYTES, length)], first + done
+            )
+            if count == 0:
+                raise CheckpointError(
+                    f"{segment.file}: ends at byte {first + done}, expected {first + needed}; "
+                    "it was cut off"
+                )
+            done += count
+        self.read_bytes += done
+        return segment.offset - first
+
+    def _request(self, path, view, offset):
+        fd, direct = self._files[path]
+        try:
+            return os.preadv(fd, [view], offset)
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                # A file system may accept the flag at open and refuse it here.
+                self._files[path] = (_reopen_buffered(path, fd), False)
+                return self._request(path, view, offset)
+            raise StorageError(
+                f"{path}: cannot be read at byte {offset} ({error.strerror})"
+            ) from None
+
+    def stop(self):
+        """Makes a read under way end at its next request."""
+        self._stopped.set()
+
+    def resume(self):
+        self._stopped.clear()
+
+    def close(self):
+        self.stop()
+        for fd, _ in self._files.values():
+            os.close(fd)
+        self._files = {}
+
+
+class RowReader:
+    """Rows of one table by number, through the page cache: a few rows a token, never the table."""
+
+    def __init__(self, segment: Segment, *, n_rows: int):
+        self._segment = segment
+        self._row_bytes = segment.n_bytes // n_rows
+        self._fd = os.open(segment.file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, rows) -> np.ndarray:
+        """uint8 [len(rows), row bytes]. Raises CheckpointError or StorageError as `Reader.read`
+        does."""
+        found = np.empty((len(rows), self._row_bytes), np.uint8)
+        for i, row in enumerate(rows):
+            offset = self._segment.offset + int(row) * self._row_bytes
+            try:
+                count = os.preadv(self._fd, [memoryview(found[i])], offset)
+            except OSError as error:
+                raise StorageError(
+                    f"{self._segment.file}: cannot be read at byte {offset} ({error.strerror})"
+                ) from None
+            if count != self._row_bytes:
+                raise CheckpointError(
+                    f"{self._segment.file}: ends before row {row}; it was cut off"
+                )
+        return found
+
+    def close(self):
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path):
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise StorageError(f"{path}: cannot be opened ({error.strerror})") from None
+    return _open_buffered(path), False
+
+
+def _open_buffered(path):
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened ({error.strerror})") from None
+
+
+def _reopen_buffered(path, fd):
+    os.close(fd)
+    return _open_buffered(path)

@@ -1,0 +1,219 @@
+"""A safetensors header, checked before anything trusts it: the strict door to every weight file.
+
+The library's own reader accepts duplicate names, white space, path-like names and a million empty
+tensors; this one does not. It reads the header alone and returns where each tensor's bytes lie.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from jlayer.errors import CheckpointError, StorageError
+from jlayer.spec import DTYPES
+from jlayer.strict import open_regular, parse_json_object
+
+MAX_HEADER_BYTES = 32 << 20
+MAX_TENSORS = 200_000
+MAX_DIMS = 8
+LENGTH_BYTES = 8  # the header's own length, little-endian, before the header
+
+# First bytes of what people end up with under a .safetensors name, and what to tell them.
+_NOT_SAFETENSORS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
+    (b"<!doctype", "an HTML page, not safetensors; fetch the file again"),
+    (b"<html", "an HTML page, not safetensors; fetch the file again"),
+    (b"pk\x03\x04", "a zip archive (a PyTorch pickle?), not safetensors"),
+    (b"\x80\x02", "a pickle, not safetensors"),
+    (b"\x80\x03", "a pickle, not safetensors"),
+    (b"\x80\x04", "a pickle, not safetensors"),
+    (b"\x80\x05", "a pickle, not safetensors"),
+    (b"gguf", "a GGUF file, not safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file: numpy's word for its dtype, its shape, and where its bytes lie.
+
+    `offset` counts from the file's start.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header.
+
+    `tensors` stand in the order of their bytes, which fill the file from `data_start` to its end.
+    """
+
+    tensors: dict[str, TensorEntry]
+    data_start: int
+    file_bytes: int
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """The header of the safetensors file at `path`, without reading its data.
+
+    Raises CheckpointError (missing, not a regular file, not safetensors, cut off, inconsistent)
+    or StorageError.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(file.read(64), size, path)
+            file.seek(LENGTH_BYTES)
+            raw = file.read(length)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(raw) != length:
+        raise CheckpointError(
+            f"{path}: header is cut off, expected {length} bytes, found {len(raw)}"
+        )
+    return parse_header(raw, file_bytes=size, where=os.fspath(path))
+
+
+def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
+    """The header in `raw` of a file of `file_bytes` bytes.
+
+    Raises CheckpointError, whose message starts with `where`.
+    """
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{where}: header starts with {raw[:8]!r}, expected '{{'")
+    found = parse_json_object(raw, what=f"{where}: header")
+    metadata = _metadata(found.pop("__metadata__", {}), where)
+    if len(found) > MAX_TENSORS:
+        raise CheckpointError(f"{where}: {len(found)} tensors, over the limit of {MAX_TENSORS}")
+    data_start = LENGTH_BYTES + len(raw)
+    entries = {name: _entry(name, entry, data_start, where) for name, entry in found.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)))
+    _check_tiling(ordered, data_start, file_bytes, where)
+    return Header(ordered, data_start, file_bytes, metadata)
+
+
+def _header_length(start, size, path):
+    """The header's length, once it is plausible; `start` is the first 64 bytes of the file.
+
+    What a file is instead is asked only when its first bytes make no header: a header of 640 bytes
+    begins as a pickle does.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    fits = size >= LENGTH_BYTES and length <= min(size - LENGTH_BYTES, MAX_HEADER_BYTES)
+    if not fits or start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
+        _refuse_other_formats(start, path)
+    if size < LENGTH_BYTES:
+        word = "empty" if size == 0 else "too short"
+        raise CheckpointError(f"{path}: {word}, {size} bytes; fetch the file again")
+    if length > size - LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path}: header of {length} bytes expected, but the file has {size}; fetch it again"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: header of {length} bytes, over the limit of {MAX_HEADER_BYTES}"
+        )
+    return length
+
+
+def _refuse_other_formats(start, path):
+    for magic, advice in _NOT_SAFETENSORS:
+        if start.lstrip().lower().startswith(magic):
+            raise CheckpointError(f"{path}: {advice}")
+
+
+def _metadata(found, where):
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{where}: header: __metadata__ is not a map of strings")
+    return found
+
+
+def _entry(name, entry, data_start, where):
+    label = f"{where}: tensor {_short(ascii(name))}"
+    if not name or ".." in name or name.startswith("/") or "\\" in name or not name.isprintable():
+        raise CheckpointError(f"{label}: not a name that a tensor may have")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{label}: header entry must hold dtype, shape and data_offsets alone"
+        )
+    dtype, shape = entry["dtype"], _shape(entry["shape"], label)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(
+            f"{label}: dtype {_short(ascii(dtype))} is not supported; "
+            f"supported: {', '.join(DTYPES)}"
+        )
+    begin, end = _offsets(entry["data_offsets"], label)
+    name_of_dtype, item_bytes = DTYPES[dtype]
+    expected = math.prod(shape) * item_bytes
+    if expected >= 1 << 63:
+        raise CheckpointError(f"{label}: shape {_short(entry['shape'])} overflows 64 bits")
+    if expected != end - begin:
+        raise CheckpointError(
+            f"{label}: shape {_short(entry['shape'])} of {dtype} takes {expected} bytes, "
+            f"but its data_offsets give {_short(end - begin)}"
+        )
+    return TensorEntry(name_of_dtype, shape, data_start + begin, end - begin)
+
+
+def _shape(found, label):
+    if (
+        not isinstance(found, list)
+        or len(found) > MAX_DIMS
+        or any(type(n) is not int or n < 0 for n in found)
+    ):
+        raise CheckpointError(
+            f"{label}: shape {_short(found)}, expected up to {MAX_DIMS} integers of 0 or more"
+        )
+    return tuple(found)
+
+
+def _offsets(found, label):
+    if (
+        not isinstance(found, list)
+        or len(found) != 2
+        or any(type(n) is not int for n in found)
+        or not 0 <= found[0] <= found[1]
+    ):
+        raise CheckpointError(
+            f"{label}: data_offsets {_short(found)}, expected two integers, "
+            "neither negative nor inverted"
+        )
+    return found
+
+
+def _check_tiling(ordered, data_start, file_bytes, where):
+    """Tensors must follow each other without hole or overlap and end where the file ends."""
+    at, previous, beyond = data_start, None, None
+    for name, entry in ordered.items():
+        label = _short(ascii(name))
+        if entry.offset < at:
+            raise CheckpointError(f"{where}: tensors {_short(ascii(previous))} and {label} overlap")
+        if entry.offset > at:
+            raise CheckpointError(
+                f"{where}: gap of {_short(entry.offset - at)} bytes before tensor {label}"
+            )
+        at, previous = entry.offset + entry.n_bytes, name
+        if at > file_bytes and beyond is None:
+            beyond = label
+    if at > file_bytes:
+        raise CheckpointError(
+            f"{where}: cut off in tensor {beyond}: expected {_short(at)} bytes in the file, "
+            f"found {file_bytes}; fetch it again"
+        )
+    if at < file_bytes:
+        raise CheckpointError(f"{where}: {file_bytes - at} trailing bytes after the last tensor")
+
+
+def _short(value):
+    """A value from outside, as it may stand in a message: never a line of thousands of digits."""
+    try:
+        text = str(value)
+    except ValueError:  # more digits than Python prints
+        return "of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."

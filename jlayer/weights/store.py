@@ -1,0 +1,218 @@
+"""Which bytes are which leaf: a model on disk described as tiles (what is used together) and
+segments (where they lie).
+
+Knows files and names, reads no weights and holds none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from jlayer.config import ModelConfig, read_config
+from jlayer.errors import CheckpointError
+from jlayer.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    head_leaf,
+    layer_leaves,
+    layer_tensor_name,
+    published_tensors,
+)
+from jlayer.spec import ITEM_BYTES
+from jlayer.weights.header import TensorEntry, read_header
+from jlayer.weights.layout import (
+    EMBED_FILE,
+    FINAL_FILE,
+    Manifest,
+    is_layered,
+    layer_file,
+    read_manifest,
+)
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """Consecutive bytes of one file."""
+
+    file: str
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a tile: all of a leaf, or a range of its rows. `shape` is the part's own."""
+
+    leaf: str
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    first_row: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        size = ITEM_BYTES[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The unit that moves: arrays that one `stage` uses together. `layer` is None outside the
+    layers."""
+
+    name: str
+    stage: str
+    layer: int | None
+    parts: tuple[Part, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.n_bytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A part's place once its tile is read: which of the tile's segments, and how far into it."""
+
+    part: Part
+    segment: int
+    offset: int
+
+
+class Store:
+    """A layered folder, opened: config, manifest, and every file's header held against them.
+
+    Raises CheckpointError where the folder is not converted, incomplete, or not what its manifest
+    says.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = os.fspath(folder)
+        if not is_layered(self.folder):
+            _refuse_unconverted(self.folder)
+        self.cfg: ModelConfig = read_config(self.folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self._where = _locate(self.folder, self.cfg, self.manifest)
+
+    def dtype_of(self, tensor: str) -> str:
+        return self._where[tensor][1].dtype
+
+    def segment_of(self, tensor: str) -> Segment:
+        file, entry = self._where[tensor]
+        return Segment(file, entry.offset, entry.n_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors: the model's size."""
+        return sum(entry.n_bytes for _, entry in self._where.values())
+
+    def layer_tile(self, layer: int) -> Tile:
+        """A whole decoder layer as one tile."""
+        parts = []
+        for leaf in layer_leaves(self.cfg):
+            tensor = layer_tensor_name(leaf, layer)
+            parts.append(Part(leaf.name, tensor, self.dtype_of(tensor), leaf.shape(self.cfg)))
+        return Tile(f"layer {layer}", "block", layer, tuple(parts))
+
+    def head_tiles(self, tile_bytes: int) -> tuple[Tile, ...]:
+        """The head cut into ranges of vocabulary rows of equal height, each of at most `tile_bytes`
+        where a row allows."""
+        leaf = head_leaf(self.cfg)
+        vocab, width = leaf.shape(self.cfg)
+        dtype = self.dtype_of(leaf.published)
+        height = head_tile_height(vocab, width * ITEM_BYTES[dtype], tile_bytes)
+        return tuple(
+            Tile(
+                f"head rows {row}-{min(row + height, vocab) - 1}",
+                "head",
+                None,
+                (Part(leaf.name, leaf.published, dtype, (min(height, vocab - row), width), row),),
+            )
+            for row in range(0, vocab, height)
+        )
+
+    def norm_part(self) -> Part:
+        tensor = FINAL_NORM.published
+        return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
+
+    def embedding(self) -> tuple[Segment, str]:
+        """Where the embedding table lies, and its dtype; rows are [V, D]."""
+        return self.segment_of(EMBEDDING.published), self.dtype_of(EMBEDDING.published)
+
+    def place(self, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
+        """The segments to read for a tile, neighbours joined, and where each part lies in them."""
+        spans = sorted((self._span(part), part.tensor, part) for part in tile.parts)
+        segments: list[Segment] = []
+        places = []
+        for span, _, part in spans:
+            last = segments[-1] if segments else None
+            if last and last.file == span.file and last.offset + last.n_bytes == span.offset:
+                segments[-1] = Segment(last.file, last.offset, last.n_bytes + span.n_bytes)
+            else:
+                segments.append(span)
+            places.append(Placement(part, len(segments) - 1, span.offset - segments[-1].offset))
+        return tuple(segments), tuple(places)
+
+    def _span(self, part):
+        file, entry = self._where[part.tensor]
+        row_bytes = entry.n_bytes // entry.shape[0]
+        return Segment(file, entry.offset + part.first_row * row_bytes, part.n_bytes)
+
+
+def head_tile_height(vocab: int, row_bytes: int, tile_bytes: int) -> int:
+    """Rows of a head tile: the fewest tiles of at most `tile_bytes` (or one row), as equal as V
+    allows."""
+    n_tiles = -(-vocab // max(1, tile_bytes // row_bytes))
+    return -(-vocab // n_tiles)
+
+
+def _refuse_unconverted(folder):
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder; expected a layered checkpoint")
+    if os.path.exists(os.path.join(folder, "config.json")):
+        target = os.path.normpath(folder) + "-jlayer"
+        raise CheckpointError(
+            f"{folder}: not a layered checkpoint (no manifest.json); "
+            f"run: jlayer convert {folder} {target}"
+        )
+    raise CheckpointError(
+        f"{folder}: no manifest.json and no config.json; expected a layered checkpoint"
+    )
+
+
+def _locate(folder, cfg, manifest) -> dict[str, tuple[str, TensorEntry]]:
+    """Tensor -> (file, entry), with each file's own header held against the manifest and both
+    against the config."""
+    expected = published_tensors(cfg)
+    where, problems = {}, []
+    weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
+    for name in weight_files:
+        if name not in manifest.files:
+            problems.append(f"{name} is not in the manifest")
+            continue
+        path = os.path.join(folder, name)
+        header = read_header(path)
+        listed = manifest.files[name]
+        if header.file_bytes != listed.n_bytes:
+            problems.append(
+                f"{name} has {header.file_bytes} bytes, the manifest says {listed.n_bytes}"
+            )
+        elif header.tensors != listed.tensors:
+            problems.append(f"{name} holds other tensors than the manifest says")
+        where.update({tensor: (path, entry) for tensor, entry in header.tensors.items()})
+    for tensor, shape in expected.items():
+        if tensor not in where:
+            problems.append(f"{tensor} is missing")
+        elif where[tensor][1].shape != shape:
+            problems.append(
+                f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
+            )
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
+        )
+    return where

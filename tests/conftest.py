@@ -1,0 +1,42 @@
+"""Strict by default: two CPU devices, strict dtype promotion, rank promotion an error. Shared
+checkpoints."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
+
+needs_shared_data = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason="the shared test data is not beside this checkout"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A converted random model of three layers; read only."""
+    from convert import convert_checkpoint
+    from tests.tiny import tiny_llama
+
+    folder = tmp_path_factory.mktemp("tiny")
+    convert_checkpoint(tiny_llama(folder / "source"), folder / "layered")
+    return folder / "layered"
+
+
+@pytest.fixture(scope="session")
+def fable(tmp_path_factory):
+    """The bundled trained model, converted; read only."""
+    from convert import convert_checkpoint
+
+    target = tmp_path_factory.mktemp("fable") / "layered"
+    convert_checkpoint(BUNDLED, target)
+    return target

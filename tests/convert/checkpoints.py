@@ -1,0 +1,89 @@
+"""Safetensors files taken apart and put together by hand, to make what no library would write."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    """A file's header and its data."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join(path: Path, header: dict | bytes, data: bytes) -> None:
+    """Writes a file from a header, which may be anything, and data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file: dtype, shape, bytes."""
+    found = {}
+    header, data = split(path)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        found[name] = (entry["dtype"], tuple(entry["shape"]), data[begin:end])
+    return found
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(tensors_of(path))
+    return found
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors one after the other, in the order given."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        span = [at, at + len(data)]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+        at += len(data)
+    join(path, header, b"".join(data for _, _, data in tensors.values()))
+
+
+def edit_tensors(path: Path, edit) -> None:
+    """Takes a file's tensors through `edit`, which changes the dict it is given."""
+    tensors = tensors_of(path)
+    edit(tensors)
+    write_tensors(path, tensors)
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Sets keys of a JSON file; None deletes one."""
+    found = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            found.pop(key, None)
+        else:
+            found[key] = value
+    path.write_text(json.dumps(found))
+
+
+def numbers(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers, to be changed; `tensor_of` puts them back."""
+    dtype, shape, data = tensor
+    return np.frombuffer(data, NUMPY[dtype]).reshape(shape).copy()
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    word = next(word for word, dtype in NUMPY.items() if array.dtype == np.dtype(dtype))
+    return word, array.shape, array.tobytes()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder with its bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

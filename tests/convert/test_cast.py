@@ -1,0 +1,51 @@
+"""Numbers, one by one: every pattern of 16 bits and many of 32, against torch."""
+
+import numpy as np
+import pytest
+
+from convert.cast import NUMPY_DTYPE, cast, count_nonfinite
+
+BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+
+
+def patterns(dtype):
+    """Every pattern of 16 bits; of 32, some of each exponent, and every tie of bfloat16."""
+    if dtype != "float32":
+        return np.arange(1 << 16, dtype=np.uint16)
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    low = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
+    return np.concatenate([(high[:, None] | low).reshape(-1), random])
+
+
+def wide(bits, dtype):
+    with np.errstate(invalid="ignore"):
+        return bits.view(NUMPY_DTYPE[dtype]).astype(np.float64)
+
+
+@pytest.mark.parametrize("target", BITS)
+@pytest.mark.parametrize("dtype", BITS)
+def test_casts_are_torchs(dtype, target):
+    torch = pytest.importorskip("torch")
+    bits = patterns(dtype)
+    found = np.frombuffer(cast(bits.tobytes(), dtype, target), BITS[target])
+    numbers = torch.from_numpy(bits.copy()).view(getattr(torch, dtype))
+    expected = numbers.to(getattr(torch, target)).view(getattr(torch, BITS[target].__name__))
+    expected = expected.numpy()
+    are_nan = np.isnan(wide(bits, dtype))
+    assert np.array_equal(found[~are_nan], expected[~are_nan])
+    assert np.isnan(wide(found[are_nan], target)).all()
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_what_is_not_finite_is_counted(dtype):
+    bits = patterns(dtype)
+    expected = int((~np.isfinite(wide(bits, dtype))).sum())
+    assert count_nonfinite(bits.tobytes(), dtype) == expected > 0
+
+
+def test_a_single_one_is_found_wherever_it_is():
+    for at in (0, 131_071, 131_072, 399_999):
+        numbers = np.zeros(400_000, np.float32)
+        numbers[at] = np.nan
+        assert count_nonfinite(numbers.tobytes(), "float32") == 1

@@ -1,0 +1,176 @@
+"""Each component of the model against the reference's own, on random input, in float32."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlayer.config import model_config
+from jlayer.model import attention, block, cache, layers
+from jlayer.model.params import Layer
+from tests.reference.conftest import STYLES
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+pytestmark = pytest.mark.reference
+
+BATCH, TOKENS = 2, 7
+POSITIONS = np.array([np.arange(3, 3 + TOKENS), np.arange(90, 90 + TOKENS)], np.int32)
+
+
+def reference_config(style):
+    options = {key: value for key, value in style.items() if key != "tied"}
+    return llama.LlamaConfig(
+        **{
+            "vocab_size": 133,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "max_position_embeddings": 512,
+            "attn_implementation": "eager",
+            **options,
+        }
+    )
+
+
+def ours(config):
+    return model_config({**config.to_dict(), "model_type": "llama"}, where="test")
+
+
+def close(found, expected, scale=1e-5):
+    expected = expected.detach().numpy() if hasattr(expected, "detach") else expected
+    np.testing.assert_allclose(
+        np.asarray(found), expected, rtol=0, atol=scale * np.abs(expected).max()
+    )
+
+
+def randomise(module):
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + (
+            parameter.ndim == 1
+        )
+    return module
+
+
+def test_rms_norm(style):
+    config = reference_config(style)
+    norm = randomise(llama.LlamaRMSNorm(config.hidden_size, eps=1e-5))
+    x = torch.randn(BATCH, TOKENS, config.hidden_size) * 4
+    close(layers.rms_norm(x.numpy(), norm.weight.detach().numpy(), eps=1e-5), norm(x))
+
+
+def test_rms_norm_scales_after_rounding():
+    # In bfloat16 the order of weighting and rounding shows: the reference rounds x_hat first.
+    weight = torch.full((64,), 1.37, dtype=torch.bfloat16)
+    norm = llama.LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
+    norm.weight.data = weight
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    found = layers.rms_norm(
+        x.float().numpy().astype("bfloat16"), weight.float().numpy().astype("bfloat16"), eps=1e-5
+    )
+    assert np.array_equal(np.asarray(found).astype(np.float32), norm(x).float().detach().numpy())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "llama3.1", "llama3.2", "linear"])
+def test_rope_frequencies_of_published_shapes_agree_to_the_last_bit(name, head_dim):
+    style = {**STYLES[name], "head_dim": head_dim, "max_position_embeddings": 131072}
+    if "original_max_position_embeddings" in style["rope_parameters"]:
+        style["rope_parameters"] = {
+            **style["rope_parameters"],
+            "original_max_position_embeddings": 8192,
+        }
+    config = reference_config(style)
+    expected = llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
+    found = layers.rope_frequencies(ours(config).rope, head_dim)
+    # Equal here; another machine's library may round a power otherwise. More shows at long
+    # positions.
+    assert np.abs(found.view(np.int32) - expected.view(np.int32)).max() <= 1
+
+
+def test_llama3_scaling_reaches_all_three_ranges():
+    rope = ours(reference_config(STYLES["llama3.1"])).rope
+    plain = layers.rope_frequencies(type(rope)(theta=rope.theta), 10)
+    ratio = layers.rope_frequencies(rope, 10) / plain
+    assert np.isclose(ratio.max(), 1)
+    assert np.isclose(ratio.min(), 1 / rope.factor)
+    assert np.any((ratio > 1.01 / rope.factor) & (ratio < 0.99))
+
+
+def test_rotation(style):
+    config = reference_config(style)
+    q = torch.randn(BATCH, TOKENS, 6, 10)
+    cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(POSITIONS))
+    expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
+    close(layers.rotate(q.numpy(), POSITIONS, ours(config)), expected.transpose(1, 2))
+
+
+def test_rotation_at_the_far_end_of_a_long_context():
+    config = reference_config(STYLES["llama3"])
+    positions = np.array([[131071, 100003, 65537]], np.int32)
+    q = torch.randn(1, 3, 6, 10)
+    cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(positions))
+    expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
+    close(layers.rotate(q.numpy(), positions, ours(config)), expected.transpose(1, 2))
+
+
+def test_attention_over_a_cache_with_more_room_than_tokens(style):
+    config = reference_config(style)
+    cfg = ours(config)
+    q, k, v = (
+        torch.randn(1, TOKENS, n, 10) for n in (6, cfg.num_key_value_heads, cfg.num_key_value_heads)
+    )
+    positions = np.arange(TOKENS, dtype=np.int32)[None]
+    room = jnp.full(
+        (1, 16, cfg.num_key_value_heads, 10), 1e3, jnp.float32
+    )  # what lies beyond must not be seen
+    filled = cache.append(cache.LayerCache(k=room, v=room), k.numpy(), v.numpy(), positions)
+    repeats = 6 // cfg.num_key_value_heads
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(repeats, 1),
+        v.transpose(1, 2).repeat_interleave(repeats, 1),
+        is_causal=True,
+    )
+    close(
+        attention.attention(q.numpy(), filled, positions),
+        expected.transpose(1, 2).reshape(1, TOKENS, 60),
+    )
+
+
+def test_block_is_the_reference_decoder_layer(style):
+    config = reference_config(style)
+    cfg = ours(config)
+    layer = randomise(llama.LlamaDecoderLayer(config, 0)).eval()
+    x = torch.randn(1, TOKENS, 24)
+    positions = torch.arange(TOKENS)[None]
+    rotary = llama.LlamaRotaryEmbedding(config)(x, positions)
+    mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
+    expected = layer(x, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    weights = {
+        name.removesuffix(".weight")
+        .replace(".bias", "_bias")
+        .split(".")[-1]: tensor.detach().numpy()
+        for name, tensor in layer.named_parameters()
+    }
+    empty = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        cache.cache_struct(cfg, batch=1, capacity=64, dtype="float32"),
+    )
+    found, _ = block.block(
+        Layer(**weights), x.numpy(), empty, positions.numpy().astype(np.int32), cfg
+    )
+    close(found, expected)
+
+
+def test_padding_is_never_written_to_the_cache():
+    room = jnp.zeros((1, 4, 1, 2), jnp.float32)
+    empty = cache.LayerCache(k=room, v=room)
+    ones = np.ones((1, 3, 1, 2), np.float32)
+    filled = cache.append(empty, ones, ones, np.array([[4, 4, 2]], np.int32))
+    assert np.asarray(filled.k)[0, :, 0, 0].tolist() == [0, 0, 1, 0]

@@ -1,0 +1,81 @@
+"""A random model of each style, saved by the reference, converted and streamed by us: the same
+logits."""
+
+import numpy as np
+import pytest
+
+from convert import convert_checkpoint
+from jlayer import AutoModel
+from tests.tiny import tiny_llama
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+# The reference differs from itself by 7e-7 (its own two attention paths); float32 rounding of
+# another order by some 1e-6.
+TOLERANCE = 1e-5
+PROMPT = 150  # more than two chunks of 64, so that chunks meet inside a layer
+SEEDS = range(5)
+
+
+def build(folder, style, *, seed=0, dtype="float32"):
+    source = tiny_llama(folder / f"source-{seed}", seed=seed, dtype=dtype, **style)
+    target = folder / f"target-{seed}"
+    convert_checkpoint(source, target)
+    return source, target
+
+
+def random_ids(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 133, (1, n))
+
+
+def reference_logits(source, ids, dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits
+
+
+def test_prefill_and_every_decoded_position(tmp_path, style):
+    source, target = build(tmp_path, style)
+    ids = random_ids(PROMPT)
+    expected = reference_logits(source, ids, torch.float32).numpy()
+    tolerance = TOLERANCE * np.abs(expected).max()
+    with AutoModel.from_pretrained(target, device="cpu") as model:
+        np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=tolerance)
+        # Token by token, then in pieces that do not fit the chunk sizes: the cache carries what
+        # went before.
+        forward = model.forward(batch=1, longest=64, context=PROMPT)
+        at = 0
+        for size in (1, 1, 1, 2, 7, 3, 40, 66, 1, 28):
+            found = forward.sweep([ids[0, at : at + size].tolist()], [at], every=True)
+            np.testing.assert_allclose(found, expected[:, at : at + size], rtol=0, atol=tolerance)
+            at += size
+        assert at == PROMPT
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_is_as_close_to_the_truth_as_the_reference(tmp_path, dtype):
+    """Root mean square against a float64 run, pooled over seeds; a single maximum would be luck."""
+    ours, theirs = [], []
+    for seed in SEEDS:
+        source, target = build(tmp_path, {}, seed=seed, dtype=dtype)
+        ids = random_ids(40, seed)
+        exact = reference_logits(source, ids, torch.float64).numpy()
+        rough = reference_logits(source, ids, getattr(torch, dtype)).double().numpy()
+        with AutoModel.from_pretrained(target, device="cpu") as model:
+            assert model.dtype == dtype
+            ours.append(np.square(model.logits(ids) - exact).mean())
+        theirs.append(np.square(rough - exact).mean())
+    assert np.sqrt(np.mean(ours)) <= 1.2 * np.sqrt(np.mean(theirs))
+
+
+def test_float32_run_of_bfloat16_weights_is_exact(tmp_path):
+    source, target = build(tmp_path, {}, dtype="bfloat16")
+    ids = random_ids(20)
+    expected = reference_logits(source, ids, torch.float32).numpy()
+    with AutoModel.from_pretrained(target, device="cpu", dtype="float32") as model:
+        found = model.logits(ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())

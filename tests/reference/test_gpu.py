@@ -1,0 +1,69 @@
+"""On an accelerator: the same logits as the reference on the CPU, within the same tolerances."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from convert import convert_checkpoint
+from jlayer import AutoModel
+from jlayer.run.device import gpu_memory
+from tests.conftest import BUNDLED
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.gpu,
+    pytest.mark.skipif(gpu_memory() is None, reason="no NVIDIA GPU on this machine"),
+]
+IDS = np.random.default_rng(0).integers(0, 4096, (1, 300))
+
+
+def reference_logits(dtype):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        BUNDLED, dtype=dtype, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.double().numpy()
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    target = tmp_path_factory.mktemp("fable") / "layered"
+    convert_checkpoint(BUNDLED, target)
+    return target
+
+
+def test_float32(layered):
+    expected = reference_logits(torch.float32)
+    with AutoModel.from_pretrained(layered, device="gpu", dtype="float32") as model:
+        found = model.logits(IDS)
+    worst = np.abs(found - expected).max() / np.abs(expected).max()
+    print(f"float32: largest difference {worst:.2e} of max|logit|")
+    assert worst <= 1e-5
+
+
+def test_bfloat16(layered):
+    exact, rough = reference_logits(torch.float64), reference_logits(torch.bfloat16)
+    with AutoModel.from_pretrained(layered, device="gpu") as model:
+        found = model.logits(IDS)
+    ours, theirs = (np.sqrt(np.square(one - exact).mean()) for one in (found, rough))
+    print(f"bfloat16: root mean square to float64 {ours:.3e}, the reference's own {theirs:.3e}")
+    assert ours <= 1.2 * theirs
+
+
+def test_demo():
+    done = subprocess.run(
+        [sys.executable, "-m", "jlayer", "demo", "--json", "--device", "gpu"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["device"].startswith("cuda") or found["device"].startswith("gpu")
+    assert found["memory"]["device_peak_how"] == "measured"
+    assert found["memory"]["device_peak_bytes"] <= found["memory"]["device_budget_bytes"]
+    print({key: found["stats"][key] for key in ("tokens_per_s", "load_s", "put_bytes")})

@@ -1,0 +1,193 @@
+"""Generation from the outside: what comes back for what goes in, when it stops, and what is refused."""
+
+import json
+import shutil
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer.errors import CheckpointError, DoesNotFitError, UsageError
+
+PROMPT = "Once upon a time there was a little girl who"
+
+
+@pytest.fixture(scope="module")
+def model(fable):
+    with jlayer.AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:
+        yield model
+
+
+def test_greedy_is_the_argmax_of_the_logits_at_every_step(model):
+    found = jlayer.generate(model, PROMPT, max_new_tokens=12, temperature=0)
+    ids = model.text.encode(PROMPT)
+    for token in found.token_ids:
+        assert token == model.logits(ids)[0, -1].argmax()
+        ids.append(token)
+    assert found.finish_reason == "length"
+    assert found.text == model.text.decode(found.token_ids, continues=True)
+
+
+def test_a_stream_is_the_generation_in_pieces(model):
+    options = {"max_new_tokens": 40, "temperature": 0.9, "seed": 11}
+    whole = jlayer.generate(model, PROMPT, **options)
+    steps = list(jlayer.stream(model, PROMPT, **options))
+    assert "".join(step.text for step in steps) == whole.text
+    assert [token for step in steps for token in step.token_ids] == whole.token_ids
+
+
+def test_no_piece_holds_half_a_character(model):
+    ids = model.text.encode("日本語 🎈", add_special_tokens=False)
+    assert len(ids) > 8
+    replies = iter(ids)
+    stream = jlayer.run.generate.TextStream(model.text, continues=True)
+    pieces = [stream.step(next(replies)) for _ in ids] + [stream.finish()]
+    assert all("�" not in piece for piece in pieces)
+    assert "".join(pieces) == "日本語 🎈"
+
+
+def test_a_seed_means_the_same_alone_and_in_a_batch_and_after_a_restart(model, fable):
+    options = {"max_new_tokens": 15, "temperature": 1.0, "seed": 5}
+    prompts = [PROMPT, "The king said", PROMPT]
+    together = jlayer.generate(model, prompts, **options)
+    assert together[0].token_ids == jlayer.generate(model, PROMPT, **options).token_ids
+    assert together[0].token_ids != together[2].token_ids  # another sequence, other noise
+    again = jlayer.generate(fable, prompts, device="cpu", dtype="float32", **options)
+    assert [one.token_ids for one in again] == [one.token_ids for one in together]
+    other = jlayer.generate(model, PROMPT, **{**options, "seed": 6})
+    assert other.token_ids != together[0].token_ids
+
+
+def test_batches_equal_single_runs_whatever_the_padding(model):
+    prompts = ["The", PROMPT, PROMPT * 7, '"Who are you?" asked Dorothy.']
+    together = jlayer.generate(model, prompts, max_new_tokens=10, temperature=0)
+    for prompt, found in zip(prompts, together, strict=True):
+        alone = jlayer.generate(model, prompt, max_new_tokens=10, temperature=0)
+        assert found.token_ids == alone.token_ids
+
+
+def test_kinds_of_ids_come_back_as_they_went_in(model):
+    torch = pytest.importorskip("torch")
+    row = model.text.encode(PROMPT)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    listed = model.generate([row], **options)
+    assert listed[0][: len(row)] == row
+    assert len(listed[0]) == len(row) + 3
+    assert model.generate(row, **options) == listed[0]
+    for given in (
+        np.array([row]),
+        np.array([row], np.int32),
+        jnp.array([row]),
+        torch.tensor([row]),
+    ):
+        found = model.generate(given, **options)
+        assert type(found) is type(given)
+        assert found.dtype == given.dtype
+        assert found.tolist() == listed
+    wrapped = model.generate(torch.tensor([row]), return_dict_in_generate=True, **options)
+    assert wrapped.sequences.tolist() == listed
+
+
+def test_several_end_tokens_and_where_they_come_from(model, fable, tmp_path):
+    free = jlayer.generate(model, PROMPT, max_new_tokens=30, temperature=0).token_ids
+    ends = sorted({free[7], free[11]})
+    first = min(free.index(token) for token in ends)
+    found = jlayer.generate(model, PROMPT, max_new_tokens=30, temperature=0, eos_token_id=ends)
+    assert found.token_ids == free[: first + 1]
+    assert found.finish_reason == "stop"
+    # generation_config.json wins whole over config.json, and config.json counts where it is alone.
+    folder = shutil.copytree(fable, tmp_path / "model")
+    published = json.loads((folder / "generation_config.json").read_text())
+    changed = {**published, "eos_token_id": ends, "max_new_tokens": 25}
+    (folder / "generation_config.json").write_text(json.dumps(changed))
+    found = jlayer.generate(folder, PROMPT, temperature=0, device="cpu", dtype="float32")
+    assert found.token_ids == free[: first + 1]
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [free[0]]}))
+    found = jlayer.generate(folder, PROMPT, temperature=0, device="cpu", dtype="float32")
+    assert found.token_ids == free[:1]
+
+
+def test_a_stop_string_is_cut_exactly(model):
+    free = jlayer.generate(model, PROMPT, max_new_tokens=40, temperature=0).text
+    stop = free[21:26]  # begins and ends inside tokens as it falls
+    found = jlayer.generate(model, PROMPT, max_new_tokens=40, temperature=0, stop=[stop, "never"])
+    assert found.text == free[: free.index(stop)]
+    assert found.finish_reason == "stop"
+
+
+def test_nothing_asked_for_is_nothing_done(model):
+    before = model.executor.totals().sweeps
+    found = jlayer.generate(model, PROMPT, max_new_tokens=0)
+    assert (found.text, found.token_ids, found.finish_reason) == ("", [], "length")
+    assert model.executor.totals().sweeps == before
+
+
+def test_figures_add_up(fable):
+    options = {"max_new_tokens": 9, "temperature": 0, "device": "cpu"}
+    found = jlayer.generate(fable, PROMPT, **options)
+    stats, memory = found.stats, found.memory
+    assert stats["sweeps"] == 9
+    assert stats["tokens_per_sweep"] == pytest.approx(9 / 8, abs=1e-4)
+    assert stats["put_bytes"] == 9 * stats["sweep_bytes"]
+    # Every tile that was put was read, but for alignment and what is read ahead.
+    assert stats["read_bytes"] >= stats["put_bytes"] - 2 * found.plan["tile_bytes"]
+    assert 0 < memory["device_peak_bytes"] <= found.plan["device"]["peak_bytes"]
+    assert memory["device_peak_how"] == "accounted"
+    assert memory["host_peak_bytes"] > 10 << 20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ([], {}, "prompt: an empty list"),
+        ([5, 4096], {}, "id 4096 is outside the vocabulary of 4096"),
+        ([-1], {}, "id -1 is outside"),
+        ([7] * 1025, {}, "1025 tokens, longer than the context of 1024"),
+        ([7] * 1000, {"max_new_tokens": 25}, "25.*1024"),
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens"),
+        (PROMPT, {"temperature": -0.5}, "temperature"),
+        (PROMPT, {"temperature": float("nan")}, "temperature"),
+        (PROMPT, {"temperature": float("inf")}, "temperature"),
+        (PROMPT, {"top_p": 0.0}, "top_p"),
+        (PROMPT, {"top_p": 1.5}, "top_p"),
+        (PROMPT, {"top_k": -1}, "top_k"),
+        (PROMPT, {"min_p": 1.1}, "min_p"),
+        (PROMPT, {"repetition_penalty": 0}, "repetition_penalty"),
+        (PROMPT, {"seed": 1.5}, "seed"),
+        (PROMPT, {"stop": [""]}, "stop"),
+        (PROMPT, {"temprature": 1}, "did you mean 'temperature'"),
+        (b"bytes", {}, "found bytes"),
+    ],
+)
+def test_refused_requests(model, prompt, options, words):
+    with pytest.raises(UsageError, match=words):
+        jlayer.generate(model, prompt, **options)
+
+
+def test_an_unknown_option_is_refused_before_the_model_is_opened():
+    with pytest.raises(UsageError, match="did you mean 'device_memory'"):
+        jlayer.generate("/no/such/model", "x", device_memroy="1GiB")
+
+
+def test_a_budget_too_small_is_refused_with_the_sum(fable):
+    with pytest.raises(DoesNotFitError, match=r"slots .* give at least") as refusal:
+        jlayer.AutoModel.from_pretrained(fable, device="cpu", device_memory="1MiB")
+    plan = refusal.value.report["plan"]
+    assert plan["fits"] is False
+    assert plan["smallest_device_memory_bytes"] > 1 << 20
+
+
+def test_non_finite_weights_give_an_error_and_no_token(fable, tmp_path):
+    folder = shutil.copytree(fable, tmp_path / "model")
+    path = folder / "layer-00003.safetensors"
+    threads = threading.active_count()
+    raw = bytearray(path.read_bytes())
+    raw[4096 : 4096 + 2000] = b"\xff\x7f" * 1000  # bfloat16 NaN
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="not finite"):
+        jlayer.generate(folder, PROMPT, max_new_tokens=3, device="cpu")
+    assert threading.active_count() == threads
