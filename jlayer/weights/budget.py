@@ -109,7 +109,8 @@ class Plan:
             if peak > memory.budget_bytes:
                 raise DoesNotFitError(
                     f"{option}: {human(memory.budget_bytes)} given, needed are {human(peak)} = "
-                    f"{_terms(memory)}; give at least {-(-peak // 2**20)}MiB, or ask for fewer tokens",
+                    f"{_terms(memory)}; give at least {-(-peak // 2**20)}MiB, "
+                    "or ask for fewer tokens",
                     report={"plan": self.as_dict()},
                 )
 
