@@ -224,11 +224,17 @@ def other_tokenizer(source):
     (source / "tokenizer.json").write_text("{}")
 
 
+def other_generation_config(source):
+    edit_json(source / "generation_config.json", eos_token_id=3)
+
+
 def other_config(source):
     edit_json(source / "config.json", rms_norm_eps=1e-6)
 
 
-@pytest.mark.parametrize("change", [other_weights, other_tokenizer, other_config])
+@pytest.mark.parametrize(
+    "change", [other_weights, other_tokenizer, other_generation_config, other_config]
+)
 def test_a_target_that_differs_is_replaced_only_with_overwrite(copy_of, tmp_path, change):
     source, target = copy_of("single"), tmp_path / "out"
     convert_checkpoint(source, target)

@@ -1,0 +1,87 @@
+"""How files come to be: synced before they bear their name, the manifest last; and what is said."""
+
+import io
+import os
+import sys
+
+from convert import convert_checkpoint
+from convert.progress import StderrProgress
+from jlayer.weights.layout import MANIFEST
+from tests.convert.checkpoints import files_of
+
+
+def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(published, tmp_path, monkeypatch):
+    target, calls = tmp_path / "target", []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(fd):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def watched_rename(before, after):
+        calls.append(("rename", before, after))
+        rename(before, after)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    convert_checkpoint(published("single"), target)
+    assert calls[0] == ("fsync", str(tmp_path))  # so that the new folder itself stays
+    names = [call[2] for call in calls if call[0] == "rename"]
+    assert sorted(names) == sorted(str(path) for path in target.iterdir())
+    assert names[-1] == str(target / MANIFEST)
+    for n, name in enumerate(names):
+        steps = calls[1 + 3 * n : 4 + 3 * n]
+        aside = f"{name}.jlayer-tmp"
+        assert steps == [("fsync", aside), ("rename", aside, name), ("fsync", str(target))]
+
+
+def test_files_are_as_readable_as_any_other(published, tmp_path):
+    before = os.umask(0o027)
+    try:
+        convert_checkpoint(published("single"), tmp_path / "target")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "target").iterdir()} == {0o640}
+
+
+def test_few_files_are_open_at_a_time(published, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.read.MAX_OPEN_FILES", 2)
+    before, most = len(os.listdir("/proc/self/fd")), []
+    real = os.preadv
+
+    def preadv(*arguments):
+        most.append(len(os.listdir("/proc/self/fd")))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    convert_checkpoint(published("sharded"), tmp_path / "few")
+    monkeypatch.undo()
+    convert_checkpoint(published("sharded"), tmp_path / "many")
+    assert max(most) - before <= 4  # two to read, one to write, and the listing itself
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert files_of(tmp_path / "few") == files_of(tmp_path / "many")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_bytes_and_file(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    progress = StderrProgress()
+    convert_checkpoint(published("single"), tmp_path / "target", progress=progress)
+    progress.close()
+    shown = sys.stderr.getvalue()
+    assert "layer-00001.safetensors" in shown
+    assert "107k" in shown
+    assert "B/s" in shown
+
+
+def test_what_is_no_terminal_gets_no_bar(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = StderrProgress()
+    convert_checkpoint(published("single"), tmp_path / "target", progress=progress)
+    progress.close()
+    assert sys.stderr.getvalue() == ""
