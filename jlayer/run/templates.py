@@ -334,6 +334,8 @@ def _run(template, variants, marks):
             "marks": marks,
             # One clock reading for all variants, or they could differ by a second.
             "now": datetime.now().isoformat(),
+            "cpu_s": CPU_S,
+            "memory_bytes": MEMORY_BYTES,
         }
     ).encode()
     if len(template) > MAX_TEMPLATE_BYTES:
@@ -356,7 +358,11 @@ def _run(template, variants, marks):
         raise CheckpointError(f"chat template: gave no text within {WALL_S} s") from None
     if done.returncode:
         raise CheckpointError(_how_it_ended(done))
-    found = json.loads(done.stdout)
+    return _result(json.loads(done.stdout))
+
+
+def _result(found):
+    """(text, marked text or None, which marking) of what `render_variants` gave."""
     if "error" in found:
         kind = UsageError if found["error"] == "refused" else CheckpointError
         raise kind(f"chat template: {found['message']}")
@@ -382,25 +388,28 @@ def _child():
     except ImportError as error:
         found = {"error": "missing", "message": f"{error}; install jinja2>=3.1.6"}
     else:
-        _limit(len(payload_bytes))
+        # Room for what grows with the messages: ten copies, each four bytes a character at worst.
+        memory_bytes = payload["memory_bytes"] + 40 * len(payload_bytes)
+        _limit(cpu_s=payload["cpu_s"] + len(payload_bytes) / 8e6, memory_bytes=memory_bytes)
         found = render_variants(payload, limit=MAX_TEXT_CHARS + 10 * len(payload_bytes))
     sys.stdout.write(json.dumps(found))
 
 
-def _limit(payload_bytes):
+def _limit(*, cpu_s, memory_bytes):
     """No files, processes or core dumps from here on, and hard ends for memory and computing."""
     import resource
+    import signal
     import time
 
     time.tzset()  # reads the time zone's file, for strftime_now
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
+    # Ends the process to the tick; the limit counts whole seconds, but no code can lift it.
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    # The system counts whole seconds: the limit lies CPU_S to CPU_S + 1 beyond what is used.
-    cpu_s = int(used.ru_utime + used.ru_stime) + CPU_S + 1 + payload_bytes // (8 << 20)
     for name, most in (
-        ("RLIMIT_CPU", cpu_s),
-        ("RLIMIT_AS", MEMORY_BYTES + 40 * payload_bytes),
+        ("RLIMIT_CPU", int(used.ru_utime + used.ru_stime + cpu_s) + 1),
+        ("RLIMIT_AS", memory_bytes),
         ("RLIMIT_CORE", 0),
         ("RLIMIT_FSIZE", 0),
         ("RLIMIT_NPROC", 0),
@@ -529,7 +538,12 @@ def _environment(now):
             x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj, attribute):
+            """Jinja gives an undefined value that prints as nothing; no honest template asks."""
+            raise jinja2.exceptions.SecurityError(f"{attribute!r} of a {type(obj).__name__}")
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
