@@ -1,4 +1,5 @@
-"""The real checkpoints, through our converter and our command line, against their published greedy ids."""
+"""The real checkpoints, through our converter and our command line, against their published greedy
+ids."""
 
 import json
 
@@ -14,7 +15,8 @@ CHECKPOINTS = ["fable-1m", "fable-3m", "stories260K", "aidreams260K"]
 
 
 def golden(name):
-    """(prompt, prompt ids, greedy ids, top-5 ids, top-5 logits) of each case, in the two forms they come in."""
+    """(prompt, prompt ids, greedy ids, top-5 ids, top-5 logits) of each case, in the two forms they
+    come in."""
     found = json.loads((SHARED_DATA / "checkpoints" / name / "golden.json").read_text())
     for case in found.get("prompts", []):
         yield (
@@ -46,7 +48,9 @@ def test_command_line_gives_exactly_the_greedy_ids(checkpoint, capsys):
     name, folder = checkpoint
     for prompt, ids, expected, _, _ in golden(name):
         argv = ["generate", str(folder), "-p", prompt, "-n", str(len(expected))]
-        code = main([*argv, "--json", "--dtype", "float32", "--temperature", "0", "--device", "cpu"])
+        code = main(
+            [*argv, "--json", "--dtype", "float32", "--temperature", "0", "--device", "cpu"]
+        )
         found = json.loads(capsys.readouterr().out)
         assert code == 0
         assert found["prompt_tokens"] == len(ids)

@@ -1,4 +1,5 @@
-"""Generation from the outside: what comes back for what goes in, when it stops, and what is refused."""
+"""Generation from the outside: what comes back for what goes in, when it stops, and what is
+refused."""
 
 import json
 import shutil
