@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import jax
 
 from jlayer.errors import JlayerError
+from jlayer.run.interrupts import Deferred
 from jlayer.weights.direct import Reader
 from jlayer.weights.schedule import Free, Put, Read, Run, next_phase, prologue, sweep
 from jlayer.weights.slots import HostSlots, slot_bytes_for
 from jlayer.weights.store import Store, Tile
+
+PATIENCE_S = 1.0  # a tile that takes longer than this to read is worth a word
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Executor:
         self.device = device
         self._totals = Totals()
         self.on_step: Callable | None = None  # told of every step before it is taken
+        self.on_stall: Callable | None = None  # told (tile, seconds) while a read does not end
         self._placed = [store.place(tile) for tile in tiles]
         self._n_slots = n_slots
         self._slots = HostSlots(
@@ -73,29 +78,38 @@ class Executor:
         if self._phase is None:
             self._reader.resume()
             self._phase = 0
-            self._interpret(prologue(len(self.tiles), self._n_slots), run=None)
+            with self._safely() as signals:
+                self._interpret(prologue(len(self.tiles), self._n_slots), None, signals)
 
     def sweep(self, run: Callable[[Tile, dict[str, jax.Array]], object]):
         """One pass over all tiles in order. An error or an interrupt leaves nothing on the device
         and no read under way."""
         self.fill()
-        try:
-            self._interpret(sweep(len(self.tiles), self._n_slots, self._phase), run)
-        except BaseException:
-            self._abandon()
-            raise
+        with self._safely() as signals:
+            self._interpret(sweep(len(self.tiles), self._n_slots, self._phase), run, signals)
         self._phase = next_phase(len(self.tiles), self._n_slots, self._phase)
         self._totals.sweeps += 1
 
-    def _interpret(self, steps, run):
+    @contextmanager
+    def _safely(self):
+        """Signals wait for the end of a step; whatever goes wrong, nothing is left under way."""
+        with Deferred() as signals:
+            try:
+                yield signals
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _interpret(self, steps, run, signals):
         for step in steps:
+            signals.check()
             if self.on_step:
                 self.on_step(step, self.tiles[step.tile])
             match step:
                 case Read(tile, slot):
                     self._reads[slot] = self._pool.submit(self._read, tile, slot)
                 case Put(_, slot):
-                    self._live[slot] = self._put(self._await_read(slot))
+                    self._live[slot] = self._put(self._await_read(tile, slot, signals))
                     self._note_live()
                 case Run(tile, slot):
                     self._output = run(self.tiles[tile], self._live[slot])
@@ -120,12 +134,16 @@ class Executor:
             for place in places
         }
 
-    def _await_read(self, slot):
-        read = self._reads.pop(slot)
+    def _await_read(self, tile, slot, signals):
+        read = self._reads[slot]
         if not read.done():
             began = time.perf_counter()
-            read.exception()  # waits; the error itself comes below
+            while not wait([read], timeout=PATIENCE_S).done:
+                signals.check()
+                if self.on_stall:
+                    self.on_stall(self.tiles[tile], time.perf_counter() - began)
             self._totals.stall_s += time.perf_counter() - began
+        del self._reads[slot]
         return read.result()
 
     def _put(self, views):

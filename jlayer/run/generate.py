@@ -8,6 +8,7 @@ elsewhere (`sample`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,8 +17,8 @@ from jlayer.config import RunConfig, unknown_name
 from jlayer.errors import UsageError
 from jlayer.run.model import AutoModel, Model, as_id_lists
 from jlayer.run.report import Clock, Stats
-from jlayer.run.sample import Choice, SamplingOptions, choose
-from jlayer.run.tokens import StopWatcher, TextStream
+from jlayer.run.sample import Choice, SamplingOptions, choose, is_option, option_names
+from jlayer.run.tokens import NO_TOKENIZER, StopWatcher, TextStream, chat_messages
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text. `token_ids` are the new ones only; `stats`, `memory` and `plan` are as
-    `generate --json` prints them."""
+    """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
+    for each with the likeliest tokens beside it; `stats`, `memory` and `plan` are as `generate
+    --json` prints them."""
 
     text: str
     token_ids: list[int]
@@ -41,6 +43,7 @@ class Generation:
     device: str
     dtype: str
     seed: int | None
+    logprobs: list[dict] | None
     stats: dict
     memory: dict
     plan: dict
@@ -126,14 +129,17 @@ class Decoding:
             raise UsageError(
                 "stop: the model has no tokenizer, so text cannot be watched; leave it out"
             )
+        # A sequence's number is its place among those of one prompt, not in the batch: so each is
+        # what it would be alone.
         self.continuations = [
             Continuation(prompt, options=self.options, limit=limit, number=number, text=text)
-            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+            for prompt, limit in zip(prompts, limits, strict=True)
+            for number in range(options.num_return_sequences)
         ]
         self._longest = max(map(len, prompts))
         self._context = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
         self._forward = model.forward(
-            batch=len(prompts), longest=self._longest, context=self._context
+            batch=len(self.continuations), longest=self._longest, context=self._context
         )
         self.stats = Stats(load_s=model.load_s, sweep_bytes=model.sweep_bytes)
         self._compiles_before = dict(model.compiles)
@@ -190,6 +196,7 @@ class Decoding:
                 device=model.device_name,
                 dtype=model.dtype,
                 seed=self.options.seed,
+                logprobs=_logprobs(c.choices) if self.options.logprobs is not None else None,
                 stats=self.stats.as_dict(),
                 memory=memory,
                 plan=model.plan.as_dict(),
@@ -220,59 +227,95 @@ class Decoding:
         self.stats.reads = "direct" if self._model.executor.reads_directly else "buffered"
 
 
-def generate(model_or_ref, prompt=None, **options):
-    """Continues a prompt: a str, ids, or a list of them -> a Generation, or a list where a list
-    came in.
+def _logprobs(choices):
+    return [
+        {"token_id": c.token_id, "logprob": c.logprob, "top": [list(pair) for pair in c.top]}
+        for c in choices
+    ]
 
-    `options` are transformers' generation options, `seed`, `stop`, and, where a ref is given, those
-    of `AutoModel.from_pretrained`. Raises the errors of both.
+
+def generate(model_or_ref, prompt=None, **options):
+    """Continues a prompt: a str, ids, messages, or a list of these.
+
+    -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
+    prompt next to each other). `options`: transformers' generation options, `seed`, `stop`,
+    `logprobs`; `messages`, `chat`, `system`, `chat_template` as in `encode_prompts`; where a ref is
+    given, those of `AutoModel.from_pretrained`. Raises the errors of both.
     """
-    model, owned, options = _opened(model_or_ref, options)
-    try:
-        prompts, one = encode_prompts(model, prompt)
-        decoding = Decoding(
-            model, prompts, sampling_options(model, options, implied=True), text=model.text
-        )
+    with _opened(model_or_ref, options) as (model, sampling, chat):
+        prompts, one = encode_prompts(model, prompt, **chat)
+        decoding = Decoding(model, prompts, sampling_options(model, sampling), text=model.text)
         for _ in decoding:
             pass
         found = decoding.generations()
-        return found[0] if one else found
-    finally:
-        if owned:
-            model.close()
+        return found[0] if one and len(found) == 1 else found
 
 
-def stream(model_or_ref, prompt, **options) -> Iterator[Step]:
-    """Continues one prompt, yielding a Step as each sweep ends. Options and errors as in
-    `generate`."""
-    model, owned, options = _opened(model_or_ref, options)
-    try:
-        prompts, one = encode_prompts(model, prompt)
-        if not one:
-            raise UsageError("prompt: stream takes one prompt; generate takes a list")
-        decoding = Decoding(
-            model, prompts, sampling_options(model, options, implied=True), text=model.text
-        )
+def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
+    """Continues one prompt, yielding a Step as each sweep ends. As `generate` otherwise."""
+    with _opened(model_or_ref, options) as (model, sampling, chat):
+        prompts, one = encode_prompts(model, prompt, **chat)
+        decoding = Decoding(model, prompts, sampling_options(model, sampling), text=model.text)
+        if not one or len(decoding.continuations) > 1:
+            raise UsageError("stream: takes one prompt and gives one text; generate takes more")
         for (step,) in decoding:
             yield step
-    finally:
-        if owned:
-            model.close()
 
 
-def generate_ids(model: Model, input_ids, **options):
-    """transformers' `generate`: ids [B, T] in, prompt and new ids out in the same kind; see
-    `Model.generate`."""
-    as_object = options.pop("return_dict_in_generate", False)
-    prompts = as_id_lists(input_ids)
+def generate_ids(
+    model: Model,
+    input_ids,
+    *,
+    attention_mask=None,
+    streamer=None,
+    return_dict_in_generate=False,
+    **options,
+):
+    """transformers' `generate`: ids [B, T] in, prompt and new ids out in the same kind.
+
+    `attention_mask` marks padding with 0, at either end of a row. `streamer`: any object with `put`
+    and `end`, for one sequence; it gets the prompt first, as in transformers.
+    """
+    rows = as_id_lists(input_ids)
+    prompts = rows if attention_mask is None else _unpadded(rows, attention_mask)
     sampling = sampling_options(model, options, implied=False)
-    decoding = Decoding(model, prompts, sampling, text=model.text if sampling.stop else None)
-    for _ in decoding:
-        pass
-    sequences = _like(
-        input_ids, [c.history for c in decoding.continuations], _padding(model, sampling)
-    )
-    return Sequences(sequences) if as_object else sequences
+    text = model.text if sampling.stop else None
+    decoding = Decoding(model, prompts, sampling, text=text)
+    _drive(decoding, streamer)
+    answers = [c.token_ids for c in decoding.continuations]
+    n = sampling.num_return_sequences
+    whole = [rows[i // n] + answer for i, answer in enumerate(answers)]
+    sequences = _like(input_ids, whole, _padding(model, sampling))
+    return Sequences(sequences) if return_dict_in_generate else sequences
+
+
+def _drive(decoding, streamer):
+    if streamer is None:
+        for _ in decoding:
+            pass
+        return
+    if len(decoding.continuations) > 1:
+        raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
+    streamer.put(np.array([decoding.continuations[0].history]))
+    for (step,) in decoding:
+        streamer.put(np.array(step.token_ids))
+    streamer.end()
+
+
+def _unpadded(rows, attention_mask):
+    """Each row without the padding that its mask marks."""
+    masks = as_id_lists(attention_mask, name="attention_mask")
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise UsageError("attention_mask: of another shape than input_ids")
+    found = []
+    for row, mask in zip(rows, masks, strict=True):
+        kept = [i for i, mark in enumerate(mask) if mark]
+        if not kept or kept != list(range(kept[0], kept[-1] + 1)):
+            raise UsageError(
+                "attention_mask: expected ones in a row, with padding around them only"
+            )
+        found.append([row[i] for i in kept])
+    return found
 
 
 @dataclass(frozen=True)
@@ -282,8 +325,11 @@ class Sequences:
     sequences: object
 
 
-def sampling_options(model: Model, options: dict, *, implied: bool) -> SamplingOptions:
-    """The user's options over what the model's makers set, checked against the vocabulary."""
+def sampling_options(model: Model, options: dict, *, implied: bool = True) -> SamplingOptions:
+    """The user's options over what the model's makers set, checked against the vocabulary.
+
+    `implied`: a temperature or a filter means sampling, without `do_sample`.
+    """
     return SamplingOptions.from_mapping(
         options,
         generation_config=model.generation_config,
@@ -292,53 +338,80 @@ def sampling_options(model: Model, options: dict, *, implied: bool) -> SamplingO
     )
 
 
-def encode_prompts(model: Model, prompt) -> tuple[list[list[int]], bool]:
-    """A str, ids, or a list of these -> (ids of each, whether it was a single one). Raises
-    UsageError."""
-    if isinstance(prompt, str):
-        return [_encode(model, prompt)], True
+CHAT_OPTIONS = ("messages", "chat", "system", "chat_template")
+
+
+def encode_prompts(
+    model: Model, prompt=None, *, messages=None, chat=False, system=None, chat_template=None
+) -> tuple[list[list[int]], bool]:
+    """A str, ids, messages, or a list of these -> (ids of each, whether it was a single one).
+
+    Messages ({"role": ..., "content": ...}) are put in the model's chat format; so is a str with
+    `chat`, after a message of `system`. Raises UsageError, and what a chat template gives.
+    """
+    if (prompt is None) == (messages is None):
+        raise UsageError("prompt: give a prompt or messages, and not both")
+    prompt = messages if prompt is None else prompt
+    form = {"chat": chat or system is not None, "system": system, "chat_template": chat_template}
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
+    if _is_one(prompt):
+        return [_encode(model, prompt, **form)], True
     if not isinstance(prompt, (list, tuple)):
-        raise UsageError(
-            f"prompt: found {type(prompt).__name__}, expected a str, ids, or a list of them"
-        )
-    if prompt and all(type(token) is int for token in prompt):
-        return [list(prompt)], True
+        found = type(prompt).__name__
+        raise UsageError(f"prompt: found {found}, expected a str, ids, messages, or a list of them")
     if not prompt:
         raise UsageError("prompt: an empty list; give at least one prompt")
-    return [encode_prompts(model, one)[0][0] for one in prompt], False
+    for one in prompt:
+        if not _is_one(one):
+            found = type(one).__name__
+            raise UsageError(f"prompt: found {found} in a list of prompts, expected str or ids")
+    return [_encode(model, one, **form) for one in prompt], False
 
 
-def _encode(model, text):
+def _is_one(prompt):
+    """Whether this is a single prompt: text, ids, or messages."""
+    if isinstance(prompt, str):
+        return True
+    kinds = {type(part) for part in prompt} if isinstance(prompt, (list, tuple)) else set()
+    return kinds in ({int}, {dict})
+
+
+def _encode(model, prompt, *, chat, system, chat_template):
+    if not isinstance(prompt, str) and type(prompt[0]) is int:
+        return list(prompt)
     if model.text is None:
-        raise UsageError(f"{model.folder}: holds no tokenizer; give the prompt as ids")
-    return model.text.encode(text)
+        raise UsageError(NO_TOKENIZER.format(folder=model.folder))
+    messages = chat_messages(prompt, chat=chat, system=system)
+    if messages is None:
+        return model.text.encode(prompt)
+    return model.text.encode_chat(messages, chat_template=chat_template)
 
 
+@contextmanager
 def _opened(model_or_ref, options):
-    """(model, whether it is ours to close, the options left for generation)."""
+    """(model, options of generation, options of the prompt); closes a model that was opened
+    here."""
+    chat = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
+    rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
     if isinstance(model_or_ref, Model):
-        return model_or_ref, False, options
+        yield model_or_ref, rest, chat
+        return
     own = {field.name for field in fields(RunConfig)} | {"draft"}
-    run = {name: value for name, value in options.items() if name in own}
-    rest = {name: value for name, value in options.items() if name not in own}
+    run = {name: value for name, value in rest.items() if name in own}
+    rest = {name: value for name, value in rest.items() if name not in own}
     _check_names(rest, own)
-    return AutoModel.from_pretrained(model_or_ref, **run), True, rest
+    with AutoModel.from_pretrained(model_or_ref, **run) as model:
+        yield model, rest, chat
 
 
 def _check_names(options, own):
     """An unknown option is refused before the model is opened, and offers run options too."""
-    try:
-        SamplingOptions.from_mapping(options)
-    except UsageError as error:
-        unknown = next(
-            (name for name in options if f"option {name!r} is not known" in str(error)), None
-        )
-        if unknown is None:
-            raise
-        known = [*own, *(field.name for field in fields(SamplingOptions))]
-        raise UsageError(unknown_name("option", unknown, known)) from None
+    known = [*own, *CHAT_OPTIONS, *option_names()]
+    for name in options:
+        if not is_option(name):
+            raise UsageError(unknown_name("option", name, known))
+    SamplingOptions.from_mapping(options)
 
 
 def _padding(model, options):

@@ -254,7 +254,7 @@ class Model:
         self.close()
 
 
-def as_id_lists(input_ids) -> list[list[int]]:
+def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
     """Ids as lists, numpy, jax or torch give them, [B, T] or [T], as B lists of ints.
 
     Raises UsageError where they are no integers or of more than two dimensions.
@@ -266,7 +266,7 @@ def as_id_lists(input_ids) -> list[list[int]]:
         isinstance(row, (list, tuple)) and all(type(token) is int for token in row) for row in rows
     )
     if not ok or not rows:
-        raise UsageError("input_ids: expected integers of shape [B, T] or [T]")
+        raise UsageError(f"{name}: expected integers of shape [B, T] or [T]")
     return [list(row) for row in rows]
 
 

@@ -322,7 +322,11 @@ def _noise_at(ids, *, seed, sequence, position):
         return np.zeros(0)
     counter = np.array([0, position, sequence, 0], dtype=np.uint64)
     stream = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
-    words = stream.random_raw(int(ids[-1]) + 1)[ids]
+    return _gumbel(stream.random_raw(int(ids[-1]) + 1)[ids])
+
+
+def _gumbel(words):
+    # 52 bits and a half are 53: with one more, the largest word would round to u = 1.
     return -np.log(-np.log(((words >> np.uint64(12)) + 0.5) * 2.0**-52))
 
 
@@ -522,6 +526,16 @@ def _checked(name, value, *, where=None):
     raise UsageError(line) if where is None else CheckpointError(f"{where}: {line}")
 
 
+def option_names() -> tuple[str, ...]:
+    """The names that `SamplingOptions.from_mapping` acts on, transformers' aliases included."""
+    return (*(field.name for field in fields(SamplingOptions)), *ALIASES)
+
+
+def is_option(name: str) -> bool:
+    """Whether `from_mapping` knows a name: to act on it, to pass over it, or to refuse it."""
+    return name in option_names() or name in REFUSED or name in IGNORED
+
+
 def _given(options):
     """The user's options under our names; None means off."""
     defaults = {field.name: field.default for field in fields(SamplingOptions)} | _NONE_MEANS
@@ -536,7 +550,7 @@ def _given(options):
             if not _leaves_output_alone(name, value):
                 raise UsageError(_refusal(name, value))
         elif name not in IGNORED:
-            raise UsageError(unknown_name("option", name, (*defaults, *ALIASES)))
+            raise UsageError(unknown_name("option", name, option_names()))
     return found
 
 

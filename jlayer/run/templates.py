@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jlayer
 from jlayer.config import unknown_name
-from jlayer.errors import CheckpointError, UsageError
+from jlayer.errors import CheckpointError, StorageError, UsageError
 from jlayer.strict import read_json_object, read_small_file
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest published ones have some 20,000 characters
@@ -47,8 +47,10 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True)
 class Rendered:
-    """`text`, and the same cut into parts: (control token that the template itself wrote, True) or
-    (text, whoever wrote it, in which no token of `control` may be recognised, False).
+    """A chat as one text, and the same text in parts.
+
+    A part is (a token of `control` that the template itself wrote, True), or (text, whoever wrote
+    it, False), in which no token of `control` may be recognised.
     """
 
     text: str
@@ -121,7 +123,7 @@ def render_chat(
     options = _plain(dict(options or {}), "template options")
     special = frozenset(special)
     control = special | {token for token in added if token in template and not token.isspace()}
-    _refuse_control_tokens((options, plain), special)
+    _refuse_control_tokens([*_strings(options, keys=True), *_keys(plain)], special)
     marks = _unused_characters((template, plain, options))
     markings = (
         (_mark_whole, control),
@@ -205,13 +207,11 @@ def _strings(value, *, keys=False):
             yield from _strings(item, keys=keys)
 
 
-def _refuse_control_tokens(value, special):
+def _refuse_control_tokens(names, special):
     """In keys and in options, which are not marked, they could not be told from the template's."""
-    options, plain = value
-    tokens = _Tokens(special)
-    names = [*_strings(options, keys=True), *_keys(plain)]
+    pattern = _Tokens(special).pattern
     for name in names:
-        if tokens.pattern.search(name):
+        if pattern.search(name):
             raise UsageError(f"{name[:60]!r} holds a special token; only message text may")
 
 
@@ -356,6 +356,10 @@ def _run(template, variants, marks):
         )
     except subprocess.TimeoutExpired:
         raise CheckpointError(f"chat template: gave no text within {WALL_S} s") from None
+    except OSError as error:
+        raise StorageError(
+            f"chat template: no process could be started for it ({error.strerror})"
+        ) from None
     if done.returncode:
         raise CheckpointError(_how_it_ended(done))
     return _result(json.loads(done.stdout))
@@ -364,7 +368,7 @@ def _run(template, variants, marks):
 def _result(found):
     """(text, marked text or None, which marking) of what `render_variants` gave."""
     if "error" in found:
-        kind = UsageError if found["error"] == "refused" else CheckpointError
+        kind = UsageError if found["error"] in ("refused", "missing") else CheckpointError
         raise kind(f"chat template: {found['message']}")
     return found["text"], found["marked"], found["which"]
 

@@ -208,11 +208,12 @@ class Tokenizer:
                     f"{self.where}: add_bos_token or add_eos_token is set, but the token is unknown"
                 )
             return before, after
-        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
-        full = self._tokenizer.encode("a", add_special_tokens=True).ids
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
+        for probe in ("a", "1", "."):  # a vocabulary need not have all of them
+            bare = self._tokenizer.encode(probe, add_special_tokens=False).ids
+            full = self._tokenizer.encode(probe, add_special_tokens=True).ids
+            for start in range(len(full) - len(bare) + 1 if bare else 0):
+                if full[start : start + len(bare)] == bare:
+                    return full[:start], full[start + len(bare) :]
         raise UnsupportedModelError(f"{self.where}: its post-processor rewrites text")
 
     @cached_property
@@ -224,6 +225,15 @@ class Tokenizer:
     @cached_property
     def _special_ids(self):
         return frozenset(self.special_tokens.values())
+
+
+def chat_messages(prompt, *, chat: bool, system: str | None) -> list[dict] | None:
+    """The messages that a prompt stands for, or None where it is plain text."""
+    if isinstance(prompt, str):
+        if not chat:
+            return None
+        prompt = [{"role": "user", "content": prompt}]
+    return [{"role": "system", "content": system}, *prompt] if system is not None else list(prompt)
 
 
 class TextStream:

@@ -81,12 +81,12 @@ def bit_flipped_in_the_tokenizer(folder):
     flip_bit(folder / "tokenizer.json", 3)
 
 
-@damage(LAYER, "bytes")
+@damage(LAYER, " bytes, expected ")
 def file_cut_off(folder):
     os.truncate(folder / LAYER, (folder / LAYER).stat().st_size - 1)
 
 
-@damage(LAYER, "bytes")
+@damage(LAYER, " bytes, expected ")
 def file_too_long(folder):
     with open(folder / LAYER, "ab") as file:
         file.write(b"\0")

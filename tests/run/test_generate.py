@@ -54,7 +54,7 @@ def test_a_seed_means_the_same_alone_and_in_a_batch_and_after_a_restart(model, f
     prompts = [PROMPT, "The king said", PROMPT]
     together = jlayer.generate(model, prompts, **options)
     assert together[0].token_ids == jlayer.generate(model, PROMPT, **options).token_ids
-    assert together[0].token_ids != together[2].token_ids  # another sequence, other noise
+    assert together[0].token_ids == together[2].token_ids  # each is what it would be alone
     again = jlayer.generate(fable, prompts, device="cpu", dtype="float32", **options)
     assert [one.token_ids for one in again] == [one.token_ids for one in together]
     other = jlayer.generate(model, PROMPT, **{**options, "seed": 6})
@@ -162,6 +162,11 @@ def test_figures_add_up(fable):
         (PROMPT, {"stop": [""]}, "stop"),
         (PROMPT, {"temprature": 1}, "did you mean 'temperature'"),
         (b"bytes", {}, "found bytes"),
+        (None, {}, "give a prompt or messages"),
+        (["a", 3.5], {}, "found float in a list of prompts"),
+        (PROMPT, {"num_beams": 4}, "num_beams"),
+        (PROMPT, {"num_return_sequences": 2, "temperature": 0}, "num_return_sequences"),
+        (PROMPT, {"logit_bias": {4096: 1.0}}, "vocabulary"),
     ],
 )
 def test_refused_requests(model, prompt, options, words):
@@ -192,3 +197,90 @@ def test_non_finite_weights_give_an_error_and_no_token(fable, tmp_path):
     with pytest.raises(CheckpointError, match="not finite"):
         jlayer.generate(folder, PROMPT, max_new_tokens=3, device="cpu")
     assert threading.active_count() == threads
+
+
+def test_several_sequences_of_a_prompt_are_what_they_would_be_alone(model):
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    prompts = [PROMPT, "The king said"]
+    found = jlayer.generate(model, prompts, num_return_sequences=2, **options)
+    alone = [jlayer.generate(model, p, num_return_sequences=2, **options) for p in prompts]
+    assert [one.token_ids for one in found] == [one.token_ids for pair in alone for one in pair]
+    assert found[0].token_ids != found[1].token_ids
+    first = jlayer.generate(model, PROMPT, **options)
+    assert first.token_ids == found[0].token_ids
+
+
+def test_logprobs_are_the_log_softmax_of_the_logits(model):
+    found = jlayer.generate(model, PROMPT, max_new_tokens=3, temperature=0, logprobs=2)
+    ids = model.text.encode(PROMPT)
+    for token, row in zip(found.token_ids, found.logprobs, strict=True):
+        logits = model.logits(ids)[0, -1].astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum())
+        assert row["token_id"] == token
+        assert row["logprob"] == pytest.approx(expected[token], abs=1e-4)
+        assert [top for top, _ in row["top"]] == expected.argsort()[::-1][:2].tolist()
+        ids.append(token)
+    assert jlayer.generate(model, PROMPT, max_new_tokens=1).logprobs is None
+
+
+def test_padding_that_a_mask_marks_changes_nothing(model):
+    rows = [model.text.encode(PROMPT), model.text.encode("The king")]
+    alone = [model.generate(row, max_new_tokens=5, do_sample=False)[len(row) :] for row in rows]
+    width = len(rows[0])
+    for left in (True, False):
+        pads = [width - len(row) for row in rows]
+        ids = [[1] * n + row if left else row + [1] * n for row, n in zip(rows, pads, strict=True)]
+        mask = [
+            [0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n
+            for row, n in zip(rows, pads, strict=True)
+        ]
+        found = model.generate(
+            np.array(ids), attention_mask=np.array(mask), max_new_tokens=5, do_sample=False
+        )
+        assert found[:, width:].tolist() == alone
+    with pytest.raises(UsageError, match="ones in a row"):
+        model.generate(np.array([[1, 2, 3]]), attention_mask=np.array([[1, 0, 1]]))
+
+
+def test_a_streamer_gets_the_prompt_then_each_token_then_the_end(model):
+    class Streamer:
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got.append(value.tolist())
+
+        def end(self):
+            self.got.append("end")
+
+    streamer, ids = Streamer(), [5, 6, 7]
+    found = model.generate(ids, max_new_tokens=3, do_sample=False, streamer=streamer)
+    assert streamer.got == [[ids], *[[token] for token in found[3:]], "end"]
+    with pytest.raises(UsageError, match="one sequence at a time"):
+        model.generate([ids, ids], max_new_tokens=1, streamer=streamer)
+
+
+def test_chat_and_messages_are_put_in_the_models_format(fable, tmp_path):
+    folder = shutil.copytree(fable, tmp_path / "model")
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    with jlayer.AutoModel.from_pretrained(folder, device="cpu") as model:
+        expected = model.text.encode("[system] Be brief.\n[user] Hello\n[assistant]")
+        for prompt, options in (
+            (messages, {}),
+            (None, {"messages": messages}),
+            ("Hello", {"system": "Be brief."}),
+            ("Hello", {"system": "Be brief.", "chat": True}),
+        ):
+            found = jlayer.generate(model, prompt, max_new_tokens=1, **options)
+            assert found.prompt_tokens == len(expected)
+        ids, one = jlayer.run.generate.encode_prompts(model, messages)
+        assert (ids, one) == ([expected], True)
+        both, one = jlayer.run.generate.encode_prompts(model, [messages, "Hello"], chat=True)
+        assert (len(both), one) == (2, False)
+    with pytest.raises(jlayer.JlayerError, match="chat template"):
+        jlayer.generate(fable, messages, device="cpu")

@@ -75,6 +75,7 @@ ALWAYS = [
     {"no_repeat_ngram_size": 3},
     {"min_new_tokens": 40, "eos_token_id": [2, 5]},
     {"min_length": 40, "eos_token_id": [2, 5]},
+    {"min_length": 15, "eos_token_id": [2, 5]},
     {"min_length": 3, "min_new_tokens": 2, "eos_token_id": [5]},
     {
         "sequence_bias": {(1,): 3.0, (2,): -2.0},
@@ -273,10 +274,9 @@ def test_noise_of_a_token_does_not_depend_on_the_vocabulary(seed, sequence, posi
 
 
 def test_noise_is_finite_at_both_ends():
-    for word in (0, 2**64 - 1):
-        u = ((np.uint64(word) >> np.uint64(12)) + 0.5) * 2.0**-52
-        assert 0 < u < 1
-        assert np.isfinite(-np.log(-np.log(u)))
+    lowest, highest = sample._gumbel(np.array([0, 2**64 - 1], np.uint64))
+    assert lowest == pytest.approx(-math.log(53 * math.log(2)))
+    assert highest == pytest.approx(53 * math.log(2))
 
 
 def test_noise_differs_between_seeds_sequences_and_positions():
@@ -303,6 +303,16 @@ def test_draws_follow_the_softmax():
     counts = np.bincount(ids, minlength=23)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 40.29  # 99th percentile at 22 degrees of freedom
+
+
+@pytest.mark.parametrize("n_prompt", [0, 3, 6])
+def test_a_draw_is_the_largest_of_filtered_logits_over_temperature_plus_noise(n_prompt):
+    options = SamplingOptions(do_sample=True, temperature=1.7, top_k=0, seed=12)
+    for n_history in range(6, 30):
+        logits, history = random_logits(n_history), history_of(n_history)
+        found = choose(logits, options=options, history=history, n_prompt=n_prompt, sequence=4)
+        expected = logits.astype(np.float64) / 1.7 + gumbel_noise(12, 4, n_history, V)
+        assert found.token_id == int(expected.argmax())
 
 
 # One token in many ways
@@ -415,6 +425,13 @@ def test_filters_always_leave_the_likeliest_and_what_top_p_needs(row, top_p, top
     assert mass[kept].min() >= np.delete(mass, kept).max(initial=0.0)
     # Without its last token the set would fall short.
     assert mass[kept].sum() - mass[kept].min() <= top_p + 1e-12
+
+
+def test_the_smallest_top_p_leaves_the_likeliest():
+    options = SamplingOptions(do_sample=True, top_k=0, top_p=5e-324)
+    for logits in (random_logits(), np.zeros(7, np.float32)):
+        ids, _ = sample.candidates(logits, options=options)
+        assert ids.tolist() == [int(logits.argmax())]
 
 
 def test_of_equals_at_the_edge_of_top_p_the_lower_ids_stay():

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import pytest
 
-from jlayer.errors import CheckpointError, UsageError
+from jlayer.errors import CheckpointError, StorageError, UsageError
 from jlayer.run import templates
 from jlayer.run.templates import read_templates, render_chat, select_template
 from tests.conftest import SHARED_DATA, needs_shared_data
@@ -213,6 +213,18 @@ def test_templates_that_are_none(tmp_path, raw):
         read_templates(tmp_path, {})
 
 
+def test_what_is_marked():
+    mark = templates._mark_whole(None, "[]")
+    assert [mark(text) for text in (" a b\n", "a", " ", "")] == [" [a b]\n", "[a]", " ", ""]
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}, 1, None, True]}
+    marked = {"role": "user", "content": [{"type": "text", "text": "[x]"}, 1, None, True]}
+    assert templates._mapped(message, mark) == marked
+    tokens = templates._Tokens(["</s>", "</s>!"])
+    mark = templates._mark_control_tokens(tokens, "[]")
+    assert mark("a</s>!b</s>c") == "a[</s>!]b[</s>]c"
+    assert [mark(text) for text in ("a <", "s> a", "a", "")] == ["a <[]", "[]s> a", "a", ""]
+
+
 # Messages
 
 
@@ -233,6 +245,12 @@ def test_templates_that_are_none(tmp_path, raw):
 def test_messages_that_are_none(messages, words):
     with pytest.raises(UsageError, match=words):
         render_chat(CHATML, messages)
+
+
+def test_nulls_in_a_message_count_as_absent(here):
+    source = "{{ messages[0].content is defined }} {{ messages[0] | length }}"
+    found = render_chat(source, [{"role": "assistant", "content": None, "tool_calls": None}])
+    assert found.text == "False 1"
 
 
 def test_a_refusal_of_the_template_is_the_users_to_mend(here):
@@ -262,6 +280,12 @@ def test_what_the_user_cut_in_two_stays_text(here):
     for halves in (["<", "/s>"], ["</s", ">"]):
         messages = [*user(halves[0]), *user(halves[1])]
         found = render_chat(source, messages, special=SPECIAL)
+        assert written(found) == (["</s>"], ["</s>"])
+    for half, source in (("/s>", "<{{ m }}</s>"), ("</s", "{{ m }}></s>")):
+        source = "{% set m = messages[0].content %}{% if m.endswith('s>') or '</s' in m[:3] %}" + (
+            source + "{% endif %}"
+        )
+        found = render_chat(source, user(half), special=SPECIAL)
         assert written(found) == (["</s>"], ["</s>"])
 
 
@@ -432,6 +456,19 @@ def test_the_process_can_open_no_file_and_start_no_other():
         [sys.executable, "-I", "-S", "-c", code, os.getcwd(), *sys.path], capture_output=True
     )
     assert done.stdout.split() == [b"24", b"24", b"268435456", b"268435456"], done.stderr
+
+
+def test_no_process_no_jinja(monkeypatch, here):
+    with monkeypatch.context() as patched:
+        patched.setattr(templates, "MIN_JINJA", (99,))
+        with pytest.raises(ImportError, match="known ways out"):
+            templates._jinja()
+    with pytest.raises(UsageError, match="install"):
+        templates._result({"error": "missing", "message": "install jinja2"})
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(StorageError, match="no process could be started"):
+        render_chat(CHATML, user("x"))
 
 
 def test_a_template_too_long_is_not_run():

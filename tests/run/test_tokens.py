@@ -160,6 +160,9 @@ def test_a_tiktoken_file_encodes_as_tiktoken_does():
     for _ in range(300):
         text = "".join(rng.choice(" \n\tabcé日😀.0123́エ'stre<|>") for _ in range(rng.randrange(30)))
         assert ours.encode(text, add_special_tokens=False) == original.encode_ordinary(text), text
+    # Tokens that merges do not lead to: a whole word that is a token is taken as it is.
+    for text in ("iyordu", ".::.::", "sahuje"):
+        assert ours.encode(text, add_special_tokens=False) == original.encode_ordinary(text)
     text = "a<|eot_id|>\n<|start_header_id|>"
     ids = original.encode(text, allowed_special="all")
     assert ours.encode(text, add_special_tokens=False) == ids
@@ -366,6 +369,15 @@ def test_llama3_gives_a_character_with_its_last_byte(llama3):
     assert pieces[-2:] == ["!", ""]
     cut = streamed(llama3, ids[:-2])
     assert "".join(cut) == llama3.decode(ids[:-2])
+
+
+def test_added_tokens_that_no_byte_stands_for(tmp_path):
+    rows = {"4096": {"content": "a token — with spaces"}, "4097": {"content": "naïve"}}
+    folder = edited(tmp_path, BUNDLED, tokenizer_config={"added_tokens_decoder": rows})
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = [*tokenizer.encode("x"), 4096, 4097, *tokenizer.encode("é")]
+    assert tokenizer.decode(ids).startswith("xa token — with spacesna")
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_a_decoder_that_is_neither_kind_is_exact_and_late(tmp_path):

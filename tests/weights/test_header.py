@@ -131,7 +131,7 @@ def test_any_bytes_are_either_json_or_refused(raw):
 @pytest.mark.parametrize(
     "text",
     [
-        '"' + 'a\\"' * 1_000_000 + "[" * 100,
+        '"' + 'a\\"' * 20_000 + "[" * 100,
         '"' * 1_000_000 + "[]" * 100,
         "{}" * 500_000,
         '{"a":"' + "x" * 5_000_000 + '"}' + "[]" * 100,
@@ -141,7 +141,7 @@ def test_depth_is_counted_in_time_that_grows_with_the_text_alone(text):
     started = time.perf_counter()
     with pytest.raises(CheckpointError):
         parse_json_object(text.encode(), what="x")
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 1
 
 
 def test_brackets_inside_strings_are_not_depth():

@@ -38,9 +38,7 @@ def run(args) -> dict:
         convert_checkpoint(BUNDLED, layered)
         with AutoModel.from_pretrained(layered, device=args.device) as model:
             prompts, _ = encode_prompts(model, PROMPT)
-            decoding = Decoding(
-                model, prompts, sampling_options(model, OPTIONS, implied=True), text=model.text
-            )
+            decoding = Decoding(model, prompts, sampling_options(model, OPTIONS), text=model.text)
             live = sys.stdout.isatty() and not args.json
             with live_view(model) if live else nullcontext(write_text) as show:
                 if not args.json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
+from jlayer.catalogue import preset
 from jlayer.errors import StorageError, UsageError
 from jlayer.weights.budget import human
 
@@ -17,6 +18,14 @@ SAMPLING = {
     "temperature": (float, "0 is greedy"),
     "top_p": (float, "keep the likeliest tokens that together reach this probability"),
     "top_k": (int, "keep this many of the likeliest tokens"),
+    "min_p": (float, "keep tokens at least this many times as likely as the likeliest"),
+    "repetition_penalty": (float, "divide the score of tokens that were there before; 1 is off"),
+    "presence_penalty": (float, "lower the score of new tokens used before; 0 is off"),
+    "frequency_penalty": (float, "the same, for every time they were used; 0 is off"),
+    "no_repeat_ngram_size": (int, "never repeat this many tokens in a row"),
+    "min_new_tokens": (int, "no end before this many"),
+    "num_return_sequences": (int, "texts for the prompt, each with noise of its own"),
+    "logprobs": (int, "in --json: log-probabilities, and this many of the likeliest beside them"),
     "seed": (int, "the same seed gives the same text, everywhere"),
 }
 RUN = {
@@ -38,6 +47,13 @@ def add_arguments(parser):
     )
     for name, (kind, line) in SAMPLING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=line)
+    parser.add_argument("--preset", metavar="NAME", help="options for a kind of machine, by name")
+    chat = parser.add_argument_group("chat models")
+    chat.add_argument("--chat", action="store_true", help="put the prompt in the model's format")
+    chat.add_argument("--system", metavar="S", help="a system message before it (means --chat)")
+    chat.add_argument(
+        "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
+    )
     parser.add_argument(
         "--stop", action="append", metavar="S", help="end before this text; may be repeated"
     )
@@ -50,41 +66,79 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     prompt = read_prompt(args)
+    if args.show_prompt:
+        return show_prompt(args, prompt)
     from jlayer.run.generate import Decoding, encode_prompts, sampling_options
     from jlayer.run.model import AutoModel
 
     options = {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
     given = {name: value for name, value in options.items() if value is not None}
-    run_options = {name: getattr(args, name) for name in (*RUN, "context")}
+    run_options = {**(preset(args.preset) if args.preset else {}), **given_run_options(args)}
     with AutoModel.from_pretrained(args.ref, **run_options) as model:
-        prompts, _ = encode_prompts(model, prompt)
-        sampling = sampling_options(model, given, implied=True)
-        decoding = Decoding(model, prompts, sampling, text=model.text)
+        prompts, _ = encode_prompts(model, prompt, chat=args.chat, system=args.system)
+        decoding = Decoding(model, prompts, sampling_options(model, given), text=model.text)
         return follow(model, decoding, show=None if args.json else write_text)
 
 
+def given_run_options(args) -> dict:
+    """The run options that the command line gives; the rest is left to preset and defaults."""
+    options = {name: getattr(args, name) for name in (*RUN, "context")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def show_prompt(args, prompt) -> dict:
+    """The prompt as text and ids, without opening the weights."""
+    from jlayer.run.tokens import NO_TOKENIZER, Tokenizer, chat_messages
+
+    tokenizer = Tokenizer.from_folder(args.ref)
+    if tokenizer is None:
+        raise UsageError(NO_TOKENIZER.format(folder=args.ref))
+    if isinstance(prompt, list):
+        text, ids = tokenizer.decode(prompt, skip_special_tokens=False), prompt
+    else:
+        chat = args.chat or args.system is not None
+        messages = chat_messages(prompt, chat=chat, system=args.system)
+        text = prompt if messages is None else tokenizer.render_chat(messages)
+        ids = tokenizer.encode(prompt) if messages is None else tokenizer.encode_chat(messages)
+    if not args.json:
+        print(text)
+    return {"prompt": text, "prompt_ids": ids}
+
+
 def follow(model, decoding, show) -> dict:
-    """Runs a decoding of one prompt to its end, or to an interrupt, whose text so far is a result
-    too."""
+    """Runs a decoding to its end, or to an interrupt, whose text so far is a result too.
+
+    One text is shown as it comes, several one after another at the end.
+    """
     print(f"jlayer: {describe(model)}", file=sys.stderr)
+    model.executor.on_stall = tell_stall
+    live = show if len(decoding.continuations) == 1 else None
     stopped = None
     steps = iter(decoding)
     try:
-        for (step,) in steps:
-            if show:
-                show(step.text)
+        for gained in steps:
+            if live:
+                live(gained[0].text)
     except (KeyboardInterrupt, Terminated) as stop:
         stopped = stop
     finally:
         steps.close()
-    (found,) = decoding.generations()
-    if show:
-        show("\n")
+    found = decoding.generations()
+    if live:
+        live("\n")
+    elif show:
+        show("\n\n".join(one.text for one in found) + "\n")
     print(f"jlayer: {summary(found)}", file=sys.stderr)
+    result = found[0].as_dict()
+    if len(found) > 1:
+        result["sequences"] = [one.as_dict() for one in found]
     if stopped is not None:
-        code = TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
-        raise Interrupted(found.as_dict(), code)
-    return found.as_dict()
+        raise Interrupted(result, TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED)
+    return result
+
+
+def tell_stall(tile, seconds):
+    print(f"jlayer: waiting for the disk: {tile.name}, {seconds:.0f} s so far", file=sys.stderr)
 
 
 def write_text(piece):
@@ -102,10 +156,11 @@ def describe(model) -> str:
 
 
 def summary(found) -> str:
-    """How a generation went, in one line."""
-    stats = found.stats
+    """How a run went, in one line."""
+    stats = found[0].stats
+    reasons = ", ".join(sorted({one.finish_reason for one in found}))
     return (
-        f"{len(found.token_ids)} tokens ({found.finish_reason}), "
+        f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), "
         f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 
-from jlayer.config import RunConfig, model_config
-from jlayer.errors import CheckpointError, DoesNotFitError
-from jlayer.strict import read_json_object
+from jlayer import catalogue
+from jlayer.config import ModelConfig, RunConfig, model_config, read_config
+from jlayer.errors import DoesNotFitError
+from jlayer.strict import parse_json_object, read_json_object
 from jlayer.weights.budget import human, make_plan, shapes_of_run
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
@@ -17,7 +18,7 @@ CONTEXT_BYTES = {"gpu": 640 << 20, "cpu": 0}
 
 def add_arguments(parser):
     parser.add_argument(
-        "ref", metavar="REF", help="a folder with a config.json, or the config.json itself"
+        "ref", metavar="REF", help="a folder, a config.json, or the name of a known model"
     )
     parser.add_argument(
         "--device-memory", default="4GiB", help="the promise for the device (default: 4GiB)"
@@ -36,10 +37,7 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
-    path = os.path.join(args.ref, "config.json") if os.path.isdir(args.ref) else args.ref
-    if not os.path.exists(path):
-        raise CheckpointError(f"{path}: missing; expected a config.json or a folder that holds one")
-    cfg = model_config(read_json_object(path), where=path)
+    cfg = find_config(args.ref)
     options = RunConfig.from_options(
         device_memory=args.device_memory,
         host_memory=args.host_memory,
@@ -65,6 +63,15 @@ def run(args) -> dict:
     except DoesNotFitError as error:
         raise DoesNotFitError(str(error), report=plan.as_dict()) from None
     return plan.as_dict()
+
+
+def find_config(ref: str) -> ModelConfig:
+    """The config behind REF: a folder, a file, or a known name. Raises what reading it does."""
+    if os.path.isdir(ref):
+        return read_config(ref)
+    if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
+        return model_config(read_json_object(ref), where=ref)
+    return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
 
 
 def describe(plan) -> str:

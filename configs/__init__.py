@@ -1,0 +1,1 @@
+"""Configs of known models and presets for runs, packed with the wheel."""
