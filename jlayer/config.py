@@ -80,6 +80,7 @@ class RunConfig:
     dtype: str | None = None
     device: str | None = None
     context: int | None = None
+    keeps_layers: bool = True  # False: everything comes from disk, every sweep
 
     @classmethod
     def from_options(cls, **options) -> RunConfig:
@@ -98,6 +99,8 @@ class RunConfig:
             )
         if options.get("device") is not None:
             options["device"] = parse_choice(options["device"], ("cpu", "gpu"), option="device")
+        if type(options.get("keeps_layers", True)) is not bool:
+            raise UsageError(f"keeps_layers: found {options['keeps_layers']!r}, expected a bool")
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")

@@ -52,3 +52,21 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
         "kv_heads": cfg.num_key_value_heads * cfg.head_dim,
         "vocab": cfg.vocab_size,
     }
+
+
+# Attention's scores are float32 [B, N, T, S]; above this they are made for fewer queries at a time.
+SCORE_BYTES = 64 << 20
+
+
+def query_pieces(*, batch: int, tokens: int, n_heads: int, capacity: int) -> int:
+    """Into how many equal pieces attention divides the queries of a chunk: the fewest whose scores
+    stay within SCORE_BYTES, down to two tokens. Stated here for the program and for the plan's sum.
+    """
+    pieces = 1
+    while (
+        4 * batch * n_heads * (tokens // pieces) * capacity > SCORE_BYTES
+        and tokens % (2 * pieces) == 0
+        and tokens // pieces > 2
+    ):
+        pieces *= 2
+    return pieces

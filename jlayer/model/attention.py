@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jlayer.model.cache import LayerCache
 from jlayer.model.layers import exact_for
+from jlayer.spec import query_pieces
 
 
 def attention(q, cache: LayerCache, positions):
@@ -15,6 +16,19 @@ def attention(q, cache: LayerCache, positions):
 
     Scores and softmax in float32. Query head n reads key/value head n // G.
     """
+    b, t, n, h = q.shape
+    pieces = query_pieces(batch=b, tokens=t, n_heads=n, capacity=cache.k.shape[1])
+    if pieces == 1:
+        return _attend(q, cache, positions)
+    split = (b, pieces, t // pieces)
+    mixed = jax.lax.map(
+        lambda piece: _attend(piece[0], cache, piece[1]),
+        (q.reshape(*split, n, h).swapaxes(0, 1), positions.reshape(split).swapaxes(0, 1)),
+    )
+    return mixed.swapaxes(0, 1).reshape(b, t, n * h)
+
+
+def _attend(q, cache, positions):
     b, t, n, h = q.shape
     s, k = cache.k.shape[1:3]
     grouped = q.reshape(b, t, k, n // k, h)

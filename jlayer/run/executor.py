@@ -1,5 +1,5 @@
-"""Where the paths cross: interprets the schedule. Knows slots, tiles and steps; nothing of models,
-tokens or tiers.
+"""Where the paths cross: interprets the schedule. Knows tiles, slots and steps; nothing of models
+or tokens.
 
 What a tile's weights are used for comes from outside, as a function from (tile, arrays) to an
 output that can be waited for.
@@ -7,27 +7,39 @@ output that can be waited for.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import jax
 
-from jlayer.errors import JlayerError
+from jlayer.errors import JlayerError, StorageError
 from jlayer.run.interrupts import Deferred
-from jlayer.weights.direct import Reader
-from jlayer.weights.schedule import Free, Put, Read, Run, next_phase, prologue, sweep
-from jlayer.weights.slots import HostSlots, slot_bytes_for
-from jlayer.weights.store import Store, Tile
+from jlayer.weights.direct import Reader, aligned_span
+from jlayer.weights.schedule import Free, Put, Read, Run, Tier, sweeps
+from jlayer.weights.slots import HostMemory, slot_bytes_for, split_room, view
+from jlayer.weights.store import Store
+from jlayer.weights.tiles import Tile
 
 PATIENCE_S = 1.0  # a tile that takes longer than this to read is worth a word
+READERS = 2  # requests in flight: one alone leaves the disk idle between two of them
+
+
+@dataclass
+class Watch:
+    """Who is told: `on_step` (step, tile) of every step before it is taken, `on_stall` (tile,
+    seconds) while a read does not end."""
+
+    on_step: Callable | None = None
+    on_stall: Callable | None = None
 
 
 @dataclass
 class Totals:
-    """What an executor did so far; `most_live_*` are of weights on the device at one time."""
+    """What was done so far; `most_live_*` are of passing weights on the device at one time."""
 
     read_bytes: int = 0
     put_bytes: int = 0
@@ -38,35 +50,44 @@ class Totals:
 
 
 class Executor:
-    """Streams `tiles` of `store` through `n_slots` host slots onto `device`, sweep after sweep."""
+    """Streams `tiles` of `store` onto `device`, sweep after sweep; `tiers` says what stays where.
 
-    def __init__(self, store: Store, tiles: tuple[Tile, ...], *, n_slots: int, device: jax.Device):
+    `ring`: host slots; `ahead`: tiles on the device at a time beside those that stay there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tiles: tuple[Tile, ...],
+        tiers: tuple[Tier, ...],
+        *,
+        ring: int,
+        ahead: int,
+        device: jax.Device,
+        totals: Totals,
+        watch: Watch,
+    ):
         self.tiles = tiles
         self.device = device
-        self._totals = Totals()
-        self.on_step: Callable | None = None  # told of every step before it is taken
-        self.on_stall: Callable | None = None  # told (tile, seconds) while a read does not end
+        self._totals, self._watch = totals, watch
+        self._tiers, self._ring, self._ahead = tiers, ring, ahead
         self._placed = [store.place(tile) for tile in tiles]
-        self._n_slots = n_slots
-        self._slots = HostSlots(
-            n_slots, max(slot_bytes_for(segments) for segments, _ in self._placed)
-        )
-        self._reader = Reader(
-            {segment.file for segments, _ in self._placed for segment in segments}
-        )
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jlayer-reader")
-        self._reads: dict[int, Future] = {}  # slot -> what it is being filled with
-        self._live: dict[int, dict[str, jax.Array]] = {}  # slot -> its tile's arrays on the device
+        self._sizes = [slot_bytes_for(segments) for segments, _ in self._placed]
+        self._memory = HostMemory(ring, max(self._sizes), pin=device.platform == "gpu")
+        files = {segment.file for segments, _ in self._placed for segment in segments}
+        self._reader = Reader(files)
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
+        self._reads: dict[int, Future] = {}  # tile -> the read that is under way for it
+        self._in_host: dict[int, dict] = {}  # tile -> its arrays in a room of its own
+        self._on_device: dict[int, dict[str, jax.Array]] = {}  # tile -> its arrays on the device
+        self._passing: set[int] = set()  # those of them that do not stay
         self._output = None
-        self._phase: int | None = None  # None: nothing is under way
+        self._lists = None  # what comes next; None: nothing is under way
 
     @property
-    def host_slot_bytes(self) -> int:
-        return self._n_slots * self._slots.slot_bytes
-
-    def totals(self) -> Totals:
-        """What was read, put and waited for since the start."""
-        return replace(self._totals, read_bytes=self._reader.read_bytes)
+    def host_bytes(self) -> int:
+        """Host memory held for weights now."""
+        return self._memory.n_bytes
 
     @property
     def reads_directly(self) -> bool:
@@ -75,85 +96,118 @@ class Executor:
     def fill(self):
         """Starts reading ahead: what comes before the first sweep. Does nothing when already under
         way."""
-        if self._phase is None:
+        if self._lists is None:
             self._reader.resume()
-            self._phase = 0
+            in_place = sum(tier is Tier.HOST for tier in self._tiers)
+            filled = in_place > 0 and len(self._in_host) == in_place
+            self._lists = sweeps(self._tiers, ring=self._ring, ahead=self._ahead, filled=filled)
             with self._safely() as signals:
-                self._interpret(prologue(len(self.tiles), self._n_slots), None, signals)
+                self._interpret(next(self._lists), None, signals)
 
     def sweep(self, run: Callable[[Tile, dict[str, jax.Array]], object]):
-        """One pass over all tiles in order. An error or an interrupt leaves nothing on the device
-        and no read under way."""
+        """One pass over all tiles in order. An error or an interrupt leaves nothing passing on the
+        device and no read under way."""
         self.fill()
         with self._safely() as signals:
-            self._interpret(sweep(len(self.tiles), self._n_slots, self._phase), run, signals)
-        self._phase = next_phase(len(self.tiles), self._n_slots, self._phase)
+            self._interpret(next(self._lists), run, signals)
         self._totals.sweeps += 1
 
     @contextmanager
     def _safely(self):
-        """Signals wait for the end of a step; whatever goes wrong, nothing is left under way."""
-        with Deferred() as signals:
-            try:
-                yield signals
-            except BaseException:
-                self._abandon()
-                raise
+        """Signals wait for the end of a step, the cyclic collector for the end of the sweep;
+        whatever goes wrong, nothing is left under way."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with Deferred() as signals:
+                try:
+                    yield signals
+                except BaseException:
+                    self._abandon()
+                    raise
+        finally:
+            if collects:
+                gc.enable()
 
     def _interpret(self, steps, run, signals):
         for step in steps:
             signals.check()
-            if self.on_step:
-                self.on_step(step, self.tiles[step.tile])
-            match step:
-                case Read(tile, slot):
-                    self._reads[slot] = self._pool.submit(self._read, tile, slot)
-                case Put(_, slot):
-                    self._live[slot] = self._put(self._await_read(tile, slot, signals))
-                    self._note_live()
-                case Run(tile, slot):
-                    self._output = run(self.tiles[tile], self._live[slot])
-                case Free(_, slot):
-                    # The output's readiness, not the transfer's: on the CPU the slot is the weight.
-                    jax.block_until_ready(self._output)
-                    del self._live[slot]
+            if self._watch.on_step:
+                self._watch.on_step(step, self.tiles[step.tile])
+            try:
+                self._take(step, run, signals)
+            except jax.errors.JaxRuntimeError as error:
+                name = self.tiles[step.tile].name
+                raise StorageError(f"{name}: the device failed ({_first_line(error)})") from error
+
+    def _take(self, step, run, signals):
+        match step:
+            case Read(tile, slot):
+                self._reads[tile] = self._pool.submit(self._read, tile, slot)
+            case Put(tile, _):
+                self._on_device[tile] = self._put(tile, signals)
+                self._note_passing(tile)
+            case Run(tile):
+                self._output = run(self.tiles[tile], self._on_device[tile])
+            case Free(tile, _, stays):
+                # The output's readiness, not the transfer's: on the CPU the slot is the weight.
+                jax.block_until_ready(self._on_device[tile] if stays else self._output)
+                if not stays:
+                    del self._on_device[tile]
+                    self._passing.remove(tile)
 
     def _read(self, tile, slot):
-        """In the reader's thread: fills a slot, returns views of its parts by leaf."""
+        """In a reader's thread: fills a slot or the tile's own room, returns views of its parts by
+        leaf."""
         segments, places = self._placed[tile]
-        rooms = self._slots.room(slot, segments)
         try:
+            memory = (
+                self._memory.room(tile, self._sizes[tile])
+                if slot is None
+                else self._memory.slot(slot)
+            )
+            pieces = split_room(memory, segments)
             shifts = [
-                self._reader.read(segment, room)
-                for segment, room in zip(segments, rooms, strict=True)
+                self._reader.read(segment, piece)
+                for segment, piece in zip(segments, pieces, strict=True)
             ]
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
         return {
-            place.part.leaf: self._slots.view(rooms[place.segment], shifts[place.segment], place)
+            place.part.leaf: view(pieces[place.segment], shifts[place.segment], place)
             for place in places
         }
 
-    def _await_read(self, tile, slot, signals):
-        read = self._reads[slot]
+    def _put(self, tile, signals):
+        views = self._await_read(tile, signals) if tile in self._reads else self._in_host[tile]
+        if self._tiers[tile] is Tier.HOST:
+            self._in_host[tile] = views
+        elif self._tiers[tile] is Tier.DEVICE and self.device.platform == "cpu":
+            views = {leaf: array.copy() for leaf, array in views.items()}  # the slot moves on
+        self._totals.put_bytes += self.tiles[tile].n_bytes
+        return {leaf: jax.device_put(array, self.device) for leaf, array in views.items()}
+
+    def _await_read(self, tile, signals):
+        read = self._reads[tile]
         if not read.done():
             began = time.perf_counter()
             while not wait([read], timeout=PATIENCE_S).done:
                 signals.check()
-                if self.on_stall:
-                    self.on_stall(self.tiles[tile], time.perf_counter() - began)
+                if self._watch.on_stall:
+                    self._watch.on_stall(self.tiles[tile], time.perf_counter() - began)
             self._totals.stall_s += time.perf_counter() - began
-        del self._reads[slot]
-        return read.result()
+        del self._reads[tile]
+        views = read.result()
+        self._totals.read_bytes += sum(aligned_span(each)[1] for each in self._placed[tile][0])
+        return views
 
-    def _put(self, views):
-        self._totals.put_bytes += sum(view.nbytes for view in views.values())
-        return {leaf: jax.device_put(view, self.device) for leaf, view in views.items()}
-
-    def _note_live(self):
+    def _note_passing(self, tile):
+        if self._tiers[tile] is Tier.DEVICE:
+            return
+        self._passing.add(tile)
         totals = self._totals
-        totals.most_live_tiles = max(totals.most_live_tiles, len(self._live))
-        n_bytes = sum(array.nbytes for arrays in self._live.values() for array in arrays.values())
+        totals.most_live_tiles = max(totals.most_live_tiles, len(self._passing))
+        n_bytes = sum(self.tiles[each].n_bytes for each in self._passing)
         totals.most_live_bytes = max(totals.most_live_bytes, n_bytes)
 
     def _abandon(self):
@@ -161,18 +215,27 @@ class Executor:
         for read in self._reads.values():
             read.cancel() or read.exception()
         # What was dispatched may still use a slot; it must be over before a slot is written again.
-        jax.block_until_ready((self._output, list(self._live.values())))
+        # If it failed, that is what is being reported already.
+        with suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready((self._output, list(self._on_device.values())))
         self._reads.clear()
-        self._live.clear()
+        self._on_device.clear()
+        self._passing.clear()
         self._output = None
-        self._phase = None
+        self._lists = None
 
     def close(self):
-        """Stops the reader's thread and closes the files. The executor cannot be used
+        """Stops the readers' threads and closes the files. The executor cannot be used
         afterwards."""
         if self._pool is None:
             return
         self._abandon()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
+        self._in_host.clear()
+        self._memory.close()
         self._pool = None
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0]

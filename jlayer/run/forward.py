@@ -9,17 +9,18 @@ there, and what it computes is not looked at.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import jax
 import numpy as np
 
-from jlayer.model.params import Layer
+from jlayer.errors import CheckpointError
 from jlayer.run.executor import Executor
 from jlayer.run.programs import Programs
-from jlayer.weights.budget import capacity_for, chunks
+from jlayer.weights.budget import Plan, chunks
 from jlayer.weights.direct import RowReader
-from jlayer.weights.store import Part, Tile
+from jlayer.weights.tiles import STAGES, Tile
 
 
 def columns(ids: list[list[int]], starts: list[int], sizes: tuple[int, ...], capacity: int):
@@ -38,11 +39,35 @@ def columns(ids: list[list[int]], starts: list[int], sizes: tuple[int, ...], cap
     return tokens, positions
 
 
-class Forward:
-    """The state of a batch of sequences, and the way to push more tokens through the model.
+@dataclass
+class Chunk:
+    """Some columns on their way: hidden [B, T, D], positions [B, T], and the stage under way: its
+    input `x` and the products so far, by leaf."""
 
-    `embedding` gathers rows on the host; `norm` is the final norm on the device.
-    """
+    hidden: jax.Array
+    positions: jax.Array
+    x: jax.Array | None = None
+    products: dict[str, list[jax.Array]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden.shape[1]
+
+
+@dataclass(frozen=True)
+class Residents:
+    """The small weights that stay on the device: each layer's norms by leaf, and the final one."""
+
+    layers: list[dict[str, jax.Array]]
+    final: jax.Array
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final)))
+
+
+class Forward:
+    """The state of a batch of sequences, and the way to push more tokens through the model."""
 
     def __init__(
         self,
@@ -50,19 +75,19 @@ class Forward:
         programs: Programs,
         embedding: RowReader,
         embedding_dtype: str,
-        norm: tuple[Part, jax.Array],
+        residents: Residents,
+        plan: Plan,
         *,
         batch: int,
-        context: int,
     ):
-        self.batch = batch
-        self.capacity = capacity_for(context)
+        self.batch, self.capacity, self._most = batch, plan.capacity, plan.chunk
         self._executor, self._programs = executor, programs
         self._embedding, self._embedding_dtype = embedding, np.dtype(embedding_dtype)
-        self._norm_part, self._norm = norm
-        self._layers = programs.cfg.num_hidden_layers
+        self._residents = residents
         self._make_cache = programs.empty_cache(batch=batch, capacity=self.capacity)
         self._caches = None
+        self._widths = _stage_widths(executor.tiles)
+        self._ready: dict = {}  # (tile, tokens, last) -> its programs; a sweep only looks them up
         self._most_activation_bytes = 0
 
     @property
@@ -70,74 +95,153 @@ class Forward:
         """The most that this batch held on the device beside weights and temporaries: caches,
         activations, logits."""
         caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._caches))
-        return caches + self._most_activation_bytes + self._norm.nbytes
+        return caches + self._most_activation_bytes + self._residents.n_bytes
+
+    @property
+    def reads_directly(self) -> bool:
+        return self._executor.reads_directly
+
+    def fill(self):
+        """Starts the first weights on their way, ahead of the first sweep."""
+        self._executor.fill()
 
     def compile(self, n_tokens: int, *, every: bool = False):
         """Compiles all that a sweep of `n_tokens` columns needs, ahead of the sweep."""
-        sizes = chunks(n_tokens)
+        sizes = chunks(n_tokens, self._most)
         for tile in self._executor.tiles:
             for index, size in enumerate(sizes):
-                self._program(tile, size, last=self._last(index, sizes, every))
+                self._programs_of(tile, size, last=_last(index, sizes, every))
 
     def sweep(self, ids: list[list[int]], starts: list[int], *, every: bool = False) -> np.ndarray:
         """One sweep over `ids[b]` at positions from `starts[b]` on -> float32 logits on the host.
 
         [B, 1, V] of each sequence's last token or, with `every`, [B, longest, V] of all, aligned at
-        the end.
+        the end. Raises CheckpointError, with the first layer where they appear, for numbers that
+        are not finite.
         """
         longest = max(map(len, ids))
-        sizes = chunks(longest)
+        logits = self._sweep(ids, starts, every, self._run)[:, -(longest if every else 1) :]
+        if not np.isfinite(logits).all():
+            self._find_nonfinite(ids, starts)
+        return logits
+
+    def _sweep(self, ids, starts, every, run):
+        longest = max(map(len, ids))
+        sizes = chunks(longest, self._most)
         self.compile(longest, every=every)
         if self._caches is None:
-            self._caches = [self._make_cache() for _ in range(self._layers)]
+            self._caches = [self._make_cache() for _ in range(self._programs.cfg.num_hidden_layers)]
         tokens, positions = columns(ids, starts, sizes, self.capacity)
-        bounds = np.cumsum((0, *sizes))
-        spans = [slice(a, b) for a, b in pairwise(bounds)]
-        hidden = [self._put(self._embed(tokens[:, span])) for span in spans]
-        places = [self._put(positions[:, span]) for span in spans]
-        gathered = _Logits(self.batch, sum(sizes) if every else 2, self._programs.cfg.vocab_size)
+        spans = [slice(a, b) for a, b in pairwise(np.cumsum((0, *sizes)))]
+        passing = [
+            Chunk(self._put(self._embed(tokens[:, span])), self._put(positions[:, span]))
+            for span in spans
+        ]
+        width = sum(sizes) if every else 2
+        gathered = _Logits(self.batch, width, self._programs.cfg.vocab_size)
+        self._executor.sweep(
+            lambda tile, arrays: run(tile, arrays, passing, sizes, every, gathered)
+        )
+        self._note_activations(passing, gathered)
+        return gathered.take()
 
-        def run(tile: Tile, arrays):
-            if tile.stage == "block":
-                return self._run_block(tile, arrays, hidden, places)
-            return self._run_head(tile, arrays, hidden, sizes, every, gathered)
+    def _run(self, tile: Tile, arrays, passing, sizes, every, gathered):
+        """What the executor calls for each tile: every chunk through it. Returns what can be waited
+        for."""
+        if tile.stage == "head":
+            return self._run_head(tile, arrays, passing, sizes, every, gathered)
+        return [self._advance(tile, arrays, chunk) for chunk in passing]
 
-        self._executor.sweep(run)
-        # A chunk's input and output live side by side.
-        activations = 2 * sum(array.nbytes for array in hidden) + gathered.most_device_bytes
-        self._most_activation_bytes = max(self._most_activation_bytes, activations)
-        return gathered.take()[:, -(longest if every else 1) :]
+    def _advance(self, tile, arrays, chunk):
+        programs = self._programs_of(tile, chunk.tokens)
+        if tile.stage == "block":
+            norms = self._residents.layers[tile.layer]
+            chunk.hidden, self._caches[tile.layer] = programs["block"](
+                arrays, norms, chunk.hidden, self._caches[tile.layer], chunk.positions
+            )
+            return chunk.hidden
+        if tile.stage == "qkv" and chunk.x is None:
+            norm = self._residents.layers[tile.layer]["input_layernorm"]
+            chunk.x = programs["enter"](chunk.hidden, norm)
+        found = programs["rows"](chunk.x, arrays)
+        for name, product in zip(_product_names(tile), found, strict=True):
+            chunk.products.setdefault(name, []).append(product)
+        if tile.ends_stage:
+            self._end_stage(tile, programs["end"], chunk)
+        return found
 
-    def _run_block(self, tile, arrays, hidden, places):
-        layer, cache = Layer(**arrays), self._caches[tile.layer]
-        for index, chunk in enumerate(hidden):
-            program = self._program(tile, chunk.shape[1])
-            hidden[index], cache = program(layer, chunk, cache, places[index])
-        self._caches[tile.layer] = cache
-        return hidden
+    def _end_stage(self, tile, program, chunk):
+        """All products of a stage are there: what becomes of them is the next stage's input."""
+        products, chunk.products = chunk.products, {}
+        if tile.stage == "qkv":
+            cache = self._caches[tile.layer]
+            chunk.x, self._caches[tile.layer] = program(products, cache, chunk.positions)
+        elif tile.stage == "o":
+            norm = self._residents.layers[tile.layer]["post_attention_layernorm"]
+            chunk.hidden, chunk.x = program(chunk.hidden, products["o_proj"], norm)
+        elif tile.stage == "gate_up":
+            chunk.x = program(products["inner"])
+        else:
+            chunk.hidden, chunk.x = program(chunk.hidden, products["down_proj"]), None
 
-    def _run_head(self, tile, arrays, hidden, sizes, every, gathered):
+    def _run_head(self, tile, arrays, passing, sizes, every, gathered):
         (part,) = tile.parts
         column, outputs = 0, []
-        for index, chunk in enumerate(hidden):
-            last = self._last(index, sizes, every)
+        for index, chunk in enumerate(passing):
+            last = _last(index, sizes, every)
             if last:
-                program = self._program(tile, sizes[index], last=last)
-                outputs.append(program(self._norm, arrays[part.leaf], chunk))
+                program = self._programs_of(tile, chunk.tokens, last=last)["head"]
+                outputs.append(program(self._residents.final, arrays[part.leaf], chunk.hidden))
                 gathered.add(outputs[-1], column, part.first_row)
                 column += last
         return outputs
 
-    def _program(self, tile, size, last=0):
-        if tile.stage == "block":
-            return self._programs.block(tile, batch=self.batch, tokens=size, capacity=self.capacity)
-        return self._programs.head(tile, self._norm_part, batch=self.batch, tokens=size, last=last)
+    def _programs_of(self, tile, size, last=0):
+        """The compiled programs that a chunk of `size` tokens needs at a tile, by what they are
+        for."""
+        key = (id(tile), size, last)
+        if key not in self._ready:
+            self._ready[key] = self._make_programs(tile, size, last)
+        return self._ready[key]
 
-    @staticmethod
-    def _last(index, sizes, every):
-        """Columns of a chunk that the head looks at: all, or two of the last chunk (one row is slow
-        on the CPU)."""
-        return sizes[index] if every else 2 if index == len(sizes) - 1 else 0
+    def _make_programs(self, tile, size, last):
+        make, shape = self._programs, {"batch": self.batch, "tokens": size}
+        if tile.stage == "head":
+            return {"head": make.head(tile, last=last, **shape)} if last else {}
+        if tile.stage == "block":
+            return {"block": make.block(tile, capacity=self.capacity, **shape)}
+        found = {"rows": make.rows(tile, **shape)}
+        if tile.stage == "qkv":
+            found["enter"] = make.enter(**shape)
+        if tile.ends_stage:
+            widths = self._widths[tile.layer, tile.stage]
+            found["end"] = {
+                "qkv": lambda: make.attend(widths, capacity=self.capacity, **shape),
+                "o": lambda: make.project(widths.get("o_proj"), **shape),
+                "gate_up": lambda: make.join(widths.get("inner"), **shape),
+                "down": lambda: make.leave(widths.get("down_proj"), **shape),
+            }[tile.stage]()
+        return found
+
+    def _find_nonfinite(self, ids, starts):
+        """Runs the same sweep again, looking at every layer's output: it overwrites what it wrote
+        before."""
+
+        def run(tile, arrays, passing, *rest):
+            output = self._run(tile, arrays, passing, *rest)
+            ends_layer = tile.stage in ("block", "down") and tile.ends_stage
+            if ends_layer and not all(_is_finite(chunk, self.capacity) for chunk in passing):
+                raise CheckpointError(
+                    f"layer {tile.layer}: its output is not finite; its weights are damaged, or "
+                    f"overflow in {self._programs.dtype}: run jlayer verify, or change --dtype"
+                )
+            return output
+
+        self._sweep(ids, starts, False, run)
+        raise CheckpointError(
+            "logits are not finite, though every layer's output is: the final norm or the head is "
+            "damaged; run jlayer verify"
+        )
 
     def _embed(self, tokens):
         """tokens [B, T] -> [B, T, D] in the run's dtype, padding as zeros."""
@@ -150,6 +254,50 @@ class Forward:
 
     def _put(self, array):
         return jax.device_put(array, self._executor.device)
+
+    def _note_activations(self, passing, gathered):
+        """A chunk's input and output live side by side; a stage in tiles also holds its input and
+        products."""
+        hidden = sum(chunk.hidden.nbytes for chunk in passing)
+        cfg = self._programs.cfg
+        held = 2 * hidden
+        if self._executor.tiles[0].stage != "block":
+            held += hidden * (cfg.intermediate_size + cfg.hidden_size) // cfg.hidden_size
+        held += gathered.most_device_bytes
+        self._most_activation_bytes = max(self._most_activation_bytes, held)
+
+
+def _last(index, sizes, every):
+    """Columns of a chunk that the head looks at: all, or two of the last chunk (one row is slow on
+    the CPU)."""
+    return sizes[index] if every else 2 if index == len(sizes) - 1 else 0
+
+
+def _product_names(tile):
+    """What a tile's products are called, in the order that its program returns them."""
+    if tile.stage == "gate_up":
+        return ("inner",)
+    matrices = dict(STAGES)[tile.stage]
+    return tuple(part.leaf for part in tile.parts if part.leaf in matrices)
+
+
+def _stage_widths(tiles):
+    """(layer, stage) -> by product, the widths that arrive one after another."""
+    found = {}
+    for tile in tiles:
+        if tile.stage in dict(STAGES):
+            own = found.setdefault((tile.layer, tile.stage), {})
+            for name in _product_names(tile):
+                leaf = "gate_proj" if name == "inner" else name
+                (rows,) = (part.shape[0] for part in tile.parts if part.leaf == leaf)
+                own[name] = (*own.get(name, ()), rows)
+    return found
+
+
+def _is_finite(chunk, capacity):
+    """Whether the hidden states of real columns are; padding may hold anything."""
+    real = np.asarray(chunk.positions) < capacity
+    return bool(np.isfinite(np.asarray(chunk.hidden)[real].astype(np.float32)).all())
 
 
 class _Logits:

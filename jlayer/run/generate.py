@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -63,7 +63,8 @@ class Continuation:
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.choices: list[Choice] = []
         self._options, self._limit, self._number = options, limit, number
-        self._stream = TextStream(text, continues=True) if text else None
+        # What follows text keeps its leading space; what follows nothing but BOS has none.
+        self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
         self._stops = StopWatcher(options.stop)
         self._pieces: list[str] = []
 
@@ -153,9 +154,9 @@ class Decoding:
         forward = self._forward
         forward.compile(self._longest)
         forward.compile(1)
-        model.executor.fill()
+        forward.fill()
         stats.load_s += clock.lap()
-        before = model.executor.totals()
+        before = replace(model.totals)
         ids, starts = [c.history for c in self.continuations], [0] * len(self.continuations)
         try:
             while True:
@@ -220,11 +221,11 @@ class Decoding:
         self._count_bytes(before)
 
     def _count_bytes(self, before):
-        now = self._model.executor.totals()
+        now = self._model.totals
         self.stats.read_bytes = now.read_bytes - before.read_bytes
         self.stats.put_bytes = now.put_bytes - before.put_bytes
         self.stats.stall_s = now.stall_s - before.stall_s
-        self.stats.reads = "direct" if self._model.executor.reads_directly else "buffered"
+        self.stats.reads = "direct" if self._forward.reads_directly else "buffered"
 
 
 def _logprobs(choices):

@@ -11,14 +11,17 @@ import numpy as np
 
 from jlayer.config import RunConfig, read_generation_config
 from jlayer.errors import UsageError
+from jlayer.families import EMBEDDING
 from jlayer.run import device as devices
-from jlayer.run.executor import Executor
-from jlayer.run.forward import Forward
+from jlayer.run.executor import Executor, Totals, Watch
+from jlayer.run.forward import Forward, Residents
 from jlayer.run.programs import Programs
 from jlayer.run.report import Clock, anonymous_bytes, available_bytes
-from jlayer.weights.budget import N_SLOTS, Plan, make_plan, shapes_of_run
+from jlayer.weights.budget import Machine, Plan, make_plan, refit
 from jlayer.weights.direct import RowReader
+from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
+from jlayer.weights.tiles import norm_parts
 
 
 class AutoModel:
@@ -51,8 +54,8 @@ class AutoModel:
 
 
 class Model:
-    """A model that is streamed layer by layer. Close it, or use it in a `with`, to end its reader's
-    thread."""
+    """A model that is streamed tile by tile. Close it, or use it in a `with`, to end its readers'
+    threads."""
 
     def __init__(self, ref: str | os.PathLike, run: RunConfig):
         clock = Clock()
@@ -61,25 +64,36 @@ class Model:
         self.config = self._store.cfg
         self.run = run
         self.generation_config = read_generation_config(self.folder)
-        stored = self._store.layer_tile(0).parts[0].dtype
-        self.dtype = run.dtype or stored
+        self.dtype = run.dtype or self._store.dtype_of(EMBEDDING.published)
         self._check_context()
-        self.device, self.device_budget = devices.choose(run.device, run.device_memory)
-        self.host_budget = run.host_memory or available_bytes() * 4 // 5
+        host_budget = run.host_memory or available_bytes() * 4 // 5
+        self.device, budget, context_bytes = devices.choose(
+            run.device,
+            run.device_memory,
+            pinned_bytes=min(host_budget, self._store.weight_bytes if run.keeps_layers else 0),
+        )
+        self._machine = Machine(
+            platform="cpu" if self.device.platform == "cpu" else "gpu",
+            device_budget=budget,
+            host_budget=host_budget,
+            context_bytes=context_bytes,
+        )
+        self.watch, self.totals = Watch(), Totals()
         self.plan = self.plan_for(batch=1, longest=1, context=run.context or 1)
         self.plan.check()
-        tiles = [self._store.layer_tile(layer) for layer in range(self.config.num_hidden_layers)]
-        tiles += self._store.head_tiles(max(tile.n_bytes for tile in tiles))
-        self._programs = Programs(self.config, dtype=self.dtype, device=self.device)
+        self._executor: Executor | None = None
+        self._owned = _Owned()
+        self._end = weakref.finalize(self, self._owned.close)
         segment, self._embedding_dtype = self._store.embedding()
         self._embedding = RowReader(segment, n_rows=self.config.vocab_size)
-        part = self._store.norm_part()
-        norm = RowReader(self._store.segment_of(part.tensor), n_rows=1)
-        raw = norm.read([0])[0].view(np.dtype(part.dtype))
-        norm.close()
-        self._norm = (part, jax.device_put(raw.copy(), self.device))
-        self._executor = Executor(self._store, tuple(tiles), n_slots=N_SLOTS, device=self.device)
-        self._end = weakref.finalize(self, _close, self._executor, self._embedding)
+        self._owned.opened.append(self._embedding)
+        self._residents = self._put_residents()
+        self._programs = Programs(
+            self.config,
+            dtype=self.dtype,
+            norm_dtype=self._residents.final.dtype.name,
+            device=self.device,
+        )
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self._tokenizer = None
@@ -88,18 +102,39 @@ class Model:
 
     def plan_for(self, *, batch: int, longest: int, context: int) -> Plan:
         """The plan of a run whose longest sweep carries `longest` tokens of each of `batch`
-        sequences."""
-        on_gpu = self.device.platform == "gpu"
-        return make_plan(
-            self.config,
-            stored_dtype=self._store.layer_tile(0).parts[0].dtype,
-            dtype=self.dtype,
-            device_budget=self.device_budget,
-            host_budget=self.host_budget,
-            context_bytes=devices.GPU_CONTEXT_BYTES if on_gpu else 0,
-            shared_memory=not on_gpu,
-            **shapes_of_run(batch=batch, longest=longest, context=context),
-        )
+        sequences.
+
+        What streams already goes on as it is where the run fits it; else the best plan anew.
+        """
+        options = {
+            "dtype_of": self._store.dtype_of,
+            "dtype": self.dtype,
+            "batch": batch,
+            "longest": longest,
+            "context": context,
+        }
+        if self._executor_plan is not None:
+            same = refit(self._executor_plan, self.config, **options)
+            if same.fits:
+                return same
+        return make_plan(self.config, self._machine, keeps_layers=self.run.keeps_layers, **options)
+
+    _executor_plan: Plan | None = None
+
+    def _put_residents(self):
+        """Every layer's norms and the final one, read and put once."""
+
+        def put(part):
+            rows = RowReader(self._store.segment_of(part.tensor), n_rows=1)
+            raw = rows.read([0])[0].view(np.dtype(part.dtype))
+            rows.close()
+            return jax.device_put(raw.copy(), self.device)
+
+        layers = [
+            {part.leaf: put(part) for part in norm_parts(self.config, self._store.dtype_of, layer)}
+            for layer in range(self.config.num_hidden_layers)
+        ]
+        return Residents(layers, put(self._store.norm_part()))
 
     @property
     def context_limit(self) -> int:
@@ -132,14 +167,36 @@ class Model:
         self.plan = self.plan_for(batch=batch, longest=longest, context=context)
         self.plan.check()
         return Forward(
-            self._executor,
+            self._executor_for(self.plan),
             self._programs,
             self._embedding,
             self._embedding_dtype,
-            self._norm,
+            self._residents,
+            self.plan,
             batch=batch,
-            context=context,
         )
+
+    def _executor_for(self, plan):
+        """The executor that streams as `plan` says: the one there is, or a new one in its place."""
+        old = self._executor_plan
+        if old is not None and (old.tiles, old.tiers) == (plan.tiles, plan.tiers):
+            return self._executor
+        if self._executor is not None:
+            self._executor.close()
+            self._owned.opened.remove(self._executor)
+        self._executor = Executor(
+            self._store,
+            plan.tiles,
+            plan.tiers,
+            ring=plan.ring,
+            ahead=plan.ahead,
+            device=self.device,
+            totals=self.totals,
+            watch=self.watch,
+        )
+        self._owned.opened.append(self._executor)
+        self._executor_plan = plan
+        return self._executor
 
     def logits(self, input_ids) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
@@ -198,20 +255,14 @@ class Model:
             )
 
     @property
-    def executor(self) -> Executor:
-        """What streams the weights: its tiles, what it moved, and the hook that is told of every
-        step."""
-        return self._executor
-
-    @property
     def compiles(self) -> dict[str, int]:
         """Backend compiles by input shape, so far."""
         return self._programs.compiles
 
     @property
     def sweep_bytes(self) -> int:
-        """Weight bytes that pass in one sweep."""
-        return sum(tile.n_bytes for tile in self._executor.tiles)
+        """Weight bytes that a sweep uses."""
+        return sum(tile.n_bytes for tile in self.plan.tiles)
 
     @property
     def model_bytes(self) -> int:
@@ -225,7 +276,7 @@ class Model:
     def note_peaks(self, forward: Forward):
         """Looks at memory; called after each sweep, and the largest figures seen are the peaks."""
         self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
-        weights = self._executor.totals().most_live_bytes
+        weights = self.totals.most_live_bytes + self.plan.tier_bytes(Tier.DEVICE)
         held = weights + forward.held_bytes + self._programs.temporary_bytes
         self.device_peak_bytes = max(self.device_peak_bytes, held)
 
@@ -233,12 +284,13 @@ class Model:
         """Budgets and peaks as `generate --json` prints them. A CPU has no allocator to ask: there
         the sum is accounted."""
         stats = self.device.memory_stats()
-        measured = devices.GPU_CONTEXT_BYTES + stats["peak_bytes_in_use"] if stats else None
+        context = self._machine.context_bytes
+        measured = context + stats["peak_bytes_in_use"] if stats else None
         return {
-            "device_budget_bytes": self.device_budget,
+            "device_budget_bytes": self._machine.device_budget,
             "device_peak_bytes": measured or self.device_peak_bytes,
             "device_peak_how": "measured" if measured else "accounted",
-            "host_budget_bytes": self.host_budget,
+            "host_budget_bytes": self._machine.host_budget,
             "host_peak_bytes": self.host_peak_bytes,
             "host_peak_how": "measured",
         }
@@ -270,6 +322,13 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
     return [list(row) for row in rows]
 
 
-def _close(executor, embedding):
-    executor.close()
-    embedding.close()
+class _Owned:
+    """What a model has open, apart from it, so that it is closed too when the model is just
+    dropped."""
+
+    def __init__(self):
+        self.opened = []
+
+    def close(self):
+        while self.opened:
+            self.opened.pop().close()

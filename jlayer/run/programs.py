@@ -7,18 +7,17 @@ lists.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from jlayer.config import ModelConfig
-from jlayer.model.block import block
+from jlayer.model.block import attend, block, join, mlp_in, project
 from jlayer.model.cache import LayerCache, cache_struct
-from jlayer.model.layers import head
-from jlayer.model.params import layer_struct
-from jlayer.weights.store import Part, Tile
+from jlayer.model.layers import head, linear, rms_norm
+from jlayer.model.params import Layer
+from jlayer.weights.tiles import STAGES, Part, Tile
 
+_MATRICES = dict(STAGES)
 _backend_compiles = 0
 
 
@@ -40,85 +39,160 @@ class Programs:
     """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
     label."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: str, device: jax.Device):
+    def __init__(self, cfg: ModelConfig, *, dtype: str, norm_dtype: str, device: jax.Device):
         self.cfg, self.dtype, self.device = cfg, dtype, device
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
+        self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), norm_dtype)
         self._compiled: dict = {}
 
     def block(self, tile: Tile, *, batch: int, tokens: int, capacity: int):
-        """(layer, hidden [B, T, D], cache, positions [B, T]) -> (hidden, cache); the cache passed
-        in is consumed."""
-        dtypes = {part.leaf: part.dtype for part in tile.parts}
+        """(matrices, norms, hidden [B, T, D], cache, positions [B, T]) -> (hidden, cache); consumes
+        the cache."""
 
-        def build():
-            args = (
-                layer_struct(self.cfg, dtypes),
-                self._struct((batch, tokens, self.cfg.hidden_size), self.dtype),
-                self._cache_struct(batch, capacity),
-                self._struct((batch, tokens), "int32"),
-            )
-            return jax.jit(functools.partial(block, cfg=self.cfg), donate_argnums=2), args
+        def function(matrices, norms, hidden, cache, positions):
+            return block(Layer(**matrices, **norms), hidden, cache, positions, self.cfg)
 
+        norms = {"input_layernorm": self._norm, "post_attention_layernorm": self._norm}
+        args = (
+            _structs(tile.parts),
+            norms,
+            self._hidden(batch, tokens),
+            self._cache(batch, capacity),
+            jax.ShapeDtypeStruct((batch, tokens), "int32"),
+        )
         label = f"block {batch}x{tokens} cache {capacity}"
-        return self._get(("block", batch, tokens, capacity, *dtypes.items()), label, build)
+        return self._get((label, tile.signature), function, args, donated=3)
 
-    def head(self, tile: Tile, norm: Part, *, batch: int, tokens: int, last: int):
+    def enter(self, *, batch: int, tokens: int):
+        """(hidden, norm) -> the attention's input [B, T, D]."""
+
+        def function(hidden, norm):
+            return rms_norm(hidden, norm, eps=self.cfg.rms_norm_eps)
+
+        label = f"norm {batch}x{tokens}"
+        return self._get((label,), function, (self._hidden(batch, tokens), self._norm))
+
+    def rows(self, tile: Tile, *, batch: int, tokens: int):
+        """(x [B, T, in], arrays by leaf) -> products [B, T, rows] in the order of the tile's
+        matrices.
+
+        Of gate and up the one product that the MLP goes on with.
+        """
+        names = [part.leaf for part in tile.parts if part.leaf in _MATRICES[tile.stage]]
+
+        def function(x, arrays):
+            if tile.stage == "gate_up":
+                gate, up = names
+                biases = (arrays.get(f"{gate}_bias"), arrays.get(f"{up}_bias"))
+                return (mlp_in(x, arrays[gate], arrays[up], *biases, cfg=self.cfg),)
+            return tuple(linear(x, arrays[name], arrays.get(f"{name}_bias")) for name in names)
+
+        width = next(part.shape[1] for part in tile.parts if part.leaf in names)
+        args = (self._struct(batch, tokens, width), _structs(tile.parts))
+        heights = "+".join(str(part.shape[0]) for part in tile.parts if part.leaf in names)
+        label = f"{tile.stage} rows {heights} {batch}x{tokens}"
+        return self._get((label, tile.signature), function, args)
+
+    def attend(self, widths: dict[str, tuple[int, ...]], *, batch: int, tokens: int, capacity: int):
+        """(products by leaf, cache, positions) -> (attended [B, T, N*H], cache); consumes the
+        cache."""
+
+        def function(products, cache, positions):
+            q, k, v = (join(products[name]) for name in ("q_proj", "k_proj", "v_proj"))
+            return attend(q, k, v, cache, positions, self.cfg)
+
+        products = {
+            name: [self._struct(batch, tokens, width) for width in own]
+            for name, own in widths.items()
+        }
+        args = (
+            products,
+            self._cache(batch, capacity),
+            jax.ShapeDtypeStruct((batch, tokens), "int32"),
+        )
+        label = f"attend {batch}x{tokens} cache {capacity}"
+        return self._get((label, *widths.items()), function, args, donated=1)
+
+    def project(self, widths: tuple[int, ...], *, batch: int, tokens: int):
+        """(hidden, products, norm) -> (hidden, the MLP's input)."""
+
+        def function(hidden, products, norm):
+            return project(hidden, join(products), norm, self.cfg)
+
+        products = [self._struct(batch, tokens, width) for width in widths]
+        label = f"project {batch}x{tokens}"
+        args = (self._hidden(batch, tokens), products, self._norm)
+        return self._get((label, widths), function, args)
+
+    def join(self, widths: tuple[int, ...], *, batch: int, tokens: int):
+        """(products) -> the MLP's inner activation [B, T, F]."""
+        args = ([self._struct(batch, tokens, width) for width in widths],)
+        return self._get((f"join {batch}x{tokens}", widths), join, args)
+
+    def leave(self, widths: tuple[int, ...], *, batch: int, tokens: int):
+        """(hidden, products of the MLP's way out) -> hidden."""
+
+        def function(hidden, products):
+            return hidden + join(products)
+
+        products = [self._struct(batch, tokens, width) for width in widths]
+        args = (self._hidden(batch, tokens), products)
+        return self._get((f"leave {batch}x{tokens}", widths), function, args)
+
+    def head(self, tile: Tile, *, batch: int, tokens: int, last: int):
         """(norm, rows [v, D], hidden [B, T, D]) -> float32 logits [B, last, v] of the last
         columns."""
         (rows,) = tile.parts
 
-        def build():
-            def last_columns(norm, rows, hidden):
-                return head(norm, rows, hidden[:, tokens - last :], eps=self.cfg.rms_norm_eps)
+        def function(norm, rows, hidden):
+            return head(norm, rows, hidden[:, tokens - last :], eps=self.cfg.rms_norm_eps)
 
-            args = (
-                self._struct(norm.shape, norm.dtype),
-                self._struct(rows.shape, rows.dtype),
-                self._struct((batch, tokens, self.cfg.hidden_size), self.dtype),
-            )
-            return jax.jit(last_columns), args
-
+        args = (self._norm, _struct_of(rows), self._hidden(batch, tokens))
         label = f"head {batch}x{tokens} last {last} rows {rows.shape[0]}"
-        return self._get(("head", batch, tokens, last, rows.shape, rows.dtype), label, build)
+        return self._get((label, rows.dtype), function, args)
 
     def empty_cache(self, *, batch: int, capacity: int):
         """() -> a LayerCache of zeros, freshly allocated on the device."""
+        struct = self._cache(batch, capacity)
 
-        def build():
-            struct = self._cache_struct(batch, capacity)
+        def make():
+            return LayerCache(
+                k=jnp.zeros(struct.k.shape, struct.k.dtype),
+                v=jnp.zeros(struct.v.shape, struct.v.dtype),
+            )
 
-            def make():
-                return LayerCache(
-                    k=jnp.zeros(struct.k.shape, struct.k.dtype),
-                    v=jnp.zeros(struct.v.shape, struct.v.dtype),
-                )
+        return self._get((f"cache {batch}x{capacity}",), make, ())
 
-            sharding = jax.sharding.SingleDeviceSharding(self.device)
-            return jax.jit(make, out_shardings=sharding), ()
-
-        return self._get(("cache", batch, capacity), f"cache {batch}x{capacity}", build)
-
-    def _get(self, key, label, build):
+    def _get(self, key, function, args, donated=()):
+        """The compiled program under `key`, whose first word is the label it is counted by."""
         if key not in self._compiled:
             before = backend_compiles()
-            function, args = build()
-            program = function.lower(*self._placed(args)).compile()
-            self._compiled[key] = program
-            self.temporary_bytes = max(
-                self.temporary_bytes, program.memory_analysis().temp_size_in_bytes
+            sharding = jax.sharding.SingleDeviceSharding(self.device)
+            placed = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
             )
-            self.compiles[label] = self.compiles.get(label, 0) + backend_compiles() - before
+            jitted = jax.jit(function, donate_argnums=donated, out_shardings=sharding)
+            program = jitted.lower(*placed).compile()
+            self._compiled[key] = program
+            temporary = program.memory_analysis().temp_size_in_bytes
+            self.temporary_bytes = max(self.temporary_bytes, temporary)
+            self.compiles[key[0]] = self.compiles.get(key[0], 0) + backend_compiles() - before
         return self._compiled[key]
 
-    def _placed(self, args):
-        sharding = jax.sharding.SingleDeviceSharding(self.device)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
-        )
+    def _struct(self, batch, tokens, width):
+        return jax.ShapeDtypeStruct((batch, tokens, width), self.dtype)
 
-    def _struct(self, shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def _hidden(self, batch, tokens):
+        return self._struct(batch, tokens, self.cfg.hidden_size)
 
-    def _cache_struct(self, batch, capacity):
+    def _cache(self, batch, capacity):
         return cache_struct(self.cfg, batch=batch, capacity=capacity, dtype=self.dtype)
+
+
+def _struct_of(part: Part):
+    return jax.ShapeDtypeStruct(part.shape, part.dtype)
+
+
+def _structs(parts):
+    return {part.leaf: _struct_of(part) for part in parts}

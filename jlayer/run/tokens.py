@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.protobuf import protobuf_fields
 from jlayer.run.templates import Rendered, read_templates, render_chat, select_template
 from jlayer.strict import read_json_object, read_small_file
 
@@ -684,15 +685,15 @@ def _read_sentencepiece(raw, where):
     """([(text, score, kind)], trainer's fields, normaliser's fields) of a SentencePiece BPE."""
     pieces, trainer, normalizer = [], {}, {}
     try:
-        for field, value in _protobuf_fields(raw):
+        for field, value in protobuf_fields(raw):
             if field == _PIECES:
-                piece = dict(_protobuf_fields(value))
+                piece = dict(protobuf_fields(value))
                 (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
                 pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
             elif field == _TRAINER:
-                trainer = dict(_protobuf_fields(value))
+                trainer = dict(protobuf_fields(value))
             elif field == _NORMALIZER:
-                normalizer = dict(_protobuf_fields(value))
+                normalizer = dict(protobuf_fields(value))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error):
         pieces = []
     if not pieces:
@@ -712,35 +713,6 @@ def _read_sentencepiece(raw, where):
             "put the model's tokenizer.json beside it"
         )
     return pieces, trainer, normalizer
-
-
-def _protobuf_fields(raw):
-    """(number, value) of each field of a message: an int, or bytes.
-
-    Raises ValueError, KeyError or IndexError where `raw` is no message.
-    """
-    at = 0
-    while at < len(raw):
-        key, at = _varint(raw, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(raw, at)
-        else:
-            size, at = _varint(raw, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = raw[at : at + size], at + size
-            if at > len(raw):
-                raise ValueError
-        yield key >> 3, value
-
-
-def _varint(raw, at):
-    value = 0
-    for shift in range(0, 70, 7):
-        value |= (raw[at] & 127) << shift
-        at += 1
-        if raw[at - 1] < 128:
-            return value, at
-    raise ValueError
 
 
 # Llama 3's code: how text is split into words, and the names of the 256 tokens after the ranks.

@@ -1,29 +1,83 @@
-"""Byte arithmetic before any allocation: what a run holds where, whether it fits, or a refusal that
-shows the sum.
+"""Byte arithmetic before any allocation: what a run holds where, the shortest sweep that fits, or a
+refusal with the sum.
 
-Pure and free of JAX, so that `jlayer plan` answers from a config alone. What the formulas say of a
-compiled program's temporaries is held against the program's own figure by a test.
+Pure and free of JAX, so that `jlayer plan` answers from a config alone. What the formulas say of
+compiled programs' temporaries is held against the programs' own figures by a test.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from jlayer.config import ModelConfig
 from jlayer.errors import DoesNotFitError
-from jlayer.families import head_leaf, layer_leaves, published_tensors
-from jlayer.spec import ITEM_BYTES
+from jlayer.families import EMBEDDING, published_tensors
+from jlayer.spec import ITEM_BYTES, query_pieces
 from jlayer.weights.layout import ALIGNMENT
+from jlayer.weights.schedule import Tier
+from jlayer.weights.tiles import Tile, cut, norm_parts
 
-N_SLOTS = 2
 # Input shapes come from short lists, so that a model of 80 layers, a long prompt and a thousand
 # tokens compile no more often than a model of two and a short one.
 CHUNK_TOKENS = (2, 8, 64, 512)
 MIN_CAPACITY = 64
-# Anonymous memory of Python with JAX started on a CPU and the programs compiled, before any slot:
-# 280-330 MB measured.
-RUNTIME_BYTES = 352 << 20
+CAPACITY_STEP = (
+    1024  # from here on capacity grows by steps: a doubled 70B cache would cost gigabytes
+)
+
+# None: whole layers. On an H200 tiles of 64 MiB move at the link's full speed, 32 MiB at 95% of it.
+TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 32, 16, 8, 4, 2, 1)))
+# Tiles on the device at a time, and host slots beyond them that are being read meanwhile.
+AHEAD = {"gpu": 4, "cpu": 2}
+READING = 2
+# What each tile costs beside its bytes: a turn in Python and the driver, a gap on the link (5% of
+# the time of 32 MiB on an H200), a gap on the disk.
+STEP_S = {"gpu": 150e-6, "cpu": 80e-6}
+LINK_GAP_S = 30e-6
+DISK_GAP_S = 200e-6
+# Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and a CPU's product
+# of bfloat16 weights.
+DEFAULT_LINK = {"gpu": 25e9, "cpu": 8e9}
+DEFAULT_DISK = 2e9
+# What XLA's libraries hold in the allocator all the time (140 MB measured on an H200), the
+# workspace of a matrix product (40 MB), and what is lost between blocks of different sizes.
+LIBRARY_BYTES = {"gpu": 256 << 20, "cpu": 0}
+# What is left free when the rest of a device is filled with tiles that stay.
+RESERVE_BYTES = 96 << 20
+# Anonymous memory of the process beside what is counted here: Python with JAX started and its
+# programs compiled (280-330 MB on a CPU, 750 MB with the CUDA driver).
+RUNTIME_BYTES = {"cpu": 352 << 20, "gpu": 900 << 20}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for. `platform`: "cpu" or "gpu"; bytes, and bytes a second."""
+
+    platform: str
+    device_budget: int
+    host_budget: int
+    context_bytes: int
+    disk_speed: float = DEFAULT_DISK
+    link_speed: float | None = None
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast weights come from the host to where they are multiplied."""
+        return self.link_speed or DEFAULT_LINK[self.platform]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a run carries: `n_columns` are the tokens of its longest sweep, padding included,
+    `chunk` the most that go through a tile at once."""
+
+    batch: int
+    capacity: int
+    chunk: int
+    n_columns: int
 
 
 @dataclass(frozen=True)
@@ -53,15 +107,20 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What lives where, and the sum behind it. `n_layers` all come from disk; two tiles are on the
-    device at a time."""
+    """What lives where, and the sum behind it. `tiers` has a row for each of `tiles`."""
 
+    machine: Machine
     device: DeviceMemory
     host: HostMemory
+    tiles: tuple[Tile, ...]
+    tiers: tuple[Tier, ...]
+    tile_bytes: int
+    ring: int
+    ahead: int
+    chunk: int
+    capacity: int
     model_bytes: int
     n_layers: int
-    tile_bytes: int
-    sweep_bytes: int
 
     @property
     def device_peak_bytes(self) -> int:
@@ -78,11 +137,44 @@ class Plan:
             and self.host_peak_bytes <= self.host.budget_bytes
         )
 
+    def tier_bytes(self, tier: Tier) -> int:
+        """Weight bytes of a tier, the head's included."""
+        return sum(t.n_bytes for t, own in zip(self.tiles, self.tiers, strict=True) if own is tier)
+
+    @property
+    def put_bytes(self) -> int:
+        """Bytes that go to the device each sweep."""
+        return self.tier_bytes(Tier.DISK) + self.tier_bytes(Tier.HOST)
+
+    @property
+    def sweep_seconds(self) -> float:
+        """The slowest of disk, link and the steps themselves; arithmetic hides behind them."""
+        machine, counts = self.machine, Counter(self.tiers)
+        # On a CPU nothing is moved: its link is the arithmetic itself, over every weight.
+        passing = [Tier.DISK, Tier.HOST] if machine.platform == "gpu" else list(Tier)
+        disk_s = self.tier_bytes(Tier.DISK) / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
+        moved = sum(map(self.tier_bytes, passing))
+        gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
+        link_s = moved / machine.bytes_per_s + gaps
+        return max(disk_s, link_s, len(self.tiles) * STEP_S[machine.platform])
+
+    def layers(self, tier: Tier) -> int:
+        """How many layers' worth of bytes a tier holds; the three add up to all layers."""
+        shares = dict.fromkeys(Tier, 0)
+        for tile, own in zip(self.tiles, self.tiers, strict=True):
+            if tile.layer is not None:
+                shares[own] += tile.n_bytes
+        whole = sum(shares.values()) / self.n_layers
+        from_disk = math.ceil(shares[Tier.DISK] / whole - 1e-9)
+        on_device = min(math.floor(shares[Tier.DEVICE] / whole), self.n_layers - from_disk)
+        in_host = self.n_layers - from_disk - on_device
+        return {Tier.DEVICE: on_device, Tier.HOST: in_host, Tier.DISK: from_disk}[tier]
+
     def as_dict(self) -> dict:
         """As `plan --json` prints it."""
         return {
             "fits": self.fits,
-            "smallest_device_memory_bytes": self.device_peak_bytes,
+            "smallest_device_memory_bytes": self.device_peak_bytes - self._kept_by_choice,
             "device": {**asdict(self.device), "peak_bytes": self.device_peak_bytes},
             "host": {**asdict(self.host), "peak_bytes": self.host_peak_bytes},
             "disk": {
@@ -90,15 +182,19 @@ class Plan:
                 "target_bytes": self.model_bytes,
                 "peak_bytes": 2 * self.model_bytes,
             },
-            "tiers": {"device_layers": 0, "host_layers": 0, "disk_layers": self.n_layers},
+            "tiers": {f"{tier.value}_layers": self.layers(tier) for tier in Tier},
             "tile_bytes": self.tile_bytes,
             "sweep": {
-                "bytes": self.sweep_bytes,
-                "disk_bytes": self.sweep_bytes,
-                "host_bytes": 0,
-                "seconds": None,
+                "bytes": sum(tile.n_bytes for tile in self.tiles),
+                "disk_bytes": self.tier_bytes(Tier.DISK),
+                "host_bytes": self.tier_bytes(Tier.HOST),
+                "seconds": self.sweep_seconds,
             },
         }
+
+    @property
+    def _kept_by_choice(self):
+        return self.tier_bytes(Tier.DEVICE)
 
     def check(self):
         """Raises DoesNotFitError with the sum and the smallest budget that would do."""
@@ -117,125 +213,257 @@ class Plan:
 
 def make_plan(
     cfg: ModelConfig,
+    machine: Machine,
     *,
-    stored_dtype: str,
+    dtype_of: Callable[[str], str],
     dtype: str,
-    device_budget: int,
-    host_budget: int,
-    context_bytes: int,
-    shared_memory: bool,
-    batch: int,
-    capacity: int,
-    chunk: int,
-    n_columns: int,
+    batch: int = 1,
+    longest: int = 1,
+    context: int = 1,
+    keeps_layers: bool = True,
 ) -> Plan:
-    """The plan of a run that streams whole layers through N_SLOTS slots.
+    """The plan of the shortest sweep that fits: tile size, chunk of tokens, and what stays where.
 
-    `shared_memory`: the device is the host's own memory, where a slot counts in both promises.
-    `chunk`: the most tokens that go through a layer at once; `n_columns`: all tokens of the longest
-    sweep, padding included.
+    `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach. Where
+    nothing fits, the plan that needs least (`fits` is False; `check` refuses).
     """
-    item, stored = ITEM_BYTES[dtype], ITEM_BYTES[stored_dtype]
-    layer_bytes = sum(leaf.n_elements(cfg) for leaf in layer_leaves(cfg)) * stored
-    vocab, width = head_leaf(cfg).shape(cfg)
-    tile_bytes = max(layer_bytes, width * stored)
-    cache = 2 * batch * capacity * cfg.num_key_value_heads * cfg.head_dim * item
-    activation = 2 * batch * n_columns * width * item
-    logits = 3 * batch * 2 * vocab * 4
-    temporary = block_temporary_bytes(
-        cfg,
-        batch=batch,
-        tokens=chunk,
-        capacity=capacity,
-        item_bytes=item,
-        casts=dtype != stored_dtype,
-    )
-    slots = N_SLOTS * tile_bytes
-    device = DeviceMemory(
-        budget_bytes=device_budget,
-        context_bytes=context_bytes,
-        slots_bytes=slots,
-        resident_bytes=width * stored,
-        cache_bytes=cfg.num_hidden_layers * cache,
-        activation_bytes=activation + logits,
-        temporary_bytes=temporary,
-    )
-    on_host = _sum(device) - slots if shared_memory else 0
-    host = HostMemory(
-        budget_bytes=host_budget,
-        slots_bytes=N_SLOTS * (tile_bytes + 2 * ALIGNMENT),
-        resident_bytes=on_host,
-        embedding_bytes=batch * n_columns * width * stored,
-        runtime_bytes=RUNTIME_BYTES,
-    )
-    tensors = published_tensors(cfg)
-    layers = cfg.num_hidden_layers * layer_bytes
-    return Plan(
-        device=device,
-        host=host,
-        model_bytes=sum(map(math.prod, tensors.values())) * stored,
-        n_layers=cfg.num_hidden_layers,
-        tile_bytes=tile_bytes,
-        sweep_bytes=layers + vocab * width * stored,
-    )
+    options = {"dtype_of": dtype_of, "dtype": dtype}
+    shape = {"batch": batch, "longest": longest, "context": context}
+    best = smallest = None
+    for tile_bytes in TILE_BYTES:
+        tiles = cut(cfg, dtype_of, tile_bytes)
+        bare = _with_largest_chunk(cfg, machine, tiles, options, shape)
+        if smallest is None or bare.device_peak_bytes < smallest.device_peak_bytes:
+            smallest = bare
+        if not bare.fits:
+            continue
+        plan = _with_tiers(bare) if keeps_layers else bare
+        if best is not None and plan.sweep_seconds >= best.sweep_seconds:
+            break  # smaller tiles leave more memory to keep layers in; here that no longer pays
+        best = plan
+    return best or smallest
 
 
-def chunks(n_tokens: int) -> tuple[int, ...]:
-    """The sizes, from CHUNK_TOKENS, of the chunks that `n_tokens` columns go through a layer in.
+def _with_largest_chunk(cfg, machine, tiles, options, shape):
+    """The bare plan with as many tokens at once as fit: fewer only cost dispatches."""
+    for most in reversed(CHUNK_TOKENS):
+        shapes = shapes_of_run(**shape, most=most)
+        bare = _bare_plan(cfg, machine, tiles, shapes=shapes, **options)
+        if bare.fits:
+            break
+    return bare
 
-    Padding costs arithmetic and every chunk a dispatch, so up to half of the largest size goes in
-    chunks of the second.
+
+def refit(
+    plan: Plan,
+    cfg: ModelConfig,
+    *,
+    dtype_of: Callable[[str], str],
+    dtype: str,
+    batch: int,
+    longest: int,
+    context: int,
+) -> Plan:
+    """The same tiles in the same places for another run; `fits` says whether the promises allow
+    it."""
+    options = {"dtype_of": dtype_of, "dtype": dtype}
+    shape = {"batch": batch, "longest": longest, "context": context}
+    for most in reversed(CHUNK_TOKENS):
+        shapes = shapes_of_run(**shape, most=most)
+        bare = _bare_plan(cfg, plan.machine, plan.tiles, shapes=shapes, **options)
+        same = _with_kept(bare, plan.tiers)
+        if same.fits:
+            break
+    return same
+
+
+def shapes_of_run(
+    *, batch: int, longest: int, context: int, most: int = CHUNK_TOKENS[-1]
+) -> Shapes:
+    """The input shapes of a run whose longest sweep carries `longest` tokens a sequence, `most` at
+    once."""
+    sizes = chunks(longest, most)
+    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes))
+
+
+def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
+    """The sizes, from CHUNK_TOKENS up to `most`, of the chunks that `n_tokens` columns go through a
+    tile in.
+
+    Padding costs arithmetic and every chunk a dispatch, so up to half of a size goes in chunks of
+    the next smaller.
     """
-    tiny, small, middle, large = CHUNK_TOKENS
-    sizes = [large] * (n_tokens // large)
-    rest = n_tokens % large
-    if rest > large // 2:
-        return (*sizes, large)
-    sizes += [middle] * (rest // middle)
-    rest %= middle
-    if rest > 0:
-        sizes.append(tiny if rest <= tiny else small if rest <= small else middle)
+    sizes, rest = [], n_tokens
+    usable = [size for size in CHUNK_TOKENS if size <= most]
+    for size, smaller in zip(reversed(usable), [*reversed(usable[:-1]), 0], strict=True):
+        sizes += [size] * (rest // size)
+        rest %= size
+        if rest > (size // 2 if smaller >= 64 else smaller):
+            return (*sizes, size)
     return tuple(sizes)
 
 
 def capacity_for(n_positions: int) -> int:
-    """Cached positions to make room for: the next of MIN_CAPACITY, doubling."""
+    """Cached positions to make room for: doubling from MIN_CAPACITY, then in steps of
+    CAPACITY_STEP."""
+    if n_positions > CAPACITY_STEP:
+        return -(-n_positions // CAPACITY_STEP) * CAPACITY_STEP
     capacity = MIN_CAPACITY
     while capacity < n_positions:
         capacity *= 2
     return capacity
 
 
-def shapes_of_run(*, batch: int, longest: int, context: int) -> dict[str, int]:
-    """The input shapes of a run, as `make_plan` takes them: its longest sweep carries `longest`
-    tokens a sequence."""
-    sizes = chunks(longest)
-    return {
-        "batch": batch,
-        "capacity": capacity_for(context),
-        "chunk": max(sizes),
-        "n_columns": sum(sizes),
-    }
+def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
+    """The least that a way of cutting needs: nothing kept beyond the ring."""
+    item = ITEM_BYTES[dtype]
+    stored = dtype_of(EMBEDDING.published)
+    tile_bytes = max(tile.n_bytes for tile in tiles)
+    slot = tile_bytes + _slack(tiles)
+    ahead = min(AHEAD[machine.platform], len(tiles))
+    ring = ahead + READING
+    layers, width = cfg.num_hidden_layers, cfg.hidden_size
+    norms = sum(part.n_bytes for part in norm_parts(cfg, lambda _: stored, 0)) * layers
+    cache = 2 * shapes.batch * shapes.capacity * cfg.num_key_value_heads * cfg.head_dim * item
+    device = DeviceMemory(
+        budget_bytes=machine.device_budget,
+        context_bytes=machine.context_bytes,
+        # One more than are there at a time: blocks of other sizes leave gaps between them.
+        slots_bytes=(ahead + (machine.platform == "gpu")) * tile_bytes,
+        resident_bytes=norms + width * ITEM_BYTES[stored],
+        cache_bytes=layers * cache,
+        activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles)),
+        temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype)
+        + LIBRARY_BYTES[machine.platform],
+    )
+    on_host = _sum(device) - device.slots_bytes if machine.platform == "cpu" else 0
+    host = HostMemory(
+        budget_bytes=machine.host_budget,
+        slots_bytes=ring * slot,
+        resident_bytes=on_host,
+        embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
+        + shapes.batch * 2 * cfg.vocab_size * 16,
+        runtime_bytes=RUNTIME_BYTES[machine.platform],
+    )
+    return Plan(
+        machine=machine,
+        device=device,
+        host=host,
+        tiles=tiles,
+        tiers=(Tier.DISK,) * len(tiles),
+        tile_bytes=tile_bytes,
+        ring=ring,
+        ahead=ahead,
+        chunk=shapes.chunk,
+        capacity=shapes.capacity,
+        model_bytes=sum(
+            math.prod(shape) * ITEM_BYTES[dtype_of(name)]
+            for name, shape in published_tensors(cfg).items()
+        ),
+        n_layers=layers,
+    )
 
 
-def block_temporary_bytes(
-    cfg: ModelConfig, *, batch: int, tokens: int, capacity: int, item_bytes: int, casts: bool
-) -> int:
-    """An upper bound for the temporaries of one block: what is alive at once in attention or in the
-    MLP, in float32.
+def _with_tiers(plan: Plan) -> Plan:
+    """What the budgets leave over keeps tiles: on the device (where it is not the host's own
+    memory), then in the host.
 
-    With `casts` (weights of another dtype than the run's) XLA may write every matrix out in the
-    run's dtype.
+    Each kept set is spread evenly over the sweep, so that the disk and the link work side by side
+    all along.
     """
-    b, t, s = batch, tokens, capacity
+    sizes = [tile.n_bytes for tile in plan.tiles]
+    room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
+    kept = _spread(sizes, room if plan.machine.platform == "gpu" else 0)
+    rest = [index for index, keep in enumerate(kept) if not keep]
+    slack = _slack(plan.tiles)
+    room = plan.host.budget_bytes - plan.host_peak_bytes
+    in_host = _spread([sizes[index] + slack for index in rest], room)
+    tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
+    for index, keep in zip(rest, in_host, strict=True):
+        if keep:
+            tiers[index] = Tier.HOST
+    return _with_kept(plan, tuple(tiers))
+
+
+def _with_kept(plan, tiers):
+    """A bare plan with what `tiers` keep added to its sums."""
+    slack = _slack(plan.tiles)
+    kept = list(zip(plan.tiles, tiers, strict=True))
+    device_bytes = sum(tile.n_bytes for tile, tier in kept if tier is Tier.DEVICE)
+    host_bytes = sum(tile.n_bytes + slack for tile, tier in kept if tier is Tier.HOST)
+    return replace(
+        plan,
+        tiers=tiers,
+        device=replace(plan.device, resident_bytes=plan.device.resident_bytes + device_bytes),
+        host=replace(plan.host, resident_bytes=plan.host.resident_bytes + host_bytes),
+    )
+
+
+def _spread(sizes: list[int], room: int) -> list[bool]:
+    """Which of `sizes` to keep within `room`, evenly over the list."""
+    total = sum(sizes)
+    if room >= total:
+        return [True] * len(sizes)
+    kept, used, passed = [], 0, 0
+    for size in sizes:
+        passed += size
+        # What should be kept by now, in proportion; a whole tile or none of it.
+        keep = used + size <= min(room, room * passed / total + size / 2)
+        kept.append(keep)
+        used += size * keep
+    return kept
+
+
+def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
+    """What a sweep's tokens hold between programs: hidden states, the stage under way, logits on
+    their way out.
+
+    Whole layers keep only hidden states; tiles also hold a stage's input and the products so far,
+    of all tokens.
+    """
     d, f = cfg.hidden_size, cfg.intermediate_size
     heads = cfg.num_attention_heads * cfg.head_dim
     kv_heads = cfg.num_key_value_heads * cfg.head_dim
-    scores = 4 * b * cfg.num_attention_heads * t * s
-    attention = 2 * scores + 2 * 4 * b * s * kv_heads + 3 * 4 * b * t * heads
-    mlp = 3 * 4 * b * t * f
-    cast = sum(leaf.n_elements(cfg) for leaf in layer_leaves(cfg)) * item_bytes if casts else 0
-    return cast + max(attention, mlp) + 2 * 4 * b * t * d
+    each = 2 * d if whole else 3 * d + max(f + d, 2 * (heads + 2 * kv_heads))
+    columns = shapes.batch * shapes.n_columns
+    joined = 0 if whole else shapes.batch * shapes.chunk * f * item_bytes
+    logits = 3 * shapes.batch * 2 * cfg.vocab_size * 4
+    return columns * (each * item_bytes + 4) + joined + logits
+
+
+def temporary_bytes(
+    cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...], *, dtype: str
+) -> int:
+    """An upper bound for the temporaries of any one program of a run.
+
+    What is alive at once in attention or in the MLP, in float32; and, where weights are of another
+    dtype than the run's, the tile's matrices written out in the run's.
+    """
+    from_attention = attention_temporary_bytes(cfg, shapes)
+    b, t = shapes.batch, shapes.chunk
+    item = ITEM_BYTES[dtype]
+    cast = max(
+        sum(math.prod(part.shape) * item for part in tile.parts if part.dtype != dtype)
+        for tile in tiles
+    )
+    if _is_whole(tiles):
+        mlp = 3 * 4 * b * t * cfg.intermediate_size
+        return cast + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
+    rows = max(sum(part.shape[0] for part in tile.parts) for tile in tiles)
+    widest = max(cfg.hidden_size, cfg.intermediate_size)
+    product = 3 * 4 * b * t * rows + 4 * b * t * widest
+    return max(cast + product, from_attention, 4 * 4 * b * t * widest)
+
+
+def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:
+    """Scores of as many queries as are made at once (twice: before and after the exponential), the
+    cache read in float32, and the heads in float32."""
+    b, t, s = shapes.batch, shapes.chunk, shapes.capacity
+    heads = cfg.num_attention_heads * cfg.head_dim
+    kv_heads = cfg.num_key_value_heads * cfg.head_dim
+    pieces = query_pieces(batch=b, tokens=t, n_heads=cfg.num_attention_heads, capacity=s)
+    scores = 4 * b * cfg.num_attention_heads * (t // pieces) * s
+    return 2 * scores + 2 * 4 * b * s * kv_heads + 4 * 4 * b * t * heads
 
 
 def human(n_bytes: int) -> str:
@@ -244,6 +472,16 @@ def human(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.2f} {unit}"
     return f"{n_bytes} B"
+
+
+def _slack(tiles):
+    """What a slot or a room has beyond its tile: the blocks around each segment, one for each part
+    at most."""
+    return ALIGNMENT * 2 * max(len(tile.parts) for tile in tiles)
+
+
+def _is_whole(tiles):
+    return tiles[0].stage == "block"
 
 
 def _sum(memory):

@@ -36,11 +36,13 @@ class Reader:
 
     def __init__(self, paths):
         self._files: dict[str, tuple[int, bool]] = {}
-        self.read_bytes = 0
+        self._open_fds: list[int] = []
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         try:
             for path in paths:
                 self._files[path] = _open(path)
+                self._open_fds.append(self._files[path][0])
         except BaseException:
             self.close()
             raise
@@ -72,7 +74,6 @@ class Reader:
                     "it was cut off"
                 )
             done += count
-        self.read_bytes += done
         return segment.offset - first
 
     def _request(self, path, view, offset):
@@ -82,7 +83,11 @@ class Reader:
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
                 # A file system may accept the flag at open and refuse it here.
-                self._files[path] = (_reopen_buffered(path, fd), False)
+                # The other descriptor stays open until the end: another thread may be using it.
+                with self._lock:
+                    if self._files[path][1]:
+                        self._files[path] = (_open_buffered(path), False)
+                        self._open_fds.append(self._files[path][0])
                 return self._request(path, view, offset)
             raise StorageError(
                 f"{path}: cannot be read at byte {offset} ({error.strerror})"
@@ -97,9 +102,9 @@ class Reader:
 
     def close(self):
         self.stop()
-        for fd, _ in self._files.values():
+        for fd in self._open_fds:
             os.close(fd)
-        self._files = {}
+        self._files, self._open_fds = {}, []
 
 
 class RowReader:
@@ -148,8 +153,3 @@ def _open_buffered(path):
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(f"{path}: cannot be opened ({error.strerror})") from None
-
-
-def _reopen_buffered(path, fd):
-    os.close(fd)
-    return _open_buffered(path)

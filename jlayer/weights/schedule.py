@@ -1,30 +1,43 @@
-"""Plan → the steps of one sweep: a plain list that the executor interprets and anything else can
+"""Plan → the steps of each sweep: plain lists that the executor interprets and anything else can
 sum, draw or test.
 
-With n slots, tile k+n is read into a slot as soon as tile k has left it, and tile k+1 is put on the
-device while tile k runs. The order wraps: while the last tiles run, the first of the next sweep are
-read and put.
+A *fixed* set of tiles stays on the device and another in host memory; the rest passes through a
+ring of host slots, every sweep. Reads run ahead as far as the ring has room, puts as far as the
+device has: while tile k runs, the next ones are on their way, and after the last tile those of the
+next sweep. The first sweep fills the fixed sets as it passes.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
+
+
+class Tier(Enum):
+    """Where a tile lives between sweeps."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
 
 
 @dataclass(frozen=True)
 class Read:
-    """Disk → host slot, in the background."""
+    """Disk → host room, in the background. `slot`: in the ring; None: the tile's own room, to
+    stay."""
 
     tile: int
-    slot: int
+    slot: int | None
 
 
 @dataclass(frozen=True)
 class Put:
-    """Host slot → device, once its read is done."""
+    """Host → device, once the tile's read (if it has one in this sweep) is done."""
 
     tile: int
-    slot: int
+    slot: int | None
 
 
 @dataclass(frozen=True)
@@ -32,48 +45,136 @@ class Run:
     """A compiled function over the tile's weights on the device."""
 
     tile: int
-    slot: int
 
 
 @dataclass(frozen=True)
 class Free:
-    """Drop the tile once the output of what used it is ready; its slot may then be written
-    again."""
+    """Once the output of what used the tile is ready: drop it from the device (unless it `stays`),
+    and give up its slot."""
 
     tile: int
-    slot: int
+    slot: int | None
+    stays: bool = False
 
 
 Step = Read | Put | Run | Free
 
 
-def prologue(n_tiles: int, n_slots: int) -> list[Step]:
-    """What comes before the first sweep: every slot is being filled, the first tile is put."""
-    _check(n_tiles, n_slots)
-    return [*(Read(k % n_tiles, k) for k in range(n_slots)), Put(0, 0)]
+def sweeps(
+    tiers: Sequence[Tier], *, ring: int, ahead: int, filled: bool = False
+) -> Iterator[list[Step]]:
+    """The steps before the first sweep, then those of each sweep, without end.
 
-
-def sweep(n_tiles: int, n_slots: int, phase: int = 0) -> list[Step]:
-    """One sweep in the steady state, from tile 0 (already put) to tile 0 of the next sweep put.
-
-    `phase` is the slot that holds tile 0; `next_phase` gives the following sweep's.
+    `ring`: host slots for what comes from disk. `ahead`: the most tiles that are put before they
+    run, the running one included. `filled`: the host tier is in place already (after a sweep was
+    abandoned).
     """
-    _check(n_tiles, n_slots)
-    steps: list[Step] = []
-    for k in range(n_tiles):
-        slot = (phase + k) % n_slots
-        put_next = Put((k + 1) % n_tiles, (phase + k + 1) % n_slots)
-        run = Run(k, slot)
-        done = [Free(k, slot), Read((k + n_slots) % n_tiles, slot)]
-        # With a single slot the next tile can only follow the one that leaves.
-        steps += [run, *done, put_next] if n_slots == 1 else [run, put_next, *done]
-    return steps
+    state = _Stream(tiers, ring=ring, ahead=ahead, filled=filled)
+    yield state.begin()
+    while True:
+        yield state.sweep()
 
 
-def next_phase(n_tiles: int, n_slots: int, phase: int) -> int:
-    """The slot of tile 0 in the sweep after one that began at `phase`."""
-    return (phase + n_tiles) % n_slots
+class _Stream:
+    """What has been read, put and freed so far, in an order of tiles that never ends."""
 
+    def __init__(self, tiers, *, ring, ahead, filled):
+        self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
+        self._passing = [i for i, tier in enumerate(self._tiers) if tier is not Tier.DEVICE]
+        self._filled = filled
+        self._free = deque(range(ring))
+        self._slots: dict[int, int | None] = {}  # move -> its slot, from read to free
+        self._moves = self._all_moves()
+        self._to_read: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet read
+        self._to_put: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet put
+        self._on_device: deque[tuple[int, int]] = deque()  # (move, tile) put, not yet freed
 
-def _check(n_tiles, n_slots):
-    assert min(n_tiles, n_slots) >= 1, (n_tiles, n_slots)
+    def _all_moves(self) -> Iterator[tuple[int, int, bool]]:
+        """(number, tile, whether it is read) of everything that passes, in order."""
+        number, first = 0, True
+        while self._passing:
+            for tile in self._passing:
+                in_place = self._tiers[tile] is Tier.HOST and (self._filled or not first)
+                yield number, tile, not in_place
+                number += 1
+            first = False
+
+    def begin(self):
+        """What stays on the device comes first, before anything else takes room between it."""
+        return [*self._place_residents(), *self._read_ahead(), *self._put_ahead(self._ahead - 1)]
+
+    def _place_residents(self):
+        residents = [i for i, tier in enumerate(self._tiers) if tier is Tier.DEVICE]
+        steps = [Read(tile, slot) for slot, tile in enumerate(residents[: self._ring])]
+        for index, tile in enumerate(residents):
+            slot = index % self._ring
+            steps += [Put(tile, slot), Free(tile, slot, stays=True)]
+            steps += [Read(later, slot) for later in residents[index + self._ring :][:1]]
+        return steps
+
+    def sweep(self):
+        steps = []
+        for tile, tier in enumerate(self._tiers):
+            if tier is Tier.DEVICE:
+                steps.append(Run(tile))
+                continue
+            if not self._on_device or self._on_device[0][1] != tile:
+                steps += self._put_ahead(1)  # a ring of one slot: it could not come earlier
+            steps.append(Run(tile))
+            steps += self._put_ahead(self._ahead)
+            number, _ = self._on_device.popleft()
+            slot = self._slots.pop(number)
+            steps.append(Free(tile, slot))
+            if slot is not None:
+                self._free.append(slot)
+            steps += self._read_ahead()
+        return steps
+
+    def _next(self):
+        """Looks one move further along; False where nothing ever moves."""
+        move = next(self._moves, None)
+        if move is None:
+            return False
+        number, tile, is_read = move
+        self._to_put.append((number, tile))
+        if is_read:
+            self._to_read.append((number, tile))
+        else:
+            self._slots[number] = None
+        return True
+
+    def _read_ahead(self):
+        """Reads for as long as the ring has room, in order, so that none overtakes."""
+        steps = []
+        while self._to_read or self._look_for_a_read():
+            number, tile = self._to_read[0]
+            own = self._tiers[tile] is Tier.HOST
+            if not own and not self._free:
+                break
+            self._to_read.popleft()
+            self._slots[number] = None if own else self._free.popleft()
+            steps.append(Read(tile, self._slots[number]))
+        return steps
+
+    def _look_for_a_read(self):
+        """Looks ahead by less than a sweep, so that no tile is under way twice."""
+        while not self._to_read and len(self._to_put) + len(self._on_device) < len(self._passing):
+            if not self._next():
+                return False
+        return bool(self._to_read)
+
+    def _put_ahead(self, limit):
+        """Puts until `limit` tiles are on the device, or until one has not been given a slot
+        yet."""
+        steps = []
+        limit = min(limit, len(self._passing))
+        while len(self._on_device) < limit and (self._to_put or self._next()):
+            number, tile = self._to_put[0]
+            if number not in self._slots:
+                steps += self._read_ahead()
+                if number not in self._slots:
+                    break
+            self._to_put.popleft()
+            steps.append(Put(tile, self._slots[number]))
+            self._on_device.append((number, tile))
+        return steps

@@ -1,5 +1,4 @@
-"""Which bytes are which leaf: a model on disk described as tiles (what is used together) and
-segments (where they lie).
+"""Which bytes are which leaf: where on disk the parts of a tile lie, as segments.
 
 Knows files and names, reads no weights and holds none.
 """
@@ -11,15 +10,7 @@ from dataclasses import dataclass
 
 from jlayer.config import ModelConfig, read_config
 from jlayer.errors import CheckpointError
-from jlayer.families import (
-    EMBEDDING,
-    FINAL_NORM,
-    head_leaf,
-    layer_leaves,
-    layer_tensor_name,
-    published_tensors,
-)
-from jlayer.spec import ITEM_BYTES
+from jlayer.families import EMBEDDING, FINAL_NORM, published_tensors
 from jlayer.weights.header import TensorEntry, read_header
 from jlayer.weights.layout import (
     EMBED_FILE,
@@ -29,6 +20,7 @@ from jlayer.weights.layout import (
     layer_file,
     read_manifest,
 )
+from jlayer.weights.tiles import Part, Tile
 
 
 @dataclass(frozen=True, order=True)
@@ -38,39 +30,6 @@ class Segment:
     file: str
     offset: int
     n_bytes: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """One array of a tile: all of a leaf, or a range of its rows. `shape` is the part's own."""
-
-    leaf: str
-    tensor: str
-    dtype: str
-    shape: tuple[int, ...]
-    first_row: int = 0
-
-    @property
-    def n_bytes(self) -> int:
-        size = ITEM_BYTES[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The unit that moves: arrays that one `stage` uses together. `layer` is None outside the
-    layers."""
-
-    name: str
-    stage: str
-    layer: int | None
-    parts: tuple[Part, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(part.n_bytes for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -109,31 +68,6 @@ class Store:
         """Bytes of all tensors: the model's size."""
         return sum(entry.n_bytes for _, entry in self._where.values())
 
-    def layer_tile(self, layer: int) -> Tile:
-        """A whole decoder layer as one tile."""
-        parts = []
-        for leaf in layer_leaves(self.cfg):
-            tensor = layer_tensor_name(leaf, layer)
-            parts.append(Part(leaf.name, tensor, self.dtype_of(tensor), leaf.shape(self.cfg)))
-        return Tile(f"layer {layer}", "block", layer, tuple(parts))
-
-    def head_tiles(self, tile_bytes: int) -> tuple[Tile, ...]:
-        """The head cut into ranges of vocabulary rows of equal height, each of at most `tile_bytes`
-        where a row allows."""
-        leaf = head_leaf(self.cfg)
-        vocab, width = leaf.shape(self.cfg)
-        dtype = self.dtype_of(leaf.published)
-        height = head_tile_height(vocab, width * ITEM_BYTES[dtype], tile_bytes)
-        return tuple(
-            Tile(
-                f"head rows {row}-{min(row + height, vocab) - 1}",
-                "head",
-                None,
-                (Part(leaf.name, leaf.published, dtype, (min(height, vocab - row), width), row),),
-            )
-            for row in range(0, vocab, height)
-        )
-
     def norm_part(self) -> Part:
         tensor = FINAL_NORM.published
         return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
@@ -160,13 +94,6 @@ class Store:
         file, entry = self._where[part.tensor]
         row_bytes = entry.n_bytes // entry.shape[0]
         return Segment(file, entry.offset + part.first_row * row_bytes, part.n_bytes)
-
-
-def head_tile_height(vocab: int, row_bytes: int, tile_bytes: int) -> int:
-    """Rows of a head tile: the fewest tiles of at most `tile_bytes` (or one row), as equal as V
-    allows."""
-    n_tiles = -(-vocab // max(1, tile_bytes // row_bytes))
-    return -(-vocab // n_tiles)
 
 
 def _refuse_unconverted(folder):

@@ -8,20 +8,21 @@ import pytest
 
 from jlayer.errors import CheckpointError
 from jlayer.weights.direct import Reader, RowReader, aligned_span
-from jlayer.weights.layout import ALIGNMENT
-from jlayer.weights.slots import HostSlots, slot_bytes_for
-from jlayer.weights.store import Segment, Store, head_tile_height
+from jlayer.weights.layout import ALIGNMENT, SEAL, seal
+from jlayer.weights.slots import HostMemory, slot_bytes_for, split_room, view
+from jlayer.weights.store import Segment, Store
+from jlayer.weights.tiles import cut, row_ranges
 
 
 def read_tile(store, tile):
     segments, places = store.place(tile)
-    slots = HostSlots(1, slot_bytes_for(segments))
+    memory = HostMemory(1, slot_bytes_for(segments), pin=False)
     reader = Reader({segment.file for segment in segments})
-    rooms = slots.room(0, segments)
-    shifts = [reader.read(segment, room) for segment, room in zip(segments, rooms, strict=True)]
+    pieces = split_room(memory.slot(0), segments)
+    shifts = [reader.read(segment, piece) for segment, piece in zip(segments, pieces, strict=True)]
     reader.close()
     return {
-        place.part.leaf: slots.view(rooms[place.segment], shifts[place.segment], place)
+        place.part.leaf: view(pieces[place.segment], shifts[place.segment], place)
         for place in places
     }
 
@@ -35,30 +36,53 @@ def published(folder):
     return found
 
 
-def test_a_layer_is_one_segment_and_its_parts_are_the_published_tensors(tiny):
-    store, expected = Store(tiny), published(tiny)
-    for layer in range(3):
-        tile = store.layer_tile(layer)
+def test_a_whole_layer_is_one_aligned_segment_but_for_its_norms(tiny):
+    store = Store(tiny)
+    for tile in cut(store.cfg, store.dtype_of, None)[:3]:
         segments, _ = store.place(tile)
         assert len(segments) == 1
         assert segments[0].offset % ALIGNMENT == 0
-        found = read_tile(store, tile)
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 10**9, 4096, 1000, 1])
+def test_all_tiles_together_are_the_published_matrices_once_each(tiny, tile_bytes):
+    store, expected = Store(tiny), published(tiny)
+    rows = {}
+    for tile in cut(store.cfg, store.dtype_of, tile_bytes):
         for part in tile.parts:
-            assert np.array_equal(found[part.leaf], expected[part.tensor])
+            found = read_tile(store, tile)[part.leaf]
+            assert found.shape == part.shape
+            rows.setdefault(part.tensor, []).append((part.first_row, found))
+    for tensor, pieces in rows.items():
+        assert [first for first, _ in pieces] == sorted(first for first, _ in pieces)
+        assert np.array_equal(np.concatenate([piece for _, piece in pieces]), expected[tensor])
+    vectors = {name for name in expected if name.endswith("norm.weight")}
+    assert set(rows) == set(expected) - vectors - {"model.embed_tokens.weight"}
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 500, 96 * 40, 10**9])
-def test_head_tiles_together_are_the_head(tiny, tile_bytes):
-    store, expected = Store(tiny), published(tiny)["lm_head.weight"]
-    tiles = store.head_tiles(tile_bytes)
-    rows = [read_tile(store, tile)["lm_head"] for tile in tiles]
-    assert np.array_equal(np.concatenate(rows), expected)
-    assert len({len(row) for row in rows}) <= 2
-    assert all(tile.n_bytes <= max(tile_bytes, 24 * 4) for tile in tiles)
+@pytest.mark.parametrize("n_rows", [1, 7, 133, 4096, 8192, 28672, 128256])
+@pytest.mark.parametrize("row_bytes", [2, 48, 8192, 16384, 57344])
+@pytest.mark.parametrize("tile_bytes", [1, 4096, 1 << 20, 64 << 20])
+def test_row_ranges_cover_all_rows_within_the_size_and_in_two_heights_at_most(
+    n_rows, row_bytes, tile_bytes
+):
+    ranges = row_ranges(n_rows, row_bytes, tile_bytes)
+    assert (
+        [first for first, _ in ranges]
+        == [sum(n for _, n in ranges[:i]) for i in range(len(ranges))]
+        if len(ranges) < 300
+        else True
+    )
+    assert sum(n for _, n in ranges) == n_rows
+    assert len({n for _, n in ranges}) <= 2
+    assert max(n for _, n in ranges) * row_bytes <= max(tile_bytes, row_bytes)
 
 
-def test_head_tiles_of_llama_3_are_all_of_one_height():
-    assert 128256 % head_tile_height(128256, 8192 * 2, 1_711_308_800) == 0
+def test_tiles_of_llama_3_70b_are_few_shapes_and_whole_disk_blocks():
+    for tile_bytes in (32 << 20, 64 << 20, 128 << 20):
+        for n_rows, width in ((8192, 8192), (1024, 8192), (8192, 28672), (128256, 8192)):
+            ranges = row_ranges(n_rows, 2 * width, tile_bytes)
+            assert all(first * 2 * width % ALIGNMENT == 0 for first, _ in ranges)
 
 
 def test_rows_are_gathered_one_by_one(tiny):
@@ -79,17 +103,18 @@ def test_unaligned_segments_are_read_with_their_surroundings(tmp_path, offset, n
     path.write_bytes(data.tobytes())
     segment = Segment(str(path), offset, n_bytes)
     assert aligned_span(segment)[0] % ALIGNMENT == aligned_span(segment)[1] % ALIGNMENT == 0
-    room = HostSlots(1, slot_bytes_for((segment,))).room(0, (segment,))[0]
+    room = HostMemory(1, slot_bytes_for((segment,)), pin=False).slot(0)
     reader = Reader([str(path)])
-    shift = reader.read(segment, room)
+    shift = reader.read(segment, room[: aligned_span(segment)[1]])
     reader.close()
     assert np.array_equal(room[shift : shift + n_bytes], data[offset : offset + n_bytes])
 
 
 def spoil(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop(SEAL)
     change(folder, manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def drop_layer(folder, manifest):

@@ -36,7 +36,7 @@ def run(args) -> dict:
         layered = Path(folder) / "fable-3m"
         print("jlayer: converting the bundled fable-3m to one file a layer", file=sys.stderr)
         convert_checkpoint(BUNDLED, layered)
-        with AutoModel.from_pretrained(layered, device=args.device) as model:
+        with AutoModel.from_pretrained(layered, device=args.device, keeps_layers=False) as model:
             prompts, _ = encode_prompts(model, PROMPT)
             decoding = Decoding(model, prompts, sampling_options(model, OPTIONS), text=model.text)
             live = sys.stdout.isatty() and not args.json
@@ -60,7 +60,7 @@ def table(model, found) -> str:
             f"{layers} ({model.config.num_hidden_layers} layers, {stats['sweeps']} sweeps)",
         ),
         ("bytes moved", f"{moved} = {times:.0f} times the model's {human(model.model_bytes)}"),
-        ("most layers at a time", f"{model.executor.totals().most_live_tiles}"),
+        ("most layers at a time", f"{model.totals.most_live_tiles}"),
         ("peak held by JAX", f"{human(memory['device_peak_bytes'])} ({memory['device_peak_how']})"),
         ("tokens per second", f"{stats['tokens_per_s']:.1f}"),
     ]
@@ -90,7 +90,7 @@ def live_view(model):
     from rich.live import Live
     from rich.text import Text
 
-    story, places = Text(), Places(len(model.executor.tiles))
+    story, places = Text(), Places(len(model.plan.tiles))
 
     class View:
         def __rich__(self):
@@ -98,6 +98,6 @@ def live_view(model):
 
     console = Console()
     with Live(View(), console=console, refresh_per_second=20):
-        model.executor.on_step = lambda step, tile: places.note(step)
+        model.watch.on_step = lambda step, tile: places.note(step)
         yield story.append
-    model.executor.on_step = None
+    model.watch.on_step = None

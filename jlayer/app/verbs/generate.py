@@ -11,6 +11,7 @@ from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.catalogue import preset
 from jlayer.errors import StorageError, UsageError
 from jlayer.weights.budget import human
+from jlayer.weights.schedule import Tier
 
 # option on the command line -> (type, what --help says); None means that the model's own default
 # holds
@@ -111,7 +112,7 @@ def follow(model, decoding, show) -> dict:
     One text is shown as it comes, several one after another at the end.
     """
     print(f"jlayer: {describe(model)}", file=sys.stderr)
-    model.executor.on_stall = tell_stall
+    model.watch.on_stall = tell_stall
     live = show if len(decoding.continuations) == 1 else None
     stopped = None
     steps = iter(decoding)
@@ -147,11 +148,13 @@ def write_text(piece):
 
 
 def describe(model) -> str:
-    """Where a model runs and what it moves, in one line."""
+    """Where a model runs, what lives where, and how long a token should take, in one line."""
+    plan = model.plan
+    kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
-        f"{model.device_name}, {model.dtype}, {model.config.num_hidden_layers} layers from disk, "
-        f"{human(model.sweep_bytes)} a sweep, device at most {human(model.plan.device_peak_bytes)} "
-        f"of {human(model.device_budget)}"
+        f"{model.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
+        f"{human(model.sweep_bytes)} a sweep, about {plan.sweep_seconds:.2g} s; "
+        f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
     )
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 
 from jlayer import catalogue
-from jlayer.config import ModelConfig, RunConfig, model_config, read_config
+from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, read_config
 from jlayer.errors import DoesNotFitError
 from jlayer.strict import parse_json_object, read_json_object
-from jlayer.weights.budget import human, make_plan, shapes_of_run
+from jlayer.weights.budget import DEFAULT_DISK, Machine, human, make_plan
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
 # an H200).
@@ -33,6 +33,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--dtype", help="compute in bfloat16, float16 or float32 (default: the model's)"
     )
+    parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
+    parser.add_argument("--link-speed", metavar="B/s", help="of the way to the device, 25GB/s")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
 
 
@@ -46,15 +48,22 @@ def run(args) -> dict:
         context=args.context,
     )
     stored = cfg.dtype or "bfloat16"
-    plan = make_plan(
-        cfg,
-        stored_dtype=stored,
-        dtype=options.dtype or stored,
+    machine = Machine(
+        platform=args.device,
         device_budget=options.device_memory,
         host_budget=options.host_memory,
         context_bytes=CONTEXT_BYTES[args.device],
-        shared_memory=args.device == "cpu",
-        **shapes_of_run(batch=args.batch, longest=args.context, context=args.context),
+        disk_speed=_speed(args.disk_speed, "--disk-speed") or DEFAULT_DISK,
+        link_speed=_speed(args.link_speed, "--link-speed"),
+    )
+    plan = make_plan(
+        cfg,
+        machine,
+        dtype_of=lambda _: stored,
+        dtype=options.dtype or stored,
+        batch=args.batch,
+        longest=args.context,
+        context=args.context,
     )
     if not args.json:
         print(describe(plan))
@@ -74,18 +83,31 @@ def find_config(ref: str) -> ModelConfig:
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
 
 
+def _speed(words, option):
+    return None if words is None else parse_bytes(words.removesuffix("/s"), option=option)
+
+
 def describe(plan) -> str:
-    """The plan for a person: one line for each thing that takes memory."""
-    rows = [
-        ("model", plan.model_bytes),
-        ("one layer", plan.tile_bytes),
-        ("read and moved each sweep", plan.sweep_bytes),
+    """The plan for a person: one line for each thing that takes memory, then what a token costs."""
+    found = plan.as_dict()
+    lines = [
+        f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
+        f"converting it takes as much disk again",
+        "",
     ]
-    lines = [f"{name:<28}{human(n):>12}" for name, n in rows]
-    for title, memory in (("device", plan.as_dict()["device"]), ("host", plan.as_dict()["host"])):
+    for title in ("device", "host"):
         lines.append(f"{title}")
-        for name, n_bytes in memory.items():
+        for name, n_bytes in found[title].items():
             if n_bytes:
-                lines.append(f"  {name.removesuffix('_bytes'):<26}{human(n_bytes):>12}")
+                lines.append(f"  {name.removesuffix('_bytes'):<14}{human(n_bytes):>12}")
+    kept = ", ".join(f"{name.removesuffix('_layers')} {n}" for name, n in found["tiers"].items())
+    lines += [
+        f"layers          {kept}",
+        f"tiles           {len(plan.tiles)} a sweep, of up to {human(plan.tile_bytes)}",
+        f"sweep           {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
+        f"of it from disk; about {plan.sweep_seconds:.3g} s, one token or 64",
+    ]
+    if plan.put_bytes == 0:
+        lines.append("the whole model fits on the device: a program that keeps it there is faster")
     lines.append("fits" if plan.fits else "does not fit")
     return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""What every benchmark needs: the machine's card, its raw speeds measured without jlayer, and what
+the GPU holds."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+
+
+def card() -> dict:
+    """Hardware, versions and commit that a figure belongs to."""
+    smi = _smi("name,driver_version")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": smi.splitlines()[0] if smi else None,
+        "python": platform.python_version(),
+        "jax": metadata.version("jax"),
+        "jlayer": metadata.version("jlayer") if _installed("jlayer") else None,
+        "commit": _run(["git", "rev-parse", "--short", "HEAD"]) or None,
+    }
+
+
+def raw_disk_speed(
+    paths: list[str], *, n_bytes: int = 12 << 30, request: int = 16 << 20, threads: int = 2
+) -> float:
+    """Bytes a second of O_DIRECT reads of files, a few in flight, into memory that was touched."""
+    fds = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths]
+    places = [
+        (fd, offset)
+        for fd, path in zip(fds, paths, strict=True)
+        for offset in range(0, os.path.getsize(path) // request * request, request)
+    ][: n_bytes // request]
+    buffers = threading.local()
+
+    def read(place):
+        fd, offset = place
+        if not hasattr(buffers, "memory"):
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            buffers.memory = mmap.mmap(-1, request, flags=private)
+            buffers.memory.madvise(mmap.MADV_HUGEPAGE)
+            buffers.memory.write(bytes(request))
+        return os.preadv(fd, [buffers.memory], offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, places[:threads]))
+        began = time.perf_counter()
+        done = sum(pool.map(read, places))
+        seconds = time.perf_counter() - began
+    for fd in fds:
+        os.close(fd)
+    return done / seconds
+
+
+def raw_link_speed(*, n_bytes: int = 512 << 20, repeats: int = 12) -> list[float]:
+    """Bytes a second of cuMemcpyHtoDAsync from pinned memory, without JAX: one figure for each
+    repeat."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+
+    def call(name, *arguments):
+        code = getattr(cuda, name)(*arguments)
+        assert code == 0, (name, code)
+
+    context, device = ctypes.c_void_p(), ctypes.c_uint64()
+    host, stream = ctypes.c_void_p(), ctypes.c_void_p()
+    call("cuInit", 0)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+    call("cuCtxPushCurrent_v2", context)
+    call("cuMemAlloc_v2", ctypes.byref(device), ctypes.c_size_t(n_bytes))
+    call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(n_bytes), 0)
+    ctypes.memset(host, 1, n_bytes)
+    call("cuStreamCreate", ctypes.byref(stream), 1)
+    speeds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call("cuMemcpyHtoDAsync_v2", device, host, ctypes.c_size_t(n_bytes), stream)
+        call("cuStreamSynchronize", stream)
+        speeds.append(n_bytes / (time.perf_counter() - began))
+    call("cuMemFreeHost", host)
+    call("cuMemFree_v2", device)
+    cuda.cuDevicePrimaryCtxRelease_v2(0)
+    return speeds[2:]
+
+
+class GpuWatch:
+    """Samples what the GPU holds in all (nvidia-smi, MiB), in a thread; `peak` is the largest
+    seen."""
+
+    def __init__(self, every_s: float = 0.2):
+        self.before = self.peak = used_mib()
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self):
+        while not self._stop.wait(self._every_s):
+            self.peak = max(self.peak, used_mib())
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def used_mib() -> int:
+    found = _smi("memory.used")
+    return int(found.split()[0]) if found else 0
+
+
+def summary(values: list[float]) -> dict:
+    """Median and spread."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
+
+
+def say(line: str):
+    print(line, flush=True)
+
+
+def last_line(result: dict):
+    """The machine-readable end of every script."""
+    print(json.dumps(result), flush=True)
+
+
+def _smi(fields):
+    units = ["--format=csv,noheader,nounits"]
+    return _run(["nvidia-smi", f"--query-gpu={fields}", *units])
+
+
+def _run(words):
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _installed(name):
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _cpu_name():
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()

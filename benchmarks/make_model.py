@@ -1,0 +1,126 @@
+"""Write a layered checkpoint of random bfloat16 weights at a real shape, without a published one in
+between.
+
+    python benchmarks/make_model.py OUT --shape 70b --layers 20
+
+Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
+can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
+a model says means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jlayer.config import model_config
+from jlayer.families import published_tensors
+from jlayer.weights.layout import (
+    INDEX,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    encode_header,
+    encode_index,
+    encode_manifest,
+    file_of,
+    layer_file,
+)
+
+# hidden, heads, key/value heads, mlp, vocabulary
+SHAPES = {
+    "tiny": (256, 8, 4, 704, 1024),
+    "1b": (2048, 32, 8, 8192, 128256),
+    "1.5b": (1536, 12, 4, 8960, 151936),
+    "8b": (4096, 32, 8, 14336, 128256),
+    "70b": (8192, 64, 8, 28672, 128256),
+    "405b": (16384, 128, 8, 53248, 128256),
+}
+
+
+def config(shape: str, layers: int) -> dict:
+    hidden, heads, kv_heads, mlp, vocab = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def make(folder: Path, shape: str, layers: int) -> None:
+    """Writes the folder; files in parallel, hashes along the way."""
+    folder.mkdir(parents=True)
+    raw = config(shape, layers)
+    text = (json.dumps(raw, indent=1) + "\n").encode()
+    (folder / "config.json").write_bytes(text)
+    cfg = model_config(raw, where="benchmark")
+    shapes = published_tensors(cfg)
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(file_of(name), []).append(name)
+    noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32) * 0.01
+    noise = noise.astype(ml_dtypes.bfloat16)
+
+    def write(item):
+        file, names = item
+        return file, _write(folder / file, {name: shapes[name] for name in names}, noise)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        files = dict(pool.map(write, groups.items()))
+    index = encode_index({name: entry.tensors for name, entry in files.items()})
+    (folder / INDEX).write_bytes(index)
+    for name, data in (("config.json", text), (INDEX, index)):
+        files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {})
+    fingerprint = hashlib.sha256(text + shape.encode()).hexdigest()
+    (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files)))
+
+
+def _write(path, shapes, noise):
+    header, entries = encode_header(shapes, dict.fromkeys(shapes, "bfloat16"))
+    digest = hashlib.sha256(header)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name, entry in entries.items():
+            plain = np.ones if name.endswith("norm.weight") else None
+            left = entry.n_bytes
+            while left:
+                piece = plain(left // 2, ml_dtypes.bfloat16) if plain else noise[: left // 2]
+                raw = piece.view(np.uint8).data
+                file.write(raw)
+                digest.update(raw)
+                left -= piece.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(path.stat().st_size, digest.hexdigest(), entries)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    args = parser.parse_args()
+    make(args.out, args.shape, args.layers)
+    print(layer_file(args.layers - 1), "is the last of", args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Whole sweeps of one model under one promise: bytes a second against the raw link and the raw
+disk, memory by nvidia-smi.
+
+    python benchmarks/sweep.py FOLDER --device-memory 1536MiB --tokens 64,1 [--disk] [--sweeps 5]
+
+The ceiling is printed before anything is measured; the last line is one JSON object. Run it in a
+fresh process for each promise, since an allocator's cap is set once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import time
+
+import common
+
+
+def raw_disk(folder: str) -> float:
+    paths = sorted(glob.glob(os.path.join(folder, "layer-*.safetensors")))
+    return common.raw_disk_speed(paths)
+
+
+def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
+    """Seconds of some sweeps that carry `n_tokens` each, after one that fills and warms."""
+    began = time.perf_counter()
+    forward = model.forward(batch=1, longest=n_tokens, context=context)
+    forward.compile(n_tokens)
+    ids = [(7 * i) % model.config.vocab_size for i in range(n_tokens)]
+    forward.sweep([ids], [0])
+    first_s = time.perf_counter() - began
+    seconds, before = [], model.totals.put_bytes
+    read, stall = model.totals.read_bytes, model.totals.stall_s
+    for _ in range(n_sweeps):
+        began = time.perf_counter()
+        forward.sweep([ids], [0])
+        seconds.append(time.perf_counter() - began)
+    put = (model.totals.put_bytes - before) / n_sweeps
+    found = common.summary(seconds)
+    return {
+        "tokens": n_tokens,
+        "first_s": first_s,
+        "sweep_s": found,
+        "put_bytes": put,
+        "read_bytes": (model.totals.read_bytes - read) / n_sweeps,
+        "put_bytes_per_s": put / found["median"],
+        "stall_s": (model.totals.stall_s - stall) / n_sweeps,
+        "predicted_s": model.plan.sweep_seconds,
+        "plan_device_peak": model.plan.device_peak_bytes,
+        "tile_bytes": model.plan.tile_bytes,
+        "n_tiles": len(model.plan.tiles),
+        "chunk": model.plan.chunk,
+        "tiers": model.plan.as_dict()["tiers"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--device-memory", default="4GiB")
+    parser.add_argument("--host-memory")
+    parser.add_argument("--device")
+    parser.add_argument("--tokens", default="64,1")
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--sweeps", type=int, default=5)
+    parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
+    parser.add_argument("--no-raw", action="store_true", help="do not measure link and disk")
+    args = parser.parse_args()
+    result = {"card": common.card(), "options": vars(args)}
+    if not args.no_raw:
+        result["raw_disk"] = raw_disk(args.folder)
+        common.say(f"raw disk (O_DIRECT)  {result['raw_disk'] / 1e9:6.2f} GB/s")
+        if args.device != "cpu":
+            result["raw_link"] = common.summary(common.raw_link_speed())
+            common.say(f"raw link             {result['raw_link']['median'] / 1e9:6.2f} GB/s")
+
+    with common.GpuWatch() as watch:
+        from jlayer import AutoModel
+
+        model = AutoModel.from_pretrained(
+            args.folder,
+            device=args.device,
+            device_memory=args.device_memory,
+            host_memory=args.host_memory,
+            keeps_layers=not args.disk,
+        )
+        result["sweeps"] = []
+        for n_tokens in map(int, args.tokens.split(",")):
+            found = measure(model, n_tokens, args.sweeps, max(args.context, n_tokens))
+            result["sweeps"].append(found)
+            share = found["put_bytes_per_s"] / result.get("raw_link", {"median": 1e9})["median"]
+            common.say(
+                f"{n_tokens:5} tokens  {found['sweep_s']['median']:8.3f} s a sweep "
+                f"({found['sweep_s']['min']:.3f}-{found['sweep_s']['max']:.3f}), predicted "
+                f"{found['predicted_s']:.3f}; {found['put_bytes_per_s'] / 1e9:6.2f} GB/s put "
+                f"({share:.3f} of the link); {found['read_bytes'] / 1e9:.2f} GB read; "
+                f"waited {found['stall_s']:.2f} s; tiers {found['tiers']}; "
+                f"{found['n_tiles']} tiles of {found['tile_bytes'] >> 20} MiB"
+            )
+        result["memory"] = model.memory()
+        result["in_use"] = (model.device.memory_stats() or {}).get("bytes_in_use")
+        model.close()
+    if args.disk and not args.no_raw:
+        result["raw_disk_after"] = raw_disk(args.folder)
+        common.say(f"raw disk afterwards  {result['raw_disk_after'] / 1e9:6.2f} GB/s")
+    result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
+    common.say(f"nvidia-smi peak {watch.peak} MiB (before: {watch.before}); {result['memory']}")
+    common.last_line(result)
+
+
+if __name__ == "__main__":
+    main()
