@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,29 @@ class GpuWatch:
     def __exit__(self, *_):
         self._stop.set()
         self._thread.join()
+
+
+class AnonymousWatch:
+    """The largest anonymous resident memory of this process, read from /proc by another process."""
+
+    CODE = """
+import sys, time, select
+peak = 0
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    for line in open(f"/proc/{sys.argv[1]}/status"):
+        if line.startswith("RssAnon:"):
+            peak = max(peak, int(line.split()[1]) << 10)
+print(peak)
+"""
+
+    def __enter__(self):
+        words = [sys.executable, "-c", self.CODE, str(os.getpid())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._child = subprocess.Popen(words, **pipes)
+        return self
+
+    def __exit__(self, *_):
+        self.peak_bytes = int(self._child.communicate("stop")[0])
 
 
 def used_mib() -> int:

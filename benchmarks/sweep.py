@@ -22,6 +22,11 @@ def raw_disk(folder: str) -> float:
     return common.raw_disk_speed(paths)
 
 
+def in_use(model) -> int | None:
+    """Bytes that the device's allocator holds now, where it tells."""
+    return (model.device.memory_stats() or {}).get("bytes_in_use")
+
+
 def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
     """Seconds of some sweeps that carry `n_tokens` each, after one that fills and warms."""
     began = time.perf_counter()
@@ -75,8 +80,9 @@ def main():
             result["raw_link"] = common.summary(common.raw_link_speed())
             common.say(f"raw link             {result['raw_link']['median'] / 1e9:6.2f} GB/s")
 
-    with common.GpuWatch() as watch:
+    with common.GpuWatch() as watch, common.AnonymousWatch() as anonymous:
         from jlayer import AutoModel
+        from jlayer.run.report import anonymous_bytes
 
         model = AutoModel.from_pretrained(
             args.folder,
@@ -98,12 +104,17 @@ def main():
                 f"waited {found['stall_s']:.2f} s; tiers {found['tiers']}; "
                 f"{found['n_tiles']} tiles of {found['tile_bytes'] >> 20} MiB"
             )
+            result["sweeps"][-1]["in_use"] = in_use(model)
+            result["sweeps"][-1]["anonymous_bytes"] = anonymous_bytes()
+            result["sweeps"][-1]["plan_host_peak"] = model.plan.host_peak_bytes
+            model.host_peak_bytes = max(model.host_peak_bytes, anonymous_bytes())
         result["memory"] = model.memory()
-        result["in_use"] = (model.device.memory_stats() or {}).get("bytes_in_use")
         model.close()
     if args.disk and not args.no_raw:
         result["raw_disk_after"] = raw_disk(args.folder)
         common.say(f"raw disk afterwards  {result['raw_disk_after'] / 1e9:6.2f} GB/s")
+    result["anonymous_peak_bytes"] = anonymous.peak_bytes
+    common.say(f"anonymous peak       {anonymous.peak_bytes / 2**20:6.0f} MiB, seen from outside")
     result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
     common.say(f"nvidia-smi peak {watch.peak} MiB (before: {watch.before}); {result['memory']}")
     common.last_line(result)

@@ -9,9 +9,9 @@ it; what is wrong is refused by field.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
+import sys
 from dataclasses import dataclass, fields
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -231,14 +231,14 @@ def _family(raw, where):
     for name in architectures:
         if name not in {row.architecture for row in FAMILIES.values()}:
             raise UnsupportedModelError(
-                f"{where}: architecture {name} is not supported; {supported}"
+                f"{where}: architecture {_plain(name)} is not supported; {supported}"
             )
     model_type = raw.get("model_type")
     if model_type is None and architectures:
         return next(row for row in FAMILIES.values() if row.architecture == architectures[0])
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{where}: model_type {model_type!r} is not supported; {supported}"
+            f"{where}: model_type {model_type!a} is not supported; {supported}"
         )
     return FAMILIES[model_type]
 
@@ -250,7 +250,7 @@ def _refuse_quantized(raw, where):
             quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         )
         raise UnsupportedModelError(
-            f"{where}: weights quantised by {method} are not supported; "
+            f"{where}: weights quantised by {_plain(str(method))} are not supported; "
             "take the model's unquantised checkpoint"
         )
 
@@ -316,7 +316,7 @@ def _positive(raw, field, where, *, default=None):
     value = raw.get(field)
     if value is None and default is not None:
         return default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         found = "missing" if value is None else repr(value)
         raise CheckpointError(f"{where}: {field} is {found}, expected a positive number")
     return float(value)
@@ -341,12 +341,17 @@ def _choice(raw, field, where, known, *, default):
 
 
 def _dtype(raw, where):
-    value = raw.get("dtype", raw.get("torch_dtype"))
+    value = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     if value is None:
         return None
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name not in ITEM_BYTES:
+    if not isinstance(name, str) or name not in ITEM_BYTES:
         raise UnsupportedModelError(
             f"{where}: dtype {value!r} is not supported; supported: {', '.join(ITEM_BYTES)}"
         )
     return name
+
+
+def _plain(word):
+    """A word from outside, as it may stand in a message."""
+    return word if word.isprintable() else ascii(word)

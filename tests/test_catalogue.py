@@ -1,5 +1,7 @@
 """What ships by name: every config parses, every preset is made of known options."""
 
+import json
+
 import pytest
 
 from jlayer import catalogue
@@ -49,3 +51,14 @@ def test_published_files_are_verbatim():
     ):
         path = SHARED_DATA / "configs" / f"{published}.json"
         assert catalogue.model_json(ours) == path.read_bytes()
+
+
+def test_plan_of_a_bare_shape_says_what_it_assumed(tmp_path, capsys):
+    raw = json.loads(catalogue.model_json("llama-3.1-405b"))
+    for name in ("model_type", "architectures", "rope_scaling", "torch_dtype"):
+        del raw[name]
+    (tmp_path / "shape.json").write_text(json.dumps(raw))
+    assert main(["plan", str(tmp_path / "shape.json"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "model_type is missing; assumed to be llama" in captured.err
+    assert json.loads(captured.out)["tiers"]["disk_layers"] > 100

@@ -17,8 +17,8 @@ from jlayer.run.executor import Executor, Totals, Watch
 from jlayer.run.forward import Forward, Residents
 from jlayer.run.programs import Programs
 from jlayer.run.report import Clock, anonymous_bytes, available_bytes
-from jlayer.weights.budget import Machine, Plan, make_plan, refit
-from jlayer.weights.direct import RowReader
+from jlayer.weights.budget import DEFAULT_DISK, Machine, Plan, make_plan, refit
+from jlayer.weights.direct import RowReader, disk_speed
 from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
 from jlayer.weights.tiles import norm_parts
@@ -77,6 +77,8 @@ class Model:
             device_budget=budget,
             host_budget=host_budget,
             context_bytes=context_bytes,
+            baseline_bytes=anonymous_bytes(),
+            disk_speed=disk_speed(self._store.files) or DEFAULT_DISK,
         )
         self.watch, self.totals = Watch(), Totals()
         self.plan = self.plan_for(batch=1, longest=1, context=run.context or 1)

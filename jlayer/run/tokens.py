@@ -90,27 +90,6 @@ class Tokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        add_special_tokens: bool = True,
-        return_tensors: str | None = None,
-    ) -> dict:
-        """transformers' form: {"input_ids", "attention_mask"}, lists, or arrays for "np" or "pt".
-
-        Arrays hold one row a text; texts of different lengths are not padded but refused.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = [self.encode(each, add_special_tokens=add_special_tokens) for each in texts]
-        masks = [[1] * len(row) for row in rows]
-        if return_tensors is None:
-            if isinstance(text, str):
-                rows, masks = rows[0], masks[0]
-        else:
-            rows, masks = _array(rows, return_tensors), _array(masks, return_tensors)
-        return {"input_ids": rows, "attention_mask": masks}
-
     def decode(
         self, ids: Iterable[int], *, skip_special_tokens: bool = True, continues: bool = False
     ) -> str:
@@ -752,17 +731,3 @@ def _plain_ids(ids):
         if not 0 <= token < 1 << 32:
             raise UsageError(f"token id {token}: expected an id of the vocabulary")
     return found
-
-
-def _array(rows, kind):
-    if kind not in ("np", "pt"):
-        raise UsageError(f"return_tensors: found {kind!r}, expected 'np', 'pt' or None")
-    if len({len(row) for row in rows}) > 1:
-        raise UsageError("return_tensors: texts have different lengths; leave it out to get lists")
-    if kind == "pt":
-        import torch
-
-        return torch.tensor(rows)
-    import numpy as np
-
-    return np.array(rows, dtype=np.int64)

@@ -35,7 +35,7 @@ AHEAD = {"gpu": 4, "cpu": 2}
 READING = 2
 # What each tile costs beside its bytes: a turn in Python and the driver, a gap on the link (5% of
 # the time of 32 MiB on an H200), a gap on the disk.
-STEP_S = {"gpu": 150e-6, "cpu": 80e-6}
+STEP_S = {"gpu": 450e-6, "cpu": 80e-6}
 LINK_GAP_S = 30e-6
 DISK_GAP_S = 200e-6
 # Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and a CPU's product
@@ -47,9 +47,10 @@ DEFAULT_DISK = 2e9
 LIBRARY_BYTES = {"gpu": 256 << 20, "cpu": 0}
 # What is left free when the rest of a device is filled with tiles that stay.
 RESERVE_BYTES = 96 << 20
-# Anonymous memory of the process beside what is counted here: Python with JAX started and its
-# programs compiled (280-330 MB on a CPU, 750 MB with the CUDA driver).
-RUNTIME_BYTES = {"cpu": 352 << 20, "gpu": 900 << 20}
+# Anonymous memory of the process with JAX started and a model opened, where it was not measured (a
+# plan made from a config alone), and what compiling a run's programs adds to it.
+BASELINE_BYTES = {"cpu": 76 << 20, "gpu": 270 << 20}
+COMPILER_BYTES = {"cpu": 128 << 20, "gpu": 384 << 20}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Machine:
     context_bytes: int
     disk_speed: float = DEFAULT_DISK
     link_speed: float | None = None
+    baseline_bytes: int | None = None
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the process holds beside what is counted one by one."""
+        baseline = self.baseline_bytes or BASELINE_BYTES[self.platform]
+        return baseline + COMPILER_BYTES[self.platform]
 
     @property
     def bytes_per_s(self) -> float:
@@ -343,7 +351,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
         + shapes.batch * 2 * cfg.vocab_size * 16,
-        runtime_bytes=RUNTIME_BYTES[machine.platform],
+        runtime_bytes=machine.runtime_bytes,
     )
     return Plan(
         machine=machine,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -21,6 +23,37 @@ from jlayer.weights.store import Segment
 REQUEST_BYTES = (
     16 << 20
 )  # one request: long enough for a disk's full speed, short enough to stop within a moment
+
+
+def disk_speed(paths, *, most_bytes: int = 256 << 20) -> float | None:
+    """Bytes a second of reading some of these files past the page cache, two requests in flight.
+
+    None where there is less than a few requests' worth, or the file system has no direct reads.
+    """
+    places = [
+        Segment(path, offset, REQUEST_BYTES)
+        for path in paths
+        for offset in range(
+            0, os.path.getsize(path) // REQUEST_BYTES * REQUEST_BYTES, REQUEST_BYTES
+        )
+    ][: most_bytes // REQUEST_BYTES]
+    if len(places) < 4:
+        return None
+    reader = Reader({place.file for place in places})
+    buffers = [np.zeros(REQUEST_BYTES + ALIGNMENT, np.uint8) for _ in range(2)]
+    aligned = [buffer[-buffer.ctypes.data % ALIGNMENT :][:REQUEST_BYTES] for buffer in buffers]
+
+    def read_every_other(first):
+        for place in places[first::2]:
+            reader.read(place, aligned[first])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read_every_other, range(2)))
+    seconds = time.perf_counter() - began
+    direct = reader.reads_directly
+    reader.close()
+    return len(places) * REQUEST_BYTES / seconds if direct else None
 
 
 def aligned_span(segment: Segment) -> tuple[int, int]:

@@ -64,6 +64,11 @@ class Store:
         return Segment(file, entry.offset, entry.n_bytes)
 
     @property
+    def files(self) -> list[str]:
+        """Paths of the weight files, in sweep order."""
+        return list(dict.fromkeys(path for path, _ in self._where.values()))
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors: the model's size."""
         return sum(entry.n_bytes for _, entry in self._where.values())

@@ -10,6 +10,7 @@ import pytest
 from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.run.device import gpu_memory
+from jlayer.weights import budget
 from tests.conftest import BUNDLED
 
 torch = pytest.importorskip("torch")
@@ -37,7 +38,9 @@ def layered(tmp_path_factory):
     return target
 
 
-def test_float32(layered):
+@pytest.mark.parametrize("tile_bytes", [None, 100_000], ids=["whole", "tiles"])
+def test_float32(layered, monkeypatch, tile_bytes):
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
     expected = reference_logits(torch.float32)
     with AutoModel.from_pretrained(layered, device="gpu", dtype="float32") as model:
         found = model.logits(IDS)
@@ -46,7 +49,9 @@ def test_float32(layered):
     assert worst <= 1e-5
 
 
-def test_bfloat16(layered):
+@pytest.mark.parametrize("tile_bytes", [None, 100_000], ids=["whole", "tiles"])
+def test_bfloat16(layered, monkeypatch, tile_bytes):
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
     exact, rough = reference_logits(torch.float64), reference_logits(torch.bfloat16)
     with AutoModel.from_pretrained(layered, device="gpu") as model:
         found = model.logits(IDS)

@@ -19,6 +19,7 @@ from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
 from jlayer.run import executor
+from jlayer.run import model as model_module
 from jlayer.run.programs import backend_compiles
 from jlayer.weights import budget, header
 from jlayer.weights.schedule import Free, Run, Tier
@@ -382,16 +383,21 @@ def test_a_failure_of_the_device_is_an_error_of_its_tile(tiny):
             model.logits(IDS)
 
 
-def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny):
+def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny, monkeypatch):
     """What is kept makes way for a longer context; what streams is not rebuilt without need."""
+    monkeypatch.setattr(model_module, "anonymous_bytes", lambda: 100 << 20)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
-        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        expected = model.generate(IDS, max_new_tokens=90, do_sample=False)
         first = model._executor
-        model.generate(IDS, max_new_tokens=40, do_sample=False)
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
         assert model._executor is first
-    short = model.plan
-    budget_for_both = short.host_peak_bytes - short.host.resident_bytes + 20_000
-    with AutoModel.from_pretrained(tiny, device="cpu", host_memory=budget_for_both) as model:
-        expected = model.generate(IDS, max_new_tokens=2, do_sample=False)
-        assert model.generate(IDS, max_new_tokens=2, do_sample=False) == expected
-        assert model.plan.host_peak_bytes <= budget_for_both
+        needed = model.plan_for(batch=1, longest=7, context=97)
+    bare = needed.host_peak_bytes - needed.tier_bytes(Tier.HOST)
+    with AutoModel.from_pretrained(tiny, device="cpu", host_memory=bare + 30_000) as model:
+        short = model.generate(IDS, max_new_tokens=2, do_sample=False)
+        kept = model.plan.tier_bytes(Tier.HOST)
+        found = model.generate(IDS, max_new_tokens=90, do_sample=False)
+        assert 0 <= model.plan.tier_bytes(Tier.HOST) < kept
+        assert model.plan.host_peak_bytes <= bare + 30_000
+    assert found == expected
+    assert short == expected[: len(short)]

@@ -204,18 +204,6 @@ def test_special_tokens_in_a_prompt_are_special(fable):
     assert fable.decode([1], skip_special_tokens=False) == "<|end_of_text|>"
 
 
-def test_called_as_in_transformers(fable):
-    ids = fable.encode("Once")
-    assert fable("Once") == {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    assert fable(["Once", "A king"])["input_ids"] == [ids, fable.encode("A king")]
-    found = fable("Once", return_tensors="np")["input_ids"]
-    assert (found.shape, found.tolist()) == ((1, len(ids)), [ids])
-    with pytest.raises(UsageError, match="different lengths"):
-        fable(["Once", "A king of"], return_tensors="np")
-    with pytest.raises(UsageError, match=r"return_tensors.*'tf'"):
-        fable("Once", return_tensors="tf")
-
-
 def test_text_that_is_none(fable):
     with pytest.raises(UsageError, match=r"lone surrogate at character 2"):
         fable.encode("ab\ud83d")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jlayer.errors import CheckpointError
-from jlayer.weights.direct import Reader, RowReader, aligned_span
+from jlayer.weights.direct import Reader, RowReader, aligned_span, disk_speed
 from jlayer.weights.layout import ALIGNMENT, SEAL, seal
 from jlayer.weights.slots import HostMemory, slot_bytes_for, split_room, view
 from jlayer.weights.store import Segment, Store
@@ -170,3 +170,12 @@ def test_an_unconverted_folder_gets_the_exact_command(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"jlayer convert {tmp_path} {tmp_path}-jlayer"):
         Store(tmp_path)
+
+
+def test_the_disks_speed_is_measured_where_there_is_enough_to_read(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(bytes(1 << 20))
+    large.write_bytes(bytes(80 << 20))
+    assert disk_speed([small]) is None
+    found = disk_speed([str(small), str(large)])
+    assert found is None or 1e6 < found < 1e12  # None: a file system without direct reads

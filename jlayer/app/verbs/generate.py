@@ -159,12 +159,15 @@ def describe(model) -> str:
 
 
 def summary(found) -> str:
-    """How a run went, in one line."""
-    stats = found[0].stats
+    """How a run went, in one line: what was predicted beside what was measured."""
+    stats, predicted = found[0].stats, found[0].plan["sweep"]["seconds"]
+    decoded = stats["sweeps"] - 1
+    took = f"{stats['decode_s'] / decoded:.3g} s" if decoded > 0 else "nothing"
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
     return (
         f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), "
         f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
+        f"one of a token {took} (predicted {predicted:.2g} s), "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
     )

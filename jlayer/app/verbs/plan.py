@@ -4,12 +4,14 @@ is allocated."""
 from __future__ import annotations
 
 import os
+import sys
 
 from jlayer import catalogue
 from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, read_config
 from jlayer.errors import DoesNotFitError
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.weights.budget import DEFAULT_DISK, Machine, human, make_plan
+from jlayer.weights.layout import is_layered
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
 # an H200).
@@ -53,7 +55,7 @@ def run(args) -> dict:
         device_budget=options.device_memory,
         host_budget=options.host_memory,
         context_bytes=CONTEXT_BYTES[args.device],
-        disk_speed=_speed(args.disk_speed, "--disk-speed") or DEFAULT_DISK,
+        disk_speed=_speed(args.disk_speed, "--disk-speed") or _measured(args.ref) or DEFAULT_DISK,
         link_speed=_speed(args.link_speed, "--link-speed"),
     )
     plan = make_plan(
@@ -79,8 +81,22 @@ def find_config(ref: str) -> ModelConfig:
     if os.path.isdir(ref):
         return read_config(ref)
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
-        return model_config(read_json_object(ref), where=ref)
+        raw = read_json_object(ref)
+        if raw.get("model_type") is None and not raw.get("architectures"):
+            print(f"jlayer: {ref}: model_type is missing; assumed to be llama", file=sys.stderr)
+            raw["model_type"] = "llama"
+        return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
+
+
+def _measured(ref):
+    """The disk's speed where REF is a converted folder; None where there is nothing to read."""
+    if not os.path.isdir(ref) or not is_layered(ref):
+        return None
+    from jlayer.weights.direct import disk_speed
+    from jlayer.weights.store import Store
+
+    return disk_speed(Store(ref).files)
 
 
 def _speed(words, option):
@@ -105,7 +121,8 @@ def describe(plan) -> str:
         f"layers          {kept}",
         f"tiles           {len(plan.tiles)} a sweep, of up to {human(plan.tile_bytes)}",
         f"sweep           {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
-        f"of it from disk; about {plan.sweep_seconds:.3g} s, one token or 64",
+        f"of it from disk; about {plan.sweep_seconds:.3g} s"
+        + (", one token or 64" if plan.machine.platform == "gpu" else " for one token"),
     ]
     if plan.put_bytes == 0:
         lines.append("the whole model fits on the device: a program that keeps it there is faster")

@@ -1,0 +1,81 @@
+"""The disk's share of its ceiling on a disk whose speed drifts: raw reads and sweeps in turn,
+compared pair by pair.
+
+    python benchmarks/disk_pairs.py FOLDER [--device cpu] [--pairs 5] [--mixed-host-memory 9GiB]
+
+Each pair reads the same files raw (O_DIRECT, 16 MiB requests, two in flight) and then sweeps them;
+the figure is the median of the ratios. With --mixed-host-memory the same again with part of the
+layers in host memory, against the larger of what disk and link take by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import common
+
+
+def pairs(model, paths, n_pairs: int) -> list[dict]:
+    """Raw speed, then a sweep, again and again."""
+    forward = model.forward(batch=1, longest=1, context=64)
+    forward.sweep([[5]], [0])
+    found = []
+    for _ in range(n_pairs):
+        time.sleep(1)  # the last sweep's read-ahead comes to an end
+        raw = common.raw_disk_speed(paths, n_bytes=1 << 40)
+        forward.sweep([[5]], [0])  # finds its first tiles read already: only the next one is steady
+        read, put = model.totals.read_bytes, model.totals.put_bytes
+        began = time.perf_counter()
+        forward.sweep([[5]], [0])
+        seconds = time.perf_counter() - began
+        found.append(
+            {
+                "raw_disk": raw,
+                "sweep_s": seconds,
+                "read_bytes": model.totals.read_bytes - read,
+                "put_bytes": model.totals.put_bytes - put,
+            }
+        )
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--device")
+    parser.add_argument("--device-memory", default="1536MiB")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--mixed-host-memory")
+    args = parser.parse_args()
+    result = {"card": common.card(), "options": vars(args)}
+    link = float("inf")
+    if args.device != "cpu":
+        result["raw_link"] = common.summary(common.raw_link_speed())
+        link = result["raw_link"]["median"]
+
+    from jlayer import AutoModel
+
+    given = {"device": args.device, "device_memory": args.device_memory}
+    kinds = {"disk": {"keeps_layers": False}}
+    if args.mixed_host_memory:
+        kinds["mixed"] = {"host_memory": args.mixed_host_memory}
+    for kind, options in kinds.items():
+        with AutoModel.from_pretrained(args.folder, **given, **options) as model:
+            paths = [path for path in model._store.files if "embed" not in path]
+            rows = pairs(model, paths, args.pairs)
+        for row in rows:
+            ideal = max(row["read_bytes"] / row["raw_disk"], row["put_bytes"] / link)
+            row["share"] = ideal / row["sweep_s"]
+            common.say(
+                f"{kind}: raw disk {row['raw_disk'] / 1e9:.2f} GB/s, "
+                f"{row['read_bytes'] / 1e9:.2f} GB read in a sweep of {row['sweep_s']:.2f} s; "
+                f"share of the ceiling {row['share']:.3f}"
+            )
+        result[kind] = {"pairs": rows, "share": common.summary([row["share"] for row in rows])}
+        common.say(f"{kind}: median share of the ceiling {result[kind]['share']['median']:.3f}")
+    common.last_line(result)
+
+
+if __name__ == "__main__":
+    main()
