@@ -1,22 +1,65 @@
-"""One conversion from the first check to the manifest: doors, space, files, in this order."""
+"""One conversion from the first check to the manifest: lock, doors, space, files, in this order.
+
+Every file that is finished is noted in the journal, so that a run that is cut off at any moment is
+gone on with by the same command.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convert.doors import CheckedSource, open_source
-from convert.outputs import Output, WeightFile, fingerprint, side_outputs, weight_outputs
+from convert.disk import is_there
+from convert.doors import CheckedSource, regular_file
+from convert.earlier import (
+    goes_on,
+    is_complete,
+    journal_of,
+    open_again,
+    planned_difference,
+    was_shed,
+)
+from convert.journal import JOURNAL, Finished, Journal, describe, remove_journal
+from convert.lock import LOCK, TargetLock
+from convert.outputs import (
+    Output,
+    WeightFile,
+    files_of,
+    fingerprint,
+    side_outputs,
+    weight_outputs,
+)
 from convert.progress import Progress
-from convert.read import hash_stream
-from convert.write import TargetWriter, check_space, check_target, remove_temporaries
-from jlayer.config import parse_choice
-from jlayer.errors import CheckpointError, UsageError
+from convert.read import check_unchanged, file_chunks, hash_stream
+from convert.shed import Shedder
+from convert.space import check_space
+from convert.verify import verify_folder
+from convert.write import TargetWriter, check_target, remove_temporaries
+from jlayer.config import parse_choice, read_config
+from jlayer.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    JlayerError,
+    StorageError,
+    UsageError,
+)
 from jlayer.spec import ITEM_BYTES
-from jlayer.weights.layout import MANIFEST, FileEntry, Manifest, encode_manifest, read_manifest
+from jlayer.weights.layout import (
+    EMBED_FILE,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    encode_manifest,
+    is_weight_file,
+    read_manifest,
+)
+
+RESUME = "to resume, run the same command again"
+_BLANK = "0" * 64  # stands for a digest where only its length counts
 
 
 @dataclass(frozen=True)
@@ -24,7 +67,8 @@ class Summary:
     """What a conversion did. `status` is "converted", or "unchanged" where it was done already.
 
     `dtypes` counts tensors by their dtype in the target; `nonfinite` counts, by tensor, the NaN
-    and infinite numbers that were let through.
+    and infinite numbers that were let through; `n_resumed` counts the weight files that an earlier
+    run had finished; `removed` names the source's files that `delete_source` removed.
     """
 
     source: str
@@ -40,6 +84,17 @@ class Summary:
     elapsed_s: float
     nonfinite: dict[str, int]
     notes: tuple[str, ...]
+    n_resumed: int = 0
+    removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Options:
+    dtype: str | None
+    overwrite: bool
+    delete_source: bool
+    allow_extra: bool
+    allow_nonfinite: bool
 
 
 def convert_checkpoint(
@@ -48,14 +103,17 @@ def convert_checkpoint(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
+    delete_source: bool = False,
     allow_extra: bool = False,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Turns the published checkpoint in `source` into a layered one in `target`.
 
-    Without `dtype` every tensor keeps its own, and its bytes. Raises the errors of jlayer.errors;
-    the target is then without a manifest and without temporary files.
+    Without `dtype` every tensor keeps its own, and its bytes. With `delete_source` the files of the
+    source that hold its weights are removed as soon as nothing needs them. Whatever stops it, the
+    same call goes on from there: what is finished stays, without a manifest and without temporary
+    files. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
     source, target, progress = os.fspath(source), os.fspath(target), progress or Progress()
@@ -63,75 +121,157 @@ def convert_checkpoint(
         parse_choice(dtype, tuple(ITEM_BYTES), option="dtype")
     if not source or not target:
         raise UsageError("source and target: found an empty path, expected two folders")
-    present = remove_temporaries(target, check_target(target, source=source))
-    checked = open_source(source, allow_extra=allow_extra)
+    if delete_source and allow_extra:
+        raise UsageError(
+            "delete_source and allow_extra: what is left out of the target would be lost with the "
+            "source; choose one of them"
+        )
+    options = _Options(dtype, overwrite, delete_source, allow_extra, allow_nonfinite)
+    with _resumable():
+        check_target(target, source=source)
+        with TargetLock(target, note=progress.note):
+            return _convert(source, target, options, progress, started)
+
+
+@contextlib.contextmanager
+def _resumable():
+    """Where the system or the space failed, nothing that is finished is lost: this says so."""
+    try:
+        yield
+    except (StorageError, DoesNotFitError) as error:
+        error.args = (f"{error}; {RESUME}", *error.args[1:])
+        raise
+
+
+def _convert(source, target, options, progress, started):
+    present = remove_temporaries(target)
+    journal = journal_of(target, present, overwrite=options.overwrite)
+    try:
+        checked = open_again(source, journal, allow_extra=options.allow_extra)
+    except CheckpointError:
+        shed = options.delete_source and journal is None
+        if shed and was_shed(source, target, present, dtype=options.dtype):
+            return _unchanged_without_source(source, target, progress, started)
+        raise
     try:
         for note in checked.notes:
             progress.note(note)
-        weights = weight_outputs(
-            checked, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=progress
-        )
-        job = _Job(checked, target, weights, side_outputs(checked, weights, dtype=dtype), progress)
-        if MANIFEST in present and not overwrite and job.is_done():
-            return job.summary("unchanged", started)
-        job.write(present)
-        return job.summary("converted", started)
+        job = _Job(checked, target, options, progress)
+        done = job.prepare(present, journal)
+        if not done:
+            job.run()
+        return job.summary("unchanged" if done else "converted", started)
     finally:
         checked.tensors.close()
 
 
-@dataclass
+def _unchanged_without_source(source, target, progress, started):
+    verdict = verify_folder(target, progress=progress, beside=[LOCK])
+    if verdict.findings:
+        raise CheckpointError(
+            f"{target}: {'; '.join(verdict.findings)}; and {source} has no weights any more"
+        )
+    note = f"{source}: its weights are removed; {target} is whole, of the same config"
+    progress.note(note)
+    manifest = read_manifest(target)
+    placed = [entry for file in manifest.files.values() for entry in file.tensors.values()]
+    return Summary(
+        source=source,
+        target=target,
+        status="unchanged",
+        fingerprint=manifest.source_fingerprint,
+        n_layers=read_config(target).num_hidden_layers,
+        n_files=len(manifest.files) + 1,
+        n_tensors=len(placed),
+        dtypes=dict(Counter(entry.dtype for entry in placed)),
+        source_bytes=0,
+        target_bytes=sum(entry.n_bytes for entry in manifest.files.values()),
+        elapsed_s=time.monotonic() - started,
+        nonfinite={},
+        notes=(note,),
+    )
+
+
 class _Job:
     """A checked source, the files that it becomes, and where they go."""
 
-    checked: CheckedSource
-    target: str
-    weights: list[WeightFile]
-    sides: list[Output]
-    progress: Progress
-    fingerprint: str = ""
+    def __init__(self, checked: CheckedSource, target: str, options: _Options, progress: Progress):
+        self.checked, self.target, self.options = checked, target, options
+        self.progress = progress
+        self.weights: list[WeightFile] = weight_outputs(
+            checked,
+            dtype=options.dtype,
+            allow_nonfinite=options.allow_nonfinite,
+            progress=progress,
+        )
+        self.sides: list[Output] = side_outputs(checked, self.weights, dtype=options.dtype)
+        self.journal = Journal({})
+        self.n_resumed = 0
+        self.removed: list[str] = []
+        self._present: list[str] = []
 
-    def is_done(self) -> bool:
-        """Whether the target is what this job would make, and whole as far as sizes tell.
+    def prepare(self, present: list[str], journal: Journal | None) -> bool:
+        """Finds out what is done already, without changing anything; returns whether all is.
 
-        Raises UsageError where it holds anything else.
+        Raises UsageError where the target holds another model, or the beginning of one, and
+        CheckpointError where the source has changed since.
         """
-        try:
-            manifest = read_manifest(self.target)
-        except CheckpointError as error:
-            raise self._refusal(f"its manifest cannot be read: {error}") from None
-        difference = self._planned_difference(manifest)
-        if difference is None:
+        self._present = present
+        anew, shed = self.options.overwrite, self.options.delete_source
+        whole = shed or (journal is not None and bool(journal.removed))
+        source = describe(self.checked, dtype=self.options.dtype, whole=whole)
+        self.journal = Journal(source)
+        if journal and goes_on(journal, source, target=self.target, anew=anew):
+            self.progress.note(
+                f"{self.target}: resuming: {len(journal.finished)} of {len(self.weights)} weight "
+                "files were finished; reading them again"
+            )
+            self.journal.removed = journal.removed
+            self.journal.finished = self._recheck(journal.finished)
+        elif MANIFEST in present and not anew:
             self.progress.note(f"{self.target}: finished before; comparing it with the source")
-            digests = self._pass(lambda output: hash_stream(output.chunks())[1])
-            self._identify(digests)
-            if self.fingerprint != manifest.source_fingerprint:
-                difference = "other weights or another config"
-        if difference is not None:
-            raise self._refusal(difference)
-        damaged = _incomplete(self.target, manifest)
-        if damaged:
-            self.progress.note(f"{self.target}: {damaged} is missing or cut off; converting anew")
-        return not damaged
+            manifest = self._compare()
+            if is_complete(self.target, manifest) and not shed:
+                return True
+            self.progress.note(f"{self.target}: reading it again")
+            self.journal.finished = self._recheck(self.journal.finished)
+        return False
 
-    def write(self, present: list[str]) -> None:
-        """Writes every file and then the manifest; `present` is what lies in the target."""
-        outputs = [*self.weights, *self.sides]
-        blank = encode_manifest(self._manifest(dict.fromkeys([o.name for o in outputs], "0" * 64)))
-        sizes = [*(output.n_bytes for output in outputs), len(blank)]
-        check_space(self.target, sizes, replaced=present)
+    def run(self) -> None:
+        """Writes every file that is not finished, and then the manifest."""
+        self.n_resumed = len(self.journal.finished)
+        shedder = self._shedder()
+        self._check_space(shedder.frees() if shedder else {})
+        try:
+            self._write(shedder)
+        except BaseException:
+            with contextlib.suppress(OSError, JlayerError):
+                if set(os.listdir(self.target)) <= {JOURNAL, LOCK}:  # nothing to go on with
+                    remove_journal(self.target)
+            raise
+
+    def _write(self, shedder):
+        finished = self.journal.finished
         with TargetWriter(self.target) as writer:
-            writer.clear(present)
-
-            def write(output):
-                return writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
-
-            digests = self._pass(write)
-            digests |= {output.name: write(output) for output in self.sides}
-            self.checked.tensors.check_unchanged()
-            self._identify(digests)
-            content = encode_manifest(self._manifest(digests))
+            self._clear(writer)
+            self.progress.start(
+                sum(file.source_bytes for file in self.weights if file.name not in finished)
+            )
+            for output in self.weights:
+                if output.name not in finished:
+                    self._finish(output, writer)
+                if shedder:
+                    shedder.after(output.name)
+            sides = {
+                o.name: writer.write(o.name, o.chunks(), n_bytes=o.n_bytes) for o in self.sides
+            }
+            self._check_unchanged(self.weights)
+            content = encode_manifest(self._manifest(sides))
             writer.write(MANIFEST, [content], n_bytes=len(content))
+            if shedder:
+                shedder.rest()
+                self.removed = self.journal.removed
+            remove_journal(self.target)
 
     def summary(self, status: str, started: float) -> Summary:
         outputs = [*self.weights, *self.sides]
@@ -140,71 +280,171 @@ class _Job:
             source=self.checked.folder,
             target=self.target,
             status=status,
-            fingerprint=self.fingerprint,
+            fingerprint=self._fingerprint(),
             n_layers=self.checked.cfg.num_hidden_layers,
             n_files=len(outputs) + 1,
             n_tensors=len(placed),
             dtypes=dict(Counter(entry.dtype for entry in placed)),
-            source_bytes=self._source_bytes(),
+            source_bytes=sum(file.source_bytes for file in self.weights),
             target_bytes=sum(output.n_bytes for output in outputs),
             elapsed_s=time.monotonic() - started,
             nonfinite={name: n for file in self.weights for name, n in file.nonfinite.items()},
             notes=self.checked.notes,
+            n_resumed=self.n_resumed,
+            removed=tuple(self.removed),
         )
 
-    def _pass(self, work: Callable[[Output], str]) -> dict[str, str]:
-        """Takes every weight file through `work`, which returns its SHA-256."""
-        self.progress.start(self._source_bytes())
-        digests = {}
+    def _recheck(self, finished: dict[str, Finished]) -> dict[str, Finished]:
+        """Those that are on disk as they must be, by their hash."""
+        there = [o for o in self.weights if o.name in finished and o.name in self._present]
+        self.progress.start(sum(output.n_bytes for output in there))
+        found = {}
+        for output in there:
+            self.progress.file(output.name)
+            entry = finished[output.name]
+            if self._digest_of(output) == entry.sha256:
+                found[output.name] = entry
+                self._count_nonfinite(output, entry)
+            else:
+                self.progress.note(f"{self.target}: {output.name} is damaged; making it anew")
+        self._require_sources(o for o in self.weights if o.name not in found)
+        return found
+
+    def _digest_of(self, output):
+        """The SHA-256 of what is on disk, or None where not even its size is right."""
+        file = regular_file(self.target, output.name)
+        if file.n_bytes != output.n_bytes:
+            return None
+        return hash_stream(file_chunks(file), lambda chunk: self.progress.advance(len(chunk)))[1]
+
+    def _count_nonfinite(self, output, entry):
+        if entry.nonfinite and not self.options.allow_nonfinite:
+            tensor, count = next(iter(entry.nonfinite.items()))
+            raise CheckpointError(
+                f"{self.checked.folder}: tensor {tensor}: NaN or infinite numbers: {count}, which "
+                "--allow-nonfinite let through; give it again to resume"
+            )
+        output.nonfinite.update(entry.nonfinite)
+
+    def _require_sources(self, outputs: Iterable[WeightFile]):
+        for output in outputs:
+            for file in files_of(self.checked.tensors, output):
+                if not is_there(file.real):
+                    raise CheckpointError(
+                        f"{os.path.join(self.target, output.name)}: missing or damaged, and "
+                        f"{file.path}, which it is made of, was removed by --delete-source; fetch "
+                        "that model again and convert it with --overwrite"
+                    )
+
+    def _clear(self, writer):
+        """Removes what is not finished, and begins (or goes on with) the journal.
+
+        At every moment something tells that the folder is ours: the manifest, the embedding's file,
+        the journal.
+        """
+        keeps = {*self.journal.finished, JOURNAL}
+        if len(self.journal.finished) == len(self.weights):
+            # All that a manifest that is there says is so: it may stay until it is replaced.
+            keeps |= {MANIFEST, *(side.name for side in self.sides)}
+        going = [name for name in self._present if name not in keeps]
+        writer.remove([MANIFEST] * (MANIFEST in going))
+        writer.remove(name for name in going if is_weight_file(name) and name != EMBED_FILE)
+        self.journal.write(self.target)
+        writer.remove(going)
+
+    def _shedder(self):
+        if not self.options.delete_source:
+            return None
+        return Shedder(
+            self.checked.tensors,
+            self.weights,
+            self.journal,
+            target=self.target,
+            note=self.progress.note,
+        )
+
+    def _check_space(self, freed):
+        """The journal counts twice: it is written aside, too."""
+        finished = self.journal.finished
+        blank = Finished(_BLANK, _BLANK)
+        journal = Journal(
+            self.journal.source,
+            {output.name: finished.get(output.name, blank) for output in self.weights},
+            sorted(
+                {f.name for output in self.weights for f in files_of(self.checked.tensors, output)}
+            ),
+        )
+        sizes = [(JOURNAL, len(journal.encode()))] * 2
+        sizes += [(o.name, o.n_bytes) for o in self.weights if o.name not in finished]
+        sizes += [(side.name, side.n_bytes) for side in self.sides]
+        manifest = self._manifest({side.name: _BLANK for side in self.sides}, blank=blank)
+        sizes.append((MANIFEST, len(encode_manifest(manifest))))
+        replaced = [name for name in self._present if name not in finished]
+        check_space(self.target, sizes, freed=freed, replaced=replaced)
+
+    def _finish(self, output, writer):
+        """Writes one weight file and notes it, so that no later run needs to."""
+        self.progress.file(output.name)
+        digest = writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
+        self._check_unchanged([output])
+        if self.options.delete_source and self._digest_of(output) != digest:
+            raise StorageError(
+                f"{os.path.join(self.target, output.name)}: reads back otherwise than it was "
+                "written; look after this disk"
+            )
+        self.journal.finished[output.name] = Finished(
+            digest, output.source_sha256(digest), output.nonfinite
+        )
+        self.journal.write(self.target)
+
+    def _check_unchanged(self, outputs):
+        removed = self.journal.removed
+        for file in {f for o in outputs for f in files_of(self.checked.tensors, o)}:
+            if file.name not in removed or is_there(file.real):
+                check_unchanged(file)
+
+    def _compare(self) -> Manifest:
+        """The manifest of a finished target, which is what this job would make.
+
+        Notes the files as finished. Raises UsageError where it is anything else.
+        """
+        try:
+            manifest = read_manifest(self.target)
+        except CheckpointError as error:
+            raise self._refusal(f"its manifest cannot be read: {error}") from None
+        family = self.checked.cfg.model_type
+        difference = planned_difference(manifest, family, self.weights, self.sides)
+        if difference is not None:
+            raise self._refusal(difference)
+        self.progress.start(sum(file.source_bytes for file in self.weights))
         for output in self.weights:
             self.progress.file(output.name)
-            digests[output.name] = work(output)
-        return digests
+            digest = hash_stream(output.chunks())[1]
+            self.journal.finished[output.name] = Finished(
+                digest, output.source_sha256(digest), output.nonfinite
+            )
+        if self._fingerprint() != manifest.source_fingerprint:
+            raise self._refusal("other weights or another config")
+        return manifest
 
-    def _source_bytes(self):
-        return sum(info.n_bytes for info in self.checked.tensors.tensors.values())
+    def _fingerprint(self):
+        in_source = {name: entry.source_sha256 for name, entry in self.journal.finished.items()}
+        return fingerprint(self.checked.config_bytes, in_source)
 
-    def _identify(self, digests):
-        in_source = {file.name: file.source_sha256(digests[file.name]) for file in self.weights}
-        self.fingerprint = fingerprint(self.checked.config_bytes, in_source)
-
-    def _manifest(self, digests):
+    def _manifest(self, sides: dict[str, str], *, blank: Finished | None = None):
+        """Of what is finished; `blank` stands for what is not, where only the size counts."""
+        finished = self.journal.finished
         files = {
-            output.name: FileEntry(output.n_bytes, digests[output.name], output.tensors)
-            for output in [*self.weights, *self.sides]
+            output.name: FileEntry(
+                output.n_bytes, finished.get(output.name, blank).sha256, output.tensors
+            )
+            for output in self.weights
         }
-        source = self.fingerprint or "0" * 64
-        return Manifest(self.checked.cfg.model_type, source, files)
-
-    def _planned_difference(self, manifest):
-        """The first thing known before the weights are read in which the target is another."""
-        if manifest.family != self.checked.cfg.model_type:
-            return f"family {manifest.family}"
-        outputs = {output.name: output for output in [*self.weights, *self.sides]}
-        for name in sorted(outputs.keys() ^ manifest.files.keys()):
-            return f"{name} is in only one of them"
-        for output in self.weights:
-            for tensor, entry in output.tensors.items():
-                there = manifest.files[output.name].tensors.get(tensor)
-                if there != entry:
-                    there = there and f"{there.dtype} {list(there.shape)}"
-                    return f"{tensor} is {there} there, {entry.dtype} {list(entry.shape)} here"
-        for output in self.sides:
-            if hash_stream(output.chunks())[1] != manifest.files[output.name].sha256:
-                return f"another {output.name}"
-        return None
+        files |= {side.name: FileEntry(side.n_bytes, sides[side.name], {}) for side in self.sides}
+        return Manifest(self.checked.cfg.model_type, self._fingerprint(), files)
 
     def _refusal(self, difference):
         return UsageError(
             f"{self.target}: holds another model or other options than {self.checked.folder} gives "
             f"({difference}); name another folder, or replace it with --overwrite"
         )
-
-
-def _incomplete(target, manifest):
-    """The first file of a finished target that is not there in its full size."""
-    for name, entry in manifest.files.items():
-        path = os.path.join(target, name)
-        if not os.path.isfile(path) or os.path.getsize(path) != entry.n_bytes:
-            return name
-    return None

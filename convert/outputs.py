@@ -64,6 +64,11 @@ class WeightFile:
         for tensor, entry in self.tensors.items():
             yield from self._tensor_chunks(tensor, entry.dtype)
 
+    @property
+    def source_bytes(self) -> int:
+        """What is read for it."""
+        return sum(self._source.tensors[tensor].n_bytes for tensor in self.tensors)
+
     def source_sha256(self, sha256: str) -> str:
         """The digest that this file, which has `sha256`, would have without change of dtype.
 
@@ -131,6 +136,12 @@ class SmallFile:
         return iter([self.content])
 
 
+def files_of(source: Source, output: Output) -> tuple[SourceFile, ...]:
+    """The source's files that an output is made of."""
+    places = (place for tensor in output.tensors for place in source.places_of(tensor))
+    return tuple(dict.fromkeys(place.file for place in places))
+
+
 def weight_outputs(
     checked: CheckedSource, *, dtype: str | None, allow_nonfinite: bool, progress: Progress
 ) -> list[WeightFile]:
@@ -154,9 +165,13 @@ def side_outputs(
     """What lies beside the weights: config, tokenizer files, and the index, made anew."""
     return [
         SmallFile(CONFIG, config_with_dtype(checked.config_bytes, dtype)),
-        *(CopiedFile(name, file) for name, file in checked.side_files.items() if name != CONFIG),
+        *(_side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
         SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
+
+
+def _side_output(name, file):
+    return SmallFile(name, file) if isinstance(file, bytes) else CopiedFile(name, file)
 
 
 def config_with_dtype(config_bytes: bytes, dtype: str | None) -> bytes:

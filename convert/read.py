@@ -1,4 +1,4 @@
-"""Source tensors as streams of chunks, never a whole checkpoint: the protocol, and safetensors.
+"""Source tensors as streams of chunks, never a whole checkpoint: the protocol, and files.
 
 Checks nothing about the model (doors.py has done so) and knows nothing of the target.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from convert.disk import close
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import open_regular
@@ -53,6 +55,9 @@ class Source(Protocol):
     def where(self, name: str) -> str:
         """The file that a message about this tensor should name."""
 
+    def places_of(self, name: str) -> tuple[Place, ...]:
+        """Where the tensor lies, or its parts, or copies of it: what is read to have it."""
+
     def check_unchanged(self) -> None:
         """Raises CheckpointError where the source is no longer what was checked."""
 
@@ -71,16 +76,37 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Strided:
+    """How a tensor lies among the elements of another: its shape, and steps in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """CRC-32 of so many bytes."""
+
+    n_bytes: int
+    crc: int
+
+
+@dataclass(frozen=True)
 class Place:
-    """Where a copy of a tensor lies; `name` is the one that it bears there."""
+    """Where a copy of a tensor lies; `name` is the one that it bears there.
+
+    `strided` is None where its bytes lie in order; `checksum` where the file has none for it.
+    """
 
     name: str
     file: SourceFile
     offset: int
+    strided: Strided | None = None
+    checksum: Checksum | None = None
 
 
-class SafetensorsSource:
-    """Tensors of checked safetensors files. Copies of one tensor are compared while it is read."""
+class FileSource:
+    """Tensors of checked files. Copies of one tensor are compared while it is read."""
 
     def __init__(self, tensors: dict[str, TensorInfo], places: dict[str, tuple[Place, ...]]):
         self.tensors = tensors
@@ -88,18 +114,25 @@ class SafetensorsSource:
         self._fds: dict[SourceFile, int] = {}
         self._buffers = (memoryview(bytearray(CHUNK_BYTES)), memoryview(bytearray(CHUNK_BYTES)))
         self._n_chunks = 0
+        self._sums: dict[Place, tuple[int, int]] = {}  # up to which byte, and the sum so far
 
     def where(self, name: str) -> str:
         return self._places[name][0].file.path
 
+    def places_of(self, name: str) -> tuple[Place, ...]:
+        return self._places[name]
+
     def chunks(self, name: str) -> Iterator[memoryview]:
         place, *copies = self._places[name]
-        total = self.tensors[name].n_bytes
-        for at in range(0, total, CHUNK_BYTES):
-            view = self._next_buffer()[: min(CHUNK_BYTES, total - at)]
-            self._read(place, at, view)
+        info = self.tensors[name]
+        total, step = info.n_bytes, CHUNK_BYTES
+        if any(found.strided for found in (place, *copies)):
+            step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
+        for at in range(0, total, step):
+            view = self._next_buffer(min(step, total - at))
+            self._read(place, at, view, info)
             for copy in copies:
-                self._compare(view, place, copy, at)
+                self._compare(view, place, copy, at, info)
             yield view
 
     def check_unchanged(self) -> None:
@@ -108,29 +141,61 @@ class SafetensorsSource:
 
     def close(self) -> None:
         for fd in self._fds.values():
-            os.close(fd)
+            close(fd)
         self._fds = {}
 
-    def _next_buffer(self):
+    def _next_buffer(self, n_bytes):
+        if n_bytes > CHUNK_BYTES:
+            return memoryview(bytearray(n_bytes))
         self._n_chunks += 1
-        return self._buffers[self._n_chunks % 2]
+        return self._buffers[self._n_chunks % 2][:n_bytes]
 
-    def _read(self, place, at, view):
+    def _read(self, place, at, view, info):
+        """Fills `view` with a tensor's bytes from `at` on: whole rows of it where it is strided."""
         if place.file not in self._fds:
             if len(self._fds) == MAX_OPEN_FILES:
                 self.close()
             self._fds[place.file] = open_unchanged(place.file)
-        read_into(self._fds[place.file], view, place.offset + at, place.file.path)
+        fd = self._fds[place.file]
+        if place.strided is not None:
+            rows = np.frombuffer(view, f"u{ITEM_BYTES[info.dtype]}")
+            _read_strided(fd, place, at // row_bytes(info), rows)
+            return
+        read_into(fd, view, place.offset + at, place.file.path)
+        if place.checksum is not None:
+            self._check_sum(place, at, view)
 
-    def _compare(self, view, place, copy, at):
+    def _check_sum(self, place, at, view):
+        """Takes the sum as far as a tensor is read from its start on, and compares it at its end.
+
+        1.9 GB/s on one core, where SHA-256, in a thread of its own, takes 1.1 GB/s.
+        """
+        done, so_far = self._sums.pop(place, (0, 0)) if at else (0, 0)
+        if done != at:
+            return
+        so_far, done = zlib.crc32(view, so_far), at + len(view)
+        if done < place.checksum.n_bytes:
+            self._sums[place] = (done, so_far)
+        elif so_far != place.checksum.crc:
+            raise CheckpointError(
+                f"{place.file.path}: tensor {place.name} is damaged: its CRC-32 is {so_far:08x}, "
+                f"expected {place.checksum.crc:08x}; fetch the file again"
+            )
+
+    def _compare(self, view, place, copy, at, info):
         found = memoryview(bytearray(len(view)))
-        self._read(copy, at, found)
+        self._read(copy, at, found, info)
         if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(found, np.uint8)):
             raise CheckpointError(
                 f"{copy.file.path}: tensor {copy.name} differs from {place.name} in "
                 f"{place.file.path}, expected the same bytes, since one of them is to be left out; "
                 "fetch the model again"
             )
+
+
+def row_bytes(info: TensorInfo) -> int:
+    """Bytes of what stands together at one index of a tensor's first axis."""
+    return math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
 
 
 def identity_of(status: os.stat_result) -> tuple[int, ...]:
@@ -155,8 +220,11 @@ def open_unchanged(file: SourceFile) -> int:
         raise StorageError(f"{file.path}: gone while it was being read ({error})") from None
     try:
         _check_identity(os.fstat(fd), file)
+    except OSError as error:
+        close(fd)
+        raise StorageError(f"{file.path}: cannot be read ({error.strerror})") from None
     except BaseException:
-        os.close(fd)
+        close(fd)
         raise
     return fd
 
@@ -172,7 +240,7 @@ def file_chunks(file: SourceFile) -> Iterator[memoryview]:
             read_into(fd, view, at, file.path)
             yield view
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def read_into(fd: int, view: memoryview, offset: int, path: str) -> None:
@@ -191,6 +259,29 @@ def read_into(fd: int, view: memoryview, offset: int, path: str) -> None:
                 f"at least {offset + len(view)}"
             )
         done += count
+
+
+def _read_strided(fd, place, first_row, rows):
+    """Fills the elements `rows` with a tensor's rows from `first_row` on.
+
+    Along the axis that lies denser in the file runs are read whole and thinned out in memory, so
+    that a transposed matrix costs a read for each of its columns, not for each number.
+    """
+    shape, strides = place.strided.shape, place.strided.strides
+    width = math.prod(shape[1:])
+    out = rows.reshape(-1, width)
+    outer, inner = strides if len(strides) == 2 else (*strides, 0)
+    if width == 1 or (len(out) > 1 and outer < inner):
+        out, outer, inner = out.T, inner, outer
+    start = place.offset + first_row * strides[0] * rows.itemsize
+    longest = max(1, CHUNK_BYTES // rows.itemsize // max(1, inner))
+    for n, line in enumerate(out):
+        for at in range(0, len(line), longest):
+            piece = line[at : at + longest]
+            run = np.empty((len(piece) - 1) * inner + 1, rows.dtype)
+            offset = start + (n * outer + at * inner) * rows.itemsize
+            read_into(fd, memoryview(run).cast("B"), offset, place.file.path)
+            piece[:] = run[::inner] if inner else run
 
 
 def hash_stream(
@@ -215,7 +306,9 @@ def hash_stream(
 
 def _check_identity(status, file):
     if identity_of(status) != file.identity:
-        raise CheckpointError(f"{file.path}: changed while it was being converted; start again")
+        raise CheckpointError(
+            f"{file.path}: changed while it was being converted; convert anew with --overwrite"
+        )
 
 
 def _gone(file, error):

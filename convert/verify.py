@@ -6,7 +6,7 @@ Gathers all that is wrong; only what leaves nothing to compare with ends it earl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from convert.doors import names_in, regular_file
@@ -40,21 +40,26 @@ class Verdict:
     folder_bytes: int
 
 
-def verify_folder(folder: str | os.PathLike, *, progress: Progress | None = None) -> Verdict:
+def verify_folder(
+    folder: str | os.PathLike, *, progress: Progress | None = None, beside: Collection[str] = ()
+) -> Verdict:
     """Reads a layered folder whole and holds it against its manifest and its config.
 
-    Raises CheckpointError where there is no sound manifest or config, or StorageError.
+    `beside`: names that may lie there although they are not part of it. Raises CheckpointError
+    where there is no sound manifest or config, or StorageError.
     """
     folder, progress = os.fspath(folder), progress or Progress()
     names = names_in(folder)
     if MANIFEST not in names:
         raise CheckpointError(
-            f"{folder}: no {MANIFEST}: not converted, or not to the end; convert the source again"
+            f"{folder}: no {MANIFEST}: not converted, or not to the end; run its conversion again, "
+            "which resumes it"
         )
     manifest, cfg = read_manifest(folder), read_config(folder)
     total = sum(entry.n_bytes for entry in manifest.files.values())
     findings = [
-        f"{name!a} is not part of it" for name in sorted(names - manifest.files.keys() - {MANIFEST})
+        f"{name!a} is not part of it"
+        for name in sorted(names - manifest.files.keys() - {MANIFEST, *beside})
     ]
     findings += _disagreements(manifest, cfg)
     progress.start(total)

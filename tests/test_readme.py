@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.conftest import BUNDLED, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 PUBLISHED, LAYERED = "path/to/Llama-3-8B", "path/to/Llama-3-8B-jlayer"
+LARGE = "path/to/Llama-3-70B"
 
 
 def commands():
@@ -24,8 +26,19 @@ def commands():
 def mine(fable, tmp_path):
     """What stands for the reader's paths: the bundled model, and where its conversion goes."""
 
+    only_copy = tmp_path / "only-copy"
+    shutil.copytree(BUNDLED, only_copy)
+
     def substitute(text):
-        return text.replace(LAYERED, str(tmp_path / "layered")).replace(PUBLISHED, str(BUNDLED))
+        for shown, real in (
+            (f"{LARGE}-jlayer", tmp_path / "large"),
+            (LARGE, only_copy),
+            (LAYERED, tmp_path / "layered"),
+            (PUBLISHED, BUNDLED),
+        ):
+            text = text.replace(shown, str(real))
+        # On a terminal it asks; here there is nobody to ask.
+        return f"{text} --yes" if "--delete-source" in text else text
 
     return substitute
 

@@ -6,19 +6,20 @@ tensors; this one does not. It reads the header alone and returns where each ten
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import DTYPES
-from jlayer.strict import open_regular, parse_json_object
+from jlayer.strict import MAX_KEYS, open_regular, parse_json_object, without_collection
 
 MAX_HEADER_BYTES = 32 << 20
-MAX_TENSORS = 200_000
+MAX_TENSORS = MAX_KEYS - 1  # one key may be __metadata__
 MAX_DIMS = 8
 LENGTH_BYTES = 8  # the header's own length, little-endian, before the header
 
+_KEYS = {"dtype", "shape", "data_offsets"}
 # First bytes of what people end up with under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
@@ -33,11 +34,10 @@ _NOT_SAFETENSORS = (
 )
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor in a file: numpy's word for its dtype, its shape, and where its bytes lie.
 
-    `offset` counts from the file's start.
+    `offset` counts from the file's start. A tuple, since a header may hold 200,000 of them.
     """
 
     dtype: str
@@ -87,14 +87,18 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
     """
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: header starts with {raw[:8]!r}, expected '{{'")
-    found = parse_json_object(raw, what=f"{where}: header")
-    metadata = _metadata(found.pop("__metadata__", {}), where)
-    if len(found) > MAX_TENSORS:
-        raise CheckpointError(f"{where}: {len(found)} tensors, over the limit of {MAX_TENSORS}")
-    data_start = LENGTH_BYTES + len(raw)
-    entries = {name: _entry(name, entry, data_start, where) for name, entry in found.items()}
-    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].n_bytes)))
-    _check_tiling(ordered, data_start, file_bytes, where)
+    with without_collection():
+        found = parse_json_object(raw, what=f"{where}: header")
+        metadata = _metadata(found.pop("__metadata__", {}), where)
+        if len(found) > MAX_TENSORS:
+            raise CheckpointError(f"{where}: {len(found)} tensors, over the limit of {MAX_TENSORS}")
+        data_start = LENGTH_BYTES + len(raw)
+        entries = []
+        for name in list(found):  # what is read is dropped: both would be a third more memory
+            entries.append((name, _entry(name, found.pop(name), data_start, where)))
+        entries.sort(key=lambda item: (item[1].offset, item[1].n_bytes))
+        ordered = dict(entries)
+        _check_tiling(ordered, data_start, file_bytes, where)
     return Header(ordered, data_start, file_bytes, metadata)
 
 
@@ -135,72 +139,75 @@ def _metadata(found, where):
 
 
 def _entry(name, entry, data_start, where):
-    label = f"{where}: tensor {_short(ascii(name))}"
     if not name or ".." in name or name.startswith("/") or "\\" in name or not name.isprintable():
-        raise CheckpointError(f"{label}: not a name that a tensor may have")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{label}: header entry must hold dtype, shape and data_offsets alone"
+        raise _refusal(where, name, "not a name that a tensor may have")
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise _refusal(where, name, "header entry must hold dtype, shape and data_offsets alone")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    n_elements = _n_elements(shape)
+    if n_elements is None:
+        raise _refusal(
+            where, name, f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
         )
-    dtype, shape = entry["dtype"], _shape(entry["shape"], label)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"{label}: dtype {_short(ascii(dtype))} is not supported; "
-            f"supported: {', '.join(DTYPES)}"
+        shown = _short(ascii(dtype))
+        raise _refusal(
+            where, name, f"dtype {shown} is not supported; supported: {', '.join(DTYPES)}"
         )
-    begin, end = _offsets(entry["data_offsets"], label)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _is_span(*offsets):
+        raise _refusal(
+            where,
+            name,
+            f"data_offsets {_short(offsets)}, expected two integers, neither negative nor inverted",
+        )
     name_of_dtype, item_bytes = DTYPES[dtype]
-    expected = math.prod(shape) * item_bytes
+    expected, n_bytes = n_elements * item_bytes, offsets[1] - offsets[0]
     if expected >= 1 << 63:
-        raise CheckpointError(f"{label}: shape {_short(entry['shape'])} overflows 64 bits")
-    if expected != end - begin:
-        raise CheckpointError(
-            f"{label}: shape {_short(entry['shape'])} of {dtype} takes {expected} bytes, "
-            f"but its data_offsets give {_short(end - begin)}"
+        raise _refusal(where, name, f"shape {_short(shape)} overflows 64 bits")
+    if expected != n_bytes:
+        raise _refusal(
+            where,
+            name,
+            f"shape {_short(shape)} of {dtype} takes {expected} bytes, but its data_offsets give "
+            f"{_short(n_bytes)}",
         )
-    return TensorEntry(name_of_dtype, shape, data_start + begin, end - begin)
+    return TensorEntry(name_of_dtype, tuple(shape), data_start + offsets[0], n_bytes)
 
 
-def _shape(found, label):
-    if (
-        not isinstance(found, list)
-        or len(found) > MAX_DIMS
-        or any(type(n) is not int or n < 0 for n in found)
-    ):
-        raise CheckpointError(
-            f"{label}: shape {_short(found)}, expected up to {MAX_DIMS} integers of 0 or more"
-        )
-    return tuple(found)
+def _n_elements(shape):
+    """None where it is no shape."""
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        return None
+    product = 1
+    for n in shape:
+        if type(n) is not int or n < 0:
+            return None
+        product *= n
+    return product
 
 
-def _offsets(found, label):
-    if (
-        not isinstance(found, list)
-        or len(found) != 2
-        or any(type(n) is not int for n in found)
-        or not 0 <= found[0] <= found[1]
-    ):
-        raise CheckpointError(
-            f"{label}: data_offsets {_short(found)}, expected two integers, "
-            "neither negative nor inverted"
-        )
-    return found
+def _is_span(begin, end):
+    return type(begin) is int and type(end) is int and 0 <= begin <= end
+
+
+def _refusal(where, name, what):
+    return CheckpointError(f"{where}: tensor {_short(ascii(name))}: {what}")
 
 
 def _check_tiling(ordered, data_start, file_bytes, where):
     """Tensors must follow each other without hole or overlap and end where the file ends."""
     at, previous, beyond = data_start, None, None
     for name, entry in ordered.items():
-        label = _short(ascii(name))
-        if entry.offset < at:
-            raise CheckpointError(f"{where}: tensors {_short(ascii(previous))} and {label} overlap")
-        if entry.offset > at:
-            raise CheckpointError(
-                f"{where}: gap of {_short(entry.offset - at)} bytes before tensor {label}"
-            )
+        if entry.offset != at:
+            label = _short(ascii(name))
+            if entry.offset < at:
+                other = _short(ascii(previous))
+                raise CheckpointError(f"{where}: tensors {other} and {label} overlap")
+            gap = _short(entry.offset - at)
+            raise CheckpointError(f"{where}: gap of {gap} bytes before tensor {label}")
         at, previous = entry.offset + entry.n_bytes, name
         if at > file_bytes and beyond is None:
-            beyond = label
+            beyond = _short(ascii(name))
     if at > file_bytes:
         raise CheckpointError(
             f"{where}: cut off in tensor {beyond}: expected {_short(at)} bytes in the file, "

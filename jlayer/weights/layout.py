@@ -6,6 +6,7 @@ No JAX here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,13 +17,14 @@ from jlayer.config import ModelConfig
 from jlayer.errors import CheckpointError
 from jlayer.families import EMBEDDING, layer_of, published_tensors
 from jlayer.spec import DTYPES, ITEM_BYTES, PUBLISHED_DTYPE
-from jlayer.strict import read_json_object
+from jlayer.strict import parse_json_object, read_small_file
 from jlayer.weights.header import LENGTH_BYTES, TensorEntry
 
 FORMAT = "jlayer"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+SEAL = "sha256"  # of a sealed file: that of all else in it
 EMBED_FILE = "embed.safetensors"
 FINAL_FILE = "final.safetensors"
 CONFIG = "config.json"
@@ -156,7 +158,7 @@ def encode_index(files: dict[str, dict[str, TensorEntry]]) -> bytes:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest's bytes: sorted, so that equal content gives equal bytes."""
+    """The manifest's bytes: sealed, and sorted, so that equal content gives equal bytes."""
     files = {
         name: {
             "bytes": entry.n_bytes,
@@ -180,7 +182,23 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "source": {"fingerprint": manifest.source_fingerprint},
         "files": files,
     }
-    return _encode_json(body)
+    return seal(body)
+
+
+def seal(body: dict) -> bytes:
+    """JSON that shows any change: in one way of writing it, with the SHA-256 of all the rest."""
+    assert SEAL not in body
+    return _encode_json({**body, SEAL: hashlib.sha256(_encode_json(body)).hexdigest()})
+
+
+def check_seal(raw: bytes, body: dict, *, what: str) -> None:
+    """Raises CheckpointError unless `raw`, read as `body`, is what `seal` has written."""
+    rest = {name: value for name, value in body.items() if name != SEAL}
+    if raw != seal(rest):
+        raise CheckpointError(
+            f"{what}: damaged: it is not as it was written, as its own SHA-256 shows; "
+            "convert the source again"
+        )
 
 
 def is_layered(folder: str | os.PathLike) -> bool:
@@ -189,12 +207,13 @@ def is_layered(folder: str | os.PathLike) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a layered folder, every field checked.
+    """The manifest of a layered folder, its seal and every field checked.
 
     Raises CheckpointError or StorageError.
     """
     path = os.path.join(folder, MANIFEST)
-    raw = read_json_object(path)
+    content = read_small_file(path)
+    raw = parse_json_object(content, what=path)
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format is {raw.get('format')!a}, expected {FORMAT!r}")
     version = raw.get("format_version")
@@ -209,6 +228,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             f"{path}: quantisation {quantization!a} is not known to this jlayer; "
             "install a newer one"
         )
+    check_seal(content, raw, what=path)
     try:
         files = {name: _file_entry(name, entry) for name, entry in raw["files"].items()}
         fingerprint, family = raw["source"]["fingerprint"], raw["family"]

@@ -9,6 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jlayer.config import model_config
+from jlayer.families import published_tensors
+from jlayer.weights.layout import MANIFEST, SEAL, encode_header, seal
+
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -84,6 +88,60 @@ def tensor_of(array: np.ndarray) -> Tensor:
     return word, array.shape, array.tobytes()
 
 
+def edit_manifest(folder: Path, change) -> None:
+    """Takes the manifest through `change`, and seals it again."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest[SEAL]
+    change(manifest)
+    (folder / MANIFEST).write_bytes(seal(manifest))
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 133,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+_PIECE = 16 << 20
+
+
+def random_checkpoint(folder: Path, *, n_shards: int = 3, seed: int = 0, **config) -> Path:
+    """A published checkpoint of random bfloat16 weights, in as many shards of whole tensors.
+
+    Needs no torch, and streams: it may be of any size. `config` goes over TINY.
+    """
+    folder.mkdir(parents=True)
+    config = {**TINY, "torch_dtype": "bfloat16", **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    shapes = published_tensors(model_config(config, where="here"))
+    names, rng, weight_map = list(shapes), np.random.default_rng(seed), {}
+    for n in range(n_shards):
+        shard = f"model-{n + 1:05d}-of-{n_shards:05d}.safetensors"
+        held = names[n * len(names) // n_shards : (n + 1) * len(names) // n_shards]
+        header, entries = encode_header(
+            {name: shapes[name] for name in held}, dict.fromkeys(held, "bfloat16")
+        )
+        with open(folder / shard, "wb") as file:
+            file.write(header)
+            left = sum(entry.n_bytes for entry in entries.values())
+            while left:
+                bits = rng.integers(0, 1 << 16, min(left, _PIECE) // 2, dtype=np.uint16)
+                left -= file.write((bits & 0xBFFF).tobytes())  # no exponent of infinity or NaN
+        weight_map |= dict.fromkeys(held, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder

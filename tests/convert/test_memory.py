@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 
 from convert import convert_checkpoint, verify_folder
+from convert.blocks import BLOCK_BYTES, N_BLOCKS
 from convert.read import CHUNK_BYTES
 from jlayer.config import model_config
 from jlayer.families import published_tensors
@@ -27,6 +28,8 @@ CONFIG = {
 LAYER_BYTES = 4 * (4 * 1024 * 1024 + 3 * 3072 * 1024 + 2 * 1024)
 LARGEST_BYTES = 4 * 3072 * 1024
 # Two chunks that are read, up to three results of a cast, half as large; headers, the manifest.
+# The blocks that are written are not Python's, and stand in BLOCKS.
+BLOCKS = N_BLOCKS * BLOCK_BYTES
 LIMIT = {None: 2 * CHUNK_BYTES + (2 << 20), "bfloat16": 7 * CHUNK_BYTES // 2 + (2 << 20)}
 
 
@@ -71,4 +74,4 @@ def test_resident_memory_of_the_process_is_too(source, tmp_path):
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < LIMIT["bfloat16"] + (8 << 20) < LAYER_BYTES / 2
+    assert int(done.stdout) < LIMIT["bfloat16"] + BLOCKS + (8 << 20) < 3 * LAYER_BYTES / 4

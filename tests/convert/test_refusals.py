@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint
+from convert.journal import JOURNAL
 from jlayer.errors import JlayerError
+from jlayer.weights.layout import MANIFEST, is_weight_file
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,
+    files_of,
     join,
     numbers,
     split,
@@ -47,8 +50,16 @@ def refused(source, target, code, words, **options):
     for word in words:
         assert word in message
     assert "\n" not in message
-    assert not target.exists() or not list(target.iterdir())
+    refused_target(target)
     return message
+
+
+def refused_target(target):
+    """After a refusal there is nothing, or a beginning that can be gone on with: never a manifest,
+    nothing half-written."""
+    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    assert all(is_weight_file(name) for name in names - {JOURNAL})
+    assert not names or (JOURNAL in names and len(names) > 1)
 
 
 def edit_header(path, change):
@@ -307,9 +318,14 @@ def weights_under_another_name(source):
     (source / SINGLE).rename(source / "other.safetensors")
 
 
-@row("pickles", "pytorch_model.bin", "not read yet")
-def only_pickles(source):
+@row("pytorch_model.bin", "safetensors under another name")
+def safetensors_under_the_name_of_a_pickle(source):
     (source / SINGLE).rename(source / "pytorch_model.bin")
+
+
+@row(SINGLE, "pytorch_model.bin", "only model.pt")
+def a_pickle_under_another_name(source):
+    (source / SINGLE).rename(source / "model.pt")
 
 
 @row("weight_map", INDEX, kind="sharded")
@@ -723,37 +739,59 @@ def test_not_enough_space_at_the_start(published, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: little)
     have = f"{3 * real.f_frsize:,}"
     message = refused(published("single"), tmp_path / "target", 4, ["need", have, "target"])
+    assert "resume" in message
+    assert not (tmp_path / "target").exists()
     need = int(message.split("need ")[1].split(" bytes")[0].replace(",", ""))
     monkeypatch.undo()
     convert_checkpoint(published("single"), tmp_path / "target")
     sizes = [path.stat().st_size for path in (tmp_path / "target").iterdir()]
-    assert need == sum(-(-size // real.f_frsize) * real.f_frsize for size in sizes)
+    blocks = sum(-(-size // real.f_frsize) for size in sizes)
+    assert need == (blocks + 2) * real.f_frsize  # the journal, and the journal written aside
 
 
 def test_no_inodes_at_the_start(published, tmp_path, monkeypatch):
     real = os.statvfs(tmp_path)
     none = os.statvfs_result((*real[:5], 100, 2, 2, *real[8:]))
     monkeypatch.setattr(os, "statvfs", lambda path: none)
-    refused(published("single"), tmp_path / "target", 4, ["inodes"])
+    refused(published("single"), tmp_path / "target", 4, ["inodes", "resume"])
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-@pytest.mark.parametrize("call", ["write", "fsync", "open", "rename"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "open", "rename"])
 def test_no_space_midway(published, tmp_path, monkeypatch, call, code):
-    fail_late(monkeypatch, call, code, nth=4)
-    refused(published("single"), tmp_path / "target", 4, ["safetensors", os.strerror(code)])
+    fail_late(monkeypatch, call, code, nth=12)
+    words = [str(tmp_path / "target"), os.strerror(code), "resume"]
+    refused(published("single"), tmp_path / "target", 4, words)
+    resumes(published, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "open", "rename"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "open", "rename"])
 def test_an_error_of_the_disk_while_writing(published, tmp_path, monkeypatch, call):
-    fail_late(monkeypatch, call, errno.EIO, nth=4)
-    refused(published("single"), tmp_path / "target", 6, ["safetensors", "Input/output error"])
+    fail_late(monkeypatch, call, errno.EIO, nth=12)
+    words = [str(tmp_path / "target"), "Input/output error", "resume"]
+    refused(published("single"), tmp_path / "target", 6, words)
+    resumes(published, tmp_path, monkeypatch)
+
+
+def test_an_error_of_the_disk_while_writing_tells_the_place(published, tmp_path, monkeypatch):
+    fail_late(monkeypatch, "pwrite", errno.EIO, nth=3)
+    words = ["embed.safetensors", "at byte 0"]
+    refused(published("single"), tmp_path / "target", 6, words)
 
 
 def test_an_error_of_the_disk_while_reading(published, tmp_path, monkeypatch):
     fail_late(monkeypatch, "preadv", errno.EIO, nth=4)
-    message = refused(published("single"), tmp_path / "target", 6, [SINGLE, "byte "])
+    message = refused(published("single"), tmp_path / "target", 6, [SINGLE, "byte ", "resume"])
     assert "Input/output error" in message
+    resumes(published, tmp_path, monkeypatch)
+
+
+def resumes(published, tmp_path, monkeypatch):
+    """The same call, once what failed works again, ends as if nothing had been."""
+    monkeypatch.undo()
+    convert_checkpoint(published("single"), tmp_path / "target")
+    convert_checkpoint(published("single"), tmp_path / "undisturbed")
+    assert files_of(tmp_path / "target") == files_of(tmp_path / "undisturbed")
 
 
 def fail_late(monkeypatch, name, code, *, nth):
@@ -807,31 +845,47 @@ def test_a_source_that_is_gone_midway(copy_of, tmp_path, monkeypatch):
             path.unlink()
 
     change_while_reading(monkeypatch, remove)
-    refused(source, tmp_path / "target", 6, ["gone", "safetensors"])
+    refused(source, tmp_path / "target", 6, ["gone", "safetensors", "resume"])
 
 
-def test_a_short_write_is_gone_on_with(published, tmp_path, monkeypatch):
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[: max(1, len(data) // 3)]))
+def test_short_reads_and_writes_are_gone_on_with(published, tmp_path, monkeypatch):
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, data, at: write(fd, data[: max(1, len(data) // 3)], at)
+    )
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, to, at: read(fd, [to[0][: max(1, len(to[0]) // 3)]], at)
+    )
     convert_checkpoint(published("single"), tmp_path / "target")
-    monkeypatch.undo()
-    assert convert_checkpoint(published("single"), tmp_path / "target").status == "unchanged"
+    resumes(published, tmp_path, monkeypatch)
 
 
-def test_an_interrupt_takes_back_what_was_written(published, tmp_path, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    change_while_reading(monkeypatch, interrupt, nth=20)
+def test_an_interrupt_before_anything_is_finished_leaves_nothing(published, tmp_path, monkeypatch):
+    change_while_reading(monkeypatch, interrupt, nth=1)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(published("single"), tmp_path / "deep" / "target")
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_keeps_what_is_finished(published, tmp_path, monkeypatch):
+    change_while_reading(monkeypatch, interrupt, nth=20)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(published("single"), tmp_path / "target")
+    assert (tmp_path / "target" / "embed.safetensors").exists()
+    refused_target(tmp_path / "target")
+    resumes(published, tmp_path, monkeypatch)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_a_failure_while_overwriting_leaves_no_manifest(published, tmp_path, monkeypatch):
     target = tmp_path / "target"
     convert_checkpoint(published("tied"), target)
-    fail_late(monkeypatch, "write", errno.ENOSPC, nth=4)
+    fail_late(monkeypatch, "pwrite", errno.ENOSPC, nth=8)
     with pytest.raises(JlayerError):
         convert_checkpoint(published("single"), target, overwrite=True)
-    assert list(target.iterdir()) == []
+    assert not (target / MANIFEST).exists()
+    refused_target(target)
+    resumes(published, tmp_path, monkeypatch)

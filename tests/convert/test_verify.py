@@ -11,7 +11,7 @@ import pytest
 
 from convert import convert_checkpoint, verify_folder
 from jlayer.errors import CheckpointError
-from tests.convert.checkpoints import edit_json, split
+from tests.convert.checkpoints import edit_json, edit_manifest, split
 
 LAYER = "layer-00001.safetensors"
 
@@ -38,9 +38,7 @@ def flip_bit(path, at=-1):
 
 def forge_manifest(folder, name, **changes):
     """Changes what the manifest says of a file."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] |= changes
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda manifest: manifest["files"][name].update(changes))
 
 
 def digest_of(path):
@@ -141,14 +139,15 @@ def index_that_agrees_with_its_digest_alone(folder):
 def tensors_in_another_order(folder):
     """Sound safetensors, and the manifest says the same; but not this format."""
     header, data = split(folder / LAYER)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    tensors = manifest["files"][LAYER]["tensors"]
     first, second = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
-    for entries in (header, tensors):
+
+    def swap(entries):
         entries[first], entries[second] = entries[second], entries[first]
+
+    swap(header)
     text = json.dumps(header).encode().ljust(4096 - 8)
     (folder / LAYER).write_bytes(len(text).to_bytes(8, "little") + text + data)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, lambda manifest: swap(manifest["files"][LAYER]["tensors"]))
     forge_manifest(folder, LAYER, sha256=digest_of(folder / LAYER))
 
 
@@ -193,7 +192,7 @@ def test_all_findings_come_at_once(layered):
     ],
 )
 def test_a_manifest_that_is_none(layered, change, words):
-    edit_json(layered / "manifest.json", **change)
+    edit_manifest(layered, lambda manifest: manifest.update(change))
     with pytest.raises(CheckpointError, match=words):
         verify_folder(layered)
 
@@ -224,3 +223,31 @@ def test_the_command_line_says_all_in_one_line_with_code_3(layered):
     assert "embed.safetensors" in done.stderr
     assert LAYER in done.stderr
     assert done.stdout == ""
+
+
+def test_any_bit_of_the_manifest_that_flips_is_found(layered):
+    """Every bit of every kind of place in it: names, numbers, digests, spaces, the seal."""
+    path = layered / "manifest.json"
+    raw = path.read_bytes()
+    for at in range(0, 8 * len(raw), 37):
+        flipped = bytearray(raw)
+        flipped[at // 8] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            found = verify_folder(layered).findings
+        except CheckpointError:
+            continue
+        assert found, at
+
+
+def test_a_manifest_that_says_the_same_in_other_bytes_is_found(layered):
+    path = layered / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+        verify_folder(layered)
+
+
+def test_an_unfinished_folder_is_told_how_to_be_finished(layered):
+    (layered / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="resume"):
+        verify_folder(layered)

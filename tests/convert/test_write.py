@@ -5,6 +5,8 @@ import os
 import sys
 
 from convert import convert_checkpoint
+from convert.journal import JOURNAL
+from convert.lock import LOCK
 from convert.progress import StderrProgress
 from jlayer.weights.layout import MANIFEST
 from tests.convert.checkpoints import files_of
@@ -12,7 +14,7 @@ from tests.convert.checkpoints import files_of
 
 def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(published, tmp_path, monkeypatch):
     target, calls = tmp_path / "target", []
-    fsync, rename = os.fsync, os.rename
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
 
     def watched_fsync(fd):
         calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
@@ -22,17 +24,27 @@ def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(published, tmp_
         calls.append(("rename", before, after))
         rename(before, after)
 
+    def watched_unlink(path):
+        calls.append(("unlink", path))
+        unlink(path)
+
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "unlink", watched_unlink)
     convert_checkpoint(published("single"), target)
     assert calls[0] == ("fsync", str(tmp_path))  # so that the new folder itself stays
+    journal, lock = str(target / JOURNAL), str(target / LOCK)
+    assert calls[-3:] == [("unlink", journal), ("fsync", str(target)), ("unlink", lock)]
     names = [call[2] for call in calls if call[0] == "rename"]
-    assert sorted(names) == sorted(str(path) for path in target.iterdir())
-    assert names[-1] == str(target / MANIFEST)
     for n, name in enumerate(names):
         steps = calls[1 + 3 * n : 4 + 3 * n]
         aside = f"{name}.jlayer-tmp"
         assert steps == [("fsync", aside), ("rename", aside, name), ("fsync", str(target))]
+    assert sorted({*names} - {journal}) == sorted(str(path) for path in target.iterdir())
+    assert names[0] == journal  # there is something to go on with before there is anything else
+    assert names[-1] == str(target / MANIFEST)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    assert all(names[names.index(name) + 1] == journal for name in weights)
 
 
 def test_files_are_as_readable_as_any_other(published, tmp_path):
@@ -57,7 +69,7 @@ def test_few_files_are_open_at_a_time(published, tmp_path, monkeypatch):
     convert_checkpoint(published("sharded"), tmp_path / "few")
     monkeypatch.undo()
     convert_checkpoint(published("sharded"), tmp_path / "many")
-    assert max(most) - before <= 4  # two to read, one to write, and the listing itself
+    assert max(most) - before <= 5  # two to read, one to write, the lock, the listing itself
     assert len(os.listdir("/proc/self/fd")) == before
     assert files_of(tmp_path / "few") == files_of(tmp_path / "many")
 

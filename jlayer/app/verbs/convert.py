@@ -1,8 +1,13 @@
 """Turn a published checkpoint into one file a layer, checked and with its checksums.
 
-SOURCE is a folder with config.json and safetensors, single or sharded; TARGET is a new folder, or
-one that holds an earlier conversion. Nothing but the weights' place changes, unless --dtype is
-given: the result is still a checkpoint that transformers loads.
+SOURCE is a folder with config.json and safetensors, single or sharded, or with PyTorch's or Meta's
+pickles; TARGET is a new folder, or one that holds an earlier conversion. Nothing but the weights'
+place changes, unless --dtype is given: the result is still a checkpoint that transformers loads.
+
+A conversion that was stopped, in whatever way, goes on where it was when the same command is run
+again. With --delete-source each weight file of SOURCE is removed once all that is made of it is on
+disk and was read again by its hash; the links and blobs of a hub cache likewise, unless another
+revision uses them.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ import argparse
 import dataclasses
 import sys
 
+from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
+from jlayer.errors import UsageError
 from jlayer.spec import ITEM_BYTES
 
 HELP = "turn a published checkpoint into one file a layer"
@@ -25,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cast all weights, to nearest (default: each keeps its own)",
     )
     parser.add_argument(
+        "--delete-source",
+        action="store_true",
+        help="remove SOURCE's weight files, each as soon as nothing needs it; asks first",
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask before --delete-source")
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace another model in TARGET, or make it anew"
     )
     parser.add_argument(
@@ -37,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Converts, and returns what was done; raises the errors of jlayer.errors."""
-    from convert import convert_checkpoint
+    from convert import RESUME, convert_checkpoint
     from convert.progress import StderrProgress
 
+    if args.delete_source and not args.yes:
+        _ask(args)
     progress = StderrProgress()
     try:
         done = convert_checkpoint(
@@ -47,15 +62,27 @@ def run(args: argparse.Namespace) -> dict:
             args.target,
             dtype=args.dtype,
             overwrite=args.overwrite,
+            delete_source=args.delete_source,
             allow_extra=args.allow_extra,
             allow_nonfinite=args.allow_nonfinite,
             progress=progress,
         )
+    except (KeyboardInterrupt, Terminated) as stop:
+        progress.close()
+        word, code = (
+            ("terminated", TERMINATED)
+            if isinstance(stop, Terminated)
+            else ("interrupted", INTERRUPTED)
+        )
+        line = f"{args.target}: {word}; what is finished stays; {RESUME}"
+        print(f"jlayer: {line}", file=sys.stderr)
+        found = {"error": line, "exit_code": code, "finish_reason": "interrupted"}
+        raise Interrupted(found, code) from None
     finally:
         progress.close()
     rate = done.source_bytes / max(done.elapsed_s, 1e-9) / 1e6
     print(
-        f"jlayer: read {done.source_bytes:,} bytes of weights in {done.elapsed_s:.1f} s "
+        f"jlayer: read {done.source_bytes:,} bytes of weights in {done.elapsed_s:.2f} s "
         f"({rate:,.0f} MB/s)",
         file=sys.stderr,
     )
@@ -64,10 +91,30 @@ def run(args: argparse.Namespace) -> dict:
     return dataclasses.asdict(done)
 
 
+def _ask(args):
+    """Raises UsageError unless a person says yes."""
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "--delete-source: nobody to ask (no terminal on stdin); add --yes to remove the weight "
+            f"files of {args.source} as they are converted"
+        )
+    lost = f" as {args.dtype} alone will remain" if args.dtype else ""
+    print(
+        f"jlayer: remove the weight files of {args.source} for good, each once it is converted"
+        f"{lost}? [y/N] ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("--delete-source: not confirmed; nothing was changed")
+
+
 def _line(done):
     dtypes = ", ".join(f"{n} tensors in {dtype}" for dtype, n in done.dtypes.items())
     verb = "already holds all of" if done.status == "unchanged" else "holds"
     return (
         f"{done.target}: {verb} {done.source}, {done.n_layers} layers in {done.n_files} files, "
         f"{done.target_bytes:,} bytes, {dtypes}"
+        + (f"; removed there: {', '.join(done.removed)}" if done.removed else "")
     )
