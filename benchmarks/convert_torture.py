@@ -371,6 +371,7 @@ def random_kills(bench: Bench) -> dict:
         bench.home / "larger", n_shards=4, **{**LARGER, "num_hidden_layers": layers}
     )
     target = bench.home / "larger-target"
+    os.sync()  # or the syncs of the conversion wait for this
     started = time.perf_counter()
     subprocess.run(_words(source, target), check=True, cwd=REPOSITORY, capture_output=True)
     lasts_s = time.perf_counter() - started
@@ -458,7 +459,23 @@ def full(bench: Bench) -> dict:
             outcomes[_starve(bench, place, f"full, {inodes} inodes")] += 1
         finally:
             subprocess.run(["umount", str(place)], check=True)
+    _mount(place, "ro")
+    try:
+        outcomes[_read_only(bench, place)] += 1
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
     return dict(outcomes)
+
+
+def _read_only(bench, place):
+    """Said before the source is read: this one is none."""
+    try:
+        convert_checkpoint(place / "no-source", place / "target")
+    except JlayerError as error:
+        if error.exit_code == 6 and "read-only" in str(error):
+            return "refused as read-only"
+        bench.problem(f"full, read-only: code {error.exit_code}: {error}")
+    return "not refused"
 
 
 def _mount(place, option):

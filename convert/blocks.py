@@ -8,6 +8,7 @@ writes took 4.9 s (two cores, medians of 5).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -132,6 +133,7 @@ class _File:
             os.fsync(self._fd)
         except OSError as error:
             raise failure(self._called, error, "synced") from None
+        self._forget()
 
     def close(self) -> None:
         close(self._fd)
@@ -162,5 +164,10 @@ class _File:
         self._unsynced += len(data)
         if self._unsynced >= UNSYNCED_BYTES:
             os.fdatasync(self._fd)
-            os.posix_fadvise(self._fd, 0, self.n_bytes, os.POSIX_FADV_DONTNEED)
+            self._forget()
             self._unsynced = 0
+
+    def _forget(self):
+        """Lets the page cache go, so that whoever reads it again reads what is on the disk."""
+        with contextlib.suppress(OSError):  # a hint, which not every file system takes
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

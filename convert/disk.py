@@ -14,13 +14,13 @@ from jlayer.errors import DoesNotFitError, JlayerError, StorageError
 
 # What is being written bears this until it is whole and synced.
 TEMPORARY = ".jlayer-tmp"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def failure(path: str, error: OSError, doing: str) -> JlayerError:
     """What to raise for an error of the system: DoesNotFitError where room ran out, else
     StorageError."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return DoesNotFitError(
             f"{path}: no room to go on ({error.strerror}); make room or name a folder elsewhere"
         )

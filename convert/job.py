@@ -302,7 +302,7 @@ class _Job:
         for output in there:
             self.progress.file(output.name)
             entry = finished[output.name]
-            if self._digest_of(output) == entry.sha256:
+            if self._digest_of(output, self.progress) == entry.sha256:
                 found[output.name] = entry
                 self._count_nonfinite(output, entry)
             else:
@@ -310,12 +310,12 @@ class _Job:
         self._require_sources(o for o in self.weights if o.name not in found)
         return found
 
-    def _digest_of(self, output):
+    def _digest_of(self, output, progress):
         """The SHA-256 of what is on disk, or None where not even its size is right."""
         file = regular_file(self.target, output.name)
         if file.n_bytes != output.n_bytes:
             return None
-        return hash_stream(file_chunks(file), lambda chunk: self.progress.advance(len(chunk)))[1]
+        return hash_stream(file_chunks(file), lambda chunk: progress.advance(len(chunk)))[1]
 
     def _count_nonfinite(self, output, entry):
         if entry.nonfinite and not self.options.allow_nonfinite:
@@ -387,7 +387,7 @@ class _Job:
         self.progress.file(output.name)
         digest = writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
         self._check_unchanged([output])
-        if self.options.delete_source and self._digest_of(output) != digest:
+        if self.options.delete_source and self._digest_of(output, Progress()) != digest:
             raise StorageError(
                 f"{os.path.join(self.target, output.name)}: reads back otherwise than it was "
                 "written; look after this disk"

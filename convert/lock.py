@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from convert.disk import again, close, failure, make_folders, remove
+from convert.disk import FULL, again, close, failure, make_folders, remove
 from jlayer.errors import JlayerError, LockedError
 
 LOCK = ".jlayer-lock"
@@ -108,7 +108,8 @@ class TargetLock:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except OSError as error:
-            raise failure(self._path, error, "written") from None
+            if error.errno not in FULL:  # on a full disk the lock is what lets us clear up
+                raise failure(self._path, error, "written") from None
 
     def _remove_made(self):
         for folder in reversed(self._made):

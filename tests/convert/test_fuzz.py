@@ -18,7 +18,7 @@ def test_every_damaged_input_is_accepted_or_refused_in_our_words():
     assert found["outcomes"]["accepted"] > 50
 
 
-@pytest.mark.parametrize("number", [2, 3, 4, 6, 13, 19])
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 10, 13, 19])
 def test_no_input_takes_much_memory(number):
     script = REPOSITORY / "benchmarks" / "fuzz_headers.py"
     command = [sys.executable, script, "--large", str(number)]

@@ -105,6 +105,21 @@ def test_a_file_system_without_locks_is_told_of(published, tmp_path, monkeypatch
     assert any("no locks" in line for line in notes.lines)
 
 
+def test_a_full_disk_does_not_keep_it_from_clearing_up(published, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "final.safetensors.jlayer-tmp").write_text("what fills the disk")
+    real = os.pwrite
+
+    def pwrite(fd, data, at):
+        if list(target.glob("*.jlayer-tmp")) == [target / "final.safetensors.jlayer-tmp"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert convert_checkpoint(published("single"), target).status == "converted"
+
+
 def test_a_refusal_leaves_no_lock_and_no_folders(published, tmp_path):
     with pytest.raises(JlayerError):
         convert_checkpoint(tmp_path / "nothing", tmp_path / "a" / "b" / "c")

@@ -608,6 +608,10 @@ for label, changes, words in (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         ("dynamic", "llama3"),
     ),
+    ("architecture-in-control-characters", {"architectures": ["a\x1b[2J"]}, (r"'a\x1b[2J'",)),
+    ("model-type-that-is-a-list", {"architectures": None, "model_type": ["x"]}, ("['x']",)),
+    ("dtype-that-is-an-object", {"torch_dtype": {"a": 1}, "dtype": None}, ("dtype", "{'a': 1}")),
+    ("epsilon-beyond-any-float", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "positive")),
     ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("gptq",)),
     ("awq", {"quantization_config": {"quant_method": "awq"}}, ("awq",)),
     (

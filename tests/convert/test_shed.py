@@ -19,6 +19,7 @@ from jlayer.weights.header import read_header
 from jlayer.weights.layout import MANIFEST, file_of
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import files_of, random_checkpoint
+from tests.convert.pickled import as_bin
 from tests.convert.test_resume import Notes, flip
 
 N_SHARDS = 4
@@ -321,3 +322,30 @@ def test_on_a_terminal_it_asks(source, tmp_path, answer, code):
     if code == 0:
         assert verify_folder(tmp_path / "target").findings == ()
         assert not (tmp_path / "target" / JOURNAL).exists()
+
+
+# Pickles: how their tensors are read is not in the journal, so they stay until the end.
+
+
+@pytest.mark.parametrize("nth", [None, 1, 2])
+def test_pickles_go_after_the_manifest(published, tmp_path, monkeypatch, nth):
+    pytest.importorskip("torch")
+    bins, target = as_bin(published("sharded"), tmp_path / "bins"), tmp_path / "target"
+    convert_checkpoint(bins, tmp_path / "undisturbed")
+    unlink, gone = os.unlink, []
+
+    def watched(path):
+        if path.endswith(".bin"):
+            assert (target / MANIFEST).exists()
+            gone.append(path)
+        unlink(path)
+        if path.endswith(".bin") and len(gone) == nth:
+            raise OSError(errno.EIO, "the power went")
+
+    monkeypatch.setattr(os, "unlink", watched)
+    if nth is not None:
+        with pytest.raises(StorageError, match="resume"):
+            convert_checkpoint(bins, target, delete_source=True)
+    convert_checkpoint(bins, target, delete_source=True)
+    assert files_of(target) == files_of(tmp_path / "undisturbed")
+    assert not list(bins.glob("*.bin"))

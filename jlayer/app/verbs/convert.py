@@ -98,10 +98,10 @@ def _ask(args):
             "--delete-source: nobody to ask (no terminal on stdin); add --yes to remove the weight "
             f"files of {args.source} as they are converted"
         )
-    lost = f" as {args.dtype} alone will remain" if args.dtype else ""
+    kind = f" to {args.dtype}, which is all that will remain" if args.dtype else ""
     print(
         f"jlayer: remove the weight files of {args.source} for good, each once it is converted"
-        f"{lost}? [y/N] ",
+        f"{kind}? [y/N] ",
         end="",
         file=sys.stderr,
         flush=True,
