@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import jax
 
 from jlayer.errors import JlayerError, StorageError
-from jlayer.run.interrupts import Deferred
+from jlayer.run.interrupts import deferred
 from jlayer.weights.direct import Reader, aligned_span
 from jlayer.weights.schedule import Free, Put, Read, Run, Tier, sweeps
 from jlayer.weights.slots import HostMemory, slot_bytes_for, split_room, view
@@ -119,7 +119,7 @@ class Executor:
         collects = gc.isenabled()
         gc.disable()
         try:
-            with Deferred() as signals:
+            with deferred() as signals:
                 try:
                     yield signals
                 except BaseException:

@@ -15,6 +15,7 @@ from jlayer.model.block import attend, block, join, mlp_in, project
 from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.layers import head, linear, rms_norm
 from jlayer.model.params import Layer
+from jlayer.run.interrupts import deferred
 from jlayer.weights.tiles import STAGES, Part, Tile
 
 _MATRICES = dict(STAGES)
@@ -167,18 +168,22 @@ class Programs:
     def _get(self, key, function, args, donated=()):
         """The compiled program under `key`, whose first word is the label it is counted by."""
         if key not in self._compiled:
-            before = backend_compiles()
-            sharding = jax.sharding.SingleDeviceSharding(self.device)
-            placed = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
-            )
-            jitted = jax.jit(function, donate_argnums=donated, out_shardings=sharding)
-            program = jitted.lower(*placed).compile()
-            self._compiled[key] = program
-            temporary = program.memory_analysis().temp_size_in_bytes
-            self.temporary_bytes = max(self.temporary_bytes, temporary)
-            self.compiles[key[0]] = self.compiles.get(key[0], 0) + backend_compiles() - before
+            with deferred():
+                self._compile(key, function, args, donated)
         return self._compiled[key]
+
+    def _compile(self, key, function, args, donated):
+        before = backend_compiles()
+        sharding = jax.sharding.SingleDeviceSharding(self.device)
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
+        )
+        jitted = jax.jit(function, donate_argnums=donated, out_shardings=sharding)
+        program = jitted.lower(*placed).compile()
+        self._compiled[key] = program
+        temporary = program.memory_analysis().temp_size_in_bytes
+        self.temporary_bytes = max(self.temporary_bytes, temporary)
+        self.compiles[key[0]] = self.compiles.get(key[0], 0) + backend_compiles() - before
 
     def _struct(self, batch, tokens, width):
         return jax.ShapeDtypeStruct((batch, tokens, width), self.dtype)

@@ -22,6 +22,9 @@ def start(*words, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whatever starts the tests in the background may have had SIGINT ignored, which is
+        # inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **{"stdin": subprocess.DEVNULL, **options},
     )
 
@@ -123,6 +126,18 @@ def test_stdin_that_is_no_text_is_refused_where_it_fails(fable):
     )
     assert done.returncode == 2
     assert b"stdin: not UTF-8 at byte 3" in done.stderr
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.4, 0.8])
+def test_a_signal_while_programs_are_compiled_ends_cleanly(fable, delay):
+    """An exception out of the middle of a compilation once crashed the process at its end."""
+    process = start("generate", fable, *RUN, "-n", "900", "--json")
+    assert "cpu:0" in process.stderr.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    status, out, _ = finish(process)
+    assert status == 143
+    assert json.loads(out)["finish_reason"] == "interrupted"
 
 
 @pytest.mark.parametrize(

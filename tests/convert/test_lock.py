@@ -108,11 +108,11 @@ def test_a_file_system_without_locks_is_told_of(published, tmp_path, monkeypatch
 def test_a_full_disk_does_not_keep_it_from_clearing_up(published, tmp_path, monkeypatch):
     target = tmp_path / "target"
     target.mkdir()
-    (target / "final.safetensors.jlayer-tmp").write_text("what fills the disk")
-    real = os.pwrite
+    filler, real = target / "final.safetensors.jlayer-tmp", os.pwrite
+    filler.write_bytes(b"what fills the disk")
 
     def pwrite(fd, data, at):
-        if list(target.glob("*.jlayer-tmp")) == [target / "final.safetensors.jlayer-tmp"]:
+        if filler.exists() and filler.read_bytes() == b"what fills the disk":
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data, at)
 
