@@ -22,6 +22,7 @@ import numpy as np
 
 from jlayer.config import model_config
 from jlayer.families import published_tensors
+from jlayer.weights.digest import TensorDigest
 from jlayer.weights.layout import (
     INDEX,
     MANIFEST,
@@ -88,28 +89,30 @@ def make(folder: Path, shape: str, layers: int) -> None:
     index = encode_index({name: entry.tensors for name, entry in files.items()})
     (folder / INDEX).write_bytes(index)
     for name, data in (("config.json", text), (INDEX, index)):
-        files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {})
+        files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {}, {})
     fingerprint = hashlib.sha256(text + shape.encode()).hexdigest()
     (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files)))
 
 
 def _write(path, shapes, noise):
     header, entries = encode_header(shapes, dict.fromkeys(shapes, "bfloat16"))
-    digest = hashlib.sha256(header)
+    digest, digests = hashlib.sha256(header), {}
     with open(path, "wb") as file:
         file.write(header)
         for name, entry in entries.items():
             plain = np.ones if name.endswith("norm.weight") else None
-            left = entry.n_bytes
+            left, rows = entry.n_bytes, TensorDigest(entry.shape, entry.n_bytes)
             while left:
                 piece = plain(left // 2, ml_dtypes.bfloat16) if plain else noise[: left // 2]
                 raw = piece.view(np.uint8).data
                 file.write(raw)
                 digest.update(raw)
+                rows.update(raw)
                 left -= piece.nbytes
+            digests[name] = rows.hexdigest()
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(path.stat().st_size, digest.hexdigest(), entries)
+    return FileEntry(path.stat().st_size, digest.hexdigest(), entries, digests)
 
 
 def main():

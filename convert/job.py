@@ -59,7 +59,7 @@ from jlayer.weights.layout import (
 )
 
 RESUME = "to resume, run the same command again"
-_BLANK = "0" * 64  # stands for a digest where only its length counts
+_BLANK = "0" * 64  # stands for a SHA-256 where only its length counts
 
 
 @dataclass(frozen=True)
@@ -366,10 +366,10 @@ class _Job:
     def _check_space(self, freed):
         """The journal counts twice: it is written aside, too."""
         finished = self.journal.finished
-        blank = Finished(_BLANK, _BLANK)
+        blank = {output.name: _blank(output) for output in self.weights}
         journal = Journal(
             self.journal.source,
-            {output.name: finished.get(output.name, blank) for output in self.weights},
+            blank | finished,
             sorted(
                 {f.name for output in self.weights for f in files_of(self.checked.tensors, output)}
             ),
@@ -393,7 +393,7 @@ class _Job:
                 "written; look after this disk"
             )
         self.journal.finished[output.name] = Finished(
-            digest, output.source_sha256(digest), output.nonfinite
+            digest, output.source_sha256(digest), output.digests, output.nonfinite
         )
         self.journal.write(self.target)
 
@@ -421,7 +421,7 @@ class _Job:
             self.progress.file(output.name)
             digest = hash_stream(output.chunks())[1]
             self.journal.finished[output.name] = Finished(
-                digest, output.source_sha256(digest), output.nonfinite
+                digest, output.source_sha256(digest), output.digests, output.nonfinite
             )
         if self._fingerprint() != manifest.source_fingerprint:
             raise self._refusal("other weights or another config")
@@ -431,16 +431,21 @@ class _Job:
         in_source = {name: entry.source_sha256 for name, entry in self.journal.finished.items()}
         return fingerprint(self.checked.config_bytes, in_source)
 
-    def _manifest(self, sides: dict[str, str], *, blank: Finished | None = None):
+    def _manifest(self, sides: dict[str, str], *, blank: dict[str, Finished] | None = None):
         """Of what is finished; `blank` stands for what is not, where only the size counts."""
-        finished = self.journal.finished
+        finished = (blank or {}) | self.journal.finished
         files = {
             output.name: FileEntry(
-                output.n_bytes, finished.get(output.name, blank).sha256, output.tensors
+                output.n_bytes,
+                finished[output.name].sha256,
+                output.tensors,
+                finished[output.name].digests,
             )
             for output in self.weights
         }
-        files |= {side.name: FileEntry(side.n_bytes, sides[side.name], {}) for side in self.sides}
+        files |= {
+            side.name: FileEntry(side.n_bytes, sides[side.name], {}, {}) for side in self.sides
+        }
         return Manifest(self.checked.cfg.model_type, self._fingerprint(), files)
 
     def _refusal(self, difference):
@@ -448,3 +453,8 @@ class _Job:
             f"{self.target}: holds another model or other options than {self.checked.folder} gives "
             f"({difference}); name another folder, or replace it with --overwrite"
         )
+
+
+def _blank(output):
+    """Stands for a file that is not finished, where only the length of what is noted counts."""
+    return Finished(_BLANK, _BLANK, dict.fromkeys(output.tensors, "0" * 32))

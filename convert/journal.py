@@ -27,10 +27,11 @@ _VERSION = 1
 @dataclass(frozen=True)
 class Finished:
     """A weight file that is written: its SHA-256, the one that it would have in its source's dtype,
-    and how many numbers in it are not finite, by tensor."""
+    its tensors' digests, and how many numbers in it are not finite, by tensor."""
 
     sha256: str
     source_sha256: str
+    digests: dict[str, str]
     nonfinite: dict[str, int] = field(default_factory=dict)
 
 

@@ -16,6 +16,7 @@ from convert.doors import CheckedSource
 from convert.progress import Progress
 from convert.read import Chunk, Source, SourceFile, file_chunks
 from jlayer.errors import CheckpointError
+from jlayer.weights.digest import TensorDigest
 from jlayer.weights.header import TensorEntry
 from jlayer.weights.layout import CONFIG, INDEX, encode_header, encode_index, weight_files
 
@@ -34,7 +35,8 @@ class Output(Protocol):
 
 
 class WeightFile:
-    """A file of weights. `nonfinite` counts, by tensor, what `allow_nonfinite` has let through."""
+    """A file of weights. Once its chunks are through, `digests` has each tensor's, and `nonfinite`
+    counts, by tensor, what `allow_nonfinite` has let through."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class WeightFile:
     ):
         self.name = name
         self.nonfinite: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
         self._source, self._progress = source, progress
         self._allow_nonfinite = allow_nonfinite
         before = {tensor: source.tensors[tensor].dtype for tensor in shapes}
@@ -62,7 +65,11 @@ class WeightFile:
         self._source_digest = self._source_header and hashlib.sha256(self._source_header)
         yield self._header
         for tensor, entry in self.tensors.items():
-            yield from self._tensor_chunks(tensor, entry.dtype)
+            digest = TensorDigest(entry.shape, entry.n_bytes)
+            for chunk in self._tensor_chunks(tensor, entry.dtype):
+                digest.update(chunk)
+                yield chunk
+            self.digests[tensor] = digest.hexdigest()
 
     @property
     def source_bytes(self) -> int:

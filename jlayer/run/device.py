@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 
 from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.weights.slots import HostMemory
 
 DEFAULT_DEVICE_MEMORY = 4 << 30
 # The driver's context and libraries beside the allocator: 0.62 GiB on an H200 (driver 580), the
 # allowance until measured.
 GPU_CONTEXT_BYTES = 640 << 20
+LINK_PROBE_BYTES = 64 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
@@ -105,3 +108,21 @@ def _check_cap(found, budget):
             f"or set {_FRACTION} before starting Python"
         )
     return limit
+
+
+def link_speed(device) -> float | None:
+    """Bytes a second of transfers from pinned memory to the device, the best of a few; None where
+    there is no link to cross."""
+    import jax
+
+    if device.platform == "cpu":
+        return None
+    pinned, best = HostMemory(1, LINK_PROBE_BYTES, pin=True), float("inf")
+    try:
+        for _ in range(4):
+            began = time.perf_counter()
+            jax.device_put(pinned.slot(0), device).block_until_ready()
+            best = min(best, time.perf_counter() - began)
+    finally:
+        pinned.close()
+    return LINK_PROBE_BYTES / best

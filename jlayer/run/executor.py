@@ -18,9 +18,10 @@ import jax
 
 from jlayer.errors import JlayerError, StorageError
 from jlayer.run.interrupts import deferred
+from jlayer.weights.digest import Checks
 from jlayer.weights.direct import Reader, aligned_span
 from jlayer.weights.schedule import Free, Put, Read, Run, Tier, sweeps
-from jlayer.weights.slots import HostMemory, slot_bytes_for, split_room, view
+from jlayer.weights.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 from jlayer.weights.store import Store
 from jlayer.weights.tiles import Tile
 
@@ -52,7 +53,8 @@ class Totals:
 class Executor:
     """Streams `tiles` of `store` onto `device`, sweep after sweep; `tiers` says what stays where.
 
-    `ring`: host slots; `ahead`: tiles on the device at a time beside those that stay there.
+    `ring`: host slots; `ahead`: tiles on the device at a time beside those that stay there. What is
+    read for the first time is held against `checks`, in the reader's thread.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Executor:
         device: jax.Device,
         totals: Totals,
         watch: Watch,
+        checks: Checks,
     ):
         self.tiles = tiles
         self.device = device
         self._totals, self._watch = totals, watch
+        self._checks, self._checked = checks, set()
+        checks.restart()
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
         self._placed = [store.place(tile) for tile in tiles]
         self._sizes = [slot_bytes_for(segments) for segments, _ in self._placed]
@@ -171,12 +176,23 @@ class Executor:
                 self._reader.read(segment, piece)
                 for segment, piece in zip(segments, pieces, strict=True)
             ]
+            if tile not in self._checked:
+                self._check(pieces, shifts, places)
+                self._checked.add(tile)
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
         return {
             place.part.leaf: view(pieces[place.segment], shifts[place.segment], place)
             for place in places
         }
+
+    def _check(self, pieces, shifts, places):
+        """Vectors are not looked at: they were when the model was opened."""
+        for place in places:
+            part = place.part
+            if len(part.shape) > 1:
+                raw = raw_view(pieces[place.segment], shifts[place.segment], place)
+                self._checks.add(part.tensor, raw, n_rows=part.shape[0], first_row=part.first_row)
 
     def _put(self, tile, signals):
         views = self._await_read(tile, signals) if tile in self._reads else self._in_host[tile]

@@ -121,6 +121,7 @@ class Forward:
         """
         longest = max(map(len, ids))
         logits = self._sweep(ids, starts, every, self._run)[:, -(longest if every else 1) :]
+        self._embedding.settle()
         if not np.isfinite(logits).all():
             self._find_nonfinite(ids, starts)
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jlayer.run.forward import Forward, Residents
 from jlayer.run.programs import Programs
 from jlayer.run.report import Clock, anonymous_bytes, available_bytes
 from jlayer.weights.budget import DEFAULT_DISK, Machine, Plan, make_plan, refit
+from jlayer.weights.digest import Checks
 from jlayer.weights.direct import RowReader, disk_speed
 from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
@@ -79,6 +81,7 @@ class Model:
             context_bytes=context_bytes,
             baseline_bytes=anonymous_bytes(),
             disk_speed=disk_speed(self._store.files) or DEFAULT_DISK,
+            link_speed=devices.link_speed(self.device),
         )
         self.watch, self.totals = Watch(), Totals()
         self.plan = self.plan_for(batch=1, longest=1, context=run.context or 1)
@@ -89,6 +92,7 @@ class Model:
         segment, self._embedding_dtype = self._store.embedding()
         self._embedding = RowReader(segment, n_rows=self.config.vocab_size)
         self._owned.opened.append(self._embedding)
+        self._checks = self._make_checks()
         self._residents = self._put_residents()
         self._programs = Programs(
             self.config,
@@ -123,20 +127,35 @@ class Model:
 
     _executor_plan: Plan | None = None
 
+    def _make_checks(self):
+        """Of what tiles bring, and of vectors. A table that no tile streams is read once beside the
+        first sweep, whose logits wait for it."""
+        expected, name = self._store.expected(), EMBEDDING.published
+        if name in expected and not self.config.tie_word_embeddings:
+            table = Checks({name: expected.pop(name)})
+            self._embedding.begin_whole(partial(table.add, name))
+        return Checks(expected)
+
     def _put_residents(self):
-        """Every layer's norms and the final one, read and put once."""
+        """Every layer's norms and the final one, read and put once. All vectors are checked here,
+        those that come with tiles too."""
+        vectors = {name: self._read_vector(name) for name in self._store.vectors}
 
         def put(part):
-            rows = RowReader(self._store.segment_of(part.tensor), n_rows=1)
-            raw = rows.read([0])[0].view(np.dtype(part.dtype))
-            rows.close()
-            return jax.device_put(raw.copy(), self.device)
+            return jax.device_put(vectors[part.tensor], self.device)
 
         layers = [
             {part.leaf: put(part) for part in norm_parts(self.config, self._store.dtype_of, layer)}
             for layer in range(self.config.num_hidden_layers)
         ]
         return Residents(layers, put(self._store.norm_part()))
+
+    def _read_vector(self, name):
+        rows = RowReader(self._store.segment_of(name), n_rows=1)
+        raw = rows.read([0])[0]
+        rows.close()
+        self._checks.add(name, raw, n_rows=1)
+        return raw.view(np.dtype(self._store.dtype_of(name))).copy()
 
     @property
     def context_limit(self) -> int:
@@ -195,6 +214,7 @@ class Model:
             device=self.device,
             totals=self.totals,
             watch=self.watch,
+            checks=self._checks,
         )
         self._owned.opened.append(self._executor)
         self._executor_plan = plan

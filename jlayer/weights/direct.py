@@ -12,7 +12,8 @@ import errno
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from jlayer.weights.store import Segment
 REQUEST_BYTES = (
     16 << 20
 )  # one request: long enough for a disk's full speed, short enough to stop within a moment
+TABLE_REQUEST_BYTES = 4 << 20  # reading a table through is in no hurry
 
 
 def disk_speed(paths, *, most_bytes: int = 256 << 20) -> float | None:
@@ -40,12 +42,11 @@ def disk_speed(paths, *, most_bytes: int = 256 << 20) -> float | None:
     if len(places) < 4:
         return None
     reader = Reader({place.file for place in places})
-    buffers = [np.zeros(REQUEST_BYTES + ALIGNMENT, np.uint8) for _ in range(2)]
-    aligned = [buffer[-buffer.ctypes.data % ALIGNMENT :][:REQUEST_BYTES] for buffer in buffers]
+    buffers = [aligned_buffer(REQUEST_BYTES) for _ in range(2)]
 
     def read_every_other(first):
         for place in places[first::2]:
-            reader.read(place, aligned[first])
+            reader.read(place, buffers[first])
 
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
@@ -147,6 +148,8 @@ class RowReader:
         self._segment = segment
         self._row_bytes = segment.n_bytes // n_rows
         self._fd = os.open(segment.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._whole: Future | None = None
+        self._pool = self._reader = None
 
     def read(self, rows) -> np.ndarray:
         """uint8 [len(rows), row bytes]. Raises CheckpointError or StorageError as `Reader.read`
@@ -166,10 +169,46 @@ class RowReader:
                 )
         return found
 
+    def begin_whole(self, take: Callable[..., None]) -> None:
+        """Starts reading the table once from end to end in the background, past the page cache.
+
+        `take(rows, n_rows=..., first_row=...)` gets the bytes of some rows at a time.
+        """
+        self._reader = Reader([self._segment.file])
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlayer-table")
+        self._whole = self._pool.submit(self._read_whole, take)
+
+    def settle(self) -> None:
+        """Waits until the table was read whole, where that was begun; raises what went wrong."""
+        if self._whole is not None:
+            self._whole.result()
+
+    def _read_whole(self, take):
+        n_rows = self._segment.n_bytes // self._row_bytes
+        at_once = max(1, TABLE_REQUEST_BYTES // self._row_bytes)
+        buffer = aligned_buffer(at_once * self._row_bytes + 2 * ALIGNMENT)
+        for row in range(0, n_rows, at_once):
+            count = min(at_once, n_rows - row)
+            offset = self._segment.offset + row * self._row_bytes
+            piece = Segment(self._segment.file, offset, count * self._row_bytes)
+            shift = self._reader.read(piece, buffer[: aligned_span(piece)[1]])
+            take(buffer[shift : shift + piece.n_bytes], n_rows=count, first_row=row)
+
     def close(self):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._whole is not None:
+            self._reader.stop()
+            self._pool.shutdown(wait=True)
+            self._reader.close()
+            self._whole = None
+
+
+def aligned_buffer(n_bytes: int) -> np.ndarray:
+    """uint8 [n_bytes] that begins on a multiple of ALIGNMENT."""
+    buffer = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+    return buffer[-buffer.ctypes.data % ALIGNMENT :][:n_bytes]
 
 
 def _open(path):

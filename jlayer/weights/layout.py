@@ -24,6 +24,7 @@ FORMAT = "jlayer"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+DIGEST = "xxh3_128_rows"  # of a tensor: see `digest`
 SEAL = "sha256"  # of a sealed file: that of all else in it
 EMBED_FILE = "embed.safetensors"
 FINAL_FILE = "final.safetensors"
@@ -47,6 +48,7 @@ SIDE_FILES = (
 ALIGNMENT = 4096
 _LAYER_FILE = re.compile(r"layer-[0-9]{5}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_XXH3_128 = re.compile(r"[0-9a-f]{32}")
 
 
 def layer_file(layer: int) -> str:
@@ -76,11 +78,15 @@ def is_weight_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file; `tensors` is empty for what is not weights."""
+    """What the manifest says of one file; `tensors` is empty for what is not weights.
+
+    `digests`: of each tensor's rows, as in `digest`.
+    """
 
     n_bytes: int
     sha256: str
     tensors: dict[str, TensorEntry]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
                     "dtype": PUBLISHED_DTYPE[place.dtype],
                     "shape": list(place.shape),
                     "offset": place.offset,
+                    DIGEST: entry.digests[tensor],
                 }
                 for tensor, place in entry.tensors.items()
             },
@@ -245,16 +252,19 @@ def _file_entry(name, raw):
     """One file of the manifest; raises ValueError and its like, which `read_manifest` words."""
     if not (is_weight_file(name) or name in SIDE_FILES or name == INDEX):
         raise ValueError(f"file name {name!a}")
-    n_bytes, tensors = raw["bytes"], {}
+    n_bytes, tensors, digests = raw["bytes"], {}, {}
     for tensor, place in raw["tensors"].items():
         dtype, _ = DTYPES[place["dtype"]]
         shape, offset = tuple(place["shape"]), place["offset"]
         if any(type(n) is not int or n < 0 for n in (*shape, offset)):
             raise ValueError(f"shape or offset of {tensor!a}")
+        if not _XXH3_128.fullmatch(place[DIGEST]):
+            raise ValueError(f"{DIGEST} of {tensor!a}")
         tensors[tensor] = TensorEntry(dtype, shape, offset, _n_bytes(shape, dtype))
+        digests[tensor] = place[DIGEST]
     if type(n_bytes) is not int or n_bytes < 0 or not _SHA256.fullmatch(raw["sha256"]):
         raise ValueError(f"bytes or sha256 of {name!a}")
-    return FileEntry(n_bytes, raw["sha256"], tensors)
+    return FileEntry(n_bytes, raw["sha256"], tensors, digests)
 
 
 def _n_bytes(shape, dtype):

@@ -87,10 +87,15 @@ def split_room(memory: np.ndarray, segments: tuple[Segment, ...]) -> list[np.nda
     return pieces
 
 
-def view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
-    """A part's array inside the piece that its segment was read into, without a copy."""
+def raw_view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
+    """A part's bytes inside the piece that its segment was read into, without a copy."""
     begin = shift + place.offset
-    raw = piece[begin : begin + place.part.n_bytes]
+    return piece[begin : begin + place.part.n_bytes]
+
+
+def view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
+    """A part's array there."""
+    raw = raw_view(piece, shift, place)
     return raw.view(np.dtype(place.part.dtype)).reshape(place.part.shape)
 
 

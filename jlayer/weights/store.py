@@ -5,12 +5,15 @@ Knows files and names, reads no weights and holds none.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 
 from jlayer.config import ModelConfig, read_config
-from jlayer.errors import CheckpointError
+from jlayer.errors import CheckpointError, StorageError
 from jlayer.families import EMBEDDING, FINAL_NORM, published_tensors
+from jlayer.strict import open_regular
+from jlayer.weights.digest import Expected, rows_of
 from jlayer.weights.header import TensorEntry, read_header
 from jlayer.weights.layout import (
     EMBED_FILE,
@@ -55,6 +58,7 @@ class Store:
         self.cfg: ModelConfig = read_config(self.folder)
         self.manifest: Manifest = read_manifest(self.folder)
         self._where = _locate(self.folder, self.cfg, self.manifest)
+        _check_side_files(self.folder, self.manifest)
 
     def dtype_of(self, tensor: str) -> str:
         return self._where[tensor][1].dtype
@@ -62,6 +66,14 @@ class Store:
     def segment_of(self, tensor: str) -> Segment:
         file, entry = self._where[tensor]
         return Segment(file, entry.offset, entry.n_bytes)
+
+    def expected(self) -> dict[str, Expected]:
+        """What each tensor's bytes must be, by its digest."""
+        return {
+            tensor: Expected(path, listed.digests[tensor], rows_of(listed.tensors[tensor].shape))
+            for name, listed in self.manifest.files.items()
+            for tensor, path in ((each, os.path.join(self.folder, name)) for each in listed.tensors)
+        }
 
     @property
     def files(self) -> list[str]:
@@ -72,6 +84,11 @@ class Store:
     def weight_bytes(self) -> int:
         """Bytes of all tensors: the model's size."""
         return sum(entry.n_bytes for _, entry in self._where.values())
+
+    @property
+    def vectors(self) -> list[str]:
+        """The tensors of one dimension: norms and biases."""
+        return [name for name, (_, entry) in self._where.items() if len(entry.shape) == 1]
 
     def norm_part(self) -> Part:
         tensor = FINAL_NORM.published
@@ -148,3 +165,21 @@ def _locate(folder, cfg, manifest) -> dict[str, tuple[str, TensorEntry]]:
             f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
         )
     return where
+
+
+def _check_side_files(folder, manifest):
+    """Config, tokenizer and index are small: they are held against their SHA-256 at once."""
+    for name, listed in manifest.files.items():
+        if listed.tensors:
+            continue
+        path = os.path.join(folder, name)
+        try:
+            with os.fdopen(open_regular(path), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+        if digest != listed.sha256:
+            raise CheckpointError(
+                f"{path}: changed since it was converted (SHA-256 {digest}, expected "
+                f"{listed.sha256}); put back what was there, or convert the source again"
+            )

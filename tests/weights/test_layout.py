@@ -104,8 +104,8 @@ def manifest_of(files):
     entries = {}
     for name, shapes in files.items():
         raw, tensors = encode_header(shapes, dict.fromkeys(shapes, "bfloat16"))
-        entries[name] = FileEntry(len(raw), "ab" * 32, tensors)
-    entries["config.json"] = FileEntry(7, "cd" * 32, {})
+        entries[name] = FileEntry(len(raw), "ab" * 32, tensors, dict.fromkeys(tensors, "12" * 16))
+    entries["config.json"] = FileEntry(7, "cd" * 32, {}, {})
     return Manifest("llama", "ef" * 32, entries)
 
 
