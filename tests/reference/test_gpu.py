@@ -1,15 +1,20 @@
-"""On an accelerator: the same logits as the reference on the CPU, within the same tolerances."""
+"""On an accelerator: the same logits as the reference on the CPU, within the same tolerances.
+
+JAX_PLATFORMS=cuda pytest tests/reference/test_gpu.py
+"""
 
 import json
+import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
-from jlayer.run.device import gpu_memory
+from jlayer.run.device import gpu_memory, link_speed
 from jlayer.weights import budget
 from tests.conftest import BUNDLED
 
@@ -19,6 +24,10 @@ pytestmark = [
     pytest.mark.reference,
     pytest.mark.gpu,
     pytest.mark.skipif(gpu_memory() is None, reason="no NVIDIA GPU on this machine"),
+    pytest.mark.skipif(
+        os.environ["JAX_PLATFORMS"] == "cpu",
+        reason="JAX is held to the CPU here: run this file by itself with JAX_PLATFORMS=cuda",
+    ),
 ]
 IDS = np.random.default_rng(0).integers(0, 4096, (1, 300))
 
@@ -58,6 +67,13 @@ def test_bfloat16(layered, monkeypatch, tile_bytes):
     ours, theirs = (np.sqrt(np.square(one - exact).mean()) for one in (found, rough))
     print(f"bfloat16: root mean square to float64 {ours:.3e}, the reference's own {theirs:.3e}")
     assert ours <= 1.2 * theirs
+
+
+def test_the_predicted_link_is_within_the_links_reach():
+    """PCIe 3 x4 to PCIe 6 x16: a wrong unit or a lost wait cannot pass."""
+    speed = link_speed(jax.devices()[0])
+    print(f"link: {speed / 1e9:.1f} GB/s")
+    assert 2e9 < speed < 130e9
 
 
 def test_demo():
