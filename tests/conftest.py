@@ -2,6 +2,7 @@
 checkpoints."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+COMPILED = tempfile.TemporaryDirectory(prefix="jlayer-compiled-")
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
@@ -19,6 +21,16 @@ BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
 needs_shared_data = pytest.mark.skipif(
     not SHARED_DATA.is_dir(), reason="the shared test data is not beside this checkout"
 )
+
+
+def pytest_configure():
+    """Many tests build the same programs: XLA compiles each once a session. Not in children, whose
+    stderr would hold a line of XLA's for each that it finds."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,12 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jlayer
+from convert import convert_checkpoint
 from jlayer.errors import CheckpointError, DoesNotFitError, UsageError
+from tests.conftest import BUNDLED
 
 PROMPT = "Once upon a time there was a little girl who"
 
@@ -91,7 +94,7 @@ def test_kinds_of_ids_come_back_as_they_went_in(model):
     assert wrapped.sequences.tolist() == listed
 
 
-def test_several_end_tokens_and_where_they_come_from(model, fable, tmp_path):
+def test_several_end_tokens_and_where_they_come_from(model, tmp_path):
     free = jlayer.generate(model, PROMPT, max_new_tokens=30, temperature=0).token_ids
     ends = sorted({free[7], free[11]})
     first = min(free.index(token) for token in ends)
@@ -99,16 +102,18 @@ def test_several_end_tokens_and_where_they_come_from(model, fable, tmp_path):
     assert found.token_ids == free[: first + 1]
     assert found.finish_reason == "stop"
     # generation_config.json wins whole over config.json, and config.json counts where it is alone.
-    folder = shutil.copytree(fable, tmp_path / "model")
-    published = json.loads((folder / "generation_config.json").read_text())
+    source = shutil.copytree(BUNDLED, tmp_path / "model")
+    published = json.loads((source / "generation_config.json").read_text())
     changed = {**published, "eos_token_id": ends, "max_new_tokens": 25}
-    (folder / "generation_config.json").write_text(json.dumps(changed))
-    found = jlayer.generate(folder, PROMPT, temperature=0, device="cpu", dtype="float32")
+    (source / "generation_config.json").write_text(json.dumps(changed))
+    convert_checkpoint(source, tmp_path / "both")
+    found = jlayer.generate(tmp_path / "both", PROMPT, temperature=0, device="cpu", dtype="float32")
     assert found.token_ids == free[: first + 1]
-    (folder / "generation_config.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [free[0]]}))
-    found = jlayer.generate(folder, PROMPT, temperature=0, device="cpu", dtype="float32")
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": [free[0]]}))
+    convert_checkpoint(source, tmp_path / "one")
+    found = jlayer.generate(tmp_path / "one", PROMPT, temperature=0, device="cpu", dtype="float32")
     assert found.token_ids == free[:1]
 
 
@@ -187,15 +192,15 @@ def test_a_budget_too_small_is_refused_with_the_sum(fable):
     assert plan["smallest_device_memory_bytes"] > 1 << 20
 
 
-def test_non_finite_weights_give_an_error_and_no_token(fable, tmp_path):
-    folder = shutil.copytree(fable, tmp_path / "model")
-    path = folder / "layer-00003.safetensors"
+def test_non_finite_weights_give_an_error_and_no_token(tmp_path):
+    source = shutil.copytree(BUNDLED, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][5, :100] = np.nan
+    save_file(weights, source / "model.safetensors")
+    convert_checkpoint(source, tmp_path / "model", allow_nonfinite=True)
     threads = threading.active_count()
-    raw = bytearray(path.read_bytes())
-    raw[4096 : 4096 + 2000] = b"\xff\x7f" * 1000  # bfloat16 NaN
-    path.write_bytes(raw)
     with pytest.raises(CheckpointError, match="layer 3: its output is not finite"):
-        jlayer.generate(folder, PROMPT, max_new_tokens=3, device="cpu")
+        jlayer.generate(tmp_path / "model", PROMPT, max_new_tokens=3, device="cpu")
     assert threading.active_count() == threads
 
 
