@@ -25,17 +25,41 @@ def rms_norm(x, weight, *, eps: float):
     return _last(weight.astype(x.dtype), x) * (x32 * scale).astype(x.dtype)
 
 
+# Columns up to which the CPU is asked for weight @ x.T instead of x @ weight.T.
+FEW_COLUMNS = 128
+
+
 def product(x, weight):
     """x [..., in] @ weight [out, in].T -> float32 [..., out], summed in float32.
 
     float32 inputs ask for full precision, since accelerators otherwise round them to tf32; on the
     CPU the float32 result spares bfloat16 an upcast of the whole matrix.
     """
+    weight = weight.astype(x.dtype)
+    if math.prod(x.shape[:-1]) > FEW_COLUMNS:
+        return _input_first(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_input_first)
+
+
+def _input_first(x, weight):
+    return _dot(x, weight, x.ndim - 1, 1)
+
+
+def _weight_first(x, weight):
+    """XLA's CPU library repacks the right-hand matrix at every call, which for few columns costs
+    several times the product itself: so the weight stands on the left. The barrier keeps the
+    compiler from turning it back.
+    """
+    y = _dot(weight, x.reshape(-1, x.shape[-1]), 1, 1)
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+
+def _dot(left, right, left_axis, right_axis):
     return jax.lax.dot_general(
-        x,
-        weight.astype(x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=exact_for(x.dtype),
+        left,
+        right,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=exact_for(left.dtype),
         preferred_element_type=jnp.float32,
     )
 
