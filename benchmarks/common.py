@@ -25,9 +25,9 @@ def card() -> dict:
         "cores": os.cpu_count(),
         "gpu": smi.splitlines()[0] if smi else None,
         "python": platform.python_version(),
-        "jax": metadata.version("jax"),
-        "jlayer": metadata.version("jlayer") if _installed("jlayer") else None,
-        "commit": _run(["git", "rev-parse", "--short", "HEAD"]) or None,
+        "jax": _version("jax"),
+        "jlayer": _version("jlayer"),
+        "commit": _run(["git", "-C", os.path.dirname(__file__), "rev-parse", "--short", "HEAD"]) or None,
     }
 
 
@@ -174,11 +174,11 @@ def _run(words):
         return ""
 
 
-def _installed(name):
+def _version(name):
     try:
-        return bool(metadata.version(name))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
+        return None
 
 
 def _cpu_name():

@@ -5,7 +5,9 @@ between.
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
-a model says means nothing.
+a model says means nothing, but it says it firmly: the head's row of a token points where the
+embedding of the token before it does, so that the likeliest token stands clear of the next one and
+rounding in bfloat16 does not decide between them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,12 +80,12 @@ def make(folder: Path, shape: str, layers: int) -> None:
     groups: dict[str, list[str]] = {}
     for name in shapes:
         groups.setdefault(file_of(name), []).append(name)
-    noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32) * 0.01
-    noise = noise.astype(ml_dtypes.bfloat16)
+    noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
+    drawn = {scale: (noise * scale).astype(ml_dtypes.bfloat16) for scale in (4.0, 0.01)}
 
     def write(item):
         file, names = item
-        return file, _write(folder / file, {name: shapes[name] for name in names}, noise)
+        return file, _write(folder / file, {name: shapes[name] for name in names}, drawn)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         files = dict(pool.map(write, groups.items()))
@@ -94,25 +97,48 @@ def make(folder: Path, shape: str, layers: int) -> None:
     (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files)))
 
 
-def _write(path, shapes, noise):
+def _write(path, shapes, drawn):
     header, entries = encode_header(shapes, dict.fromkeys(shapes, "bfloat16"))
     digest, digests = hashlib.sha256(header), {}
     with open(path, "wb") as file:
         file.write(header)
         for name, entry in entries.items():
-            plain = np.ones if name.endswith("norm.weight") else None
-            left, rows = entry.n_bytes, TensorDigest(entry.shape, entry.n_bytes)
-            while left:
-                piece = plain(left // 2, ml_dtypes.bfloat16) if plain else noise[: left // 2]
-                raw = piece.view(np.uint8).data
+            rows = TensorDigest(entry.shape, entry.n_bytes)
+            for piece in _pieces(name, entry.shape, drawn):
+                raw = piece.reshape(-1).view(np.uint8).data
                 file.write(raw)
                 digest.update(raw)
                 rows.update(raw)
-                left -= piece.nbytes
             digests[name] = rows.hexdigest()
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(path.stat().st_size, digest.hexdigest(), entries, digests)
+
+
+def _pieces(name, shape, drawn):
+    """A tensor's values from its first row to its last."""
+    if name.endswith("norm.weight"):
+        yield np.ones(shape, ml_dtypes.bfloat16)
+    elif name == "model.embed_tokens.weight":
+        yield from _rows_apart(drawn[4.0], shape, shift=0)
+    elif name == "lm_head.weight":
+        yield from _rows_apart(drawn[0.01], shape, shift=1)
+    else:
+        left, noise = math.prod(shape), drawn[0.01]
+        while left:
+            yield noise[:left]
+            left -= min(left, len(noise))
+
+
+def _rows_apart(noise, shape, *, shift):
+    """Rows that begin at different places of the noise, so that no two are alike; the same places
+    for every matrix, `shift` rows on."""
+    rows, width = shape
+    places = np.random.default_rng(1).choice(len(noise) - width, rows, replace=False)
+    windows = np.lib.stride_tricks.sliding_window_view(noise, width)
+    places = np.roll(places, shift)
+    for first in range(0, rows, 1024):
+        yield windows[places[first : first + 1024]]
 
 
 def main():
