@@ -20,6 +20,7 @@ from importlib import metadata
 def card() -> dict:
     """Hardware, versions and commit that a figure belongs to."""
     smi = _smi("name,driver_version")
+    here = os.path.dirname(os.path.abspath(__file__))
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -27,7 +28,7 @@ def card() -> dict:
         "python": platform.python_version(),
         "jax": _version("jax"),
         "jlayer": _version("jlayer"),
-        "commit": _run(["git", "-C", os.path.dirname(__file__), "rev-parse", "--short", "HEAD"]) or None,
+        "commit": _run(["git", "-C", here, "rev-parse", "--short", "HEAD"]) or None,
     }
 
 

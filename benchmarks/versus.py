@@ -1,5 +1,5 @@
-"""jlayer beside AirLLM, accelerate and transformers: the same checkpoint files, prompt and number of
-greedy tokens, each program in a process and an environment of its own.
+"""jlayer beside AirLLM, accelerate and transformers: the same checkpoint files, prompt and number
+of greedy tokens, each program in a process and an environment of its own.
 
     python benchmarks/versus.py FOLDER [--new-tokens 8] [--rounds 3] [--out RESULT.json]
 
@@ -26,6 +26,7 @@ from environments import AIRLLM, TRANSFORMERS, Environments, own_requirements
 from published import published, weight_bytes
 
 HERE = Path(__file__).resolve().parent
+LEFT_OUT = ("top", "token_ids", "versions")  # of each run; its row has them once
 NAMES = ("jlayer", "jlayer-disk", "transformers", "accelerate-ram", "accelerate-disk", "airllm")
 
 
@@ -33,9 +34,9 @@ class Watch:
     """The memory of another process while it runs: from /proc, and the whole GPU where there is
     one."""
 
-    def __init__(self, pid: int, *, gpu: bool):
+    def __init__(self, *, gpu: bool):
         self.anonymous_bytes = self.resident_bytes = 0
-        self._status = f"/proc/{pid}/status"
+        self.pid: int | None = None  # once it has started
         self._gpu = common.GpuWatch() if gpu else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -43,7 +44,7 @@ class Watch:
     def _watch(self):
         while not self._stop.wait(0.02):
             try:
-                with open(self._status) as file:
+                with open(f"/proc/{self.pid}/status") as file:
                     lines = dict(line.split(":", 1) for line in file)
                 kib = {name: int(lines[name].split()[0]) for name in ("RssAnon", "VmHWM")}
             except (OSError, KeyError):
@@ -108,16 +109,11 @@ def prompt_ids(folder: Path, n_tokens: int) -> list[int]:
 def run(words: list[str], variables: dict, *, gpu: bool, limit_s: float) -> dict:
     """One process from start to end: its report and its memory, or what went wrong."""
     began = time.perf_counter()
-    with open("/dev/null") as nothing:
-        child = subprocess.Popen(
-            words,
-            env=variables,
-            stdin=nothing,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    with Watch(child.pid, gpu=gpu) as watch:
+    watch = Watch(gpu=gpu)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(words, env=variables, text=True, **pipes)
+    watch.pid = child.pid
+    with watch:
         try:
             out, said = child.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -156,7 +152,15 @@ def compare(reference: dict, other: dict) -> dict:
     return found
 
 
-def row(label: str, runs: list[dict], reference: dict | None, n_bytes: int) -> dict:
+def summarised(runs: dict[str, list[dict]], n_bytes: int) -> list[dict]:
+    """A row for each contender that has run; transformers, where it ran, is what tokens are held
+    against."""
+    done = {label: [one for one in own if "failed" not in one] for label, own in runs.items()}
+    reference = next((own[0] for own in (done.get("transformers"), *done.values()) if own), None)
+    return [row(label, own, reference, n_bytes) for label, own in runs.items() if own]
+
+
+def row(label: str, runs: list[dict], reference: dict, n_bytes: int) -> dict:
     """What the table says of one contender."""
     done = [one for one in runs if "failed" not in one]
     if not done:
@@ -170,8 +174,9 @@ def row(label: str, runs: list[dict], reference: dict | None, n_bytes: int) -> d
         "bytes_per_s": n_bytes / seconds["median"],
         **{peak: max(one[peak] for one in done) for peak in peaks if peak in done[0]},
         "versions": done[0]["versions"],
-        "tiers": done[0].get("tiers"),
-        "agreement": compare(reference, done[0]) if reference else None,
+        "token_ids": done[0]["token_ids"],
+        "agreement": compare(reference, done[0]),
+        "runs": [{key: value for key, value in one.items() if key not in LEFT_OUT} for one in done],
     }
 
 
@@ -250,30 +255,25 @@ def main():
         words = [*commands["airllm"], "--new-tokens", "2"]
         run(words, variables, gpu=False, limit_s=args.limit)
     runs: dict[str, list[dict]] = {label: [] for label in commands}
+    result = {
+        "card": common.card(),
+        "options": {name: str(value) for name, value in vars(args).items()},
+        "config": json.loads((public / "config.json").read_text()),
+        "weight_bytes": n_bytes,
+    }
     for number in range(args.rounds):
         for label, words in commands.items():
             found = run(words, variables, gpu=gpu, limit_s=args.limit)
             runs[label].append(found)
             what = found.get("failed") or f"{found['s_per_token']:.4f} s a token"
             common.say(f"round {number + 1}: {label}: {what}")
-
-    done = {label: [one for one in own if "failed" not in one] for label, own in runs.items()}
-    reference = next((own[0] for own in (done.get("transformers"), *done.values()) if own), None)
-    rows = [row(label, own, reference, n_bytes) for label, own in runs.items()]
-    ours = next((one["s_per_token"]["median"] for one in rows if "s_per_token" in one), None)
-    for one in rows:
+            result["rows"] = summarised(runs, n_bytes)
+            if args.out:  # after every run: what was measured stays, whatever comes next
+                args.out.write_text(json.dumps(result) + "\n")
+    ours = next((one["s_per_token"]["median"] for one in result["rows"] if "runs" in one), None)
+    for one in result["rows"]:
         say_row(one, ours)
-    result = {
-        "card": common.card(),
-        "options": {name: str(value) for name, value in vars(args).items()},
-        "config": json.loads((public / "config.json").read_text()),
-        "weight_bytes": n_bytes,
-        "rows": rows,
-        "runs": runs,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
-    common.last_line({"rows": rows})
+    common.last_line(result)
 
 
 if __name__ == "__main__":

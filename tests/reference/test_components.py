@@ -56,6 +56,28 @@ def randomise(module):
     return module
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("columns", [1, 2, layers.FEW_COLUMNS, layers.FEW_COLUMNS + 1])
+def test_a_product_is_the_same_from_either_side(columns, dtype):
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn((1, columns, 24), generator=generator).to(getattr(torch, dtype))
+    weight = torch.randn((40, 24), generator=generator).to(getattr(torch, dtype))
+    mine = [jnp.asarray(each.float().numpy()).astype(dtype) for each in (x, weight)]
+    found = jax.jit(layers.product)(*mine)
+    assert found.dtype == jnp.float32
+    assert found.shape == (1, columns, 40)
+    close(found, x.double() @ weight.double().T, scale=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what the CPU's compiler is given")
+def test_the_cpu_multiplies_few_columns_with_the_weight_on_the_left():
+    """The compiler would turn it back, and repack the whole weight at every call."""
+    shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, 2, 24), (40, 24))]
+    text = jax.jit(layers.product).lower(*shapes).compile().as_text()
+    (line,) = [line for line in text.splitlines() if " dot(" in line]
+    assert "f32[40,2]" in line
+
+
 def test_rms_norm(style):
     config = reference_config(style)
     norm = randomise(llama.LlamaRMSNorm(config.hidden_size, eps=1e-5))

@@ -1,0 +1,194 @@
+"""The README's measured tables, made from `results/`: each stands between two marks of its own.
+
+python benchmarks/table.py            rewrites README.md
+python benchmarks/table.py --check    exits 1 where it is not what the results give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+README = REPOSITORY / "README.md"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
+
+# (result, model, tokens a sweep) of each row; the raw link is that of the same session.
+SWEEPS = [
+    ("h200-host1536", "70B shape", 1),
+    ("h200-host1536", "70B shape", 64),
+    ("h200-host4096", "70B shape", 512),
+    ("h200-host4096-20-layers", "70B shape", 512),
+    ("h200-prefill", "70B shape", 4096),
+    ("h200-m405", "405B shape", 1),
+    ("h200-m405", "405B shape", 64),
+]
+LINK_OF_SESSION = "h200-host1536"
+PROGRAMS = {
+    "jlayer": "jlayer",
+    "jlayer-disk": "jlayer, every layer from disk",
+    "transformers": "transformers {transformers}, whole model in memory",
+    "accelerate-ram": "accelerate {accelerate}, layers in host memory",
+    "accelerate-disk": "accelerate {accelerate}, layers on disk",
+    "airllm": "AirLLM {airllm}",
+}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sweeps() -> str:
+    """Weights to the GPU against the raw link, one row for each model, promise and number of
+    tokens."""
+    session_link = load(LINK_OF_SESSION)["raw_link"]["median"]
+    rows = []
+    for name, model, tokens in SWEEPS:
+        result = load(name)
+        sweep = next(one for one in result["sweeps"] if one["tokens"] == tokens)
+        speed = sweep["put_bytes_per_s"]
+        link = result.get("raw_link", {"median": session_link})["median"]
+        rows.append(
+            [
+                f"{model}, {sum(sweep['tiers'].values())} layers",
+                result["options"]["device_memory"].replace("MiB", " MiB"),
+                f"{tokens:,}",
+                f"{sweep['sweep_s']['median']:.3f} s",
+                f"{speed / 1e9:.1f} GB/s",
+                f"{speed / link:.3f}",
+                f"{result['smi_peak_mib']} MiB",
+            ]
+        )
+    head = ["model", "promise", "tokens", "a sweep", "weights to the GPU", "of the raw link"]
+    return table([*head, "whole process"], rows)
+
+
+def disk() -> str:
+    """The disk's share of its ceiling on the CPU machine."""
+    pairs, promise = load("cpu-8b-disk-pairs"), load("cpu-8b")
+    rows = []
+    for kind, label in (("disk", "all from disk"), ("mixed", None)):
+        given = pairs["options"]["mixed_host_memory"].replace("GiB", " GiB")
+        found = pairs[kind]
+        speeds = sorted(one["read_bytes"] / one["sweep_s"] for one in found["pairs"])
+        rows.append(
+            [
+                label or f"{given} for the process, part kept",
+                f"{speeds[len(speeds) // 2] / 1e9:.1f} GB/s",
+                f"{found['share']['median']:.2f}",
+                "",
+            ]
+        )
+    (sweep,) = promise["sweeps"]
+    speed = sweep["read_bytes"] / sweep["sweep_s"]["median"]
+    given = promise["options"]["host_memory"].replace("MiB", " MiB")
+    seen, planned = promise["anonymous_peak_bytes"], sweep["plan_host_peak"]
+    rows.append(
+        [
+            f"{given} for the process, part kept",
+            f"{speed / 1e9:.1f} GB/s",
+            f"{speed / promise['raw_disk']:.2f}",
+            f"{seen / 2**20:.0f} MiB (planned: {planned / 2**20:.0f})",
+        ]
+    )
+    head = ["promise", "from disk", "of raw O_DIRECT", "anonymous memory, seen from outside"]
+    return table(head, rows)
+
+
+def versus(result: dict) -> str:
+    """The programs beside each other: what was run, the table, and whether they said the same."""
+    gpu = result["card"]["gpu"]
+    rows = [_versus_row(one, result, gpu=bool(gpu)) for one in result["rows"]]
+    memory = (
+        ["GPU memory, whole process"]
+        if gpu
+        else ["anonymous memory", "resident, mapped files included"]
+    )
+    head = ["program", "seconds a token", "weights", *memory, "seconds ÷ jlayer's"]
+    return f"{_setting(result)}\n\n{table(head, rows)}\n{_agreement(result['rows'])}\n"
+
+
+def _setting(result):
+    card, config, options = result["card"], result["config"], result["options"]
+    where = card["gpu"] or f"{card['cores']} cores, no GPU"
+    return (
+        f"{where}; {config['num_hidden_layers']} layers, {config['hidden_size']} wide, "
+        f"{config['vocab_size']:,} tokens of vocabulary, {options['dtype']}: "
+        f"{result['weight_bytes'] / 1e9:.2f} GB of weights a token. A prompt of "
+        f"{options['prompt_tokens']} tokens, then {options['new_tokens']} greedy ones; medians."
+    )
+
+
+def _versus_row(one, result, *, gpu):
+    name, _, promise = one["name"].partition(" ")
+    label = PROGRAMS[name].format(**one.get("versions", dict.fromkeys(("airllm",), "")))
+    label += f", {promise} promised" if promise else ""
+    if "failed" in one:
+        return [label, "failed", *[""] * (3 if gpu else 4)]
+    ours = next(one for one in result["rows"] if "failed" not in one)["s_per_token"]["median"]
+    seconds = one["s_per_token"]["median"]
+    peaks = ["gpu_bytes"] if gpu else ["anonymous_bytes", "resident_bytes"]
+    return [
+        label,
+        f"{seconds:.3f}",
+        f"{one['bytes_per_s'] / 1e9:.1f} GB/s",
+        *[f"{one[peak] / 2**20:.0f} MiB" for peak in peaks],
+        f"{seconds / ours:.2f}",
+    ]
+
+
+def _agreement(rows):
+    done = [one for one in rows if "failed" not in one]
+    differences = [one["agreement"]["largest_logprob_difference"] or 0.0 for one in done]
+    text = f"The largest difference in a likely token's log-probability is {max(differences):.3f}."
+    others = [one["name"] for one in done if not one["agreement"]["same_tokens"]]
+    if others:
+        return f"Other tokens than the rest gave: {', '.join(others)}. {text}"
+    return f"All of them gave the same tokens. {text}"
+
+
+def blocks() -> dict[str, str]:
+    """Every table by its mark; empty where nothing has been measured yet."""
+    found = {"sweeps": sweeps(), "disk": disk()}
+    for machine in ("h200", "cpu"):
+        name = f"versus-{machine}"
+        there = (RESULTS / f"{name}.json").exists()
+        found[name] = versus(load(name)) if there else ""
+    return found
+
+
+def rewritten(readme: str) -> str:
+    """The README with every marked table as the results give it."""
+    made = blocks()
+    marks = [match[2] for match in MARKED.finditer(readme)]
+    if sorted(marks) != sorted(made):
+        raise SystemExit(f"README.md: marked are {sorted(marks)}, made are {sorted(made)}")
+    return MARKED.sub(
+        lambda match: match[1] + (f"\n{made[match[2]]}\n" if made[match[2]] else "") + match[3],
+        readme,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = README.read_text()
+    new = rewritten(old)
+    if args.check:
+        return int(new != old)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
