@@ -60,7 +60,7 @@ def sweeps() -> str:
         rows.append(
             [
                 f"{model}, {sum(sweep['tiers'].values())} layers",
-                result["options"]["device_memory"].replace("MiB", " MiB"),
+                _spaced(result["options"]["device_memory"]),
                 f"{tokens:,}",
                 f"{sweep['sweep_s']['median']:.3f} s",
                 f"{speed / 1e9:.1f} GB/s",
@@ -77,7 +77,7 @@ def disk() -> str:
     pairs, promise = load("cpu-8b-disk-pairs"), load("cpu-8b")
     rows = []
     for kind, label in (("disk", "all from disk"), ("mixed", None)):
-        given = pairs["options"]["mixed_host_memory"].replace("GiB", " GiB")
+        given = _spaced(pairs["options"]["mixed_host_memory"])
         found = pairs[kind]
         speeds = sorted(one["read_bytes"] / one["sweep_s"] for one in found["pairs"])
         rows.append(
@@ -90,7 +90,7 @@ def disk() -> str:
         )
     (sweep,) = promise["sweeps"]
     speed = sweep["read_bytes"] / sweep["sweep_s"]["median"]
-    given = promise["options"]["host_memory"].replace("MiB", " MiB")
+    given = _spaced(promise["options"]["host_memory"])
     seen, planned = promise["anonymous_peak_bytes"], sweep["plan_host_peak"]
     rows.append(
         [
@@ -131,7 +131,7 @@ def _setting(result):
 def _versus_row(one, result, *, gpu):
     name, _, promise = one["name"].partition(" ")
     label = PROGRAMS[name].format(**one.get("versions", dict.fromkeys(("airllm",), "")))
-    label += f", {promise} promised" if promise else ""
+    label += f", {_spaced(promise)} promised" if promise else ""
     if "failed" in one:
         return [label, "failed", *[""] * (3 if gpu else 4)]
     ours = next(one for one in result["rows"] if "failed" not in one)["s_per_token"]["median"]
@@ -144,6 +144,11 @@ def _versus_row(one, result, *, gpu):
         *[f"{one[peak] / 2**20:.0f} MiB" for peak in peaks],
         f"{seconds / ours:.2f}",
     ]
+
+
+def _spaced(size):
+    """ "1536MiB" as people write it."""
+    return re.sub(r"(\d)([A-Z])", r"\1 \2", size)
 
 
 def _agreement(rows):

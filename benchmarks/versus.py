@@ -228,6 +228,7 @@ def options():
     parser.add_argument("--wheels", type=Path, help="install from this folder, not the network")
     parser.add_argument("--here", action="store_true", help="everything in this interpreter")
     parser.add_argument("--out", type=Path, help="where the result goes as JSON")
+    parser.add_argument("--commit", help="the code's, where it is no git checkout")
     args = parser.parse_args()
     args.programs = [*dict.fromkeys(["jlayer", *args.programs.split(",")])]
     for name in args.programs:
@@ -255,8 +256,9 @@ def main():
         words = [*commands["airllm"], "--new-tokens", "2"]
         run(words, variables, gpu=False, limit_s=args.limit)
     runs: dict[str, list[dict]] = {label: [] for label in commands}
+    card = common.card()
     result = {
-        "card": common.card(),
+        "card": card | {"commit": args.commit or card["commit"]},
         "options": {name: str(value) for name, value in vars(args).items()},
         "config": json.loads((public / "config.json").read_text()),
         "weight_bytes": n_bytes,

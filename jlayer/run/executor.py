@@ -201,7 +201,7 @@ class Executor:
         elif self._tiers[tile] is Tier.DEVICE and self.device.platform == "cpu":
             views = {leaf: array.copy() for leaf, array in views.items()}  # the slot moves on
         self._totals.put_bytes += self.tiles[tile].n_bytes
-        return {leaf: jax.device_put(array, self.device) for leaf, array in views.items()}
+        return jax.device_put(views, self.device)
 
     def _await_read(self, tile, signals):
         read = self._reads[tile]
