@@ -38,9 +38,9 @@ READING = 2
 STEP_S = {"gpu": 450e-6, "cpu": 80e-6}
 LINK_GAP_S = 30e-6
 DISK_GAP_S = 200e-6
-# Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and a CPU's product
-# of bfloat16 weights.
-DEFAULT_LINK = {"gpu": 25e9, "cpu": 8e9}
+# Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and the product of
+# bfloat16 weights on two cores.
+DEFAULT_LINK = {"gpu": 25e9, "cpu": 14e9}
 DEFAULT_DISK = 2e9
 # What XLA's libraries hold in the allocator all the time (140 MB measured on an H200), the
 # workspace of a matrix product (40 MB), and what is lost between blocks of different sizes.
