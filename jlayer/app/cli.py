@@ -26,6 +26,10 @@ VERBS = {
         "what a model needs of memory and disk, before any of it is used",
     ),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
+    "bench": (
+        "jlayer.app.verbs.bench",
+        "measure each stage against its ceiling, then whole sweeps",
+    ),
 }
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 

@@ -26,15 +26,27 @@ _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 def gpu_memory() -> tuple[int, int] | None:
     """(total, free) bytes of the first GPU as the driver tells without starting JAX, or None where
     there is none."""
+    answer = _ask_driver("memory.total,memory.free")
+    if answer is None:
+        return None
+    total, free = answer.split(",")
+    return int(total) << 20, int(free) << 20
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name and its driver's version, or None where there is none."""
+    return _ask_driver("name,driver_version")
+
+
+def _ask_driver(fields):
     program = shutil.which("nvidia-smi")
     if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
-    query = [program, "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode != 0 or not answer.stdout.strip():
         return None
-    total, free = answer.stdout.splitlines()[0].split(",")
-    return int(total) << 20, int(free) << 20
+    return answer.stdout.splitlines()[0]
 
 
 # The GPU's own page tables for pinned host memory: 8 bytes for each page of 4 KiB (measured: 68 MiB

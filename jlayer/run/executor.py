@@ -31,10 +31,12 @@ READERS = 2  # requests in flight: one alone leaves the disk idle between two of
 
 @dataclass
 class Watch:
-    """Who is told: `on_step` (step, tile) of every step before it is taken, `on_stall` (tile,
-    seconds) while a read does not end."""
+    """Who is told: `on_step` (step, tile) of every step before it is taken, `on_taken` (step, made)
+    after it, with what it set going (a Read's Future, a Put's arrays, a Run's output, nothing for a
+    Free), and `on_stall` (tile, seconds) while a read does not end."""
 
     on_step: Callable | None = None
+    on_taken: Callable | None = None
     on_stall: Callable | None = None
 
 
@@ -117,6 +119,10 @@ class Executor:
             self._interpret(next(self._lists), run, signals)
         self._totals.sweeps += 1
 
+    def settle(self):
+        """Waits for the reads that are under way: then the disk is idle until the next sweep."""
+        wait(self._reads.values())
+
     @contextmanager
     def _safely(self):
         """Signals wait for the end of a step, the cyclic collector for the end of the sweep;
@@ -140,20 +146,28 @@ class Executor:
             if self._watch.on_step:
                 self._watch.on_step(step, self.tiles[step.tile])
             try:
-                self._take(step, run, signals)
+                self._tell(step, self._take(step, run, signals))
             except jax.errors.JaxRuntimeError as error:
                 name = self.tiles[step.tile].name
                 raise StorageError(f"{name}: the device failed ({_first_line(error)})") from error
 
+    def _tell(self, step, made):
+        if self._watch.on_taken:
+            self._watch.on_taken(step, made)
+
     def _take(self, step, run, signals):
+        """Returns what the step set going, for whoever watches."""
         match step:
             case Read(tile, slot):
                 self._reads[tile] = self._pool.submit(self._read, tile, slot)
+                return self._reads[tile]
             case Put(tile, _):
                 self._on_device[tile] = self._put(tile, signals)
                 self._note_passing(tile)
+                return self._on_device[tile]
             case Run(tile):
                 self._output = run(self.tiles[tile], self._on_device[tile])
+                return self._output
             case Free(tile, _, stays):
                 # The output's readiness, not the transfer's: on the CPU the slot is the weight.
                 jax.block_until_ready(self._on_device[tile] if stays else self._output)

@@ -105,6 +105,14 @@ class Forward:
         """Starts the first weights on their way, ahead of the first sweep."""
         self._executor.fill()
 
+    def stream(self):
+        """One sweep of the weights alone: all of them move, none is used."""
+        self._executor.sweep(lambda tile, arrays: arrays)
+
+    def settle(self):
+        """Waits until nothing is being read."""
+        self._executor.settle()
+
     def compile(self, n_tokens: int, *, every: bool = False):
         """Compiles all that a sweep of `n_tokens` columns needs, ahead of the sweep."""
         sizes = chunks(n_tokens, self._most)
@@ -130,14 +138,7 @@ class Forward:
         longest = max(map(len, ids))
         sizes = chunks(longest, self._most)
         self.compile(longest, every=every)
-        if self._caches is None:
-            self._caches = [self._make_cache() for _ in range(self._programs.cfg.num_hidden_layers)]
-        tokens, positions = columns(ids, starts, sizes, self.capacity)
-        spans = [slice(a, b) for a, b in pairwise(np.cumsum((0, *sizes)))]
-        passing = [
-            Chunk(self._put(self._embed(tokens[:, span])), self._put(positions[:, span]))
-            for span in spans
-        ]
+        passing = self.enter(ids, starts)
         width = sum(sizes) if every else 2
         gathered = _Logits(self.batch, width, self._programs.cfg.vocab_size)
         self._executor.sweep(
@@ -146,12 +147,27 @@ class Forward:
         self._note_activations(passing, gathered)
         return gathered.take()
 
+    def enter(self, ids: list[list[int]], starts: list[int]) -> list[Chunk]:
+        """The columns of a sweep as they enter the first layer, on the device, in chunks."""
+        if self._caches is None:
+            self._caches = [self._make_cache() for _ in range(self._programs.cfg.num_hidden_layers)]
+        sizes = chunks(max(map(len, ids)), self._most)
+        tokens, positions = columns(ids, starts, sizes, self.capacity)
+        return [
+            Chunk(self._put(self._embed(tokens[:, a:b])), self._put(positions[:, a:b]))
+            for a, b in pairwise(np.cumsum((0, *sizes)))
+        ]
+
+    def advance(self, tile: Tile, arrays, passing: list[Chunk]) -> list:
+        """Every chunk through a layer's tile. Returns what can be waited for."""
+        return [self._advance(tile, arrays, chunk) for chunk in passing]
+
     def _run(self, tile: Tile, arrays, passing, sizes, every, gathered):
         """What the executor calls for each tile: every chunk through it. Returns what can be waited
         for."""
         if tile.stage == "head":
             return self._run_head(tile, arrays, passing, sizes, every, gathered)
-        return [self._advance(tile, arrays, chunk) for chunk in passing]
+        return self.advance(tile, arrays, passing)
 
     def _advance(self, tile, arrays, chunk):
         programs = self._programs_of(tile, chunk.tokens)

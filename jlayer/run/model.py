@@ -286,6 +286,12 @@ class Model:
         """Weight bytes that a sweep uses."""
         return sum(tile.n_bytes for tile in self.plan.tiles)
 
+    def files_of(self, tier: Tier) -> list[str]:
+        """Paths of the files that the tiles of a tier come from."""
+        tiles = [t for t, own in zip(self.plan.tiles, self.plan.tiers, strict=True) if own is tier]
+        segments = [segment for tile in tiles for segment in self._store.place(tile)[0]]
+        return list(dict.fromkeys(segment.file for segment in segments))
+
     @property
     def model_bytes(self) -> int:
         return self._store.weight_bytes

@@ -56,7 +56,7 @@ class Programs:
 
         norms = {"input_layernorm": self._norm, "post_attention_layernorm": self._norm}
         args = (
-            _structs(tile.parts),
+            structs(tile.parts),
             norms,
             self._hidden(batch, tokens),
             self._cache(batch, capacity),
@@ -90,7 +90,7 @@ class Programs:
             return tuple(linear(x, arrays[name], arrays.get(f"{name}_bias")) for name in names)
 
         width = next(part.shape[1] for part in tile.parts if part.leaf in names)
-        args = (self._struct(batch, tokens, width), _structs(tile.parts))
+        args = (self._struct(batch, tokens, width), structs(tile.parts))
         heights = "+".join(str(part.shape[0]) for part in tile.parts if part.leaf in names)
         label = f"{tile.stage} rows {heights} {batch}x{tokens}"
         return self._get((label, tile.signature), function, args)
@@ -199,5 +199,6 @@ def _struct_of(part: Part):
     return jax.ShapeDtypeStruct(part.shape, part.dtype)
 
 
-def _structs(parts):
+def structs(parts: tuple[Part, ...]) -> dict:
+    """What a tile's arrays look like, by leaf."""
     return {part.leaf: _struct_of(part) for part in parts}

@@ -1,0 +1,256 @@
+"""Measure a model on this machine, each stage alone against its ceiling, then whole sweeps.
+
+The arithmetic ceiling is printed before anything is measured. Then: raw disk and raw link, one
+layer alone at 1, 64 and 512 tokens, and sweeps from end to end, with raw reads of the same files in
+between, so that a disk that drifts does not show as a share. Without REF the bundled model is
+streamed from disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from jlayer.app.verbs.generate import RUN, given_run_options
+from jlayer.weights.budget import human
+from jlayer.weights.schedule import Tier
+
+QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
+# Below this share of a sweep none of its links explains it: then it is the steps themselves.
+EXPLAINS = 0.6
+OF = {
+    "disk": "of the raw disk",
+    "link": "of the raw link",
+    "memory": "of raw memory",
+    "arithmetic": "of raw arithmetic",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ref", metavar="REF", nargs="?", help="a converted folder (default: the bundled model)"
+    )
+    for name, line in RUN.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=line)
+    parser.add_argument("--context", type=int, metavar="N", help="make room for so many tokens")
+    parser.add_argument(
+        "--from-disk", action="store_true", help="keep nothing in memory: all is read every sweep"
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    from jlayer.run.model import AutoModel
+
+    say = _silent if args.json else _say
+    options = given_run_options(args)
+    with _folder(args.ref) as folder:
+        kept = {"keeps_layers": False} if args.from_disk or not args.ref else {}
+        with AutoModel.from_pretrained(folder, **options, **kept) as model:
+            found = {"model": args.ref or "fable-3m", **measure(model, folder, say)}
+    if not args.json:
+        print(json.dumps(found))
+    return found
+
+
+@contextmanager
+def _folder(ref):
+    """REF, or the bundled model, converted for as long as it is needed."""
+    if ref:
+        yield ref
+        return
+    from convert import convert_checkpoint
+    from jlayer.app.verbs.demo import BUNDLED
+
+    with tempfile.TemporaryDirectory(prefix="jlayer-bench-") as folder:
+        print("jlayer: converting the bundled fable-3m to one file a layer", file=sys.stderr)
+        convert_checkpoint(BUNDLED, Path(folder) / "fable-3m")
+        yield Path(folder) / "fable-3m"
+
+
+def measure(model, folder, say) -> dict:
+    """Measures and says each figure as it comes; returns all of them."""
+    from jlayer.run.bench import Bench
+    from jlayer.run.raw import card, summary
+
+    bench = Bench(model)
+    found = {"card": card(folder), "device": model.device_name, "dtype": model.dtype}
+    found |= {"reads": "direct" if bench.forward.reads_directly else "buffered"}
+    found["plan"] = model.plan.as_dict()
+    say(card_lines(found["card"]))
+    say(ceiling_lines(model))
+    bench.measure_machine()
+    found["blocks"] = bench.measure_blocks()
+    found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
+    for name, speeds in found["raw"].items():
+        say(raw_line(name, speeds))
+    for row in found["blocks"]:
+        say(row_line("one layer alone", row))
+    found["first_sweep_s"] = bench.first_sweep()
+    say(f"{'first sweep':<18}{'':10}{seconds(found['first_sweep_s']):>10}  it fills what stays")
+    found["sweeps"] = bench.measure_sweeps(_silent)
+    found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
+    if "disk" in found["raw"]:
+        say(raw_line("disk", found["raw"]["disk"]))
+    for row in found["sweeps"]:
+        say(row_line("whole sweep" if row["tokens"] else "weights alone", row))
+    found["memory"] = model.memory()
+    found |= conclude(found, model.plan)
+    say(f"\n{found['conclusion']}")
+    return found
+
+
+def card_lines(card: dict) -> str:
+    """The machine, for a person."""
+    gpu = card["gpu"] or "no GPU"
+    return (
+        f"machine   {card['cpu']}, {card['cores']} cores, {human(card['memory_bytes'])}; {gpu}\n"
+        f"          {card['file_system']}; {card['system']}, Python {card['python']}, "
+        f"jax {card['jax']}"
+    )
+
+
+def ceiling_lines(model) -> str:
+    """What a sweep moves, and the least that it can take by the plan's figures."""
+    plan = model.plan
+    kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
+    lines = [
+        f"model     {model.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
+        f"{len(plan.tiles)} tiles of up to {human(plan.tile_bytes)}",
+        f"ceiling   a sweep uses {human(model.sweep_bytes)} of weights and takes at least the "
+        "longest of, before measuring:",
+    ]
+    for name, n_bytes, speed, how in _expected(plan):
+        lines.append(
+            f"          {name:<6}{human(n_bytes):>12} at {rate(speed):<11} {how:<30}"
+            f"{seconds(n_bytes / speed):>10}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _expected(plan):
+    """(what, bytes, bytes a second, where that is from) of what a sweep passes through."""
+    machine, disk_bytes = plan.machine, plan.tier_bytes(Tier.DISK)
+    if disk_bytes:
+        yield "disk", disk_bytes, machine.disk_speed, "(a look at opening, or typical)"
+    if machine.platform == "cpu":
+        n_bytes = sum(tile.n_bytes for tile in plan.tiles)
+        yield "CPU", n_bytes, machine.bytes_per_s, "(typical of one token)"
+    else:
+        yield "link", plan.put_bytes, machine.bytes_per_s, "(typical)"
+
+
+def raw_line(name: str, speeds: dict) -> str:
+    """One of the machine's own speeds."""
+    names = {"disk": "raw disk", "link": "raw link", "memory": "raw memory"}
+    form = operations if name == "arithmetic" else rate
+    spread = f"{form(speeds['min'])} to {form(speeds['max'])}, {speeds['n']} times"
+    return f"{names.get(name, 'raw arithmetic'):<18}{'':20}{form(speeds['median']):>12}  {spread}"
+
+
+def row_line(title: str, row: dict) -> str:
+    """One figure of ours and its share of the ceiling."""
+    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if row["tokens"] else ""
+    share, limit = row["share"], OF[row["limit"]]
+    return (
+        f"{title:<18}{tokens:<10}{seconds(row['seconds']['median']):>10}"
+        f"{rate(row['bytes_per_s']):>12}  {share['median']:.2f} {limit} "
+        f"({share['min']:.2f} to {share['max']:.2f}, {share['n']} times)"
+    )
+
+
+def conclude(found: dict, plan) -> dict:
+    """What limits a sweep of one token, and what would help most, in one sentence.
+
+    Every remedy is judged by what it would leave of the sweep, by the same arithmetic.
+    """
+    row = next(row for row in found["sweeps"] if row["tokens"])
+    parts = {name: row["limits_s"][name] for name in ("disk", "link") if name in row["limits_s"]}
+    alone = found["blocks"][0]
+    parts["programs"] = alone["seconds"]["median"] * row["bytes"] / alone["bytes"]
+    limit = max(parts, key=parts.get)
+    took = row["seconds"]["median"]
+    if parts[limit] < EXPLAINS * took:
+        limit = "steps"
+    remedies = {} if limit == "steps" else _remedies(parts, row, plan)
+    return {
+        "limit": limit,
+        "limits_s": parts,
+        "remedies_s": remedies,
+        "conclusion": _sentence(limit, parts, took, remedies, plan),
+    }
+
+
+def _remedies(parts, row, plan):
+    """What could be done -> seconds that a sweep would then take at least."""
+
+    def after(**changed):
+        return max((parts | changed).values())
+
+    found = {}
+    weights_bits = 8 * row["bytes"] / row["weights"]
+    if "disk" in parts:
+        more = human(plan.tier_bytes(Tier.DISK))
+        found[f"{more} more host memory"] = after(disk=0)
+        found["a disk twice as fast"] = after(disk=parts["disk"] / 2)
+    if "link" in parts:
+        more = plan.put_bytes // 2
+        found[f"{human(more)} more device memory"] = after(link=parts["link"] / 2)
+    if weights_bits > QUANTIZED_BITS + 1:
+        smaller = QUANTIZED_BITS / weights_bits
+        fewer = {name: parts[name] * smaller for name in ("disk", "link") if name in parts}
+        found["weights quantised to 4 bits"] = after(**fewer)
+    found["faster memory and more cores"] = after(programs=parts["programs"] / 2)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _sentence(limit, parts, took, remedies, plan):
+    if limit == "steps":
+        each = took / len(plan.tiles)
+        return (
+            f"Neither disk, link nor arithmetic limits this machine with so small a model: its "
+            f"{len(plan.tiles)} tiles take {seconds(each)} each, most of it in Python and the "
+            "driver, and what would help most is more tokens a sweep."
+        )
+    names = {"disk": "The disk", "link": "The link to the device", "programs": "The arithmetic"}
+    (best, then), *_ = remedies.items()
+    return (
+        f"{names[limit]} limits this machine: {seconds(parts[limit])} of a sweep's "
+        f"{seconds(took)}; what would help most is {best}, with which a sweep would take about "
+        f"{seconds(then)}."
+    )
+
+
+def seconds(value: float) -> str:
+    """A time with three figures, in its unit."""
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def rate(value: float) -> str:
+    """Bytes a second, in decimal units as disks and links are sold."""
+    return _scaled(value, "B/s")
+
+
+def operations(value: float) -> str:
+    return _scaled(value, "flop/s")
+
+
+def _scaled(value, unit):
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _say(line):
+    print(line, flush=True)
+
+
+def _silent(line):
+    pass
