@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
+from jlayer.families import layer_of, published_tensors
 from jlayer.run.model import Model
 from jlayer.run.programs import structs
 from jlayer.run.raw import (
@@ -23,14 +22,13 @@ from jlayer.run.raw import (
     memory_speeds,
     summary,
 )
-from jlayer.families import layer_of, published_tensors
 from jlayer.weights.schedule import Tier
 
 SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short prompt, a long one
 STREAM = 0  # the "size" of a sweep in which everything moves and nothing is multiplied
 # Rounds of all sizes: at least three, so that a median means something, unless that takes minutes.
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
-ENOUGH_S, TOO_LONG_S = 20, 240
+ENOUGH_S, TOO_LONG_S = 10, 240
 MEMORY_BYTES = 128 << 20  # read to see how fast memory is, where a sweep uses so much
 
 
@@ -63,11 +61,9 @@ class Bench:
 
     def measure_blocks(self) -> list[dict]:
         """The arithmetic of one layer by itself, its weights on the device, for each size."""
-        plan = self.model.plan
-        tiles = [tile for tile in plan.tiles if tile.layer == 0]
+        tiles = [tile for tile in self.model.plan.tiles if tile.layer == 0]
         n_bytes = sum(tile.n_bytes for tile in tiles)
-        room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
-        arrays = _stand_ins(tiles, room, self.model.device)
+        arrays = self._stand_ins(tiles)
         rows = []
         for n_tokens in self.sizes:
             self.forward.compile(n_tokens)
@@ -76,6 +72,32 @@ class Bench:
             limits = self._arithmetic(n_bytes, self.layer_weights, n_tokens)
             rows.append(_row(n_tokens, n_bytes, seconds, [limits] * len(seconds)))
         return rows
+
+    def _stand_ins(self, tiles):
+        """Arrays for each tile, of what is in the slots now: on the device its own as far as there
+        is room (so that they come from memory, as weights do), else one for each kind of tile."""
+        plan, last, found = self.model.plan, {}, []
+        room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
+        room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
+        for number, tile in enumerate(tiles):
+            known = tile.signature in last
+            # A CPU's arrays are the slots themselves.
+            if not known or not self.has_link or room >= tile.n_bytes:
+                room -= tile.n_bytes if known else 0
+                last[tile.signature] = self._in_slot(number, tile)
+            found.append(last[tile.signature])
+        return found
+
+    def _in_slot(self, number, tile):
+        slot, at = self.forward.slot(number), 0
+
+        def take(struct):
+            nonlocal at
+            n_bytes = math.prod(struct.shape) * struct.dtype.itemsize
+            raw, at = slot[at : at + n_bytes], at + n_bytes
+            return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.model.device)
+
+        return jax.block_until_ready(jax.tree.map(take, structs(tile.parts)))
 
     def _run_layer(self, tiles, arrays, n_tokens):
         """Seconds of one layer, from its input to its output."""
@@ -89,9 +111,9 @@ class Bench:
 
     def first_sweep(self) -> float:
         """Seconds of the sweep that fills what stays; it counts nowhere else."""
-        return _timed(lambda: self._sweep(1))
+        return _timed(lambda: self.sweep(1))
 
-    def measure_sweeps(self, tell: Callable[[str], None]) -> list[dict]:
+    def measure_sweeps(self) -> list[dict]:
         """Whole sweeps of every size in turn, and where weights move at all one without arithmetic
         ("tokens" is 0), each held against the disk as it was just before and after it."""
         sizes = (STREAM, *self.sizes) if self.disk_bytes or self.has_link else self.sizes
@@ -101,12 +123,11 @@ class Bench:
         before = self._read_raw(disk)
         while not _enough(rounds, time.perf_counter() - began):
             for n in sizes:
-                tell(f"round {rounds + 1}, {n or 'no'} token{'s' * (n != 1)}")
                 if disk:
                     # After a pause the first tiles are there already, and what a sweep leaves half
                     # read it does not pay for: so one goes ahead.
-                    self._sweep(n)
-                seconds[n].append(_timed(lambda n=n: self._sweep(n)))
+                    self.sweep(n)
+                seconds[n].append(_timed(lambda n=n: self.sweep(n)))
                 after = self._read_raw(disk)
                 limits[n].append(self._limits(n, (before, after)))
                 before = after
@@ -126,12 +147,13 @@ class Bench:
         if disk is None:
             return None
         self.forward.settle()
-        about = min(1.5, max(0.15, self.disk_bytes / self.model.plan.machine.disk_speed))
+        about = min(1.5, max(0.1, self.disk_bytes / self.model.plan.machine.disk_speed))
         speed = disk.speed(about)
         self.speeds.setdefault("disk", []).append(speed)
         return speed
 
-    def _sweep(self, n_tokens):
+    def sweep(self, n_tokens: int):
+        """One sweep of so many tokens, from the first position on."""
         if n_tokens == STREAM:
             self.forward.stream()
         else:
@@ -180,23 +202,6 @@ def _row(n_tokens, n_bytes, seconds, limits):
         "limit": max(middle, key=middle.get),
         "share": summary([c / s for c, s in zip(ceilings, seconds, strict=True)]),
     }
-
-
-def _stand_ins(tiles, room, device):
-    """Arrays of zeros for each tile: its own as far as `room` bytes go (so that they come from
-    memory, as weights do), and one for each kind of tile where they do not."""
-    last, found = {}, []
-    room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
-    for tile in tiles:
-        known = tile.signature in last
-        if not known or room >= tile.n_bytes:
-            room -= tile.n_bytes if known else 0
-            last[tile.signature] = jax.tree.map(
-                lambda struct: jax.device_put(jnp.zeros(struct.shape, struct.dtype), device),
-                structs(tile.parts),
-            )
-        found.append(last[tile.signature])
-    return found
 
 
 def _repeat(function, *, most: int = 15, seconds: float = 0.6):

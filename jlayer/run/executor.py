@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from jlayer.errors import JlayerError, StorageError
 from jlayer.run.interrupts import deferred
@@ -38,6 +39,21 @@ class Watch:
     on_step: Callable | None = None
     on_taken: Callable | None = None
     on_stall: Callable | None = None
+
+    @contextmanager
+    def also(self, on_step: Callable):
+        """Tells `on_step` too, after whoever is told already, for as long as it is entered."""
+        before = self.on_step
+
+        def both(step, tile):
+            before(step, tile)
+            on_step(step, tile)
+
+        self.on_step = both if before else on_step
+        try:
+            yield
+        finally:
+            self.on_step = before
 
 
 @dataclass
@@ -118,6 +134,11 @@ class Executor:
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
         self._totals.sweeps += 1
+
+    def slot(self, number: int) -> np.ndarray:
+        """Host memory of a slot, counted around the ring; only while nothing is under way."""
+        assert self._lists is None
+        return self._memory.slot(number % self._ring)
 
     def settle(self):
         """Waits for the reads that are under way: then the disk is idle until the next sweep."""

@@ -109,6 +109,10 @@ class Forward:
         """One sweep of the weights alone: all of them move, none is used."""
         self._executor.sweep(lambda tile, arrays: arrays)
 
+    def slot(self, number: int) -> np.ndarray:
+        """Host memory of one of the ring's slots, before the first sweep."""
+        return self._executor.slot(number)
+
     def settle(self):
         """Waits until nothing is being read."""
         self._executor.settle()

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlayer.model.layers import product
 from jlayer.run.device import gpu_name
+from jlayer.weights.layout import ALIGNMENT
 
 REQUEST_BYTES = 16 << 20
 IN_FLIGHT = 2  # one request alone leaves the disk idle between two of them
@@ -70,9 +72,9 @@ class RawDisk:
         for path in paths:
             self._fds[path] = self._open(path)
         self._places = itertools.cycle(
-            (fd, offset)
-            for path, fd in self._fds.items()
-            for offset in range(0, os.path.getsize(path), REQUEST_BYTES)
+            (fd, offset, min(REQUEST_BYTES, -(-(size - offset) // ALIGNMENT) * ALIGNMENT))
+            for size, fd in ((os.path.getsize(path), fd) for path, fd in self._fds.items())
+            for offset in range(0, size, REQUEST_BYTES)
         )
         self._buffers = [_touched(REQUEST_BYTES) for _ in range(IN_FLIGHT)]
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
@@ -97,8 +99,8 @@ class RawDisk:
         done = 0
         while not done or time.perf_counter() < until:
             with self._lock:
-                fd, offset = next(self._places)
-            done += os.preadv(fd, [buffer], offset)
+                fd, offset, n_bytes = next(self._places)
+            done += os.preadv(fd, [buffer[:n_bytes]], offset)
         return done
 
     def close(self):
@@ -147,11 +149,10 @@ def memory_speeds(device: jax.Device, n_bytes: int, *, repeats: int = 5) -> list
 
 
 def arithmetic_speeds(device: jax.Device, dtype: str, *, repeats: int = 5) -> list[float]:
-    """Floating-point operations a second of a large square product: a GPU in `dtype`, a CPU in
-    float32, which it is fastest in."""
-    width, dtype = (1024, "float32") if device.platform == "cpu" else (4096, dtype)
+    """Floating-point operations a second of a large square product, summed in float32."""
+    width = 1024 if device.platform == "cpu" else 4096
     square = jax.device_put(jnp.zeros((width, width), dtype), device)
-    return _rates(jax.jit(jnp.matmul), (square, square), 2 * width**3, repeats)
+    return _rates(jax.jit(product), (square, square), 2 * width**3, repeats)
 
 
 def _rates(function, args, amount, repeats):
@@ -168,7 +169,7 @@ def _rates(function, args, amount, repeats):
 
 
 def _touched(n_bytes):
-    """Memory of whole pages that are there: a fresh page costs more than what is measured."""
+    """uint8 of huge pages that are there: a fresh page costs more than what is measured."""
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)

@@ -15,7 +15,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from jlayer.app.verbs.generate import RUN, given_run_options
+from jlayer.app import progress, timeline
+from jlayer.app.verbs.demo import BUNDLED
+from jlayer.app.verbs.generate import RUN, given_run_options, name_of
+from jlayer.config import parse_bytes
 from jlayer.weights.budget import human
 from jlayer.weights.schedule import Tier
 
@@ -40,20 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-disk", action="store_true", help="keep nothing in memory: all is read every sweep"
     )
+    timeline.add_option(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
+    timeline.check_file(args.timeline)
     from jlayer.run.model import AutoModel
 
     say = _silent if args.json else _say
-    options = given_run_options(args)
-    with _folder(args.ref) as folder:
-        kept = {"keeps_layers": False} if args.from_disk or not args.ref else {}
-        with AutoModel.from_pretrained(folder, **options, **kept) as model:
-            found = {"model": args.ref or "fable-3m", **measure(model, folder, say)}
+    name = name_of(args.ref or BUNDLED)
+    with (
+        _folder(args.ref) as folder,
+        AutoModel.from_pretrained(folder, **_options(args)) as model,
+        progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+    ):
+        found = {"model": name, **measure(model, folder, say, picture=args.timeline)}
     if not args.json:
         print(json.dumps(found))
     return found
+
+
+def _options(args):
+    """The run options; the promise for the host includes the buffers of the raw reads."""
+    from jlayer.run.raw import HOST_BYTES
+
+    options = given_run_options(args)
+    if args.host_memory is not None:
+        options["host_memory"] = parse_bytes(args.host_memory, option="host_memory") - HOST_BYTES
+    if args.from_disk or not args.ref:
+        options["keeps_layers"] = False
+    return options
 
 
 @contextmanager
@@ -63,7 +82,6 @@ def _folder(ref):
         yield ref
         return
     from convert import convert_checkpoint
-    from jlayer.app.verbs.demo import BUNDLED
 
     with tempfile.TemporaryDirectory(prefix="jlayer-bench-") as folder:
         print("jlayer: converting the bundled fable-3m to one file a layer", file=sys.stderr)
@@ -71,8 +89,9 @@ def _folder(ref):
         yield Path(folder) / "fable-3m"
 
 
-def measure(model, folder, say) -> dict:
-    """Measures and says each figure as it comes; returns all of them."""
+def measure(model, folder, say, *, picture=None) -> dict:
+    """Measures and says each figure as it comes; returns all of them. `picture`: a file to draw two
+    sweeps of one token into, after all measuring, which noting them would disturb."""
     from jlayer.run.bench import Bench
     from jlayer.run.raw import card, summary
 
@@ -91,7 +110,7 @@ def measure(model, folder, say) -> dict:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
     say(f"{'first sweep':<18}{'':10}{seconds(found['first_sweep_s']):>10}  it fills what stays")
-    found["sweeps"] = bench.measure_sweeps(_silent)
+    found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
         say(raw_line("disk", found["raw"]["disk"]))
@@ -99,6 +118,9 @@ def measure(model, folder, say) -> dict:
         say(row_line("whole sweep" if row["tokens"] else "weights alone", row))
     found["memory"] = model.memory()
     found |= conclude(found, model.plan)
+    with timeline.recorded(model, picture, name_of(folder)):
+        for _ in range(2 if picture else 0):
+            bench.sweep(1)
     say(f"\n{found['conclusion']}")
     return found
 

@@ -43,7 +43,7 @@ def run(args) -> dict:
             with live_view(model) if live else nullcontext(write_text) as show:
                 if not args.json:
                     show(PROMPT)
-                found = follow(model, decoding, show=None if args.json else show)
+                found = follow(model, decoding, None if args.json else show, counts=not live)
             if not args.json:
                 print(table(model, found))
     return found
@@ -97,7 +97,6 @@ def live_view(model):
             return Group(story, Text(f"\n{places}", style="dim"))
 
     console = Console()
-    with Live(View(), console=console, refresh_per_second=20):
-        model.watch.on_step = lambda step, tile: places.note(step)
+    watched = model.watch.also(lambda step, tile: places.note(step))
+    with Live(View(), console=console, refresh_per_second=20), watched:
         yield story.append
-    model.watch.on_step = None

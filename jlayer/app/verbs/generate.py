@@ -5,8 +5,11 @@ Without -p, --prompt-file or --prompt-ids the prompt is read from stdin.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import nullcontext
 
+from jlayer.app import progress, timeline
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.catalogue import preset
 from jlayer.errors import StorageError, UsageError
@@ -63,9 +66,11 @@ def add_arguments(parser):
     parser.add_argument(
         "--context", type=int, metavar="N", help="at most this many tokens of prompt and answer"
     )
+    timeline.add_option(parser)
 
 
 def run(args) -> dict:
+    timeline.check_file(args.timeline)
     prompt = read_prompt(args)
     if args.show_prompt:
         return show_prompt(args, prompt)
@@ -78,7 +83,8 @@ def run(args) -> dict:
     with AutoModel.from_pretrained(args.ref, **run_options) as model:
         prompts, _ = encode_prompts(model, prompt, chat=args.chat, system=args.system)
         decoding = Decoding(model, prompts, sampling_options(model, given), text=model.text)
-        return follow(model, decoding, show=None if args.json else write_text)
+        with timeline.recorded(model, args.timeline, name_of(args.ref)):
+            return follow(model, decoding, show=None if args.json else write_text)
 
 
 def given_run_options(args) -> dict:
@@ -106,24 +112,25 @@ def show_prompt(args, prompt) -> dict:
     return {"prompt": text, "prompt_ids": ids}
 
 
-def follow(model, decoding, show) -> dict:
+def follow(model, decoding, show, *, counts: bool = True) -> dict:
     """Runs a decoding to its end, or to an interrupt, whose text so far is a result too.
 
-    One text is shown as it comes, several one after another at the end.
+    One text is shown as it comes, several one after another at the end. `counts`: whether slow
+    sweeps show how far they are.
     """
     print(f"jlayer: {describe(model)}", file=sys.stderr)
-    model.watch.on_stall = tell_stall
     live = show if len(decoding.continuations) == 1 else None
     stopped = None
-    steps = iter(decoding)
-    try:
-        for gained in steps:
-            if live:
-                live(gained[0].text)
-    except (KeyboardInterrupt, Terminated) as stop:
-        stopped = stop
-    finally:
-        steps.close()
+    with progress.shown(model, live) if counts else nullcontext(live) as write:
+        steps = iter(decoding)
+        try:
+            for gained in steps:
+                if write:
+                    write(gained[0].text)
+        except (KeyboardInterrupt, Terminated) as stop:
+            stopped = stop
+        finally:
+            steps.close()
     found = decoding.generations()
     if live:
         live("\n")
@@ -138,8 +145,9 @@ def follow(model, decoding, show) -> dict:
     return result
 
 
-def tell_stall(tile, seconds):
-    print(f"jlayer: waiting for the disk: {tile.name}, {seconds:.0f} s so far", file=sys.stderr)
+def name_of(ref) -> str:
+    """What a model is called where there is little room: its folder's own name."""
+    return os.path.basename(os.path.normpath(ref))
 
 
 def write_text(piece):
