@@ -144,6 +144,6 @@ class View:
             elapsed,
             ncols=min(self.console.width, 100) - 1,
             prefix=self._words(self._sweep),
-            unit=" layers",
+            unit="layer",
         )
         return f"{counted}\n{self._waits_for}" if self._waits_for else counted

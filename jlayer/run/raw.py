@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlayer.errors import DoesNotFitError
 from jlayer.model.layers import product
 from jlayer.run.device import gpu_name
 from jlayer.weights.layout import ALIGNMENT
@@ -105,6 +106,7 @@ class RawDisk:
 
     def close(self):
         self._pool.shutdown()
+        self._buffers.clear()
         for fd in self._fds.values():
             os.close(fd)
 
@@ -116,7 +118,11 @@ def link_speeds(device: jax.Device, *, repeats: int = 7) -> list[float]:
 
     def call(name, *arguments):
         code = getattr(cuda, name)(*arguments)
-        assert code == 0, (name, code)
+        if code != 0:
+            raise DoesNotFitError(
+                f"raw link: the driver refused to measure it ({name} gave {code}); it takes "
+                f"{COPY_BYTES >> 20} MiB of pinned memory: raise the limit of it (ulimit -l)"
+            )
 
     target = jax.device_put(jnp.zeros(COPY_BYTES, jnp.uint8), device)
     target.block_until_ready()

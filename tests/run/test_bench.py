@@ -1,0 +1,133 @@
+"""The figures of `bench`: what is read raw, what is held against what, and that measuring changes
+nothing."""
+
+import os
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from jlayer.run import bench as bench_module
+from jlayer.run.bench import Bench
+from jlayer.run.raw import RawDisk, card, summary
+from jlayer.weights import budget
+from jlayer.weights.schedule import Tier
+from tests.run.test_executor import IDS
+
+SPEEDS = {"memory": [4e9], "arithmetic": [1e12]}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_module, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(bench_module, "MOST_ROUNDS", 2)
+
+
+def test_raw_reads_go_through_every_byte_of_the_files_and_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr("jlayer.run.raw.REQUEST_BYTES", 8192)
+    sizes = {"a": 20000, "b": 8192, "c": 100}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    asked, real = Counter(), os.preadv
+
+    def counting(fd, buffers, offset):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        asked[name, offset, len(buffers[0])] += 1
+        return real(fd, buffers, offset)
+
+    disk = RawDisk([str(tmp_path / name) for name in sizes])
+    monkeypatch.setattr(os, "preadv", counting)
+    assert disk.speed(0.05) > 0
+    disk.close()
+    expected = {("a", 0, 8192), ("a", 8192, 8192), ("a", 16384, 4096), ("b", 0, 8192)}
+    assert set(asked) == expected | {("c", 0, 4096)}
+    assert max(asked.values()) - min(asked.values()) <= 1  # in turn, again and again
+
+
+def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
+    """The disk's speed grows from one raw read to the next, each sweep runs at the mean of those
+    around it: every share is 1."""
+    speeds = iter(range(100, 10**6, 50))
+    order = []
+
+    def raw(self, seconds):
+        order.append("raw")
+        return float(next(speeds))
+
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        monkeypatch.setattr(RawDisk, "speed", raw)
+
+        def timed(function):
+            function()
+            order.append("timed")
+            between = bench.speeds["disk"][-1] + 25  # halfway to the next
+            return bench.disk_bytes / between
+
+        monkeypatch.setattr(bench_module, "_timed", timed)
+        bench.sweep = lambda n: order.append("sweep")
+        rows = bench.measure_sweeps()
+    assert order == ["raw", *(["sweep", "sweep", "timed", "raw"] * 2 * 4)]
+    assert [row["tokens"] for row in rows] == [0, 1, 64, 512]
+    for row in rows:
+        assert row["limit"] == "disk"
+        assert row["share"] == {"median": 1, "min": 1, "max": 1, "n": 2}
+
+
+def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        bench.has_link, bench.speeds["link"] = True, [1e9]
+        found = bench._limits(64, (1e6, 3e6))
+        assert found["disk"] == bench.disk_bytes / 2e6
+        assert found["link"] == model.plan.put_bytes / 1e9
+        assert found["memory"] == model.sweep_bytes / 4e9
+        layer = sum(p.nbytes // 4 for p in model._residents.layers[0].values()) + sum(
+            np.prod(part.shape) for tile in model.plan.tiles if tile.layer == 0
+            for part in tile.parts
+        )  # fmt: skip
+        n_weights = 3 * layer + 133 * 24
+        assert found["arithmetic"] == pytest.approx(2 * 64 * n_weights / 1e12)
+        assert set(bench._limits(0, (1e6, 1e6))) == {"disk", "link"}
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])
+def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, quick, tile_bytes):
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(bench_module, "SIZES", (1, 9))  # so that fewer programs are compiled
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        before = set(threading.enumerate())
+        bench = Bench(model)
+        bench.measure_machine()
+        blocks = bench.measure_blocks()
+        bench.first_sweep()
+        bench.measure_sweeps()
+        assert {t.name for t in set(threading.enumerate()) - before} <= {
+            "jlayer-reader_0",
+            "jlayer-reader_1",
+        }
+        found = model.logits(IDS)
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        assert np.array_equal(found, model.logits(IDS))
+    assert [row["tokens"] for row in blocks] == [1, 9]
+    assert len({row["bytes"] for row in blocks}) == 1
+
+
+def test_nothing_is_read_raw_where_nothing_comes_from_disk(tiny, quick):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        assert model.files_of(Tier.DISK) == []
+        assert [row["tokens"] for row in bench.measure_sweeps()] == [1, 64, 512]
+        assert "disk" not in bench.speeds
+
+
+def test_the_card_names_the_file_system_of_the_model(tmp_path):
+    found = card(str(tmp_path))
+    assert " on " in found["file_system"]
+    assert found["memory_bytes"] > 2**30
+    assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
