@@ -75,8 +75,9 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     "words",
     [
         *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
-        *("demo --help", "generate", "plan", "nonsense"),
-        *("plan /does/not/exist", "verify /does/not/exist", "convert /does/not/exist /tmp/x"),
+        *("demo --help", "bench --help", "generate", "plan", "nonsense"),
+        *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
+        *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),
     ],
 )
 def test_help_and_usage_errors_import_nothing_heavy(words):

@@ -43,7 +43,8 @@ def mine(fable, tmp_path):
     return substitute
 
 
-def test_commands_run_one_after_another(mine, capsys):
+def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # for what they write
     for command in commands():
         words = shlex.split(mine(command))
         assert words[0] == "jlayer"

@@ -39,7 +39,13 @@ def shown(model, show, *, words: Callable[[int], str] = sweep_words):
     slow = model.plan.sweep_seconds >= PATIENCE_S / 2
     view = View(model, words=words, writes=on_terminal and slow)
     model.watch.on_stall = Stalls(model, view.wait)
-    with Live(view, console=view.console, refresh_per_second=5, transient=True) as live:
+    with Live(
+        view,
+        console=view.console,
+        refresh_per_second=5,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else it would take what goes to a file
+    ) as live:
         view.live = live
 
         def ends_counting(piece):

@@ -105,3 +105,17 @@ def test_the_steps_are_watched_only_where_somebody_looks(monkeypatch, is_termina
         write("text")
     assert pieces == ["text"]
     assert Watch.entered == is_terminal
+
+
+def test_what_goes_to_a_file_still_does_while_a_terminal_counts(monkeypatch, capsys):
+    stream, file = io.StringIO(), io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("sys.stdout", file)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    watch = SimpleNamespace(on_stall=None, also=lambda on_step: io.StringIO())
+    model = SimpleNamespace(watch=watch, **vars(MODEL))
+    with progress.shown(model, None):
+        print("a result")
+    assert file.getvalue() == "a result\n"
+    assert "a result" not in stream.getvalue()
