@@ -119,7 +119,7 @@ def measure(model, folder, say, *, picture=None) -> dict:
     found["memory"] = model.memory()
     found |= conclude(found, model.plan)
     with timeline.recorded(model, picture, name_of(folder)):
-        for _ in range(2 if picture else 0):
+        for _ in range(3 if picture else 0):  # the first finds tiles that were read in the pause
             bench.sweep(1)
     say(f"\n{found['conclusion']}")
     return found
