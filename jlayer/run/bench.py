@@ -52,7 +52,8 @@ class Bench:
         self.speeds: dict[str, list[float]] = {}
 
     def measure_machine(self):
-        """Raw link, memory and arithmetic, while nothing is on the device yet."""
+        """Raw link, memory and arithmetic, while nothing is on the device or under way."""
+        self.forward.settle()
         device = self.model.device
         if self.has_link:
             self.speeds["link"] = link_speeds(device)
@@ -148,8 +149,8 @@ class Bench:
         if disk is None:
             return None
         self.forward.settle()
-        about = min(1.5, max(0.1, self.disk_bytes / self.model.plan.machine.disk_speed))
-        speed = disk.speed(about)
+        about = min(0.8, max(0.05, self.disk_bytes / self.model.plan.machine.disk_speed))
+        speed = disk.steady_speed(about)
         self.speeds.setdefault("disk", []).append(speed)
         return speed
 

@@ -115,6 +115,7 @@ class Forward:
 
     def settle(self):
         """Waits until nothing is being read."""
+        self._embedding.settle()
         self._executor.settle()
 
     def compile(self, n_tokens: int, *, every: bool = False):

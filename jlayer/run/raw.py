@@ -29,6 +29,7 @@ from jlayer.weights.layout import ALIGNMENT
 REQUEST_BYTES = 16 << 20
 IN_FLIGHT = 2  # one request alone leaves the disk idle between two of them
 COPY_BYTES = 64 << 20  # from here on the length of a copy no longer matters (H200)
+STEADY, MOST_TRIES = 0.04, 5  # how near two speeds are, and how long to wait for such
 # Host memory that the measuring itself takes: beside the engine the disk's buffers alone.
 HOST_BYTES = IN_FLIGHT * REQUEST_BYTES
 
@@ -95,6 +96,16 @@ class RawDisk:
             self._pool.map(lambda buffer: self._read(buffer, began + seconds), self._buffers)
         )
         return n_bytes / (time.perf_counter() - began)
+
+    def steady_speed(self, seconds: float) -> float:
+        """The speed once it no longer changes: a virtual disk may let through more for a while,
+        after a rest. The mean of two in a row that agree, each of about so long."""
+        last = self.speed(seconds)
+        for _ in range(MOST_TRIES):
+            before, last = last, self.speed(seconds)
+            if abs(last - before) <= STEADY * last:
+                return (last + before) / 2
+        return last
 
     def _read(self, buffer, until):
         done = 0

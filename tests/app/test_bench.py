@@ -17,10 +17,10 @@ from tests.tiny import TINY
 def quick(monkeypatch):
     monkeypatch.setattr(measuring, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(measuring, "MOST_ROUNDS", 1)
-    monkeypatch.setattr(measuring, "arithmetic_speeds", lambda *_: [1e12])
 
 
 def test_the_ceiling_comes_first_and_one_object_last(fable, tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "arithmetic_speeds", lambda *_: [1e12])  # it takes a while
     opened = []
     measure = measuring.Bench.measure_machine
 

@@ -88,3 +88,18 @@ def test_demo():
     assert found["memory"]["device_peak_how"] == "measured"
     assert found["memory"]["device_peak_bytes"] <= found["memory"]["device_budget_bytes"]
     print({key: found["stats"][key] for key in ("tokens_per_s", "load_s", "put_bytes")})
+
+
+def test_bench_draws_and_finds_the_link(tmp_path):
+    picture = tmp_path / "sweeps.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "jlayer", "bench", "--json", "--timeline", str(picture)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert 2e9 < found["raw"]["link"]["median"] < 130e9
+    assert all("link" in row["limits_s"] for row in found["sweeps"])
+    assert picture.stat().st_size > 10_000
+    print(found["raw"]["link"], found["conclusion"])

@@ -23,6 +23,8 @@ SPEEDS = {"memory": [4e9], "arithmetic": [1e12]}
 def quick(monkeypatch):
     monkeypatch.setattr(bench_module, "LEAST_ROUNDS", 2)
     monkeypatch.setattr(bench_module, "MOST_ROUNDS", 2)
+    for speeds in ("memory_speeds", "arithmetic_speeds"):
+        monkeypatch.setattr(bench_module, speeds, lambda *_: [1e12])
 
 
 def test_raw_reads_go_through_every_byte_of_the_files_and_no_further(tmp_path, monkeypatch):
@@ -46,6 +48,18 @@ def test_raw_reads_go_through_every_byte_of_the_files_and_no_further(tmp_path, m
     assert max(asked.values()) - min(asked.values()) <= 1  # in turn, again and again
 
 
+@pytest.mark.parametrize(
+    ("speeds", "found"),
+    [([100, 102], 101), ([300, 200, 104, 100, 7], 102), ([64, 32, 16, 8, 4, 2, 1], 2)],
+)
+def test_what_a_disk_saved_up_is_spent_before_it_counts(tmp_path, monkeypatch, speeds, found):
+    (tmp_path / "a").write_bytes(bytes(4096))
+    disk, rest = RawDisk([str(tmp_path / "a")]), iter(speeds)
+    monkeypatch.setattr(disk, "speed", lambda seconds: next(rest))
+    assert disk.steady_speed(1) == found
+    disk.close()
+
+
 def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
     """The disk's speed grows from one raw read to the next, each sweep runs at the mean of those
     around it: every share is 1."""
@@ -59,7 +73,7 @@ def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         bench = Bench(model)
         bench.speeds |= SPEEDS
-        monkeypatch.setattr(RawDisk, "speed", raw)
+        monkeypatch.setattr(RawDisk, "steady_speed", raw)
 
         def timed(function):
             function()

@@ -19,7 +19,7 @@ from jlayer.app import progress, timeline
 from jlayer.app.verbs.demo import BUNDLED
 from jlayer.app.verbs.generate import RUN, given_run_options, name_of
 from jlayer.config import parse_bytes
-from jlayer.weights.budget import human
+from jlayer.weights.budget import DEFAULT_DISK, human
 from jlayer.weights.schedule import Tier
 
 QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
@@ -147,7 +147,7 @@ def ceiling_lines(model) -> str:
     ]
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
-            f"          {name:<6}{human(n_bytes):>12} at {rate(speed):<11} {how:<30}"
+            f"          {name:<6}{human(n_bytes):>12} at {rate(speed):<11} {how:<22}"
             f"{seconds(n_bytes / speed):>10}"
         )
     return "\n".join(lines) + "\n"
@@ -157,12 +157,14 @@ def _expected(plan):
     """(what, bytes, bytes a second, where that is from) of what a sweep passes through."""
     machine, disk_bytes = plan.machine, plan.tier_bytes(Tier.DISK)
     if disk_bytes:
-        yield "disk", disk_bytes, machine.disk_speed, "(a look at opening, or typical)"
+        how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(a look at opening)"
+        yield "disk", disk_bytes, machine.disk_speed, how
     if machine.platform == "cpu":
         n_bytes = sum(tile.n_bytes for tile in plan.tiles)
         yield "CPU", n_bytes, machine.bytes_per_s, "(typical of one token)"
     else:
-        yield "link", plan.put_bytes, machine.bytes_per_s, "(typical)"
+        how = "(a look at opening)" if machine.link_speed else "(typical)"
+        yield "link", plan.put_bytes, machine.bytes_per_s, how
 
 
 def raw_line(name: str, speeds: dict) -> str:
