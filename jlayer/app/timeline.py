@@ -24,6 +24,7 @@ COLOURS = {
     Tier.HOST: ("#0072B2", "#6FB1DB"),
     Tier.DEVICE: ("#009E73", "#7FCFB8"),
 }
+LIGHT = {light for _, light in COLOURS.values()}
 WAITING = "#D9D9D9"
 WORDS = {
     Tier.DISK: "from disk, every sweep",
@@ -173,7 +174,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
         edge = {"edgecolor": "white", "lw": 0.8} if closely else {"edgecolor": shade, "lw": 0.2}
         axes.broken_barh(where, (lowest, height), facecolor=shade, **edge)
         if closely:
-            _name(axes, timeline, spans, where, lowest + height / 2, end - begin)
+            _name(axes, timeline, spans, where, lowest + height / 2, end - begin, shade)
     _draw_layers(axes, timeline, begin, end, place)
     for start in timeline.starts:
         if begin <= start <= end:
@@ -193,14 +194,16 @@ def _by_shade(timeline, begin, end):
     return found
 
 
-def _name(axes, timeline, spans, where, height, width):
+def _name(axes, timeline, spans, where, height, width, shade):
     """Tiles' names in their bars, where there is room."""
     for span, (left, own) in zip(spans, where, strict=True):
         words = timeline.tiles[span.tile].name.removeprefix("layer ").split(" ")
         lines = [word for word in words[-2:] if word]
         if own / (width * 1e3) > 0.0075 * max(map(len, lines)):
             middle, text = left + own / 2, "\n".join(lines)
-            axes.text(middle, height, text, ha="center", va="center", fontsize=7, clip_on=True)
+            colour = "black" if shade in LIGHT else "white"
+            options = {"ha": "center", "va": "center", "fontsize": 7, "clip_on": True}
+            axes.text(middle, height, text, color=colour, **options)
 
 
 def _frame(axes, left, right):
