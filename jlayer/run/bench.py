@@ -28,7 +28,7 @@ SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short pr
 STREAM = 0  # the "size" of a sweep in which everything moves and nothing is multiplied
 # Rounds of all sizes: at least three, so that a median means something, unless that takes minutes.
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
-ENOUGH_S, TOO_LONG_S = 10, 240
+ENOUGH_S, TOO_LONG_S = 8, 240
 MEMORY_BYTES = 128 << 20  # read to see how fast memory is, where a sweep uses so much
 
 
