@@ -19,6 +19,7 @@ DEFAULT_DEVICE_MEMORY = 4 << 30
 # The driver's context and libraries beside the allocator: 0.62 GiB on an H200 (driver 580), the
 # allowance until measured.
 GPU_CONTEXT_BYTES = 640 << 20
+COMPILED_BYTES = 512 << 20  # of programs kept in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -81,9 +82,22 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
     budget = device_memory or DEFAULT_DEVICE_MEMORY
     if found.platform != "gpu":
         return found, budget, 0
+    _keep_compiled(jax)
     limit = _check_cap(found, budget)
     context = GPU_CONTEXT_BYTES if started else _context_bytes(before, limit)
     return found, budget, context + tables
+
+
+def _keep_compiled(jax):
+    """A GPU's programs, which take seconds to compile and tune, are found again by later runs.
+
+    Not so a CPU's: loading one, XLA says at length which features of the machine it may lack.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jlayer", "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _context_bytes(before, limit):
