@@ -23,6 +23,8 @@ SWEEPS = [
     ("h200-host1536", "70B shape", 64),
     ("h200-host4096", "70B shape", 512),
     ("h200-host4096-20-layers", "70B shape", 512),
+    ("h200-host4096-20-layers", "70B shape", 64),
+    ("h200-host4096-20-layers", "70B shape", 1),
     ("h200-prefill", "70B shape", 4096),
     ("h200-m405", "405B shape", 1),
     ("h200-m405", "405B shape", 64),
