@@ -385,7 +385,7 @@ class _Job:
     def _finish(self, output, writer):
         """Writes one weight file and notes it, so that no later run needs to."""
         self.progress.file(output.name)
-        digest = writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
+        digest = writer.write(output.name, output.chunks(writer.room), n_bytes=output.n_bytes)
         self._check_unchanged([output])
         if self.options.delete_source and self._digest_of(output, Progress()) != digest:
             raise StorageError(
