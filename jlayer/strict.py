@@ -21,9 +21,10 @@ MAX_JSON_BYTES = 64 << 20
 MAX_KEYS = 200_001
 MAX_VALUES = 2_200_000
 MAX_BRACKETS = 1_300_000
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{},:'))
+_STRUCTURE = b'"[]{},:'
+_NOT_STRUCTURE = bytes(set(range(256)) - set(_STRUCTURE))
+_FOLDED = bytes.maketrans(_STRUCTURE, b'"[][],,')  # one kind of bracket: mixed ones are no JSON
 _STRING = re.compile(rb'"[^"]*"?')
-_INNERMOST = re.compile(rb"\[\]|\{\}")
 
 
 def parse_json_object(raw: bytes, *, what: str) -> dict:
@@ -171,8 +172,8 @@ def _check_structure(raw, what):
     """Refuses by counting, at the speed of memory, what the recursive parser should not meet."""
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    structure = raw.translate(None, _NOT_STRUCTURE)
-    brackets = structure.translate(None, b",:")
+    structure = raw.translate(_FOLDED, _NOT_STRUCTURE)
+    brackets = structure.translate(None, b",")
     values = len(structure) - len(brackets)
     # Two quotes in a row, be they of one string or of two, change nothing for what is around them.
     brackets = brackets.replace(b'""', b"")
@@ -186,8 +187,8 @@ def _check_structure(raw, what):
     for _ in range(MAX_DEPTH):
         if not brackets:
             return
-        brackets = _INNERMOST.sub(b"", brackets)
-    if brackets.count(b"[") + brackets.count(b"{") > MAX_DEPTH or _INNERMOST.search(brackets):
+        brackets = brackets.replace(b"[]", b"")
+    if brackets.count(b"[") > MAX_DEPTH or b"[]" in brackets:
         raise CheckpointError(
             f"{what}: nested deeper than {MAX_DEPTH} levels, or with brackets that do not match"
         )
