@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,8 @@ LARGER = {
     "num_key_value_heads": 8,
     "head_dim": 64,
 }
+FULL = {"killed": 100, "stopped": 40}  # midway, at random moments
+_NUMBERS = {"killed": [signal.SIGKILL], "stopped": [signal.SIGTERM, signal.SIGINT]}
 OURS = (JOURNAL, LOCK)
 WAYS = {
     "plain": {},
@@ -365,8 +368,13 @@ def flips(bench: Bench) -> dict:
 
 
 def random_kills(bench: Bench) -> dict:
-    """A conversion is stopped again and again until it comes to its end; then the next one."""
-    n_stops, layers = (4, 2) if bench.short else (100, 30)
+    """A conversion is stopped again and again until it comes to its end; then the next one.
+
+    Until as many were killed midway, and as many stopped by the other signals, as is wanted.
+    """
+    wanted, layers = ({"killed": 3, "stopped": 2}, 2) if bench.short else (FULL, 30)
+    # A shell starts what goes to the background with SIGINT ignored, and so would what we start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     source = random_checkpoint(
         bench.home / "larger", n_shards=4, **{**LARGER, "num_hidden_layers": layers}
     )
@@ -377,15 +385,20 @@ def random_kills(bench: Bench) -> dict:
     lasts_s = time.perf_counter() - started
     expected = files_of(target)
     shutil.rmtree(target)
-    found, slowest_s = Counter(), 0.0
-    while found["midway"] < n_stops:
-        while found["midway"] < n_stops:
-            number, took_s = _stop_at_random(bench, source, target, lasts_s)
-            if number is None:
+    found, stops_s = Counter(), []
+    while missing := [kind for kind in wanted if found[f"{kind} midway"] < wanted[kind]]:
+        while missing := [kind for kind in missing if found[f"{kind} midway"] < wanted[kind]]:
+            numbers = [number for kind in missing for number in _NUMBERS[kind]]
+            number = bench.rng.choice(numbers)
+            took_s = _stop_at_random(bench, source, target, number, lasts_s)
+            if took_s is None:
                 break
-            found["midway"] += target.exists() and not (target / MANIFEST).exists()
+            midway = target.exists() and not (target / MANIFEST).exists()
+            kind = "killed" if number == signal.SIGKILL else "stopped"
+            found[f"{kind} midway"] += midway
             found[number.name] += 1
-            slowest_s = max(slowest_s, took_s if number != signal.SIGKILL else 0.0)
+            if number != signal.SIGKILL:
+                stops_s.append(took_s)
         subprocess.run(_words(source, target), check=True, cwd=REPOSITORY, capture_output=True)
         if files_of(target) != expected:
             bench.problem("random: ends otherwise")
@@ -395,30 +408,30 @@ def random_kills(bench: Bench) -> dict:
         **found,
         "source_bytes": sum(path.stat().st_size for path in source.iterdir()),
         "undisturbed_s": round(lasts_s, 2),
-        "slowest_stop_s": round(slowest_s, 2),
+        "median_stop_s": round(statistics.median(stops_s), 2),
+        "slowest_stop_s": round(max(stops_s), 2),
     }
 
 
-def _stop_at_random(bench, source, target, lasts_s):
-    """Starts the conversion and stops it; the signal is None where it came to its end first."""
-    number = bench.rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+def _stop_at_random(bench, source, target, number, lasts_s):
+    """Starts the conversion and stops it; returns how long that took, or None where it came to its
+    end first."""
     process = subprocess.Popen(
         _words(source, target), cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(bench.rng.uniform(0.2, lasts_s))
-    if process.poll() is not None:
-        number = None
-    else:
-        process.send_signal(number)
+    ended = process.poll() is not None
+    process.send_signal(number)
     sent = time.perf_counter()
     _, said = process.communicate()
     took_s = time.perf_counter() - sent
-    if number is None and process.returncode != 0:
-        bench.problem(f"random: ended with {process.returncode}: {said.decode()}")
-    elif number is not None:
+    if not ended:
         _judge_stop(bench, process.returncode, number, said.decode(), took_s)
-    return number, took_s
+        return took_s
+    if process.returncode != 0:
+        bench.problem(f"random: ended with {process.returncode}: {said.decode()}")
+    return None
 
 
 def _words(source, target):
@@ -426,8 +439,8 @@ def _words(source, target):
 
 
 def _judge_stop(bench, code, number, said, took_s):
-    if number == signal.SIGKILL or code == -number:  # before Python has set its handlers
-        return
+    if number == signal.SIGKILL or (code == -number and "convert_checkpoint" not in said):
+        return  # the interpreter had hardly begun, and there was nobody to say anything yet
     if code != 128 + number and code != 0:
         bench.problem(f"random: {number.name} ended with {code}: {said}")
     elif code and ("resume" not in said or "Traceback" in said):

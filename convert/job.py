@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from convert import RESUME
 from convert.disk import is_there
 from convert.doors import CheckedSource, regular_file
 from convert.earlier import (
@@ -58,7 +59,6 @@ from jlayer.weights.layout import (
     read_manifest,
 )
 
-RESUME = "to resume, run the same command again"
 _BLANK = "0" * 64  # stands for a SHA-256 where only its length counts
 
 
