@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -650,6 +651,27 @@ def test_refused(copy_of, tmp_path, name):
     words = (*words, *(damage(source) or ()))
     message = refused(source, tmp_path / "target", code, words, **options)
     assert str(source) in message or code == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("header-of-2-to-the-63", "header-over-32-mb", "header-longer-than-the-file"),
+        *("offsets-out-of-bounds", "shape-that-overflows", "config-huge-depth"),
+        "config-huge-vocabulary",
+    ],
+)
+def test_what_it_says_of_its_size_is_never_allocated(copy_of, tmp_path, name):
+    kind, damage, _, _, options = ROWS[name]
+    source = copy_of(kind)
+    damage(source)
+    tracemalloc.start()
+    try:
+        with pytest.raises(JlayerError):
+            convert_checkpoint(source, tmp_path / "target", **options)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_config_is_judged_before_the_weights(copy_of, tmp_path):
