@@ -368,11 +368,9 @@ def flips(bench: Bench) -> dict:
 
 
 def random_kills(bench: Bench) -> dict:
-    """A conversion is stopped again and again until it comes to its end; then the next one.
-
-    Until as many were killed midway, and as many stopped by the other signals, as is wanted.
-    """
-    wanted, layers = ({"killed": 3, "stopped": 2}, 2) if bench.short else (FULL, 30)
+    """A conversion is stopped, once or again and again, and then goes on to its end; until as many
+    were killed midway, and as many stopped by the other signals, as is wanted."""
+    wanted, layers = ({"killed": 2, "stopped": 1}, 2) if bench.short else (FULL, 30)
     # A shell starts what goes to the background with SIGINT ignored, and so would what we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     source = random_checkpoint(
@@ -387,18 +385,18 @@ def random_kills(bench: Bench) -> dict:
     shutil.rmtree(target)
     found, stops_s = Counter(), []
     while missing := [kind for kind in wanted if found[f"{kind} midway"] < wanted[kind]]:
-        while missing := [kind for kind in missing if found[f"{kind} midway"] < wanted[kind]]:
-            numbers = [number for kind in missing for number in _NUMBERS[kind]]
-            number = bench.rng.choice(numbers)
+        again = True
+        while again:
+            kind = bench.rng.choice(missing)
+            number = bench.rng.choice(_NUMBERS[kind])
             took_s = _stop_at_random(bench, source, target, number, lasts_s)
             if took_s is None:
                 break
-            midway = target.exists() and not (target / MANIFEST).exists()
-            kind = "killed" if number == signal.SIGKILL else "stopped"
-            found[f"{kind} midway"] += midway
+            found[f"{kind} midway"] += target.exists() and not (target / MANIFEST).exists()
             found[number.name] += 1
             if number != signal.SIGKILL:
                 stops_s.append(took_s)
+            again = bench.rng.random() < 0.3
         subprocess.run(_words(source, target), check=True, cwd=REPOSITORY, capture_output=True)
         if files_of(target) != expected:
             bench.problem("random: ends otherwise")
@@ -420,7 +418,7 @@ def _stop_at_random(bench, source, target, number, lasts_s):
         _words(source, target), cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(bench.rng.uniform(0.2, lasts_s))
+        process.wait(bench.rng.uniform(lasts_s / 2 if bench.short else 0.2, lasts_s))
     ended = process.poll() is not None
     process.send_signal(number)
     sent = time.perf_counter()
