@@ -52,7 +52,7 @@ def test_files_of_every_kind_of_length(writer, tmp_path, size):
 
 
 def test_chunks_of_any_length(writer, tmp_path):
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(st.lists(st.integers(0, 3 * SMALL), max_size=6))
     def check(lengths):
         written(writer, tmp_path / "file", [os.urandom(length) for length in lengths])
@@ -63,7 +63,7 @@ def test_chunks_of_any_length(writer, tmp_path):
 def test_chunks_that_are_filled_where_they_are_to_be(writer, tmp_path):
     """Lent memory, used whole, in part, or not at all, and chunks of the giver's own in between."""
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(
         st.lists(
             st.tuples(st.integers(1, 3 * SMALL), st.sampled_from(["whole", "part", "none"])),
