@@ -3,22 +3,26 @@
     python benchmarks/convert_speed.py [--shape 8b] [--layers 4] [--pairs 5] [--cold] [--home
     FOLDER]
 
-Both write the same bytes to the same disk, in turn, each to a folder that is not there before. The
-conversion also looks at every number, hashes every byte, and syncs every file on its own; its time
-is that of the whole program. Its peak memory is what the system counted. The last line is one JSON
-object.
+Both write the same bytes to the same disk, in turn, now one and now the other first, each to a
+folder that is not there before. The conversion also looks at every number, hashes every byte, and
+syncs every file on its own; its time is that of the whole program. Its peak memory is what the
+system counted. "Others" is how much of all processors somebody else used meanwhile: the ratio means
+little where that is much. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -28,22 +32,53 @@ import make_model
 from tests.convert.checkpoints import random_checkpoint
 
 
-def timed(*words) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a program."""
-    started = time.perf_counter()
+class Run(NamedTuple):
+    """Seconds of a program, those of processors that it used, and that others did meanwhile; its
+    peak resident bytes."""
+
+    took_s: float
+    processor_s: float
+    others_s: float
+    peak_bytes: int
+
+
+def timed(*words) -> Run:
+    started, busy = time.perf_counter(), busy_s()
     pid = os.posix_spawnp(words[0], [str(word) for word in words], os.environ)
+    peaks, watch = [0], threading.Event()
+    watcher = threading.Thread(target=follow, args=(pid, peaks, watch))
+    watcher.start()
     _, status, usage = os.wait4(pid, 0)
+    took_s = time.perf_counter() - started
+    watch.set()
+    watcher.join()
     if status:
         raise SystemExit(f"{words[0]} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    used_s = usage.ru_utime + usage.ru_stime
+    others_s = max(0.0, busy_s() - busy - used_s)
+    return Run(took_s, used_s, others_s, max(peaks))
 
 
-def copy(source: Path, target: Path) -> float:
+def follow(pid: int, peaks: list[int], ended: threading.Event) -> None:
+    """Notes a process's peak from time to time. Not ru_maxrss, which it inherits from this one."""
+    with contextlib.suppress(OSError):  # it may end at any time
+        while not ended.wait(0.02):
+            status = Path(f"/proc/{pid}/status").read_text()
+            peaks += [int(line.split()[1]) << 10 for line in status.split("\n") if "VmHWM" in line]
+
+
+def busy_s() -> float:
+    """Seconds that all processors have worked since the start of the system."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def copy(source: Path, target: Path) -> Run:
     script = 'cp -r --reflink=never "$1" "$2" && sync "$2"/* "$2"'
-    return timed("sh", "-c", script, "sh", source, target)[0]
+    return timed("sh", "-c", script, "sh", source, target)
 
 
-def convert(source: Path, target: Path) -> tuple[float, int]:
+def convert(source: Path, target: Path) -> Run:
     return timed(sys.executable, "-m", "convert", source, target, "--json")
 
 
@@ -75,15 +110,13 @@ def main() -> None:
         config = make_model.config(args.shape, args.layers)
         random_checkpoint(source, n_shards=max(2, args.layers // 2), **config)
         n_bytes = sum(path.stat().st_size for path in source.iterdir())
-        copies, conversions, peaks = [], [], []
-        for _ in range(args.pairs):
-            settle(source, target, cold=args.cold)
-            copies.append(copy(source, target))
-            settle(source, target, cold=args.cold)
-            took_s, peak = convert(source, target)
-            conversions.append(took_s)
-            peaks.append(peak)
-            common.say(f"cp {copies[-1]:.2f} s, convert {took_s:.2f} s, {peak / 1e6:.0f} MB")
+        runs: dict = {copy: [], convert: []}
+        for n in range(args.pairs):
+            for work in (copy, convert) if n % 2 == 0 else (convert, copy):
+                settle(source, target, cold=args.cold)
+                runs[work].append(work(source, target))
+                common.say(f"{work.__name__}: {runs[work][-1]}")
+    copies, conversions = [[run.took_s for run in runs[work]] for work in (copy, convert)]
     ratios = [a / b for a, b in zip(copies, conversions, strict=True)]
     common.last_line(
         {
@@ -96,7 +129,11 @@ def main() -> None:
             "convert_s": common.summary(conversions),
             "convert_bytes_per_s": n_bytes / statistics.median(conversions),
             "share_of_cp": common.summary(ratios),
-            "peak_bytes": max(peaks),
+            "processor_s": common.summary([run.processor_s for run in runs[convert]]),
+            "others": common.summary(
+                [run.others_s / run.took_s / os.cpu_count() for run in runs[copy] + runs[convert]]
+            ),
+            "peak_bytes": max(run.peak_bytes for run in runs[convert]),
         }
     )
 

@@ -48,6 +48,7 @@ class BlockWriter:
 
     def __init__(self):
         self._blocks = [_Block() for _ in range(N_BLOCKS)]
+        self._filled, self._lent = self._blocks[0], None
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
 
@@ -58,21 +59,18 @@ class BlockWriter:
     def write(self, path: str, chunks: Iterable[Chunk], *, called: str) -> tuple[int, str]:
         """Makes the file `path`, named `called` in errors; returns its bytes and SHA-256, synced.
 
-        Raises DoesNotFitError, StorageError, and whatever `chunks` raises.
+        A chunk that is what `room` has lent last is taken where it is; any other is copied. Raises
+        DoesNotFitError, StorageError, and whatever `chunks` raises.
         """
         file = _File(path, called)
         try:
-            digest, block = hashlib.sha256(), self._blocks[0]
+            digest = hashlib.sha256()
             for chunk in chunks:
-                view = memoryview(chunk)
-                while view:
-                    room = block.memory[block.n_bytes : block.n_bytes + len(view)]
-                    room[:] = view[: len(room)]
-                    block.n_bytes += len(room)
-                    view = view[len(room) :]
-                    if block.n_bytes == BLOCK_BYTES:
-                        block = self._send(block, file, digest)
-            self._send(block, file, digest)
+                if chunk is self._lent:
+                    self._grow(len(chunk), file, digest)
+                else:
+                    self._copy(memoryview(chunk), file, digest)
+            self._send(file, digest)
             for block in self._blocks:
                 block.settle()
             file.sync()
@@ -82,10 +80,34 @@ class BlockWriter:
             wait([future for block in self._blocks for future in block.pending])
             for block in self._blocks:
                 block.pending, block.n_bytes = [], 0
+            self._filled, self._lent = self._blocks[0], None
             file.close()
 
-    def _send(self, block, file, digest):
-        """Hands a block to both threads; returns the next one, once it is free."""
+    def room(self, n_bytes: int) -> memoryview:
+        """Memory where the next chunk of the file that is being written may lie, at most so much.
+
+        To be filled whole, and only by who gives the chunks.
+        """
+        block = self._filled
+        self._lent = block.memory[block.n_bytes : block.n_bytes + n_bytes]
+        return self._lent
+
+    def _copy(self, view, file, digest):
+        while view:
+            room = self.room(len(view))
+            room[:] = view[: len(room)]
+            self._grow(len(room), file, digest)
+            view = view[len(room) :]
+
+    def _grow(self, n_bytes, file, digest):
+        self._lent = None
+        self._filled.n_bytes += n_bytes
+        if self._filled.n_bytes == BLOCK_BYTES:
+            self._send(file, digest)
+
+    def _send(self, file, digest):
+        """Hands a block to both threads, and goes on to the next one once it is free."""
+        block = self._filled
         data = block.memory[: block.n_bytes]
         block.pending = [
             self._hasher.submit(digest.update, data),
@@ -93,7 +115,7 @@ class BlockWriter:
         ]
         following = self._blocks[(self._blocks.index(block) + 1) % N_BLOCKS]
         following.settle()
-        return following
+        self._filled = following
 
 
 class _File:

@@ -18,21 +18,22 @@ _EXPONENT = {
     "float16": np.uint16(0x7C00),
     "float32": np.uint32(0x7F800000),
 }
-_BLOCK = 1 << 17  # elements; what is looked at stays in the processor's cache (14 GB/s on one core)
 
 
 def count_nonfinite(chunk: Chunk, dtype: str) -> int:
-    """How many of the chunk's numbers are NaN or infinite, from their bits."""
+    """How many of the chunk's numbers are NaN or infinite, from their bits.
+
+    As whole numbers with a sign, the positive ones of these are the largest that there are; without
+    a sign, the negative ones are. So two maxima, which write nothing, tell of most chunks that
+    there are none.
+    """
     exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, exponent.dtype)
-    scratch = np.empty(min(_BLOCK, bits.size), exponent.dtype)
-    found = 0
-    for at in range(0, bits.size, _BLOCK):
-        block = bits[at : at + _BLOCK]
-        masked = np.bitwise_and(block, exponent, out=scratch[: block.size])
-        if masked.max() == exponent:
-            found += int(np.count_nonzero(masked == exponent))
-    return found
+    signed = bits.view(f"i{bits.itemsize}")
+    sign = 1 << (8 * bits.itemsize - 1)
+    if signed.max(initial=0) < exponent and bits.max(initial=0) < int(exponent) | sign:
+        return 0
+    return int(np.count_nonzero(bits & exponent == exponent))
 
 
 def cast(chunk: Chunk, dtype: str, target: str) -> memoryview:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from convert import RESUME
 from convert.disk import is_there
 from convert.doors import CheckedSource, regular_file
 from convert.earlier import (
@@ -58,7 +59,6 @@ from jlayer.weights.layout import (
     read_manifest,
 )
 
-RESUME = "to resume, run the same command again"
 _BLANK = "0" * 64  # stands for a SHA-256 where only its length counts
 
 
@@ -385,7 +385,7 @@ class _Job:
     def _finish(self, output, writer):
         """Writes one weight file and notes it, so that no later run needs to."""
         self.progress.file(output.name)
-        digest = writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
+        digest = writer.write(output.name, output.chunks(writer.room), n_bytes=output.n_bytes)
         self._check_unchanged([output])
         if self.options.delete_source and self._digest_of(output, Progress()) != digest:
             raise StorageError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.read import CHUNK_BYTES, FileSource, Place, TensorInfo, row_bytes
+from convert.read import CHUNK_BYTES, FileSource, Place, Room, TensorInfo, row_bytes
 from convert.rules import Rule
 
 
@@ -35,10 +35,10 @@ class JoinedSource(FileSource):
         self._parts = parts
         self._head_dim = head_dim
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[memoryview]:
         found, info = self._parts[name], self.tensors[name]
         if found.rule.axis is None:
-            yield from super().chunks(name)
+            yield from super().chunks(name, room)
             return
         n_rows, unit = info.shape[0], self._head_dim if found.rule.by_head else 1
         step = max(1, CHUNK_BYTES // row_bytes(info) // unit) * unit

@@ -14,7 +14,7 @@ from typing import Protocol
 from convert.cast import cast, count_nonfinite
 from convert.doors import CheckedSource
 from convert.progress import Progress
-from convert.read import Chunk, Source, SourceFile, file_chunks
+from convert.read import Chunk, Room, Source, SourceFile, file_chunks
 from jlayer.errors import CheckpointError
 from jlayer.weights.digest import TensorDigest
 from jlayer.weights.header import TensorEntry
@@ -30,8 +30,11 @@ class Output(Protocol):
     n_bytes: int
     tensors: dict[str, TensorEntry]
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The file's bytes, from the start each time, each chunk valid until the next but one."""
+    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
+        """The file's bytes, from the start each time, each chunk valid until the next but one.
+
+        A chunk may be what `room` has lent last, filled.
+        """
 
 
 class WeightFile:
@@ -60,13 +63,13 @@ class WeightFile:
         self._source_header = encode_header(shapes, before)[0] if before != after else None
         self._source_digest = None
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
         """The file's bytes. Raises CheckpointError for numbers that are or become infinite."""
         self._source_digest = self._source_header and hashlib.sha256(self._source_header)
         yield self._header
         for tensor, entry in self.tensors.items():
             digest = TensorDigest(entry.shape, entry.n_bytes)
-            for chunk in self._tensor_chunks(tensor, entry.dtype):
+            for chunk in self._tensor_chunks(tensor, entry.dtype, room):
                 digest.update(chunk)
                 yield chunk
             self.digests[tensor] = digest.hexdigest()
@@ -84,9 +87,9 @@ class WeightFile:
         """
         return sha256 if self._source_digest is None else self._source_digest.hexdigest()
 
-    def _tensor_chunks(self, tensor, target):
+    def _tensor_chunks(self, tensor, target, room):
         dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
-        for chunk in self._source.chunks(tensor):
+        for chunk in self._source.chunks(tensor, room if target == dtype else None):
             before += count_nonfinite(chunk, dtype)
             self._progress.advance(len(chunk))
             if self._source_digest is not None:
@@ -123,7 +126,7 @@ class CopiedFile:
     def n_bytes(self) -> int:
         return self.file.n_bytes
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
         return file_chunks(self.file)
 
 
@@ -139,7 +142,7 @@ class SmallFile:
     def n_bytes(self) -> int:
         return len(self.content)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
         return iter([self.content])
 
 

@@ -21,12 +21,15 @@ from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import open_regular
 
-# Two of these are in use at a time. Measured: from 1 MiB on the size hardly matters, and a chunk
-# that is still in the processor's cache is checked and hashed faster.
-CHUNK_BYTES = 4 << 20
+# What is looked at as soon as it is read: it should still be in the processor's cache by then.
+CHUNK_BYTES = 1 << 20
+# What goes from a file to SHA-256 and nowhere else: the fewer, the fewer changes of thread.
+WHOLE_FILE_BYTES = 4 << 20
 MAX_OPEN_FILES = 16
 
 Chunk = bytes | memoryview
+# Lends memory for what comes next: at most as much as asked for, and no number is cut by its end.
+Room = Callable[[int], memoryview]
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,11 @@ class Source(Protocol):
 
     tensors: Mapping[str, TensorInfo]
 
-    def chunks(self, name: str) -> Iterator[Chunk]:
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
         """The tensor's bytes in order (row-major, little-endian), in pieces of whole elements.
 
-        A chunk stays as it is until the next but one is asked for, here or of another tensor.
+        A chunk stays as it is until the next but one is asked for, here or of another tensor. It
+        may be what `room` has lent last, filled.
         """
 
     def where(self, name: str) -> str:
@@ -122,18 +126,21 @@ class FileSource:
     def places_of(self, name: str) -> tuple[Place, ...]:
         return self._places[name]
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[memoryview]:
         place, *copies = self._places[name]
         info = self.tensors[name]
-        total, step = info.n_bytes, CHUNK_BYTES
+        at, total, step = 0, info.n_bytes, CHUNK_BYTES
         if any(found.strided for found in (place, *copies)):
             step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
-        for at in range(0, total, step):
-            view = self._next_buffer(min(step, total - at))
+            room = None  # it may end in the middle of a row
+        memory = room or self._next_buffer
+        while at < total:
+            view = memory(min(step, total - at))
             self._read(place, at, view, info)
             for copy in copies:
                 self._compare(view, place, copy, at, info)
             yield view
+            at += len(view)
 
     def check_unchanged(self) -> None:
         for file in {place.file for places in self._places.values() for place in places}:
@@ -232,11 +239,11 @@ def open_unchanged(file: SourceFile) -> int:
 def file_chunks(file: SourceFile) -> Iterator[memoryview]:
     """All bytes of a file, in chunks that stay until the next but one, as `Source.chunks` does."""
     fd = open_unchanged(file)
-    size = min(CHUNK_BYTES, file.n_bytes)
+    size = min(WHOLE_FILE_BYTES, file.n_bytes)
     buffers = (memoryview(bytearray(size)), memoryview(bytearray(size)))
     try:
-        for n, at in enumerate(range(0, file.n_bytes, CHUNK_BYTES)):
-            view = buffers[n % 2][: min(CHUNK_BYTES, file.n_bytes - at)]
+        for n, at in enumerate(range(0, file.n_bytes, WHOLE_FILE_BYTES)):
+            view = buffers[n % 2][: min(WHOLE_FILE_BYTES, file.n_bytes - at)]
             read_into(fd, view, at, file.path)
             yield view
     finally:

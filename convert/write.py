@@ -70,6 +70,10 @@ class TargetWriter:
     def __exit__(self, kind, error, traceback) -> None:
         self._blocks.close()
 
+    def room(self, n_bytes: int) -> memoryview:
+        """Memory where the next chunk of what is being written may lie, so as not to be copied."""
+        return self._blocks.room(n_bytes)
+
     def remove(self, names: Iterable[str]) -> None:
         """Removes files of an earlier run: the manifest first, so that none outlives its files."""
         names = list(names)

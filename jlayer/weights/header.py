@@ -88,18 +88,26 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: header starts with {raw[:8]!r}, expected '{{'")
     with without_collection():
-        found = parse_json_object(raw, what=f"{where}: header")
-        metadata = _metadata(found.pop("__metadata__", {}), where)
-        if len(found) > MAX_TENSORS:
-            raise CheckpointError(f"{where}: {len(found)} tensors, over the limit of {MAX_TENSORS}")
         data_start = LENGTH_BYTES + len(raw)
-        entries = []
-        for name in list(found):  # what is read is dropped: both would be a third more memory
-            entries.append((name, _entry(name, found.pop(name), data_start, where)))
-        entries.sort(key=lambda item: (item[1].offset, item[1].n_bytes))
-        ordered = dict(entries)
-        _check_tiling(ordered, data_start, file_bytes, where)
-    return Header(ordered, data_start, file_bytes, metadata)
+        tensors = parse_json_object(
+            raw, what=f"{where}: header", convert=lambda found: _entry(found, data_start)
+        )
+        metadata = _metadata(tensors.pop("__metadata__", {}), where)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(
+                f"{where}: {len(tensors)} tensors, over the limit of {MAX_TENSORS}"
+            )
+        end, in_order = data_start, True
+        for name, entry in tensors.items():
+            if type(entry) is not TensorEntry or not _is_name(name):
+                raise _refusal(where, name, _reason(name, entry))
+            in_order = in_order and entry.offset == end
+            end = entry.offset + entry.n_bytes
+        if not in_order:  # which is rare, and sorting takes its time
+            by_place = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes))
+            tensors = dict(by_place)
+        _check_tiling(tensors, data_start, file_bytes, where)
+    return Header(tensors, data_start, file_bytes, metadata)
 
 
 def _header_length(start, size, path):
@@ -138,40 +146,52 @@ def _metadata(found, where):
     return found
 
 
-def _entry(name, entry, data_start, where):
-    if not name or ".." in name or name.startswith("/") or "\\" in name or not name.isprintable():
-        raise _refusal(where, name, "not a name that a tensor may have")
+def _entry(found, data_start):
+    """What an object of the header says of a tensor or, where that is nothing sound, the object.
+
+    Taken as soon as each is parsed: there may be 200,000, which all at once take twice the memory.
+    """
+    if len(found) != len(_KEYS):
+        return found
+    try:
+        dtype, shape, (begin, end) = found["dtype"], found["shape"], found["data_offsets"]
+        name_of_dtype, item_bytes = DTYPES[dtype]
+        n_bytes = _n_elements(shape) * item_bytes
+    except (TypeError, ValueError, KeyError):  # of what is no entry, no pair, no shape, no dtype
+        return found
+    if not _is_span(begin, end) or end - begin != n_bytes or n_bytes >= 1 << 63:
+        return found
+    return TensorEntry(name_of_dtype, tuple(shape), data_start + begin, n_bytes)
+
+
+def _reason(name, entry):
+    """What is wrong with an entry that was refused."""
+    if not _is_name(name):
+        return "not a name that a tensor may have"
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        raise _refusal(where, name, "header entry must hold dtype, shape and data_offsets alone")
+        return "header entry must hold dtype, shape and data_offsets alone"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     n_elements = _n_elements(shape)
     if n_elements is None:
-        raise _refusal(
-            where, name, f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
-        )
+        return f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        shown = _short(ascii(dtype))
-        raise _refusal(
-            where, name, f"dtype {shown} is not supported; supported: {', '.join(DTYPES)}"
-        )
+        return f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(DTYPES)}"
     if not isinstance(offsets, list) or len(offsets) != 2 or not _is_span(*offsets):
-        raise _refusal(
-            where,
-            name,
-            f"data_offsets {_short(offsets)}, expected two integers, neither negative nor inverted",
-        )
-    name_of_dtype, item_bytes = DTYPES[dtype]
-    expected, n_bytes = n_elements * item_bytes, offsets[1] - offsets[0]
+        expected = "two integers, neither negative nor inverted"
+        return f"data_offsets {_short(offsets)}, expected {expected}"
+    expected, n_bytes = n_elements * DTYPES[dtype][1], offsets[1] - offsets[0]
     if expected >= 1 << 63:
-        raise _refusal(where, name, f"shape {_short(shape)} overflows 64 bits")
-    if expected != n_bytes:
-        raise _refusal(
-            where,
-            name,
-            f"shape {_short(shape)} of {dtype} takes {expected} bytes, but its data_offsets give "
-            f"{_short(n_bytes)}",
-        )
-    return TensorEntry(name_of_dtype, tuple(shape), data_start + offsets[0], n_bytes)
+        return f"shape {_short(shape)} overflows 64 bits"
+    return (
+        f"shape {_short(shape)} of {dtype} takes {expected} bytes, but its data_offsets give "
+        f"{_short(n_bytes)}"
+    )
+
+
+def _is_name(name):
+    return (
+        name.isprintable() and ".." not in name and "\\" not in name and name[:1] not in ("", "/")
+    )
 
 
 def _n_elements(shape):

@@ -5,14 +5,23 @@ import errno
 import hashlib
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import blocks
+from convert import blocks, convert_checkpoint, read
 from convert.blocks import BlockWriter
 from jlayer.errors import DoesNotFitError, StorageError
 from jlayer.weights.layout import ALIGNMENT
+from tests.convert.checkpoints import (
+    edit_tensors,
+    files_of,
+    numbers,
+    random_checkpoint,
+    read_tensors,
+    tensor_of,
+)
 
 SMALL = 4 * ALIGNMENT  # a block, so that a test's file has many
 
@@ -43,12 +52,80 @@ def test_files_of_every_kind_of_length(writer, tmp_path, size):
 
 
 def test_chunks_of_any_length(writer, tmp_path):
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(st.lists(st.integers(0, 3 * SMALL), max_size=6))
     def check(lengths):
         written(writer, tmp_path / "file", [os.urandom(length) for length in lengths])
 
     check()
+
+
+def test_chunks_that_are_filled_where_they_are_to_be(writer, tmp_path):
+    """Lent memory, used whole, in part, or not at all, and chunks of the giver's own in between."""
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.integers(1, 3 * SMALL), st.sampled_from(["whole", "part", "none"])),
+            max_size=6,
+        )
+    )
+    def check(wanted):
+        content = bytearray()
+
+        def chunks():
+            for n_bytes, use in wanted:
+                lent = writer.room(n_bytes)
+                assert 1 <= len(lent) <= n_bytes
+                chunk = {"whole": lent, "part": lent[: n_bytes // 2], "none": bytearray(n_bytes)}[
+                    use
+                ]
+                chunk[:] = os.urandom(len(chunk))
+                content.extend(chunk)
+                yield chunk
+
+        path = tmp_path / "file"
+        path.unlink(missing_ok=True)
+        n_bytes, digest = writer.write(str(path), chunks(), called="name")
+        assert path.read_bytes() == content
+        assert (n_bytes, digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+    check()
+
+
+def test_weights_that_keep_their_dtype_are_read_to_where_they_are_written_from(
+    tmp_path, monkeypatch
+):
+    copied, real = [], BlockWriter._copy
+
+    def copy(self, view, *rest):
+        copied.append(len(view))
+        real(self, view, *rest)
+
+    monkeypatch.setattr(BlockWriter, "_copy", copy)
+    source = random_checkpoint(tmp_path / "source", hidden_size=256, num_hidden_layers=2)
+    convert_checkpoint(source, tmp_path / "target")
+    small = sum(path.stat().st_size for path in (tmp_path / "target").glob("*.json"))
+    assert sum(copied) == small + 4 * ALIGNMENT  # the four headers
+
+
+def test_numbers_are_never_cut_by_the_end_of_a_block(tmp_path, monkeypatch):
+    """Nor by that of a chunk, although bfloat16 matrices of odd size stand between float32."""
+    source = random_checkpoint(tmp_path / "source", hidden_size=25, intermediate_size=901)
+
+    def widen(tensors):
+        for name in tensors:
+            if "self_attn" in name:
+                tensors[name] = tensor_of(numbers(tensors[name]).astype(np.float32))
+
+    for path in source.glob("*.safetensors"):
+        edit_tensors(path, widen)
+    convert_checkpoint(source, tmp_path / "whole")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 1000)
+    convert_checkpoint(source, tmp_path / "cut")
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert read_tensors(tmp_path / "cut") == read_tensors(source)
 
 
 def test_a_file_system_without_direct_writes(writer, tmp_path, monkeypatch):

@@ -5,12 +5,13 @@ import json
 import os
 import socket
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from convert import convert_checkpoint
-from convert.journal import JOURNAL
+from convert.journal import JOURNAL, Journal
 from jlayer.errors import JlayerError
 from jlayer.weights.layout import MANIFEST, is_weight_file
 from tests.convert.checkpoints import (
@@ -652,6 +653,27 @@ def test_refused(copy_of, tmp_path, name):
     assert str(source) in message or code == 2
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("header-of-2-to-the-63", "header-over-32-mb", "header-longer-than-the-file"),
+        *("offsets-out-of-bounds", "shape-that-overflows", "config-huge-depth"),
+        "config-huge-vocabulary",
+    ],
+)
+def test_what_it_says_of_its_size_is_never_allocated(copy_of, tmp_path, name):
+    kind, damage, _, _, options = ROWS[name]
+    source = copy_of(kind)
+    damage(source)
+    tracemalloc.start()
+    try:
+        with pytest.raises(JlayerError):
+            convert_checkpoint(source, tmp_path / "target", **options)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_config_is_judged_before_the_weights(copy_of, tmp_path):
     source = copy_of("single")
     (source / SINGLE).write_bytes(b"")
@@ -747,10 +769,14 @@ def test_not_enough_space_at_the_start(published, tmp_path, monkeypatch):
     assert not (tmp_path / "target").exists()
     need = int(message.split("need ")[1].split(" bytes")[0].replace(",", ""))
     monkeypatch.undo()
+    journals, encode = [], Journal.encode
+    monkeypatch.setattr(
+        Journal, "encode", lambda self: journals.append(encode(self)) or journals[-1]
+    )
     convert_checkpoint(published("single"), tmp_path / "target")
     sizes = [path.stat().st_size for path in (tmp_path / "target").iterdir()]
-    blocks = sum(-(-size // real.f_frsize) for size in sizes)
-    assert need == (blocks + 2) * real.f_frsize  # the journal, and the journal written aside
+    sizes += 2 * [max(map(len, journals))]  # the journal, and the journal written aside
+    assert need == sum(-(-size // real.f_frsize) for size in sizes) * real.f_frsize
 
 
 def test_no_inodes_at_the_start(published, tmp_path, monkeypatch):

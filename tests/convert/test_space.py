@@ -93,6 +93,10 @@ def test_what_is_replaced_counts_as_room(tmp_path, disk):
     source = random_checkpoint(tmp_path / "source")
     other = random_checkpoint(tmp_path / "other", seed=1)
     convert_checkpoint(other, tmp_path / "target")
-    disk(8192)
-    needed(source, tmp_path / "fresh")
+    had = sum(path.stat().st_blocks * 512 for path in (tmp_path / "target").iterdir())
+    disk(0)
+    need = needed(source, tmp_path / "fresh")
+    disk(need - had - 4096)
+    assert needed(source, tmp_path / "target", overwrite=True) == need
+    disk(need - had)
     convert_checkpoint(source, tmp_path / "target", overwrite=True)

@@ -85,6 +85,24 @@ def test_an_entry_is_refused_by_its_tensors_name(change, words):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (ENTRY, "expected an object"),
+        ({"__metadata__": ENTRY, "a": ENTRY}, "__metadata__"),
+        ({"a": ENTRY | {"dtype": ENTRY}}, "tensor 'a': dtype"),
+        ({"a": ENTRY | {"shape": ENTRY}}, "tensor 'a': shape"),
+        ({"a": ENTRY | {"data_offsets": {"0": 0, "24": 24}}}, "tensor 'a': data_offsets"),
+        ({"a": {"b": ENTRY}}, "tensor 'a': header entry"),
+        ({"a": {"dtype": "F32", "shape": [2, 3], "more": [0, 24]}}, "tensor 'a': header entry"),
+    ],
+)
+def test_an_entry_in_the_place_of_something_else_is_refused(found, words):
+    text = json.dumps(found).encode()
+    with pytest.raises(CheckpointError, match=words):
+        parse_header(text, file_bytes=8 + len(text) + 24, where="x")
+
+
 def test_metadata_is_a_map_of_strings():
     text = json.dumps({"__metadata__": {"a": 1}, "a": ENTRY}).encode()
     with pytest.raises(CheckpointError, match="__metadata__"):

@@ -50,13 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Converts, and returns what was done; raises the errors of jlayer.errors."""
-    from convert import RESUME, convert_checkpoint
+    from convert import RESUME
     from convert.progress import StderrProgress
 
     if args.delete_source and not args.yes:
         _ask(args)
     progress = StderrProgress()
     try:
+        from convert import convert_checkpoint  # takes a while, in which it may be interrupted
+
         done = convert_checkpoint(
             args.source,
             args.target,
