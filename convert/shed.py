@@ -11,11 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from convert.disk import failure, is_there, remove, resolve, sync_folder
+from convert.disk import failure, remove, sync_folder
 from convert.journal import Journal
 from convert.outputs import WeightFile, files_of
-from convert.read import FileSource, Source, SourceFile, check_unchanged
+from convert.read import FileSource, Source, check_unchanged
 from jlayer.errors import StorageError
+from jlayer.strict import is_there, resolve
+from jlayer.weights.published import SourceFile
 
 
 @dataclass

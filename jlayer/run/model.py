@@ -38,7 +38,7 @@ class AutoModel:
         draft: str | None = None,
         **options,
     ) -> Model:
-        """Opens a layered folder to be streamed.
+        """Opens a folder to be streamed: a layered one, or a published one as it is.
 
         `device_memory` and `host_memory` are promises for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
@@ -90,7 +90,11 @@ class Model:
         self._owned = _Owned()
         self._end = weakref.finalize(self, self._owned.close)
         segment, self._embedding_dtype = self._store.embedding()
-        self._embedding = RowReader(segment, n_rows=self.config.vocab_size)
+        self._embedding = RowReader(
+            segment,
+            n_rows=self.config.vocab_size,
+            identity=self._store.identities[segment.file],
+        )
         self._owned.opened.append(self._embedding)
         self._checks = self._make_checks()
         self._residents = self._put_residents()
@@ -151,7 +155,8 @@ class Model:
         return Residents(layers, put(self._store.norm_part()))
 
     def _read_vector(self, name):
-        rows = RowReader(self._store.segment_of(name), n_rows=1)
+        segment = self._store.segment_of(name)
+        rows = RowReader(segment, n_rows=1, identity=self._store.identities[segment.file])
         raw = rows.read([0])[0]
         rows.close()
         self._checks.add(name, raw, n_rows=1)
@@ -295,6 +300,11 @@ class Model:
     @property
     def model_bytes(self) -> int:
         return self._store.weight_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear of the folder and that is no error."""
+        return self._store.notes
 
     @property
     def device_name(self) -> str:

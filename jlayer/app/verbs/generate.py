@@ -41,7 +41,7 @@ RUN = {
 
 
 def add_arguments(parser):
-    parser.add_argument("ref", metavar="REF", help="a converted folder")
+    parser.add_argument("ref", metavar="REF", help="a folder, converted or as published")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F")
@@ -118,7 +118,8 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     One text is shown as it comes, several one after another at the end. `counts`: whether slow
     sweeps show how far they are.
     """
-    print(f"jlayer: {describe(model)}", file=sys.stderr)
+    for line in (describe(model), *model.notes):
+        print(f"jlayer: {line}", file=sys.stderr)
     live = show if len(decoding.continuations) == 1 else None
     stopped = None
     with progress.shown(model, live) if counts else nullcontext(live) as write:

@@ -3,6 +3,7 @@ is allocated."""
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 
@@ -11,7 +12,6 @@ from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, rea
 from jlayer.errors import DoesNotFitError
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.weights.budget import DEFAULT_DISK, Machine, human, make_plan
-from jlayer.weights.layout import is_layered
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
 # an H200).
@@ -90,13 +90,11 @@ def find_config(ref: str) -> ModelConfig:
 
 
 def _measured(ref):
-    """The disk's speed where REF is a converted folder; None where there is nothing to read."""
-    if not os.path.isdir(ref) or not is_layered(ref):
-        return None
+    """The disk's speed where REF is a folder with weights; None where there is nothing to read."""
     from jlayer.weights.direct import disk_speed
-    from jlayer.weights.store import Store
 
-    return disk_speed(Store(ref).files)
+    shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
+    return disk_speed([path for path in shards if os.path.isfile(path)])
 
 
 def _speed(words, option):
@@ -108,7 +106,7 @@ def describe(plan) -> str:
     found = plan.as_dict()
     lines = [
         f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
-        f"converting it takes as much disk again",
+        f"it runs as it is published, and converting it takes as much disk again",
         "",
     ]
     for title in ("device", "host"):
