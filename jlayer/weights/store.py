@@ -88,7 +88,7 @@ class Store:
         return Segment(file, entry.offset, entry.n_bytes)
 
     def expected(self) -> dict[str, Expected]:
-        """What each tensor's bytes must be, by its digest; of a published folder nothing is known."""
+        """What each tensor's bytes must be, by its digest; of a published folder none is known."""
         if self.manifest is None:
             return {}
         return {
