@@ -133,6 +133,9 @@ def _other_user(file):
         return None
     home = resolve(os.path.dirname(file.path))
     before, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
+    shared = os.path.join(os.path.dirname(before), "blobs")
+    if found and file.real.startswith(shared + os.sep):
+        return "perhaps another model of the cache, whose store it is in,"
     for path in _links(os.path.join(before, "snapshots")) if found else ():
         leads_there = resolve(path, strict=False) == file.real
         if leads_there and resolve(os.path.dirname(path)) != home:

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 WINGS = ["ground", "jlayer.model", "jlayer.weights", "jlayer.run", "jlayer.app"]
-HEAVY = ("jax", "torch", "transformers", "flax", "orbax")
+HEAVY = ("jax", "torch", "transformers", "flax", "orbax", "huggingface_hub")
 
 
 def modules():

@@ -399,7 +399,7 @@ def _opened(model_or_ref, options):
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, chat
         return
-    own = {field.name for field in fields(RunConfig)} | {"draft"}
+    own = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
     run = {name: value for name, value in rest.items() if name in own}
     rest = {name: value for name, value in rest.items() if name not in own}
     _check_names(rest, own)

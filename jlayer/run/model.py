@@ -21,6 +21,7 @@ from jlayer.run.report import Clock, anonymous_bytes, available_bytes
 from jlayer.weights.budget import DEFAULT_DISK, Machine, Plan, make_plan, refit
 from jlayer.weights.digest import Checks
 from jlayer.weights.direct import RowReader, disk_speed
+from jlayer.weights.hub import local_folder
 from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
 from jlayer.weights.tiles import norm_parts
@@ -36,23 +37,28 @@ class AutoModel:
         host_memory: int | str | None = None,
         dtype: str | None = None,
         draft: str | None = None,
+        offline: bool = False,
         **options,
     ) -> Model:
         """Opens a folder to be streamed: a layered one, or a published one as it is.
+
+        A hub id (`owner/name[@revision]`) is fetched first, unless it is in the cache; `offline`
+        takes only what is there.
 
         `device_memory` and `host_memory` are promises for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
         available. `dtype` is what activations are computed in, by default the weights' own. Further
         options: `device` ("cpu" or "gpu"), `context`.
 
-        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
+        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
+        StorageError.
         """
         if draft is not None:
             raise UsageError(f"draft: found {draft!r}; speculation is not there yet, leave it out")
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(ref, run)
+        return Model(local_folder(ref, offline=offline), run)
 
 
 class Model:

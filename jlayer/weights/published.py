@@ -186,11 +186,12 @@ def find_shards(
         if index in names:  # transformers does likewise
             notes.append(f"{folder}: has {single} and {index}; {single} is taken")
         return [single], {}
-    weight_map = _weight_map(regular_file(folder, index))
+    weight_map = read_weight_map(regular_file(folder, index))
     return sorted(set(weight_map.values())), weight_map
 
 
-def _weight_map(index):
+def read_weight_map(index: SourceFile) -> dict[str, str]:
+    """Tensor -> file, as an index says; every name is that of a file below the folder."""
     found = json_of(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index.path}: weight_map is not a map of tensors to files")
@@ -303,9 +304,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _blobs(home):
-    """Where the files of a hub cache lie: snapshots/REVISION/NAME links to ../../blobs/HASH."""
-    before, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
-    return [os.path.join(before, "blobs")] if found else []
+    """Where the files of a hub cache lie: snapshots/REVISION/NAME links to ../../blobs/HASH, which
+    may be a link itself, to a store that all models of the cache share."""
+    repository, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
+    if not found:
+        return []
+    cache, name = os.path.split(repository)
+    shared = [os.path.join(cache, "blobs")] if name.startswith("models--") else []
+    return [os.path.join(repository, "blobs"), *shared]
 
 
 def _refuse_layers(folder, names):
