@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert import meta
+from convert import meta, orbax
 from convert.joined import JoinedSource
 from convert.read import FileSource, Place, Source, TensorInfo
 from convert.torchfile import read_table as read_pickle
@@ -75,7 +75,8 @@ class _Form:
 def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     """The checkpoint in `folder`, checked in the order config, index and headers, tensors.
 
-    Taken are, in this order, safetensors, pytorch_model.bin, and Meta's consolidated.NN.pth.
+    Taken are, in this order, safetensors, pytorch_model.bin, Meta's consolidated.NN.pth, and what
+    Orbax has saved.
     Raises CheckpointError, UnsupportedModelError or StorageError.
     """
     names = names_in(folder)
@@ -83,6 +84,9 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     published = any(name in names for form in _FORMS for name in (form.single, form.index))
     if not published and any(meta.PART.fullmatch(name) for name in names):
         return _open_meta(folder, names, allow_extra)
+    checkpoint = None if published else orbax.find_checkpoint(folder, names)
+    if checkpoint is not None:
+        return _open_orbax(folder, names, checkpoint, allow_extra)
     notes: list[str] = []
     config_bytes, cfg = read_published_config(folder)
     form = _find_form(folder, names, notes)
@@ -129,6 +133,27 @@ def _open_meta(folder, names, allow_extra):
                 f"{', '.join(differences)}; take the wrong one away"
             )
     tensors = _check_parts(folder, cfg, tables, facts, allow_extra, notes)
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+
+
+def _open_orbax(folder, names, checkpoint, allow_extra):
+    """A tree of published names that Orbax saved, with the config in its folder or the parent."""
+    home = folder
+    if CONFIG not in names:
+        home = os.path.dirname(os.path.abspath(folder))
+        if CONFIG not in names_in(home):
+            raise CheckpointError(
+                f"{os.path.join(folder, CONFIG)}: missing, and so it is one folder up; put the "
+                "model's config.json there"
+            )
+    notes: list[str] = []
+    config_bytes, cfg = read_published_config(home)
+    tensors = orbax.OrbaxSource(checkpoint)
+    table, problems = tensors.table(cfg.num_hidden_layers)
+    label = None if allow_extra else _EXTRA
+    tables = {orbax.METADATA: table}
+    tensors.take(check_tensors(folder, cfg, tables, problems, notes, extra_label=label))
+    sides = side_files(home, names_in(home))
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
 
 

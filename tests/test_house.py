@@ -76,6 +76,7 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     "words",
     [
         *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
+        *("export --help", "export /does/not/exist /tmp/x --format orbax"),
         *("demo --help", "bench --help", "generate", "plan", "nonsense"),
         *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
         *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),

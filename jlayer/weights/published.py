@@ -329,6 +329,11 @@ def _refuse_weights(folder, names):
             f"{folder}: its weights are pickles ({listed(pickles)}), and only safetensors run in "
             f"place; run: jlayer convert {folder} {os.path.normpath(folder)}-jlayer"
         )
+    if "_METADATA" in names:
+        raise CheckpointError(
+            f"{folder}: an Orbax checkpoint, and only safetensors run in place; run: jlayer "
+            f"convert {folder} {os.path.normpath(folder)}-jlayer"
+        )
     others = sorted(name for name in names if name.endswith(".safetensors"))
     raise CheckpointError(
         f"{folder}: no {SINGLE} and no {INDEX}{f', only {listed(others)}' if others else ''}"
