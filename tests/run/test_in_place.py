@@ -199,3 +199,21 @@ def test_the_fingerprint_tells_models_apart_without_reading_them(tmp_path):
     cached = hub_cache(one, tmp_path)
     moved = shutil.copytree(tmp_path / "models--a--b", tmp_path / "moved", symlinks=True)
     assert Store(cached).fingerprint == Store(moved / "snapshots" / "0123abc").fingerprint
+
+
+def test_blobs_may_lie_in_a_store_that_the_whole_cache_shares(tmp_path):
+    """As huggingface_hub lays them out: blobs/HASH is a link, too, and its file not ours alone."""
+    snapshot = hub_cache(tiny_llama(tmp_path / "source"), tmp_path)
+    blobs, store = tmp_path / "models--a--b" / "blobs", tmp_path / "blobs" / "0f"
+    store.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        shutil.move(blob, store / blob.name)
+        blob.symlink_to(f"../../blobs/0f/{blob.name}")
+    assert Store(snapshot).fingerprint
+    done = convert_checkpoint(snapshot, tmp_path / "layered", delete_source=True)
+    assert done.removed == ()
+    assert len(list(store.iterdir())) == len(list(snapshot.iterdir()))
+    (snapshot / SINGLE).unlink()
+    (snapshot / SINGLE).symlink_to(tmp_path / "source" / SINGLE)
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        Store(snapshot)

@@ -1,8 +1,9 @@
 """Turn a published checkpoint into one file a layer, checked and with its checksums.
 
 SOURCE is a folder with config.json and safetensors, single or sharded, with PyTorch's or Meta's
-pickles, or with what Orbax saved; or a hub id. TARGET is a new folder, or one that holds an earlier conversion. Nothing but the weights'
-place changes, unless --dtype is given: the result is still a checkpoint that transformers loads.
+pickles, or with what Orbax saved; or a hub id. TARGET is a new folder, or one that holds an earlier
+conversion. Nothing but the weights' place changes, unless --dtype is given: the result is still a
+checkpoint that transformers loads.
 
 A conversion that was stopped, in whatever way, goes on where it was when the same command is run
 again. With --delete-source each weight file of SOURCE is removed once all that is made of it is on
