@@ -7,11 +7,12 @@ the same command begins again.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from convert.disk import TEMPORARY, again, failure, make_folders, remove, sync_folder
 from convert.doors import CheckedSource, open_source
@@ -19,6 +20,7 @@ from convert.lock import LOCK, TargetLock
 from convert.orbax import UNFINISHED, OrbaxWriter
 from convert.outputs import SmallFile, WeightFile, side_output
 from convert.progress import Progress
+from convert.read import Chunk, Source
 from convert.space import check_space
 from convert.write import TargetWriter, refuse_inside
 from jlayer.config import parse_choice
@@ -106,33 +108,35 @@ def _open_layered(folder) -> CheckedSource:
             f"{folder}: quantised, and what was lost cannot be written back; export a folder that "
             "was converted without --quantize"
         )
-    source = open_source(folder)
     digests = {
         tensor: digest
         for entry in manifest.files.values()
         for tensor, digest in entry.digests.items()
     }
-    source.tensors.chunks = _checked_chunks(source.tensors, digests)
-    return source
+    source = open_source(folder)
+    return replace(source, tensors=_Undamaged(source.tensors, digests))
 
 
-def _checked_chunks(tensors, digests) -> Callable:
-    """The source's `chunks`, each tensor's last one let go only if all of them are as converted."""
-    read = tensors.chunks
+class _Undamaged:
+    """The tensors of a layered folder, each let go to its end only if it is as it was converted."""
 
-    def chunks(name):
-        info = tensors.tensors[name]
+    def __init__(self, source: Source, digests: dict[str, str]):
+        self._source, self._digests = source, digests
+        self.tensors = source.tensors
+        self.where, self.places_of = source.where, source.places_of
+        self.check_unchanged, self.close = source.check_unchanged, source.close
+
+    def chunks(self, name: str) -> Iterator[Chunk]:
+        info = self.tensors[name]
         digest = TensorDigest(info.shape, info.n_bytes)
-        for chunk in read(name):
+        for chunk in self._source.chunks(name):
             digest.update(chunk)
             yield chunk
-        if digest.hexdigest() != digests[name]:
+        if digest.hexdigest() != self._digests[name]:
             raise CheckpointError(
-                f"{tensors.where(name)}: tensor {name}: damaged: its digest is not that of what "
-                "was converted; see jlayer verify"
+                f"{self.where(name)}: tensor {name}: damaged: its digest is not that of what was "
+                "converted; see jlayer verify"
             )
-
-    return chunks
 
 
 def _empty(aside):
@@ -218,7 +222,7 @@ def _write_failure(aside, name, error):
     """tensorstore gives the system's errors as words."""
     full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
     if full:
-        return failure(aside, OSError(28, "No space left on device"), "written")
+        return failure(aside, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "written")
     line = str(error).strip().splitlines()[0][:200]
     return StorageError(f"{aside}: array {name} cannot be written ({line})")
 

@@ -210,6 +210,17 @@ def test_plan_fetches_the_config_alone_and_says_what_the_rest_is(hub, capsys):
     assert "to fetch" in capsys.readouterr().err
 
 
+def test_what_a_conversion_has_removed_from_the_cache_is_not_fetched_again(hub, tmp_path, capsys):
+    words = ["convert", REPO, str(tmp_path / "layered"), "--delete-source", "--yes", "--json"]
+    assert main(words) == 0
+    removed = json.loads(capsys.readouterr().out)["removed"]
+    assert len(removed) == 3
+    sent = dict(hub.sent)
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "unchanged"
+    assert hub.sent == sent
+
+
 def test_a_path_that_exists_wins_over_an_id(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_id(REPO)
