@@ -1,7 +1,7 @@
 """Write a layered checkpoint of random bfloat16 weights at a real shape, without a published one in
-between.
+between; or the same weights as published shards.
 
-    python benchmarks/make_model.py OUT --shape 70b --layers 20
+    python benchmarks/make_model.py OUT --shape 70b --layers 20 [--published]
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
@@ -26,6 +26,7 @@ import numpy as np
 from jlayer.config import model_config
 from jlayer.families import published_tensors
 from jlayer.weights.digest import TensorDigest
+from jlayer.weights.header import TensorEntry
 from jlayer.weights.layout import (
     INDEX,
     MANIFEST,
@@ -35,7 +36,6 @@ from jlayer.weights.layout import (
     encode_index,
     encode_manifest,
     file_of,
-    layer_file,
 )
 
 # hidden, heads, key/value heads, mlp, vocabulary
@@ -80,12 +80,13 @@ def make(folder: Path, shape: str, layers: int) -> None:
     groups: dict[str, list[str]] = {}
     for name in shapes:
         groups.setdefault(file_of(name), []).append(name)
-    noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
-    drawn = {scale: (noise * scale).astype(ml_dtypes.bfloat16) for scale in (4.0, 0.01)}
+    drawn = _drawn()
 
     def write(item):
         file, names = item
-        return file, _write(folder / file, {name: shapes[name] for name in names}, drawn)
+        held = {name: shapes[name] for name in names}
+        header, entries = encode_header(held, dict.fromkeys(held, "bfloat16"))
+        return file, _write(folder / file, header, entries, drawn)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         files = dict(pool.map(write, groups.items()))
@@ -97,8 +98,42 @@ def make(folder: Path, shape: str, layers: int) -> None:
     (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files)))
 
 
-def _write(path, shapes, drawn):
-    header, entries = encode_header(shapes, dict.fromkeys(shapes, "bfloat16"))
+def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -> None:
+    """The same weights as they are published: shards in the order of the model, whose data begins
+    where the header happens to end, which is hardly ever where a slot would have it."""
+    folder.mkdir(parents=True)
+    raw = config(shape, layers)
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    shards, room = [], 0
+    for name, dims in published_tensors(model_config(raw, where="benchmark")).items():
+        n_bytes = 2 * math.prod(dims)
+        if n_bytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = (dims, n_bytes)
+        room -= n_bytes
+    drawn, weight_map = _drawn(), {}
+    for number, held in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(held, file)
+        table, entries, at = {}, {}, 0
+        for name, (dims, n_bytes) in held.items():
+            table[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [at, at + n_bytes]}
+            entries[name] = TensorEntry("bfloat16", dims, at, n_bytes)
+            at += n_bytes
+        text = json.dumps(table).encode()
+        text = text.ljust(-(-len(text) // 64) * 64)  # data begins at a multiple of 64, plus 8
+        _write(folder / file, len(text).to_bytes(8, "little") + text, entries, drawn)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _drawn():
+    noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
+    return {scale: (noise * scale).astype(ml_dtypes.bfloat16) for scale in (4.0, 0.01)}
+
+
+def _write(path, header, entries, drawn):
     digest, digests = hashlib.sha256(header), {}
     with open(path, "wb") as file:
         file.write(header)
@@ -146,9 +181,10 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--published", action="store_true", help="shards, not layers")
     args = parser.parse_args()
-    make(args.out, args.shape, args.layers)
-    print(layer_file(args.layers - 1), "is the last of", args.out)
+    (publish if args.published else make)(args.out, args.shape, args.layers)
+    print(args.out, "holds", args.layers, "layers")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from jlayer.errors import DoesNotFitError, JlayerError, StorageError
+from jlayer.strict import is_there, resolve
 
 # What is being written bears this until it is whole and synced.
 TEMPORARY = ".jlayer-tmp"
@@ -57,30 +58,6 @@ def make_folders(folder: str) -> list[str]:
         except OSError as error:
             raise failure(path, error, "made") from None
     return made
-
-
-def resolve(path: str, *, strict: bool = True) -> str:
-    """The path without links; `strict`, where all of it must be there.
-
-    Raises StorageError where the system fails to follow one: `os.path.realpath` alone would take
-    the link for a file.
-    """
-    try:
-        return os.path.realpath(path, strict=strict)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def is_there(path: str, *, follow: bool = True) -> bool:
-    """Whether the path leads to something or, not followed, is a link. Raises StorageError where
-    the system cannot tell, which is not the same as no."""
-    try:
-        os.stat(path, follow_symlinks=follow)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be looked at ({error.strerror})") from None
-    return True
 
 
 def sync_folder(folder: str) -> None:

@@ -9,14 +9,14 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from convert.disk import is_there, resolve
-from convert.doors import CheckedSource, names_in, open_source, regular_file
+from convert.doors import CheckedSource, open_source
 from convert.journal import JOURNAL, Journal, read_journal, refuse_another, restore_source
 from convert.outputs import Output, WeightFile, config_with_dtype
 from convert.read import hash_stream
 from jlayer.errors import CheckpointError, UsageError
-from jlayer.strict import read_small_file
+from jlayer.strict import is_there, read_small_file, resolve
 from jlayer.weights.layout import CONFIG, MANIFEST, Manifest
+from jlayer.weights.published import names_in, regular_file
 
 
 def journal_of(target: str, present: Sequence[str], *, overwrite: bool) -> Journal | None:

@@ -12,13 +12,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 
-from convert.disk import is_there, remove, replace_file, resolve, sync_folder
-from convert.doors import CheckedSource, regular_file
-from convert.read import FileSource, Place, SourceFile, TensorInfo
+from convert.disk import remove, replace_file, sync_folder
+from convert.doors import CheckedSource
+from convert.read import FileSource, Place, TensorInfo
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, UsageError
-from jlayer.strict import parse_json_object, read_small_file
+from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
 from jlayer.weights.layout import CONFIG, SIDE_FILES, check_seal, seal
+from jlayer.weights.published import SourceFile, regular_file
 
 JOURNAL = ".jlayer-journal"
 _VERSION = 1

@@ -175,12 +175,13 @@ def side_outputs(
     """What lies beside the weights: config, tokenizer files, and the index, made anew."""
     return [
         SmallFile(CONFIG, config_with_dtype(checked.config_bytes, dtype)),
-        *(_side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
+        *(side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
         SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
 
 
-def _side_output(name, file):
+def side_output(name: str, file: SourceFile | bytes) -> Output:
+    """A file of the source that is taken over as it is."""
     return SmallFile(name, file) if isinstance(file, bytes) else CopiedFile(name, file)
 
 

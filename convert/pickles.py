@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from convert.archive import Entry
-from convert.read import Checksum, Place, SourceFile, Strided, TensorInfo
+from convert.read import Checksum, Place, Strided, TensorInfo
 from jlayer.errors import CheckpointError
 from jlayer.weights.header import MAX_DIMS, MAX_TENSORS
+from jlayer.weights.published import SourceFile
 
 # 723 tensors take 19,000 instructions; 2.5 million take a second.
 MAX_INSTRUCTIONS = 30 * MAX_TENSORS

@@ -20,6 +20,7 @@ from convert.disk import close
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import open_regular
+from jlayer.weights.published import SourceFile, identity_of, refuse_different
 
 # What is looked at as soon as it is read: it should still be in the processor's cache by then.
 CHUNK_BYTES = 1 << 20
@@ -66,17 +67,6 @@ class Source(Protocol):
         """Raises CheckpointError where the source is no longer what was checked."""
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a folder as it was when it was checked: as the user knows it, and without links."""
-
-    name: str
-    path: str
-    real: str
-    n_bytes: int
-    identity: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -193,21 +183,12 @@ class FileSource:
         found = memoryview(bytearray(len(view)))
         self._read(copy, at, found, info)
         if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(found, np.uint8)):
-            raise CheckpointError(
-                f"{copy.file.path}: tensor {copy.name} differs from {place.name} in "
-                f"{place.file.path}, expected the same bytes, since one of them is to be left out; "
-                "fetch the model again"
-            )
+            refuse_different(copy, place)
 
 
 def row_bytes(info: TensorInfo) -> int:
     """Bytes of what stands together at one index of a tensor's first axis."""
     return math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
-
-
-def identity_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells that a file is still the same: device, inode, size, time of the last change."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def check_unchanged(file: SourceFile) -> None:

@@ -11,11 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from convert.disk import failure, is_there, remove, resolve, sync_folder
+from convert.disk import failure, remove, sync_folder
 from convert.journal import Journal
 from convert.outputs import WeightFile, files_of
-from convert.read import FileSource, Source, SourceFile, check_unchanged
+from convert.read import FileSource, Source, check_unchanged
 from jlayer.errors import StorageError
+from jlayer.strict import is_there, resolve
+from jlayer.weights.published import SourceFile
 
 
 @dataclass
@@ -131,6 +133,9 @@ def _other_user(file):
         return None
     home = resolve(os.path.dirname(file.path))
     before, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
+    shared = os.path.join(os.path.dirname(before), "blobs")
+    if found and file.real.startswith(shared + os.sep):
+        return "perhaps another model of the cache, whose store it is in,"
     for path in _links(os.path.join(before, "snapshots")) if found else ():
         leads_there = resolve(path, strict=False) == file.real
         if leads_there and resolve(os.path.dirname(path)) != home:

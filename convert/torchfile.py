@@ -14,8 +14,9 @@ import zlib
 
 from convert.archive import read_archive
 from convert.pickles import SAFER, asked_for, read_records, unsafe
-from convert.read import Place, SourceFile, TensorInfo, open_unchanged, read_into
+from convert.read import Place, TensorInfo, open_unchanged, read_into
 from jlayer.errors import CheckpointError
+from jlayer.weights.published import SourceFile
 
 MAX_PICKLE_BYTES = 32 << 20  # of 723 tensors it has 0.1 MB
 _PICKLE = "data.pkl"

@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from convert.doors import names_in, regular_file
 from convert.progress import Progress
 from convert.read import file_chunks, hash_stream
 from jlayer.config import ModelConfig, read_config
@@ -27,6 +26,7 @@ from jlayer.weights.layout import (
     read_manifest,
     weight_files,
 )
+from jlayer.weights.published import names_in, regular_file
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def check_target(target: str, *, source: str) -> None:
     Raises UsageError (the source or inside it, no folder, holding anything but a layered
     checkpoint) or StorageError (not writable).
     """
-    _refuse_inside(target, source)
+    refuse_inside(target, source)
     status = _status(target)
     if status is None:
         _check_writable(_existing_parent(target))
@@ -124,7 +124,8 @@ def _status(path):
         raise failure(path, error, "looked at") from None
 
 
-def _refuse_inside(target, source):
+def refuse_inside(target: str, source: str) -> None:
+    """Raises UsageError where the target is the source, or inside it."""
     try:
         origin = os.stat(source)
     except OSError:

@@ -17,6 +17,7 @@ _HOMES = {
     "CheckpointError": "jlayer.errors",
     "UnsupportedModelError": "jlayer.errors",
     "DoesNotFitError": "jlayer.errors",
+    "NetworkError": "jlayer.errors",
     "StorageError": "jlayer.errors",
     "LockedError": "jlayer.errors",
 }

@@ -41,6 +41,12 @@ class DoesNotFitError(JlayerError):
         self.report = report or {}
 
 
+class NetworkError(JlayerError):
+    """The hub cannot be reached, is not to be asked (offline), or says no."""
+
+    exit_code = 5
+
+
 class StorageError(JlayerError):
     """The operating system failed to read or write."""
 

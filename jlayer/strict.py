@@ -120,6 +120,30 @@ def regular_status(path: str | os.PathLike) -> os.stat_result:
     return status
 
 
+def resolve(path: str, *, strict: bool = True) -> str:
+    """The path without links; `strict`, where all of it must be there.
+
+    Raises StorageError where the system fails to follow one: `os.path.realpath` alone would take
+    the link for a file.
+    """
+    try:
+        return os.path.realpath(path, strict=strict)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def is_there(path: str, *, follow: bool = True) -> bool:
+    """Whether the path leads to something or, not followed, is a link. Raises StorageError where
+    the system cannot tell, which is not the same as no."""
+    try:
+        os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be looked at ({error.strerror})") from None
+    return True
+
+
 def open_regular(path: str | os.PathLike) -> int:
     """A descriptor of the regular file at `path`, for reading; anything else is refused unopened.
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 WINGS = ["ground", "jlayer.model", "jlayer.weights", "jlayer.run", "jlayer.app"]
-HEAVY = ("jax", "torch", "transformers", "flax", "orbax")
+HEAVY = ("jax", "torch", "transformers", "flax", "orbax", "huggingface_hub")
 
 
 def modules():
@@ -56,6 +56,7 @@ def test_a_wing_imports_only_from_those_before_it(module, path):
                 "jlayer.weights.digest",
                 "jlayer.weights.layout",
                 "jlayer.weights.header",
+                "jlayer.weights.published",
             ), name
         elif other == "convert":
             assert own == "jlayer.app", f"{module} imports {name}"
@@ -75,6 +76,7 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     "words",
     [
         *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
+        *("export --help", "export /does/not/exist /tmp/x --format orbax"),
         *("demo --help", "bench --help", "generate", "plan", "nonsense"),
         *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
         *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),

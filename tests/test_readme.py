@@ -34,6 +34,7 @@ def mine(fable, tmp_path):
             (f"{LARGE}-jlayer", tmp_path / "large"),
             (LARGE, only_copy),
             (LAYERED, tmp_path / "layered"),
+            ("path/to/back", tmp_path / "back"),
             (PUBLISHED, BUNDLED),
         ):
             text = text.replace(shown, str(real))

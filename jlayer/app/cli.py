@@ -21,6 +21,7 @@ VERBS = {
     "demo": ("jlayer.app.verbs.demo", "stream the bundled model and watch it tell a story"),
     "convert": ("jlayer.app.verbs.convert", "turn a published checkpoint into one file a layer"),
     "verify": ("jlayer.app.verbs.verify", "read a converted folder whole and check every byte"),
+    "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": (
         "jlayer.app.verbs.plan",
         "what a model needs of memory and disk, before any of it is used",

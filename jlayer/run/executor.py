@@ -20,7 +20,7 @@ import numpy as np
 from jlayer.errors import JlayerError, StorageError
 from jlayer.run.interrupts import deferred
 from jlayer.weights.digest import Checks
-from jlayer.weights.direct import Reader, aligned_span
+from jlayer.weights.direct import Reader, aligned_span, is_moved
 from jlayer.weights.schedule import Free, Put, Read, Run, Tier, sweeps
 from jlayer.weights.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 from jlayer.weights.store import Store
@@ -58,10 +58,12 @@ class Watch:
 
 @dataclass
 class Totals:
-    """What was done so far; `most_live_*` are of passing weights on the device at one time."""
+    """What was done so far; `most_live_*` are of passing weights on the device at one time,
+    `bounced_bytes` were moved once more in host memory, to where they could be put from."""
 
     read_bytes: int = 0
     put_bytes: int = 0
+    bounced_bytes: int = 0
     sweeps: int = 0
     stall_s: float = 0.0
     most_live_tiles: int = 0
@@ -98,7 +100,7 @@ class Executor:
         self._sizes = [slot_bytes_for(segments) for segments, _ in self._placed]
         self._memory = HostMemory(ring, max(self._sizes), pin=device.platform == "gpu")
         files = {segment.file for segments, _ in self._placed for segment in segments}
-        self._reader = Reader(files)
+        self._reader = Reader(files, store.identities)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
         self._reads: dict[int, Future] = {}  # tile -> the read that is under way for it
         self._in_host: dict[int, dict] = {}  # tile -> its arrays in a room of its own
@@ -133,6 +135,7 @@ class Executor:
         self.fill()
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
+            self._reader.check_unchanged()
         self._totals.sweeps += 1
 
     def slot(self, number: int) -> np.ndarray:
@@ -249,7 +252,9 @@ class Executor:
             self._totals.stall_s += time.perf_counter() - began
         del self._reads[tile]
         views = read.result()
-        self._totals.read_bytes += sum(aligned_span(each)[1] for each in self._placed[tile][0])
+        segments, _ = self._placed[tile]
+        self._totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
+        self._totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each))
         return views
 
     def _note_passing(self, tile):

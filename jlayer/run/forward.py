@@ -255,7 +255,8 @@ class Forward:
             if ends_layer and not all(_is_finite(chunk, self.capacity) for chunk in passing):
                 raise CheckpointError(
                     f"layer {tile.layer}: its output is not finite; its weights are damaged, or "
-                    f"overflow in {self._programs.dtype}: run jlayer verify, or change --dtype"
+                    f"overflow in {self._programs.dtype}: run jlayer verify (jlayer convert, if it "
+                    "is a published folder), or change --dtype"
                 )
             return output
 

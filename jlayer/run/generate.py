@@ -224,6 +224,7 @@ class Decoding:
         now = self._model.totals
         self.stats.read_bytes = now.read_bytes - before.read_bytes
         self.stats.put_bytes = now.put_bytes - before.put_bytes
+        self.stats.bounced_bytes = now.bounced_bytes - before.bounced_bytes
         self.stats.stall_s = now.stall_s - before.stall_s
         self.stats.reads = "direct" if self._forward.reads_directly else "buffered"
 
@@ -398,7 +399,7 @@ def _opened(model_or_ref, options):
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, chat
         return
-    own = {field.name for field in fields(RunConfig)} | {"draft"}
+    own = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
     run = {name: value for name, value in rest.items() if name in own}
     rest = {name: value for name, value in rest.items() if name not in own}
     _check_names(rest, own)

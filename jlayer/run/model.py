@@ -21,6 +21,7 @@ from jlayer.run.report import Clock, anonymous_bytes, available_bytes
 from jlayer.weights.budget import DEFAULT_DISK, Machine, Plan, make_plan, refit
 from jlayer.weights.digest import Checks
 from jlayer.weights.direct import RowReader, disk_speed
+from jlayer.weights.hub import local_folder
 from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
 from jlayer.weights.tiles import norm_parts
@@ -36,23 +37,28 @@ class AutoModel:
         host_memory: int | str | None = None,
         dtype: str | None = None,
         draft: str | None = None,
+        offline: bool = False,
         **options,
     ) -> Model:
-        """Opens a layered folder to be streamed.
+        """Opens a folder to be streamed: a layered one, or a published one as it is.
+
+        A hub id (`owner/name[@revision]`) is fetched first, unless it is in the cache; `offline`
+        takes only what is there.
 
         `device_memory` and `host_memory` are promises for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
         available. `dtype` is what activations are computed in, by default the weights' own. Further
         options: `device` ("cpu" or "gpu"), `context`.
 
-        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
+        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
+        StorageError.
         """
         if draft is not None:
             raise UsageError(f"draft: found {draft!r}; speculation is not there yet, leave it out")
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(ref, run)
+        return Model(local_folder(ref, offline=offline), run)
 
 
 class Model:
@@ -90,7 +96,11 @@ class Model:
         self._owned = _Owned()
         self._end = weakref.finalize(self, self._owned.close)
         segment, self._embedding_dtype = self._store.embedding()
-        self._embedding = RowReader(segment, n_rows=self.config.vocab_size)
+        self._embedding = RowReader(
+            segment,
+            n_rows=self.config.vocab_size,
+            identity=self._store.identities[segment.file],
+        )
         self._owned.opened.append(self._embedding)
         self._checks = self._make_checks()
         self._residents = self._put_residents()
@@ -151,7 +161,8 @@ class Model:
         return Residents(layers, put(self._store.norm_part()))
 
     def _read_vector(self, name):
-        rows = RowReader(self._store.segment_of(name), n_rows=1)
+        segment = self._store.segment_of(name)
+        rows = RowReader(segment, n_rows=1, identity=self._store.identities[segment.file])
         raw = rows.read([0])[0]
         rows.close()
         self._checks.add(name, raw, n_rows=1)
@@ -295,6 +306,11 @@ class Model:
     @property
     def model_bytes(self) -> int:
         return self._store.weight_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should hear of the folder and that is no error."""
+        return self._store.notes
 
     @property
     def device_name(self) -> str:

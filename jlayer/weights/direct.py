@@ -3,22 +3,24 @@ buffered where not.
 
 Direct reads go past the page cache, so they neither take a core for the kernel's copy nor push out
 what is worth keeping. They want offset, length and address aligned, so a segment is read with its
-surrounding blocks.
+surrounding blocks; what then lies where JAX would copy it is moved a few bytes down.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.weights.layout import ALIGNMENT
+from jlayer.weights.layout import ALIGNMENT, VIEW_ALIGNMENT
+from jlayer.weights.published import Identity, identity_of
 from jlayer.weights.store import Segment
 
 REQUEST_BYTES = (
@@ -64,19 +66,30 @@ def aligned_span(segment: Segment) -> tuple[int, int]:
     return first, last - first
 
 
+def is_moved(segment: Segment) -> bool:
+    """Whether a segment, once read, lies where JAX would copy it, and is therefore moved."""
+    return segment.offset % VIEW_ALIGNMENT != 0
+
+
 class Reader:
     """Open files and the way to read them. Every file is opened once, here; reading opens
-    nothing."""
+    nothing.
 
-    def __init__(self, paths):
+    `identities`: what each file was when it was checked; raises CheckpointError where it is not.
+    """
+
+    def __init__(self, paths: Iterable[str], identities: Mapping[str, Identity] | None = None):
+        self._identities = identities or {}
         self._files: dict[str, tuple[int, bool]] = {}
         self._open_fds: list[int] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._movers = ThreadPoolExecutor(2, thread_name_prefix="jlayer-reader-moves")
         try:
             for path in paths:
                 self._files[path] = _open(path)
                 self._open_fds.append(self._files[path][0])
+            self.check_unchanged()
         except BaseException:
             self.close()
             raise
@@ -86,29 +99,45 @@ class Reader:
         """Whether every file is read past the page cache."""
         return all(direct for _, direct in self._files.values())
 
+    def check_unchanged(self):
+        """Raises CheckpointError where a file is no longer what was checked."""
+        for path, (fd, _) in self._files.items():
+            _check_identity(fd, path, self._identities.get(path))
+
     def read(self, segment: Segment, into: np.ndarray) -> int:
         """Fills `into` (uint8, page-aligned) with the blocks around a segment; returns where in it
-        the segment begins.
+        the segment begins: at a multiple of VIEW_ALIGNMENT.
 
-        Raises CheckpointError where the file ends early, StorageError where the system cannot read.
+        Moving within the slot took 0.08 s of a core for 1 GB, by way of a buffer beside it 0.14 s;
+        another thread does it while the next request is read. Raises CheckpointError where the file
+        ends early, StorageError where the system cannot read.
         """
         first, length = aligned_span(segment)
         needed = segment.offset + segment.n_bytes - first
+        down = (segment.offset - first) % VIEW_ALIGNMENT
         view = memoryview(into)
-        done = 0
-        while done < needed:
-            if self._stopped.is_set():
-                raise StorageError(f"{segment.file}: reading was stopped")
-            count = self._request(
-                segment.file, view[done : min(done + REQUEST_BYTES, length)], first + done
-            )
-            if count == 0:
-                raise CheckpointError(
-                    f"{segment.file}: ends at byte {first + done}, expected {first + needed}; "
-                    "it was cut off"
+        done, moving = 0, None
+        try:
+            while done < needed:
+                if self._stopped.is_set():
+                    raise StorageError(f"{segment.file}: reading was stopped")
+                count = self._request(
+                    segment.file, view[done : min(done + REQUEST_BYTES, length)], first + done
                 )
-            done += count
-        return segment.offset - first
+                if count == 0:
+                    raise CheckpointError(
+                        f"{segment.file}: ends at byte {first + done}, expected {first + needed}; "
+                        "it was cut off"
+                    )
+                if down:
+                    if moving:
+                        moving.result()
+                    moving = self._movers.submit(_move, into, max(done, down), done + count, down)
+                done += count
+        finally:
+            if moving:
+                moving.result()  # whoever has the slot next must not find it being written
+        return segment.offset - first - down
 
     def _request(self, path, view, offset):
         fd, direct = self._files[path]
@@ -136,6 +165,7 @@ class Reader:
 
     def close(self):
         self.stop()
+        self._movers.shutdown(wait=True)
         for fd in self._open_fds:
             os.close(fd)
         self._files, self._open_fds = {}, []
@@ -144,10 +174,10 @@ class Reader:
 class RowReader:
     """Rows of one table by number, through the page cache: a few rows a token, never the table."""
 
-    def __init__(self, segment: Segment, *, n_rows: int):
-        self._segment = segment
+    def __init__(self, segment: Segment, *, n_rows: int, identity: Identity | None = None):
+        self._segment, self._identity = segment, identity
         self._row_bytes = segment.n_bytes // n_rows
-        self._fd = os.open(segment.file, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = _open_buffered(segment.file)
         self._whole: Future | None = None
         self._pool = self._reader = None
 
@@ -167,6 +197,7 @@ class RowReader:
                 raise CheckpointError(
                     f"{self._segment.file}: ends before row {row}; it was cut off"
                 )
+        _check_identity(self._fd, self._segment.file, self._identity)
         return found
 
     def begin_whole(self, take: Callable[..., None]) -> None:
@@ -209,6 +240,17 @@ def aligned_buffer(n_bytes: int) -> np.ndarray:
     """uint8 [n_bytes] that begins on a multiple of ALIGNMENT."""
     buffer = np.zeros(n_bytes + ALIGNMENT, np.uint8)
     return buffer[-buffer.ctypes.data % ALIGNMENT :][:n_bytes]
+
+
+def _move(memory, begin, end, by):
+    """Moves bytes down within memory. numpy would make a copy of its own in between."""
+    address = memory.ctypes.data
+    ctypes.memmove(address + begin - by, address + begin, end - begin)
+
+
+def _check_identity(fd, path, identity):
+    if identity is not None and identity_of(os.fstat(fd)) != identity:
+        raise CheckpointError(f"{path}: changed since the model was opened; open it again")
 
 
 def _open(path):

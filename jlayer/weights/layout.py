@@ -46,6 +46,8 @@ SIDE_FILES = (
 # O_DIRECT wants offset, length and address in multiples of the device's block; no common device
 # has a larger one.
 ALIGNMENT = 4096
+# JAX takes an array as it lies only at a multiple of this; elsewhere it copies it, slowly.
+VIEW_ALIGNMENT = 64
 _LAYER_FILE = re.compile(r"layer-[0-9]{5}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3_128 = re.compile(r"[0-9a-f]{32}")

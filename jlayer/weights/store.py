@@ -1,6 +1,7 @@
 """Which bytes are which leaf: where on disk the parts of a tile lie, as segments.
 
-Knows files and names, reads no weights and holds none.
+Knows files and names, reads no weights and holds none. A layered folder and a published one fill
+the same table, so that whatever streams does not know which it is.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from dataclasses import dataclass
 from jlayer.config import ModelConfig, read_config
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.families import EMBEDDING, FINAL_NORM, published_tensors
-from jlayer.strict import open_regular
+from jlayer.strict import open_regular, regular_status
 from jlayer.weights.digest import Expected, rows_of
 from jlayer.weights.header import TensorEntry, read_header
 from jlayer.weights.layout import (
     EMBED_FILE,
     FINAL_FILE,
+    VIEW_ALIGNMENT,
     Manifest,
     is_layered,
     layer_file,
     read_manifest,
 )
+from jlayer.weights.published import Identity, identity_of, open_published
 from jlayer.weights.tiles import Part, Tile
 
 
@@ -45,20 +48,37 @@ class Placement:
 
 
 class Store:
-    """A layered folder, opened: config, manifest, and every file's header held against them.
+    """A folder of weights, opened: its config, and every file's header held against it.
 
-    Raises CheckpointError where the folder is not converted, incomplete, or not what its manifest
-    says.
+    A layered folder is held against its manifest, too; a published one, which has none (`manifest`
+    is None), passes the doors that the converter has. `fingerprint` tells a model from any other,
+    `identities` each file from what it may be changed to; `notes` is what the user should hear.
+    Raises CheckpointError where the folder is incomplete, damaged, or neither of the two.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = os.fspath(folder)
-        if not is_layered(self.folder):
-            _refuse_unconverted(self.folder)
-        self.cfg: ModelConfig = read_config(self.folder)
-        self.manifest: Manifest = read_manifest(self.folder)
-        self._where = _locate(self.folder, self.cfg, self.manifest)
+        self.cfg: ModelConfig
+        self.manifest: Manifest | None = None
+        self.notes: tuple[str, ...] = ()
+        self.identities: dict[str, Identity]
+        self._where: dict[str, tuple[str, TensorEntry]]
+        if is_layered(self.folder):
+            self._open_layered()
+        else:
+            self._open_published()
+
+    def _open_layered(self):
+        self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
+        self.fingerprint = self.manifest.source_fingerprint
+        self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
         _check_side_files(self.folder, self.manifest)
+
+    def _open_published(self):
+        found = open_published(self.folder)
+        self.cfg, self.notes, self.fingerprint = found.cfg, found.notes, found.fingerprint
+        self._where = {name: (file.path, entry) for name, (file, entry) in found.tensors.items()}
+        self.identities = {file.path: file.identity for file, _ in found.tensors.values()}
 
     def dtype_of(self, tensor: str) -> str:
         return self._where[tensor][1].dtype
@@ -68,7 +88,9 @@ class Store:
         return Segment(file, entry.offset, entry.n_bytes)
 
     def expected(self) -> dict[str, Expected]:
-        """What each tensor's bytes must be, by its digest."""
+        """What each tensor's bytes must be, by its digest; of a published folder none is known."""
+        if self.manifest is None:
+            return {}
         return {
             tensor: Expected(path, listed.digests[tensor], rows_of(listed.tensors[tensor].shape))
             for name, listed in self.manifest.files.items()
@@ -99,13 +121,16 @@ class Store:
         return self.segment_of(EMBEDDING.published), self.dtype_of(EMBEDDING.published)
 
     def place(self, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
-        """The segments to read for a tile, neighbours joined, and where each part lies in them."""
+        """The segments to read for a tile, and where each part lies in them.
+
+        Neighbours are joined where the later one can then be viewed where it comes to lie.
+        """
         spans = sorted((self._span(part), part.tensor, part) for part in tile.parts)
         segments: list[Segment] = []
         places = []
         for span, _, part in spans:
             last = segments[-1] if segments else None
-            if last and last.file == span.file and last.offset + last.n_bytes == span.offset:
+            if last and _follows(span, last):
                 segments[-1] = Segment(last.file, last.offset, last.n_bytes + span.n_bytes)
             else:
                 segments.append(span)
@@ -118,31 +143,23 @@ class Store:
         return Segment(file, entry.offset + part.first_row * row_bytes, part.n_bytes)
 
 
-def _refuse_unconverted(folder):
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such folder; expected a layered checkpoint")
-    if os.path.exists(os.path.join(folder, "config.json")):
-        target = os.path.normpath(folder) + "-jlayer"
-        raise CheckpointError(
-            f"{folder}: not a layered checkpoint (no manifest.json); "
-            f"run: jlayer convert {folder} {target}"
-        )
-    raise CheckpointError(
-        f"{folder}: no manifest.json and no config.json; expected a layered checkpoint"
-    )
+def _follows(span, last):
+    joins = last.file == span.file and last.offset + last.n_bytes == span.offset
+    return joins and (span.offset - last.offset) % VIEW_ALIGNMENT == 0
 
 
-def _locate(folder, cfg, manifest) -> dict[str, tuple[str, TensorEntry]]:
+def _locate(folder, cfg, manifest):
     """Tensor -> (file, entry), with each file's own header held against the manifest and both
-    against the config."""
+    against the config; and each file's identity."""
     expected = published_tensors(cfg)
-    where, problems = {}, []
+    where, identities, problems = {}, {}, []
     weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
     for name in weight_files:
         if name not in manifest.files:
             problems.append(f"{name} is not in the manifest")
             continue
         path = os.path.join(folder, name)
+        identities[path] = identity_of(regular_status(path))
         header = read_header(path)
         listed = manifest.files[name]
         if header.file_bytes != listed.n_bytes:
@@ -164,7 +181,7 @@ def _locate(folder, cfg, manifest) -> dict[str, tuple[str, TensorEntry]]:
         raise CheckpointError(
             f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
         )
-    return where
+    return where, identities
 
 
 def _check_side_files(folder, manifest):

@@ -93,15 +93,15 @@ def test_a_prompt_may_come_from_a_file_from_ids_and_from_stdin(fable, tmp_path, 
         (["generate", "FABLE", "-p", "x", "--device", "gpu"], 2, "gpu was asked for"),
         (["generate", "FABLE", "-p", "x", "--context", "4096"], 2, "1024"),
         (["generate", "FABLE", "-p", "x", "--device-memory", "1MiB"], 4, "slots"),
-        (["generate", "BUNDLED", "-p", "x"], 3, "jlayer convert"),
+        (["generate", "EMPTY", "-p", "x"], 3, "no model.safetensors"),
         (["plan", "BUNDLED", "--device-memory", "1MiB"], 4, "slots"),
         (["plan", "/no/such"], 3, "missing"),
         (["verify", "/no/such"], 3, "/no/such"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_an_error_is_one_line_and_its_code(fable, capsys, words, code, said, as_json):
-    known = {"FABLE": str(fable), "BUNDLED": str(BUNDLED)}
+def test_an_error_is_one_line_and_its_code(fable, tmp_path, capsys, words, code, said, as_json):
+    known = {"FABLE": str(fable), "BUNDLED": str(BUNDLED), "EMPTY": str(tmp_path)}
     argv = [known.get(word, word) for word in words] + ["--json"] * as_json
     if "--device" not in argv and argv[0] == "generate" and len(argv) > 2:
         argv += ["--device", "cpu"]

@@ -541,8 +541,8 @@ def test_extra_keys_can_be_left_out(originals, meta_of, tmp_path):
 
 
 def test_a_damaged_part_is_found_by_its_checksum(meta_of, tmp_path):
-    from convert.doors import regular_file
     from convert.torchfile import read_table
+    from jlayer.weights.published import regular_file
 
     source = meta_of(4)
     for key in (GATE, "layers.1.attention.wo.weight", "layers.1.attention.wq.weight"):

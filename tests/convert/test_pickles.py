@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint
-from convert.doors import regular_file
 from convert.pickles import asked_for
 from convert.read import CHUNK_BYTES, FileSource
 from convert.torchfile import read_table
 from jlayer.app.cli import main
+from jlayer.weights.published import regular_file
 from tests.convert.checkpoints import edit_json, files_of, read_tensors
 from tests.convert.pickled import (
     BIN,

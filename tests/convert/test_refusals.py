@@ -12,8 +12,10 @@ import pytest
 
 from convert import convert_checkpoint
 from convert.journal import JOURNAL, Journal
+from jlayer.app.cli import main
 from jlayer.errors import JlayerError
 from jlayer.weights.layout import MANIFEST, is_weight_file
+from jlayer.weights.store import Store
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,
@@ -672,6 +674,45 @@ def test_what_it_says_of_its_size_is_never_allocated(copy_of, tmp_path, name):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+# Running in place casts nothing, reads no pickle, and meets a number that is none in its layer.
+CONVERTERS_OWN = {
+    "nan-and-infinite-weights",
+    "nan-weight-in-bfloat16",
+    "infinite-weight-in-float16",
+    "safetensors-under-the-name-of-a-pickle",
+    "a-pickle-under-another-name",
+    "tensors-that-belong-nowhere",
+}
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if not ROWS[n][4] and n not in CONVERTERS_OWN])
+def test_refused_in_place_too(copy_of, name):
+    kind, damage, code, words, _ = ROWS[name]
+    source = copy_of(kind)
+    words = (*words, *(damage(source) or ()))
+    with pytest.raises(JlayerError) as caught:
+        Store(source)
+    assert caught.value.exit_code == code
+    assert str(source) in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shard-cut-off", "git-lfs-pointer", "fifo-instead-of-a-shard", "link-leading-outside"),
+        *("index-names-a-file-parent", "config-odd-head-dim", "unknown-dtype"),
+    ],
+)
+def test_refused_by_generate(copy_of, capsys, name):
+    kind, damage, code, words, _ = ROWS[name]
+    source = copy_of(kind)
+    words = (*words, *(damage(source) or ()))
+    assert main(["generate", str(source), "--prompt-ids", "1", "--device", "cpu"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [word for word in words if word not in line] == []
 
 
 def test_the_config_is_judged_before_the_weights(copy_of, tmp_path):

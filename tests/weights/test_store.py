@@ -166,10 +166,28 @@ def test_a_damaged_folder_is_refused_before_the_first_token(tiny, tmp_path, chan
         Store(folder)
 
 
-def test_an_unconverted_folder_gets_the_exact_command(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "pytorch_model.bin"],
+        ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+        ["params.json", "consolidated.00.pth"],
+    ],
+    ids=["bin", "bin-shards", "meta"],
+)
+def test_pickles_get_the_exact_command(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"jlayer convert {tmp_path} {tmp_path}-jlayer"):
         Store(tmp_path)
+
+
+def test_layers_without_their_manifest_are_no_published_folder(tiny, tmp_path):
+    """Index and files would do, but nothing says that the conversion came to its end."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="without their manifest"):
+        Store(folder)
 
 
 def test_the_disks_speed_is_measured_where_there_is_enough_to_read(tmp_path):

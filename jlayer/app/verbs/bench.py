@@ -20,6 +20,7 @@ from jlayer.app.verbs.demo import BUNDLED
 from jlayer.app.verbs.generate import RUN, given_run_options, name_of
 from jlayer.config import parse_bytes
 from jlayer.weights.budget import DEFAULT_DISK, human
+from jlayer.weights.hub import local_folder
 from jlayer.weights.schedule import Tier
 
 QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
@@ -35,8 +36,12 @@ OF = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ref", metavar="REF", nargs="?", help="a converted folder (default: the bundled model)"
+        "ref",
+        metavar="REF",
+        nargs="?",
+        help="a folder, or a hub id: owner/name[@revision] (default: the bundled model)",
     )
+    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
     for name, line in RUN.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=line)
     parser.add_argument("--context", type=int, metavar="N", help="make room for so many tokens")
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> dict:
     say = _silent if args.json else _say
     name = name_of(args.ref or BUNDLED)
     with (
-        _folder(args.ref) as folder,
+        _folder(args.ref, offline=args.offline) as folder,
         AutoModel.from_pretrained(folder, **_options(args)) as model,
         progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
     ):
@@ -76,10 +81,10 @@ def _options(args):
 
 
 @contextmanager
-def _folder(ref):
-    """REF, or the bundled model, converted for as long as it is needed."""
+def _folder(ref, *, offline):
+    """The folder of REF, or the bundled model, converted for as long as it is needed."""
     if ref:
-        yield ref
+        yield local_folder(ref, offline=offline)
         return
     from convert import convert_checkpoint
 

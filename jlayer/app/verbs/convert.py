@@ -1,8 +1,9 @@
 """Turn a published checkpoint into one file a layer, checked and with its checksums.
 
-SOURCE is a folder with config.json and safetensors, single or sharded, or with PyTorch's or Meta's
-pickles; TARGET is a new folder, or one that holds an earlier conversion. Nothing but the weights'
-place changes, unless --dtype is given: the result is still a checkpoint that transformers loads.
+SOURCE is a folder with config.json and safetensors, single or sharded, with PyTorch's or Meta's
+pickles, or with what Orbax saved; or a hub id. TARGET is a new folder, or one that holds an earlier
+conversion. Nothing but the weights' place changes, unless --dtype is given: the result is still a
+checkpoint that transformers loads.
 
 A conversion that was stopped, in whatever way, goes on where it was when the same command is run
 again. With --delete-source each weight file of SOURCE is removed once all that is made of it is on
@@ -14,17 +15,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.errors import UsageError
 from jlayer.spec import ITEM_BYTES
+from jlayer.weights.hub import Weights, cached_folder, is_hub_id, local_folder
+from jlayer.weights.layout import EMBED_FILE
 
 HELP = "turn a published checkpoint into one file a layer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder of the published checkpoint")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of the published checkpoint, or a hub id: owner/name[@revision]",
+    )
     parser.add_argument("target", metavar="TARGET", help="folder for the layered checkpoint")
     parser.add_argument(
         "--dtype",
@@ -46,6 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="keep weights that are NaN or infinite"
     )
+    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
+
+
+def _source(args):
+    """The folder of SOURCE. What --delete-source has removed from the hub's cache is not fetched
+    again: the target, once begun, goes on with what is left."""
+    if not is_hub_id(args.source):
+        return args.source
+    cached = cached_folder(args.source) if args.delete_source else None
+    if cached and os.path.exists(os.path.join(args.target, EMBED_FILE)):
+        return cached
+    return local_folder(args.source, weights=Weights.CONVERT, offline=args.offline)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -55,12 +75,13 @@ def run(args: argparse.Namespace) -> dict:
 
     if args.delete_source and not args.yes:
         _ask(args)
+    source = _source(args)
     progress = StderrProgress()
     try:
         from convert import convert_checkpoint  # takes a while, in which it may be interrupted
 
         done = convert_checkpoint(
-            args.source,
+            source,
             args.target,
             dtype=args.dtype,
             overwrite=args.overwrite,

@@ -14,6 +14,7 @@ from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.catalogue import preset
 from jlayer.errors import StorageError, UsageError
 from jlayer.weights.budget import human
+from jlayer.weights.hub import Weights, local_folder
 from jlayer.weights.schedule import Tier
 
 # option on the command line -> (type, what --help says); None means that the model's own default
@@ -41,7 +42,11 @@ RUN = {
 
 
 def add_arguments(parser):
-    parser.add_argument("ref", metavar="REF", help="a converted folder")
+    parser.add_argument(
+        "ref",
+        metavar="REF",
+        help="a folder, or a hub id: owner/name[@revision]",
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F")
@@ -66,6 +71,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--context", type=int, metavar="N", help="at most this many tokens of prompt and answer"
     )
+    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
     timeline.add_option(parser)
 
 
@@ -80,7 +86,7 @@ def run(args) -> dict:
     options = {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
     given = {name: value for name, value in options.items() if value is not None}
     run_options = {**(preset(args.preset) if args.preset else {}), **given_run_options(args)}
-    with AutoModel.from_pretrained(args.ref, **run_options) as model:
+    with AutoModel.from_pretrained(args.ref, offline=args.offline, **run_options) as model:
         prompts, _ = encode_prompts(model, prompt, chat=args.chat, system=args.system)
         decoding = Decoding(model, prompts, sampling_options(model, given), text=model.text)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
@@ -97,9 +103,10 @@ def show_prompt(args, prompt) -> dict:
     """The prompt as text and ids, without opening the weights."""
     from jlayer.run.tokens import NO_TOKENIZER, Tokenizer, chat_messages
 
-    tokenizer = Tokenizer.from_folder(args.ref)
+    folder = local_folder(args.ref, weights=Weights.NONE, offline=args.offline)
+    tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:
-        raise UsageError(NO_TOKENIZER.format(folder=args.ref))
+        raise UsageError(NO_TOKENIZER.format(folder=folder))
     if isinstance(prompt, list):
         text, ids = tokenizer.decode(prompt, skip_special_tokens=False), prompt
     else:
@@ -118,7 +125,8 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     One text is shown as it comes, several one after another at the end. `counts`: whether slow
     sweeps show how far they are.
     """
-    print(f"jlayer: {describe(model)}", file=sys.stderr)
+    for line in (describe(model), *model.notes):
+        print(f"jlayer: {line}", file=sys.stderr)
     live = show if len(decoding.continuations) == 1 else None
     stopped = None
     with progress.shown(model, live) if counts else nullcontext(live) as write:

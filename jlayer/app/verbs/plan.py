@@ -3,6 +3,7 @@ is allocated."""
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 
@@ -11,7 +12,7 @@ from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, rea
 from jlayer.errors import DoesNotFitError
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.weights.budget import DEFAULT_DISK, Machine, human, make_plan
-from jlayer.weights.layout import is_layered
+from jlayer.weights.hub import hub_config, is_hub_id
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
 # an H200).
@@ -20,7 +21,9 @@ CONTEXT_BYTES = {"gpu": 640 << 20, "cpu": 0}
 
 def add_arguments(parser):
     parser.add_argument(
-        "ref", metavar="REF", help="a folder, a config.json, or the name of a known model"
+        "ref",
+        metavar="REF",
+        help="a folder, a config.json, a known model, or a hub id: owner/name[@revision]",
     )
     parser.add_argument(
         "--device-memory", default="4GiB", help="the promise for the device (default: 4GiB)"
@@ -38,10 +41,11 @@ def add_arguments(parser):
     parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
     parser.add_argument("--link-speed", metavar="B/s", help="of the way to the device, 25GB/s")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
+    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
 
 
 def run(args) -> dict:
-    cfg = find_config(args.ref)
+    cfg = find_config(args.ref, offline=args.offline)
     options = RunConfig.from_options(
         device_memory=args.device_memory,
         host_memory=args.host_memory,
@@ -76,10 +80,13 @@ def run(args) -> dict:
     return plan.as_dict()
 
 
-def find_config(ref: str) -> ModelConfig:
-    """The config behind REF: a folder, a file, or a known name. Raises what reading it does."""
+def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
+    """The config behind REF: a folder, a file, a hub id, or a known name. Raises what reading it
+    does."""
     if os.path.isdir(ref):
         return read_config(ref)
+    if is_hub_id(ref) and not ref.endswith(".json"):
+        ref = hub_config(ref, offline=offline)
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
@@ -90,13 +97,11 @@ def find_config(ref: str) -> ModelConfig:
 
 
 def _measured(ref):
-    """The disk's speed where REF is a converted folder; None where there is nothing to read."""
-    if not os.path.isdir(ref) or not is_layered(ref):
-        return None
+    """The disk's speed where REF is a folder with weights; None where there is nothing to read."""
     from jlayer.weights.direct import disk_speed
-    from jlayer.weights.store import Store
 
-    return disk_speed(Store(ref).files)
+    shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
+    return disk_speed([path for path in shards if os.path.isfile(path)])
 
 
 def _speed(words, option):
@@ -108,7 +113,7 @@ def describe(plan) -> str:
     found = plan.as_dict()
     lines = [
         f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
-        f"converting it takes as much disk again",
+        f"it runs as it is published, and converting it takes as much disk again",
         "",
     ]
     for title in ("device", "host"):

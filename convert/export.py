@@ -1,0 +1,251 @@
+"""A layered folder back into a published form: Hugging Face shards, or an Orbax checkpoint.
+
+All is written into a folder beside the target, whose name shows that it is not finished, and synced
+there; then that folder gets the target's name. So whatever stops an export leaves no target, and
+the same command begins again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from convert.disk import TEMPORARY, again, failure, make_folders, remove, sync_folder
+from convert.doors import CheckedSource, open_source
+from convert.lock import LOCK, TargetLock
+from convert.orbax import UNFINISHED, OrbaxWriter
+from convert.outputs import SmallFile, WeightFile, side_output
+from convert.progress import Progress
+from convert.read import Chunk, Source
+from convert.space import check_space
+from convert.write import TargetWriter, refuse_inside
+from jlayer.config import parse_choice
+from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
+from jlayer.families import published_tensors
+from jlayer.strict import is_there, resolve
+from jlayer.weights.digest import TensorDigest
+from jlayer.weights.layout import CONFIG, INDEX, MANIFEST, encode_index, is_layered, read_manifest
+from jlayer.weights.published import SINGLE, names_in
+
+FORMATS = ("huggingface", "orbax")
+SHARD_BYTES = 5_000_000_000
+# What lies beside each array of an Orbax checkpoint: its metadata, and its place in two trees.
+_ARRAY_BYTES = 16 << 10
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did."""
+
+    source: str
+    target: str
+    format: str
+    n_files: int
+    n_tensors: int
+    target_bytes: int
+    elapsed_s: float
+
+
+def export_checkpoint(
+    folder: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    format: str,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Exported:
+    """Writes the layered checkpoint in `folder` to the new folder `target`.
+
+    Every tensor is held against the manifest's digest on its way. Raises the errors of
+    jlayer.errors.
+    """
+    started = time.monotonic()
+    folder, target, progress = os.fspath(folder), os.fspath(target), progress or Progress()
+    parse_choice(format, FORMATS, option="format")
+    refuse_inside(target, folder)
+    _check_new(target)
+    source = _open_layered(folder)
+    aside = os.path.normpath(target) + (UNFINISHED if format == "orbax" else TEMPORARY)
+    if is_there(aside):
+        progress.note(f"{aside}: what an export before has left; beginning again")
+    try:
+        with TargetLock(aside, note=progress.note):
+            _empty(aside)
+            write = _write_orbax if format == "orbax" else _write_shards
+            sizes = write(source, aside, shard_bytes, progress)
+            _put_in_place(aside, target)
+    finally:
+        source.tensors.close()
+    return Exported(
+        source=folder,
+        target=target,
+        format=format,
+        n_files=len(sizes),
+        n_tensors=len(source.tensors.tensors),
+        target_bytes=sum(sizes.values()),
+        elapsed_s=time.monotonic() - started,
+    )
+
+
+def _check_new(target):
+    if not is_there(target, follow=False):
+        return
+    if not os.path.isdir(target) or names_in(target):
+        raise UsageError(f"{target}: is there already; name a new folder")
+
+
+def _open_layered(folder) -> CheckedSource:
+    names_in(folder)
+    if not is_layered(folder):
+        raise CheckpointError(f"{folder}: no {MANIFEST}: only a converted folder is exported")
+    manifest = read_manifest(folder)
+    if manifest.quantization is not None:
+        raise UnsupportedModelError(
+            f"{folder}: quantised, and what was lost cannot be written back; export a folder that "
+            "was converted without --quantize"
+        )
+    digests = {
+        tensor: digest
+        for entry in manifest.files.values()
+        for tensor, digest in entry.digests.items()
+    }
+    source = open_source(folder)
+    return replace(source, tensors=_Undamaged(source.tensors, digests))
+
+
+class _Undamaged:
+    """The tensors of a layered folder, each let go to its end only if it is as it was converted."""
+
+    def __init__(self, source: Source, digests: dict[str, str]):
+        self._source, self._digests = source, digests
+        self.tensors = source.tensors
+        self.where, self.places_of = source.where, source.places_of
+        self.check_unchanged, self.close = source.check_unchanged, source.close
+
+    def chunks(self, name: str) -> Iterator[Chunk]:
+        info = self.tensors[name]
+        digest = TensorDigest(info.shape, info.n_bytes)
+        for chunk in self._source.chunks(name):
+            digest.update(chunk)
+            yield chunk
+        if digest.hexdigest() != self._digests[name]:
+            raise CheckpointError(
+                f"{self.where(name)}: tensor {name}: damaged: its digest is not that of what was "
+                "converted; see jlayer verify"
+            )
+
+
+def _empty(aside):
+    """Removes what an export before has left; the lock says that nobody else is at it."""
+    for name in names_in(aside) - {LOCK}:
+        path = os.path.join(aside, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            remove(path)
+
+
+def _write_shards(source, aside, shard_bytes, progress):
+    shards = _shards(source, shard_bytes, progress)
+    index = encode_index({file.name: file.tensors for file in shards})
+    outputs = [
+        *shards,
+        *_sides(source),
+        *([SmallFile(INDEX, index)] if len(shards) > 1 else []),
+    ]
+    sizes = {output.name: output.n_bytes for output in outputs}
+    check_space(aside, list(sizes.items()), freed={})
+    progress.start(sum(shard.source_bytes for shard in shards))
+    with TargetWriter(aside) as writer:
+        for output in outputs:
+            progress.file(output.name)
+            writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
+    return sizes
+
+
+def _shards(source, shard_bytes, progress) -> list[WeightFile]:
+    """Files of whole tensors, in the order of the model, each of at most `shard_bytes` unless one
+    tensor alone is larger."""
+    groups, room = [], 0
+    for name, shape in published_tensors(source.cfg).items():
+        n_bytes = source.tensors.tensors[name].n_bytes
+        if not groups or n_bytes > room:
+            groups.append({})
+            room = shard_bytes
+        groups[-1][name] = shape
+        room -= n_bytes
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    return [
+        WeightFile(
+            name,
+            shapes,
+            source.tensors,
+            dtype=None,
+            allow_nonfinite=True,
+            progress=progress,
+        )
+        for name, shapes in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
+    ]
+
+
+def _write_orbax(source, aside, _, progress):
+    tensors = source.tensors.tensors
+    sides = _sides(source)
+    sizes = {name: info.n_bytes + _ARRAY_BYTES for name, info in tensors.items()}
+    check_space(aside, [*sizes.items(), *((side.name, side.n_bytes) for side in sides)], freed={})
+    progress.start(sum(info.n_bytes for info in tensors.values()))
+    arrays = OrbaxWriter(os.path.abspath(aside))
+    for name in published_tensors(source.cfg):
+        progress.file(name)
+        try:
+            arrays.write(name, tensors[name], _counted(source.tensors.chunks(name), progress))
+        except (ValueError, OSError) as error:
+            raise _write_failure(aside, name, error) from None
+    with TargetWriter(aside) as writer:
+        for side in sides:
+            writer.write(side.name, side.chunks(), n_bytes=side.n_bytes)
+        for name, content in arrays.finish().items():
+            writer.write(name, [content], n_bytes=len(content))
+    written = {}
+    for where, _, names in os.walk(aside):
+        sync_folder(where)
+        paths = [os.path.join(where, name) for name in names if name != LOCK]
+        written |= {path: os.path.getsize(path) for path in paths}
+    return written
+
+
+def _write_failure(aside, name, error):
+    """tensorstore gives the system's errors as words."""
+    full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
+    if full:
+        return failure(aside, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "written")
+    line = str(error).strip().splitlines()[0][:200]
+    return StorageError(f"{aside}: array {name} cannot be written ({line})")
+
+
+def _counted(chunks, progress):
+    for chunk in chunks:
+        progress.advance(len(chunk))
+        yield chunk
+
+
+def _sides(source):
+    """Config and tokenizer as they are in the layered folder."""
+    others = [side_output(name, file) for name, file in source.side_files.items() if name != CONFIG]
+    return [*others, SmallFile(CONFIG, source.config_bytes)]
+
+
+def _put_in_place(aside, target):
+    sync_folder(aside)
+    parent = os.path.dirname(resolve(target, strict=False))
+    make_folders(parent)
+    try:
+        again(os.rename, aside, target)
+    except OSError as error:
+        raise failure(target, error, "put in place") from None
+    remove(os.path.join(target, LOCK))
+    sync_folder(parent)

@@ -1,0 +1,396 @@
+"""Orbax in and out, and export: equal bytes all the way round, refusals, and what a kill leaves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
+import numpy as np
+import pytest
+
+from convert import convert_checkpoint, export, orbax
+from convert.export import export_checkpoint
+from jlayer.app.cli import main
+from jlayer.errors import CheckpointError, JlayerError, UsageError
+from jlayer.weights.store import Store
+from tests.convert.checkpoints import (
+    NUMPY,
+    edit_json,
+    files_of,
+    random_checkpoint,
+    read_tensors,
+)
+
+KINDS = ["single", "tied", "biased", "bfloat16", "float16"]
+CONFIG = "config.json"
+
+
+def arrays_of(source):
+    """name -> numpy array, of a published folder."""
+    return {
+        name: np.frombuffer(data, NUMPY[dtype]).reshape(shape)
+        for name, (dtype, shape, data) in read_tensors(source).items()
+    }
+
+
+def nested(arrays):
+    tree = {}
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        home = tree
+        for key in path:
+            home = home.setdefault(key, {})
+        home[last] = array
+    return tree
+
+
+def stacked(arrays):
+    """Layers joined along a first axis, under names without their number."""
+    rest = {name: array for name, array in arrays.items() if "model.layers." not in name}
+    layers = {}
+    for name in sorted(set(arrays) - set(rest)):
+        _, _, number, leaf = name.split(".", 3)
+        layers.setdefault(f"model.layers.{leaf}", {})[int(number)] = arrays[name]
+    return rest | {
+        name: np.stack([own[layer] for layer in range(len(own))]) for name, own in layers.items()
+    }
+
+
+def listed_layers(arrays):
+    tree = nested(arrays)
+    layers = tree["model"]["layers"]
+    tree["model"]["layers"] = [layers[str(n)] for n in range(len(layers))]
+    return tree
+
+
+def save(folder, tree, source, *, config_in="folder"):
+    """Saves as Orbax's users do."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+    home = folder if config_in == "folder" else folder.parent
+    shutil.copy(source / CONFIG, home / CONFIG)
+    return folder
+
+
+def save_without_ocdbt(folder, tree, source):
+    import orbax.checkpoint as ocp
+
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True))
+    checkpointer.save(folder, tree)
+    shutil.copy(source / CONFIG, folder / CONFIG)
+    return folder
+
+
+def save_steps(folder, tree, source, item):
+    """A CheckpointManager's folder; returns that of its last step."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(folder) as manager:
+        for step in (3, 7):
+            args = ocp.args.StandardSave(tree)
+            if item != "default":
+                args = ocp.args.Composite(**{item: args})
+            manager.save(step, args=args)
+        manager.wait_until_finished()
+    shutil.copy(source / CONFIG, folder / CONFIG)
+    return folder / "7"
+
+
+@pytest.fixture(scope="module")
+def plain(published):
+    """A checkpoint of three layers, its arrays, and what it is converted to."""
+    from pathlib import Path
+
+    source = Path(published("bfloat16"))
+    return source, arrays_of(source)
+
+
+@pytest.fixture(scope="module")
+def expected(plain, tmp_path_factory):
+    target = tmp_path_factory.mktemp("expected") / "layered"
+    convert_checkpoint(plain[0], target)
+    return read_tensors(target)
+
+
+SAVES = {
+    "nested": lambda folder, arrays, source: save(folder, nested(arrays), source),
+    "flat": lambda folder, arrays, source: save(folder, arrays, source, config_in="parent"),
+    "list": lambda folder, arrays, source: save(folder, listed_layers(arrays), source),
+    "stacked": lambda folder, arrays, source: save(folder, nested(stacked(arrays)), source),
+    "zarr3-files": lambda folder, arrays, source: save_without_ocdbt(
+        folder, nested(arrays), source
+    ),
+    "step": lambda folder, arrays, source: save_steps(folder, nested(arrays), source, "default"),
+    "step-params": lambda folder, arrays, source: save_steps(
+        folder, nested(stacked(arrays)), source, "params"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_what_orbax_has_saved_is_converted_to_equal_bytes(plain, expected, tmp_path, kind):
+    source, arrays = plain
+    folder = SAVES[kind](tmp_path / "saved", arrays, source)
+    done = convert_checkpoint(folder, tmp_path / "layered")
+    assert read_tensors(tmp_path / "layered") == expected
+    assert convert_checkpoint(folder, tmp_path / "layered").status == "unchanged"
+    assert done.n_layers == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_the_way_round_every_tensor_has_equal_bytes(published, tmp_path, kind):
+    """safetensors → layered → Orbax → layered → Hugging Face."""
+    from pathlib import Path
+
+    source = Path(published(kind))
+    steps = [tmp_path / name for name in ("one", "orbax", "two", "shards")]
+    convert_checkpoint(source, steps[0])
+    export_checkpoint(steps[0], steps[1], format="orbax")
+    convert_checkpoint(steps[1], steps[2])
+    export_checkpoint(steps[2], steps[3], format="huggingface", shard_bytes=15_000)
+    tensors = read_tensors(source)
+    for folder in (steps[0], steps[2], steps[3]):
+        assert read_tensors(folder) == tensors
+    assert len(list(steps[3].glob("model-0000?-of-0000?.safetensors"))) > 3
+    assert (steps[3] / CONFIG).read_bytes() == (source / CONFIG).read_bytes()
+    assert Store(steps[3]).cfg == Store(source).cfg
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(s.name for s in steps)
+
+
+def test_orbax_and_transformers_read_what_is_exported(plain, expected, tmp_path):
+    import orbax.checkpoint as ocp
+    from transformers import AutoModelForCausalLM
+
+    source, arrays = plain
+    convert_checkpoint(source, tmp_path / "layered")
+    export_checkpoint(tmp_path / "layered", tmp_path / "orbax", format="orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(tmp_path / "orbax")
+    for name, array in arrays.items():
+        found = tree
+        for key in name.split("."):
+            found = found[key]
+        assert np.array_equal(np.asarray(found), array)
+    export_checkpoint(tmp_path / "layered", tmp_path / "hf", format="huggingface")
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.state_dict().keys() == arrays.keys()
+
+
+def test_everything_wrong_with_a_tree_is_said_at_once(plain, tmp_path):
+    source, arrays = plain
+    arrays = dict(arrays)
+    arrays["stray.weight"] = arrays.pop("model.layers.1.mlp.up_proj.weight")
+    arrays["model.norm.weight"] = arrays["model.norm.weight"][:-1]
+    arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(np.int32)
+    folder = save(tmp_path / "saved", nested(arrays), source)
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(folder, tmp_path / "layered")
+    for words in (
+        *("missing: model.layers.1.mlp.up_proj.weight", "stray.weight", "see --allow-extra"),
+        *("[23], by config.json [24]", "lm_head.weight in _METADATA is int32"),
+    ):
+        assert words in str(caught.value)
+
+
+def refused(folder, tmp_path, *words):
+    with pytest.raises(JlayerError) as caught:
+        convert_checkpoint(folder, tmp_path / "layered")
+    assert caught.value.exit_code == 3
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert not (tmp_path / "layered").exists()
+
+
+def test_stacked_layers_must_be_as_many_as_the_config_has(plain, tmp_path):
+    source, arrays = plain
+    folder = save(tmp_path / "saved", nested(stacked(arrays)), source)
+    edit_json(folder / CONFIG, num_hidden_layers=4)
+    refused(folder, tmp_path, "model.layers.mlp.up_proj.weight is [3, ", "config.json has 4")
+
+
+def test_a_layer_by_itself_and_in_the_stack_is_refused(plain, tmp_path):
+    source, arrays = plain
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = save(tmp_path / "saved", {**stacked(arrays), name: arrays[name]}, source)
+    refused(folder, tmp_path, f"{name} is there by itself and in the stacked")
+
+
+def test_a_save_that_did_not_end_is_refused(plain, tmp_path):
+    source, arrays = plain
+    folder = save(tmp_path / "saved.orbax-checkpoint-tmp-1", nested(arrays), source)
+    refused(folder, tmp_path, "did not come to its end")
+    (tmp_path / "step" / "default.orbax-checkpoint-tmp-2").mkdir(parents=True)
+    refused(tmp_path / "step", tmp_path, "default.orbax-checkpoint-tmp-2", "its end")
+
+
+def test_of_several_steps_one_is_to_be_named(plain, tmp_path):
+    source, arrays = plain
+    save_steps(tmp_path / "steps", nested(arrays), source, "default")
+    refused(tmp_path / "steps", tmp_path, "holds the steps 3, 7", "steps/7")
+
+
+def test_without_a_config_beside_it(plain, tmp_path):
+    source, arrays = plain
+    folder = save(tmp_path / "saved", nested(arrays), source)
+    (folder / CONFIG).unlink()
+    refused(folder, tmp_path, "config.json: missing", "one folder up")
+
+
+def test_a_damaged_or_missing_chunk_is_found(plain, tmp_path):
+    source, arrays = plain
+    folder = save_without_ocdbt(tmp_path / "saved", nested(arrays), source)
+    (chunk,) = (folder / "model.norm.weight" / "c").rglob("*")
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-3])
+    with pytest.raises(CheckpointError, match=r"array model\.norm\.weight cannot be read"):
+        convert_checkpoint(folder, tmp_path / "layered")
+    chunk.unlink()
+    with pytest.raises(CheckpointError, match=r"array model\.norm\.weight cannot be read"):
+        convert_checkpoint(folder, tmp_path / "again")
+
+
+def test_metadata_that_is_none_is_refused(plain, tmp_path):
+    source, arrays = plain
+    folder = save(tmp_path / "saved", nested(arrays), source)
+    for content, words in (
+        ("{}", "not what Orbax writes"),
+        ('{"tree_metadata": {"a": []}}', "not what Orbax writes"),
+        ("[", "not JSON"),
+        (
+            '{"tree_metadata": {"a": {"key_metadata": [{"key": "../x"}], "value_metadata": {}}}}',
+            "not names",
+        ),
+    ):
+        (folder / "_METADATA").write_text(content)
+        refused(folder, tmp_path, "_METADATA", words)
+
+
+def test_an_orbax_checkpoint_does_not_run_in_place_and_the_command_is_told(plain, tmp_path):
+    source, arrays = plain
+    folder = save(tmp_path / "saved", nested(arrays), source)
+    with pytest.raises(CheckpointError, match=f"jlayer convert {folder} {folder}-jlayer"):
+        Store(folder)
+
+
+# Export.
+
+
+@pytest.fixture(scope="module")
+def layered(plain, tmp_path_factory):
+    target = tmp_path_factory.mktemp("layered") / "layered"
+    convert_checkpoint(plain[0], target)
+    return target
+
+
+@pytest.mark.parametrize("form", ["huggingface", "orbax"])
+@pytest.mark.parametrize("nth", [0, 3, 100])
+def test_an_export_that_is_cut_off_leaves_no_target_and_begins_again(
+    layered, tmp_path, monkeypatch, form, nth
+):
+    calls = []
+
+    def stopping(real):
+        def call(self, name, *arguments, **options):
+            calls.append(name)
+            if len(calls) > nth:
+                raise KeyboardInterrupt
+            return real(self, name, *arguments, **options)
+
+        return call
+
+    target = tmp_path / "out"
+    options = {"format": form, "shard_bytes": 15_000}
+    with monkeypatch.context() as patch:
+        for kind in (export.TargetWriter, orbax.OrbaxWriter):
+            patch.setattr(kind, "write", stopping(kind.write))
+        if nth == 100:  # all is written, and only the name is missing
+            patch.setattr(export, "_put_in_place", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            export_checkpoint(layered, target, **options)
+    assert not target.exists()
+    assert len(calls) > nth or nth == 100
+    export_checkpoint(layered, target, **options)
+    export_checkpoint(layered, tmp_path / "undisturbed", **options)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(names) == ["out", "undisturbed"]
+    if form == "huggingface":
+        assert files_of(target) == files_of(tmp_path / "undisturbed")
+    else:
+        convert_checkpoint(target, tmp_path / "back")
+        assert read_tensors(tmp_path / "back") == read_tensors(layered)
+
+
+@pytest.mark.parametrize("form", ["huggingface", "orbax"])
+def test_a_flipped_bit_does_not_leave_the_layered_folder(layered, tmp_path, form):
+    folder = shutil.copytree(layered, tmp_path / "copy")
+    path = folder / "layer-00001.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"layer-00001.*damaged"):
+        export_checkpoint(folder, tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exports_that_are_refused(layered, plain, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    for folder, target, code, words in (
+        (layered, tmp_path / "full", 2, "is there already"),
+        (layered, layered / "inside", 2, "inside the source"),
+        (plain[0], tmp_path / "out", 3, "only a converted folder"),
+        (tmp_path / "none", tmp_path / "out", 3, "no such folder"),
+    ):
+        assert main(["export", str(folder), str(target), "--format", "orbax"]) == code
+        assert words in capsys.readouterr().err
+    with pytest.raises(UsageError, match="did you mean 'orbax'"):
+        export_checkpoint(layered, tmp_path / "out", format="orbx")
+    assert (tmp_path / "full" / "mine").exists()
+
+
+def test_no_room_for_an_export_is_said_before_the_first_byte(layered, tmp_path, monkeypatch):
+    real = os.statvfs(tmp_path)
+    little = os.statvfs_result((*real[:3], 3, 3, *real[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: little)
+    for form in ("huggingface", "orbax"):
+        with pytest.raises(JlayerError, match="need") as caught:
+            export_checkpoint(layered, tmp_path / "out", format=form)
+        assert caught.value.exit_code == 4
+
+
+def test_a_stacked_checkpoint_takes_the_memory_of_one_array_and_a_layer(tmp_path):
+    """Measured by the kernel in a process of its own, above what it holds before."""
+    shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}
+    source = random_checkpoint(tmp_path / "source", **shape, vocab_size=1000)
+    arrays = stacked(arrays_of(source))
+    folder = save(tmp_path / "saved", nested(arrays), source)
+    largest = max(array.nbytes for array in arrays.values())
+    whole = sum(array.nbytes for array in arrays.values())
+    code = (
+        "import sys, tensorstore, threading, time, convert\n"
+        "def anonymous():\n"
+        "    lines = open('/proc/self/status').read().split('RssAnon:')\n"
+        "    return int(lines[1].split()[0]) << 10\n"
+        "peak, before = 0, anonymous()\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while True: peak = max(peak, anonymous()); time.sleep(0.001)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "convert.convert_checkpoint(sys.argv[1], sys.argv[2])\n"
+        "print(peak - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path / "layered"],
+        capture_output=True,
+        text=True,
+        check=True,
+        # Arrays of a real size are mapped one by one, and given back; so are these, then.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"},
+    )
+    layer = largest // 6 * 4
+    assert int(done.stdout) < largest + layer + (16 << 20) < whole, (largest, whole)
+    assert json.loads((folder / CONFIG).read_text())["num_hidden_layers"] == 6
