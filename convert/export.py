@@ -20,7 +20,7 @@ from convert.lock import LOCK, TargetLock
 from convert.orbax import UNFINISHED, OrbaxWriter
 from convert.outputs import SmallFile, WeightFile, side_output
 from convert.progress import Progress
-from convert.read import Chunk, Source
+from convert.read import Chunk, Room, Source
 from convert.space import check_space
 from convert.write import TargetWriter, refuse_inside
 from jlayer.config import parse_choice
@@ -126,10 +126,10 @@ class _Undamaged:
         self.where, self.places_of = source.where, source.places_of
         self.check_unchanged, self.close = source.check_unchanged, source.close
 
-    def chunks(self, name: str) -> Iterator[Chunk]:
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
         info = self.tensors[name]
         digest = TensorDigest(info.shape, info.n_bytes)
-        for chunk in self._source.chunks(name):
+        for chunk in self._source.chunks(name, room):
             digest.update(chunk)
             yield chunk
         if digest.hexdigest() != self._digests[name]:

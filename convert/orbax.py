@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.read import CHUNK_BYTES, Chunk, Place, TensorInfo, check_unchanged
+from convert.read import CHUNK_BYTES, Chunk, Place, Room, TensorInfo, check_unchanged
 from jlayer.errors import CheckpointError
 from jlayer.families import LAYER_PREFIX
 from jlayer.spec import ITEM_BYTES
@@ -150,7 +150,8 @@ class OrbaxSource:
         """Every file of the checkpoint: which of them a tensor lies in, only tensorstore knows."""
         return tuple(Place(name, file, 0) for file in self._files)
 
-    def chunks(self, name: str) -> Iterator[Chunk]:
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
+        """As any source's; what tensorstore has read stays where it is, and `room` unused."""
         taken, *copies = self._copies[name]
         whole = self._read(taken)
         for copy in copies:
