@@ -392,5 +392,6 @@ def test_a_stacked_checkpoint_takes_the_memory_of_one_array_and_a_layer(tmp_path
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"},
     )
     layer = largest // 6 * 4
-    assert int(done.stdout) < largest + layer + (16 << 20) < whole, (largest, whole)
+    fixed = 20 << 20  # the writer's blocks, and what looking for non-finite numbers takes
+    assert int(done.stdout) < largest + layer + fixed < whole, (largest, whole)
     assert json.loads((folder / CONFIG).read_text())["num_hidden_layers"] == 6
