@@ -39,12 +39,14 @@ def test_raw_reads_go_through_every_byte_of_the_files_and_no_further(tmp_path, m
         asked[name, offset, len(buffers[0])] += 1
         return real(fd, buffers, offset)
 
+    expected = {("a", 0, 8192), ("a", 8192, 8192), ("a", 16384, 4096), ("b", 0, 8192)}
+    expected |= {("c", 0, 4096)}
     disk = RawDisk([str(tmp_path / name) for name in sizes])
     monkeypatch.setattr(os, "preadv", counting)
-    assert disk.speed(0.05) > 0
+    while sum(asked.values()) < 2 * len(expected):
+        assert disk.speed(0.01) > 0
     disk.close()
-    expected = {("a", 0, 8192), ("a", 8192, 8192), ("a", 16384, 4096), ("b", 0, 8192)}
-    assert set(asked) == expected | {("c", 0, 4096)}
+    assert set(asked) == expected
     assert max(asked.values()) - min(asked.values()) <= 1  # in turn, again and again
 
 
@@ -120,10 +122,8 @@ def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, qui
         blocks = bench.measure_blocks()
         bench.first_sweep()
         bench.measure_sweeps()
-        assert {t.name for t in set(threading.enumerate()) - before} <= {
-            "jlayer-reader_0",
-            "jlayer-reader_1",
-        }
+        left = {t.name.rstrip("_0123456789") for t in set(threading.enumerate()) - before}
+        assert left <= {"jlayer-reader", "jlayer-reader-moves"}  # the executor's own
         found = model.logits(IDS)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         assert np.array_equal(found, model.logits(IDS))
