@@ -6,13 +6,16 @@ taken in one order, so the bytes are the same however the rows are cut and share
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
+from convert.cast import NUMPY_DTYPE
+from convert.read import Chunk, Source
 from jlayer.quantization import INT4, Scheme
 from jlayer.weights.packed import LEVELS, SCALE_OFFSET, SCALE_SHIFT, decode_scales, dequantize, pack
 
@@ -34,6 +37,31 @@ _CODES = np.searchsorted(
 _FINE_LEVELS = LEVELS[_CODES] * _FINE
 
 
+def whole_rows(chunks: Iterable[Chunk], dtype: str, width: int) -> Iterator[np.ndarray]:
+    """A matrix's bytes, in chunks of any size, as float32 [n, width] of some whole rows at a
+    time."""
+    row_bytes, rest = width * NUMPY_DTYPE[dtype].itemsize, b""
+    for chunk in chunks:
+        data = rest + bytes(chunk) if rest else memoryview(chunk).cast("B")
+        whole = len(data) // row_bytes * row_bytes
+        if whole:
+            yield np.frombuffer(data[:whole], NUMPY_DTYPE[dtype]).reshape(-1, width)
+        rest = bytes(data[whole:])
+
+
+def sample_errors(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    """Each matrix's squared error at int4, as a part of its sum of squares, from its first rows (a
+    chunk of them: all of a small matrix, hundreds of a large one)."""
+    found = {}
+    for tensor, shape in shapes.items():
+        rows = next(whole_rows(source.chunks(tensor), source.tensors[tensor].dtype, shape[1]))
+        try:
+            found[tensor] = relative_error(rows, INT4, quantize(rows, INT4))
+        except OverflowError:
+            found[tensor] = math.inf
+    return found
+
+
 class Quantizer:
     """Quantises rows in all the processor's cores. A context."""
 
@@ -48,7 +76,10 @@ class Quantizer:
         self._pool.shutdown()
 
     def quantize(self, rows: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
-        """Weights [n, width], of any float dtype and finite, as their pieces."""
+        """Weights [n, width], of any float dtype and finite, as their pieces.
+
+        Raises OverflowError where one is beyond what the scheme reaches.
+        """
         parts = list(self._pool.map(lambda some: quantize(some, scheme), _pieces(rows)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -67,6 +98,8 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
     padded[:, :width] = rows
     # Groups as columns: sums run down them, one order whatever stands beside.
     columns = np.ascontiguousarray(padded.reshape(-1, scheme.group).T)
+    if scheme is INT4 and np.abs(columns).max() > INT4_LIMIT:
+        raise OverflowError(f"weights beyond {INT4_LIMIT:g}, which int4 does not reach")
     search = _search_int4 if scheme is INT4 else _search_int8
     codes, scales = search(columns)
     codes = np.ascontiguousarray(codes.T).reshape(n, -1)[:, :width]
