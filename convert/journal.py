@@ -98,7 +98,6 @@ def describe(
     found = {
         "folder": resolve(checked.folder),
         "dtype": dtype,
-        "quantization": quantization and quantization.as_dict(),
         "config": _digest(checked.config_bytes),
         "weights": {file.name: _file(file, lines) for file, lines in held.items()},
         "sides": {
@@ -106,6 +105,8 @@ def describe(
             for name, file in sides.items()
         },
     }
+    if quantization is not None:
+        found["quantization"] = quantization.as_dict()
     if whole:
         found["whole"] = {
             "config": checked.config_bytes.decode(),
@@ -169,7 +170,7 @@ def chosen_before(
 
 
 def _scheme_of(source):
-    return source["quantization"] and source["quantization"]["scheme"]
+    return source["quantization"]["scheme"] if "quantization" in source else None
 
 
 def restore_source(folder: str, journal: Journal) -> CheckedSource:

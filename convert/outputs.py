@@ -21,7 +21,7 @@ from convert.read import Chunk, Room, Source, SourceFile, file_chunks
 from jlayer.config import OWN_QUANTIZATION
 from jlayer.errors import CheckpointError
 from jlayer.families import published_tensors
-from jlayer.quantization import Quantization, Scheme, split_piece, stored_tensors
+from jlayer.quantization import Quantization, piece_dtypes, split_piece, stored_tensors
 from jlayer.weights.digest import TensorDigest
 from jlayer.weights.header import TensorEntry
 from jlayer.weights.layout import CONFIG, INDEX, encode_header, encode_index, file_of
@@ -74,7 +74,7 @@ class WeightFile:
         self._quantizer = quantizer
         after = {tensor: dtype or own for tensor, own in before.items()}
         self._header, self.tensors = encode_header(
-            stored_tensors(shapes, quantization), after | _piece_dtypes(shapes, self._schemes)
+            stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
         )
         self.n_bytes = len(self._header) + sum(entry.n_bytes for entry in self.tensors.values())
         changes = before != after or self._schemes
@@ -288,14 +288,6 @@ def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> 
         return config_bytes
     config.update(changes)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _piece_dtypes(shapes, schemes: dict[str, Scheme]):
-    return {
-        f"{tensor}.{piece}": dtype
-        for tensor, scheme in schemes.items()
-        for piece, (dtype, _) in scheme.pieces(shapes[tensor]).items()
-    }
 
 
 def _bytes(array):

@@ -16,8 +16,8 @@ import numpy as np
 
 from convert.cast import NUMPY_DTYPE
 from convert.read import Chunk, Source
-from jlayer.quantization import INT4, Scheme
-from jlayer.weights.packed import LEVELS, SCALE_OFFSET, SCALE_SHIFT, decode_scales, dequantize, pack
+from jlayer.quantization import FLOAT_SHIFT, INT4, SCALE_OFFSET, Scheme
+from jlayer.weights.packed import LEVELS, decode_scales, dequantize, pack
 
 # The largest magnitude that int4 reaches, with the largest scale: no trained weight comes near.
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])
@@ -137,7 +137,7 @@ def _search_int4(columns):
 def _scale_at_least(reach):
     """The code of the smallest scale that is no smaller, or the largest there is."""
     bits = reach.view(np.uint32).astype(np.int64) - SCALE_OFFSET
-    return np.clip(-(-bits >> SCALE_SHIFT), 0, 127)
+    return np.clip(-(-bits >> FLOAT_SHIFT), 0, 127)
 
 
 class _Room:

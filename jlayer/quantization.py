@@ -31,6 +31,13 @@ CUBE = 1 / 128
 # int4's scale: 2 ** (exponent - SCALE_BIAS) * (1 + mantissa / 8), from 6e-5 to 3.75.
 SCALE_BIAS = 14
 MANTISSA_BITS = 3
+# What the bits of its exponent and mantissa are shifted by, and then raised by, to be a float32.
+FLOAT_SHIFT = 23 - MANTISSA_BITS
+SCALE_OFFSET = (127 - SCALE_BIAS) << 23
+
+# The most of a matrix that is written out at a time for a product: on a CPU what stays in a core's
+# cache, on a GPU enough rows to be worth a kernel's start.
+BLOCK_BYTES = {"cpu": 1 << 20, "gpu": 32 << 20}
 
 # The average over a model's block matrices that int4 stays within, all included, and how far above
 # the typical one a matrix stands out.
@@ -65,6 +72,12 @@ class Scheme:
 INT8 = Scheme("int8", bits=8, group=128, q_dtype="int8", scale_dtype="bfloat16")
 INT4 = Scheme("int4", bits=4, group=32, q_dtype="uint8", scale_dtype="uint8")
 SCHEMES = {scheme.name: scheme for scheme in (INT8, INT4)}
+
+
+def scheme_of_q(dtype: str) -> Scheme:
+    """The scheme whose `q` is of this dtype: no two share one."""
+    (found,) = (scheme for scheme in SCHEMES.values() if scheme.q_dtype == dtype)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,36 @@ def stored_tensors(
             pieces = scheme.pieces(shape).items()
             found |= {piece_name(tensor, piece): own for piece, (_, own) in pieces}
     return found
+
+
+def block_rows(n_rows: int, row_bytes: int, block_bytes: int) -> int:
+    """How many rows of `row_bytes` are written out at a time: all, or a multiple of 8 (8 at least)
+    within `block_bytes`, such that the blocks are the fewest and overlap least."""
+    most = max(8, block_bytes // row_bytes // 8 * 8)
+    if n_rows <= most:
+        return n_rows
+    n_blocks = -(-n_rows // most)
+    return -(-n_rows // (8 * n_blocks)) * 8
+
+
+def piece_dtypes(
+    shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None
+) -> dict[str, str]:
+    """The dtypes of the pieces among `stored_tensors`."""
+    found = {}
+    for tensor, shape in shapes.items():
+        scheme = quantization and quantization.scheme_of(tensor, shape)
+        if scheme is not None:
+            pieces = scheme.pieces(shape).items()
+            found |= {piece_name(tensor, piece): dtype for piece, (dtype, _) in pieces}
+    return found
+
+
+def stored_bytes(form: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a published tensor that is stored in `form`: a dtype, or a scheme's name."""
+    if form in SCHEMES:
+        return SCHEMES[form].n_bytes(shape)
+    return math.prod(shape) * STORED_BYTES[form]
 
 
 def piece_name(name: str, piece: str) -> str:

@@ -19,7 +19,7 @@ from jlayer.errors import CheckpointError
 from jlayer.run.executor import Executor
 from jlayer.run.programs import Programs
 from jlayer.weights.budget import Plan, chunks
-from jlayer.weights.direct import RowReader
+from jlayer.weights.embedding import Embedding
 from jlayer.weights.tiles import STAGES, Tile
 
 
@@ -73,8 +73,7 @@ class Forward:
         self,
         executor: Executor,
         programs: Programs,
-        embedding: RowReader,
-        embedding_dtype: str,
+        embedding: Embedding,
         residents: Residents,
         plan: Plan,
         *,
@@ -82,7 +81,7 @@ class Forward:
     ):
         self.batch, self.capacity, self._most = batch, plan.capacity, plan.chunk
         self._executor, self._programs = executor, programs
-        self._embedding, self._embedding_dtype = embedding, np.dtype(embedding_dtype)
+        self._embedding = embedding
         self._residents = residents
         self._make_cache = programs.empty_cache(batch=batch, capacity=self.capacity)
         self._caches = None
@@ -207,14 +206,13 @@ class Forward:
             chunk.hidden, chunk.x = program(chunk.hidden, products["down_proj"]), None
 
     def _run_head(self, tile, arrays, passing, sizes, every, gathered):
-        (part,) = tile.parts
         column, outputs = 0, []
         for index, chunk in enumerate(passing):
             last = _last(index, sizes, every)
             if last:
                 program = self._programs_of(tile, chunk.tokens, last=last)["head"]
-                outputs.append(program(self._residents.final, arrays[part.leaf], chunk.hidden))
-                gathered.add(outputs[-1], column, part.first_row)
+                outputs.append(program(self._residents.final, arrays, chunk.hidden))
+                gathered.add(outputs[-1], column, tile.parts[0].first_row)
                 column += last
         return outputs
 
@@ -271,8 +269,7 @@ class Forward:
         found = np.zeros((*tokens.shape, self._programs.cfg.hidden_size), self._programs.dtype)
         real = tokens >= 0
         ids, inverse = np.unique(tokens[real], return_inverse=True)
-        rows = self._embedding.read(ids).view(self._embedding_dtype)
-        found[real] = rows.astype(self._programs.dtype)[inverse]
+        found[real] = self._embedding.read(ids).astype(self._programs.dtype)[inverse]
         return found
 
     def _put(self, array):
@@ -300,8 +297,7 @@ def _product_names(tile):
     """What a tile's products are called, in the order that its program returns them."""
     if tile.stage == "gate_up":
         return ("inner",)
-    matrices = dict(STAGES)[tile.stage]
-    return tuple(part.leaf for part in tile.parts if part.leaf in matrices)
+    return tuple(tile.heights)
 
 
 def _stage_widths(tiles):
@@ -312,8 +308,7 @@ def _stage_widths(tiles):
             own = found.setdefault((tile.layer, tile.stage), {})
             for name in _product_names(tile):
                 leaf = "gate_proj" if name == "inner" else name
-                (rows,) = (part.shape[0] for part in tile.parts if part.leaf == leaf)
-                own[name] = (*own.get(name, ()), rows)
+                own[name] = (*own.get(name, ()), tile.heights[leaf])
     return found
 
 

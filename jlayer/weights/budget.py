@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass, replace
 
 from jlayer.config import ModelConfig
 from jlayer.errors import DoesNotFitError
-from jlayer.families import EMBEDDING, published_tensors
+from jlayer.families import FINAL_NORM, published_tensors
+from jlayer.quantization import (
+    BLOCK_BYTES,
+    block_rows,
+    scheme_of_q,
+    split_piece,
+    stored_bytes,
+)
 from jlayer.spec import ITEM_BYTES, query_pieces
 from jlayer.weights.layout import ALIGNMENT
 from jlayer.weights.schedule import Tier
@@ -325,13 +332,13 @@ def capacity_for(n_positions: int) -> int:
 def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
     """The least that a way of cutting needs: nothing kept beyond the ring."""
     item = ITEM_BYTES[dtype]
-    stored = dtype_of(EMBEDDING.published)
+    stored = dtype_of(FINAL_NORM.published)
     tile_bytes = max(tile.n_bytes for tile in tiles)
     slot = tile_bytes + _slack(tiles)
     ahead = min(AHEAD[machine.platform], len(tiles))
     ring = ahead + READING
     layers, width = cfg.num_hidden_layers, cfg.hidden_size
-    norms = sum(part.n_bytes for part in norm_parts(cfg, lambda _: stored, 0)) * layers
+    norms = sum(part.n_bytes for part in norm_parts(cfg, dtype_of, 0)) * layers
     cache = 2 * shapes.batch * shapes.capacity * cfg.num_key_value_heads * cfg.head_dim * item
     device = DeviceMemory(
         budget_bytes=machine.device_budget,
@@ -341,7 +348,9 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=norms + width * ITEM_BYTES[stored],
         cache_bytes=layers * cache,
         activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles)),
-        temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype)
+        temporary_bytes=temporary_bytes(
+            cfg, shapes, tiles, dtype=dtype, platform=machine.platform
+        )
         + LIBRARY_BYTES[machine.platform],
     )
     on_host = _sum(device) - device.slots_bytes if machine.platform == "cpu" else 0
@@ -365,8 +374,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         chunk=shapes.chunk,
         capacity=shapes.capacity,
         model_bytes=sum(
-            math.prod(shape) * ITEM_BYTES[dtype_of(name)]
-            for name, shape in published_tensors(cfg).items()
+            stored_bytes(dtype_of(name), shape) for name, shape in published_tensors(cfg).items()
         ),
         n_layers=layers,
     )
@@ -440,27 +448,41 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
 
 
 def temporary_bytes(
-    cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...], *, dtype: str
+    cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...], *, dtype: str, platform: str
 ) -> int:
     """An upper bound for the temporaries of any one program of a run.
 
     What is alive at once in attention or in the MLP, in float32; and, where weights are of another
-    dtype than the run's, the tile's matrices written out in the run's.
+    dtype than the run's, the tile's matrices written out in the run's; of quantised ones a block of
+    rows each.
     """
     from_attention = attention_temporary_bytes(cfg, shapes)
     b, t = shapes.batch, shapes.chunk
     item = ITEM_BYTES[dtype]
     cast = max(
-        sum(math.prod(part.shape) * item for part in tile.parts if part.dtype != dtype)
+        sum(_written_out(part, dtype, BLOCK_BYTES[platform]) for part in tile.parts)
         for tile in tiles
     )
+    quantized = any(split_piece(part.leaf)[1] for part in tiles[0].parts)
     if _is_whole(tiles):
-        mlp = 3 * 4 * b * t * cfg.intermediate_size
+        # The products of a quantised matrix's blocks are put in order once more.
+        mlp = (4 if quantized else 3) * 4 * b * t * cfg.intermediate_size
         return cast + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
-    rows = max(sum(part.shape[0] for part in tile.parts) for tile in tiles)
+    rows = max(sum(tile.heights.values()) for tile in tiles)
     widest = max(cfg.hidden_size, cfg.intermediate_size)
     product = 3 * 4 * b * t * rows + 4 * b * t * widest
     return max(cast + product, from_attention, 4 * 4 * b * t * widest)
+
+
+def _written_out(part, dtype, block_bytes):
+    """What a program writes of a part in the run's dtype."""
+    piece = split_piece(part.leaf)[1]
+    if piece is None:
+        return 0 if part.dtype == dtype else math.prod(part.shape) * ITEM_BYTES[dtype]
+    if piece != "q":
+        return 0
+    row_bytes = part.shape[1] * 8 // scheme_of_q(part.dtype).bits * ITEM_BYTES[dtype]
+    return block_rows(part.shape[0], row_bytes, block_bytes) * row_bytes
 
 
 def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:

@@ -155,7 +155,7 @@ def _entry(found, data_start):
         return found
     try:
         dtype, shape, (begin, end) = found["dtype"], found["shape"], found["data_offsets"]
-        name_of_dtype, item_bytes = DTYPES[dtype]
+        name_of_dtype, item_bytes = STORED_DTYPES[dtype]
         n_bytes = _n_elements(shape) * item_bytes
     except (TypeError, ValueError, KeyError):  # of what is no entry, no pair, no shape, no dtype
         return found

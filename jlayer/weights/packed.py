@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlayer.quantization import CUBE, MANTISSA_BITS, SCALE_BIAS, ZERO, Scheme
+from jlayer.quantization import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO, Scheme
 
-_FLOAT_BIAS = 127
-_FLOAT_MANTISSA_BITS = 23
-# What a scale's exponent and mantissa are shifted by, and then raised by, to be those of float32.
-SCALE_SHIFT = _FLOAT_MANTISSA_BITS - MANTISSA_BITS
-SCALE_OFFSET = (_FLOAT_BIAS - SCALE_BIAS) << _FLOAT_MANTISSA_BITS
 # The weight that each half byte stands for, in units of the scale.
 LEVELS = (
     (np.arange(16, dtype=np.float32) - ZERO)
@@ -38,7 +33,7 @@ def unpack(packed: np.ndarray, width: int) -> np.ndarray:
 def decode_scales(codes: np.ndarray) -> np.ndarray:
     """int4's scales as float32."""
     bits = codes.astype(np.uint32)
-    magnitude = ((bits & 127) << SCALE_SHIFT) + np.uint32(SCALE_OFFSET)
+    magnitude = ((bits & 127) << FLOAT_SHIFT) + np.uint32(SCALE_OFFSET)
     return (magnitude | (bits >> 7) << 31).view(np.float32)
 
 

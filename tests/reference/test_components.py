@@ -57,7 +57,7 @@ def randomise(module):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("columns", [1, 2, layers.FEW_COLUMNS, layers.FEW_COLUMNS + 1])
+@pytest.mark.parametrize("columns", [1, 2, quant.FEW_COLUMNS, quant.FEW_COLUMNS + 1])
 def test_a_product_is_the_same_from_either_side(columns, dtype):
     generator = torch.Generator().manual_seed(columns)
     x = torch.randn((1, columns, 24), generator=generator).to(getattr(torch, dtype))
