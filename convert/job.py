@@ -517,9 +517,7 @@ class _Job:
         files |= {
             side.name: FileEntry(side.n_bytes, sides[side.name], {}, {}) for side in self.sides
         }
-        return Manifest(
-            self.checked.cfg.model_type, self._fingerprint(), files, self.quantization
-        )
+        return Manifest(self.checked.cfg.model_type, self._fingerprint(), files, self.quantization)
 
     def _refusal(self, difference):
         return UsageError(

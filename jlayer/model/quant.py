@@ -47,9 +47,7 @@ def join_pieces(arrays: dict, *, block_bytes: int) -> dict:
             found[leaf] = array
         else:
             pieces.setdefault(leaf, {})[piece] = array
-    return found | {
-        leaf: Quantized(**own, block_bytes=block_bytes) for leaf, own in pieces.items()
-    }
+    return found | {leaf: Quantized(**own, block_bytes=block_bytes) for leaf, own in pieces.items()}
 
 
 # Columns up to which the CPU is asked for weight @ x.T instead of x @ weight.T.

@@ -111,9 +111,9 @@ class Model:
         self._text = None
         self.load_s = clock.lap()
 
-    def plan_for(self, *, batch: int, longest: int, context: int) -> Plan:
+    def plan_for(self, *, batch: int, longest: int, context: int, every: bool = False) -> Plan:
         """The plan of a run whose longest sweep carries `longest` tokens of each of `batch`
-        sequences.
+        sequences; `every`: with the logits of all of them.
 
         What streams already goes on as it is where the run fits it; else the best plan anew.
         """
@@ -123,6 +123,7 @@ class Model:
             "batch": batch,
             "longest": longest,
             "context": context,
+            "every": every,
         }
         if self._executor_plan is not None:
             same = refit(self._executor_plan, self.config, **options)
@@ -189,10 +190,10 @@ class Model:
             self._text = Tokenizer.from_folder(self.folder)
         return self._text
 
-    def forward(self, *, batch: int, longest: int, context: int) -> Forward:
-        """Room for `batch` sequences of up to `context` positions; checked against the promises
-        before any allocation."""
-        self.plan = self.plan_for(batch=batch, longest=longest, context=context)
+    def forward(self, *, batch: int, longest: int, context: int, every: bool = False) -> Forward:
+        """Room for `batch` sequences of up to `context` positions (and, with `every`, for the
+        logits of all tokens of a sweep); checked against the promises before any allocation."""
+        self.plan = self.plan_for(batch=batch, longest=longest, context=context, every=every)
         self.plan.check()
         return Forward(
             self._executor_for(self.plan),
@@ -240,7 +241,8 @@ class Model:
         for row in ids:
             self.check_ids(row)
         self.check_length(len(ids[0]), 0)
-        forward = self.forward(batch=len(ids), longest=len(ids[0]), context=len(ids[0]))
+        n_tokens = len(ids[0])
+        forward = self.forward(batch=len(ids), longest=n_tokens, context=n_tokens, every=True)
         return forward.sweep(ids, [0] * len(ids), every=True)
 
     def generate(self, input_ids, **options):

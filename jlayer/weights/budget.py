@@ -17,6 +17,7 @@ from jlayer.errors import DoesNotFitError
 from jlayer.families import FINAL_NORM, published_tensors
 from jlayer.quantization import (
     BLOCK_BYTES,
+    SCHEMES,
     block_rows,
     scheme_of_q,
     split_piece,
@@ -87,12 +88,13 @@ class Machine:
 @dataclass(frozen=True)
 class Shapes:
     """What a run carries: `n_columns` are the tokens of its longest sweep, padding included,
-    `chunk` the most that go through a tile at once."""
+    `chunk` the most that go through a tile at once; `every`: logits of all of them are wanted."""
 
     batch: int
     capacity: int
     chunk: int
     n_columns: int
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Plan:
     chunk: int
     capacity: int
     model_bytes: int
+    published_bytes: int  # before it was quantised, if it was
     n_layers: int
 
     @property
@@ -193,9 +196,9 @@ class Plan:
             "device": {**asdict(self.device), "peak_bytes": self.device_peak_bytes},
             "host": {**asdict(self.host), "peak_bytes": self.host_peak_bytes},
             "disk": {
-                "source_bytes": self.model_bytes,
+                "source_bytes": self.published_bytes,
                 "target_bytes": self.model_bytes,
-                "peak_bytes": 2 * self.model_bytes,
+                "peak_bytes": self.published_bytes + self.model_bytes,
             },
             "tiers": {f"{tier.value}_layers": self.layers(tier) for tier in Tier},
             "tile_bytes": self.tile_bytes,
@@ -235,15 +238,17 @@ def make_plan(
     batch: int = 1,
     longest: int = 1,
     context: int = 1,
+    every: bool = False,
     keeps_layers: bool = True,
 ) -> Plan:
     """The plan of the shortest sweep that fits: tile size, chunk of tokens, and what stays where.
 
-    `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach. Where
-    nothing fits, the plan that needs least (`fits` is False; `check` refuses).
+    `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach;
+    `every`: logits of all tokens are wanted, not of the last alone. Where nothing fits, the plan
+    that needs least (`fits` is False; `check` refuses).
     """
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context}
+    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
     best = smallest = None
     for tile_bytes in TILE_BYTES:
         tiles = cut(cfg, dtype_of, tile_bytes)
@@ -278,11 +283,12 @@ def refit(
     batch: int,
     longest: int,
     context: int,
+    every: bool = False,
 ) -> Plan:
     """The same tiles in the same places for another run; `fits` says whether the promises allow
     it."""
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context}
+    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
     for most in reversed(CHUNK_TOKENS):
         shapes = shapes_of_run(**shape, most=most)
         bare = _bare_plan(cfg, plan.machine, plan.tiles, shapes=shapes, **options)
@@ -293,12 +299,12 @@ def refit(
 
 
 def shapes_of_run(
-    *, batch: int, longest: int, context: int, most: int = CHUNK_TOKENS[-1]
+    *, batch: int, longest: int, context: int, every: bool = False, most: int = CHUNK_TOKENS[-1]
 ) -> Shapes:
     """The input shapes of a run whose longest sweep carries `longest` tokens a sequence, `most` at
     once."""
     sizes = chunks(longest, most)
-    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes))
+    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes), every)
 
 
 def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
@@ -339,6 +345,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
     ring = ahead + READING
     layers, width = cfg.num_hidden_layers, cfg.hidden_size
     norms = sum(part.n_bytes for part in norm_parts(cfg, dtype_of, 0)) * layers
+    logits = logits_bytes(cfg, shapes, tiles)
     cache = 2 * shapes.batch * shapes.capacity * cfg.num_key_value_heads * cfg.head_dim * item
     device = DeviceMemory(
         budget_bytes=machine.device_budget,
@@ -347,10 +354,9 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         slots_bytes=(ahead + (machine.platform == "gpu")) * tile_bytes,
         resident_bytes=norms + width * ITEM_BYTES[stored],
         cache_bytes=layers * cache,
-        activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles)),
-        temporary_bytes=temporary_bytes(
-            cfg, shapes, tiles, dtype=dtype, platform=machine.platform
-        )
+        activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
+        + 3 * logits,
+        temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype, platform=machine.platform)
         + LIBRARY_BYTES[machine.platform],
     )
     on_host = _sum(device) - device.slots_bytes if machine.platform == "cpu" else 0
@@ -359,7 +365,8 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         slots_bytes=ring * slot,
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
-        + shapes.batch * 2 * cfg.vocab_size * 16,
+        + shapes.batch * 2 * cfg.vocab_size * 16
+        + shapes.every * logits,
         runtime_bytes=machine.runtime_bytes,
     )
     return Plan(
@@ -375,6 +382,10 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         capacity=shapes.capacity,
         model_bytes=sum(
             stored_bytes(dtype_of(name), shape) for name, shape in published_tensors(cfg).items()
+        ),
+        published_bytes=sum(
+            stored_bytes(stored if dtype_of(name) in SCHEMES else dtype_of(name), shape)
+            for name, shape in published_tensors(cfg).items()
         ),
         n_layers=layers,
     )
@@ -431,8 +442,7 @@ def _spread(sizes: list[int], room: int) -> list[bool]:
 
 
 def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
-    """What a sweep's tokens hold between programs: hidden states, the stage under way, logits on
-    their way out.
+    """What a sweep's tokens hold between programs: hidden states and the stage under way.
 
     Whole layers keep only hidden states; tiles also hold a stage's input and the products so far,
     of all tokens.
@@ -443,8 +453,15 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     each = 2 * d if whole else 3 * d + max(f + d, 2 * (heads + 2 * kv_heads))
     columns = shapes.batch * shapes.n_columns
     joined = 0 if whole else shapes.batch * shapes.chunk * f * item_bytes
-    logits = 3 * shapes.batch * 2 * cfg.vocab_size * 4
-    return columns * (each * item_bytes + 4) + joined + logits
+    return columns * (each * item_bytes + 4) + joined
+
+
+def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...]) -> int:
+    """The logits that one of the head's programs gives; a few of them wait on their way out."""
+    if not shapes.every:
+        return shapes.batch * 2 * cfg.vocab_size * 4
+    rows = max(sum(tile.heights.values()) for tile in tiles if tile.stage == "head")
+    return shapes.batch * shapes.chunk * rows * 4
 
 
 def temporary_bytes(

@@ -99,9 +99,7 @@ def norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
 
 
 def norm_parts(cfg: ModelConfig, dtype_of: Callable[[str], str], layer: int) -> tuple[Part, ...]:
-    return tuple(
-        part for leaf in norm_leaves(cfg) for part in _parts(cfg, dtype_of, leaf, layer)
-    )
+    return tuple(part for leaf in norm_leaves(cfg) for part in _parts(cfg, dtype_of, leaf, layer))
 
 
 def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
