@@ -130,10 +130,10 @@ def convert_checkpoint(
     """Turns the published checkpoint in `source` into a layered one in `target`.
 
     Without `dtype` every tensor keeps its own, and its bytes; with `quantize` ("int8" or "int4")
-    matrices are kept in so many bits, and the rest as it would be without. With `delete_source` the files of the
-    source that hold its weights are removed as soon as nothing needs them. Whatever stops it, the
-    same call goes on from there: what is finished stays, without a manifest and without temporary
-    files. Raises the errors of jlayer.errors.
+    matrices are kept in so many bits, and the rest as it would be without. With `delete_source` the
+    files of the source that hold its weights are removed as soon as nothing needs them. Whatever
+    stops it, the same call goes on from there: what is finished stays, without a manifest and
+    without temporary files. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
     source, target, progress = os.fspath(source), os.fspath(target), progress or Progress()

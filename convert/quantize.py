@@ -23,8 +23,8 @@ from jlayer.weights.packed import LEVELS, decode_scales, dequantize, pack
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])
 # Weights that a thread works on at a time: all that it needs stays in the processor's cache.
 _BLOCK = 1 << 16
-# Scales tried beside the smallest that reaches the group's largest weight: for int4 so many steps of
-# the stored scale (each 6 to 12%; others gain under 0.5%), for int8 these ratios.
+# Scales tried around the smallest that reaches the group's largest weight: for int4 so many steps
+# of the stored scale (each 6 to 12%; others gain under 0.5%), for int8 these ratios.
 _INT4_STEPS = (1, 0, -1, -2)
 _INT8_RATIOS = (1.0, 0.995, 0.99, 0.985, 0.98)
 # int4's nearest level is looked up: so many entries for a scale's length.

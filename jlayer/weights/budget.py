@@ -475,7 +475,6 @@ def temporary_bytes(
     """
     from_attention = attention_temporary_bytes(cfg, shapes)
     b, t = shapes.batch, shapes.chunk
-    item = ITEM_BYTES[dtype]
     cast = max(
         sum(_written_out(part, dtype, BLOCK_BYTES[platform]) for part in tile.parts)
         for tile in tiles

@@ -112,8 +112,8 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
 
     Large regular pieces thus begin aligned, and what is small sits together at the end. Equals go
     by name. The pieces of a quantised matrix stand together, where the matrix itself would, so that
-    it is read and written in one go. Where dtypes are mixed so that a tensor would begin inside an element of its own size,
-    which no reader can view, the wider dtypes come first.
+    it is read and written in one go. Where dtypes are mixed so that a tensor would begin inside an
+    element of its own size, which no reader can view, the wider dtypes come first.
     """
 
     def key(name):

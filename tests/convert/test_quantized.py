@@ -187,9 +187,9 @@ def test_a_finished_folder_is_known_again_and_other_options_are_refused(plain, t
     for options in ({}, {"quantize": "int8"}):
         with pytest.raises(UsageError, match="quantised as int4 there"):
             convert_checkpoint(plain, tmp_path / "out", **options)
-    with pytest.raises(UnsupportedModelError, match="quantised already.*int4"):
+    with pytest.raises(UnsupportedModelError, match=r"quantised already.*int4"):
         convert_checkpoint(tmp_path / "out", tmp_path / "more")
-    with pytest.raises(UsageError, match="int5.*did you mean"):
+    with pytest.raises(UsageError, match=r"int5.*did you mean"):
         convert_checkpoint(plain, tmp_path / "other", quantize="int5")
 
 

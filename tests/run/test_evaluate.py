@@ -143,7 +143,10 @@ def test_as_many_windows_a_sweep_as_the_promises_allow(fable, ids):
             replace(model._machine, device_budget=1),
             dtype_of=model._store.dtype_of,
             dtype=model.dtype,
-            **{"batch": 8, "longest": 16, "context": 16, "every": True},
+            batch=8,
+            longest=16,
+            context=16,
+            every=True,
         ).device_peak_bytes
     with AutoModel.from_pretrained(fable, device="cpu", device_memory=needed - 1) as model:
         again = perplexity(model, ids[:128], length=16)
