@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,8 +171,8 @@ class Comparison:
 
 
 def compare(
-    open_first: Callable[[], Model],
-    open_second: Callable[[], Model],
+    open_first: Callable[[], AbstractContextManager[Model]],
+    open_second: Callable[[], AbstractContextManager[Model]],
     ids: Callable[[Model], list[int]],
     *,
     length: int | None = None,

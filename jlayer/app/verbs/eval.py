@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from contextlib import contextmanager
 
-from jlayer.app.verbs.generate import RUN, describe, tell_stall
+from jlayer.app import progress
+from jlayer.app.verbs.generate import RUN, describe
 from jlayer.errors import StorageError, UsageError
 
 
@@ -56,11 +58,14 @@ def run(args) -> dict:
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
     text_of = {}  # the text as the model reads it: ids, and how many a byte
 
+    @contextmanager
     def opened(ref):
-        model = AutoModel.from_pretrained(ref, **options)
-        model.watch.on_stall = tell_stall
-        print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
-        return model
+        with (
+            AutoModel.from_pretrained(ref, **options) as model,
+            progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+        ):
+            print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
+            yield model
 
     def encoded(model):
         text_of["ids"], text_of["a_byte"] = _encode(model, text, args.max_tokens)
