@@ -99,7 +99,21 @@ def _dot(left, right, left_axis, right_axis):
     )
 
 
+# Columns up to which a CPU multiplies quantised weights in float32: there the time goes into
+# writing them out, and to round them to bfloat16 takes a third of that.
+FEW_IN_FLOAT32 = 8
+
+
 def _quantized_product(x, weight):
+    if math.prod(x.shape[:-1]) > FEW_IN_FLOAT32:
+        return _by_blocks(x, weight)
+    return jax.lax.platform_dependent(
+        x, weight, cpu=lambda x, weight: _by_blocks(x.astype(jnp.float32), weight),
+        default=_by_blocks,
+    )  # fmt: skip
+
+
+def _by_blocks(x, weight):
     """Blocks of rows one after another; the last may overlap the one before it."""
     n_rows, width = weight.q.shape[0], x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)

@@ -476,7 +476,7 @@ def temporary_bytes(
     from_attention = attention_temporary_bytes(cfg, shapes)
     b, t = shapes.batch, shapes.chunk
     cast = max(
-        sum(_written_out(part, dtype, BLOCK_BYTES[platform]) for part in tile.parts)
+        sum(_written_out(part, dtype, platform) for part in tile.parts)
         for tile in tiles
     )
     quantized = any(split_piece(part.leaf)[1] for part in tiles[0].parts)
@@ -490,15 +490,17 @@ def temporary_bytes(
     return max(cast + product, from_attention, 4 * 4 * b * t * widest)
 
 
-def _written_out(part, dtype, block_bytes):
-    """What a program writes of a part in the run's dtype."""
+def _written_out(part, dtype, platform):
+    """What a program writes of a part in the run's dtype; a CPU may take float32 for quantised
+    ones."""
     piece = split_piece(part.leaf)[1]
     if piece is None:
         return 0 if part.dtype == dtype else math.prod(part.shape) * ITEM_BYTES[dtype]
     if piece != "q":
         return 0
-    row_bytes = part.shape[1] * 8 // scheme_of_q(part.dtype).bits * ITEM_BYTES[dtype]
-    return block_rows(part.shape[0], row_bytes, block_bytes) * row_bytes
+    item = ITEM_BYTES["float32" if platform == "cpu" else dtype]
+    row_bytes = part.shape[1] * 8 // scheme_of_q(part.dtype).bits * item
+    return block_rows(part.shape[0], row_bytes, BLOCK_BYTES[platform]) * row_bytes
 
 
 def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:

@@ -56,7 +56,7 @@ def test_a_product_is_that_with_the_weights_that_it_stands_for(rows, width, sche
 
 def test_in_bfloat16_the_weights_are_rounded_once():
     weight, exact = random_weight(24, 96, SCHEMES["int4"], block_bytes=2000)
-    x = np.random.default_rng(1).standard_normal((1, 96)).astype(jnp.bfloat16)
+    x = np.random.default_rng(1).standard_normal((9, 96)).astype(jnp.bfloat16)
     rounded = exact.astype(jnp.bfloat16).astype(np.float32)
     expected = x.astype(np.float32) @ rounded.T
     np.testing.assert_allclose(product(jnp.asarray(x), weight), expected, rtol=1e-5, atol=1e-5)
