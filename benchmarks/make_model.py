@@ -98,7 +98,9 @@ def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> No
     for name, data in (("config.json", text), (INDEX, index)):
         files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {}, {})
     fingerprint = hashlib.sha256(text + shape.encode()).hexdigest()
-    (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files, quantization)))
+    (folder / MANIFEST).write_bytes(
+        encode_manifest(Manifest("llama", fingerprint, files, quantization))
+    )
 
 
 def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -> None:

@@ -1,5 +1,5 @@
-"""What quantising costs: perplexity and divergence of int8 and int4, beside round-to-nearest and NF4 in
-the same run, on a trained checkpoint and a held-out text.
+"""What quantising costs: perplexity and divergence of int8 and int4, beside round-to-nearest and
+NF4 in the same run, on a trained checkpoint and a held-out text.
 
     python benchmarks/quantization.py CHECKPOINT TEXT.gz [TEXT.gz ...] [--held-out 40000]
 
@@ -98,7 +98,8 @@ def held_out(checkpoint: Path, texts: list[Path], n_tokens: int) -> list[int]:
     config = json.loads((checkpoint / "config.json").read_text())
     ids: list[int] = []
     for path in texts:
-        for document in gzip.open(path, "rt").read().split("<|endoftext|>"):
+        text = gzip.decompress(path.read_bytes()).decode()
+        for document in text.split("<|endoftext|>"):
             if document.strip():
                 own = tokenizer.encode(document.strip() + "\n", add_special_tokens=False)
                 ids += [config["bos_token_id"], *own, config["eos_token_id"]]

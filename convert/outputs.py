@@ -55,10 +55,10 @@ class WeightFile:
         source: Source,
         *,
         dtype: str | None,
-        quantization: Quantization | None,
-        quantizer: Quantizer,
         allow_nonfinite: bool,
         progress: Progress,
+        quantization: Quantization | None = None,
+        quantizer: Quantizer | None = None,
     ):
         self.name, self.published = name, tuple(shapes)
         self.nonfinite: dict[str, int] = {}

@@ -475,10 +475,7 @@ def temporary_bytes(
     """
     from_attention = attention_temporary_bytes(cfg, shapes)
     b, t = shapes.batch, shapes.chunk
-    cast = max(
-        sum(_written_out(part, dtype, platform) for part in tile.parts)
-        for tile in tiles
-    )
+    cast = max(sum(_written_out(part, dtype, platform) for part in tile.parts) for tile in tiles)
     quantized = any(split_piece(part.leaf)[1] for part in tiles[0].parts)
     if _is_whole(tiles):
         # The products of a quantised matrix's blocks are put in order once more.

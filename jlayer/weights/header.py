@@ -175,7 +175,9 @@ def _reason(name, entry):
     if n_elements is None:
         return f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
     if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
-        return f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(STORED_DTYPES)}"
+        return (
+            f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(STORED_DTYPES)}"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not _is_span(*offsets):
         expected = "two integers, neither negative nor inverted"
         return f"data_offsets {_short(offsets)}, expected {expected}"

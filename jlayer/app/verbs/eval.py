@@ -23,14 +23,14 @@ from jlayer.errors import StorageError, UsageError
 def add_arguments(parser):
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     one = kinds.add_parser("perplexity", help="of one model", description="Perplexity of a model.")
-    one.add_argument("ref", metavar="REF", help="a converted folder")
+    one.add_argument("ref", metavar="REF", help="a folder or a hub id")
     two = kinds.add_parser(
         "compare",
         help="of two models, and their divergence",
         description="Perplexity of two models; mean KL divergence of B's predictions from A's in "
         "nats, and the share of tokens that both hold likeliest.",
     )
-    two.add_argument("a", metavar="A", help="a converted folder, the one to be held against")
+    two.add_argument("a", metavar="A", help="a folder or a hub id, to be held against")
     two.add_argument("b", metavar="B", help="another, of the same vocabulary")
     two.add_argument("--scratch", metavar="DIR", help="where A's logits wait (default: /tmp)")
     for own in (one, two):
@@ -40,6 +40,7 @@ def add_arguments(parser):
             "--window", type=int, metavar="N", help="tokens (default: the context, at most 1024)"
         )
         own.add_argument("--stride", type=int, metavar="N", help="tokens (default: the window)")
+        own.add_argument("--offline", action="store_true", help="take nothing from the network")
         for name, line in RUN.items():
             own.add_argument(f"--{name.replace('_', '-')}", help=line)
         # Here too, so that they may stand behind the rest.
@@ -61,7 +62,7 @@ def run(args) -> dict:
     @contextmanager
     def opened(ref):
         with (
-            AutoModel.from_pretrained(ref, **options) as model,
+            AutoModel.from_pretrained(ref, offline=args.offline, **options) as model,
             progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
         ):
             print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
