@@ -1,7 +1,7 @@
-"""Write a layered checkpoint of random bfloat16 weights at a real shape, without a published one in
-between; or the same weights as published shards.
+"""Write a layered checkpoint of random bfloat16 (or quantised) weights at a real shape, without a
+published one in between; or the same weights as published shards.
 
-    python benchmarks/make_model.py OUT --shape 70b --layers 20 [--published]
+    python benchmarks/make_model.py OUT --shape 70b --layers 20 [--quantize int4 | --published]
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
@@ -23,8 +23,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jlayer.config import model_config
-from jlayer.families import published_tensors
+from jlayer.config import OWN_QUANTIZATION, model_config
+from jlayer.families import EMBEDDING, HEAD, published_tensors
+from jlayer.quantization import SCHEMES, piece_dtypes, quantization_of, split_piece
 from jlayer.weights.digest import TensorDigest
 from jlayer.weights.header import TensorEntry
 from jlayer.weights.layout import (
@@ -35,8 +36,9 @@ from jlayer.weights.layout import (
     encode_header,
     encode_index,
     encode_manifest,
-    file_of,
+    weight_files,
 )
+from jlayer.weights.packed import LEVELS, decode_scales
 
 # hidden, heads, key/value heads, mlp, vocabulary
 SHAPES = {
@@ -69,33 +71,36 @@ def config(shape: str, layers: int) -> dict:
     }
 
 
-def make(folder: Path, shape: str, layers: int) -> None:
+def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> None:
     """Writes the folder; files in parallel, hashes along the way."""
     folder.mkdir(parents=True)
     raw = config(shape, layers)
+    if scheme is not None:
+        raw["quantization_config"] = {**OWN_QUANTIZATION, "scheme": scheme}
     text = (json.dumps(raw, indent=1) + "\n").encode()
     (folder / "config.json").write_bytes(text)
     cfg = model_config(raw, where="benchmark")
     shapes = published_tensors(cfg)
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        groups.setdefault(file_of(name), []).append(name)
-    drawn = _drawn()
+    quantization = scheme and quantization_of(scheme, shapes)
+    dtypes = piece_dtypes(shapes, quantization)
+    drawn = _draw(quantized=scheme is not None)
 
     def write(item):
-        file, names = item
-        held = {name: shapes[name] for name in names}
-        header, entries = encode_header(held, dict.fromkeys(held, "bfloat16"))
+        file, held = item
+        kinds = {name: dtypes.get(name, "bfloat16") for name in held}
+        header, entries = encode_header(held, kinds)
         return file, _write(folder / file, header, entries, drawn)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        files = dict(pool.map(write, groups.items()))
+        files = dict(pool.map(write, weight_files(cfg, quantization).items()))
     index = encode_index({name: entry.tensors for name, entry in files.items()})
     (folder / INDEX).write_bytes(index)
     for name, data in (("config.json", text), (INDEX, index)):
         files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {}, {})
     fingerprint = hashlib.sha256(text + shape.encode()).hexdigest()
-    (folder / MANIFEST).write_bytes(encode_manifest(Manifest("llama", fingerprint, files)))
+    (folder / MANIFEST).write_bytes(
+        encode_manifest(Manifest("llama", fingerprint, files, quantization))
+    )
 
 
 def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -> None:
@@ -112,7 +117,7 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
             room = shard_bytes
         shards[-1][name] = (dims, n_bytes)
         room -= n_bytes
-    drawn, weight_map = _drawn(), {}
+    drawn, weight_map = _draw(quantized=False), {}
     for number, held in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(held, file)
@@ -128,9 +133,28 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def _drawn():
+def _draw(*, quantized):
+    """Noise to fill matrices with: by what it is for and, quantised, by piece and dtype. The scales
+    are such that the weights they stand for have the same spread."""
     noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
-    return {scale: (noise * scale).astype(ml_dtypes.bfloat16) for scale in (4.0, 0.01)}
+    spread = {EMBEDDING.published: 4.0, HEAD.published: 0.01, None: 0.01}
+    if not quantized:
+        return {key: (noise * own).astype(ml_dtypes.bfloat16) for key, own in spread.items()}
+    steps = 32  # of int8 within one standard deviation
+    small = np.clip(np.rint(noise * steps), -127, 127).astype(np.int8)
+    drawn = {
+        ("scale", "bfloat16", key): np.full(1 << 20, own / steps, ml_dtypes.bfloat16)
+        for key, own in spread.items()
+    }
+    # Signs at random, since the levels of int4 are no mean of zero.
+    rng, one = np.random.default_rng(1), np.arange(128, dtype=np.uint8)
+    code = one[np.abs(decode_scales(one) * LEVELS.std() - spread[None]).argmin()]
+    signs = rng.integers(0, 2, 1 << 20, dtype=np.uint8) << 7
+    return drawn | {
+        ("q", "int8"): small,
+        ("q", "uint8"): rng.integers(0, 256, 16 << 20, dtype=np.uint8),
+        ("scale", "uint8", None): code | signs,
+    }
 
 
 def _write(path, header, entries, drawn):
@@ -139,7 +163,7 @@ def _write(path, header, entries, drawn):
         file.write(header)
         for name, entry in entries.items():
             rows = TensorDigest(entry.shape, entry.n_bytes)
-            for piece in _pieces(name, entry.shape, drawn):
+            for piece in _pieces(name, entry, drawn):
                 raw = piece.reshape(-1).view(np.uint8).data
                 file.write(raw)
                 digest.update(raw)
@@ -150,16 +174,21 @@ def _write(path, header, entries, drawn):
     return FileEntry(path.stat().st_size, digest.hexdigest(), entries, digests)
 
 
-def _pieces(name, shape, drawn):
+def _pieces(name, entry, drawn):
     """A tensor's values from its first row to its last."""
+    base, piece = split_piece(name)
+    use = base if base in (EMBEDDING.published, HEAD.published) else None
     if name.endswith("norm.weight"):
-        yield np.ones(shape, ml_dtypes.bfloat16)
-    elif name == "model.embed_tokens.weight":
-        yield from _rows_apart(drawn[4.0], shape, shift=0)
-    elif name == "lm_head.weight":
-        yield from _rows_apart(drawn[0.01], shape, shift=1)
+        yield np.ones(entry.shape, ml_dtypes.bfloat16)
+    elif use is not None and piece != "scale":
+        noise = drawn[use] if piece is None else drawn[piece, entry.dtype]
+        yield from _rows_apart(noise, entry.shape, shift=use == HEAD.published)
     else:
-        left, noise = math.prod(shape), drawn[0.01]
+        left = math.prod(entry.shape)
+        if piece is None:
+            noise = drawn[None]
+        else:
+            noise = drawn[(piece, entry.dtype) + ((use,) if piece == "scale" else ())]
         while left:
             yield noise[:left]
             left -= min(left, len(noise))
@@ -181,9 +210,14 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--published", action="store_true", help="shards, not layers")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--published", action="store_true", help="shards, not layers")
+    kind.add_argument("--quantize", choices=tuple(SCHEMES))
     args = parser.parse_args()
-    (publish if args.published else make)(args.out, args.shape, args.layers)
+    if args.published:
+        publish(args.out, args.shape, args.layers)
+    else:
+        make(args.out, args.shape, args.layers, args.quantize)
     print(args.out, "holds", args.layers, "layers")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from convert.doors import CheckedSource, open_source
 from convert.journal import JOURNAL, Journal, read_journal, refuse_another, restore_source
-from convert.outputs import Output, WeightFile, config_with_dtype
+from convert.outputs import Output, WeightFile, config_of
 from convert.read import hash_stream
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
@@ -70,7 +70,9 @@ def goes_on(journal: Journal, source: dict, *, target: str, anew: bool) -> bool:
     return True
 
 
-def was_shed(source: str, target: str, present: Sequence[str], *, dtype: str | None) -> bool:
+def was_shed(
+    source: str, target: str, present: Sequence[str], *, dtype: str | None, scheme: str | None
+) -> bool:
     """Whether a conversion with `delete_source` has come to its end here, source and all.
 
     Then the source has no weights any more, and the target is of its config.
@@ -80,15 +82,21 @@ def was_shed(source: str, target: str, present: Sequence[str], *, dtype: str | N
     if left or MANIFEST not in present or CONFIG not in names:
         return False
     config = read_small_file(regular_file(source, CONFIG).real)
-    return config_with_dtype(config, dtype) == read_small_file(regular_file(target, CONFIG).real)
+    expected = config_of(config, dtype=dtype, scheme=scheme)
+    return expected == read_small_file(regular_file(target, CONFIG).real)
 
 
 def planned_difference(
-    manifest: Manifest, family: str, weights: Sequence[WeightFile], sides: Sequence[Output]
+    manifest: Manifest, wanted: Manifest, weights: Sequence[WeightFile], sides: Sequence[Output]
 ) -> str | None:
-    """The first thing known before the weights are read in which a finished target is another."""
-    if manifest.family != family:
+    """The first thing known before the weights are read in which a finished target is another.
+
+    `wanted`: what the manifest would be, but for its files.
+    """
+    if manifest.family != wanted.family:
         return f"family {manifest.family}"
+    if manifest.quantization != wanted.quantization:
+        return f"quantised as {scheme_name(manifest)} there, as {scheme_name(wanted)} here"
     for name in sorted({output.name for output in [*weights, *sides]} ^ manifest.files.keys()):
         return f"{name} is in only one of them"
     for output in weights:
@@ -101,6 +109,10 @@ def planned_difference(
         if hash_stream(output.chunks())[1] != manifest.files[output.name].sha256:
             return f"another {output.name}"
     return None
+
+
+def scheme_name(manifest: Manifest) -> str:
+    return manifest.quantization.scheme if manifest.quantization else "published"
 
 
 def is_complete(target: str, manifest: Manifest) -> bool:

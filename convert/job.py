@@ -24,7 +24,14 @@ from convert.earlier import (
     planned_difference,
     was_shed,
 )
-from convert.journal import JOURNAL, Finished, Journal, describe, remove_journal
+from convert.journal import (
+    JOURNAL,
+    Finished,
+    Journal,
+    chosen_before,
+    describe,
+    remove_journal,
+)
 from convert.lock import LOCK, TargetLock
 from convert.outputs import (
     Output,
@@ -35,21 +42,27 @@ from convert.outputs import (
     weight_outputs,
 )
 from convert.progress import Progress
+from convert.quantize import Quantizer, sample_errors
 from convert.read import check_unchanged, file_chunks, hash_stream
 from convert.shed import Shedder
 from convert.space import check_space
 from convert.verify import verify_folder
 from convert.write import TargetWriter, check_target, remove_temporaries
-from jlayer.config import parse_choice, read_config
+from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.errors import (
     CheckpointError,
     DoesNotFitError,
     JlayerError,
     StorageError,
+    UnsupportedModelError,
     UsageError,
 )
+from jlayer.families import published_tensors
+from jlayer.quantization import INT4, SCHEMES, Quantization, block_matrices, quantization_of
 from jlayer.spec import ITEM_BYTES
+from jlayer.strict import read_json_object
 from jlayer.weights.layout import (
+    CONFIG,
     EMBED_FILE,
     MANIFEST,
     FileEntry,
@@ -68,7 +81,9 @@ class Summary:
 
     `dtypes` counts tensors by their dtype in the target; `nonfinite` counts, by tensor, the NaN
     and infinite numbers that were let through; `n_resumed` counts the weight files that an earlier
-    run had finished; `removed` names the source's files that `delete_source` removed.
+    run had finished; `removed` names the source's files that `delete_source` removed;
+    `quantization` is the manifest's, and `block_bits` a weight's bits on average over the layers'
+    matrices.
     """
 
     source: str
@@ -86,11 +101,14 @@ class Summary:
     notes: tuple[str, ...]
     n_resumed: int = 0
     removed: tuple[str, ...] = ()
+    quantization: dict | None = None
+    block_bits: float | None = None
 
 
 @dataclass(frozen=True)
 class _Options:
     dtype: str | None
+    quantize: str | None
     overwrite: bool
     delete_source: bool
     allow_extra: bool
@@ -102,6 +120,7 @@ def convert_checkpoint(
     target: str | os.PathLike,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     delete_source: bool = False,
     allow_extra: bool = False,
@@ -110,15 +129,18 @@ def convert_checkpoint(
 ) -> Summary:
     """Turns the published checkpoint in `source` into a layered one in `target`.
 
-    Without `dtype` every tensor keeps its own, and its bytes. With `delete_source` the files of the
-    source that hold its weights are removed as soon as nothing needs them. Whatever stops it, the
-    same call goes on from there: what is finished stays, without a manifest and without temporary
-    files. Raises the errors of jlayer.errors.
+    Without `dtype` every tensor keeps its own, and its bytes; with `quantize` ("int8" or "int4")
+    matrices are kept in so many bits, and the rest as it would be without. With `delete_source` the
+    files of the source that hold its weights are removed as soon as nothing needs them. Whatever
+    stops it, the same call goes on from there: what is finished stays, without a manifest and
+    without temporary files. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
     source, target, progress = os.fspath(source), os.fspath(target), progress or Progress()
     if dtype is not None:
         parse_choice(dtype, tuple(ITEM_BYTES), option="dtype")
+    if quantize is not None:
+        parse_choice(quantize, tuple(SCHEMES), option="quantize")
     if not source or not target:
         raise UsageError("source and target: found an empty path, expected two folders")
     if delete_source and allow_extra:
@@ -126,7 +148,7 @@ def convert_checkpoint(
             "delete_source and allow_extra: what is left out of the target would be lost with the "
             "source; choose one of them"
         )
-    options = _Options(dtype, overwrite, delete_source, allow_extra, allow_nonfinite)
+    options = _Options(dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite)
     with _resumable():
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
@@ -146,23 +168,54 @@ def _resumable():
 def _convert(source, target, options, progress, started):
     present = remove_temporaries(target)
     journal = journal_of(target, present, overwrite=options.overwrite)
+    _refuse_quantized(source)
     try:
         checked = open_again(source, journal, allow_extra=options.allow_extra)
     except CheckpointError:
         shed = options.delete_source and journal is None
-        if shed and was_shed(source, target, present, dtype=options.dtype):
+        form = {"dtype": options.dtype, "scheme": options.quantize}
+        if shed and was_shed(source, target, present, **form):
             return _unchanged_without_source(source, target, progress, started)
         raise
     try:
         for note in checked.notes:
             progress.note(note)
-        job = _Job(checked, target, options, progress)
-        done = job.prepare(present, journal)
-        if not done:
-            job.run()
+        quantization = _choose(checked, options.quantize, journal, progress)
+        with Quantizer() as quantizer:
+            job = _Job(checked, target, options, progress, quantization, quantizer)
+            done = job.prepare(present, journal)
+            if not done:
+                job.run()
         return job.summary("unchanged" if done else "converted", started)
     finally:
         checked.tensors.close()
+
+
+def _refuse_quantized(source):
+    """A folder that we quantised is no source: what was lost there is lost."""
+    try:
+        config = read_json_object(os.path.join(source, CONFIG))
+    except (CheckpointError, StorageError):
+        return  # the source's own doors say what is wrong
+    scheme = own_quantization(config)
+    if scheme is not None:
+        raise UnsupportedModelError(
+            f"{source}: quantised already ({scheme!a}); convert the checkpoint that it was made of"
+        )
+
+
+def _choose(checked, scheme, journal, progress) -> Quantization | None:
+    """Which matrix is kept in which form: as before where that was begun, else by their errors."""
+    if scheme is None:
+        return None
+    before = chosen_before(journal, checked, scheme)
+    if before is not None:
+        return before
+    shapes, errors = published_tensors(checked.cfg), None
+    if scheme == INT4.name:
+        progress.note(f"{checked.folder}: looking at some rows of every matrix")
+        errors = sample_errors(checked.tensors, block_matrices(shapes))
+    return quantization_of(scheme, shapes, errors)
 
 
 def _unchanged_without_source(source, target, progress, started):
@@ -195,16 +248,28 @@ def _unchanged_without_source(source, target, progress, started):
 class _Job:
     """A checked source, the files that it becomes, and where they go."""
 
-    def __init__(self, checked: CheckedSource, target: str, options: _Options, progress: Progress):
+    def __init__(
+        self,
+        checked: CheckedSource,
+        target: str,
+        options: _Options,
+        progress: Progress,
+        quantization: Quantization | None,
+        quantizer: Quantizer,
+    ):
         self.checked, self.target, self.options = checked, target, options
-        self.progress = progress
+        self.progress, self.quantization = progress, quantization
         self.weights: list[WeightFile] = weight_outputs(
             checked,
             dtype=options.dtype,
+            quantization=quantization,
+            quantizer=quantizer,
             allow_nonfinite=options.allow_nonfinite,
             progress=progress,
         )
-        self.sides: list[Output] = side_outputs(checked, self.weights, dtype=options.dtype)
+        self.sides: list[Output] = side_outputs(
+            checked, self.weights, dtype=options.dtype, scheme=options.quantize
+        )
         self.journal = Journal({})
         self.n_resumed = 0
         self.removed: list[str] = []
@@ -219,7 +284,9 @@ class _Job:
         self._present = present
         anew, shed = self.options.overwrite, self.options.delete_source
         whole = shed or (journal is not None and bool(journal.removed))
-        source = describe(self.checked, dtype=self.options.dtype, whole=whole)
+        source = describe(
+            self.checked, dtype=self.options.dtype, quantization=self.quantization, whole=whole
+        )
         self.journal = Journal(source)
         if journal and goes_on(journal, source, target=self.target, anew=anew):
             self.progress.note(
@@ -276,6 +343,8 @@ class _Job:
     def summary(self, status: str, started: float) -> Summary:
         outputs = [*self.weights, *self.sides]
         placed = [entry for file in self.weights for entry in file.tensors.values()]
+        quantization = self.quantization
+        shapes = published_tensors(self.checked.cfg)
         return Summary(
             source=self.checked.folder,
             target=self.target,
@@ -292,6 +361,8 @@ class _Job:
             notes=self.checked.notes,
             n_resumed=self.n_resumed,
             removed=tuple(self.removed),
+            quantization=quantization and quantization.as_dict(),
+            block_bits=quantization and quantization.block_bits(shapes),
         )
 
     def _recheck(self, finished: dict[str, Finished]) -> dict[str, Finished]:
@@ -412,8 +483,8 @@ class _Job:
             manifest = read_manifest(self.target)
         except CheckpointError as error:
             raise self._refusal(f"its manifest cannot be read: {error}") from None
-        family = self.checked.cfg.model_type
-        difference = planned_difference(manifest, family, self.weights, self.sides)
+        wanted = Manifest(self.checked.cfg.model_type, "", {}, self.quantization)
+        difference = planned_difference(manifest, wanted, self.weights, self.sides)
         if difference is not None:
             raise self._refusal(difference)
         self.progress.start(sum(file.source_bytes for file in self.weights))
@@ -446,7 +517,7 @@ class _Job:
         files |= {
             side.name: FileEntry(side.n_bytes, sides[side.name], {}, {}) for side in self.sides
         }
-        return Manifest(self.checked.cfg.model_type, self._fingerprint(), files)
+        return Manifest(self.checked.cfg.model_type, self._fingerprint(), files, self.quantization)
 
     def _refusal(self, difference):
         return UsageError(

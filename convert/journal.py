@@ -17,6 +17,7 @@ from convert.doors import CheckedSource
 from convert.read import FileSource, Place, TensorInfo
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, UsageError
+from jlayer.quantization import Quantization
 from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
 from jlayer.weights.layout import CONFIG, SIDE_FILES, check_seal, seal
 from jlayer.weights.published import SourceFile, regular_file
@@ -79,8 +80,10 @@ def remove_journal(folder: str) -> None:
     sync_folder(folder)
 
 
-def describe(checked: CheckedSource, *, dtype: str | None, whole: bool) -> dict:
-    """A source in plain words and numbers, by which it is known again.
+def describe(
+    checked: CheckedSource, *, dtype: str | None, quantization: Quantization | None, whole: bool
+) -> dict:
+    """A source, and what it is to become, in plain words and numbers, by which it is known again.
 
     `whole`: all that is needed to go on where some of its files have been removed.
     """
@@ -102,6 +105,8 @@ def describe(checked: CheckedSource, *, dtype: str | None, whole: bool) -> dict:
             for name, file in sides.items()
         },
     }
+    if quantization is not None:
+        found["quantization"] = quantization.as_dict()
     if whole:
         found["whole"] = {
             "config": checked.config_bytes.decode(),
@@ -129,11 +134,15 @@ def refuse_another(then: dict, now: dict, *, target: str, gone: list[str]) -> No
     anew = "or start anew with --overwrite"
     if gone:
         anew = f"since it cannot start anew: {', '.join(gone)} are removed already"
-    if then["dtype"] != now["dtype"]:
-        raise UsageError(
-            f"{target}: its conversion began with dtype {then['dtype'] or 'as published'}, not "
-            f"{now['dtype'] or 'as published'}; run that command again to resume, {anew}"
-        )
+    for option, before, after in (
+        ("dtype", then["dtype"], now["dtype"]),
+        ("quantize", _scheme_of(then), _scheme_of(now)),
+    ):
+        if before != after:
+            raise UsageError(
+                f"{target}: its conversion began with {option} {before or 'as published'}, not "
+                f"{after or 'as published'}; run that command again to resume, {anew}"
+            )
     name = _changed(then, now)
     if name is None:
         return
@@ -146,6 +155,22 @@ def refuse_another(then: dict, now: dict, *, target: str, gone: list[str]) -> No
         f"{os.path.join(now['folder'], name)}: changed since the conversion to {target} began; put "
         f"back what was there and run the same command again to resume, {anew}"
     )
+
+
+def chosen_before(
+    journal: Journal | None, checked: CheckedSource, scheme: str
+) -> Quantization | None:
+    """What an earlier run on this source has chosen to keep in which form, where it had the same
+    scheme in mind: to choose anew takes a source that is whole."""
+    if journal is None or _scheme_of(journal.source) != scheme:
+        return None
+    if _changed(journal.source, describe(checked, dtype=None, quantization=None, whole=False)):
+        return None
+    return Quantization.from_dict(journal.source["quantization"])
+
+
+def _scheme_of(source):
+    return source["quantization"]["scheme"] if "quantization" in source else None
 
 
 def restore_source(folder: str, journal: Journal) -> CheckedSource:

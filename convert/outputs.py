@@ -11,14 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from convert.cast import cast, count_nonfinite
 from convert.doors import CheckedSource
 from convert.progress import Progress
+from convert.quantize import Quantizer, whole_rows
 from convert.read import Chunk, Room, Source, SourceFile, file_chunks
+from jlayer.config import OWN_QUANTIZATION
 from jlayer.errors import CheckpointError
+from jlayer.families import published_tensors
+from jlayer.quantization import Quantization, piece_dtypes, split_piece, stored_tensors
 from jlayer.weights.digest import TensorDigest
 from jlayer.weights.header import TensorEntry
-from jlayer.weights.layout import CONFIG, INDEX, encode_header, encode_index, weight_files
+from jlayer.weights.layout import CONFIG, INDEX, encode_header, encode_index, file_of
 
 _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 
@@ -39,7 +45,8 @@ class Output(Protocol):
 
 class WeightFile:
     """A file of weights. Once its chunks are through, `digests` has each tensor's, and `nonfinite`
-    counts, by tensor, what `allow_nonfinite` has let through."""
+    counts, by tensor, what `allow_nonfinite` has let through. `published` names what it is made of,
+    `tensors` what it holds: the same, but for the pieces of what is quantised."""
 
     def __init__(
         self,
@@ -50,26 +57,44 @@ class WeightFile:
         dtype: str | None,
         allow_nonfinite: bool,
         progress: Progress,
+        quantization: Quantization | None = None,
+        quantizer: Quantizer | None = None,
     ):
-        self.name = name
+        self.name, self.published = name, tuple(shapes)
         self.nonfinite: dict[str, int] = {}
         self.digests: dict[str, str] = {}
         self._source, self._progress = source, progress
         self._allow_nonfinite = allow_nonfinite
         before = {tensor: source.tensors[tensor].dtype for tensor in shapes}
+        self._schemes = {
+            tensor: quantization.scheme_of(tensor, shape)
+            for tensor, shape in shapes.items()
+            if quantization and quantization.scheme_of(tensor, shape)
+        }
+        self._quantizer = quantizer
         after = {tensor: dtype or own for tensor, own in before.items()}
-        self._header, self.tensors = encode_header(shapes, after)
+        self._header, self.tensors = encode_header(
+            stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
+        )
         self.n_bytes = len(self._header) + sum(entry.n_bytes for entry in self.tensors.values())
-        self._source_header = encode_header(shapes, before)[0] if before != after else None
+        changes = before != after or self._schemes
+        self._source_header = encode_header(shapes, before)[0] if changes else None
         self._source_digest = None
+        self._waiting: dict[str, list[bytes]] = {}  # pieces that were made before their turn
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
         """The file's bytes. Raises CheckpointError for numbers that are or become infinite."""
         self._source_digest = self._source_header and hashlib.sha256(self._source_header)
+        self._waiting.clear()
         yield self._header
         for tensor, entry in self.tensors.items():
             digest = TensorDigest(entry.shape, entry.n_bytes)
-            for chunk in self._tensor_chunks(tensor, entry.dtype, room):
+            whole, piece = split_piece(tensor)
+            for chunk in (
+                self._tensor_chunks(tensor, entry.dtype, room)
+                if piece is None
+                else self._piece_chunks(whole, tensor)
+            ):
                 digest.update(chunk)
                 yield chunk
             self.digests[tensor] = digest.hexdigest()
@@ -77,7 +102,7 @@ class WeightFile:
     @property
     def source_bytes(self) -> int:
         """What is read for it."""
-        return sum(self._source.tensors[tensor].n_bytes for tensor in self.tensors)
+        return sum(self._source.tensors[tensor].n_bytes for tensor in self.published)
 
     def source_sha256(self, sha256: str) -> str:
         """The digest that this file, which has `sha256`, would have without change of dtype.
@@ -86,6 +111,51 @@ class WeightFile:
         hash only where it was cast. To be asked once `chunks` are all through.
         """
         return sha256 if self._source_digest is None else self._source_digest.hexdigest()
+
+    def _piece_chunks(self, tensor, wanted):
+        """A piece of a quantised matrix. The pieces are made together; those that come later in the
+        file wait, being small. (Where odd sizes put them first, the matrix is gone through twice.)
+        """
+        if wanted in self._waiting:
+            yield from self._waiting.pop(wanted)
+            return
+        names = list(self.tensors)
+        later = [
+            name
+            for name in names[names.index(wanted) + 1 :]
+            if split_piece(name)[0] == tensor and not name.endswith(".q")
+        ]
+        again = any(split_piece(name)[0] == tensor for name in names[: names.index(wanted)])
+        for rows in self._finite_rows(tensor, again=again):
+            try:
+                made = self._quantizer.quantize(rows, self._schemes[tensor])
+            except OverflowError as error:
+                raise CheckpointError(f"{self._where(tensor)}: {error}; choose int8") from None
+            for name in later:
+                self._waiting.setdefault(name, []).append(_bytes(made[split_piece(name)[1]]))
+            yield _bytes(made[split_piece(wanted)[1]])
+
+    def _finite_rows(self, tensor, *, again):
+        """A matrix's numbers, some whole rows at a time. `again`: they were gone through before."""
+        info = self._source.tensors[tensor]
+
+        def checked():
+            for chunk in self._source.chunks(tensor):
+                count = count_nonfinite(chunk, info.dtype)
+                if count:
+                    raise CheckpointError(
+                        f"{self._where(tensor)}: NaN or infinite numbers: at least {count}, "
+                        "expected 0, since they cannot be quantised; fetch the model again"
+                    )
+                if not again:
+                    self._progress.advance(len(chunk))
+                    self._source_digest.update(chunk)
+                yield chunk
+
+        return whole_rows(checked(), info.dtype, info.shape[1])
+
+    def _where(self, tensor):
+        return f"{self._source.where(tensor)}: tensor {tensor}"
 
     def _tensor_chunks(self, tensor, target, room):
         dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
@@ -98,7 +168,7 @@ class WeightFile:
                 chunk = cast(chunk, dtype, target)
                 after += count_nonfinite(chunk, target)
             yield chunk
-        where = f"{self._source.where(tensor)}: tensor {tensor}"
+        where = self._where(tensor)
         if after > before:
             raise CheckpointError(
                 f"{where}: {dtype} numbers beyond the range of {target}: {after - before}, "
@@ -146,35 +216,50 @@ class SmallFile:
         return iter([self.content])
 
 
-def files_of(source: Source, output: Output) -> tuple[SourceFile, ...]:
+def files_of(source: Source, output: WeightFile) -> tuple[SourceFile, ...]:
     """The source's files that an output is made of."""
-    places = (place for tensor in output.tensors for place in source.places_of(tensor))
+    places = (place for tensor in output.published for place in source.places_of(tensor))
     return tuple(dict.fromkeys(place.file for place in places))
 
 
 def weight_outputs(
-    checked: CheckedSource, *, dtype: str | None, allow_nonfinite: bool, progress: Progress
+    checked: CheckedSource,
+    *,
+    dtype: str | None,
+    quantization: Quantization | None,
+    quantizer: Quantizer,
+    allow_nonfinite: bool,
+    progress: Progress,
 ) -> list[WeightFile]:
     """The weight files of a layered folder, in sweep order."""
+    files: dict[str, dict] = {}
+    for tensor, shape in published_tensors(checked.cfg).items():
+        files.setdefault(file_of(tensor), {})[tensor] = shape
     return [
         WeightFile(
             name,
             shapes,
             checked.tensors,
             dtype=dtype,
+            quantization=quantization,
+            quantizer=quantizer,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-        for name, shapes in weight_files(checked.cfg).items()
+        for name, shapes in files.items()
     ]
 
 
 def side_outputs(
-    checked: CheckedSource, weights: list[WeightFile], *, dtype: str | None
+    checked: CheckedSource,
+    weights: list[WeightFile],
+    *,
+    dtype: str | None,
+    scheme: str | None,
 ) -> list[Output]:
     """What lies beside the weights: config, tokenizer files, and the index, made anew."""
     return [
-        SmallFile(CONFIG, config_with_dtype(checked.config_bytes, dtype)),
+        SmallFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
         *(side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
         SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
@@ -185,18 +270,28 @@ def side_output(name: str, file: SourceFile | bytes) -> Output:
     return SmallFile(name, file) if isinstance(file, bytes) else CopiedFile(name, file)
 
 
-def config_with_dtype(config_bytes: bytes, dtype: str | None) -> bytes:
-    """The published config with its dtype changed and nothing else; as it is where that fits."""
+def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> bytes:
+    """The published config with its dtype changed, or its quantisation said, and nothing else; as
+    it is where that fits.
+
+    Without a word of it other programs would take the matrices for missing.
+    """
     config = json.loads(config_bytes)
     stale = [
         key
         for key in ("dtype", "torch_dtype")
         if config.get(key) is not None and str(config[key]).removeprefix("torch.") != dtype
     ]
-    if dtype is None or not stale:
+    said = {"quantization_config": {**OWN_QUANTIZATION, "scheme": scheme}}
+    changes = (dict.fromkeys(stale, dtype) if dtype else {}) | (said if scheme else {})
+    if not changes:
         return config_bytes
-    config.update(dict.fromkeys(stale, dtype))
+    config.update(changes)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _bytes(array):
+    return memoryview(np.ascontiguousarray(array).view(np.uint8)).cast("B")
 
 
 def fingerprint(config_bytes: bytes, source_sha256: dict[str, str]) -> str:

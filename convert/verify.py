@@ -75,7 +75,7 @@ def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
     """Where the manifest is not that of a complete model of this config."""
     if manifest.family != cfg.model_type:
         yield f"the manifest is of family {manifest.family!a}, {CONFIG} of {cfg.model_type}"
-    expected = weight_files(cfg)
+    expected = weight_files(cfg, manifest.quantization)
     for name in (CONFIG, INDEX, *expected):
         if name not in manifest.files:
             yield f"{name} is not in the manifest"

@@ -31,6 +31,10 @@ LIMITS = {
     "head_dim": 1 << 14,
     "max_position_embeddings": (1 << 31) - 1,
 }
+# What the config of a folder that we quantised holds beside its scheme. No "quant_method": without
+# one transformers refuses the folder; one that it does not know it only warns of, and makes up
+# random matrices.
+OWN_QUANTIZATION = {"by": "jlayer"}
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu",)
 
@@ -243,9 +247,17 @@ def _family(raw, where):
     return FAMILIES[model_type]
 
 
+def own_quantization(raw: dict) -> str | None:
+    """The scheme that a config says we quantised its folder to, as it says it; None where it does
+    not."""
+    said = raw.get("quantization_config")
+    ours = isinstance(said, dict) and OWN_QUANTIZATION.items() <= said.items()
+    return str(said.get("scheme")) if ours else None
+
+
 def _refuse_quantized(raw, where):
     quantized = raw.get("quantization_config")
-    if quantized:
+    if quantized and own_quantization(raw) is None:
         method = (
             quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         )

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 # safetensors' word for a dtype -> (numpy's and JAX's word, bytes an element). What is not here is
 # refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
-PUBLISHED_DTYPE = {name: published for published, (name, _) in DTYPES.items()}
 ITEM_BYTES = dict(DTYPES.values())
+# The same of all that a file of ours may hold: quantised weights are integers.
+STORED_DTYPES = {**DTYPES, "I8": ("int8", 1), "U8": ("uint8", 1)}
+STORED_BYTES = dict(STORED_DTYPES.values())
+PUBLISHED_DTYPE = {name: published for published, (name, _) in STORED_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def test_a_wing_imports_only_from_those_before_it(module, path):
                 "jlayer.weights.digest",
                 "jlayer.weights.layout",
                 "jlayer.weights.header",
+                "jlayer.weights.packed",
                 "jlayer.weights.published",
             ), name
         elif other == "convert":

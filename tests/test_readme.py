@@ -1,5 +1,6 @@
 """Every command and line of Python that the README shows is run here, the first two by CI."""
 
+import json
 import re
 import shlex
 import shutil
@@ -26,6 +27,8 @@ def commands():
 def mine(fable, tmp_path):
     """What stands for the reader's paths: the bundled model, and where its conversion goes."""
 
+    stories = tmp_path / "stories.txt"
+    stories.write_text("Once upon a time there was a little girl who lived in a wood.\n" * 3)
     only_copy = tmp_path / "only-copy"
     shutil.copytree(BUNDLED, only_copy)
 
@@ -35,6 +38,8 @@ def mine(fable, tmp_path):
             (LARGE, only_copy),
             (LAYERED, tmp_path / "layered"),
             ("path/to/back", tmp_path / "back"),
+            (f"{PUBLISHED}-int4", tmp_path / "int4"),
+            ("stories.txt", stories),
             (PUBLISHED, BUNDLED),
         ):
             text = text.replace(shown, str(real))
@@ -71,3 +76,23 @@ def test_the_measured_tables_are_what_the_results_give():
     """benchmarks/table.py writes them; run it where this is red."""
     assert table.rewritten(README) == README
     assert "| 70B shape, 14 layers | 1536 MiB | 1 |" in README
+
+
+def test_what_quantising_costs_is_what_was_kept():
+    """Each figure of that table, too."""
+    for model, column in (("fable-3m", 0), ("fable-1m", 1)):
+        path = REPOSITORY / "benchmarks" / "results" / f"quantization-{model}.json"
+        rows = json.loads(path.read_text())["rows"]
+        for label, name in (
+            ("int8", "int8"),
+            ("**int4**", "int4"),
+            ("NF4, blocks of 64", "nf4 b64"),
+            ("round to nearest, groups of 128", "rtn g128"),
+        ):
+            (line,) = [one for one in README.splitlines() if one.startswith(f"| {label} |")]
+            cells = [cell.strip() for cell in line.split("|")[2:-1]]
+            row = rows[name]
+            assert f"{row['bits']:.3f}" in cells[0]
+            said = f"{row['perplexity']:.3f} ({row['change']:+.2%})"
+            assert cells[1 + 2 * column] == said
+            assert cells[2 + 2 * column] == f"{row['mean_kl']:.4f}"

@@ -31,6 +31,7 @@ VERBS = {
         "jlayer.app.verbs.bench",
         "measure each stage against its ceiling, then whole sweeps",
     ),
+    "eval": ("jlayer.app.verbs.eval", "how well a model predicts a text, or two models compared"),
 }
 INTERRUPTED, TERMINATED, BUG = 130, 143, 1
 

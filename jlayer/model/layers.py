@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlayer.config import ModelConfig, Rope
+from jlayer.model.quant import product
 
 ACTIVATION = {"silu": jax.nn.silu}
 
@@ -23,45 +24,6 @@ def rms_norm(x, weight, *, eps: float):
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return _last(weight.astype(x.dtype), x) * (x32 * scale).astype(x.dtype)
-
-
-# Columns up to which the CPU is asked for weight @ x.T instead of x @ weight.T.
-FEW_COLUMNS = 128
-
-
-def product(x, weight):
-    """x [..., in] @ weight [out, in].T -> float32 [..., out], summed in float32.
-
-    float32 inputs ask for full precision, since accelerators otherwise round them to tf32; on the
-    CPU the float32 result spares bfloat16 an upcast of the whole matrix.
-    """
-    weight = weight.astype(x.dtype)
-    if math.prod(x.shape[:-1]) > FEW_COLUMNS:
-        return _input_first(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_input_first)
-
-
-def _input_first(x, weight):
-    return _dot(x, weight, x.ndim - 1, 1)
-
-
-def _weight_first(x, weight):
-    """XLA's CPU library repacks the right-hand matrix at every call, which for few columns costs
-    several times the product itself: so the weight stands on the left. The barrier keeps the
-    compiler from turning it back.
-    """
-    y = _dot(weight, x.reshape(-1, x.shape[-1]), 1, 1)
-    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
-
-
-def _dot(left, right, left_axis, right_axis):
-    return jax.lax.dot_general(
-        left,
-        right,
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=exact_for(left.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def linear(x, weight, bias=None):
@@ -76,11 +38,6 @@ def _last(vector, like):
     """A vector as the last axis of an array of like's rank: rank promotion is never left to
     chance."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def exact_for(dtype):
-    """The matrix precision that keeps every bit of `dtype`."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:

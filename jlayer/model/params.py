@@ -1,5 +1,5 @@
 """The parameter trees, derived from the table of leaves: arrays are leaves, absent biases are
-None."""
+None. A matrix may be `quant.Quantized` as well."""
 
 from __future__ import annotations
 

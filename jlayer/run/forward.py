@@ -19,7 +19,7 @@ from jlayer.errors import CheckpointError
 from jlayer.run.executor import Executor
 from jlayer.run.programs import Programs
 from jlayer.weights.budget import Plan, chunks
-from jlayer.weights.direct import RowReader
+from jlayer.weights.embedding import Embedding
 from jlayer.weights.tiles import STAGES, Tile
 
 
@@ -73,8 +73,7 @@ class Forward:
         self,
         executor: Executor,
         programs: Programs,
-        embedding: RowReader,
-        embedding_dtype: str,
+        embedding: Embedding,
         residents: Residents,
         plan: Plan,
         *,
@@ -82,7 +81,7 @@ class Forward:
     ):
         self.batch, self.capacity, self._most = batch, plan.capacity, plan.chunk
         self._executor, self._programs = executor, programs
-        self._embedding, self._embedding_dtype = embedding, np.dtype(embedding_dtype)
+        self._embedding = embedding
         self._residents = residents
         self._make_cache = programs.empty_cache(batch=batch, capacity=self.capacity)
         self._caches = None
@@ -133,24 +132,48 @@ class Forward:
         are not finite.
         """
         longest = max(map(len, ids))
-        logits = self._sweep(ids, starts, every, self._run)[:, -(longest if every else 1) :]
+        width = self.n_columns(longest) if every else 2
+        found = np.empty((self.batch, width, self._programs.cfg.vocab_size), np.float32)
+
+        def take(output, column, row):
+            n_columns, n_rows = output.shape[1:]
+            found[:, column : column + n_columns, row : row + n_rows] = output
+
+        self._sweep(ids, starts, every, self._run, take)
         self._embedding.settle()
+        logits = found[:, -(longest if every else 1) :]
         if not np.isfinite(logits).all():
             self._find_nonfinite(ids, starts)
         return logits
 
-    def _sweep(self, ids, starts, every, run):
+    def score(self, ids: list[list[int]], scores) -> None:
+        """One sweep over `ids[b]` from position 0 on, whose logits of all columns go to `scores`
+        as they come: `scores.add(output [B, columns, rows], first column, first vocabulary row)`.
+
+        Columns count from the left of the longest row, padding before it included. Raises as
+        `sweep` does.
+        """
+        starts = [0] * len(ids)
+        self._sweep(ids, starts, True, self._run, scores.add)
+        self._embedding.settle()
+        if not scores.are_finite:
+            self._find_nonfinite(ids, starts)
+
+    def n_columns(self, longest: int) -> int:
+        """The columns of a sweep whose longest row has so many tokens, padding included."""
+        return sum(chunks(longest, self._most))
+
+    def _sweep(self, ids, starts, every, run, take):
         longest = max(map(len, ids))
         sizes = chunks(longest, self._most)
         self.compile(longest, every=every)
         passing = self.enter(ids, starts)
-        width = sum(sizes) if every else 2
-        gathered = _Logits(self.batch, width, self._programs.cfg.vocab_size)
+        outgoing = _Outgoing(take)
         self._executor.sweep(
-            lambda tile, arrays: run(tile, arrays, passing, sizes, every, gathered)
+            lambda tile, arrays: run(tile, arrays, passing, sizes, every, outgoing)
         )
-        self._note_activations(passing, gathered)
-        return gathered.take()
+        self._note_activations(passing, outgoing)
+        outgoing.finish()
 
     def enter(self, ids: list[list[int]], starts: list[int]) -> list[Chunk]:
         """The columns of a sweep as they enter the first layer, on the device, in chunks."""
@@ -167,11 +190,11 @@ class Forward:
         """Every chunk through a layer's tile. Returns what can be waited for."""
         return [self._advance(tile, arrays, chunk) for chunk in passing]
 
-    def _run(self, tile: Tile, arrays, passing, sizes, every, gathered):
+    def _run(self, tile: Tile, arrays, passing, sizes, every, outgoing):
         """What the executor calls for each tile: every chunk through it. Returns what can be waited
         for."""
         if tile.stage == "head":
-            return self._run_head(tile, arrays, passing, sizes, every, gathered)
+            return self._run_head(tile, arrays, passing, sizes, every, outgoing)
         return self.advance(tile, arrays, passing)
 
     def _advance(self, tile, arrays, chunk):
@@ -206,15 +229,14 @@ class Forward:
         else:
             chunk.hidden, chunk.x = program(chunk.hidden, products["down_proj"]), None
 
-    def _run_head(self, tile, arrays, passing, sizes, every, gathered):
-        (part,) = tile.parts
+    def _run_head(self, tile, arrays, passing, sizes, every, outgoing):
         column, outputs = 0, []
         for index, chunk in enumerate(passing):
             last = _last(index, sizes, every)
             if last:
                 program = self._programs_of(tile, chunk.tokens, last=last)["head"]
-                outputs.append(program(self._residents.final, arrays[part.leaf], chunk.hidden))
-                gathered.add(outputs[-1], column, part.first_row)
+                outputs.append(program(self._residents.final, arrays, chunk.hidden))
+                outgoing.add(outputs[-1], column, tile.parts[0].first_row)
                 column += last
         return outputs
 
@@ -260,7 +282,7 @@ class Forward:
                 )
             return output
 
-        self._sweep(ids, starts, False, run)
+        self._sweep(ids, starts, False, run, lambda *_: None)
         raise CheckpointError(
             "logits are not finite, though every layer's output is: the final norm or the head is "
             "damaged; run jlayer verify"
@@ -271,14 +293,13 @@ class Forward:
         found = np.zeros((*tokens.shape, self._programs.cfg.hidden_size), self._programs.dtype)
         real = tokens >= 0
         ids, inverse = np.unique(tokens[real], return_inverse=True)
-        rows = self._embedding.read(ids).view(self._embedding_dtype)
-        found[real] = rows.astype(self._programs.dtype)[inverse]
+        found[real] = self._embedding.read(ids).astype(self._programs.dtype)[inverse]
         return found
 
     def _put(self, array):
         return jax.device_put(array, self._executor.device)
 
-    def _note_activations(self, passing, gathered):
+    def _note_activations(self, passing, outgoing):
         """A chunk's input and output live side by side; a stage in tiles also holds its input and
         products."""
         hidden = sum(chunk.hidden.nbytes for chunk in passing)
@@ -286,7 +307,7 @@ class Forward:
         held = 2 * hidden
         if self._executor.tiles[0].stage != "block":
             held += hidden * (cfg.intermediate_size + cfg.hidden_size) // cfg.hidden_size
-        held += gathered.most_device_bytes
+        held += outgoing.most_device_bytes
         self._most_activation_bytes = max(self._most_activation_bytes, held)
 
 
@@ -300,8 +321,7 @@ def _product_names(tile):
     """What a tile's products are called, in the order that its program returns them."""
     if tile.stage == "gate_up":
         return ("inner",)
-    matrices = dict(STAGES)[tile.stage]
-    return tuple(part.leaf for part in tile.parts if part.leaf in matrices)
+    return tuple(tile.heights)
 
 
 def _stage_widths(tiles):
@@ -312,8 +332,7 @@ def _stage_widths(tiles):
             own = found.setdefault((tile.layer, tile.stage), {})
             for name in _product_names(tile):
                 leaf = "gate_proj" if name == "inner" else name
-                (rows,) = (part.shape[0] for part in tile.parts if part.leaf == leaf)
-                own[name] = (*own.get(name, ()), rows)
+                own[name] = (*own.get(name, ()), tile.heights[leaf])
     return found
 
 
@@ -323,12 +342,12 @@ def _is_finite(chunk, capacity):
     return bool(np.isfinite(np.asarray(chunk.hidden)[real].astype(np.float32)).all())
 
 
-class _Logits:
-    """Gathers the head's outputs on the host; a few stay on the device, so that the transfer does
-    not stop the stream."""
+class _Outgoing:
+    """The head's outputs on their way to the host, where `take(output, column, row)` gets them; a
+    few stay on the device, so that the transfer does not stop the stream."""
 
-    def __init__(self, batch, n_columns, vocab):
-        self._found = np.empty((batch, n_columns, vocab), np.float32)
+    def __init__(self, take):
+        self._take = take
         self._waiting = deque()
         self.most_device_bytes = 0
 
@@ -341,10 +360,8 @@ class _Logits:
 
     def _fetch(self):
         output, column, row = self._waiting.popleft()
-        n_columns, n_rows = output.shape[1:]
-        self._found[:, column : column + n_columns, row : row + n_rows] = output
+        self._take(np.asarray(output), column, row)
 
-    def take(self):
+    def finish(self):
         while self._waiting:
             self._fetch()
-        return self._found

@@ -12,7 +12,6 @@ import numpy as np
 
 from jlayer.config import RunConfig, read_generation_config
 from jlayer.errors import UsageError
-from jlayer.families import EMBEDDING
 from jlayer.run import device as devices
 from jlayer.run.executor import Executor, Totals, Watch
 from jlayer.run.forward import Forward, Residents
@@ -21,6 +20,7 @@ from jlayer.run.report import Clock, anonymous_bytes, available_bytes
 from jlayer.weights.budget import DEFAULT_DISK, Machine, Plan, make_plan, refit
 from jlayer.weights.digest import Checks
 from jlayer.weights.direct import RowReader, disk_speed
+from jlayer.weights.embedding import Embedding
 from jlayer.weights.hub import local_folder
 from jlayer.weights.schedule import Tier
 from jlayer.weights.store import Store
@@ -72,7 +72,7 @@ class Model:
         self.config = self._store.cfg
         self.run = run
         self.generation_config = read_generation_config(self.folder)
-        self.dtype = run.dtype or self._store.dtype_of(EMBEDDING.published)
+        self.dtype = run.dtype or self._store.float_dtype
         self._check_context()
         host_budget = run.host_memory or available_bytes() * 4 // 5
         self.device, budget, context_bytes = devices.choose(
@@ -95,12 +95,7 @@ class Model:
         self._executor: Executor | None = None
         self._owned = _Owned()
         self._end = weakref.finalize(self, self._owned.close)
-        segment, self._embedding_dtype = self._store.embedding()
-        self._embedding = RowReader(
-            segment,
-            n_rows=self.config.vocab_size,
-            identity=self._store.identities[segment.file],
-        )
+        self._embedding = Embedding(self._store)
         self._owned.opened.append(self._embedding)
         self._checks = self._make_checks()
         self._residents = self._put_residents()
@@ -116,9 +111,9 @@ class Model:
         self._text = None
         self.load_s = clock.lap()
 
-    def plan_for(self, *, batch: int, longest: int, context: int) -> Plan:
+    def plan_for(self, *, batch: int, longest: int, context: int, every: bool = False) -> Plan:
         """The plan of a run whose longest sweep carries `longest` tokens of each of `batch`
-        sequences.
+        sequences; `every`: with the logits of all of them.
 
         What streams already goes on as it is where the run fits it; else the best plan anew.
         """
@@ -128,6 +123,7 @@ class Model:
             "batch": batch,
             "longest": longest,
             "context": context,
+            "every": every,
         }
         if self._executor_plan is not None:
             same = refit(self._executor_plan, self.config, **options)
@@ -140,10 +136,11 @@ class Model:
     def _make_checks(self):
         """Of what tiles bring, and of vectors. A table that no tile streams is read once beside the
         first sweep, whose logits wait for it."""
-        expected, name = self._store.expected(), EMBEDDING.published
-        if name in expected and not self.config.tie_word_embeddings:
-            table = Checks({name: expected.pop(name)})
-            self._embedding.begin_whole(partial(table.add, name))
+        expected = self._store.expected()
+        for name in [] if self.config.tie_word_embeddings else self._embedding.tensors:
+            if name in expected:
+                table = Checks({name: expected.pop(name)})
+                self._embedding.begin_whole(name, partial(table.add, name))
         return Checks(expected)
 
     def _put_residents(self):
@@ -193,16 +190,15 @@ class Model:
             self._text = Tokenizer.from_folder(self.folder)
         return self._text
 
-    def forward(self, *, batch: int, longest: int, context: int) -> Forward:
-        """Room for `batch` sequences of up to `context` positions; checked against the promises
-        before any allocation."""
-        self.plan = self.plan_for(batch=batch, longest=longest, context=context)
+    def forward(self, *, batch: int, longest: int, context: int, every: bool = False) -> Forward:
+        """Room for `batch` sequences of up to `context` positions (and, with `every`, for the
+        logits of all tokens of a sweep); checked against the promises before any allocation."""
+        self.plan = self.plan_for(batch=batch, longest=longest, context=context, every=every)
         self.plan.check()
         return Forward(
             self._executor_for(self.plan),
             self._programs,
             self._embedding,
-            self._embedding_dtype,
             self._residents,
             self.plan,
             batch=batch,
@@ -245,7 +241,8 @@ class Model:
         for row in ids:
             self.check_ids(row)
         self.check_length(len(ids[0]), 0)
-        forward = self.forward(batch=len(ids), longest=len(ids[0]), context=len(ids[0]))
+        n_tokens = len(ids[0])
+        forward = self.forward(batch=len(ids), longest=n_tokens, context=n_tokens, every=True)
         return forward.sweep(ids, [0] * len(ids), every=True)
 
     def generate(self, input_ids, **options):

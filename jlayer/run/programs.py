@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.config import ModelConfig
+from jlayer.families import head_leaf, layer_leaves
 from jlayer.model.block import attend, block, join, mlp_in, project
 from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.layers import head, linear, rms_norm
 from jlayer.model.params import Layer
+from jlayer.model.quant import join_pieces
+from jlayer.quantization import BLOCK_BYTES
 from jlayer.run.interrupts import deferred
-from jlayer.weights.tiles import STAGES, Part, Tile
+from jlayer.weights.tiles import Part, Tile
 
-_MATRICES = dict(STAGES)
 _backend_compiles = 0
 
 
@@ -45,6 +47,7 @@ class Programs:
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
         self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), norm_dtype)
+        self._block_bytes = BLOCK_BYTES["cpu" if device.platform == "cpu" else "gpu"]
         self._compiled: dict = {}
 
     def block(self, tile: Tile, *, batch: int, tokens: int, capacity: int):
@@ -52,7 +55,8 @@ class Programs:
         the cache."""
 
         def function(matrices, norms, hidden, cache, positions):
-            return block(Layer(**matrices, **norms), hidden, cache, positions, self.cfg)
+            layer = Layer(**self._joined(matrices), **norms)
+            return block(layer, hidden, cache, positions, self.cfg)
 
         norms = {"input_layernorm": self._norm, "post_attention_layernorm": self._norm}
         args = (
@@ -80,18 +84,21 @@ class Programs:
 
         Of gate and up the one product that the MLP goes on with.
         """
-        names = [part.leaf for part in tile.parts if part.leaf in _MATRICES[tile.stage]]
+        names = list(tile.heights)
 
         def function(x, arrays):
+            arrays = self._joined(arrays)
             if tile.stage == "gate_up":
                 gate, up = names
                 biases = (arrays.get(f"{gate}_bias"), arrays.get(f"{up}_bias"))
                 return (mlp_in(x, arrays[gate], arrays[up], *biases, cfg=self.cfg),)
             return tuple(linear(x, arrays[name], arrays.get(f"{name}_bias")) for name in names)
 
-        width = next(part.shape[1] for part in tile.parts if part.leaf in names)
+        width = next(leaf for leaf in layer_leaves(self.cfg) if leaf.name == names[0]).shape(
+            self.cfg
+        )[1]
         args = (self._struct(batch, tokens, width), structs(tile.parts))
-        heights = "+".join(str(part.shape[0]) for part in tile.parts if part.leaf in names)
+        heights = "+".join(map(str, tile.heights.values()))
         label = f"{tile.stage} rows {heights} {batch}x{tokens}"
         return self._get((label, tile.signature), function, args)
 
@@ -142,16 +149,17 @@ class Programs:
         return self._get((f"leave {batch}x{tokens}", widths), function, args)
 
     def head(self, tile: Tile, *, batch: int, tokens: int, last: int):
-        """(norm, rows [v, D], hidden [B, T, D]) -> float32 logits [B, last, v] of the last
-        columns."""
-        (rows,) = tile.parts
+        """(norm, some rows [v, D] by leaf, hidden [B, T, D]) -> float32 logits [B, last, v] of the
+        last columns."""
+        leaf = head_leaf(self.cfg).name
 
-        def function(norm, rows, hidden):
+        def function(norm, arrays, hidden):
+            rows = self._joined(arrays)[leaf]
             return head(norm, rows, hidden[:, tokens - last :], eps=self.cfg.rms_norm_eps)
 
-        args = (self._norm, _struct_of(rows), self._hidden(batch, tokens))
-        label = f"head {batch}x{tokens} last {last} rows {rows.shape[0]}"
-        return self._get((label, rows.dtype), function, args)
+        args = (self._norm, structs(tile.parts), self._hidden(batch, tokens))
+        label = f"head {batch}x{tokens} last {last} rows {tile.heights[leaf]}"
+        return self._get((label, tile.signature), function, args)
 
     def empty_cache(self, *, batch: int, capacity: int):
         """() -> a LayerCache of zeros, freshly allocated on the device."""
@@ -164,6 +172,9 @@ class Programs:
             )
 
         return self._get((f"cache {batch}x{capacity}",), make, ())
+
+    def _joined(self, arrays):
+        return join_pieces(arrays, block_bytes=self._block_bytes)
 
     def _get(self, key, function, args, donated=()):
         """The compiled program under `key`, whose first word is the label it is counted by."""

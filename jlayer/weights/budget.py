@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass, replace
 
 from jlayer.config import ModelConfig
 from jlayer.errors import DoesNotFitError
-from jlayer.families import EMBEDDING, published_tensors
+from jlayer.families import FINAL_NORM, published_tensors
+from jlayer.quantization import (
+    BLOCK_BYTES,
+    SCHEMES,
+    block_rows,
+    scheme_of_q,
+    split_piece,
+    stored_bytes,
+)
 from jlayer.spec import ITEM_BYTES, query_pieces
 from jlayer.weights.layout import ALIGNMENT
 from jlayer.weights.schedule import Tier
@@ -80,12 +88,13 @@ class Machine:
 @dataclass(frozen=True)
 class Shapes:
     """What a run carries: `n_columns` are the tokens of its longest sweep, padding included,
-    `chunk` the most that go through a tile at once."""
+    `chunk` the most that go through a tile at once; `every`: logits of all of them are wanted."""
 
     batch: int
     capacity: int
     chunk: int
     n_columns: int
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Plan:
     chunk: int
     capacity: int
     model_bytes: int
+    published_bytes: int  # before it was quantised, if it was
     n_layers: int
 
     @property
@@ -186,9 +196,9 @@ class Plan:
             "device": {**asdict(self.device), "peak_bytes": self.device_peak_bytes},
             "host": {**asdict(self.host), "peak_bytes": self.host_peak_bytes},
             "disk": {
-                "source_bytes": self.model_bytes,
+                "source_bytes": self.published_bytes,
                 "target_bytes": self.model_bytes,
-                "peak_bytes": 2 * self.model_bytes,
+                "peak_bytes": self.published_bytes + self.model_bytes,
             },
             "tiers": {f"{tier.value}_layers": self.layers(tier) for tier in Tier},
             "tile_bytes": self.tile_bytes,
@@ -228,15 +238,17 @@ def make_plan(
     batch: int = 1,
     longest: int = 1,
     context: int = 1,
+    every: bool = False,
     keeps_layers: bool = True,
 ) -> Plan:
     """The plan of the shortest sweep that fits: tile size, chunk of tokens, and what stays where.
 
-    `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach. Where
-    nothing fits, the plan that needs least (`fits` is False; `check` refuses).
+    `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach;
+    `every`: logits of all tokens are wanted, not of the last alone. Where nothing fits, the plan
+    that needs least (`fits` is False; `check` refuses).
     """
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context}
+    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
     best = smallest = None
     for tile_bytes in TILE_BYTES:
         tiles = cut(cfg, dtype_of, tile_bytes)
@@ -271,11 +283,12 @@ def refit(
     batch: int,
     longest: int,
     context: int,
+    every: bool = False,
 ) -> Plan:
     """The same tiles in the same places for another run; `fits` says whether the promises allow
     it."""
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context}
+    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
     for most in reversed(CHUNK_TOKENS):
         shapes = shapes_of_run(**shape, most=most)
         bare = _bare_plan(cfg, plan.machine, plan.tiles, shapes=shapes, **options)
@@ -286,12 +299,12 @@ def refit(
 
 
 def shapes_of_run(
-    *, batch: int, longest: int, context: int, most: int = CHUNK_TOKENS[-1]
+    *, batch: int, longest: int, context: int, every: bool = False, most: int = CHUNK_TOKENS[-1]
 ) -> Shapes:
     """The input shapes of a run whose longest sweep carries `longest` tokens a sequence, `most` at
     once."""
     sizes = chunks(longest, most)
-    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes))
+    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes), every)
 
 
 def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
@@ -325,13 +338,14 @@ def capacity_for(n_positions: int) -> int:
 def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
     """The least that a way of cutting needs: nothing kept beyond the ring."""
     item = ITEM_BYTES[dtype]
-    stored = dtype_of(EMBEDDING.published)
+    stored = dtype_of(FINAL_NORM.published)
     tile_bytes = max(tile.n_bytes for tile in tiles)
     slot = tile_bytes + _slack(tiles)
     ahead = min(AHEAD[machine.platform], len(tiles))
     ring = ahead + READING
     layers, width = cfg.num_hidden_layers, cfg.hidden_size
-    norms = sum(part.n_bytes for part in norm_parts(cfg, lambda _: stored, 0)) * layers
+    norms = sum(part.n_bytes for part in norm_parts(cfg, dtype_of, 0)) * layers
+    logits = logits_bytes(cfg, shapes, tiles)
     cache = 2 * shapes.batch * shapes.capacity * cfg.num_key_value_heads * cfg.head_dim * item
     device = DeviceMemory(
         budget_bytes=machine.device_budget,
@@ -340,8 +354,9 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         slots_bytes=(ahead + (machine.platform == "gpu")) * tile_bytes,
         resident_bytes=norms + width * ITEM_BYTES[stored],
         cache_bytes=layers * cache,
-        activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles)),
-        temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype)
+        activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
+        + 3 * logits,
+        temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype, platform=machine.platform)
         + LIBRARY_BYTES[machine.platform],
     )
     on_host = _sum(device) - device.slots_bytes if machine.platform == "cpu" else 0
@@ -350,7 +365,8 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         slots_bytes=ring * slot,
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
-        + shapes.batch * 2 * cfg.vocab_size * 16,
+        + shapes.batch * 2 * cfg.vocab_size * 16
+        + shapes.every * logits,
         runtime_bytes=machine.runtime_bytes,
     )
     return Plan(
@@ -365,7 +381,10 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         chunk=shapes.chunk,
         capacity=shapes.capacity,
         model_bytes=sum(
-            math.prod(shape) * ITEM_BYTES[dtype_of(name)]
+            stored_bytes(dtype_of(name), shape) for name, shape in published_tensors(cfg).items()
+        ),
+        published_bytes=sum(
+            stored_bytes(stored if dtype_of(name) in SCHEMES else dtype_of(name), shape)
             for name, shape in published_tensors(cfg).items()
         ),
         n_layers=layers,
@@ -423,8 +442,7 @@ def _spread(sizes: list[int], room: int) -> list[bool]:
 
 
 def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
-    """What a sweep's tokens hold between programs: hidden states, the stage under way, logits on
-    their way out.
+    """What a sweep's tokens hold between programs: hidden states and the stage under way.
 
     Whole layers keep only hidden states; tiles also hold a stage's input and the products so far,
     of all tokens.
@@ -435,32 +453,51 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     each = 2 * d if whole else 3 * d + max(f + d, 2 * (heads + 2 * kv_heads))
     columns = shapes.batch * shapes.n_columns
     joined = 0 if whole else shapes.batch * shapes.chunk * f * item_bytes
-    logits = 3 * shapes.batch * 2 * cfg.vocab_size * 4
-    return columns * (each * item_bytes + 4) + joined + logits
+    return columns * (each * item_bytes + 4) + joined
+
+
+def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...]) -> int:
+    """The logits that one of the head's programs gives; a few of them wait on their way out."""
+    if not shapes.every:
+        return shapes.batch * 2 * cfg.vocab_size * 4
+    rows = max(sum(tile.heights.values()) for tile in tiles if tile.stage == "head")
+    return shapes.batch * shapes.chunk * rows * 4
 
 
 def temporary_bytes(
-    cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...], *, dtype: str
+    cfg: ModelConfig, shapes: Shapes, tiles: tuple[Tile, ...], *, dtype: str, platform: str
 ) -> int:
     """An upper bound for the temporaries of any one program of a run.
 
     What is alive at once in attention or in the MLP, in float32; and, where weights are of another
-    dtype than the run's, the tile's matrices written out in the run's.
+    dtype than the run's, the tile's matrices written out in the run's; of quantised ones a block of
+    rows each.
     """
     from_attention = attention_temporary_bytes(cfg, shapes)
     b, t = shapes.batch, shapes.chunk
-    item = ITEM_BYTES[dtype]
-    cast = max(
-        sum(math.prod(part.shape) * item for part in tile.parts if part.dtype != dtype)
-        for tile in tiles
-    )
+    cast = max(sum(_written_out(part, dtype, platform) for part in tile.parts) for tile in tiles)
+    quantized = any(split_piece(part.leaf)[1] for part in tiles[0].parts)
     if _is_whole(tiles):
-        mlp = 3 * 4 * b * t * cfg.intermediate_size
+        # The products of a quantised matrix's blocks are put in order once more.
+        mlp = (4 if quantized else 3) * 4 * b * t * cfg.intermediate_size
         return cast + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
-    rows = max(sum(part.shape[0] for part in tile.parts) for tile in tiles)
+    rows = max(sum(tile.heights.values()) for tile in tiles)
     widest = max(cfg.hidden_size, cfg.intermediate_size)
     product = 3 * 4 * b * t * rows + 4 * b * t * widest
     return max(cast + product, from_attention, 4 * 4 * b * t * widest)
+
+
+def _written_out(part, dtype, platform):
+    """What a program writes of a part in the run's dtype; a CPU may take float32 for quantised
+    ones."""
+    piece = split_piece(part.leaf)[1]
+    if piece is None:
+        return 0 if part.dtype == dtype else math.prod(part.shape) * ITEM_BYTES[dtype]
+    if piece != "q":
+        return 0
+    item = ITEM_BYTES["float32" if platform == "cpu" else dtype]
+    row_bytes = part.shape[1] * 8 // scheme_of_q(part.dtype).bits * item
+    return block_rows(part.shape[0], row_bytes, BLOCK_BYTES[platform]) * row_bytes
 
 
 def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:

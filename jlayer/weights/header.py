@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.spec import DTYPES
+from jlayer.spec import STORED_DTYPES
 from jlayer.strict import MAX_KEYS, open_regular, parse_json_object, without_collection
 
 MAX_HEADER_BYTES = 32 << 20
@@ -155,7 +155,7 @@ def _entry(found, data_start):
         return found
     try:
         dtype, shape, (begin, end) = found["dtype"], found["shape"], found["data_offsets"]
-        name_of_dtype, item_bytes = DTYPES[dtype]
+        name_of_dtype, item_bytes = STORED_DTYPES[dtype]
         n_bytes = _n_elements(shape) * item_bytes
     except (TypeError, ValueError, KeyError):  # of what is no entry, no pair, no shape, no dtype
         return found
@@ -174,12 +174,14 @@ def _reason(name, entry):
     n_elements = _n_elements(shape)
     if n_elements is None:
         return f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        return f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(DTYPES)}"
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
+        return (
+            f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(STORED_DTYPES)}"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not _is_span(*offsets):
         expected = "two integers, neither negative nor inverted"
         return f"data_offsets {_short(offsets)}, expected {expected}"
-    expected, n_bytes = n_elements * DTYPES[dtype][1], offsets[1] - offsets[0]
+    expected, n_bytes = n_elements * STORED_DTYPES[dtype][1], offsets[1] - offsets[0]
     if expected >= 1 << 63:
         return f"shape {_short(shape)} overflows 64 bits"
     return (

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from jlayer.config import ModelConfig
 from jlayer.errors import CheckpointError
 from jlayer.families import EMBEDDING, layer_of, published_tensors
-from jlayer.spec import DTYPES, ITEM_BYTES, PUBLISHED_DTYPE
+from jlayer.quantization import Quantization, split_piece, stored_tensors
+from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES
 from jlayer.strict import parse_json_object, read_small_file
 from jlayer.weights.header import LENGTH_BYTES, TensorEntry
 
@@ -58,17 +59,19 @@ def layer_file(layer: int) -> str:
 
 
 def file_of(tensor: str) -> str:
-    """The file that a published tensor lies in."""
+    """The file that a published tensor, or a piece of it, lies in."""
     layer = layer_of(tensor)
     if layer is not None:
         return layer_file(layer)
-    return EMBED_FILE if tensor == EMBEDDING.published else FINAL_FILE
+    return EMBED_FILE if split_piece(tensor)[0] == EMBEDDING.published else FINAL_FILE
 
 
-def weight_files(cfg: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+def weight_files(
+    cfg: ModelConfig, quantization: Quantization | None = None
+) -> dict[str, dict[str, tuple[int, ...]]]:
     """Every weight file of a complete folder, in sweep order: name -> its tensors' shapes."""
     files = {}
-    for tensor, shape in published_tensors(cfg).items():
+    for tensor, shape in stored_tensors(published_tensors(cfg), quantization).items():
         files.setdefault(file_of(tensor), {})[tensor] = shape
     return files
 
@@ -101,24 +104,29 @@ class Manifest:
     family: str
     source_fingerprint: str
     files: dict[str, FileEntry]
-    quantization: dict | None = None
+    quantization: Quantization | None = None
 
 
 def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> list[str]:
     """The order of tensors in a file: matrices first, largest first, then norms and biases.
 
     Large regular pieces thus begin aligned, and what is small sits together at the end. Equals go
-    by name. Where dtypes are mixed so that a tensor would begin inside an element of its own size,
-    which no reader can view, the wider dtypes come first.
+    by name. The pieces of a quantised matrix stand together, where the matrix itself would, so that
+    it is read and written in one go. Where dtypes are mixed so that a tensor would begin inside an
+    element of its own size, which no reader can view, the wider dtypes come first.
     """
 
     def key(name):
-        return (len(shapes[name]) < 2, -_n_bytes(shapes[name], dtypes[name]), name)
+        base, piece = split_piece(name)
+        size = _n_bytes(shapes[name], dtypes[name])
+        if piece is not None:
+            size = 2 * math.prod(shapes[f"{base}.q"]) * (2 if dtypes[f"{base}.q"] == "uint8" else 1)
+        return (len(shapes[name]) < 2, -size, name)
 
     order, at = sorted(shapes, key=key), 0
     for name in order:
-        if at % ITEM_BYTES[dtypes[name]]:
-            return sorted(order, key=lambda name: -ITEM_BYTES[dtypes[name]])
+        if at % STORED_BYTES[dtypes[name]]:
+            return sorted(order, key=lambda name: -STORED_BYTES[dtypes[name]])
         at += _n_bytes(shapes[name], dtypes[name])
     return order
 
@@ -187,7 +195,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "family": manifest.family,
-        "quantization": manifest.quantization,
+        "quantization": manifest.quantization and manifest.quantization.as_dict(),
         "source": {"fingerprint": manifest.source_fingerprint},
         "files": files,
     }
@@ -231,13 +239,8 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             f"{path}: format version is {version!a}, this jlayer reads {FORMAT_VERSION}; "
             "convert the source again, or install the jlayer that wrote it"
         )
-    quantization = raw.get("quantization")
-    if quantization is not None:
-        raise CheckpointError(
-            f"{path}: quantisation {quantization!a} is not known to this jlayer; "
-            "install a newer one"
-        )
     check_seal(content, raw, what=path)
+    quantization = _quantization(raw.get("quantization"), path)
     try:
         files = {name: _file_entry(name, entry) for name, entry in raw["files"].items()}
         fingerprint, family = raw["source"]["fingerprint"], raw["family"]
@@ -247,7 +250,21 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error}); convert the source again"
         ) from None
-    return Manifest(family, fingerprint, files)
+    return Manifest(family, fingerprint, files, quantization)
+
+
+def _quantization(found, path):
+    """Raises CheckpointError for a scheme that is not known here, by its name."""
+    if found is None:
+        return None
+    try:
+        return Quantization.from_dict(found)
+    except (KeyError, TypeError, ValueError):
+        scheme = found.get("scheme", found) if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{path}: quantisation {scheme!a} is not known to this jlayer, or not in this form; "
+            "install a newer one, or convert the source again"
+        ) from None
 
 
 def _file_entry(name, raw):
@@ -256,7 +273,7 @@ def _file_entry(name, raw):
         raise ValueError(f"file name {name!a}")
     n_bytes, tensors, digests = raw["bytes"], {}, {}
     for tensor, place in raw["tensors"].items():
-        dtype, _ = DTYPES[place["dtype"]]
+        dtype, _ = STORED_DTYPES[place["dtype"]]
         shape, offset = tuple(place["shape"]), place["offset"]
         if any(type(n) is not int or n < 0 for n in (*shape, offset)):
             raise ValueError(f"shape or offset of {tensor!a}")
@@ -270,7 +287,7 @@ def _file_entry(name, raw):
 
 
 def _n_bytes(shape, dtype):
-    return math.prod(shape) * ITEM_BYTES[dtype]
+    return math.prod(shape) * STORED_BYTES[dtype]
 
 
 def _encode_json(body):

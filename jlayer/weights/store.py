@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jlayer.config import ModelConfig, read_config
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.families import EMBEDDING, FINAL_NORM, published_tensors
+from jlayer.quantization import SCHEMES, piece_dtypes, stored_tensors
 from jlayer.strict import open_regular, regular_status
 from jlayer.weights.digest import Expected, rows_of
 from jlayer.weights.header import TensorEntry, read_header
@@ -81,7 +82,17 @@ class Store:
         self.identities = {file.path: file.identity for file, _ in found.tensors.values()}
 
     def dtype_of(self, tensor: str) -> str:
-        return self._where[tensor][1].dtype
+        """The dtype of a published tensor, or the name of the scheme that it is quantised by."""
+        if tensor in self._where:
+            return self._where[tensor][1].dtype
+        shape = published_tensors(self.cfg)[tensor]
+        return self.manifest.quantization.scheme_of(tensor, shape).name
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of what is not quantised: what to compute in unless told otherwise."""
+        table = self.dtype_of(EMBEDDING.published)
+        return self.dtype_of(FINAL_NORM.published) if table in SCHEMES else table
 
     def segment_of(self, tensor: str) -> Segment:
         file, entry = self._where[tensor]
@@ -116,10 +127,6 @@ class Store:
         tensor = FINAL_NORM.published
         return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
 
-    def embedding(self) -> tuple[Segment, str]:
-        """Where the embedding table lies, and its dtype; rows are [V, D]."""
-        return self.segment_of(EMBEDDING.published), self.dtype_of(EMBEDDING.published)
-
     def place(self, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
         """The segments to read for a tile, and where each part lies in them.
 
@@ -151,7 +158,9 @@ def _follows(span, last):
 def _locate(folder, cfg, manifest):
     """Tensor -> (file, entry), with each file's own header held against the manifest and both
     against the config; and each file's identity."""
-    expected = published_tensors(cfg)
+    shapes = published_tensors(cfg)
+    expected = stored_tensors(shapes, manifest.quantization)
+    dtypes = piece_dtypes(shapes, manifest.quantization)
     where, identities, problems = {}, {}, []
     weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
     for name in weight_files:
@@ -175,6 +184,10 @@ def _locate(folder, cfg, manifest):
         elif where[tensor][1].shape != shape:
             problems.append(
                 f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
+            )
+        elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
+            problems.append(
+                f"{tensor} is {where[tensor][1].dtype}, by its quantisation {dtypes[tensor]}"
             )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jlayer.config import model_config
-from jlayer.model import attention, block, cache, layers
+from jlayer.model import attention, block, cache, layers, quant
 from jlayer.model.params import Layer
 from tests.reference.conftest import STYLES
 
@@ -57,13 +57,13 @@ def randomise(module):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("columns", [1, 2, layers.FEW_COLUMNS, layers.FEW_COLUMNS + 1])
+@pytest.mark.parametrize("columns", [1, 2, quant.FEW_COLUMNS, quant.FEW_COLUMNS + 1])
 def test_a_product_is_the_same_from_either_side(columns, dtype):
     generator = torch.Generator().manual_seed(columns)
     x = torch.randn((1, columns, 24), generator=generator).to(getattr(torch, dtype))
     weight = torch.randn((40, 24), generator=generator).to(getattr(torch, dtype))
     mine = [jnp.asarray(each.float().numpy()).astype(dtype) for each in (x, weight)]
-    found = jax.jit(layers.product)(*mine)
+    found = jax.jit(quant.product)(*mine)
     assert found.dtype == jnp.float32
     assert found.shape == (1, columns, 40)
     close(found, x.double() @ weight.double().T, scale=1e-6)
@@ -73,7 +73,7 @@ def test_a_product_is_the_same_from_either_side(columns, dtype):
 def test_the_cpu_multiplies_few_columns_with_the_weight_on_the_left():
     """The compiler would turn it back, and repack the whole weight at every call."""
     shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, 2, 24), (40, 24))]
-    text = jax.jit(layers.product).lower(*shapes).compile().as_text()
+    text = jax.jit(quant.product).lower(*shapes).compile().as_text()
     (line,) = [line for line in text.splitlines() if " dot(" in line]
     assert "f32[40,2]" in line
 

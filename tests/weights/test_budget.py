@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jlayer.config import ModelConfig, Rope
 from jlayer.errors import DoesNotFitError
+from jlayer.quantization import BLOCK_BYTES, SCHEMES
 from jlayer.weights.budget import (
     CHUNK_TOKENS,
     Machine,
@@ -84,9 +85,16 @@ def machine(**options):
     return Machine(**{**given, "context_bytes": 640 << 20, **options})
 
 
+def forms(stored):
+    """What each tensor is stored in: a quantised model's vectors are bfloat16."""
+    return lambda name: (
+        "bfloat16" if stored in SCHEMES and name.endswith(("norm.weight", ".bias")) else stored
+    )
+
+
 def plan_of(cfg, *, dtype="bfloat16", stored="bfloat16", on=None, **options):
     shape = {"longest": 20, "context": 100, **options}
-    return make_plan(cfg, on or machine(), dtype_of=lambda _: stored, dtype=dtype, **shape)
+    return make_plan(cfg, on or machine(), dtype_of=forms(stored), dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64, 65, 150, 255, 256, 257, 511, 512, 513, 700, 4096])
@@ -172,34 +180,45 @@ def test_the_peak_is_the_sum_of_its_terms():
         assert memory["peak_bytes"] == sum(n for name, n in memory.items() if name not in known)
 
 
-@pytest.mark.parametrize("tokens", CHUNK_TOKENS)
-@pytest.mark.parametrize("capacity", [64, 1024])
+PLAIN = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
+QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
+
+
 @pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")],
-)
+    ("tokens", "capacity", "stored", "dtype"),
+    [
+        *((tokens, capacity, *kind) for tokens in CHUNK_TOKENS for capacity in (64, 1024)
+          for kind in PLAIN),
+        *((tokens, 64, *kind) for tokens in (2, 512) for kind in QUANTISED),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("tile_bytes", [None, 100_000])
 def test_temporaries_of_compiled_programs_stay_within_the_formula(
-    tokens, capacity, stored, dtype, tile_bytes
+    tokens, capacity, stored, dtype, tile_bytes, monkeypatch
 ):
     import jax
 
     from jlayer.run.forward import _stage_widths
     from jlayer.run.programs import Programs
 
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)  # so that matrices go in several blocks
     shapes = Shapes(1, capacity, tokens, tokens)
-    tiles = cut(SMALL, lambda _: stored, tile_bytes)
-    programs = Programs(SMALL, dtype=dtype, norm_dtype=stored, device=jax.devices("cpu")[0])
+    tiles = cut(SMALL, forms(stored), tile_bytes)
+    norm_dtype = "bfloat16" if stored in SCHEMES else stored
+    programs = Programs(SMALL, dtype=dtype, norm_dtype=norm_dtype, device=jax.devices("cpu")[0])
     widths = _stage_widths(tiles)
     shape = {"batch": 1, "tokens": tokens}
     for tile in tiles:
         if tile.stage == "block":
             programs.block(tile, capacity=capacity, **shape)
-        elif tile.stage != "head":
+        elif tile.stage == "head":
+            if stored in SCHEMES:
+                programs.head(tile, last=tokens, **shape)
+        else:
             programs.rows(tile, **shape)
             if tile.stage == "qkv" and tile.ends_stage:
                 programs.attend(widths[tile.layer, "qkv"], capacity=capacity, **shape)
-    bound = temporary_bytes(SMALL, shapes, tiles, dtype=dtype)
+    bound = temporary_bytes(SMALL, shapes, tiles, dtype=dtype, platform="cpu")
     assert programs.temporary_bytes <= bound
     # A bound that is far off refuses what would fit.
     assert bound <= 4 * programs.temporary_bytes + (1 << 20)

@@ -20,6 +20,7 @@ import sys
 
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.errors import UsageError
+from jlayer.quantization import SCHEMES
 from jlayer.spec import ITEM_BYTES
 from jlayer.weights.hub import Weights, cached_folder, is_hub_id, local_folder
 from jlayer.weights.layout import EMBED_FILE
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=tuple(ITEM_BYTES),
         help="cast all weights, to nearest (default: each keeps its own)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=tuple(SCHEMES),
+        help="keep matrices in 8 or about 4 bits a weight (see the README for what it costs)",
     )
     parser.add_argument(
         "--delete-source",
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> dict:
             source,
             args.target,
             dtype=args.dtype,
+            quantize=args.quantize,
             overwrite=args.overwrite,
             delete_source=args.delete_source,
             allow_extra=args.allow_extra,
@@ -121,7 +128,8 @@ def _ask(args):
             "--delete-source: nobody to ask (no terminal on stdin); add --yes to remove the weight "
             f"files of {args.source} as they are converted"
         )
-    kind = f" to {args.dtype}, which is all that will remain" if args.dtype else ""
+    form = args.quantize or args.dtype
+    kind = f" to {form}, which is all that will remain" if form else ""
     print(
         f"jlayer: remove the weight files of {args.source} for good, each once it is converted"
         f"{kind}? [y/N] ",
@@ -139,5 +147,11 @@ def _line(done):
     return (
         f"{done.target}: {verb} {done.source}, {done.n_layers} layers in {done.n_files} files, "
         f"{done.target_bytes:,} bytes, {dtypes}"
+        + (
+            f"; layers quantised to {done.quantization['scheme']}, {done.block_bits:.2f} bits a "
+            f"weight, {len(done.quantization['at_int8'])} of their matrices at int8"
+            if done.block_bits
+            else ""
+        )
         + (f"; removed there: {', '.join(done.removed)}" if done.removed else "")
     )

@@ -9,10 +9,13 @@ import sys
 
 from jlayer import catalogue
 from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, read_config
-from jlayer.errors import DoesNotFitError
+from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.families import layer_leaves, layer_tensor_name, published_tensors
+from jlayer.quantization import SCHEMES, Quantization, quantization_of
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.weights.budget import DEFAULT_DISK, Machine, human, make_plan
 from jlayer.weights.hub import hub_config, is_hub_id
+from jlayer.weights.layout import is_layered, read_manifest
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
 # an H200).
@@ -38,6 +41,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--dtype", help="compute in bfloat16, float16 or float32 (default: the model's)"
     )
+    parser.add_argument(
+        "--quantize", choices=tuple(SCHEMES), help="as it would be once quantised so"
+    )
     parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
     parser.add_argument("--link-speed", metavar="B/s", help="of the way to the device, 25GB/s")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
@@ -53,7 +59,13 @@ def run(args) -> dict:
         device=args.device,
         context=args.context,
     )
-    stored = cfg.dtype or "bfloat16"
+    quantization = _quantization(args, cfg)
+    shapes, stored = published_tensors(cfg), cfg.dtype or "bfloat16"
+
+    def dtype_of(tensor):
+        scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
+        return scheme.name if scheme else stored
+
     machine = Machine(
         platform=args.device,
         device_budget=options.device_memory,
@@ -65,19 +77,23 @@ def run(args) -> dict:
     plan = make_plan(
         cfg,
         machine,
-        dtype_of=lambda _: stored,
+        dtype_of=dtype_of,
         dtype=options.dtype or stored,
         batch=args.batch,
         longest=args.context,
         context=args.context,
     )
     if not args.json:
-        print(describe(plan))
+        print(describe(plan, quantization and described(quantization, cfg)))
+    found = plan.as_dict()
+    if quantization is not None:
+        bits = quantization.block_bits(shapes)
+        found["quantization"] = {**quantization.as_dict(), "block_bits": bits}
     try:
         plan.check()
     except DoesNotFitError as error:
-        raise DoesNotFitError(str(error), report=plan.as_dict()) from None
-    return plan.as_dict()
+        raise DoesNotFitError(str(error), report=found) from None
+    return found
 
 
 def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
@@ -96,6 +112,19 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
 
 
+def _quantization(args, cfg) -> Quantization | None:
+    """What REF is kept in, or would be: before conversion errors are not known, only sizes."""
+    there = read_manifest(args.ref).quantization if is_layered(args.ref) else None
+    if args.quantize is None:
+        return there
+    if there and there.scheme != args.quantize:
+        raise UsageError(
+            f"--quantize: found {args.quantize}, but {args.ref} is quantised to {there.scheme}; "
+            "ask for what it was made of"
+        )
+    return there or quantization_of(args.quantize, published_tensors(cfg))
+
+
 def _measured(ref):
     """The disk's speed where REF is a folder with weights; None where there is nothing to read."""
     from jlayer.weights.direct import disk_speed
@@ -108,14 +137,36 @@ def _speed(words, option):
     return None if words is None else parse_bytes(words.removesuffix("/s"), option=option)
 
 
-def describe(plan) -> str:
+def described(quantization: Quantization, cfg: ModelConfig) -> str:
+    """What is kept in how many bits, in one line."""
+    counts = {}
+    for leaf in layer_leaves(cfg):
+        names = {layer_tensor_name(leaf, layer) for layer in range(cfg.num_hidden_layers)}
+        counts[leaf.name] = len(names & set(quantization.at_int8))
+    kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
+    bits = quantization.block_bits(published_tensors(cfg))
+    return (
+        f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
+        + (f"; at int8 as well {kept}" if kept else "")
+    )
+
+
+def describe(plan, quantized: str | None = None) -> str:
     """The plan for a person: one line for each thing that takes memory, then what a token costs."""
     found = plan.as_dict()
-    lines = [
-        f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
-        f"it runs as it is published, and converting it takes as much disk again",
-        "",
-    ]
+    if quantized:
+        lines = [
+            f"model {human(plan.model_bytes)} in {plan.n_layers} layers, of "
+            f"{human(plan.published_bytes)} as published",
+            f"quantised       {quantized}",
+            "",
+        ]
+    else:
+        lines = [
+            f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
+            f"it runs as it is published, and converting it takes as much disk again",
+            "",
+        ]
     for title in ("device", "host"):
         lines.append(f"{title}")
         for name, n_bytes in found[title].items():

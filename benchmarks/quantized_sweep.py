@@ -1,0 +1,107 @@
+"""What quantising buys: sweep time of bfloat16 over that of int8 and int4, against the same ratio
+of bytes, on random layers of a real shape.
+
+    python benchmarks/quantized_sweep.py WORK --shape 70b --layers 14 --device-memory 1536MiB \\
+        --host-memory 100GiB --tokens 1,64,512
+    python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
+
+Makes the three folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
+fresh process, `--rounds` times in turn. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+from make_model import SHAPES, make
+
+KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
+
+
+def sweep(folder: Path, args) -> dict:
+    """What `sweep.py` finds, from its last line."""
+    script = Path(__file__).with_name("sweep.py")
+    words = [sys.executable, str(script), str(folder), "--no-raw", "--tokens", args.tokens]
+    words += ["--sweeps", str(args.sweeps), "--context", str(max(64, *_sizes(args)))]
+    for option in ("device", "device_memory", "host_memory"):
+        if getattr(args, option):
+            words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    words += ["--disk"] * args.disk
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    for line in done.stdout.splitlines()[:-1]:
+        common.say(f"  {line}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(rounds: list[dict[str, dict]], index: int) -> dict[str, dict]:
+    """For each scheme, by round: the time's ratio over the bytes' ratio."""
+    found = {}
+    for kind in ("int8", "int4"):
+        shares, times = [], []
+        for one in rounds:
+            plain, small = (one[name]["sweeps"][index] for name in ("bfloat16", kind))
+            times.append(plain["sweep_s"]["median"] / small["sweep_s"]["median"])
+            shares.append(times[-1] / (plain["moved_bytes"] / small["moved_bytes"]))
+        found[kind] = {
+            "tokens": rounds[0][kind]["sweeps"][index]["tokens"],
+            "speedup": common.summary(times),
+            "share": common.summary(shares),
+        }
+    return found
+
+
+def _sizes(args):
+    return [int(word) for word in args.tokens.split(",")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--device")
+    parser.add_argument("--device-memory")
+    parser.add_argument("--host-memory")
+    parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
+    parser.add_argument("--tokens", default="1,64,512")
+    parser.add_argument("--sweeps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    result = {"card": common.card(), "options": {**vars(args), "work": None}}
+    folders = {kind: args.work / f"{args.shape}-{args.layers}-{kind}" for kind in KINDS}
+    for kind, folder in folders.items():
+        if not (folder / "manifest.json").exists():
+            common.say(f"making {folder.name}")
+            make(folder, args.shape, args.layers, KINDS[kind])
+    os.sync()
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({})
+        for kind, folder in folders.items():
+            common.say(f"round {number + 1}, {kind}")
+            rounds[-1][kind] = found = sweep(folder, args)
+            for row in found["sweeps"]:
+                row["moved_bytes"] = row["read_bytes"] if args.disk else row["put_bytes"]
+    result["rounds"] = rounds
+    result["ratios"] = [ratios(rounds, index) for index in range(len(_sizes(args)))]
+    for row in result["ratios"]:
+        for kind, found in row.items():
+            smi = [one[kind]["smi_peak_mib"] for one in rounds]
+            common.say(
+                f"{found['tokens']:5} tokens, {kind}: {found['speedup']['median']:.3f} times as "
+                f"fast, {found['share']['median']:.3f} of the cut in bytes "
+                f"({found['share']['min']:.3f}-{found['share']['max']:.3f})"
+                + (f"; {statistics.median(smi)} MiB by nvidia-smi" if any(smi) else "")
+            )
+    common.last_line(result)
+
+
+if __name__ == "__main__":
+    main()
