@@ -1,17 +1,19 @@
 """A conversion holds a few chunks, never a layer, whatever the size of the model."""
 
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
+from convert import convert_checkpoint, quantize, verify_folder
 from convert.blocks import BLOCK_BYTES, N_BLOCKS
 from convert.read import CHUNK_BYTES, WHOLE_FILE_BYTES
 from jlayer.config import model_config
 from jlayer.families import published_tensors
+from jlayer.quantization import SCHEMES
 from jlayer.weights.layout import encode_header
 
 # Layers of 55 MB, their largest tensor 12.6 MB; zeros, so that the source is a file of holes.
@@ -58,6 +60,19 @@ def test_peak_is_a_few_chunks(source, tmp_path, dtype):
         assert tracemalloc.get_traced_memory()[1] < 2 * WHOLE_FILE_BYTES + (2 << 20)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantising_takes_a_few_chunks_more_and_what_each_thread_works_on(source, tmp_path, scheme):
+    """And the scales of one matrix, which wait until its rows are written."""
+    threads = len(os.sched_getaffinity(0)) * 32 * quantize._BLOCK
+    tracemalloc.start()
+    try:
+        convert_checkpoint(source, tmp_path / "out", quantize=scheme)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert CHUNK_BYTES < peak < 5 * CHUNK_BYTES + threads + (2 << 20)
 
 
 def test_resident_memory_of_the_process_is_too(source, tmp_path):
