@@ -106,6 +106,31 @@ def disk() -> str:
     return table(head, rows)
 
 
+def quantized() -> str:
+    """What fewer bits buy in a sweep: one row for each scheme and number of tokens."""
+    result = load("h200-quantized")
+    rows = []
+    for index, ratio in enumerate(result["ratios"]):
+        for kind in ("bfloat16", "int8", "int4"):
+            sweep = result["rounds"][0][kind]["sweeps"][index]
+            of_bfloat16 = ["", ""]
+            if kind in ratio:
+                found = ratio[kind]
+                of_bfloat16 = [f"{found[what]['median']:.2f}" for what in ("speedup", "share")]
+            rows.append(
+                [
+                    f"{sweep['tokens']:,}",
+                    kind,
+                    f"{sweep['moved_bytes'] / 1e9:.2f} GB",
+                    f"{sweep['sweep_s']['median']:.3f} s",
+                    *of_bfloat16,
+                    f"{result['rounds'][0][kind]['smi_peak_mib']} MiB",
+                ]
+            )
+    head = ["tokens", "weights", "a sweep", "", "times as fast", "of the cut in bytes"]
+    return table([*head, "whole process"], rows)
+
+
 def versus(result: dict) -> str:
     """The programs beside each other: what was run, the table, and whether they said the same."""
     gpu = result["card"]["gpu"]
@@ -165,7 +190,7 @@ def _agreement(rows):
 
 def blocks() -> dict[str, str]:
     """Every table by its mark; empty where nothing has been measured yet."""
-    found = {"sweeps": sweeps(), "disk": disk()}
+    found = {"sweeps": sweeps(), "disk": disk(), "quantized": quantized()}
     for machine in ("h200", "cpu"):
         name = f"versus-{machine}"
         there = (RESULTS / f"{name}.json").exists()
