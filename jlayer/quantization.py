@@ -64,6 +64,10 @@ class Scheme:
             "scale": (self.scale_dtype, (rows, -(-width // self.group))),
         }
 
+    def n_weights(self, q_shape: tuple[int, ...]) -> int:
+        """How many weights a `q` of this shape, or a row of it, has room for."""
+        return math.prod(q_shape) * 8 // self.bits
+
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         pieces = self.pieces(shape).values()
         return sum(STORED_BYTES[dtype] * math.prod(own) for dtype, own in pieces)

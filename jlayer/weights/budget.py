@@ -168,10 +168,11 @@ class Plan:
     def sweep_seconds(self) -> float:
         """The slowest of disk, link and the steps themselves; arithmetic hides behind them."""
         machine, counts = self.machine, Counter(self.tiers)
-        # On a CPU nothing is moved: its link is the arithmetic itself, over every weight.
-        passing = [Tier.DISK, Tier.HOST] if machine.platform == "gpu" else list(Tier)
+        on_gpu = machine.platform == "gpu"
+        passing = [Tier.DISK, Tier.HOST] if on_gpu else list(Tier)
         disk_s = self.tier_bytes(Tier.DISK) / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
-        moved = sum(map(self.tier_bytes, passing))
+        # On a CPU nothing is moved: its link is the arithmetic itself, over every weight.
+        moved = self.put_bytes if on_gpu else sum(map(_plain_bytes, self.tiles))
         gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
         link_s = moved / machine.bytes_per_s + gaps
         return max(disk_s, link_s, len(self.tiles) * STEP_S[machine.platform])
@@ -496,7 +497,7 @@ def _written_out(part, dtype, platform):
     if piece != "q":
         return 0
     item = ITEM_BYTES["float32" if platform == "cpu" else dtype]
-    row_bytes = part.shape[1] * 8 // scheme_of_q(part.dtype).bits * item
+    row_bytes = scheme_of_q(part.dtype).n_weights(part.shape[1:]) * item
     return block_rows(part.shape[0], row_bytes, BLOCK_BYTES[platform]) * row_bytes
 
 
@@ -523,6 +524,16 @@ def _slack(tiles):
     """What a slot or a room has beyond its tile: the blocks around each segment, one for each part
     at most."""
     return ALIGNMENT * 2 * max(len(tile.parts) for tile in tiles)
+
+
+def _plain_bytes(tile):
+    """The bytes of a tile's weights, quantised ones as if each had two: they take no less time."""
+    return sum(
+        2 * scheme_of_q(part.dtype).n_weights(part.shape)
+        if split_piece(part.leaf)[1] == "q"
+        else part.n_bytes
+        for part in tile.parts
+    )
 
 
 def _is_whole(tiles):

@@ -136,6 +136,17 @@ def test_what_is_left_over_keeps_tiles_evenly_spread():
             assert abs(found - 200 * count / len(plan.tiers)) <= 4
 
 
+def test_quantised_70b_is_a_fraction_of_the_bytes_and_on_a_cpu_as_much_arithmetic():
+    plans = {stored: plan_of(LLAMA_70B, stored=stored) for stored in ("bfloat16", "int8", "int4")}
+    layers = {kind: sum(t.n_bytes for t in p.tiles if t.layer == 0) for kind, p in plans.items()}
+    assert layers["int8"] * 16 == layers["bfloat16"] * 8.125
+    assert layers["int4"] * 16 == layers["bfloat16"] * 4.25
+    assert plans["int4"].published_bytes == plans["bfloat16"].model_bytes
+    on = machine(platform="cpu", disk_speed=1e12, host_budget=400 << 30)
+    seconds = [plan_of(LLAMA_70B, stored=kind, on=on).sweep_seconds for kind in plans]
+    assert max(seconds) < 1.05 * min(seconds)
+
+
 def test_more_memory_never_makes_a_sweep_slower():
     sizes = [2, 3, 4, 6, 8, 12, 24, 48, 96, 200]
     device = [plan_of(LLAMA_70B, on=machine(device_budget=n << 30)).sweep_seconds for n in sizes]
