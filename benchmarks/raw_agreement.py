@@ -4,9 +4,10 @@ in turn.
     python benchmarks/raw_agreement.py FOLDER [--pairs 9] [--device cpu]
 
 Disk: two `dd iflag=direct bs=16M` at once, each over its half of the layer files, before and after
-each raw read of ours. They are given huge pages as ours has them: a request over small ones is cut
-into pieces of 1 MiB on its way to many a disk. Link: `cuMemcpyHtoDAsync` into memory of the
-driver's own, in another process. The figure is the median of the ratios.
+each raw read of ours, each until it no longer changes. They are given huge pages as ours has them:
+a request over small ones is cut into pieces of 1 MiB on its way to many a disk. Link:
+`cuMemcpyHtoDAsync` into memory of the driver's own, in another process. The figure is the median
+of the ratios.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ def dd_speed(paths: list[str]) -> float:
 
 
 def disk_pairs(folder: str, n_pairs: int) -> list[dict]:
-    from jlayer.run.raw import RawDisk
+    from jlayer.run.raw import RawDisk, steady
 
     paths = sorted(glob.glob(os.path.join(folder, "layer-*.safetensors")))
     paths = paths[: len(paths) // 2 * 2]
     disk = RawDisk(paths)
-    rows, before = [], dd_speed(paths)
+    rows, before = [], steady(lambda: dd_speed(paths))
     for _ in range(n_pairs):
         ours = disk.steady_speed(1.0)
-        after = dd_speed(paths)
+        after = steady(lambda: dd_speed(paths))
         rows.append({"ours": ours, "dd": (before + after) / 2})
         before = after
         common.say(f"disk: ours {ours / 1e9:.3f} GB/s, dd around it {rows[-1]['dd'] / 1e9:.3f}")

@@ -14,6 +14,7 @@ import platform
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
@@ -98,14 +99,8 @@ class RawDisk:
         return n_bytes / (time.perf_counter() - began)
 
     def steady_speed(self, seconds: float) -> float:
-        """The speed once it no longer changes: a virtual disk may let through more for a while,
-        after a rest. The mean of two in a row that agree, each of about so long."""
-        last = self.speed(seconds)
-        for _ in range(MOST_TRIES):
-            before, last = last, self.speed(seconds)
-            if abs(last - before) <= STEADY * last:
-                return (last + before) / 2
-        return last
+        """The speed once it no longer changes, from measurings of about so long."""
+        return steady(lambda: self.speed(seconds))
 
     def _read(self, buffer, until):
         done = 0
@@ -120,6 +115,17 @@ class RawDisk:
         self._buffers.clear()
         for fd in self._fds.values():
             os.close(fd)
+
+
+def steady(measure: Callable[[], float]) -> float:
+    """What `measure` gives once it no longer changes: a virtual disk may let through more for a
+    while, after a rest, and less after other reads. The mean of two in a row that agree."""
+    last = measure()
+    for _ in range(MOST_TRIES):
+        before, last = last, measure()
+        if abs(last - before) <= STEADY * last:
+            return (last + before) / 2
+    return last
 
 
 def link_speeds(device: jax.Device, *, repeats: int = 7) -> list[float]:
