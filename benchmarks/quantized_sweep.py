@@ -6,7 +6,8 @@ of bytes, on random layers of a real shape.
     python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
 
 Makes the three folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
-fresh process, `--rounds` times in turn. The last line is one JSON object.
+fresh process for each number of tokens (a plan once made goes on as it is), `--rounds` times in
+turn. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ from make_model import SHAPES, make
 KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
 
 
-def sweep(folder: Path, args) -> dict:
+def sweeps(folder: Path, args) -> dict:
+    """What `sweep.py` finds for each number of tokens, in one."""
+    runs = [sweep(folder, args, n_tokens) for n_tokens in _sizes(args)]
+    found = {**runs[0], "sweeps": [run["sweeps"][0] for run in runs]}
+    return found | {"smi_peak_mib": max(run["smi_peak_mib"] for run in runs)}
+
+
+def sweep(folder: Path, args, n_tokens: int) -> dict:
     """What `sweep.py` finds, from its last line."""
     script = Path(__file__).with_name("sweep.py")
-    words = [sys.executable, str(script), str(folder), "--no-raw", "--tokens", args.tokens]
-    words += ["--sweeps", str(args.sweeps), "--context", str(max(64, *_sizes(args)))]
+    words = [sys.executable, str(script), str(folder), "--no-raw", "--tokens", str(n_tokens)]
+    words += ["--sweeps", str(args.sweeps), "--context", str(max(64, n_tokens))]
     for option in ("device", "device_memory", "host_memory"):
         if getattr(args, option):
             words += [f"--{option.replace('_', '-')}", getattr(args, option)]
@@ -86,7 +94,7 @@ def main():
         rounds.append({})
         for kind, folder in folders.items():
             common.say(f"round {number + 1}, {kind}")
-            rounds[-1][kind] = found = sweep(folder, args)
+            rounds[-1][kind] = found = sweeps(folder, args)
             for row in found["sweeps"]:
                 row["moved_bytes"] = row["read_bytes"] if args.disk else row["put_bytes"]
     result["rounds"] = rounds

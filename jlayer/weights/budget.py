@@ -37,19 +37,27 @@ CAPACITY_STEP = (
 )
 
 # None: whole layers. On an H200 tiles of 64 MiB move at the link's full speed, 32 MiB at 95% of it.
-TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 32, 16, 8, 4, 2, 1)))
+TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
 # Tiles on the device at a time, and host slots beyond them that are being read meanwhile.
 AHEAD = {"gpu": 4, "cpu": 2}
 READING = 2
-# What each tile costs beside its bytes: a turn in Python and the driver, a gap on the link (5% of
-# the time of 32 MiB on an H200), a gap on the disk.
-STEP_S = {"gpu": 450e-6, "cpu": 80e-6}
+# What each tile costs beside its bytes: a turn in Python and the driver, more of it for each array
+# (on an H200 0.45 ms for a tile of one or two, 0.57 ms for the three of a quantised one), and for
+# each further chunk of tokens; a gap on the link (5% of the time of 32 MiB), a gap on the disk.
+STEP_S = {"gpu": 350e-6, "cpu": 80e-6}
+ARRAY_S = {"gpu": 75e-6, "cpu": 0.0}
+CHUNK_S = {"gpu": 50e-6, "cpu": 0.0}
 LINK_GAP_S = 30e-6
 DISK_GAP_S = 200e-6
 # Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and the product of
 # bfloat16 weights on two cores.
 DEFAULT_LINK = {"gpu": 25e9, "cpu": 14e9}
 DEFAULT_DISK = 2e9
+# How fast a GPU's programs go through bfloat16 weights that are there, for up to 512 tokens (H200).
+# Quantised ones are written out first, on either kind of device: that takes as long as if each had
+# QUANTIZED_BYTES.
+GPU_ARITHMETIC = 1e12
+QUANTIZED_BYTES = 4
 # What XLA's libraries hold in the allocator all the time (140 MB measured on an H200), the
 # workspace of a matrix product (40 MB), and what is lost between blocks of different sizes.
 LIBRARY_BYTES = {"gpu": 256 << 20, "cpu": 0}
@@ -95,6 +103,7 @@ class Shapes:
     chunk: int
     n_columns: int
     every: bool = False
+    n_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,7 @@ class Plan:
     ring: int
     ahead: int
     chunk: int
+    n_chunks: int
     capacity: int
     model_bytes: int
     published_bytes: int  # before it was quantised, if it was
@@ -166,16 +176,26 @@ class Plan:
 
     @property
     def sweep_seconds(self) -> float:
-        """The slowest of disk, link and the steps themselves; arithmetic hides behind them."""
+        """The slowest of disk, link, arithmetic and the steps themselves: each hides the others."""
         machine, counts = self.machine, Counter(self.tiers)
         on_gpu = machine.platform == "gpu"
         passing = [Tier.DISK, Tier.HOST] if on_gpu else list(Tier)
         disk_s = self.tier_bytes(Tier.DISK) / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
+        work = sum(map(_work_bytes, self.tiles))
         # On a CPU nothing is moved: its link is the arithmetic itself, over every weight.
-        moved = self.put_bytes if on_gpu else sum(map(_plain_bytes, self.tiles))
+        moved = self.put_bytes if on_gpu else work
         gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
         link_s = moved / machine.bytes_per_s + gaps
-        return max(disk_s, link_s, len(self.tiles) * STEP_S[machine.platform])
+        return max(disk_s, link_s, on_gpu * self.n_chunks * work / GPU_ARITHMETIC, self._steps_s)
+
+    @property
+    def _steps_s(self):
+        platform, n_tiles = self.machine.platform, len(self.tiles)
+        n_arrays = sum(len(tile.parts) for tile in self.tiles)
+        further = n_tiles * (self.n_chunks - 1)
+        return (
+            n_tiles * STEP_S[platform] + n_arrays * ARRAY_S[platform] + further * CHUNK_S[platform]
+        )
 
     def layers(self, tier: Tier) -> int:
         """How many layers' worth of bytes a tier holds; the three add up to all layers."""
@@ -259,9 +279,10 @@ def make_plan(
         if not bare.fits:
             continue
         plan = _with_tiers(bare) if keeps_layers else bare
-        if best is not None and plan.sweep_seconds >= best.sweep_seconds:
+        if best is None or plan.sweep_seconds < best.sweep_seconds:
+            best = plan
+        elif plan.chunk <= best.chunk:
             break  # smaller tiles leave more memory to keep layers in; here that no longer pays
-        best = plan
     return best or smallest
 
 
@@ -305,7 +326,7 @@ def shapes_of_run(
     """The input shapes of a run whose longest sweep carries `longest` tokens a sequence, `most` at
     once."""
     sizes = chunks(longest, most)
-    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes), every)
+    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes), every, len(sizes))
 
 
 def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
@@ -380,6 +401,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         ring=ring,
         ahead=ahead,
         chunk=shapes.chunk,
+        n_chunks=shapes.n_chunks,
         capacity=shapes.capacity,
         model_bytes=sum(
             stored_bytes(dtype_of(name), shape) for name, shape in published_tensors(cfg).items()
@@ -526,10 +548,11 @@ def _slack(tiles):
     return ALIGNMENT * 2 * max(len(tile.parts) for tile in tiles)
 
 
-def _plain_bytes(tile):
-    """The bytes of a tile's weights, quantised ones as if each had two: they take no less time."""
+def _work_bytes(tile):
+    """What a tile is to the arithmetic: its bytes, quantised weights as if each had
+    QUANTIZED_BYTES."""
     return sum(
-        2 * scheme_of_q(part.dtype).n_weights(part.shape)
+        QUANTIZED_BYTES * scheme_of_q(part.dtype).n_weights(part.shape)
         if split_piece(part.leaf)[1] == "q"
         else part.n_bytes
         for part in tile.parts

@@ -155,6 +155,13 @@ def test_as_many_windows_a_sweep_as_the_promises_allow(fable, ids):
     assert again.nll == pytest.approx(found.nll, rel=1e-2)
 
 
+def test_logits_of_all_tokens_are_part_of_the_plan(float32, ids):
+    float32.logits(ids[:16])
+    planned = float32.plan.device.activation_bytes
+    without = float32.plan_for(batch=1, longest=16, context=16).device.activation_bytes
+    assert planned >= without + 3 * 4 * (16 - 2) * 4096
+
+
 def test_the_command_line(fable, quantised, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convert import convert_checkpoint
@@ -43,6 +43,7 @@ def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
     scheme=st.sampled_from(list(SCHEMES.values())),
     block_bytes=st.sampled_from([1, 3000, 1 << 30]),
 )
+@example(rows=37, width=33, scheme=SCHEMES["int4"], block_bytes=3000)  # blocks that overlap
 def test_a_product_is_that_with_the_weights_that_it_stands_for(rows, width, scheme, block_bytes):
     weight, exact = random_weight(rows, width, scheme, seed=rows, block_bytes=block_bytes)
     assert np.array_equal(dequantize(weight, width), exact)  # bit for bit
