@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +94,7 @@ class Recorder:
             lane: ThreadPoolExecutor(1, thread_name_prefix=f"jlayer-timeline-{lane}")
             for lane in ("put", "run")
         }
+        self._last_waits: dict[str, Future | None] = dict.fromkeys(self._waiters)
 
     def __enter__(self):
         self._also = self._watch.also(self._on_step)
@@ -142,10 +143,13 @@ class Recorder:
         self._marks["read"].append(mark)
 
     def _await(self, lane, state, mark, made):
-        if all(array.is_ready() for array in jax.tree.leaves(made)):  # as a CPU's put always is
+        # What is ready (as a CPU's put always is) is noted here, but never before an earlier one.
+        in_turn = self._last_waits[lane] is None or self._last_waits[lane].done()
+        if in_turn and all(array.is_ready() for array in jax.tree.leaves(made)):
             self._note_end(lane, mark, made)
             return
-        state.waits[lane] = self._waiters[lane].submit(self._note_end, lane, mark, made)
+        wait = self._waiters[lane].submit(self._note_end, lane, mark, made)
+        state.waits[lane] = self._last_waits[lane] = wait
 
     def _note_end(self, lane, mark, made):
         with suppress(jax.errors.JaxRuntimeError):  # the executor tells of it
