@@ -151,7 +151,8 @@ def _setting(result):
         f"{where}; {config['num_hidden_layers']} layers, {config['hidden_size']} wide, "
         f"{config['vocab_size']:,} tokens of vocabulary, {options['dtype']}: "
         f"{result['weight_bytes'] / 1e9:.2f} GB of weights a token. A prompt of "
-        f"{options['prompt_tokens']} tokens, then {options['new_tokens']} greedy ones; medians."
+        f"{options['prompt_tokens']} tokens, then {options['new_tokens']} greedy ones; medians; "
+        f"rounds: {options['rounds']}."
     )
 
 

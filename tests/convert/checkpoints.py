@@ -12,6 +12,7 @@ import numpy as np
 from jlayer.config import model_config
 from jlayer.families import published_tensors
 from jlayer.weights.layout import MANIFEST, SEAL, encode_header, seal
+from tests import tiny
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -101,19 +102,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 133,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-}
+TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **tiny.TINY}
 _PIECE = 16 << 20
 
 
