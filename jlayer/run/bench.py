@@ -13,7 +13,7 @@ import jax
 
 from jlayer.families import layer_of, published_tensors
 from jlayer.run.model import Model
-from jlayer.run.programs import structs
+from jlayer.run.programs import struct_of
 from jlayer.run.raw import (
     RawDisk,
     arithmetic_speeds,
@@ -98,7 +98,8 @@ class Bench:
             raw, at = slot[at : at + n_bytes], at + n_bytes
             return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.model.device)
 
-        return jax.block_until_ready(jax.tree.map(take, structs(tile.parts)))
+        struct = struct_of(tile, self.model.device.platform)
+        return jax.block_until_ready(jax.tree.map(take, struct))
 
     def _run_layer(self, tiles, arrays, n_tokens):
         """Seconds of one layer, from its input to its output."""

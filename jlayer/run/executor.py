@@ -19,8 +19,10 @@ import numpy as np
 
 from jlayer.errors import JlayerError, StorageError
 from jlayer.run.interrupts import deferred
+from jlayer.weights.blob import blob_of
 from jlayer.weights.digest import Checks
 from jlayer.weights.direct import Reader, aligned_span, is_moved
+from jlayer.weights.layout import ALIGNMENT, VIEW_ALIGNMENT
 from jlayer.weights.schedule import Free, Put, Read, Run, Tier, sweeps
 from jlayer.weights.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 from jlayer.weights.store import Store
@@ -96,15 +98,22 @@ class Executor:
         self._checks, self._checked = checks, set()
         checks.restart()
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
-        self._placed = [store.place(tile) for tile in tiles]
-        self._sizes = [slot_bytes_for(segments) for segments, _ in self._placed]
+        self._blobs = [blob_of(tile, device.platform) for tile in tiles]
+        self._placed = [
+            store.place(tile, apart=blob is not None)
+            for tile, blob in zip(tiles, self._blobs, strict=True)
+        ]
+        self._sizes = [
+            blob.n_bytes if blob else slot_bytes_for(segments)
+            for blob, (segments, _) in zip(self._blobs, self._placed, strict=True)
+        ]
         self._memory = HostMemory(ring, max(self._sizes), pin=device.platform == "gpu")
         files = {segment.file for segments, _ in self._placed for segment in segments}
         self._reader = Reader(files, store.identities)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
         self._reads: dict[int, Future] = {}  # tile -> the read that is under way for it
-        self._in_host: dict[int, dict] = {}  # tile -> its arrays in a room of its own
-        self._on_device: dict[int, dict[str, jax.Array]] = {}  # tile -> its arrays on the device
+        self._in_host: dict[int, object] = {}  # tile -> its arrays in a room of its own
+        self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
         self._passing: set[int] = set()  # those of them that do not stay
         self._output = None
         self._lists = None  # what comes next; None: nothing is under way
@@ -129,7 +138,7 @@ class Executor:
             with self._safely() as signals:
                 self._interpret(next(self._lists), None, signals)
 
-    def sweep(self, run: Callable[[Tile, dict[str, jax.Array]], object]):
+    def sweep(self, run: Callable[[Tile, object], object]):
         """One pass over all tiles in order. An error or an interrupt leaves nothing passing on the
         device and no read under way."""
         self.fill()
@@ -200,18 +209,18 @@ class Executor:
                     self._passing.remove(tile)
 
     def _read(self, tile, slot):
-        """In a reader's thread: fills a slot or the tile's own room, returns views of its parts by
-        leaf."""
-        segments, places = self._placed[tile]
+        """In a reader's thread: fills a slot or the tile's own room, returns what is to be put:
+        views of its parts by leaf, or all of it as a blob."""
+        (segments, places), blob = self._placed[tile], self._blobs[tile]
         try:
             memory = (
                 self._memory.room(tile, self._sizes[tile])
                 if slot is None
                 else self._memory.slot(slot)
             )
-            pieces = split_room(memory, segments)
+            pieces = split_room(memory, segments, blob and blob.offsets)
             shifts = [
-                self._reader.read(segment, piece)
+                self._reader.read(segment, piece, _unit(blob))
                 for segment, piece in zip(segments, pieces, strict=True)
             ]
             if tile not in self._checked:
@@ -219,6 +228,8 @@ class Executor:
                 self._checked.add(tile)
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
+        if blob:
+            return memory[: blob.n_bytes]
         return {
             place.part.leaf: view(pieces[place.segment], shifts[place.segment], place)
             for place in places
@@ -252,9 +263,9 @@ class Executor:
             self._totals.stall_s += time.perf_counter() - began
         del self._reads[tile]
         views = read.result()
-        segments, _ = self._placed[tile]
+        (segments, _), unit = self._placed[tile], _unit(self._blobs[tile])
         self._totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
-        self._totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each))
+        self._totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each, unit))
         return views
 
     def _note_passing(self, tile):
@@ -291,6 +302,11 @@ class Executor:
         self._in_host.clear()
         self._memory.close()
         self._pool = None
+
+
+def _unit(blob):
+    """What a segment's place in a slot is to be a multiple of."""
+    return ALIGNMENT if blob else VIEW_ALIGNMENT
 
 
 def _first_line(error):

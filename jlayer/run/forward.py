@@ -120,6 +120,8 @@ class Forward:
     def compile(self, n_tokens: int, *, every: bool = False):
         """Compiles all that a sweep of `n_tokens` columns needs, ahead of the sweep."""
         sizes = chunks(n_tokens, self._most)
+        for size in set(sizes):
+            self._programs.embed(self._embedding.parts, batch=self.batch, tokens=size)
         for tile in self._executor.tiles:
             for index, size in enumerate(sizes):
                 self._programs_of(tile, size, last=_last(index, sizes, every))
@@ -182,7 +184,7 @@ class Forward:
         sizes = chunks(max(map(len, ids)), self._most)
         tokens, positions = columns(ids, starts, sizes, self.capacity)
         return [
-            Chunk(self._put(self._embed(tokens[:, a:b])), self._put(positions[:, a:b]))
+            Chunk(self._embed(tokens[:, a:b]), self._put(positions[:, a:b]))
             for a, b in pairwise(np.cumsum((0, *sizes)))
         ]
 
@@ -289,15 +291,16 @@ class Forward:
         )
 
     def _embed(self, tokens):
-        """tokens [B, T] -> [B, T, D] in the run's dtype, padding as zeros."""
-        found = np.zeros((*tokens.shape, self._programs.cfg.hidden_size), self._programs.dtype)
-        real = tokens >= 0
-        ids, inverse = np.unique(tokens[real], return_inverse=True)
-        found[real] = self._embedding.read(ids).astype(self._programs.dtype)[inverse]
-        return found
+        """tokens [B, T] -> [B, T, D] on the device, in the run's dtype; padding is some row."""
+        batch, size = tokens.shape
+        real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
+        ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
+        rows = {leaf: own[row_of] for leaf, own in self._embedding.read(ids).items()}
+        program = self._programs.embed(self._embedding.parts, batch=batch, tokens=size)
+        return program(self._put(rows))
 
-    def _put(self, array):
-        return jax.device_put(array, self._executor.device)
+    def _put(self, arrays):
+        return jax.device_put(arrays, self._executor.device)
 
     def _note_activations(self, passing, outgoing):
         """A chunk's input and output live side by side; a stage in tiles also holds its input and
@@ -352,6 +355,7 @@ class _Outgoing:
         self.most_device_bytes = 0
 
     def add(self, output, column, row):
+        output.copy_to_host_async()
         self._waiting.append((output, column, row))
         waiting = sum(output.nbytes for output, _, _ in self._waiting)
         self.most_device_bytes = max(self.most_device_bytes, waiting)

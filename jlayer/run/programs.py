@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.config import ModelConfig
-from jlayer.families import head_leaf, layer_leaves
+from jlayer.families import EMBEDDING, head_leaf, layer_leaves
 from jlayer.model.block import attend, block, join, mlp_in, project
 from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.layers import head, linear, rms_norm
 from jlayer.model.params import Layer
-from jlayer.model.quant import join_pieces
+from jlayer.model.quant import InBlob, Quantized, dequantize, join_pieces
 from jlayer.quantization import BLOCK_BYTES
 from jlayer.run.interrupts import deferred
+from jlayer.weights.blob import blob_of
 from jlayer.weights.tiles import Part, Tile
 
 _backend_compiles = 0
@@ -55,12 +56,12 @@ class Programs:
         the cache."""
 
         def function(matrices, norms, hidden, cache, positions):
-            layer = Layer(**self._joined(matrices), **norms)
+            layer = Layer(**self._weights(tile, matrices), **norms)
             return block(layer, hidden, cache, positions, self.cfg)
 
         norms = {"input_layernorm": self._norm, "post_attention_layernorm": self._norm}
         args = (
-            structs(tile.parts),
+            struct_of(tile, self.device.platform),
             norms,
             self._hidden(batch, tokens),
             self._cache(batch, capacity),
@@ -68,6 +69,23 @@ class Programs:
         )
         label = f"block {batch}x{tokens} cache {capacity}"
         return self._get((label, tile.signature), function, args, donated=3)
+
+    def embed(self, parts: list[Part], *, batch: int, tokens: int):
+        """(rows of the embedding [B, T, ...] by leaf) -> hidden [B, T, D]."""
+        leaf, width = EMBEDDING.name, self.cfg.hidden_size
+
+        def function(rows):
+            flat = {name: array.reshape(-1, array.shape[-1]) for name, array in rows.items()}
+            weights = join_pieces(flat, block_bytes=self._block_bytes)[leaf]
+            if isinstance(weights, Quantized):
+                weights = dequantize(weights, width)
+            return weights.astype(self.dtype).reshape(batch, tokens, width)
+
+        args = {
+            part.leaf: jax.ShapeDtypeStruct((batch, tokens, part.shape[1]), part.dtype)
+            for part in parts
+        }
+        return self._get((f"embed {batch}x{tokens}",), function, (args,))
 
     def enter(self, *, batch: int, tokens: int):
         """(hidden, norm) -> the attention's input [B, T, D]."""
@@ -87,7 +105,7 @@ class Programs:
         names = list(tile.heights)
 
         def function(x, arrays):
-            arrays = self._joined(arrays)
+            arrays = self._weights(tile, arrays)
             if tile.stage == "gate_up":
                 gate, up = names
                 biases = (arrays.get(f"{gate}_bias"), arrays.get(f"{up}_bias"))
@@ -97,7 +115,7 @@ class Programs:
         width = next(leaf for leaf in layer_leaves(self.cfg) if leaf.name == names[0]).shape(
             self.cfg
         )[1]
-        args = (self._struct(batch, tokens, width), structs(tile.parts))
+        args = (self._struct(batch, tokens, width), struct_of(tile, self.device.platform))
         heights = "+".join(map(str, tile.heights.values()))
         label = f"{tile.stage} rows {heights} {batch}x{tokens}"
         return self._get((label, tile.signature), function, args)
@@ -154,10 +172,10 @@ class Programs:
         leaf = head_leaf(self.cfg).name
 
         def function(norm, arrays, hidden):
-            rows = self._joined(arrays)[leaf]
+            rows = self._weights(tile, arrays)[leaf]
             return head(norm, rows, hidden[:, tokens - last :], eps=self.cfg.rms_norm_eps)
 
-        args = (self._norm, structs(tile.parts), self._hidden(batch, tokens))
+        args = (self._norm, struct_of(tile, self.device.platform), self._hidden(batch, tokens))
         label = f"head {batch}x{tokens} last {last} rows {tile.heights[leaf]}"
         return self._get((label, tile.signature), function, args)
 
@@ -173,8 +191,10 @@ class Programs:
 
         return self._get((f"cache {batch}x{capacity}",), make, ())
 
-    def _joined(self, arrays):
-        return join_pieces(arrays, block_bytes=self._block_bytes)
+    def _weights(self, tile, put):
+        """A tile's weights by leaf, inside a program, out of what was put of it."""
+        parts = _parts_in(put, tile, self.device.platform)
+        return join_pieces(parts, block_bytes=self._block_bytes)
 
     def _get(self, key, function, args, donated=()):
         """The compiled program under `key`, whose first word is the label it is counted by."""
@@ -206,10 +226,20 @@ class Programs:
         return cache_struct(self.cfg, batch=batch, capacity=capacity, dtype=self.dtype)
 
 
-def _struct_of(part: Part):
-    return jax.ShapeDtypeStruct(part.shape, part.dtype)
+def struct_of(tile: Tile, platform: str):
+    """What is put of a tile on a device, without the numbers: arrays by leaf, or a blob."""
+    blob = blob_of(tile, platform)
+    if blob:
+        return jax.ShapeDtypeStruct((blob.n_bytes,), "uint8")
+    return {part.leaf: jax.ShapeDtypeStruct(part.shape, part.dtype) for part in tile.parts}
 
 
-def structs(parts: tuple[Part, ...]) -> dict:
-    """What a tile's arrays look like, by leaf."""
-    return {part.leaf: _struct_of(part) for part in parts}
+def _parts_in(put, tile: Tile, platform: str) -> dict:
+    """The inverse, inside a program: a tile's parts by leaf, out of what was put of it."""
+    blob = blob_of(tile, platform)
+    if not blob:
+        return put
+    return {
+        part.leaf: InBlob(put, offset, part.shape, part.dtype)
+        for part, offset in zip(tile.parts, blob.offsets, strict=True)
+    }

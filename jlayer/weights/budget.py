@@ -24,9 +24,10 @@ from jlayer.quantization import (
     stored_bytes,
 )
 from jlayer.spec import ITEM_BYTES, query_pieces
+from jlayer.weights.blob import blob_of
 from jlayer.weights.layout import ALIGNMENT
 from jlayer.weights.schedule import Tier
-from jlayer.weights.tiles import Tile, cut, norm_parts
+from jlayer.weights.tiles import STAGES, Tile, cut, norm_parts
 
 # Input shapes come from short lists, so that a model of 80 layers, a long prompt and a thousand
 # tokens compile no more often than a model of two and a short one.
@@ -41,12 +42,13 @@ TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1
 # Tiles on the device at a time, and host slots beyond them that are being read meanwhile.
 AHEAD = {"gpu": 4, "cpu": 2}
 READING = 2
-# What each tile costs beside its bytes: a turn in Python and the driver, more of it for each array
-# (on an H200 0.45 ms for a tile of one or two, 0.57 ms for the three of a quantised one), and for
-# each further chunk of tokens; a gap on the link (5% of the time of 32 MiB), a gap on the disk.
+# What each tile costs beside its bytes, in Python and the driver: a turn of its own, one more for
+# each array that crosses the link (in a blob, for each matrix), and for each program that each
+# chunk of tokens goes through; a gap on the link (5% of the time of 32 MiB), a gap on the disk.
+# H200: 0.43 to 0.6 ms for a tile of a matrix or two; it varies by a quarter from run to run.
 STEP_S = {"gpu": 350e-6, "cpu": 80e-6}
 ARRAY_S = {"gpu": 75e-6, "cpu": 0.0}
-CHUNK_S = {"gpu": 50e-6, "cpu": 0.0}
+PROGRAM_S = {"gpu": 65e-6, "cpu": 0.0}
 LINK_GAP_S = 30e-6
 DISK_GAP_S = 200e-6
 # Bytes/s where nothing was measured or given: a PCIe 4 x16 link, an NVMe disk, and the product of
@@ -190,11 +192,15 @@ class Plan:
 
     @property
     def _steps_s(self):
-        platform, n_tiles = self.machine.platform, len(self.tiles)
-        n_arrays = sum(len(tile.parts) for tile in self.tiles)
-        further = n_tiles * (self.n_chunks - 1)
+        platform = self.machine.platform
+        n_arrays = sum(
+            len(tile.heights if blob_of(tile, platform) else tile.parts) for tile in self.tiles
+        )
+        n_programs = sum(map(_programs, self.tiles)) * self.n_chunks
         return (
-            n_tiles * STEP_S[platform] + n_arrays * ARRAY_S[platform] + further * CHUNK_S[platform]
+            len(self.tiles) * STEP_S[platform]
+            + n_arrays * ARRAY_S[platform]
+            + n_programs * PROGRAM_S[platform]
         )
 
     def layers(self, tier: Tier) -> int:
@@ -372,8 +378,9 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
     device = DeviceMemory(
         budget_bytes=machine.device_budget,
         context_bytes=machine.context_bytes,
-        # One more than are there at a time: blocks of other sizes leave gaps between them.
-        slots_bytes=(ahead + (machine.platform == "gpu")) * tile_bytes,
+        # One more than are there at a time: blocks of other sizes leave gaps between them. What
+        # comes as a blob has the slack of its slot.
+        slots_bytes=(ahead + 1) * slot if machine.platform == "gpu" else ahead * tile_bytes,
         resident_bytes=norms + width * ITEM_BYTES[stored],
         cache_bytes=layers * cache,
         activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
@@ -557,6 +564,13 @@ def _work_bytes(tile):
         else part.n_bytes
         for part in tile.parts
     )
+
+
+def _programs(tile):
+    """How many programs a chunk goes through at a tile: one over its rows, one where a stage ends,
+    and one where a layer begins."""
+    ends_stage = tile.ends_stage and tile.stage in dict(STAGES)
+    return 1 + ends_stage + (ends_stage and tile.stage == STAGES[0][0])
 
 
 def _is_whole(tiles):

@@ -66,9 +66,10 @@ def aligned_span(segment: Segment) -> tuple[int, int]:
     return first, last - first
 
 
-def is_moved(segment: Segment) -> bool:
-    """Whether a segment, once read, lies where JAX would copy it, and is therefore moved."""
-    return segment.offset % VIEW_ALIGNMENT != 0
+def is_moved(segment: Segment, unit: int = VIEW_ALIGNMENT) -> bool:
+    """Whether a segment, once read, does not begin at a multiple of `unit`, and is therefore
+    moved: where JAX would copy it, or where a blob does not have it."""
+    return segment.offset % unit != 0
 
 
 class Reader:
@@ -104,9 +105,9 @@ class Reader:
         for path, (fd, _) in self._files.items():
             _check_identity(fd, path, self._identities.get(path))
 
-    def read(self, segment: Segment, into: np.ndarray) -> int:
+    def read(self, segment: Segment, into: np.ndarray, unit: int = VIEW_ALIGNMENT) -> int:
         """Fills `into` (uint8, page-aligned) with the blocks around a segment; returns where in it
-        the segment begins: at a multiple of VIEW_ALIGNMENT.
+        the segment begins: at a multiple of `unit`, which divides ALIGNMENT.
 
         Moving within the slot took 0.08 s of a core for 1 GB, by way of a buffer beside it 0.14 s;
         another thread does it while the next request is read. Raises CheckpointError where the file
@@ -114,7 +115,7 @@ class Reader:
         """
         first, length = aligned_span(segment)
         needed = segment.offset + segment.n_bytes - first
-        down = (segment.offset - first) % VIEW_ALIGNMENT
+        down = (segment.offset - first) % unit
         view = memoryview(into)
         done, moving = 0, None
         try:
@@ -181,19 +182,20 @@ class RowReader:
         self._whole: Future | None = None
         self._pool = self._reader = None
 
-    def read(self, rows) -> np.ndarray:
-        """uint8 [len(rows), row bytes]. Raises CheckpointError or StorageError as `Reader.read`
-        does."""
-        found = np.empty((len(rows), self._row_bytes), np.uint8)
-        for i, row in enumerate(rows):
-            offset = self._segment.offset + int(row) * self._row_bytes
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number, integers [n] -> uint8 [n, row bytes]. Raises as `Reader.read` does."""
+        n_bytes = self._row_bytes
+        found = np.empty((len(rows), n_bytes), np.uint8)
+        whole = memoryview(found).cast("B")
+        for i, row in enumerate(rows.tolist()):
+            offset = self._segment.offset + row * n_bytes
             try:
-                count = os.preadv(self._fd, [memoryview(found[i])], offset)
+                count = os.preadv(self._fd, [whole[i * n_bytes : (i + 1) * n_bytes]], offset)
             except OSError as error:
                 raise StorageError(
                     f"{self._segment.file}: cannot be read at byte {offset} ({error.strerror})"
                 ) from None
-            if count != self._row_bytes:
+            if count != n_bytes:
                 raise CheckpointError(
                     f"{self._segment.file}: ends before row {row}; it was cut off"
                 )

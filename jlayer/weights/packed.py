@@ -1,7 +1,7 @@
 """Quantised weights in numpy: half bytes, scales, and the way back to float32.
 
 What `quantization` describes and `model.quant` does on the device, bit for bit; it serves the
-converter, rows of the embedding, and the tests.
+converter and the tests.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from itertools import accumulate
 
 import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
 import numpy as np
@@ -77,14 +78,13 @@ class HostMemory:
             self._driver.close()
 
 
-def split_room(memory: np.ndarray, segments: tuple[Segment, ...]) -> list[np.ndarray]:
-    """Where in a slot or room each segment's blocks go, one after another."""
-    pieces, at = [], 0
-    for segment in segments:
-        length = aligned_span(segment)[1]
-        pieces.append(memory[at : at + length])
-        at += length
-    return pieces
+def split_room(
+    memory: np.ndarray, segments: tuple[Segment, ...], offsets: tuple[int, ...] | None = None
+) -> list[np.ndarray]:
+    """Where in a slot or room each segment's blocks go: at `offsets`, or one after another."""
+    lengths = [aligned_span(segment)[1] for segment in segments]
+    offsets = offsets or list(accumulate(lengths, initial=0))[:-1]
+    return [memory[at : at + n] for at, n in zip(offsets, lengths, strict=True)]
 
 
 def raw_view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:

@@ -127,11 +127,17 @@ class Store:
         tensor = FINAL_NORM.published
         return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
 
-    def place(self, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
+    def place(
+        self, tile: Tile, *, apart: bool = False
+    ) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
         """The segments to read for a tile, and where each part lies in them.
 
-        Neighbours are joined where the later one can then be viewed where it comes to lie.
+        Neighbours are joined where the later one can then be viewed where it comes to lie; or, if
+        they are to stay `apart`, there is one segment for each part, in the parts' order.
         """
+        if apart:
+            places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))
+            return tuple(map(self._span, tile.parts)), tuple(places)
         spans = sorted((self._span(part), part.tensor, part) for part in tile.parts)
         segments: list[Segment] = []
         places = []

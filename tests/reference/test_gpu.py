@@ -14,9 +14,11 @@ import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
+from jlayer.quantization import SCHEMES
 from jlayer.run.device import gpu_memory, link_speed
 from jlayer.weights import budget
 from tests.conftest import BUNDLED
+from tests.quantized import converted, stand_for
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -67,6 +69,25 @@ def test_bfloat16(layered, monkeypatch, tile_bytes):
     ours, theirs = (np.sqrt(np.square(one - exact).mean()) for one in (found, rough))
     print(f"bfloat16: root mean square to float64 {ours:.3e}, the reference's own {theirs:.3e}")
     assert ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 6_000], ids=["whole", "tiles"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized(tmp_path, monkeypatch, scheme, tile_bytes):
+    """Against the reference with the weights that were quantised to, biases among them."""
+    source, layered = converted(tmp_path, scheme, attention_bias=True, mlp_bias=True)
+    stand_for(source, layered)
+    ids = np.random.default_rng(0).integers(0, 100, (1, 70))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits.numpy()
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    with AutoModel.from_pretrained(layered, device="gpu") as model:
+        assert model.dtype == "float32"
+        found = model.logits(ids)
+    worst = np.abs(found - expected).max() / np.abs(expected).max()
+    print(f"{scheme}: largest difference {worst:.2e} of max|logit|")
+    assert worst <= 1e-5
 
 
 def test_the_predicted_link_is_within_the_links_reach():

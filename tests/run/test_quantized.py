@@ -16,12 +16,12 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.model.quant import Quantized, dequantize, product
 from jlayer.quantization import SCHEMES, block_rows
-from jlayer.weights import budget
+from jlayer.weights import blob, budget
 from jlayer.weights import packed as on_host
-from jlayer.weights.schedule import Tier
+from jlayer.weights.schedule import Put, Tier
 from tests.conftest import BUNDLED
-from tests.convert.checkpoints import edit_manifest, edit_tensors, numbers, tensor_of
-from tests.tiny import tiny_llama
+from tests.convert.checkpoints import edit_manifest
+from tests.quantized import converted, stand_for
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 
@@ -78,30 +78,6 @@ def test_what_is_written_out_is_a_block_and_never_the_matrix():
     assert program.memory_analysis().temp_size_in_bytes < 2 * 64 * 256 * 4
 
 
-def converted(folder, scheme, **options):
-    """A random model quantised, and the source with the weights that this stands for."""
-    source = tiny_llama(folder / "source", hidden_size=54, intermediate_size=141, **options)
-    convert_checkpoint(source, folder / "layered", quantize=scheme)
-    return source, folder / "layered"
-
-
-def stand_for(source, layered):
-    """Overwrites a source's matrices with what they were quantised to."""
-    from jlayer.weights.layout import read_manifest
-
-    choice = read_manifest(layered).quantization
-
-    def change(tensors):
-        for name, tensor in tensors.items():
-            scheme = choice.scheme_of(name, tensor[1])
-            if scheme:
-                pieces = quantize(numbers(tensor), scheme)
-                found = on_host.dequantize(scheme, *pieces.values(), width=tensor[1][1])
-                tensors[name] = tensor_of(found)
-
-    edit_tensors(source / "model.safetensors", change)
-
-
 @pytest.mark.reference
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
@@ -143,6 +119,21 @@ def test_tiled_equals_whole_wherever_it_lies(layered, monkeypatch, tile_bytes, k
                 rows.setdefault(part.matrix, set()).add((part.first_row, part.shape[0]))
             assert all(len(own) == 1 for own in rows.values())
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 6_000, 1_500])
+def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, tile_bytes):
+    """As on a GPU; most arrays begin where no disk block does."""
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
+        expected = model.logits(IDS)
+    monkeypatch.setattr(blob, "LINKED", ("cpu",))
+    put = []
+    with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
+        model.watch.on_taken = lambda step, made: isinstance(step, Put) and put.append(made)
+        assert np.array_equal(model.logits(IDS), expected)
+        assert len(put) >= len(model.plan.tiles)
+        assert all(isinstance(made, jax.Array) and made.ndim == 1 for made in put)
 
 
 def test_every_mix_of_tiers_gives_the_same_tokens(layered, monkeypatch):

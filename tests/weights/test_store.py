@@ -90,7 +90,7 @@ def test_tiles_of_llama_3_70b_are_few_shapes_and_whole_disk_blocks():
 def test_rows_are_gathered_one_by_one(tiny):
     store, expected = Store(tiny), published(tiny)["model.embed_tokens.weight"]
     rows = Embedding(store)
-    found = rows.read([132, 0, 7])
+    (found,) = rows.read(np.array([132, 0, 7])).values()
     rows.close()
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected[[132, 0, 7]])
