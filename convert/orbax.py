@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.read import CHUNK_BYTES, Chunk, Place, Room, TensorInfo, check_unchanged
+from convert.read import CHUNK_BYTES, Chunk, Place, Room, TensorInfo, check_unchanged, row_bytes
+from convert.zarr import ChunkedArray, chunked_array
 from jlayer.errors import CheckpointError
 from jlayer.families import LAYER_PREFIX
 from jlayer.spec import ITEM_BYTES
@@ -102,10 +103,9 @@ def _read_metadata(folder, item):
 
 
 class OrbaxSource:
-    """Tensors of a checkpoint, each read whole when it is asked for, and then dropped.
+    """Tensors of a checkpoint, each streamed out of the chunks of its array.
 
-    Of a stacked array one layer is read; where a chunk of the file holds more layers than that,
-    all of the chunk is decoded each time.
+    Only where an array is packed as Orbax does not is the tensor read whole, by tensorstore.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -113,7 +113,8 @@ class OrbaxSource:
         self._path = os.path.join(checkpoint.folder, checkpoint.item)
         self._files = tuple(_files(checkpoint))
         self._stores = _open_arrays(checkpoint, self._path)
-        self._copies: dict[str, list[tuple[str, int | None]]] = {}
+        self._chunked: dict[str, ChunkedArray | None] = {}
+        self._copies: dict[str, list[str]] = {}
         self.tensors: dict[str, TensorInfo] = {}
 
     def table(self, n_layers: int) -> tuple[dict[str, tuple[Stored, TensorInfo]], list[str]]:
@@ -151,36 +152,74 @@ class OrbaxSource:
         return tuple(Place(name, file, 0) for file in self._files)
 
     def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
-        """As any source's; what tensorstore has read stays where it is, and `room` unused."""
-        taken, *copies = self._copies[name]
-        whole = self._read(taken)
-        for copy in copies:
-            if not np.array_equal(whole, self._read(copy)):
-                metadata = self._checkpoint.metadata
-                refuse_different(Stored(copy, metadata), Stored(taken, metadata))
-        view = memoryview(whole)
-        for at in range(0, len(view), CHUNK_BYTES):
-            yield view[at : at + CHUNK_BYTES]
+        info, (taken, *copies) = self.tensors[name], self._copies[name]
+        tensors = [self._tensor(copy) for copy in (taken, *copies)]
+        step = CHUNK_BYTES
+        if not all(tensor.in_order for tensor in tensors):
+            step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
+            room = None  # it may end in the middle of a row
+        at, memory = 0, room or _memory
+        while at < info.n_bytes:
+            view = memory(min(step, info.n_bytes - at))
+            tensors[0].read_into(view, at)
+            for copy, tensor in zip(copies, tensors[1:], strict=True):
+                found = _memory(len(view))
+                tensor.read_into(found, at)
+                if not np.array_equal(np.frombuffer(view, np.uint8), found):
+                    metadata = self._checkpoint.metadata
+                    refuse_different(Stored(copy, metadata), Stored(taken, metadata))
+            yield view
+            at += len(view)
 
-    def _read(self, name):
-        """The bytes of a tensor, as uint8."""
+    def _tensor(self, name):
         key, layer = self._at[name]
-        store = self._stores[key]
-        try:
-            array = (store if layer is None else store[layer]).read().result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{self._path}: array {key} cannot be read ({_first_line(error)}); "
-                "fetch the checkpoint again"
-            ) from None
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if key not in self._chunked:
+            self._chunked[key] = chunked_array(self._stores[key], is_stacked=layer is not None)
+        return _Tensor(self._path, key, layer, self._stores[key], self._chunked[key])
 
     def check_unchanged(self) -> None:
         for file in self._files:
             check_unchanged(file)
 
     def close(self) -> None:
-        pass
+        for array in self._chunked.values():
+            if array is not None:
+                array.close()
+
+
+class _Tensor:
+    """An array of a checkpoint, or a layer of a stacked one, from its first byte to its last.
+
+    `in_order` is False where only whole rows are read.
+    """
+
+    def __init__(self, path, key, layer, store, chunked: ChunkedArray | None):
+        self._path, self._key, self._layer = path, key, layer
+        self._store, self._chunked, self._whole = store, chunked, None
+        self.in_order = chunked is None or chunked.in_order
+
+    def read_into(self, view: memoryview, at: int) -> None:
+        try:
+            if self._chunked is not None:
+                self._chunked.read_into(view, at, self._layer or 0)
+            else:
+                view[:] = self._bytes()[at : at + len(view)]
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{self._path}: array {self._key} cannot be read ({_first_line(error)}); "
+                "fetch the checkpoint again"
+            ) from None
+
+    def _bytes(self):
+        if self._whole is None:
+            store = self._store if self._layer is None else self._store[self._layer]
+            array = np.ascontiguousarray(store.read().result())
+            self._whole = memoryview(array.reshape(-1).view(np.uint8))
+        return self._whole
+
+
+def _memory(n_bytes):
+    return memoryview(bytearray(n_bytes))
 
 
 def _files(checkpoint):
