@@ -30,6 +30,14 @@ SWEEPS = [
     ("h200-m405", "405B shape", 64),
 ]
 LINK_OF_SESSION = "h200-host1536"
+# Trained checkpoints, the largest first; what each way of keeping a matrix is called.
+CHECKPOINTS = ["fable-14m", "fable-3m", "fable-1m"]
+WAYS = {
+    "int8": "int8",
+    "int4": "**int4**",
+    "nf4 b64": "NF4, blocks of 64",
+    "rtn g128": "round to nearest, groups of 128",
+}
 PROGRAMS = {
     "jlayer": "jlayer",
     "jlayer-disk": "jlayer, every layer from disk",
@@ -104,6 +112,30 @@ def disk() -> str:
     )
     head = ["promise", "from disk", "of raw O_DIRECT", "anonymous memory, seen from outside"]
     return table(head, rows)
+
+
+def perplexity() -> str:
+    """What fewer bits cost on held-out text: a row for each trained checkpoint and way."""
+    rows = []
+    for name in CHECKPOINTS:
+        result = load(f"quantization-{name}")
+        published = result["windows"]["perplexity"]
+        rows.append([name, "published (bfloat16)", "16", f"{published:.3f}", "", "", ""])
+        for way, label in WAYS.items():
+            row = result["rows"][way]
+            rows.append(
+                [
+                    "",
+                    label,
+                    f"{row['bits']:.3f}",
+                    f"{row['perplexity']:.3f}",
+                    f"{row['change']:+.2%}",
+                    f"{row['mean_kl']:.4f}",
+                    f"{row['same_top_1']:.1%}",
+                ]
+            )
+    head = ["model", "weights", "bits in the layers", "perplexity", "change", "KL divergence"]
+    return table([*head, "same top-1 token"], rows)
 
 
 def quantized() -> str:
@@ -191,7 +223,12 @@ def _agreement(rows):
 
 def blocks() -> dict[str, str]:
     """Every table by its mark; empty where nothing has been measured yet."""
-    found = {"sweeps": sweeps(), "disk": disk(), "quantized": quantized()}
+    found = {
+        "sweeps": sweeps(),
+        "disk": disk(),
+        "perplexity": perplexity(),
+        "quantized": quantized(),
+    }
     for machine in ("h200", "cpu"):
         name = f"versus-{machine}"
         there = (RESULTS / f"{name}.json").exists()

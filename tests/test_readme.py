@@ -1,6 +1,5 @@
 """Every command and line of Python that the README shows is run here, the first two by CI."""
 
-import json
 import re
 import shlex
 import shutil
@@ -76,23 +75,3 @@ def test_the_measured_tables_are_what_the_results_give():
     """benchmarks/table.py writes them; run it where this is red."""
     assert table.rewritten(README) == README
     assert "| 70B shape, 14 layers | 1536 MiB | 1 |" in README
-
-
-def test_what_quantising_costs_is_what_was_kept():
-    """Each figure of that table, too."""
-    for model, column in (("fable-3m", 0), ("fable-1m", 1)):
-        path = REPOSITORY / "benchmarks" / "results" / f"quantization-{model}.json"
-        rows = json.loads(path.read_text())["rows"]
-        for label, name in (
-            ("int8", "int8"),
-            ("**int4**", "int4"),
-            ("NF4, blocks of 64", "nf4 b64"),
-            ("round to nearest, groups of 128", "rtn g128"),
-        ):
-            (line,) = [one for one in README.splitlines() if one.startswith(f"| {label} |")]
-            cells = [cell.strip() for cell in line.split("|")[2:-1]]
-            row = rows[name]
-            assert f"{row['bits']:.3f}" in cells[0]
-            said = f"{row['perplexity']:.3f} ({row['change']:+.2%})"
-            assert cells[1 + 2 * column] == said
-            assert cells[2 + 2 * column] == f"{row['mean_kl']:.4f}"
