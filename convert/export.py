@@ -1,8 +1,9 @@
 """A layered folder back into a published form: Hugging Face shards, or an Orbax checkpoint.
 
 All is written into a folder beside the target, whose name shows that it is not finished, and synced
-there; then that folder gets the target's name. So whatever stops an export leaves no target, and
-the same command begins again.
+there; then that folder gets the target's name. So whatever stops an export leaves no target. The
+same command goes on with the shards that are finished, each read again and held against the digests
+of its tensors; an Orbax checkpoint begins anew.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from convert.disk import TEMPORARY, again, failure, make_folders, remove, sync_folder
@@ -20,7 +21,7 @@ from convert.lock import LOCK, TargetLock
 from convert.orbax import UNFINISHED, OrbaxWriter
 from convert.outputs import SmallFile, WeightFile, side_output
 from convert.progress import Progress
-from convert.read import Chunk, Room, Source
+from convert.read import Chunk, FileSource, Place, Room, Source, TensorInfo
 from convert.space import check_space
 from convert.write import TargetWriter, refuse_inside
 from jlayer.config import parse_choice
@@ -28,8 +29,9 @@ from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, 
 from jlayer.families import published_tensors
 from jlayer.strict import is_there, resolve
 from jlayer.weights.digest import TensorDigest
+from jlayer.weights.header import read_header
 from jlayer.weights.layout import CONFIG, INDEX, MANIFEST, encode_index, is_layered, read_manifest
-from jlayer.weights.published import SINGLE, names_in
+from jlayer.weights.published import SINGLE, names_in, regular_file
 
 FORMATS = ("huggingface", "orbax")
 SHARD_BYTES = 5_000_000_000
@@ -48,6 +50,7 @@ class Exported:
     n_tensors: int
     target_bytes: int
     elapsed_s: float
+    n_resumed: int = 0  # the files that an export before had finished
 
 
 def export_checkpoint(
@@ -70,13 +73,12 @@ def export_checkpoint(
     _check_new(target)
     source = _open_layered(folder)
     aside = os.path.normpath(target) + (UNFINISHED if format == "orbax" else TEMPORARY)
-    if is_there(aside):
-        progress.note(f"{aside}: what an export before has left; beginning again")
     try:
         with TargetLock(aside, note=progress.note):
-            _empty(aside)
-            write = _write_orbax if format == "orbax" else _write_shards
-            sizes = write(source, aside, shard_bytes, progress)
+            if format == "orbax":
+                n_resumed, sizes = 0, _write_orbax(source, aside, progress)
+            else:
+                n_resumed, sizes = _write_shards(source, aside, shard_bytes, progress)
             _put_in_place(aside, target)
     finally:
         source.tensors.close()
@@ -88,6 +90,7 @@ def export_checkpoint(
         n_tensors=len(source.tensors.tensors),
         target_bytes=sum(sizes.values()),
         elapsed_s=time.monotonic() - started,
+        n_resumed=n_resumed,
     )
 
 
@@ -121,7 +124,7 @@ class _Undamaged:
     """The tensors of a layered folder, each let go to its end only if it is as it was converted."""
 
     def __init__(self, source: Source, digests: dict[str, str]):
-        self._source, self._digests = source, digests
+        self._source, self.digests = source, digests
         self.tensors = source.tensors
         self.where, self.places_of = source.where, source.places_of
         self.check_unchanged, self.close = source.check_unchanged, source.close
@@ -132,16 +135,19 @@ class _Undamaged:
         for chunk in self._source.chunks(name, room):
             digest.update(chunk)
             yield chunk
-        if digest.hexdigest() != self._digests[name]:
+        if digest.hexdigest() != self.digests[name]:
             raise CheckpointError(
                 f"{self.where(name)}: tensor {name}: damaged: its digest is not that of what was "
                 "converted; see jlayer verify"
             )
 
 
-def _empty(aside):
+def _empty(aside, *, but: Collection[str] = (), note) -> None:
     """Removes what an export before has left; the lock says that nobody else is at it."""
-    for name in names_in(aside) - {LOCK}:
+    left = names_in(aside) - {LOCK, *but}
+    if left:
+        note(f"{aside}: removing what an export before has not finished")
+    for name in left:
         path = os.path.join(aside, name)
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
@@ -152,19 +158,46 @@ def _empty(aside):
 def _write_shards(source, aside, shard_bytes, progress):
     shards = _shards(source, shard_bytes, progress)
     index = encode_index({file.name: file.tensors for file in shards})
-    outputs = [
-        *shards,
-        *_sides(source),
-        *([SmallFile(INDEX, index)] if len(shards) > 1 else []),
-    ]
-    sizes = {output.name: output.n_bytes for output in outputs}
-    check_space(aside, list(sizes.items()), freed={})
-    progress.start(sum(shard.source_bytes for shard in shards))
+    sides = [*_sides(source), *([SmallFile(INDEX, index)] if len(shards) > 1 else [])]
+    finished = _finished(aside, shards, source.tensors.digests, progress)
+    _empty(aside, but=finished, note=progress.note)
+    outputs = [*(shard for shard in shards if shard.name not in finished), *sides]
+    check_space(aside, [(output.name, output.n_bytes) for output in outputs], freed={})
+    progress.start(sum(shard.source_bytes for shard in shards if shard.name not in finished))
     with TargetWriter(aside) as writer:
         for output in outputs:
             progress.file(output.name)
             writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
-    return sizes
+    return len(finished), {output.name: output.n_bytes for output in (*shards, *sides)}
+
+
+def _finished(aside, shards, digests, progress) -> set[str]:
+    """The shards that an export before has written, as they would be written now."""
+    there = [shard for shard in shards if shard.name in names_in(aside)]
+    if there:
+        progress.note(f"{aside}: resuming: {len(there)} of {len(shards)} files; reading them again")
+    progress.start(sum(shard.source_bytes for shard in there))
+    return {shard.name for shard in there if _is_finished(aside, shard, digests, progress)}
+
+
+def _is_finished(aside, shard, digests, progress):
+    progress.file(shard.name)
+    file = regular_file(aside, shard.name)
+    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in shard.tensors.items()}
+    places = {name: (Place(name, file, entry.offset),) for name, entry in shard.tensors.items()}
+    written = _Undamaged(FileSource(infos, places), digests)
+    try:
+        header = read_header(file.real)
+        if (header.file_bytes, header.tensors) != (shard.n_bytes, shard.tensors):
+            return False
+        for name in infos:
+            for chunk in written.chunks(name):
+                progress.advance(len(chunk))
+    except CheckpointError:
+        return False
+    finally:
+        written.close()
+    return True
 
 
 def _shards(source, shard_bytes, progress) -> list[WeightFile]:
@@ -192,7 +225,8 @@ def _shards(source, shard_bytes, progress) -> list[WeightFile]:
     ]
 
 
-def _write_orbax(source, aside, _, progress):
+def _write_orbax(source, aside, progress):
+    _empty(aside, note=progress.note)
     tensors = source.tensors.tensors
     sides = _sides(source)
     sizes = {name: info.n_bytes + _ARRAY_BYTES for name, info in tensors.items()}

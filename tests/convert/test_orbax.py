@@ -351,7 +351,7 @@ def layered(plain, tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])
 @pytest.mark.parametrize("nth", [0, 3, 100])
-def test_an_export_that_is_cut_off_leaves_no_target_and_begins_again(
+def test_an_export_that_is_cut_off_leaves_no_target_and_can_be_done_again(
     layered, tmp_path, monkeypatch, form, nth
 ):
     calls = []
@@ -385,6 +385,41 @@ def test_an_export_that_is_cut_off_leaves_no_target_and_begins_again(
     else:
         convert_checkpoint(target, tmp_path / "back")
         assert read_tensors(tmp_path / "back") == read_tensors(layered)
+
+
+def test_an_export_goes_on_with_the_shards_that_are_finished_and_right(
+    layered, tmp_path, monkeypatch
+):
+    real, written = export.TargetWriter.write, []
+
+    def write(self, name, *arguments, **options):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(name)
+        return real(self, name, *arguments, **options)
+
+    monkeypatch.setattr(export.TargetWriter, "write", write)
+    options = {"format": "huggingface", "shard_bytes": 15_000}
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(layered, tmp_path / "out", **options)
+    first, *others = written
+    (damaged,) = tmp_path.glob(f"out*/{first}")
+    raw = bytearray(damaged.read_bytes())
+    raw[-1] ^= 1
+    damaged.write_bytes(raw)
+    written.clear()
+
+    def noted(self, name, *arguments, **options):
+        written.append(name)
+        return real(self, name, *arguments, **options)
+
+    monkeypatch.setattr(export.TargetWriter, "write", noted)
+    done = export_checkpoint(layered, tmp_path / "out", **options)
+    assert done.n_resumed == len(others) == 3
+    assert written[0] == first
+    assert not set(written) & set(others)
+    export_checkpoint(layered, tmp_path / "undisturbed", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])

@@ -1,7 +1,8 @@
 """Write a converted folder back as published: Hugging Face shards, or an Orbax checkpoint.
 
 TARGET is a new folder. Nothing of it is there until all of it is: an export that was stopped leaves
-a folder beside it whose name says so, and the same command begins again.
+a folder beside it whose name says so, and the same command goes on with what is finished there
+(Hugging Face shards) or begins anew (Orbax).
 """
 
 from __future__ import annotations
