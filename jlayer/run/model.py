@@ -99,12 +99,7 @@ class Model:
         self._owned.opened.append(self._embedding)
         self._checks = self._make_checks()
         self._residents = self._put_residents()
-        self._programs = Programs(
-            self.config,
-            dtype=self.dtype,
-            norm_dtype=self._residents.final.dtype.name,
-            device=self.device,
-        )
+        self._programs = Programs(self.config, dtype=self.dtype, device=self.device)
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self._tokenizer = None
@@ -144,12 +139,12 @@ class Model:
         return Checks(expected)
 
     def _put_residents(self):
-        """Every layer's norms and the final one, read and put once. All vectors are checked here,
-        those that come with tiles too."""
+        """Every layer's norms and the final one, read and put once, in the run's dtype, which is
+        what a norm multiplies by. All vectors are checked here, those that come with tiles too."""
         vectors = {name: self._read_vector(name) for name in self._store.vectors}
 
         def put(part):
-            return jax.device_put(vectors[part.tensor], self.device)
+            return jax.device_put(vectors[part.tensor].astype(self.dtype), self.device)
 
         layers = [
             {part.leaf: put(part) for part in norm_parts(self.config, self._store.dtype_of, layer)}

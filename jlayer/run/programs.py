@@ -43,11 +43,11 @@ class Programs:
     """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
     label."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: str, norm_dtype: str, device: jax.Device):
+    def __init__(self, cfg: ModelConfig, *, dtype: str, device: jax.Device):
         self.cfg, self.dtype, self.device = cfg, dtype, device
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
-        self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), norm_dtype)
+        self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), dtype)
         self._block_bytes = BLOCK_BYTES["cpu" if device.platform == "cpu" else "gpu"]
         self._compiled: dict = {}
 

@@ -27,7 +27,7 @@ from jlayer.spec import ITEM_BYTES, query_pieces
 from jlayer.weights.blob import blob_of
 from jlayer.weights.layout import ALIGNMENT
 from jlayer.weights.schedule import Tier
-from jlayer.weights.tiles import STAGES, Tile, cut, norm_parts
+from jlayer.weights.tiles import STAGES, Tile, cut, norm_leaves
 
 # Input shapes come from short lists, so that a model of 80 layers, a long prompt and a thousand
 # tokens compile no more often than a model of two and a short one.
@@ -372,7 +372,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
     ahead = min(AHEAD[machine.platform], len(tiles))
     ring = ahead + READING
     layers, width = cfg.num_hidden_layers, cfg.hidden_size
-    norms = sum(part.n_bytes for part in norm_parts(cfg, dtype_of, 0)) * layers
+    n_norms = len(norm_leaves(cfg)) * layers + 1
     logits = logits_bytes(cfg, shapes, tiles)
     cache = 2 * shapes.batch * shapes.capacity * cfg.num_key_value_heads * cfg.head_dim * item
     device = DeviceMemory(
@@ -381,7 +381,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         # One more than are there at a time: blocks of other sizes leave gaps between them. What
         # comes as a blob has the slack of its slot.
         slots_bytes=(ahead + 1) * slot if machine.platform == "gpu" else ahead * tile_bytes,
-        resident_bytes=norms + width * ITEM_BYTES[stored],
+        resident_bytes=n_norms * width * item,
         cache_bytes=layers * cache,
         activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
         + 3 * logits,

@@ -1,11 +1,15 @@
 """A random model of each style, saved by the reference, converted and streamed by us: the same
 logits."""
 
+import itertools
+
+import ml_dtypes
 import numpy as np
 import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
+from tests.convert.checkpoints import edit_tensors, numbers, tensor_of
 from tests.tiny import tiny_llama
 
 torch = pytest.importorskip("torch")
@@ -54,6 +58,28 @@ def test_prefill_and_every_decoded_position(tmp_path, style):
             np.testing.assert_allclose(found, expected[:, at : at + size], rtol=0, atol=tolerance)
             at += size
         assert at == PROMPT
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_every_tensor_may_have_a_dtype_of_its_own(tmp_path, in_place):
+    """As where a trainer kept norms in float32, but not all of them."""
+    source = tiny_llama(tmp_path / "source")
+
+    def mix(tensors):
+        dtypes = itertools.cycle([ml_dtypes.bfloat16, np.float32, np.float16])
+        for name, dtype in zip(tensors, dtypes, strict=False):
+            tensors[name] = tensor_of(numbers(tensors[name]).astype(dtype))
+
+    edit_tensors(source / "model.safetensors", mix)
+    ids = random_ids(20)
+    expected = reference_logits(source, ids, torch.float32).numpy()
+    folder = source if in_place else tmp_path / "target"
+    if not in_place:
+        convert_checkpoint(source, folder)
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
+        assert len({model._store.dtype_of(name) for name in model._store.vectors}) > 1
+        found = model.logits(ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

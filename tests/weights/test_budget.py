@@ -229,8 +229,7 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula(
     monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)  # so that matrices go in several blocks
     shapes = Shapes(1, capacity, tokens, tokens)
     tiles = cut(SMALL, forms(stored), tile_bytes)
-    norm_dtype = "bfloat16" if stored in SCHEMES else stored
-    programs = Programs(SMALL, dtype=dtype, norm_dtype=norm_dtype, device=jax.devices("cpu")[0])
+    programs = Programs(SMALL, dtype=dtype, device=jax.devices("cpu")[0])
     widths = _stage_widths(tiles)
     shape = {"batch": 1, "tokens": tokens}
     for tile in tiles:
