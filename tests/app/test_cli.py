@@ -64,12 +64,13 @@ def test_json_is_one_object_with_what_the_contract_names(fable, capsys):
 def test_a_prompt_may_come_from_a_file_from_ids_and_from_stdin(fable, tmp_path, capsys):
     (tmp_path / "prompt").write_text(PROMPT)
     tail = [*RUN[2:], "-n", "3"]
+    process = start("generate", fable, *tail, stdin=subprocess.PIPE)  # reads once it has begun
     outputs = []
     ids = "0,48,1278,567,260,558,457,310,260,504,859,443"
     for words in (["--prompt-file", str(tmp_path / "prompt")], ["--prompt-ids", ids]):
         assert main(["generate", str(fable), *words, *tail]) == 0
         outputs.append(capsys.readouterr().out)
-    code, out, _ = finish(start("generate", fable, *tail, stdin=subprocess.PIPE), PROMPT)
+    code, out, _ = finish(process, PROMPT)
     assert code == 0
     assert {*outputs, out} == {" had a wife\n"}
 
@@ -128,39 +129,45 @@ def test_stdin_that_is_no_text_is_refused_where_it_fails(fable):
     assert b"stdin: not UTF-8 at byte 3" in done.stderr
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.4, 0.8])
-def test_a_signal_while_programs_are_compiled_ends_cleanly(fable, delay):
-    """An exception out of the middle of a compilation once crashed the process at its end."""
-    process = start("generate", fable, *RUN, "-n", "900", "--json")
-    assert "cpu:0" in process.stderr.readline()
-    time.sleep(delay)
-    process.send_signal(signal.SIGTERM)
-    status, out, _ = finish(process)
-    assert status == 143
-    assert json.loads(out)["finish_reason"] == "interrupted"
+def test_a_signal_while_programs_are_compiled_ends_cleanly(fable):
+    """An exception out of the middle of a compilation once crashed the process at its end.
 
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"]
-)
-@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_an_interrupt_keeps_the_text_so_far(fable, number, code, as_json):
-    words = ["generate", fable, *RUN, "-n", "900", *["--json"] * as_json]
-    process = start(*words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    if as_json:
+    Three at once, since most of it is waiting: each a little later after its first line.
+    """
+    processes = [start("generate", fable, *RUN, "-n", "900", "--json") for _ in range(3)]
+    for process, delay in zip(processes, (0.1, 0.3, 0.4), strict=True):
         assert "cpu:0" in process.stderr.readline()
-        time.sleep(1.5)
-    else:
-        process.stdout.read(20)
-    process.send_signal(number)
-    status, out, err = finish(process)
-    assert status == code
-    assert "Traceback" not in err
-    assert "interrupted" in err
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        status, out, _ = finish(process)
+        assert status == 143
+        assert json.loads(out)["finish_reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_an_interrupt_keeps_the_text_so_far(fable, as_json):
+    words = ["generate", fable, *RUN, "-n", "900", *["--json"] * as_json]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    signals = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    processes = {number: start(*words, env=env) for number in signals}  # both at once
+    for process in processes.values():
+        assert "cpu:0" in process.stderr.readline()
     if as_json:
-        found = json.loads(out)
-        assert found["finish_reason"] == "interrupted"
-        assert len(found["token_ids"]) < 900
+        time.sleep(1.5)
+    for number, process in processes.items():
+        if not as_json:
+            process.stdout.read(20)
+        process.send_signal(number)
+    for number, code in signals.items():
+        status, out, err = finish(processes[number])
+        assert status == code
+        assert "Traceback" not in err
+        assert "interrupted" in err
+        if as_json:
+            found = json.loads(out)
+            assert found["finish_reason"] == "interrupted"
+            assert len(found["token_ids"]) < 900
 
 
 def test_a_reader_that_leaves_ends_the_program_quietly(fable):

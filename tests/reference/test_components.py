@@ -159,7 +159,7 @@ def test_attention_over_a_cache_with_more_room_than_tokens(style):
         is_causal=True,
     )
     close(
-        attention.attention(q.numpy(), filled, positions),
+        jax.jit(attention.attention)(q.numpy(), filled, positions),
         expected.transpose(1, 2).reshape(1, TOKENS, 60),
     )
 
@@ -184,7 +184,8 @@ def test_block_is_the_reference_decoder_layer(style):
         lambda s: jnp.zeros(s.shape, s.dtype),
         cache.cache_struct(cfg, batch=1, capacity=64, dtype="float32"),
     )
-    found, _ = block.block(
+    # Compiled, as it runs; step by step, JAX would make a program of each operation.
+    found, _ = jax.jit(block.block, static_argnums=4)(
         Layer(**weights), x.numpy(), empty, positions.numpy().astype(np.int32), cfg
     )
     close(found, expected)

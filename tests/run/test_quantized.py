@@ -46,9 +46,10 @@ def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
 @example(rows=37, width=33, scheme=SCHEMES["int4"], block_bytes=3000)  # blocks that overlap
 def test_a_product_is_that_with_the_weights_that_it_stands_for(rows, width, scheme, block_bytes):
     weight, exact = random_weight(rows, width, scheme, seed=rows, block_bytes=block_bytes)
-    assert np.array_equal(dequantize(weight, width), exact)  # bit for bit
+    # Compiled, as they run; step by step, JAX would make a program of each operation and shape.
+    assert np.array_equal(jax.jit(dequantize, static_argnums=1)(weight, width), exact)  # bit by bit
     x = np.random.default_rng(1).standard_normal((2, 3, width)).astype(np.float32)
-    found = product(jnp.asarray(x), weight)
+    found = jax.jit(product)(jnp.asarray(x), weight)
     assert found.dtype == jnp.float32
     # Only the order of a sum may differ.
     scale = np.abs(x) @ np.abs(exact.T)
@@ -103,11 +104,18 @@ def layered(request, tmp_path_factory):
     return converted(tmp_path_factory.mktemp(request.param), request.param)[1]
 
 
-@pytest.mark.parametrize(("tile_bytes", "keeps_layers"), [(6_000, True), (1_500, False)])
-def test_tiled_equals_whole_wherever_it_lies(layered, monkeypatch, tile_bytes, keeps_layers):
+@pytest.fixture(scope="module")
+def whole(layered):
+    """What the model says when it is cut as is best: the logits, and six greedy tokens."""
     with AutoModel.from_pretrained(layered, device="cpu") as model:
+        logits = model.logits(IDS)
         assert model.plan.tiles[0].stage == "block"
-        expected, tokens = model.logits(IDS), model.generate(IDS, max_new_tokens=6, do_sample=False)
+        return logits, model.generate(IDS, max_new_tokens=6, do_sample=False)
+
+
+@pytest.mark.parametrize(("tile_bytes", "keeps_layers"), [(6_000, True), (1_500, False)])
+def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_bytes, keeps_layers):
+    expected, tokens = whole
     monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=keeps_layers) as model:
         assert len(model.plan.tiles) > 12
@@ -136,9 +144,8 @@ def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, t
         assert all(isinstance(made, jax.Array) and made.ndim == 1 for made in put)
 
 
-def test_every_mix_of_tiers_gives_the_same_tokens(layered, monkeypatch):
-    with AutoModel.from_pretrained(layered, device="cpu") as model:
-        expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
+    _, expected = whole
     monkeypatch.setattr(budget, "TILE_BYTES", (1_500,))
     kinds = list(Tier)
     monkeypatch.setattr(

@@ -205,6 +205,17 @@ def test_the_peak_is_the_sum_of_its_terms():
         assert memory["peak_bytes"] == sum(n for name, n in memory.items() if name not in known)
 
 
+@pytest.fixture
+def without_machine_code_optimised():
+    """Buffers are assigned before machine code is made: its optimisation takes half of the time of
+    a compilation and moves no byte of the temporaries. Such programs are not run."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 PLAIN = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
 QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
 
@@ -219,7 +230,7 @@ QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
 )  # fmt: skip
 @pytest.mark.parametrize("tile_bytes", [None, 100_000])
 def test_temporaries_of_compiled_programs_stay_within_the_formula(
-    tokens, capacity, stored, dtype, tile_bytes, monkeypatch
+    tokens, capacity, stored, dtype, tile_bytes, monkeypatch, without_machine_code_optimised
 ):
     import jax
 

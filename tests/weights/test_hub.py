@@ -247,26 +247,28 @@ def test_convert_and_run_an_id_from_a_fresh_process(hub, tmp_path):
     }
 
     def jlayer(*words, **more):
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "jlayer", *words],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env={**env, **more},
             cwd=tmp_path,
-            check=False,
         )
 
     hub.models["someone/fable"] = files_of(BUNDLED)
     done = jlayer("convert", "someone/fable", "layered", "--json")
-    assert done.returncode == 0, done.stderr
+    _, err = done.communicate()
+    assert done.returncode == 0, err
     asked = len(hub.asked)
     run = ["--prompt-ids", "5,6", "-n", "3", "--device", "cpu", "--temperature", "0", "--json"]
     converted = jlayer("generate", "layered", *run)
-    in_place = jlayer("generate", "someone/fable", *run, "--offline")
+    in_place = jlayer("generate", "someone/fable", *run, "--offline")  # at the same time
+    answers = [json.loads(one.communicate()[0])["token_ids"] for one in (converted, in_place)]
     assert len(hub.asked) == asked
-    answers = [json.loads(one.stdout)["token_ids"] for one in (converted, in_place)]
     assert answers[0] == answers[1]
     refused = jlayer("plan", "someone/else", "--json", HF_HUB_OFFLINE="1")
+    out, err = refused.communicate()
     assert refused.returncode == 5
-    assert json.loads(refused.stdout)["exit_code"] == 5
-    assert len(refused.stderr.splitlines()) == 1
+    assert json.loads(out)["exit_code"] == 5
+    assert len(err.splitlines()) == 1
