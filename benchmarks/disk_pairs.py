@@ -1,10 +1,12 @@
 """The disk's share of its ceiling on a disk whose speed drifts: raw reads and sweeps in turn,
-compared pair by pair.
+compared pair by pair, and both held against what the kernel counts of the disk meanwhile.
 
-    python benchmarks/disk_pairs.py FOLDER [--device cpu] [--pairs 5] [--mixed-host-memory 9GiB]
+    python benchmarks/disk_pairs.py FOLDER [--device cpu] [--pairs 5] \\
+        [--mixed-host-memory 9GiB [--mixed-pairs 9]]
 
-The same files are read raw (O_DIRECT, 16 MiB requests, two in flight) before and after each sweep;
-the figure is the median of the ratios. With --mixed-host-memory the same again with part of the
+The same files are read raw (O_DIRECT, 16 MiB requests, two in flight), with nothing else being
+read, before and after three sweeps in a row: one alone begins and ends with tiles half read. The
+figure is the median of the ratios. With --mixed-host-memory the same again with part of the
 layers in host memory, against the larger of what disk and link take by themselves.
 """
 
@@ -16,10 +18,11 @@ import time
 import common
 
 RAW_S = 2.0
+SWEEPS = 3
 
 
 def pairs(model, paths, n_pairs: int) -> list[dict]:
-    """Raw speed, a sweep, raw speed, again and again; each sweep against the mean of both sides.
+    """Raw speed, sweeps, raw speed, again and again; the sweeps against the mean of both sides.
 
     A disk behind a host's cache reads faster what was read just before, and slower after anything
     else: one side alone is 0.7 to 1.1 times the other. The raw reads go on where the last ended.
@@ -28,31 +31,48 @@ def pairs(model, paths, n_pairs: int) -> list[dict]:
     forward.compile(1)
     from jlayer.run.raw import RawDisk  # which starts JAX: the model must have set its cap before
 
-    disk = RawDisk(paths)
+    disk, kernel = RawDisk(paths), common.KernelDisk(paths[0])
+
+    def raw():
+        forward.settle()  # what is read ahead for the next sweep is read beside nothing
+        found = {}
+        counted = kernel.watch(lambda: found.update(speed=disk.speed(RAW_S)))
+        return {**found, "kernel": counted}
+
     began = time.perf_counter()
     forward.sweep([[5]], [0])
     first_s = time.perf_counter() - began
     common.say(f"first sweep, every byte checked: {first_s:.2f} s")
-    found, before = [], disk.speed(RAW_S)
+    found, before = [], raw()
     for _ in range(n_pairs):
         forward.sweep([[5]], [0])  # finds its first tiles read already: only the next one is steady
         read, put = model.totals.read_bytes, model.totals.put_bytes
         began = time.perf_counter()
-        forward.sweep([[5]], [0])
-        seconds = time.perf_counter() - began
-        after = disk.speed(RAW_S)
+        counted = kernel.watch(lambda: [forward.sweep([[5]], [0]) for _ in range(SWEEPS)])
+        seconds = (time.perf_counter() - began) / SWEEPS
+        after = raw()
         found.append(
             {
-                "raw_disk": (before + after) / 2,
+                "raw_disk": (before["speed"] + after["speed"]) / 2,
                 "raw_disk_sides": [before, after],
                 "sweep_s": seconds,
-                "read_bytes": model.totals.read_bytes - read,
-                "put_bytes": model.totals.put_bytes - put,
+                "read_bytes": (model.totals.read_bytes - read) / SWEEPS,
+                "put_bytes": (model.totals.put_bytes - put) / SWEEPS,
+                "kernel": counted,
             }
         )
         before = after
     disk.close()
     return found
+
+
+def agreement(row: dict) -> float | None:
+    """The disk's share of raw reads as we count it, over the same as the kernel counts it."""
+    ours = row["read_bytes"] / row["sweep_s"] / row["raw_disk"]
+    counted = [side["kernel"]["bytes_per_s"] for side in row["raw_disk_sides"]]
+    if None in counted:
+        return None
+    return ours / (row["kernel"]["bytes_per_s"] / (sum(counted) / 2))
 
 
 def main():
@@ -62,6 +82,7 @@ def main():
     parser.add_argument("--device-memory", default="1536MiB")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--mixed-host-memory")
+    parser.add_argument("--mixed-pairs", type=int)
     args = parser.parse_args()
     result = {"card": common.card(), "options": vars(args)}
     link = float("inf")
@@ -78,17 +99,29 @@ def main():
     for kind, options in kinds.items():
         with AutoModel.from_pretrained(args.folder, **given, **options) as model:
             paths = [path for path in model._store.files if "embed" not in path]
-            rows = pairs(model, paths, args.pairs)
+            mixed = kind == "mixed" and args.mixed_pairs
+            rows = pairs(model, paths, mixed or args.pairs)
         for row in rows:
             ideal = max(row["read_bytes"] / row["raw_disk"], row["put_bytes"] / link)
             row["share"] = ideal / row["sweep_s"]
+            row["agreement"] = agreement(row)
+            busy = row["kernel"]["busy"]
             common.say(
                 f"{kind}: raw disk {row['raw_disk'] / 1e9:.2f} GB/s, "
                 f"{row['read_bytes'] / 1e9:.2f} GB read in a sweep of {row['sweep_s']:.2f} s; "
                 f"share of the ceiling {row['share']:.3f}"
+                + (f"; by the kernel: disk busy {busy:.3f} of the time" if busy is not None else "")
             )
         result[kind] = {"pairs": rows, "share": common.summary([row["share"] for row in rows])}
         common.say(f"{kind}: median share of the ceiling {result[kind]['share']['median']:.3f}")
+        if rows[0]["agreement"] is not None:
+            found = common.summary([row["agreement"] for row in rows])
+            busy = common.summary([row["kernel"]["busy"] for row in rows])
+            result[kind] |= {"agreement": found, "busy": busy}
+            common.say(
+                f"{kind}: that share over the same by the kernel's count {found['median']:.4f} "
+                f"({found['min']:.4f}-{found['max']:.4f}); disk busy {busy['median']:.3f}"
+            )
     common.last_line(result)
 
 

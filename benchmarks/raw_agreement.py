@@ -1,13 +1,14 @@
-"""Whether the ceilings that `jlayer bench` measures are the machine's: against dd and a plain copy,
-in turn.
+"""Whether what `jlayer bench` says of a machine and of itself is so: held against what the kernel
+counts, against plain copies in another process, and against dd.
 
-    python benchmarks/raw_agreement.py FOLDER [--pairs 9] [--device cpu]
+    python benchmarks/raw_agreement.py FOLDER [--pairs 9] [--device cpu] [--device-memory 1536MiB]
 
-Disk: two `dd iflag=direct bs=16M` at once, each over its half of the layer files, before and after
-each raw read of ours, each until it no longer changes. They are given huge pages as ours has them:
-a request over small ones is cut into pieces of 1 MiB on its way to many a disk. Link:
-`cuMemcpyHtoDAsync` into memory of the driver's own, in another process. The figure is the median
-of the ratios.
+Share: the disk's share of its ceiling in sweeps from disk, as bench has it, and the same from the
+kernel's count of the disk's bytes in the same windows. Disk: a plain loop over the same files with
+as many requests in flight, before and after raw reads of ours. Link: `cuMemcpyHtoDAsync` into
+memory of the driver's own. dd (`iflag=direct bs=16M`, file after file) has one request in flight
+and its buffer, though huge pages are asked for, mostly in small ones, over which a request is cut
+into many: it reads less, and how much less is shown. The figures are medians of ratios.
 """
 
 from __future__ import annotations
@@ -22,36 +23,83 @@ import time
 
 import common
 
-TIMES = 4
+RAW_S = 3.0
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def in_another_process(call: str):
+    """What a call of something in `common` gives there."""
+    code = f"import common, json; print(json.dumps(common.{call}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE
+    )
+    return json.loads(done.stdout)
 
 
 def dd_speed(paths: list[str]) -> float:
-    """Bytes a second of two dd at once, over their files TIMES times, so that little time is left
-    where one has ended and the other goes on alone."""
-    through = 'for f; do dd if="$f" of=/dev/null bs=16M iflag=direct status=none; done; '
-    words = TIMES * through
+    """Bytes a second of dd over files, one after another."""
+    words = 'for f; do dd if="$f" of=/dev/null bs=16M iflag=direct status=none; done'
     env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    shell = ["sh", "-c", words, "sh"]
     began = time.perf_counter()
-    running = [subprocess.Popen([*shell, *paths[half::2]], env=env) for half in (0, 1)]
-    assert [one.wait() for one in running] == [0, 0]
-    return TIMES * sum(map(os.path.getsize, paths)) / (time.perf_counter() - began)
+    subprocess.run(["sh", "-c", words, "sh", *paths], env=env, check=True)
+    return sum(map(os.path.getsize, paths)) / (time.perf_counter() - began)
 
 
 def disk_pairs(folder: str, n_pairs: int) -> list[dict]:
-    from jlayer.run.raw import RawDisk, steady
+    from jlayer.run.raw import RawDisk
 
-    paths = sorted(glob.glob(os.path.join(folder, "layer-*.safetensors")))
-    paths = paths[: len(paths) // 2 * 2]
+    paths = sorted(glob.glob(os.path.join(os.path.abspath(folder), "layer-*.safetensors")))
     disk = RawDisk(paths)
-    rows, before = [], steady(lambda: dd_speed(paths))
+    disk.speed(RAW_S)
+
+    def others():
+        return in_another_process(f"raw_disk_speed({paths!r})"), dd_speed(paths)
+
+    rows, before = [], others()
     for _ in range(n_pairs):
-        ours = disk.steady_speed(1.0)
-        after = steady(lambda: dd_speed(paths))
-        rows.append({"ours": ours, "dd": (before + after) / 2})
+        ours, after = disk.speed(RAW_S), others()
+        loop, dd = ((first + second) / 2 for first, second in zip(before, after, strict=True))
+        rows.append({"ours": ours, "loop": loop, "dd": dd})
         before = after
-        common.say(f"disk: ours {ours / 1e9:.3f} GB/s, dd around it {rows[-1]['dd'] / 1e9:.3f}")
+        common.say("disk: {ours:.3e} bytes/s, a loop {loop:.3e}, dd {dd:.3e}".format(**rows[-1]))
     disk.close()
+    return rows
+
+
+def share_pairs(folder: str, **options) -> list[dict]:
+    """The disk's share of its ceiling, window by window, as bench has it and by the kernel."""
+    from jlayer import AutoModel
+    from jlayer.run.bench import Bench
+
+    kernel, raws, sweeps = common.KernelDisk(folder), [], []
+
+    def watched(windows, work):
+        counted = kernel.watch(lambda: windows.append({"ours": work()}))
+        windows[-1]["kernel"] = counted
+        return windows[-1]["ours"]
+
+    class Watched(Bench):
+        def _read_raw(self, disk):
+            self.forward.settle()
+            return watched(raws, lambda: Bench._read_raw(self, disk))
+
+        def _time_in_a_row(self, n_tokens):
+            return watched(sweeps, lambda: Bench._time_in_a_row(self, n_tokens))
+
+    with AutoModel.from_pretrained(folder, keeps_layers=False, **options) as model:
+        bench = Watched(model)
+        bench.sizes = (1,)
+        bench.measure_machine()
+        bench.first_sweep()
+        bench.measure_sweeps()
+        n_bytes = bench.disk_bytes
+    rows = []
+    for before, sweep, after in zip(raws, sweeps, raws[1:], strict=False):
+        ours = n_bytes / sweep["ours"] / ((before["ours"] + after["ours"]) / 2)
+        sides = [side["kernel"]["bytes_per_s"] for side in (before, after)]
+        counted = sweep["kernel"]["bytes_per_s"] / (sum(sides) / 2)
+        rows.append({"ours": ours, "kernel": counted, "busy": sweep["kernel"]["busy"]})
+        common.say(f"share: bench {ours:.4f}, kernel {counted:.4f}")
     return rows
 
 
@@ -60,14 +108,10 @@ def link_pairs(n_pairs: int) -> list[dict]:
 
     from jlayer.run.raw import link_speeds, median
 
-    code = "import common, json; print(json.dumps(common.raw_link_speed()))"
-    here, rows = os.path.dirname(os.path.abspath(__file__)), []
+    rows = []
     for _ in range(n_pairs):
         ours = median(link_speeds(jax.devices()[0]))
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here
-        )
-        rows.append({"ours": ours, "copy": median(json.loads(done.stdout))})
+        rows.append({"ours": ours, "copy": median(in_another_process("raw_link_speed()"))})
         common.say(f"link: ours {ours / 1e9:.2f} GB/s, copy {rows[-1]['copy'] / 1e9:.2f}")
     return rows
 
@@ -77,16 +121,23 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--device")
+    parser.add_argument("--device-memory")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     result = {"card": common.card(), "options": vars(args)}
-    kinds = {"disk": (disk_pairs(args.folder, args.pairs), "dd")}
+    options = {"device": args.device, "device_memory": args.device_memory}
+    kinds = {
+        "share": (share_pairs(args.folder, **options), ("kernel",)),
+        "disk": (disk_pairs(args.folder, args.pairs), ("loop", "dd")),
+    }
     if args.device != "cpu":
-        kinds["link"] = (link_pairs(3), "copy")
-    for kind, (rows, other) in kinds.items():
-        ratio = common.summary([row["ours"] / row[other] for row in rows])
-        result[kind] = {"pairs": rows, "ratio": ratio}
-        common.say(f"{kind}: ours / {other}, median of {ratio['n']}: {ratio['median']:.3f}")
+        kinds["link"] = (link_pairs(3), ("copy",))
+    for kind, (rows, others) in kinds.items():
+        result[kind] = {"pairs": rows}
+        for other in others:
+            ratio = common.summary([row["ours"] / row[other] for row in rows])
+            result[kind][f"ours / {other}"] = ratio
+            common.say(f"{kind}: ours / {other}, median of {ratio['n']}: {ratio['median']:.3f}")
     common.last_line(result)
 
 

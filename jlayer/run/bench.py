@@ -29,6 +29,7 @@ STREAM = 0  # the "size" of a sweep in which everything moves and nothing is mul
 # Rounds of all sizes: at least three, so that a median means something, unless that takes minutes.
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
 ENOUGH_S, TOO_LONG_S = 8, 240
+IN_A_ROW = 3
 MEMORY_BYTES = 128 << 20  # read to see how fast memory is, where a sweep uses so much
 
 
@@ -125,11 +126,7 @@ class Bench:
         before = self._read_raw(disk)
         while not _enough(rounds, time.perf_counter() - began):
             for n in sizes:
-                if disk:
-                    # After a pause the first tiles are there already, and what a sweep leaves half
-                    # read it does not pay for: so one goes ahead.
-                    self.sweep(n)
-                seconds[n].append(_timed(lambda n=n: self.sweep(n)))
+                seconds[n].append(self._time_sweeps(n, from_disk=disk is not None))
                 after = self._read_raw(disk)
                 limits[n].append(self._limits(n, (before, after)))
                 before = after
@@ -144,6 +141,17 @@ class Bench:
             }
             for n in sizes
         ]
+
+    def _time_sweeps(self, n_tokens, *, from_disk):
+        """Seconds of one sweep. From disk, of some in a row after one that goes ahead: after a
+        pause the first tiles are there already, and each begins and ends with tiles half read."""
+        if not from_disk:
+            return _timed(lambda: self.sweep(n_tokens))
+        self.sweep(n_tokens)
+        return self._time_in_a_row(n_tokens)
+
+    def _time_in_a_row(self, n_tokens):
+        return _timed(lambda: [self.sweep(n_tokens) for _ in range(IN_A_ROW)]) / IN_A_ROW
 
     def _read_raw(self, disk):
         """The disk's speed now, or None; notes it. For about as long as a sweep, within reason."""
