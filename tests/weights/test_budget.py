@@ -43,27 +43,17 @@ LLAMA_70B = ModelConfig(
     "silu",
     "bfloat16",
 )
-SMALL = ModelConfig(
-    "llama",
-    1000,
-    256,
-    704,
-    2,
-    8,
-    2,
-    48,
-    4096,
-    1e-5,
-    Rope(),
-    False,
-    False,
-    False,
-    False,
-    "silu",
-    "bfloat16",
+SMALL = replace(
+    LLAMA_70B,
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=48,
+    max_position_embeddings=4096,
 )
-
-
 LLAMA_405B = replace(
     LLAMA_70B,
     hidden_size=16384,
