@@ -1,7 +1,7 @@
 """A tile's arrays one after another, to cross the link as one array of bytes.
 
-Each array that is put on a GPU costs a turn in Python and the driver (60 to 75 µs on an H200, where 48
-MiB take 900), and a quantised tile has up to four, half of them small. What is multiplied as it
+Each array that is put on a GPU costs a turn in Python and the driver (some 70 µs on an H200, where
+48 MiB take 900), and a quantised tile has up to four, half of them small. What is multiplied as it
 lies (a plain matrix) has to be an array of its own; what is written out first may lie anywhere.
 """
 
