@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from convert.doors import CheckedSource, open_source
 from convert.journal import JOURNAL, Journal, read_journal, refuse_another, restore_source
 from convert.outputs import Output, WeightFile, config_of
-from convert.read import hash_stream
+from convert.read import file_chunks, hash_stream
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
 from jlayer.weights.layout import CONFIG, MANIFEST, Manifest
@@ -115,10 +115,11 @@ def scheme_name(manifest: Manifest) -> str:
     return manifest.quantization.scheme if manifest.quantization else "published"
 
 
-def is_complete(target: str, manifest: Manifest) -> bool:
-    """Whether all files of a finished target are there in their full size."""
+def sides_are_whole(target: str, manifest: Manifest) -> bool:
+    """Whether the files of a finished target that hold no weights are there as they were made."""
     names = names_in(target)
-    return all(
-        name in names and regular_file(target, name).n_bytes == entry.n_bytes
-        for name, entry in manifest.files.items()
+    sides = {name: entry for name, entry in manifest.files.items() if not entry.tensors}
+    return sides.keys() <= names and all(
+        hash_stream(file_chunks(regular_file(target, name)))[1] == entry.sha256
+        for name, entry in sides.items()
     )

@@ -18,10 +18,10 @@ from convert.disk import is_there
 from convert.doors import CheckedSource, regular_file
 from convert.earlier import (
     goes_on,
-    is_complete,
     journal_of,
     open_again,
     planned_difference,
+    sides_are_whole,
     was_shed,
 )
 from convert.journal import (
@@ -298,10 +298,10 @@ class _Job:
         elif MANIFEST in present and not anew:
             self.progress.note(f"{self.target}: finished before; comparing it with the source")
             manifest = self._compare()
-            if is_complete(self.target, manifest) and not shed:
-                return True
             self.progress.note(f"{self.target}: reading it again")
             self.journal.finished = self._recheck(self.journal.finished)
+            whole = len(self.journal.finished) == len(self.weights)
+            return whole and sides_are_whole(self.target, manifest) and not shed
         return False
 
     def run(self) -> None:

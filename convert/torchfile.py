@@ -144,7 +144,7 @@ def _import_torch(where):
     except ImportError:
         raise CheckpointError(
             f"{where}: a pickle, and to read it torch is needed, which is not installed: "
-            f'pip install "jlayer[torch]", or {SAFER}'
+            f'pip install -e ".[torch]", or {SAFER}'
         ) from None
     return torch
 

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 
 from jlayer.errors import JlayerError, UsageError
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except JlayerError as error:
         if "--debug" in argv:
-            raise
+            traceback.print_exc()
         return _fail(error, error.exit_code, as_json, getattr(error, "report", {}))
     except Interrupted as stop:
         _print_json(stop.result) if as_json else None

@@ -53,7 +53,7 @@ def check_file(path: str | None) -> None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
-            '--timeline: needs matplotlib; pip install "jlayer[timeline]", or leave it out'
+            '--timeline: needs matplotlib; pip install -e ".[timeline]", or leave it out'
         )
     if not path.endswith(".png"):
         raise UsageError(f"--timeline: found {path!r}, expected a name that ends in .png")
@@ -135,7 +135,7 @@ def title(timeline, what: str) -> str:
     most = max(busy, key=busy.get)
     limit = {"read": "the disk", "put": "the link to the device", "run": "the arithmetic"}[most]
     verdict = (
-        f"{limit} is the limit, busy {busy[most]:.0%} of the time"
+        f"{limit} is the busiest, {busy[most]:.0%} of the time"
         if busy[most] >= LIMITING
         else f"nothing is busy all the time, {limit} most: {busy[most]:.0%}"
     )

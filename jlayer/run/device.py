@@ -77,7 +77,7 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
     if device == "gpu" and found.platform != "gpu":
         raise UsageError(
             "device: gpu was asked for, but JAX finds none; "
-            'install the GPU build (pip install "jlayer[cuda]"), or ask for --device cpu'
+            'install the GPU build (pip install -e ".[cuda]"), or ask for --device cpu'
         )
     budget = device_memory or DEFAULT_DEVICE_MEMORY
     if found.platform != "gpu":

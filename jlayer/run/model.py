@@ -188,6 +188,8 @@ class Model:
     def forward(self, *, batch: int, longest: int, context: int, every: bool = False) -> Forward:
         """Room for `batch` sequences of up to `context` positions (and, with `every`, for the
         logits of all tokens of a sweep); checked against the promises before any allocation."""
+        if not self._end.alive:
+            raise UsageError("this model is closed; open it again with AutoModel.from_pretrained")
         self.plan = self.plan_for(batch=batch, longest=longest, context=context, every=every)
         self.plan.check()
         return Forward(

@@ -212,3 +212,13 @@ def test_python_dash_m_convert_is_the_verb_convert(tmp_path):
     )
     assert json.loads(done.stdout)["n_layers"] == 6
     assert (tmp_path / "target" / "manifest.json").exists()
+
+
+def test_debug_shows_a_traceback_and_ends_with_the_same_code(fable, capsys):
+    assert main(["generate", str(fable), "-p", "x", "--top-p", "3", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_plan_beyond_the_models_own_context_is_refused_as_its_run_is(fable, capsys):
+    assert main(["plan", str(fable), "--context", "4096"]) == 2
+    assert "the model's own limit is 1024" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_without_matplotlib_it_is_refused_before_the_model_is_opened(verb, monke
     )
     words = ["/no/such/model", "--timeline", "x.png", *(GENERATE[:2] if verb == "generate" else ())]
     assert main([verb, *words]) == 2
-    assert 'pip install "jlayer[timeline]"' in capsys.readouterr().err
+    assert 'pip install -e ".[timeline]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def words_of(figure):
 
 def test_the_picture_says_what_limits_and_shows_only_the_tiers_in_use():
     words = words_of(picture.draw(timeline(), what="m on d"))
-    assert "m on d: 2 sweeps of 0 B, 30 ms each; the disk is the limit, busy 100% of the time" in (
+    assert "m on d: 2 sweeps of 0 B, 30 ms each; the disk is the busiest, 100% of the time" in (
         words
     )
     assert {"busy 100%", "busy 20%", "busy 30%"} <= set(words)

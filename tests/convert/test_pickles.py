@@ -185,7 +185,7 @@ def test_of_a_large_pickle_a_few_chunks_are_held(tmp_path):
 def test_torch_is_asked_for_where_it_is_missing(bin_of, tmp_path, monkeypatch):
     source = bin_of("single")
     monkeypatch.setitem(sys.modules, "torch", None)
-    refused(source, tmp_path / "out", ['pip install "jlayer[torch]"', BIN])
+    refused(source, tmp_path / "out", ['pip install -e ".[torch]"', BIN])
 
 
 def test_torch_is_imported_for_pickles_alone(published, bin_of, tmp_path):

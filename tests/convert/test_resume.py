@@ -20,7 +20,14 @@ from convert.progress import Progress
 from jlayer.errors import CheckpointError, JlayerError, UsageError
 from jlayer.weights.layout import MANIFEST
 from tests.conftest import REPOSITORY
-from tests.convert.checkpoints import edit_json, edit_tensors, files_of, numbers, tensor_of
+from tests.convert.checkpoints import (
+    edit_json,
+    edit_tensors,
+    files_of,
+    numbers,
+    random_checkpoint,
+    tensor_of,
+)
 
 SHARD = "model.safetensors"
 LAYER = "layer-00000.safetensors"
@@ -297,3 +304,16 @@ def test_a_signal_stops_it_at_once_and_says_how_to_resume(published, tmp_path, n
     names = {path.name for path in target.iterdir()}
     assert not any(name.endswith(".jlayer-tmp") or name in (LOCK, MANIFEST) for name in names)
     ends_well(source, target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layer-00001.safetensors", "generation_config.json"])
+def test_converting_again_mends_what_was_damaged_since(tmp_path, name):
+    source, target = random_checkpoint(tmp_path / "source"), tmp_path / "target"
+    convert_checkpoint(source, target)
+    before = files_of(target)
+    raw = bytearray(before[name])
+    raw[-2] ^= 1
+    (target / name).write_bytes(raw)
+    assert convert_checkpoint(source, target).status == "converted"
+    assert files_of(target) == before
+    assert convert_checkpoint(source, target).status == "unchanged"

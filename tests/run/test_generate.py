@@ -289,3 +289,11 @@ def test_chat_and_messages_are_put_in_the_models_format(fable, tmp_path):
         assert (len(both), one) == (2, False)
     with pytest.raises(jlayer.JlayerError, match="chat template"):
         jlayer.generate(fable, messages, device="cpu")
+
+
+def test_a_closed_model_says_so(fable):
+    with jlayer.AutoModel.from_pretrained(fable, device="cpu") as model:
+        pass
+    for use in (lambda: model.generate([[1]]), lambda: model.logits([[1]])):
+        with pytest.raises(UsageError, match="closed"):
+            use()

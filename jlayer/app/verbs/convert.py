@@ -2,8 +2,8 @@
 
 SOURCE is a folder with config.json and safetensors, single or sharded, with PyTorch's or Meta's
 pickles, or with what Orbax saved; or a hub id. TARGET is a new folder, or one that holds an earlier
-conversion. Nothing but the weights' place changes, unless --dtype is given: the result is still a
-checkpoint that transformers loads.
+conversion. Without --dtype and --quantize only the place of the weights changes. The result is a
+checkpoint that transformers loads, unless --quantize is given.
 
 A conversion that was stopped, in whatever way, goes on where it was when the same command is run
 again. With --delete-source each weight file of SOURCE is removed once all that is made of it is on
@@ -143,15 +143,17 @@ def _ask(args):
 
 def _line(done):
     dtypes = ", ".join(f"{n} tensors in {dtype}" for dtype, n in done.dtypes.items())
+    n_at_int8 = len(done.quantization["at_int8"]) if done.quantization else 0
     verb = "already holds all of" if done.status == "unchanged" else "holds"
     return (
         f"{done.target}: {verb} {done.source}, {done.n_layers} layers in {done.n_files} files, "
         f"{done.target_bytes:,} bytes, {dtypes}"
         + (
-            f"; layers quantised to {done.quantization['scheme']}, {done.block_bits:.2f} bits a "
-            f"weight, {len(done.quantization['at_int8'])} of their matrices at int8"
+            f"; layers quantised to {done.quantization['scheme']}, "
+            f"{done.block_bits:.2f} bits a weight"
             if done.block_bits
             else ""
         )
+        + (f", {n_at_int8} of their matrices at int8" if n_at_int8 else "")
         + (f"; removed there: {', '.join(done.removed)}" if done.removed else "")
     )

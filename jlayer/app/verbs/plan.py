@@ -59,6 +59,11 @@ def run(args) -> dict:
         device=args.device,
         context=args.context,
     )
+    if args.context > cfg.max_position_embeddings:
+        raise UsageError(
+            f"--context: {args.context} tokens, the model's own limit is "
+            f"{cfg.max_position_embeddings}; ask for at most that"
+        )
     quantization = _quantization(args, cfg)
     shapes, stored = published_tensors(cfg), cfg.dtype or "bfloat16"
 
@@ -84,7 +89,8 @@ def run(args) -> dict:
         context=args.context,
     )
     if not args.json:
-        print(describe(plan, quantization and described(quantization, cfg)))
+        kept = quantization and described(quantization, cfg)
+        print(describe(plan, kept, is_converted=is_layered(args.ref)))
     found = plan.as_dict()
     if quantization is not None:
         bits = quantization.block_bits(shapes)
@@ -151,7 +157,7 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
     )
 
 
-def describe(plan, quantized: str | None = None) -> str:
+def describe(plan, quantized: str | None = None, *, is_converted: bool = False) -> str:
     """The plan for a person: one line for each thing that takes memory, then what a token costs."""
     found = plan.as_dict()
     if quantized:
@@ -164,7 +170,11 @@ def describe(plan, quantized: str | None = None) -> str:
     else:
         lines = [
             f"model {human(plan.model_bytes)} in {plan.n_layers} layers; "
-            f"it runs as it is published, and converting it takes as much disk again",
+            + (
+                "converted"
+                if is_converted
+                else "it runs as it is published, and converting it takes as much disk again"
+            ),
             "",
         ]
     for title in ("device", "host"):
