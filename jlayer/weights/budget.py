@@ -250,7 +250,7 @@ class Plan:
 
     @property
     def _kept_by_choice(self):
-        return self.tier_bytes(Tier.DEVICE)
+        return _kept_on_device(self.tiles, self.tiers, self.machine.platform)
 
     def check(self):
         """Raises DoesNotFitError with the sum and the smallest budget that would do."""
@@ -440,8 +440,9 @@ def _with_tiers(plan: Plan) -> Plan:
     all along.
     """
     sizes = [tile.n_bytes for tile in plan.tiles]
+    on_device = [_device_bytes(tile, plan.machine.platform) for tile in plan.tiles]
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread(sizes, room if plan.machine.platform == "gpu" else 0)
+    kept = _spread(on_device, room if plan.machine.platform == "gpu" else 0)
     rest = [index for index, keep in enumerate(kept) if not keep]
     slack = _slack(plan.tiles)
     room = plan.host.budget_bytes - plan.host_peak_bytes
@@ -457,7 +458,7 @@ def _with_kept(plan, tiers):
     """A bare plan with what `tiers` keep added to its sums."""
     slack = _slack(plan.tiles)
     kept = list(zip(plan.tiles, tiers, strict=True))
-    device_bytes = sum(tile.n_bytes for tile, tier in kept if tier is Tier.DEVICE)
+    device_bytes = _kept_on_device(plan.tiles, tiers, plan.machine.platform)
     host_bytes = sum(tile.n_bytes + slack for tile, tier in kept if tier is Tier.HOST)
     return replace(
         plan,
@@ -465,6 +466,17 @@ def _with_kept(plan, tiers):
         device=replace(plan.device, resident_bytes=plan.device.resident_bytes + device_bytes),
         host=replace(plan.host, resident_bytes=plan.host.resident_bytes + host_bytes),
     )
+
+
+def _kept_on_device(tiles, tiers, platform):
+    kept = zip(tiles, tiers, strict=True)
+    return sum(_device_bytes(tile, platform) for tile, tier in kept if tier is Tier.DEVICE)
+
+
+def _device_bytes(tile, platform):
+    """What a tile is on the device: a blob is there with the room around its parts."""
+    blob = blob_of(tile, platform)
+    return blob.n_bytes if blob else tile.n_bytes
 
 
 def _spread(sizes: list[int], room: int) -> list[bool]:

@@ -1,10 +1,12 @@
 """The plan's sums: held against compiled programs, against refusals, and against known sizes of
 known models."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from jlayer.config import ModelConfig, Rope
 from jlayer.errors import DoesNotFitError
 from jlayer.quantization import BLOCK_BYTES, SCHEMES
+from jlayer.run.programs import struct_of
 from jlayer.weights.budget import (
     CHUNK_TOKENS,
     Machine,
@@ -124,6 +127,23 @@ def test_what_is_left_over_keeps_tiles_evenly_spread():
         for start in range(0, len(plan.tiers) - 200, 50):
             found = plan.tiers[start : start + 200].count(tier)
             assert abs(found - 200 * count / len(plan.tiers)) <= 4
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", *SCHEMES])
+def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
+    """What came as one array has room between its parts: 30 MiB of it in 140 GiB."""
+    spacious = machine(device_budget=140 << 30)
+    plan = plan_of(LLAMA_405B, stored=stored, on=spacious)
+    bare = plan_of(LLAMA_405B, stored=stored, on=spacious, keeps_layers=False)
+    kept = [tile for tile, tier in zip(plan.tiles, plan.tiers, strict=True) if tier is Tier.DEVICE]
+    assert len(kept) > 100
+    held = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for tile in kept
+        for leaf in jax.tree.leaves(struct_of(tile, "gpu"))
+    )
+    assert plan.device.resident_bytes - bare.device.resident_bytes == held
+    assert plan.fits
 
 
 def test_quantised_70b_is_a_fraction_of_the_bytes_and_on_a_cpu_as_much_arithmetic():
