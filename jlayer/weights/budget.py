@@ -42,6 +42,8 @@ TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1
 # Tiles on the device at a time, and host slots beyond them that are being read meanwhile.
 AHEAD = {"gpu": 4, "cpu": 2}
 READING = 2
+# Outputs of the head on their way to the host at a time: on the device, and as copies there.
+OUTGOING = 3
 # What each tile costs beside its bytes, in Python and the driver: a turn of its own, one more for
 # each array that crosses the link (in a blob, for each matrix), and for each program that each
 # chunk of tokens goes through; a gap on the link (5% of the time of 32 MiB), a gap on the disk.
@@ -395,7 +397,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=n_norms * width * item,
         cache_bytes=layers * cache,
         activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
-        + 3 * logits,
+        + OUTGOING * logits,
         temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype, platform=machine.platform)
         + LIBRARY_BYTES[machine.platform],
     )
@@ -406,7 +408,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
         + shapes.batch * 2 * cfg.vocab_size * 16
-        + shapes.every * logits,
+        + shapes.every * (OUTGOING if machine.platform == "gpu" else 1) * logits,
         runtime_bytes=machine.runtime_bytes,
     )
     return Plan(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from jlayer.config import ModelConfig, Rope
 from jlayer.errors import DoesNotFitError
 from jlayer.quantization import BLOCK_BYTES, SCHEMES
+from jlayer.run.forward import _Outgoing
 from jlayer.run.programs import struct_of
 from jlayer.weights.budget import (
     CHUNK_TOKENS,
@@ -21,7 +23,9 @@ from jlayer.weights.budget import (
     Shapes,
     capacity_for,
     chunks,
+    logits_bytes,
     make_plan,
+    shapes_of_run,
     temporary_bytes,
 )
 from jlayer.weights.schedule import Tier
@@ -127,6 +131,40 @@ def test_what_is_left_over_keeps_tiles_evenly_spread():
         for start in range(0, len(plan.tiers) - 200, 50):
             found = plan.tiers[start : start + 200].count(tier)
             assert abs(found - 200 * count / len(plan.tiers)) <= 4
+
+
+class Copied:
+    """An output of the head whose copy on the host begins when it is asked for, as on a GPU."""
+
+    n_alive = most = 0
+
+    def __init__(self, logits):
+        self._logits, self.nbytes = logits, logits.nbytes
+
+    def copy_to_host_async(self):
+        Copied.n_alive += 1
+        Copied.most = max(Copied.most, Copied.n_alive)
+
+    def __array__(self, dtype=None, copy=None):
+        return self._logits
+
+    def __del__(self):
+        Copied.n_alive -= 1
+
+
+def test_the_host_has_room_for_every_copy_of_logits_on_its_way():
+    outgoing = _Outgoing(lambda output, column, row: None)
+    for column in range(8):
+        outgoing.add(Copied(np.zeros((1, 2, 3), np.float32)), column, 0)
+    outgoing.finish()
+    assert Copied.n_alive == 0
+    shape = {"batch": 4, "longest": 512, "context": 512}
+    spacious = machine(device_budget=24 << 30)
+    plan = plan_of(LLAMA_70B, on=spacious, every=True, **shape)
+    shapes = shapes_of_run(**shape, every=True, most=plan.chunk)
+    without = plan_of(LLAMA_70B, on=spacious, **shape).host.embedding_bytes
+    logits = logits_bytes(LLAMA_70B, shapes, plan.tiles)
+    assert plan.host.embedding_bytes >= without + Copied.most * logits
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", *SCHEMES])
