@@ -97,9 +97,9 @@ def share_pairs(folder: str, **options) -> list[dict]:
     for before, sweep, after in zip(raws, sweeps, raws[1:], strict=False):
         ours = n_bytes / sweep["ours"] / ((before["ours"] + after["ours"]) / 2)
         sides = [side["kernel"]["bytes_per_s"] for side in (before, after)]
-        counted = sweep["kernel"]["bytes_per_s"] / (sum(sides) / 2)
+        counted = None if None in sides else sweep["kernel"]["bytes_per_s"] / (sum(sides) / 2)
         rows.append({"ours": ours, "kernel": counted, "busy": sweep["kernel"]["busy"]})
-        common.say(f"share: bench {ours:.4f}, kernel {counted:.4f}")
+        common.say(f"share: bench {ours:.4f}, kernel {counted and round(counted, 4)}")
     return rows
 
 
@@ -135,6 +135,9 @@ def main():
     for kind, (rows, others) in kinds.items():
         result[kind] = {"pairs": rows}
         for other in others:
+            if rows[0][other] is None:
+                common.say(f"{kind}: nothing to hold it against: the kernel counts no such disk")
+                continue
             ratio = common.summary([row["ours"] / row[other] for row in rows])
             result[kind][f"ours / {other}"] = ratio
             common.say(f"{kind}: ours / {other}, median of {ratio['n']}: {ratio['median']:.3f}")

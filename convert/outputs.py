@@ -46,7 +46,8 @@ class Output(Protocol):
 class WeightFile:
     """A file of weights. Once its chunks are through, `digests` has each tensor's, and `nonfinite`
     counts, by tensor, what `allow_nonfinite` has let through. `published` names what it is made of,
-    `tensors` what it holds: the same, but for the pieces of what is quantised."""
+    `tensors` what it holds: the same, but for the pieces of what is quantised; `header` are the
+    file's first bytes."""
 
     def __init__(
         self,
@@ -73,10 +74,10 @@ class WeightFile:
         }
         self._quantizer = quantizer
         after = {tensor: dtype or own for tensor, own in before.items()}
-        self._header, self.tensors = encode_header(
+        self.header, self.tensors = encode_header(
             stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
         )
-        self.n_bytes = len(self._header) + sum(entry.n_bytes for entry in self.tensors.values())
+        self.n_bytes = len(self.header) + sum(entry.n_bytes for entry in self.tensors.values())
         changes = before != after or self._schemes
         self._source_header = encode_header(shapes, before)[0] if changes else None
         self._source_digest = None
@@ -86,7 +87,7 @@ class WeightFile:
         """The file's bytes. Raises CheckpointError for numbers that are or become infinite."""
         self._source_digest = self._source_header and hashlib.sha256(self._source_header)
         self._waiting.clear()
-        yield self._header
+        yield self.header
         for tensor, entry in self.tensors.items():
             digest = TensorDigest(entry.shape, entry.n_bytes)
             whole, piece = split_piece(tensor)

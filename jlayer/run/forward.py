@@ -18,7 +18,7 @@ import numpy as np
 from jlayer.errors import CheckpointError
 from jlayer.run.executor import Executor
 from jlayer.run.programs import Programs
-from jlayer.weights.budget import Plan, chunks
+from jlayer.weights.budget import OUTGOING, Plan, chunks
 from jlayer.weights.embedding import Embedding
 from jlayer.weights.tiles import STAGES, Tile
 
@@ -359,7 +359,7 @@ class _Outgoing:
         self._waiting.append((output, column, row))
         waiting = sum(output.nbytes for output, _, _ in self._waiting)
         self.most_device_bytes = max(self.most_device_bytes, waiting)
-        while len(self._waiting) > 2:
+        while len(self._waiting) >= OUTGOING:
             self._fetch()
 
     def _fetch(self):

@@ -42,6 +42,8 @@ TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1
 # Tiles on the device at a time, and host slots beyond them that are being read meanwhile.
 AHEAD = {"gpu": 4, "cpu": 2}
 READING = 2
+# Outputs of the head on their way to the host at a time: on the device, and as copies there.
+OUTGOING = 3
 # What each tile costs beside its bytes, in Python and the driver: a turn of its own, one more for
 # each array that crosses the link (in a blob, for each matrix), and for each program that each
 # chunk of tokens goes through; a gap on the link (5% of the time of 32 MiB), a gap on the disk.
@@ -250,7 +252,7 @@ class Plan:
 
     @property
     def _kept_by_choice(self):
-        return self.tier_bytes(Tier.DEVICE)
+        return _kept_on_device(self.tiles, self.tiers, self.machine.platform)
 
     def check(self):
         """Raises DoesNotFitError with the sum and the smallest budget that would do."""
@@ -395,7 +397,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=n_norms * width * item,
         cache_bytes=layers * cache,
         activation_bytes=activation_bytes(cfg, shapes, item_bytes=item, whole=_is_whole(tiles))
-        + 3 * logits,
+        + OUTGOING * logits,
         temporary_bytes=temporary_bytes(cfg, shapes, tiles, dtype=dtype, platform=machine.platform)
         + LIBRARY_BYTES[machine.platform],
     )
@@ -406,7 +408,7 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
         + shapes.batch * 2 * cfg.vocab_size * 16
-        + shapes.every * logits,
+        + shapes.every * (OUTGOING if machine.platform == "gpu" else 1) * logits,
         runtime_bytes=machine.runtime_bytes,
     )
     return Plan(
@@ -440,8 +442,9 @@ def _with_tiers(plan: Plan) -> Plan:
     all along.
     """
     sizes = [tile.n_bytes for tile in plan.tiles]
+    on_device = [_device_bytes(tile, plan.machine.platform) for tile in plan.tiles]
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread(sizes, room if plan.machine.platform == "gpu" else 0)
+    kept = _spread(on_device, room if plan.machine.platform == "gpu" else 0)
     rest = [index for index, keep in enumerate(kept) if not keep]
     slack = _slack(plan.tiles)
     room = plan.host.budget_bytes - plan.host_peak_bytes
@@ -457,7 +460,7 @@ def _with_kept(plan, tiers):
     """A bare plan with what `tiers` keep added to its sums."""
     slack = _slack(plan.tiles)
     kept = list(zip(plan.tiles, tiers, strict=True))
-    device_bytes = sum(tile.n_bytes for tile, tier in kept if tier is Tier.DEVICE)
+    device_bytes = _kept_on_device(plan.tiles, tiers, plan.machine.platform)
     host_bytes = sum(tile.n_bytes + slack for tile, tier in kept if tier is Tier.HOST)
     return replace(
         plan,
@@ -465,6 +468,17 @@ def _with_kept(plan, tiers):
         device=replace(plan.device, resident_bytes=plan.device.resident_bytes + device_bytes),
         host=replace(plan.host, resident_bytes=plan.host.resident_bytes + host_bytes),
     )
+
+
+def _kept_on_device(tiles, tiers, platform):
+    kept = zip(tiles, tiers, strict=True)
+    return sum(_device_bytes(tile, platform) for tile, tier in kept if tier is Tier.DEVICE)
+
+
+def _device_bytes(tile, platform):
+    """What a tile is on the device: a blob is there with the room around its parts."""
+    blob = blob_of(tile, platform)
+    return blob.n_bytes if blob else tile.n_bytes
 
 
 def _spread(sizes: list[int], room: int) -> list[bool]:

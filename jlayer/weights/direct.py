@@ -130,10 +130,11 @@ class Reader:
                         f"{segment.file}: ends at byte {first + done}, expected {first + needed}; "
                         "it was cut off"
                     )
-                if down:
+                begin = max(done, down)
+                if down and begin < done + count:  # a file may end before anything is to be moved
                     if moving:
                         moving.result()
-                    moving = self._movers.submit(_move, into, max(done, down), done + count, down)
+                    moving = self._movers.submit(_move, into, begin, done + count, down)
                 done += count
         finally:
             if moving:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint, export, orbax, zarr
+from convert.disk import TEMPORARY
 from convert.export import export_checkpoint
 from jlayer.app.cli import main
 from jlayer.errors import CheckpointError, JlayerError, UsageError
@@ -419,6 +420,38 @@ def test_an_export_goes_on_with_the_shards_that_are_finished_and_right(
     assert written[0] == first
     assert not set(written) & set(others)
     export_checkpoint(layered, tmp_path / "undisturbed", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kind", ["outside", "inside", "nowhere", "folder", "fifo"])
+def test_what_is_no_file_in_an_unfinished_export_is_made_anew(layered, tmp_path, kind):
+    """A link has the right bytes, and may lead to what is removed, or changed later."""
+    options = {"format": "huggingface", "shard_bytes": 15_000}
+    export_checkpoint(layered, tmp_path / "undisturbed", **options)
+    aside = shutil.copytree(tmp_path / "undisturbed", tmp_path / f"out{TEMPORARY}")
+    shard = next(aside.glob("model-00002-*"))
+    other = (aside if kind == "inside" else tmp_path) / "other"
+    shard.rename(other)
+    if kind == "folder":
+        shard.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(shard)
+    else:
+        shard.symlink_to(tmp_path / "none" if kind == "nowhere" else other)
+    done = export_checkpoint(layered, tmp_path / "out", **options)
+    assert done.n_resumed == len(list(aside.parent.glob("out/*.safetensors"))) - 1
+    assert (tmp_path / "out" / shard.name).is_file()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+def test_a_shard_whose_header_says_anything_else_is_made_anew(layered, tmp_path):
+    options = {"format": "huggingface", "shard_bytes": 15_000}
+    export_checkpoint(layered, tmp_path / "undisturbed", **options)
+    aside = shutil.copytree(tmp_path / "undisturbed", tmp_path / f"out{TEMPORARY}")
+    shard = next(aside.glob("model-00002-*"))
+    shard.write_bytes(shard.read_bytes().replace(b'"format":"pt"', b'"format":"qt"'))
+    export_checkpoint(layered, tmp_path / "out", **options)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 

@@ -1,10 +1,13 @@
 """The plan's sums: held against compiled programs, against refusals, and against known sizes of
 known models."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +15,17 @@ from hypothesis import strategies as st
 from jlayer.config import ModelConfig, Rope
 from jlayer.errors import DoesNotFitError
 from jlayer.quantization import BLOCK_BYTES, SCHEMES
+from jlayer.run.forward import _Outgoing
+from jlayer.run.programs import struct_of
 from jlayer.weights.budget import (
     CHUNK_TOKENS,
     Machine,
     Shapes,
     capacity_for,
     chunks,
+    logits_bytes,
     make_plan,
+    shapes_of_run,
     temporary_bytes,
 )
 from jlayer.weights.schedule import Tier
@@ -124,6 +131,57 @@ def test_what_is_left_over_keeps_tiles_evenly_spread():
         for start in range(0, len(plan.tiers) - 200, 50):
             found = plan.tiers[start : start + 200].count(tier)
             assert abs(found - 200 * count / len(plan.tiers)) <= 4
+
+
+class Copied:
+    """An output of the head whose copy on the host begins when it is asked for, as on a GPU."""
+
+    n_alive = most = 0
+
+    def __init__(self, logits):
+        self._logits, self.nbytes = logits, logits.nbytes
+
+    def copy_to_host_async(self):
+        Copied.n_alive += 1
+        Copied.most = max(Copied.most, Copied.n_alive)
+
+    def __array__(self, dtype=None, copy=None):
+        return self._logits
+
+    def __del__(self):
+        Copied.n_alive -= 1
+
+
+def test_the_host_has_room_for_every_copy_of_logits_on_its_way():
+    outgoing = _Outgoing(lambda output, column, row: None)
+    for column in range(8):
+        outgoing.add(Copied(np.zeros((1, 2, 3), np.float32)), column, 0)
+    outgoing.finish()
+    assert Copied.n_alive == 0
+    shape = {"batch": 4, "longest": 512, "context": 512}
+    spacious = machine(device_budget=24 << 30)
+    plan = plan_of(LLAMA_70B, on=spacious, every=True, **shape)
+    shapes = shapes_of_run(**shape, every=True, most=plan.chunk)
+    without = plan_of(LLAMA_70B, on=spacious, **shape).host.embedding_bytes
+    logits = logits_bytes(LLAMA_70B, shapes, plan.tiles)
+    assert plan.host.embedding_bytes >= without + Copied.most * logits
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", *SCHEMES])
+def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
+    """What came as one array has room between its parts: 30 MiB of it in 140 GiB."""
+    spacious = machine(device_budget=140 << 30)
+    plan = plan_of(LLAMA_405B, stored=stored, on=spacious)
+    bare = plan_of(LLAMA_405B, stored=stored, on=spacious, keeps_layers=False)
+    kept = [tile for tile, tier in zip(plan.tiles, plan.tiers, strict=True) if tier is Tier.DEVICE]
+    assert len(kept) > 100
+    held = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for tile in kept
+        for leaf in jax.tree.leaves(struct_of(tile, "gpu"))
+    )
+    assert plan.device.resident_bytes - bare.device.resident_bytes == held
+    assert plan.fits
 
 
 def test_quantised_70b_is_a_fraction_of_the_bytes_and_on_a_cpu_as_much_arithmetic():

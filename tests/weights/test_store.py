@@ -1,12 +1,14 @@
 """Segments and tiles: which bytes are read for what, and what is refused at the door."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from jlayer.errors import CheckpointError
+from jlayer.weights import direct
 from jlayer.weights.direct import Reader, aligned_span, disk_speed
 from jlayer.weights.embedding import Embedding
 from jlayer.weights.layout import ALIGNMENT, SEAL, seal
@@ -110,6 +112,28 @@ def test_unaligned_segments_are_read_with_their_surroundings(tmp_path, offset, n
     shift = reader.read(segment, room[: aligned_span(segment)[1]])
     reader.close()
     assert np.array_equal(room[shift : shift + n_bytes], data[offset : offset + n_bytes])
+
+
+def test_a_file_that_ends_before_what_is_to_be_moved_moves_nothing(tmp_path, monkeypatch):
+    """Cut off since it was opened; a length below zero would be written all over the memory."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(3 * ALIGNMENT))
+    segment = Segment(str(path), ALIGNMENT + 3000, 2000)
+    room = HostMemory(1, slot_bytes_for((segment,)), pin=False).slot(0)
+    moves, real = [], direct._move
+    monkeypatch.setattr(
+        direct,
+        "_move",
+        lambda into, begin, end, by: (
+            moves.append(end - begin) or (begin < end and real(into, begin, end, by))
+        ),
+    )
+    reader = Reader([str(path)])
+    os.truncate(path, ALIGNMENT + 512)
+    with pytest.raises(CheckpointError, match="cut off"):
+        reader.read(segment, room, ALIGNMENT)
+    reader.close()
+    assert all(n_bytes > 0 for n_bytes in moves)
 
 
 def spoil(folder, change):
