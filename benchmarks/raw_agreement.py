@@ -83,8 +83,8 @@ def share_pairs(folder: str, **options) -> list[dict]:
             self.forward.settle()
             return watched(raws, lambda: Bench._read_raw(self, disk))
 
-        def _time_in_a_row(self, n_tokens):
-            return watched(sweeps, lambda: Bench._time_in_a_row(self, n_tokens))
+        def _time_in_a_row(self, n_tokens, count):
+            return watched(sweeps, lambda: Bench._time_in_a_row(self, n_tokens, count))
 
     with AutoModel.from_pretrained(folder, keeps_layers=False, **options) as model:
         bench = Watched(model)
