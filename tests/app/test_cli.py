@@ -222,3 +222,11 @@ def test_debug_shows_a_traceback_and_ends_with_the_same_code(fable, capsys):
 def test_a_plan_beyond_the_models_own_context_is_refused_as_its_run_is(fable, capsys):
     assert main(["plan", str(fable), "--context", "4096"]) == 2
     assert "the model's own limit is 1024" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_the_new_ids_are_shown(tiny, capsys):
+    words = ["generate", str(tiny), "--prompt-ids", "1,2,3", "-n", "4", "--device", "cpu"]
+    assert main([*words, "--json"]) == 0
+    ids = json.loads(capsys.readouterr().out)["token_ids"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == ",".join(map(str, ids)) + "\n"

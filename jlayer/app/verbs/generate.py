@@ -122,9 +122,10 @@ def show_prompt(args, prompt) -> dict:
 def follow(model, decoding, show, *, counts: bool = True) -> dict:
     """Runs a decoding to its end, or to an interrupt, whose text so far is a result too.
 
-    One text is shown as it comes, several one after another at the end. `counts`: whether slow
-    sweeps show how far they are.
+    One text is shown as it comes, several one after another at the end; where there is no
+    tokenizer, token ids. `counts`: whether slow sweeps show how far they are.
     """
+    has_text = model.text is not None
     for line in (describe(model), *model.notes):
         print(f"jlayer: {line}", file=sys.stderr)
     live = show if len(decoding.continuations) == 1 else None
@@ -133,17 +134,18 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
         steps = iter(decoding)
         try:
             for gained in steps:
-                if write:
+                if write and has_text:
                     write(gained[0].text)
         except (KeyboardInterrupt, Terminated) as stop:
             stopped = stop
         finally:
             steps.close()
     found = decoding.generations()
-    if live:
+    if live and has_text:
         live("\n")
     elif show:
-        show("\n\n".join(one.text for one in found) + "\n")
+        texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
+        show("\n\n".join(texts) + "\n")
     print(f"jlayer: {summary(found)}", file=sys.stderr)
     result = found[0].as_dict()
     if len(found) > 1:
