@@ -155,8 +155,10 @@ class Model:
     def _read_vector(self, name):
         segment = self._store.segment_of(name)
         rows = RowReader(segment, n_rows=1, identity=self._store.identities[segment.file])
-        (raw,) = rows.read(np.zeros(1, np.int64))
-        rows.close()
+        try:
+            (raw,) = rows.read(np.zeros(1, np.int64))
+        finally:
+            rows.close()
         self._checks.add(name, raw, n_rows=1)
         return raw.view(np.dtype(self._store.dtype_of(name))).copy()
 
