@@ -106,9 +106,17 @@ class Model:
         self._text = None
         self.load_s = clock.lap()
 
-    def plan_for(self, *, batch: int, longest: int, context: int, every: bool = False) -> Plan:
+    def plan_for(
+        self,
+        *,
+        batch: int,
+        longest: int,
+        context: int,
+        every: bool = False,
+        together: bool = False,
+    ) -> Plan:
         """The plan of a run whose longest sweep carries `longest` tokens of each of `batch`
-        sequences; `every`: with the logits of all of them.
+        sequences; `every`: with the logits of all of them; `together`: in one array.
 
         What streams already goes on as it is where the run fits it; else the best plan anew.
         """
@@ -119,6 +127,7 @@ class Model:
             "longest": longest,
             "context": context,
             "every": every,
+            "together": together,
         }
         if self._executor_plan is not None:
             same = refit(self._executor_plan, self.config, **options)
@@ -187,12 +196,23 @@ class Model:
             self._text = Tokenizer.from_folder(self.folder)
         return self._text
 
-    def forward(self, *, batch: int, longest: int, context: int, every: bool = False) -> Forward:
+    def forward(
+        self,
+        *,
+        batch: int,
+        longest: int,
+        context: int,
+        every: bool = False,
+        together: bool = False,
+    ) -> Forward:
         """Room for `batch` sequences of up to `context` positions (and, with `every`, for the
-        logits of all tokens of a sweep); checked against the promises before any allocation."""
+        logits of all tokens of a sweep, `together` for all at a time); checked against the promises
+        before any allocation."""
         if not self._end.alive:
             raise UsageError("this model is closed; open it again with AutoModel.from_pretrained")
-        self.plan = self.plan_for(batch=batch, longest=longest, context=context, every=every)
+        self.plan = self.plan_for(
+            batch=batch, longest=longest, context=context, every=every, together=together
+        )
         self.plan.check()
         return Forward(
             self._executor_for(self.plan),
@@ -241,7 +261,9 @@ class Model:
             self.check_ids(row)
         self.check_length(len(ids[0]), 0)
         n_tokens = len(ids[0])
-        forward = self.forward(batch=len(ids), longest=n_tokens, context=n_tokens, every=True)
+        forward = self.forward(
+            batch=len(ids), longest=n_tokens, context=n_tokens, every=True, together=True
+        )
         return forward.sweep(ids, [0] * len(ids), every=True)
 
     def generate(self, input_ids, **options):

@@ -67,6 +67,7 @@ QUANTIZED_BYTES = 4
 # What XLA's libraries hold in the allocator all the time (140 MB measured on an H200), the
 # workspace of a matrix product (40 MB), and what is lost between blocks of different sizes.
 LIBRARY_BYTES = {"gpu": 256 << 20, "cpu": 0}
+LOGIT_BYTES = 5  # of logits that are handed over: a float32, and whether it is finite
 # What is left free when the rest of a device is filled with tiles that stay.
 RESERVE_BYTES = 96 << 20
 # Anonymous memory of the process with JAX started and a model opened, where it was not measured (a
@@ -102,7 +103,8 @@ class Machine:
 @dataclass(frozen=True)
 class Shapes:
     """What a run carries: `n_columns` are the tokens of its longest sweep, padding included,
-    `chunk` the most that go through a tile at once; `every`: logits of all of them are wanted."""
+    `chunk` the most that go through a tile at once; `every`: logits of all of them are wanted,
+    `together`: in one array."""
 
     batch: int
     capacity: int
@@ -110,6 +112,7 @@ class Shapes:
     n_columns: int
     every: bool = False
     n_chunks: int = 1
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,16 +282,19 @@ def make_plan(
     longest: int = 1,
     context: int = 1,
     every: bool = False,
+    together: bool = False,
     keeps_layers: bool = True,
 ) -> Plan:
     """The plan of the shortest sweep that fits: tile size, chunk of tokens, and what stays where.
 
     `longest`: tokens of a sequence in its longest sweep; `context`: positions it may reach;
-    `every`: logits of all tokens are wanted, not of the last alone. Where nothing fits, the plan
+    `every`: logits of all tokens are wanted, not of the last alone; `together`: in one array on the
+    host. Where nothing fits, the plan
     that needs least (`fits` is False; `check` refuses).
     """
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
+    shape = {"batch": batch, "longest": longest, "context": context}
+    shape |= {"every": every, "together": together}
     best = smallest = None
     for tile_bytes in TILE_BYTES:
         tiles = cut(cfg, dtype_of, tile_bytes)
@@ -325,11 +331,13 @@ def refit(
     longest: int,
     context: int,
     every: bool = False,
+    together: bool = False,
 ) -> Plan:
     """The same tiles in the same places for another run; `fits` says whether the promises allow
     it."""
     options = {"dtype_of": dtype_of, "dtype": dtype}
-    shape = {"batch": batch, "longest": longest, "context": context, "every": every}
+    shape = {"batch": batch, "longest": longest, "context": context}
+    shape |= {"every": every, "together": together}
     for most in reversed(CHUNK_TOKENS):
         shapes = shapes_of_run(**shape, most=most)
         bare = _bare_plan(cfg, plan.machine, plan.tiles, shapes=shapes, **options)
@@ -340,12 +348,19 @@ def refit(
 
 
 def shapes_of_run(
-    *, batch: int, longest: int, context: int, every: bool = False, most: int = CHUNK_TOKENS[-1]
+    *,
+    batch: int,
+    longest: int,
+    context: int,
+    every: bool = False,
+    together: bool = False,
+    most: int = CHUNK_TOKENS[-1],
 ) -> Shapes:
     """The input shapes of a run whose longest sweep carries `longest` tokens a sequence, `most` at
     once."""
     sizes = chunks(longest, most)
-    return Shapes(batch, capacity_for(context), max(sizes), sum(sizes), every, len(sizes))
+    capacity = capacity_for(context)
+    return Shapes(batch, capacity, max(sizes), sum(sizes), every, len(sizes), together)
 
 
 def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
@@ -408,7 +423,8 @@ def _bare_plan(cfg, machine, tiles, *, dtype_of, dtype, shapes):
         resident_bytes=on_host,
         embedding_bytes=shapes.batch * shapes.n_columns * width * (item + 8)
         + shapes.batch * 2 * cfg.vocab_size * 16
-        + shapes.every * (OUTGOING if machine.platform == "gpu" else 1) * logits,
+        + shapes.every * (OUTGOING if machine.platform == "gpu" else 1) * logits
+        + shapes.together * shapes.batch * shapes.n_columns * cfg.vocab_size * LOGIT_BYTES,
         runtime_bytes=machine.runtime_bytes,
     )
     return Plan(

@@ -4,6 +4,7 @@ refused."""
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -297,3 +298,16 @@ def test_a_closed_model_says_so(fable):
     for use in (lambda: model.generate([[1]]), lambda: model.logits([[1]])):
         with pytest.raises(UsageError, match="closed"):
             use()
+
+
+def test_the_logits_of_a_prompt_are_part_of_the_promise(fable):
+    ids = [list(range(1000))]  # 20 MB of logits
+    with jlayer.AutoModel.from_pretrained(fable, device="cpu", keeps_layers=False) as model:
+        shape = {"batch": 1, "longest": 1000, "context": 1000, "every": True}
+        beside = model._machine.runtime_bytes
+        assert model.logits(ids).nbytes == 1000 * 4096 * 4
+        model._machine = replace(model._machine, host_budget=beside + 5 * 1000 * 4096)
+        model._executor_plan = None
+        assert model.plan_for(**shape).fits  # a tile at a time
+        with pytest.raises(DoesNotFitError, match="host_memory"):
+            model.logits(ids)
