@@ -196,23 +196,12 @@ class Model:
             self._text = Tokenizer.from_folder(self.folder)
         return self._text
 
-    def forward(
-        self,
-        *,
-        batch: int,
-        longest: int,
-        context: int,
-        every: bool = False,
-        together: bool = False,
-    ) -> Forward:
-        """Room for `batch` sequences of up to `context` positions (and, with `every`, for the
-        logits of all tokens of a sweep, `together` for all at a time); checked against the promises
-        before any allocation."""
+    def forward(self, *, batch: int, **run) -> Forward:
+        """Room for a run of `batch` sequences, described as to `plan_for`; checked against the
+        promises before any allocation."""
         if not self._end.alive:
             raise UsageError("this model is closed; open it again with AutoModel.from_pretrained")
-        self.plan = self.plan_for(
-            batch=batch, longest=longest, context=context, every=every, together=together
-        )
+        self.plan = self.plan_for(batch=batch, **run)
         self.plan.check()
         return Forward(
             self._executor_for(self.plan),
