@@ -38,11 +38,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from convert import convert_checkpoint, verify_folder
-from convert.disk import TEMPORARY
-from convert.journal import JOURNAL
-from convert.lock import LOCK
+from convert.target.disk import TEMPORARY
+from convert.target.journal import JOURNAL
+from convert.target.lock import LOCK
+from jlayer.checkpoint.layout import MANIFEST
 from jlayer.errors import CheckpointError, JlayerError
-from jlayer.weights.layout import MANIFEST
 from tests.convert import faults
 from tests.convert.checkpoints import files_of, random_checkpoint
 from tests.convert.powercut import Recorder, materialise

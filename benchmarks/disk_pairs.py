@@ -29,7 +29,9 @@ def pairs(model, paths, n_pairs: int) -> list[dict]:
     """
     forward = model.forward(batch=1, longest=1, context=64)
     forward.compile(1)
-    from jlayer.run.raw import RawDisk  # which starts JAX: the model must have set its cap before
+    from jlayer.measure.machine import (
+        RawDisk,  # which starts JAX: the model must have set its cap before
+    )
 
     disk, kernel = RawDisk(paths), common.KernelDisk(paths[0])
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from convert.doors import open_source
+from convert.sources.open import open_source
+from jlayer.checkpoint.layout import encode_header
+from jlayer.checkpoint.safetensors import parse_header, read_header
 from jlayer.config import model_config
 from jlayer.errors import JlayerError
 from jlayer.strict import parse_json_object
-from jlayer.weights.header import parse_header, read_header
-from jlayer.weights.layout import encode_header
 from tests.convert.checkpoints import TINY, random_checkpoint
 
 LIMIT_S = 1.0  # of the processor: how long a busy machine lets it wait says nothing of the doors

@@ -23,12 +23,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jlayer.config import OWN_QUANTIZATION, model_config
-from jlayer.families import EMBEDDING, HEAD, published_tensors
-from jlayer.quantization import SCHEMES, piece_dtypes, quantization_of, split_piece
-from jlayer.weights.digest import TensorDigest
-from jlayer.weights.header import TensorEntry
-from jlayer.weights.layout import (
+from convert.transform.packed import LEVELS, decode_scales
+from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.layout import (
     INDEX,
     MANIFEST,
     FileEntry,
@@ -38,7 +35,10 @@ from jlayer.weights.layout import (
     encode_manifest,
     weight_files,
 )
-from jlayer.weights.packed import LEVELS, decode_scales
+from jlayer.checkpoint.safetensors import TensorEntry
+from jlayer.config import OWN_QUANTIZATION, model_config
+from jlayer.encodings.quantization import SCHEMES, piece_dtypes, quantization_of, split_piece
+from jlayer.families.llama import EMBEDDING, HEAD, published_tensors
 
 # hidden, heads, key/value heads, mlp, vocabulary
 SHAPES = {

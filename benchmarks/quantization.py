@@ -23,12 +23,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from convert import convert_checkpoint
-from convert.cast import NUMPY_DTYPE
+from convert.transform.cast import NUMPY_DTYPE
 from jlayer import AutoModel
 from jlayer.config import read_config
-from jlayer.families import layer_of, published_tensors
-from jlayer.run.evaluate import compare
-from jlayer.run.tokens import Tokenizer
+from jlayer.families.llama import layer_of, published_tensors
+from jlayer.measure.evaluate import compare
+from jlayer.text.tokenizer import Tokenizer
 
 # The sixteen levels of NF4, from QLoRA (Dettmers et al. 2023, appendix E): quantiles of a normal
 # distribution, with an exact zero.

@@ -46,7 +46,7 @@ def dd_speed(paths: list[str]) -> float:
 
 
 def disk_pairs(folder: str, n_pairs: int) -> list[dict]:
-    from jlayer.run.raw import RawDisk
+    from jlayer.measure.machine import RawDisk
 
     paths = sorted(glob.glob(os.path.join(os.path.abspath(folder), "layer-*.safetensors")))
     disk = RawDisk(paths)
@@ -69,7 +69,7 @@ def disk_pairs(folder: str, n_pairs: int) -> list[dict]:
 def share_pairs(folder: str, **options) -> list[dict]:
     """The disk's share of its ceiling, window by window, as bench has it and by the kernel."""
     from jlayer import AutoModel
-    from jlayer.run.bench import Bench
+    from jlayer.measure.bench import Bench
 
     kernel, raws, sweeps = common.KernelDisk(folder), [], []
 
@@ -106,7 +106,7 @@ def share_pairs(folder: str, **options) -> list[dict]:
 def link_pairs(n_pairs: int) -> list[dict]:
     import jax
 
-    from jlayer.run.raw import link_speeds, median
+    from jlayer.measure.machine import link_speeds, median
 
     rows = []
     for _ in range(n_pairs):

@@ -82,7 +82,7 @@ def main():
 
     with common.GpuWatch() as watch, common.AnonymousWatch() as anonymous:
         from jlayer import AutoModel
-        from jlayer.run.report import anonymous_bytes
+        from jlayer.engine.report import anonymous_bytes
 
         model = AutoModel.from_pretrained(
             args.folder,

@@ -16,13 +16,8 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from convert.disk import TEMPORARY, again, close, failure, make_folders, remove, sync_folder
-from convert.doors import CheckedSource, open_source
-from convert.lock import LOCK, TargetLock
-from convert.orbax import UNFINISHED, OrbaxWriter
-from convert.outputs import SmallFile, WeightFile, side_output
 from convert.progress import Progress
-from convert.read import (
+from convert.sources.files import (
     Chunk,
     FileSource,
     Place,
@@ -32,15 +27,27 @@ from convert.read import (
     open_unchanged,
     read_into,
 )
-from convert.space import check_space
-from convert.write import TargetWriter, refuse_inside
+from convert.sources.open import CheckedSource, open_source
+from convert.sources.orbax import UNFINISHED, OrbaxWriter
+from convert.target.disk import TEMPORARY, again, close, failure, make_folders, remove, sync_folder
+from convert.target.lock import LOCK, TargetLock
+from convert.target.space import check_space
+from convert.target.write import TargetWriter, refuse_inside
+from convert.transform.outputs import SmallFile, WeightFile, side_output
+from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.layout import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    encode_index,
+    is_layered,
+    read_manifest,
+)
+from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
-from jlayer.families import published_tensors
+from jlayer.families.llama import published_tensors
 from jlayer.strict import is_there, resolve
-from jlayer.weights.digest import TensorDigest
-from jlayer.weights.layout import CONFIG, INDEX, MANIFEST, encode_index, is_layered, read_manifest
-from jlayer.weights.published import SINGLE, names_in, regular_file
 
 FORMATS = ("huggingface", "orbax")
 SHARD_BYTES = 5_000_000_000

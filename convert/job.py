@@ -14,17 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert import RESUME
-from convert.disk import is_there
-from convert.doors import CheckedSource, regular_file
-from convert.earlier import (
-    goes_on,
-    journal_of,
-    open_again,
-    planned_difference,
-    sides_are_whole,
-    was_shed,
-)
-from convert.journal import (
+from convert.progress import Progress
+from convert.sources.files import check_unchanged, file_chunks, hash_stream
+from convert.sources.open import CheckedSource, regular_file
+from convert.target.delete_source import Shedder
+from convert.target.disk import is_there
+from convert.target.journal import (
     JOURNAL,
     Finished,
     Journal,
@@ -32,8 +27,18 @@ from convert.journal import (
     describe,
     remove_journal,
 )
-from convert.lock import LOCK, TargetLock
-from convert.outputs import (
+from convert.target.lock import LOCK, TargetLock
+from convert.target.resume import (
+    goes_on,
+    journal_of,
+    open_again,
+    planned_difference,
+    sides_are_whole,
+    was_shed,
+)
+from convert.target.space import check_space
+from convert.target.write import TargetWriter, check_target, remove_temporaries
+from convert.transform.outputs import (
     Output,
     WeightFile,
     files_of,
@@ -41,27 +46,9 @@ from convert.outputs import (
     side_outputs,
     weight_outputs,
 )
-from convert.progress import Progress
-from convert.quantize import Quantizer, sample_errors
-from convert.read import check_unchanged, file_chunks, hash_stream
-from convert.shed import Shedder
-from convert.space import check_space
+from convert.transform.quantize import Quantizer, sample_errors
 from convert.verify import verify_folder
-from convert.write import TargetWriter, check_target, remove_temporaries
-from jlayer.config import own_quantization, parse_choice, read_config
-from jlayer.errors import (
-    CheckpointError,
-    DoesNotFitError,
-    JlayerError,
-    StorageError,
-    UnsupportedModelError,
-    UsageError,
-)
-from jlayer.families import published_tensors
-from jlayer.quantization import INT4, SCHEMES, Quantization, block_matrices, quantization_of
-from jlayer.spec import ITEM_BYTES
-from jlayer.strict import read_json_object
-from jlayer.weights.layout import (
+from jlayer.checkpoint.layout import (
     CONFIG,
     EMBED_FILE,
     MANIFEST,
@@ -71,6 +58,25 @@ from jlayer.weights.layout import (
     is_weight_file,
     read_manifest,
 )
+from jlayer.config import own_quantization, parse_choice, read_config
+from jlayer.encodings.quantization import (
+    INT4,
+    SCHEMES,
+    Quantization,
+    block_matrices,
+    quantization_of,
+)
+from jlayer.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    JlayerError,
+    StorageError,
+    UnsupportedModelError,
+    UsageError,
+)
+from jlayer.families.llama import published_tensors
+from jlayer.spec import ITEM_BYTES
+from jlayer.strict import read_json_object
 
 _BLANK = "0" * 64  # stands for a SHA-256 where only its length counts
 

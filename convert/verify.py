@@ -10,12 +10,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from convert.progress import Progress
-from convert.read import file_chunks, hash_stream
-from jlayer.config import ModelConfig, read_config
-from jlayer.errors import CheckpointError
-from jlayer.strict import read_small_file
-from jlayer.weights.header import read_header
-from jlayer.weights.layout import (
+from convert.sources.files import file_chunks, hash_stream
+from jlayer.checkpoint.layout import (
     CONFIG,
     INDEX,
     MANIFEST,
@@ -26,7 +22,11 @@ from jlayer.weights.layout import (
     read_manifest,
     weight_files,
 )
-from jlayer.weights.published import names_in, regular_file
+from jlayer.checkpoint.safetensors import read_header
+from jlayer.checkpoint.source import names_in, regular_file
+from jlayer.config import ModelConfig, read_config
+from jlayer.errors import CheckpointError
+from jlayer.strict import read_small_file
 
 
 @dataclass(frozen=True)

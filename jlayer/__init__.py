@@ -6,12 +6,12 @@ Public names are imported on first use, so that `import jlayer` is cheap.
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoModel": "jlayer.run.model",
-    "Model": "jlayer.run.model",
-    "Generation": "jlayer.run.generate",
-    "Step": "jlayer.run.generate",
-    "generate": "jlayer.run.generate",
-    "stream": "jlayer.run.generate",
+    "AutoModel": "jlayer.engine.model",
+    "Model": "jlayer.engine.model",
+    "Generation": "jlayer.api",
+    "Step": "jlayer.api",
+    "generate": "jlayer.api",
+    "stream": "jlayer.api",
     "JlayerError": "jlayer.errors",
     "UsageError": "jlayer.errors",
     "CheckpointError": "jlayer.errors",

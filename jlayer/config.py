@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, fields
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.families import FAMILIES
+from jlayer.families.llama import FAMILIES
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import read_json_object
 

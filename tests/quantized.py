@@ -1,9 +1,9 @@
 """Small random models quantised, and the weights that they then stand for."""
 
 from convert import convert_checkpoint
-from convert.quantize import quantize
-from jlayer.weights.layout import read_manifest
-from jlayer.weights.packed import dequantize
+from convert.transform.packed import dequantize
+from convert.transform.quantize import quantize
+from jlayer.checkpoint.layout import read_manifest
 from tests.convert.checkpoints import edit_tensors, numbers, tensor_of
 from tests.tiny import tiny_llama
 

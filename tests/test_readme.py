@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import table
 from jlayer.app.cli import main
-from jlayer.run import bench as measuring
+from jlayer.measure import bench as measuring
 from tests.conftest import BUNDLED, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from jlayer.weights.schedule import Run
+from jlayer.stream.schedule import Run
 
 # Of a sweep: nothing is shown before it lasted so long.
 PATIENCE_S = 1.0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.model.cache import LayerCache
-from jlayer.model.quant import exact_for
+from jlayer.model.products import exact_for
 from jlayer.spec import query_pieces
 
 

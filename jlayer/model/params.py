@@ -6,7 +6,7 @@ from __future__ import annotations
 import jax
 from flax import struct
 
-from jlayer.families import layer_leaves
+from jlayer.families.llama import layer_leaves
 from jlayer.spec import Leaf
 
 

@@ -8,8 +8,8 @@ import pytest
 from jlayer.app.cli import main
 from jlayer.app.verbs.bench import conclude
 from jlayer.config import model_config
-from jlayer.run import bench as measuring
-from jlayer.weights.budget import Machine, make_plan
+from jlayer.measure import bench as measuring
+from jlayer.plan.plan import Machine, make_plan
 from tests.tiny import TINY
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jlayer.checkpoint.layout import MANIFEST, SEAL, encode_header, seal
 from jlayer.config import model_config
-from jlayer.families import published_tensors
-from jlayer.weights.layout import MANIFEST, SEAL, encode_header, seal
+from jlayer.families.llama import published_tensors
 from tests import tiny
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data

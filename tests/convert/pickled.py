@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from convert import convert_checkpoint
+from jlayer.checkpoint.layout import MANIFEST
 from jlayer.errors import CheckpointError
-from jlayer.weights.layout import MANIFEST
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import blocks, convert_checkpoint, read
-from convert.blocks import BlockWriter
+from convert import convert_checkpoint
+from convert.sources import files as read
+from convert.target import blocks
+from convert.target.blocks import BlockWriter
+from jlayer.checkpoint.layout import ALIGNMENT
 from jlayer.errors import DoesNotFitError, StorageError
-from jlayer.weights.layout import ALIGNMENT
 from tests.convert.checkpoints import (
     edit_tensors,
     files_of,

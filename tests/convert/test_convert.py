@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint, verify_folder
+from jlayer.checkpoint.layout import ALIGNMENT, MANIFEST, SIDE_FILES, read_manifest
+from jlayer.checkpoint.safetensors import read_header
 from jlayer.errors import UsageError
-from jlayer.weights.header import read_header
-from jlayer.weights.layout import ALIGNMENT, MANIFEST, SIDE_FILES, read_manifest
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,

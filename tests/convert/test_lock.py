@@ -9,9 +9,9 @@ import subprocess
 import pytest
 
 from convert import convert_checkpoint
-from convert.lock import LOCK, TargetLock
+from convert.target.lock import LOCK, TargetLock
+from jlayer.checkpoint.layout import layer_file
 from jlayer.errors import JlayerError, LockedError
-from jlayer.weights.layout import layer_file
 from tests.convert.checkpoints import files_of
 from tests.convert.test_resume import Notes, slowly, wait_for
 

@@ -8,13 +8,14 @@ import tracemalloc
 
 import pytest
 
-from convert import convert_checkpoint, quantize, verify_folder
-from convert.blocks import BLOCK_BYTES, N_BLOCKS
-from convert.read import CHUNK_BYTES, WHOLE_FILE_BYTES
+from convert import convert_checkpoint, verify_folder
+from convert.sources.files import CHUNK_BYTES, WHOLE_FILE_BYTES
+from convert.target.blocks import BLOCK_BYTES, N_BLOCKS
+from convert.transform import quantize
+from jlayer.checkpoint.layout import encode_header
 from jlayer.config import model_config
-from jlayer.families import published_tensors
-from jlayer.quantization import SCHEMES
-from jlayer.weights.layout import encode_header
+from jlayer.encodings.quantization import SCHEMES
+from jlayer.families.llama import published_tensors
 
 # Layers of 55 MB, their largest tensor 12.6 MB; zeros, so that the source is a file of holes.
 CONFIG = {

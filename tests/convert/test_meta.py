@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint, verify_folder
-from convert.meta import Params, derive_config, facts_of, read_params
-from convert.names import META, find_row, find_source
-from convert.read import CHUNK_BYTES
-from convert.rules import RULES
+from convert.sources.files import CHUNK_BYTES
+from convert.sources.meta import Params, derive_config, facts_of, read_params
+from convert.sources.names import META, find_row, find_source
+from convert.sources.rules import RULES
 from jlayer.config import model_config, read_config, read_generation_config
 from jlayer.errors import CheckpointError
-from jlayer.families import published_tensors
+from jlayer.families.llama import published_tensors
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
 from tests.convert.checkpoints import edit_json, files_of, read_tensors
 from tests.convert.pickled import refused
@@ -166,7 +166,7 @@ def test_parts_convert_to_the_bytes_of_safetensors(
 @pytest.mark.parametrize("chunk_bytes", [4, 700, 5000])
 def test_however_large_the_blocks_are(originals, meta_of, tmp_path, monkeypatch, chunk_bytes):
     convert_checkpoint(originals("plain"), tmp_path / "safe")
-    for module in ("convert.read", "convert.joined"):
+    for module in ("convert.sources.files", "convert.sources.joined"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", chunk_bytes)
     convert_checkpoint(meta_of(4), tmp_path / "out")
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "safe")
@@ -428,8 +428,8 @@ def test_the_ends_of_text_come_from_the_tokenizer(meta_of, tmp_path, tokenizer, 
     [("llama2", 32000, 1, 2), ("llama3", 128256, 128000, [128001, 128008, 128009])],
 )
 def test_the_ends_of_text_of_real_tokenizers(name, vocab_size, bos, eos):
-    from convert.meta import special_ids
-    from jlayer.run.tokens import Tokenizer
+    from convert.sources.meta import special_ids
+    from jlayer.text.tokenizer import Tokenizer
 
     folder = SHARED_DATA / "tokenizers" / name
     raw = (folder / "tokenizer.model").read_bytes()
@@ -541,8 +541,8 @@ def test_extra_keys_can_be_left_out(originals, meta_of, tmp_path):
 
 
 def test_a_damaged_part_is_found_by_its_checksum(meta_of, tmp_path):
-    from convert.torchfile import read_table
-    from jlayer.weights.published import regular_file
+    from convert.sources.torchfile import read_table
+    from jlayer.checkpoint.source import regular_file
 
     source = meta_of(4)
     for key in (GATE, "layers.1.attention.wo.weight", "layers.1.attention.wq.weight"):

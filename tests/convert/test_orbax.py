@@ -9,12 +9,13 @@ import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, export, orbax, zarr
-from convert.disk import TEMPORARY
+from convert import convert_checkpoint, export
 from convert.export import export_checkpoint
+from convert.sources import orbax, zarr
+from convert.target.disk import TEMPORARY
 from jlayer.app.cli import main
+from jlayer.checkpoint.store import Store
 from jlayer.errors import CheckpointError, JlayerError, UsageError
-from jlayer.weights.store import Store
 from tests.convert.checkpoints import (
     NUMPY,
     edit_json,

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint
-from convert.pickles import asked_for
-from convert.read import CHUNK_BYTES, FileSource
-from convert.torchfile import read_table
+from convert.sources.files import CHUNK_BYTES, FileSource
+from convert.sources.pickles import asked_for
+from convert.sources.torchfile import read_table
 from jlayer.app.cli import main
-from jlayer.weights.published import regular_file
+from jlayer.checkpoint.source import regular_file
 from tests.convert.checkpoints import edit_json, files_of, read_tensors
 from tests.convert.pickled import (
     BIN,
@@ -127,7 +127,7 @@ VIEWS = {
 @pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 1024, 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_views_of_one_storage(table_of, monkeypatch, dtype, chunk_bytes):
-    monkeypatch.setattr("convert.read.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("convert.sources.files.CHUNK_BYTES", chunk_bytes)
     whole = torch.randn(70, 30).to(getattr(torch, dtype))
     views = {name: view(whole) for name, view in VIEWS.items()}
     found = table_of(views)
@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_mapped_is_read_all_the_same(bin_of, tmp_path, mon
     monkeypatch.setattr(torch, "load", load)
     source = bin_of("single")
     convert_checkpoint(source, tmp_path / "mapped")
-    monkeypatch.setattr("convert.torchfile._can_be_mapped", lambda fd, n_bytes: False)
+    monkeypatch.setattr("convert.sources.torchfile._can_be_mapped", lambda fd, n_bytes: False)
     convert_checkpoint(source, tmp_path / "read")
     assert seen == [(True, True), (False, True)]
     assert files_of(tmp_path / "mapped") == files_of(tmp_path / "read")
@@ -773,7 +773,7 @@ def test_overlapping_entries_are_a_bomb(bin_of, good, tmp_path):
 
 
 def test_too_many_entries(bin_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.archive.MAX_ENTRIES", 20)
+    monkeypatch.setattr("convert.sources.archive.MAX_ENTRIES", 20)
     refused(bin_of("single"), tmp_path / "out", ["archive bomb", "over the limit of 20"])
 
 

@@ -5,9 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.quantize import INT4_LIMIT, Quantizer, quantize, relative_error
-from jlayer.quantization import INT4, INT8, SCHEMES
-from jlayer.weights.packed import LEVELS, decode_scales, dequantize
+from convert.transform.packed import LEVELS, decode_scales, dequantize
+from convert.transform.quantize import INT4_LIMIT, Quantizer, quantize, relative_error
+from jlayer.encodings.quantization import INT4, INT8, SCHEMES
 
 
 def weights(rows, width, *, seed=0, dtype=np.float32):

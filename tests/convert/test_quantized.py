@@ -7,15 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, quantize, read, verify_folder
-from convert.journal import JOURNAL
-from convert.read import FileSource
+from convert import convert_checkpoint, verify_folder
+from convert.sources import files as read
+from convert.sources.files import FileSource
+from convert.target.journal import JOURNAL
+from convert.transform import quantize
+from convert.transform.packed import dequantize
+from jlayer.checkpoint.layout import MANIFEST, read_manifest
+from jlayer.checkpoint.safetensors import read_header
+from jlayer.encodings.quantization import INT4, INT8, SCHEMES
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.families import published_tensors
-from jlayer.quantization import INT4, INT8, SCHEMES
-from jlayer.weights.header import read_header
-from jlayer.weights.layout import MANIFEST, read_manifest
-from jlayer.weights.packed import dequantize
+from jlayer.families.llama import published_tensors
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import (
     edit_tensors,
@@ -225,7 +227,7 @@ def test_a_weight_that_int4_does_not_reach_is_refused_by_name(tmp_path, monkeypa
 
 def test_the_choice_is_made_from_the_first_rows_alone(monkeypatch):
     """A chunk of each matrix is asked for, however large it is."""
-    from convert.doors import open_source
+    from convert.sources.open import open_source
 
     checked = open_source(str(BUNDLED))
     asked, real = [], FileSource.chunks

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint
-from convert.journal import JOURNAL, Journal
+from convert.target.journal import JOURNAL, Journal
 from jlayer.app.cli import main
+from jlayer.checkpoint.layout import MANIFEST, is_weight_file
+from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError
-from jlayer.weights.layout import MANIFEST, is_weight_file
-from jlayer.weights.store import Store
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,

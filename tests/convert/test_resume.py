@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint
-from convert.journal import JOURNAL
-from convert.lock import LOCK
 from convert.progress import Progress
+from convert.target.journal import JOURNAL
+from convert.target.lock import LOCK
+from jlayer.checkpoint.layout import MANIFEST
 from jlayer.errors import CheckpointError, JlayerError, UsageError
-from jlayer.weights.layout import MANIFEST
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import (
     edit_json,

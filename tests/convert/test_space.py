@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert import convert_checkpoint
-from convert.space import peak_of
+from convert.target.space import peak_of
 from jlayer.errors import DoesNotFitError
 from tests.convert.checkpoints import random_checkpoint
 

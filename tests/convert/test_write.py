@@ -5,10 +5,10 @@ import os
 import sys
 
 from convert import convert_checkpoint
-from convert.journal import JOURNAL
-from convert.lock import LOCK
 from convert.progress import StderrProgress
-from jlayer.weights.layout import MANIFEST
+from convert.target.journal import JOURNAL
+from convert.target.lock import LOCK
+from jlayer.checkpoint.layout import MANIFEST
 from tests.convert.checkpoints import files_of
 
 
@@ -57,7 +57,7 @@ def test_files_are_as_readable_as_any_other(published, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(published, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.read.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("convert.sources.files.MAX_OPEN_FILES", 2)
     before, most = len(os.listdir("/proc/self/fd")), []
     real = os.preadv
 

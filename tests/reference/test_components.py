@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from jlayer.config import model_config
-from jlayer.model import attention, block, cache, layers, quant
+from jlayer.model import attention, cache
+from jlayer.model import ops as layers
+from jlayer.model import products as quant
+from jlayer.model import stages as block
 from jlayer.model.params import Layer
 from tests.reference.conftest import STYLES
 

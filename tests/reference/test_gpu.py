@@ -14,9 +14,9 @@ import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
-from jlayer.quantization import SCHEMES
-from jlayer.run.device import gpu_memory, link_speed
-from jlayer.weights import budget
+from jlayer.encodings.quantization import SCHEMES
+from jlayer.engine.device import gpu_memory, link_speed
+from jlayer.plan import plan as budget
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
 

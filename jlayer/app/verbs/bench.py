@@ -15,13 +15,14 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from jlayer.app import progress, timeline
+from jlayer.app import picture as timeline
+from jlayer.app import progress
 from jlayer.app.verbs.demo import BUNDLED
 from jlayer.app.verbs.generate import RUN, given_run_options, name_of
+from jlayer.checkpoint.hub import local_folder
 from jlayer.config import parse_bytes
-from jlayer.weights.budget import DEFAULT_DISK, human
-from jlayer.weights.hub import local_folder
-from jlayer.weights.schedule import Tier
+from jlayer.plan.plan import DEFAULT_DISK, human
+from jlayer.stream.schedule import Tier
 
 QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
 # Below this share of a sweep none of its links explains it: then it is the steps themselves.
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     timeline.check_file(args.timeline)
-    from jlayer.run.model import AutoModel
+    from jlayer.engine.model import AutoModel
 
     say = _silent if args.json else _say
     name = name_of(args.ref or BUNDLED)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def _options(args):
     """The run options; the promise for the host includes the buffers of the raw reads."""
-    from jlayer.run.raw import HOST_BYTES
+    from jlayer.measure.machine import HOST_BYTES
 
     options = given_run_options(args)
     if args.host_memory is not None:
@@ -97,8 +98,8 @@ def _folder(ref, *, offline):
 def measure(model, folder, say, *, picture=None) -> dict:
     """Measures and says each figure as it comes; returns all of them. `picture`: a file to draw two
     sweeps of one token into, after all measuring, which noting them would disturb."""
-    from jlayer.run.bench import Bench
-    from jlayer.run.raw import card, summary
+    from jlayer.measure.bench import Bench
+    from jlayer.measure.machine import card, summary
 
     bench = Bench(model)
     found = {"card": card(folder), "device": model.device_name, "dtype": model.dtype}

@@ -19,11 +19,11 @@ import os
 import sys
 
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
+from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id, local_folder
+from jlayer.checkpoint.layout import EMBED_FILE
+from jlayer.encodings.quantization import SCHEMES
 from jlayer.errors import UsageError
-from jlayer.quantization import SCHEMES
 from jlayer.spec import ITEM_BYTES
-from jlayer.weights.hub import Weights, cached_folder, is_hub_id, local_folder
-from jlayer.weights.layout import EMBED_FILE
 
 HELP = "turn a published checkpoint into one file a layer"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jlayer
 from jlayer.app.verbs.generate import follow, write_text
-from jlayer.weights.budget import human
-from jlayer.weights.schedule import Free, Put, Read, Run
+from jlayer.plan.plan import human
+from jlayer.stream.schedule import Free, Put, Read, Run
 
 PROMPT = "Once upon a time there was a little girl who"
 OPTIONS = {"max_new_tokens": 160, "temperature": 0.7, "top_p": 0.9, "seed": 37}
@@ -29,8 +29,8 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     from convert import convert_checkpoint
-    from jlayer.run.generate import Decoding, encode_prompts, sampling_options
-    from jlayer.run.model import AutoModel
+    from jlayer.api import Decoding, encode_prompts, sampling_options
+    from jlayer.engine.model import AutoModel
 
     with tempfile.TemporaryDirectory(prefix="jlayer-demo-") as folder:
         layered = Path(folder) / "fable-3m"

@@ -52,8 +52,8 @@ def run(args) -> dict:
     text = _read(args.text)
     if args.max_tokens is not None and args.max_tokens < 2:
         raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
-    from jlayer.run.evaluate import compare, perplexity
-    from jlayer.run.model import AutoModel
+    from jlayer.engine.model import AutoModel
+    from jlayer.measure.evaluate import compare, perplexity
 
     options = {name: getattr(args, name) for name in RUN if getattr(args, name) is not None}
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
@@ -113,7 +113,7 @@ def _read(path):
 
 def _encode(model, text, max_tokens):
     """The text's ids, and how many of them a byte takes."""
-    from jlayer.run.tokens import NO_TOKENIZER
+    from jlayer.text.tokenizer import NO_TOKENIZER
 
     if model.text is None:
         raise UsageError(NO_TOKENIZER.format(folder=model.folder))

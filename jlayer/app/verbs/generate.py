@@ -9,13 +9,14 @@ import os
 import sys
 from contextlib import nullcontext
 
-from jlayer.app import progress, timeline
+from jlayer.app import picture as timeline
+from jlayer.app import progress
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.catalogue import preset
+from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.errors import StorageError, UsageError
-from jlayer.weights.budget import human
-from jlayer.weights.hub import Weights, local_folder
-from jlayer.weights.schedule import Tier
+from jlayer.plan.plan import human
+from jlayer.stream.schedule import Tier
 
 # option on the command line -> (type, what --help says); None means that the model's own default
 # holds
@@ -80,8 +81,8 @@ def run(args) -> dict:
     prompt = read_prompt(args)
     if args.show_prompt:
         return show_prompt(args, prompt)
-    from jlayer.run.generate import Decoding, encode_prompts, sampling_options
-    from jlayer.run.model import AutoModel
+    from jlayer.api import Decoding, encode_prompts, sampling_options
+    from jlayer.engine.model import AutoModel
 
     options = {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
     given = {name: value for name, value in options.items() if value is not None}
@@ -101,7 +102,7 @@ def given_run_options(args) -> dict:
 
 def show_prompt(args, prompt) -> dict:
     """The prompt as text and ids, without opening the weights."""
-    from jlayer.run.tokens import NO_TOKENIZER, Tokenizer, chat_messages
+    from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer, chat_messages
 
     folder = local_folder(args.ref, weights=Weights.NONE, offline=args.offline)
     tokenizer = Tokenizer.from_folder(folder)

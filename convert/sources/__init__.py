@@ -1,0 +1,1 @@
+"""Any published form, opened and checked."""

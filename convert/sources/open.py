@@ -1,0 +1,210 @@
+"""From a published folder of any form to a source that is checked: config, index, headers, tensors.
+
+Reads no weights. What only the weights can tell (a head that should equal the embedding, numbers
+that are none) is found while they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from convert.sources import meta, orbax
+from convert.sources.files import FileSource, Place, Source, TensorInfo
+from convert.sources.joined import JoinedSource
+from convert.sources.torchfile import read_table as read_pickle
+from jlayer.checkpoint.layout import CONFIG, INDEX
+from jlayer.checkpoint.source import (
+    EXTRA,
+    GENERATION_CONFIG,
+    SINGLE,
+    UNSUPPORTED_DTYPE,
+    SourceFile,
+    check_tensors,
+    find_misplaced,
+    find_shards,
+    gathered,
+    json_of,
+    listed,
+    names_in,
+    read_published_config,
+    read_shard,
+    refuse_quantizer_files,
+    refused_extra,
+    regular_file,
+    shard_files,
+    side_files,
+)
+from jlayer.config import ModelConfig, model_config
+from jlayer.errors import CheckpointError
+from jlayer.families.llama import published_tensors
+from jlayer.strict import read_small_file
+
+_PICKLE = re.compile(r".+\.(bin|pth|pt)")
+_MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
+_EXTRA = f"{EXTRA} (see --allow-extra)"
+
+
+@dataclass(frozen=True)
+class CheckedSource:
+    """A source whose config, files and tensors agree. `notes` is what the user should hear.
+
+    Of `side_files`, those that the source does not have are given as their bytes.
+    """
+
+    folder: str
+    cfg: ModelConfig
+    config_bytes: bytes
+    tensors: Source
+    side_files: dict[str, SourceFile | bytes]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Weights under their published names: in one file, or in several that an index tells."""
+
+    single: str
+    index: str
+    read: Callable[[SourceFile], dict[str, tuple[Place, TensorInfo]]]
+
+
+def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
+    """The checkpoint in `folder`, checked in the order config, index and headers, tensors.
+
+    Taken are, in this order, safetensors, pytorch_model.bin, Meta's consolidated.NN.pth, and what
+    Orbax has saved.
+    Raises CheckpointError, UnsupportedModelError or StorageError.
+    """
+    names = names_in(folder)
+    refuse_quantizer_files(folder, names)
+    published = any(name in names for form in _FORMS for name in (form.single, form.index))
+    if not published and any(meta.PART.fullmatch(name) for name in names):
+        return _open_meta(folder, names, allow_extra)
+    checkpoint = None if published else orbax.find_checkpoint(folder, names)
+    if checkpoint is not None:
+        return _open_orbax(folder, names, checkpoint, allow_extra)
+    notes: list[str] = []
+    config_bytes, cfg = read_published_config(folder)
+    form = _find_form(folder, names, notes)
+    shards, weight_map = find_shards(folder, names, form.single, form.index, notes)
+    files = shard_files(folder, shards)
+    tables = {shard: form.read(file) for shard, file in files.items()}
+    misplaced = find_misplaced(form.index, tables, files, weight_map)
+    label = None if allow_extra else _EXTRA
+    found = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    infos = {name: copies[0][1] for name, copies in found.items()}
+    places = {name: tuple(place for place, _ in copies) for name, copies in found.items()}
+    tensors = FileSource(infos, places)
+    sides = side_files(folder, names)
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+
+
+def _open_meta(folder, names, allow_extra):
+    """The checkpoint that Meta published: parts of every tensor, and params.json as its config."""
+    file = regular_file(folder, meta.PARAMS)
+    params = meta.read_params(json_of(file), where=file.path)
+    n_parts = 1 + max(int(found[1]) for found in map(meta.PART.fullmatch, names) if found)
+    files = shard_files(folder, [f"consolidated.{n:02d}.pth" for n in range(n_parts)])
+    tables = {part: read_pickle(file) for part, file in files.items()}
+    facts = meta.facts_of(list(tables.values()))
+    config, notes = meta.derive_config(params, facts, where=file.path)
+    sides = side_files(folder, names)
+    if meta.TOKENIZER in sides:
+        tokenizer = sides[meta.TOKENIZER]
+        raw = read_small_file(tokenizer.real)
+        ids = meta.special_ids(raw, vocab_size=config["vocab_size"], where=tokenizer.path)
+        config |= ids
+        sides.setdefault(GENERATION_CONFIG, _encoded(ids))
+    else:
+        notes.append(f"{folder}: no {meta.TOKENIZER}; Meta keeps it one folder up: copy it here")
+    config_bytes, cfg = _encoded(config), model_config(config, where=file.path)
+    if CONFIG in names:
+        derived = cfg
+        config_bytes, cfg = read_published_config(folder)
+        sides, notes = side_files(folder, names), []
+        differences = meta.differences(cfg, derived)
+        if differences:
+            raise CheckpointError(
+                f"{os.path.join(folder, CONFIG)}: not of {meta.PARAMS} and the weights beside it: "
+                f"{', '.join(differences)}; take the wrong one away"
+            )
+    tensors = _check_parts(folder, cfg, tables, facts, allow_extra, notes)
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+
+
+def _open_orbax(folder, names, checkpoint, allow_extra):
+    """A tree of published names that Orbax saved, with the config in its folder or the parent."""
+    home = folder
+    if CONFIG not in names:
+        home = os.path.dirname(os.path.abspath(folder))
+        if CONFIG not in names_in(home):
+            raise CheckpointError(
+                f"{os.path.join(folder, CONFIG)}: missing, and so it is one folder up; put the "
+                "model's config.json there"
+            )
+    notes: list[str] = []
+    config_bytes, cfg = read_published_config(home)
+    tensors = orbax.OrbaxSource(checkpoint)
+    table, problems = tensors.table(cfg.num_hidden_layers)
+    label = None if allow_extra else _EXTRA
+    tables = {orbax.METADATA: table}
+    tensors.take(check_tensors(folder, cfg, tables, problems, notes, extra_label=label))
+    sides = side_files(home, names_in(home))
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+
+
+def _encoded(config):
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _find_form(folder, names, notes):
+    """The form of the weights: safetensors, wherever there are any."""
+    pickles = sorted(name for name in names if _PICKLE.fullmatch(name))
+    found = [form for form in _FORMS if {form.single, form.index} & names]
+    if not found:
+        others = sorted(name for name in names if name.endswith(".safetensors")) + pickles
+        raise CheckpointError(
+            f"{folder}: no {SINGLE} and no {INDEX}, no {_BIN.single} and no consolidated.00.pth"
+            f"{f', only {listed(others)}' if others else ''}"
+        )
+    form = found[0]
+    if form is _SAFETENSORS and any(_MODEL_PICKLE.fullmatch(name) for name in pickles):
+        notes.append(f"{folder}: has safetensors and pickles; the safetensors are taken")
+    if form is _BIN and any(meta.PART.fullmatch(name) for name in pickles):
+        notes.append(f"{folder}: has {_BIN.single} and consolidated.*.pth; the former is taken")
+    return form
+
+
+def _read_safetensors(file):
+    return {
+        name: (Place(name, file, entry.offset), TensorInfo(entry.dtype, entry.shape))
+        for name, entry in read_shard(file).items()
+    }
+
+
+_SAFETENSORS = _Form(SINGLE, INDEX, _read_safetensors)
+_BIN = _Form("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickle)
+_FORMS = (_SAFETENSORS, _BIN)
+
+
+def _check_parts(folder, cfg, tables, facts, allow_extra, notes):
+    """The same for tensors that lie in parts."""
+    tied = cfg.tie_word_embeddings
+    infos, parts, problems = meta.assemble(tables, published_tensors(cfg), tied=tied)
+    stored_apart = tied and not facts.tied and any(meta.HEAD in table for table in tables.values())
+    wrong = [
+        *gathered("missing", problems["missing"]),
+        *gathered("shape", problems["shape"]),
+        *gathered(UNSUPPORTED_DTYPE, problems["dtype"]),
+        *gathered(
+            f"tie_word_embeddings is true in {CONFIG}, but apart", [meta.HEAD][:stored_apart]
+        ),
+        *refused_extra(folder, problems["extra"], notes, label=None if allow_extra else _EXTRA),
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder}: {'; '.join(wrong)}")
+    return JoinedSource(infos, parts, head_dim=cfg.head_dim)

@@ -1,0 +1,349 @@
+"""Orbax's form: a tree of arrays under published names, layers one by one or stacked along a first
+axis; read a tensor at a time, and written likewise.
+
+The format is read and written through tensorstore, as Orbax itself does, so that neither Orbax nor
+JAX is imported: their own ways in and out hold the whole tree in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.sources.files import (
+    CHUNK_BYTES,
+    Chunk,
+    Place,
+    Room,
+    TensorInfo,
+    check_unchanged,
+    row_bytes,
+)
+from convert.sources.zarr import ChunkedArray, chunked_array
+from jlayer.checkpoint.source import (
+    SourceFile,
+    Stored,
+    json_of,
+    listed,
+    names_in,
+    refuse_different,
+    regular_file,
+)
+from jlayer.errors import CheckpointError
+from jlayer.families.llama import LAYER_PREFIX
+from jlayer.spec import ITEM_BYTES
+from jlayer.strict import is_there
+
+METADATA = "_METADATA"
+ITEMS = ("default", "params", "items")  # what a CheckpointManager's step calls the parameters
+UNFINISHED = ".orbax-checkpoint-tmp"
+MAX_ARRAYS = 200_000
+# An array is cut into chunks of whole rows of at most this when it is written.
+CHUNK_ROWS_BYTES = 64 << 20
+_STACKED = re.compile(r"model\.layers\.(?![0-9])(.+)")
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint: where it lies in the source, and what its tree holds by name."""
+
+    folder: str
+    item: str
+    metadata: SourceFile
+    arrays: tuple[str, ...]
+    uses_ocdbt: bool
+    driver: str
+
+
+def find_checkpoint(folder: str, names: Iterable[str]) -> Checkpoint | None:
+    """The Orbax checkpoint in `folder` or in an item of it; None where there is none.
+
+    Raises CheckpointError: a save that did not end, steps of which one is to be named, metadata
+    that is none.
+    """
+    names = sorted(names)
+    own = os.path.basename(os.path.abspath(folder))
+    unfinished = [name for name in (own, *names) if UNFINISHED in name]
+    if unfinished:
+        raise CheckpointError(
+            f"{folder}: {listed(unfinished)}: an Orbax save that did not come to its end; name "
+            "one that did, or take it away"
+        )
+    if METADATA in names:
+        return _read_metadata(folder, "")
+    for item in ITEMS:
+        if item in names and is_there(os.path.join(folder, item, METADATA)):
+            return _read_metadata(folder, item)
+    steps = [name for name in names if name.isdigit() and os.path.isdir(os.path.join(folder, name))]
+    if steps and all(names_in(os.path.join(folder, step)) & {*ITEMS, METADATA} for step in steps):
+        raise CheckpointError(
+            f"{folder}: holds the steps {listed(steps)}; name one, as {folder}/{steps[-1]}"
+        )
+    return None
+
+
+def _read_metadata(folder, item):
+    file = regular_file(folder, os.path.join(item, METADATA))
+    found = json_of(file)
+    try:
+        keys = [
+            [str(step["key"]) for step in entry["key_metadata"]]
+            for entry in found["tree_metadata"].values()
+            if not entry["value_metadata"].get("skip_deserialize")
+        ]
+        driver = "zarr3" if found.get("use_zarr3") else "zarr"
+        arrays, uses_ocdbt = tuple(".".join(key) for key in keys), bool(found.get("use_ocdbt"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file.path}: not what Orbax writes ({error!r})") from None
+    if len(arrays) > MAX_ARRAYS:
+        raise CheckpointError(f"{file.path}: {len(arrays)} arrays, over the limit of {MAX_ARRAYS}")
+    odd = [name for name in arrays if not name.isprintable() or "/" in name or ".." in name]
+    if odd:
+        raise CheckpointError(f"{file.path}: not names that arrays may have: {listed(odd)}")
+    return Checkpoint(folder, item, file, arrays, uses_ocdbt, driver)
+
+
+class OrbaxSource:
+    """Tensors of a checkpoint, each streamed out of the chunks of its array.
+
+    Only where an array is packed as Orbax does not is the tensor read whole, by tensorstore.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._path = os.path.join(checkpoint.folder, checkpoint.item)
+        self._files = tuple(_files(checkpoint))
+        self._stores = _open_arrays(checkpoint, self._path)
+        self._chunked: dict[str, ChunkedArray | None] = {}
+        self._copies: dict[str, list[str]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+
+    def table(self, n_layers: int) -> tuple[dict[str, tuple[Stored, TensorInfo]], list[str]]:
+        """What is there by published name, stacked arrays as their layers; and what is wrong."""
+        found, problems = {}, []
+        self._at = {}
+        for key, store in self._stores.items():
+            stacked = _STACKED.fullmatch(key)
+            shape, dtype = tuple(store.shape), store.dtype.name
+            if stacked and shape[:1] != (n_layers,):
+                problems.append(
+                    f"{key} is {list(shape)}, stacked layers, of which config.json has {n_layers}"
+                )
+                continue
+            layers = range(n_layers) if stacked else [None]
+            for layer in layers:
+                name = key if layer is None else LAYER_PREFIX.format(layer=layer) + stacked[1]
+                if name in found:
+                    problems.append(f"{name} is there by itself and in the stacked {key}")
+                info = TensorInfo(dtype, shape if layer is None else shape[1:])
+                found[name] = (Stored(name, self._checkpoint.metadata), info)
+                self._at[name] = (key, layer)
+        return found, problems
+
+    def take(self, found: Mapping[str, list[tuple[Stored, TensorInfo]]]) -> None:
+        """The model's tensors, each with its copies, once they are checked."""
+        self.tensors = {name: copies[0][1] for name, copies in found.items()}
+        self._copies = {name: [place.name for place, _ in found[name]] for name in found}
+
+    def where(self, name: str) -> str:
+        return self._path
+
+    def places_of(self, name: str) -> tuple[Place, ...]:
+        """Every file of the checkpoint: which of them a tensor lies in, only tensorstore knows."""
+        return tuple(Place(name, file, 0) for file in self._files)
+
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
+        info, (taken, *copies) = self.tensors[name], self._copies[name]
+        tensors = [self._tensor(copy) for copy in (taken, *copies)]
+        step = CHUNK_BYTES
+        if not all(tensor.in_order for tensor in tensors):
+            step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
+            room = None  # it may end in the middle of a row
+        at, memory = 0, room or _memory
+        while at < info.n_bytes:
+            view = memory(min(step, info.n_bytes - at))
+            tensors[0].read_into(view, at)
+            for copy, tensor in zip(copies, tensors[1:], strict=True):
+                found = _memory(len(view))
+                tensor.read_into(found, at)
+                if not np.array_equal(np.frombuffer(view, np.uint8), found):
+                    metadata = self._checkpoint.metadata
+                    refuse_different(Stored(copy, metadata), Stored(taken, metadata))
+            yield view
+            at += len(view)
+
+    def _tensor(self, name):
+        key, layer = self._at[name]
+        if key not in self._chunked:
+            self._chunked[key] = chunked_array(self._stores[key], is_stacked=layer is not None)
+        return _Tensor(self._path, key, layer, self._stores[key], self._chunked[key])
+
+    def check_unchanged(self) -> None:
+        for file in self._files:
+            check_unchanged(file)
+
+    def close(self) -> None:
+        for array in self._chunked.values():
+            if array is not None:
+                array.close()
+
+
+class _Tensor:
+    """An array of a checkpoint, or a layer of a stacked one, from its first byte to its last.
+
+    `in_order` is False where only whole rows are read.
+    """
+
+    def __init__(self, path, key, layer, store, chunked: ChunkedArray | None):
+        self._path, self._key, self._layer = path, key, layer
+        self._store, self._chunked, self._whole = store, chunked, None
+        self.in_order = chunked is None or chunked.in_order
+
+    def read_into(self, view: memoryview, at: int) -> None:
+        try:
+            if self._chunked is not None:
+                self._chunked.read_into(view, at, self._layer or 0)
+            else:
+                view[:] = self._bytes()[at : at + len(view)]
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{self._path}: array {self._key} cannot be read ({_first_line(error)}); "
+                "fetch the checkpoint again"
+            ) from None
+
+    def _bytes(self):
+        if self._whole is None:
+            store = self._store if self._layer is None else self._store[self._layer]
+            array = np.ascontiguousarray(store.read().result())
+            self._whole = memoryview(array.reshape(-1).view(np.uint8))
+        return self._whole
+
+
+def _memory(n_bytes):
+    return memoryview(bytearray(n_bytes))
+
+
+def _files(checkpoint):
+    """Every file below the checkpoint, each a regular one inside it."""
+    for where, folders, names in os.walk(os.path.join(checkpoint.folder, checkpoint.item)):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.relpath(os.path.join(where, name), checkpoint.folder)
+            yield regular_file(checkpoint.folder, path)
+
+
+def _open_arrays(checkpoint, path):
+    """Every array, opened: shape and dtype, and no numbers yet."""
+    import tensorstore as ts
+
+    spec = {"driver": checkpoint.driver, "fill_missing_data_reads": False}
+    opening = {}
+    for name in checkpoint.arrays:
+        kvstore = _kvstore(path, name, uses_ocdbt=checkpoint.uses_ocdbt)
+        opening[name] = ts.open({**spec, "kvstore": kvstore}, open=True, read=True)
+    found = {}
+    for name, future in opening.items():
+        try:
+            found[name] = future.result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{path}: array {name} cannot be opened ({_first_line(error)}); "
+                "fetch the checkpoint again"
+            ) from None
+    return found
+
+
+def _kvstore(path, name, *, uses_ocdbt):
+    base = f"file://{os.path.abspath(path)}"
+    if uses_ocdbt:
+        return {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
+    return {"driver": "file", "path": f"{os.path.abspath(path)}/{name}/"}
+
+
+class OrbaxWriter:
+    """Writes a checkpoint of nested published names into a folder, an array at a time."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._names: list[str] = []
+
+    def write(self, name: str, info: TensorInfo, chunks: Iterable[Chunk]) -> None:
+        """Writes one array, whose bytes come in order; it is on disk when this returns.
+
+        Raises ValueError or OSError as tensorstore does, and what `chunks` raises.
+        """
+        import tensorstore as ts
+
+        row_bytes = math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
+        height = min(info.shape[0], max(1, CHUNK_ROWS_BYTES // row_bytes))
+        spec = {
+            "driver": "zarr",
+            "kvstore": _kvstore(self._folder, name, uses_ocdbt=True),
+            "metadata": {
+                "shape": info.shape,
+                "chunks": [height, *info.shape[1:]],
+                "compressor": None,
+            },
+            "dtype": info.dtype,
+            # What is all zeros is written, too: a chunk that is missing is damage.
+            "store_data_equal_to_fill_value": True,
+        }
+        store = ts.open(spec, create=True).result()
+        row = 0
+        for rows in _rows(chunks, height * row_bytes):
+            n_rows = len(rows) // row_bytes
+            block = np.frombuffer(rows, np.dtype(info.dtype)).reshape(n_rows, *info.shape[1:])
+            store[row : row + n_rows].write(block).result()
+            row += n_rows
+        assert row == info.shape[0], name
+        self._names.append(name)
+
+    def finish(self) -> dict[str, bytes]:
+        """The files by which Orbax knows the tree, to be written last."""
+        tree = {
+            str(tuple(name.split("."))): {
+                "key_metadata": [{"key": key, "key_type": 2} for key in name.split(".")],
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+            }
+            for name in self._names
+        }
+        metadata = {
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        checkpoint = {
+            "item_handlers": _HANDLER,
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": None,
+            "commit_timestamp_nsecs": None,
+            "custom_metadata": {},
+        }
+        found = {METADATA: metadata, "_CHECKPOINT_METADATA": checkpoint}
+        return {name: json.dumps(content).encode() for name, content in found.items()}
+
+
+def _rows(chunks, n_bytes):
+    """The same bytes in pieces of `n_bytes`, the last one as long as is left."""
+    gathered = bytearray()
+    for chunk in chunks:
+        gathered += chunk
+        while len(gathered) >= n_bytes:
+            yield bytes(gathered[:n_bytes])
+            del gathered[:n_bytes]
+    if gathered:
+        yield bytes(gathered)
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

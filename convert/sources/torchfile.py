@@ -1,0 +1,168 @@
+"""A file that torch.save wrote (.bin, .pth): the archive, the pickle in it, and what torch says.
+
+Ours is the first reader to see the pickle; only then torch reads the same file, weights_only, and
+must find the same tensors. Their bytes are later read from the file itself, since a file cut off
+under a mapping would end the process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import zlib
+
+from convert.sources.archive import read_archive
+from convert.sources.files import Place, TensorInfo, open_unchanged, read_into
+from convert.sources.pickles import SAFER, asked_for, read_records, unsafe
+from jlayer.checkpoint.source import SourceFile
+from jlayer.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 32 << 20  # of 723 tensors it has 0.1 MB
+_PICKLE = "data.pkl"
+# What torch.save puts into an archive. Anything else is no checkpoint, and is not looked at.
+_ENTRIES = re.compile(
+    r"data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
+    r"|data/[0-9]{1,20}"
+)
+# What people end up with under the name of a pickle, by its first bytes.
+_NOT_ARCHIVES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
+    (b"<!doctype", "an HTML page, not a pickle; fetch the file again"),
+    (b"<html", "an HTML page, not a pickle; fetch the file again"),
+    (b"7z\xbc\xaf\x27\x1c", f"unsafe: a 7z archive, which torch.save never writes; {SAFER}"),
+    (b"gguf", f"a GGUF file, not a pickle; {SAFER}"),
+)
+
+Table = dict[str, tuple[Place, TensorInfo]]
+
+
+def read_table(file: SourceFile) -> Table:
+    """Every tensor of a pickle that torch.save wrote: where its bytes lie, dtype (any of torch's
+    words) and shape.
+
+    Raises CheckpointError (unsafe, an archive bomb, damaged, torch missing) or StorageError.
+    """
+    fd = open_unchanged(file)
+    try:
+        start = _read(fd, 0, min(64, file.n_bytes), file.path)
+        if not start.startswith(b"PK\3\4"):
+            _refuse_other_formats(fd, start, file)
+        entries = read_archive(fd, file.n_bytes, where=file.path)
+        _check_entries(fd, entries, file.path)
+        records = read_records(_read_pickle(fd, entries, file.path), entries, where=file.path)
+        _compare_with_torch(fd, records, file)
+    finally:
+        os.close(fd)
+    return {name: (record.place(name, file), record.info) for name, record in records.items()}
+
+
+def _read_pickle(fd, entries, where):
+    if _PICKLE not in entries:
+        raise CheckpointError(f"{where}: no {_PICKLE} in it, so not saved by torch; {SAFER}")
+    entry = entries[_PICKLE]
+    if entry.n_bytes > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{where}: pickle of {entry.n_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}; "
+            f"{SAFER}"
+        )
+    raw = _read(fd, entry.offset, entry.n_bytes, where)
+    if entry.crc and zlib.crc32(raw) != entry.crc:
+        raise CheckpointError(
+            f"{where}: {_PICKLE} is damaged (CRC-32 {zlib.crc32(raw):08x}, expected "
+            f"{entry.crc:08x}); fetch it again"
+        )
+    return raw
+
+
+def _check_entries(fd, entries, where):
+    strange = sorted(name for name in entries if not _ENTRIES.fullmatch(name))
+    if strange:
+        program = any(name.startswith("code/") or name == "constants.pkl" for name in strange)
+        what = "a TorchScript program" if program else "entries that torch.save does not write"
+        names = ", ".join(ascii(name)[:80] for name in strange[:5])
+        raise CheckpointError(f"{where}: unsafe archive: {what} ({names}); {SAFER}")
+    order = entries.get("byteorder")
+    if order and (order.n_bytes > 16 or _read(fd, order.offset, order.n_bytes, where) != b"little"):
+        raise CheckpointError(f"{where}: byte order other than little-endian; {SAFER}")
+
+
+def _refuse_other_formats(fd, start, file):
+    for magic, advice in _NOT_ARCHIVES:
+        if start.lstrip().lower().startswith(magic.lower()):
+            raise CheckpointError(f"{file.path}: {advice}")
+    if not start:
+        raise CheckpointError(f"{file.path}: empty, 0 bytes; fetch the file again")
+    if start[8:9] == b"{":
+        raise CheckpointError(f"{file.path}: safetensors under another name; rename it to theirs")
+    raw = _read(fd, 0, min(file.n_bytes, 1 << 20), file.path)
+    asked = ", ".join(list(asked_for(raw))[:5])
+    if asked:
+        raise unsafe(file.path, asked)
+    raise CheckpointError(
+        f"{file.path}: unsafe: not a zip archive, so saved before torch 1.6 or by something else; "
+        f"{SAFER}, or save it anew: "
+        "torch.save(torch.load(FILE, weights_only=True, map_location='cpu'), FILE)"
+    )
+
+
+def _compare_with_torch(fd, records, file):
+    """torch must find the same: a file that two readers read in two ways is made to deceive."""
+    torch = _import_torch(file.path)
+    try:
+        loaded = torch.load(
+            f"/proc/self/fd/{fd}",  # the file that was checked, whatever its name stands for by now
+            map_location="meta",
+            mmap=_can_be_mapped(fd, file.n_bytes),
+            weights_only=True,
+        )
+        found = {
+            name: (str(t.dtype), tuple(t.shape), t.stride(), t.storage_offset())
+            for name, t in loaded.items()
+        }
+    except Exception as error:  # torch has no error of its own for this
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file.path}: torch {torch.__version__} refuses it "
+            f"({type(error).__name__}: {reason}); {SAFER}"
+        ) from None
+    expected = {
+        name: (f"torch.{record.dtype}", record.shape, record.strides, record.offset)
+        for name, record in records.items()
+    }
+    for name in sorted(found.keys() | expected.keys(), key=str):
+        if found.get(name) != expected.get(name):
+            raise unsafe(
+                file.path,
+                f"tensor {name[:80]!a} is {found.get(name)} to torch and {expected.get(name)} here",
+            )
+
+
+def _import_torch(where):
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{where}: a pickle, and to read it torch is needed, which is not installed: "
+            f'pip install -e ".[torch]", or {SAFER}'
+        ) from None
+    return torch
+
+
+def _can_be_mapped(fd, n_bytes):
+    """Whether the system maps the file as torch does: some refuse one larger than the memory.
+
+    Mapped, no version of torch reads the weights to say what they are; unmapped, some do.
+    """
+    try:
+        mapping = mmap.mmap(fd, n_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError:
+        return False
+    mapping.close()
+    return True
+
+
+def _read(fd, offset, n_bytes, where):
+    raw = bytearray(n_bytes)
+    read_into(fd, memoryview(raw), offset, where)
+    return bytes(raw)

@@ -1,0 +1,155 @@
+"""The target folder: whether it may be written, and files that appear in it whole or not at all.
+
+A file is written aside, synced, renamed, and its folder synced, so that after a power cut a name in
+the folder stands for complete bytes. Where the bytes come from is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable
+
+from convert.sources.files import Chunk
+from convert.target.blocks import BlockWriter
+from convert.target.disk import TEMPORARY, failure, remove, resolve, sync_folder, written_aside
+from convert.target.journal import JOURNAL
+from convert.target.lock import LOCK
+from jlayer.checkpoint.layout import EMBED_FILE, INDEX, MANIFEST, SIDE_FILES, is_weight_file
+from jlayer.errors import StorageError, UsageError
+
+
+def check_target(target: str, *, source: str) -> None:
+    """Looks at the target without changing it.
+
+    Raises UsageError (the source or inside it, no folder, holding anything but a layered
+    checkpoint) or StorageError (not writable).
+    """
+    refuse_inside(target, source)
+    status = _status(target)
+    if status is None:
+        _check_writable(_existing_parent(target))
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"{target}: not a folder; name a new one, or an empty one")
+    names = _names_in(target)
+    begun = not {EMBED_FILE, MANIFEST, JOURNAL}.isdisjoint(names)
+    foreign = [repr(name) for name in names if not _is_ours(name, begun)]
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise UsageError(
+            f"{target}: holds what is no layered checkpoint ({', '.join(foreign[:5])}{more}); "
+            f"name another folder for {source}"
+        )
+    _check_writable(target)
+
+
+def remove_temporaries(target: str) -> list[str]:
+    """Removes what an interrupted run has left half-written; returns the names of all else.
+
+    To be called by who holds the target's lock.
+    """
+    names = _names_in(target)
+    for name in names:
+        if name.endswith(TEMPORARY):
+            remove(os.path.join(target, name))
+    return [name for name in names if not name.endswith(TEMPORARY) and name != LOCK]
+
+
+class TargetWriter:
+    """Writes files into a folder that is locked. A context."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._blocks = BlockWriter()
+
+    def __enter__(self) -> TargetWriter:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._blocks.close()
+
+    def room(self, n_bytes: int) -> memoryview:
+        """Memory where the next chunk of what is being written may lie, so as not to be copied."""
+        return self._blocks.room(n_bytes)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes files of an earlier run: the manifest first, so that none outlives its files."""
+        names = list(names)
+        if MANIFEST in names:
+            remove(os.path.join(self.folder, MANIFEST))
+            sync_folder(self.folder)
+        for name in names:
+            remove(os.path.join(self.folder, name))
+
+    def write(self, name: str, chunks: Iterable[Chunk], *, n_bytes: int) -> str:
+        """Writes one file of `n_bytes` bytes and returns their SHA-256.
+
+        Raises DoesNotFitError or StorageError, and whatever `chunks` raises. Nothing is then left
+        of it.
+        """
+        path = os.path.join(self.folder, name)
+        with written_aside(path) as aside:
+            found, digest = self._blocks.write(aside, chunks, called=path)
+            assert found == n_bytes, (name, found, n_bytes)
+        return digest
+
+
+def _is_ours(name, begun):
+    """A folder of nothing but config and tokenizer is a download cut short, not a run of ours."""
+    if name.endswith(TEMPORARY) or is_weight_file(name) or name in (LOCK, JOURNAL):
+        return True
+    return begun and (name in SIDE_FILES or name in (MANIFEST, INDEX))
+
+
+def _names_in(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise failure(folder, error, "read") from None
+
+
+def _status(path):
+    """What `path` leads to, or None where there is nothing of that name."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise UsageError(f"{path}: a link that leads nowhere; name a folder") from None
+        return None
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise failure(path, error, "looked at") from None
+
+
+def refuse_inside(target: str, source: str) -> None:
+    """Raises UsageError where the target is the source, or inside it."""
+    try:
+        origin = os.stat(source)
+    except OSError:
+        return  # the source's own door says what is wrong with it
+    real = path = resolve(target, strict=False)
+    while True:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), origin):
+                word = "is the source" if path == real else "is inside the source"
+                raise UsageError(f"{target}: {word} {source}; name a folder elsewhere")
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+def _existing_parent(path):
+    path = resolve(path, strict=False)
+    while _status(path) is None:
+        path = os.path.dirname(path)
+    return path
+
+
+def _check_writable(folder):
+    if not stat.S_ISDIR(_status(folder).st_mode):
+        raise UsageError(f"{folder}: not a folder; the target cannot lie in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder}: not writable (or read-only); name a folder elsewhere")

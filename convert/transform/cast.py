@@ -1,0 +1,47 @@
+"""Arithmetic on chunks of weights: another dtype, and a count of what is no finite number."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from convert.sources.files import Chunk
+
+NUMPY_DTYPE = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+# A number is infinite or NaN exactly when all bits of its exponent are set.
+_EXPONENT = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float32": np.uint32(0x7F800000),
+}
+
+
+def count_nonfinite(chunk: Chunk, dtype: str) -> int:
+    """How many of the chunk's numbers are NaN or infinite, from their bits.
+
+    As whole numbers with a sign, the positive ones of these are the largest that there are; without
+    a sign, the negative ones are. So two maxima, which write nothing, tell of most chunks that
+    there are none.
+    """
+    exponent = _EXPONENT[dtype]
+    bits = np.frombuffer(chunk, exponent.dtype)
+    signed = bits.view(f"i{bits.itemsize}")
+    sign = 1 << (8 * bits.itemsize - 1)
+    if signed.max(initial=0) < exponent and bits.max(initial=0) < int(exponent) | sign:
+        return 0
+    return int(np.count_nonzero(bits & exponent == exponent))
+
+
+def cast(chunk: Chunk, dtype: str, target: str) -> memoryview:
+    """The chunk's numbers in another dtype, rounded to nearest, ties to even, as torch does.
+
+    What exceeds the target's range becomes infinite: `count_nonfinite` before and after tells.
+    """
+    numbers = np.frombuffer(chunk, NUMPY_DTYPE[dtype])
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = numbers.astype(NUMPY_DTYPE[target])
+    return memoryview(found.view(np.uint8))

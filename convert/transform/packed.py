@@ -1,0 +1,46 @@
+"""Quantised weights in numpy: half bytes, scales, and the way back to float32.
+
+What `quantization` describes and `model.quant` does on the device, bit for bit; it serves the
+converter and the tests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jlayer.encodings.quantization import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO, Scheme
+
+# The weight that each half byte stands for, in units of the scale.
+LEVELS = (
+    (np.arange(16, dtype=np.float32) - ZERO)
+    * (1 + np.square(np.arange(16, dtype=np.float32) - ZERO) * CUBE)
+).astype(np.float32)
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Half bytes, one a byte [rows, width] -> uint8 [rows, (width + 1) // 2]."""
+    half = -(-codes.shape[1] // 2)
+    packed = codes[:, :half].copy()
+    packed[:, : codes.shape[1] - half] |= codes[:, half:] << 4
+    return packed
+
+
+def unpack(packed: np.ndarray, width: int) -> np.ndarray:
+    """The inverse of `pack`."""
+    return np.concatenate([packed & 15, packed >> 4], axis=1)[:, :width]
+
+
+def decode_scales(codes: np.ndarray) -> np.ndarray:
+    """int4's scales as float32."""
+    bits = codes.astype(np.uint32)
+    magnitude = ((bits & 127) << FLOAT_SHIFT) + np.uint32(SCALE_OFFSET)
+    return (magnitude | (bits >> 7) << 31).view(np.float32)
+
+
+def dequantize(scheme: Scheme, q: np.ndarray, scale: np.ndarray, *, width: int) -> np.ndarray:
+    """The weights float32 [rows, width] that a matrix's pieces (or some rows of them) stand for."""
+    if scheme.bits == 4:
+        numbers, factors = LEVELS[unpack(q, width)], decode_scales(scale)
+    else:
+        numbers, factors = q.astype(np.float32), scale.astype(np.float32)
+    return numbers * np.repeat(factors, scheme.group, axis=1)[:, :width]

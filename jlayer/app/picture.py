@@ -1,0 +1,257 @@
+"""The picture of some sweeps: a lane each for read, put, run and free, drawn by matplotlib.
+
+Whether it can be drawn and written is asked before a run begins, so that nobody waits for nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import stat
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+
+from jlayer.errors import StorageError, UsageError
+from jlayer.plan.plan import human
+from jlayer.stream.schedule import Tier
+
+# From Okabe and Ito, told apart by any eye; the lighter of each marks every other layer.
+COLOURS = {
+    Tier.DISK: ("#D55E00", "#F0A36B"),
+    Tier.HOST: ("#0072B2", "#6FB1DB"),
+    Tier.DEVICE: ("#009E73", "#7FCFB8"),
+}
+LIGHT = {light for _, light in COLOURS.values()}
+WAITING = "#D9D9D9"
+WORDS = {
+    Tier.DISK: "from disk, every sweep",
+    Tier.HOST: "kept in host memory",
+    Tier.DEVICE: "kept on the device",
+}
+LANES = {
+    "read": "disk to host",
+    "put": "host to device",
+    "run": "multiply",
+    "free": "wait for the run, drop",
+}
+# From so many tiles in a picture on a second one below shows a few of them closely.
+CROWD, CLOSELY = 90, 14
+LIMITING = 0.8  # a lane busy for less than this is no limit
+
+
+def add_option(parser) -> None:
+    parser.add_argument("--timeline", metavar="FILE.png", help="draw the last sweeps, step by step")
+
+
+def check_file(path: str | None) -> None:
+    """Raises UsageError or StorageError where a picture is asked for and could not be drawn, or not
+    be written to `path`. Leaves `path` as it was."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            '--timeline: needs matplotlib; pip install -e ".[timeline]", or leave it out'
+        )
+    if not path.endswith(".png"):
+        raise UsageError(f"--timeline: found {path!r}, expected a name that ends in .png")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"--timeline: {folder} is no folder; make it, or name another")
+    is_there = os.path.lexists(path)
+    if is_there and not stat.S_ISREG(os.stat(path).st_mode):
+        raise UsageError(f"--timeline: {path} is not a regular file; name another")
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise StorageError(f"--timeline: {path}: {error.strerror}; name another") from None
+    if not is_there:
+        os.remove(path)
+
+
+@contextmanager
+def recorded(model, path: str | None, name: str):
+    """Draws the last sweeps of what runs meanwhile, also when that ends early; with no `path`
+    nothing is noted. `name` is the model's."""
+    if path is None:
+        yield
+        return
+    from jlayer.stream.record import Recorder
+
+    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    try:
+        with recorder:
+            yield
+    finally:
+        timeline = recorder.timeline()
+        if timeline is not None:
+            write(timeline, path, what=f"{name} on {model.device_name}")
+            print(f"jlayer: timeline in {path}", file=sys.stderr)
+
+
+def write(timeline, path: str, *, what: str) -> None:
+    """Draws a `jlayer.stream.record.Timeline` into a PNG file. Raises StorageError."""
+    picture = io.BytesIO()
+    draw(timeline, what=what).savefig(picture, format="png", dpi=150)
+    try:
+        with open(path, "wb") as file:
+            file.write(picture.getvalue())
+    except OSError as error:
+        raise StorageError(f"--timeline: {path}: {error.strerror}") from None
+
+
+def draw(timeline, *, what: str):
+    """The figure: all of the timeline and, where that is a crowd of tiles, a close look at some."""
+    from matplotlib.figure import Figure
+
+    begin, end = timeline.starts[0], timeline.end
+    crowded = len(timeline.lane("run")) > CROWD
+    figure = Figure(figsize=(13, 8.2 if crowded else 4.6), layout="constrained")
+    axes = figure.subplots(2 if crowded else 1, squeeze=False)[:, 0]
+    _draw_window(axes[0], timeline, begin, end, closely=not crowded)
+    _tell_busy(axes[0], timeline)
+    if crowded:
+        near = _close_look(timeline)
+        _draw_window(axes[1], timeline, *near, closely=True)
+        axes[0].axvspan(*[(at - begin) * 1e3 for at in near], color="black", alpha=0.15, lw=0)
+        axes[1].set_title("a close look at what is shaded above", fontsize=10, loc="left")
+    axes[-1].set_xlabel("milliseconds")
+    figure.suptitle(title(timeline, what), fontsize=12, x=0.01, ha="left", fontweight="bold")
+    figure.legend(
+        handles=_legend(timeline), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    return figure
+
+
+def title(timeline, what: str) -> str:
+    """What is seen, and which lane limits it."""
+    n_sweeps = len(timeline.starts)
+    each = (timeline.end - timeline.starts[0]) / n_sweeps
+    n_bytes = sum(tile.n_bytes for tile in timeline.tiles)
+    busy = {lane: timeline.busy(lane) for lane in ("read", "put", "run")}
+    most = max(busy, key=busy.get)
+    limit = {"read": "the disk", "put": "the link to the device", "run": "the arithmetic"}[most]
+    verdict = (
+        f"{limit} is the busiest, {busy[most]:.0%} of the time"
+        if busy[most] >= LIMITING
+        else f"nothing is busy all the time, {limit} most: {busy[most]:.0%}"
+    )
+    return (
+        f"{what}: {n_sweeps} sweep{'s' * (n_sweeps > 1)} of {human(n_bytes)}, "
+        f"{each * 1e3:,.4g} ms each; {verdict}"
+    )
+
+
+def _close_look(timeline):
+    """(begin, end) around some tiles in the middle of the last sweep."""
+    runs = [span for span in timeline.lane("run") if span.begin >= timeline.starts[-1]]
+    middle = len(runs) // 2
+    chosen = runs[middle : middle + CLOSELY]
+    return chosen[0].begin, chosen[-1].end
+
+
+def _draw_window(axes, timeline, begin, end, *, closely):
+    """The lanes from `begin` to `end`; `closely`: with each tile's name."""
+    zero, heights = timeline.starts[0], _rows(timeline)
+
+    def place(span):
+        """(left, width) in milliseconds of what is in sight of it."""
+        left, right = max(span.begin, begin), min(span.end, end)
+        return (left - zero) * 1e3, (right - left) * 1e3
+
+    for (lane, row, shade), spans in _by_shade(timeline, begin, end).items():
+        lowest, height = heights[lane, row]
+        where = [place(span) for span in spans]
+        if lane == "free":
+            axes.broken_barh(where, (lowest, height), color=WAITING, lw=0, zorder=1)
+            drops = [left + width for left, width in where]
+            axes.vlines(drops, lowest, lowest + height, color=shade, lw=1.5 if closely else 0.5)
+            continue
+        # Close by a gap tells neighbours apart; far off a hair keeps what is thinner than a pixel.
+        edge = {"edgecolor": "white", "lw": 0.8} if closely else {"edgecolor": shade, "lw": 0.2}
+        axes.broken_barh(where, (lowest, height), facecolor=shade, **edge)
+        if closely:
+            _name(axes, timeline, spans, where, lowest + height / 2, end - begin, shade)
+    _draw_layers(axes, timeline, begin, end, place)
+    for start in timeline.starts:
+        if begin <= start <= end:
+            axes.axvline((start - zero) * 1e3, color="black", lw=1, ls=":")
+            axes.text((start - zero) * 1e3, 4.72, " sweep", fontsize=8, style="italic")
+    _frame(axes, (begin - zero) * 1e3, (end - zero) * 1e3)
+
+
+def _by_shade(timeline, begin, end):
+    """(lane, row, colour) -> what is drawn alike in a window."""
+    found = {}
+    for span in timeline.spans:
+        if span.end > begin and span.begin < end:
+            tile, tier = timeline.tiles[span.tile], timeline.tiers[span.tile]
+            shade = COLOURS[tier][(tile.layer or 0) % 2]
+            found.setdefault((span.lane, span.row, shade), []).append(span)
+    return found
+
+
+def _name(axes, timeline, spans, where, height, width, shade):
+    """Tiles' names in their bars, where there is room."""
+    for span, (left, own) in zip(spans, where, strict=True):
+        words = timeline.tiles[span.tile].name.removeprefix("layer ").split(" ")
+        lines = [word for word in words[-2:] if word]
+        if own / (width * 1e3) > 0.0075 * max(map(len, lines)):
+            middle, text = left + own / 2, "\n".join(lines)
+            colour = "black" if shade in LIGHT else "white"
+            options = {"ha": "center", "va": "center", "fontsize": 7, "clip_on": True}
+            axes.text(middle, height, text, color=colour, **options)
+
+
+def _frame(axes, left, right):
+    axes.set_xlim(left, right)
+    axes.set_ylim(0, 4.9)
+    axes.set_yticks([4.4, 3.5, 2.5, 1.5, 0.5], ["layer", *map(": ".join, LANES.items())])
+    axes.xaxis.set_major_formatter(lambda at, _: f"{at:,.5g}")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False)
+
+
+def _draw_layers(axes, timeline, begin, end, place):
+    """Over the lanes, which layer's weights are run when; numbers where there is room for them."""
+    runs = [span for span in timeline.lane("run") if span.end > begin and span.begin < end]
+    for layer, own in groupby(runs, key=lambda span: timeline.tiles[span.tile].layer):
+        own = list(own)
+        left, width = place(replace(own[0], end=own[-1].end))
+        grey = "#CCCCCC" if layer is not None and layer % 2 else "#E6E6E6"
+        axes.broken_barh([(left, width)], (4.2, 0.4), color=grey, lw=0)
+        words = "head" if layer is None else str(layer)
+        if width / (end - begin) / 1e3 > 0.008 * len(words):
+            middle = left + width / 2
+            axes.text(middle, 4.38, words, ha="center", va="center", fontsize=8, clip_on=True)
+
+
+def _tell_busy(axes, timeline):
+    """To the right of each lane, the share of the time in which it did anything."""
+    for place, lane in enumerate(("run", "put", "read")):
+        words = f"busy {timeline.busy(lane):.0%}"
+        axes.text(1.005, (place + 1.5) / 4.9, words, transform=axes.transAxes, va="center")
+
+
+def _rows(timeline):
+    """(lane, row) -> (lowest, height): a lane is one high, and shared by its workers."""
+    found = {}
+    for place, lane in enumerate(reversed(LANES)):
+        rows = sorted({span.row for span in timeline.lane(lane)}) or [0]
+        for index, row in enumerate(rows):
+            height = 0.8 / len(rows)
+            found[lane, row] = (place + 0.1 + index * height, height * 0.94)
+    return found
+
+
+def _legend(timeline):
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=COLOURS[tier][0], label=WORDS[tier]) for tier in WORDS if tier in timeline.tiers
+    ]
+    return [*handles, Patch(color=WAITING, label="waiting for the output")]

@@ -1,0 +1,300 @@
+"""Hub ids → local folders: only the files that are needed, in huggingface_hub's own cache.
+
+What is fetched stays, so that a download that was cut off goes on with the same command.
+huggingface_hub is imported on first use; its endpoint, cache, token and offline mode are taken as
+it finds them in the environment (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection
+from contextlib import contextmanager
+from enum import Enum
+
+from jlayer.checkpoint.layout import CONFIG, INDEX, SIDE_FILES
+from jlayer.checkpoint.source import (
+    SINGLE,
+    listed,
+    read_weight_map,
+    refuse_quantizer_files,
+    regular_file,
+)
+from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, StorageError, UsageError
+from jlayer.plan.plan import human
+
+_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_STAYS = "what is fetched stays"
+
+
+class Weights(Enum):
+    """Which weights are wanted: those that run in place, those that can be converted, or none."""
+
+    RUN = ((SINGLE, INDEX),)
+    CONVERT = ((SINGLE, INDEX), _PICKLED)
+    NONE = ()
+
+
+def is_hub_id(ref: str) -> bool:
+    """Whether `ref` means a model on the hub: a path that exists never does."""
+    return _ID.fullmatch(ref) is not None and not os.path.lexists(ref)
+
+
+def local_folder(
+    ref: str | os.PathLike,
+    *,
+    weights: Weights = Weights.RUN,
+    offline: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> str:
+    """The folder that `ref` means: itself, or where the files of `owner/name[@revision]` are once
+    those missing are fetched.
+
+    Raises NetworkError (denied, missing, limited, failing, offline and not in the cache),
+    DoesNotFitError before the first byte, CheckpointError, UsageError or StorageError.
+    """
+    ref = os.fspath(ref)
+    if is_hub_id(ref):
+        return _Repo(ref, offline=offline, note=note or _tell).fetch(weights)
+    if not os.path.lexists(ref):
+        raise CheckpointError(
+            f"{ref}: no such folder, and no hub id (owner/name or owner/name@revision)"
+        )
+    return ref
+
+
+def cached_folder(ref: str) -> str | None:
+    """Where the files of a hub id lie already, all or some of them; None where there are none."""
+    try:
+        return _Repo(ref, offline=True, note=_tell).folder()
+    except NetworkError:
+        return None
+
+
+def hub_config(ref: str, *, offline: bool = False) -> str:
+    """The path of a hub id's config.json, which alone is fetched; tells what the rest would be."""
+    repo = _Repo(ref, offline=offline, note=_tell)
+    folder = repo.folder()
+    repo.weigh()
+    return os.path.join(folder, CONFIG)
+
+
+def _tell(line):
+    print(f"jlayer: {line}", file=sys.stderr)
+
+
+class _Repo:
+    """One model on the hub, at the commit that its revision means now."""
+
+    def __init__(self, ref: str, *, offline: bool, note: Callable[[str], None]):
+        from huggingface_hub import constants
+
+        found = _ID.fullmatch(ref)
+        self._ref, self._repo = ref, found["repo"]
+        self._revision = found["revision"] or "main"
+        self._endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+        self._cache, self._note = constants.HF_HUB_CACHE, note
+        self._offline = offline or constants.HF_HUB_OFFLINE
+
+    def folder(self) -> str:
+        """The folder of the commit in the cache, its config.json fetched."""
+        return os.path.dirname(self._get(CONFIG, revision=self._revision))
+
+    def fetch(self, weights: Weights) -> str:
+        folder = self.folder()
+        sizes = self._sizes(folder)
+        if sizes is None:
+            self._require(folder, self._wanted(folder, os.listdir(folder), weights))
+            return folder
+        refuse_quantizer_files(self._ref, sizes)
+        wanted = self._wanted(folder, sizes, weights)
+        missing = [name for name in wanted if not _is_in(folder, name)]
+        absent = [name for name in missing if name not in sizes]
+        if absent:
+            raise CheckpointError(
+                f"{self._ref}: {len(absent)} weight files that its index names are not on the hub: "
+                f"{listed(absent)}"
+            )
+        self._check_space(folder, missing, sum(sizes[name] for name in missing))
+        for name in missing:
+            self._get(name, revision=os.path.basename(folder))
+        return folder
+
+    def weigh(self) -> None:
+        """Tells what a run would have to fetch, without fetching it."""
+        folder = self.folder()
+        sizes = self._sizes(folder) or {}
+        weights = [name for name in sizes if name.endswith(".safetensors")]
+        if weights:
+            n_bytes = sum(sizes[name] for name in weights if not _is_in(folder, name))
+            free = shutil.disk_usage(folder).free
+            self._note(f"{self._ref}: {human(n_bytes)} to fetch; {human(free)} are free")
+
+    def _wanted(self, folder, names: Collection[str], weights):
+        found = [name for name in SIDE_FILES if name in names]
+        for single, index in weights.value:
+            if single in names:
+                return [*found, single]
+            if index in names:
+                self._get(index, revision=os.path.basename(folder))
+                weight_map = read_weight_map(regular_file(folder, index))
+                return [*found, index, *sorted(set(weight_map.values()))]
+        if weights is Weights.NONE:
+            return found
+        if weights is Weights.RUN and not set(_PICKLED).isdisjoint(names):
+            raise CheckpointError(
+                f"{self._ref}: its weights are pickles, and only safetensors run in place; "
+                f"run: jlayer convert {self._ref} {os.path.basename(self._repo)}-jlayer"
+            )
+        if self._offline:
+            raise NetworkError(f"{self._ref}: offline, and its weights are not in the cache")
+        raise CheckpointError(f"{self._ref}: no {SINGLE} and no {INDEX} on the hub")
+
+    def _require(self, folder, wanted):
+        missing = [name for name in wanted if not _is_in(folder, name)]
+        if missing:
+            raise NetworkError(
+                f"{self._ref}: {self._unreachable()}, and not in the cache are "
+                f"{listed(missing)}; fetch them with the network on"
+            )
+        if not self._offline:
+            self._note(f"{self._ref}: {self._unreachable()}; taken as it is in the cache")
+
+    def _unreachable(self):
+        return "offline" if self._offline else f"{self._endpoint} cannot be reached"
+
+    def _check_space(self, folder, missing, n_bytes):
+        if not missing:
+            return
+        free = shutil.disk_usage(folder).free
+        self._note(
+            f"{self._ref}: {len(missing)} files to fetch, {human(n_bytes)}; {human(free)} are free "
+            f"in {self._cache}"
+        )
+        if n_bytes > free:
+            raise DoesNotFitError(
+                f"{self._ref}: need {n_bytes:,} bytes, have {free:,} free in "
+                f"{self._cache}; make room, or set HF_HOME to a folder elsewhere"
+            )
+
+    def _sizes(self, folder) -> dict[str, int] | None:
+        """What is left to fetch of each file of the commit; None where nobody can be asked."""
+        if self._offline:
+            return None
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._endpoint)
+        try:
+            with self._translated():
+                info = api.model_info(
+                    self._repo, revision=os.path.basename(folder), files_metadata=True, timeout=10
+                )
+        except _UnreachableError:
+            return None
+        blobs = os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs")
+        sizes = {}
+        for file in info.siblings:
+            blob = file.lfs.sha256 if file.lfs else file.blob_id
+            is_there = blob and os.path.exists(os.path.join(blobs, blob))
+            sizes[file.rfilename] = 0 if is_there else file.size or 0
+        return sizes
+
+    def _get(self, name, *, revision):
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        if self._offline:
+            # Nothing else of the library: even what takes local files only asks the hub something.
+            place = {"cache_dir": self._cache, "revision": revision}
+            found = try_to_load_from_cache(self._repo, name, **place)
+            if not isinstance(found, str):
+                raise NetworkError(
+                    f"{self._ref}: offline, and {name} is not in the cache; fetch it with the "
+                    "network on"
+                )
+            return found
+        with self._translated(name):
+            return hf_hub_download(
+                self._repo,
+                name,
+                revision=revision,
+                endpoint=self._endpoint,
+                cache_dir=self._cache,
+            )
+
+    @contextmanager
+    def _translated(self, name="its list of files"):
+        """Errors of the library as ours, and its own lines about them left out."""
+        from huggingface_hub.errors import HFValidationError, HTTPError
+        from huggingface_hub.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        except HFValidationError:
+            raise UsageError(f"{self._ref}: no such folder, and no hub id either") from None
+        except (OSError, HTTPError) as error:
+            raise self._error(error, name) from error
+        finally:
+            logging.set_verbosity(verbosity)
+
+    def _error(self, error, name):
+        from huggingface_hub import errors as hub
+
+        ref, endpoint = self._ref, self._endpoint
+        chain = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+
+        def first(kind):
+            return next((each for each in chain if isinstance(each, kind)), None)
+
+        if first(hub.GatedRepoError):
+            return NetworkError(
+                f"{ref}: gated: ask for access on {endpoint}/{self._repo}, and set HF_TOKEN"
+            )
+        if first(hub.RevisionNotFoundError):
+            return NetworkError(f"{ref}: no revision {self._revision!r} on {endpoint}")
+        if first(hub.RemoteEntryNotFoundError):
+            return NetworkError(f"{ref}: no {name} on {endpoint}; not a model that jlayer reads")
+        response = getattr(first(hub.HfHubHTTPError), "response", None)
+        status = response.status_code if response is not None else None
+        if first(hub.RepositoryNotFoundError) and status != 403:
+            return NetworkError(
+                f"{ref}: no such folder here, and no such model on {endpoint} ({status}), or a "
+                "private one; check the name, or set HF_TOKEN"
+            )
+        if status in (401, 403):
+            return NetworkError(
+                f"{ref}: {endpoint} denies access to {name} ({status}); set HF_TOKEN to one that "
+                "may read it"
+            )
+        if status == 429:
+            return NetworkError(
+                f"{ref}: {endpoint} limits how often it is asked (429); wait some minutes, or set "
+                f"HF_TOKEN; {_STAYS}"
+            )
+        if status is not None:
+            return NetworkError(f"{ref}: {endpoint} fails ({status}); try again later; {_STAYS}")
+        system = first(OSError)
+        if system is not None and system.errno is not None and not first(hub.HTTPError):
+            if system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return DoesNotFitError(f"{ref}: no room to go on in the cache; {_STAYS}")
+            return StorageError(f"{ref}: {name} cannot be written ({system.strerror}); {_STAYS}")
+        return _UnreachableError(
+            f"{ref}: {endpoint} cannot be reached, or {name} was cut off; look after the network "
+            f"and run the same command again; {_STAYS}"
+        )
+
+
+class _UnreachableError(NetworkError):
+    """Nobody has answered, as against an answer that is no."""
+
+
+def _is_in(folder, name):
+    return os.path.exists(os.path.join(folder, name))

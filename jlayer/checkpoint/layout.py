@@ -1,0 +1,294 @@
+"""The on-disk format: file names, which tensor lies where, alignment, manifest, format version.
+
+The converter writes by these rules and the runtime reads by them; neither states one of its own.
+No JAX here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+
+from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
+from jlayer.config import ModelConfig
+from jlayer.encodings.quantization import Quantization, split_piece, stored_tensors
+from jlayer.errors import CheckpointError
+from jlayer.families.llama import EMBEDDING, layer_of, published_tensors
+from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES
+from jlayer.strict import parse_json_object, read_small_file
+
+FORMAT = "jlayer"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+DIGEST = "xxh3_128_rows"  # of a tensor: see `digest`
+SEAL = "sha256"  # of a sealed file: that of all else in it
+EMBED_FILE = "embed.safetensors"
+FINAL_FILE = "final.safetensors"
+CONFIG = "config.json"
+# What is kept of a source beside its weights, where it is there. Nothing else is carried along.
+SIDE_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# O_DIRECT wants offset, length and address in multiples of the device's block; no common device
+# has a larger one.
+ALIGNMENT = 4096
+# JAX takes an array as it lies only at a multiple of this; elsewhere it copies it, slowly.
+VIEW_ALIGNMENT = 64
+_LAYER_FILE = re.compile(r"layer-[0-9]{5}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_XXH3_128 = re.compile(r"[0-9a-f]{32}")
+
+
+def layer_file(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+def file_of(tensor: str) -> str:
+    """The file that a published tensor, or a piece of it, lies in."""
+    layer = layer_of(tensor)
+    if layer is not None:
+        return layer_file(layer)
+    return EMBED_FILE if split_piece(tensor)[0] == EMBEDDING.published else FINAL_FILE
+
+
+def weight_files(
+    cfg: ModelConfig, quantization: Quantization | None = None
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Every weight file of a complete folder, in sweep order: name -> its tensors' shapes."""
+    files = {}
+    for tensor, shape in stored_tensors(published_tensors(cfg), quantization).items():
+        files.setdefault(file_of(tensor), {})[tensor] = shape
+    return files
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether `name` is one that this format gives to files of weights."""
+    return name in (EMBED_FILE, FINAL_FILE) or _LAYER_FILE.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of one file; `tensors` is empty for what is not weights.
+
+    `digests`: of each tensor's rows, as in `digest`.
+    """
+
+    n_bytes: int
+    sha256: str
+    tensors: dict[str, TensorEntry]
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder says of itself: nothing of time, host or run.
+
+    So equal input gives equal bytes.
+    """
+
+    family: str
+    source_fingerprint: str
+    files: dict[str, FileEntry]
+    quantization: Quantization | None = None
+
+
+def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> list[str]:
+    """The order of tensors in a file: matrices first, largest first, then norms and biases.
+
+    Large regular pieces thus begin aligned, and what is small sits together at the end. Equals go
+    by name. The pieces of a quantised matrix stand together, where the matrix itself would, so that
+    it is read and written in one go. Where dtypes are mixed so that a tensor would begin inside an
+    element of its own size, which no reader can view, the wider dtypes come first.
+    """
+
+    def key(name):
+        base, piece = split_piece(name)
+        size = _n_bytes(shapes[name], dtypes[name])
+        if piece is not None:
+            size = 2 * math.prod(shapes[f"{base}.q"]) * (2 if dtypes[f"{base}.q"] == "uint8" else 1)
+        return (len(shapes[name]) < 2, -size, name)
+
+    order, at = sorted(shapes, key=key), 0
+    for name in order:
+        if at % STORED_BYTES[dtypes[name]]:
+            return sorted(order, key=lambda name: -STORED_BYTES[dtypes[name]])
+        at += _n_bytes(shapes[name], dtypes[name])
+    return order
+
+
+def encode_header(
+    shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The bytes of a file up to its data, and where each tensor goes, in the order of their bytes.
+
+    The header is padded with spaces (which the format allows) so that data begins on a multiple
+    of ALIGNMENT.
+    """
+    table, at = {}, 0
+    for name in order_of_tensors(shapes, dtypes):
+        table[name] = (at, _n_bytes(shapes[name], dtypes[name]))
+        at = sum(table[name])
+    raw = {
+        name: {
+            "dtype": PUBLISHED_DTYPE[dtypes[name]],
+            "shape": list(shapes[name]),
+            "data_offsets": [begin, begin + n_bytes],
+        }
+        for name, (begin, n_bytes) in table.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **raw}, separators=(",", ":")).encode()
+    data_start = -(-(LENGTH_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT
+    text = text.ljust(data_start - LENGTH_BYTES, b" ")
+    entries = {
+        name: TensorEntry(dtypes[name], tuple(shapes[name]), data_start + begin, n_bytes)
+        for name, (begin, n_bytes) in table.items()
+    }
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, entries
+
+
+def encode_index(files: dict[str, dict[str, TensorEntry]]) -> bytes:
+    """The index by which transformers finds each tensor's file: file name -> its tensors."""
+    entries = [
+        (tensor, name, entry) for name, held in files.items() for tensor, entry in held.items()
+    ]
+    body = {
+        "metadata": {"total_size": sum(entry.n_bytes for _, _, entry in entries)},
+        "weight_map": {tensor: name for tensor, name, _ in entries},
+    }
+    return _encode_json(body)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's bytes: sealed, and sorted, so that equal content gives equal bytes."""
+    files = {
+        name: {
+            "bytes": entry.n_bytes,
+            "sha256": entry.sha256,
+            "tensors": {
+                tensor: {
+                    "dtype": PUBLISHED_DTYPE[place.dtype],
+                    "shape": list(place.shape),
+                    "offset": place.offset,
+                    DIGEST: entry.digests[tensor],
+                }
+                for tensor, place in entry.tensors.items()
+            },
+        }
+        for name, entry in manifest.files.items()
+    }
+    body = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "family": manifest.family,
+        "quantization": manifest.quantization and manifest.quantization.as_dict(),
+        "source": {"fingerprint": manifest.source_fingerprint},
+        "files": files,
+    }
+    return seal(body)
+
+
+def seal(body: dict) -> bytes:
+    """JSON that shows any change: in one way of writing it, with the SHA-256 of all the rest."""
+    assert SEAL not in body
+    return _encode_json({**body, SEAL: hashlib.sha256(_encode_json(body)).hexdigest()})
+
+
+def check_seal(raw: bytes, body: dict, *, what: str) -> None:
+    """Raises CheckpointError unless `raw`, read as `body`, is what `seal` has written."""
+    rest = {name: value for name, value in body.items() if name != SEAL}
+    if raw != seal(rest):
+        raise CheckpointError(
+            f"{what}: damaged: it is not as it was written, as its own SHA-256 shows; "
+            "convert the source again"
+        )
+
+
+def is_layered(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is a finished layered checkpoint: its manifest is written last."""
+    return os.path.isfile(os.path.join(folder, MANIFEST))
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest:
+    """The manifest of a layered folder, its seal and every field checked.
+
+    Raises CheckpointError or StorageError.
+    """
+    path = os.path.join(folder, MANIFEST)
+    content = read_small_file(path)
+    raw = parse_json_object(content, what=path)
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format is {raw.get('format')!a}, expected {FORMAT!r}")
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version is {version!a}, this jlayer reads {FORMAT_VERSION}; "
+            "convert the source again, or install the jlayer that wrote it"
+        )
+    check_seal(content, raw, what=path)
+    quantization = _quantization(raw.get("quantization"), path)
+    try:
+        files = {name: _file_entry(name, entry) for name, entry in raw["files"].items()}
+        fingerprint, family = raw["source"]["fingerprint"], raw["family"]
+        if not isinstance(family, str) or not _SHA256.fullmatch(fingerprint):
+            raise ValueError("family or fingerprint")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}); convert the source again"
+        ) from None
+    return Manifest(family, fingerprint, files, quantization)
+
+
+def _quantization(found, path):
+    """Raises CheckpointError for a scheme that is not known here, by its name."""
+    if found is None:
+        return None
+    try:
+        return Quantization.from_dict(found)
+    except (KeyError, TypeError, ValueError):
+        scheme = found.get("scheme", found) if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{path}: quantisation {scheme!a} is not known to this jlayer, or not in this form; "
+            "install a newer one, or convert the source again"
+        ) from None
+
+
+def _file_entry(name, raw):
+    """One file of the manifest; raises ValueError and its like, which `read_manifest` words."""
+    if not (is_weight_file(name) or name in SIDE_FILES or name == INDEX):
+        raise ValueError(f"file name {name!a}")
+    n_bytes, tensors, digests = raw["bytes"], {}, {}
+    for tensor, place in raw["tensors"].items():
+        dtype, _ = STORED_DTYPES[place["dtype"]]
+        shape, offset = tuple(place["shape"]), place["offset"]
+        if any(type(n) is not int or n < 0 for n in (*shape, offset)):
+            raise ValueError(f"shape or offset of {tensor!a}")
+        if not _XXH3_128.fullmatch(place[DIGEST]):
+            raise ValueError(f"{DIGEST} of {tensor!a}")
+        tensors[tensor] = TensorEntry(dtype, shape, offset, _n_bytes(shape, dtype))
+        digests[tensor] = place[DIGEST]
+    if type(n_bytes) is not int or n_bytes < 0 or not _SHA256.fullmatch(raw["sha256"]):
+        raise ValueError(f"bytes or sha256 of {name!a}")
+    return FileEntry(n_bytes, raw["sha256"], tensors, digests)
+
+
+def _n_bytes(shape, dtype):
+    return math.prod(shape) * STORED_BYTES[dtype]
+
+
+def _encode_json(body):
+    return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,221 @@
+"""Which bytes are which leaf: where on disk the parts of a tile lie, as segments.
+
+Knows files and names, reads no weights and holds none. A layered folder and a published one fill
+the same table, so that whatever streams does not know which it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+from jlayer.checkpoint.digest import Expected, rows_of
+from jlayer.checkpoint.layout import (
+    EMBED_FILE,
+    FINAL_FILE,
+    VIEW_ALIGNMENT,
+    Manifest,
+    is_layered,
+    layer_file,
+    read_manifest,
+)
+from jlayer.checkpoint.safetensors import TensorEntry, read_header
+from jlayer.checkpoint.source import Identity, identity_of, open_published
+from jlayer.config import ModelConfig, read_config
+from jlayer.encodings.quantization import SCHEMES, piece_dtypes, stored_tensors
+from jlayer.errors import CheckpointError, StorageError
+from jlayer.families.llama import EMBEDDING, FINAL_NORM, published_tensors
+from jlayer.plan.tiles import Part, Tile
+from jlayer.strict import open_regular, regular_status
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """Consecutive bytes of one file."""
+
+    file: str
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A part's place once its tile is read: which of the tile's segments, and how far into it."""
+
+    part: Part
+    segment: int
+    offset: int
+
+
+class Store:
+    """A folder of weights, opened: its config, and every file's header held against it.
+
+    A layered folder is held against its manifest, too; a published one, which has none (`manifest`
+    is None), passes the doors that the converter has. `fingerprint` tells a model from any other,
+    `identities` each file from what it may be changed to; `notes` is what the user should hear.
+    Raises CheckpointError where the folder is incomplete, damaged, or neither of the two.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = os.fspath(folder)
+        self.cfg: ModelConfig
+        self.manifest: Manifest | None = None
+        self.notes: tuple[str, ...] = ()
+        self.identities: dict[str, Identity]
+        self._where: dict[str, tuple[str, TensorEntry]]
+        if is_layered(self.folder):
+            self._open_layered()
+        else:
+            self._open_published()
+
+    def _open_layered(self):
+        self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
+        self.fingerprint = self.manifest.source_fingerprint
+        self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
+        _check_side_files(self.folder, self.manifest)
+
+    def _open_published(self):
+        found = open_published(self.folder)
+        self.cfg, self.notes, self.fingerprint = found.cfg, found.notes, found.fingerprint
+        self._where = {name: (file.path, entry) for name, (file, entry) in found.tensors.items()}
+        self.identities = {file.path: file.identity for file, _ in found.tensors.values()}
+
+    def dtype_of(self, tensor: str) -> str:
+        """The dtype of a published tensor, or the name of the scheme that it is quantised by."""
+        if tensor in self._where:
+            return self._where[tensor][1].dtype
+        shape = published_tensors(self.cfg)[tensor]
+        return self.manifest.quantization.scheme_of(tensor, shape).name
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of what is not quantised: what to compute in unless told otherwise."""
+        table = self.dtype_of(EMBEDDING.published)
+        return self.dtype_of(FINAL_NORM.published) if table in SCHEMES else table
+
+    def segment_of(self, tensor: str) -> Segment:
+        file, entry = self._where[tensor]
+        return Segment(file, entry.offset, entry.n_bytes)
+
+    def expected(self) -> dict[str, Expected]:
+        """What each tensor's bytes must be, by its digest; of a published folder none is known."""
+        if self.manifest is None:
+            return {}
+        return {
+            tensor: Expected(path, listed.digests[tensor], rows_of(listed.tensors[tensor].shape))
+            for name, listed in self.manifest.files.items()
+            for tensor, path in ((each, os.path.join(self.folder, name)) for each in listed.tensors)
+        }
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the weight files, in sweep order."""
+        return list(dict.fromkeys(path for path, _ in self._where.values()))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors: the model's size."""
+        return sum(entry.n_bytes for _, entry in self._where.values())
+
+    @property
+    def vectors(self) -> list[str]:
+        """The tensors of one dimension: norms and biases."""
+        return [name for name, (_, entry) in self._where.items() if len(entry.shape) == 1]
+
+    def norm_part(self) -> Part:
+        tensor = FINAL_NORM.published
+        return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
+
+    def place(
+        self, tile: Tile, *, apart: bool = False
+    ) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
+        """The segments to read for a tile, and where each part lies in them.
+
+        Neighbours are joined where the later one can then be viewed where it comes to lie; or, if
+        they are to stay `apart`, there is one segment for each part, in the parts' order.
+        """
+        if apart:
+            places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))
+            return tuple(map(self._span, tile.parts)), tuple(places)
+        spans = sorted((self._span(part), part.tensor, part) for part in tile.parts)
+        segments: list[Segment] = []
+        places = []
+        for span, _, part in spans:
+            last = segments[-1] if segments else None
+            if last and _follows(span, last):
+                segments[-1] = Segment(last.file, last.offset, last.n_bytes + span.n_bytes)
+            else:
+                segments.append(span)
+            places.append(Placement(part, len(segments) - 1, span.offset - segments[-1].offset))
+        return tuple(segments), tuple(places)
+
+    def _span(self, part):
+        file, entry = self._where[part.tensor]
+        row_bytes = entry.n_bytes // entry.shape[0]
+        return Segment(file, entry.offset + part.first_row * row_bytes, part.n_bytes)
+
+
+def _follows(span, last):
+    joins = last.file == span.file and last.offset + last.n_bytes == span.offset
+    return joins and (span.offset - last.offset) % VIEW_ALIGNMENT == 0
+
+
+def _locate(folder, cfg, manifest):
+    """Tensor -> (file, entry), with each file's own header held against the manifest and both
+    against the config; and each file's identity."""
+    shapes = published_tensors(cfg)
+    expected = stored_tensors(shapes, manifest.quantization)
+    dtypes = piece_dtypes(shapes, manifest.quantization)
+    where, identities, problems = {}, {}, []
+    weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
+    for name in weight_files:
+        if name not in manifest.files:
+            problems.append(f"{name} is not in the manifest")
+            continue
+        path = os.path.join(folder, name)
+        identities[path] = identity_of(regular_status(path))
+        header = read_header(path)
+        listed = manifest.files[name]
+        if header.file_bytes != listed.n_bytes:
+            problems.append(
+                f"{name} has {header.file_bytes} bytes, the manifest says {listed.n_bytes}"
+            )
+        elif header.tensors != listed.tensors:
+            problems.append(f"{name} holds other tensors than the manifest says")
+        where.update({tensor: (path, entry) for tensor, entry in header.tensors.items()})
+    for tensor, shape in expected.items():
+        if tensor not in where:
+            problems.append(f"{tensor} is missing")
+        elif where[tensor][1].shape != shape:
+            problems.append(
+                f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
+            )
+        elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
+            problems.append(
+                f"{tensor} is {where[tensor][1].dtype}, by its quantisation {dtypes[tensor]}"
+            )
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
+        )
+    return where, identities
+
+
+def _check_side_files(folder, manifest):
+    """Config, tokenizer and index are small: they are held against their SHA-256 at once."""
+    for name, listed in manifest.files.items():
+        if listed.tensors:
+            continue
+        path = os.path.join(folder, name)
+        try:
+            with os.fdopen(open_regular(path), "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+        if digest != listed.sha256:
+            raise CheckpointError(
+                f"{path}: changed since it was converted (SHA-256 {digest}, expected "
+                f"{listed.sha256}); put back what was there, or convert the source again"
+            )

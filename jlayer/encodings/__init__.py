@@ -1,0 +1,1 @@
+"""How numbers lie in bytes. Standard library only."""

@@ -1,0 +1,1 @@
+"""Which leaves and stages a model has, as tables. Standard library only."""

@@ -1,0 +1,238 @@
+"""One measuring of a model on this machine: raw disk and link, the block alone, whole sweeps, and
+the share of its ceiling that each reaches.
+
+Figures alone; what is printed of them, and what they mean in words, is for `app/verbs/bench`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+
+from jlayer.engine.model import Model
+from jlayer.engine.programs import struct_of
+from jlayer.families.llama import layer_of, published_tensors
+from jlayer.measure.machine import (
+    RawDisk,
+    arithmetic_speeds,
+    link_speeds,
+    median,
+    memory_speeds,
+    summary,
+)
+from jlayer.stream.schedule import Tier
+
+SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short prompt, a long one
+STREAM = 0  # the "size" of a sweep in which everything moves and nothing is multiplied
+# Rounds of all sizes: at least three, so that a median means something, unless that takes minutes.
+LEAST_ROUNDS, MOST_ROUNDS = 3, 7
+ENOUGH_S, TOO_LONG_S = 8, 240
+# Sweeps from disk that are timed as one, unless one alone takes so long that its ends do not count.
+IN_A_ROW, LONG_S = 3, 20
+MEMORY_BYTES = 128 << 20  # read to see how fast memory is, where a sweep uses so much
+
+
+class Bench:
+    """The measuring of an opened model. `speeds`: the machine's own, by "disk", "link", "memory"
+    (bytes a second) and "arithmetic" (operations a second), each a list of figures.
+
+    Makes the plan of the longest sweep, which serves all sizes, and measures nothing yet. Raises
+    DoesNotFitError.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.sizes = tuple(n for n in SIZES if n <= model.context_limit)
+        longest = self.sizes[-1]
+        context = max(longest, model.run.context or 0)
+        self.forward = model.forward(batch=1, longest=longest, context=context)
+        self.disk_bytes = model.plan.tier_bytes(Tier.DISK)
+        self.has_link = model.device.platform != "cpu"  # a CPU multiplies weights where they are
+        self.layer_weights, self.sweep_weights = _count_weights(model.config)
+        self.speeds: dict[str, list[float]] = {}
+
+    def measure_machine(self):
+        """Raw link, memory and arithmetic, while nothing is on the device or under way."""
+        self.forward.settle()
+        device = self.model.device
+        if self.has_link:
+            self.speeds["link"] = link_speeds(device)
+        self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.model.sweep_bytes))
+        self.speeds["arithmetic"] = arithmetic_speeds(device, self.model.dtype)
+
+    def measure_blocks(self) -> list[dict]:
+        """The arithmetic of one layer by itself, its weights on the device, for each size."""
+        tiles = [tile for tile in self.model.plan.tiles if tile.layer == 0]
+        n_bytes = sum(tile.n_bytes for tile in tiles)
+        for n_tokens in self.sizes:  # before any weight takes the compiler's room
+            self.forward.compile(n_tokens)
+        arrays, rows = self._stand_ins(tiles), []
+        for n_tokens in self.sizes:
+            self._run_layer(tiles, arrays, n_tokens)
+            seconds = _repeat(lambda n=n_tokens: self._run_layer(tiles, arrays, n))
+            limits = self._arithmetic(n_bytes, self.layer_weights, n_tokens)
+            rows.append(_row(n_tokens, n_bytes, seconds, [limits] * len(seconds)))
+        return rows
+
+    def _stand_ins(self, tiles):
+        """Arrays for each tile, of what is in the slots now: on the device its own as far as there
+        is room (so that they come from memory, as weights do), else one for each kind of tile."""
+        plan, last, found = self.model.plan, {}, []
+        room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
+        room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
+        for number, tile in enumerate(tiles):
+            known = tile.signature in last
+            # A CPU's arrays are the slots themselves.
+            if not known or not self.has_link or room >= tile.n_bytes:
+                room -= tile.n_bytes if known else 0
+                last[tile.signature] = self._in_slot(number, tile)
+            found.append(last[tile.signature])
+        return found
+
+    def _in_slot(self, number, tile):
+        slot, at = self.forward.slot(number), 0
+
+        def take(struct):
+            nonlocal at
+            n_bytes = math.prod(struct.shape) * struct.dtype.itemsize
+            raw, at = slot[at : at + n_bytes], at + n_bytes
+            return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.model.device)
+
+        struct = struct_of(tile, self.model.device.platform)
+        return jax.block_until_ready(jax.tree.map(take, struct))
+
+    def _run_layer(self, tiles, arrays, n_tokens):
+        """Seconds of one layer, from its input to its output."""
+        passing = self.forward.enter([self._ids(n_tokens)], [0])
+        jax.block_until_ready([chunk.hidden for chunk in passing])
+        began = time.perf_counter()
+        for tile, own in zip(tiles, arrays, strict=True):
+            self.forward.advance(tile, own, passing)
+        jax.block_until_ready([chunk.hidden for chunk in passing])
+        return time.perf_counter() - began
+
+    def first_sweep(self) -> float:
+        """Seconds of the sweep that fills what stays; it counts nowhere else."""
+        return _timed(lambda: self.sweep(1))
+
+    def measure_sweeps(self) -> list[dict]:
+        """Whole sweeps of every size in turn, and where weights move at all one without arithmetic
+        ("tokens" is 0), each held against the disk as it was just before and after it."""
+        sizes = (STREAM, *self.sizes) if self.disk_bytes or self.has_link else self.sizes
+        seconds, limits = {n: [] for n in sizes}, {n: [] for n in sizes}
+        disk = RawDisk(self.model.files_of(Tier.DISK)) if self.disk_bytes else None
+        began, rounds = time.perf_counter(), 0
+        before = self._read_raw(disk)
+        while not _enough(rounds, time.perf_counter() - began):
+            for n in sizes:
+                seconds[n].append(self._time_sweeps(n, from_disk=disk is not None))
+                after = self._read_raw(disk)
+                limits[n].append(self._limits(n, (before, after)))
+                before = after
+            rounds += 1
+        if disk:
+            disk.close()
+        self.model.note_peaks(self.forward)
+        return [
+            {
+                "weights": self.sweep_weights,
+                **_row(n, self.model.sweep_bytes, seconds[n], limits[n]),
+            }
+            for n in sizes
+        ]
+
+    def _time_sweeps(self, n_tokens, *, from_disk):
+        """Seconds of one sweep. From disk, of some in a row after one that goes ahead: after a
+        pause the first tiles are there already, and each begins and ends with tiles half read."""
+        if not from_disk:
+            return _timed(lambda: self.sweep(n_tokens))
+        began = time.perf_counter()
+        self.sweep(n_tokens)
+        is_long = time.perf_counter() - began > LONG_S
+        return self._time_in_a_row(n_tokens, 1 if is_long else IN_A_ROW)
+
+    def _time_in_a_row(self, n_tokens, count):
+        return _timed(lambda: [self.sweep(n_tokens) for _ in range(count)]) / count
+
+    def _read_raw(self, disk):
+        """The disk's speed now, or None; notes it. For about as long as a sweep, within reason."""
+        if disk is None:
+            return None
+        self.forward.settle()
+        about = min(0.8, max(0.05, self.disk_bytes / self.model.plan.machine.disk_speed))
+        speed = disk.steady_speed(about)
+        self.speeds.setdefault("disk", []).append(speed)
+        return speed
+
+    def sweep(self, n_tokens: int):
+        """One sweep of so many tokens, from the first position on."""
+        if n_tokens == STREAM:
+            self.forward.stream()
+        else:
+            self.forward.sweep([self._ids(n_tokens)], [0])
+
+    def _ids(self, n_tokens):
+        return [(7 * i) % self.model.config.vocab_size for i in range(n_tokens)]
+
+    def _limits(self, n_tokens, disk_speeds):
+        """What a sweep takes at least, in seconds, by what would take so long."""
+        found = {}
+        if self.disk_bytes:
+            found["disk"] = self.disk_bytes * len(disk_speeds) / sum(disk_speeds)
+        if self.has_link:
+            found["link"] = self.model.plan.put_bytes / median(self.speeds["link"])
+        if n_tokens != STREAM:
+            found |= self._arithmetic(self.model.sweep_bytes, self.sweep_weights, n_tokens)
+        return found
+
+    def _arithmetic(self, n_bytes, n_weights, n_tokens):
+        """The same for reading weights of `n_bytes` and multiplying `n_tokens` with them."""
+        return {
+            "memory": n_bytes / median(self.speeds["memory"]),
+            "arithmetic": 2 * n_tokens * n_weights / median(self.speeds["arithmetic"]),
+        }
+
+
+def _count_weights(cfg):
+    """Numbers in the matrices of one layer, and of a sweep with its head."""
+    layer = sum(
+        math.prod(shape) for name, shape in published_tensors(cfg).items() if layer_of(name) == 0
+    )
+    return layer, layer * cfg.num_hidden_layers + cfg.vocab_size * cfg.hidden_size
+
+
+def _row(n_tokens, n_bytes, seconds, limits):
+    """A figure with its ceiling: `limits` has one dict for each of `seconds`."""
+    ceilings = [max(own.values()) for own in limits]
+    middle = {name: median([own[name] for own in limits]) for name in limits[0]}
+    return {
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "seconds": summary(seconds),
+        "bytes_per_s": n_bytes / median(seconds),
+        "limits_s": middle,
+        "limit": max(middle, key=middle.get),
+        "share": summary([c / s for c, s in zip(ceilings, seconds, strict=True)]),
+    }
+
+
+def _repeat(function, *, most: int = 15, seconds: float = 0.6):
+    """What some calls return, at least three, for about so long."""
+    found, began = [], time.perf_counter()
+    while len(found) < 3 or (len(found) < most and time.perf_counter() - began < seconds):
+        found.append(function())
+    return found
+
+
+def _timed(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _enough(rounds, spent):
+    if rounds >= LEAST_ROUNDS:
+        return rounds >= MOST_ROUNDS or spent > ENOUGH_S
+    return rounds > 0 and spent > TOO_LONG_S

@@ -1,0 +1,282 @@
+"""How well a model predicts a text: perplexity, and how far another model's predictions are from
+its own.
+
+A text is cut into windows; each sweep carries as many of them as the promises allow, since that
+costs no more than one. Logits are reduced as they come from the head, slice of the vocabulary by
+slice, and never held whole.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlayer.engine.model import Model
+from jlayer.errors import UsageError
+
+MOST_WINDOWS = 64  # a sweep; more only cost activations
+_PIECE = 1 << 20  # logits that are looked at together on the host
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `begin` to `end` of a text; those from `first` on are predicted."""
+
+    begin: int
+    end: int
+    first: int
+
+    @property
+    def n_predicted(self) -> int:
+        return self.end - self.first
+
+
+def windows(n_tokens: int, *, length: int, stride: int) -> list[Window]:
+    """Windows of `length` tokens that begin `stride` apart: each predicts what the one before it
+    has not, and the first token of a window is predicted by none that begins with it."""
+    found, done = [], 0
+    for begin in range(0, n_tokens, stride):
+        end, first = min(begin + length, n_tokens), max(done, begin + 1)
+        if end > first:
+            found.append(Window(begin, end, first))
+        done = end
+        if end == n_tokens:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of a text; `nll` is in nats a predicted token."""
+
+    perplexity: float
+    nll: float
+    n_predicted: int
+    n_windows: int
+    window: int
+    stride: int
+    windows_a_sweep: int
+    sweeps: int
+
+
+class Scores:
+    """The predictions of one sweep, reduced over the vocabulary as its slices come.
+
+    `targets` [B, columns] holds the token that each column should predict, -1 where none is asked
+    for. `keep` and `against`, where given, are arrays [predictions, V] that logits are written to,
+    or that hold another model's, and `rows` [B, columns] says which of them a column is; of the
+    other's predictions `log_totals` [predictions] has the logarithm of the exponentials' sum.
+    """
+
+    def __init__(self, targets, *, rows=None, keep=None, against=None, log_totals=None):
+        shape = targets.shape
+        self._targets, self._rows = targets, rows
+        self._keep, self._against, self._log_totals = keep, against, log_totals
+        self._top = np.full(shape, -np.inf)
+        self._best = np.full(shape, -1, np.int64)
+        self._sum = np.zeros(shape)
+        self._logit = np.zeros(shape)
+        self._cross = np.zeros(shape)
+        self.are_finite = True
+
+    def add(self, output: np.ndarray, column: int, row: int) -> None:
+        """Takes logits [B, columns, some of the vocabulary]; see `Forward.score`."""
+        step = max(1, _PIECE // output.shape[2])
+        for b in range(output.shape[0]):
+            asked = np.flatnonzero(self._targets[b, column : column + output.shape[1]] >= 0)
+            for first in range(0, len(asked), step):
+                some = asked[first : first + step]
+                self._reduce(b, column + some, output[b, some], row)
+
+    def _reduce(self, b, columns, logits, row):
+        at = (b, columns)
+        self.are_finite &= bool(np.isfinite(logits).all())
+        best = logits.argmax(1)
+        top = logits[np.arange(len(best)), best].astype(np.float64)
+        higher = top > self._top[at]
+        self._best[at] = np.where(higher, best + row, self._best[at])
+        top = np.where(higher, top, self._top[at])
+        shifted = np.exp(logits - top[:, None].astype(np.float32))
+        self._sum[at] = self._sum[at] * np.exp(self._top[at] - top) + shifted.sum(
+            1, dtype=np.float64
+        )
+        self._top[at] = top
+        wanted = self._targets[at] - row
+        here = np.flatnonzero((wanted >= 0) & (wanted < logits.shape[1]))
+        self._logit[b, columns[here]] = logits[here, wanted[here]]
+        if self._keep is not None:
+            self._keep[self._rows[at], row : row + logits.shape[1]] = logits
+        if self._against is not None:
+            other = self._against[self._rows[at], row : row + logits.shape[1]]
+            share = np.exp(other - self._log_totals[self._rows[at]][:, None].astype(np.float32))
+            self._cross[at] += (share * (other - logits)).sum(1, dtype=np.float64)
+
+    @property
+    def asked(self) -> np.ndarray:
+        return self._targets >= 0
+
+    @property
+    def log_total(self) -> np.ndarray:
+        """The logarithm of the exponentials' sum, for each prediction that was asked for."""
+        return (self._top + np.log(np.maximum(self._sum, 1e-300)))[self.asked]
+
+    @property
+    def nll(self) -> np.ndarray:
+        """Minus the logarithm of the probability of each target."""
+        return self.log_total - self._logit[self.asked]
+
+    @property
+    def best(self) -> np.ndarray:
+        """The likeliest token, for each."""
+        return self._best[self.asked]
+
+    @property
+    def divergence(self) -> np.ndarray:
+        """Kullback-Leibler divergence of each prediction from the other model's, in nats."""
+        rows = self._rows[self.asked]
+        return self._cross[self.asked] - self._log_totals[rows] + self.log_total
+
+
+def perplexity(
+    model: Model,
+    ids: list[int],
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """How well `model` predicts `ids`, in windows of `length` (default: the model's context, at
+    most 1,024) that begin `stride` apart (default: side by side).
+
+    `told(done, of)` hears of windows after each sweep. Raises UsageError for windows that cannot
+    be, and what a sweep raises.
+    """
+    evaluation, _ = _evaluate(model, ids, length, stride, told, lambda targets, rows: {})
+    return evaluation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one text: how far the second's predictions are from the first's."""
+
+    first: Evaluation
+    second: Evaluation
+    mean_kl: float
+    same_top_1: float
+
+
+def compare(
+    open_first: Callable[[], AbstractContextManager[Model]],
+    open_second: Callable[[], AbstractContextManager[Model]],
+    ids: Callable[[Model], list[int]],
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    scratch: str | None = None,
+    told: Callable[[int, int], None] = lambda done, of: None,
+) -> Comparison:
+    """Perplexity of both models, the mean Kullback-Leibler divergence of the second's predictions
+    from the first's in nats a token, and the share of tokens that both hold likeliest.
+
+    One after the other, so that each has its promise to itself; the first's logits wait in a file
+    in `scratch` (default: the system's), 4 bytes a token and vocabulary entry. `ids(model)` encodes
+    the text: both must read it as the same tokens.
+    """
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        with open_first() as model:
+            tokens, vocab = ids(model), model.config.vocab_size
+            length, stride = _sizes(model, tokens, length, stride)
+            cut = windows(len(tokens), length=length, stride=stride)
+            shape = (sum(window.n_predicted for window in cut), vocab)
+            logits = np.memmap(file, np.float32, "w+", shape=shape)
+            first, scores = _evaluate(
+                model, tokens, length, stride, told, lambda *_: {"keep": logits}
+            )
+            log_totals = np.concatenate([one.log_total for one in scores])
+            best = np.concatenate([one.best for one in scores])
+        with open_second() as model:
+            if model.config.vocab_size != vocab or ids(model) != tokens:
+                raise UsageError("compare: the two models read this text as different tokens")
+            given = {"against": logits, "log_totals": log_totals}
+            second, scores = _evaluate(model, tokens, length, stride, told, lambda *_: given)
+        kl = np.concatenate([one.divergence for one in scores])
+        same = np.concatenate([one.best for one in scores]) == best
+    return Comparison(first, second, float(kl.mean()), float(same.mean()))
+
+
+def _evaluate(model, ids, length, stride, told, options):
+    """Scores all windows, as many a sweep as fit; returns the evaluation, and the scores of each
+    sweep in the order of the text."""
+    length, stride = _sizes(model, ids, length, stride)
+    cut = windows(len(ids), length=length, stride=stride)
+    batch = _windows_a_sweep(model, len(cut), length)
+    forward = model.forward(batch=batch, longest=length, context=length, every=True)
+    found, numbers = [], iter(range(sum(window.n_predicted for window in cut)))
+    for begin in range(0, len(cut), batch):
+        some = cut[begin : begin + batch]
+        targets, rows = _targets(ids, some, batch, forward.n_columns(length), length, numbers)
+        scores = Scores(targets, rows=rows, **options(targets, rows))
+        # Rows that are left over carry one token, which nobody asks about.
+        sent = [ids[w.begin : w.end] for w in some] + [ids[:1]] * (batch - len(some))
+        sent[0] = sent[0] + [0] * (length - len(sent[0]))  # one row as long as all others' columns
+        forward.score(sent, scores)
+        model.note_peaks(forward)
+        found.append(scores)
+        told(min(begin + batch, len(cut)), len(cut))
+    nll = np.concatenate([scores.nll for scores in found])
+    mean = float(nll.mean())
+    evaluation = Evaluation(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        nll=mean,
+        n_predicted=len(nll),
+        n_windows=len(cut),
+        window=length,
+        stride=stride,
+        windows_a_sweep=batch,
+        sweeps=len(found),
+    )
+    return evaluation, found
+
+
+def _targets(ids, some, batch, n_columns, length, numbers: Iterator[int]):
+    """What each column of a sweep should predict, and each prediction's number."""
+    targets = np.full((batch, n_columns), -1, np.int64)
+    rows = np.zeros((batch, n_columns), np.int64)
+    for b, window in enumerate(some):
+        # Rows end at the last column, but for the first one of a sweep, which is filled up.
+        start = n_columns - (length if b == 0 else window.end - window.begin)
+        for position in range(window.first, window.end):
+            column = start + position - 1 - window.begin
+            targets[b, column], rows[b, column] = ids[position], next(numbers)
+    return targets, rows
+
+
+def _sizes(model, ids, length, stride):
+    limit = model.context_limit
+    length = min(limit, 1024) if length is None else length
+    stride = length if stride is None else stride
+    if len(ids) < 2:
+        raise UsageError(f"text: {len(ids)} tokens, expected at least 2")
+    if not 2 <= length <= limit:
+        raise UsageError(f"window: found {length}, expected from 2 to the context of {limit}")
+    if not 1 <= stride <= length:
+        raise UsageError(f"stride: found {stride}, expected from 1 to the window's {length}")
+    model.check_ids(ids)
+    return min(length, len(ids)), min(stride, len(ids))
+
+
+def _windows_a_sweep(model, n_windows, length):
+    """The most, by doubling, that the promises allow."""
+    batch = 1
+    while batch < min(n_windows, MOST_WINDOWS):
+        more = min(2 * batch, n_windows, MOST_WINDOWS)
+        shape = {"batch": more, "longest": length, "context": length}
+        if not model.plan_for(**shape, every=True).fits:
+            break
+        batch = more
+    return batch

@@ -1,0 +1,1 @@
+"""Bytes and seconds before any allocation. Pure: no JAX, no files."""

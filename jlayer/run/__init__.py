@@ -1,1 +1,0 @@
-"""From a prompt to tokens: the executor, generation, and the object a user holds."""

@@ -1,0 +1,177 @@
+"""When each step of a sweep really began and ended, noted while it runs, for a picture of it.
+
+Reads end in readers' threads, and puts and runs go on after they were asked for; so a thread of its
+own waits for each kind. Nothing of this exists unless a recorder is attached.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+
+from jlayer.plan.tiles import Tile
+from jlayer.stream.schedule import Free, Put, Read, Run, Tier
+
+LANES = ("read", "put", "run", "free")
+KEPT_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a lane did with a tile from `begin` to `end` (seconds of one clock). `row`: which of the
+    lane's workers did it."""
+
+    lane: str
+    tile: int
+    begin: float
+    end: float
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The last sweeps of a run. `starts`: when each of them began; the last one's end is the
+    end."""
+
+    tiles: tuple[Tile, ...]
+    tiers: tuple[Tier, ...]
+    spans: tuple[Span, ...]
+    starts: tuple[float, ...]
+    end: float
+
+    def lane(self, name: str) -> list[Span]:
+        return [span for span in self.spans if span.lane == name]
+
+    def busy(self, lane: str) -> float:
+        """The share of the time from the first start to the end in which a lane did anything."""
+        covered, last = 0.0, self.starts[0]
+        for span in sorted(self.lane(lane), key=lambda span: span.begin):
+            end = min(span.end, self.end)
+            covered += max(0.0, end - max(span.begin, last))
+            last = max(last, end)
+        return covered / (self.end - self.starts[0])
+
+
+@dataclass
+class _Mark:
+    """A step under way: when it was asked for, what must have ended before it could begin."""
+
+    tile: int
+    asked: float
+    after: _Mark | None = None
+    ended: float = 0.0
+    row: int | None = 0
+
+
+@dataclass
+class _Pending:
+    """A tile between its read and its free: its latest marks, and who still waits for it."""
+
+    read: _Mark | None = None
+    put: _Mark | None = None
+    waits: dict = field(default_factory=dict)
+
+
+class Recorder:
+    """Notes the steps that an executor takes while it is entered; then ask for `timeline`."""
+
+    def __init__(self, watch, tiles: Sequence[Tile], tiers: Sequence[Tier]):
+        self._watch, self._tiles, self._tiers = watch, tuple(tiles), tuple(tiers)
+        room = len(tiles) * (KEPT_SWEEPS + 1)
+        self._marks = {lane: deque(maxlen=room) for lane in LANES}
+        self._starts = deque(maxlen=KEPT_SWEEPS)
+        self._tile_states: dict[int, _Pending] = {}
+        self._asked, self._last_run, self._end = 0.0, len(tiles), 0.0
+        self._waiters = {
+            lane: ThreadPoolExecutor(1, thread_name_prefix=f"jlayer-timeline-{lane}")
+            for lane in ("put", "run")
+        }
+        self._last_waits: dict[str, Future | None] = dict.fromkeys(self._waiters)
+
+    def __enter__(self):
+        self._also = self._watch.also(self._on_step)
+        self._also.__enter__()
+        self._watch.on_taken = self._on_taken
+        return self
+
+    def __exit__(self, *_):
+        self._watch.on_taken = None
+        self._also.__exit__(None, None, None)
+        for waiter in self._waiters.values():
+            waiter.shutdown()
+
+    def _on_step(self, step, tile):
+        self._asked = time.perf_counter()
+        if isinstance(step, Run):
+            if step.tile <= self._last_run:
+                self._starts.append(self._asked)
+            self._last_run = step.tile
+
+    def _on_taken(self, step, made):
+        state = self._tile_states.setdefault(step.tile, _Pending())
+        match step:
+            case Read(tile):
+                state.read = _Mark(tile, self._asked, row=None)
+                made.add_done_callback(partial(self._note_read, state.read))
+            case Put(tile):
+                state.put = _Mark(tile, self._asked, after=state.read)
+                self._await("put", state, state.put, made)
+                state.read = None
+            case Run(tile):
+                self._await("run", state, _Mark(tile, self._asked, after=state.put), made)
+            case Free(tile):
+                # So that a waiter never holds weights for longer than the executor does.
+                for wait in state.waits.values():
+                    wait.result()
+                self._end = time.perf_counter()
+                self._marks["free"].append(_Mark(tile, self._asked, ended=self._end))
+                del self._tile_states[step.tile]
+
+    def _note_read(self, mark, future):
+        """Called in the thread that read, or here where the read was over at once."""
+        mark.ended = time.perf_counter()
+        worker = threading.current_thread().name.rpartition("_")[2]
+        mark.row = int(worker) if worker.isdigit() else None
+        self._marks["read"].append(mark)
+
+    def _await(self, lane, state, mark, made):
+        # What is ready (as a CPU's put always is) is noted here, but never before an earlier one.
+        in_turn = self._last_waits[lane] is None or self._last_waits[lane].done()
+        if in_turn and all(array.is_ready() for array in jax.tree.leaves(made)):
+            self._note_end(lane, mark, made)
+            return
+        wait = self._waiters[lane].submit(self._note_end, lane, mark, made)
+        state.waits[lane] = self._last_waits[lane] = wait
+
+    def _note_end(self, lane, mark, made):
+        with suppress(jax.errors.JaxRuntimeError):  # the executor tells of it
+            jax.block_until_ready(made)
+        mark.ended = time.perf_counter()
+        self._marks[lane].append(mark)
+
+    def timeline(self) -> Timeline | None:
+        """The last sweeps, from the first tile run to the last one freed; None before any."""
+        if not self._starts or self._end <= self._starts[0]:
+            return None
+        spans = [span for lane in LANES for span in _spans(lane, self._marks[lane])]
+        inside = tuple(s for s in spans if s.end >= self._starts[0] and s.begin <= self._end)
+        return Timeline(self._tiles, self._tiers, inside, tuple(self._starts), self._end)
+
+
+def _spans(lane, marks):
+    """When each step really began: asked for, what it needs there, and its worker free."""
+    free_at = {0: 0.0, 1: 0.0} if lane == "read" else {0: 0.0}
+    for mark in sorted(marks, key=lambda mark: mark.ended):
+        row = min(free_at, key=free_at.get) if mark.row is None else mark.row
+        needs = mark.after.ended if mark.after else 0.0
+        begin = min(max(mark.asked, needs, free_at.get(row, 0.0)), mark.ended)
+        free_at[row] = mark.ended
+        yield Span(lane, mark.tile, begin, mark.ended, row)

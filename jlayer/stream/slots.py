@@ -1,0 +1,141 @@
+"""Host memory for weights: a ring of slots written in place again and again, and rooms for what
+stays. The one unsafe class.
+
+A view of a slot given to JAX may *be* the live weight (on the CPU an aligned array is aliased, not
+copied; on an accelerator the transfer reads it in the background). So a slot may be written again
+only when the output of what used it is ready. The schedule says when that is; nothing here checks
+it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from itertools import accumulate
+
+import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
+import numpy as np
+
+from jlayer.checkpoint.layout import ALIGNMENT
+from jlayer.checkpoint.store import Placement, Segment
+from jlayer.errors import DoesNotFitError
+from jlayer.stream.direct import aligned_span
+
+_HUGE_PAGE = 2 << 20
+
+
+def slot_bytes_for(segments: tuple[Segment, ...]) -> int:
+    """The slot that a tile of these segments needs: each segment with its surrounding blocks."""
+    return sum(aligned_span(segment)[1] for segment in segments)
+
+
+class HostMemory:
+    """`ring` slots of `slot_bytes` each, allocated and touched at once, and rooms made on demand.
+
+    With `pin` every byte is registered with the CUDA driver, so that transfers run at the link's
+    speed, in the background and without a copy.
+    """
+
+    def __init__(self, ring: int, slot_bytes: int, *, pin: bool):
+        self._driver = _Driver() if pin else None
+        self._slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
+        whole = self._allocate(ring * self._slot_bytes)
+        self._slots = [
+            whole[i * self._slot_bytes : (i + 1) * self._slot_bytes] for i in range(ring)
+        ]
+        self._rooms: dict[int, np.ndarray] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """All that is held now."""
+        return len(self._slots) * self._slot_bytes + sum(
+            room.nbytes for room in self._rooms.values()
+        )
+
+    def slot(self, number: int) -> np.ndarray:
+        return self._slots[number]
+
+    def room(self, tile: int, n_bytes: int) -> np.ndarray:
+        """Memory of a tile's own, made when it is first asked for."""
+        if tile not in self._rooms:
+            self._rooms[tile] = self._allocate(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
+        return self._rooms[tile]
+
+    def _allocate(self, n_bytes):
+        memory = mmap.mmap(-1, max(n_bytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if n_bytes >= _HUGE_PAGE:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(memory, np.uint8)
+        # A fresh page faults in at a tenth of the speed of a touched one.
+        whole[:: mmap.PAGESIZE] = 0
+        if self._driver:
+            self._driver.register(whole)
+        return whole
+
+    def close(self):
+        """Unpins. The memory itself goes when the last view of it does."""
+        if self._driver:
+            self._driver.close()
+
+
+def split_room(
+    memory: np.ndarray, segments: tuple[Segment, ...], offsets: tuple[int, ...] | None = None
+) -> list[np.ndarray]:
+    """Where in a slot or room each segment's blocks go: at `offsets`, or one after another."""
+    lengths = [aligned_span(segment)[1] for segment in segments]
+    offsets = offsets or list(accumulate(lengths, initial=0))[:-1]
+    return [memory[at : at + n] for at, n in zip(offsets, lengths, strict=True)]
+
+
+def raw_view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
+    """A part's bytes inside the piece that its segment was read into, without a copy."""
+    begin = shift + place.offset
+    return piece[begin : begin + place.part.n_bytes]
+
+
+def view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
+    """A part's array there."""
+    raw = raw_view(piece, shift, place)
+    return raw.view(np.dtype(place.part.dtype)).reshape(place.part.shape)
+
+
+class _Driver:
+    """Pins host memory through the CUDA driver, in the context that JAX works in (the primary
+    one)."""
+
+    def __init__(self):
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._context = ctypes.c_void_p()
+        self._device = 0
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._registered: list[np.ndarray] = []
+
+    def register(self, memory: np.ndarray):
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            self._call(
+                "cuMemHostRegister_v2",
+                ctypes.c_void_p(memory.ctypes.data),
+                ctypes.c_size_t(memory.nbytes),
+                ctypes.c_uint(0),
+            )
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        self._registered.append(memory)
+
+    def close(self):
+        if self._context:
+            self._call("cuCtxPushCurrent_v2", self._context)
+            for memory in self._registered:
+                self._call("cuMemHostUnregister", ctypes.c_void_p(memory.ctypes.data))
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+            self._cuda.cuDevicePrimaryCtxRelease_v2(self._device)
+            self._registered, self._context = [], None
+
+    def _call(self, name, *arguments):
+        code = getattr(self._cuda, name)(*arguments)
+        if code != 0:
+            raise DoesNotFitError(
+                f"host memory: the driver refused to pin it ({name} gave {code}); "
+                "give a smaller host_memory, or raise the limit of locked memory (ulimit -l)"
+            )

@@ -1,0 +1,1 @@
+"""Text to ids and back. Needs the ground floor alone."""

@@ -1,1 +1,0 @@
-"""Disk → host → device → dropped: every side effect on weights lives here."""

@@ -1,0 +1,102 @@
+"""The picture of a run: refused before the run where it cannot be, and saying what was recorded."""
+
+import importlib.util
+import os
+
+import pytest
+
+from jlayer.app import picture as picture
+from jlayer.app.cli import main
+from jlayer.errors import StorageError, UsageError
+from jlayer.plan.tiles import Tile
+from jlayer.stream.record import Span, Timeline
+from jlayer.stream.schedule import Tier
+
+PNG = b"\x89PNG\r\n\x1a\n"
+GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
+
+
+def timeline(n_tiles=3, tiers=(Tier.DISK, Tier.HOST)):
+    """Two sweeps of `n_tiles` layers, each read for 10 ms of the 10 that it runs in turn with."""
+    tiles = tuple(Tile(f"layer {i}", "block", i, ()) for i in range(n_tiles))
+    spans = []
+    for number in range(2 * n_tiles):
+        at, tile = number / 100, number % n_tiles
+        spans += [
+            Span("read", tile, at, at + 0.01),
+            Span("put", tile, at, at + 0.002),
+            Span("run", tile, at + 0.002, at + 0.005),
+            Span("free", tile, at + 0.004, at + 0.006),
+        ]
+    kinds = tuple(tiers[i % len(tiers)] for i in range(n_tiles))
+    return Timeline(tiles, kinds, tuple(spans), (0.0, n_tiles / 100), 2 * n_tiles / 100)
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench"])
+def test_without_matplotlib_it_is_refused_before_the_model_is_opened(verb, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    words = ["/no/such/model", "--timeline", "x.png", *(GENERATE[:2] if verb == "generate" else ())]
+    assert main([verb, *words]) == 2
+    assert 'pip install -e ".[timeline]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("x.jpg", UsageError, "ends in .png"),
+        ("none/x.png", UsageError, "no folder"),
+        ("folder.png", UsageError, "not a regular file"),
+        ("pipe.png", UsageError, "not a regular file"),
+        ("x" * 300 + ".png", StorageError, "too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(tmp_path, name, error, said):
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(error, match=said):
+        picture.check_file(str(tmp_path / name))
+
+
+def test_asking_leaves_files_as_they_are(tmp_path):
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"before")
+    picture.check_file(str(kept))
+    picture.check_file(str(tmp_path / "new.png"))
+    assert kept.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["kept.png"]
+
+
+def test_generate_draws_its_last_sweeps(fable, tmp_path, capsys):
+    file = tmp_path / "sweeps.png"
+    assert main(["generate", str(fable), *GENERATE, "--timeline", str(file)]) == 0
+    assert file.read_bytes().startswith(PNG)
+    assert f"timeline in {file}" in capsys.readouterr().err
+
+
+def words_of(figure):
+    return [text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))]
+
+
+def test_the_picture_says_what_limits_and_shows_only_the_tiers_in_use():
+    words = words_of(picture.draw(timeline(), what="m on d"))
+    assert "m on d: 2 sweeps of 0 B, 30 ms each; the disk is the busiest, 100% of the time" in (
+        words
+    )
+    assert {"busy 100%", "busy 20%", "busy 30%"} <= set(words)
+    assert picture.WORDS[Tier.DISK] in words
+    assert picture.WORDS[Tier.HOST] in words
+    assert picture.WORDS[Tier.DEVICE] not in words
+    assert {"layer", "0", "1", "2"} <= set(words)
+
+
+def test_a_crowd_of_tiles_gets_a_close_look():
+    few, many = timeline(40), timeline(60)
+    assert len(picture.draw(few, what="").axes) == 1
+    figure = picture.draw(many, what="")
+    assert len(figure.axes) == 2
+    left, right = figure.axes[1].get_xlim()
+    n_runs = sum(left <= 1e3 * s.begin and 1e3 * s.end <= right + 1e-9 for s in many.lane("run"))
+    assert n_runs == picture.CLOSELY

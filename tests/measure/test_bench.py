@@ -1,0 +1,148 @@
+"""The figures of `bench`: what is read raw, what is held against what, and that measuring changes
+nothing."""
+
+import os
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from jlayer.measure import bench as bench_module
+from jlayer.measure.bench import Bench
+from jlayer.measure.machine import RawDisk, card, summary
+from jlayer.plan import plan as budget
+from jlayer.stream.schedule import Tier
+from tests.stream.test_executor import IDS
+
+SPEEDS = {"memory": [4e9], "arithmetic": [1e12]}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_module, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(bench_module, "MOST_ROUNDS", 2)
+    for speeds in ("memory_speeds", "arithmetic_speeds"):
+        monkeypatch.setattr(bench_module, speeds, lambda *_: [1e12])
+
+
+def test_raw_reads_go_through_every_byte_of_the_files_and_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr("jlayer.measure.machine.REQUEST_BYTES", 8192)
+    sizes = {"a": 20000, "b": 8192, "c": 100}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    asked, real = Counter(), os.preadv
+
+    def counting(fd, buffers, offset):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        asked[name, offset, len(buffers[0])] += 1
+        return real(fd, buffers, offset)
+
+    expected = {("a", 0, 8192), ("a", 8192, 8192), ("a", 16384, 4096), ("b", 0, 8192)}
+    expected |= {("c", 0, 4096)}
+    disk = RawDisk([str(tmp_path / name) for name in sizes])
+    monkeypatch.setattr(os, "preadv", counting)
+    while sum(asked.values()) < 2 * len(expected):
+        assert disk.speed(0.01) > 0
+    disk.close()
+    assert set(asked) == expected
+    assert max(asked.values()) - min(asked.values()) <= 1  # in turn, again and again
+
+
+@pytest.mark.parametrize(
+    ("speeds", "found"),
+    [([100, 102], 101), ([300, 200, 104, 100, 7], 102), ([64, 32, 16, 8, 4, 2, 1], 2)],
+)
+def test_what_a_disk_saved_up_is_spent_before_it_counts(tmp_path, monkeypatch, speeds, found):
+    (tmp_path / "a").write_bytes(bytes(4096))
+    disk, rest = RawDisk([str(tmp_path / "a")]), iter(speeds)
+    monkeypatch.setattr(disk, "speed", lambda seconds: next(rest))
+    assert disk.steady_speed(1) == found
+    disk.close()
+
+
+def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
+    """The disk's speed grows from one raw read to the next, each sweep runs at the mean of those
+    around it: every share is 1."""
+    speeds = iter(range(100, 10**6, 50))
+    order = []
+
+    def raw(self, seconds):
+        order.append("raw")
+        return float(next(speeds))
+
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        monkeypatch.setattr(RawDisk, "steady_speed", raw)
+
+        def timed(function):
+            function()
+            order.append("timed")
+            between = bench.speeds["disk"][-1] + 25  # halfway to the next
+            return bench_module.IN_A_ROW * bench.disk_bytes / between
+
+        monkeypatch.setattr(bench_module, "_timed", timed)
+        bench.sweep = lambda n: order.append("sweep")
+        rows = bench.measure_sweeps()
+    in_a_row = ["sweep"] * bench_module.IN_A_ROW
+    assert order == ["raw", *(["sweep", *in_a_row, "timed", "raw"] * 2 * 4)]
+    assert [row["tokens"] for row in rows] == [0, 1, 64, 512]
+    for row in rows:
+        assert row["limit"] == "disk"
+        assert row["share"] == pytest.approx({"median": 1, "min": 1, "max": 1, "n": 2})
+
+
+def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        bench.has_link, bench.speeds["link"] = True, [1e9]
+        found = bench._limits(64, (1e6, 3e6))
+        assert found["disk"] == bench.disk_bytes / 2e6
+        assert found["link"] == model.plan.put_bytes / 1e9
+        assert found["memory"] == model.sweep_bytes / 4e9
+        layer = sum(p.nbytes // 4 for p in model._residents.layers[0].values()) + sum(
+            np.prod(part.shape) for tile in model.plan.tiles if tile.layer == 0
+            for part in tile.parts
+        )  # fmt: skip
+        n_weights = 3 * layer + 133 * 24
+        assert found["arithmetic"] == pytest.approx(2 * 64 * n_weights / 1e12)
+        assert set(bench._limits(0, (1e6, 1e6))) == {"disk", "link"}
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])
+def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, quick, tile_bytes):
+    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(bench_module, "SIZES", (1, 9))  # so that fewer programs are compiled
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        before = set(threading.enumerate())
+        bench = Bench(model)
+        bench.measure_machine()
+        blocks = bench.measure_blocks()
+        bench.first_sweep()
+        bench.measure_sweeps()
+        left = {t.name.rstrip("_0123456789") for t in set(threading.enumerate()) - before}
+        assert left <= {"jlayer-reader", "jlayer-reader-moves"}  # the executor's own
+        found = model.logits(IDS)
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        assert np.array_equal(found, model.logits(IDS))
+    assert [row["tokens"] for row in blocks] == [1, 9]
+    assert len({row["bytes"] for row in blocks}) == 1
+
+
+def test_nothing_is_read_raw_where_nothing_comes_from_disk(tiny, quick):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        bench = Bench(model)
+        bench.speeds |= SPEEDS
+        assert model.files_of(Tier.DISK) == []
+        assert [row["tokens"] for row in bench.measure_sweeps()] == [1, 64, 512]
+        assert "disk" not in bench.speeds
+
+
+def test_the_card_names_the_file_system_of_the_model(tmp_path):
+    found = card(str(tmp_path))
+    assert " on " in found["file_system"]
+    assert found["memory_bytes"] > 2**30
+    assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}

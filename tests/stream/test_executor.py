@@ -1,0 +1,417 @@
+"""The stream itself: what is alive when, what compiles, what an error leaves behind."""
+
+import errno
+import gc
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import jlayer
+from convert import convert_checkpoint
+from jlayer import AutoModel
+from jlayer.checkpoint import safetensors as header
+from jlayer.engine import model as model_module
+from jlayer.engine.programs import backend_compiles
+from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
+from jlayer.plan import plan as budget
+from jlayer.stream import executor
+from jlayer.stream.schedule import Free, Run, Tier
+from tests.tiny import tiny_llama
+
+IDS = [5, 17, 99, 3, 64, 128, 1]
+
+
+def reader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("jlayer-reader")]
+
+
+def live_layers():
+    """Layers on the device, by the one matrix of its shape that each has."""
+    return sum(array.shape == (24, 40) for array in jax.live_arrays())
+
+
+def logits_token_by_token(model):
+    forward = model.forward(batch=1, longest=1, context=len(IDS))
+    return np.concatenate([forward.sweep([[token]], [at]) for at, token in enumerate(IDS)], axis=1)
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """Lets a test say how a model is cut, whatever would be best."""
+    return lambda tile_bytes: monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+
+
+TILINGS = [None, 10_000, 3_000, 500, 1]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """What the model says when it is cut as is best: eight greedy tokens, and the logits."""
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        return model.generate(IDS, max_new_tokens=8, do_sample=False), model.logits(IDS)
+
+
+@pytest.fixture(scope="module", params=TILINGS)
+def tiling(request):
+    """(tile_bytes, what is compiled for it): where the tiles lie changes no program."""
+    return request.param, []
+
+
+@pytest.mark.parametrize("keeps_layers", [True, False], ids=["kept", "from-disk"])
+def test_tiled_equals_whole_wherever_it_lies(tiny, whole, cuts, tiling, keeps_layers):
+    expected, exact = whole
+    tile_bytes, programs = tiling
+    cuts(tile_bytes)
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=keeps_layers) as model:
+        programs.append(model._programs)
+        model._programs = programs[0]
+        assert model.generate(IDS, max_new_tokens=8, do_sample=False) == expected
+        found = model.logits(IDS)
+        if tile_bytes:
+            assert len(model.plan.tiles) > 12
+        reads = model.totals.read_bytes
+        model.logits(IDS)
+        assert (model.totals.read_bytes > reads) == (not keeps_layers)
+    # Rows of a product are the same sums; only the library's order within one may differ.
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+def test_biases_travel_with_their_rows(tmp_path, cuts):
+    source = tiny_llama(tmp_path / "source", attention_bias=True, mlp_bias=True)
+    convert_checkpoint(source, tmp_path / "layered")
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu") as model:
+        expected = model.logits(IDS)
+    cuts(700)
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu") as model:
+        found = model.logits(IDS)
+        assert len(model.plan.tiles) > 50
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("tiers", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 0, 1), (1, 1, 2)])
+def test_every_mix_of_tiers_gives_the_same_tokens(tiny, whole, monkeypatch, cuts, tiers):
+    expected, _ = whole
+    cuts(3_000)
+    kinds = list(Tier)
+
+    def mixed(plan):
+        mix = (kinds[tiers[i % 3]] for i in range(len(plan.tiles)))
+        return budget._with_kept(plan, tuple(mix))
+
+    monkeypatch.setattr(budget, "_with_tiers", mixed)
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        assert model.generate(IDS, max_new_tokens=8, do_sample=False) == expected
+        assert len(set(model.plan.tiers)) == len(set(tiers))
+
+
+def test_every_budget_down_to_the_smallest_gives_the_same_tokens(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+        smallest = make_smallest(model)
+    for extra in (0, 1, 1000, 20_000, 10**6):
+        options = {"device": "cpu", "device_memory": smallest + extra}
+        with AutoModel.from_pretrained(tiny, **options) as model:
+            assert model.generate(IDS, max_new_tokens=6, do_sample=False) == expected
+            assert model.device_peak_bytes <= smallest + extra
+    model = AutoModel.from_pretrained(tiny, device="cpu", device_memory=smallest)
+    with pytest.raises(DoesNotFitError, match="slots"), model:
+        model.generate(IDS, max_new_tokens=100, do_sample=False)
+
+
+def make_smallest(model):
+    """The least device memory that this generation is accepted with."""
+    machine = replace(model._machine, device_budget=1)
+    options = {"dtype_of": model._store.dtype_of, "dtype": model.dtype}
+    shape = {"longest": len(IDS), "context": len(IDS) + 6}
+    plan = budget.make_plan(model.config, machine, **options, **shape)
+    return plan.device_peak_bytes
+
+
+def test_streamed_equals_resident(tiny):
+    """The same blocks over weights that were loaded whole, without slots, readers or schedule."""
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        streamed = model.logits(IDS)
+        resident = {
+            tile.name: {part.leaf: jax.numpy.array(load(model, part)) for part in tile.parts}
+            for tile in model.plan.tiles
+        }
+
+        def sweep(run):
+            for tile in model.plan.tiles:
+                run(tile, resident[tile.name])
+
+        model._executor.sweep = sweep
+        assert np.array_equal(model.logits(IDS), streamed)
+
+
+def load(model, part):
+    segment = model._store.segment_of(part.tensor)
+    whole = np.fromfile(segment.file, np.uint8)[segment.offset : segment.offset + segment.n_bytes]
+    rows = whole.view(part.dtype).reshape(-1, *part.shape[1:])
+    return rows[part.first_row : part.first_row + part.shape[0]]
+
+
+def test_cached_equals_recomputed(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        cached = logits_token_by_token(model)
+        recomputed = model.logits(IDS)
+    np.testing.assert_allclose(cached, recomputed, rtol=0, atol=1e-5 * np.abs(recomputed).max())
+
+
+def test_an_80_layer_model_compiles_exactly_as_often_as_a_2_layer_one(tmp_path):
+    counts, shapes = [], []
+    for layers in (2, 80):
+        source = tiny_llama(tmp_path / f"source-{layers}", num_hidden_layers=layers)
+        convert_checkpoint(source, tmp_path / f"layered-{layers}")
+        before = backend_compiles()
+        with AutoModel.from_pretrained(tmp_path / f"layered-{layers}", device="cpu") as model:
+            model.generate(IDS, max_new_tokens=6, do_sample=False)
+            shapes.append(model.compiles)
+        counts.append(backend_compiles() - before)
+    assert counts[0] == counts[1]
+    assert shapes[0] == shapes[1]
+    assert set(shapes[0].values()) == {1}
+    assert sum(shapes[0].values()) == counts[0]  # nothing compiles that is not reported
+
+
+def test_a_sweep_compiles_nothing_that_an_earlier_one_of_its_shape_did(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+        before = backend_compiles()
+        model.generate(IDS[:5], max_new_tokens=9, do_sample=False)
+        assert backend_compiles() == before
+
+
+def test_at_most_two_layers_are_alive_and_their_bytes_stay_within_the_plan(tiny):
+    gc.collect()  # another test's resident weights
+    seen = []
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+
+        def watch(step, tile):
+            if isinstance(step, (Run, Free)):
+                seen.append(live_layers())
+
+        model.watch.on_step = watch
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+        totals, plan = replace(model.totals), model.plan
+    assert max(seen) == 2
+    assert totals.most_live_tiles == 2
+    assert 0 < totals.most_live_bytes <= plan.device.slots_bytes
+
+
+def test_closing_drops_every_weight(tiny):
+    gc.collect()
+    assert live_layers() == 0
+    model = AutoModel.from_pretrained(tiny, device="cpu")
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert live_layers() == 1  # the order wraps: the next sweep's first layer is there
+    model.close()
+    assert live_layers() == 0
+
+
+def test_a_layer_cut_off_under_the_running_model_is_named_and_leaves_no_thread(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    model = AutoModel.from_pretrained(folder, device="cpu", keeps_layers=False)
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    path = folder / "layer-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    # What was read before is used before: then its file is found changed, not cut off.
+    with pytest.raises(CheckpointError, match=r"layer-00001.*(cut off|changed since)"):
+        model.generate(IDS, max_new_tokens=30, do_sample=False)
+    model.close()
+    assert reader_threads() == []
+
+
+def test_after_an_interrupt_the_model_goes_on_as_if_nothing_had_been(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        expected = model.logits(IDS)
+        steps = 0
+
+        def interrupt(step, tile):
+            nonlocal steps
+            steps += 1
+            if steps == 9:
+                raise KeyboardInterrupt
+
+        model.watch.on_step = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            model.logits(IDS)
+        model.watch.on_step = None
+        assert np.array_equal(model.logits(IDS), expected)
+
+
+def test_inside_a_sweep_nothing_is_opened_parsed_compiled_or_collected(tiny, monkeypatch):
+    """Counted: opens, header parses, backend compiles and cyclic collections while a sweep runs."""
+    counts = Counter()
+    inside = False
+
+    def audit(event, arguments):
+        if inside and event == "open":
+            counts["open"] += 1
+
+    sys.addaudithook(audit)
+    gc.callbacks.append(lambda phase, info: counts.update(["gc"] * inside))
+    parse = header.parse_header
+
+    def counting(*arguments, **options):
+        counts.update(["header"] * inside)
+        return parse(*arguments, **options)
+
+    monkeypatch.setattr(header, "parse_header", counting)
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        forward = model.forward(batch=1, longest=1, context=40)
+        forward.sweep([[5]], [0])
+        compiled = backend_compiles()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(5, 1, 1)  # would collect all the time
+        steps = []  # what had been counted when each step was taken
+
+        def watch(step, tile):
+            nonlocal inside
+            inside = True
+            steps.append(dict(counts))
+
+        model.watch.on_step = watch
+        for at in range(1, 30):
+            steps.clear()
+            forward.sweep([[at]], [at])
+            inside = False
+            assert steps[0] == steps[-1]
+        gc.set_threshold(*thresholds)
+        assert backend_compiles() == compiled
+    gc.callbacks.pop()
+    assert counts["gc"] > 0  # between sweeps the collector does run
+
+
+def test_no_thread_outlives_the_model(tiny):
+    model = AutoModel.from_pretrained(tiny, device="cpu")
+    model.logits(IDS)
+    assert 1 <= len(reader_threads()) <= 2
+    del model
+    gc.collect()
+    assert reader_threads() == []
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        model.logits(IDS)
+    assert reader_threads() == []
+
+
+def test_sequences_of_different_lengths_share_sweeps_and_keep_their_own_answers(tiny):
+    rows = [IDS, IDS[:2], [9, 9, 9, 100, 4, 4, 4, 4, 4, 4, 11]]
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        alone = [model.generate([row], max_new_tokens=6, do_sample=False)[0] for row in rows]
+        before = model.totals.sweeps
+        together = model.generate(rows, max_new_tokens=6, do_sample=False)
+        assert model.totals.sweeps - before == 6
+    assert together == alone
+
+
+def test_an_error_of_the_disk_names_the_layer_and_the_byte(tiny, monkeypatch):
+    real = os.preadv
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        broken = next(
+            fd for path, (fd, _) in model._executor._reader._files.items() if "00002" in path
+        )
+
+        def failing(fd, buffers, offset):
+            if fd == broken:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(StorageError, match=r"layer 2: .*at byte \d+ \(Input/output error\)"):
+            model.generate(IDS, max_new_tokens=9, do_sample=False)
+    assert StorageError.exit_code == 6
+
+
+def test_a_disk_that_stalls_is_told_of_and_the_run_goes_on(tiny, monkeypatch):
+    real, waits = os.preadv, iter([0.25])
+
+    def slow(fd, buffers, offset):
+        if threading.current_thread().name.startswith("jlayer-reader"):
+            time.sleep(next(waits, 0))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(executor, "PATIENCE_S", 0.05)
+    told = []
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        expected = model.generate(IDS, max_new_tokens=3, do_sample=False)
+        model.watch.on_stall = lambda tile, seconds: told.append((tile.name, seconds))
+        monkeypatch.setattr(os, "preadv", slow)
+        assert model.generate(IDS, max_new_tokens=3, do_sample=False) == expected
+    assert told
+    assert told[0][0].startswith(("layer", "head"))
+
+
+def test_a_short_read_is_read_on(tiny, monkeypatch):
+    real = os.preadv
+
+    def short(fd, buffers, offset):
+        return real(fd, [buffers[0][: max(4096, len(buffers[0]) // 8192 * 4096)]], offset)
+
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        expected = model.logits(IDS)
+        monkeypatch.setattr(os, "preadv", short)
+        assert np.array_equal(model.logits(IDS), expected)
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_cache_and_said_so(
+    tiny, monkeypatch
+):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        expected = model.logits(IDS)
+    real = os.open
+
+    def refusing(path, flags, *arguments):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", refusing)
+    found = jlayer.generate(tiny, IDS, max_new_tokens=2, temperature=0, device="cpu")
+    assert found.stats["reads"] == "buffered"
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        assert np.array_equal(model.logits(IDS), expected)
+
+
+def test_a_failure_of_the_device_is_an_error_of_its_tile(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        model.logits(IDS)
+        real = model._executor._put
+
+        def failing(tile, signals):
+            if model.plan.tiles[tile].layer == 1:
+                raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+            return real(tile, signals)
+
+        model._executor._put = failing
+        with pytest.raises(StorageError, match=r"layer 1: the device failed .*gone"):
+            model.logits(IDS)
+
+
+def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny, monkeypatch):
+    """What is kept makes way for a longer context; what streams is not rebuilt without need."""
+    monkeypatch.setattr(model_module, "anonymous_bytes", lambda: 100 << 20)
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        expected = model.generate(IDS, max_new_tokens=90, do_sample=False)
+        first = model._executor
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+        assert model._executor is first
+        needed = model.plan_for(batch=1, longest=7, context=97)
+    bare = needed.host_peak_bytes - needed.tier_bytes(Tier.HOST)
+    with AutoModel.from_pretrained(tiny, device="cpu", host_memory=bare + 30_000) as model:
+        short = model.generate(IDS, max_new_tokens=2, do_sample=False)
+        kept = model.plan.tier_bytes(Tier.HOST)
+        found = model.generate(IDS, max_new_tokens=90, do_sample=False)
+        assert 0 <= model.plan.tier_bytes(Tier.HOST) < kept
+        assert model.plan.host_peak_bytes <= bare + 30_000
+    assert found == expected
+    assert short == expected[: len(short)]

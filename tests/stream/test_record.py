@@ -1,0 +1,120 @@
+"""What the recorder notes is what happened: each step once, in its order, at its time, and at no
+cost when nobody asked."""
+
+import os
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+
+from jlayer import AutoModel
+from jlayer.plan import plan as budget
+from jlayer.stream.record import LANES, Recorder, Span, Timeline
+from jlayer.stream.schedule import Tier
+
+KINDS = list(Tier)
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """Tiles of a few rows, every third of them on the device, in the host and on disk."""
+    monkeypatch.setattr(budget, "TILE_BYTES", (3_000,))
+
+    def spread(plan):
+        return budget._with_kept(plan, tuple(KINDS[i % 3] for i in range(len(plan.tiles))))
+
+    monkeypatch.setattr(budget, "_with_tiers", spread)
+
+
+def record(model, n_sweeps):
+    forward = model.forward(batch=1, longest=1, context=20)
+    forward.sweep([[5]], [0])
+    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    with recorder:
+        for at in range(1, n_sweeps + 1):
+            forward.sweep([[5]], [at])
+    return recorder.timeline()
+
+
+def rows_of(timeline, lane):
+    """The spans of each worker of a lane, in order of time."""
+    rows = {}
+    for span in sorted(timeline.lane(lane), key=lambda span: span.begin):
+        rows.setdefault(span.row, []).append(span)
+    return rows.values()
+
+
+def test_every_step_of_the_last_sweeps_is_there_in_its_order(tiny, mixed):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        timeline = record(model, 4)
+        n_tiles = len(model.plan.tiles)
+    assert len(timeline.starts) == 2
+    runs = timeline.lane("run")
+    assert [span.tile for span in sorted(runs, key=lambda span: span.begin)] == [
+        *range(n_tiles),
+        *range(n_tiles),
+    ]
+    passing = [i for i, tier in enumerate(timeline.tiers) if tier is not Tier.DEVICE]
+    assert [span.tile for span in timeline.lane("free")] == 2 * passing
+    assert {timeline.tiers[span.tile] for span in timeline.lane("read")} == {Tier.DISK}
+    for lane in LANES:
+        for row in rows_of(timeline, lane):
+            for earlier, later in pairwise(row):
+                assert earlier.begin <= earlier.end <= later.begin
+    for run in runs:
+        puts = [s for s in timeline.lane("put") if s.tile == run.tile and s.end <= run.begin]
+        reads = [s for s in timeline.lane("read") if s.tile == run.tile and s.end <= run.begin]
+        if run.begin > timeline.starts[1] and timeline.tiers[run.tile] is not Tier.DEVICE:
+            assert puts
+        if reads and timeline.tiers[run.tile] is Tier.DISK and puts:
+            assert any(read.end <= put.begin for read in reads for put in puts)
+    for free in timeline.lane("free"):
+        assert any(s.tile == free.tile and s.end <= free.end for s in runs)
+
+
+def test_a_slow_read_is_as_long_in_the_picture_as_it_was(tiny, monkeypatch):
+    real = os.preadv
+
+    def slow(fd, buffers, offset):
+        if threading.current_thread().name.startswith("jlayer-reader"):
+            time.sleep(0.03)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        timeline = record(model, 2)
+    reads = timeline.lane("read")
+    assert len(reads) >= 4
+    inside = [span for span in reads if span.begin > timeline.starts[0]]
+    assert all(0.03 <= span.end - span.begin < 0.3 for span in inside)
+    assert timeline.busy("read") > 0.8 > timeline.busy("put")
+
+
+def test_nothing_is_left_of_a_recorder_and_nothing_is_there_without_one(tiny):
+    def threads():
+        return [t for t in threading.enumerate() if t.name.startswith("jlayer-timeline")]
+
+    with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
+        seen = []
+        with model.watch.also(lambda step, tile: seen.append(step)):
+            assert record(model, 1).starts
+        assert len(seen) > 0
+        assert (model.watch.on_step, model.watch.on_taken) == (None, None)
+        assert threads() == []
+    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    with recorder:
+        assert recorder.timeline() is None
+
+
+def test_busy_counts_time_once_however_many_workers_shared_it():
+    spans = (
+        Span("read", 0, -1.0, 2.0, 0),  # begins before the picture
+        Span("read", 1, 1.0, 4.0, 1),
+        Span("read", 2, 6.0, 12.0, 0),  # ends after it
+        Span("run", 0, 3.0, 4.0),
+    )
+    timeline = Timeline((), (), spans, (0.0, 5.0), 10.0)
+    assert timeline.busy("read") == pytest.approx(0.8)
+    assert timeline.busy("run") == pytest.approx(0.1)
+    assert timeline.busy("put") == 0

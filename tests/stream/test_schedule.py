@@ -1,0 +1,132 @@
+"""Properties of the schedule: what may never happen to a slot, whatever stays where."""
+
+from collections import Counter
+from itertools import islice
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jlayer.stream.schedule import Free, Put, Read, Run, Tier, sweeps
+
+N_SWEEPS = 4
+plans = st.tuples(
+    st.lists(st.sampled_from(Tier), min_size=1, max_size=25),
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.booleans(),
+)
+
+
+def steps_of(plan):
+    """(steps before the first sweep, steps of each sweep)."""
+    tiers, ring, ahead, filled = plan
+    begin, *rest = islice(sweeps(tiers, ring=ring, ahead=ahead, filled=filled), N_SWEEPS + 1)
+    return begin, rest
+
+
+def flat(plan):
+    begin, rest = steps_of(plan)
+    return [*begin, *(step for one in rest for step in one)]
+
+
+@given(plans)
+def test_a_slot_is_written_only_after_what_it_held_was_freed(plan):
+    held = {}
+    for step in flat(plan):
+        slot = getattr(step, "slot", None)
+        match step:
+            case Read(tile, int()):
+                assert slot not in held, (step, held)
+                held[slot] = tile
+            case Put(tile, int()):
+                assert held[slot] == tile
+            case Free(tile, int()):
+                assert held.pop(slot) == tile
+    assert len(held) <= plan[1]
+
+
+@given(plans)
+def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
+    tiers, _, _, filled = plan
+    in_host = {i for i, tier in enumerate(tiers) if filled and tier is Tier.HOST}
+    on_device, under_way = set(), set()
+    for step in flat(plan):
+        match step:
+            case Read(tile, _):
+                assert tile not in under_way
+                under_way.add(tile)
+                if tiers[tile] is Tier.HOST:
+                    in_host.add(tile)
+            case Put(tile, _):
+                assert tile in under_way or tile in in_host
+                assert tile not in on_device
+                under_way.discard(tile)
+                on_device.add(tile)
+            case Run(tile):
+                assert tile in on_device
+            case Free(tile, _, stays):
+                assert stays == (tiers[tile] is Tier.DEVICE)
+                if not stays:
+                    on_device.remove(tile)
+
+
+@given(plans)
+def test_every_sweep_runs_every_tile_once_in_order(plan):
+    _, rest = steps_of(plan)
+    for one in rest:
+        ran = [step.tile for step in one if isinstance(step, Run)]
+        assert ran == list(range(len(plan[0])))
+
+
+@given(plans)
+def test_what_passes_on_the_device_never_exceeds_what_was_planned(plan):
+    tiers, _, ahead, _ = plan
+    passing = 0
+    for step in flat(plan):
+        if tiers[step.tile] is not Tier.DEVICE:
+            passing += isinstance(step, Put) - isinstance(step, Free)
+        assert 0 <= passing <= ahead
+
+
+@given(plans)
+def test_what_stays_is_read_once_and_the_rest_every_sweep(plan):
+    tiers, _, _, filled = plan
+    _, rest = steps_of(plan)
+    steady = Counter(step.tile for step in rest[-1] if isinstance(step, Read))
+    all_reads = Counter(step.tile for step in flat(plan) if isinstance(step, Read))
+    for tile, tier in enumerate(tiers):
+        if tier is Tier.DISK:
+            assert steady[tile] == 1
+        else:
+            assert steady[tile] == 0
+            assert all_reads[tile] == (0 if filled and tier is Tier.HOST else 1)
+    puts = Counter(step.tile for step in flat(plan) if isinstance(step, Put))
+    assert all(puts[tile] == 1 for tile, tier in enumerate(tiers) if tier is Tier.DEVICE)
+
+
+@given(st.integers(3, 25), st.integers(2, 6), st.integers(2, 4))
+def test_order_wraps(n_tiles, spare, ahead):
+    """A sweep ends with the next one's first tiles put, and every slot that is left being read."""
+    ahead = min(ahead, n_tiles - 1)
+    ring = ahead + spare
+    plan = ([Tier.DISK] * n_tiles, ring, ahead, False)
+    begin, rest = steps_of(plan)
+    reads = sum(isinstance(step, Read) for step in begin)
+    frees = 0
+    for one in rest:
+        ends_with = [step.tile for step in one if isinstance(step, Put)][-(ahead - 1) :]
+        assert ends_with == list(range(ahead - 1))
+        reads += sum(isinstance(step, Read) for step in one)
+        frees += sum(isinstance(step, Free) for step in one)
+        assert reads - frees == min(ring, n_tiles)
+
+
+@given(st.integers(3, 25), st.integers(2, 4))
+def test_the_next_tiles_are_on_their_way_before_a_sweep_waits_for_one(n_tiles, ahead):
+    ahead = min(ahead, n_tiles)
+    order = flat(([Tier.HOST] * n_tiles, 0, ahead, True))
+    on_device = 0
+    for step in order:
+        on_device += isinstance(step, Put) - isinstance(step, Free)
+        if isinstance(step, Free):
+            assert on_device == ahead - 1  # all but the one that leaves
