@@ -37,8 +37,10 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
-from jlayer.encodings.quantization import SCHEMES, piece_dtypes, quantization_of, split_piece
-from jlayer.families.llama import EMBEDDING, HEAD, published_tensors
+from jlayer.encodings.registry import SCHEMES, split_piece
+from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
+from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.registry import published_tensors
 
 # hidden, heads, key/value heads, mlp, vocabulary
 SHAPES = {

@@ -26,7 +26,7 @@ from convert import convert_checkpoint
 from convert.transform.cast import NUMPY_DTYPE
 from jlayer import AutoModel
 from jlayer.config import read_config
-from jlayer.families.llama import layer_of, published_tensors
+from jlayer.families.registry import layer_of, published_tensors
 from jlayer.measure.evaluate import compare
 from jlayer.text.tokenizer import Tokenizer
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from convert import convert_checkpoint
 from jlayer.config import model_config
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 
 
 def save(folder: Path, shape: str, layers: int, *, zarr3: bool) -> None:

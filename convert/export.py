@@ -46,7 +46,7 @@ from jlayer.checkpoint.layout import (
 from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from jlayer.strict import is_there, resolve
 
 FORMATS = ("huggingface", "orbax")

@@ -59,13 +59,9 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.config import own_quantization, parse_choice, read_config
-from jlayer.encodings.quantization import (
-    INT4,
-    SCHEMES,
-    Quantization,
-    block_matrices,
-    quantization_of,
-)
+from jlayer.encodings.int4 import INT4
+from jlayer.encodings.registry import SCHEMES
+from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
 from jlayer.errors import (
     CheckpointError,
     DoesNotFitError,
@@ -74,7 +70,7 @@ from jlayer.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import read_json_object
 

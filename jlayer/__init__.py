@@ -6,10 +6,10 @@ Public names are imported on first use, so that `import jlayer` is cheap.
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoModel": "jlayer.engine.model",
-    "Model": "jlayer.engine.model",
-    "Generation": "jlayer.api",
-    "Step": "jlayer.api",
+    "AutoModel": "jlayer.api",
+    "Model": "jlayer.api",
+    "Generation": "jlayer.engine.decoding",
+    "Step": "jlayer.engine.lane",
     "generate": "jlayer.api",
     "stream": "jlayer.api",
     "JlayerError": "jlayer.errors",

@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass, fields
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.families.llama import FAMILIES
-from jlayer.spec import ITEM_BYTES
+from jlayer.families.registry import FAMILIES
+from jlayer.spec import ITEM_BYTES, ModelConfig, Rope
 from jlayer.strict import read_json_object
 
 # No published model comes near these; what exceeds them is damage or an attack, and is refused
@@ -37,42 +37,6 @@ LIMITS = {
 OWN_QUANTIZATION = {"by": "jlayer"}
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu",)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: base and scaling. The last three fields belong to type `llama3` alone."""
-
-    theta: float = 10000.0
-    type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the checkpoint is, in the published words. Hashable: a static argument of everything
-    that is compiled."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope: Rope
-    attention_bias: bool
-    attention_out_bias: bool
-    mlp_bias: bool
-    tie_word_embeddings: bool
-    hidden_act: str
-    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -207,6 +171,14 @@ def parse_bytes(value: int | str, *, option: str) -> int:
             f"{option}: found {value!r}, expected a size such as 4GiB, 3500MB or a number of bytes"
         )
     return number
+
+
+def human(n_bytes: int) -> str:
+    """Bytes in words, in binary units."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.2f} {unit}"
+    return f"{n_bytes} B"
 
 
 def parse_choice(value: str, known: tuple[str, ...], *, option: str) -> str:

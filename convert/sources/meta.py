@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from convert.sources.files import TensorInfo
 from convert.sources.joined import Parts
 from convert.sources.names import META, find_row, find_source
-from jlayer.config import LIMITS, ModelConfig
+from jlayer.config import LIMITS
+from jlayer.spec import ModelConfig
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.protobuf import protobuf_fields
 from jlayer.spec import ITEM_BYTES

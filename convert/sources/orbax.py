@@ -36,7 +36,7 @@ from jlayer.checkpoint.source import (
     regular_file,
 )
 from jlayer.errors import CheckpointError
-from jlayer.families.llama import LAYER_PREFIX
+from jlayer.families.base import LAYER_PREFIX
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import is_there
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from convert.sources.files import Chunk
 from convert.target.disk import close, failure, write_all
-from jlayer.checkpoint.layout import ALIGNMENT
+from jlayer.spec import ALIGNMENT
 
 BLOCK_BYTES = 4 << 20
 N_BLOCKS = 3  # one that is filled, one that is hashed, one that is written

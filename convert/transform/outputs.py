@@ -22,9 +22,10 @@ from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import CONFIG, INDEX, encode_header, encode_index, file_of
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION
-from jlayer.encodings.quantization import Quantization, piece_dtypes, split_piece, stored_tensors
+from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 
 _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlayer.encodings.quantization import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO, Scheme
+from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
+from jlayer.encodings.grouped import Grouped
 
 # The weight that each half byte stands for, in units of the scale.
 LEVELS = (
@@ -37,7 +38,7 @@ def decode_scales(codes: np.ndarray) -> np.ndarray:
     return (magnitude | (bits >> 7) << 31).view(np.float32)
 
 
-def dequantize(scheme: Scheme, q: np.ndarray, scale: np.ndarray, *, width: int) -> np.ndarray:
+def dequantize(scheme: Grouped, q: np.ndarray, scale: np.ndarray, *, width: int) -> np.ndarray:
     """The weights float32 [rows, width] that a matrix's pieces (or some rows of them) stand for."""
     if scheme.bits == 4:
         numbers, factors = LEVELS[unpack(q, width)], decode_scales(scale)

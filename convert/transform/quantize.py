@@ -17,7 +17,8 @@ import numpy as np
 from convert.sources.files import Chunk, Source
 from convert.transform.cast import NUMPY_DTYPE
 from convert.transform.packed import LEVELS, decode_scales, dequantize, pack
-from jlayer.encodings.quantization import FLOAT_SHIFT, INT4, SCALE_OFFSET, Scheme
+from jlayer.encodings.int4 import FLOAT_SHIFT, INT4, SCALE_OFFSET
+from jlayer.encodings.grouped import Grouped
 
 # The largest magnitude that int4 reaches, with the largest scale: no trained weight comes near.
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])
@@ -75,7 +76,7 @@ class Quantizer:
     def __exit__(self, *_) -> None:
         self._pool.shutdown()
 
-    def quantize(self, rows: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
+    def quantize(self, rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
         """Weights [n, width], of any float dtype and finite, as their pieces.
 
         Raises OverflowError where one is beyond what the scheme reaches.
@@ -90,7 +91,7 @@ def _pieces(rows) -> Iterator[np.ndarray]:
         yield rows[first : first + step]
 
 
-def quantize(rows: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
+def quantize(rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
     """The same in one thread."""
     n, width = rows.shape
     n_groups = -(-width // scheme.group)
@@ -106,7 +107,7 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> dict[str, np.ndarray]:
     return {"q": pack(codes) if scheme is INT4 else codes, "scale": scales.reshape(n, n_groups)}
 
 
-def relative_error(rows: np.ndarray, scheme: Scheme, pieces: dict[str, np.ndarray]) -> float:
+def relative_error(rows: np.ndarray, scheme: Grouped, pieces: dict[str, np.ndarray]) -> float:
     """The squared error of quantised rows, as a part of their sum of squares."""
     rows = rows.astype(np.float32)
     error = dequantize(scheme, pieces["q"], pieces["scale"], width=rows.shape[1]) - rows

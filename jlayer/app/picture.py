@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
+from jlayer.config import human
 from jlayer.errors import StorageError, UsageError
-from jlayer.plan.plan import human
-from jlayer.stream.schedule import Tier
+from jlayer.plan.tiles import Tier
 
 # From Okabe and Ito, told apart by any eye; the lighter of each marks every other layer.
 COLOURS = {
@@ -79,7 +79,7 @@ def recorded(model, path: str | None, name: str):
     if path is None:
         yield
         return
-    from jlayer.stream.record import Recorder
+    from jlayer.streaming.record import Recorder
 
     recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
     try:
@@ -93,7 +93,7 @@ def recorded(model, path: str | None, name: str):
 
 
 def write(timeline, path: str, *, what: str) -> None:
-    """Draws a `jlayer.stream.record.Timeline` into a PNG file. Raises StorageError."""
+    """Draws a `jlayer.streaming.record.Timeline` into a PNG file. Raises StorageError."""
     picture = io.BytesIO()
     draw(timeline, what=what).savefig(picture, format="png", dpi=150)
     try:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from jlayer.stream.schedule import Run
+from jlayer.streaming.schedule import Run
 
 # Of a sweep: nothing is shown before it lasted so long.
 PATIENCE_S = 1.0

@@ -13,12 +13,13 @@ import os
 import re
 from dataclasses import dataclass
 
+from jlayer.checkpoint.quantization import Quantization, stored_tensors
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
-from jlayer.config import ModelConfig
-from jlayer.encodings.quantization import Quantization, split_piece, stored_tensors
+from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
-from jlayer.families.llama import EMBEDDING, layer_of, published_tensors
-from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES
+from jlayer.families.base import EMBEDDING
+from jlayer.families.registry import layer_of, published_tensors
+from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
 FORMAT = "jlayer"

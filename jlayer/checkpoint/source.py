@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from jlayer.checkpoint.layout import CONFIG, INDEX, SIDE_FILES, is_weight_file
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
-from jlayer.config import ModelConfig, model_config
+from jlayer.config import model_config
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
-from jlayer.families.llama import EMBEDDING, HEAD, is_dropped, published_tensors
-from jlayer.spec import ITEM_BYTES
+from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.registry import is_dropped, published_tensors
+from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import (
     is_there,
     open_regular,

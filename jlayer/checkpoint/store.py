@@ -14,19 +14,20 @@ from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.layout import (
     EMBED_FILE,
     FINAL_FILE,
-    VIEW_ALIGNMENT,
     Manifest,
     is_layered,
     layer_file,
     read_manifest,
 )
+from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.source import Identity, identity_of, open_published
-from jlayer.config import ModelConfig, read_config
-from jlayer.encodings.quantization import SCHEMES, piece_dtypes, stored_tensors
+from jlayer.config import read_config
+from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.families.llama import EMBEDDING, FINAL_NORM, published_tensors
-from jlayer.plan.tiles import Part, Tile
+from jlayer.families.base import EMBEDDING, FINAL_NORM
+from jlayer.families.registry import published_tensors
+from jlayer.spec import ModelConfig
 from jlayer.strict import open_regular, regular_status
 
 
@@ -37,15 +38,6 @@ class Segment:
     file: str
     offset: int
     n_bytes: int
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A part's place once its tile is read: which of the tile's segments, and how far into it."""
-
-    part: Part
-    segment: int
-    offset: int
 
 
 class Store:
@@ -81,8 +73,8 @@ class Store:
         self._where = {name: (file.path, entry) for name, (file, entry) in found.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in found.tensors.values()}
 
-    def dtype_of(self, tensor: str) -> str:
-        """The dtype of a published tensor, or the name of the scheme that it is quantised by."""
+    def form_of(self, tensor: str) -> str:
+        """The name of the encoding that a published tensor is stored in: a dtype, or a scheme."""
         if tensor in self._where:
             return self._where[tensor][1].dtype
         shape = published_tensors(self.cfg)[tensor]
@@ -91,8 +83,8 @@ class Store:
     @property
     def float_dtype(self) -> str:
         """The dtype of what is not quantised: what to compute in unless told otherwise."""
-        table = self.dtype_of(EMBEDDING.published)
-        return self.dtype_of(FINAL_NORM.published) if table in SCHEMES else table
+        table = self.form_of(EMBEDDING.published)
+        return self.form_of(FINAL_NORM.published) if table in SCHEMES else table
 
     def segment_of(self, tensor: str) -> Segment:
         file, entry = self._where[tensor]
@@ -123,42 +115,11 @@ class Store:
         """The tensors of one dimension: norms and biases."""
         return [name for name, (_, entry) in self._where.items() if len(entry.shape) == 1]
 
-    def norm_part(self) -> Part:
-        tensor = FINAL_NORM.published
-        return Part(FINAL_NORM.name, tensor, self.dtype_of(tensor), FINAL_NORM.shape(self.cfg))
-
-    def place(
-        self, tile: Tile, *, apart: bool = False
-    ) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
-        """The segments to read for a tile, and where each part lies in them.
-
-        Neighbours are joined where the later one can then be viewed where it comes to lie; or, if
-        they are to stay `apart`, there is one segment for each part, in the parts' order.
-        """
-        if apart:
-            places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))
-            return tuple(map(self._span, tile.parts)), tuple(places)
-        spans = sorted((self._span(part), part.tensor, part) for part in tile.parts)
-        segments: list[Segment] = []
-        places = []
-        for span, _, part in spans:
-            last = segments[-1] if segments else None
-            if last and _follows(span, last):
-                segments[-1] = Segment(last.file, last.offset, last.n_bytes + span.n_bytes)
-            else:
-                segments.append(span)
-            places.append(Placement(part, len(segments) - 1, span.offset - segments[-1].offset))
-        return tuple(segments), tuple(places)
-
-    def _span(self, part):
-        file, entry = self._where[part.tensor]
+    def rows_segment(self, tensor: str, *, first_row: int, n_bytes: int) -> Segment:
+        """The bytes of consecutive rows of a tensor."""
+        file, entry = self._where[tensor]
         row_bytes = entry.n_bytes // entry.shape[0]
-        return Segment(file, entry.offset + part.first_row * row_bytes, part.n_bytes)
-
-
-def _follows(span, last):
-    joins = last.file == span.file and last.offset + last.n_bytes == span.offset
-    return joins and (span.offset - last.offset) % VIEW_ALIGNMENT == 0
+        return Segment(file, entry.offset + first_row * row_bytes, n_bytes)
 
 
 def _locate(folder, cfg, manifest):

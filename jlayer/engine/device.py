@@ -13,15 +13,18 @@ import subprocess
 import time
 
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.stream.slots import HostMemory
+from jlayer.plan.machine import CONTEXT_BYTES
+from jlayer.streaming.slots import HostMemory
 
 DEFAULT_DEVICE_MEMORY = 4 << 30
-# The driver's context and libraries beside the allocator: 0.62 GiB on an H200 (driver 580), the
-# allowance until measured.
-GPU_CONTEXT_BYTES = 640 << 20
 COMPILED_BYTES = 512 << 20  # of programs kept in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def platform_of(device) -> str:
+    """The kind of device in a plan's words: "cpu" or "gpu"."""
+    return "cpu" if device.platform == "cpu" else "gpu"
 
 
 def gpu_memory() -> tuple[int, int] | None:
@@ -68,11 +71,11 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
 
     before = None if device == "cpu" else gpu_memory()
     tables = pinned_bytes // PINNED_PAGE_TABLES
-    started = jax._src.xla_bridge.backends_are_initialized()
+    started = _is_started()
     if not started and device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif not started and before is not None:
-        device_memory = _cap(before, device_memory, GPU_CONTEXT_BYTES + tables)
+        device_memory = _cap(before, device_memory, CONTEXT_BYTES["gpu"] + tables)
     found = jax.devices("cpu")[0] if device == "cpu" else jax.devices()[0]
     if device == "gpu" and found.platform != "gpu":
         raise UsageError(
@@ -84,8 +87,16 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
         return found, budget, 0
     _keep_compiled(jax)
     limit = _check_cap(found, budget)
-    context = GPU_CONTEXT_BYTES if started else _context_bytes(before, limit)
+    context = CONTEXT_BYTES["gpu"] if started else _context_bytes(before, limit)
     return found, budget, context + tables
+
+
+def _is_started():
+    """Whether JAX has a backend already. There is no public question for it, and `jax.devices`
+    would start one."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
 
 
 def _keep_compiled(jax):
@@ -104,8 +115,8 @@ def _context_bytes(before, limit):
     """What the driver took beside the allocator's pool when JAX started, as far as it tells."""
     after = gpu_memory()
     if before is None or after is None:
-        return GPU_CONTEXT_BYTES
-    return max(GPU_CONTEXT_BYTES, before[1] - after[1] - limit)
+        return CONTEXT_BYTES["gpu"]
+    return max(CONTEXT_BYTES["gpu"], before[1] - after[1] - limit)
 
 
 def _cap(memory, device_memory, context_bytes):

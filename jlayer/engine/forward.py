@@ -1,26 +1,32 @@
-"""One sweep's arithmetic: columns of tokens, in chunks, through every tile; the caches of one batch
-of sequences.
+"""One run's way through the model: columns of tokens, in chunks, through every tile; the caches of
+one batch of sequences.
 
 Each sequence has its own positions. Columns are padded on the left, so that the last column is
-every sequence's last token; a padded column has a position beyond the cache, is never written
-there, and what it computes is not looked at.
+every sequence's last token. A padded column has a position beyond the cache, is never written
+there, and its result is not used.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import jax
 import numpy as np
 
-from jlayer.engine.programs import Programs
-from jlayer.errors import CheckpointError
-from jlayer.plan.plan import OUTGOING, Plan, chunks
-from jlayer.plan.tiles import STAGES, Tile
-from jlayer.stream.embedding import Embedding
-from jlayer.stream.executor import Executor
+from jlayer.engine.outgoing import Outgoing
+from jlayer.engine.programs import Programs, Size
+from jlayer.engine.residents import Residents
+from jlayer.errors import CheckpointError, UsageError
+from jlayer.families.registry import layer_kinds
+from jlayer.plan.plan import Plan
+from jlayer.plan.shapes import chunks
+from jlayer.plan.tiles import Tile
+from jlayer.streaming.embedding import Embedding
+from jlayer.streaming.executor import Executor
 
 
 def columns(ids: list[list[int]], starts: list[int], sizes: tuple[int, ...], capacity: int):
@@ -41,257 +47,262 @@ def columns(ids: list[list[int]], starts: list[int], sizes: tuple[int, ...], cap
 
 @dataclass
 class Chunk:
-    """Some columns on their way: hidden [B, T, D], positions [B, T], and the stage under way: its
-    input `x` and the products so far, by leaf."""
+    """Some columns on their way. `flow` has what passes from function to function (hidden
+    [B, T, D], positions [B, T], a stage's input x); `products` those of the stage under way, by
+    name, as the parts of its row ranges. `last`: how many of its columns the head looks at."""
 
-    hidden: jax.Array
-    positions: jax.Array
-    x: jax.Array | None = None
+    flow: dict[str, jax.Array]
+    last: int
     products: dict[str, list[jax.Array]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        return self.hidden.shape[1]
-
-
-@dataclass(frozen=True)
-class Residents:
-    """The small weights that stay on the device: each layer's norms by leaf, and the final one."""
-
-    layers: list[dict[str, jax.Array]]
-    final: jax.Array
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final)))
+        return self.flow["hidden"].shape[1]
 
 
 class Forward:
-    """The state of a batch of sequences, and the way to push more tokens through the model."""
+    """A run: the state of a batch of sequences, and the way to push more tokens through the model.
+
+    `plan`: the one that it was admitted by. `turn`: enters the engine for a forward pass and gives
+    the executor; `release`: called once when the run is closed or dropped; `noted`: told of every
+    forward pass. Close it to free its cache.
+    """
 
     def __init__(
         self,
-        executor: Executor,
+        plan: Plan,
         programs: Programs,
         embedding: Embedding,
         residents: Residents,
-        plan: Plan,
         *,
-        batch: int,
+        turn: Callable[[], AbstractContextManager[Executor]],
+        release: Callable[[], None],
+        noted: Callable[[Forward], None],
     ):
-        self.batch, self.capacity, self._most = batch, plan.capacity, plan.chunk
-        self._executor, self._programs = executor, programs
-        self._embedding = embedding
-        self._residents = residents
-        self._make_cache = programs.empty_cache(batch=batch, capacity=self.capacity)
-        self._caches = None
-        self._widths = _stage_widths(executor.tiles)
-        self._ready: dict = {}  # (tile, tokens, last) -> its programs; a sweep only looks them up
+        self.plan = plan
+        self.batch, self.capacity, self._most = plan.shapes.batch, plan.capacity, plan.chunk
+        self.moved: dict[str, float] = {}  # what its own forward passes moved, as in Totals
+        self._turn, self._noted = turn, noted
+        self._programs, self._embedding, self._residents = programs, embedding, residents
+        self._kinds = layer_kinds(programs.cfg)
+        self._make_caches = [
+            programs.empty_cache(kind, batch=self.batch, capacity=self.capacity)
+            for kind in self._kinds
+        ]
+        self._caches: list | None = None
+        self._tiles: tuple[Tile, ...] = ()  # those that the next two are of
+        self._widths: dict = {}
+        self._ready: dict = {}  # (tile, tokens, last) -> its calls; a sweep only looks them up
         self._most_activation_bytes = 0
+        self._end = weakref.finalize(self, release)
 
     @property
-    def held_bytes(self) -> int:
-        """The most that this batch held on the device beside weights and temporaries: caches,
-        activations, logits."""
-        caches = sum(leaf.nbytes for leaf in jax.tree.leaves(self._caches))
-        return caches + self._most_activation_bytes + self._residents.n_bytes
+    def cache_bytes(self) -> int:
+        """Bytes of its caches on the device now."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._caches))
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that a forward pass held on the device beside weights, caches and temporaries:
+        activations and logits."""
+        return self._most_activation_bytes
 
     @property
     def reads_directly(self) -> bool:
-        return self._executor.reads_directly
+        with self._entered() as executor:
+            return executor.reads_directly
+
+    def close(self) -> None:
+        """Frees the caches. The run cannot be used afterwards."""
+        self._caches = None
+        self._end()
 
     def fill(self):
-        """Starts the first weights on their way, ahead of the first sweep."""
-        self._executor.fill()
+        """Starts the first weights on their way, ahead of the first forward pass."""
+        with self._entered() as executor:
+            executor.fill()
 
     def stream(self):
         """One sweep of the weights alone: all of them move, none is used."""
-        self._executor.sweep(lambda tile, arrays: arrays)
+        with self._entered() as executor:
+            executor.sweep(lambda tile, arrays: arrays)
 
     def slot(self, number: int) -> np.ndarray:
-        """Host memory of one of the ring's slots, before the first sweep."""
-        return self._executor.slot(number)
+        """Host memory of one of the ring's slots, before the first forward pass."""
+        with self._entered() as executor:
+            return executor.slot(number)
 
     def settle(self):
         """Waits until nothing is being read."""
         self._embedding.settle()
-        self._executor.settle()
+        with self._entered() as executor:
+            executor.settle()
 
-    def compile(self, n_tokens: int, *, every: bool = False):
-        """Compiles all that a sweep of `n_tokens` columns needs, ahead of the sweep."""
-        sizes = chunks(n_tokens, self._most)
-        for size in set(sizes):
-            self._programs.embed(self._embedding.parts, batch=self.batch, tokens=size)
-        for tile in self._executor.tiles:
-            for index, size in enumerate(sizes):
-                self._programs_of(tile, size, last=_last(index, sizes, every))
+    def compile(self, n_tokens: int, *, all_logits: bool = False):
+        """Compiles all that a forward pass of `n_tokens` columns needs, ahead of it."""
+        with self._entered() as executor:
+            self._compile(executor, self._sizes(n_tokens), all_logits)
 
-    def sweep(self, ids: list[list[int]], starts: list[int], *, every: bool = False) -> np.ndarray:
-        """One sweep over `ids[b]` at positions from `starts[b]` on -> float32 logits on the host.
+    def sweep(
+        self, ids: list[list[int]], starts: list[int], *, all_logits: bool = False
+    ) -> np.ndarray:
+        """One forward pass over `ids[b]` at positions from `starts[b]` on -> float32 logits on the
+        host.
 
-        [B, 1, V] of each sequence's last token or, with `every`, [B, longest, V] of all, aligned at
-        the end. Raises CheckpointError, with the first layer where they appear, for numbers that
-        are not finite.
+        [B, 1, V] of each sequence's last token or, with `all_logits`, [B, longest, V] of all,
+        aligned at the end. Raises CheckpointError, with the first layer where they appear, for
+        numbers that are not finite.
         """
         longest = max(map(len, ids))
-        width = self.n_columns(longest) if every else 2
+        width = self.n_columns(longest) if all_logits else 2
         found = np.empty((self.batch, width, self._programs.cfg.vocab_size), np.float32)
 
         def take(output, column, row):
             n_columns, n_rows = output.shape[1:]
             found[:, column : column + n_columns, row : row + n_rows] = output
 
-        self._sweep(ids, starts, every, self._run, take)
-        self._embedding.settle()
-        logits = found[:, -(longest if every else 1) :]
+        self._sweep(ids, starts, all_logits, self.advance, take)
+        logits = found[:, -(longest if all_logits else 1) :]
         if not np.isfinite(logits).all():
             self._find_nonfinite(ids, starts)
         return logits
 
     def score(self, ids: list[list[int]], scores) -> None:
-        """One sweep over `ids[b]` from position 0 on, whose logits of all columns go to `scores`
-        as they come: `scores.add(output [B, columns, rows], first column, first vocabulary row)`.
+        """One forward pass over `ids[b]` from position 0 on, whose logits of all columns go to
+        `scores` as they come: `scores.add(output [B, columns, rows], first column, first vocabulary
+        row)`.
 
         Columns count from the left of the longest row, padding before it included. Raises as
         `sweep` does.
         """
         starts = [0] * len(ids)
-        self._sweep(ids, starts, True, self._run, scores.add)
-        self._embedding.settle()
+        self._sweep(ids, starts, True, self.advance, scores.add)
         if not scores.are_finite:
             self._find_nonfinite(ids, starts)
 
     def n_columns(self, longest: int) -> int:
-        """The columns of a sweep whose longest row has so many tokens, padding included."""
-        return sum(chunks(longest, self._most))
+        """The columns of a forward pass whose longest row has so many tokens, padding included."""
+        return sum(self._sizes(longest))
 
-    def _sweep(self, ids, starts, every, run, take):
-        longest = max(map(len, ids))
-        sizes = chunks(longest, self._most)
-        self.compile(longest, every=every)
-        passing = self.enter(ids, starts)
-        outgoing = _Outgoing(take)
-        self._executor.sweep(
-            lambda tile, arrays: run(tile, arrays, passing, sizes, every, outgoing)
-        )
-        self._note_activations(passing, outgoing)
-        outgoing.finish()
-
-    def enter(self, ids: list[list[int]], starts: list[int]) -> list[Chunk]:
-        """The columns of a sweep as they enter the first layer, on the device, in chunks."""
+    def enter(
+        self, ids: list[list[int]], starts: list[int], *, all_logits: bool = False
+    ) -> list[Chunk]:
+        """The columns of a forward pass as they enter the first layer, on the device, in chunks."""
         if self._caches is None:
-            self._caches = [self._make_cache() for _ in range(self._programs.cfg.num_hidden_layers)]
-        sizes = chunks(max(map(len, ids)), self._most)
+            self._caches = [make() for make in self._make_caches]
+        sizes = self._sizes(max(map(len, ids)))
         tokens, positions = columns(ids, starts, sizes, self.capacity)
         return [
-            Chunk(self._embed(tokens[:, a:b]), self._put(positions[:, a:b]))
-            for a, b in pairwise(np.cumsum((0, *sizes)))
+            Chunk(
+                {"hidden": self._embed(tokens[:, a:b]), "positions": self._put(positions[:, a:b])},
+                last=_last(index, sizes, all_logits),
+            )
+            for index, (a, b) in enumerate(pairwise(np.cumsum((0, *sizes))))
         ]
 
     def advance(self, tile: Tile, arrays, passing: list[Chunk]) -> list:
-        """Every chunk through a layer's tile. Returns what can be waited for."""
+        """Every chunk through a tile. Returns what can be waited for: the last output of each, the
+        logits where the tile is the head's."""
         return [self._advance(tile, arrays, chunk) for chunk in passing]
 
-    def _run(self, tile: Tile, arrays, passing, sizes, every, outgoing):
-        """What the executor calls for each tile: every chunk through it. Returns what can be waited
-        for."""
-        if tile.stage == "head":
-            return self._run_head(tile, arrays, passing, sizes, every, outgoing)
-        return self.advance(tile, arrays, passing)
+    def _entered(self):
+        if not self._end.alive:
+            raise UsageError("this run is closed; start another one")
+        return self._turn()
+
+    def _sizes(self, n_tokens):
+        return chunks(n_tokens, self._most)
+
+    def _compile(self, executor, sizes, all_logits):
+        self._know(executor.tiles)
+        for size in set(sizes):
+            self._programs.embed(self._embedding.parts, batch=self.batch, tokens=size)
+        for tile in executor.tiles:
+            for index, size in enumerate(sizes):
+                self._calls(tile, size, _last(index, sizes, all_logits))
+
+    def _know(self, tiles):
+        """What was looked up holds for these tiles; others may stream since the last time."""
+        if tiles is not self._tiles:
+            self._tiles, self._widths, self._ready = tiles, _product_widths(tiles), {}
+
+    def _sweep(self, ids, starts, all_logits, advance, take):
+        with self._entered() as executor:
+            self._compile(executor, self._sizes(max(map(len, ids))), all_logits)
+            passing = self.enter(ids, starts, all_logits=all_logits)
+            outgoing = Outgoing(take)
+
+            def run(tile, arrays):
+                outputs = advance(tile, arrays, passing)
+                if tile.kind is None:
+                    _send(outgoing, tile, outputs, passing)
+                return outputs
+
+            before = replace(executor.totals)
+            executor.sweep(run)
+            for name, value in executor.totals.since(before).items():
+                self.moved[name] = self.moved.get(name, 0) + value
+            self._note_activations(passing, outgoing)
+            outgoing.finish()
+            self._embedding.settle()
+            self._noted(self)
 
     def _advance(self, tile, arrays, chunk):
-        programs = self._programs_of(tile, chunk.tokens)
-        if tile.stage == "block":
-            norms = self._residents.layers[tile.layer]
-            chunk.hidden, self._caches[tile.layer] = programs["block"](
-                arrays, norms, chunk.hidden, self._caches[tile.layer], chunk.positions
-            )
-            return chunk.hidden
-        if tile.stage == "qkv" and chunk.x is None:
-            norm = self._residents.layers[tile.layer]["input_layernorm"]
-            chunk.x = programs["enter"](chunk.hidden, norm)
-        found = programs["rows"](chunk.x, arrays)
-        for name, product in zip(_product_names(tile), found, strict=True):
-            chunk.products.setdefault(name, []).append(product)
-        if tile.ends_stage:
-            self._end_stage(tile, programs["end"], chunk)
-        return found
+        output = None
+        for call in self._calls(tile, chunk.tokens, chunk.last):
+            given = {name: chunk.flow[name] for name in call.reads if name in chunk.flow}
+            if "weights" in call.reads:
+                given["weights"] = arrays
+            if "whole" in call.reads:
+                own = self._residents.of(tile.layer)
+                given["whole"] = {name: own[name] for name in call.whole}
+            if "products" in call.reads:
+                given["products"], chunk.products = chunk.products, {}
+                chunk.flow.pop("x")  # the stage is over; what follows it is what it gives
+            consumed = {"cache": self._caches[tile.layer]} if call.uses_cache else {}
+            found = call.program(given, consumed)
+            if call.uses_cache:
+                self._caches[tile.layer] = found.pop("cache")
+            for name, part in found.pop("products", {}).items():
+                chunk.products.setdefault(name, []).append(part)
+                output = part
+            output = found.pop("logits", None) if "logits" in found else output
+            chunk.flow |= found
+            output = output if output is not None else chunk.flow["hidden"]
+        return output
 
-    def _end_stage(self, tile, program, chunk):
-        """All products of a stage are there: what becomes of them is the next stage's input."""
-        products, chunk.products = chunk.products, {}
-        if tile.stage == "qkv":
-            cache = self._caches[tile.layer]
-            chunk.x, self._caches[tile.layer] = program(products, cache, chunk.positions)
-        elif tile.stage == "o":
-            norm = self._residents.layers[tile.layer]["post_attention_layernorm"]
-            chunk.hidden, chunk.x = program(chunk.hidden, products["o_proj"], norm)
-        elif tile.stage == "gate_up":
-            chunk.x = program(products["inner"])
-        else:
-            chunk.hidden, chunk.x = program(chunk.hidden, products["down_proj"]), None
-
-    def _run_head(self, tile, arrays, passing, sizes, every, outgoing):
-        column, outputs = 0, []
-        for index, chunk in enumerate(passing):
-            last = _last(index, sizes, every)
-            if last:
-                program = self._programs_of(tile, chunk.tokens, last=last)["head"]
-                outputs.append(program(self._residents.final, arrays, chunk.hidden))
-                outgoing.add(outputs[-1], column, tile.parts[0].first_row)
-                column += last
-        return outputs
-
-    def _programs_of(self, tile, size, last=0):
-        """The compiled programs that a chunk of `size` tokens needs at a tile, by what they are
-        for."""
-        key = (id(tile), size, last)
+    def _calls(self, tile, tokens, last):
+        """What a chunk goes through at a tile. The head alone looks at `last`."""
+        last = last if tile.kind is None else 0
+        key = (id(tile), tokens, last)
         if key not in self._ready:
-            self._ready[key] = self._make_programs(tile, size, last)
+            size = Size(self.batch, tokens, self.capacity)
+            widths = self._widths.get(_stage_key(tile), {})
+            self._ready[key] = self._programs.calls(tile, size, widths=widths, last=last)
         return self._ready[key]
 
-    def _make_programs(self, tile, size, last):
-        make, shape = self._programs, {"batch": self.batch, "tokens": size}
-        if tile.stage == "head":
-            return {"head": make.head(tile, last=last, **shape)} if last else {}
-        if tile.stage == "block":
-            return {"block": make.block(tile, capacity=self.capacity, **shape)}
-        found = {"rows": make.rows(tile, **shape)}
-        if tile.stage == "qkv":
-            found["enter"] = make.enter(**shape)
-        if tile.ends_stage:
-            widths = self._widths[tile.layer, tile.stage]
-            found["end"] = {
-                "qkv": lambda: make.attend(widths, capacity=self.capacity, **shape),
-                "o": lambda: make.project(widths.get("o_proj"), **shape),
-                "gate_up": lambda: make.join(widths.get("inner"), **shape),
-                "down": lambda: make.leave(widths.get("down_proj"), **shape),
-            }[tile.stage]()
-        return found
-
     def _find_nonfinite(self, ids, starts):
-        """Runs the same sweep again, looking at every layer's output: it overwrites what it wrote
-        before."""
+        """Runs the same forward pass again, looking at every layer's output. It overwrites what it
+        wrote before."""
 
-        def run(tile, arrays, passing, *rest):
-            output = self._run(tile, arrays, passing, *rest)
-            ends_layer = tile.stage in ("block", "down") and tile.ends_stage
-            if ends_layer and not all(_is_finite(chunk, self.capacity) for chunk in passing):
+        def advance(tile, arrays, passing):
+            outputs = self.advance(tile, arrays, passing)
+            if tile.ends_layer and not all(_is_finite(chunk, self.capacity) for chunk in passing):
                 raise CheckpointError(
                     f"layer {tile.layer}: its output is not finite; its weights are damaged, or "
                     f"overflow in {self._programs.dtype}: run jlayer verify (jlayer convert, if it "
                     "is a published folder), or change --dtype"
                 )
-            return output
+            return outputs
 
-        self._sweep(ids, starts, False, run, lambda *_: None)
+        self._sweep(ids, starts, False, advance, lambda *_: None)
         raise CheckpointError(
             "logits are not finite, though every layer's output is: the final norm or the head is "
             "damaged; run jlayer verify"
         )
 
     def _embed(self, tokens):
-        """tokens [B, T] -> [B, T, D] on the device, in the run's dtype; padding is some row."""
+        """tokens [B, T] -> [B, T, D] on the device, in the compute dtype; padding is some row."""
         batch, size = tokens.shape
         real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
         ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
@@ -300,72 +311,50 @@ class Forward:
         return program(self._put(rows))
 
     def _put(self, arrays):
-        return jax.device_put(arrays, self._executor.device)
+        return jax.device_put(arrays, self._programs.device)
 
     def _note_activations(self, passing, outgoing):
-        """A chunk's input and output live side by side; a stage in tiles also holds its input and
-        products."""
-        hidden = sum(chunk.hidden.nbytes for chunk in passing)
+        """A chunk's input and output are there side by side; a stage in tiles also holds its input
+        and products."""
+        hidden = sum(chunk.flow["hidden"].nbytes for chunk in passing)
         cfg = self._programs.cfg
         held = 2 * hidden
-        if self._executor.tiles[0].stage != "block":
+        if self._tiles[0].stage is not None:
             held += hidden * (cfg.intermediate_size + cfg.hidden_size) // cfg.hidden_size
         held += outgoing.most_device_bytes
         self._most_activation_bytes = max(self._most_activation_bytes, held)
 
 
-def _last(index, sizes, every):
+def _last(index, sizes, all_logits):
     """Columns of a chunk that the head looks at: all, or two of the last chunk (one row is slow on
     the CPU)."""
-    return sizes[index] if every else 2 if index == len(sizes) - 1 else 0
+    return sizes[index] if all_logits else 2 if index == len(sizes) - 1 else 0
 
 
-def _product_names(tile):
-    """What a tile's products are called, in the order that its program returns them."""
-    if tile.stage == "gate_up":
-        return ("inner",)
-    return tuple(tile.heights)
+def _send(outgoing, tile, outputs, passing):
+    column = 0
+    for output, chunk in zip(outputs, passing, strict=True):
+        if chunk.last:
+            outgoing.add(output, column, tile.parts[0].first_row)
+            column += chunk.last
 
 
-def _stage_widths(tiles):
+def _stage_key(tile):
+    return (tile.layer, tile.stage and tile.stage.name)
+
+
+def _product_widths(tiles):
     """(layer, stage) -> by product, the widths that arrive one after another."""
     found = {}
     for tile in tiles:
-        if tile.stage in dict(STAGES):
-            own = found.setdefault((tile.layer, tile.stage), {})
-            for name in _product_names(tile):
-                leaf = "gate_proj" if name == "inner" else name
-                own[name] = (*own.get(name, ()), tile.heights[leaf])
+        if tile.stage is not None and tile.stage.finish:
+            own = found.setdefault(_stage_key(tile), {})
+            for name, width in tile.products().items():
+                own[name] = (*own.get(name, ()), width)
     return found
 
 
 def _is_finite(chunk, capacity):
     """Whether the hidden states of real columns are; padding may hold anything."""
-    real = np.asarray(chunk.positions) < capacity
-    return bool(np.isfinite(np.asarray(chunk.hidden)[real].astype(np.float32)).all())
-
-
-class _Outgoing:
-    """The head's outputs on their way to the host, where `take(output, column, row)` gets them; a
-    few stay on the device, so that the transfer does not stop the stream."""
-
-    def __init__(self, take):
-        self._take = take
-        self._waiting = deque()
-        self.most_device_bytes = 0
-
-    def add(self, output, column, row):
-        output.copy_to_host_async()
-        self._waiting.append((output, column, row))
-        waiting = sum(output.nbytes for output, _, _ in self._waiting)
-        self.most_device_bytes = max(self.most_device_bytes, waiting)
-        while len(self._waiting) >= OUTGOING:
-            self._fetch()
-
-    def _fetch(self):
-        output, column, row = self._waiting.popleft()
-        self._take(np.asarray(output), column, row)
-
-    def finish(self):
-        while self._waiting:
-            self._fetch()
+    real = np.asarray(chunk.flow["positions"]) < capacity
+    return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())

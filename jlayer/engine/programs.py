@@ -1,26 +1,27 @@
 """What is compiled: one program for each input shape, before the first weight is on the device, and
 counted.
 
-Which shapes there are, `jlayer.plan.plan` says, since the plan's sums come from the same
-lists.
+A tile's work is a list of Calls: compiled functions, with what each reads of a token's way through
+the model and what it gives. The lists come from the family's tables of stages; which input shapes
+there are, `plan.shapes` says.
 """
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from jlayer.config import ModelConfig
-from jlayer.encodings.quantization import BLOCK_BYTES
-from jlayer.families.llama import EMBEDDING, head_leaf, layer_leaves
+import jax
+
+from jlayer.encodings.grouped import BLOCK_BYTES
+from jlayer.families.base import Function, LayerKind
+from jlayer.families.registry import family_of
 from jlayer.interrupts import deferred
-from jlayer.model.cache import LayerCache, cache_struct
-from jlayer.model.ops import head, linear, rms_norm
-from jlayer.model.params import Layer
-from jlayer.model.products import InBlob, Quantized, dequantize, join_pieces
-from jlayer.model.stages import attend, block, join, mlp_in, project
-from jlayer.plan.blob import blob_of
+from jlayer.model.cache import cache_struct, empty_cache
+from jlayer.model.products import Encoded, InBlob, dequantize, weight
+from jlayer.model.stages import block, call, multiply
 from jlayer.plan.tiles import Part, Tile
+from jlayer.spec import Leaf, ModelConfig, Place
 
 _backend_compiles = 0
 
@@ -39,6 +40,34 @@ def backend_compiles() -> int:
     return _backend_compiles
 
 
+@dataclass(frozen=True)
+class Size:
+    """The shape of a chunk of tokens: `batch` sequences of `tokens` columns, whose caches have room
+    for `capacity` positions."""
+
+    batch: int
+    tokens: int
+    capacity: int
+
+    def __str__(self):
+        return f"{self.batch}x{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A compiled function at a tile.
+
+    It is called with a dict of what it `reads` (names of the flow, "weights", "whole", "products")
+    and another of what it consumes (the cache, or nothing), and returns a dict of what it `gives`.
+    """
+
+    program: Callable
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    uses_cache: bool = False
+
+
 class Programs:
     """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
     label."""
@@ -47,37 +76,37 @@ class Programs:
         self.cfg, self.dtype, self.device = cfg, dtype, device
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
-        self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), dtype)
         self._block_bytes = BLOCK_BYTES["cpu" if device.platform == "cpu" else "gpu"]
         self._compiled: dict = {}
 
-    def block(self, tile: Tile, *, batch: int, tokens: int, capacity: int):
-        """(matrices, norms, hidden [B, T, D], cache, positions [B, T]) -> (hidden, cache); consumes
-        the cache."""
+    def calls(
+        self, tile: Tile, size: Size, *, widths: dict[str, tuple[int, ...]], last: int
+    ) -> tuple[Call, ...]:
+        """What a chunk of this size goes through at a tile.
 
-        def function(matrices, norms, hidden, cache, positions):
-            layer = Layer(**self._weights(tile, matrices), **norms)
-            return block(layer, hidden, cache, positions, self.cfg)
+        `widths`: by product, the rows of all of its stage's tiles. `last`: how many of the last
+        columns the head looks at; none: it does nothing.
+        """
+        if tile.stage is None:
+            return (self._layer(tile, size),)
+        if tile.stage.logits:
+            return (self._head(tile, size, last),) if last else ()
+        found = []
+        if tile.begins_stage and tile.stage.input:
+            found.append(self._function(tile, size, tile.stage.input, {}))
+        found.append(self._rows(tile, size))
+        if tile.ends_stage:
+            found.append(self._function(tile, size, tile.stage.finish, widths))
+        return tuple(found)
 
-        norms = {"input_layernorm": self._norm, "post_attention_layernorm": self._norm}
-        args = (
-            struct_of(tile, self.device.platform),
-            norms,
-            self._hidden(batch, tokens),
-            self._cache(batch, capacity),
-            jax.ShapeDtypeStruct((batch, tokens), "int32"),
-        )
-        label = f"block {batch}x{tokens} cache {capacity}"
-        return self._get((label, tile.signature), function, args, donated=3)
-
-    def embed(self, parts: list[Part], *, batch: int, tokens: int):
+    def embed(self, parts: list[Part], *, batch: int, tokens: int) -> Callable:
         """(rows of the embedding [B, T, ...] by leaf) -> hidden [B, T, D]."""
-        leaf, width = EMBEDDING.name, self.cfg.hidden_size
+        width = self.cfg.hidden_size
 
         def function(rows):
             flat = {name: array.reshape(-1, array.shape[-1]) for name, array in rows.items()}
-            weights = join_pieces(flat, block_bytes=self._block_bytes)[leaf]
-            if isinstance(weights, Quantized):
+            (weights,) = self._join(parts, flat).values()
+            if isinstance(weights, Encoded):
                 weights = dequantize(weights, width)
             return weights.astype(self.dtype).reshape(batch, tokens, width)
 
@@ -85,161 +114,169 @@ class Programs:
             part.leaf: jax.ShapeDtypeStruct((batch, tokens, part.shape[1]), part.dtype)
             for part in parts
         }
-        return self._get((f"embed {batch}x{tokens}",), function, (args,))
+        return self._get(f"embed {batch}x{tokens}", (), function, (args,))
 
-    def enter(self, *, batch: int, tokens: int):
-        """(hidden, norm) -> the attention's input [B, T, D]."""
-
-        def function(hidden, norm):
-            return rms_norm(hidden, norm, eps=self.cfg.rms_norm_eps)
-
-        label = f"norm {batch}x{tokens}"
-        return self._get((label,), function, (self._hidden(batch, tokens), self._norm))
-
-    def rows(self, tile: Tile, *, batch: int, tokens: int):
-        """(x [B, T, in], arrays by leaf) -> products [B, T, rows] in the order of the tile's
-        matrices.
-
-        Of gate and up the one product that the MLP goes on with.
-        """
-        names = list(tile.heights)
-
-        def function(x, arrays):
-            arrays = self._weights(tile, arrays)
-            if tile.stage == "gate_up":
-                gate, up = names
-                biases = (arrays.get(f"{gate}_bias"), arrays.get(f"{up}_bias"))
-                return (mlp_in(x, arrays[gate], arrays[up], *biases, cfg=self.cfg),)
-            return tuple(linear(x, arrays[name], arrays.get(f"{name}_bias")) for name in names)
-
-        width = next(leaf for leaf in layer_leaves(self.cfg) if leaf.name == names[0]).shape(
-            self.cfg
-        )[1]
-        args = (self._struct(batch, tokens, width), struct_of(tile, self.device.platform))
-        heights = "+".join(map(str, tile.heights.values()))
-        label = f"{tile.stage} rows {heights} {batch}x{tokens}"
-        return self._get((label, tile.signature), function, args)
-
-    def attend(self, widths: dict[str, tuple[int, ...]], *, batch: int, tokens: int, capacity: int):
-        """(products by leaf, cache, positions) -> (attended [B, T, N*H], cache); consumes the
-        cache."""
-
-        def function(products, cache, positions):
-            q, k, v = (join(products[name]) for name in ("q_proj", "k_proj", "v_proj"))
-            return attend(q, k, v, cache, positions, self.cfg)
-
-        products = {
-            name: [self._struct(batch, tokens, width) for width in own]
-            for name, own in widths.items()
-        }
-        args = (
-            products,
-            self._cache(batch, capacity),
-            jax.ShapeDtypeStruct((batch, tokens), "int32"),
-        )
-        label = f"attend {batch}x{tokens} cache {capacity}"
-        return self._get((label, *widths.items()), function, args, donated=1)
-
-    def project(self, widths: tuple[int, ...], *, batch: int, tokens: int):
-        """(hidden, products, norm) -> (hidden, the MLP's input)."""
-
-        def function(hidden, products, norm):
-            return project(hidden, join(products), norm, self.cfg)
-
-        products = [self._struct(batch, tokens, width) for width in widths]
-        label = f"project {batch}x{tokens}"
-        args = (self._hidden(batch, tokens), products, self._norm)
-        return self._get((label, widths), function, args)
-
-    def join(self, widths: tuple[int, ...], *, batch: int, tokens: int):
-        """(products) -> the MLP's inner activation [B, T, F]."""
-        args = ([self._struct(batch, tokens, width) for width in widths],)
-        return self._get((f"join {batch}x{tokens}", widths), join, args)
-
-    def leave(self, widths: tuple[int, ...], *, batch: int, tokens: int):
-        """(hidden, products of the MLP's way out) -> hidden."""
-
-        def function(hidden, products):
-            return hidden + join(products)
-
-        products = [self._struct(batch, tokens, width) for width in widths]
-        args = (self._hidden(batch, tokens), products)
-        return self._get((f"leave {batch}x{tokens}", widths), function, args)
-
-    def head(self, tile: Tile, *, batch: int, tokens: int, last: int):
-        """(norm, some rows [v, D] by leaf, hidden [B, T, D]) -> float32 logits [B, last, v] of the
-        last columns."""
-        leaf = head_leaf(self.cfg).name
-
-        def function(norm, arrays, hidden):
-            rows = self._weights(tile, arrays)[leaf]
-            return head(norm, rows, hidden[:, tokens - last :], eps=self.cfg.rms_norm_eps)
-
-        args = (self._norm, struct_of(tile, self.device.platform), self._hidden(batch, tokens))
-        label = f"head {batch}x{tokens} last {last} rows {tile.heights[leaf]}"
-        return self._get((label, tile.signature), function, args)
-
-    def empty_cache(self, *, batch: int, capacity: int):
-        """() -> a LayerCache of zeros, freshly allocated on the device."""
-        struct = self._cache(batch, capacity)
+    def empty_cache(self, kind: LayerKind, *, batch: int, capacity: int) -> Callable:
+        """() -> a layer's cache before the first token, freshly allocated on the device."""
 
         def make():
-            return LayerCache(
-                k=jnp.zeros(struct.k.shape, struct.k.dtype),
-                v=jnp.zeros(struct.v.shape, struct.v.dtype),
+            return empty_cache(
+                kind.cache, self.cfg, batch=batch, capacity=capacity, dtype=self.dtype
             )
 
-        return self._get((f"cache {batch}x{capacity}",), make, ())
+        return self._get(f"cache {batch}x{capacity}", (kind.cache,), make, ())
+
+    def _layer(self, tile, size):
+        """A whole layer: (weights, whole, hidden, positions), cache -> (hidden, cache)."""
+        whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
+
+        def function(given, consumed):
+            layer = self._weights(tile, given["weights"]) | given["whole"]
+            hidden, cache = block(tile.kind)(
+                layer, given["hidden"], consumed["cache"], given["positions"], self.cfg
+            )
+            return {"hidden": hidden, "cache": cache}
+
+        given = {"weights": struct_of(tile), "whole": self._whole(tile, whole)}
+        given |= self._flow(tile, size, ("hidden", "positions"))
+        label = f"block {size} cache {size.capacity}"
+        program = self._get(label, tile.signature, function, (given, self._cache(tile, size)))
+        return Call(program, tuple(given), ("hidden", "cache"), whole, uses_cache=True)
+
+    def _rows(self, tile, size):
+        """Some rows of a stage's matrices: (x [B, T, in], weights) -> products [B, T, rows]."""
+
+        def function(given, consumed):
+            weights = self._weights(tile, given["weights"])
+            return {"products": multiply(tile.stage, given["x"], weights, cfg=self.cfg)}
+
+        width = tile.parts[0].width
+        given = {"weights": struct_of(tile), "x": self._struct(size, width)}
+        heights = "+".join(map(str, tile.heights.values()))
+        label = f"{tile.stage.name} rows {heights} {size}"
+        program = self._get(label, tile.signature, function, (given, {}))
+        return Call(program, ("weights", "x"), ("products",))
+
+    def _function(self, tile, size, wanted: Function, widths):
+        """One of a stage's own functions: (products, whole, what it reads) -> what it gives."""
+
+        def function(given, consumed):
+            flow = given | consumed
+            weights, products = given.get("whole", {}), given.get("products")
+            return call(wanted, flow, weights, products, cfg=self.cfg)
+
+        uses_cache = "cache" in wanted.reads
+        given = self._flow(tile, size, [name for name in wanted.reads if name != "cache"])
+        if wanted.whole:
+            given["whole"] = self._whole(tile, wanted.whole)
+        if widths:
+            given["products"] = {
+                name: [self._struct(size, width) for width in own] for name, own in widths.items()
+            }
+        consumed = self._cache(tile, size) if uses_cache else {}
+        label = f"{wanted.name} {size}" + (f" cache {size.capacity}" if uses_cache else "")
+        key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
+        program = self._get(label, key, function, (given, consumed))
+        return Call(program, tuple(given), wanted.gives, wanted.whole, uses_cache)
+
+    def _head(self, tile, size, last):
+        """Some rows of the head: (weights, whole, hidden) -> float32 logits [B, last, v] of the
+        last columns."""
+        wanted = tile.stage.input
+
+        def function(given, consumed):
+            flow = {"hidden": given["hidden"][:, size.tokens - last :]}
+            flow |= call(wanted, flow, given["whole"], cfg=self.cfg)
+            weights = self._weights(tile, given["weights"])
+            (logits,) = multiply(tile.stage, flow["x"], weights, cfg=self.cfg).values()
+            return {"logits": logits}
+
+        given = {"weights": struct_of(tile), "whole": self._whole(tile, wanted.whole)}
+        given |= self._flow(tile, size, ("hidden",))
+        label = f"head {size} last {last} rows {sum(tile.heights.values())}"
+        program = self._get(label, tile.signature, function, (given, {}))
+        return Call(program, tuple(given), ("logits",), wanted.whole)
 
     def _weights(self, tile, put):
         """A tile's weights by leaf, inside a program, out of what was put of it."""
-        parts = _parts_in(put, tile, self.device.platform)
-        return join_pieces(parts, block_bytes=self._block_bytes)
+        return self._join(tile.parts, _parts_in(put, tile))
 
-    def _get(self, key, function, args, donated=()):
-        """The compiled program under `key`, whose first word is the label it is counted by."""
-        if key not in self._compiled:
+    def _join(self, parts, arrays):
+        pieces, forms = {}, {}
+        for part in parts:
+            pieces.setdefault(part.matrix, {})[part.piece] = arrays[part.leaf]
+            forms[part.matrix] = part.form
+        return {
+            name: weight(own, encoding=forms[name], block_bytes=self._block_bytes)
+            for name, own in pieces.items()
+        }
+
+    def _get(self, label, key, function, args):
+        """The compiled program of this label and key; the label alone is what it is counted by.
+
+        Of two arguments the second is consumed.
+        """
+        if (label, key) not in self._compiled:
             with deferred():
-                self._compile(key, function, args, donated)
-        return self._compiled[key]
+                self._compiled[label, key] = self._compile(label, function, args)
+        return self._compiled[label, key]
 
-    def _compile(self, key, function, args, donated):
+    def _compile(self, label, function, args):
         before = backend_compiles()
         sharding = jax.sharding.SingleDeviceSharding(self.device)
         placed = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
         )
-        jitted = jax.jit(function, donate_argnums=donated, out_shardings=sharding)
+        consumed = (1,) if len(args) == 2 else ()
+        jitted = jax.jit(function, donate_argnums=consumed, out_shardings=sharding)
         program = jitted.lower(*placed).compile()
-        self._compiled[key] = program
         temporary = program.memory_analysis().temp_size_in_bytes
         self.temporary_bytes = max(self.temporary_bytes, temporary)
-        self.compiles[key[0]] = self.compiles.get(key[0], 0) + backend_compiles() - before
+        self.compiles[label] = self.compiles.get(label, 0) + backend_compiles() - before
+        return program
 
-    def _struct(self, batch, tokens, width):
-        return jax.ShapeDtypeStruct((batch, tokens, width), self.dtype)
+    def _flow(self, tile, size, names):
+        """The shapes of what flows through a stage, by name."""
+        sizes = {
+            "hidden": lambda: self._struct(size, self.cfg.hidden_size),
+            "positions": lambda: jax.ShapeDtypeStruct((size.batch, size.tokens), "int32"),
+        }
+        return {name: sizes[name]() for name in names}
 
-    def _hidden(self, batch, tokens):
-        return self._struct(batch, tokens, self.cfg.hidden_size)
+    def _whole(self, tile, names):
+        leaves = {leaf.name: leaf for leaf in self._device_leaves(tile)}
+        return {
+            name: jax.ShapeDtypeStruct(leaves[name].shape(self.cfg), self.dtype) for name in names
+        }
 
-    def _cache(self, batch, capacity):
-        return cache_struct(self.cfg, batch=batch, capacity=capacity, dtype=self.dtype)
+    def _device_leaves(self, tile) -> tuple[Leaf, ...]:
+        if tile.kind is None:
+            return (family_of(self.cfg).final_norm,)
+        return tile.kind.kept_in(Place.DEVICE)
+
+    def _cache(self, tile, size):
+        spec = tile.kind.cache
+        struct = cache_struct(
+            spec, self.cfg, batch=size.batch, capacity=size.capacity, dtype=self.dtype
+        )
+        return {"cache": struct}
+
+    def _struct(self, size, width):
+        return jax.ShapeDtypeStruct((size.batch, size.tokens, width), self.dtype)
 
 
-def struct_of(tile: Tile, platform: str):
-    """What is put of a tile on a device, without the numbers: arrays by leaf, or a blob."""
-    blob = blob_of(tile, platform)
-    if blob:
-        return jax.ShapeDtypeStruct((blob.n_bytes,), "uint8")
+def struct_of(tile: Tile):
+    """What is put of a tile on a device, without the numbers: arrays by leaf, or one of bytes."""
+    if tile.joined:
+        return jax.ShapeDtypeStruct((tile.joined.n_bytes,), "uint8")
     return {part.leaf: jax.ShapeDtypeStruct(part.shape, part.dtype) for part in tile.parts}
 
 
-def _parts_in(put, tile: Tile, platform: str) -> dict:
+def _parts_in(put, tile: Tile) -> dict:
     """The inverse, inside a program: a tile's parts by leaf, out of what was put of it."""
-    blob = blob_of(tile, platform)
-    if not blob:
+    if not tile.joined:
         return put
     return {
         part.leaf: InBlob(put, offset, part.shape, part.dtype)
-        for part, offset in zip(tile.parts, blob.offsets, strict=True)
+        for part, offset in zip(tile.parts, tile.joined.offsets, strict=True)
     }

@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from jlayer.streaming.executor import ADDED
+
 
 @dataclass
 class Stats:
@@ -19,10 +21,7 @@ class Stats:
     new_tokens: int = 0
     decode_sweeps: int = 0
     sweep_bytes: int = 0
-    read_bytes: int = 0
-    put_bytes: int = 0
-    bounced_bytes: int = 0
-    stall_s: float = 0.0
+    moved: dict[str, float] = field(default_factory=dict)  # see `streaming.executor.ADDED`
     compiles: dict[str, int] = field(default_factory=dict)
     reads: str = "direct"
 
@@ -47,10 +46,7 @@ class Stats:
             "tokens_per_sweep": round(self.tokens_per_sweep, 4),
             "tokens_per_s": round(self.tokens_per_s, 4),
             "sweep_bytes": self.sweep_bytes,
-            "read_bytes": self.read_bytes,
-            "put_bytes": self.put_bytes,
-            "bounced_bytes": self.bounced_bytes,
-            "stall_s": round(self.stall_s, 4),
+            **{name: round(self.moved.get(name, 0), 4) for name in ADDED},
             "compiles": dict(self.compiles),
             "reads": self.reads,
         }

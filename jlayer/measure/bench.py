@@ -11,9 +11,10 @@ import time
 
 import jax
 
-from jlayer.engine.model import Model
+from jlayer.api import Model
+from jlayer.plan.shapes import RunShape
 from jlayer.engine.programs import struct_of
-from jlayer.families.llama import layer_of, published_tensors
+from jlayer.families.registry import layer_of, published_tensors
 from jlayer.measure.machine import (
     RawDisk,
     arithmetic_speeds,
@@ -22,7 +23,7 @@ from jlayer.measure.machine import (
     memory_speeds,
     summary,
 )
-from jlayer.stream.schedule import Tier
+from jlayer.plan.tiles import Tier
 
 SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short prompt, a long one
 STREAM = 0  # the "size" of a sweep in which everything moves and nothing is multiplied
@@ -43,28 +44,30 @@ class Bench:
     """
 
     def __init__(self, model: Model):
-        self.model = model
-        self.sizes = tuple(n for n in SIZES if n <= model.context_limit)
+        self.engine = engine = model.engine
+        self.sizes = tuple(n for n in SIZES if n <= engine.context_limit)
         longest = self.sizes[-1]
-        context = max(longest, model.run.context or 0)
-        self.forward = model.forward(batch=1, longest=longest, context=context)
-        self.disk_bytes = model.plan.tier_bytes(Tier.DISK)
-        self.has_link = model.device.platform != "cpu"  # a CPU multiplies weights where they are
-        self.layer_weights, self.sweep_weights = _count_weights(model.config)
+        context = max(longest, engine.run.context or 0)
+        self.forward = engine.start(RunShape(1, longest, context, sweeps=MOST_ROUNDS * IN_A_ROW))
+        self.plan = self.forward.plan
+        self.sweep_bytes = self.plan.tiling.n_bytes
+        self.disk_bytes = self.plan.tier_bytes(Tier.DISK)
+        self.has_link = self.plan.machine.platform == "gpu"  # a CPU multiplies where weights are
+        self.layer_weights, self.sweep_weights = _count_weights(engine.cfg)
         self.speeds: dict[str, list[float]] = {}
 
     def measure_machine(self):
         """Raw link, memory and arithmetic, while nothing is on the device or under way."""
         self.forward.settle()
-        device = self.model.device
+        device = self.engine.device
         if self.has_link:
             self.speeds["link"] = link_speeds(device)
-        self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.model.sweep_bytes))
-        self.speeds["arithmetic"] = arithmetic_speeds(device, self.model.dtype)
+        self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.sweep_bytes))
+        self.speeds["arithmetic"] = arithmetic_speeds(device, self.engine.dtype)
 
     def measure_blocks(self) -> list[dict]:
         """The arithmetic of one layer by itself, its weights on the device, for each size."""
-        tiles = [tile for tile in self.model.plan.tiles if tile.layer == 0]
+        tiles = [tile for tile in self.plan.tiles if tile.layer == 0]
         n_bytes = sum(tile.n_bytes for tile in tiles)
         for n_tokens in self.sizes:  # before any weight takes the compiler's room
             self.forward.compile(n_tokens)
@@ -79,7 +82,7 @@ class Bench:
     def _stand_ins(self, tiles):
         """Arrays for each tile, of what is in the slots now: on the device its own as far as there
         is room (so that they come from memory, as weights do), else one for each kind of tile."""
-        plan, last, found = self.model.plan, {}, []
+        plan, last, found = self.plan, {}, []
         room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
         room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
         for number, tile in enumerate(tiles):
@@ -98,19 +101,19 @@ class Bench:
             nonlocal at
             n_bytes = math.prod(struct.shape) * struct.dtype.itemsize
             raw, at = slot[at : at + n_bytes], at + n_bytes
-            return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.model.device)
+            return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.engine.device)
 
-        struct = struct_of(tile, self.model.device.platform)
+        struct = struct_of(tile)
         return jax.block_until_ready(jax.tree.map(take, struct))
 
     def _run_layer(self, tiles, arrays, n_tokens):
         """Seconds of one layer, from its input to its output."""
         passing = self.forward.enter([self._ids(n_tokens)], [0])
-        jax.block_until_ready([chunk.hidden for chunk in passing])
+        jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
         began = time.perf_counter()
         for tile, own in zip(tiles, arrays, strict=True):
             self.forward.advance(tile, own, passing)
-        jax.block_until_ready([chunk.hidden for chunk in passing])
+        jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
         return time.perf_counter() - began
 
     def first_sweep(self) -> float:
@@ -122,7 +125,7 @@ class Bench:
         ("tokens" is 0), each held against the disk as it was just before and after it."""
         sizes = (STREAM, *self.sizes) if self.disk_bytes or self.has_link else self.sizes
         seconds, limits = {n: [] for n in sizes}, {n: [] for n in sizes}
-        disk = RawDisk(self.model.files_of(Tier.DISK)) if self.disk_bytes else None
+        disk = RawDisk(self.engine.files_of(Tier.DISK)) if self.disk_bytes else None
         began, rounds = time.perf_counter(), 0
         before = self._read_raw(disk)
         while not _enough(rounds, time.perf_counter() - began):
@@ -134,11 +137,10 @@ class Bench:
             rounds += 1
         if disk:
             disk.close()
-        self.model.note_peaks(self.forward)
-        return [
+                return [
             {
                 "weights": self.sweep_weights,
-                **_row(n, self.model.sweep_bytes, seconds[n], limits[n]),
+                **_row(n, self.sweep_bytes, seconds[n], limits[n]),
             }
             for n in sizes
         ]
@@ -161,7 +163,7 @@ class Bench:
         if disk is None:
             return None
         self.forward.settle()
-        about = min(0.8, max(0.05, self.disk_bytes / self.model.plan.machine.disk_speed))
+        about = min(0.8, max(0.05, self.disk_bytes / self.plan.machine.disk_speed))
         speed = disk.steady_speed(about)
         self.speeds.setdefault("disk", []).append(speed)
         return speed
@@ -174,7 +176,7 @@ class Bench:
             self.forward.sweep([self._ids(n_tokens)], [0])
 
     def _ids(self, n_tokens):
-        return [(7 * i) % self.model.config.vocab_size for i in range(n_tokens)]
+        return [(7 * i) % self.engine.cfg.vocab_size for i in range(n_tokens)]
 
     def _limits(self, n_tokens, disk_speeds):
         """What a sweep takes at least, in seconds, by what would take so long."""
@@ -182,9 +184,9 @@ class Bench:
         if self.disk_bytes:
             found["disk"] = self.disk_bytes * len(disk_speeds) / sum(disk_speeds)
         if self.has_link:
-            found["link"] = self.model.plan.put_bytes / median(self.speeds["link"])
+            found["link"] = self.plan.put_bytes / median(self.speeds["link"])
         if n_tokens != STREAM:
-            found |= self._arithmetic(self.model.sweep_bytes, self.sweep_weights, n_tokens)
+            found |= self._arithmetic(self.sweep_bytes, self.sweep_weights, n_tokens)
         return found
 
     def _arithmetic(self, n_bytes, n_weights, n_tokens):

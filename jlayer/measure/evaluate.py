@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlayer.engine.model import Model
+from jlayer.api import Model
 from jlayer.errors import UsageError
+from jlayer.plan.shapes import RunShape
 
 MOST_WINDOWS = 64  # a sweep; more only cost activations
 _PIECE = 1 << 20  # logits that are looked at together on the host
@@ -215,7 +216,7 @@ def _evaluate(model, ids, length, stride, told, options):
     length, stride = _sizes(model, ids, length, stride)
     cut = windows(len(ids), length=length, stride=stride)
     batch = _windows_a_sweep(model, len(cut), length)
-    forward = model.forward(batch=batch, longest=length, context=length, every=True)
+    forward = model.engine.start(_shape(batch, length, sweeps=-(-len(cut) // batch)))
     found, numbers = [], iter(range(sum(window.n_predicted for window in cut)))
     for begin in range(0, len(cut), batch):
         some = cut[begin : begin + batch]
@@ -225,9 +226,9 @@ def _evaluate(model, ids, length, stride, told, options):
         sent = [ids[w.begin : w.end] for w in some] + [ids[:1]] * (batch - len(some))
         sent[0] = sent[0] + [0] * (length - len(sent[0]))  # one row as long as all others' columns
         forward.score(sent, scores)
-        model.note_peaks(forward)
         found.append(scores)
         told(min(begin + batch, len(cut)), len(cut))
+    forward.close()
     nll = np.concatenate([scores.nll for scores in found])
     mean = float(nll.mean())
     evaluation = Evaluation(
@@ -266,8 +267,12 @@ def _sizes(model, ids, length, stride):
         raise UsageError(f"window: found {length}, expected from 2 to the context of {limit}")
     if not 1 <= stride <= length:
         raise UsageError(f"stride: found {stride}, expected from 1 to the window's {length}")
-    model.check_ids(ids)
+    model.engine.check_ids(ids)
     return min(length, len(ids)), min(stride, len(ids))
+
+
+def _shape(batch, length, *, sweeps):
+    return RunShape(batch, length, length, all_logits=True, sweeps=sweeps)
 
 
 def _windows_a_sweep(model, n_windows, length):
@@ -275,8 +280,7 @@ def _windows_a_sweep(model, n_windows, length):
     batch = 1
     while batch < min(n_windows, MOST_WINDOWS):
         more = min(2 * batch, n_windows, MOST_WINDOWS)
-        shape = {"batch": more, "longest": length, "context": length}
-        if not model.plan_for(**shape, every=True).fits:
+        if not model.engine.plan_for(_shape(more, length, sweeps=n_windows // more)).fits:
             break
         batch = more
     return batch

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlayer.checkpoint.layout import ALIGNMENT
 from jlayer.engine.device import gpu_name
 from jlayer.errors import DoesNotFitError
 from jlayer.model.ops import product
+from jlayer.spec import ALIGNMENT
 
 REQUEST_BYTES = 16 << 20
 IN_FLIGHT = 2  # one request alone leaves the disk idle between two of them

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jlayer.config import ModelConfig
+from jlayer.families.base import CacheSpec
+from jlayer.spec import ModelConfig
 
 
 @struct.dataclass
@@ -22,11 +23,20 @@ class LayerCache:
     v: jax.Array  # [B, S, K, H]
 
 
-def cache_struct(cfg: ModelConfig, *, batch: int, capacity: int, dtype: str) -> LayerCache:
-    """The cache's shapes alone, to compile from; `capacity` is S."""
-    shape = (batch, capacity, cfg.num_key_value_heads, cfg.head_dim)
-    entry = jax.ShapeDtypeStruct(shape, dtype)
-    return LayerCache(k=entry, v=entry)
+def cache_struct(
+    spec: CacheSpec, cfg: ModelConfig, *, batch: int, capacity: int, dtype: str
+) -> LayerCache:
+    """The shapes of a layer's cache, to compile from; `capacity` is S."""
+    shapes = spec.entry_shapes(cfg, batch=batch, capacity=capacity)
+    return LayerCache(**{name: jax.ShapeDtypeStruct(own, dtype) for name, own in shapes.items()})
+
+
+def empty_cache(
+    spec: CacheSpec, cfg: ModelConfig, *, batch: int, capacity: int, dtype: str
+) -> LayerCache:
+    """A layer's cache before the first token."""
+    struct = cache_struct(spec, cfg, batch=batch, capacity=capacity, dtype=dtype)
+    return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), struct)
 
 
 def append(cache: LayerCache, k, v, positions) -> LayerCache:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlayer.config import ModelConfig, Rope
 from jlayer.model.products import product
+from jlayer.spec import ModelConfig, Rope
 
 ACTIVATION = {"silu": jax.nn.silu}
 
@@ -86,8 +86,3 @@ def rotate(x, positions, cfg: ModelConfig):
 def gated(gate, up, *, activation: str):
     """The MLP's inner activation, act(gate) * up, each [..., F]."""
     return ACTIVATION[activation](gate) * up
-
-
-def head(norm, rows, hidden, *, eps: float):
-    """Logits of some vocabulary rows: hidden [B, T, D], rows [v, D] -> float32 [B, T, v]."""
-    return product(rms_norm(hidden, norm, eps=eps), rows)

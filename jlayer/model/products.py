@@ -1,8 +1,8 @@
-"""Quantised weights: the leaf type, and the one product that takes plain and quantised weights.
+"""The product of activations with a weight of any encoding.
 
-A quantised matrix is written out in the activations' dtype for the product, a block of its rows at
-a time: what is written out stays in the processor's cache (three to six times faster than the
-whole, on a CPU) and never exceeds a bound that the plan knows (`quantization.block_rows`).
+A matrix that is not plain is decoded to the activations' dtype for the product, a block of its rows
+at a time. The block stays in the processor's cache (three to six times faster than the whole, on a
+CPU) and never exceeds a bound that the plan counts (`encodings.grouped.block_rows`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jlayer.encodings.quantization import (
-    CUBE,
-    FLOAT_SHIFT,
-    SCALE_OFFSET,
-    ZERO,
-    block_rows,
-    scheme_of_q,
-    split_piece,
-)
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.grouped import block_rows
+from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
+from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import ENCODINGS
 
 
 @struct.dataclass
@@ -49,28 +45,27 @@ class InBlob:
 
 
 @struct.dataclass
-class Quantized:
-    """Some rows of a quantised matrix, as `jlayer.encodings.quantization` describes them.
+class Encoded:
+    """Some rows of a matrix whose encoding is not plain: its pieces, and how to read them.
 
-    `block_bytes`: the most that is written out at a time.
+    `encoding`: its name in `encodings.registry`. `block_bytes`: the most that is decoded at a time.
     """
 
-    q: jax.Array | InBlob  # [out, in] int8, or [out, (in + 1) // 2] uint8
-    scale: jax.Array | InBlob  # [out, groups]
+    pieces: dict[str, jax.Array | InBlob]
+    encoding: str = struct.field(pytree_node=False)
     block_bytes: int = struct.field(pytree_node=False)
 
+    @property
+    def n_rows(self) -> int:
+        return next(iter(self.pieces.values())).shape[0]
 
-def join_pieces(arrays: dict, *, block_bytes: int) -> dict:
-    """Arrays by leaf, with the pieces of each quantised leaf (`q_proj.q`, `q_proj.scale`) joined to
-    one under its own name. What lies in a blob stays there if it is a piece."""
-    found, pieces = {}, {}
-    for name, array in arrays.items():
-        leaf, piece = split_piece(name)
-        if piece is None:
-            found[leaf] = _rows(array, 0, array.shape[0])
-        else:
-            pieces.setdefault(leaf, {})[piece] = array
-    return found | {leaf: Quantized(**own, block_bytes=block_bytes) for leaf, own in pieces.items()}
+
+def weight(pieces: dict, *, encoding: str, block_bytes: int):
+    """A matrix, vector, or some rows of a matrix, out of its pieces: an array if it is plain, else
+    Encoded. A plain array that lies in a blob is taken out; others stay in it."""
+    if ENCODINGS[encoding].is_plain:
+        return _rows(pieces[WHOLE], 0, pieces[WHOLE].shape[0])
+    return Encoded(pieces, encoding=encoding, block_bytes=block_bytes)
 
 
 # Columns up to which the CPU is asked for weight @ x.T instead of x @ weight.T.
@@ -83,8 +78,8 @@ def product(x, weight):
     float32 inputs ask for full precision, since accelerators otherwise round them to tf32; on the
     CPU the float32 result spares bfloat16 an upcast of the whole matrix.
     """
-    if isinstance(weight, Quantized):
-        return _quantized_product(x, weight)
+    if isinstance(weight, Encoded):
+        return PRODUCTS[ENCODINGS[weight.encoding].product](x, weight)
     return _plain_product(x, weight.astype(x.dtype))
 
 
@@ -127,26 +122,25 @@ def _dot(left, right, left_axis, right_axis):
 FEW_IN_FLOAT32 = 8
 
 
-def _quantized_product(x, weight):
+def _grouped_product(x, weight):
     return jax.lax.platform_dependent(
-        x, weight, cpu=_quantized_on_cpu, default=partial(_by_blocks, block_product=_joined_product)
+        x, weight, cpu=_grouped_on_cpu, default=partial(_by_blocks, block_product=_joined_product)
     )
 
 
-def _quantized_on_cpu(x, weight):
+def _grouped_on_cpu(x, weight):
     if math.prod(x.shape[:-1]) <= FEW_IN_FLOAT32:
         x = x.astype(jnp.float32)
-    return _by_blocks(x, weight, block_product=_halves_product)
+    return _by_blocks(x, weight, block_product=_parts_product)
 
 
 def _by_blocks(x, weight, *, block_product):
     """Blocks of rows one after another; the last may overlap the one before it."""
-    n_rows, width = weight.q.shape[0], x.shape[-1]
+    n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
 
     def rows_from(first):
-        pieces = (_rows(piece, first, height) for piece in (weight.q, weight.scale))
-        return block_product(x, *pieces)
+        return block_product(x, _parts(weight, first, height, width))
 
     if height == n_rows:
         return rows_from(0)
@@ -159,28 +153,30 @@ def _by_blocks(x, weight, *, block_product):
     return found
 
 
-def _joined_product(x, q, scale):
+def _joined_product(x, parts):
     """A GPU writes both halves of int4 at once, side by side: fewer programs to start."""
-    halves = [half.astype(x.dtype) for half in _halves(q, scale, x.shape[-1])]
-    return _plain_product(x, jnp.concatenate(halves, axis=1))
+    return _plain_product(x, jnp.concatenate([part.astype(x.dtype) for part in parts], axis=1))
 
 
-def _halves_product(x, q, scale):
+def _parts_product(x, parts):
     """A CPU multiplies halves of int4 by their own inputs: to join them first would move them."""
-    halves = _halves(q, scale, x.shape[-1])
     found, at = None, 0
-    for half in halves:
+    for half in parts:
         part = _plain_product(x[..., at : at + half.shape[1]], half.astype(x.dtype))
         found = part if found is None else found + part
         at += half.shape[1]
     return found
 
 
-def dequantize(weight: Quantized, width: int):
+def dequantize(weight: Encoded, width: int):
     """The weights float32 [out, in] that it stands for."""
-    n_rows = weight.q.shape[0]
-    pieces = (_rows(piece, 0, n_rows) for piece in (weight.q, weight.scale))
-    return jnp.concatenate(_halves(*pieces, width), axis=1)
+    return jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
+
+
+def _parts(weight, first, count, width):
+    """Some rows decoded to float32, in consecutive ranges of inputs."""
+    pieces = {name: _rows(piece, first, count) for name, piece in weight.pieces.items()}
+    return DECODE[weight.encoding](**pieces, width=width)
 
 
 def _rows(matrix, first, count):
@@ -192,14 +188,13 @@ def _rows(matrix, first, count):
     return jax.lax.dynamic_slice_in_dim(matrix, first, count)
 
 
-def _halves(q, scale, width):
-    """The weights in float32, in consecutive ranges of inputs: one of int8, two of int4."""
-    scheme = scheme_of_q(q.dtype.name)
-    if scheme.bits == 8:
-        factors = _spread(scale.astype(jnp.float32), scheme.group, width)
-        return [q.astype(jnp.float32) * factors]
-    factors = _spread(_decode_scales(scale), scheme.group, width)
-    half = q.shape[1]
+def _decode_int8(*, q, scale, width):
+    return [q.astype(jnp.float32) * _spread(scale.astype(jnp.float32), INT8.group, width)]
+
+
+def _decode_int4(*, q, scale, width):
+    """Two ranges, one for each half byte, since a row's first half lies in the low ones."""
+    factors, half = _spread(_decode_scales(scale), INT4.group, width), q.shape[1]
     found = [_levels(q & 15) * factors[:, :half]]
     if width > half:  # else the one input is a half by itself
         found.append(_levels(q[:, : width - half] >> 4) * factors[:, half:])
@@ -222,3 +217,8 @@ def _decode_scales(codes):
     bits = codes.astype(jnp.uint32)
     magnitude = ((bits & 127) << FLOAT_SHIFT) + np.uint32(SCALE_OFFSET)
     return jax.lax.bitcast_convert_type(magnitude | (bits >> 7) << 31, jnp.float32)
+
+
+# What encodings name: how to multiply, and how to decode some rows.
+PRODUCTS = {"grouped": _grouped_product}
+DECODE = {INT8.name: _decode_int8, INT4.name: _decode_int4}

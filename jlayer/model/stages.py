@@ -1,38 +1,92 @@
-"""The stages of a decoder layer, and the one block made of them: the only arithmetic that a layer's
-weights meet.
+"""A decoder layer as a fold of its stages: the only arithmetic that a layer's weights meet.
 
-Between the stages stand plain products of a matrix with one input, so that a layer can come whole,
-or as ranges of rows whose products are joined: the arithmetic is the same.
+`block(kind)` runs a kind's stages one after another over whole matrices. The executor runs the same
+functions over ranges of rows whose products are joined: the arithmetic is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
 import jax.numpy as jnp
 
-from jlayer.config import ModelConfig
+from jlayer.families.base import Function, LayerKind, Stage, bias_name
 from jlayer.model.attention import attention
-from jlayer.model.cache import LayerCache, append
+from jlayer.model.cache import append
 from jlayer.model.ops import gated, linear, rms_norm, rotate
-from jlayer.model.params import Layer
+from jlayer.model.products import product
+from jlayer.spec import ModelConfig
 
 
-def block(layer: Layer, hidden, cache: LayerCache, positions, cfg: ModelConfig):
-    """One decoder layer: hidden [B, T, D], positions [B, T] int32 -> (hidden [B, T, D], cache with
-    these T tokens)."""
-    x = rms_norm(hidden, layer.input_layernorm, eps=cfg.rms_norm_eps)
-    q = linear(x, layer.q_proj, layer.q_proj_bias)
-    k = linear(x, layer.k_proj, layer.k_proj_bias)
-    v = linear(x, layer.v_proj, layer.v_proj_bias)
-    attended, cache = attend(q, k, v, cache, positions, cfg)
-    projected = linear(attended, layer.o_proj, layer.o_proj_bias)
-    hidden, x = project(hidden, projected, layer.post_attention_layernorm, cfg)
-    inner = mlp_in(
-        x, layer.gate_proj, layer.up_proj, layer.gate_proj_bias, layer.up_proj_bias, cfg=cfg
-    )
-    return hidden + linear(inner, layer.down_proj, layer.down_proj_bias), cache
+@lru_cache(maxsize=64)
+def block(kind: LayerKind) -> Callable:
+    """The pure function of one decoder layer of this kind.
+
+    (layer, hidden [B, T, D], cache, positions [B, T] int32, cfg) -> (hidden [B, T, D], cache with
+    these T tokens). `layer` has the weights by leaf, each in its published layout: a projection is
+    [out, in]. Compiled once, it serves every layer of the kind.
+    """
+
+    def layer_of_this_kind(layer, hidden, cache, positions, cfg: ModelConfig):
+        flow = {"hidden": hidden, "cache": cache, "positions": positions}
+        for stage in kind.stages:
+            if stage.input:
+                flow |= call(stage.input, flow, layer, cfg=cfg)
+            products = multiply(stage, flow.pop("x"), layer, cfg=cfg)
+            flow |= call(stage.finish, flow, layer, products, cfg=cfg)
+        return flow["hidden"], flow["cache"]
+
+    return layer_of_this_kind
 
 
-def attend(q, k, v, cache: LayerCache, positions, cfg: ModelConfig):
+def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
+    """x [B, T, in] by some rows of a stage's matrices -> the products [B, T, rows], by name.
+
+    `weights` has the same rows of each matrix, and of its bias, by leaf. Groups of which there are
+    no rows are left out.
+    """
+    found = {}
+    for group in stage.groups:
+        if group.leaves[0] not in weights:
+            continue
+        parts = [_linear(stage, x, weights, leaf) for leaf in group.leaves]
+        found[group.product] = (
+            COMBINE[group.combine](*parts, cfg=cfg) if group.combine else parts[0]
+        )
+    return found
+
+
+def call(
+    function: Function, flow: Mapping, weights: Mapping, products: Mapping | None = None, *, cfg
+) -> dict:
+    """What a stage's function gives, by name. A product may come as the parts of its row ranges."""
+    joined = {name: join(parts) for name, parts in (products or {}).items()}
+    whole = [weights[leaf] for leaf in function.whole]
+    reads = [flow[name] for name in function.reads]
+    found = FUNCTIONS[function.name](joined, *whole, *reads, cfg=cfg)
+    return dict(zip(function.gives, found, strict=True))
+
+
+def join(parts):
+    """Products of row ranges, each [B, T, rows], side by side."""
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _linear(stage, x, weights, leaf):
+    if stage.logits:
+        return product(x, weights[leaf])
+    return linear(x, weights[leaf], weights.get(bias_name(leaf)))
+
+
+def _normed(products, norm, hidden, *, cfg):
+    """hidden [B, T, D] -> a stage's input [B, T, D]."""
+    return (rms_norm(hidden, norm, eps=cfg.rms_norm_eps),)
+
+
+def _attend(products, cache, positions, *, cfg):
     """q [B, T, N*H], k and v [B, T, K*H] as projected -> ([B, T, N*H], the cache with k and v).
 
     q and k are rotated to their positions; k and v are written before they are attended to.
@@ -41,23 +95,44 @@ def attend(q, k, v, cache: LayerCache, positions, cfg: ModelConfig):
     def heads(projected):
         return projected.reshape(*projected.shape[:2], -1, cfg.head_dim)
 
-    q, k = rotate(heads(q), positions, cfg), rotate(heads(k), positions, cfg)
-    cache = append(cache, k, heads(v), positions)
+    q, k = (rotate(heads(products[name]), positions, cfg) for name in ("q_proj", "k_proj"))
+    cache = append(cache, k, heads(products["v_proj"]), positions)
     return attention(q, cache, positions), cache
 
 
-def project(hidden, projected, norm, cfg: ModelConfig):
-    """Attention's output [B, T, D] added to hidden [B, T, D] -> (hidden, the MLP's input)."""
-    hidden = hidden + projected
+def _add_and_norm(products, norm, hidden, *, cfg):
+    """A branch's output [B, T, D] added to hidden [B, T, D] -> (hidden, the next stage's input)."""
+    (output,) = products.values()
+    hidden = hidden + output
     return hidden, rms_norm(hidden, norm, eps=cfg.rms_norm_eps)
 
 
-def mlp_in(x, gate, up, gate_bias=None, up_bias=None, *, cfg: ModelConfig):
-    """x [B, T, D] with the same rows of gate and up [f, D] -> the MLP's inner activation [B, T,
-    f]."""
-    return gated(linear(x, gate, gate_bias), linear(x, up, up_bias), activation=cfg.hidden_act)
+def _add(products, hidden, *, cfg):
+    """A branch's output [B, T, D] added to hidden [B, T, D]."""
+    (output,) = products.values()
+    return (hidden + output,)
 
 
-def join(parts):
-    """Products of row ranges, each [B, T, rows], side by side."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+def _pass_on(products, *, cfg):
+    """The product is the next stage's input."""
+    (output,) = products.values()
+    return (output,)
+
+
+def _only(product, *, cfg):
+    return product
+
+
+def _gated(gate, up, *, cfg):
+    return gated(gate, up, activation=cfg.hidden_act)
+
+
+# What the tables of `families` name.
+FUNCTIONS = {
+    "normed": _normed,
+    "attend": _attend,
+    "add_and_norm": _add_and_norm,
+    "add": _add,
+    "pass_on": _pass_on,
+}
+COMBINE = {None: _only, "gated": _gated}

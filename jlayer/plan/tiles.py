@@ -1,37 +1,52 @@
 """What moves together: a model cut into tiles, from its config alone.
 
 A range of output rows of a matrix is consecutive bytes on disk, on the host and on the device, and
-`x @ W[rows].T` is exact, so a layer may come in any number of row tiles and nothing is summed. The
-largest tile is a whole layer. Norms are small and stay on the device; a bias travels with its rows.
+`x @ W[rows].T` is exact. So a layer may come in any number of row tiles, and nothing is summed. The
+largest tile is a whole layer. A bias moves with the rows of its matrix.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
 
-from jlayer.checkpoint.layout import ALIGNMENT
-from jlayer.config import ModelConfig
-from jlayer.encodings.quantization import SCHEMES, piece_name, split_piece
-from jlayer.families.llama import head_leaf, layer_leaves, layer_tensor_name
-from jlayer.spec import STORED_BYTES, Leaf
+from jlayer.encodings.base import Encoding
+from jlayer.encodings.registry import encoding, piece_name
+from jlayer.families.base import Group, LayerKind, Stage
+from jlayer.families.registry import head_leaf, head_stage, layer_kinds, layer_tensor_name
+from jlayer.plan.joined import Joined, joined
+from jlayer.spec import ALIGNMENT, STORED_BYTES, Leaf, ModelConfig, Place
 
-# The matrices that read the same input, in the order of the block. A stage ends when all its rows
-# are there.
-STAGES = (
-    ("qkv", ("q_proj", "k_proj", "v_proj")),
-    ("o", ("o_proj",)),
-    ("gate_up", ("gate_proj", "up_proj")),
-    ("down", ("down_proj",)),
-)
+
+class Tier(Enum):
+    """Where a tile is kept between forward passes."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights as a plan sees them. `form_of` tells the name of a published tensor's
+    encoding on disk; `dtype` is what activations are computed in."""
+
+    cfg: ModelConfig
+    form_of: Callable[[str], str]
+    dtype: str
 
 
 @dataclass(frozen=True)
 class Part:
-    """One array of a tile: all of a leaf, or a range of its rows. `shape` is the part's own.
+    """One array of a tile: all of a piece of a leaf, or a range of its rows.
 
-    A quantised matrix comes as its pieces, `q_proj.q` and `q_proj.scale`, of the same rows.
+    `matrix` names the leaf, `leaf` the array among those of the tile (`q_proj`, or `q_proj.q` and
+    `q_proj.scale` of the same rows), `tensor` the tensor on disk. `shape` is the part's own,
+    `width` the numbers in a row of the matrix, `form` the name of its encoding.
     """
 
     leaf: str
@@ -39,34 +54,58 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     first_row: int = 0
+    matrix: str = ""
+    piece: str = ""
+    form: str = ""
+    width: int = 0
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * STORED_BYTES[self.dtype]
 
     @property
-    def matrix(self) -> str:
-        """The leaf that it is all or a piece of."""
-        return split_piece(self.leaf)[0]
+    def encoding(self) -> Encoding:
+        return encoding(self.form)
+
+    @property
+    def n_weights(self) -> int:
+        """The numbers of the matrix that it has: of a quantised one they are in one piece."""
+        if self.piece != self.encoding.main:
+            return 0
+        return math.prod((*self.shape[:-1], self.width))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The unit that moves: arrays that one `stage` uses together.
+    """The unit that moves: arrays that are used together.
 
-    `stage`: one of STAGES, "block" (a whole layer) or "head". `ends_stage`: after it the stage's
-    output is whole.
+    `kind`: that of its layer; None for the head. `stage`: the stage whose rows it has; None for a
+    whole layer. `begins_stage`, `ends_stage`: whether it has the first and last rows of its stage.
+    `joined`: its layout where it crosses the link as one array.
     """
 
     name: str
-    stage: str
+    kind: LayerKind | None
+    stage: Stage | None
     layer: int | None
     parts: tuple[Part, ...]
+    begins_stage: bool = True
     ends_stage: bool = True
+    joined: Joined | None = None
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         return sum(part.n_bytes for part in self.parts)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device: a joined tile is there with the room around its parts."""
+        return self.joined.n_bytes if self.joined else self.n_bytes
+
+    @property
+    def n_arrays(self) -> int:
+        """How many arrays cross the link; a joined tile costs one for each of its matrices."""
+        return len(self.heights if self.joined else self.parts)
 
     @property
     def heights(self) -> dict[str, int]:
@@ -74,39 +113,117 @@ class Tile:
         return {part.matrix: part.shape[0] for part in self.parts if len(part.shape) == 2}
 
     @property
+    def ends_layer(self) -> bool:
+        """Whether a layer's output is complete once this tile was used."""
+        if self.kind is None:
+            return False
+        return self.stage is None or (self.ends_stage and self.stage == self.kind.stages[-1])
+
+    @cached_property
     def signature(self) -> tuple:
-        """What a program compiled for this tile depends on: alike for all layers of a regular
-        model."""
-        return (self.stage, *((part.leaf, part.shape, part.dtype) for part in self.parts))
+        """What a program compiled for this tile depends on: alike for all layers of a kind."""
+        kind = self.kind and self.kind.name
+        stage = self.stage and self.stage.name
+        return (kind, stage, *((part.leaf, part.shape, part.dtype) for part in self.parts))
+
+    def products(self) -> dict[str, int]:
+        """The products that its rows give, by name, and how many rows each has."""
+        heights = self.heights
+        return {
+            group.product: heights[group.leaves[0]]
+            for group in self.stage.groups
+            if group.leaves[0] in heights
+        }
 
 
-def cut(
-    cfg: ModelConfig, dtype_of: Callable[[str], str], tile_bytes: int | None
-) -> tuple[Tile, ...]:
-    """All tiles of a sweep in order, each of about `tile_bytes` at most; None: whole layers.
+class Tiling:
+    """All tiles of a forward pass in order, and what follows from them as a whole. `wanted`: the
+    tile size that they were cut to."""
 
-    `dtype_of` tells a published tensor's dtype on disk, or its scheme where it is quantised.
-    """
-    tiles = []
-    for layer in range(cfg.num_hidden_layers):
-        tiles += _layer_tiles(cfg, dtype_of, layer, tile_bytes)
-    return (*tiles, *_head_tiles(cfg, dtype_of, tile_bytes or tiles[0].n_bytes))
+    def __init__(self, tiles: tuple[Tile, ...], wanted: int | None):
+        self.tiles, self.wanted = tiles, wanted
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether layers move in one piece."""
+        return self.tiles[0].stage is None
+
+    @cached_property
+    def distinct(self) -> tuple[tuple[Tile, int], ...]:
+        """One tile of every shape, and how many there are of it."""
+        count = Counter(map(_shape_key, self.tiles))
+        first = {_shape_key(tile): tile for tile in reversed(self.tiles)}
+        return tuple((first[key], n) for key, n in count.items())
+
+    @cached_property
+    def tile_bytes(self) -> int:
+        """The bytes of the largest tile."""
+        return max(tile.n_bytes for tile, _ in self.distinct)
+
+    @cached_property
+    def slack(self) -> int:
+        """What a host slot has beyond its tile: the blocks around each segment, of which there is
+        one for each part at most."""
+        return ALIGNMENT * 2 * max(len(tile.parts) for tile, _ in self.distinct)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        return sum(tile.n_bytes * n for tile, n in self.distinct)
+
+    @property
+    def head_rows(self) -> int:
+        """The most rows of the head in one tile."""
+        return max(sum(tile.heights.values()) for tile, _ in self.distinct if tile.kind is None)
 
 
-def norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
-    """The leaves of a layer that stay on the device: one vector of the width each."""
-    return tuple(leaf for leaf in layer_leaves(cfg) if leaf.name.endswith("layernorm"))
+def _shape_key(tile):
+    return (tile.signature, tile.ends_stage)
 
 
-def norm_parts(cfg: ModelConfig, dtype_of: Callable[[str], str], layer: int) -> tuple[Part, ...]:
-    return tuple(part for leaf in norm_leaves(cfg) for part in _parts(cfg, dtype_of, leaf, layer))
+def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
+    """The tiles of a forward pass, each of about `tile_bytes` at most; None: whole layers."""
+    cfg, tiles, templates = weights.cfg, [], {}
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
+        key = (kind.name, forms)
+        if key not in templates:
+            templates[key] = (layer, _layer_tiles(weights, kind, layer, tile_bytes, platform))
+        tiles += _for_layer(cfg, *templates[key], layer)
+    head = _head_tiles(weights, tile_bytes or tiles[0].n_bytes, platform)
+    return Tiling((*tiles, *head), tile_bytes)
+
+
+def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
+    """The small leaves of a layer that stay on the device."""
+    kind = layer_kinds(weights.cfg)[layer]
+    return tuple(
+        part for leaf in kind.kept_in(Place.DEVICE) for part in _parts(weights, leaf, layer)
+    )
+
+
+def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
+    """A whole leaf: a part for each piece of its encoding, the largest first."""
+    form, shape = weights.form_of(tensor), leaf.shape(weights.cfg)
+    return [
+        Part(
+            leaf=piece_name(leaf.name, piece),
+            tensor=piece_name(tensor, piece),
+            dtype=dtype,
+            shape=own,
+            matrix=leaf.name,
+            piece=piece,
+            form=form,
+            width=shape[-1],
+        )
+        for piece, (dtype, own) in encoding(form).pieces(shape).items()
+    ]
 
 
 def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
     """(first row, rows) of the fewest ranges of at most `tile_bytes` (or one row), nearly equal.
 
-    `row_bytes`: of each array that the ranges are of. Heights are multiples of what makes a range a
-    whole number of disk blocks, wherever there are rows enough: an aligned matrix is then read
+    `row_bytes`: of each array that the ranges are of. Where there are rows enough, heights are
+    multiples of what makes a range a whole number of disk blocks: an aligned matrix is then read
     straight into its slot.
     """
     most = max(1, tile_bytes // sum(row_bytes))
@@ -118,100 +235,106 @@ def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple
     return [(row, min(height, n_rows - row)) for row in range(0, n_rows, height)]
 
 
-def _layer_tiles(cfg, dtype_of, layer, tile_bytes):
-    leaves = {leaf.name: leaf for leaf in layer_leaves(cfg) if leaf not in norm_leaves(cfg)}
+def _layer_tiles(weights, kind, layer, tile_bytes, platform):
     if tile_bytes is None:
-        parts = tuple(
-            part for leaf in leaves.values() for part in _parts(cfg, dtype_of, leaf, layer)
-        )
-        return [Tile(f"layer {layer}", "block", layer, parts)]
+        streamed = kind.kept_in(Place.TILE)
+        parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
+        return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
     tiles = []
-    for stage, names in STAGES:
-        groups = (
-            _paired(cfg, dtype_of, leaves, names, layer, tile_bytes)
-            if stage == "gate_up"
-            else _packed(cfg, dtype_of, leaves, names, layer, tile_bytes)
-        )
-        for index, parts in enumerate(groups):
-            name = f"layer {layer} {stage} {index + 1}/{len(groups)}"
-            tiles.append(Tile(name, stage, layer, tuple(parts), index == len(groups) - 1))
+    for stage in kind.stages:
+        chosen = _packed(weights, kind, stage, layer, tile_bytes)
+        for index, parts in enumerate(chosen):
+            name = f"layer {layer} {stage.name} {index + 1}/{len(chosen)}"
+            ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
+            tiles.append(_tile(name, kind, stage, layer, tuple(parts), platform=platform, **ends))
     return tiles
 
 
-def _packed(cfg, dtype_of, leaves, names, layer, tile_bytes):
-    """Row ranges of some matrices one after another; neighbours that fit one tile share it."""
-    groups, room = [], 0
-    for name in names:
-        whole = _parts(cfg, dtype_of, leaves[name], layer)
-        row_bytes = _row_bytes(whole)
+def _tile(name, kind, stage, layer, parts, *, platform, **ends):
+    is_plain = all(part.encoding.is_plain for part in parts)
+    layout = joined([part.n_bytes for part in parts], is_plain=is_plain, platform=platform)
+    return Tile(name, kind, stage, layer, parts, joined=layout, **ends)
+
+
+def _packed(weights, kind, stage, layer, tile_bytes):
+    """The parts of each of a stage's tiles: row ranges of one group after another. Neighbours that
+    fit one tile share it."""
+    found, room = [], 0
+    for group in stage.groups:
+        leaves = [kind.leaf(name) for name in group.leaves]
+        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer)]
+        row_bytes = [part.n_bytes // part.shape[0] for part in whole]
         for first, n_rows in row_ranges(whole[0].shape[0], row_bytes, tile_bytes):
             size = n_rows * sum(row_bytes)
-            parts = _rows(cfg, dtype_of, leaves, name, layer, first, n_rows)
-            if groups and size <= room and all(part.matrix != name for part in groups[-1]):
-                groups[-1] += parts
+            parts = _rows(weights, kind, group, layer, first, n_rows)
+            if found and size <= room and not _holds(found[-1], group):
+                found[-1] += parts
                 room -= size
             else:
-                groups.append(parts)
+                found.append(parts)
                 room = tile_bytes - size
-    return groups
-
-
-def _paired(cfg, dtype_of, leaves, names, layer, tile_bytes):
-    """The same row range of both matrices in each tile, so that their product is whole at once."""
-    whole = [part for name in names for part in _parts(cfg, dtype_of, leaves[name], layer)]
-    row_bytes = _row_bytes(whole)
-    return [
-        [part for name in names for part in _rows(cfg, dtype_of, leaves, name, layer, first, n)]
-        for first, n in row_ranges(whole[0].shape[0], row_bytes, tile_bytes)
-    ]
-
-
-def _rows(cfg, dtype_of, leaves, name, layer, first, n_rows):
-    """A range of a matrix's rows, with its bias's where it has one."""
-    found = []
-    for leaf_name in (name, f"{name}_bias"):
-        if leaf_name in leaves:
-            for whole in _parts(cfg, dtype_of, leaves[leaf_name], layer):
-                shape = (n_rows, *whole.shape[1:])
-                found.append(Part(whole.leaf, whole.tensor, whole.dtype, shape, first))
     return found
 
 
-def _parts(cfg, dtype_of, leaf, layer):
-    return parts_of(leaf, layer_tensor_name(leaf, layer), cfg, dtype_of)
+def _holds(parts, group: Group):
+    """Whether some rows of a group are among the parts: a tile has one range of each matrix."""
+    return any(part.matrix in group.leaves for part in parts)
 
 
-def parts_of(
-    leaf: Leaf, tensor: str, cfg: ModelConfig, dtype_of: Callable[[str], str]
-) -> list[Part]:
-    """A whole leaf: one part, or those of its scheme, the largest first."""
-    form, shape = dtype_of(tensor), leaf.shape(cfg)
-    if form not in SCHEMES:
-        return [Part(leaf.name, tensor, form, shape)]
+def _rows(weights, kind, group, layer, first, n_rows):
+    """A range of rows of a group's matrices, with their biases'."""
     return [
-        Part(piece_name(leaf.name, piece), piece_name(tensor, piece), dtype, own)
-        for piece, (dtype, own) in SCHEMES[form].pieces(shape).items()
+        replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
+        for matrix in group.leaves
+        for leaf in kind.with_bias(matrix)
+        for whole in _parts(weights, leaf, layer)
     ]
 
 
-def _row_bytes(parts):
-    return [part.n_bytes // part.shape[0] for part in parts]
+def _parts(weights, leaf, layer):
+    return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer), weights)
 
 
-def _head_tiles(cfg, dtype_of, tile_bytes):
-    leaf = head_leaf(cfg)
-    whole = parts_of(leaf, leaf.published, cfg, dtype_of)
-    ranges = row_ranges(whole[0].shape[0], _row_bytes(whole), tile_bytes)
+def _for_layer(cfg, model_layer, tiles, layer):
+    """The tiles of a layer, from those of another one of the same kind and encodings."""
+    if layer == model_layer:
+        return tiles
+    tensors = {
+        (leaf.name, piece): piece_name(layer_tensor_name(cfg, leaf, layer), piece)
+        for leaf in tiles[0].kind.leaves
+        for piece in {part.piece for tile in tiles for part in tile.parts}
+    }
+    before, after = f"layer {model_layer}", f"layer {layer}"
     return [
-        Tile(
+        replace(
+            tile,
+            name=after + tile.name.removeprefix(before),
+            layer=layer,
+            parts=tuple(
+                replace(part, tensor=tensors[part.matrix, part.piece]) for part in tile.parts
+            ),
+        )
+        for tile in tiles
+    ]
+
+
+def _head_tiles(weights, tile_bytes, platform):
+    leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
+    whole = parts_of(leaf, leaf.published, weights)
+    row_bytes = [part.n_bytes // part.shape[0] for part in whole]
+    ranges = row_ranges(whole[0].shape[0], row_bytes, tile_bytes)
+    return [
+        _tile(
             f"head {index + 1}/{len(ranges)}",
-            "head",
+            None,
+            stage,
             None,
             tuple(
-                Part(part.leaf, part.tensor, part.dtype, (n_rows, *part.shape[1:]), first)
-                for part in whole
+                replace(part, shape=(n_rows, *part.shape[1:]), first_row=first) for part in whole
             ),
-            index == len(ranges) - 1,
+            platform=platform,
+            begins_stage=index == 0,
+            ends_stage=index == len(ranges) - 1,
         )
         for index, (first, n_rows) in enumerate(ranges)
     ]

@@ -9,7 +9,8 @@ from jlayer.app.cli import main
 from jlayer.app.verbs.bench import conclude
 from jlayer.config import model_config
 from jlayer.measure import bench as measuring
-from jlayer.plan.plan import Machine, make_plan
+from jlayer.plan.machine import Machine
+from jlayer.plan.plan import make_plan
 from tests.tiny import TINY
 
 

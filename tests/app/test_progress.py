@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 
 from jlayer.app import progress
-from jlayer.stream.schedule import Free, Read, Run
+from jlayer.streaming.schedule import Free, Read, Run
 
 
 def tile(layer, *, ends=True, stage="down", n_bytes=1000):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.layout import (
-    ALIGNMENT,
     FileEntry,
     Manifest,
     encode_header,
@@ -23,7 +23,7 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, parse_header
 from jlayer.config import model_config
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from jlayer.spec import ITEM_BYTES
 from tests.tiny import TINY
 

@@ -7,14 +7,15 @@ import shutil
 import numpy as np
 import pytest
 
-from jlayer.checkpoint.layout import ALIGNMENT, SEAL, seal
+from jlayer.spec import ALIGNMENT
+from jlayer.checkpoint.layout import SEAL, seal
 from jlayer.checkpoint.store import Segment, Store
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import cut, row_ranges
-from jlayer.stream import direct
-from jlayer.stream.direct import Reader, aligned_span, disk_speed
-from jlayer.stream.embedding import Embedding
-from jlayer.stream.slots import HostMemory, slot_bytes_for, split_room, view
+from jlayer.streaming import direct
+from jlayer.streaming.direct import Reader, aligned_span, disk_speed
+from jlayer.streaming.embedding import Embedding
+from jlayer.streaming.slots import HostMemory, slot_bytes_for, split_room, view
 
 
 def read_tile(store, tile):

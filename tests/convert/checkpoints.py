@@ -11,7 +11,7 @@ import numpy as np
 
 from jlayer.checkpoint.layout import MANIFEST, SEAL, encode_header, seal
 from jlayer.config import model_config
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from tests import tiny
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data

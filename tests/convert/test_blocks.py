@@ -14,7 +14,7 @@ from convert import convert_checkpoint
 from convert.sources import files as read
 from convert.target import blocks
 from convert.target.blocks import BlockWriter
-from jlayer.checkpoint.layout import ALIGNMENT
+from jlayer.spec import ALIGNMENT
 from jlayer.errors import DoesNotFitError, StorageError
 from tests.convert.checkpoints import (
     edit_tensors,

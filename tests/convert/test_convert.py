@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint, verify_folder
-from jlayer.checkpoint.layout import ALIGNMENT, MANIFEST, SIDE_FILES, read_manifest
+from jlayer.spec import ALIGNMENT
+from jlayer.checkpoint.layout import MANIFEST, SIDE_FILES, read_manifest
 from jlayer.checkpoint.safetensors import read_header
 from jlayer.errors import UsageError
 from tests.convert.checkpoints import (

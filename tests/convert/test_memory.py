@@ -14,8 +14,8 @@ from convert.target.blocks import BLOCK_BYTES, N_BLOCKS
 from convert.transform import quantize
 from jlayer.checkpoint.layout import encode_header
 from jlayer.config import model_config
-from jlayer.encodings.quantization import SCHEMES
-from jlayer.families.llama import published_tensors
+from jlayer.encodings.registry import SCHEMES
+from jlayer.families.registry import published_tensors
 
 # Layers of 55 MB, their largest tensor 12.6 MB; zeros, so that the source is a file of holes.
 CONFIG = {

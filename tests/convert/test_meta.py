@@ -20,7 +20,7 @@ from convert.sources.names import META, find_row, find_source
 from convert.sources.rules import RULES
 from jlayer.config import model_config, read_config, read_generation_config
 from jlayer.errors import CheckpointError
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
 from tests.convert.checkpoints import edit_json, files_of, read_tensors
 from tests.convert.pickled import refused

@@ -10,7 +10,7 @@ from convert.sources.open import open_source
 from jlayer.checkpoint.layout import encode_header
 from jlayer.config import read_config
 from jlayer.errors import CheckpointError
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.convert.checkpoints import files_of, read_tensors
 

@@ -7,7 +7,9 @@ import pytest
 
 from convert.transform.packed import LEVELS, decode_scales, dequantize
 from convert.transform.quantize import INT4_LIMIT, Quantizer, quantize, relative_error
-from jlayer.encodings.quantization import INT4, INT8, SCHEMES
+from jlayer.encodings.int4 import INT4
+from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import SCHEMES
 
 
 def weights(rows, width, *, seed=0, dtype=np.float32):

@@ -15,9 +15,11 @@ from convert.transform import quantize
 from convert.transform.packed import dequantize
 from jlayer.checkpoint.layout import MANIFEST, read_manifest
 from jlayer.checkpoint.safetensors import read_header
-from jlayer.encodings.quantization import INT4, INT8, SCHEMES
+from jlayer.encodings.int4 import INT4
+from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.families.llama import published_tensors
+from jlayer.families.registry import published_tensors
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import (
     edit_tensors,

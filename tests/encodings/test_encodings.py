@@ -8,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.transform.packed import LEVELS, decode_scales, dequantize, pack, unpack
-from jlayer.encodings.quantization import (
-    INT4,
+from jlayer.encodings.int4 import INT4
+from jlayer.checkpoint.quantization import (
     INT4_BITS,
-    INT8,
-    SCHEMES,
     Quantization,
     block_matrices,
     quantization_of,
-    split_piece,
     stored_tensors,
 )
+from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import SCHEMES, split_piece
 
 
 @settings(deadline=None, max_examples=60)

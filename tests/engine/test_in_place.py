@@ -12,7 +12,7 @@ import pytest
 from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.app.cli import main
-from jlayer.checkpoint.layout import VIEW_ALIGNMENT
+from jlayer.streaming.place import VIEW_ALIGNMENT
 from jlayer.checkpoint.store import Store
 from jlayer.errors import CheckpointError
 from jlayer.plan import plan as budget

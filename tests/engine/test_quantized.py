@@ -15,11 +15,13 @@ from convert.transform import packed as on_host
 from convert.transform.quantize import quantize
 from jlayer import AutoModel
 from jlayer.app.cli import main
-from jlayer.encodings.quantization import SCHEMES, block_rows
-from jlayer.model.products import Quantized, dequantize, product
+from jlayer.encodings.registry import SCHEMES
+from jlayer.encodings.grouped import block_rows
+from jlayer.model.products import Encoded, dequantize, product
 from jlayer.plan import blob
 from jlayer.plan import plan as budget
-from jlayer.stream.schedule import Put, Tier
+from jlayer.streaming.schedule import Put
+from jlayer.plan.tiles import Tier
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_manifest
 from tests.quantized import converted, stand_for
@@ -31,7 +33,7 @@ def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
     """A quantised matrix, and the float32 one that it stands for."""
     numbers = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     pieces = quantize(numbers, scheme)
-    weight = Quantized(
+    weight = Encoded(
         jnp.asarray(pieces["q"]), jnp.asarray(pieces["scale"]), block_bytes=block_bytes
     )
     return weight, on_host.dequantize(scheme, pieces["q"], pieces["scale"], width=width)

@@ -13,8 +13,8 @@ from jlayer.measure import bench as bench_module
 from jlayer.measure.bench import Bench
 from jlayer.measure.machine import RawDisk, card, summary
 from jlayer.plan import plan as budget
-from jlayer.stream.schedule import Tier
-from tests.stream.test_executor import IDS
+from jlayer.plan.tiles import Tier
+from tests.streaming.test_executor import IDS
 
 SPEEDS = {"memory": [4e9], "arithmetic": [1e12]}
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlayer.checkpoint.layout import ALIGNMENT
+from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.store import Segment
 from jlayer.plan import blob
 from jlayer.plan.blob import blob_of
 from jlayer.plan.tiles import Part, Tile
-from jlayer.stream.direct import aligned_span
+from jlayer.streaming.direct import aligned_span
 
 
 def tile_of(*parts):

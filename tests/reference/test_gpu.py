@@ -14,7 +14,7 @@ import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
-from jlayer.encodings.quantization import SCHEMES
+from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.device import gpu_memory, link_speed
 from jlayer.plan import plan as budget
 from tests.conftest import BUNDLED

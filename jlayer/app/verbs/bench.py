@@ -20,9 +20,9 @@ from jlayer.app import progress
 from jlayer.app.verbs.demo import BUNDLED
 from jlayer.app.verbs.generate import RUN, given_run_options, name_of
 from jlayer.checkpoint.hub import local_folder
-from jlayer.config import parse_bytes
-from jlayer.plan.plan import DEFAULT_DISK, human
-from jlayer.stream.schedule import Tier
+from jlayer.config import human, parse_bytes
+from jlayer.plan.machine import DEFAULT_DISK
+from jlayer.plan.tiles import Tier
 
 QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
 # Below this share of a sweep none of its links explains it: then it is the steps themselves.
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     timeline.check_file(args.timeline)
-    from jlayer.engine.model import AutoModel
+    from jlayer.api import AutoModel
 
     say = _silent if args.json else _say
     name = name_of(args.ref or BUNDLED)

@@ -21,7 +21,7 @@ import sys
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id, local_folder
 from jlayer.checkpoint.layout import EMBED_FILE
-from jlayer.encodings.quantization import SCHEMES
+from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.spec import ITEM_BYTES
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jlayer
 from jlayer.app.verbs.generate import follow, write_text
-from jlayer.plan.plan import human
-from jlayer.stream.schedule import Free, Put, Read, Run
+from jlayer.config import human
+from jlayer.streaming.schedule import Free, Put, Read, Run
 
 PROMPT = "Once upon a time there was a little girl who"
 OPTIONS = {"max_new_tokens": 160, "temperature": 0.7, "top_p": 0.9, "seed": 37}
@@ -29,8 +29,9 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     from convert import convert_checkpoint
-    from jlayer.api import Decoding, encode_prompts, sampling_options
-    from jlayer.engine.model import AutoModel
+    from jlayer.api import AutoModel, sampling_options
+    from jlayer.engine.decoding import Decoding
+    from jlayer.engine.prompts import encode_prompts
 
     with tempfile.TemporaryDirectory(prefix="jlayer-demo-") as folder:
         layered = Path(folder) / "fable-3m"

@@ -52,7 +52,7 @@ def run(args) -> dict:
     text = _read(args.text)
     if args.max_tokens is not None and args.max_tokens < 2:
         raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
-    from jlayer.engine.model import AutoModel
+    from jlayer.api import AutoModel
     from jlayer.measure.evaluate import compare, perplexity
 
     options = {name: getattr(args, name) for name in RUN if getattr(args, name) is not None}

@@ -14,9 +14,9 @@ from jlayer.app import progress
 from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights, local_folder
+from jlayer.config import human
 from jlayer.errors import StorageError, UsageError
-from jlayer.plan.plan import human
-from jlayer.stream.schedule import Tier
+from jlayer.plan.tiles import Tier
 
 # option on the command line -> (type, what --help says); None means that the model's own default
 # holds
@@ -81,8 +81,9 @@ def run(args) -> dict:
     prompt = read_prompt(args)
     if args.show_prompt:
         return show_prompt(args, prompt)
-    from jlayer.api import Decoding, encode_prompts, sampling_options
-    from jlayer.engine.model import AutoModel
+    from jlayer.api import AutoModel, sampling_options
+    from jlayer.engine.decoding import Decoding
+    from jlayer.engine.prompts import encode_prompts
 
     options = {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
     given = {name: value for name, value in options.items() if value is not None}

@@ -10,11 +10,14 @@ import sys
 from jlayer import catalogue
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
-from jlayer.config import ModelConfig, RunConfig, model_config, parse_bytes, read_config
-from jlayer.encodings.quantization import SCHEMES, Quantization, quantization_of
+from jlayer.checkpoint.quantization import Quantization, quantization_of
+from jlayer.config import RunConfig, human, model_config, parse_bytes, read_config
+from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.families.llama import layer_leaves, layer_tensor_name, published_tensors
-from jlayer.plan.plan import DEFAULT_DISK, Machine, human, make_plan
+from jlayer.families.registry import layer_leaves, layer_tensor_name, published_tensors
+from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.plan import make_plan
+from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
 
 # What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
@@ -133,7 +136,7 @@ def _quantization(args, cfg) -> Quantization | None:
 
 def _measured(ref):
     """The disk's speed where REF is a folder with weights; None where there is nothing to read."""
-    from jlayer.stream.direct import disk_speed
+    from jlayer.streaming.direct import disk_speed
 
     shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
     return disk_speed([path for path in shards if os.path.isfile(path)])

@@ -22,8 +22,9 @@ from jlayer.engine import model as model_module
 from jlayer.engine.programs import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
 from jlayer.plan import plan as budget
-from jlayer.stream import executor
-from jlayer.stream.schedule import Free, Run, Tier
+from jlayer.plan.tiles import Tier
+from jlayer.streaming import executor
+from jlayer.streaming.schedule import Free, Run
 from tests.tiny import tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]

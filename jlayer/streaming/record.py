@@ -17,8 +17,8 @@ from functools import partial
 
 import jax
 
-from jlayer.plan.tiles import Tile
-from jlayer.stream.schedule import Free, Put, Read, Run, Tier
+from jlayer.plan.tiles import Tier, Tile
+from jlayer.streaming.schedule import Free, Put, Read, Run
 
 LANES = ("read", "put", "run", "free")
 KEPT_SWEEPS = 2

@@ -18,10 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from jlayer.checkpoint.layout import ALIGNMENT, VIEW_ALIGNMENT
 from jlayer.checkpoint.source import Identity, identity_of
 from jlayer.checkpoint.store import Segment
 from jlayer.errors import CheckpointError, StorageError
+from jlayer.spec import ALIGNMENT
+from jlayer.streaming.place import VIEW_ALIGNMENT
 
 REQUEST_BYTES = (
     16 << 20

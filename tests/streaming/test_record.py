@@ -10,8 +10,8 @@ import pytest
 
 from jlayer import AutoModel
 from jlayer.plan import plan as budget
-from jlayer.stream.record import LANES, Recorder, Span, Timeline
-from jlayer.stream.schedule import Tier
+from jlayer.plan.tiles import Tier
+from jlayer.streaming.record import LANES, Recorder, Span, Timeline
 
 KINDS = list(Tier)
 

@@ -1,8 +1,8 @@
-"""Plan → the steps of each sweep: plain lists that the executor interprets and anything else can
-sum, draw or test.
+"""A plan as the steps of each sweep (one forward pass over all layers): plain lists that the
+executor interprets, and that anything else can sum, draw or test.
 
 A *fixed* set of tiles stays on the device and another in host memory; the rest passes through a
-ring of host slots, every sweep. Reads run ahead as far as the ring has room, puts as far as the
+ring of host slots in every sweep. Reads run ahead as far as the ring has room, puts as far as the
 device has: while tile k runs, the next ones are on their way, and after the last tile those of the
 next sweep. The first sweep fills the fixed sets as it passes.
 """
@@ -10,23 +10,16 @@ next sweep. The first sweep fills the fixed sets as it passes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-
-class Tier(Enum):
-    """Where a tile lives between sweeps."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
+from jlayer.plan.tiles import Tier
 
 
 @dataclass(frozen=True)
 class Read:
-    """Disk → host room, in the background. `slot`: in the ring; None: the tile's own room, to
-    stay."""
+    """Disk to host memory, in the background. `slot`: in the ring; None: the tile's own room, to
+    stay there."""
 
     tile: int
     slot: int | None
@@ -34,7 +27,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Put:
-    """Host → device, once the tile's read (if it has one in this sweep) is done."""
+    """Host to device, once the tile's read (if it has one in this sweep) is done."""
 
     tile: int
     slot: int | None
@@ -42,34 +35,38 @@ class Put:
 
 @dataclass(frozen=True)
 class Run:
-    """A compiled function over the tile's weights on the device."""
+    """Compiled functions over the tile's weights on the device."""
 
     tile: int
 
 
 @dataclass(frozen=True)
 class Free:
-    """Once the output of what used the tile is ready: drop it from the device (unless it `stays`),
-    and give up its slot."""
+    """Wait for the run of tile `after`, which used this tile; then drop the tile from the device
+    and release its slot.
+
+    `after` is None where nothing has used it: the tile stays on the device, and only its slot is
+    released, once the transfer is done.
+    """
 
     tile: int
     slot: int | None
-    stays: bool = False
+    after: int | None
 
 
 Step = Read | Put | Run | Free
 
 
 def sweeps(
-    tiers: Sequence[Tier], *, ring: int, ahead: int, filled: bool = False
+    tiers: Sequence[Tier], *, ring: int, ahead: int, in_place: Collection[int] = ()
 ) -> Iterator[list[Step]]:
     """The steps before the first sweep, then those of each sweep, without end.
 
     `ring`: host slots for what comes from disk. `ahead`: the most tiles that are put before they
-    run, the running one included. `filled`: the host tier is in place already (after a sweep was
-    abandoned).
+    run, the running one included. `in_place`: tiles of the host tier that are in host memory
+    already.
     """
-    state = _Stream(tiers, ring=ring, ahead=ahead, filled=filled)
+    state = _Stream(tiers, ring=ring, ahead=ahead, in_place=in_place)
     yield state.begin()
     while True:
         yield state.sweep()
@@ -78,10 +75,10 @@ def sweeps(
 class _Stream:
     """What has been read, put and freed so far, in an order of tiles that never ends."""
 
-    def __init__(self, tiers, *, ring, ahead, filled):
+    def __init__(self, tiers, *, ring, ahead, in_place):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
         self._passing = [i for i, tier in enumerate(self._tiers) if tier is not Tier.DEVICE]
-        self._filled = filled
+        self._in_place = frozenset(in_place)
         self._free = deque(range(ring))
         self._slots: dict[int, int | None] = {}  # move -> its slot, from read to free
         self._moves = self._all_moves()
@@ -94,7 +91,8 @@ class _Stream:
         number, first = 0, True
         while self._passing:
             for tile in self._passing:
-                in_place = self._tiers[tile] is Tier.HOST and (self._filled or not first)
+                is_kept = self._tiers[tile] is Tier.HOST
+                in_place = is_kept and (not first or tile in self._in_place)
                 yield number, tile, not in_place
                 number += 1
             first = False
@@ -108,7 +106,7 @@ class _Stream:
         steps = [Read(tile, slot) for slot, tile in enumerate(residents[: self._ring])]
         for index, tile in enumerate(residents):
             slot = index % self._ring
-            steps += [Put(tile, slot), Free(tile, slot, stays=True)]
+            steps += [Put(tile, slot), Free(tile, slot, after=None)]
             steps += [Read(later, slot) for later in residents[index + self._ring :][:1]]
         return steps
 
@@ -124,7 +122,7 @@ class _Stream:
             steps += self._put_ahead(self._ahead)
             number, _ = self._on_device.popleft()
             slot = self._slots.pop(number)
-            steps.append(Free(tile, slot))
+            steps.append(Free(tile, slot, after=tile))
             if slot is not None:
                 self._free.append(slot)
             steps += self._read_ahead()

@@ -1,8 +1,7 @@
-"""Where the paths cross: interprets the schedule. Knows tiles, slots and steps; nothing of models
-or tokens.
+"""Carries out the schedule: where a token's path and a weight's path cross.
 
-What a tile's weights are used for comes from outside, as a function from (tile, arrays) to an
-output that can be waited for.
+Knows tiles, slots and steps, and nothing of models or tokens. What a tile's weights are used for
+comes from outside, as a function from (tile, arrays) to an output that can be waited for.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ import jax
 import numpy as np
 
 from jlayer.checkpoint.digest import Checks
-from jlayer.checkpoint.layout import ALIGNMENT, VIEW_ALIGNMENT
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
 from jlayer.interrupts import deferred
-from jlayer.plan.blob import blob_of
-from jlayer.plan.tiles import Tile
-from jlayer.stream.direct import Reader, aligned_span, is_moved
-from jlayer.stream.schedule import Free, Put, Read, Run, Tier, sweeps
-from jlayer.stream.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
+from jlayer.plan.tiles import Tier, Tile
+from jlayer.spec import ALIGNMENT
+from jlayer.streaming.direct import Reader, aligned_span, is_moved
+from jlayer.streaming.place import VIEW_ALIGNMENT, place
+from jlayer.streaming.schedule import Free, Put, Read, Run, sweeps
+from jlayer.streaming.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 
 PATIENCE_S = 1.0  # a tile that takes longer than this to read is worth a word
 READERS = 2  # requests in flight: one alone leaves the disk idle between two of them
@@ -60,8 +59,11 @@ class Watch:
 
 @dataclass
 class Totals:
-    """What was done so far; `most_live_*` are of passing weights on the device at one time,
-    `bounced_bytes` were moved once more in host memory, to where they could be put from."""
+    """What was moved so far; bytes in bytes, times in seconds.
+
+    `bounced_bytes` were copied again in host memory to fix their alignment; `stall_s` is what the
+    executor waited for weights; `most_live_*` are of passing weights on the device at one time.
+    """
 
     read_bytes: int = 0
     put_bytes: int = 0
@@ -71,12 +73,19 @@ class Totals:
     most_live_tiles: int = 0
     most_live_bytes: int = 0
 
+    def since(self, before: Totals) -> dict[str, float]:
+        """What was added since `before`, of everything that adds up."""
+        return {name: getattr(self, name) - getattr(before, name) for name in ADDED}
+
+
+ADDED = ("read_bytes", "put_bytes", "bounced_bytes", "stall_s")
+
 
 class Executor:
-    """Streams `tiles` of `store` onto `device`, sweep after sweep; `tiers` says what stays where.
+    """Streams a model's tiles onto `device`, sweep after sweep; `tiers` says what is kept where.
 
     `ring`: host slots; `ahead`: tiles on the device at a time beside those that stay there. What is
-    read for the first time is held against `checks`, in the reader's thread.
+    read for the first time is checked against `checks`, in the reader's thread.
     """
 
     def __init__(
@@ -94,18 +103,14 @@ class Executor:
     ):
         self.tiles = tiles
         self.device = device
-        self._totals, self._watch = totals, watch
+        self.totals, self._watch = totals, watch
         self._checks, self._checked = checks, set()
         checks.restart()
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
-        self._blobs = [blob_of(tile, device.platform) for tile in tiles]
-        self._placed = [
-            store.place(tile, apart=blob is not None)
-            for tile, blob in zip(tiles, self._blobs, strict=True)
-        ]
+        self._placed = [place(store, tile) for tile in tiles]
         self._sizes = [
-            blob.n_bytes if blob else slot_bytes_for(segments)
-            for blob, (segments, _) in zip(self._blobs, self._placed, strict=True)
+            tile.joined.n_bytes if tile.joined else slot_bytes_for(segments)
+            for tile, (segments, _) in zip(tiles, self._placed, strict=True)
         ]
         self._memory = HostMemory(ring, max(self._sizes), pin=device.platform == "gpu")
         files = {segment.file for segments, _ in self._placed for segment in segments}
@@ -115,8 +120,25 @@ class Executor:
         self._in_host: dict[int, object] = {}  # tile -> its arrays in a room of its own
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
         self._passing: set[int] = set()  # those of them that do not stay
-        self._output = None
+        self._outputs: dict[int, object] = {}  # passing tile -> the output of its run
+        self._last_output = None
         self._lists = None  # what comes next; None: nothing is under way
+        self._refusal: JlayerError | None = None
+
+    def retier(self, tiers: tuple[Tier, ...]) -> None:
+        """Keeps the same tiles in other places from the next sweep on. What stays in host memory in
+        both is not read again."""
+        self._abandon()
+        for tile, tier in enumerate(tiers):
+            if tier is not Tier.HOST:
+                self._in_host.pop(tile, None)
+                self._memory.drop_room(tile)
+        self._tiers = tiers
+
+    def refuse(self, error: JlayerError) -> None:
+        """Makes a sweep that is under way in another thread end with this error at its next
+        step."""
+        self._refusal = error
 
     @property
     def host_bytes(self) -> int:
@@ -132,9 +154,9 @@ class Executor:
         way."""
         if self._lists is None:
             self._reader.resume()
-            in_place = sum(tier is Tier.HOST for tier in self._tiers)
-            filled = in_place > 0 and len(self._in_host) == in_place
-            self._lists = sweeps(self._tiers, ring=self._ring, ahead=self._ahead, filled=filled)
+            self._lists = sweeps(
+                self._tiers, ring=self._ring, ahead=self._ahead, in_place=tuple(self._in_host)
+            )
             with self._safely() as signals:
                 self._interpret(next(self._lists), None, signals)
 
@@ -145,7 +167,7 @@ class Executor:
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
             self._reader.check_unchanged()
-        self._totals.sweeps += 1
+        self.totals.sweeps += 1
 
     def slot(self, number: int) -> np.ndarray:
         """Host memory of a slot, counted around the ring; only while nothing is under way."""
@@ -176,6 +198,7 @@ class Executor:
     def _interpret(self, steps, run, signals):
         for step in steps:
             signals.check()
+            self._check_refusal()
             if self._watch.on_step:
                 self._watch.on_step(step, self.tiles[step.tile])
             try:
@@ -199,28 +222,31 @@ class Executor:
                 self._note_passing(tile)
                 return self._on_device[tile]
             case Run(tile):
-                self._output = run(self.tiles[tile], self._on_device[tile])
-                return self._output
-            case Free(tile, _, stays):
+                self._last_output = run(self.tiles[tile], self._on_device[tile])
+                if self._tiers[tile] is not Tier.DEVICE:
+                    self._outputs[tile] = self._last_output
+                return self._last_output
+            case Free(tile, _, None):
+                jax.block_until_ready(self._on_device[tile])
+            case Free(tile, _, after):
                 # The output's readiness, not the transfer's: on the CPU the slot is the weight.
-                jax.block_until_ready(self._on_device[tile] if stays else self._output)
-                if not stays:
-                    del self._on_device[tile]
-                    self._passing.remove(tile)
+                jax.block_until_ready(self._outputs.pop(after))
+                del self._on_device[tile]
+                self._passing.remove(tile)
 
     def _read(self, tile, slot):
-        """In a reader's thread: fills a slot or the tile's own room, returns what is to be put:
-        views of its parts by leaf, or all of it as a blob."""
-        (segments, places), blob = self._placed[tile], self._blobs[tile]
+        """In a reader's thread: fills a slot or the tile's own room, and returns what is to be put:
+        views of its parts by leaf, or all of it as one array."""
+        (segments, places), layout = self._placed[tile], self.tiles[tile].joined
         try:
             memory = (
                 self._memory.room(tile, self._sizes[tile])
                 if slot is None
                 else self._memory.slot(slot)
             )
-            pieces = split_room(memory, segments, blob and blob.offsets)
+            pieces = split_room(memory, segments, layout and layout.offsets)
             shifts = [
-                self._reader.read(segment, piece, _unit(blob))
+                self._reader.read(segment, piece, _unit(layout))
                 for segment, piece in zip(segments, pieces, strict=True)
             ]
             if tile not in self._checked:
@@ -228,19 +254,19 @@ class Executor:
                 self._checked.add(tile)
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
-        if blob:
-            return memory[: blob.n_bytes]
+        if layout:
+            return memory[: layout.n_bytes]
         return {
-            place.part.leaf: view(pieces[place.segment], shifts[place.segment], place)
-            for place in places
+            placed.part.leaf: view(pieces[placed.segment], shifts[placed.segment], placed)
+            for placed in places
         }
 
     def _check(self, pieces, shifts, places):
         """Vectors are not looked at: they were when the model was opened."""
-        for place in places:
-            part = place.part
+        for placed in places:
+            part = placed.part
             if len(part.shape) > 1:
-                raw = raw_view(pieces[place.segment], shifts[place.segment], place)
+                raw = raw_view(pieces[placed.segment], shifts[placed.segment], placed)
                 self._checks.add(part.tensor, raw, n_rows=part.shape[0], first_row=part.first_row)
 
     def _put(self, tile, signals):
@@ -249,7 +275,7 @@ class Executor:
             self._in_host[tile] = views
         elif self._tiers[tile] is Tier.DEVICE and self.device.platform == "cpu":
             views = {leaf: array.copy() for leaf, array in views.items()}  # the slot moves on
-        self._totals.put_bytes += self.tiles[tile].n_bytes
+        self.totals.put_bytes += self.tiles[tile].n_bytes
         return jax.device_put(views, self.device)
 
     def _await_read(self, tile, signals):
@@ -258,24 +284,29 @@ class Executor:
             began = time.perf_counter()
             while not wait([read], timeout=PATIENCE_S).done:
                 signals.check()
+                self._check_refusal()
                 if self._watch.on_stall:
                     self._watch.on_stall(self.tiles[tile], time.perf_counter() - began)
-            self._totals.stall_s += time.perf_counter() - began
+            self.totals.stall_s += time.perf_counter() - began
         del self._reads[tile]
         views = read.result()
-        (segments, _), unit = self._placed[tile], _unit(self._blobs[tile])
-        self._totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
-        self._totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each, unit))
+        (segments, _), unit = self._placed[tile], _unit(self.tiles[tile].joined)
+        self.totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
+        self.totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each, unit))
         return views
 
     def _note_passing(self, tile):
         if self._tiers[tile] is Tier.DEVICE:
             return
         self._passing.add(tile)
-        totals = self._totals
+        totals = self.totals
         totals.most_live_tiles = max(totals.most_live_tiles, len(self._passing))
         n_bytes = sum(self.tiles[each].n_bytes for each in self._passing)
         totals.most_live_bytes = max(totals.most_live_bytes, n_bytes)
+
+    def _check_refusal(self):
+        if self._refusal is not None:
+            raise self._refusal
 
     def _abandon(self):
         self._reader.stop()
@@ -284,11 +315,12 @@ class Executor:
         # What was dispatched may still use a slot; it must be over before a slot is written again.
         # If it failed, that is what is being reported already.
         with suppress(jax.errors.JaxRuntimeError):
-            jax.block_until_ready((self._output, list(self._on_device.values())))
+            jax.block_until_ready((self._last_output, list(self._on_device.values())))
         self._reads.clear()
         self._on_device.clear()
         self._passing.clear()
-        self._output = None
+        self._outputs.clear()
+        self._last_output = None
         self._lists = None
 
     def close(self):
@@ -304,9 +336,9 @@ class Executor:
         self._pool = None
 
 
-def _unit(blob):
+def _unit(layout):
     """What a segment's place in a slot is to be a multiple of."""
-    return ALIGNMENT if blob else VIEW_ALIGNMENT
+    return ALIGNMENT if layout else VIEW_ALIGNMENT
 
 
 def _first_line(error):

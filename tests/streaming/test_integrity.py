@@ -11,7 +11,7 @@ from jlayer.checkpoint import digest
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.errors import CheckpointError
 from jlayer.plan import plan as budget
-from jlayer.stream.schedule import Tier
+from jlayer.plan.tiles import Tier
 from tests.tiny import tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import numpy as np
 
 from jlayer.checkpoint.store import Store
-from jlayer.families.llama import EMBEDDING
-from jlayer.plan.tiles import Part, parts_of
-from jlayer.stream.direct import RowReader
+from jlayer.families.registry import family_of
+from jlayer.plan.tiles import Part, Weights, parts_of
+from jlayer.streaming.direct import RowReader
 
 
 class Embedding:
     """A store's table, opened: one array, or the pieces that it is quantised to."""
 
-    def __init__(self, store: Store):
-        self.parts: list[Part] = parts_of(EMBEDDING, EMBEDDING.published, store.cfg, store.dtype_of)
+    def __init__(self, store: Store, weights: Weights):
+        leaf = family_of(weights.cfg).embedding
+        self.parts: list[Part] = parts_of(leaf, leaf.published, weights)
         self._readers = {}
         for part in self.parts:
             segment = store.segment_of(part.tensor)

@@ -6,21 +6,22 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlayer.stream.schedule import Free, Put, Read, Run, Tier, sweeps
+from jlayer.plan.tiles import Tier
+from jlayer.streaming.schedule import Free, Put, Read, Run, sweeps
 
 N_SWEEPS = 4
 plans = st.tuples(
     st.lists(st.sampled_from(Tier), min_size=1, max_size=25),
     st.integers(1, 7),
     st.integers(1, 5),
-    st.booleans(),
+    st.sets(st.integers(0, 24)),
 )
 
 
 def steps_of(plan):
     """(steps before the first sweep, steps of each sweep)."""
-    tiers, ring, ahead, filled = plan
-    begin, *rest = islice(sweeps(tiers, ring=ring, ahead=ahead, filled=filled), N_SWEEPS + 1)
+    tiers, ring, ahead, in_place = plan
+    begin, *rest = islice(sweeps(tiers, ring=ring, ahead=ahead, in_place=in_place), N_SWEEPS + 1)
     return begin, rest
 
 
@@ -47,9 +48,9 @@ def test_a_slot_is_written_only_after_what_it_held_was_freed(plan):
 
 @given(plans)
 def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
-    tiers, _, _, filled = plan
-    in_host = {i for i, tier in enumerate(tiers) if filled and tier is Tier.HOST}
-    on_device, under_way = set(), set()
+    tiers, _, _, in_place = plan
+    in_host = {i for i in in_place if i < len(tiers) and tiers[i] is Tier.HOST}
+    on_device, under_way, ran = set(), set(), set()
     for step in flat(plan):
         match step:
             case Read(tile, _):
@@ -64,10 +65,13 @@ def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
                 on_device.add(tile)
             case Run(tile):
                 assert tile in on_device
-            case Free(tile, _, stays):
-                assert stays == (tiers[tile] is Tier.DEVICE)
-                if not stays:
+                ran.add(tile)
+            case Free(tile, _, after):
+                assert (after is None) == (tiers[tile] is Tier.DEVICE)
+                if after is not None:
+                    assert after in ran
                     on_device.remove(tile)
+                    ran.remove(after)
 
 
 @given(plans)
@@ -90,7 +94,7 @@ def test_what_passes_on_the_device_never_exceeds_what_was_planned(plan):
 
 @given(plans)
 def test_what_stays_is_read_once_and_the_rest_every_sweep(plan):
-    tiers, _, _, filled = plan
+    tiers, _, _, in_place = plan
     _, rest = steps_of(plan)
     steady = Counter(step.tile for step in rest[-1] if isinstance(step, Read))
     all_reads = Counter(step.tile for step in flat(plan) if isinstance(step, Read))
@@ -99,7 +103,7 @@ def test_what_stays_is_read_once_and_the_rest_every_sweep(plan):
             assert steady[tile] == 1
         else:
             assert steady[tile] == 0
-            assert all_reads[tile] == (0 if filled and tier is Tier.HOST else 1)
+            assert all_reads[tile] == (0 if tile in in_place and tier is Tier.HOST else 1)
     puts = Counter(step.tile for step in flat(plan) if isinstance(step, Put))
     assert all(puts[tile] == 1 for tile, tier in enumerate(tiers) if tier is Tier.DEVICE)
 
@@ -109,7 +113,7 @@ def test_order_wraps(n_tiles, spare, ahead):
     """A sweep ends with the next one's first tiles put, and every slot that is left being read."""
     ahead = min(ahead, n_tiles - 1)
     ring = ahead + spare
-    plan = ([Tier.DISK] * n_tiles, ring, ahead, False)
+    plan = ([Tier.DISK] * n_tiles, ring, ahead, ())
     begin, rest = steps_of(plan)
     reads = sum(isinstance(step, Read) for step in begin)
     frees = 0
@@ -124,7 +128,7 @@ def test_order_wraps(n_tiles, spare, ahead):
 @given(st.integers(3, 25), st.integers(2, 4))
 def test_the_next_tiles_are_on_their_way_before_a_sweep_waits_for_one(n_tiles, ahead):
     ahead = min(ahead, n_tiles)
-    order = flat(([Tier.HOST] * n_tiles, 0, ahead, True))
+    order = flat(([Tier.HOST] * n_tiles, 0, ahead, range(n_tiles)))
     on_device = 0
     for step in order:
         on_device += isinstance(step, Put) - isinstance(step, Free)

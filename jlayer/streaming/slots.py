@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from contextlib import contextmanager
 from itertools import accumulate
 
 import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
 import numpy as np
 
-from jlayer.checkpoint.layout import ALIGNMENT
-from jlayer.checkpoint.store import Placement, Segment
+from jlayer.checkpoint.store import Segment
 from jlayer.errors import DoesNotFitError
-from jlayer.stream.direct import aligned_span
+from jlayer.spec import ALIGNMENT
+from jlayer.streaming.direct import aligned_span
+from jlayer.streaming.place import Placement
 
 _HUGE_PAGE = 2 << 20
 
@@ -60,6 +62,12 @@ class HostMemory:
         if tile not in self._rooms:
             self._rooms[tile] = self._allocate(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
         return self._rooms[tile]
+
+    def drop_room(self, tile: int) -> None:
+        """Gives up a tile's own memory, where it has any."""
+        room = self._rooms.pop(tile, None)
+        if room is not None and self._driver:
+            self._driver.unregister(room)
 
     def _allocate(self, n_bytes):
         memory = mmap.mmap(-1, max(n_bytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -108,29 +116,39 @@ class _Driver:
         self._context = ctypes.c_void_p()
         self._device = 0
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._registered: list[np.ndarray] = []
+        self._registered: dict[int, np.ndarray] = {}  # by address
 
     def register(self, memory: np.ndarray):
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
+        address, n_bytes = memory.ctypes.data, memory.nbytes
+        with self._entered():
             self._call(
                 "cuMemHostRegister_v2",
-                ctypes.c_void_p(memory.ctypes.data),
-                ctypes.c_size_t(memory.nbytes),
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(n_bytes),
                 ctypes.c_uint(0),
             )
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-        self._registered.append(memory)
+        self._registered[address] = memory
+
+    def unregister(self, memory: np.ndarray):
+        address = memory.ctypes.data
+        with self._entered():
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+        del self._registered[address]
 
     def close(self):
         if self._context:
-            self._call("cuCtxPushCurrent_v2", self._context)
-            for memory in self._registered:
-                self._call("cuMemHostUnregister", ctypes.c_void_p(memory.ctypes.data))
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+            for memory in list(self._registered.values()):
+                self.unregister(memory)
             self._cuda.cuDevicePrimaryCtxRelease_v2(self._device)
-            self._registered, self._context = [], None
+            self._context = None
+
+    @contextmanager
+    def _entered(self):
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def _call(self, name, *arguments):
         code = getattr(self._cuda, name)(*arguments)

@@ -1,0 +1,174 @@
+"""Prompts continued together: prefill, decode, stop. One loop serves generate, stream, ids in the
+style of transformers, and the command line.
+
+How a prompt becomes ids, a forward pass logits, and logits an id is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from jlayer.engine.engine import Engine
+from jlayer.engine.lane import Lane, Step
+from jlayer.engine.report import Clock, Stats
+from jlayer.engine.sample import SamplingOptions
+from jlayer.errors import UsageError
+from jlayer.plan.shapes import RunShape
+from jlayer.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
+    for each with the likeliest tokens beside it; `stats`, `memory` and `plan` are as `generate
+    --json` prints them."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    device: str
+    dtype: str
+    seed: int | None
+    logprobs: list[dict] | None
+    stats: dict
+    memory: dict
+    plan: dict
+
+    def as_dict(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Decoding:
+    """One run: some prompts continued together, every forward pass shared. Iterate for the steps;
+    then ask for `generations`.
+
+    `text`: the tokenizer, where text is wanted. Admitted against the budgets at once, beside the
+    runs that are alive; it holds its cache until it has ended, is closed or is dropped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        options: SamplingOptions,
+        *,
+        text: Tokenizer | None = None,
+    ):
+        self._engine, self.options = engine, options.seeded() if not options.is_greedy else options
+        for prompt in prompts:
+            engine.check_ids(prompt)
+        limits = []
+        for prompt in prompts:
+            engine.check_length(len(prompt))
+            limits.append(options.new_tokens_limit(len(prompt), context=engine.context_limit))
+        if options.stop and text is None:
+            raise UsageError(
+                "stop: the model has no tokenizer, so text cannot be watched; leave it out"
+            )
+        # A sequence's number is its place among those of one prompt, not in the batch: so each is
+        # what it would be alone.
+        self.lanes = [
+            Lane(prompt, options=self.options, limit=limit, number=number, text=text)
+            for prompt, limit in zip(prompts, limits, strict=True)
+            for number in range(options.num_return_sequences)
+        ]
+        self._longest = max(map(len, prompts))
+        self._forward = engine.start(
+            RunShape(
+                batch=len(self.lanes),
+                longest=self._longest,
+                context=max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)),
+                sweeps=max(1, *limits),
+            )
+        )
+        self.plan = self._forward.plan
+        self.stats = Stats(load_s=engine.load_s, sweep_bytes=self.plan.tiling.n_bytes)
+        self._compiles_before = dict(engine.compiles)
+
+    def __iter__(self) -> Iterator[list[Step | None]]:
+        """One list a forward pass: what each sequence gained, None for those that have ended."""
+        try:
+            if not self._all_ended():
+                yield from self._steps()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the run where it is and frees its cache."""
+        self._forward.close()
+
+    def generations(self) -> list[Generation]:
+        """The texts so far; what has not ended is marked as interrupted."""
+        for lane in self.lanes:
+            lane.interrupt()
+        engine, before = self._engine, self._compiles_before
+        self.stats.compiles = {
+            shape: n - before.get(shape, 0)
+            for shape, n in engine.compiles.items()
+            if n > before.get(shape, 0)
+        }
+        memory = engine.memory()
+        return [
+            Generation(
+                text=lane.text,
+                token_ids=lane.token_ids,
+                prompt_tokens=lane.n_prompt,
+                finish_reason=lane.finish_reason,
+                device=engine.device_name,
+                dtype=engine.dtype,
+                seed=self.options.seed,
+                logprobs=_logprobs(lane.choices) if self.options.logprobs is not None else None,
+                stats=self.stats.as_dict(),
+                memory=memory,
+                plan=self.plan.as_dict(),
+            )
+            for lane in self.lanes
+        ]
+
+    def _steps(self):
+        clock, forward = Clock(), self._forward
+        forward.compile(self._longest)
+        forward.compile(1)
+        forward.fill()
+        self.stats.load_s += clock.lap()
+        ids, starts = [lane.history for lane in self.lanes], [0] * len(self.lanes)
+        while True:
+            clock.lap()
+            logits = forward.sweep(ids, starts)
+            steps = [
+                None if lane.finish_reason else lane.draw(row[-1])
+                for lane, row in zip(self.lanes, logits, strict=True)
+            ]
+            self._count(clock.lap(), steps)
+            if self._all_ended():
+                forward.close()  # whoever looks at the last step finds the room free
+                yield steps
+                return
+            yield steps
+            # An ended sequence goes on as padding: without its row the compiled shape would change.
+            ids = [[] if lane.finish_reason else lane.history[-1:] for lane in self.lanes]
+            starts = [len(lane.history) - 1 for lane in self.lanes]
+
+    def _all_ended(self):
+        return all(lane.finish_reason for lane in self.lanes)
+
+    def _count(self, seconds, steps):
+        stats = self.stats
+        if stats.sweeps == 0:
+            stats.prefill_s = seconds
+        else:
+            stats.decode_s += seconds
+            stats.decode_sweeps += 1
+        stats.sweeps += 1
+        stats.new_tokens += sum(step is not None for step in steps)
+        stats.moved = dict(self._forward.moved)
+        stats.reads = "direct" if self._forward.reads_directly else "buffered"
+
+
+def _logprobs(choices):
+    return [
+        {"token_id": c.token_id, "logprob": c.logprob, "top": [list(pair) for pair in c.top]}
+        for c in choices
+    ]

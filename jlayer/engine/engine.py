@@ -1,0 +1,296 @@
+"""The engine of an opened model: the one owner of its executor, programs, small weights and caches.
+
+Runs (`Forward`) are admitted against the budgets, all that are alive together, and take turns: one
+forward pass at a time, from any thread. What streams may change between two passes; a run does not
+notice.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from jlayer.checkpoint.digest import Checks
+from jlayer.checkpoint.store import Store
+from jlayer.config import RunConfig
+from jlayer.engine import device as devices
+from jlayer.engine import residents
+from jlayer.engine.forward import Forward
+from jlayer.engine.ledger import Ledger
+from jlayer.engine.programs import Programs
+from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
+from jlayer.errors import UsageError
+from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.plan import Plan, make_plan, refit
+from jlayer.plan.shapes import RunShape
+from jlayer.plan.tiles import Tier, Weights
+from jlayer.streaming.direct import disk_speed
+from jlayer.streaming.embedding import Embedding
+from jlayer.streaming.executor import Executor, Totals, Watch
+
+CLOSED = "this model is closed; open it again with AutoModel.from_pretrained"
+# What streaming other tiles costs once, in seconds: their programs are compiled anew.
+OTHER_TILES_S = 5.0
+NEARLY = 1.02
+
+
+class Engine:
+    """A folder of weights, opened to be streamed under `run`'s budgets.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
+    """
+
+    def __init__(self, folder: str | os.PathLike, run: RunConfig):
+        clock = Clock()
+        self.run = run
+        self.watch, self.totals = Watch(), Totals()
+        self.store = Store(folder)
+        self.cfg = self.store.cfg
+        self.dtype = run.dtype or self.store.float_dtype
+        self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
+        self._check_context()
+        self._machine = self._look_at_machine()
+        self._ledger = Ledger()
+        self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
+        self._turns = threading.RLock()
+        self._closed = False
+        self._executor: Executor | None = None
+        self.plan = self.plan_for(RunShape(context=run.context or 1))
+        self.plan.check()
+        # No run needs less memory, so no plan is much faster than this one.
+        self._shortest_s = self.plan.cautious_seconds
+        self._embedding = Embedding(self.store, self.weights)
+        try:
+            self._checks = self._make_checks()
+            self._residents = residents.load(self.store, self.weights, self._checks, self.device)
+        except BaseException:
+            self._embedding.close()
+            raise
+        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device)
+        self.host_peak_bytes = anonymous_bytes()
+        self.device_peak_bytes = 0
+        self.load_s = clock.lap()
+
+    def _look_at_machine(self) -> Machine:
+        """Chooses the device and measures what a plan depends on."""
+        run = self.run
+        host_budget = run.host_memory or available_bytes() * 4 // 5
+        self.device, budget, context_bytes = devices.choose(
+            run.device,
+            run.device_memory,
+            pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
+        )
+        return Machine(
+            platform=devices.platform_of(self.device),
+            device_budget=budget,
+            host_budget=host_budget,
+            context_bytes=context_bytes,
+            baseline_bytes=anonymous_bytes(),
+            disk_speed=disk_speed(self.store.files) or DEFAULT_DISK,
+            link_speed=devices.link_speed(self.device),
+            cores=len(os.sched_getaffinity(0)),
+        )
+
+    def _make_checks(self):
+        """What tiles bring is checked as it comes. A table that no tile streams is read once beside
+        the first forward pass, whose logits wait for it."""
+        expected = self.store.expected()
+        for name in [] if self.cfg.tie_word_embeddings else self._embedding.tensors:
+            if name in expected:
+                table = Checks({name: expected.pop(name)})
+                self._embedding.begin_whole(name, partial(table.add, name))
+        return Checks(expected)
+
+    def plan_for(self, shape: RunShape) -> Plan:
+        """The plan of a run beside all that are alive: what streams already where that is nearly as
+        fast, else the best one anew. Whether it `fits` is for the caller to look at."""
+        held = self._ledger.alive
+        known = None
+        if self._executor is not None:
+            same = refit(self.plan, self.weights, shape, held=held)
+            if same.fits and same.cautious_seconds <= NEARLY * self._shortest_s:
+                return same
+            known = same.tiling
+        best = make_plan(
+            self.weights,
+            self._machine,
+            shape,
+            held=held,
+            keeps_layers=self.run.keeps_layers,
+            known=known,
+        )
+        if known is None or (best.fits and (not same.fits or _pays(same, best, shape.sweeps))):
+            return best
+        return same
+
+    def start(self, shape: RunShape) -> Forward:
+        """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
+        it beside the runs that are alive, UsageError where the model is closed."""
+        with self._turns:
+            if self._closed:
+                raise UsageError(CLOSED)
+            plan = self.plan_for(shape)
+            plan.check()
+            number = self._ledger.enter(plan.shapes)
+            try:
+                self._stream_as(plan)
+                forward = Forward(
+                    plan,
+                    self.programs,
+                    self._embedding,
+                    self._residents,
+                    turn=self._turn,
+                    release=partial(self._ledger.leave, number),
+                    noted=self._note_peaks,
+                )
+            except BaseException:
+                self._ledger.leave(number)
+                raise
+            self._alive.add(forward)
+            return forward
+
+    @contextmanager
+    def _turn(self) -> Iterator[Executor]:
+        """One run at a time has the executor."""
+        with self._turns:
+            if self._closed:
+                raise UsageError(CLOSED)
+            yield self._executor
+
+    def _stream_as(self, plan):
+        """Makes the executor stream as `plan` says: as it does already, with tiles in other places,
+        or a new one."""
+        old = self._executor
+        if old is not None and plan.tiles is old.tiles:
+            if plan.tiers != self.plan.tiers:
+                old.retier(plan.tiers)
+            self.plan = plan
+            return
+        if old is not None:
+            old.close()
+        self._executor = None
+        self._executor = Executor(
+            self.store,
+            plan.tiles,
+            plan.tiers,
+            ring=plan.ring,
+            ahead=plan.ahead,
+            device=self.device,
+            totals=self.totals,
+            watch=self.watch,
+            checks=self._checks,
+        )
+        self.plan = plan
+
+    def _check_context(self):
+        limit = self.cfg.max_position_embeddings
+        if self.run.context and self.run.context > limit:
+            raise UsageError(
+                f"context: {self.run.context} tokens, the model's own limit is {limit}"
+            )
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Raises UsageError unless `ids` are some tokens of the vocabulary."""
+        if not ids:
+            raise UsageError(
+                "prompt: empty, and this model has no beginning token to start from; give some text"
+            )
+        for token in ids:
+            if not 0 <= token < self.cfg.vocab_size:
+                raise UsageError(
+                    f"prompt: id {token} is outside the vocabulary of {self.cfg.vocab_size}"
+                )
+
+    def check_length(self, n_prompt: int) -> None:
+        """Raises UsageError where a prompt exceeds the context."""
+        if n_prompt > self.context_limit:
+            raise UsageError(
+                f"prompt: {n_prompt} tokens, longer than the context of {self.context_limit}; "
+                "shorten it"
+            )
+
+    @property
+    def context_limit(self) -> int:
+        """The most positions a sequence may have: --context where given, else the model's own
+        limit."""
+        return self.run.context or self.cfg.max_position_embeddings
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """Backend compiles by input shape, so far."""
+        return self.programs.compiles
+
+    @property
+    def n_alive(self) -> int:
+        """How many runs are alive."""
+        return len(self._ledger.alive)
+
+    @property
+    def device_name(self) -> str:
+        """The device in words, as the driver names it."""
+        return f"{self.device.platform}:{self.device.id} ({self.device.device_kind})"
+
+    def files_of(self, tier: Tier) -> list[str]:
+        """Paths of the files that the tiles of a tier come from."""
+        tiles = [t for t, own in zip(self.plan.tiles, self.plan.tiers, strict=True) if own is tier]
+        tensors = [part.tensor for tile in tiles for part in tile.parts]
+        return list(dict.fromkeys(self.store.segment_of(name).file for name in tensors))
+
+    def _note_peaks(self, forward):
+        """Looks at memory after each forward pass; the largest figures seen are the peaks."""
+        self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
+        caches = sum(run.cache_bytes for run in list(self._alive))
+        held = (
+            self.totals.most_live_bytes
+            + self.plan.tier_bytes(Tier.DEVICE)
+            + caches
+            + forward.activation_bytes
+            + self._residents.n_bytes
+            + self.programs.temporary_bytes
+        )
+        self.device_peak_bytes = max(self.device_peak_bytes, held)
+
+    def memory(self) -> dict:
+        """Budgets and peaks as `generate --json` prints them. A CPU has no allocator to ask: there
+        the sum is accounted."""
+        stats = self.device.memory_stats()
+        context = self._machine.context_bytes
+        measured = context + stats["peak_bytes_in_use"] if stats else None
+        return {
+            "device_budget_bytes": self._machine.device_budget,
+            "device_peak_bytes": measured or self.device_peak_bytes,
+            "device_peak_how": "measured" if measured else "accounted",
+            "host_budget_bytes": self._machine.host_budget,
+            "host_peak_bytes": self.host_peak_bytes,
+            "host_peak_how": "measured",
+        }
+
+    def close(self) -> None:
+        """Ends the readers' threads and closes the files. A forward pass that is under way in
+        another thread ends at its next step, with an error that says so."""
+        self._closed = True
+        executor = self._executor
+        if executor is not None:
+            executor.refuse(UsageError(CLOSED))
+        with self._turns:
+            if self._executor is not None:
+                self._executor.close()
+                self._executor = None
+            self._embedding.close()
+
+
+def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
+    """Whether to stream as `best` says is worth what it costs, over so many forward passes.
+
+    Other tiles mean other programs, and host memory is filled again. The same tiles in other places
+    cost nothing: what is not there yet is read in passing, as it would have been anyway.
+    """
+    gain = (same.cautious_seconds - best.cautious_seconds) * n_sweeps
+    if best.tiling is same.tiling:
+        return gain > 0
+    filled = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
+    return gain > OTHER_TILES_S + filled

@@ -1,0 +1,79 @@
+"""One sequence being continued: its ids, its text, and whether and why it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlayer.engine.sample import Choice, SamplingOptions, choose
+from jlayer.text.tokenizer import StopWatcher, TextStream
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one sweep added to a text: complete characters only, so `text` may lag behind
+    `token_ids`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Lane:
+    """One sequence being continued: its ids, its text, and whether and why it has ended."""
+
+    def __init__(
+        self, prompt: list[int], *, options: SamplingOptions, limit: int, number: int, text=None
+    ):
+        self.history = list(prompt)
+        self.n_prompt = len(prompt)
+        self.finish_reason: str | None = "length" if limit == 0 else None
+        self.choices: list[Choice] = []
+        self._options, self._limit, self._number = options, limit, number
+        # What follows text keeps its leading space; what follows nothing but BOS has none.
+        self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
+        self._stops = StopWatcher(options.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.history[self.n_prompt :]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def draw(self, logits: np.ndarray) -> Step:
+        """Adds the token that `logits` [V] give, and says what it added to the text."""
+        choice = choose(
+            logits,
+            options=self._options,
+            history=self.history,
+            n_prompt=self.n_prompt,
+            sequence=self._number,
+        )
+        self.choices.append(choice)
+        self.history.append(choice.token_id)
+        ended = choice.token_id in self._options.eos_token_id
+        piece = self._read(choice.token_id)
+        if ended or self._stops.stopped is not None:
+            self.finish_reason = "stop"
+        elif len(self.history) - self.n_prompt >= self._limit:
+            self.finish_reason = "length"
+        if self.finish_reason and self._stream:
+            piece += self._rest()
+        self._pieces.append(piece)
+        return Step(piece, (choice.token_id,))
+
+    def interrupt(self):
+        """Ends the sequence where it is; the text so far stays."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+            if self._stream:
+                self._pieces.append(self._rest())
+
+    def _read(self, token):
+        return "" if self._stream is None else self._stops.feed(self._stream.step(token))
+
+    def _rest(self):
+        return self._stops.feed(self._stream.finish()) + self._stops.finish()

@@ -1,0 +1,61 @@
+"""The small weights that stay on the device: each layer's norms, and the final one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jlayer.checkpoint.digest import Checks
+from jlayer.checkpoint.store import Store
+from jlayer.families.registry import family_of
+from jlayer.plan.tiles import Weights, device_parts, parts_of
+from jlayer.streaming.direct import RowReader
+
+
+@dataclass(frozen=True)
+class Residents:
+    """Arrays by leaf, in the compute dtype: those of each layer, and those after the last one."""
+
+    layers: list[dict[str, jax.Array]]
+    final: dict[str, jax.Array]
+
+    def of(self, layer: int | None) -> dict[str, jax.Array]:
+        """Those of a layer; None: of the head."""
+        return self.final if layer is None else self.layers[layer]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final)))
+
+
+def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> Residents:
+    """Loads the norms to the device once, in the compute dtype.
+
+    All vectors are checked here, also those that come with tiles. Raises CheckpointError or
+    StorageError.
+    """
+    vectors = {name: _read_vector(store, name, checks) for name in store.vectors}
+    norm = family_of(weights.cfg).final_norm
+
+    def put(part):
+        return jax.device_put(vectors[part.tensor].astype(weights.dtype), device)
+
+    layers = [
+        {part.leaf: put(part) for part in device_parts(weights, layer)}
+        for layer in range(weights.cfg.num_hidden_layers)
+    ]
+    final = {part.leaf: put(part) for part in parts_of(norm, norm.published, weights)}
+    return Residents(layers, final)
+
+
+def _read_vector(store, name, checks):
+    segment = store.segment_of(name)
+    rows = RowReader(segment, n_rows=1, identity=store.identities[segment.file])
+    try:
+        (raw,) = rows.read(np.zeros(1, np.int64))
+    finally:
+        rows.close()
+    checks.add(name, raw, n_rows=1)
+    return raw.view(np.dtype(store.form_of(name))).copy()

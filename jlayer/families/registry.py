@@ -1,0 +1,85 @@
+"""The families that are known, and what follows from their tables for one model: its kinds of
+layers, and every tensor of a complete checkpoint."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from jlayer.families.base import LAYER_PREFIX, Family, LayerKind, Stage, one
+from jlayer.families.llama import LLAMA
+from jlayer.spec import Leaf, ModelConfig
+
+# A new family is a file beside this one, and a line here.
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+
+_BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
+_LAYER_NAME = re.compile(rf"{_BEFORE}(0|[1-9][0-9]{{0,8}}){_AFTER}(.+)", re.DOTALL)
+
+
+def family_of(cfg: ModelConfig) -> Family:
+    return FAMILIES[cfg.model_type]
+
+
+@lru_cache(maxsize=64)
+def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
+    """The kind of each decoder layer, with the leaves that this model has."""
+    return family_of(cfg).kinds(cfg)
+
+
+def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
+    """What follows the layers: the final norm and, unless tied to the embedding, the head."""
+    family = family_of(cfg)
+    return (
+        (family.final_norm,)
+        if cfg.tie_word_embeddings
+        else (
+            family.final_norm,
+            family.head_matrix,
+        )
+    )
+
+
+def head_leaf(cfg: ModelConfig) -> Leaf:
+    """The matrix that the head multiplies by: the embedding itself where it is tied."""
+    family = family_of(cfg)
+    return family.embedding if cfg.tie_word_embeddings else family.head_matrix
+
+
+@lru_cache(maxsize=64)
+def head_stage(cfg: ModelConfig) -> Stage:
+    """The stage after the last layer, whose products are the logits."""
+    groups = (one(head_leaf(cfg).name),)
+    return Stage("head", groups, input=family_of(cfg).head_input, logits=True)
+
+
+def layer_tensor_name(cfg: ModelConfig, leaf: Leaf, layer: int) -> str:
+    return family_of(cfg).layer_prefix.format(layer=layer) + leaf.published
+
+
+def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a complete checkpoint of this model holds, with its shape, in the order of
+    their use."""
+    embedding = family_of(cfg).embedding
+    found = {embedding.published: embedding.shape(cfg)}
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        for leaf in kind.leaves:
+            found[layer_tensor_name(cfg, leaf, layer)] = leaf.shape(cfg)
+    for leaf in final_leaves(cfg):
+        found[leaf.published] = leaf.shape(cfg)
+    return found
+
+
+def layer_of(tensor_name: str) -> int | None:
+    """The layer that a published name belongs to, or None for what stands outside the layers."""
+    match = _LAYER_NAME.fullmatch(tensor_name)
+    return int(match.group(1)) if match else None
+
+
+def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
+    """Whether a published tensor is left out on purpose (a computed table, or a tied head stored
+    again)."""
+    family = family_of(cfg)
+    if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
+        return True
+    return any(re.fullmatch(pattern, tensor_name) for pattern in family.dropped)

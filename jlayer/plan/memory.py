@@ -1,0 +1,226 @@
+"""What each thing of a run needs of memory, as closed formulas.
+
+What they say of compiled programs' temporaries is an upper bound; a test compares it with what XLA
+says of the programs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jlayer.encodings.registry import encoding
+from jlayer.families.base import LayerKind
+from jlayer.families.registry import family_of, layer_kinds, published_tensors
+from jlayer.plan.machine import LIBRARY_BYTES, Machine
+from jlayer.plan.need import Need
+from jlayer.plan.shapes import Shapes
+from jlayer.plan.tiles import Tier, Tiling, Weights
+from jlayer.spec import ITEM_BYTES, ModelConfig, Place, axis_sizes, query_pieces
+
+# Outputs of the head on their way to the host at a time: on the device, and as copies there.
+OUTGOING = 3
+LOGIT_BYTES = 5  # of logits that are handed over: a float32, and whether it is finite
+
+
+def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
+    """What is there whatever runs: the driver's context, slots, norms, libraries."""
+    on_gpu = machine.platform == "gpu"
+    slot = tiling.tile_bytes + tiling.slack
+    # On a GPU one more than are there at a time: blocks of other sizes leave gaps between them, and
+    # what comes joined has the slack of its slot.
+    slots = (ahead + 1) * slot if on_gpu else ahead * tiling.tile_bytes
+    return [
+        Need("context", device=machine.context_bytes),
+        Need("slots", device=slots, host=ring * slot),
+        Need("resident", device=resident_bytes(weights)),
+        Need("temporary", device=LIBRARY_BYTES[machine.platform]),
+        Need("runtime", host=machine.runtime_bytes),
+    ]
+
+
+def run_needs(
+    weights: Weights, machine: Machine, tiling: Tiling, runs: Sequence[Shapes]
+) -> list[Need]:
+    """What runs that are alive together need: a cache each, and the rest for one at a time, since
+    one forward pass is under way at a time."""
+
+    def most(function):
+        return max(function(shapes) for shapes in runs)
+
+    cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
+    return [
+        Need("cache", device=sum(cache_bytes(cfg, run, item_bytes=item) for run in runs)),
+        Need(
+            "activation",
+            device=most(
+                lambda run: (
+                    activation_bytes(cfg, run, item_bytes=item, whole=tiling.is_whole)
+                    + OUTGOING * logits_bytes(cfg, run, tiling)
+                )
+            ),
+        ),
+        Need(
+            "temporary",
+            device=most(
+                lambda run: temporary_bytes(weights, run, tiling, platform=machine.platform)
+            ),
+        ),
+        Need("embedding", host=most(lambda run: _rows_and_logits(weights, machine, run, tiling))),
+    ]
+
+
+def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
+    """What the tiles need that stay on the device or in host memory."""
+    kept = list(zip(tiling.tiles, tiers, strict=True))
+    return [
+        Need(
+            "resident",
+            device=sum(tile.device_bytes for tile, tier in kept if tier is Tier.DEVICE),
+            host=sum(tile.n_bytes + tiling.slack for tile, tier in kept if tier is Tier.HOST),
+        )
+    ]
+
+
+def resident_bytes(weights: Weights) -> int:
+    """The small leaves that stay on the device, in the compute dtype."""
+    cfg = weights.cfg
+    leaves = [leaf for kind in layer_kinds(cfg) for leaf in kind.kept_in(Place.DEVICE)]
+    sizes = axis_sizes(cfg)
+    numbers = sum(sizes[leaf.axes[0]] for leaf in (*leaves, family_of(cfg).final_norm))
+    return numbers * ITEM_BYTES[weights.dtype]
+
+
+def cache_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int) -> int:
+    """The caches of all layers."""
+    return sum(
+        kind.cache.n_elements(cfg, batch=shapes.batch, capacity=shapes.capacity) * item_bytes
+        for kind in layer_kinds(cfg)
+    )
+
+
+def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
+    """What the tokens of a forward pass hold between programs.
+
+    Whole layers keep only hidden states; tiles also hold a stage's input and the products so far,
+    of all tokens, and the joined products of one chunk.
+    """
+    width, columns = cfg.hidden_size, shapes.batch * shapes.n_columns
+    if whole:
+        return columns * (2 * width * item_bytes + 4)
+    each = 3 * width + max(_stage_width(cfg, kind) for kind in _kinds(cfg))
+    joined = shapes.batch * shapes.chunk * _widest_product(cfg) * item_bytes
+    return columns * (each * item_bytes + 4) + joined
+
+
+def _stage_width(cfg, kind: LayerKind):
+    """Numbers a token that the largest stage of a layer holds: its input beside its products, or,
+    where they go to the cache, its products twice."""
+    found = 0
+    for stage in kind.stages:
+        products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
+        width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
+        found = max(found, 2 * products if _uses_cache(stage) else width + products)
+    return found
+
+
+def _widest_product(cfg):
+    """The most numbers a token in a product of a stage that does not go to the cache."""
+    return max(
+        _height(cfg, kind, group.leaves[0])
+        for kind in _kinds(cfg)
+        for stage in kind.stages
+        if not _uses_cache(stage)
+        for group in stage.groups
+    )
+
+
+def _uses_cache(stage):
+    return "cache" in stage.finish.reads
+
+
+def _height(cfg, kind, leaf):
+    return kind.leaf(leaf).shape(cfg)[0]
+
+
+def _kinds(cfg):
+    return set(layer_kinds(cfg))
+
+
+def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiling: Tiling) -> int:
+    """The logits that one of the head's programs gives; a few of them wait on their way out."""
+    if not shapes.all_logits:
+        return shapes.batch * 2 * cfg.vocab_size * 4
+    return shapes.batch * shapes.chunk * tiling.head_rows * 4
+
+
+def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platform: str) -> int:
+    """An upper bound for the temporaries of any one program of a run.
+
+    What is alive at once in attention or in the MLP, in float32; and the tile's matrices as far as
+    they are decoded, or cast to the compute dtype, before they are multiplied.
+    """
+    cfg = weights.cfg
+    from_attention = attention_temporary_bytes(cfg, shapes)
+    b, t = shapes.batch, shapes.chunk
+    decoded = max(
+        sum(_decoded_bytes(part, weights.dtype, platform) for part in tile.parts)
+        for tile, _ in tiling.distinct
+    )
+    if tiling.is_whole:
+        # The products of a decoded matrix's blocks are put in order once more.
+        is_plain = all(part.encoding.is_plain for part in tiling.tiles[0].parts)
+        mlp = (3 if is_plain else 4) * 4 * b * t * _widest_product(cfg)
+        return decoded + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
+    rows = max(sum(tile.heights.values()) for tile, _ in tiling.distinct)
+    widest = max(cfg.hidden_size, _widest_product(cfg))
+    product = 3 * 4 * b * t * rows + 4 * b * t * widest
+    return max(decoded + product, from_attention, 4 * 4 * b * t * widest)
+
+
+def _decoded_bytes(part, dtype, platform):
+    """What a program writes of a matrix before it multiplies."""
+    if not part.n_weights:
+        return 0
+    n_rows = part.n_weights // part.width
+    return part.encoding.decoded_bytes(n_rows, part.width, dtype=dtype, platform=platform)
+
+
+def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:
+    """Scores of as many queries as are made at once (twice: before and after the exponential), the
+    cache read in float32, and the heads in float32."""
+    b, t, s = shapes.batch, shapes.chunk, shapes.capacity
+    sizes = axis_sizes(cfg)
+    pieces = query_pieces(batch=b, tokens=t, n_heads=cfg.num_attention_heads, capacity=s)
+    scores = 4 * b * cfg.num_attention_heads * (t // pieces) * s
+    return 2 * scores + 2 * 4 * b * s * sizes["kv_heads"] + 4 * 4 * b * t * sizes["heads"]
+
+
+def _rows_and_logits(weights, machine, shapes, tiling):
+    """Rows of the embedding on their way to the device, and logits on their way back."""
+    cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
+    rows = shapes.batch * shapes.n_columns * cfg.hidden_size * (item + 8)
+    drawn = shapes.batch * 2 * cfg.vocab_size * 16
+    copies = OUTGOING if machine.platform == "gpu" else 1
+    logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)
+    kept = shapes.single_array * shapes.batch * shapes.n_columns * cfg.vocab_size * LOGIT_BYTES
+    return rows + drawn + logits + kept
+
+
+def model_bytes(weights: Weights) -> int:
+    """Bytes of all tensors as they are stored."""
+    return sum(
+        encoding(weights.form_of(name)).n_bytes(shape)
+        for name, shape in published_tensors(weights.cfg).items()
+    )
+
+
+def published_bytes(weights: Weights) -> int:
+    """Bytes of all tensors before they were quantised, if they were: the final norm still has the
+    published dtype."""
+    plain = weights.form_of(family_of(weights.cfg).final_norm.published)
+    return sum(
+        encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
+        for form, shape in (
+            (weights.form_of(name), shape) for name, shape in published_tensors(weights.cfg).items()
+        )
+    )

@@ -1,0 +1,78 @@
+"""What things need of memory, and their sum.
+
+Each thing states its own bytes as a Need; a plan adds them up by term and compares the sums with
+the budgets. Nothing is allocated before the sums fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+from jlayer.config import human
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one thing, under the `term` of the sum that it belongs to. `device`: in the
+    accelerator's memory (on a CPU, what JAX holds); `host`: anonymous and pinned memory."""
+
+    term: str
+    device: int = 0
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on the device. On a CPU the context is nothing and the rest is what JAX holds."""
+
+    budget_bytes: int
+    context_bytes: int = 0
+    slots_bytes: int = 0
+    resident_bytes: int = 0
+    cache_bytes: int = 0
+    activation_bytes: int = 0
+    temporary_bytes: int = 0
+    draft_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Anonymous and pinned bytes of the process."""
+
+    budget_bytes: int
+    slots_bytes: int = 0
+    resident_bytes: int = 0
+    embedding_bytes: int = 0
+    runtime_bytes: int = 0
+
+
+def device_memory(budget: int, needs: Iterable[Need]) -> DeviceMemory:
+    return DeviceMemory(budget, **_by_term(DeviceMemory, needs, "device"))
+
+
+def host_memory(budget: int, needs: Iterable[Need]) -> HostMemory:
+    return HostMemory(budget, **_by_term(HostMemory, needs, "host"))
+
+
+def total(memory: DeviceMemory | HostMemory) -> int:
+    """The sum of all terms, in bytes."""
+    return sum(value for name, value in asdict(memory).items() if name != "budget_bytes")
+
+
+def terms(memory: DeviceMemory | HostMemory) -> str:
+    """The sum in words, without the terms that are nothing."""
+    found = {
+        name.removesuffix("_bytes"): value
+        for name, value in asdict(memory).items()
+        if name != "budget_bytes"
+    }
+    return " + ".join(f"{name} {human(value)}" for name, value in found.items() if value)
+
+
+def _by_term(memory, needs, side):
+    found = {field.name: 0 for field in fields(memory) if field.name != "budget_bytes"}
+    for need in needs:
+        if n_bytes := getattr(need, side):
+            found[f"{need.term}_bytes"] += n_bytes
+    return found

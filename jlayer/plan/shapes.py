@@ -1,0 +1,87 @@
+"""The input shapes of a run.
+
+They come from short lists, so that a model of 80 layers, a long prompt and a thousand tokens
+compile no more often than a model of two layers and a short prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK_TOKENS = (2, 8, 64, 512)
+MIN_CAPACITY = 64
+# From here on capacity grows by steps: a doubled cache of a 70B model would cost gigabytes.
+CAPACITY_STEP = 1024
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a run asks for: `batch` sequences, of which up to `longest` tokens enter at a time, and
+    which may reach `context` positions.
+
+    `all_logits`: logits of every token are wanted, not of the last alone; `single_array`: in one
+    array on the host. `sweeps`: about how many forward passes it will take.
+    """
+
+    batch: int = 1
+    longest: int = 1
+    context: int = 1
+    all_logits: bool = False
+    single_array: bool = False
+    sweeps: int = 1
+
+    def shapes(self, most: int = CHUNK_TOKENS[-1]) -> Shapes:
+        """The input shapes of its longest forward pass, with at most `most` tokens a chunk."""
+        sizes = chunks(self.longest, most)
+        return Shapes(
+            batch=self.batch,
+            capacity=capacity_for(self.context),
+            chunk=max(sizes),
+            n_columns=sum(sizes),
+            n_chunks=len(sizes),
+            all_logits=self.all_logits,
+            single_array=self.single_array,
+        )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The compiled shapes of a run. `capacity`: cached positions of a sequence; `n_columns`: tokens
+    of a sequence in its longest forward pass, padding included; `chunk`: the most of them that go
+    through a tile at once; `n_chunks`: how many chunks that makes."""
+
+    batch: int
+    capacity: int
+    chunk: int
+    n_columns: int
+    n_chunks: int = 1
+    all_logits: bool = False
+    single_array: bool = False
+
+
+def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
+    """The sizes, from CHUNK_TOKENS up to `most`, of the chunks that `n_tokens` columns go through a
+    tile in.
+
+    Padding costs arithmetic and every chunk a dispatch, so up to half of a size goes in chunks of
+    the next smaller.
+    """
+    sizes, rest = [], n_tokens
+    usable = [size for size in CHUNK_TOKENS if size <= most]
+    for size, smaller in zip(reversed(usable), [*reversed(usable[:-1]), 0], strict=True):
+        sizes += [size] * (rest // size)
+        rest %= size
+        if rest > (size // 2 if smaller >= 64 else smaller):
+            return (*sizes, size)
+    return tuple(sizes)
+
+
+def capacity_for(n_positions: int) -> int:
+    """Cached positions to make room for: doubling from MIN_CAPACITY, then in steps of
+    CAPACITY_STEP."""
+    if n_positions > CAPACITY_STEP:
+        return -(-n_positions // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = MIN_CAPACITY
+    while capacity < n_positions:
+        capacity *= 2
+    return capacity
