@@ -15,8 +15,9 @@ import numpy as np
 
 from jlayer.config import RunConfig, unknown_name
 from jlayer.engine.model import AutoModel, Model, as_id_lists
+from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.report import Clock, Stats
-from jlayer.engine.sample import Choice, SamplingOptions, choose, is_option, option_names
+from jlayer.engine.sample import Choice, choose
 from jlayer.errors import UsageError
 from jlayer.text.tokenizer import NO_TOKENIZER, StopWatcher, TextStream, chat_messages
 
