@@ -19,7 +19,9 @@ from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.report import Clock, Stats
 from jlayer.engine.sample import Choice, choose
 from jlayer.errors import UsageError
-from jlayer.text.tokenizer import NO_TOKENIZER, StopWatcher, TextStream, chat_messages
+from jlayer.text.chat import chat_messages
+from jlayer.text.stream import StopWatcher, TextStream
+from jlayer.text.tokenizer import NO_TOKENIZER
 
 
 @dataclass(frozen=True)
