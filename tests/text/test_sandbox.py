@@ -126,3 +126,15 @@ def test_importing_needs_neither_jinja_nor_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_process_needs_little_of_jlayer():
+    """It starts in less time, and nothing that other parts import can fail in it."""
+    code = (
+        "import sys; from jlayer.text import jinja, sandbox\n"
+        "print(sorted(name for name in sys.modules if name.startswith('jlayer.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(
+        ["jlayer.errors", "jlayer.text", "jlayer.text.jinja", "jlayer.text.sandbox"]
+    )
