@@ -35,10 +35,10 @@ from jlayer.checkpoint.layout import (
     encode_manifest,
     weight_files,
 )
+from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
 from jlayer.encodings.registry import SCHEMES, split_piece
-from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.registry import published_tensors
 

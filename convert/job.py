@@ -58,10 +58,10 @@ from jlayer.checkpoint.layout import (
     is_weight_file,
     read_manifest,
 )
+from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.registry import SCHEMES
-from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
 from jlayer.errors import (
     CheckpointError,
     DoesNotFitError,

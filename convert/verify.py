@@ -24,9 +24,9 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.safetensors import read_header
 from jlayer.checkpoint.source import names_in, regular_file
-from jlayer.spec import ModelConfig
 from jlayer.config import read_config
 from jlayer.errors import CheckpointError
+from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
 

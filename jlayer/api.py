@@ -16,8 +16,8 @@ from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
 from jlayer.engine.ids import as_id_lists, like, unpadded
 from jlayer.engine.lane import Step
+from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
-from jlayer.engine.sample import SamplingOptions, is_option, option_names
 from jlayer.errors import UsageError
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape

@@ -15,10 +15,16 @@ from convert.sources.files import TensorInfo
 from convert.sources.joined import Parts
 from convert.sources.names import META, find_row, find_source
 from jlayer.config import LIMITS
-from jlayer.spec import ModelConfig
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.protobuf import protobuf_fields
-from jlayer.spec import ITEM_BYTES
+from jlayer.spec import ITEM_BYTES, ModelConfig
+from jlayer.tokenizer_files import (
+    LLAMA3_BEGIN,
+    LLAMA3_ENDS,
+    LLAMA3_SPECIAL_TOKENS,
+    count_ranks,
+    is_tiktoken,
+    read_sentencepiece,
+)
 
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
@@ -249,35 +255,22 @@ def differences(config: ModelConfig, derived: ModelConfig) -> list[str]:
 def special_ids(raw: bytes, *, vocab_size: int, where: str) -> dict:
     """bos_token_id and eos_token_id of a tokenizer.model, SentencePiece's or tiktoken's.
 
-    Of Llama 3's, all three tokens that end something are given, as its instruct models publish
-    them: whether this is one cannot be known, and a base model does not write the other two.
+    For Llama 3, all three tokens that end something are given, as its instruct models publish
+    them. Whether this is an instruct model cannot be known; a base model does not write the other
+    two.
+    Raises CheckpointError where `raw` is neither.
     """
-    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\s", raw):
-        n_ranks = raw.count(b"\n") + (not raw.endswith(b"\n"))
-        bos, eos = n_ranks, [n_ranks + 1, n_ranks + 8, n_ranks + 9]
+    if is_tiktoken(raw):
+        first = count_ranks(raw)
+        bos = first + LLAMA3_SPECIAL_TOKENS.index(LLAMA3_BEGIN)
+        eos = [first + LLAMA3_SPECIAL_TOKENS.index(token) for token in LLAMA3_ENDS]
     else:
-        bos, end = _sentencepiece_ids(raw, where)
-        eos = [end]
+        model = read_sentencepiece(raw, where=where)
+        bos, eos = model.bos_id, [model.eos_id]
     eos = [token for token in eos if token < vocab_size]
     found = {"bos_token_id": bos if bos < vocab_size else None}
     found["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _sentencepiece_ids(raw, where):
-    """From the trainer's settings (fields 41 and 42 of field 2), whose defaults are 1 and 2."""
-    trainer = None
-    try:
-        for number, value in protobuf_fields(raw):
-            if number == 2:
-                trainer = dict(protobuf_fields(value))
-    except (ValueError, KeyError, IndexError, TypeError):
-        trainer = None
-    if trainer is None:
-        raise CheckpointError(
-            f"{where}: neither a SentencePiece model nor tiktoken ranks; fetch it again"
-        )
-    return trainer.get(41, 1), trainer.get(42, 2)
 
 
 # The tensors

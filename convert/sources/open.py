@@ -38,10 +38,10 @@ from jlayer.checkpoint.source import (
     shard_files,
     side_files,
 )
-from jlayer.spec import ModelConfig
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
+from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
 _PICKLE = re.compile(r".+\.(bin|pth|pt)")

@@ -20,9 +20,9 @@ from convert.transform.cast import cast, count_nonfinite
 from convert.transform.quantize import Quantizer, whole_rows
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import CONFIG, INDEX, encode_header, encode_index, file_of
+from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION
-from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
 from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors

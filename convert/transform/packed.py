@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 from jlayer.encodings.grouped import Grouped
+from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 
 # The weight that each half byte stands for, in units of the scale.
 LEVELS = (

@@ -17,8 +17,8 @@ import numpy as np
 from convert.sources.files import Chunk, Source
 from convert.transform.cast import NUMPY_DTYPE
 from convert.transform.packed import LEVELS, decode_scales, dequantize, pack
-from jlayer.encodings.int4 import FLOAT_SHIFT, INT4, SCALE_OFFSET
 from jlayer.encodings.grouped import Grouped
+from jlayer.encodings.int4 import FLOAT_SHIFT, INT4, SCALE_OFFSET
 
 # The largest magnitude that int4 reaches, with the largest scale: no trained weight comes near.
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])

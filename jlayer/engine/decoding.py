@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 
 from jlayer.engine.engine import Engine
 from jlayer.engine.lane import Lane, Step
+from jlayer.engine.options import SamplingOptions
 from jlayer.engine.report import Clock, Stats
-from jlayer.engine.sample import SamplingOptions
 from jlayer.errors import UsageError
 from jlayer.plan.shapes import RunShape
 from jlayer.text.tokenizer import Tokenizer

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlayer.engine.sample import Choice, SamplingOptions, choose
-from jlayer.text.tokenizer import StopWatcher, TextStream
+from jlayer.engine.options import SamplingOptions
+from jlayer.engine.sample import Choice, choose
+from jlayer.text.stream import StopWatcher, TextStream
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jlayer.errors import UsageError
-from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer, chat_messages
+from jlayer.text.chat import chat_messages
+from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
 
 CHAT_OPTIONS = ("messages", "chat", "system", "chat_template")
 

@@ -12,7 +12,6 @@ import time
 import jax
 
 from jlayer.api import Model
-from jlayer.plan.shapes import RunShape
 from jlayer.engine.programs import struct_of
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.measure.machine import (
@@ -23,6 +22,7 @@ from jlayer.measure.machine import (
     memory_speeds,
     summary,
 )
+from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 
 SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short prompt, a long one
@@ -137,7 +137,7 @@ class Bench:
             rounds += 1
         if disk:
             disk.close()
-                return [
+        return [
             {
                 "weights": self.sweep_weights,
                 **_row(n, self.sweep_bytes, seconds[n], limits[n]),

@@ -8,9 +8,8 @@ import pytest
 from jlayer.app import picture as picture
 from jlayer.app.cli import main
 from jlayer.errors import StorageError, UsageError
-from jlayer.plan.tiles import Tile
+from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.record import Span, Timeline
-from jlayer.plan.tiles import Tier
 
 PNG = b"\x89PNG\r\n\x1a\n"
 GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.layout import (
     FileEntry,
     Manifest,
@@ -24,7 +23,7 @@ from jlayer.checkpoint.layout import (
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, parse_header
 from jlayer.config import model_config
 from jlayer.families.registry import published_tensors
-from jlayer.spec import ITEM_BYTES
+from jlayer.spec import ALIGNMENT, ITEM_BYTES
 from tests.tiny import TINY
 
 CONFIG = model_config({"model_type": "llama", **TINY}, where="here")

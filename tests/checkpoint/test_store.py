@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.layout import SEAL, seal
 from jlayer.checkpoint.store import Segment, Store
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import cut, row_ranges
+from jlayer.spec import ALIGNMENT
 from jlayer.streaming import direct
 from jlayer.streaming.direct import Reader, aligned_span, disk_speed
 from jlayer.streaming.embedding import Embedding

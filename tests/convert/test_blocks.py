@@ -14,8 +14,8 @@ from convert import convert_checkpoint
 from convert.sources import files as read
 from convert.target import blocks
 from convert.target.blocks import BlockWriter
-from jlayer.spec import ALIGNMENT
 from jlayer.errors import DoesNotFitError, StorageError
+from jlayer.spec import ALIGNMENT
 from tests.convert.checkpoints import (
     edit_tensors,
     files_of,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from convert import convert_checkpoint, verify_folder
-from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.layout import MANIFEST, SIDE_FILES, read_manifest
 from jlayer.checkpoint.safetensors import read_header
 from jlayer.errors import UsageError
+from jlayer.spec import ALIGNMENT
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,

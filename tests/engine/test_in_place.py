@@ -12,14 +12,14 @@ import pytest
 from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.app.cli import main
-from jlayer.streaming.place import VIEW_ALIGNMENT
 from jlayer.checkpoint.store import Store
 from jlayer.errors import CheckpointError
 from jlayer.plan import plan as budget
 from jlayer.plan.tiles import cut
+from jlayer.streaming.place import VIEW_ALIGNMENT
+from tests.checkpoint.test_store import read_tile
 from tests.convert.checkpoints import edit_tensors, join, split, tensors_of, write_tensors
 from tests.tiny import tiny_llama
-from tests.checkpoint.test_store import read_tile
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 SINGLE = "model.safetensors"

@@ -15,13 +15,13 @@ from convert.transform import packed as on_host
 from convert.transform.quantize import quantize
 from jlayer import AutoModel
 from jlayer.app.cli import main
-from jlayer.encodings.registry import SCHEMES
 from jlayer.encodings.grouped import block_rows
+from jlayer.encodings.registry import SCHEMES
 from jlayer.model.products import Encoded, dequantize, product
 from jlayer.plan import blob
 from jlayer.plan import plan as budget
-from jlayer.streaming.schedule import Put
 from jlayer.plan.tiles import Tier
+from jlayer.streaming.schedule import Put
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_manifest
 from tests.quantized import converted, stand_for

@@ -1,4 +1,4 @@
-"""Every option against transformers' own processors, the noise against its definition, the door."""
+"""Every option against transformers' own processors, and draws against the rule of the noise."""
 
 import math
 from types import SimpleNamespace
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlayer.engine import sample
-from jlayer.engine.sample import Choice, SamplingOptions, choose, gumbel_noise, verify
-from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.engine.options import SamplingOptions
+from jlayer.engine.sample import choose, gumbel
+from jlayer.errors import CheckpointError, UsageError
 
 V = 97
 N_PROMPT = 7
@@ -167,29 +168,6 @@ def test_all_options_together_act_in_the_order_of_transformers(reference, seed):
     np.testing.assert_allclose(found[kept], (expected - expected.max())[kept], rtol=1e-6, atol=8e-6)
 
 
-@pytest.mark.reference
-def test_defaults_are_those_of_transformers():
-    from transformers import GenerationConfig
-
-    theirs = GenerationConfig._get_default_generation_params()
-    ours = SamplingOptions()
-    for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
-        assert getattr(ours, name) == theirs[name]
-    for name in ("no_repeat_ngram_size", "min_length", "num_return_sequences"):
-        assert getattr(ours, name) == theirs[name]
-    assert theirs["max_length"] == sample.DEFAULT_NEW_TOKENS
-
-
-@pytest.mark.reference
-def test_every_option_of_transformers_is_known_ignored_or_refused():
-    from transformers import GenerationConfig
-
-    known = {*sample._CHECKS, *sample.ALIASES, *sample.REFUSED, *sample.IGNORED}
-    assert {name for name in vars(GenerationConfig()) if name != "_original_object_hash"} <= known
-    # ... and its defaults stand in nobody's way.
-    SamplingOptions.from_mapping(GenerationConfig._get_default_generation_params())
-
-
 # Penalties on use, which transformers lacks
 
 
@@ -235,58 +213,88 @@ def test_philox_of_this_file_is_the_published_one():
     ]
 
 
-@pytest.mark.parametrize(
-    ("seed", "sequence", "position"),
-    [(0, 0, 0), (1, 0, 5), (2**64 - 1, 3, 8191), (20240229, 2**40, 2**33)],
-)
-def test_noise_is_what_its_docstring_says(seed, sequence, position):
+def noise_of(seed, sequence, position, n):
+    """Gumbel noise of tokens 0 to n - 1 by the rule that `sample` states, without numpy."""
     words = []
-    for block in range(1, 4):
+    for block in range(1, -(-n // 4) + 1):
         words += philox4x64([block, position, sequence, 0], [seed, 0])
-    expected = [-math.log(-math.log(((w >> 12) + 0.5) / 2**52)) for w in words]
-    found = gumbel_noise(seed, sequence, position, 12)
-    np.testing.assert_allclose(found, expected, rtol=1e-13)
+    return [-math.log(-math.log(((word >> 12) + 0.5) / 2**52)) for word in words[:n]]
+
+
+def drawn(logits, *, seed, sequence=0, position=0, **options):
+    """The token that plain sampling at temperature 1 draws."""
+    options = SamplingOptions(**{"do_sample": True, "top_k": 0, "seed": seed, **options})
+    history = Positions(position)
+    return choose(logits, options=options, history=history, n_prompt=0, sequence=sequence).token_id
+
+
+class Positions:
+    """A history of which only the length is read, so that it may be billions of tokens long."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+
+PLACES = [(0, 0, 0), (1, 0, 5), (2**64 - 1, 3, 8191), (20240229, 2**40, 2**33)]
+
+
+@pytest.mark.parametrize(("seed", "sequence", "position"), PLACES)
+def test_the_noise_is_the_published_generators(seed, sequence, position):
+    """The difference of two tokens' noise, measured by the logit that makes up for it."""
+    noise = noise_of(seed, sequence, position, 12)
+    place = {"seed": seed, "sequence": sequence, "position": position}
+    for token in range(1, 12):
+        lead = noise[0] - noise[token]
+        for above in (-1, 1):  # 4e-6: float32 logits up to 2^6 are finer
+            logits = np.full(12, -1e9, np.float32)
+            logits[[0, token]] = 0, lead + 4e-6 * above
+            assert drawn(logits, **place) == (token if above == 1 else 0)
 
 
 def test_noise_stays_what_it_was():
     """Written down once: a change here changes every user's text at a given seed."""
-    np.testing.assert_allclose(
-        gumbel_noise(7, 1, 42, 3),
-        KNOWN_NOISE,
-        rtol=1e-13,
+    assert noise_of(7, 1, 42, 3) == pytest.approx(
+        [-0.2615806753931874, 0.9560450203728484, -0.6221713981334074], rel=1e-13
     )
+    found = [drawn(np.zeros(50, np.float32), seed=7, position=p) for p in range(12)]
+    assert found == [27, 28, 44, 32, 15, 27, 4, 32, 7, 11, 17, 21]
 
 
-KNOWN_NOISE = [-0.2615806753931874, 0.9560450203728484, -0.6221713981334074]
-
-positions = st.integers(0, 2**31)
+places = st.integers(0, 2**31)
 
 
-@given(st.integers(0, 2**64 - 1), positions, positions, st.integers(0, 300), st.integers(0, 300))
+@given(st.integers(0, 2**64 - 1), places, places, st.integers(1, 300), st.integers(0, 300))
 @settings(max_examples=50, deadline=None)
-def test_noise_of_a_token_does_not_depend_on_the_vocabulary(seed, sequence, position, small, more):
-    large = gumbel_noise(seed, sequence, position, small + more)
-    np.testing.assert_array_equal(gumbel_noise(seed, sequence, position, small), large[:small])
-    some = np.flatnonzero(np.random.default_rng(seed).random(len(large)) < 0.3)
-    found = sample._noise_at(some, seed=seed, sequence=sequence, position=position)
-    np.testing.assert_array_equal(found, large[some])
-    assert np.isfinite(large).all()
+def test_noise_of_a_token_does_not_depend_on_the_other_tokens(seed, sequence, position, n, more):
+    place = {"seed": seed, "sequence": sequence, "position": position}
+    few = np.zeros(n, np.float32)
+    many = np.concatenate([few, np.full(more, -1e9, np.float32)])
+    assert drawn(few, **place) == drawn(many, **place)
+    ruled_out = np.flatnonzero(np.random.default_rng(seed).random(n) < 0.5)[: n - 1]
+    bias = {int(token): -math.inf for token in ruled_out}
+    noise = np.array(noise_of(seed, sequence, position, n))
+    noise[ruled_out] = -np.inf
+    assert drawn(few, **place, logit_bias=bias) == noise.argmax()
 
 
 def test_noise_is_finite_at_both_ends():
-    lowest, highest = sample._gumbel(np.array([0, 2**64 - 1], np.uint64))
+    lowest, highest = gumbel(np.array([0, 2**64 - 1], np.uint64))
     assert lowest == pytest.approx(-math.log(53 * math.log(2)))
     assert highest == pytest.approx(53 * math.log(2))
 
 
-def test_noise_differs_between_seeds_sequences_and_positions():
-    rows = [
-        gumbel_noise(seed, sequence, position, 8)
+def test_draws_differ_between_seeds_sequences_and_positions():
+    logits = np.zeros(10_000, np.float32)
+    found = [
+        drawn(logits, seed=seed, sequence=sequence, position=position)
         for seed in (0, 1)
         for sequence in (0, 1)
         for position in (0, 1, 2)
     ]
-    assert len({row.tobytes() for row in rows}) == len(rows)
+    assert len(set(found)) == len(found)
 
 
 def test_draws_follow_the_softmax():
@@ -311,7 +319,7 @@ def test_a_draw_is_the_largest_of_filtered_logits_over_temperature_plus_noise(n_
     for n_history in range(6, 30):
         logits, history = random_logits(n_history), history_of(n_history)
         found = choose(logits, options=options, history=history, n_prompt=n_prompt, sequence=4)
-        expected = logits.astype(np.float64) / 1.7 + gumbel_noise(12, 4, n_history, V)
+        expected = logits.astype(np.float64) / 1.7 + noise_of(12, 4, n_history, V)
         assert found.token_id == int(expected.argmax())
 
 
@@ -330,38 +338,6 @@ def test_a_tiny_temperature_is_greedy_and_never_overflows():
     logits = random_logits()
     found = choose(logits, options=options, history=[1], n_prompt=1)
     assert found.token_id == int(logits.argmax())
-
-
-def test_speculation_draws_what_plain_decoding_draws():
-    """A model that is a table of logits by last token: any drafted prefix gives the same text."""
-    table = random_logits(5, n_rows=V)
-    options = SamplingOptions(do_sample=True, temperature=1.2, repetition_penalty=1.2, seed=9)
-    prompt = [4, 8, 15]
-
-    def draw(history):
-        row = table[history[-1]]
-        return choose(row, options=options, history=history, n_prompt=3, sequence=2).token_id
-
-    plain = list(prompt)
-    for _ in range(12):
-        plain.append(draw(plain))
-    for right in range(6):
-        drafted = [*plain[3 : 3 + right], (plain[3 + right] + 1) % V, 5]
-        rows = table[[prompt[-1], *drafted]]
-        found = verify(rows, drafted, options=options, history=prompt, n_prompt=3, sequence=2)
-        assert [each.token_id for each in found] == plain[3 : 4 + right]
-    drafted = plain[3:8]
-    rows = table[[prompt[-1], *drafted, 0, 0]]  # two rows of padding
-    found = verify(rows, drafted, options=options, history=prompt, n_prompt=3, sequence=2)
-    assert [each.token_id for each in found] == plain[3:9]
-
-
-def test_nothing_follows_an_accepted_end_of_sequence():
-    logits = np.zeros((3, 5), np.float32)
-    logits[:, 2] = 1
-    options = SamplingOptions(eos_token_id=2)
-    found = verify(logits, [2, 2], options=options, history=[0], n_prompt=1)
-    assert found == [Choice(2)]
 
 
 def test_a_draw_depends_on_the_row_alone():
@@ -461,158 +437,3 @@ def test_a_penalty_beyond_float32_is_refused():
     options = SamplingOptions(do_sample=True, repetition_penalty=1e-40, seed=0)
     with pytest.raises(UsageError, match="beyond float32"):
         choose(np.ones(3, np.float32), options=options, history=[0], n_prompt=1)
-
-
-# The door
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "words"),
-    [
-        ("do_sample", [1, "yes"], "true or false"),
-        ("temperature", [-0.1, math.nan, math.inf, "1", True], "finite number from 0 up"),
-        ("top_k", [-1, 1.5, True], "integer from 0 up"),
-        ("top_p", [0, -0.5, 1.01, math.nan, "x"], r"\(0, 1\]"),
-        ("min_p", [-0.1, 1.1, math.nan], r"\[0, 1\]"),
-        ("repetition_penalty", [0, -1, math.nan, math.inf], "above 0"),
-        ("presence_penalty", [2.1, -2.1, math.nan], r"\[-2, 2\]"),
-        ("frequency_penalty", [2.1, -2.1, math.nan], r"\[-2, 2\]"),
-        ("no_repeat_ngram_size", [-1, 1.0], "integer from 0 up"),
-        ("logit_bias", [{1: math.nan}, {1: math.inf}, {-1: 0.0}, {"x": 1}, 3, {1: "2"}], "ids"),
-        ("sequence_bias", [{(1, 2): 1.0}, [[[1, 2], 1.0]], [[[1], 1.0], [[1], 2.0]]], "single"),
-        ("min_new_tokens", [-1], "from 0 up"),
-        ("max_new_tokens", [-1, 2.5, "3"], "from 0 up"),
-        ("max_length", [-1], "from 0 up"),
-        ("eos_token_id", [-1, [1, "2"], "2"], "token id"),
-        ("stop", ["", ["a", ""], [1], 5], "non-empty"),
-        ("num_return_sequences", [0, -1, 1.0], "from 1 up"),
-        ("seed", [-1, 1.5, "7", 2**64, True], "integer from 0 to"),
-        ("logprobs", [-1, True], "from 0 up"),
-    ],
-)
-def test_option_out_of_range_is_refused_by_name_and_range(name, values, words):
-    for value in values:
-        with pytest.raises(UsageError, match=words) as caught:
-            SamplingOptions.from_mapping({name: value})
-        assert sample.ALIASES.get(name, name) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert caught.value.exit_code == 2
-
-
-def test_unknown_option_offers_the_closest_name():
-    with pytest.raises(UsageError, match="did you mean 'temperature'"):
-        SamplingOptions.from_mapping({"temprature": 1.0})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "harmless"),
-    [("num_beams", 4, 1), ("typical_p", 0.9, 1.0), ("suppress_tokens", [1], [])],
-)
-def test_what_is_not_done_is_refused_wherever_it_comes_from(name, value, harmless):
-    with pytest.raises(UsageError, match=name):
-        SamplingOptions.from_mapping({name: value})
-    with pytest.raises(UnsupportedModelError, match=name):
-        SamplingOptions.from_mapping({}, generation_config={name: value})
-    for neutral in (None, harmless):
-        SamplingOptions.from_mapping({name: neutral}, generation_config={name: value})
-        SamplingOptions.from_mapping({}, generation_config={name: neutral})
-
-
-def test_an_array_is_not_mistaken_for_nothing():
-    with pytest.raises(UsageError, match="suppress_tokens"):
-        SamplingOptions.from_mapping({"suppress_tokens": np.array([1, 2])})
-
-
-def test_user_comes_before_generation_config_and_that_before_defaults():
-    published = {
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "eos_token_id": [1, 2],
-        "top_k": None,
-        "_from_model_config": True,
-        "transformers_version": "4.40.0",
-        "pad_token_id": 0,
-        "hidden_size": 64,
-    }
-    found = SamplingOptions.from_mapping({"temperature": 0.2}, generation_config=published)
-    assert (found.temperature, found.top_p, found.top_k) == (0.2, 0.9, 50)
-    assert found.do_sample
-    assert found.eos_token_id == (1, 2)
-
-
-def test_none_from_the_user_turns_an_option_off():
-    published = {"top_k": 20, "top_p": 0.9, "eos_token_id": 2, "max_new_tokens": 5, "min_p": 0.1}
-    off = dict.fromkeys([*published, "temperature", "stop_strings"])
-    found = SamplingOptions.from_mapping(off, generation_config=published)
-    assert (found.top_k, found.top_p, found.min_p) == (0, 1.0, None)
-    assert (found.eos_token_id, found.max_new_tokens) == ((), None)
-
-
-def test_a_wrong_value_in_the_file_is_the_files_fault():
-    for raw, words in (
-        ({"temperature": -1}, "temperature"),
-        ({"eos_token_id": 500}, "eos_token_id.*500"),
-    ):
-        with pytest.raises(CheckpointError, match=rf"some\.json: {words}"):
-            SamplingOptions.from_mapping({}, generation_config=raw, vocab_size=V, where="some.json")
-
-
-def test_ids_outside_the_vocabulary_are_refused():
-    for name, value in (("eos_token_id", [1, V]), ("logit_bias", {V: 1.0})):
-        with pytest.raises(UsageError, match=f"{name}.*{V}"):
-            SamplingOptions.from_mapping({name: value}, vocab_size=V)
-
-
-def test_a_warper_means_sampling_only_where_that_is_implied():
-    assert SamplingOptions.from_mapping({"temperature": 0.7}).is_greedy
-    implied = {"sampling_implied": True}
-    assert not SamplingOptions.from_mapping({"temperature": 0.7}, **implied).is_greedy
-    assert not SamplingOptions.from_mapping({"top_p": 0.7}, **implied).is_greedy
-    assert SamplingOptions.from_mapping({"temperature": 0}, **implied).is_greedy
-    assert SamplingOptions.from_mapping({"seed": 1}, **implied).is_greedy
-    given = {"do_sample": False, "temperature": 0.7}
-    assert SamplingOptions.from_mapping(given, **implied).is_greedy
-
-
-def test_several_sequences_need_sampling():
-    with pytest.raises(UsageError, match=r"num_return_sequences.*greedy"):
-        SamplingOptions.from_mapping({"num_return_sequences": 2})
-    SamplingOptions.from_mapping({"num_return_sequences": 2, "do_sample": True})
-
-
-def test_the_same_option_under_two_names_is_refused():
-    with pytest.raises(UsageError, match="same option"):
-        SamplingOptions.from_mapping({"stop": "a", "stop_strings": ["b"]})
-
-
-def test_options_are_hashable_and_normal():
-    found = SamplingOptions(
-        stop="x", eos_token_id=np.int64(3), logit_bias={"5": 1, 2: -math.inf}, seed=np.uint64(8)
-    )
-    assert hash(found) == hash(
-        SamplingOptions(
-            stop=("x",), eos_token_id=(3,), logit_bias=((2, -math.inf), (5, 1.0)), seed=8
-        )
-    )
-
-
-def test_a_seed_is_drawn_once_and_kept():
-    assert SamplingOptions(seed=4).seeded().seed == 4
-    drawn = SamplingOptions(do_sample=True).seeded()
-    assert 0 <= drawn.seed < 2**53
-    assert drawn.seeded() is drawn
-
-
-def test_how_many_tokens_may_follow():
-    assert SamplingOptions().new_tokens_limit(7) == 20
-    assert SamplingOptions().new_tokens_limit(7, context=10) == 3
-    assert SamplingOptions(max_length=30).new_tokens_limit(7) == 23
-    assert SamplingOptions(max_length=5).new_tokens_limit(7) == 0
-    assert SamplingOptions(max_new_tokens=0).new_tokens_limit(7, context=7) == 0
-    assert SamplingOptions(max_new_tokens=9, max_length=8).new_tokens_limit(7) == 9
-    with pytest.raises(UsageError, match=r"7 prompt tokens \+ 4 .* 10.* 3"):
-        SamplingOptions(max_new_tokens=4).new_tokens_limit(7, context=10)
-    both = {"max_new_tokens": 100}
-    found = SamplingOptions.from_mapping({"max_length": 9}, generation_config=both)
-    assert found.new_tokens_limit(7) == 2

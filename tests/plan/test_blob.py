@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jlayer.plan.blob import blob_of
 
-from jlayer.spec import ALIGNMENT
 from jlayer.checkpoint.store import Segment
 from jlayer.plan import blob
-from jlayer.plan.blob import blob_of
 from jlayer.plan.tiles import Part, Tile
+from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import aligned_span
 
 

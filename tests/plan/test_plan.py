@@ -12,18 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlayer.spec import ModelConfig, Rope
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.forward import _Outgoing
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
-from jlayer.plan.shapes import CHUNK_TOKENS, Shapes, capacity_for, chunks
 from jlayer.plan.machine import Machine
 from jlayer.plan.memory import logits_bytes, temporary_bytes
 from jlayer.plan.plan import make_plan, shapes_of_run
-from jlayer.plan.tiles import cut
-from jlayer.plan.tiles import Tier
+from jlayer.plan.shapes import CHUNK_TOKENS, Shapes, capacity_for, chunks
+from jlayer.plan.tiles import Tier, cut
+from jlayer.spec import ModelConfig, Rope
 
 LLAMA_70B = ModelConfig(
     "llama",

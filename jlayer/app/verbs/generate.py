@@ -103,7 +103,8 @@ def given_run_options(args) -> dict:
 
 def show_prompt(args, prompt) -> dict:
     """The prompt as text and ids, without opening the weights."""
-    from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer, chat_messages
+    from jlayer.text.chat import chat_messages
+    from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
 
     folder = local_folder(args.ref, weights=Weights.NONE, offline=args.offline)
     tokenizer = Tokenizer.from_folder(folder)

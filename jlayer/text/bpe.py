@@ -1,0 +1,50 @@
+"""What byte-pair encodings share: the byte alphabet, the order of merges, and a checked build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from jlayer.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+def _byte_alphabet():
+    """Byte → the printable character that stands for it in byte-level BPE (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    table.update({byte: chr(256 + n) for n, byte in enumerate(others)})
+    return table
+
+
+CHARACTER_OF = _byte_alphabet()
+BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
+
+
+def bpe_merges(vocab: Mapping[str, int], priority: Callable[[str], float]) -> list[tuple[str, str]]:
+    """Every split of a token into two tokens, by the token's priority, its id, the halves' ids.
+
+    The published tokenizer.json of Llama 2, Llama 3 and Mistral list them in this order.
+    """
+    found = []
+    for token, token_id in vocab.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                order = (priority(token), token_id, vocab[left], vocab[right])
+                found.append((order, (left, right)))
+    found.sort()
+    return [halves for _, halves in found]
+
+
+def build(make: Callable[[], T], *, where: str) -> T:
+    """`make()`, where an error or a panic of the `tokenizers` library becomes a CheckpointError."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics derive from BaseException
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: not a tokenizer ({reason}); fetch it again") from None
