@@ -153,7 +153,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def commands() -> dict[str, str]:
     """Every command of jlayer, and what `jlayer --help` says of it."""
-    lines = printed_help("").split("\nverbs:\n")[1].splitlines()
+    lines = re.split(r"\n(?:verbs|commands):\n", printed_help(""))[1].splitlines()
     return dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
 
 

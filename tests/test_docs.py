@@ -24,10 +24,12 @@ GENERATED = re.compile(r"<!-- table: .*?<!-- end of table -->", re.DOTALL)
 @dataclass(frozen=True)
 class Here:
     """Run here, in the order of the pages, with real paths in place of the ones that are shown.
-    `shows`: the lines under it are held against what it prints."""
+    `shows`: the lines under it are compared with what it prints. `figures`: with the figures, too;
+    else up to the first digit of each line that has one, since times and sampled text differ."""
 
     code: int = 0
     shows: bool = False
+    figures: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ TESTED = {
     # README.md
     "pip install -e . && jlayer demo": InCI(),
     'pip install -e ".[test]" && pytest': InCI(),
-    "jlayer demo": InCI(),
+    "jlayer demo": Here(shows=True, figures=False),
     "jlayer plan llama-3.1-70b-instruct --device-memory 4GiB --host-memory 24GiB "
     "--disk-speed 3GB/s": Here(),
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-int4 --quantize int4": Here(),
@@ -66,7 +68,7 @@ TESTED = {
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
-    'jlayer generate path/to/Llama-3-8B-jlayer -p "Once upon a time" -n 100': Here(),
+    'jlayer generate path/to/Llama-3-8B-jlayer -p "Once upon a time"': Here(),
     "python -m convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer plan owner/name": Parsed(NETWORK),
     "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),
@@ -140,10 +142,15 @@ def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
             assert found == how.code, command
             printed = "".join(capsys.readouterr())
             if how.shows:
-                assert len(lines) > 2
-                for line in lines:
-                    for piece in line.split("..."):
-                        assert piece.strip() in printed, line
+                compare(lines, printed, figures=how.figures)
+
+
+def compare(lines, printed, *, figures):
+    """What a page shows of an output, `...` standing for anything."""
+    assert len(lines) > 2
+    for line in lines if figures else filter(re.compile(r"\d").search, lines):
+        for piece in line.split("...") if figures else re.split(r"\d", line)[:1]:
+            assert piece.strip() in printed, line
 
 
 def run(words):

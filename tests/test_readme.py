@@ -1,6 +1,7 @@
 """README.md and docs/: short, generated where they can be, and true of the code."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def test_ci_runs_the_two_commands_at_the_top_of_the_readme():
     lines = (REPOSITORY / ".ci" / "run").read_text().splitlines()
     for command in found:
         assert command in lines
+
+
+def test_the_speeds_that_a_plan_assumes_are_those_of_the_docs():
+    text = " ".join((DOCS / "memory.md").read_text().split())
+    assert "assumes 2 GB/s for the disk and 25 GB/s for the link (14 GB/s of weights" in text
+
+    def seconds(*words):
+        plan = described.printed(["plan", "llama-3.1-8b-instruct", "--json", *words])
+        return json.loads(plan)["sweep"]["seconds"]
+
+    disk = ["--host-memory", "2GiB"]  # nothing is kept
+    assert seconds(*disk) == seconds(*disk, "--disk-speed", "2GB/s")
+    assert seconds() == seconds("--link-speed", "25GB/s")
+    cpu = ["--device", "cpu", "--host-memory", "64GiB"]
+    assert seconds(*cpu) == seconds(*cpu, "--link-speed", "14GB/s") != seconds(*disk)
 
 
 def test_every_card_has_a_figure_for_every_disk():
