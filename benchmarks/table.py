@@ -1,7 +1,10 @@
-"""The README's measured tables, made from `results/`: each stands between two marks of its own.
+"""Write the generated parts of README.md and docs/, each between two marks of its own.
 
-python benchmarks/table.py            rewrites README.md
-python benchmarks/table.py --check    exits 1 where it is not what the results give
+Measured tables come from `results/`, the table of cards from `jlayer plan`, and the rest from the
+code itself (see described.py).
+
+    python benchmarks/table.py            rewrites the pages
+    python benchmarks/table.py --check    exits 1 where a page is not up to date
 """
 
 from __future__ import annotations
@@ -13,11 +16,16 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import described  # noqa: E402  (a script finds its neighbours by the line above)
+
 RESULTS = REPOSITORY / "benchmarks" / "results"
-README = REPOSITORY / "README.md"
+PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 
-# (result, model, tokens a sweep) of each row; the raw link is that of the same session.
+# (result, model, tokens a sweep) of each row. A result without a raw link takes that of
+# LINK_OF_SESSION, which was measured in the same session.
 SWEEPS = [
     ("h200-host1536", "70B shape", 1),
     ("h200-host1536", "70B shape", 64),
@@ -30,7 +38,7 @@ SWEEPS = [
     ("h200-m405", "405B shape", 64),
 ]
 LINK_OF_SESSION = "h200-host1536"
-# Trained checkpoints, the largest first; what each way of keeping a matrix is called.
+# Trained checkpoints, the largest first; the name of each format in the table.
 CHECKPOINTS = ["fable-14m", "fable-3m", "fable-1m"]
 WAYS = {
     "int8": "int8",
@@ -52,14 +60,8 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def sweeps() -> str:
-    """Weights to the GPU against the raw link, one row for each model, promise and number of
-    tokens."""
+    """Weights to the GPU against the raw link: a row for each model, budget and token count."""
     session_link = load(LINK_OF_SESSION)["raw_link"]["median"]
     rows = []
     for name, model, tokens in SWEEPS:
@@ -78,21 +80,21 @@ def sweeps() -> str:
                 f"{result['smi_peak_mib']} MiB",
             ]
         )
-    head = ["model", "promise", "tokens", "a sweep", "weights to the GPU", "of the raw link"]
-    return table([*head, "whole process"], rows)
+    head = ["model", "GPU budget", "tokens", "seconds a sweep", "weights to the GPU"]
+    return described.table([*head, "share of the raw link", "GPU memory, whole process"], rows)
 
 
 def disk() -> str:
-    """The disk's share of its ceiling on the CPU machine."""
+    """Bytes read from disk against raw direct reads, on the CPU machine."""
     pairs, promise = load("cpu-8b-disk-pairs"), load("cpu-8b")
     rows = []
-    for kind, label in (("disk", "all from disk"), ("mixed", None)):
+    for kind, label in (("disk", "every layer from disk"), ("mixed", None)):
         given = _spaced(pairs["options"]["mixed_host_memory"])
         found = pairs[kind]
         speeds = sorted(one["read_bytes"] / one["sweep_s"] for one in found["pairs"])
         rows.append(
             [
-                label or f"{given} for the process, part kept",
+                label or f"{given}, part of the layers kept",
                 f"{speeds[len(speeds) // 2] / 1e9:.1f} GB/s",
                 f"{found['share']['median']:.2f}",
                 "",
@@ -104,18 +106,18 @@ def disk() -> str:
     seen, planned = promise["anonymous_peak_bytes"], sweep["plan_host_peak"]
     rows.append(
         [
-            f"{given} for the process, part kept",
+            f"{given}, part of the layers kept",
             f"{speed / 1e9:.1f} GB/s",
             f"{speed / promise['raw_disk']:.2f}",
             f"{seen / 2**20:.0f} MiB (planned: {planned / 2**20:.0f})",
         ]
     )
-    head = ["promise", "from disk", "of raw O_DIRECT", "anonymous memory, seen from outside"]
-    return table(head, rows)
+    head = ["host budget", "read from disk", "share of raw O_DIRECT", "process memory (anonymous)"]
+    return described.table(head, rows)
 
 
 def perplexity() -> str:
-    """What fewer bits cost on held-out text: a row for each trained checkpoint and way."""
+    """What quantization costs on held-out text: a row for each checkpoint and format."""
     rows = []
     for name in CHECKPOINTS:
         result = load(f"quantization-{name}")
@@ -135,11 +137,11 @@ def perplexity() -> str:
                 ]
             )
     head = ["model", "weights", "bits in the layers", "perplexity", "change", "KL divergence"]
-    return table([*head, "same top-1 token"], rows)
+    return described.table([*head, "same top-1 token"], rows)
 
 
 def quantized() -> str:
-    """What fewer bits buy in a sweep: one row for each scheme and number of tokens."""
+    """What quantization gains in a sweep: a row for each format and token count."""
     result = load("h200-quantized")
     rows = []
     for index, ratio in enumerate(result["ratios"]):
@@ -159,21 +161,21 @@ def quantized() -> str:
                     f"{result['rounds'][0][kind]['smi_peak_mib']} MiB",
                 ]
             )
-    head = ["tokens", "weights", "a sweep", "", "times as fast", "of the cut in bytes"]
-    return table([*head, "whole process"], rows)
+    head = ["tokens", "weights", "bytes a sweep", "seconds a sweep", "speed-up", "÷ cut in bytes"]
+    return described.table([*head, "GPU memory, whole process"], rows)
 
 
 def versus(result: dict) -> str:
-    """The programs beside each other: what was run, the table, and whether they said the same."""
+    """The programs compared: what was run, the table, and whether the tokens agree."""
     gpu = result["card"]["gpu"]
     rows = [_versus_row(one, result, gpu=bool(gpu)) for one in result["rows"]]
     memory = (
         ["GPU memory, whole process"]
         if gpu
-        else ["anonymous memory", "resident, mapped files included"]
+        else ["process memory (anonymous)", "resident, with mapped files"]
     )
-    head = ["program", "seconds a token", "weights", *memory, "seconds ÷ jlayer's"]
-    return f"{_setting(result)}\n\n{table(head, rows)}\n{_agreement(result['rows'])}\n"
+    head = ["program", "seconds a token", "weights a second", *memory, "seconds ÷ jlayer's"]
+    return f"{_setting(result)}\n\n{described.table(head, rows)}\n{_agreement(result['rows'])}\n"
 
 
 def _setting(result):
@@ -191,7 +193,7 @@ def _setting(result):
 def _versus_row(one, result, *, gpu):
     name, _, promise = one["name"].partition(" ")
     label = PROGRAMS[name].format(**one.get("versions", dict.fromkeys(("airllm",), "")))
-    label += f", {_spaced(promise)} promised" if promise else ""
+    label += f", {_spaced(promise)} GPU budget" if promise else ""
     if "failed" in one:
         return [label, "failed", *[""] * (3 if gpu else 4)]
     ours = next(one for one in result["rows"] if "failed" not in one)["s_per_token"]["median"]
@@ -207,7 +209,7 @@ def _versus_row(one, result, *, gpu):
 
 
 def _spaced(size):
-    """ "1536MiB" as people write it."""
+    """`1536MiB` with a space before the unit."""
     return re.sub(r"(\d)([A-Z])", r"\1 \2", size)
 
 
@@ -222,12 +224,13 @@ def _agreement(rows):
 
 
 def blocks() -> dict[str, str]:
-    """Every table by its mark; empty where nothing has been measured yet."""
+    """Every generated part by its mark; empty where nothing has been measured yet."""
     found = {
         "sweeps": sweeps(),
         "disk": disk(),
         "perplexity": perplexity(),
         "quantized": quantized(),
+        **described.blocks(),
     }
     for machine in ("h200", "cpu"):
         name = f"versus-{machine}"
@@ -236,27 +239,30 @@ def blocks() -> dict[str, str]:
     return found
 
 
-def rewritten(readme: str) -> str:
-    """The README with every marked table as the results give it."""
+def rewritten(pages: dict[Path, str]) -> dict[Path, str]:
+    """The pages with every marked part made anew."""
     made = blocks()
-    marks = [match[2] for match in MARKED.finditer(readme)]
+    marks = [match[2] for text in pages.values() for match in MARKED.finditer(text)]
     if sorted(marks) != sorted(made):
-        raise SystemExit(f"README.md: marked are {sorted(marks)}, made are {sorted(made)}")
-    return MARKED.sub(
-        lambda match: match[1] + (f"\n{made[match[2]]}\n" if made[match[2]] else "") + match[3],
-        readme,
-    )
+        raise SystemExit(f"marked in the pages: {sorted(marks)}; made: {sorted(made)}")
+
+    def filled(match):
+        body = made[match[2]]
+        return match[1] + (f"\n{body}\n" if body else "") + match[3]
+
+    return {path: MARKED.sub(filled, text) for path, text in pages.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     args = parser.parse_args()
-    old = README.read_text()
+    old = {path: path.read_text() for path in PAGES}
     new = rewritten(old)
     if args.check:
         return int(new != old)
-    README.write_text(new)
+    for path, text in new.items():
+        path.write_text(text)
     return 0
 
 

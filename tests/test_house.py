@@ -186,20 +186,3 @@ def test_importing_jlayer_is_cheap():
     code = f"import sys, jlayer; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_readme_shows_the_real_help():
-    readme = (REPOSITORY / "README.md").read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "jlayer", "--help"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() in readme
-
-
-def test_ci_runs_the_two_commands_that_stand_at_the_top_of_the_readme():
-    readme = (REPOSITORY / "README.md").read_text()
-    commands = re.findall(r"^    (pip install .*)$", readme, re.MULTILINE)[:2]
-    assert len(commands) == 2
-    script = (REPOSITORY / ".ci" / "run").read_text()
-    for command in commands:
-        assert command in script

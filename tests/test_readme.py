@@ -1,80 +1,140 @@
-"""Every command and line of Python that the README shows is run here, the first two by CI."""
+"""README.md and docs/: short, generated where they can be, and true of the code."""
 
+import ast
+import json
 import re
-import shlex
-import shutil
+from pathlib import Path
 
-import pytest
-
-from benchmarks import table
-from jlayer.app.cli import main
-from jlayer.measure import bench as measuring
-from tests.conftest import BUNDLED, REPOSITORY
+from benchmarks import described, table
+from jlayer import errors
+from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-PUBLISHED, LAYERED = "path/to/Llama-3-8B", "path/to/Llama-3-8B-jlayer"
-LARGE = "path/to/Llama-3-70B"
+DOCS = REPOSITORY / "docs"
+PAGES = {path: path.read_text() for path in table.PAGES}
+INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
-def commands():
-    """Indented lines that begin with `jlayer`, with or without a prompt before them."""
-    found = re.findall(r"^    (?:\$ )?(jlayer .+)$", README, re.MULTILINE)
-    assert len(found) >= 5
-    return found
+def cells(page, head):
+    """The rows of the one table of a page whose first cell of the head is `head`."""
+    rows = re.search(rf"^\| {head} \|.*\n\|[ -|]*\n((?:\|.*\n)+)", page, re.MULTILINE)[1]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines()]
 
 
-@pytest.fixture
-def mine(fable, tmp_path):
-    """What stands for the reader's paths: the bundled model, and where its conversion goes."""
-
-    stories = tmp_path / "stories.txt"
-    stories.write_text("Once upon a time there was a little girl who lived in a wood.\n" * 3)
-    only_copy = tmp_path / "only-copy"
-    shutil.copytree(BUNDLED, only_copy)
-
-    def substitute(text):
-        for shown, real in (
-            (f"{LARGE}-jlayer", tmp_path / "large"),
-            (LARGE, only_copy),
-            (LAYERED, tmp_path / "layered"),
-            ("path/to/back", tmp_path / "back"),
-            (f"{PUBLISHED}-int4", tmp_path / "int4"),
-            ("stories.txt", stories),
-            (PUBLISHED, BUNDLED),
-        ):
-            text = text.replace(shown, str(real))
-        # On a terminal it asks; here there is nobody to ask.
-        return f"{text} --yes" if "--delete-source" in text else text
-
-    return substitute
+def test_the_generated_parts_are_up_to_date():
+    """Run `python benchmarks/table.py` where this is red."""
+    new = table.rewritten(PAGES)
+    assert [path.name for path in PAGES if new[path] != PAGES[path]] == []
 
 
-def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # for what they write
-    for bound in ("LEAST_ROUNDS", "MOST_ROUNDS"):
-        monkeypatch.setattr(measuring, bound, 1)  # `bench` repeats until its figures are steady
-    for command in commands():
-        words = shlex.split(mine(command))
-        assert words[0] == "jlayer"
-        assert main(words[1:]) == 0, command
-        printed = capsys.readouterr().out
-        shown = README.split(f"    $ {command}\n")
-        if len(shown) == 2 and "plan" in command:
-            for line in re.match(r"(?:    .+\n)*", shown[1])[0].splitlines():
-                assert line.strip() == "..." or line[4:] in printed, line
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
-def test_the_python_example_runs(mine, capsys):
-    assert main(["convert", *shlex.split(mine(f"{PUBLISHED} {LAYERED}"))]) == 0
-    start = README.index("    import jlayer\n")
-    block = re.match(r"(?:    .*\n|\n)+", README[start:])[0]
-    code = "\n".join(line[4:] for line in block.splitlines())
-    capsys.readouterr()
-    exec(compile(mine(code), "README.md", "exec"), {})
-    assert "(1, " in capsys.readouterr().out
+def test_ci_runs_the_two_commands_at_the_top_of_the_readme():
+    found = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)[:2]
+    assert found == ["pip install -e . && jlayer demo", 'pip install -e ".[test]" && pytest']
+    lines = (REPOSITORY / ".ci" / "run").read_text().splitlines()
+    for command in found:
+        assert command in lines
 
 
-def test_the_measured_tables_are_what_the_results_give():
-    """benchmarks/table.py writes them; run it where this is red."""
-    assert table.rewritten(README) == README
-    assert "| 70B shape, 14 layers | 1536 MiB | 1 |" in README
+def test_the_speeds_that_a_plan_assumes_are_those_of_the_docs():
+    text = " ".join((DOCS / "memory.md").read_text().split())
+    assert "assumes 2 GB/s for the disk and 25 GB/s for the link (14 GB/s of weights" in text
+
+    def seconds(*words):
+        plan = described.printed(["plan", "llama-3.1-8b-instruct", "--json", *words])
+        return json.loads(plan)["sweep"]["seconds"]
+
+    disk = ["--host-memory", "2GiB"]  # nothing is kept
+    assert seconds(*disk) == seconds(*disk, "--disk-speed", "2GB/s")
+    assert seconds() == seconds("--link-speed", "25GB/s")
+    cpu = ["--device", "cpu", "--host-memory", "64GiB"]
+    assert seconds(*cpu) == seconds(*cpu, "--link-speed", "14GB/s") != seconds(*disk)
+
+
+def test_every_card_has_a_figure_for_every_disk():
+    rows = cells(README, "machine")
+    assert len(rows) == len(described.RUNS)
+    for row in rows:
+        memory, seconds = row[2:4], row[4:]
+        assert all(re.fullmatch(r"[\d.]+ GiB", cell) for cell in memory), row
+        assert float(seconds[0]) >= float(seconds[1]) > 0, row
+
+
+def test_every_option_of_every_command_is_described():
+    """Held against the text of --help, which the page is not made from."""
+    page = (DOCS / "cli.md").read_text()
+    names = list(described.commands())
+    assert {"demo", "convert", "plan", "generate"} <= set(names)
+    for name in [*names, "eval perplexity", "eval compare"]:
+        text = described.printed_help(name)
+        section = page.split(f"## jlayer {name}\n")[1].split("\n## ")[0]
+        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.split("options:")[1]))
+        assert options, name
+        for option in options - {"--help"}:
+            assert f"`{option}`" in section, option
+
+
+def test_the_map_names_every_file():
+    page = (DOCS / "architecture.md").read_text()
+    for top in described.CODE:
+        for path in (REPOSITORY / top).rglob("*.py"):
+            name = path.relative_to(REPOSITORY).as_posix().removesuffix("__init__.py")
+            assert f"`{name}`: " in page, name
+    for name in re.findall(r"^(?:- )?`((?:jlayer|convert)/[^`]*)`: ", page, re.MULTILINE):
+        assert (REPOSITORY / name).exists(), name
+
+
+def test_the_exit_codes_are_those_of_the_errors():
+    rows = {row[0]: row[1] for row in cells((DOCS / "errors.md").read_text(), "code")}
+    codes = {"0": "", "1": "", "130": "", "143": ""}
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and kind.__module__ == errors.__name__ and kind.exit_code != 1:
+            name = f"`{kind.__name__}`"
+            code = str(kind.exit_code)
+            codes[code] = f"{codes[code]}, {name}" if codes.get(code) else name
+    assert rows == codes
+
+
+def test_the_words_of_refusals_stand_in_the_code():
+    said = "\n".join(
+        node.value
+        for top in described.CODE
+        for path in (REPOSITORY / top).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    rows = cells((DOCS / "errors.md").read_text(), "words in the line")
+    assert len(rows) > 10
+    for row in rows:
+        for words in INLINE.findall(row[0]):
+            assert words in said, words
+
+
+def test_links_and_paths_lead_somewhere():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+        for words in INLINE.findall(text):
+            if re.fullmatch(r"(jlayer|convert|tests|benchmarks|configs|docs)/[\w./-]*", words):
+                assert (REPOSITORY / words).exists(), f"{path.name}: {words}"
+
+
+def test_options_in_the_text_exist():
+    options = {"--help"}
+    for name in [*described.commands(), "eval perplexity", "eval compare"]:
+        options |= set(re.findall(r"--[a-z][a-z-]+", described.printed_help(name)))
+    for path, text in PAGES.items():
+        for words in INLINE.findall(text):
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", words):
+                assert option in options, f"{path.name}: {words}"
+            if words.startswith("jlayer "):
+                command = words.split()[1]
+                assert command in {*described.commands(), "COMMAND"}, f"{path.name}: {words}"
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    for path in Path(DOCS).glob("*.md"):
+        assert f"(docs/{path.name})" in README, path.name

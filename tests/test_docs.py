@@ -1,0 +1,217 @@
+"""Every command and every Python example of README.md and docs/ is tested, as TESTED says."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+
+import pytest
+
+from benchmarks import described, table
+from jlayer.app.cli import main
+from jlayer.measure import bench as measuring
+from tests.conftest import BUNDLED, REPOSITORY
+
+PAGES = {path.name: path.read_text() for path in table.PAGES}
+# The reference of the command line is made from the parsers; what it shows are forms, not commands.
+COMMAND = re.compile(r"^( {4})?(?:\$ )?((?:jlayer|python|pip) .*)\n", re.MULTILINE)
+GENERATED = re.compile(r"<!-- table: .*?<!-- end of table -->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Here:
+    """Run here, in the order of the pages, with real paths in place of the ones that are shown.
+    `shows`: the lines under it are compared with what it prints. `figures`: with the figures, too;
+    else up to the first digit of each line that has one, since times and sampled text differ."""
+
+    code: int = 0
+    shows: bool = False
+    figures: bool = True
+
+
+@dataclass(frozen=True)
+class InCI:
+    """A line of .ci/run."""
+
+
+@dataclass(frozen=True)
+class By:
+    """Run by another test, whose file says so."""
+
+    test: str
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Its options are checked, no more; `why`."""
+
+    why: str
+
+
+NETWORK = "needs the network"
+TESTED = {
+    # README.md
+    "pip install -e . && jlayer demo": InCI(),
+    'pip install -e ".[test]" && pytest': InCI(),
+    "jlayer demo": Here(shows=True, figures=False),
+    "jlayer plan llama-3.1-70b-instruct --device-memory 4GiB --host-memory 24GiB "
+    "--disk-speed 3GB/s": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-int4 --quantize int4": Here(),
+    "jlayer plan path/to/Llama-3-8B-int4 --device-memory 4GiB": Here(),
+    'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" -n 100': Here(),
+    # architecture.md
+    "python benchmarks/table.py": By("tests/test_readme.py"),
+    "python benchmarks/table.py --check": By("tests/test_readme.py"),
+    # converting.md
+    "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
+    "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
+    'jlayer generate path/to/Llama-3-8B-jlayer -p "Once upon a time"': Here(),
+    "python -m convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
+    "jlayer plan owner/name": Parsed(NETWORK),
+    "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),
+    "jlayer convert path/to/Llama-3-70B path/to/Llama-3-70B-jlayer --delete-source": Here(),
+    "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),
+    "jlayer export path/to/Llama-3-8B-jlayer path/to/back-orbax --format orbax": Here(),
+    "python benchmarks/convert_torture.py --short": By("tests/convert/test_crash.py"),
+    "python benchmarks/fuzz_headers.py --count 1000": By("tests/convert/test_fuzz.py"),
+    # errors.md
+    "jlayer plan llama-3.1-8b-instruct --device-memory 900MiB": Here(code=4, shows=True),
+    # memory.md
+    "jlayer plan llama-3.1-70b-instruct --device-memory 1536MiB --host-memory 64GiB "
+    "--context 64": Here(shows=True),
+    "jlayer plan path/to/Llama-3-8B --device-memory 4GiB": Here(),
+    "jlayer plan llama-3.1-405b --device-memory 2GiB --json": Here(),
+    'jlayer generate path/to/Llama-3-8B --preset cpu -p "Once upon a time"': Here(),
+    # performance.md
+    "jlayer bench path/to/Llama-3-70B-jlayer --device-memory 1536MiB --timeline sweeps.png": Here(),
+    "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
+    'pip install -e ".[timeline]"': Parsed(NETWORK),
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),
+    # quantization.md
+    "jlayer eval compare path/to/Llama-3-8B-jlayer path/to/Llama-3-8B-int4 "
+    "--text stories.txt": Here(),
+    "jlayer eval perplexity path/to/Llama-3-8B-jlayer --text stories.txt": Here(),
+    "jlayer plan llama-3.1-70b-instruct --quantize int4 --device-memory 1536MiB "
+    "--host-memory 64GiB --context 64": Here(shows=True),
+}
+
+
+def shown():
+    """Each command of the pages, indented or in a fence, and the lines under it, where it first
+    stands."""
+    found = {}
+    for text in PAGES.values():
+        text = GENERATED.sub("", text)
+        for match in re.finditer(
+            r"^( {4})?(?:\$ )?((?:jlayer|python|pip) .*)\n", text, re.MULTILINE
+        ):
+            if match[1] or _is_fenced(text, match.start()):
+                under = re.match(r"(?: {4}.*\n)*", text[match.end() :])[0]
+                found.setdefault(match[2], [line[4:] for line in under.splitlines()])
+    return found
+
+
+def _is_fenced(text, at):
+    return text[:at].count("\n```") % 2 == 1
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Puts what stands for the reader's paths into a line: the bundled model and its copies."""
+    (tmp_path / "stories.txt").write_text("Once upon a time there was a little girl.\n" * 3)
+    shutil.copytree(BUNDLED, tmp_path / "Llama-3-8B")
+    shutil.copytree(BUNDLED, tmp_path / "Llama-3-70B")
+    return lambda text: text.replace("path/to", str(tmp_path))
+
+
+def test_every_command_is_tested():
+    assert set(shown()) == set(TESTED)
+
+
+def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # for what they read and write
+    for bound in ("LEAST_ROUNDS", "MOST_ROUNDS"):
+        monkeypatch.setattr(measuring, bound, 1)  # `bench` repeats until its figures are steady
+    for command, lines in shown().items():
+        how = TESTED[command]
+        if isinstance(how, Here):
+            found = run(shlex.split(mine(command)))
+            assert found == how.code, command
+            printed = "".join(capsys.readouterr())
+            if how.shows:
+                compare(lines, printed, figures=how.figures)
+
+
+def compare(lines, printed, *, figures):
+    """What a page shows of an output, `...` standing for anything."""
+    assert len(lines) > 2
+    for line in lines if figures else filter(re.compile(r"\d").search, lines):
+        for piece in line.split("...") if figures else re.split(r"\d", line)[:1]:
+            assert piece.strip() in printed, line
+
+
+def run(words):
+    if words[0] == "python":
+        return subprocess.run([sys.executable, *words[1:]], cwd=REPOSITORY).returncode
+    # On a terminal it asks; here there is nobody to ask.
+    return main([*words[1:], *(["--yes"] if "--delete-source" in words else [])])
+
+
+def test_commands_of_ci_stand_there():
+    lines = (REPOSITORY / ".ci" / "run").read_text()
+    for command, how in TESTED.items():
+        if isinstance(how, InCI):
+            assert re.search(rf"(^| ){re.escape(command)}($| )", lines, re.MULTILINE), command
+
+
+def test_commands_of_other_tests_stand_there():
+    for command, how in TESTED.items():
+        if isinstance(how, By):
+            text = (REPOSITORY / how.test).read_text()
+            _, what, *options = shlex.split(command)
+            assert re.search(rf"\b{re.escape(what.split('/')[-1].removesuffix('.py'))}\b", text)
+            if what.endswith(".py"):
+                done = subprocess.run(
+                    [sys.executable, what, "--help"],
+                    cwd=REPOSITORY,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                for option in options:
+                    assert not option.startswith("-") or option in done.stdout, command
+
+
+def test_other_commands_have_options_that_exist():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for command, how in TESTED.items():
+        if isinstance(how, Parsed):
+            first, *words = shlex.split(command)
+            if first == "pip":
+                (extra,) = re.findall(r"\.\[(\w+)\]", command)
+                assert extra in extras["optional-dependencies"], command
+            else:
+                described.parser_of(words[0]).parse_args(words[1:])
+
+
+def test_extras_in_the_text_exist():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for page, text in PAGES.items():
+        for extra in re.findall(r'"\.\[(\w+)\]"', text):
+            assert extra in extras["optional-dependencies"], page
+
+
+def test_the_python_examples_run(mine, capsys):
+    blocks = [
+        block
+        for text in PAGES.values()
+        for block in re.findall(r"^    import jlayer\n(?:    .*\n|\n)*", text, re.MULTILINE)
+    ]
+    assert blocks
+    for block in blocks:
+        code = "\n".join(line[4:] for line in block.splitlines())
+        exec(compile(mine(code), "example", "exec"), {})
+    assert "(1, " in capsys.readouterr().out
