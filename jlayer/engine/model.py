@@ -38,6 +38,7 @@ class AutoModel:
         dtype: str | None = None,
         draft: str | None = None,
         offline: bool = False,
+        watch: Watch | None = None,
         **options,
     ) -> Model:
         """Opens a folder to be streamed: a layered one, or a published one as it is.
@@ -47,8 +48,9 @@ class AutoModel:
 
         `device_memory` and `host_memory` are promises for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
-        available. `dtype` is what activations are computed in, by default the weights' own. Further
-        options: `device` ("cpu" or "gpu"), `context`.
+        available. `dtype` is what activations are computed in, by default the weights' own. `watch`
+        is told what opening does, and becomes the model's own. Further options: `device` ("cpu" or
+        "gpu"), `context`.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
@@ -58,28 +60,32 @@ class AutoModel:
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(local_folder(ref, offline=offline), run)
+        return Model(local_folder(ref, offline=offline), run, watch)
 
 
 class Model:
     """A model that is streamed tile by tile. Close it, or use it in a `with`, to end its readers'
     threads."""
 
-    def __init__(self, ref: str | os.PathLike, run: RunConfig):
+    def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         clock = Clock()
         self.folder = os.fspath(ref)
+        self.watch, self.totals = watch or Watch(), Totals()
+        self.watch.phase("reading headers")
         self._store = Store(self.folder)
         self.config = self._store.cfg
         self.run = run
         self.generation_config = read_generation_config(self.folder)
         self.dtype = run.dtype or self._store.float_dtype
         self._check_context()
+        self.watch.phase("starting the device")
         host_budget = run.host_memory or available_bytes() * 4 // 5
         self.device, budget, context_bytes = devices.choose(
             run.device,
             run.device_memory,
             pinned_bytes=min(host_budget, self._store.weight_bytes if run.keeps_layers else 0),
         )
+        self.watch.phase("measuring the disk and the link")
         self._machine = Machine(
             platform="cpu" if self.device.platform == "cpu" else "gpu",
             device_budget=budget,
@@ -89,7 +95,6 @@ class Model:
             disk_speed=disk_speed(self._store.files) or DEFAULT_DISK,
             link_speed=devices.link_speed(self.device),
         )
-        self.watch, self.totals = Watch(), Totals()
         self.plan = self.plan_for(batch=1, longest=1, context=run.context or 1)
         self.plan.check()
         self._executor: Executor | None = None
@@ -98,8 +103,11 @@ class Model:
         self._embedding = Embedding(self._store)
         self._owned.opened.append(self._embedding)
         self._checks = self._make_checks()
+        self.watch.phase("reading norms and biases")
         self._residents = self._put_residents()
-        self._programs = Programs(self.config, dtype=self.dtype, device=self.device)
+        self._programs = Programs(
+            self.config, dtype=self.dtype, device=self.device, watch=self.watch
+        )
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self._tokenizer = None

@@ -21,6 +21,7 @@ from jlayer.model.products import InBlob, Quantized, dequantize, join_pieces
 from jlayer.model.stages import attend, block, join, mlp_in, project
 from jlayer.plan.blob import blob_of
 from jlayer.plan.tiles import Part, Tile
+from jlayer.stream.executor import Watch
 
 _backend_compiles = 0
 
@@ -43,8 +44,11 @@ class Programs:
     """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
     label."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: str, device: jax.Device):
+    def __init__(
+        self, cfg: ModelConfig, *, dtype: str, device: jax.Device, watch: Watch | None = None
+    ):
         self.cfg, self.dtype, self.device = cfg, dtype, device
+        self._watch = watch or Watch()
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
         self._norm = jax.ShapeDtypeStruct((cfg.hidden_size,), dtype)
@@ -199,7 +203,7 @@ class Programs:
     def _get(self, key, function, args, donated=()):
         """The compiled program under `key`, whose first word is the label it is counted by."""
         if key not in self._compiled:
-            with deferred():
+            with deferred(), self._watch.compiling(key[0]):
                 self._compile(key, function, args, donated)
         return self._compiled[key]
 
