@@ -1,9 +1,9 @@
 """Measure a model on this machine: each stage alone against its limit, then whole sweeps.
 
-The predicted limit is printed before anything is measured. Then: the disk and the link alone, one
-layer alone at 1, 64 and 512 tokens, and whole sweeps. The disk alone is measured again between the
-sweeps, so that a disk whose speed drifts does not falsify the shares. Without REF the bundled model
-is streamed from disk.
+A sweep is one pass over all layers. Its predicted limit is printed before anything is measured.
+Then: the disk and the link alone, one layer alone at 1, 64 and 512 tokens, and whole sweeps. The
+disk is measured again between the sweeps, so that a disk whose speed drifts does not falsify the
+shares. Without REF the bundled model is streamed from disk.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=tuple(SCHEMES),
-        help="store matrices in 8 or about 4 bits a weight (the README has the loss of quality)",
+        help="store matrices in 8 or about 4 bits a weight, at some loss of quality",
     )
     parser.add_argument(
         "--delete-source",

@@ -25,15 +25,20 @@ from jlayer.interrupts import check
 
 def add_arguments(parser):
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    layout = {"formatter_class": parser.formatter_class}
     one = kinds.add_parser(
-        "perplexity", help="of one model", description="Measure the perplexity of a model."
+        "perplexity",
+        help="of one model",
+        description="Measure the perplexity of a model.",
+        **layout,
     )
     one.add_argument("ref", metavar="REF", help=options.REF)
     two = kinds.add_parser(
         "compare",
         help="of two models, and their divergence",
         description="Measure the perplexity of two models, the mean KL divergence of B's "
-        "predictions from A's in nats, and the share of tokens with the same likeliest token.",
+        "predictions from A's in nats,\nand the share of tokens with the same likeliest token.",
+        **layout,
     )
     two.add_argument("a", metavar="A", help=f"the reference: {options.REF}")
     two.add_argument("b", metavar="B", help="a model with the same vocabulary")

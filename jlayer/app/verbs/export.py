@@ -1,8 +1,8 @@
 """Write a converted folder back as published: Hugging Face shards, or an Orbax checkpoint.
 
-TARGET is a new folder, which appears when it is complete. An export that was stopped leaves an
-unfinished folder beside it; the same command continues from there (Hugging Face shards) or starts
-again (Orbax).
+TARGET is a new folder, which is there once the export is complete. An export that was stopped
+leaves an unfinished folder beside it; the same command continues from there (Hugging Face shards)
+or starts again (Orbax).
 """
 
 from __future__ import annotations
