@@ -27,7 +27,9 @@ def pairs(model, paths, n_pairs: int) -> list[dict]:
     A disk behind a host's cache reads faster what was read just before, and slower after anything
     else: one side alone is 0.7 to 1.1 times the other. The raw reads go on where the last ended.
     """
-    forward = model.forward(batch=1, longest=1, context=64)
+    from jlayer.plan.shapes import RunShape
+
+    forward = model.engine.start(RunShape(1, 1, 64))
     forward.compile(1)
     from jlayer.measure.machine import (
         RawDisk,  # which starts JAX: the model must have set its cap before
@@ -48,7 +50,7 @@ def pairs(model, paths, n_pairs: int) -> list[dict]:
     found, before = [], raw()
     for _ in range(n_pairs):
         forward.sweep([[5]], [0])  # finds its first tiles read already: only the next one is steady
-        read, put = model.totals.read_bytes, model.totals.put_bytes
+        read, put = model.engine.totals.read_bytes, model.engine.totals.put_bytes
         began = time.perf_counter()
         counted = kernel.watch(lambda: [forward.sweep([[5]], [0]) for _ in range(SWEEPS)])
         seconds = (time.perf_counter() - began) / SWEEPS
@@ -58,8 +60,8 @@ def pairs(model, paths, n_pairs: int) -> list[dict]:
                 "raw_disk": (before["speed"] + after["speed"]) / 2,
                 "raw_disk_sides": [before, after],
                 "sweep_s": seconds,
-                "read_bytes": (model.totals.read_bytes - read) / SWEEPS,
-                "put_bytes": (model.totals.put_bytes - put) / SWEEPS,
+                "read_bytes": (model.engine.totals.read_bytes - read) / SWEEPS,
+                "put_bytes": (model.engine.totals.put_bytes - put) / SWEEPS,
                 "kernel": counted,
             }
         )
@@ -100,7 +102,7 @@ def main():
         kinds["mixed"] = {"host_memory": args.mixed_host_memory}
     for kind, options in kinds.items():
         with AutoModel.from_pretrained(args.folder, **given, **options) as model:
-            paths = [path for path in model._store.files if "embed" not in path]
+            paths = [path for path in model.engine.store.files if "embed" not in path]
             mixed = kind == "mixed" and args.mixed_pairs
             rows = pairs(model, paths, mixed or args.pairs)
         for row in rows:

@@ -21,7 +21,7 @@ def timed_sweep(model, forward) -> dict:
     """One sweep in a steady state: what other sweeps have left to be read ahead is over."""
     time.sleep(1)
     forward.sweep([[5]], [0])  # finds its first tiles read already: only the next one is steady
-    totals = model.totals
+    totals = model.engine.totals
     before = totals.read_bytes, totals.put_bytes, totals.bounced_bytes
     began = time.perf_counter()
     forward.sweep([[5]], [0])
@@ -43,6 +43,7 @@ def main():
     result = {"card": common.card(), "options": vars(args)}
 
     from jlayer import AutoModel
+    from jlayer.plan.shapes import RunShape
 
     options = {"device": args.device, "device_memory": args.device_memory}
     kept = {"host_memory": args.host_memory} if args.host_memory else {"keeps_layers": False}
@@ -50,7 +51,7 @@ def main():
         kinds = {}
         for kind, folder in (("in place", args.published), ("converted", args.layered)):
             model = stack.enter_context(AutoModel.from_pretrained(folder, **options, **kept))
-            forward = model.forward(batch=1, longest=1, context=64)
+            forward = model.engine.start(RunShape(1, 1, 64))
             logits = forward.sweep([[5]], [0])
             kinds[kind] = (model, forward, logits)
         assert (kinds["in place"][2] == kinds["converted"][2]).all(), "not the same weights"

@@ -65,7 +65,7 @@ def run_jlayer(args, ids, clock):
             "top": [step["top"] for step in again.logprobs],
             "tiers": plan["tiers"],
             "tile_bytes": plan["tile_bytes"],
-            "memory": model.memory(),
+            "memory": model.engine.memory(),
         }
 
 

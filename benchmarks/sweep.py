@@ -24,33 +24,36 @@ def raw_disk(folder: str) -> float:
 
 def in_use(model) -> int | None:
     """Bytes that the device's allocator holds now, where it tells."""
-    return (model.device.memory_stats() or {}).get("bytes_in_use")
+    return (model.engine.device.memory_stats() or {}).get("bytes_in_use")
 
 
 def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
     """Seconds of some sweeps that carry `n_tokens` each, after one that fills and warms."""
     began = time.perf_counter()
-    forward = model.forward(batch=1, longest=n_tokens, context=context)
+    from jlayer.plan.shapes import RunShape
+
+    forward = model.engine.start(RunShape(1, n_tokens, context, sweeps=n_sweeps))
     forward.compile(n_tokens)
     ids = [(7 * i) % model.config.vocab_size for i in range(n_tokens)]
     forward.sweep([ids], [0])
     first_s = time.perf_counter() - began
-    seconds, before = [], model.totals.put_bytes
-    read, stall = model.totals.read_bytes, model.totals.stall_s
+    seconds, before = [], model.engine.totals.put_bytes
+    read, stall = model.engine.totals.read_bytes, model.engine.totals.stall_s
     for _ in range(n_sweeps):
         began = time.perf_counter()
         forward.sweep([ids], [0])
         seconds.append(time.perf_counter() - began)
-    put = (model.totals.put_bytes - before) / n_sweeps
+    put = (model.engine.totals.put_bytes - before) / n_sweeps
+    forward.close()
     found = common.summary(seconds)
     return {
         "tokens": n_tokens,
         "first_s": first_s,
         "sweep_s": found,
         "put_bytes": put,
-        "read_bytes": (model.totals.read_bytes - read) / n_sweeps,
+        "read_bytes": (model.engine.totals.read_bytes - read) / n_sweeps,
         "put_bytes_per_s": put / found["median"],
-        "stall_s": (model.totals.stall_s - stall) / n_sweeps,
+        "stall_s": (model.engine.totals.stall_s - stall) / n_sweeps,
         "predicted_s": model.plan.sweep_seconds,
         "plan_device_peak": model.plan.device_peak_bytes,
         "tile_bytes": model.plan.tile_bytes,
@@ -108,7 +111,7 @@ def main():
             result["sweeps"][-1]["anonymous_bytes"] = anonymous_bytes()
             result["sweeps"][-1]["plan_host_peak"] = model.plan.host_peak_bytes
             model.host_peak_bytes = max(model.host_peak_bytes, anonymous_bytes())
-        result["memory"] = model.memory()
+        result["memory"] = model.engine.memory()
         model.close()
     if args.disk and not args.no_raw:
         result["raw_disk_after"] = raw_disk(args.folder)

@@ -1,7 +1,17 @@
-"""python -m jlayer."""
+"""The program `jlayer`, and `python -m jlayer`."""
 
 import sys
 
-from jlayer.app.cli import main
+from jlayer.interrupts import hold
 
-sys.exit(main())
+
+def run() -> int:
+    """Holds signals before anything else is imported, then runs the command line."""
+    hold()
+    from jlayer.app.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -21,6 +21,7 @@ from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.errors import UsageError
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
+from jlayer.streaming.executor import Watch
 
 
 class AutoModel:
@@ -34,6 +35,7 @@ class AutoModel:
         dtype: str | None = None,
         draft: str | None = None,
         offline: bool = False,
+        watch: Watch | None = None,
         **options,
     ) -> Model:
         """Opens a folder to be streamed: a layered one, or a published one as it is.
@@ -43,8 +45,9 @@ class AutoModel:
 
         `device_memory` and `host_memory` are budgets for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
-        available. `dtype` is what activations are computed in, by default the weights' own. Further
-        options: `device` ("cpu" or "gpu"), `context`.
+        available. `dtype` is what activations are computed in, by default the weights' own. `watch`
+        is told what opening does, and becomes the model's own. Further options: `device` ("cpu" or
+        "gpu"), `context`.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
@@ -54,17 +57,17 @@ class AutoModel:
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(local_folder(ref, offline=offline), run)
+        return Model(local_folder(ref, offline=offline), run, watch)
 
 
 class Model:
     """A model that is streamed tile by tile. Close it, or use it in a `with`, to end its readers'
     threads. It may be used from several threads, and by several runs at a time."""
 
-    def __init__(self, ref: str | os.PathLike, run: RunConfig):
+    def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         self.folder = os.fspath(ref)
         self.generation_config = read_generation_config(self.folder)
-        self.engine = Engine(self.folder, run)
+        self.engine = Engine(self.folder, run, watch)
         self._end = weakref.finalize(self, self.engine.close)
         self._tokenizer = None
         self._text = None

@@ -1,8 +1,8 @@
-"""The command line: a table of verbs, each a module that is imported when chosen, and one way to
-end.
+"""The command line: a table of verbs, each a module that is imported when chosen.
 
-Results go to stdout, all else to stderr. With --json exactly one object is printed, whatever
-happens. A refusal is one line; a traceback shows only for our own bugs, or with --debug.
+Results go to stdout, everything else to stderr. With --json exactly one object is printed, also
+after an error or a signal. An error is one line; a traceback is shown for our own bugs, and with
+--debug.
 """
 
 from __future__ import annotations
@@ -11,61 +11,61 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import sys
 import traceback
+from contextlib import suppress
 
+from jlayer.app import options
+from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.errors import JlayerError, UsageError
+from jlayer.interrupts import STOPS, check, hold, release, released
 
-# verb -> (module, what `jlayer --help` says of it)
+# verb -> (module, its line in `jlayer --help`)
 VERBS = {
     "demo": ("jlayer.app.verbs.demo", "stream the bundled model and watch it tell a story"),
     "convert": ("jlayer.app.verbs.convert", "turn a published checkpoint into one file a layer"),
-    "verify": ("jlayer.app.verbs.verify", "read a converted folder whole and check every byte"),
+    "verify": ("jlayer.app.verbs.verify", "check every byte of a converted folder"),
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
-    "plan": (
-        "jlayer.app.verbs.plan",
-        "what a model needs of memory and disk, before any of it is used",
-    ),
+    "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
-    "bench": (
-        "jlayer.app.verbs.bench",
-        "measure each stage against its ceiling, then whole sweeps",
-    ),
-    "eval": ("jlayer.app.verbs.eval", "how well a model predicts a text, or two models compared"),
+    "bench": ("jlayer.app.verbs.bench", "measure each stage against its limit, then whole sweeps"),
+    "eval": ("jlayer.app.verbs.eval", "measure perplexity, or compare two models"),
 }
-INTERRUPTED, TERMINATED, BUG = 130, 143, 1
-
-
-class Terminated(BaseException):
-    """SIGTERM: leaves by the same doors as an interrupt."""
-
-
-class Interrupted(BaseException):
-    """Raised by a verb that was interrupted and has a result all the same; `code` is what the
-    program ends with."""
-
-    def __init__(self, result: dict, code: int):
-        super().__init__(code)
-        self.result, self.code = result, code
+BUG = 1
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one line, exit code 2."""
+    """A parser that raises UsageError, so that a usage error is one line and exit code 2."""
 
     def error(self, message):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    as_json = "--json" in argv
-    signal.signal(signal.SIGTERM, _terminate)
+    """Runs one verb and returns the exit code.
+
+    Signals are held meanwhile, and acted on at safe points; see `jlayer.interrupts`.
+    """
+    holds_here = hold()
     try:
-        return _run(argv, as_json)
+        return _outcome(sys.argv[1:] if argv is None else argv)
+    finally:
+        if holds_here:
+            release()
+
+
+def _outcome(argv):
+    """Runs the verb, prints what it ends with, and returns the exit code."""
+    as_json, is_printed = "--json" in argv, False
+    try:
+        result = _run(argv)
+        is_printed = True
+        if as_json and result is not None:
+            _print_json(result)
+        check()
+        return 0
     except BrokenPipeError:
-        # Whoever read our output has left; a second error at exit is kept from them too.
+        # The reader of our output has left. At exit Python flushes stdout again: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except JlayerError as error:
@@ -73,39 +73,45 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         return _fail(error, error.exit_code, as_json, getattr(error, "report", {}))
     except Interrupted as stop:
-        _print_json(stop.result) if as_json else None
+        if as_json:
+            with suppress(*STOPS):  # a second signal
+                _print_json(stop.result)
         return stop.code
-    except (KeyboardInterrupt, Terminated) as stop:
-        word, code = (
-            ("terminated", TERMINATED)
-            if isinstance(stop, Terminated)
-            else ("interrupted", INTERRUPTED)
-        )
-        return _fail(word, code, as_json, {"finish_reason": "interrupted"})
+    except STOPS as stop:
+        more = {"finish_reason": "interrupted"}
+        return _fail(word_of(stop), code_of(stop), as_json and not is_printed, more)
     except Exception as error:
         if as_json:
-            _print_json(
-                {"error": f"a bug in jlayer: {type(error).__name__}: {error}", "exit_code": BUG}
-            )
+            line = f"a bug in jlayer: {type(error).__name__}: {error}"
+            _print_json({"error": line, "exit_code": BUG})
         raise
 
 
-def _run(argv, as_json):
+def _run(argv):
+    """The result of the verb; None where only help was printed. A signal that was held goes before
+    the result, and before an error."""
+    try:
+        check()
+        result = _run_verb(argv)
+    except Exception:
+        check()
+        raise
+    check()
+    return result
+
+
+def _run_verb(argv):
     parser = _top_parser()
     if not argv:
         parser.print_help()
-        return 0
+        return None
     if argv[0] not in VERBS:
-        parser.parse_args(argv[:1])  # --help, --version, or the error that offers the verbs
+        parser.parse_args(argv[:1])  # --help, --version, or the error that lists the verbs
     verb = importlib.import_module(VERBS[argv[0]][0])
     own = Parser(prog=f"jlayer {argv[0]}", description=verb.__doc__, formatter_class=_Help)
     verb.add_arguments(own)
-    own.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    own.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    result = verb.run(own.parse_args(argv[1:]))
-    if as_json:
-        _print_json(result)
-    return 0
+    options.add_output(own)
+    return verb.run(own.parse_args(argv[1:]))
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -120,7 +126,7 @@ def _top_parser():
     parser = Parser(
         prog="jlayer",
         description="Run language models far larger than the GPU, layer by layer.",
-        epilog=f"verbs:\n{table}\n\njlayer VERB --help tells more of one.",
+        epilog=f"verbs:\n{table}\n\njlayer VERB --help shows the options of a verb.",
         formatter_class=_Help,
         usage="jlayer VERB [options]",
     )
@@ -133,16 +139,15 @@ def _fail(error, code, as_json, more):
     line = " ".join(str(error).split())
     print(f"jlayer: {line}", file=sys.stderr)
     if as_json:
-        _print_json({"error": line, "exit_code": code, **more})
+        with suppress(*STOPS):  # a second signal
+            _print_json({"error": line, "exit_code": code, **more})
     return code
 
 
 def _print_json(result):
-    print(json.dumps(result, ensure_ascii=False), flush=True)
-
-
-def _terminate(number, frame):
-    raise Terminated
+    line = json.dumps(result, ensure_ascii=False)
+    with released():  # a reader that does not read must not keep the program from ending
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The picture of some sweeps: a lane each for read, put, run and free, drawn by matplotlib.
+"""The picture of some sweeps, drawn by matplotlib: a lane each for read, put, run and free.
 
-Whether it can be drawn and written is asked before a run begins, so that nobody waits for nothing.
+Whether it can be drawn and written is checked before the run, which may take long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jlayer.config import human
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan.tiles import Tier
 
-# From Okabe and Ito, told apart by any eye; the lighter of each marks every other layer.
+# The colour-blind safe palette of Okabe and Ito; the lighter colour marks every second layer.
 COLOURS = {
     Tier.DISK: ("#D55E00", "#F0A36B"),
     Tier.HOST: ("#0072B2", "#6FB1DB"),
@@ -37,18 +37,18 @@ LANES = {
     "run": "multiply",
     "free": "wait for the run, drop",
 }
-# From so many tiles in a picture on a second one below shows a few of them closely.
+# A picture of more than CROWD tiles gets a second one below it that shows CLOSELY of them.
 CROWD, CLOSELY = 90, 14
-LIMITING = 0.8  # a lane busy for less than this is no limit
+LIMITING = 0.8  # a lane that is busy for a smaller share of the time is not the limit
 
 
 def add_option(parser) -> None:
-    parser.add_argument("--timeline", metavar="FILE.png", help="draw the last sweeps, step by step")
+    parser.add_argument("--timeline", metavar="FILE.png", help="draw the steps of the last sweeps")
 
 
 def check_file(path: str | None) -> None:
-    """Raises UsageError or StorageError where a picture is asked for and could not be drawn, or not
-    be written to `path`. Leaves `path` as it was."""
+    """Raises UsageError or StorageError where a picture cannot be drawn or written to `path` (None:
+    no picture). Leaves `path` as it was."""
     if path is None:
         return
     if importlib.util.find_spec("matplotlib") is None:
@@ -74,21 +74,23 @@ def check_file(path: str | None) -> None:
 
 @contextmanager
 def recorded(model, path: str | None, name: str):
-    """Draws the last sweeps of what runs meanwhile, also when that ends early; with no `path`
-    nothing is noted. `name` is the model's."""
+    """Draws the last sweeps of the run inside it, also where that ends early.
+
+    With no `path` nothing is recorded. `name` is the model's.
+    """
     if path is None:
         yield
         return
     from jlayer.streaming.record import Recorder
 
-    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    recorder = Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers)
     try:
         with recorder:
             yield
     finally:
         timeline = recorder.timeline()
         if timeline is not None:
-            write(timeline, path, what=f"{name} on {model.device_name}")
+            write(timeline, path, what=f"{name} on {model.engine.device_name}")
             print(f"jlayer: timeline in {path}", file=sys.stderr)
 
 
@@ -104,7 +106,7 @@ def write(timeline, path: str, *, what: str) -> None:
 
 
 def draw(timeline, *, what: str):
-    """The figure: all of the timeline and, where that is a crowd of tiles, a close look at some."""
+    """The figure: the whole timeline and, where it has many tiles, a close look at a few."""
     from matplotlib.figure import Figure
 
     begin, end = timeline.starts[0], timeline.end
@@ -127,7 +129,7 @@ def draw(timeline, *, what: str):
 
 
 def title(timeline, what: str) -> str:
-    """What is seen, and which lane limits it."""
+    """The model, the sweeps and the busiest lane."""
     n_sweeps = len(timeline.starts)
     each = (timeline.end - timeline.starts[0]) / n_sweeps
     n_bytes = sum(tile.n_bytes for tile in timeline.tiles)
@@ -146,7 +148,7 @@ def title(timeline, what: str) -> str:
 
 
 def _close_look(timeline):
-    """(begin, end) around some tiles in the middle of the last sweep."""
+    """(begin, end) of a few tiles in the middle of the last sweep."""
     runs = [span for span in timeline.lane("run") if span.begin >= timeline.starts[-1]]
     middle = len(runs) // 2
     chosen = runs[middle : middle + CLOSELY]
@@ -154,11 +156,11 @@ def _close_look(timeline):
 
 
 def _draw_window(axes, timeline, begin, end, *, closely):
-    """The lanes from `begin` to `end`; `closely`: with each tile's name."""
+    """The lanes from `begin` to `end`; `closely`: with the names of the tiles."""
     zero, heights = timeline.starts[0], _rows(timeline)
 
     def place(span):
-        """(left, width) in milliseconds of what is in sight of it."""
+        """(left, width) in milliseconds of its visible part."""
         left, right = max(span.begin, begin), min(span.end, end)
         return (left - zero) * 1e3, (right - left) * 1e3
 
@@ -170,7 +172,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
             drops = [left + width for left, width in where]
             axes.vlines(drops, lowest, lowest + height, color=shade, lw=1.5 if closely else 0.5)
             continue
-        # Close by a gap tells neighbours apart; far off a hair keeps what is thinner than a pixel.
+        # Closely, a white edge separates neighbours; else a thin one keeps bars under a pixel.
         edge = {"edgecolor": "white", "lw": 0.8} if closely else {"edgecolor": shade, "lw": 0.2}
         axes.broken_barh(where, (lowest, height), facecolor=shade, **edge)
         if closely:
@@ -184,7 +186,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
 
 
 def _by_shade(timeline, begin, end):
-    """(lane, row, colour) -> what is drawn alike in a window."""
+    """(lane, row, colour) -> the spans of a window that are drawn alike."""
     found = {}
     for span in timeline.spans:
         if span.end > begin and span.begin < end:
@@ -195,7 +197,7 @@ def _by_shade(timeline, begin, end):
 
 
 def _name(axes, timeline, spans, where, height, width, shade):
-    """Tiles' names in their bars, where there is room."""
+    """Writes the tiles' names into their bars, where there is room."""
     for span, (left, own) in zip(spans, where, strict=True):
         words = timeline.tiles[span.tile].name.removeprefix("layer ").split(" ")
         lines = [word for word in words[-2:] if word]
@@ -217,7 +219,7 @@ def _frame(axes, left, right):
 
 
 def _draw_layers(axes, timeline, begin, end, place):
-    """Over the lanes, which layer's weights are run when; numbers where there is room for them."""
+    """Above the lanes, which layer runs when; with its number where there is room."""
     runs = [span for span in timeline.lane("run") if span.end > begin and span.begin < end]
     for layer, own in groupby(runs, key=lambda span: timeline.tiles[span.tile].layer):
         own = list(own)
@@ -231,14 +233,14 @@ def _draw_layers(axes, timeline, begin, end, place):
 
 
 def _tell_busy(axes, timeline):
-    """To the right of each lane, the share of the time in which it did anything."""
+    """Writes the share of the time that each lane is busy to its right."""
     for place, lane in enumerate(("run", "put", "read")):
         words = f"busy {timeline.busy(lane):.0%}"
         axes.text(1.005, (place + 1.5) / 4.9, words, transform=axes.transAxes, va="center")
 
 
 def _rows(timeline):
-    """(lane, row) -> (lowest, height): a lane is one high, and shared by its workers."""
+    """(lane, row) -> (lowest, height). A lane has height 1, divided among its workers."""
     found = {}
     for place, lane in enumerate(reversed(LANES)):
         rows = sorted({span.row for span in timeline.lane(lane)}) or [0]

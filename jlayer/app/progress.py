@@ -1,6 +1,7 @@
-"""What is shown while a sweep takes long: layers, rate, time left, and what a disk is waited for.
+"""What a terminal shows while a run takes long: what is opened or compiled, then a counter of
+layers with the time left, and the tile that a slow disk is read for.
 
-On a terminal, under the text, by rich; elsewhere nothing but a line for a disk that stalls.
+Drawn by rich, under the text. Where stderr is not a terminal, only a stalled disk is reported.
 """
 
 from __future__ import annotations
@@ -8,55 +9,81 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from jlayer.streaming.schedule import Run
+from jlayer.interrupts import check
+from jlayer.streaming.schedule import Read, Run
 
-# Of a sweep: nothing is shown before it lasted so long.
-PATIENCE_S = 1.0
-# A read that takes so many times what it should is stalled, not slow.
-STALLED = 4
+PATIENCE_S = 1.0  # shorter phases and sweeps show nothing
+STALLED = 4  # a read that takes this many times its expected time is reported
+REFRESHES_PER_S = 5
 
 
 def sweep_words(number: int) -> str:
-    """What a sweep of a generation does; the first carries the prompt."""
+    """What a sweep of a generation computes; the first one carries the prompt."""
     return f"token {number + 1}" if number else "prompt"
 
 
 @contextmanager
+def opening():
+    """Yields the Watch to open a model with. Each phase of opening is a safe point for signals."""
+    phase = Phase()
+    with _live(phase) if sys.stderr.isatty() else nullcontext():
+        phase.begin("opening: starting JAX")
+        from jlayer.streaming.executor import Watch
+
+        def on_phase(words):
+            check()
+            phase.begin(f"opening: {words}")
+
+        check()
+        yield Watch(on_phase=on_phase)
+
+
+@contextmanager
 def shown(model, show, *, words: Callable[[int], str] = sweep_words):
-    """Yields what takes the text's pieces instead of `show` (None: no text is shown); meanwhile
-    slow sweeps show how far they are, and which one it is in `words`."""
+    """Shows progress of the sweeps that run meanwhile. Yields the function that takes the text's
+    pieces in place of `show` (None: no text is shown).
+
+    `words(number)`: what a sweep is called.
+    """
+    watch = model.engine.watch
     if not sys.stderr.isatty():
-        model.watch.on_stall = Stalls(model, tell)
+        watch.on_stall = Stalls(model, tell)
         yield show
         return
-    from rich.live import Live
-
-    # Text on the same terminal is kept above the counter; where sweeps are fast there is none after
-    # the prompt, and the text is better left to the terminal.
+    # Text on the same terminal stays above the counter. Fast sweeps need no counter after the
+    # prompt; then the text is written as it is.
     on_terminal = show is not None and sys.stdout.isatty()
-    slow = model.plan.sweep_seconds >= PATIENCE_S / 2
-    view = View(model, words=words, writes=on_terminal and slow)
-    model.watch.on_stall = Stalls(model, view.wait)
-    with Live(
-        view,
-        console=view.console,
-        refresh_per_second=5,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # else it would take what goes to a file
-    ) as live:
+    is_slow = model.plan.sweep_seconds >= PATIENCE_S / 2
+    view = View(model, words=words, writes=on_terminal and is_slow)
+    watch.on_stall, watch.on_compile = Stalls(model, view.wait), view.on_compile
+    with _live(view, view.console) as live:
         view.live = live
 
-        def ends_counting(piece):
+        def stop_and_show(piece):
             live.stop()
             show(piece)
 
         try:
-            with model.watch.also(view.on_step):
-                yield view.write if view.writes else ends_counting if on_terminal else show
+            with watch.also(view.on_step):
+                yield view.write if view.writes else stop_and_show if on_terminal else show
         finally:
+            watch.on_compile = None
             view.end()
+
+
+def _live(view, console=None):
+    from rich.console import Console
+    from rich.live import Live
+
+    return Live(
+        view,
+        console=console or Console(stderr=True),
+        refresh_per_second=REFRESHES_PER_S,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else rich would take what goes to a file
+    )
 
 
 def tell(words: str):
@@ -64,10 +91,10 @@ def tell(words: str):
 
 
 class Stalls:
-    """Tells of reads that take far longer than the disk's speed explains: after a while, and again
-    each time that has doubled."""
+    """Reports reads that take far longer than expected from the disk's speed, each time the wait
+    has doubled."""
 
-    def __init__(self, model, tell):
+    def __init__(self, model, tell: Callable[[str], None]):
         self._speed, self._tell = model.plan.machine.disk_speed, tell
         self._next_s = 0.0
 
@@ -79,8 +106,39 @@ class Stalls:
             self._next_s = 2 * seconds
 
 
+class Phase:
+    """What is done outside the sweeps, and since when."""
+
+    def __init__(self):
+        self.is_on = False
+        self._words = self._detail = ""
+        self._began = self._ended = 0.0
+
+    def begin(self, words: str, detail: str = ""):
+        """A phase that goes on under the same words, after a short pause at most, keeps its
+        time."""
+        now = time.perf_counter()
+        goes_on = self.is_on or now - self._ended < PATIENCE_S
+        if words != self._words or not goes_on:
+            self._began = now
+        self.is_on, self._words, self._detail = True, words, detail
+
+    def end(self):
+        self.is_on, self._ended = False, time.perf_counter()
+
+    def line(self) -> str:
+        """Empty until the phase takes long."""
+        elapsed = time.perf_counter() - self._began
+        if not self.is_on or elapsed < PATIENCE_S:
+            return ""
+        return f"{self._words}, {elapsed:.0f} s{self._detail and f': {self._detail}'}"
+
+    def __rich__(self):
+        return _dim(self.line())
+
+
 class View:
-    """The end of the text that is not a whole line yet, and under it a counter of layers.
+    """The last, unfinished line of the text, and under it the phase or the counter of layers.
 
     `writes`: whether it shows text at all.
     """
@@ -91,35 +149,48 @@ class View:
         self._words, self.writes = words, writes
         self.console = Console(stderr=not writes)
         self.live = None
-        self._layers = model.config.num_hidden_layers
+        self._n_layers = model.config.num_hidden_layers
         self._tail = ""
-        self._sweep = self._done = 0
-        self._began = time.perf_counter()
-        self._waits_for = None
+        self._phase = Phase()
+        self._n_compiled = 0
+        self._sweep, self._done = -1, 0  # no sweep has begun
+        self._began = 0.0
+        self._waits_for = ""
+
+    def on_compile(self, label: str | None):
+        """Called before a program is compiled, and with None after it."""
+        if label is None:
+            self._phase.end()
+            return
+        self._n_compiled += 1
+        self._phase.begin("compiling", f"program {self._n_compiled}, {label}")
 
     def on_step(self, step, tile):
-        """Told by the executor. A layer counts when the last of its weights is run."""
+        """Called by the executor before each step. A layer is done when the next one runs."""
+        if isinstance(step, Read) and self._sweep < 0:
+            self._phase.begin("reading the first weights")
         if not isinstance(step, Run):
             return
-        self._waits_for = None
-        if step.tile == 0 and self._done:
-            self._sweep, self._done = self._sweep + 1, 0
+        self._waits_for = ""
+        if self._phase.is_on:
+            self._phase.end()
+        if step.tile == 0:
+            self._sweep += 1
             self._began = time.perf_counter()
-        if tile.layer is not None and tile.stage in ("block", "down") and tile.ends_stage:
-            self._done = tile.layer + 1
+        self._done = self._n_layers if tile.layer is None else tile.layer
 
     def wait(self, words: str):
         self._waits_for = words
 
     def write(self, piece: str):
-        """Adds to the text: whole lines stay where they are, the rest is shown again and again."""
+        """Adds to the text: whole lines stay on the screen, the rest is drawn again each time."""
         *lines, self._tail = (self._tail + piece).split("\n")
         for line in lines:
             self._print(line, end="\n")
         self.live.refresh()
 
     def end(self):
-        """What is left of the text stays on the screen too."""
+        """Leaves the rest of the text on the screen."""
         self.live.stop()
         if self._tail:
             self._print(self._tail, end="")
@@ -131,25 +202,35 @@ class View:
         from rich.console import Group
         from rich.text import Text
 
-        shown = [Text(self._tail)] if self._tail else []
-        if counter := self.counter():
-            shown.append(Text(counter, style="dim", no_wrap=True, overflow="crop"))
-        return Group(*shown)
+        return Group(*[Text(self._tail)] * bool(self._tail), *map(_dim, self.status()))
 
-    def counter(self) -> str:
-        """Layers, rate and time left of a sweep that takes long, or what it waits for; else
-        nothing."""
+    def status(self) -> list[str]:
+        """The lines under the text: none while everything is fast."""
+        line = self._phase.line() if self._phase.is_on or self._sweep < 0 else self._counter()
+        return [each for each in (line, self._waits_for) if each]
+
+    def _counter(self):
         elapsed = time.perf_counter() - self._began
         if elapsed < PATIENCE_S:
             return ""
-        from tqdm import tqdm
+        counted = f"{self._words(self._sweep)}: {self._done} of {self._n_layers} layers"
+        if not self._done:
+            return f"{counted}, {elapsed:.0f} s"
+        each = elapsed / self._done
+        left = each * (self._n_layers - self._done)
+        return f"{counted}, {each:.2f} s a layer, {duration(left)} left"
 
-        counted = tqdm.format_meter(
-            self._done,
-            self._layers,
-            elapsed,
-            ncols=min(self.console.width, 100) - 1,
-            prefix=self._words(self._sweep),
-            unit="layer",
-        )
-        return f"{counted}\n{self._waits_for}" if self._waits_for else counted
+
+def duration(seconds: float) -> str:
+    """Seconds as a clock shows them: 9 s, 1:05, 2:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def _dim(line):
+    from rich.text import Text
+
+    return Text(line, style="dim", no_wrap=True, overflow="crop")

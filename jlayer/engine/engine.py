@@ -44,16 +44,18 @@ class Engine:
     Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
     """
 
-    def __init__(self, folder: str | os.PathLike, run: RunConfig):
+    def __init__(self, folder: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         clock = Clock()
         self.run = run
-        self.watch, self.totals = Watch(), Totals()
+        self.watch, self.totals = watch or Watch(), Totals()
+        self.watch.phase("reading headers")
         self.store = Store(folder)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
         self._machine = self._look_at_machine()
+        self.watch.phase("planning")
         self._ledger = Ledger()
         self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._turns = threading.RLock()
@@ -64,13 +66,14 @@ class Engine:
         # No run needs less memory, so no plan is much faster than this one.
         self._shortest_s = self.plan.cautious_seconds
         self._embedding = Embedding(self.store, self.weights)
+        self.watch.phase("reading norms and biases")
         try:
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.device)
         except BaseException:
             self._embedding.close()
             raise
-        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device)
+        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self.load_s = clock.lap()
@@ -78,12 +81,14 @@ class Engine:
     def _look_at_machine(self) -> Machine:
         """Chooses the device and measures what a plan depends on."""
         run = self.run
+        self.watch.phase("starting the device")
         host_budget = run.host_memory or available_bytes() * 4 // 5
         self.device, budget, context_bytes = devices.choose(
             run.device,
             run.device_memory,
             pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
         )
+        self.watch.phase("measuring the disk and the link")
         return Machine(
             platform=devices.platform_of(self.device),
             device_budget=budget,

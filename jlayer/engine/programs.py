@@ -22,6 +22,7 @@ from jlayer.model.products import Encoded, InBlob, dequantize, weight
 from jlayer.model.stages import block, call, multiply
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place
+from jlayer.streaming.executor import Watch
 
 _backend_compiles = 0
 
@@ -72,8 +73,11 @@ class Programs:
     """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
     label."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: str, device: jax.Device):
+    def __init__(
+        self, cfg: ModelConfig, *, dtype: str, device: jax.Device, watch: Watch | None = None
+    ):
         self.cfg, self.dtype, self.device = cfg, dtype, device
+        self._watch = watch or Watch()
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
         self._block_bytes = BLOCK_BYTES["cpu" if device.platform == "cpu" else "gpu"]
@@ -217,9 +221,16 @@ class Programs:
         Of two arguments the second is consumed.
         """
         if (label, key) not in self._compiled:
-            with deferred():
+            with deferred(), self._watch.compiling(label):
                 self._compiled[label, key] = self._compile(label, function, args)
         return self._compiled[label, key]
+
+    def _get(self, key, function, args, donated=()):
+        """The compiled program under `key`, whose first word is the label it is counted by."""
+        if key not in self._compiled:
+            with deferred(), self._watch.compiling(key[0]):
+                self._compile(key, function, args, donated)
+        return self._compiled[key]
 
     def _compile(self, label, function, args):
         before = backend_compiles()

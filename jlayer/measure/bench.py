@@ -14,6 +14,7 @@ import jax
 from jlayer.api import Model
 from jlayer.engine.programs import struct_of
 from jlayer.families.registry import layer_of, published_tensors
+from jlayer.interrupts import check
 from jlayer.measure.machine import (
     RawDisk,
     arithmetic_speeds,
@@ -225,6 +226,7 @@ def _repeat(function, *, most: int = 15, seconds: float = 0.6):
     found, began = [], time.perf_counter()
     while len(found) < 3 or (len(found) < most and time.perf_counter() - began < seconds):
         found.append(function())
+        check()
     return found
 
 

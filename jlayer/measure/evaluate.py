@@ -9,7 +9,6 @@ slice, and never held whole.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from jlayer.api import Model
 from jlayer.errors import UsageError
+from jlayer.measure.scratch import Scratch
 from jlayer.plan.shapes import RunShape
 
 MOST_WINDOWS = 64  # a sweep; more only cost activations
@@ -184,17 +184,19 @@ def compare(
     """Perplexity of both models, the mean Kullback-Leibler divergence of the second's predictions
     from the first's in nats a token, and the share of tokens that both hold likeliest.
 
-    One after the other, so that each has its promise to itself; the first's logits wait in a file
-    in `scratch` (default: the system's), 4 bytes a token and vocabulary entry. `ids(model)` encodes
-    the text: both must read it as the same tokens.
+    One model is open at a time, so that each has its whole budget. The logits of the first are kept
+    in a file in the folder `scratch` (default: the system's for temporary files), 4 bytes for each
+    token and vocabulary entry. `ids(model)` encodes the text: both must read it as the same tokens.
+
+    Raises UsageError, DoesNotFitError (no space in `scratch`, before the first sweep), StorageError
+    and what a sweep raises.
     """
-    with tempfile.TemporaryFile(dir=scratch) as file:
+    with Scratch(scratch) as logits:
         with open_first() as model:
             tokens, vocab = ids(model), model.config.vocab_size
             length, stride = _sizes(model, tokens, length, stride)
             cut = windows(len(tokens), length=length, stride=stride)
-            shape = (sum(window.n_predicted for window in cut), vocab)
-            logits = np.memmap(file, np.float32, "w+", shape=shape)
+            logits.reserve(sum(window.n_predicted for window in cut), vocab)
             first, scores = _evaluate(
                 model, tokens, length, stride, told, lambda *_: {"keep": logits}
             )

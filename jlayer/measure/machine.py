@@ -24,6 +24,7 @@ import numpy as np
 
 from jlayer.engine.device import gpu_name
 from jlayer.errors import DoesNotFitError
+from jlayer.interrupts import check
 from jlayer.model.ops import product
 from jlayer.spec import ALIGNMENT
 
@@ -122,6 +123,7 @@ def steady(measure: Callable[[], float]) -> float:
     while, after a rest, and less after other reads. The mean of two in a row that agree."""
     last = measure()
     for _ in range(MOST_TRIES):
+        check()
         before, last = last, measure()
         if abs(last - before) <= STEADY * last:
             return (last + before) / 2

@@ -35,11 +35,31 @@ READERS = 2  # requests in flight: one alone leaves the disk idle between two of
 class Watch:
     """Who is told: `on_step` (step, tile) of every step before it is taken, `on_taken` (step, made)
     after it, with what it set going (a Read's Future, a Put's arrays, a Run's output, nothing for a
-    Free), and `on_stall` (tile, seconds) while a read does not end."""
+    Free), and `on_stall` (tile, seconds) while a read does not end. Outside the sweeps: `on_phase`
+    (words) when a phase of opening begins, `on_compile` (label) before a program is compiled, and
+    (None) after it."""
 
     on_step: Callable | None = None
     on_taken: Callable | None = None
     on_stall: Callable | None = None
+    on_phase: Callable | None = None
+    on_compile: Callable | None = None
+
+    def phase(self, words: str):
+        """A phase of opening begins."""
+        if self.on_phase:
+            self.on_phase(words)
+
+    @contextmanager
+    def compiling(self, label: str):
+        """A program is compiled meanwhile."""
+        if self.on_compile:
+            self.on_compile(label)
+        try:
+            yield
+        finally:
+            if self.on_compile:
+                self.on_compile(None)
 
     @contextmanager
     def also(self, on_step: Callable):

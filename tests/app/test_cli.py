@@ -10,28 +10,11 @@ import time
 import pytest
 
 from jlayer.app.cli import VERBS, main
+from tests.app.processes import finish, start
 from tests.conftest import BUNDLED
 
 PROMPT = "Once upon a time there was a little girl who"
 RUN = ["-p", PROMPT, "--device", "cpu", "--dtype", "float32", "--temperature", "0"]
-
-
-def start(*words, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jlayer", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whatever starts the tests in the background may have had SIGINT ignored, which is
-        # inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **{"stdin": subprocess.DEVNULL, **options},
-    )
-
-
-def finish(process, given=None):
-    out, err = process.communicate(given, timeout=120)
-    return process.returncode, out, err
 
 
 def test_text_to_stdout_and_the_rest_to_stderr(fable, capsys):

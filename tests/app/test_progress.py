@@ -1,20 +1,21 @@
-"""What is shown while a sweep takes long: a counter, and a disk that stalls; text stays whole."""
+"""What is shown while a run takes long: phases, a counter, a stalled disk; text stays whole."""
 
 import io
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from rich.live import Live
 
+from jlayer.api import AutoModel, generate
 from jlayer.app import progress
+from jlayer.streaming.executor import Watch
 from jlayer.streaming.schedule import Free, Read, Run
 
 
-def tile(layer, *, ends=True, stage="down", n_bytes=1000):
-    return SimpleNamespace(
-        layer=layer, stage=stage, ends_stage=ends, n_bytes=n_bytes, name=f"layer {layer}"
-    )
+def tile(layer, *, n_bytes=1000):
+    return SimpleNamespace(layer=layer, n_bytes=n_bytes, name=f"layer {layer}")
 
 
 MODEL = SimpleNamespace(
@@ -30,36 +31,73 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_slow_sweep_counts_its_layers_and_a_fast_one_says_nothing(clock):
-    view = progress.View(MODEL, words=progress.sweep_words, writes=False)
+@pytest.fixture
+def view(clock):
+    return progress.View(MODEL, words=progress.sweep_words, writes=False)
+
+
+def terminal(monkeypatch, *, is_terminal=True):
+    """Puts a stream in the place of stderr. No fixture: pytest replaces stderr after those."""
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    return stream
+
+
+def test_a_slow_sweep_counts_its_layers_and_a_fast_one_shows_nothing(view, clock):
     view.on_step(Run(0), tile(0))
-    assert view.counter() == ""
+    assert view.status() == []
     clock.s += 2
-    view.on_step(Run(1), tile(1, ends=False))
-    view.on_step(Free(1, 0), tile(1))
-    assert "prompt:  33%" in view.counter()
-    assert "1/3 [00:02<00:04,  2.00s/layer]" in view.counter()
+    assert view.status() == ["prompt: 0 of 3 layers, 2 s"]
+    view.on_step(Free(0, 0), tile(0))
+    view.on_step(Run(1), tile(1))
     view.on_step(Run(2), tile(1))
-    view.on_step(Run(3), tile(None, stage="head"))
-    assert "2/3" in view.counter()
+    assert view.status() == ["prompt: 1 of 3 layers, 2.00 s a layer, 4 s left"]
+    view.on_step(Run(3), tile(2))
+    view.on_step(Run(4), tile(None))
+    clock.s += 1
+    assert view.status() == ["prompt: 3 of 3 layers, 1.00 s a layer, 0 s left"]
     view.on_step(Run(0), tile(0))
-    assert view.counter() == ""  # the next sweep is fast so far
+    assert view.status() == []  # the next sweep is fast so far
     clock.s += 1.5
-    assert view.counter().startswith("token 2:  33%")
+    assert view.status() == ["token 2: 0 of 3 layers, 2 s"]
 
 
-def test_a_stalled_disk_is_named_until_it_goes_on(clock):
-    view = progress.View(MODEL, words=progress.sweep_words, writes=False)
+def test_compiling_and_the_first_read_are_named_and_are_no_part_of_the_first_layer(view, clock):
+    clock.s += 9  # the tokenizer, say
+    assert view.status() == []
+    for label in ("block 1x8", "head 1x8"):
+        view.on_compile(label)
+        clock.s += 7
+        last = view.status()
+        view.on_compile(None)
+        assert view.status() == []
+        clock.s += 0.5
+    assert last == ["compiling, 14 s: program 2, head 1x8"]  # with what lies between the two
+    view.on_step(Read(0, 0), tile(0))
+    assert view.status() == []
+    clock.s += 3
+    assert view.status() == ["reading the first weights, 3 s"]
+    view.on_step(Run(0), tile(0))
+    clock.s += 1.3
+    view.on_step(Read(2, 0), tile(2))
+    view.on_step(Run(1), tile(1))
+    assert view.status() == ["prompt: 1 of 3 layers, 1.30 s a layer, 3 s left"]
+
+
+def test_a_stalled_disk_is_named_until_it_goes_on(view, clock):
+    view.on_step(Run(0), tile(0))
     clock.s += 9
     view.wait("waiting for the disk: layer 1, 9 s so far")
-    assert view.counter().endswith("\nwaiting for the disk: layer 1, 9 s so far")
+    assert view.status()[1:] == ["waiting for the disk: layer 1, 9 s so far"]
     view.on_step(Read(2, 0), tile(2))
-    assert "waiting" in view.counter()
+    assert len(view.status()) == 2
     view.on_step(Run(1), tile(1))
-    assert "waiting" not in view.counter()
+    assert len(view.status()) == 1
 
 
-def test_a_stall_is_what_the_disk_s_speed_does_not_explain_and_is_told_ever_less_often():
+def test_a_stall_is_longer_than_the_disk_s_speed_explains_and_is_reported_ever_less_often():
     told = []
     stalls = progress.Stalls(MODEL, told.append)
     for seconds in range(1, 20):
@@ -72,10 +110,18 @@ def test_a_stall_is_what_the_disk_s_speed_does_not_explain_and_is_told_ever_less
     assert [words.split()[-4] for words in told] == ["8"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(9.4, "9 s"), (59.6, "1:00"), (65, "1:05"), (7384, "2:03:04")]
+)
+def test_time_left_is_shown_as_a_clock_does(seconds, shown):
+    assert progress.duration(seconds) == shown
+
+
 def test_text_is_written_whole_around_the_counter(clock):
     screen = io.StringIO()
     view = progress.View(MODEL, words=progress.sweep_words, writes=True)
     view.console = Console(file=screen, force_terminal=False, width=40)
+    view.on_step(Run(0), tile(0))
     with Live(view, console=view.console, auto_refresh=False) as live:
         view.live = live
         for piece in ("Once upon", " a time [bold]\nthere ", "was\n", "one"):
@@ -88,34 +134,69 @@ def test_text_is_written_whole_around_the_counter(clock):
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_the_steps_are_watched_only_where_somebody_looks(monkeypatch, is_terminal):
-    class Watch:
-        on_stall = None
-        entered = 0
+    terminal(monkeypatch, is_terminal=is_terminal)
+    watch = Watch()
+    watched = []
 
-        def also(self, on_step):
-            Watch.entered += 1
-            return io.StringIO()  # any context
+    @contextmanager
+    def also(on_step):
+        watched.append((on_step, watch.on_compile))
+        yield
 
-    stream = io.StringIO()
-    stream.isatty = lambda: is_terminal
-    monkeypatch.setattr("sys.stderr", stream)
-    model = SimpleNamespace(watch=Watch(), **vars(MODEL))
+    monkeypatch.setattr(watch, "also", also)
     pieces = []
+    model = SimpleNamespace(watch=watch, **vars(MODEL))
     with progress.shown(model, pieces.append) as write:
         write("text")
     assert pieces == ["text"]
-    assert Watch.entered == is_terminal
+    assert len(watched) == is_terminal
+    assert all(all(callbacks) for callbacks in watched)
+    assert watch.on_compile is None
 
 
-def test_what_goes_to_a_file_still_does_while_a_terminal_counts(monkeypatch, capsys):
-    stream, file = io.StringIO(), io.StringIO()
-    stream.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", stream)
+def test_what_goes_to_a_file_still_does_while_a_terminal_counts(monkeypatch):
+    stream, file = terminal(monkeypatch), io.StringIO()
     monkeypatch.setattr("sys.stdout", file)
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    watch = SimpleNamespace(on_stall=None, also=lambda on_step: io.StringIO())
-    model = SimpleNamespace(watch=watch, **vars(MODEL))
+    model = SimpleNamespace(watch=Watch(), **vars(MODEL))
     with progress.shown(model, None):
         print("a result")
     assert file.getvalue() == "a result\n"
     assert "a result" not in stream.getvalue()
+
+
+def test_a_run_on_a_terminal_names_what_opening_compiling_and_sweeping_do(fable, monkeypatch):
+    """The hooks are called by the engine, and in this order."""
+    terminal(monkeypatch)
+    shown = []
+    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(progress.Phase, "line", noting(progress.Phase.line, shown))
+    begin = progress.Phase.begin
+
+    def begun(phase, *words):
+        begin(phase, *words)
+        phase.line()
+
+    monkeypatch.setattr(progress.Phase, "begin", begun)
+    with progress.opening() as watch:
+        model = AutoModel.from_pretrained(fable, device="cpu", watch=watch, keeps_layers=False)
+    with model, progress.shown(model, None):
+        generate(model, [1, 2, 3], max_new_tokens=2)
+    order = [
+        "opening: starting JAX",
+        "opening: reading headers",
+        "opening: starting the device",
+        "opening: measuring the disk and the link",
+        "opening: reading norms and biases",
+        "compiling",
+        "reading the first weights",
+    ]
+    found = list(dict.fromkeys(line.split(",")[0] for line in shown if line))
+    assert [words for words in found if words in order] == order
+
+
+def noting(function, into):
+    def noted(*args):
+        into.append(function(*args))
+        return into[-1]
+
+    return noted

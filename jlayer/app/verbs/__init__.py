@@ -1,1 +1,1 @@
-"""One module a verb, imported when chosen."""
+"""One module for each verb, imported when the verb is chosen."""

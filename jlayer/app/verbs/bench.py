@@ -1,31 +1,29 @@
-"""Measure a model on this machine, each stage alone against its ceiling, then whole sweeps.
+"""Measure a model on this machine: each stage alone against its limit, then whole sweeps.
 
-The arithmetic ceiling is printed before anything is measured. Then: raw disk and raw link, one
-layer alone at 1, 64 and 512 tokens, and sweeps from end to end, with raw reads of the same files in
-between, so that a disk that drifts does not show as a share. Without REF the bundled model is
-streamed from disk.
+A sweep is one pass over all layers. Its predicted limit is printed before anything is measured.
+Then: the disk and the link alone, one layer alone at 1, 64 and 512 tokens, and whole sweeps. The
+disk is measured again between the sweeps, so that a disk whose speed drifts does not falsify the
+shares. Without REF the bundled model is streamed from disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import nullcontext
 
+from jlayer.app import options, progress
 from jlayer.app import picture as timeline
-from jlayer.app import progress
-from jlayer.app.verbs.demo import BUNDLED
-from jlayer.app.verbs.generate import RUN, given_run_options, name_of
-from jlayer.checkpoint.hub import local_folder
+from jlayer.app.bundled import BUNDLED, converted_bundled
+from jlayer.app.inputs import name_of
+from jlayer.app.running import opened
 from jlayer.config import human, parse_bytes
+from jlayer.interrupts import check
 from jlayer.plan.machine import DEFAULT_DISK
-from jlayer.plan.tiles import Tier
+from jlayer.streaming.schedule import Tier
 
-QUANTIZED_BITS = 4.5  # of a weight in the smallest format, scales included
-# Below this share of a sweep none of its links explains it: then it is the steps themselves.
+QUANTIZED_BITS = 4.5  # a weight in the smallest format, with its scales
+# Where the longest part is below this share of a sweep, the overhead of the steps is the limit.
 EXPLAINS = 0.6
 OF = {
     "disk": "of the raw disk",
@@ -37,72 +35,55 @@ OF = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ref",
-        metavar="REF",
-        nargs="?",
-        help="a folder, or a hub id: owner/name[@revision] (default: the bundled model)",
+        "ref", metavar="REF", nargs="?", help=f"{options.REF} (default: the bundled model)"
     )
-    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
-    for name, line in RUN.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", help=line)
-    parser.add_argument("--context", type=int, metavar="N", help="make room for so many tokens")
     parser.add_argument(
-        "--from-disk", action="store_true", help="keep nothing in memory: all is read every sweep"
+        "--from-disk", action="store_true", help="keep no layer in memory: read all in every sweep"
     )
+    options.add_run(parser)
+    options.add_context(parser)
+    options.add_offline(parser)
     timeline.add_option(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
     timeline.check_file(args.timeline)
-    from jlayer.api import AutoModel
-
-    say = _silent if args.json else _say
     name = name_of(args.ref or BUNDLED)
     with (
-        _folder(args.ref, offline=args.offline) as folder,
-        AutoModel.from_pretrained(folder, **_options(args)) as model,
+        nullcontext(args.ref) if args.ref else converted_bundled() as ref,
+        opened(ref, offline=args.offline, **_options(args)) as model,
         progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
     ):
-        found = {"model": name, **measure(model, folder, say, picture=args.timeline)}
+        say = _silent if args.json else _say
+        found = {"model": name, **measure(model, say, name=name, picture=args.timeline)}
     if not args.json:
         print(json.dumps(found))
     return found
 
 
 def _options(args):
-    """The run options; the promise for the host includes the buffers of the raw reads."""
-    from jlayer.measure.machine import HOST_BYTES
-
-    options = given_run_options(args)
+    """The run options. The buffers of the disk's measurement are part of the host's budget."""
+    found = options.given(args, *options.RUN, "context")
     if args.host_memory is not None:
-        options["host_memory"] = parse_bytes(args.host_memory, option="host_memory") - HOST_BYTES
+        from jlayer.measure.machine import HOST_BYTES
+
+        found["host_memory"] = parse_bytes(args.host_memory, option="host_memory") - HOST_BYTES
     if args.from_disk or not args.ref:
-        options["keeps_layers"] = False
-    return options
+        found["keeps_layers"] = False
+    return found
 
 
-@contextmanager
-def _folder(ref, *, offline):
-    """The folder of REF, or the bundled model, converted for as long as it is needed."""
-    if ref:
-        yield local_folder(ref, offline=offline)
-        return
-    from convert import convert_checkpoint
+def measure(model, say, *, name: str, picture: str | None = None) -> dict:
+    """Measures and says each figure when it is there; returns all of them.
 
-    with tempfile.TemporaryDirectory(prefix="jlayer-bench-") as folder:
-        print("jlayer: converting the bundled fable-3m to one file a layer", file=sys.stderr)
-        convert_checkpoint(BUNDLED, Path(folder) / "fable-3m")
-        yield Path(folder) / "fable-3m"
-
-
-def measure(model, folder, say, *, picture=None) -> dict:
-    """Measures and says each figure as it comes; returns all of them. `picture`: a file to draw two
-    sweeps of one token into, after all measuring, which noting them would disturb."""
+    `picture`: the file of a picture of two sweeps of one token, of the model `name`. They run last,
+    since recording them takes time.
+    """
     from jlayer.measure.bench import Bench
     from jlayer.measure.machine import card, summary
 
     bench = Bench(model)
-    found = {"card": card(folder), "device": model.device_name, "dtype": model.dtype}
+    found = {"card": card(model.folder), "device": model.engine.device_name, "dtype": model.dtype}
     found |= {"reads": "direct" if bench.forward.reads_directly else "buffered"}
     found["plan"] = model.plan.as_dict()
     say(card_lines(found["card"]))
@@ -122,10 +103,10 @@ def measure(model, folder, say, *, picture=None) -> dict:
         say(raw_line("disk", found["raw"]["disk"]))
     for row in found["sweeps"]:
         say(row_line("whole sweep" if row["tokens"] else "weights alone", row))
-    found["memory"] = model.memory()
+    found["memory"] = model.engine.memory()
     found |= conclude(found, model.plan)
-    with timeline.recorded(model, picture, name_of(folder)):
-        for _ in range(3 if picture else 0):  # the first finds tiles that were read in the pause
+    with timeline.recorded(model, picture, name):
+        for _ in range(3 if picture else 0):  # the first has tiles that were read ahead
             bench.sweep(1)
     say(f"\n{found['conclusion']}")
     return found
@@ -142,13 +123,13 @@ def card_lines(card: dict) -> str:
 
 
 def ceiling_lines(model) -> str:
-    """What a sweep moves, and the least that it can take by the plan's figures."""
+    """What a sweep moves, and its least time by the plan's figures."""
     plan = model.plan
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     lines = [
-        f"model     {model.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
+        f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{len(plan.tiles)} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a sweep uses {human(model.sweep_bytes)} of weights and takes at least the "
+        f"ceiling   a sweep uses {human(model.plan.tiling.n_bytes)} of weights and takes at least the "
         "longest of, before measuring:",
     ]
     for name, n_bytes, speed, how in _expected(plan):
@@ -160,7 +141,7 @@ def ceiling_lines(model) -> str:
 
 
 def _expected(plan):
-    """(what, bytes, bytes a second, where that is from) of what a sweep passes through."""
+    """(what, bytes of a sweep, bytes a second, source of that speed) of disk, CPU and link."""
     machine, disk_bytes = plan.machine, plan.tier_bytes(Tier.DISK)
     if disk_bytes:
         how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(a look at opening)"
@@ -174,7 +155,7 @@ def _expected(plan):
 
 
 def raw_line(name: str, speeds: dict) -> str:
-    """One of the machine's own speeds."""
+    """A speed of the machine, measured without the model."""
     names = {"disk": "raw disk", "link": "raw link", "memory": "raw memory"}
     form = operations if name == "arithmetic" else rate
     spread = f"{form(speeds['min'])} to {form(speeds['max'])}, {speeds['n']} times"
@@ -182,7 +163,7 @@ def raw_line(name: str, speeds: dict) -> str:
 
 
 def row_line(title: str, row: dict) -> str:
-    """One figure of ours and its share of the ceiling."""
+    """A measured time and its share of the limit."""
     tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if row["tokens"] else ""
     share, limit = row["share"], OF[row["limit"]]
     return (
@@ -195,13 +176,13 @@ def row_line(title: str, row: dict) -> str:
 def conclude(found: dict, plan) -> dict:
     """What limits a sweep of one token, and what would help most, in one sentence.
 
-    Every remedy is judged by what it would leave of the sweep, by the same arithmetic.
+    The time of a sweep after each remedy is computed from the same parts.
     """
     rows = {row["tokens"]: row for row in found["sweeps"]}
     row, alone = rows[1], found["blocks"][0]
     took = row["seconds"]["median"]
     parts = {name: row["limits_s"][name] for name in ("disk", "link") if name in row["limits_s"]}
-    # The best of them: whatever else the machine did meanwhile only made it longer.
+    # The shortest of several: other work on the machine only makes it longer.
     parts["programs"] = alone["seconds"]["min"] * row["bytes"] / alone["bytes"]
     parts = {name: min(part, took) for name, part in parts.items()}
     limit = max(parts, key=parts.get)
@@ -218,7 +199,7 @@ def conclude(found: dict, plan) -> dict:
 
 
 def remedies_for(parts: dict, row: dict, plan) -> dict:
-    """What could be done -> seconds that a sweep would then take at least; the best first."""
+    """Remedy -> the least seconds of a sweep after it; the best first."""
 
     def after(**changed):
         return max((parts | changed).values())
@@ -240,8 +221,7 @@ def remedies_for(parts: dict, row: dict, plan) -> dict:
 
 
 def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
-    """`many`: what a sweep of 64 tokens takes, in sweeps of one; None where that was not
-    measured."""
+    """`many`: the time of a sweep of 64 tokens over that of one token; None where not measured."""
     if limit == "steps":
         return (
             "Neither disk, link nor arithmetic limits this machine with so small a model, but its "
@@ -288,7 +268,8 @@ def _scaled(value, unit):
 
 def _say(line):
     print(line, flush=True)
+    check()
 
 
 def _silent(line):
-    pass
+    check()

@@ -1,14 +1,13 @@
 """Turn a published checkpoint into one file a layer, checked and with its checksums.
 
 SOURCE is a folder with config.json and safetensors, single or sharded, with PyTorch's or Meta's
-pickles, or with what Orbax saved; or a hub id. TARGET is a new folder, or one that holds an earlier
-conversion. Without --dtype and --quantize only the place of the weights changes. The result is a
+pickles, or with an Orbax checkpoint; or a hub id. TARGET is a new folder, or one with an earlier
+conversion. Without --dtype and --quantize the weights are copied as they are. The result is a
 checkpoint that transformers loads, unless --quantize is given.
 
-A conversion that was stopped, in whatever way, goes on where it was when the same command is run
-again. With --delete-source each weight file of SOURCE is removed once all that is made of it is on
-disk and was read again by its hash; the links and blobs of a hub cache likewise, unless another
-revision uses them.
+A conversion that was stopped continues when the same command is run again. With --delete-source
+each weight file of SOURCE is removed once everything made of it is on disk and its checksum was
+read back; so are the links and blobs of a hub cache, unless another revision uses them.
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ import dataclasses
 import os
 import sys
 
-from jlayer.app.cli import INTERRUPTED, TERMINATED, Interrupted, Terminated
-from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id, local_folder
+from jlayer.app import options
+from jlayer.app.ending import Interrupted, code_of, word_of
+from jlayer.app.inputs import folder_of
+from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id
 from jlayer.checkpoint.layout import EMBED_FILE
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
+from jlayer.interrupts import STOPS, released
 from jlayer.spec import ITEM_BYTES
-
-HELP = "turn a published checkpoint into one file a layer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,45 +38,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=tuple(ITEM_BYTES),
-        help="cast all weights, to nearest (default: each keeps its own)",
+        help="cast all weights, rounded to nearest (default: keep each weight's own dtype)",
     )
     parser.add_argument(
         "--quantize",
         choices=tuple(SCHEMES),
-        help="keep matrices in 8 or about 4 bits a weight (see the README for what it costs)",
+        help="store matrices in 8 or about 4 bits a weight, at some loss of quality",
     )
     parser.add_argument(
         "--delete-source",
         action="store_true",
-        help="remove SOURCE's weight files, each as soon as nothing needs it; asks first",
+        help="remove each weight file of SOURCE once it is converted; asks first",
     )
     parser.add_argument("--yes", action="store_true", help="do not ask before --delete-source")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace another model in TARGET, or make it anew"
+        "--overwrite", action="store_true", help="replace another model in TARGET, or convert again"
     )
     parser.add_argument(
-        "--allow-extra", action="store_true", help="leave out tensors that the model has no use for"
+        "--allow-extra", action="store_true", help="leave out tensors that the model does not use"
     )
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="keep weights that are NaN or infinite"
     )
-    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
+    options.add_offline(parser)
 
 
 def _source(args):
-    """The folder of SOURCE. What --delete-source has removed from the hub's cache is not fetched
-    again: the target, once begun, goes on with what is left."""
+    """The folder of SOURCE. A conversion that continues with --delete-source uses what is left in
+    the hub's cache: what it removed there is not downloaded again."""
     if not is_hub_id(args.source):
         return args.source
     cached = cached_folder(args.source) if args.delete_source else None
     if cached and os.path.exists(os.path.join(args.target, EMBED_FILE)):
         return cached
-    return local_folder(args.source, weights=Weights.CONVERT, offline=args.offline)
+    return folder_of(args.source, weights=Weights.CONVERT, offline=args.offline)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Converts, and returns what was done; raises the errors of jlayer.errors."""
-    from convert import RESUME
+    """Converts, and returns what was done; raises the errors of jlayer.errors.
+
+    A conversion may be stopped anywhere, so a signal does not wait.
+    """
+    from convert import RESUME, convert_checkpoint
     from convert.progress import StderrProgress
 
     if args.delete_source and not args.yes:
@@ -84,30 +87,24 @@ def run(args: argparse.Namespace) -> dict:
     source = _source(args)
     progress = StderrProgress()
     try:
-        from convert import convert_checkpoint  # takes a while, in which it may be interrupted
-
-        done = convert_checkpoint(
-            source,
-            args.target,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            overwrite=args.overwrite,
-            delete_source=args.delete_source,
-            allow_extra=args.allow_extra,
-            allow_nonfinite=args.allow_nonfinite,
-            progress=progress,
-        )
-    except (KeyboardInterrupt, Terminated) as stop:
+        with released():
+            done = convert_checkpoint(
+                source,
+                args.target,
+                dtype=args.dtype,
+                quantize=args.quantize,
+                overwrite=args.overwrite,
+                delete_source=args.delete_source,
+                allow_extra=args.allow_extra,
+                allow_nonfinite=args.allow_nonfinite,
+                progress=progress,
+            )
+    except STOPS as stop:
         progress.close()
-        word, code = (
-            ("terminated", TERMINATED)
-            if isinstance(stop, Terminated)
-            else ("interrupted", INTERRUPTED)
-        )
-        line = f"{args.target}: {word}; what is finished stays; {RESUME}"
+        line = f"{args.target}: {word_of(stop)}; what is finished stays; {RESUME}"
         print(f"jlayer: {line}", file=sys.stderr)
-        found = {"error": line, "exit_code": code, "finish_reason": "interrupted"}
-        raise Interrupted(found, code) from None
+        found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
+        raise Interrupted(stop, found) from None
     finally:
         progress.close()
     rate = done.source_bytes / max(done.elapsed_s, 1e-9) / 1e6
@@ -137,7 +134,9 @@ def _ask(args):
         file=sys.stderr,
         flush=True,
     )
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    with released():
+        answer = sys.stdin.readline()
+    if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("--delete-source: not confirmed; nothing was changed")
 
 

@@ -1,11 +1,11 @@
-"""How well a model predicts a text, or how far two models' predictions are apart.
+"""Measure how well a model predicts a text, or how far the predictions of two models differ.
 
     jlayer eval perplexity REF --text FILE
     jlayer eval compare A B --text FILE
 
-The text is encoded whole, with the beginning token that the tokenizer was published with, and cut
-into windows of --window tokens that begin --stride apart: each predicts what the one before it has
-not. Bits per byte are of the tokens' share of the text's UTF-8.
+The whole text is encoded, after the beginning token of the published tokenizer, and cut into
+windows of --window tokens that begin --stride apart. Each window predicts the tokens that the one
+before it has not. Bits per byte count the bytes of the text in UTF-8.
 """
 
 from __future__ import annotations
@@ -13,56 +13,63 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from argparse import SUPPRESS
 from contextlib import contextmanager
 
-from jlayer.app import progress
-from jlayer.app.verbs.generate import RUN, describe
-from jlayer.errors import StorageError, UsageError
+from jlayer.app import options, progress
+from jlayer.app.inputs import read_file
+from jlayer.app.running import describe, opened
+from jlayer.errors import UsageError
+from jlayer.interrupts import check
 
 
 def add_arguments(parser):
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    one = kinds.add_parser("perplexity", help="of one model", description="Perplexity of a model.")
-    one.add_argument("ref", metavar="REF", help="a folder or a hub id")
+    layout = {"formatter_class": parser.formatter_class}
+    one = kinds.add_parser(
+        "perplexity",
+        help="of one model",
+        description="Measure the perplexity of a model.",
+        **layout,
+    )
+    one.add_argument("ref", metavar="REF", help=options.REF)
     two = kinds.add_parser(
         "compare",
         help="of two models, and their divergence",
-        description="Perplexity of two models; mean KL divergence of B's predictions from A's in "
-        "nats, and the share of tokens that both hold likeliest.",
+        description="Measure the perplexity of two models, the mean KL divergence of B's "
+        "predictions from A's in nats,\nand the share of tokens with the same likeliest token.",
+        **layout,
     )
-    two.add_argument("a", metavar="A", help="a folder or a hub id, to be held against")
-    two.add_argument("b", metavar="B", help="another, of the same vocabulary")
-    two.add_argument("--scratch", metavar="DIR", help="where A's logits wait (default: /tmp)")
+    two.add_argument("a", metavar="A", help=f"the reference: {options.REF}")
+    two.add_argument("b", metavar="B", help="a model with the same vocabulary")
+    two.add_argument(
+        "--scratch", metavar="DIR", help="folder for A's logits (default: the system's, /tmp)"
+    )
     for own in (one, two):
         own.add_argument("--text", metavar="FILE", required=True, help="the text, UTF-8")
-        own.add_argument("--max-tokens", type=int, metavar="N", help="of the text's beginning")
+        own.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
         own.add_argument(
             "--window", type=int, metavar="N", help="tokens (default: the context, at most 1024)"
         )
         own.add_argument("--stride", type=int, metavar="N", help="tokens (default: the window)")
-        own.add_argument("--offline", action="store_true", help="take nothing from the network")
-        for name, line in RUN.items():
-            own.add_argument(f"--{name.replace('_', '-')}", help=line)
-        # Here too, so that they may stand behind the rest.
-        own.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        options.add_run(own)
+        options.add_offline(own)
+        # Here as well as before KIND; without a default, which would replace what was given there.
+        options.add_output(own, default=SUPPRESS)
 
 
 def run(args) -> dict:
-    text = _read(args.text)
+    text = read_file(args.text, option="--text")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
-    from jlayer.api import AutoModel
-    from jlayer.measure.evaluate import compare, perplexity
-
-    options = {name: getattr(args, name) for name in RUN if getattr(args, name) is not None}
+    run_options = options.given(args, *options.RUN)
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
-    text_of = {}  # the text as the model reads it: ids, and how many a byte
+    text_of = {}  # the text as the model reads it: ids, and tokens a byte
 
     @contextmanager
-    def opened(ref):
+    def opened_and_shown(ref):
         with (
-            AutoModel.from_pretrained(ref, offline=args.offline, **options) as model,
+            opened(ref, offline=args.offline, **run_options) as model,
             progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
         ):
             print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
@@ -70,16 +77,20 @@ def run(args) -> dict:
 
     def encoded(model):
         text_of["ids"], text_of["a_byte"] = _encode(model, text, args.max_tokens)
+        check()
         return text_of["ids"]
 
+    from jlayer.measure.evaluate import compare, perplexity
+
+    check()
     if args.kind == "perplexity":
-        with opened(args.ref) as model:
+        with opened_and_shown(args.ref) as model:
             done = perplexity(model, encoded(model), **cut)
         found = _result(args.ref, done, text_of["a_byte"])
         if not args.json:
             print(_line(found))
         return found
-    refs = [lambda ref=ref: opened(ref) for ref in (args.a, args.b)]
+    refs = [lambda ref=ref: opened_and_shown(ref) for ref in (args.a, args.b)]
     done = compare(*refs, encoded, scratch=args.scratch, **cut)
     found = {
         "a": _result(args.a, done.first, text_of["a_byte"]),
@@ -97,22 +108,8 @@ def run(args) -> dict:
     return found
 
 
-def _read(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read().decode("utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"--text: {path} does not exist") from None
-    except OSError as error:
-        raise StorageError(f"--text: {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--text: {path}: not UTF-8 at byte {error.start}; convert it to UTF-8"
-        ) from None
-
-
 def _encode(model, text, max_tokens):
-    """The text's ids, and how many of them a byte takes."""
+    """The text's ids, and their number over that of its bytes."""
     from jlayer.text.tokenizer import NO_TOKENIZER
 
     if model.text is None:
@@ -139,5 +136,6 @@ def _line(found):
 
 
 def _tell(done, of):
+    check()
     if sys.stderr.isatty() or done == of:
         print(f"jlayer: {done} of {of} windows", file=sys.stderr)

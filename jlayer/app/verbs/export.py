@@ -1,8 +1,8 @@
 """Write a converted folder back as published: Hugging Face shards, or an Orbax checkpoint.
 
-TARGET is a new folder. Nothing of it is there until all of it is: an export that was stopped leaves
-a folder beside it whose name says so, and the same command goes on with what is finished there
-(Hugging Face shards) or begins anew (Orbax).
+TARGET is a new folder, which is there once the export is complete. An export that was stopped
+leaves an unfinished folder beside it; the same command continues from there (Hugging Face shards)
+or starts again (Orbax).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import argparse
 import dataclasses
 import sys
 
-HELP = "write a converted folder back as published"
+from jlayer.interrupts import released
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a layered checkpoint")
     parser.add_argument("target", metavar="TARGET", help="a new folder")
     parser.add_argument(
-        "--format", choices=("huggingface", "orbax"), required=True, help="what to write"
+        "--format", choices=("huggingface", "orbax"), required=True, help="the form to write"
     )
 
 
@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> dict:
 
     progress = StderrProgress()
     try:
-        done = export_checkpoint(args.folder, args.target, format=args.format, progress=progress)
+        with released():
+            done = export_checkpoint(
+                args.folder, args.target, format=args.format, progress=progress
+            )
     finally:
         progress.close()
     print(

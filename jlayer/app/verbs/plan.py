@@ -1,5 +1,7 @@
-"""What a run needs of GPU memory, host memory and disk: arithmetic from a config, before anything
-is allocated."""
+"""Show the device memory, host memory and disk that a run needs, and the time of a token.
+
+All of it is computed from the model's config; nothing is allocated.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,21 @@ import os
 import sys
 
 from jlayer import catalogue
+from jlayer.app import options
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
 from jlayer.config import RunConfig, human, model_config, parse_bytes, read_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.families.registry import layer_leaves, layer_tensor_name, published_tensors
-from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
+from jlayer.interrupts import released
+from jlayer.plan.machine import CONTEXT_BYTES, DEFAULT_DISK, Machine
 from jlayer.plan.plan import make_plan
+from jlayer.plan.shapes import RunShape
+from jlayer.plan.tiles import Weights
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
-
-# What the driver's context and libraries take beside the allocator, by kind of device (0.62 GiB on
-# an H200).
-CONTEXT_BYTES = {"gpu": 640 << 20, "cpu": 0}
 
 
 def add_arguments(parser):
@@ -31,31 +33,22 @@ def add_arguments(parser):
         metavar="REF",
         help="a folder, a config.json, a known model, or a hub id: owner/name[@revision]",
     )
+    options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
+    options.add_context(parser, default=512)
     parser.add_argument(
-        "--device-memory", default="4GiB", help="the promise for the device (default: 4GiB)"
+        "--batch", type=int, metavar="N", default=1, help="sequences at a time (default: 1)"
     )
     parser.add_argument(
-        "--host-memory", default="16GiB", help="the promise for the host (default: 16GiB)"
-    )
-    parser.add_argument(
-        "--context", type=int, default=512, help="tokens of prompt and answer (default: 512)"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: 1)")
-    parser.add_argument(
-        "--dtype", help="compute in bfloat16, float16 or float32 (default: the model's)"
-    )
-    parser.add_argument(
-        "--quantize", choices=tuple(SCHEMES), help="as it would be once quantised so"
+        "--quantize", choices=tuple(SCHEMES), help="plan for the model converted with --quantize"
     )
     parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
-    parser.add_argument("--link-speed", metavar="B/s", help="of the way to the device, 25GB/s")
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
-    parser.add_argument("--offline", action="store_true", help="take nothing from the network")
+    parser.add_argument("--link-speed", metavar="B/s", help="from host to device, such as 25GB/s")
+    options.add_offline(parser)
 
 
 def run(args) -> dict:
     cfg = find_config(args.ref, offline=args.offline)
-    options = RunConfig.from_options(
+    run = RunConfig.from_options(
         device_memory=args.device_memory,
         host_memory=args.host_memory,
         dtype=args.dtype,
@@ -70,30 +63,26 @@ def run(args) -> dict:
     quantization = _quantization(args, cfg)
     shapes, stored = published_tensors(cfg), cfg.dtype or "bfloat16"
 
-    def dtype_of(tensor):
+    def form_of(tensor):
         scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
         return scheme.name if scheme else stored
 
     machine = Machine(
         platform=args.device,
-        device_budget=options.device_memory,
-        host_budget=options.host_memory,
+        device_budget=run.device_memory,
+        host_budget=run.host_memory,
         context_bytes=CONTEXT_BYTES[args.device],
         disk_speed=_speed(args.disk_speed, "--disk-speed") or _measured(args.ref) or DEFAULT_DISK,
         link_speed=_speed(args.link_speed, "--link-speed"),
+        cores=len(os.sched_getaffinity(0)),
     )
-    plan = make_plan(
-        cfg,
-        machine,
-        dtype_of=dtype_of,
-        dtype=options.dtype or stored,
-        batch=args.batch,
-        longest=args.context,
-        context=args.context,
-    )
+    weights = Weights(cfg, form_of, run.dtype or stored)
+    plan = make_plan(weights, machine, RunShape(args.batch, args.context, args.context))
     if not args.json:
         kept = quantization and described(quantization, cfg)
         print(describe(plan, kept, is_converted=is_layered(args.ref)))
+        for note in plan.notes:
+            print(f"jlayer: {note}", file=sys.stderr)
     found = plan.as_dict()
     if quantization is not None:
         bits = quantization.block_bits(shapes)
@@ -111,7 +100,8 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     if os.path.isdir(ref):
         return read_config(ref)
     if is_hub_id(ref) and not ref.endswith(".json"):
-        ref = hub_config(ref, offline=offline)
+        with released():
+            ref = hub_config(ref, offline=offline)
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
@@ -122,20 +112,20 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
 
 
 def _quantization(args, cfg) -> Quantization | None:
-    """What REF is kept in, or would be: before conversion errors are not known, only sizes."""
+    """How REF is quantised, or would be by --quantize; a plan needs the sizes alone."""
     there = read_manifest(args.ref).quantization if is_layered(args.ref) else None
     if args.quantize is None:
         return there
     if there and there.scheme != args.quantize:
         raise UsageError(
             f"--quantize: found {args.quantize}, but {args.ref} is quantised to {there.scheme}; "
-            "ask for what it was made of"
+            "name the model that it was converted from"
         )
     return there or quantization_of(args.quantize, published_tensors(cfg))
 
 
 def _measured(ref):
-    """The disk's speed where REF is a folder with weights; None where there is nothing to read."""
+    """The measured speed of the disk where REF is a folder with weights, else None."""
     from jlayer.streaming.direct import disk_speed
 
     shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
@@ -147,11 +137,12 @@ def _speed(words, option):
 
 
 def described(quantization: Quantization, cfg: ModelConfig) -> str:
-    """What is kept in how many bits, in one line."""
+    """The bits of each kind of matrix, in one line."""
     counts = {}
-    for leaf in layer_leaves(cfg):
-        names = {layer_tensor_name(leaf, layer) for layer in range(cfg.num_hidden_layers)}
-        counts[leaf.name] = len(names & set(quantization.at_int8))
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        for leaf in kind.leaves:
+            at_int8 = layer_tensor_name(cfg, leaf, layer) in quantization.at_int8
+            counts[leaf.name] = counts.get(leaf.name, 0) + at_int8
     kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
     bits = quantization.block_bits(published_tensors(cfg))
     return (
@@ -161,7 +152,7 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
 
 
 def describe(plan, quantized: str | None = None, *, is_converted: bool = False) -> str:
-    """The plan for a person: one line for each thing that takes memory, then what a token costs."""
+    """The plan as text: a line for each use of memory, then the layers and the time of a token."""
     found = plan.as_dict()
     if quantized:
         lines = [

@@ -1,6 +1,6 @@
 """Read a converted folder whole and check every byte of it against its manifest.
 
-Says everything that is missing, cut off, changed or foreign, and ends with code 3 if anything is.
+Lists everything that is missing, cut off, changed or not in the manifest; then the exit code is 3.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import argparse
 import dataclasses
 
 from jlayer.errors import CheckpointError
-
-HELP = "read a converted folder whole and check every byte"
+from jlayer.interrupts import released
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Checks and returns the verdict; raises CheckpointError with all findings."""
+    """Checks, and returns the result; raises CheckpointError with all findings."""
     from convert import verify_folder
     from convert.progress import StderrProgress
 
     progress = StderrProgress()
     try:
-        verdict = verify_folder(args.folder, progress=progress)
+        with released():
+            verdict = verify_folder(args.folder, progress=progress)
     finally:
         progress.close()
     if verdict.findings:
@@ -35,6 +35,6 @@ def run(args: argparse.Namespace) -> dict:
     if not args.json:
         print(
             f"{verdict.folder}: whole, {verdict.n_layers} layers in {verdict.n_files} files, "
-            f"{verdict.folder_bytes:,} bytes, every checksum right"
+            f"{verdict.folder_bytes:,} bytes, every checksum correct"
         )
     return dataclasses.asdict(verdict)

@@ -1,0 +1,56 @@
+"""The options that several verbs share: one name and one line of help for each."""
+
+from __future__ import annotations
+
+import argparse
+
+REF = "a folder, or a hub id: owner/name[@revision]"
+# option -> (what --help says, the default in words)
+RUN = {
+    "device_memory": ("the most memory of the process on the device", "4GiB"),
+    "host_memory": ("the most main memory of the process", "80%% of what is available"),
+    "dtype": ("compute in bfloat16, float16 or float32", "the weights' own"),
+    "device": ("cpu or gpu", "the accelerator, if there is one"),
+}
+_METAVARS = {"device_memory": "SIZE", "host_memory": "SIZE", "dtype": "DTYPE", "device": "DEVICE"}
+
+
+def flag(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_run(parser: argparse.ArgumentParser, names=tuple(RUN), **defaults) -> None:
+    """Adds the options that say where and in how much memory a model runs.
+
+    `defaults`: by option, where a verb has a default of its own.
+    """
+    for name in names:
+        words, default = RUN[name]
+        shown, given = defaults.get(name, default), defaults.get(name)
+        line = f"{words} (default: {shown})"
+        parser.add_argument(flag(name), metavar=_METAVARS[name], default=given, help=line)
+
+
+def add_context(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    shown = "" if default is None else f" (default: {default})"
+    line = f"the most tokens of prompt and new text together{shown}"
+    parser.add_argument("--context", type=int, metavar="N", default=default, help=line)
+
+
+def add_offline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--offline", action="store_true", help="do not use the network")
+
+
+def add_output(parser: argparse.ArgumentParser, **options) -> None:
+    """Adds --json and --debug. `options`: of `add_argument`."""
+    line = "print one JSON object on stdout"
+    parser.add_argument("--json", action="store_true", help=line, **options)
+    line = "show the traceback of an error"
+    parser.add_argument("--debug", action="store_true", help=line, **options)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict:
+    """The options of these names that the command line sets; the others keep their defaults."""
+    found = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}

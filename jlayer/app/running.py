@@ -1,0 +1,100 @@
+"""Opens a model for a verb, runs a decoding and shows its text, and sums up the run in a line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from jlayer.app import progress
+from jlayer.app.ending import Interrupted
+from jlayer.app.inputs import folder_of
+from jlayer.config import RunConfig, human
+from jlayer.interrupts import STOPS, released
+from jlayer.streaming.schedule import Tier
+
+
+@contextmanager
+def opened(ref, *, offline: bool = False, **options) -> Iterator:
+    """Yields the model that REF names, and closes it. `options`: those of `RunConfig`.
+
+    Raises what `AutoModel.from_pretrained` does.
+    """
+    RunConfig.from_options(**options)  # a usage error comes before a download
+    folder = folder_of(ref, offline=offline)
+    with progress.opening() as watch:
+        from jlayer.api import AutoModel
+
+        model = AutoModel.from_pretrained(folder, watch=watch, **options)
+    with model:
+        yield model
+
+
+def follow(model, decoding, show, *, counts: bool = True) -> dict:
+    """Runs a decoding to its end or to a signal, and returns its result.
+
+    `show` takes text (None: no text is shown): that of a single sequence while it grows, that of
+    several at the end; token ids where the model has no tokenizer. `counts`: whether slow sweeps
+    show a counter. Raises Interrupted with the result so far.
+    """
+    has_text = model.text is not None
+    for line in (describe(model), *model.notes):
+        print(f"jlayer: {line}", file=sys.stderr)
+    live = show if len(decoding.lanes) == 1 else None
+    stopped = None
+    with progress.shown(model, live) if counts else nullcontext(live) as write:
+        steps = iter(decoding)
+        try:
+            for gained in steps:
+                if write and has_text:
+                    write(gained[0].text)
+        except STOPS as stop:
+            stopped = stop
+        finally:
+            steps.close()
+    found = decoding.generations()
+    if live and has_text:
+        live("\n")
+    elif show:
+        texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
+        show("\n\n".join(texts) + "\n")
+    print(f"jlayer: {summary(found)}", file=sys.stderr)
+    result = found[0].as_dict()
+    if len(found) > 1:
+        result["sequences"] = [one.as_dict() for one in found]
+    if stopped is not None:
+        raise Interrupted(stopped, result)
+    return result
+
+
+def write_text(piece: str):
+    """Writes to stdout at once. A reader may be slow: a signal ends the wait for it."""
+    with released():
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def describe(model) -> str:
+    """Where a model runs, where its layers are kept, and the predicted time of a token."""
+    plan = model.plan
+    kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
+    return (
+        f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
+        f"{human(model.plan.tiling.n_bytes)} a sweep, about {plan.sweep_seconds:.2g} s; "
+        f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
+    )
+
+
+def summary(found) -> str:
+    """A finished run in one line, with the predicted and the measured time of a token."""
+    stats, predicted = found[0].stats, found[0].plan["sweep"]["seconds"]
+    decoded = stats["sweeps"] - 1
+    took = f"{stats['decode_s'] / decoded:.3g} s" if decoded > 0 else "nothing"
+    reasons = ", ".join(sorted({one.finish_reason for one in found}))
+    return (
+        f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), "
+        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
+        f"one of a token {took} (predicted {predicted:.2g} s), "
+        f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
+        f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
+    )
