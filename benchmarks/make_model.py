@@ -38,6 +38,7 @@ from jlayer.checkpoint.layout import (
 from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
+from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import SCHEMES, split_piece
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.registry import published_tensors
@@ -183,11 +184,11 @@ def _pieces(name, entry, drawn):
     if name.endswith("norm.weight"):
         yield np.ones(entry.shape, ml_dtypes.bfloat16)
     elif use is not None and piece != "scale":
-        noise = drawn[use] if piece is None else drawn[piece, entry.dtype]
+        noise = drawn[use] if piece == WHOLE else drawn[piece, entry.dtype]
         yield from _rows_apart(noise, entry.shape, shift=use == HEAD.published)
     else:
         left = math.prod(entry.shape)
-        if piece is None:
+        if piece == WHOLE:
             noise = drawn[None]
         else:
             noise = drawn[(piece, entry.dtype) + ((use,) if piece == "scale" else ())]

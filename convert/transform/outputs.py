@@ -23,6 +23,7 @@ from jlayer.checkpoint.layout import CONFIG, INDEX, encode_header, encode_index,
 from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION
+from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
@@ -94,7 +95,7 @@ class WeightFile:
             whole, piece = split_piece(tensor)
             for chunk in (
                 self._tensor_chunks(tensor, entry.dtype, room)
-                if piece is None
+                if piece == WHOLE
                 else self._piece_chunks(whole, tensor)
             ):
                 digest.update(chunk)

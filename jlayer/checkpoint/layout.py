@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from jlayer.checkpoint.quantization import Quantization, stored_tensors
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
-from jlayer.encodings.registry import split_piece
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.grouped import Q
+from jlayer.encodings.registry import WEIGHTS_A_NUMBER, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import layer_of, published_tensors
@@ -120,8 +122,9 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
     def key(name):
         base, piece = split_piece(name)
         size = _n_bytes(shapes[name], dtypes[name])
-        if piece is not None:
-            size = 2 * math.prod(shapes[f"{base}.q"]) * (2 if dtypes[f"{base}.q"] == "uint8" else 1)
+        if piece != WHOLE:
+            main = piece_name(base, Q)
+            size = 2 * math.prod(shapes[main]) * WEIGHTS_A_NUMBER[dtypes[main]]  # as 16 bits each
         return (len(shapes[name]) < 2, -size, name)
 
     order, at = sorted(shapes, key=key), 0

@@ -13,6 +13,8 @@ ENCODINGS: dict[str, Encoding] = {row.name: row for row in (*plain.ENCODINGS, IN
 # Those that the converter can quantise to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
 _PIECES = (Q, SCALE)
+# How many weights a number of a piece of this dtype holds; no two schemes share one.
+WEIGHTS_A_NUMBER = {scheme.q_dtype: 8 // scheme.bits for scheme in SCHEMES.values()}
 
 
 def encoding(name: str) -> Encoding:

@@ -129,7 +129,7 @@ def ceiling_lines(model) -> str:
     lines = [
         f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{len(plan.tiles)} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a sweep uses {human(model.plan.tiling.n_bytes)} of weights and takes at least the "
+        f"ceiling   a sweep uses {human(plan.tiling.n_bytes)} of weights and takes at least the "
         "longest of, before measuring:",
     ]
     for name, n_bytes, speed, how in _expected(plan):

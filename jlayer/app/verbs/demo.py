@@ -45,7 +45,8 @@ def table(model, found) -> str:
     """The figures of the run, one a line."""
     stats, memory = found["stats"], found["memory"]
     layers = model.config.num_hidden_layers * stats["sweeps"]
-    moved, times = human(stats["put_bytes"]), stats["put_bytes"] / model.engine.store.weight_bytes
+    whole = model.engine.store.weight_bytes
+    moved, times = human(stats["put_bytes"]), stats["put_bytes"] / whole
     rows = [
         (
             "layers streamed",
@@ -53,7 +54,7 @@ def table(model, found) -> str:
         ),
         (
             "bytes moved",
-            f"{moved} = {times:.0f} times the model's {human(model.engine.store.weight_bytes)}",
+            f"{moved} = {times:.0f} times the model's {human(whole)}",
         ),
         ("most layers at a time", f"{model.engine.totals.most_live_tiles}"),
         ("peak held by JAX", f"{human(memory['device_peak_bytes'])} ({memory['device_peak_how']})"),
