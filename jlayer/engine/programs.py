@@ -225,13 +225,6 @@ class Programs:
                 self._compiled[label, key] = self._compile(label, function, args)
         return self._compiled[label, key]
 
-    def _get(self, key, function, args, donated=()):
-        """The compiled program under `key`, whose first word is the label it is counted by."""
-        if key not in self._compiled:
-            with deferred(), self._watch.compiling(key[0]):
-                self._compile(key, function, args, donated)
-        return self._compiled[key]
-
     def _compile(self, label, function, args):
         before = backend_compiles()
         sharding = jax.sharding.SingleDeviceSharding(self.device)
