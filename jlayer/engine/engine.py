@@ -148,7 +148,7 @@ class Engine:
                     self.programs,
                     self._embedding,
                     self._residents,
-                    turn=self._turn,
+                    turn=self.turn,
                     release=partial(self._ledger.leave, number),
                     noted=self._note_peaks,
                 )
@@ -159,8 +159,8 @@ class Engine:
             return forward
 
     @contextmanager
-    def _turn(self) -> Iterator[Executor]:
-        """One run at a time has the executor."""
+    def turn(self) -> Iterator[Executor]:
+        """One run at a time has the executor. Raises UsageError where the model is closed."""
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
