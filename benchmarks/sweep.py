@@ -57,7 +57,7 @@ def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
         "predicted_s": model.plan.sweep_seconds,
         "plan_device_peak": model.plan.device_peak_bytes,
         "tile_bytes": model.plan.tile_bytes,
-        "n_tiles": len(model.plan.tiles),
+        "n_tiles": model.plan.n_tiles,
         "chunk": model.plan.chunk,
         "tiers": model.plan.as_dict()["tiers"],
     }

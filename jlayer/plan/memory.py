@@ -71,7 +71,7 @@ def run_needs(
 
 def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
     """What the tiles need that stay on the device or in host memory."""
-    kept = list(zip(tiling.tiles, tiers, strict=True))
+    kept = list(zip(tiling.shapes, tiers, strict=True))
     return [
         Need(
             "resident",
@@ -168,7 +168,7 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     )
     if tiling.is_whole:
         # The products of a decoded matrix's blocks are put in order once more.
-        is_plain = all(part.encoding.is_plain for part in tiling.tiles[0].parts)
+        is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)
         mlp = (3 if is_plain else 4) * 4 * b * t * _widest_product(cfg)
         return decoded + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
     rows = max(sum(tile.heights.values()) for tile, _ in tiling.distinct)

@@ -53,6 +53,10 @@ class Plan:
         return self.tiling.tiles
 
     @property
+    def n_tiles(self) -> int:
+        return len(self.tiling.shapes)
+
+    @property
     def tile_bytes(self) -> int:
         return self.tiling.tile_bytes
 
@@ -85,7 +89,9 @@ class Plan:
 
     def tier_bytes(self, tier: Tier) -> int:
         """Weight bytes of a tier, the head's included."""
-        return sum(t.n_bytes for t, own in zip(self.tiles, self.tiers, strict=True) if own is tier)
+        return sum(
+            t.n_bytes for t, own in zip(self.tiling.shapes, self.tiers, strict=True) if own is tier
+        )
 
     @property
     def put_bytes(self) -> int:
@@ -113,7 +119,7 @@ class Plan:
     def layers(self, tier: Tier) -> int:
         """How many layers' worth of bytes a tier holds; the three add up to all layers."""
         shares = dict.fromkeys(Tier, 0)
-        for tile, own in zip(self.tiles, self.tiers, strict=True):
+        for tile, own in zip(self.tiling.shapes, self.tiers, strict=True):
             if tile.layer is not None:
                 shares[own] += tile.n_bytes
         whole = sum(shares.values()) / self.n_layers
@@ -233,7 +239,7 @@ def _with_largest_chunk(weights, machine, tiling, run, held):
 
 def _bare_plan(weights, machine, tiling, shapes, held):
     """The least that a way of cutting needs: nothing kept beyond the ring."""
-    ahead = min(AHEAD[machine.platform], len(tiling.tiles))
+    ahead = min(AHEAD[machine.platform], len(tiling.shapes))
     ring = ahead + READING
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
@@ -248,7 +254,7 @@ def _bare_plan(weights, machine, tiling, shapes, held):
         device=device,
         host=host_memory(machine.host_budget, needs),
         tiling=tiling,
-        tiers=(Tier.DISK,) * len(tiling.tiles),
+        tiers=(Tier.DISK,) * len(tiling.shapes),
         ring=ring,
         ahead=ahead,
         shapes=shapes,
@@ -268,11 +274,11 @@ def _with_tiers(plan: Plan) -> Plan:
     """
     on_gpu = plan.machine.platform == "gpu"
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread([tile.device_bytes for tile in plan.tiles], room if on_gpu else 0)
+    kept = _spread([tile.device_bytes for tile in plan.tiling.shapes], room if on_gpu else 0)
     rest = [index for index, keep in enumerate(kept) if not keep]
     slack = plan.tiling.slack
     room = plan.host.budget_bytes - plan.host_peak_bytes
-    in_host = _spread([plan.tiles[index].n_bytes + slack for index in rest], room)
+    in_host = _spread([plan.tiling.shapes[index].n_bytes + slack for index in rest], room)
     tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
     for index, keep in zip(rest, in_host, strict=True):
         if keep:

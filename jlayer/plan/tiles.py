@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -137,22 +137,52 @@ class Tile:
 
 
 class Tiling:
-    """All tiles of a forward pass in order, and what follows from them as a whole. `wanted`: the
-    tile size that they were cut to."""
+    """All tiles of a forward pass in order, and what follows from them as a whole.
 
-    def __init__(self, tiles: tuple[Tile, ...], wanted: int | None):
-        self.tiles, self.wanted = tiles, wanted
+    Layers of one kind and encoding are cut alike, so only one of them is cut: `alike` has, for each
+    layer, the tiles of the one that stands for it. `wanted`: the tile size that they were cut to.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        alike: Sequence[tuple[Tile, ...]],
+        head: tuple[Tile, ...],
+        *,
+        wanted: int | None,
+    ):
+        self.wanted = wanted
+        self._cfg, self._alike, self._head = cfg, alike, head
+
+    @cached_property
+    def shapes(self) -> tuple[Tile, ...]:
+        """A tile of the right shape for each of `tiles`, which may be of another layer. All that
+        sums need; much sooner made."""
+        return (*(tile for tiles in self._alike for tile in tiles), *self._head)
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        layers = enumerate(self._alike)
+        made = (tile for n, tiles in layers for tile in _for_layer(self._cfg, tiles, n))
+        return (*made, *self._head)
 
     @cached_property
     def is_whole(self) -> bool:
         """Whether layers move in one piece."""
-        return self.tiles[0].stage is None
+        return self.shapes[0].stage is None
 
     @cached_property
     def distinct(self) -> tuple[tuple[Tile, int], ...]:
         """One tile of every shape, and how many there are of it."""
-        count = Counter(map(_shape_key, self.tiles))
-        first = {_shape_key(tile): tile for tile in reversed(self.tiles)}
+        count, first = Counter(), {}
+        layers = {id(tiles): tiles for tiles in self._alike}  # equal ones are the same object
+        n_layers = Counter(map(id, self._alike))
+        groups = [(tiles, n_layers[key]) for key, tiles in layers.items()]
+        for tiles, n in (*groups, (self._head, 1)):
+            for tile in tiles:
+                key = (tile.signature, tile.ends_stage)
+                first.setdefault(key, tile)
+                count[key] += n
         return tuple((first[key], n) for key, n in count.items())
 
     @cached_property
@@ -176,21 +206,17 @@ class Tiling:
         return max(sum(tile.heights.values()) for tile, _ in self.distinct if tile.kind is None)
 
 
-def _shape_key(tile):
-    return (tile.signature, tile.ends_stage)
-
-
 def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
     """The tiles of a forward pass, each of about `tile_bytes` at most; None: whole layers."""
-    cfg, tiles, templates = weights.cfg, [], {}
+    cfg, made, alike = weights.cfg, {}, []
     for layer, kind in enumerate(layer_kinds(cfg)):
         forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
-        key = (kind.name, forms)
-        if key not in templates:
-            templates[key] = (layer, _layer_tiles(weights, kind, layer, tile_bytes, platform))
-        tiles += _for_layer(cfg, *templates[key], layer)
-    head = _head_tiles(weights, tile_bytes or tiles[0].n_bytes, platform)
-    return Tiling((*tiles, *head), tile_bytes)
+        if (kind.name, forms) not in made:
+            tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform)
+            made[kind.name, forms] = tuple(tiles)
+        alike.append(made[kind.name, forms])
+    head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform)
+    return Tiling(cfg, alike, tuple(head), wanted=tile_bytes)
 
 
 def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
@@ -295,16 +321,16 @@ def _parts(weights, leaf, layer):
     return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer), weights)
 
 
-def _for_layer(cfg, model_layer, tiles, layer):
-    """The tiles of a layer, from those of another one of the same kind and encodings."""
-    if layer == model_layer:
+def _for_layer(cfg, tiles, layer):
+    """The tiles of a layer, from those of another one that is cut alike."""
+    if layer == tiles[0].layer:
         return tiles
     tensors = {
         (leaf.name, piece): piece_name(layer_tensor_name(cfg, leaf, layer), piece)
         for leaf in tiles[0].kind.leaves
         for piece in {part.piece for tile in tiles for part in tile.parts}
     }
-    before, after = f"layer {model_layer}", f"layer {layer}"
+    before, after = f"layer {tiles[0].layer}", f"layer {layer}"
     return [
         replace(
             tile,

@@ -27,12 +27,12 @@ def bytes_seconds(
     counts = Counter(tiers)
     passing = [Tier.DISK, Tier.HOST]
     n_bytes = dict.fromkeys(Tier, 0)
-    for tile, tier in zip(tiling.tiles, tiers, strict=True):
+    for tile, tier in zip(tiling.shapes, tiers, strict=True):
         n_bytes[tier] += tile.n_bytes
     disk_s = n_bytes[Tier.DISK] / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
     if machine.platform == "cpu":
         # Nothing is moved: what would be the link is the arithmetic itself, over every weight.
-        gaps = len(tiling.tiles) * LINK_GAP_S
+        gaps = len(tiling.shapes) * LINK_GAP_S
         return max(disk_s, _cpu_arithmetic(machine, tiling) + gaps)
     moved = sum(n_bytes[tier] for tier in passing)
     gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
@@ -46,7 +46,7 @@ def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
     n_arrays = sum(tile.n_arrays * n for tile, n in distinct)
     n_programs = sum(_programs(tile) * n for tile, n in distinct) * n_chunks
     return (
-        len(tiling.tiles) * STEP_S[platform]
+        len(tiling.shapes) * STEP_S[platform]
         + n_arrays * ARRAY_S[platform]
         + n_programs * PROGRAM_S[platform]
     )

@@ -128,7 +128,7 @@ def ceiling_lines(model) -> str:
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     lines = [
         f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
-        f"{len(plan.tiles)} tiles of up to {human(plan.tile_bytes)}",
+        f"{plan.n_tiles} tiles of up to {human(plan.tile_bytes)}",
         f"ceiling   a sweep uses {human(plan.tiling.n_bytes)} of weights and takes at least the "
         "longest of, before measuring:",
     ]
@@ -194,7 +194,7 @@ def conclude(found: dict, plan) -> dict:
         "limit": limit,
         "parts_s": parts,
         "remedies_s": remedies,
-        "conclusion": sentence(limit, parts, took, remedies, n_tiles=len(plan.tiles), many=many),
+        "conclusion": sentence(limit, parts, took, remedies, n_tiles=plan.n_tiles, many=many),
     }
 
 

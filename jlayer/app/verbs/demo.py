@@ -86,7 +86,7 @@ def live_view(model):
     from rich.live import Live
     from rich.text import Text
 
-    story, places = Text(), Places(len(model.plan.tiles))
+    story, places = Text(), Places(model.plan.n_tiles)
 
     class View:
         def __rich__(self):

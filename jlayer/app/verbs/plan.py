@@ -179,7 +179,7 @@ def describe(plan, quantized: str | None = None, *, is_converted: bool = False) 
     kept = ", ".join(f"{name.removesuffix('_layers')} {n}" for name, n in found["tiers"].items())
     lines += [
         f"layers          {kept}",
-        f"tiles           {len(plan.tiles)} a sweep, of up to {human(plan.tile_bytes)}",
+        f"tiles           {plan.n_tiles} a sweep, of up to {human(plan.tile_bytes)}",
         f"sweep           {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
         f"of it from disk; about {plan.sweep_seconds:.3g} s"
         + (", one token or 64" if plan.machine.platform == "gpu" else " for one token"),
