@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.layout import (
@@ -75,10 +76,21 @@ class Store:
 
     def form_of(self, tensor: str) -> str:
         """The name of the encoding that a published tensor is stored in: a dtype, or a scheme."""
-        if tensor in self._where:
-            return self._where[tensor][1].dtype
-        shape = published_tensors(self.cfg)[tensor]
-        return self.manifest.quantization.scheme_of(tensor, shape).name
+        return self._forms[tensor]
+
+    @cached_property
+    def _forms(self):
+        """Looked up for every tensor of a model, many times while a plan is made."""
+        if self.manifest is None or self.manifest.quantization is None:
+            return {name: entry.dtype for name, (_, entry) in self._where.items()}
+        schemes = {
+            name: self.manifest.quantization.scheme_of(name, shape)
+            for name, shape in published_tensors(self.cfg).items()
+        }
+        return {
+            name: scheme.name if scheme else self._where[name][1].dtype
+            for name, scheme in schemes.items()
+        }
 
     @property
     def float_dtype(self) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jlayer.encodings.registry import encoding
 from jlayer.families.base import LayerKind
-from jlayer.families.registry import family_of, layer_kinds, published_tensors
+from jlayer.families.registry import family_of, layer_kinds
 from jlayer.plan.machine import LIBRARY_BYTES, Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import Shapes
@@ -204,23 +203,3 @@ def _rows_and_logits(weights, machine, shapes, tiling):
     logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)
     kept = shapes.single_array * shapes.batch * shapes.n_columns * cfg.vocab_size * LOGIT_BYTES
     return rows + drawn + logits + kept
-
-
-def model_bytes(weights: Weights) -> int:
-    """Bytes of all tensors as they are stored."""
-    return sum(
-        encoding(weights.form_of(name)).n_bytes(shape)
-        for name, shape in published_tensors(weights.cfg).items()
-    )
-
-
-def published_bytes(weights: Weights) -> int:
-    """Bytes of all tensors before they were quantised, if they were: the final norm still has the
-    published dtype."""
-    plain = weights.form_of(family_of(weights.cfg).final_norm.published)
-    return sum(
-        encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
-        for form, shape in (
-            (weights.form_of(name), shape) for name, shape in published_tensors(weights.cfg).items()
-        )
-    )

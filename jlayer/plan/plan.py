@@ -258,8 +258,8 @@ def _bare_plan(weights, machine, tiling, shapes, held):
         ring=ring,
         ahead=ahead,
         shapes=shapes,
-        model_bytes=memory.model_bytes(weights),
-        published_bytes=memory.published_bytes(weights),
+        model_bytes=weights.stored_bytes,
+        published_bytes=weights.published_bytes,
         n_layers=weights.cfg.num_hidden_layers,
         n_held=len(held),
     )

@@ -17,7 +17,14 @@ from functools import cached_property
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import Group, LayerKind, Stage
-from jlayer.families.registry import head_leaf, head_stage, layer_kinds, layer_tensor_name
+from jlayer.families.registry import (
+    family_of,
+    head_leaf,
+    head_stage,
+    layer_kinds,
+    layer_tensor_name,
+    published_tensors,
+)
 from jlayer.plan.joined import Joined, joined
 from jlayer.spec import ALIGNMENT, STORED_BYTES, Leaf, ModelConfig, Place
 
@@ -38,6 +45,28 @@ class Weights:
     cfg: ModelConfig
     form_of: Callable[[str], str]
     dtype: str
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(
+            encoding(self.form_of(name)).n_bytes(shape)
+            for name, shape in published_tensors(self.cfg).items()
+        )
+
+    @cached_property
+    def published_bytes(self) -> int:
+        """Bytes of all tensors before they were quantised, if they were: the final norm still has
+        the published dtype."""
+        plain = self.form_of(family_of(self.cfg).final_norm.published)
+        shapes = published_tensors(self.cfg)
+        forms = map(self.form_of, shapes)
+        return sum(
+            encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
+            for form, shape in zip(
+                forms.values(), published_tensors(self.cfg).values(), strict=True
+            )
+        )
 
 
 @dataclass(frozen=True)
