@@ -19,6 +19,7 @@ from jlayer.engine.forward import Forward, Residents
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
 from jlayer.errors import UsageError
+from jlayer.interrupts import deferred
 from jlayer.plan.plan import DEFAULT_DISK, Machine, Plan, make_plan, refit
 from jlayer.plan.tiles import norm_parts
 from jlayer.stream.direct import RowReader, disk_speed
@@ -60,7 +61,9 @@ class AutoModel:
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(local_folder(ref, offline=offline), run, watch)
+        folder = local_folder(ref, offline=offline)
+        with deferred():  # each phase of opening is a safe point
+            return Model(folder, run, watch)
 
 
 class Model:

@@ -21,7 +21,7 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.layout import ALIGNMENT, VIEW_ALIGNMENT
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
-from jlayer.interrupts import deferred
+from jlayer.interrupts import check, deferred
 from jlayer.plan.blob import blob_of
 from jlayer.plan.tiles import Tile
 from jlayer.stream.direct import Reader, aligned_span, is_moved
@@ -47,7 +47,8 @@ class Watch:
     on_compile: Callable | None = None
 
     def phase(self, words: str):
-        """A phase of opening begins."""
+        """A phase of opening begins: a safe point for signals."""
+        check()
         if self.on_phase:
             self.on_phase(words)
 
