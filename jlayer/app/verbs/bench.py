@@ -96,9 +96,7 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     for row in found["blocks"]:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
-    say(
-        f"{'first sweep':<28}{seconds(found['first_sweep_s']):>10}{'':14}fills the kept layers"
-    )
+    say(f"{'first sweep':<28}{seconds(found['first_sweep_s']):>10}{'':14}fills the kept layers")
     found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
@@ -131,8 +129,8 @@ def ceiling_lines(model) -> str:
     lines = [
         f"model     {model.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{len(plan.tiles)} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a sweep uses {human(model.sweep_bytes)} of weights and takes at least "
-        "the longest of these, by the plan's figures:",
+        f"ceiling   a sweep uses {human(model.sweep_bytes)} of weights; its least time, by the "
+        "plan's figures, is the longest of:",
     ]
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
