@@ -29,7 +29,11 @@ def __getattr__(name):
         raise AttributeError(f"module 'jlayer' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from jlayer.interrupts import deferred
+
+    with deferred():  # a signal that breaks off the import of JAX crashes the process
+        module = importlib.import_module(_HOMES[name])
+    return getattr(module, name)
 
 
 def __dir__():

@@ -19,6 +19,7 @@ from jlayer.engine.lane import Step
 from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.errors import UsageError
+from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.streaming.executor import Watch
@@ -57,7 +58,9 @@ class AutoModel:
         run = RunConfig.from_options(
             device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
         )
-        return Model(local_folder(ref, offline=offline), run, watch)
+        folder = local_folder(ref, offline=offline)
+        with deferred():  # each phase of opening is a safe point
+            return Model(folder, run, watch)
 
 
 class Model:

@@ -1,12 +1,17 @@
 """Signals: held where an exception would do harm, acted on at safe points, and never lost."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from jlayer import interrupts
+from jlayer.api import AutoModel
 from jlayer.interrupts import Terminated, check, deferred, released
+from jlayer.streaming.executor import Watch
+from tests.conftest import BUNDLED
 
 STOP = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
@@ -142,3 +147,47 @@ def test_a_signal_that_the_parent_ignores_stays_ignored():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+IN_A_USERS_PROGRAM = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, wanted, *_):
+        if wanted == sys.argv[1]:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import jlayer
+try:
+    jlayer.AutoModel.from_pretrained(sys.argv[2], device="cpu")
+    print("the signal was lost")
+except KeyboardInterrupt:
+    print(sys.modules[sys.argv[1]].__spec__._initializing)
+"""
+
+
+@pytest.mark.parametrize("name", ["jax", "jax._src.xla_bridge", "jaxlib.cpu_feature_guard"])
+def test_a_library_s_user_interrupts_after_the_import_not_inside_it(name):
+    words = [sys.executable, "-c", IN_A_USERS_PROGRAM, name, str(BUNDLED)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_a_library_s_user_interrupts_between_two_phases_of_opening(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    phases = []
+
+    def on_phase(words):
+        phases.append(words)
+        if len(phases) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            AutoModel.from_pretrained(BUNDLED, device="cpu", watch=Watch(on_phase=on_phase))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(phases) == 2

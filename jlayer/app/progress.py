@@ -26,18 +26,14 @@ def sweep_words(number: int) -> str:
 
 @contextmanager
 def opening():
-    """Yields the Watch to open a model with. Each phase of opening is a safe point for signals."""
+    """Yields the Watch to open a model with; on a terminal its phases are shown."""
     phase = Phase()
     with _live(phase) if sys.stderr.isatty() else nullcontext():
         phase.begin("opening: starting JAX")
         from jlayer.streaming.executor import Watch
 
-        def on_phase(words):
-            check()
-            phase.begin(f"opening: {words}")
-
         check()
-        yield Watch(on_phase=on_phase)
+        yield Watch(on_phase=lambda words: phase.begin(f"opening: {words}"))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
-from jlayer.interrupts import deferred
+from jlayer.interrupts import check, deferred
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import Reader, aligned_span, is_moved
@@ -46,7 +46,8 @@ class Watch:
     on_compile: Callable | None = None
 
     def phase(self, words: str):
-        """A phase of opening begins."""
+        """A phase of opening begins: a safe point for signals."""
+        check()
         if self.on_phase:
             self.on_phase(words)
 

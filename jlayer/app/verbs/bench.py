@@ -96,7 +96,7 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     for row in found["blocks"]:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
-    say(f"{'first sweep':<28}{seconds(found['first_sweep_s']):>10}{'':14}fills what stays")
+    say(f"{'first sweep':<28}{seconds(found['first_sweep_s']):>10}{'':14}fills the kept layers")
     found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
@@ -129,8 +129,8 @@ def ceiling_lines(model) -> str:
     lines = [
         f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{plan.n_tiles} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a sweep uses {human(plan.tiling.n_bytes)} of weights and takes at least the "
-        "longest of, before measuring:",
+        f"ceiling   a sweep uses {human(plan.tiling.n_bytes)} of weights; its least time, by the "
+        "plan's figures, is the longest of:",
     ]
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
@@ -144,13 +144,13 @@ def _expected(plan):
     """(what, bytes of a sweep, bytes a second, source of that speed) of disk, CPU and link."""
     machine, disk_bytes = plan.machine, plan.tier_bytes(Tier.DISK)
     if disk_bytes:
-        how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(a look at opening)"
+        how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(measured at opening)"
         yield "disk", disk_bytes, machine.disk_speed, how
     if machine.platform == "cpu":
         n_bytes = sum(tile.n_bytes for tile in plan.tiles)
         yield "CPU", n_bytes, machine.bytes_per_s, "(typical of one token)"
     else:
-        how = "(a look at opening)" if machine.link_speed else "(typical)"
+        how = "(measured at opening)" if machine.link_speed else "(typical)"
         yield "link", plan.put_bytes, machine.bytes_per_s, how
 
 
