@@ -28,12 +28,12 @@ from convert.sources.files import (
     read_into,
 )
 from convert.sources.open import CheckedSource, open_source
-from convert.sources.orbax import UNFINISHED, OrbaxWriter
-from convert.target.disk import TEMPORARY, again, close, failure, make_folders, remove, sync_folder
+from convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
+from convert.target.disk import TEMPORARY, again, failure, make_folders, remove, sync_folder
 from convert.target.lock import LOCK, TargetLock
 from convert.target.space import check_space
 from convert.target.write import TargetWriter, refuse_inside
-from convert.transform.outputs import SmallFile, WeightFile, side_output
+from convert.transform.outputs import SideFile, WeightFile
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import (
     CONFIG,
@@ -47,7 +47,7 @@ from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.llama import published_tensors
-from jlayer.strict import is_there, resolve
+from jlayer.strict import close, is_there, resolve
 
 FORMATS = ("huggingface", "orbax")
 SHARD_BYTES = 5_000_000_000
@@ -143,7 +143,7 @@ class _Undamaged:
         self._source, self.digests = source, digests
         self.tensors = source.tensors
         self.where, self.places_of = source.where, source.places_of
-        self.check_unchanged, self.close = source.check_unchanged, source.close
+        self.close = source.close
 
     def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
         info = self.tensors[name]
@@ -174,7 +174,7 @@ def _empty(aside, *, but: Collection[str] = (), note) -> None:
 def _write_shards(source, aside, shard_bytes, progress):
     shards = _shards(source, shard_bytes, progress)
     index = encode_index({file.name: file.tensors for file in shards})
-    sides = [*_sides(source), *([SmallFile(INDEX, index)] if len(shards) > 1 else [])]
+    sides = [*_sides(source), *([SideFile(INDEX, index)] if len(shards) > 1 else [])]
     finished = _finished(aside, shards, source.tensors.digests, progress)
     _empty(aside, but=finished, note=progress.note)
     outputs = [*(shard for shard in shards if shard.name not in finished), *sides]
@@ -284,8 +284,7 @@ def _write_failure(aside, name, error):
     full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
     if full:
         return failure(aside, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "written")
-    line = str(error).strip().splitlines()[0][:200]
-    return StorageError(f"{aside}: array {name} cannot be written ({line})")
+    return StorageError(f"{aside}: array {name} cannot be written ({first_line(error)})")
 
 
 def _counted(chunks, progress):
@@ -296,8 +295,8 @@ def _counted(chunks, progress):
 
 def _sides(source):
     """Config and tokenizer as they are in the layered folder."""
-    others = [side_output(name, file) for name, file in source.side_files.items() if name != CONFIG]
-    return [*others, SmallFile(CONFIG, source.config_bytes)]
+    others = [SideFile(name, file) for name, file in source.side_files.items() if name != CONFIG]
+    return [*others, SideFile(CONFIG, source.config_bytes)]
 
 
 def _put_in_place(aside, target):

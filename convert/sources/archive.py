@@ -6,13 +6,13 @@ differently is how a payload passes a scanner. So nothing is forgiven here, and 
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass
 
-from convert.sources.files import read_into
+from convert.sources.files import read_bytes
 from jlayer.checkpoint.safetensors import MAX_TENSORS
 from jlayer.errors import CheckpointError
+from jlayer.strict import is_relative_path
 
 MAX_ENTRIES = MAX_TENSORS + 16
 MAX_DIRECTORY_BYTES = 64 << 20
@@ -54,7 +54,7 @@ def read_archive(fd: int, n_bytes: int, *, where: str) -> dict[str, Entry]:
     one folder) or StorageError.
     """
     start, size, count = _directory(fd, n_bytes, where)
-    listed = _list_entries(_read(fd, start, size, where), count, where)
+    listed = _list_entries(read_bytes(fd, start, size, where), count, where)
     _check_names(listed, where)
     found, free_from = {}, 0
     for item in sorted(listed, key=lambda item: item.header_offset):
@@ -71,7 +71,7 @@ def read_archive(fd: int, n_bytes: int, *, where: str) -> dict[str, Entry]:
 def _directory(fd, n_bytes, where):
     """Offset, bytes and number of entries of the table of contents, which ends the file."""
     end_at = n_bytes - _END.size
-    raw = _read(fd, end_at, _END.size, where) if end_at >= 0 else bytes(_END.size)
+    raw = read_bytes(fd, end_at, _END.size, where) if end_at >= 0 else bytes(_END.size)
     magic, disk, start_disk, here, count, size, start, comment = _END.unpack(raw)
     if magic != b"PK\5\6" or comment:
         raise CheckpointError(
@@ -82,7 +82,7 @@ def _directory(fd, n_bytes, where):
     directory_end = end_at
     locator_at = end_at - _END64_LOCATOR.size
     if locator_at >= 0:
-        raw = _read(fd, locator_at, _END64_LOCATOR.size, where)
+        raw = read_bytes(fd, locator_at, _END64_LOCATOR.size, where)
         if raw.startswith(b"PK\6\7"):
             directory_end, found = _directory64(fd, raw, locator_at, where)
             limits = (_FULL32, _FULL32, _FULL16)
@@ -105,7 +105,7 @@ def _directory64(fd, locator, locator_at, where):
     if at + _END64.size != locator_at or disk or disks != 1:
         raise _refusal(where, "a table of contents that is not where it says")
     magic, _, _, _, disk, start_disk, here, count, size, start = _END64.unpack(
-        _read(fd, at, _END64.size, where)
+        read_bytes(fd, at, _END64.size, where)
     )
     if magic != b"PK\6\6" or disk or start_disk or here != count:
         raise _refusal(where, "a table of contents that is not where it says")
@@ -164,19 +164,13 @@ def _check_names(listed, where):
     """Plain names, no two alike even where case does not count, all in one folder."""
     folders, seen = set(), set()
     for item in listed:
-        parts = item.name.split("/")
-        if (
-            len(parts) < 2
-            or not item.name.isprintable()
-            or any(part in ("", ".", "..") for part in parts)
-            or "\\" in item.name
-            or re.match("[A-Za-z]:", item.name)
-        ):
+        folder, slash, _ = item.name.partition("/")
+        if not slash or not is_relative_path(item.name):
             raise _refusal(where, f"an entry named {item.name!a}, expected FOLDER/NAME")
         if item.name.casefold() in seen:
             raise _refusal(where, f"two entries named {item.name!a}")
         seen.add(item.name.casefold())
-        folders.add(parts[0])
+        folders.add(folder)
     if len(folders) != 1:
         names = ", ".join(ascii(name) for name in sorted(folders)[:5])
         raise _refusal(where, f"{len(folders)} folders ({names}), expected one")
@@ -187,19 +181,13 @@ def _data_offset(fd, item, limit, where):
     at = item.header_offset
     if at + _LOCAL.size > limit:
         raise _refusal(where, f"entry {item.name!a} leads beyond the data")
-    fields = _LOCAL.unpack(_read(fd, at, _LOCAL.size, where))
+    fields = _LOCAL.unpack(read_bytes(fd, at, _LOCAL.size, where))
     magic, _, flags, method, _, _, _, packed, n_bytes, name_len, extra_len = fields
-    name = _read(fd, at + _LOCAL.size, name_len, where).decode("utf-8", "backslashreplace")
+    name = read_bytes(fd, at + _LOCAL.size, name_len, where).decode("utf-8", "backslashreplace")
     sizes = {packed, n_bytes} - {0, _FULL32, item.n_bytes}
     if magic != b"PK\3\4" or (name, flags, method) != (item.name, item.flags, _STORED) or sizes:
         raise _refusal(where, f"entry {item.name!a} is another one than its table says")
     return at + _LOCAL.size + name_len + extra_len
-
-
-def _read(fd, offset, n_bytes, where):
-    raw = bytearray(n_bytes)
-    read_into(fd, memoryview(raw), offset, where)
-    return bytes(raw)
 
 
 def _refusal(where, what):

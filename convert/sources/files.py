@@ -16,11 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from convert.target.disk import close
 from jlayer.checkpoint.source import SourceFile, identity_of, refuse_different
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ITEM_BYTES
-from jlayer.strict import open_regular
+from jlayer.strict import close, open_regular
 
 # What is looked at as soon as it is read: it should still be in the processor's cache by then.
 CHUNK_BYTES = 1 << 20
@@ -62,9 +61,6 @@ class Source(Protocol):
 
     def places_of(self, name: str) -> tuple[Place, ...]:
         """Where the tensor lies, or its parts, or copies of it: what is read to have it."""
-
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError where the source is no longer what was checked."""
 
     def close(self) -> None: ...
 
@@ -131,10 +127,6 @@ class FileSource:
                 self._compare(view, place, copy, at, info)
             yield view
             at += len(view)
-
-    def check_unchanged(self) -> None:
-        for file in {place.file for places in self._places.values() for place in places}:
-            check_unchanged(file)
 
     def close(self) -> None:
         for fd in self._fds.values():
@@ -247,6 +239,13 @@ def read_into(fd: int, view: memoryview, offset: int, path: str) -> None:
                 f"at least {offset + len(view)}"
             )
         done += count
+
+
+def read_bytes(fd: int, offset: int, n_bytes: int, path: str) -> bytes:
+    """So many bytes from `offset` on. Raises what `read_into` raises."""
+    raw = bytearray(n_bytes)
+    read_into(fd, memoryview(raw), offset, path)
+    return bytes(raw)
 
 
 def _read_strided(fd, place, first_row, rows):

@@ -20,6 +20,7 @@ from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.source import (
     EXTRA,
     GENERATION_CONFIG,
+    MODEL_PICKLE,
     SINGLE,
     UNSUPPORTED_DTYPE,
     SourceFile,
@@ -44,7 +45,6 @@ from jlayer.families.llama import published_tensors
 from jlayer.strict import read_small_file
 
 _PICKLE = re.compile(r".+\.(bin|pth|pt)")
-_MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
 _EXTRA = f"{EXTRA} (see --allow-extra)"
 
 
@@ -172,7 +172,7 @@ def _find_form(folder, names, notes):
             f"{f', only {listed(others)}' if others else ''}"
         )
     form = found[0]
-    if form is _SAFETENSORS and any(_MODEL_PICKLE.fullmatch(name) for name in pickles):
+    if form is _SAFETENSORS and any(MODEL_PICKLE.fullmatch(name) for name in pickles):
         notes.append(f"{folder}: has safetensors and pickles; the safetensors are taken")
     if form is _BIN and any(meta.PART.fullmatch(name) for name in pickles):
         notes.append(f"{folder}: has {_BIN.single} and consolidated.*.pth; the former is taken")

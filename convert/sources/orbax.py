@@ -8,7 +8,6 @@ JAX is imported: their own ways in and out hold the whole tree in memory.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,6 @@ from convert.sources.files import (
     Place,
     Room,
     TensorInfo,
-    check_unchanged,
     row_bytes,
 )
 from convert.sources.zarr import ChunkedArray, chunked_array
@@ -37,8 +35,7 @@ from jlayer.checkpoint.source import (
 )
 from jlayer.errors import CheckpointError
 from jlayer.families.llama import LAYER_PREFIX
-from jlayer.spec import ITEM_BYTES
-from jlayer.strict import is_there
+from jlayer.strict import is_tensor_name, is_there
 
 METADATA = "_METADATA"
 ITEMS = ("default", "params", "items")  # what a CheckpointManager's step calls the parameters
@@ -104,7 +101,7 @@ def _read_metadata(folder, item):
         raise CheckpointError(f"{file.path}: not what Orbax writes ({error!r})") from None
     if len(arrays) > MAX_ARRAYS:
         raise CheckpointError(f"{file.path}: {len(arrays)} arrays, over the limit of {MAX_ARRAYS}")
-    odd = [name for name in arrays if not name.isprintable() or "/" in name or ".." in name]
+    odd = [name for name in arrays if "/" in name or not is_tensor_name(name)]
     if odd:
         raise CheckpointError(f"{file.path}: not names that arrays may have: {listed(odd)}")
     return Checkpoint(folder, item, file, arrays, uses_ocdbt, driver)
@@ -185,10 +182,6 @@ class OrbaxSource:
             self._chunked[key] = chunked_array(self._stores[key], is_stacked=layer is not None)
         return _Tensor(self._path, key, layer, self._stores[key], self._chunked[key])
 
-    def check_unchanged(self) -> None:
-        for file in self._files:
-            check_unchanged(file)
-
     def close(self) -> None:
         for array in self._chunked.values():
             if array is not None:
@@ -214,7 +207,7 @@ class _Tensor:
                 view[:] = self._bytes()[at : at + len(view)]
         except (ValueError, OSError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{self._path}: array {self._key} cannot be read ({_first_line(error)}); "
+                f"{self._path}: array {self._key} cannot be read ({first_line(error)}); "
                 "fetch the checkpoint again"
             ) from None
 
@@ -254,7 +247,7 @@ def _open_arrays(checkpoint, path):
             found[name] = future.result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{path}: array {name} cannot be opened ({_first_line(error)}); "
+                f"{path}: array {name} cannot be opened ({first_line(error)}); "
                 "fetch the checkpoint again"
             ) from None
     return found
@@ -281,8 +274,8 @@ class OrbaxWriter:
         """
         import tensorstore as ts
 
-        row_bytes = math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
-        height = min(info.shape[0], max(1, CHUNK_ROWS_BYTES // row_bytes))
+        width = row_bytes(info)
+        height = min(info.shape[0], max(1, CHUNK_ROWS_BYTES // width))
         spec = {
             "driver": "zarr",
             "kvstore": _kvstore(self._folder, name, uses_ocdbt=True),
@@ -297,8 +290,8 @@ class OrbaxWriter:
         }
         store = ts.open(spec, create=True).result()
         row = 0
-        for rows in _rows(chunks, height * row_bytes):
-            n_rows = len(rows) // row_bytes
+        for rows in _rows(chunks, height * width):
+            n_rows = len(rows) // width
             block = np.frombuffer(rows, np.dtype(info.dtype)).reshape(n_rows, *info.shape[1:])
             store[row : row + n_rows].write(block).result()
             row += n_rows
@@ -345,5 +338,6 @@ def _rows(chunks, n_bytes):
         yield bytes(gathered)
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """What tensorstore says of an error: the first of its many lines, or the kind of the error."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

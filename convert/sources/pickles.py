@@ -18,6 +18,7 @@ from convert.sources.files import Checksum, Place, Strided, TensorInfo
 from jlayer.checkpoint.safetensors import MAX_DIMS, MAX_TENSORS
 from jlayer.checkpoint.source import SourceFile
 from jlayer.errors import CheckpointError
+from jlayer.strict import is_tensor_name
 
 # 723 tensors take 19,000 instructions; 2.5 million take a second.
 MAX_INSTRUCTIONS = 30 * MAX_TENSORS
@@ -360,14 +361,7 @@ def _instructions(raw, where):
 
 
 def _check_name(name, where):
-    if (
-        not name
-        or ".." in name
-        or name.startswith("/")
-        or "\\" in name
-        or not name.isprintable()
-        or len(name) > 1000
-    ):
+    if not is_tensor_name(name):
         raise CheckpointError(f"{where}: tensor {name[:80]!a}: not a name that a tensor may have")
 
 

@@ -8,15 +8,15 @@ under a mapping would end the process.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import zlib
 
 from convert.sources.archive import read_archive
-from convert.sources.files import Place, TensorInfo, open_unchanged, read_into
+from convert.sources.files import Place, TensorInfo, open_unchanged, read_bytes
 from convert.sources.pickles import SAFER, asked_for, read_records, unsafe
 from jlayer.checkpoint.source import SourceFile
 from jlayer.errors import CheckpointError
+from jlayer.strict import close
 
 MAX_PICKLE_BYTES = 32 << 20  # of 723 tensors it has 0.1 MB
 _PICKLE = "data.pkl"
@@ -45,7 +45,7 @@ def read_table(file: SourceFile) -> Table:
     """
     fd = open_unchanged(file)
     try:
-        start = _read(fd, 0, min(64, file.n_bytes), file.path)
+        start = read_bytes(fd, 0, min(64, file.n_bytes), file.path)
         if not start.startswith(b"PK\3\4"):
             _refuse_other_formats(fd, start, file)
         entries = read_archive(fd, file.n_bytes, where=file.path)
@@ -53,7 +53,7 @@ def read_table(file: SourceFile) -> Table:
         records = read_records(_read_pickle(fd, entries, file.path), entries, where=file.path)
         _compare_with_torch(fd, records, file)
     finally:
-        os.close(fd)
+        close(fd)
     return {name: (record.place(name, file), record.info) for name, record in records.items()}
 
 
@@ -66,7 +66,7 @@ def _read_pickle(fd, entries, where):
             f"{where}: pickle of {entry.n_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}; "
             f"{SAFER}"
         )
-    raw = _read(fd, entry.offset, entry.n_bytes, where)
+    raw = read_bytes(fd, entry.offset, entry.n_bytes, where)
     if entry.crc and zlib.crc32(raw) != entry.crc:
         raise CheckpointError(
             f"{where}: {_PICKLE} is damaged (CRC-32 {zlib.crc32(raw):08x}, expected "
@@ -83,7 +83,9 @@ def _check_entries(fd, entries, where):
         names = ", ".join(ascii(name)[:80] for name in strange[:5])
         raise CheckpointError(f"{where}: unsafe archive: {what} ({names}); {SAFER}")
     order = entries.get("byteorder")
-    if order and (order.n_bytes > 16 or _read(fd, order.offset, order.n_bytes, where) != b"little"):
+    if order and (
+        order.n_bytes > 16 or read_bytes(fd, order.offset, order.n_bytes, where) != b"little"
+    ):
         raise CheckpointError(f"{where}: byte order other than little-endian; {SAFER}")
 
 
@@ -95,7 +97,7 @@ def _refuse_other_formats(fd, start, file):
         raise CheckpointError(f"{file.path}: empty, 0 bytes; fetch the file again")
     if start[8:9] == b"{":
         raise CheckpointError(f"{file.path}: safetensors under another name; rename it to theirs")
-    raw = _read(fd, 0, min(file.n_bytes, 1 << 20), file.path)
+    raw = read_bytes(fd, 0, min(file.n_bytes, 1 << 20), file.path)
     asked = ", ".join(list(asked_for(raw))[:5])
     if asked:
         raise unsafe(file.path, asked)
@@ -160,9 +162,3 @@ def _can_be_mapped(fd, n_bytes):
         return False
     mapping.close()
     return True
-
-
-def _read(fd, offset, n_bytes, where):
-    raw = bytearray(n_bytes)
-    read_into(fd, memoryview(raw), offset, where)
-    return bytes(raw)

@@ -19,8 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from convert.sources.files import Chunk
-from convert.target.disk import close, failure, write_all
+from convert.target.disk import failure, write_all
 from jlayer.checkpoint.layout import ALIGNMENT
+from jlayer.strict import close
 
 BLOCK_BYTES = 4 << 20
 N_BLOCKS = 3  # one that is filled, one that is hashed, one that is written

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from jlayer.errors import DoesNotFitError, JlayerError, StorageError
-from jlayer.strict import is_there, resolve
+from jlayer.strict import close, is_there, resolve
 
 # What is being written bears this until it is whole and synced.
 TEMPORARY = ".jlayer-tmp"
@@ -71,13 +71,6 @@ def sync_folder(folder: str) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system whose folders need no sync says this
             raise failure(folder, error, "synced") from None
-
-
-def close(fd: int) -> None:
-    """Closes a descriptor. Linux has closed it whatever it says, and what had to reach the disk was
-    synced before."""
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 def remove(path: str) -> None:

@@ -14,8 +14,9 @@ import socket
 import time
 from collections.abc import Callable
 
-from convert.target.disk import FULL, again, close, failure, make_folders, remove
+from convert.target.disk import FULL, again, failure, make_folders, remove
 from jlayer.errors import JlayerError, LockedError
+from jlayer.strict import close
 
 LOCK = ".jlayer-lock"
 # What file systems without such locks say.

@@ -186,35 +186,21 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class CopiedFile:
-    """A file that is taken over from the source as it is."""
+class SideFile:
+    """A file beside the weights: the bytes of one that is made here, or one that is copied."""
 
     name: str
-    file: SourceFile
+    content: bytes | SourceFile
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
-        return self.file.n_bytes
+        return len(self.content) if isinstance(self.content, bytes) else self.content.n_bytes
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        return file_chunks(self.file)
-
-
-@dataclass(frozen=True)
-class SmallFile:
-    """A file whose bytes are made here."""
-
-    name: str
-    content: bytes
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-
-    @property
-    def n_bytes(self) -> int:
-        return len(self.content)
-
-    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        return iter([self.content])
+        if isinstance(self.content, bytes):
+            return iter([self.content])
+        return file_chunks(self.content)
 
 
 def files_of(source: Source, output: WeightFile) -> tuple[SourceFile, ...]:
@@ -260,15 +246,10 @@ def side_outputs(
 ) -> list[Output]:
     """What lies beside the weights: config, tokenizer files, and the index, made anew."""
     return [
-        SmallFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
-        *(side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
-        SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
+        SideFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
+        *(SideFile(*item) for item in checked.side_files.items() if item[0] != CONFIG),
+        SideFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
-
-
-def side_output(name: str, file: SourceFile | bytes) -> Output:
-    """A file of the source that is taken over as it is."""
-    return SmallFile(name, file) if isinstance(file, bytes) else CopiedFile(name, file)
 
 
 def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> bytes:
