@@ -22,7 +22,7 @@ from jlayer.encodings.quantization import FLOAT_SHIFT, INT4, SCALE_OFFSET, Schem
 # The largest magnitude that int4 reaches, with the largest scale: no trained weight comes near.
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])
 # Weights that a thread works on at a time: all that it needs stays in the processor's cache.
-_BLOCK = 1 << 16
+BLOCK_WEIGHTS = 1 << 16
 # Scales tried around the smallest that reaches the group's largest weight: for int4 so many steps
 # of the stored scale (each 6 to 12%; others gain under 0.5%), for int8 these ratios.
 _INT4_STEPS = (1, 0, -1, -2)
@@ -85,7 +85,7 @@ class Quantizer:
 
 
 def _pieces(rows) -> Iterator[np.ndarray]:
-    step = max(1, _BLOCK // rows.shape[1])
+    step = max(1, BLOCK_WEIGHTS // rows.shape[1])
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 

@@ -96,10 +96,10 @@ def test_the_bytes_do_not_depend_on_chunks_threads_or_on_an_earlier_conversion(
     convert_checkpoint(tmp_path / "layered", tmp_path / "again", quantize=scheme)
     assert files_of(tmp_path / "again") == expected
     monkeypatch.setattr(read, "CHUNK_BYTES", 998)
-    monkeypatch.setattr(quantize, "_BLOCK", 120)
+    monkeypatch.setattr(quantize, "BLOCK_WEIGHTS", 120)
     monkeypatch.setattr(quantize, "sample_errors", lambda *_: {})  # its sample is a chunk
     choice = read_manifest(tmp_path / "expected").quantization
-    monkeypatch.setattr("convert.job._choose", lambda *_: choice)
+    monkeypatch.setattr("convert.job.choose_quantization", lambda *_: choice)
     convert_checkpoint(plain, tmp_path / "small", quantize=scheme)
     assert files_of(tmp_path / "small") == expected
 
