@@ -11,7 +11,7 @@ import pytest
 
 from convert import convert_checkpoint, export
 from convert.export import export_checkpoint
-from convert.sources import orbax, zarr
+from convert.sources import orbax
 from convert.target.disk import TEMPORARY
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
@@ -23,6 +23,7 @@ from tests.convert.checkpoints import (
     random_checkpoint,
     read_tensors,
 )
+from tests.convert.test_zarr import counted_frames
 
 KINDS = ["single", "tied", "biased", "bfloat16", "float16"]
 CONFIG = "config.json"
@@ -532,13 +533,7 @@ def test_each_chunk_of_a_stacked_checkpoint_is_unpacked_once(
     """Though it holds a part of every layer, and they are written one by one."""
     source, arrays = plain
     folder = save(tmp_path / "saved", on_two_devices(stacked(arrays)), source)
-    begun, real = [], zarr._Zstd._begin
-
-    def begin(self):
-        begun.append(self)
-        real(self)
-
-    monkeypatch.setattr(zarr._Zstd, "_begin", begin)
+    begun = counted_frames(monkeypatch)
     convert_checkpoint(folder, tmp_path / "layered")
     assert read_tensors(tmp_path / "layered") == expected
     assert len(begun) == 2 * len(stacked(arrays))
