@@ -1,8 +1,8 @@
-"""A file that torch.save wrote (.bin, .pth): the archive, the pickle in it, and what torch says.
+"""A file that torch.save wrote (.bin, .pth) as a table of tensors.
 
-Ours is the first reader to see the pickle; only then torch reads the same file, weights_only, and
-must find the same tensors. Their bytes are later read from the file itself, since a file cut off
-under a mapping would end the process.
+Our own reader checks archive and pickle first. Then torch reads the same file with weights_only and
+must find the same tensors. The weights are later read from the file, not from a mapping: if the
+file is cut off, a mapping would kill the process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jlayer.checkpoint.source import SourceFile
 from jlayer.errors import CheckpointError
 from jlayer.strict import close
 
-MAX_PICKLE_BYTES = 32 << 20  # of 723 tensors it has 0.1 MB
+MAX_PICKLE_BYTES = 32 << 20  # 723 tensors take 0.1 MB
 _PICKLE = "data.pkl"
-# What torch.save puts into an archive. Anything else is no checkpoint, and is not looked at.
+# The entries that torch.save writes; an archive with any other entry is refused.
 _ENTRIES = re.compile(
     r"data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
     r"|data/[0-9]{1,20}"
 )
-# What people end up with under the name of a pickle, by its first bytes.
+# Other formats that are found under the name of a pickle, by their first bytes.
 _NOT_ARCHIVES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
     (b"<!doctype", "an HTML page, not a pickle; fetch the file again"),
@@ -38,8 +38,7 @@ Table = dict[str, tuple[Place, TensorInfo]]
 
 
 def read_table(file: SourceFile) -> Table:
-    """Every tensor of a pickle that torch.save wrote: where its bytes lie, dtype (any of torch's
-    words) and shape.
+    """Every tensor in a file that torch.save wrote: its place, shape, and dtype in torch's words.
 
     Raises CheckpointError (unsafe, an archive bomb, damaged, torch missing) or StorageError.
     """
@@ -103,17 +102,17 @@ def _refuse_other_formats(fd, start, file):
         raise unsafe(file.path, asked)
     raise CheckpointError(
         f"{file.path}: unsafe: not a zip archive, so saved before torch 1.6 or by something else; "
-        f"{SAFER}, or save it anew: "
+        f"{SAFER}, or save it again: "
         "torch.save(torch.load(FILE, weights_only=True, map_location='cpu'), FILE)"
     )
 
 
 def _compare_with_torch(fd, records, file):
-    """torch must find the same: a file that two readers read in two ways is made to deceive."""
+    """Refuses a file in which torch finds other tensors: it may be made to deceive one reader."""
     torch = _import_torch(file.path)
     try:
         loaded = torch.load(
-            f"/proc/self/fd/{fd}",  # the file that was checked, whatever its name stands for by now
+            f"/proc/self/fd/{fd}",  # the file that was checked, even if another has its name
             map_location="meta",
             mmap=_can_be_mapped(fd, file.n_bytes),
             weights_only=True,
@@ -145,16 +144,17 @@ def _import_torch(where):
         import torch
     except ImportError:
         raise CheckpointError(
-            f"{where}: a pickle, and to read it torch is needed, which is not installed: "
+            f"{where}: a pickle, which only torch reads, and torch is not installed: "
             f'pip install -e ".[torch]", or {SAFER}'
         ) from None
     return torch
 
 
 def _can_be_mapped(fd, n_bytes):
-    """Whether the system maps the file as torch does: some refuse one larger than the memory.
+    """Whether the system maps the file as torch does; some refuse one larger than their memory.
 
-    Mapped, no version of torch reads the weights to say what they are; unmapped, some do.
+    From a mapping torch lists the tensors without reading them; without one, some versions read
+    all weights.
     """
     try:
         mapping = mmap.mmap(fd, n_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)

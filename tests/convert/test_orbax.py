@@ -288,9 +288,9 @@ def test_a_tied_head_that_is_there_too_must_be_the_embedding(published, tmp_path
 def test_a_save_that_did_not_end_is_refused(plain, tmp_path):
     source, arrays = plain
     folder = save(tmp_path / "saved.orbax-checkpoint-tmp-1", nested(arrays), source)
-    refused(folder, tmp_path, "did not come to its end")
+    refused(folder, tmp_path, "unfinished Orbax save")
     (tmp_path / "step" / "default.orbax-checkpoint-tmp-2").mkdir(parents=True)
-    refused(tmp_path / "step", tmp_path, "default.orbax-checkpoint-tmp-2", "its end")
+    refused(tmp_path / "step", tmp_path, "default.orbax-checkpoint-tmp-2", "unfinished")
 
 
 def test_of_several_steps_one_is_to_be_named(plain, tmp_path):

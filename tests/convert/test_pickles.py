@@ -7,8 +7,10 @@ to the converter, where it must not.
 import builtins
 import contextlib
 import copyreg
+import errno
 import io
 import json
+import mmap
 import os
 import pickle
 import re
@@ -157,7 +159,13 @@ def test_a_file_that_cannot_be_mapped_is_read_all_the_same(bin_of, tmp_path, mon
     monkeypatch.setattr(torch, "load", load)
     source = bin_of("single")
     convert_checkpoint(source, tmp_path / "mapped")
-    monkeypatch.setattr("convert.sources.torchfile._can_be_mapped", lambda fd, n_bytes: False)
+
+    def refuse(fd, *arguments, real=mmap.mmap):
+        if fd >= 0:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fd, *arguments)
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
     convert_checkpoint(source, tmp_path / "read")
     assert seen == [(True, True), (False, True)]
     assert files_of(tmp_path / "mapped") == files_of(tmp_path / "read")
@@ -678,7 +686,7 @@ def test_something_behind_the_archive(bin_of, marked, tmp_path):
     source = bin_of("single")
     with open(source / BIN, "ab") as file:
         file.write(payload(marked))
-    refused(source, tmp_path / "out", ["something behind it"])
+    refused(source, tmp_path / "out", ["followed by other bytes"])
 
 
 def test_a_comment_that_holds_another_end(bin_of, good, tmp_path):
@@ -785,7 +793,7 @@ def test_too_many_entries(bin_of, tmp_path, monkeypatch):
     ],
 )
 def test_pickles_have_limits(bin_of, tmp_path, monkeypatch, limit, words):
-    monkeypatch.setattr(f"convert.{limit}", 200)
+    monkeypatch.setattr(f"convert.sources.{limit}", 200)
     refused(bin_of("single"), tmp_path / "out", words)
 
 
