@@ -1,4 +1,4 @@
-"""`python -m convert SOURCE TARGET`: the verb `convert` of jlayer."""
+"""`python -m convert SOURCE TARGET` is `jlayer convert SOURCE TARGET`."""
 
 import sys
 
