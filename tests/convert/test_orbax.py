@@ -426,7 +426,7 @@ def test_an_export_goes_on_with_the_shards_that_are_finished_and_right(
 
 
 @pytest.mark.parametrize("kind", ["outside", "inside", "nowhere", "folder", "fifo"])
-def test_what_is_no_file_in_an_unfinished_export_is_made_anew(layered, tmp_path, kind):
+def test_what_is_no_file_in_an_unfinished_export_is_written_again(layered, tmp_path, kind):
     """A link has the right bytes, and may lead to what is removed, or changed later."""
     options = {"format": "huggingface", "shard_bytes": 15_000}
     export_checkpoint(layered, tmp_path / "undisturbed", **options)
@@ -447,7 +447,7 @@ def test_what_is_no_file_in_an_unfinished_export_is_made_anew(layered, tmp_path,
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
-def test_a_shard_whose_header_says_anything_else_is_made_anew(layered, tmp_path):
+def test_a_shard_whose_header_says_anything_else_is_written_again(layered, tmp_path):
     options = {"format": "huggingface", "shard_bytes": 15_000}
     export_checkpoint(layered, tmp_path / "undisturbed", **options)
     aside = shutil.copytree(tmp_path / "undisturbed", tmp_path / f"out{TEMPORARY}")

@@ -1,5 +1,5 @@
-"""Conversion into fewer bits: the numbers, the choice, and the same bytes whatever happens on the
-way."""
+"""Conversion with quantisation: the numbers, the choice of int8 or int4, and equal bytes whatever
+interrupts it."""
 
 import json
 import re
@@ -153,7 +153,7 @@ class Stop(Exception):
 def test_what_was_stopped_resumes_to_the_same_bytes_and_the_same_choice(
     tmp_path, monkeypatch, delete_source
 ):
-    """With its source half gone, the choice cannot be made anew: the journal has it."""
+    """With its source half gone, the choice cannot be made again: the journal has it."""
     source = random_checkpoint(tmp_path / "source", n_shards=4, hidden_size=64)
     again = random_checkpoint(tmp_path / "again", n_shards=4, hidden_size=64)
     convert_checkpoint(again, tmp_path / "expected", quantize="int4", allow_nonfinite=True)

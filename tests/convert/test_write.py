@@ -1,4 +1,4 @@
-"""How files come to be: synced before they bear their name, the manifest last; and what is said."""
+"""How files are written: synced before they are renamed, the manifest last; and what is reported."""
 
 import io
 import os
