@@ -1,4 +1,4 @@
-"""Files and JSON from outside, taken strictly: no FIFOs, duplicate keys, NaN or deep nesting.
+"""Files, names and JSON from outside, taken strictly: no FIFOs, duplicate keys, NaN or deep nesting.
 
 Every published header, index and config passes this door before anything trusts it. No input takes
 more than a second or 256 MB, whatever it holds: what would is refused before it is parsed.

@@ -96,9 +96,9 @@ def read_params(raw: dict, *, where: str) -> Params:
 def _check_field(name, value, limit, where):
     if limit is not None:
         if type(value) is not int or not 1 <= value <= limit:
-            found = "missing" if value is None else ascii(value)[:80]
+            given = "missing" if value is None else ascii(value)[:80]
             raise CheckpointError(
-                f"{where}: {name} is {found}, expected an integer from 1 to {limit}"
+                f"{where}: {name} is {given}, expected an integer from 1 to {limit}"
             )
     elif name == "use_scaled_rope":
         if type(value) is not bool:

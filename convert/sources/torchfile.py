@@ -117,7 +117,7 @@ def _compare_with_torch(fd, records, file):
             mmap=_can_be_mapped(fd, file.n_bytes),
             weights_only=True,
         )
-        found = {
+        in_torch = {
             name: (str(t.dtype), tuple(t.shape), t.stride(), t.storage_offset())
             for name, t in loaded.items()
         }
@@ -127,15 +127,15 @@ def _compare_with_torch(fd, records, file):
             f"{file.path}: torch {torch.__version__} refuses it "
             f"({type(error).__name__}: {reason}); {SAFER}"
         ) from None
-    expected = {
+    here = {
         name: (f"torch.{record.dtype}", record.shape, record.strides, record.offset)
         for name, record in records.items()
     }
-    for name in sorted(found.keys() | expected.keys(), key=str):
-        if found.get(name) != expected.get(name):
+    for name in sorted(in_torch.keys() | here.keys(), key=str):
+        if in_torch.get(name) != here.get(name):
             raise unsafe(
                 file.path,
-                f"tensor {name[:80]!a} is {found.get(name)} to torch and {expected.get(name)} here",
+                f"tensor {name[:80]!a} is {in_torch.get(name)} to torch and {here.get(name)} here",
             )
 
 

@@ -94,19 +94,14 @@ def describe_source(
 
     `restorable`: with everything that `restore_source` needs once source files are removed.
     """
-    tensors = checked.tensors
-    places = {name: tensors.places_of(name) for name in tensors.tensors}
-    by_file = {}
-    for name, info in tensors.tensors.items():
-        for place in places[name]:
-            line = f"{place.name} {info.dtype} {info.shape} {place.offset}"
-            by_file.setdefault(place.file, []).append(line)
     sides = {name: file for name, file in checked.side_files.items() if name != CONFIG}
     description = {
         "folder": resolve(checked.folder),
         "dtype": dtype,
         "config": _digest(checked.config_bytes),
-        "weights": {file.name: _file(file, lines) for file, lines in by_file.items()},
+        "weights": {
+            file.name: _file(file, lines) for file, lines in _lines_by_file(checked).items()
+        },
         "sides": {
             name: _digest(file) if isinstance(file, bytes) else _file(file)
             for name, file in sides.items()
@@ -118,18 +113,25 @@ def describe_source(
         description["whole"] = {
             "config": checked.config_bytes.decode(),
             "sides": {name: at.decode() for name, at in sides.items() if isinstance(at, bytes)},
-            "tensors": {
-                name: {
-                    "dtype": info.dtype,
-                    "shape": info.shape,
-                    "places": [
-                        (place.name, place.file.name, place.offset) for place in places[name]
-                    ],
-                }
-                for name, info in tensors.tensors.items()
-            },
+            "tensors": {name: _tensor(checked.tensors, name) for name in checked.tensors.tensors},
         }
     return description
+
+
+def _lines_by_file(checked):
+    """Each weight file with a line a tensor that lies in it."""
+    lines = {}
+    for name, info in checked.tensors.tensors.items():
+        for place in checked.tensors.places_of(name):
+            line = f"{place.name} {info.dtype} {info.shape} {place.offset}"
+            lines.setdefault(place.file, []).append(line)
+    return lines
+
+
+def _tensor(source, name):
+    info = source.tensors[name]
+    places = [(place.name, place.file.name, place.offset) for place in source.places_of(name)]
+    return {"dtype": info.dtype, "shape": info.shape, "places": places}
 
 
 def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[str]) -> None:

@@ -22,7 +22,12 @@ from jlayer.config import model_config, read_config, read_generation_config
 from jlayer.errors import CheckpointError
 from jlayer.families.llama import published_tensors
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
-from tests.convert.checkpoints import edit_json, files_of, read_tensors
+from tests.convert.checkpoints import (
+    assert_logits_of_transformers,
+    edit_json,
+    files_of,
+    read_tensors,
+)
 from tests.convert.pickled import refused
 from tests.tiny import tiny_llama
 
@@ -174,20 +179,8 @@ def test_however_large_the_blocks_are(originals, meta_of, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("n_parts", [1, 4])
 def test_its_logits_are_those_of_transformers(originals, meta_of, tmp_path, n_parts):
-    import jlayer
-
-    transformers = pytest.importorskip("transformers")
     convert_checkpoint(meta_of(n_parts), tmp_path / "out")
-    ids = np.random.default_rng(0).integers(0, 132, (1, 30))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(originals("plain"))
-    with torch.no_grad():
-        expected = reference(torch.tensor(ids)).logits.numpy()
-    with jlayer.AutoModel.from_pretrained(tmp_path / "out", device="cpu") as model:
-        found = model.logits(ids)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        assert torch.equal(theirs(torch.tensor(ids)).logits, reference(torch.tensor(ids)).logits)
+    assert_logits_of_transformers(tmp_path / "out", originals("plain"))
 
 
 def test_a_head_that_is_the_embedding_is_a_tied_one(originals, meta_of, tmp_path):

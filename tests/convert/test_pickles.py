@@ -20,7 +20,6 @@ import sys
 import tracemalloc
 import zipfile
 
-import numpy as np
 import pytest
 
 from convert import convert_checkpoint
@@ -29,7 +28,12 @@ from convert.sources.pickles import asked_for
 from convert.sources.torchfile import read_table
 from jlayer.app.cli import main
 from jlayer.checkpoint.source import regular_file
-from tests.convert.checkpoints import edit_json, files_of, read_tensors
+from tests.convert.checkpoints import (
+    assert_logits_of_transformers,
+    edit_json,
+    files_of,
+    read_tensors,
+)
 from tests.convert.pickled import (
     BIN,
     BIN_INDEX,
@@ -78,17 +82,8 @@ def test_pickles_convert_to_the_bytes_of_safetensors(published, bin_of, tmp_path
 
 
 def test_its_logits_are_those_of_transformers(published, bin_of, tmp_path):
-    import jlayer
-
-    transformers = pytest.importorskip("transformers")
     convert_checkpoint(bin_of("sharded"), tmp_path / "out")
-    ids = np.random.default_rng(0).integers(0, 133, (1, 20))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(published("sharded"))
-    with torch.no_grad():
-        expected = reference(torch.tensor(ids)).logits.numpy()
-    with jlayer.AutoModel.from_pretrained(tmp_path / "out", device="cpu") as model:
-        found = model.logits(ids)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert_logits_of_transformers(tmp_path / "out", published("sharded"))
 
 
 def test_a_state_dict_as_a_model_gives_it(published, tmp_path, bin_of):

@@ -1,4 +1,4 @@
-"""Whether a conversion fits on its disk: the peak of bytes, not those at the end, in whole blocks."""
+"""Whether a conversion fits on its disk: the peak of its bytes, in whole blocks."""
 
 import os
 import shutil

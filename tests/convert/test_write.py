@@ -1,4 +1,4 @@
-"""How files are written: synced before they are renamed, the manifest last; and what is reported."""
+"""How files are written: synced before they are renamed, the manifest last; and the reports."""
 
 import io
 import os
