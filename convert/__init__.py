@@ -1,7 +1,7 @@
-"""A published checkpoint into one file a layer. Needs no JAX.
+"""Converts a published checkpoint to one file a layer. Needs no JAX.
 
-Public names are imported on first use: so the command line stands, and an interrupt is taken well,
-before numpy is there.
+Public names are imported on first use, so that the command line can handle an interrupt before
+numpy is imported.
 """
 
 RESUME = "to resume, run the same command again"

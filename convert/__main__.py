@@ -1,8 +1,9 @@
-"""`python -m convert SOURCE TARGET`: the verb `convert` of jlayer."""
+"""`python -m convert SOURCE TARGET` is `jlayer convert SOURCE TARGET`."""
 
 import sys
 
-from jlayer.app.cli import main
+from jlayer.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.argv.insert(1, "convert")
+    sys.exit(run())

@@ -1,9 +1,9 @@
-"""A layered folder back into a published form: Hugging Face shards, or an Orbax checkpoint.
+"""Exports a layered folder to a published form: Hugging Face shards, or an Orbax checkpoint.
 
-All is written into a folder beside the target, whose name shows that it is not finished, and synced
-there; then that folder gets the target's name. So whatever stops an export leaves no target. The
-same command goes on with the shards that are finished, each read again and held against the digests
-of its tensors; an Orbax checkpoint begins anew.
+Everything is written and synced in a folder beside the target, whose name marks it as unfinished;
+then it is renamed. So an interrupted export leaves no target. The same command resumes: it keeps
+the shards that are finished, after comparing the digests of their tensors; an Orbax checkpoint is
+written again from the start.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from convert.sources.files import (
     Source,
     TensorInfo,
     open_unchanged,
-    read_into,
+    read_bytes,
 )
 from convert.sources.open import CheckedSource, open_source
-from convert.sources.orbax import UNFINISHED, OrbaxWriter
-from convert.target.disk import TEMPORARY, again, close, failure, make_folders, remove, sync_folder
+from convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
+from convert.target.disk import TEMPORARY, failure, make_folders, remove, sync_folder, uninterrupted
 from convert.target.lock import LOCK, TargetLock
 from convert.target.space import check_space
 from convert.target.write import TargetWriter, refuse_inside
-from convert.transform.outputs import SmallFile, WeightFile, side_output
+from convert.transform.outputs import SideFile, WeightFile
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import (
     CONFIG,
@@ -47,17 +47,17 @@ from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.registry import published_tensors
-from jlayer.strict import is_there, resolve
+from jlayer.strict import close, is_there, resolve
 
 FORMATS = ("huggingface", "orbax")
 SHARD_BYTES = 5_000_000_000
-# What lies beside each array of an Orbax checkpoint: its metadata, and its place in two trees.
+# The bytes that an Orbax checkpoint needs beside each array: metadata, and entries in two trees.
 _ARRAY_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did."""
+    """What an export did; `n_resumed` counts the files that an interrupted run had finished."""
 
     source: str
     target: str
@@ -66,7 +66,7 @@ class Exported:
     n_tensors: int
     target_bytes: int
     elapsed_s: float
-    n_resumed: int = 0  # the files that an export before had finished
+    n_resumed: int = 0
 
 
 def export_checkpoint(
@@ -79,8 +79,7 @@ def export_checkpoint(
 ) -> Exported:
     """Writes the layered checkpoint in `folder` to the new folder `target`.
 
-    Every tensor is held against the manifest's digest on its way. Raises the errors of
-    jlayer.errors.
+    Every tensor is checked against the digest in the manifest. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
     folder, target, progress = os.fspath(folder), os.fspath(target), progress or Progress()
@@ -133,17 +132,17 @@ def _open_layered(folder) -> CheckedSource:
         for tensor, digest in entry.digests.items()
     }
     source = open_source(folder)
-    return replace(source, tensors=_Undamaged(source.tensors, digests))
+    return replace(source, tensors=_VerifiedSource(source.tensors, digests))
 
 
-class _Undamaged:
-    """The tensors of a layered folder, each let go to its end only if it is as it was converted."""
+class _VerifiedSource:
+    """The tensors of a layered folder; each is checked against its digest when it ends."""
 
     def __init__(self, source: Source, digests: dict[str, str]):
         self._source, self.digests = source, digests
         self.tensors = source.tensors
         self.where, self.places_of = source.where, source.places_of
-        self.check_unchanged, self.close = source.check_unchanged, source.close
+        self.close = source.close
 
     def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
         info = self.tensors[name]
@@ -153,17 +152,17 @@ class _Undamaged:
             yield chunk
         if digest.hexdigest() != self.digests[name]:
             raise CheckpointError(
-                f"{self.where(name)}: tensor {name}: damaged: its digest is not that of what was "
-                "converted; see jlayer verify"
+                f"{self.where(name)}: tensor {name}: damaged: its digest is not that in the "
+                "manifest; see jlayer verify"
             )
 
 
 def _empty(aside, *, but: Collection[str] = (), note) -> None:
-    """Removes what an export before has left; the lock says that nobody else is at it."""
-    left = names_in(aside) - {LOCK, *but}
-    if left:
-        note(f"{aside}: removing what an export before has not finished")
-    for name in left:
+    """Removes the files of an interrupted export, except `but`; the caller holds the lock."""
+    unfinished = names_in(aside) - {LOCK, *but}
+    if unfinished:
+        note(f"{aside}: removing what an interrupted export has not finished")
+    for name in unfinished:
         path = os.path.join(aside, name)
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
@@ -174,7 +173,7 @@ def _empty(aside, *, but: Collection[str] = (), note) -> None:
 def _write_shards(source, aside, shard_bytes, progress):
     shards = _shards(source, shard_bytes, progress)
     index = encode_index({file.name: file.tensors for file in shards})
-    sides = [*_sides(source), *([SmallFile(INDEX, index)] if len(shards) > 1 else [])]
+    sides = [*_sides(source), *([SideFile(INDEX, index)] if len(shards) > 1 else [])]
     finished = _finished(aside, shards, source.tensors.digests, progress)
     _empty(aside, but=finished, note=progress.note)
     outputs = [*(shard for shard in shards if shard.name not in finished), *sides]
@@ -188,22 +187,24 @@ def _write_shards(source, aside, shard_bytes, progress):
 
 
 def _finished(aside, shards, digests, progress) -> set[str]:
-    """The shards that an export before has written, as they would be written now."""
-    there = [shard for shard in shards if shard.name in names_in(aside)]
-    if there:
-        progress.note(f"{aside}: resuming: {len(there)} of {len(shards)} files; reading them again")
-    progress.start(sum(shard.source_bytes for shard in there))
-    return {shard.name for shard in there if _is_finished(aside, shard, digests, progress)}
+    """The names of the shards that an interrupted export has written as this one would."""
+    names = names_in(aside)
+    present = [shard for shard in shards if shard.name in names]
+    if present:
+        count = f"{len(present)} of {len(shards)} files"
+        progress.note(f"{aside}: resuming: {count}; reading them again")
+    progress.start(sum(shard.source_bytes for shard in present))
+    return {shard.name for shard in present if _is_finished(aside, shard, digests, progress)}
 
 
 def _is_finished(aside, shard, digests, progress):
     progress.file(shard.name)
     if not stat.S_ISREG(os.lstat(os.path.join(aside, shard.name)).st_mode):
-        return False  # no export has made it; and what a link leads to may not stay there
+        return False  # no export writes links, and what one leads to may not stay there
     file = regular_file(aside, shard.name)
     infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in shard.tensors.items()}
     places = {name: (Place(name, file, entry.offset),) for name, entry in shard.tensors.items()}
-    written = _Undamaged(FileSource(infos, places), digests)
+    written = _VerifiedSource(FileSource(infos, places), digests)
     try:
         if file.n_bytes != shard.n_bytes or not _begins_with(file, shard.header):
             return False
@@ -218,26 +219,26 @@ def _is_finished(aside, shard, digests, progress):
 
 
 def _begins_with(file, header):
-    """Byte by byte: transformers refuses a file for what no table of tensors tells."""
-    found, fd = memoryview(bytearray(len(header))), open_unchanged(file)
+    """Compares every byte: two headers with the same tensors may differ in metadata that
+    transformers needs."""
+    fd = open_unchanged(file)
     try:
-        read_into(fd, found, 0, file.path)
+        return read_bytes(fd, 0, len(header), file.path) == header
     finally:
         close(fd)
-    return found == header
 
 
 def _shards(source, shard_bytes, progress) -> list[WeightFile]:
-    """Files of whole tensors, in the order of the model, each of at most `shard_bytes` unless one
-    tensor alone is larger."""
-    groups, room = [], 0
+    """Files of whole tensors in the order of the model, each of at most `shard_bytes`, or of one
+    larger tensor."""
+    groups, free = [], 0
     for name, shape in published_tensors(source.cfg).items():
         n_bytes = source.tensors.tensors[name].n_bytes
-        if not groups or n_bytes > room:
+        if not groups or n_bytes > free:
             groups.append({})
-            room = shard_bytes
+            free = shard_bytes
         groups[-1][name] = shape
-        room -= n_bytes
+        free -= n_bytes
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     return [
         WeightFile(
@@ -280,12 +281,11 @@ def _write_orbax(source, aside, progress):
 
 
 def _write_failure(aside, name, error):
-    """tensorstore gives the system's errors as words."""
+    """The error to raise for one of tensorstore's, which has the system's error only as words."""
     full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
     if full:
         return failure(aside, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "written")
-    line = str(error).strip().splitlines()[0][:200]
-    return StorageError(f"{aside}: array {name} cannot be written ({line})")
+    return StorageError(f"{aside}: array {name} cannot be written ({first_line(error)})")
 
 
 def _counted(chunks, progress):
@@ -295,9 +295,9 @@ def _counted(chunks, progress):
 
 
 def _sides(source):
-    """Config and tokenizer as they are in the layered folder."""
-    others = [side_output(name, file) for name, file in source.side_files.items() if name != CONFIG]
-    return [*others, SmallFile(CONFIG, source.config_bytes)]
+    """Config and tokenizer files, as they are in the layered folder."""
+    others = [SideFile(name, file) for name, file in source.side_files.items() if name != CONFIG]
+    return [*others, SideFile(CONFIG, source.config_bytes)]
 
 
 def _put_in_place(aside, target):
@@ -305,7 +305,7 @@ def _put_in_place(aside, target):
     parent = os.path.dirname(resolve(target, strict=False))
     make_folders(parent)
     try:
-        again(os.rename, aside, target)
+        uninterrupted(os.rename, aside, target)
     except OSError as error:
         raise failure(target, error, "put in place") from None
     remove(os.path.join(target, LOCK))

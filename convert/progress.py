@@ -1,4 +1,7 @@
-"""What a long run says while it lasts: nothing, or bytes, rate and current file on stderr."""
+"""What a long run reports on stderr: notes, and on a terminal a bar with file, bytes and rate.
+
+The bar is rich's.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +9,70 @@ import sys
 
 
 class Progress:
-    """Says nothing; the base of what does. A run calls `start` once, then the others."""
+    """Reports nothing; the base of what does. A run calls `start`, then the others."""
 
     def start(self, total_bytes: int) -> None:
-        """The run begins and will pass `total_bytes` through."""
+        """A pass over `total_bytes` begins. May be called again for the next pass."""
 
     def file(self, name: str) -> None:
         """Work on this file begins."""
 
     def advance(self, n_bytes: int) -> None:
-        """So many more bytes are through."""
+        """So many more bytes are done."""
 
     def note(self, line: str) -> None:
         """Something that the user should know and that is no error."""
 
     def close(self) -> None:
-        """The run is over, well or not."""
+        """The run is over, successful or not."""
 
 
 class StderrProgress(Progress):
-    """Notes as lines; a bar where stderr is a terminal, and none where it is not."""
+    """Notes as lines on stderr, and a progress bar where stderr is a terminal."""
 
     def __init__(self):
-        self._bar = None
+        self._bar = self._task = None
 
     def start(self, total_bytes: int) -> None:
         self.close()
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, leave=False
-            )
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=total_bytes)
+            self._bar.start()
 
     def file(self, name: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(name)
+            self._bar.update(self._task, description=name)
 
     def advance(self, n_bytes: int) -> None:
         if self._bar is not None:
-            self._bar.update(n_bytes)
+            self._bar.advance(self._task, n_bytes)
 
     def note(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        print(f"jlayer: {line}", file=sys.stderr)
+        if self._bar is None:
+            print(f"jlayer: {line}", file=sys.stderr)
+        else:  # above the bar, not folded to the terminal's width
+            self._bar.console.print(
+                f"jlayer: {line}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
+
+
+def _bar():
+    from rich import progress  # 0.1 s, which --help does not need
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # results go to stdout, which may be a file
+    )

@@ -1,6 +1,6 @@
-"""Whether a converted folder is whole: manifest, tensors, headers, sizes, digests, no strangers.
+"""Verifies a converted folder: manifest, tensors, headers, sizes, digests, and no other files.
 
-Gathers all that is wrong; only what leaves nothing to compare with ends it early.
+Lists everything that is wrong. Stops early only where manifest or config cannot be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jlayer.strict import read_small_file
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a folder was found to be; `findings` is empty where all is well."""
+    """The result of a verification; `findings` is empty where nothing is wrong."""
 
     folder: str
     findings: tuple[str, ...]
@@ -44,10 +44,10 @@ class Verdict:
 def verify_folder(
     folder: str | os.PathLike, *, progress: Progress | None = None, beside: Collection[str] = ()
 ) -> Verdict:
-    """Reads a layered folder whole and holds it against its manifest and its config.
+    """Reads every byte of a layered folder and compares it with its manifest and its config.
 
-    `beside`: names that may lie there although they are not part of it. Raises CheckpointError
-    where there is no sound manifest or config, or StorageError.
+    `beside`: names of other files that may be in the folder. Raises CheckpointError where the
+    manifest or the config is missing or malformed, or StorageError.
     """
     folder, progress = os.fspath(folder), progress or Progress()
     names = names_in(folder)
@@ -73,7 +73,7 @@ def verify_folder(
 
 
 def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
-    """Where the manifest is not that of a complete model of this config."""
+    """In what the manifest is not that of a complete model of this config."""
     if manifest.family != cfg.model_type:
         yield f"the manifest is of family {manifest.family!a}, {CONFIG} of {cfg.model_type}"
     expected = weight_files(cfg, manifest.quantization)
@@ -87,7 +87,7 @@ def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
         elif shapes:
             dtypes = {tensor: place.dtype for tensor, place in entry.tensors.items()}
             if encode_header(shapes, dtypes)[1] != entry.tensors:
-                yield f"{name} is laid out in another way than this format's"
+                yield f"{name} is not laid out as this format lays out files"
 
 
 def _file_findings(folder, name, entry: FileEntry, progress) -> Iterator[str]:

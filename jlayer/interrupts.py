@@ -13,6 +13,7 @@ handlers; `deferred` holds them back while it is entered.
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 from contextlib import contextmanager
@@ -140,6 +141,12 @@ def released():
         raise
     finally:
         _leave(held, before)
+
+
+def imported(name: str):
+    """The module of this name. An extension that is interrupted while it is imported may crash."""
+    with deferred():
+        return importlib.import_module(name)
 
 
 def check():

@@ -1,4 +1,4 @@
-"""Files and JSON from outside, taken strictly: no FIFOs, duplicate keys, NaN or deep nesting.
+"""Files, names and JSON from outside, read strictly: no FIFOs, doubled keys, NaN or deep nesting.
 
 Every published header, index and config passes this door before anything trusts it. No input takes
 more than a second or 256 MB, whatever it holds: what would is refused before it is parsed.
@@ -27,6 +27,32 @@ _STRUCTURE = b'"[]{},:'
 _NOT_STRUCTURE = bytes(set(range(256)) - set(_STRUCTURE))
 _FOLDED = bytes.maketrans(_STRUCTURE, b'"[][],,')  # one kind of bracket: mixed ones are no JSON
 _STRING = re.compile(rb'"[^"]*"?')
+MAX_NAME = 1000
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def is_relative_path(name: object) -> bool:
+    """Whether a name from outside is the path of something below a folder, on every system.
+
+    It has no empty part, "." or "..", backslash, drive letter, NUL, lone surrogate or other
+    character that cannot be printed, and no part longer than a file system takes.
+    """
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name or _DRIVE.match(name):
+        return False
+    return all(
+        part not in ("", ".", "..") and len(os.fsencode(part)) <= 255 for part in name.split("/")
+    )
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a name from outside may be that of a tensor: none that a path could be made of."""
+    return (
+        0 < len(name) <= MAX_NAME
+        and name.isprintable()
+        and ".." not in name
+        and "\\" not in name
+        and name[0] != "/"
+    )
 
 
 def parse_json_object(
@@ -166,6 +192,13 @@ def open_regular(path: str | os.PathLike) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def close(fd: int) -> None:
+    """Closes a descriptor, whatever the system says: on Linux it is closed even then, and whatever
+    had to reach the disk was synced before."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _refuse_irregular(status, path):

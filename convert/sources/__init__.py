@@ -1,1 +1,1 @@
-"""Any published form, opened and checked."""
+"""Source checkpoints of every published form: opened, checked, and streamed."""

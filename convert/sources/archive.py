@@ -1,18 +1,18 @@
-"""A zip archive as torch.save writes it, checked before anything trusts it.
+"""The table of contents of a zip archive that torch.save wrote, checked strictly.
 
-Stricter than the zip libraries, which differ in what they forgive: an archive that two of them read
-differently is how a payload passes a scanner. So nothing is forgiven here, and nothing unpacked.
+Zip libraries tolerate different errors. An archive that two of them read in two ways can carry a
+payload past a scanner, so no error is tolerated here. Nothing is unpacked.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass
 
-from convert.sources.files import read_into
+from convert.sources.files import read_bytes
 from jlayer.checkpoint.safetensors import MAX_TENSORS
 from jlayer.errors import CheckpointError
+from jlayer.strict import is_relative_path
 
 MAX_ENTRIES = MAX_TENSORS + 16
 MAX_DIRECTORY_BYTES = 64 << 20
@@ -23,13 +23,13 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STORED = 0
 _FLAGS = 0x808  # names in UTF-8; sizes also after the data. Encryption and the rest: refused
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "stands in the 64-bit field"
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "the value is in the 64-bit field"
 _ADVICE = "fetch it again, or take the model's safetensors"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one file of the archive lies in the archive's own; `crc` is its CRC-32."""
+    """The place of one entry's data in the archive; `crc` is its CRC-32."""
 
     offset: int
     n_bytes: int
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Listed:
-    """An entry as the archive's table of contents has it."""
+    """An entry as the table of contents lists it."""
 
     name: str
     flags: int
@@ -48,48 +48,48 @@ class _Listed:
 
 
 def read_archive(fd: int, n_bytes: int, *, where: str) -> dict[str, Entry]:
-    """Name without the folder that torch puts around all -> where its bytes lie.
+    """The entries by name, without the folder that torch puts all of them in.
 
     Raises CheckpointError (cut off, compressed, overlapping, doubled or path-like names, more than
     one folder) or StorageError.
     """
     start, size, count = _directory(fd, n_bytes, where)
-    listed = _list_entries(_read(fd, start, size, where), count, where)
+    listed = _list_entries(read_bytes(fd, start, size, where), count, where)
     _check_names(listed, where)
-    found, free_from = {}, 0
+    entries, data_end = {}, 0
     for item in sorted(listed, key=lambda item: item.header_offset):
         offset = _data_offset(fd, item, start, where)
-        if item.header_offset < free_from:
+        if item.header_offset < data_end:
             raise _refusal(where, f"archive bomb: entry {item.name!a} overlaps another")
-        free_from = offset + item.n_bytes
-        if free_from > start:
-            raise _refusal(where, f"entry {item.name!a} leads beyond the data: {free_from} bytes")
-        found[item.name.partition("/")[2]] = Entry(offset, item.n_bytes, item.crc)
-    return found
+        data_end = offset + item.n_bytes
+        if data_end > start:
+            raise _refusal(where, f"entry {item.name!a} leads beyond the data: {data_end} bytes")
+        entries[item.name.partition("/")[2]] = Entry(offset, item.n_bytes, item.crc)
+    return entries
 
 
 def _directory(fd, n_bytes, where):
-    """Offset, bytes and number of entries of the table of contents, which ends the file."""
+    """Offset, bytes and number of entries of the table of contents, at the end of the file."""
     end_at = n_bytes - _END.size
-    raw = _read(fd, end_at, _END.size, where) if end_at >= 0 else bytes(_END.size)
+    raw = read_bytes(fd, end_at, _END.size, where) if end_at >= 0 else bytes(_END.size)
     magic, disk, start_disk, here, count, size, start, comment = _END.unpack(raw)
     if magic != b"PK\5\6" or comment:
         raise CheckpointError(
-            f"{where}: cut off, or with something behind it: found no table of contents at the end "
-            f"of its {n_bytes} bytes; {_ADVICE}"
+            f"{where}: cut off, or followed by other bytes: no table of contents at the end of its "
+            f"{n_bytes} bytes; {_ADVICE}"
         )
-    found = (start, size, count)
+    table = (start, size, count)
     directory_end = end_at
     locator_at = end_at - _END64_LOCATOR.size
     if locator_at >= 0:
-        raw = _read(fd, locator_at, _END64_LOCATOR.size, where)
+        raw = read_bytes(fd, locator_at, _END64_LOCATOR.size, where)
         if raw.startswith(b"PK\6\7"):
-            directory_end, found = _directory64(fd, raw, locator_at, where)
+            directory_end, table = _directory64(fd, raw, locator_at, where)
             limits = (_FULL32, _FULL32, _FULL16)
-            for short, long, full in zip((start, size, count), found, limits, strict=True):
+            for short, long, full in zip((start, size, count), table, limits, strict=True):
                 if short not in (long, full):
                     raise _refusal(where, "two tables of contents that differ")
-    start, size, count = found
+    start, size, count = table
     if start + size != directory_end or disk or start_disk or (here not in (count, _FULL16)):
         raise _refusal(where, "a table of contents that is not where it says")
     if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
@@ -97,7 +97,7 @@ def _directory(fd, n_bytes, where):
             f"{where}: archive bomb: {count} entries in {size} bytes, over the limit of "
             f"{MAX_ENTRIES} in {MAX_DIRECTORY_BYTES}; {_ADVICE}"
         )
-    return found
+    return table
 
 
 def _directory64(fd, locator, locator_at, where):
@@ -105,7 +105,7 @@ def _directory64(fd, locator, locator_at, where):
     if at + _END64.size != locator_at or disk or disks != 1:
         raise _refusal(where, "a table of contents that is not where it says")
     magic, _, _, _, disk, start_disk, here, count, size, start = _END64.unpack(
-        _read(fd, at, _END64.size, where)
+        read_bytes(fd, at, _END64.size, where)
     )
     if magic != b"PK\6\6" or disk or start_disk or here != count:
         raise _refusal(where, "a table of contents that is not where it says")
@@ -143,8 +143,7 @@ def _list_entries(raw, count, where):
 
 
 def _long_sizes(extra, sizes, where):
-    """The sizes and offset of an entry, those that are full in 32 bits taken from its zip64
-    field."""
+    """The sizes and offset of an entry; those with all 32 bits set are in its zip64 field."""
     fields, at = {}, 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -161,45 +160,33 @@ def _long_sizes(extra, sizes, where):
 
 
 def _check_names(listed, where):
-    """Plain names, no two alike even where case does not count, all in one folder."""
+    """Refuses names that are no paths below one folder, and two that differ only in case."""
     folders, seen = set(), set()
     for item in listed:
-        parts = item.name.split("/")
-        if (
-            len(parts) < 2
-            or not item.name.isprintable()
-            or any(part in ("", ".", "..") for part in parts)
-            or "\\" in item.name
-            or re.match("[A-Za-z]:", item.name)
-        ):
+        folder, slash, _ = item.name.partition("/")
+        if not slash or not is_relative_path(item.name):
             raise _refusal(where, f"an entry named {item.name!a}, expected FOLDER/NAME")
         if item.name.casefold() in seen:
             raise _refusal(where, f"two entries named {item.name!a}")
         seen.add(item.name.casefold())
-        folders.add(parts[0])
+        folders.add(folder)
     if len(folders) != 1:
         names = ", ".join(ascii(name) for name in sorted(folders)[:5])
         raise _refusal(where, f"{len(folders)} folders ({names}), expected one")
 
 
 def _data_offset(fd, item, limit, where):
-    """Where an entry's data begins, once what stands before it says the same as the table."""
+    """Where an entry's data begins; its local header must agree with the table of contents."""
     at = item.header_offset
     if at + _LOCAL.size > limit:
         raise _refusal(where, f"entry {item.name!a} leads beyond the data")
-    fields = _LOCAL.unpack(_read(fd, at, _LOCAL.size, where))
+    fields = _LOCAL.unpack(read_bytes(fd, at, _LOCAL.size, where))
     magic, _, flags, method, _, _, _, packed, n_bytes, name_len, extra_len = fields
-    name = _read(fd, at + _LOCAL.size, name_len, where).decode("utf-8", "backslashreplace")
+    name = read_bytes(fd, at + _LOCAL.size, name_len, where).decode("utf-8", "backslashreplace")
     sizes = {packed, n_bytes} - {0, _FULL32, item.n_bytes}
     if magic != b"PK\3\4" or (name, flags, method) != (item.name, item.flags, _STORED) or sizes:
         raise _refusal(where, f"entry {item.name!a} is another one than its table says")
     return at + _LOCAL.size + name_len + extra_len
-
-
-def _read(fd, offset, n_bytes, where):
-    raw = bytearray(n_bytes)
-    read_into(fd, memoryview(raw), offset, where)
-    return bytes(raw)
 
 
 def _refusal(where, what):

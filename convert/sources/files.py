@@ -1,6 +1,6 @@
-"""Source tensors as streams of chunks, never a whole checkpoint: the protocol, and files.
+"""Source tensors as streams of chunks: the protocol, and tensors that lie in files.
 
-Checks nothing about the model (doors.py has done so) and knows nothing of the target.
+Never holds a whole tensor. The model was checked by `open`; nothing here knows the target.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from typing import Protocol
 
 import numpy as np
 
-from convert.target.disk import close
 from jlayer.checkpoint.source import SourceFile, identity_of, refuse_different
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ITEM_BYTES
-from jlayer.strict import open_regular
+from jlayer.strict import close, open_regular
 
-# What is looked at as soon as it is read: it should still be in the processor's cache by then.
+# Weights are examined right after they are read: a chunk should still be in the processor's cache.
 CHUNK_BYTES = 1 << 20
-# What goes from a file to SHA-256 and nowhere else: the fewer, the fewer changes of thread.
+# Bytes that are only hashed: larger chunks switch threads less often.
 WHOLE_FILE_BYTES = 4 << 20
 MAX_OPEN_FILES = 16
 
 Chunk = bytes | memoryview
-# Lends memory for what comes next: at most as much as asked for, and no number is cut by its end.
+# Lends memory for the next chunk: at most as many bytes as asked for, and never part of a number.
 Room = Callable[[int], memoryview]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a source says of one tensor: numpy's word for its dtype, and its shape."""
+    """One tensor of a source: the numpy name of its dtype, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,32 +45,30 @@ class TensorInfo:
 
 
 class Source(Protocol):
-    """Tensors under their published names, wherever they come from."""
+    """Tensors under their published names, in whatever form they are stored."""
 
     tensors: Mapping[str, TensorInfo]
 
     def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
-        """The tensor's bytes in order (row-major, little-endian), in pieces of whole elements.
+        """The tensor's bytes in order (row-major, little-endian), in chunks of whole elements.
 
-        A chunk stays as it is until the next but one is asked for, here or of another tensor. It
-        may be what `room` has lent last, filled.
+        A chunk stays valid while the next one is in use, and is overwritten by the one after, of
+        this tensor or another. It may be the memory that `room` lent last.
         """
 
     def where(self, name: str) -> str:
-        """The file that a message about this tensor should name."""
+        """The path that a message about this tensor names."""
 
     def places_of(self, name: str) -> tuple[Place, ...]:
-        """Where the tensor lies, or its parts, or copies of it: what is read to have it."""
+        """Every place that is read for this tensor: its own, its parts', its copies'."""
 
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError where the source is no longer what was checked."""
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes its files; they are opened again when they are needed."""
 
 
 @dataclass(frozen=True)
 class Strided:
-    """How a tensor lies among the elements of another: its shape, and steps in elements."""
+    """A view of a stored array: its shape, and its strides in elements."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -79,7 +76,7 @@ class Strided:
 
 @dataclass(frozen=True)
 class Checksum:
-    """CRC-32 of so many bytes."""
+    """The CRC-32 of the next `n_bytes` bytes."""
 
     n_bytes: int
     crc: int
@@ -87,9 +84,9 @@ class Checksum:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a copy of a tensor lies; `name` is the one that it bears there.
+    """Where a tensor, or a copy or part of it, is stored; `name` is its name there.
 
-    `strided` is None where its bytes lie in order; `checksum` where the file has none for it.
+    `strided` is None where its bytes lie in order; `checksum` is None where the file has none.
     """
 
     name: str
@@ -100,7 +97,7 @@ class Place:
 
 
 class FileSource:
-    """Tensors of checked files. Copies of one tensor are compared while it is read."""
+    """Tensors in files that were checked. Copies of a tensor are compared while it is read."""
 
     def __init__(self, tensors: dict[str, TensorInfo], places: dict[str, tuple[Place, ...]]):
         self.tensors = tensors
@@ -108,7 +105,7 @@ class FileSource:
         self._fds: dict[SourceFile, int] = {}
         self._buffers = (memoryview(bytearray(CHUNK_BYTES)), memoryview(bytearray(CHUNK_BYTES)))
         self._n_chunks = 0
-        self._sums: dict[Place, tuple[int, int]] = {}  # up to which byte, and the sum so far
+        self._sums: dict[Place, tuple[int, int]] = {}  # bytes read so far, and their CRC-32
 
     def where(self, name: str) -> str:
         return self._places[name][0].file.path
@@ -120,35 +117,29 @@ class FileSource:
         place, *copies = self._places[name]
         info = self.tensors[name]
         at, total, step = 0, info.n_bytes, CHUNK_BYTES
-        if any(found.strided for found in (place, *copies)):
+        if any(copy.strided for copy in (place, *copies)):
             step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
-            room = None  # it may end in the middle of a row
+            room = None  # lent memory may end within a row
         memory = room or self._next_buffer
         while at < total:
             view = memory(min(step, total - at))
-            self._read(place, at, view, info)
+            self.read_place(place, at, view, info)
             for copy in copies:
                 self._compare(view, place, copy, at, info)
             yield view
             at += len(view)
-
-    def check_unchanged(self) -> None:
-        for file in {place.file for places in self._places.values() for place in places}:
-            check_unchanged(file)
 
     def close(self) -> None:
         for fd in self._fds.values():
             close(fd)
         self._fds = {}
 
-    def _next_buffer(self, n_bytes):
-        if n_bytes > CHUNK_BYTES:
-            return memoryview(bytearray(n_bytes))
-        self._n_chunks += 1
-        return self._buffers[self._n_chunks % 2][:n_bytes]
+    def read_place(self, place: Place, at: int, view: memoryview, info: TensorInfo) -> None:
+        """Fills `view` with the bytes of the tensor at `place` from byte `at` on.
 
-    def _read(self, place, at, view, info):
-        """Fills `view` with a tensor's bytes from `at` on: whole rows of it where it is strided."""
+        Of a strided tensor only whole rows. Raises CheckpointError (a checksum that differs, a file
+        that changed) or StorageError.
+        """
         if place.file not in self._fds:
             if len(self._fds) == MAX_OPEN_FILES:
                 self.close()
@@ -162,37 +153,44 @@ class FileSource:
         if place.checksum is not None:
             self._check_sum(place, at, view)
 
-    def _check_sum(self, place, at, view):
-        """Takes the sum as far as a tensor is read from its start on, and compares it at its end.
+    def _next_buffer(self, n_bytes):
+        if n_bytes > CHUNK_BYTES:
+            return memoryview(bytearray(n_bytes))
+        self._n_chunks += 1
+        return self._buffers[self._n_chunks % 2][:n_bytes]
 
-        1.9 GB/s on one core, where SHA-256, in a thread of its own, takes 1.1 GB/s.
+    def _check_sum(self, place, at, view):
+        """Adds the chunk to the CRC-32 of a tensor that is read in order; compares it at the end.
+
+        1.9 GB/s on one core; SHA-256, which runs in its own thread, makes 1.1 GB/s.
         """
-        done, so_far = self._sums.pop(place, (0, 0)) if at else (0, 0)
+        done, crc = self._sums.pop(place, (0, 0)) if at else (0, 0)
         if done != at:
             return
-        so_far, done = zlib.crc32(view, so_far), at + len(view)
+        crc, done = zlib.crc32(view, crc), at + len(view)
         if done < place.checksum.n_bytes:
-            self._sums[place] = (done, so_far)
-        elif so_far != place.checksum.crc:
+            self._sums[place] = (done, crc)
+        elif crc != place.checksum.crc:
             raise CheckpointError(
-                f"{place.file.path}: tensor {place.name} is damaged: its CRC-32 is {so_far:08x}, "
+                f"{place.file.path}: tensor {place.name} is damaged: its CRC-32 is {crc:08x}, "
                 f"expected {place.checksum.crc:08x}; fetch the file again"
             )
 
     def _compare(self, view, place, copy, at, info):
-        found = memoryview(bytearray(len(view)))
-        self._read(copy, at, found, info)
-        if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(found, np.uint8)):
+        other = memoryview(bytearray(len(view)))
+        self.read_place(copy, at, other, info)
+        if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(other, np.uint8)):
             refuse_different(copy, place)
 
 
 def row_bytes(info: TensorInfo) -> int:
-    """Bytes of what stands together at one index of a tensor's first axis."""
+    """Bytes of one index of a tensor's first axis."""
     return math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
 
 
 def check_unchanged(file: SourceFile) -> None:
-    """Raises CheckpointError where the file is no longer the one that was checked."""
+    """Raises CheckpointError where the file changed after it was checked, or StorageError where it
+    is gone."""
     try:
         status = os.stat(file.real)
     except OSError as error:
@@ -201,7 +199,7 @@ def check_unchanged(file: SourceFile) -> None:
 
 
 def open_unchanged(file: SourceFile) -> int:
-    """A descriptor of a file that was checked before; raises where it is gone or another one."""
+    """A descriptor, for reading, of a file that was checked. Raises what `check_unchanged` does."""
     try:
         fd = open_regular(file.real)
     except CheckpointError as error:
@@ -218,7 +216,7 @@ def open_unchanged(file: SourceFile) -> int:
 
 
 def file_chunks(file: SourceFile) -> Iterator[memoryview]:
-    """All bytes of a file, in chunks that stay until the next but one, as `Source.chunks` does."""
+    """All bytes of a file, in chunks that stay valid as those of `Source.chunks` do."""
     fd = open_unchanged(file)
     size = min(WHOLE_FILE_BYTES, file.n_bytes)
     buffers = (memoryview(bytearray(size)), memoryview(bytearray(size)))
@@ -232,7 +230,10 @@ def file_chunks(file: SourceFile) -> Iterator[memoryview]:
 
 
 def read_into(fd: int, view: memoryview, offset: int, path: str) -> None:
-    """Fills `view` from `offset` on. Raises StorageError, or CheckpointError at the file's end."""
+    """Fills `view` with the file's bytes from `offset` on.
+
+    Raises StorageError, or CheckpointError where the file ends before.
+    """
     done = 0
     while done < len(view):
         try:
@@ -249,11 +250,18 @@ def read_into(fd: int, view: memoryview, offset: int, path: str) -> None:
         done += count
 
 
-def _read_strided(fd, place, first_row, rows):
-    """Fills the elements `rows` with a tensor's rows from `first_row` on.
+def read_bytes(fd: int, offset: int, n_bytes: int, path: str) -> bytes:
+    """So many bytes from `offset` on. Raises what `read_into` raises."""
+    raw = bytearray(n_bytes)
+    read_into(fd, memoryview(raw), offset, path)
+    return bytes(raw)
 
-    Along the axis that lies denser in the file runs are read whole and thinned out in memory, so
-    that a transposed matrix costs a read for each of its columns, not for each number.
+
+def _read_strided(fd, place, first_row, rows):
+    """Fills `rows` with the elements of a strided tensor's rows from `first_row` on.
+
+    Reads runs along the axis with the smaller stride and keeps every n-th element of them. So a
+    transposed matrix costs one read a column, not one a number.
     """
     shape, strides = place.strided.shape, place.strided.strides
     width = math.prod(shape[1:])
@@ -275,10 +283,10 @@ def _read_strided(fd, place, first_row, rows):
 def hash_stream(
     chunks: Iterable[Chunk], sink: Callable[[Chunk], None] | None = None
 ) -> tuple[int, str]:
-    """Takes every chunk through SHA-256 and `sink`; returns the bytes' number and hex digest.
+    """Hashes every chunk and hands it to `sink`; returns the number of bytes and their SHA-256.
 
-    Hashing is the slowest part of a conversion, so a second thread does it while this one goes on
-    to the sink and to the next chunk; hence the two chunks that a source keeps valid.
+    Hashing is the slowest part of a conversion, so a second thread does it while this one hands the
+    chunk on and asks for the next. That is why a source keeps two chunks valid.
     """
     digest, n_bytes, pending = hashlib.sha256(), 0, None
     with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
@@ -295,7 +303,7 @@ def hash_stream(
 def _check_identity(status, file):
     if identity_of(status) != file.identity:
         raise CheckpointError(
-            f"{file.path}: changed while it was being converted; convert anew with --overwrite"
+            f"{file.path}: changed while it was being converted; convert again with --overwrite"
         )
 
 

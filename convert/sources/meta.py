@@ -1,8 +1,8 @@
-"""Meta's own form of a Llama, consolidated.NN.pth and params.json, as the published one.
+"""Meta's own form of a Llama, consolidated.NN.pth and params.json, as a config and named tensors.
 
-What params.json says is checked; what it leaves out (the context, the factor of scaled rotary
-embedding, what the tokenizer calls its ends) is derived as far as it can be and told in `notes`. A
-config.json that lies beside it decides all of that. Opens nothing: doors.py does.
+params.json is checked. What it leaves out (context length, the factor of scaled rotary embedding,
+the tokenizer's special ids) is derived where possible and stated in notes; a config.json beside it
+decides instead. Opens no file: `open` does.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
 PART = re.compile(r"consolidated\.([0-9]{2})\.pth")
 EMBEDDING, HEAD, GATE = "tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"
-# By (dim, n_layers): Llama 3.2 1B and 3B. params.json has use_scaled_rope for them as for Llama
-# 3.1, and Meta's reference takes 8 for all; the published config.json of these two says 32, and so
-# it is (meta-llama/llama-models issues 166 and 241).
+# (dim, n_layers) of Llama 3.2 1B and 3B. Their params.json has use_scaled_rope as Llama 3.1 has,
+# and Meta's reference code uses a factor of 8 for all. Their published config.json has 32, which
+# is right (meta-llama/llama-models issues 166 and 241).
 _FACTOR_32 = {(2048, 16), (3072, 28)}
 _SCALED_CONTEXT = 131_072
-_LLAMA3_VOCABULARY = 128_000  # ranks of its tokenizer; the vocabulary has 256 more
+_LLAMA3_VOCABULARY = 128_000  # ranks of its tokenizer; the vocabulary has 256 special tokens more
 
 Table = Mapping[str, tuple[object, TensorInfo]]
 
 
 @dataclass(frozen=True)
 class Params:
-    """params.json. `vocab_size` is None where it leaves that to the tokenizer (-1)."""
+    """params.json. `vocab_size` is None where params.json leaves it to the tokenizer (-1)."""
 
     dim: int
     n_layers: int
@@ -58,16 +58,16 @@ class Params:
 
     @property
     def intermediate_size(self) -> int:
-        """Two thirds of 4 dim, times the multiplier, up to the next multiple."""
+        """Two thirds of 4 * dim, times the multiplier, rounded up to a multiple of multiple_of."""
         size = int(self.ffn_dim_multiplier * int(8 * self.dim / 3))
         return -(-size // self.multiple_of) * self.multiple_of
 
 
 def read_params(raw: dict, *, where: str) -> Params:
-    """params.json, every field checked.
+    """params.json with every field checked.
 
-    Raises CheckpointError (a field missing or out of range) or UnsupportedModelError (a field that
-    no Llama of text has, which would change what the weights mean).
+    Raises CheckpointError (a field missing or out of range) or UnsupportedModelError (an unknown
+    field, which may change what the weights mean).
     """
     raw = {key: value for key, value in raw.items() if value is not None}
     if raw.get("vocab_size") == -1:
@@ -81,8 +81,8 @@ def read_params(raw: dict, *, where: str) -> Params:
     strange = sorted(raw.keys() - known - {"max_batch_size"})
     if strange:
         raise UnsupportedModelError(
-            f"{where}: {', '.join(ascii(key)[1:-1][:80] for key in strange[:20])}: not of a Llama "
-            f"of text, and not supported; known: {', '.join(sorted(known))}"
+            f"{where}: {', '.join(ascii(key)[1:-1][:80] for key in strange[:20])}: not a field of "
+            f"a text Llama, and not supported; known: {', '.join(sorted(known))}"
         )
     raw.setdefault("n_kv_heads", raw.get("n_heads"))
     limits = {
@@ -103,9 +103,9 @@ def read_params(raw: dict, *, where: str) -> Params:
 def _check_field(name, value, limit, where):
     if limit is not None:
         if type(value) is not int or not 1 <= value <= limit:
-            found = "missing" if value is None else ascii(value)[:80]
+            given = "missing" if value is None else ascii(value)[:80]
             raise CheckpointError(
-                f"{where}: {name} is {found}, expected an integer from 1 to {limit}"
+                f"{where}: {name} is {given}, expected an integer from 1 to {limit}"
             )
     elif name == "use_scaled_rope":
         if type(value) is not bool:
@@ -114,12 +114,12 @@ def _check_field(name, value, limit, where):
         raise CheckpointError(f"{where}: {name} is {value!a}, expected a positive number")
 
 
-# What the weights say
+# Facts that only the weights have
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What params.json leaves to the weights; None where they do not say it either."""
+    """What params.json leaves to the weights; None where the weights do not have it either."""
 
     vocab_size: int | None
     intermediate_size: int | None
@@ -128,7 +128,7 @@ class Facts:
 
 
 def facts_of(tables: Sequence[Table]) -> Facts:
-    """`tables`: the tensors of each part, in the order of the parts."""
+    """Reads the facts from the tables of the parts, which are in the order of their files."""
     dtypes = {info.dtype for table in tables for key, (_, info) in table.items() if _is_weight(key)}
     return Facts(
         vocab_size=_rows(tables, HEAD),
@@ -139,18 +139,18 @@ def facts_of(tables: Sequence[Table]) -> Facts:
 
 
 def _is_weight(key):
-    found = find_row(META, key)
-    return found is not None and found[1] is not None
+    match = find_row(META, key)
+    return match is not None and match[1] is not None
 
 
 def _rows(tables, key):
-    """Rows of a tensor whose rows are divided among the parts."""
+    """The total rows of a tensor that is divided by rows; None where parts of it are missing."""
     shapes = [table[key][1].shape for table in tables if key in table]
     return sum(shape[0] for shape in shapes) if shapes and all(shapes) else None
 
 
 def _same_bytes(table, *keys):
-    """Whether these are one tensor under several names: how a tied head looks in Meta's form."""
+    """Whether these names share one tensor's bytes, as a tied head does in Meta's form."""
     if any(key not in table for key in keys):
         return False
     places = {(place.offset, place.strided, info) for place, info in map(table.get, keys)}
@@ -161,9 +161,9 @@ def _same_bytes(table, *keys):
 
 
 def derive_config(params: Params, facts: Facts, *, where: str) -> tuple[dict, list[str]]:
-    """The published config of such a model, without the tokenizer's ids; and what was assumed.
+    """The published config, without the tokenizer's ids; and notes on what was assumed.
 
-    Raises CheckpointError where the weights are of another size than params.json says.
+    Raises CheckpointError where the weights do not have the size that params.json gives.
     """
     vocab_size = params.vocab_size or facts.vocab_size
     if vocab_size is None:
@@ -175,7 +175,7 @@ def derive_config(params: Params, facts: Facts, *, where: str) -> tuple[dict, li
         raise CheckpointError(
             f"{where}: dim {params.dim}, multiple_of {params.multiple_of} and ffn_dim_multiplier "
             f"{params.ffn_dim_multiplier} make a feed_forward of {size}, but {GATE} has "
-            f"{facts.intermediate_size} rows in all parts together; fetch what is not of this model"
+            f"{facts.intermediate_size} rows in all parts together; fetch the files of one model"
         )
     if params.dim % params.n_heads:
         raise CheckpointError(
@@ -186,7 +186,7 @@ def derive_config(params: Params, facts: Facts, *, where: str) -> tuple[dict, li
     if params.use_scaled_rope:
         factor = 32.0 if (params.dim, params.n_layers) in _FACTOR_32 else 8.0
         notes.append(
-            f"{where}: does not say by how much its rotary embedding is scaled; {factor:g} is taken"
+            f"{where}: does not say by what factor rotary embedding is scaled; {factor:g} is taken"
         )
         scaling = {
             "rope_type": "llama3",
@@ -219,7 +219,7 @@ def derive_config(params: Params, facts: Facts, *, where: str) -> tuple[dict, li
 
 
 def _context(params, vocab_size, where):
-    """How many positions the model was made for, which only its generation tells."""
+    """The context length, which follows from the generation of the model; and a note on it."""
     if params.max_seq_len is not None:
         return params.max_seq_len, []
     if params.use_scaled_rope:
@@ -237,12 +237,13 @@ def _context(params, vocab_size, where):
     ]
 
 
-# Llama 1 65B alone of its generation has Llama 2's norm_eps; Llama 2 has nothing of the kind.
+# (dim, n_kv_heads, multiple_of) of Llama 1 65B, which has the norm_eps of Llama 2. No Llama 2 has
+# these sizes.
 _65B = (8192, 64, 256)
 
 
 def differences(config: ModelConfig, derived: ModelConfig) -> list[str]:
-    """Where a config.json says otherwise than params.json and the weights do."""
+    """The fields in which a config.json differs from what params.json and the weights give."""
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
@@ -279,9 +280,9 @@ def special_ids(raw: bytes, *, vocab_size: int, where: str) -> dict:
 def assemble(
     tables: Mapping[str, Table], expected: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> tuple[dict[str, TensorInfo], dict[str, Parts], dict[str, list[str]]]:
-    """Published tensors and what each is made of; and all that is wrong, by kind.
+    """The published tensors, the parts that each is joined from, and what is wrong, by kind.
 
-    `tables`: by part, in order; `expected`: the shapes of the published tensors.
+    `tables`: by part, in the order of the files; `expected`: the shapes of the published tensors.
     """
     problems = {"missing": [], "shape": [], "dtype": [], "extra": []}
     infos, parts = {}, {}
@@ -291,17 +292,17 @@ def assemble(
         if missing:
             problems["missing"] += missing if len(missing) < len(tables) else [key]
             continue
-        found = [table[key] for table in tables.values()]
-        shapes = [info.shape for _, info in found]
+        stored = [table[key] for table in tables.values()]
+        shapes = [info.shape for _, info in stored]
         rule = next((rule for rule in row.rules if rule.joined_shape(shapes) == shape), None)
-        dtypes = sorted({info.dtype for _, info in found})
+        dtypes = sorted({info.dtype for _, info in stored})
         if rule is None:
             problems["shape"].append(_misfit(key, row, shapes, shape))
         elif len(dtypes) > 1 or dtypes[0] not in ITEM_BYTES:
             problems["dtype"].append(f"{key} is {' and '.join(dtypes)}")
         else:
             infos[name] = TensorInfo(dtypes[0], shape)
-            parts[name] = Parts(rule, *map(tuple, zip(*found, strict=True)))
+            parts[name] = Parts(rule, *map(tuple, zip(*stored, strict=True)))
     for part, table in tables.items():
         for key in table:
             row = find_row(META, key)
@@ -313,8 +314,8 @@ def assemble(
 
 def _misfit(key, row, shapes, expected):
     if len(set(shapes)) == 1 and len(shapes) > 1:
-        found = f"{len(shapes)} times {list(shapes[0])}"
+        parts = f"{len(shapes)} times {list(shapes[0])}"
     else:
-        found = " and ".join(str(list(shape)) for shape in shapes)
+        parts = " and ".join(str(list(shape)) for shape in shapes)
     rules = " or ".join(rule.name for rule in row.rules)
-    return f"{key} is {found}, expected what {rules} makes {list(expected)}"
+    return f"{key} is {parts}, expected what {rules} makes {list(expected)}"

@@ -1,7 +1,7 @@
-"""Foreign names as a table: source pattern with a layer slot, published name, layout rule.
+"""Foreign tensor names as a table: source pattern with a layer slot, published name, layout rule.
 
-A person can hold it against the listing of a checkpoint. Whole keys match, exactly one row each;
-what is dropped on purpose is a row too. A Hugging Face source needs no table: its names are ours.
+A person can compare it with the listing of a checkpoint. A key matches whole, and exactly one row;
+a tensor that is dropped on purpose has a row too. Published names need no table.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE,
 
 @dataclass(frozen=True)
 class Row:
-    """`published` is None where the tensor is dropped: a table that is computed.
+    """`published` is None for a tensor that is dropped, since it is computed.
 
-    Of several `rules` that one holds by which the parts' shapes make the published shape.
+    Of several `rules` the one applies that makes the published shape from the parts' shapes.
     """
 
     pattern: str
@@ -26,9 +26,9 @@ class Row:
 
 
 LAYER = "model.layers.{layer}."
-# Meta's consolidated.NN.pth: parts as fairscale's layers divide them among devices.
+# Meta's consolidated.NN.pth, divided as the model-parallel layers of fairscale do.
 META = (
-    # Llama 1 and 2 divide the embedding's columns, Llama 3 its rows.
+    # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows.
     Row("tok_embeddings.weight", "model.embed_tokens.weight", (JOIN_COLUMNS, JOIN_ROWS)),
     Row("layers.{layer}.attention_norm.weight", LAYER + "input_layernorm.weight", (KEEP,)),
     Row("layers.{layer}.attention.wq.weight", LAYER + "self_attn.q_proj.weight", (UNPERMUTE_ROPE,)),
@@ -49,7 +49,7 @@ _NUMBER = "(0|[1-9][0-9]{0,8})"
 
 
 def find_row(table: tuple[Row, ...], key: str) -> tuple[Row, str | None] | None:
-    """The row that a foreign key matches, and the published name; None for a key of no row."""
+    """The row that a foreign key matches, and the published name; None where no row matches."""
     for row in table:
         match = _compiled(row.pattern).fullmatch(key)
         if match:
@@ -58,7 +58,7 @@ def find_row(table: tuple[Row, ...], key: str) -> tuple[Row, str | None] | None:
 
 
 def find_source(table: tuple[Row, ...], name: str) -> tuple[Row, str] | None:
-    """The row that gives a published name, and the foreign key; None for a name that none gives."""
+    """The row for a published name, and the foreign key; None where there is no row for it."""
     for row in table:
         match = row.published and _compiled(row.published).fullmatch(name)
         if match:

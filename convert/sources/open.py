@@ -1,7 +1,6 @@
-"""From a published folder of any form to a source that is checked: config, index, headers, tensors.
+"""Open and validate a source checkpoint of any published form: config, index, headers, tensors.
 
-Reads no weights. What only the weights can tell (a head that should equal the embedding, numbers
-that are none) is found while they are read.
+Reads no weights. What only they can show (NaN, copies that differ) is checked when they are read.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.source import (
     EXTRA,
     GENERATION_CONFIG,
+    MODEL_PICKLE,
     SINGLE,
     UNSUPPORTED_DTYPE,
     SourceFile,
@@ -45,15 +45,14 @@ from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
 _PICKLE = re.compile(r".+\.(bin|pth|pt)")
-_MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
 _EXTRA = f"{EXTRA} (see --allow-extra)"
 
 
 @dataclass(frozen=True)
 class CheckedSource:
-    """A source whose config, files and tensors agree. `notes` is what the user should hear.
+    """A source whose config, files and tensors agree; `notes` are lines for the user.
 
-    Of `side_files`, those that the source does not have are given as their bytes.
+    `side_files` holds bytes in the place of a file that the source lacks.
     """
 
     folder: str
@@ -66,7 +65,7 @@ class CheckedSource:
 
 @dataclass(frozen=True)
 class _Form:
-    """Weights under their published names: in one file, or in several that an index tells."""
+    """A form of weights under published names: one file, or several that an index lists."""
 
     single: str
     index: str
@@ -74,11 +73,10 @@ class _Form:
 
 
 def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
-    """The checkpoint in `folder`, checked in the order config, index and headers, tensors.
+    """Opens the checkpoint in `folder`; checks config, index and headers, tensors, in this order.
 
-    Taken are, in this order, safetensors, pytorch_model.bin, Meta's consolidated.NN.pth, and what
-    Orbax has saved.
-    Raises CheckpointError, UnsupportedModelError or StorageError.
+    Of several forms it takes the first of safetensors, pytorch_model.bin, Meta's
+    consolidated.NN.pth, and Orbax. Raises CheckpointError, UnsupportedModelError or StorageError.
     """
     names = names_in(folder)
     refuse_quantizer_files(folder, names)
@@ -96,19 +94,19 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     tables = {shard: form.read(file) for shard, file in files.items()}
     misplaced = find_misplaced(form.index, tables, files, weight_map)
     label = None if allow_extra else _EXTRA
-    found = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
-    infos = {name: copies[0][1] for name, copies in found.items()}
-    places = {name: tuple(place for place, _ in copies) for name, copies in found.items()}
+    checked = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    infos = {name: copies[0][1] for name, copies in checked.items()}
+    places = {name: tuple(place for place, _ in copies) for name, copies in checked.items()}
     tensors = FileSource(infos, places)
     sides = side_files(folder, names)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
 
 
 def _open_meta(folder, names, allow_extra):
-    """The checkpoint that Meta published: parts of every tensor, and params.json as its config."""
+    """Opens a checkpoint in Meta's form: parts of every tensor, and params.json as the config."""
     file = regular_file(folder, meta.PARAMS)
     params = meta.read_params(json_of(file), where=file.path)
-    n_parts = 1 + max(int(found[1]) for found in map(meta.PART.fullmatch, names) if found)
+    n_parts = 1 + max(int(part[1]) for part in map(meta.PART.fullmatch, names) if part)
     files = shard_files(folder, [f"consolidated.{n:02d}.pth" for n in range(n_parts)])
     tables = {part: read_pickle(file) for part, file in files.items()}
     facts = meta.facts_of(list(tables.values()))
@@ -130,22 +128,22 @@ def _open_meta(folder, names, allow_extra):
         differences = meta.differences(cfg, derived)
         if differences:
             raise CheckpointError(
-                f"{os.path.join(folder, CONFIG)}: not of {meta.PARAMS} and the weights beside it: "
-                f"{', '.join(differences)}; take the wrong one away"
+                f"{os.path.join(folder, CONFIG)}: does not agree with {meta.PARAMS} and the "
+                f"weights beside it: {', '.join(differences)}; remove the wrong one"
             )
     tensors = _check_parts(folder, cfg, tables, facts, allow_extra, notes)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
 
 
 def _open_orbax(folder, names, checkpoint, allow_extra):
-    """A tree of published names that Orbax saved, with the config in its folder or the parent."""
+    """Opens a tree of published names that Orbax saved; config.json is there or one folder up."""
     home = folder
     if CONFIG not in names:
         home = os.path.dirname(os.path.abspath(folder))
         if CONFIG not in names_in(home):
             raise CheckpointError(
-                f"{os.path.join(folder, CONFIG)}: missing, and so it is one folder up; put the "
-                "model's config.json there"
+                f"{os.path.join(folder, CONFIG)}: missing, and missing one folder up; put "
+                "the model's config.json there"
             )
     notes: list[str] = []
     config_bytes, cfg = read_published_config(home)
@@ -163,17 +161,17 @@ def _encoded(config):
 
 
 def _find_form(folder, names, notes):
-    """The form of the weights: safetensors, wherever there are any."""
+    """The form of the weights; safetensors where there are several."""
     pickles = sorted(name for name in names if _PICKLE.fullmatch(name))
-    found = [form for form in _FORMS if {form.single, form.index} & names]
-    if not found:
+    forms = [form for form in _FORMS if {form.single, form.index} & names]
+    if not forms:
         others = sorted(name for name in names if name.endswith(".safetensors")) + pickles
         raise CheckpointError(
             f"{folder}: no {SINGLE} and no {INDEX}, no {_BIN.single} and no consolidated.00.pth"
             f"{f', only {listed(others)}' if others else ''}"
         )
-    form = found[0]
-    if form is _SAFETENSORS and any(_MODEL_PICKLE.fullmatch(name) for name in pickles):
+    form = forms[0]
+    if form is _SAFETENSORS and any(MODEL_PICKLE.fullmatch(name) for name in pickles):
         notes.append(f"{folder}: has safetensors and pickles; the safetensors are taken")
     if form is _BIN and any(meta.PART.fullmatch(name) for name in pickles):
         notes.append(f"{folder}: has {_BIN.single} and consolidated.*.pth; the former is taken")
@@ -193,7 +191,7 @@ _FORMS = (_SAFETENSORS, _BIN)
 
 
 def _check_parts(folder, cfg, tables, facts, allow_extra, notes):
-    """The same for tensors that lie in parts."""
+    """The model's tensors, joined from parts; raises with everything that is wrong."""
     tied = cfg.tie_word_embeddings
     infos, parts, problems = meta.assemble(tables, published_tensors(cfg), tied=tied)
     stored_apart = tied and not facts.tied and any(meta.HEAD in table for table in tables.values())

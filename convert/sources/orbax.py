@@ -1,14 +1,13 @@
-"""Orbax's form: a tree of arrays under published names, layers one by one or stacked along a first
-axis; read a tensor at a time, and written likewise.
+"""Orbax checkpoints: a tree of arrays under published names, each layer apart or stacked on a first
+axis. Read and written one tensor at a time.
 
-The format is read and written through tensorstore, as Orbax itself does, so that neither Orbax nor
-JAX is imported: their own ways in and out hold the whole tree in memory.
+Uses tensorstore, as Orbax itself does, and imports neither Orbax nor JAX: their own functions hold
+the whole tree in memory.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,6 @@ from convert.sources.files import (
     Place,
     Room,
     TensorInfo,
-    check_unchanged,
     row_bytes,
 )
 from convert.sources.zarr import ChunkedArray, chunked_array
@@ -37,14 +35,14 @@ from jlayer.checkpoint.source import (
 )
 from jlayer.errors import CheckpointError
 from jlayer.families.base import LAYER_PREFIX
-from jlayer.spec import ITEM_BYTES
-from jlayer.strict import is_there
+from jlayer.interrupts import imported
+from jlayer.strict import is_tensor_name, is_there
 
 METADATA = "_METADATA"
-ITEMS = ("default", "params", "items")  # what a CheckpointManager's step calls the parameters
+ITEMS = ("default", "params", "items")  # names of the parameters in a CheckpointManager's step
 UNFINISHED = ".orbax-checkpoint-tmp"
 MAX_ARRAYS = 200_000
-# An array is cut into chunks of whole rows of at most this when it is written.
+# The largest chunk, of whole rows, that is written.
 CHUNK_ROWS_BYTES = 64 << 20
 _STACKED = re.compile(r"model\.layers\.(?![0-9])(.+)")
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
@@ -52,7 +50,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardC
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint: where it lies in the source, and what its tree holds by name."""
+    """A finished checkpoint: the item of the source folder that holds it, and its arrays' names."""
 
     folder: str
     item: str
@@ -65,16 +63,15 @@ class Checkpoint:
 def find_checkpoint(folder: str, names: Iterable[str]) -> Checkpoint | None:
     """The Orbax checkpoint in `folder` or in an item of it; None where there is none.
 
-    Raises CheckpointError: a save that did not end, steps of which one is to be named, metadata
-    that is none.
+    Raises CheckpointError: an unfinished save, several steps to choose from, malformed metadata.
     """
     names = sorted(names)
     own = os.path.basename(os.path.abspath(folder))
     unfinished = [name for name in (own, *names) if UNFINISHED in name]
     if unfinished:
         raise CheckpointError(
-            f"{folder}: {listed(unfinished)}: an Orbax save that did not come to its end; name "
-            "one that did, or take it away"
+            f"{folder}: {listed(unfinished)}: an unfinished Orbax save; name a finished one, or "
+            "remove it"
         )
     if METADATA in names:
         return _read_metadata(folder, "")
@@ -91,29 +88,29 @@ def find_checkpoint(folder: str, names: Iterable[str]) -> Checkpoint | None:
 
 def _read_metadata(folder, item):
     file = regular_file(folder, os.path.join(item, METADATA))
-    found = json_of(file)
+    metadata = json_of(file)
     try:
         keys = [
             [str(step["key"]) for step in entry["key_metadata"]]
-            for entry in found["tree_metadata"].values()
+            for entry in metadata["tree_metadata"].values()
             if not entry["value_metadata"].get("skip_deserialize")
         ]
-        driver = "zarr3" if found.get("use_zarr3") else "zarr"
-        arrays, uses_ocdbt = tuple(".".join(key) for key in keys), bool(found.get("use_ocdbt"))
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        arrays, uses_ocdbt = tuple(".".join(key) for key in keys), bool(metadata.get("use_ocdbt"))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file.path}: not what Orbax writes ({error!r})") from None
     if len(arrays) > MAX_ARRAYS:
         raise CheckpointError(f"{file.path}: {len(arrays)} arrays, over the limit of {MAX_ARRAYS}")
-    odd = [name for name in arrays if not name.isprintable() or "/" in name or ".." in name]
+    odd = [name for name in arrays if "/" in name or not is_tensor_name(name)]
     if odd:
         raise CheckpointError(f"{file.path}: not names that arrays may have: {listed(odd)}")
     return Checkpoint(folder, item, file, arrays, uses_ocdbt, driver)
 
 
 class OrbaxSource:
-    """Tensors of a checkpoint, each streamed out of the chunks of its array.
+    """Tensors of a checkpoint, each streamed from the chunks of its array.
 
-    Only where an array is packed as Orbax does not is the tensor read whole, by tensorstore.
+    An array in an encoding that Orbax does not write is read whole, by tensorstore.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -126,8 +123,8 @@ class OrbaxSource:
         self.tensors: dict[str, TensorInfo] = {}
 
     def table(self, n_layers: int) -> tuple[dict[str, tuple[Stored, TensorInfo]], list[str]]:
-        """What is there by published name, stacked arrays as their layers; and what is wrong."""
-        found, problems = {}, []
+        """The tensors by published name, a stacked array as its layers; and what is wrong."""
+        table, problems = {}, []
         self._at = {}
         for key, store in self._stores.items():
             stacked = _STACKED.fullmatch(key)
@@ -140,23 +137,23 @@ class OrbaxSource:
             layers = range(n_layers) if stacked else [None]
             for layer in layers:
                 name = key if layer is None else LAYER_PREFIX.format(layer=layer) + stacked[1]
-                if name in found:
+                if name in table:
                     problems.append(f"{name} is there by itself and in the stacked {key}")
                 info = TensorInfo(dtype, shape if layer is None else shape[1:])
-                found[name] = (Stored(name, self._checkpoint.metadata), info)
+                table[name] = (Stored(name, self._checkpoint.metadata), info)
                 self._at[name] = (key, layer)
-        return found, problems
+        return table, problems
 
-    def take(self, found: Mapping[str, list[tuple[Stored, TensorInfo]]]) -> None:
-        """The model's tensors, each with its copies, once they are checked."""
-        self.tensors = {name: copies[0][1] for name, copies in found.items()}
-        self._copies = {name: [place.name for place, _ in found[name]] for name in found}
+    def take(self, checked: Mapping[str, list[tuple[Stored, TensorInfo]]]) -> None:
+        """Sets the model's tensors, each with its copies, as the checks have found them."""
+        self.tensors = {name: copies[0][1] for name, copies in checked.items()}
+        self._copies = {name: [at.name for at, _ in copies] for name, copies in checked.items()}
 
     def where(self, name: str) -> str:
         return self._path
 
     def places_of(self, name: str) -> tuple[Place, ...]:
-        """Every file of the checkpoint: which of them a tensor lies in, only tensorstore knows."""
+        """Every file of the checkpoint: only tensorstore knows which of them hold a tensor."""
         return tuple(Place(name, file, 0) for file in self._files)
 
     def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
@@ -165,15 +162,15 @@ class OrbaxSource:
         step = CHUNK_BYTES
         if not all(tensor.in_order for tensor in tensors):
             step = max(1, CHUNK_BYTES // row_bytes(info)) * row_bytes(info)
-            room = None  # it may end in the middle of a row
+            room = None  # lent memory may end within a row
         at, memory = 0, room or _memory
         while at < info.n_bytes:
             view = memory(min(step, info.n_bytes - at))
             tensors[0].read_into(view, at)
             for copy, tensor in zip(copies, tensors[1:], strict=True):
-                found = _memory(len(view))
-                tensor.read_into(found, at)
-                if not np.array_equal(np.frombuffer(view, np.uint8), found):
+                other = _memory(len(view))
+                tensor.read_into(other, at)
+                if not np.array_equal(np.frombuffer(view, np.uint8), other):
                     metadata = self._checkpoint.metadata
                     refuse_different(Stored(copy, metadata), Stored(taken, metadata))
             yield view
@@ -185,10 +182,6 @@ class OrbaxSource:
             self._chunked[key] = chunked_array(self._stores[key], is_stacked=layer is not None)
         return _Tensor(self._path, key, layer, self._stores[key], self._chunked[key])
 
-    def check_unchanged(self) -> None:
-        for file in self._files:
-            check_unchanged(file)
-
     def close(self) -> None:
         for array in self._chunked.values():
             if array is not None:
@@ -196,9 +189,9 @@ class OrbaxSource:
 
 
 class _Tensor:
-    """An array of a checkpoint, or a layer of a stacked one, from its first byte to its last.
+    """An array of a checkpoint, or one layer of a stacked array.
 
-    `in_order` is False where only whole rows are read.
+    `in_order` is False where only whole rows can be read.
     """
 
     def __init__(self, path, key, layer, store, chunked: ChunkedArray | None):
@@ -214,7 +207,7 @@ class _Tensor:
                 view[:] = self._bytes()[at : at + len(view)]
         except (ValueError, OSError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{self._path}: array {self._key} cannot be read ({_first_line(error)}); "
+                f"{self._path}: array {self._key} cannot be read ({first_line(error)}); "
                 "fetch the checkpoint again"
             ) from None
 
@@ -231,7 +224,7 @@ def _memory(n_bytes):
 
 
 def _files(checkpoint):
-    """Every file below the checkpoint, each a regular one inside it."""
+    """Every file of the checkpoint, checked to be a regular file inside it."""
     for where, folders, names in os.walk(os.path.join(checkpoint.folder, checkpoint.item)):
         folders.sort()
         for name in sorted(names):
@@ -240,24 +233,24 @@ def _files(checkpoint):
 
 
 def _open_arrays(checkpoint, path):
-    """Every array, opened: shape and dtype, and no numbers yet."""
-    import tensorstore as ts
+    """Opens every array, which reads its shape and dtype only."""
+    ts = imported("tensorstore")
 
     spec = {"driver": checkpoint.driver, "fill_missing_data_reads": False}
     opening = {}
     for name in checkpoint.arrays:
         kvstore = _kvstore(path, name, uses_ocdbt=checkpoint.uses_ocdbt)
         opening[name] = ts.open({**spec, "kvstore": kvstore}, open=True, read=True)
-    found = {}
+    stores = {}
     for name, future in opening.items():
         try:
-            found[name] = future.result()
+            stores[name] = future.result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{path}: array {name} cannot be opened ({_first_line(error)}); "
+                f"{path}: array {name} cannot be opened ({first_line(error)}); "
                 "fetch the checkpoint again"
             ) from None
-    return found
+    return stores
 
 
 def _kvstore(path, name, *, uses_ocdbt):
@@ -268,21 +261,21 @@ def _kvstore(path, name, *, uses_ocdbt):
 
 
 class OrbaxWriter:
-    """Writes a checkpoint of nested published names into a folder, an array at a time."""
+    """Writes a checkpoint into a folder, one array at a time, under nested published names."""
 
     def __init__(self, folder: str):
         self._folder = folder
         self._names: list[str] = []
 
     def write(self, name: str, info: TensorInfo, chunks: Iterable[Chunk]) -> None:
-        """Writes one array, whose bytes come in order; it is on disk when this returns.
+        """Writes one array from its bytes in order; it is on disk when this returns.
 
-        Raises ValueError or OSError as tensorstore does, and what `chunks` raises.
+        Raises ValueError or OSError, as tensorstore does, and whatever `chunks` raises.
         """
-        import tensorstore as ts
+        ts = imported("tensorstore")
 
-        row_bytes = math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
-        height = min(info.shape[0], max(1, CHUNK_ROWS_BYTES // row_bytes))
+        width = row_bytes(info)
+        height = min(info.shape[0], max(1, CHUNK_ROWS_BYTES // width))
         spec = {
             "driver": "zarr",
             "kvstore": _kvstore(self._folder, name, uses_ocdbt=True),
@@ -292,13 +285,13 @@ class OrbaxWriter:
                 "compressor": None,
             },
             "dtype": info.dtype,
-            # What is all zeros is written, too: a chunk that is missing is damage.
+            # Chunks of zeros are written too, so that a missing chunk is known to be damage.
             "store_data_equal_to_fill_value": True,
         }
         store = ts.open(spec, create=True).result()
         row = 0
-        for rows in _rows(chunks, height * row_bytes):
-            n_rows = len(rows) // row_bytes
+        for rows in _rows(chunks, height * width):
+            n_rows = len(rows) // width
             block = np.frombuffer(rows, np.dtype(info.dtype)).reshape(n_rows, *info.shape[1:])
             store[row : row + n_rows].write(block).result()
             row += n_rows
@@ -306,7 +299,7 @@ class OrbaxWriter:
         self._names.append(name)
 
     def finish(self) -> dict[str, bytes]:
-        """The files by which Orbax knows the tree, to be written last."""
+        """The files that describe the tree to Orbax, to be written last: name -> content."""
         tree = {
             str(tuple(name.split("."))): {
                 "key_metadata": [{"key": key, "key_type": 2} for key in name.split(".")],
@@ -329,12 +322,12 @@ class OrbaxWriter:
             "commit_timestamp_nsecs": None,
             "custom_metadata": {},
         }
-        found = {METADATA: metadata, "_CHECKPOINT_METADATA": checkpoint}
-        return {name: json.dumps(content).encode() for name, content in found.items()}
+        contents = {METADATA: metadata, "_CHECKPOINT_METADATA": checkpoint}
+        return {name: json.dumps(content).encode() for name, content in contents.items()}
 
 
 def _rows(chunks, n_bytes):
-    """The same bytes in pieces of `n_bytes`, the last one as long as is left."""
+    """The same bytes in pieces of `n_bytes`, the last of them shorter."""
     gathered = bytearray()
     for chunk in chunks:
         gathered += chunk
@@ -345,5 +338,6 @@ def _rows(chunks, n_bytes):
         yield bytes(gathered)
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """What tensorstore says of an error: the first of its many lines, or the kind of the error."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

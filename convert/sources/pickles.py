@@ -1,8 +1,8 @@
-"""PyTorch's pickles read as tables of tensors, without running what they ask for.
+"""PyTorch pickles read as tables of tensors, without running what they call.
 
 A pickle is a program. This reader knows the few instructions that tensors and plain containers
-need, makes inert records of them, and refuses everything else by name. It opens nothing and needs
-no torch.
+need, turns them into records that do nothing, and refuses any other instruction by name. It opens
+no file and needs no torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from convert.sources.files import Checksum, Place, Strided, TensorInfo
 from jlayer.checkpoint.safetensors import MAX_DIMS, MAX_TENSORS
 from jlayer.checkpoint.source import SourceFile
 from jlayer.errors import CheckpointError
+from jlayer.strict import is_tensor_name
 
 # 723 tensors take 19,000 instructions; 2.5 million take a second.
 MAX_INSTRUCTIONS = 30 * MAX_TENSORS
 MAX_DEPTH = 64
 _ORDERED_DICT = "collections OrderedDict"
 _REBUILD = "torch._utils _rebuild_tensor_v2"
-_REBUILD_TYPED = "torch._utils _rebuild_tensor_v3"  # dtypes that no storage is named after
+_REBUILD_TYPED = "torch._utils _rebuild_tensor_v3"  # for dtypes without a storage of their own
 _REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
 _UNTYPED = "torch.storage UntypedStorage"
-# torch's storages -> dtype and bytes an element. Most are not for us, and refused by tensor name.
+# torch's storages -> dtype and bytes an element. Most dtypes are refused later, by tensor name.
 _STORAGES = {
     "torch FloatStorage": ("float32", 4),
     "torch HalfStorage": ("float16", 2),
@@ -71,7 +72,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """A run of elements that tensors are views of; `dtype` is None for bytes."""
+    """The memory that tensors are views of; `dtype` is None for bytes."""
 
     dtype: str | None
     item_bytes: int
@@ -81,7 +82,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A view of a storage, in elements of its own dtype."""
+    """A tensor as a view of a storage; offset and strides in elements of the tensor's dtype."""
 
     storage: _Storage
     dtype: str
@@ -99,12 +100,12 @@ class TensorRecord:
         if not self._is_plain():
             return Place(name, file, offset, strided=Strided(self.shape, self.strides))
         n_bytes, entry = math.prod(self.shape) * self.item_bytes, self.storage.entry
-        # A sum of 0 stands for none: torch can be told to leave them out.
+        # A CRC of 0 means none: torch.save can be told to leave them out.
         whole = self.offset == 0 and n_bytes == entry.n_bytes and entry.crc
         return Place(name, file, offset, checksum=Checksum(n_bytes, entry.crc) if whole else None)
 
     def _is_plain(self):
-        """Whether its elements lie one after the other; the stride of a single row says nothing."""
+        """Whether its elements lie in order; the stride of an axis of size 1 does not matter."""
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and stride != step:
@@ -114,19 +115,19 @@ class TensorRecord:
 
 
 class _Ordered(dict):
-    """An OrderedDict: the only thing whose state may be set, and only with torch's versions."""
+    """An OrderedDict. Its state alone may be set, and only to the versions that torch keeps."""
 
 
 def read_records(raw: bytes, entries: dict[str, Entry], *, where: str) -> dict[str, TensorRecord]:
-    """The tensors that the pickle `raw` makes of an archive's `entries`, by name.
+    """The tensors by name that the pickle `raw` builds from an archive's `entries`.
 
-    Raises CheckpointError: unsafe, damaged, no table of tensors, or beyond the archive's data.
+    Raises CheckpointError: unsafe, damaged, no table of tensors, or a tensor beyond the data.
     """
     return _Pickle(raw, entries, where).tensors()
 
 
 class _Pickle:
-    """The part of pickle's machine that a table of tensors needs; it calls nothing."""
+    """The part of the pickle machine that a table of tensors needs; it calls nothing."""
 
     def __init__(self, raw: bytes, entries: dict[str, Entry], where: str):
         self._raw, self._entries, self._where = raw, entries, where
@@ -134,25 +135,25 @@ class _Pickle:
         self._storages: dict[str, _Storage] = {}
 
     def tensors(self) -> dict[str, TensorRecord]:
-        """The table that the pickle makes."""
-        found = self._run()
-        if not isinstance(found, dict):
+        """Runs the pickle; the table of tensors that it builds."""
+        table = self._run()
+        if not isinstance(table, dict):
             raise CheckpointError(
-                f"{self._where}: holds {_article(found)}, expected names with tensors; {SAFER}"
+                f"{self._where}: holds {_article(table)}, expected names with tensors; {SAFER}"
             )
-        others = [name for name, value in found.items() if not isinstance(value, TensorRecord)]
+        others = [name for name, value in table.items() if not isinstance(value, TensorRecord)]
         if others:
-            kinds = [f"{name[:80]!a} is {_article(found[name])}" for name in others[:20]]
+            kinds = [f"{name[:80]!a} is {_article(table[name])}" for name in others[:20]]
             raise CheckpointError(
-                f"{self._where}: not only tensors: {', '.join(kinds)}; save the model's own alone"
+                f"{self._where}: not only tensors: {', '.join(kinds)}; save the tensors alone"
             )
-        for name in found:
+        for name in table:
             _check_name(name, self._where)
-        if len(found) > MAX_TENSORS:
+        if len(table) > MAX_TENSORS:
             raise CheckpointError(
-                f"{self._where}: {len(found)} tensors, over the limit of {MAX_TENSORS}"
+                f"{self._where}: {len(table)} tensors, over the limit of {MAX_TENSORS}"
             )
-        return found
+        return table
 
     def _run(self):
         try:
@@ -204,7 +205,7 @@ class _Pickle:
             self._fill(opcode)
 
     def _fill(self, opcode):
-        """The instructions that put things into a container."""
+        """Runs an instruction that puts values into a container."""
         if opcode in ("APPENDS", "SETITEMS"):
             items, self._stack = self._stack, self._marked.pop()
         elif opcode in ("APPEND", "BUILD"):
@@ -236,7 +237,7 @@ class _Pickle:
             raise self._unsafe(f"{_article(key)} as a key, expected a name")
         if key in target:
             raise CheckpointError(
-                f"{self._where}: key {key[:80]!a} stands twice; which one is meant cannot be known"
+                f"{self._where}: key {key[:80]!a} stands twice; which one is meant is unknown"
             )
         target[key] = value
 
@@ -260,7 +261,7 @@ class _Pickle:
         raise self._unsafe(f"a call of {_dotted(name) if name else _article(function)}")
 
     def _storage(self, identity):
-        """torch's own reference to the archive: ("storage", kind, key, device, elements)."""
+        """Resolves torch's reference to the archive: ("storage", kind, key, device, elements)."""
         if type(identity) is not tuple or len(identity) != 5 or identity[0] != "storage":
             raise self._unsafe("a reference to something other than a storage")
         _, kind, key, device, n_elements = identity
@@ -273,15 +274,15 @@ class _Pickle:
         entry = self._entries.get(f"data/{key}")
         dtype, item_bytes = _STORAGES[kind.name]
         if entry is None or entry.n_bytes != n_elements * item_bytes:
-            found = "missing" if entry is None else f"{entry.n_bytes} bytes"
+            stored = "missing" if entry is None else f"{entry.n_bytes} bytes"
             raise CheckpointError(
-                f"{self._where}: storage {key[:80]!a} is {found}, expected "
+                f"{self._where}: storage {key[:80]!a} is {stored}, expected "
                 f"{n_elements * item_bytes} bytes; fetch the file again"
             )
-        found = _Storage(dtype, item_bytes, n_elements, entry)
-        if self._storages.setdefault(key, found) != found:
+        storage = _Storage(dtype, item_bytes, n_elements, entry)
+        if self._storages.setdefault(key, storage) != storage:
             raise self._unsafe(f"storage {key!a} as two kinds")
-        return found
+        return storage
 
     def _tensor(self, name, arguments):
         if len(arguments) != (7 if name == _REBUILD_TYPED else 6):
@@ -314,7 +315,7 @@ class _Pickle:
         return self._unsafe(f"a call of {_dotted(name)} with arguments that make no tensor")
 
     def _unknown(self, what):
-        """What no instruction of ours is: named by what the pickle asks for, where it says."""
+        """The refusal of an instruction that is not known; it names what the pickle asks for."""
         asked = ", ".join(list(asked_for(self._raw))[:5])
         return self._unsafe(f"{asked} ({what})" if asked else what)
 
@@ -323,9 +324,9 @@ class _Pickle:
 
 
 def asked_for(raw: bytes) -> Iterator[str]:
-    """Names that a pickle asks Python for and that no tensor needs, as far as it can be told.
+    """The names that a pickle asks Python for and that no tensor needs, as far as they can be read.
 
-    For messages alone: whatever this misses is refused by its instruction.
+    For messages only: what this misses is refused by its instruction.
     """
     pushed, memo = [], {}
     try:
@@ -345,7 +346,7 @@ def asked_for(raw: bytes) -> Iterator[str]:
 
 
 def _instructions(raw, where):
-    """(name, argument, position) of each; never more than MAX_INSTRUCTIONS."""
+    """(name, argument, position) of each instruction; at most MAX_INSTRUCTIONS."""
     n = 0
     try:
         for opcode, argument, at in pickletools.genops(raw):
@@ -360,29 +361,22 @@ def _instructions(raw, where):
 
 
 def _check_name(name, where):
-    if (
-        not name
-        or ".." in name
-        or name.startswith("/")
-        or "\\" in name
-        or not name.isprintable()
-        or len(name) > 1000
-    ):
+    if not is_tensor_name(name):
         raise CheckpointError(f"{where}: tensor {name[:80]!a}: not a name that a tensor may have")
 
 
-def _is_size(found):
-    return type(found) is int and 0 <= found < 1 << 62
+def _is_size(value):
+    return type(value) is int and 0 <= value < 1 << 62
 
 
-def _are_sizes(found):
-    return type(found) is tuple and len(found) <= MAX_DIMS and all(map(_is_size, found))
+def _are_sizes(value):
+    return type(value) is tuple and len(value) <= MAX_DIMS and all(map(_is_size, value))
 
 
-def _article(found):
-    """What a value of a pickle is, in words."""
+def _article(value):
+    """The kind of a pickle's value, with its article."""
     kinds = {_Ordered: "a dict", TensorRecord: "a tensor", int: "an int", type(None): "nothing"}
-    return kinds.get(type(found), f"a {type(found).__name__.strip('_').lower()}")
+    return kinds.get(type(value), f"a {type(value).__name__.strip('_').lower()}")
 
 
 def _dotted(name):

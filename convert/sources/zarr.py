@@ -1,8 +1,8 @@
-"""The chunks of an array as Orbax packs them, each read as a stream, so that none is held whole.
+"""Zarr arrays as Orbax writes them, decompressed as streams, so that no chunk is held whole.
 
-A chunk may hold all layers of a model's matrices, packed at one go: a stream stops where a layer
-ends, and goes on from there when the next one is asked for. The format itself (which arrays there
-are, where a chunk lies) is tensorstore's; knows nothing of models.
+A chunk may hold a matrix of every layer, compressed in one frame. Its stream pauses where a layer
+ends and continues when the next layer is read. Tensorstore knows the format itself: which arrays
+there are, and where a chunk lies. Nothing here knows about models.
 """
 
 from __future__ import annotations
@@ -14,30 +14,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What is read of a packed chunk at a time: all of it stays until it is unpacked.
+from jlayer.interrupts import imported
+
+# Compressed bytes that are read at a time; they stay in memory until they are decompressed.
 PACKED_BYTES = 256 << 10
 UNPACKED_BYTES = 1 << 20
-# So many streams of an array wait for its next layer, at 1 to 3 MB each; a chunk beyond these is
-# unpacked from its start on for each of its layers.
+# Streams of an array that wait for its next layer, at 1 to 3 MB each. A chunk beyond these is
+# decompressed from its start again for each of its layers.
 MAX_WAITING = 32
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How an array is cut and packed. `value` says where a chunk's bytes lie."""
+    """How an array is chunked and compressed; `stored` gives the stored chunk at an index."""
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     item_bytes: int
     is_zstd: bool
-    value: Callable[[tuple[int, ...]], _Value]
+    stored: Callable[[tuple[int, ...]], StoredChunk]
 
 
 def chunked_array(store, *, is_stacked: bool) -> ChunkedArray | None:
-    """Tensorstore's array, chunk by chunk; None where it is packed in none of the ways of Orbax.
+    """A tensorstore array, to be read chunk by chunk; None where it is encoded as Orbax does not.
 
-    These are zarr's, version 2 and 3: rows in order, little-endian, as they are or in one frame of
-    zstd, in version 3 each chunk as the only one of a shard.
+    Orbax writes zarr version 2 or 3: rows in order, little-endian, uncompressed or in one zstd
+    frame, in version 3 also with each chunk as the only one of a shard.
     """
     packing = _packing_of(store)
     if packing is None or len(packing.shape) - is_stacked not in (1, 2):
@@ -47,12 +49,13 @@ def chunked_array(store, *, is_stacked: bool) -> ChunkedArray | None:
 
 def _packing_of(store):
     metadata = store.spec().to_json()["metadata"]
-    found = (_version_2 if metadata["zarr_format"] == 2 else _version_3)(store.kvstore, metadata)
-    if found is None:
+    read_metadata = _version_2 if metadata["zarr_format"] == 2 else _version_3
+    encoding = read_metadata(store.kvstore, metadata)
+    if encoding is None:
         return None
-    chunk, is_zstd, value = found
+    chunk, is_zstd, stored = encoding
     item_bytes = store.dtype.numpy_dtype.itemsize
-    return Packing(tuple(store.shape), tuple(chunk), item_bytes, is_zstd, value)
+    return Packing(tuple(store.shape), tuple(chunk), item_bytes, is_zstd, stored)
 
 
 def _version_2(kvstore, metadata):
@@ -64,10 +67,10 @@ def _version_2(kvstore, metadata):
     if compressor is not None and compressor["id"] != "zstd":
         return None
 
-    def value(index):
-        return _Value(kvstore, separator.join(map(str, index)).encode())
+    def stored(index):
+        return StoredChunk(kvstore, separator.join(map(str, index)).encode())
 
-    return metadata["chunks"], compressor is not None, value
+    return metadata["chunks"], compressor is not None, stored
 
 
 def _version_3(kvstore, metadata):
@@ -86,18 +89,18 @@ def _version_3(kvstore, metadata):
     if [codec["name"] for codec in codecs[1:]] not in ([], ["zstd"]):
         return None
 
-    def value(index):
+    def stored(index):
         name = separator.join(["c", *map(str, index)])
         if shard is None:
-            return _Value(kvstore, name.encode())
+            return StoredChunk(kvstore, name.encode())
         return _only_one(kvstore, name, shard, rank=len(index))
 
-    return chunk, len(codecs) > 1, value
+    return chunk, len(codecs) > 1, stored
 
 
 def _only_one(kvstore, name, shard, *, rank):
-    """The only chunk of a shard, which tensorstore knows by its place among the shard's."""
-    import tensorstore as ts
+    """The only chunk of a shard; its key is its index in the shard."""
+    ts = imported("tensorstore")
 
     spec = {
         "driver": "zarr3_sharding_indexed",
@@ -106,61 +109,62 @@ def _only_one(kvstore, name, shard, *, rank):
         "index_codecs": shard["index_codecs"],
         "index_location": shard["index_location"],
     }
-    return _Value(ts.KvStore.open(spec).result(), struct.pack(f">{rank}I", *[0] * rank))
+    return StoredChunk(ts.KvStore.open(spec).result(), struct.pack(f">{rank}I", *[0] * rank))
 
 
 @dataclass(frozen=True)
-class _Value:
-    """A chunk's bytes as they are stored."""
+class StoredChunk:
+    """The bytes of a chunk as they are stored."""
 
     kvstore: object
     key: bytes
 
     def read(self, at: int, n_bytes: int) -> bytes:
-        """At most so many bytes, fewer only at the end."""
+        """At most `n_bytes` bytes from `at` on; fewer only at the end."""
         try:
-            found = self.kvstore.read(self.key, byte_range=slice(at, at + n_bytes)).result()
-        except ValueError as error:  # the end is known only by what is refused beyond it
+            answer = self.kvstore.read(self.key, byte_range=slice(at, at + n_bytes)).result()
+        except ValueError as error:  # a range beyond the end is refused, and the size is not known
             if "OUT_OF_RANGE" not in str(error):
                 raise
-            found = self.kvstore.read(self.key, byte_range=slice(at, None)).result()
-        if found.state != "value":
+            answer = self.kvstore.read(self.key, byte_range=slice(at, None)).result()
+        if answer.state != "value":
             raise ValueError("a chunk of it is missing")
-        return found.value
+        return answer.value
 
 
-class _Plain:
-    """A chunk that is stored as it is."""
+class PlainStream:
+    """An uncompressed chunk of `n_bytes` bytes."""
 
-    def __init__(self, value: _Value, n_bytes: int):
-        self._value, self._n_bytes = value, n_bytes
+    def __init__(self, stored: StoredChunk, n_bytes: int):
+        self._stored, self._n_bytes = stored, n_bytes
 
     def read_into(self, view: memoryview, at: int) -> None:
         for done in range(0, len(view), UNPACKED_BYTES):
             part = view[done : done + UNPACKED_BYTES]
-            found = self._value.read(at + done, len(part))
-            if len(found) < len(part):
+            data = self._stored.read(at + done, len(part))
+            if len(data) < len(part):
                 raise ValueError(f"a chunk of it is cut off at byte {at + done}")
-            part[:] = found
+            part[:] = data
 
     def finish(self) -> None:
-        """Raises where more bytes follow."""
-        if self._value.read(self._n_bytes, 1):
+        """Raises ValueError where more bytes follow."""
+        if self._stored.read(self._n_bytes, 1):
             raise ValueError(f"a chunk of it is longer than {self._n_bytes} bytes")
 
 
-class _Zstd:
-    """A chunk in one frame of zstd: cheap to go on with, and what lies behind is far away."""
+class ZstdStream:
+    """A chunk of `n_bytes` bytes in one zstd frame: read onwards it is decompressed once; each step
+    back starts again."""
 
-    def __init__(self, value: _Value, n_bytes: int):
-        self._value, self._n_bytes = value, n_bytes
+    def __init__(self, stored: StoredChunk, n_bytes: int):
+        self._stored, self._n_bytes = stored, n_bytes
         self._begin()
 
     def _begin(self):
         from backports import zstd
 
         self._frame, self._error = zstd.ZstdDecompressor(), zstd.ZstdError
-        self._taken = self._at = 0  # bytes read of what is stored, and bytes unpacked
+        self._n_read = self._at = 0  # bytes read of the frame, and bytes decompressed
 
     def read_into(self, view: memoryview, at: int) -> None:
         if at < self._at:
@@ -168,48 +172,49 @@ class _Zstd:
         self._skip_to(at)
         done = 0
         while done < len(view):
-            found = self._unpack(len(view) - done)
-            view[done : done + len(found)] = found
-            done += len(found)
+            data = self._decompress(len(view) - done)
+            view[done : done + len(data)] = data
+            done += len(data)
 
     def finish(self) -> None:
-        """Raises where the frame does not end with the chunk, or anything follows it."""
+        """Raises ValueError where the frame does not end with the chunk, or bytes follow it."""
         self._skip_to(self._n_bytes)
-        if self._unpack(1, at_end=True) or self._frame.unused_data or self._stored():
+        if self._decompress(1, at_end=True) or self._frame.unused_data or self._read():
             raise ValueError(f"a chunk of it is longer than {self._n_bytes} bytes")
 
     def _skip_to(self, at):
         while self._at < at:
-            self._unpack(at - self._at)
+            self._decompress(at - self._at)
 
-    def _stored(self):
-        found = self._value.read(self._taken, PACKED_BYTES)
-        self._taken += len(found)
-        return found
+    def _read(self):
+        packed = self._stored.read(self._n_read, PACKED_BYTES)
+        self._n_read += len(packed)
+        return packed
 
-    def _unpack(self, most, *, at_end=False):
-        """The next bytes, at least one; none where the frame ends, if that may be."""
+    def _decompress(self, most, *, at_end=False):
+        """The next bytes, at least one and at most `most`; none at the end of the frame, where
+        `at_end` allows it."""
         most = min(most, UNPACKED_BYTES)
         while not self._frame.eof:
-            stored = self._stored() if self._frame.needs_input else b""
-            if self._frame.needs_input and not stored:
-                raise ValueError(f"a chunk of it is cut off at byte {self._taken}")
+            packed = self._read() if self._frame.needs_input else b""
+            if self._frame.needs_input and not packed:
+                raise ValueError(f"a chunk of it is cut off at byte {self._n_read}")
             try:
-                found = self._frame.decompress(stored, most)
+                data = self._frame.decompress(packed, most)
             except self._error as error:
                 raise ValueError(f"a chunk of it cannot be unpacked: {error}") from None
-            if found:
-                self._at += len(found)
-                return found
+            if data:
+                self._at += len(data)
+                return data
         if not at_end:
             raise ValueError(f"a chunk of it has {self._at} bytes, expected {self._n_bytes}")
         return b""
 
 
 class ChunkedArray:
-    """An array whose tensors, of one or two axes, are read in order: itself, or its layers.
+    """An array read in order: one tensor of one or two axes, or a stack of a tensor a layer.
 
-    `in_order` is False where rows are cut, too: then only whole ones are read.
+    `in_order` is False where chunks cut the rows: then only whole rows can be read.
     """
 
     def __init__(self, packing: Packing, *, is_stacked: bool):
@@ -223,11 +228,11 @@ class ChunkedArray:
         self._cut_bytes = math.prod(cut) * packing.item_bytes
         self._chunk_bytes = math.prod(chunk) * packing.item_bytes
         self._packing = packing
-        self._streams: dict[tuple[int, ...], _Plain | _Zstd] = {}
+        self._streams: dict[tuple[int, ...], PlainStream | ZstdStream] = {}
         self.in_order = self._row_bytes == self._cut_bytes
 
     def read_into(self, view: memoryview, at: int, layer: int) -> None:
-        """Fills `view` with a layer's bytes from `at` on. Of an array that is no stack, layer 0.
+        """Fills `view` with the bytes of a layer from `at` on; of an array without layers, layer 0.
 
         Raises ValueError or OSError.
         """
@@ -250,12 +255,12 @@ class ChunkedArray:
         self._streams.clear()
 
     def _read_cut(self, rows, layer, band, first):
-        """Fills whole rows from chunks side by side; the last one may reach beyond them."""
+        """Fills whole rows from the chunks side by side; the last chunk may be padded."""
         for column in range(self._n_columns):
-            found = bytearray(len(rows) * self._cut_bytes)
-            self._stream(layer, band, column).read_into(memoryview(found), first * self._cut_bytes)
+            cut = bytearray(len(rows) * self._cut_bytes)
+            self._stream(layer, band, column).read_into(memoryview(cut), first * self._cut_bytes)
             place = rows[:, column * self._cut_bytes :][:, : self._cut_bytes]
-            place[:] = np.frombuffer(found, np.uint8).reshape(len(rows), -1)[:, : place.shape[1]]
+            place[:] = np.frombuffer(cut, np.uint8).reshape(len(rows), -1)[:, : place.shape[1]]
 
     @property
     def _n_columns(self):
@@ -264,12 +269,12 @@ class ChunkedArray:
     def _stream(self, layer, band, column):
         index = (layer // self._depth, band, column)
         if index not in self._streams:
-            kind = _Zstd if self._packing.is_zstd else _Plain
-            self._streams[index] = kind(self._packing.value(index[self._axes]), self._chunk_bytes)
+            kind = ZstdStream if self._packing.is_zstd else PlainStream
+            self._streams[index] = kind(self._packing.stored(index[self._axes]), self._chunk_bytes)
         return self._streams[index]
 
     def _leave(self, layer, band):
-        """Has a band's streams wait for the next layer; those that have seen their last one end."""
+        """Keeps a band's streams for the next layer; ends those that have no further layer."""
         is_last = layer + 1 == self._n_layers or (layer + 1) % self._depth == 0
         for column in range(self._n_columns):
             index = (layer // self._depth, band, column)

@@ -1,1 +1,1 @@
-"""The folder that is written: lock, space, files, journal."""
+"""The target folder: its lock, its files, and what an interrupted run left in it."""

@@ -1,9 +1,8 @@
-"""Bytes into a new file, past the page cache where the file system lets them.
+"""Writes new files through page-aligned blocks, with direct I/O where the file system allows it.
 
-They are gathered into page-aligned blocks; while one block is filled, those before it are hashed by
-one thread and written by another. Writing directly leaves the processor to the hash and little to
-the sync at the end, so that a run can also be stopped at any time: 3.8 GB took 2.7 s where buffered
-writes took 4.9 s (two cores, medians of 5).
+While one block is filled, a thread hashes the one before and another thread writes it. Direct I/O
+leaves the processor to the hash, and little data to the sync at the end, so that a run can be
+stopped at any time: 3.8 GB took 2.7 s, buffered 4.9 s (two cores, medians of 5).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from convert.sources.files import Chunk
-from convert.target.disk import close, failure, write_all
+from convert.target.disk import failure, write_all
 from jlayer.spec import ALIGNMENT
+from jlayer.strict import close
 
 BLOCK_BYTES = 4 << 20
-N_BLOCKS = 3  # one that is filled, one that is hashed, one that is written
-# Where writes go through the page cache, no more than this waits for the disk: an old one writes
-# it in a third of a second.
+N_BLOCKS = 3  # one is filled, one hashed, one written
+# The most bytes of buffered writes that wait for a sync: a slow disk takes a third of a second.
 UNSYNCED_BYTES = 32 << 20
 
 
@@ -36,7 +35,7 @@ class _Block:
     pending: list[Future] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Waits until what it holds is hashed and written; raises what went wrong."""
+        """Waits until its data is hashed and written; raises the error of either."""
         wait(self.pending)
         pending, self.pending, self.n_bytes = self.pending, [], 0
         for future in pending:
@@ -44,7 +43,7 @@ class _Block:
 
 
 class BlockWriter:
-    """Writes files, one after the other, through the same few blocks."""
+    """Writes files, one at a time, through the same few blocks."""
 
     def __init__(self):
         self._blocks = [_Block() for _ in range(N_BLOCKS)]
@@ -57,9 +56,9 @@ class BlockWriter:
         self._writer.shutdown()
 
     def write(self, path: str, chunks: Iterable[Chunk], *, called: str) -> tuple[int, str]:
-        """Makes the file `path`, named `called` in errors; returns its bytes and SHA-256, synced.
+        """Writes and syncs the file `path`, which errors name `called`; returns size and SHA-256.
 
-        A chunk that is what `room` has lent last is taken where it is; any other is copied. Raises
+        A chunk in the memory that `room` lent last is not copied; any other is. Raises
         DoesNotFitError, StorageError, and whatever `chunks` raises.
         """
         file = _File(path, called)
@@ -76,7 +75,7 @@ class BlockWriter:
             file.sync()
             return file.n_bytes, digest.hexdigest()
         finally:
-            # Whatever happened, nobody may still write to the descriptor, or read from the blocks.
+            # After an error, too, no thread may still use the descriptor or the blocks.
             wait([future for block in self._blocks for future in block.pending])
             for block in self._blocks:
                 block.pending, block.n_bytes = [], 0
@@ -84,9 +83,9 @@ class BlockWriter:
             file.close()
 
     def room(self, n_bytes: int) -> memoryview:
-        """Memory where the next chunk of the file that is being written may lie, at most so much.
+        """Lends memory for the next chunk of the file that is being written: at most `n_bytes`.
 
-        To be filled whole, and only by who gives the chunks.
+        Only the iterable that gives the chunks may call it, and must fill all of it.
         """
         block = self._filled
         self._lent = block.memory[block.n_bytes : block.n_bytes + n_bytes]
@@ -106,7 +105,7 @@ class BlockWriter:
             self._send(file, digest)
 
     def _send(self, file, digest):
-        """Hands a block to both threads, and goes on to the next one once it is free."""
+        """Hands the filled block to both threads, and waits until the next one is free."""
         block = self._filled
         data = block.memory[: block.n_bytes]
         block.pending = [
@@ -119,7 +118,7 @@ class BlockWriter:
 
 
 class _File:
-    """A new file that grows by blocks."""
+    """A new file that is written block by block."""
 
     def __init__(self, path: str, called: str):
         self._called = called
@@ -131,14 +130,14 @@ class _File:
             try:
                 self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # what a file system without direct writes says
+                if error.errno != errno.EINVAL:  # EINVAL: no direct I/O on this file system
                     raise
                 self._fd, self._direct = os.open(path, flags, 0o666), False
         except OSError as error:
             raise failure(called, error, "written") from None
 
     def append(self, data: memoryview) -> None:
-        """Writes the next block. Only the file's last may be of any length."""
+        """Writes the next block. Only the last block of a file may have any length."""
         aligned = len(data) // ALIGNMENT * ALIGNMENT if self._direct else 0
         try:
             while aligned and self._direct:
@@ -161,12 +160,14 @@ class _File:
         close(self._fd)
 
     def _write_direct(self, data):
-        """One request, which may take part. One cut off inside a block ends direct writing, since
-        what follows is not aligned any more."""
+        """Makes one request, which may write a part; returns the bytes written.
+
+        A part that ends within an alignment unit ends direct I/O: the rest is not aligned.
+        """
         try:
             count = os.pwrite(self._fd, data, self.n_bytes)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # accepted at the open and refused here
+            if error.errno != errno.EINVAL:  # EINVAL: some file systems refuse only now
                 raise
             count = 0
         if count == 0 or count % ALIGNMENT:
@@ -190,6 +191,6 @@ class _File:
             self._unsynced = 0
 
     def _forget(self):
-        """Lets the page cache go, so that whoever reads it again reads what is on the disk."""
-        with contextlib.suppress(OSError):  # a hint, which not every file system takes
+        """Drops the page cache, so that a later read gets what is on the disk."""
+        with contextlib.suppress(OSError):  # a hint that some file systems refuse
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,8 @@
-"""The source's weight files, removed as soon as nothing needs them: what `--delete-source` does.
+"""Removes the source's weight files as soon as nothing needs them: what `--delete-source` does.
 
-A file goes only after every file that is made of it is on disk, synced, and read again by its
-hash; the last ones go after the manifest. The journal names it first, so that a run which is cut
-off in between can be gone on with.
+A file is removed only after every output that is made from it is on disk, synced, and has been read
+back and compared by its hash; the last ones only after the manifest. The journal names a file
+before it is removed, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from jlayer.strict import is_there, resolve
 
 
 @dataclass
-class _Held:
-    """One file on disk, under all the names that the source has for it, and the output after which
-    nothing needs it."""
+class _StoredFile:
+    """One file on disk: all names that the source has for it, and the last output that needs it."""
 
     files: list[SourceFile] = field(default_factory=list)
-    last: str = ""
+    last_output: str = ""
 
     @property
     def paths(self) -> set[str]:
         return {path for file in self.files for path in (file.real, file.path)}
 
 
-class Shedder:
-    """Removes what a source's tensors lie in, and nothing else of it.
+class SourceRemover:
+    """Removes the files that hold a source's tensors, and nothing else.
 
-    In a hub cache that is the blob and the link to it; a blob that another revision uses as well
-    stays, with its link. Raises StorageError where removing is not allowed.
+    In a hub cache these are the blob and the link to it. A blob that another revision uses stays,
+    and so does its link. Raises StorageError where a file may not be removed.
     """
 
     def __init__(
@@ -50,64 +49,61 @@ class Shedder:
         note: Callable[[str], None],
     ):
         self._source, self._journal, self._target = source, journal, target
-        self._final = outputs[-1].name
-        self._goes_early = _is_plain(source)
-        self._held: dict[str, _Held] = {}
+        self._final_output = outputs[-1].name
+        self._removes_early = _can_be_restored(source)
+        self._stored: dict[str, _StoredFile] = {}  # by the path without links
         for output in outputs:
             for file in files_of(source, output):
-                held = self._held.setdefault(file.real, _Held())
-                held.last = output.name
-                if file not in held.files:
-                    held.files.append(file)
-        for real, held in list(self._held.items()):
-            user = _other_user(held.files[0])
+                stored = self._stored.setdefault(file.real, _StoredFile())
+                stored.last_output = output.name
+                if file not in stored.files:
+                    stored.files.append(file)
+        for real, stored in list(self._stored.items()):
+            user = _other_user(stored.files[0])
             if user is not None:
-                note(f"{held.files[0].path}: kept, since {user} leads to the same blob")
-                del self._held[real]
-            for path in held.paths:
+                note(f"{stored.files[0].path}: kept, since {user} leads to the same blob")
+                del self._stored[real]
+            for path in stored.paths:
                 _check_removable(path)
 
-    @property
-    def names(self) -> list[str]:
-        """The files that are to go, as the source names them."""
-        return sorted(file.name for held in self._held.values() for file in held.files)
-
-    def frees(self) -> dict[str, int]:
-        """After which output how many bytes come free on the target's disk."""
+    def freed_bytes(self) -> dict[str, int]:
+        """By output: how many bytes its completion frees on the target's disk."""
         device, freed = _status(self._target).st_dev, {}
-        for real, held in self._held.items():
-            if self._goes_early and held.last != self._final and is_there(real):
+        for real, stored in self._stored.items():
+            output = stored.last_output
+            if self._removes_early and output != self._final_output and is_there(real):
                 status = _status(real)
                 if status.st_dev == device and status.st_nlink == 1:
-                    freed[held.last] = freed.get(held.last, 0) + status.st_blocks * 512
+                    freed[output] = freed.get(output, 0) + status.st_blocks * 512
         return freed
 
-    def after(self, output: str) -> None:
-        """Removes what only `output` and those before it needed, all of which are checked."""
-        if self._goes_early and output != self._final:
-            self._shed([held for held in self._held.values() if held.last == output])
+    def remove_after(self, output: str) -> None:
+        """Removes the files that no output after this one needs; it and those before are on disk
+        and checked."""
+        if self._removes_early and output != self._final_output:
+            self._remove([file for file in self._stored.values() if file.last_output == output])
 
-    def rest(self) -> None:
-        """Removes what is left, once the manifest is written."""
-        self._shed(list(self._held.values()))
+    def remove_rest(self) -> None:
+        """Removes the files that are left; the manifest is on disk."""
+        self._remove(list(self._stored.values()))
 
-    def _shed(self, going):
-        files = [file for held in going for file in held.files]
+    def _remove(self, unneeded):
+        files = [file for stored in unneeded for file in stored.files]
         for file in files:
             if is_there(file.real):
-                check_unchanged(file)  # what has never been read is not to be lost
+                check_unchanged(file)  # new content, which was never read, must not be lost
         new = sorted({file.name for file in files} - set(self._journal.removed))
         if new:
             self._journal.removed += new
             self._journal.write(self._target)
         if files:
-            self._source.close()  # a file that is open takes its room until it is closed
-        for held in going:
-            for path in held.paths:
+            self._source.close()  # an open file takes its space until it is closed
+        for stored in unneeded:
+            for path in stored.paths:
                 remove(path)
-            for folder in {os.path.dirname(path) for path in held.paths}:
+            for folder in {os.path.dirname(path) for path in stored.paths}:
                 sync_folder(folder)
-            del self._held[held.files[0].real]
+            del self._stored[stored.files[0].real]
 
 
 def _status(path):
@@ -117,9 +113,9 @@ def _status(path):
         raise failure(path, error, "looked at") from None
 
 
-def _is_plain(source):
-    """Whether the journal can describe how its tensors are read, so that a later run can go on
-    with some of its files gone. Not so for pickles: their files stay until the end."""
+def _can_be_restored(source):
+    """Whether the journal can describe where the tensors lie, so that a later run can do without
+    the removed files. It cannot for pickles: their files stay until the end."""
     return type(source) is FileSource and all(
         place.strided is None and place.checksum is None
         for name in source.tensors
@@ -128,15 +124,16 @@ def _is_plain(source):
 
 
 def _other_user(file):
-    """Another revision's link to the same blob of a hub cache, which is not ours to break."""
+    """What else in a hub cache uses the same blob, as words for a message; None where nothing
+    does."""
     if file.real == file.path or not os.path.islink(file.path):
         return None
     home = resolve(os.path.dirname(file.path))
-    before, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
-    shared = os.path.join(os.path.dirname(before), "blobs")
-    if found and file.real.startswith(shared + os.sep):
+    repository, snapshots, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
+    shared = os.path.join(os.path.dirname(repository), "blobs")
+    if snapshots and file.real.startswith(shared + os.sep):
         return "perhaps another model of the cache, whose store it is in,"
-    for path in _links(os.path.join(before, "snapshots")) if found else ():
+    for path in _links(os.path.join(repository, "snapshots")) if snapshots else ():
         leads_there = resolve(path, strict=False) == file.real
         if leads_there and resolve(os.path.dirname(path)) != home:
             return path

@@ -1,6 +1,6 @@
-"""The few system calls that change the target, with errors in our words and with their syncs.
+"""The system calls that change the target, each synced, with errors translated into ours.
 
-Nothing here knows what the files are.
+Nothing here knows what the files hold.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ import os
 from collections.abc import Callable, Iterator
 
 from jlayer.errors import DoesNotFitError, JlayerError, StorageError
-from jlayer.strict import is_there, resolve
+from jlayer.strict import close, is_there, resolve
 
-# What is being written bears this until it is whole and synced.
+# The suffix of a file until it is whole and synced.
 TEMPORARY = ".jlayer-tmp"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def failure(path: str, error: OSError, doing: str) -> JlayerError:
-    """What to raise for an error of the system: DoesNotFitError where room ran out, else
-    StorageError."""
+    """The error to raise for an OSError: DoesNotFitError where space ran out, else StorageError."""
     if error.errno in FULL:
         return DoesNotFitError(
-            f"{path}: no room to go on ({error.strerror}); make room or name a folder elsewhere"
+            f"{path}: no space to go on ({error.strerror}); free some or name a folder elsewhere"
         )
     return StorageError(f"{path}: cannot be {doing} ({error.strerror})")
 
 
-def again(call: Callable, *arguments):
-    """Calls until no signal comes between. Python itself does so for reads, writes, opens and
-    syncs, but not for renames and the like."""
+def uninterrupted(call: Callable, *arguments):
+    """Calls again after EINTR. Python does so itself for reads, writes, opens and syncs, but not
+    for renames and the like."""
     while True:
         try:
             return call(*arguments)
@@ -39,9 +38,9 @@ def again(call: Callable, *arguments):
 
 
 def make_folders(folder: str) -> list[str]:
-    """Makes the folder and those above it, so that a power cut does not unmake them.
+    """Makes the folder and missing ones above it, synced, so that a power cut does not undo them.
 
-    Returns those that were not there, outermost first.
+    Returns those that it made, outermost first.
     """
     path, missing = resolve(folder, strict=False), []
     while not is_there(path, follow=False):
@@ -50,18 +49,18 @@ def make_folders(folder: str) -> list[str]:
     made = []
     for path in reversed(missing):
         try:
-            again(os.mkdir, path)
+            uninterrupted(os.mkdir, path)
             made.append(path)
             sync_folder(os.path.dirname(path))
         except FileExistsError:
-            pass  # another run was faster
+            pass  # another process made it meanwhile
         except OSError as error:
             raise failure(path, error, "made") from None
     return made
 
 
 def sync_folder(folder: str) -> None:
-    """Makes the folder's names durable. Raises DoesNotFitError or StorageError."""
+    """Makes the names in a folder durable. Raises DoesNotFitError or StorageError."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -69,21 +68,14 @@ def sync_folder(folder: str) -> None:
         finally:
             close(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system whose folders need no sync says this
+        if error.errno != errno.EINVAL:  # EINVAL: folders need no sync on this file system
             raise failure(folder, error, "synced") from None
 
 
-def close(fd: int) -> None:
-    """Closes a descriptor. Linux has closed it whatever it says, and what had to reach the disk was
-    synced before."""
-    with contextlib.suppress(OSError):
-        os.close(fd)
-
-
 def remove(path: str) -> None:
-    """Removes a file, which may be gone already."""
+    """Removes a file; does nothing where it is gone already."""
     try:
-        again(os.unlink, path)
+        uninterrupted(os.unlink, path)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -92,27 +84,26 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: str) -> Iterator[str]:
-    """The name under which to write a file and sync it; at the end it gets its own, for good.
+    """Yields a temporary name to write and sync a file under, then renames it to `path`, durably.
 
-    Where anything fails, nothing is left of it.
+    After an error nothing is left of the file.
     """
     aside = path + TEMPORARY
     try:
         yield aside
         try:
-            again(os.rename, aside, path)
+            uninterrupted(os.rename, aside, path)
         except OSError as error:
             raise failure(path, error, "renamed") from None
         sync_folder(os.path.dirname(path))
     except BaseException:
-        # Whatever fails here, the error that brought us here is the one to report.
-        with contextlib.suppress(JlayerError):
+        with contextlib.suppress(JlayerError):  # the first error is the one to report
             remove(aside)
         raise
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of it: a full disk or a signal may cut one write short without an error."""
+    """Writes all of `data`: a full disk or a signal may shorten one write without an error."""
     view = memoryview(data)
     while view:
         count = os.pwrite(fd, view, offset)
@@ -120,7 +111,7 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """A small file with this content, for good and in one step: the old one stays until then."""
+    """Replaces a small file in one step, durably: until then the old content stays."""
     with written_aside(path) as aside:
         try:
             fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

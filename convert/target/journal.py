@@ -1,8 +1,8 @@
-"""What one run of a conversion leaves for the next: which source it is of, and what is finished.
+"""The journal of a conversion: its source, and the files that are finished. A run resumes from it.
 
-A small file in the target while a conversion is under way, replaced as a whole and synced at every
-step, and removed at the end. That a file is finished is not believed of it: the journal says what
-SHA-256 it must have.
+It is a small file in the target while a conversion runs. Each change replaces it whole and syncs
+it; the end of the conversion removes it. A file that it lists as finished is not trusted but read
+again: the journal has the SHA-256 that it must have.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A weight file that is written: its SHA-256, the one that it would have in its source's dtype,
-    its tensors' digests, and how many numbers in it are not finite, by tensor."""
+class FinishedFile:
+    """A weight file that is written.
+
+    `source_sha256`: the SHA-256 that it would have in its source's dtypes. `digests`: by tensor.
+    `nonfinite`: by tensor, how many of its numbers are NaN or infinite.
+    """
 
     sha256: str
     source_sha256: str
@@ -39,11 +42,11 @@ class Finished:
 
 @dataclass
 class Journal:
-    """`source` is what `describe` says; `removed` names the source's files that are to go or are
-    gone, since all that needs them is finished."""
+    """`source`: what `describe_source` says. `removed`: the source files that were removed or are
+    about to be."""
 
     source: dict
-    finished: dict[str, Finished] = field(default_factory=dict)
+    finished: dict[str, FinishedFile] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
 
     def encode(self) -> bytes:
@@ -52,7 +55,7 @@ class Journal:
         return seal({**body, "removed": self.removed})
 
     def write(self, folder: str) -> None:
-        """Makes it durable. Raises DoesNotFitError or StorageError."""
+        """Writes it into the target and syncs it. Raises DoesNotFitError or StorageError."""
         replace_file(os.path.join(folder, JOURNAL), self.encode())
 
 
@@ -67,73 +70,79 @@ def read_journal(folder: str) -> Journal:
             raise CheckpointError(f"{path}: of version {body['version']!a}, expected {_VERSION}")
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: what an earlier run has noted cannot be used ({error}); "
-            "start anew with --overwrite"
+            f"{path}: the journal of the interrupted run cannot be used ({error}); "
+            "start again with --overwrite"
         ) from None
-    finished = {name: Finished(**entry) for name, entry in body["finished"].items()}
+    finished = {name: FinishedFile(**entry) for name, entry in body["finished"].items()}
     return Journal(body["source"], finished, body["removed"])
 
 
 def remove_journal(folder: str) -> None:
-    """The conversion is done."""
+    """Removes the journal; the conversion is finished."""
     remove(os.path.join(folder, JOURNAL))
     sync_folder(folder)
 
 
-def describe(
-    checked: CheckedSource, *, dtype: str | None, quantization: Quantization | None, whole: bool
+def describe_source(
+    checked: CheckedSource,
+    *,
+    dtype: str | None,
+    quantization: Quantization | None,
+    restorable: bool,
 ) -> dict:
-    """A source, and what it is to become, in plain words and numbers, by which it is known again.
+    """A source and its conversion as plain JSON, by which a later run knows both again.
 
-    `whole`: all that is needed to go on where some of its files have been removed.
+    `restorable`: with everything that `restore_source` needs once source files are removed.
     """
-    tensors = checked.tensors
-    places = {name: tensors.places_of(name) for name in tensors.tensors}
-    held = {}
-    for name, info in tensors.tensors.items():
-        for place in places[name]:
-            line = f"{place.name} {info.dtype} {info.shape} {place.offset}"
-            held.setdefault(place.file, []).append(line)
     sides = {name: file for name, file in checked.side_files.items() if name != CONFIG}
-    found = {
+    description = {
         "folder": resolve(checked.folder),
         "dtype": dtype,
         "config": _digest(checked.config_bytes),
-        "weights": {file.name: _file(file, lines) for file, lines in held.items()},
+        "weights": {
+            file.name: _file(file, lines) for file, lines in _lines_by_file(checked).items()
+        },
         "sides": {
             name: _digest(file) if isinstance(file, bytes) else _file(file)
             for name, file in sides.items()
         },
     }
     if quantization is not None:
-        found["quantization"] = quantization.as_dict()
-    if whole:
-        found["whole"] = {
+        description["quantization"] = quantization.as_dict()
+    if restorable:
+        description["whole"] = {
             "config": checked.config_bytes.decode(),
             "sides": {name: at.decode() for name, at in sides.items() if isinstance(at, bytes)},
-            "tensors": {
-                name: {
-                    "dtype": info.dtype,
-                    "shape": info.shape,
-                    "places": [
-                        (place.name, place.file.name, place.offset) for place in places[name]
-                    ],
-                }
-                for name, info in tensors.tensors.items()
-            },
+            "tensors": {name: _tensor(checked.tensors, name) for name in checked.tensors.tensors},
         }
-    return found
+    return description
 
 
-def refuse_another(then: dict, now: dict, *, target: str, gone: list[str]) -> None:
-    """Raises unless a conversion that began with the source `then` can go on with `now`.
+def _lines_by_file(checked):
+    """Each weight file with a line a tensor that lies in it."""
+    lines = {}
+    for name, info in checked.tensors.tensors.items():
+        for place in checked.tensors.places_of(name):
+            line = f"{place.name} {info.dtype} {info.shape} {place.offset}"
+            lines.setdefault(place.file, []).append(line)
+    return lines
 
-    UsageError for another source or other options, CheckpointError for the same one changed.
-    `gone`: files that were removed, which forbids to advise a new start.
+
+def _tensor(source, name):
+    info = source.tensors[name]
+    places = [(place.name, place.file.name, place.offset) for place in source.places_of(name)]
+    return {"dtype": info.dtype, "shape": info.shape, "places": places}
+
+
+def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[str]) -> None:
+    """Raises unless a conversion of the source `then` can be resumed with the source `now`.
+
+    UsageError for another source or other options, CheckpointError for the same source changed.
+    `removed`: source files that are gone, so that no new start can be advised.
     """
-    anew = "or start anew with --overwrite"
-    if gone:
-        anew = f"since it cannot start anew: {', '.join(gone)} are removed already"
+    anew = "or start again with --overwrite"
+    if removed:
+        anew = f"since it cannot start again: {', '.join(removed)} are removed already"
     for option, before, after in (
         ("dtype", then["dtype"], now["dtype"]),
         ("quantize", _scheme_of(then), _scheme_of(now)),
@@ -143,7 +152,7 @@ def refuse_another(then: dict, now: dict, *, target: str, gone: list[str]) -> No
                 f"{target}: its conversion began with {option} {before or 'as published'}, not "
                 f"{after or 'as published'}; run that command again to resume, {anew}"
             )
-    name = _changed(then, now)
+    name = _first_change(then, now)
     if name is None:
         return
     if then["folder"] != now["folder"]:
@@ -152,19 +161,22 @@ def refuse_another(then: dict, now: dict, *, target: str, gone: list[str]) -> No
             f"differs from it ({name}); resume that one, {anew}"
         )
     raise CheckpointError(
-        f"{os.path.join(now['folder'], name)}: changed since the conversion to {target} began; put "
-        f"back what was there and run the same command again to resume, {anew}"
+        f"{os.path.join(now['folder'], name)}: changed since the conversion to {target} began; "
+        f"restore what was there and run the same command again to resume, {anew}"
     )
 
 
-def chosen_before(
+def quantization_to_resume(
     journal: Journal | None, checked: CheckedSource, scheme: str
 ) -> Quantization | None:
-    """What an earlier run on this source has chosen to keep in which form, where it had the same
-    scheme in mind: to choose anew takes a source that is whole."""
+    """The quantisation that an interrupted run chose for this source and scheme; None for none.
+
+    A new choice would need all files of the source, and some may be removed.
+    """
     if journal is None or _scheme_of(journal.source) != scheme:
         return None
-    if _changed(journal.source, describe(checked, dtype=None, quantization=None, whole=False)):
+    now = describe_source(checked, dtype=None, quantization=None, restorable=False)
+    if _first_change(journal.source, now):
         return None
     return Quantization.from_dict(journal.source["quantization"])
 
@@ -174,7 +186,7 @@ def _scheme_of(source):
 
 
 def restore_source(folder: str, journal: Journal) -> CheckedSource:
-    """The source in `folder` as it was when some of its files were not yet removed.
+    """The checked source in `folder` as it was before some of its files were removed.
 
     Raises CheckpointError where one is missing that was not, or StorageError.
     """
@@ -214,16 +226,16 @@ def _restored_file(folder, name, entry, *, removed):
 
 def _file(file, lines=()):
     *_, n_bytes, changed_ns = file.identity
-    found = {"bytes": n_bytes, "changed_ns": changed_ns}
-    return {**found, "tensors": _digest("\n".join(sorted(lines)).encode())} if lines else found
+    entry = {"bytes": n_bytes, "changed_ns": changed_ns}
+    return {**entry, "tensors": _digest("\n".join(sorted(lines)).encode())} if lines else entry
 
 
 def _digest(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def _changed(then, now):
-    """The first file of the source that is not as it was."""
+def _first_change(then, now):
+    """The name of the first source file that has changed; None where none has."""
     if then["config"] != now["config"]:
         return CONFIG
     for kind in ("weights", "sides"):

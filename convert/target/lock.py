@@ -1,7 +1,7 @@
-"""One converter at a time on a target: the system's own lock on a file in it.
+"""One converter at a time on a target: flock on a file in it.
 
-The lock goes with the process that holds it, however that ends. So a lock file that is left behind
-(by a dead process, on another boot) holds nobody up; what stands in it serves messages alone.
+The system releases the lock when the process ends, in whatever way. So a lock file that a dead
+process left behind blocks nobody; its content only serves messages.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import socket
 import time
 from collections.abc import Callable
 
-from convert.target.disk import FULL, again, close, failure, make_folders, remove
+from convert.target.disk import FULL, failure, make_folders, remove, uninterrupted
 from jlayer.errors import JlayerError, LockedError
+from jlayer.strict import close
 
 LOCK = ".jlayer-lock"
-# What file systems without such locks say.
+# The errors of file systems without such locks.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class TargetLock:
-    """Holds a target, making the folder where it is not there. A context.
+    """Locks a target folder, which it makes if need be. A context manager.
 
-    Leaves no lock file behind, nor folders that it has made and that are still empty. Raises
-    LockedError where another process is at work, DoesNotFitError or StorageError.
+    At the end it removes the lock file, and the folders that it made and that are still empty.
+    Raises LockedError where another process holds the lock, DoesNotFitError or StorageError.
     """
 
     def __init__(self, folder: str, *, note: Callable[[str], None]):
@@ -47,13 +48,13 @@ class TargetLock:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            remove(self._path)  # while it is held: whoever opens it from now on makes a new one
+            remove(self._path)  # while locked: who opens it from now on makes a new file
         finally:
             close(self._fd)
             self._remove_made()
 
     def _take(self) -> bool:
-        """False where the file was removed by its holder just now."""
+        """Tries to take the lock; False where its holder has just removed the file."""
         self._made += make_folders(self.folder)
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -72,7 +73,7 @@ class TargetLock:
                 self._fd = fd
                 return True
         except BaseException:
-            with contextlib.suppress(JlayerError):  # the error that brought us here is to be told
+            with contextlib.suppress(JlayerError):  # the first error is the one to report
                 remove(self._path)
             close(fd)
             raise
@@ -108,25 +109,25 @@ class TargetLock:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except OSError as error:
-            if error.errno not in FULL:  # on a full disk the lock is what lets us clear up
+            if error.errno not in FULL:  # on a full disk the lock is needed to clean up
                 raise failure(self._path, error, "written") from None
 
     def _remove_made(self):
         for folder in reversed(self._made):
             try:
-                again(os.rmdir, folder)
-            except OSError:  # what has something in it stays, and so does all above it
+                uninterrupted(os.rmdir, folder)
+            except OSError:  # not empty, and so are all above it
                 return
 
 
 def _holder(fd):
-    """Who holds the lock, as the holder has written it; between the two a moment may pass."""
+    """The holder of the lock, in its own words, which it writes a moment after it has the lock."""
     for _ in range(50):
         try:
-            found = os.pread(fd, 200, 0)
+            content = os.pread(fd, 200, 0)
         except OSError:
             break
-        if found.endswith(b"\n"):
-            return ascii(found.decode(errors="replace").strip())[1:-1]
+        if content.endswith(b"\n"):
+            return ascii(content.decode(errors="replace").strip())[1:-1]
         time.sleep(0.01)
     return "unknown process"

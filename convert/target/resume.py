@@ -1,30 +1,39 @@
-"""What an earlier run has left: nothing, a beginning that can be gone on with, or all of it.
+"""What an interrupted or finished run has left in the target, and whether it can be resumed.
 
-Looks and compares; changes nothing.
+Reads and compares; changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from convert.sources.files import file_chunks, hash_stream
+from convert.progress import Progress
+from convert.sources.files import Source, file_chunks, hash_stream
 from convert.sources.open import CheckedSource, open_source
-from convert.target.journal import JOURNAL, Journal, read_journal, refuse_another, restore_source
-from convert.transform.outputs import Output, WeightFile, config_of
+from convert.target.journal import (
+    JOURNAL,
+    FinishedFile,
+    Journal,
+    check_same_conversion,
+    read_journal,
+    restore_source,
+)
+from convert.transform.outputs import Output, WeightFile, config_of, files_of
 from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
 
 
-def journal_of(target: str, present: Sequence[str], *, overwrite: bool) -> Journal | None:
-    """The journal of an earlier run, or None where there is none to go on with.
+def journal_to_resume(target: str, names: Sequence[str], *, overwrite: bool) -> Journal | None:
+    """The journal of an interrupted run; None where there is none.
 
-    Raises CheckpointError where it is damaged and may not be overwritten.
+    `names`: the files in the target. Raises CheckpointError where the journal is damaged and must
+    not be overwritten.
     """
-    if JOURNAL not in present:
+    if JOURNAL not in names:
         return None
     try:
         return read_journal(target)
@@ -34,8 +43,19 @@ def journal_of(target: str, present: Sequence[str], *, overwrite: bool) -> Journ
         return None
 
 
-def files_gone(journal: Journal, *folders: str) -> list[str]:
-    """The source's files that an earlier run has removed, and that one of these folders lacks."""
+def reopen_source(source: str, journal: Journal | None, *, allow_extra: bool) -> CheckedSource:
+    """Opens and checks the source; where files of it were removed, as the journal describes it."""
+    removed = journal is not None and _removed_files(journal, source)
+    if removed and resolve(source, strict=False) != journal.source["folder"]:
+        with contextlib.suppress(CheckpointError):
+            return open_source(source, allow_extra=allow_extra)  # another folder, and complete
+    if removed:
+        return restore_source(source, journal)
+    return open_source(source, allow_extra=allow_extra)
+
+
+def _removed_files(journal: Journal, *folders: str) -> list[str]:
+    """The source files that an interrupted run has removed and that any of the folders lacks."""
     return [
         name
         for name in journal.removed
@@ -43,60 +63,88 @@ def files_gone(journal: Journal, *folders: str) -> list[str]:
     ]
 
 
-def open_again(source: str, journal: Journal | None, *, allow_extra: bool) -> CheckedSource:
-    """The source by its own doors or, once files of it are gone, as the journal has it."""
-    gone = journal is not None and files_gone(journal, source)
-    if gone and resolve(source, strict=False) != journal.source["folder"]:
-        with contextlib.suppress(CheckpointError):
-            return open_source(source, allow_extra=allow_extra)  # another one, and complete
-    if gone:
-        return restore_source(source, journal)
-    return open_source(source, allow_extra=allow_extra)
+def may_resume(journal: Journal, source: dict, *, target: str, overwrite: bool) -> bool:
+    """Whether the journal is of the conversion that `source` describes; False to start again.
 
-
-def goes_on(journal: Journal, source: dict, *, target: str, anew: bool) -> bool:
-    """Whether the conversion that the journal is of is that of `source`; False to start anew.
-
-    Raises UsageError or CheckpointError where it is not and may not start anew: never where files
-    are gone, since what they held is nowhere but in the target.
+    Raises UsageError or CheckpointError where it is of another one and a new start is not allowed:
+    without `overwrite`, and always where source files were removed, whose weights only the target
+    has.
     """
-    gone = files_gone(journal, source["folder"], journal.source["folder"])
+    removed = _removed_files(journal, source["folder"], journal.source["folder"])
     try:
-        refuse_another(journal.source, source, target=target, gone=gone)
+        check_same_conversion(journal.source, source, target=target, removed=removed)
     except (UsageError, CheckpointError):
-        if gone or not anew:
+        if removed or not overwrite:
             raise
         return False
     return True
 
 
-def was_shed(
-    source: str, target: str, present: Sequence[str], *, dtype: str | None, scheme: str | None
+def source_was_deleted(
+    source: str, target: str, names: Sequence[str], *, dtype: str | None, scheme: str | None
 ) -> bool:
-    """Whether a conversion with `delete_source` has come to its end here, source and all.
-
-    Then the source has no weights any more, and the target is of its config.
-    """
-    names = names_in(source)
-    left = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]
-    if left or MANIFEST not in present or CONFIG not in names:
+    """Whether a conversion with `delete_source` has finished here: the source has no weights any
+    more, and the target, which holds the files `names`, has the source's config."""
+    in_source = names_in(source)
+    weights = [name for name in in_source if name.endswith((".safetensors", ".bin", ".pth"))]
+    if weights or MANIFEST not in names or CONFIG not in in_source:
         return False
     config = read_small_file(regular_file(source, CONFIG).real)
     expected = config_of(config, dtype=dtype, scheme=scheme)
     return expected == read_small_file(regular_file(target, CONFIG).real)
 
 
-def planned_difference(
+def intact_files(
+    target: str,
+    outputs: Sequence[WeightFile],
+    finished: Mapping[str, FinishedFile],
+    progress: Progress,
+) -> dict[str, FinishedFile]:
+    """The finished files, of these outputs, whose bytes on disk have the SHA-256 that was noted."""
+    progress.start(sum(output.n_bytes for output in outputs))
+    intact = {}
+    for output in outputs:
+        progress.file(output.name)
+        if sha256_on_disk(target, output, progress) == finished[output.name].sha256:
+            intact[output.name] = finished[output.name]
+        else:
+            progress.note(f"{target}: {output.name} is damaged; writing it again")
+    return intact
+
+
+def sha256_on_disk(target: str, output: WeightFile, progress: Progress) -> str | None:
+    """The SHA-256 of a file as it is on disk; None where not even its size is right."""
+    file = regular_file(target, output.name)
+    if file.n_bytes != output.n_bytes:
+        return None
+    return hash_stream(file_chunks(file), lambda chunk: progress.advance(len(chunk)))[1]
+
+
+def require_sources(target: str, outputs: Iterable[WeightFile], source: Source) -> None:
+    """Raises CheckpointError where a file that has to be written again is made from a source file
+    that was removed."""
+    for output in outputs:
+        for file in files_of(source, output):
+            if not is_there(file.real):
+                raise CheckpointError(
+                    f"{os.path.join(target, output.name)}: missing or damaged, and {file.path}, "
+                    "which it is made of, was removed by --delete-source; fetch that model again "
+                    "and convert it with --overwrite"
+                )
+
+
+def first_difference(
     manifest: Manifest, wanted: Manifest, weights: Sequence[WeightFile], sides: Sequence[Output]
 ) -> str | None:
-    """The first thing known before the weights are read in which a finished target is another.
+    """The first thing in which a finished target is not what would be written, as far as can be
+    told without reading the weights; None where there is none.
 
-    `wanted`: what the manifest would be, but for its files.
+    `wanted`: the manifest that would be written, without its files.
     """
     if manifest.family != wanted.family:
         return f"family {manifest.family}"
     if manifest.quantization != wanted.quantization:
-        return f"quantised as {scheme_name(manifest)} there, as {scheme_name(wanted)} here"
+        return f"quantised as {_scheme_of(manifest)} there, as {_scheme_of(wanted)} here"
     for name in sorted({output.name for output in [*weights, *sides]} ^ manifest.files.keys()):
         return f"{name} is in only one of them"
     for output in weights:
@@ -111,12 +159,12 @@ def planned_difference(
     return None
 
 
-def scheme_name(manifest: Manifest) -> str:
+def _scheme_of(manifest):
     return manifest.quantization.scheme if manifest.quantization else "published"
 
 
-def sides_are_whole(target: str, manifest: Manifest) -> bool:
-    """Whether the files of a finished target that hold no weights are there as they were made."""
+def side_files_intact(target: str, manifest: Manifest) -> bool:
+    """Whether the files of a finished target that hold no weights are there, unchanged."""
     names = names_in(target)
     sides = {name: entry for name, entry in manifest.files.items() if not entry.tensors}
     return sides.keys() <= names and all(

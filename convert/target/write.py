@@ -1,7 +1,7 @@
-"""The target folder: whether it may be written, and files that appear in it whole or not at all.
+"""The target folder: checks whether it may be written, and writes files that appear whole or not.
 
-A file is written aside, synced, renamed, and its folder synced, so that after a power cut a name in
-the folder stands for complete bytes. Where the bytes come from is not known here.
+A file is written under a temporary name, synced, renamed, and its folder synced, so that after a
+power cut every name in the folder has complete bytes. Nothing here knows where they come from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jlayer.errors import StorageError, UsageError
 
 
 def check_target(target: str, *, source: str) -> None:
-    """Looks at the target without changing it.
+    """Checks the target without changing it.
 
-    Raises UsageError (the source or inside it, no folder, holding anything but a layered
+    Raises UsageError (it is the source or inside it, is no folder, or holds anything but a layered
     checkpoint) or StorageError (not writable).
     """
     refuse_inside(target, source)
@@ -39,16 +39,16 @@ def check_target(target: str, *, source: str) -> None:
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise UsageError(
-            f"{target}: holds what is no layered checkpoint ({', '.join(foreign[:5])}{more}); "
-            f"name another folder for {source}"
+            f"{target}: holds files that are not of a layered checkpoint "
+            f"({', '.join(foreign[:5])}{more}); name another folder for {source}"
         )
     _check_writable(target)
 
 
 def remove_temporaries(target: str) -> list[str]:
-    """Removes what an interrupted run has left half-written; returns the names of all else.
+    """Removes the half-written files of an interrupted run; returns the names of the other files.
 
-    To be called by who holds the target's lock.
+    The caller holds the target's lock.
     """
     names = _names_in(target)
     for name in names:
@@ -58,7 +58,7 @@ def remove_temporaries(target: str) -> list[str]:
 
 
 class TargetWriter:
-    """Writes files into a folder that is locked. A context."""
+    """Writes files into a folder that is locked. A context manager."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -71,11 +71,11 @@ class TargetWriter:
         self._blocks.close()
 
     def room(self, n_bytes: int) -> memoryview:
-        """Memory where the next chunk of what is being written may lie, so as not to be copied."""
+        """Lends memory for the next chunk of the file that is being written, to save a copy."""
         return self._blocks.room(n_bytes)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes files of an earlier run: the manifest first, so that none outlives its files."""
+        """Removes files of a previous run, the manifest first: it must not outlive its files."""
         names = list(names)
         if MANIFEST in names:
             remove(os.path.join(self.folder, MANIFEST))
@@ -84,20 +84,21 @@ class TargetWriter:
             remove(os.path.join(self.folder, name))
 
     def write(self, name: str, chunks: Iterable[Chunk], *, n_bytes: int) -> str:
-        """Writes one file of `n_bytes` bytes and returns their SHA-256.
+        """Writes one file of `n_bytes` bytes and returns its SHA-256.
 
-        Raises DoesNotFitError or StorageError, and whatever `chunks` raises. Nothing is then left
-        of it.
+        Raises DoesNotFitError or StorageError, and whatever `chunks` raises; then nothing of the
+        file is left.
         """
         path = os.path.join(self.folder, name)
         with written_aside(path) as aside:
-            found, digest = self._blocks.write(aside, chunks, called=path)
-            assert found == n_bytes, (name, found, n_bytes)
-        return digest
+            written, sha256 = self._blocks.write(aside, chunks, called=path)
+            assert written == n_bytes, (name, written, n_bytes)
+        return sha256
 
 
 def _is_ours(name, begun):
-    """A folder of nothing but config and tokenizer is a download cut short, not a run of ours."""
+    """Whether a file may be a conversion's. Config and tokenizer alone are not: such a folder is a
+    download that was cut off."""
     if name.endswith(TEMPORARY) or is_weight_file(name) or name in (LOCK, JOURNAL):
         return True
     return begun and (name in SIDE_FILES or name in (MANIFEST, INDEX))
@@ -111,7 +112,7 @@ def _names_in(folder):
 
 
 def _status(path):
-    """What `path` leads to, or None where there is nothing of that name."""
+    """The status of what `path` leads to; None where there is nothing of that name."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def refuse_inside(target: str, source: str) -> None:
     try:
         origin = os.stat(source)
     except OSError:
-        return  # the source's own door says what is wrong with it
+        return  # the checks of the source say what is wrong with it
     real = path = resolve(target, strict=False)
     while True:
         with contextlib.suppress(OSError):

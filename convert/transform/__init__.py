@@ -1,1 +1,1 @@
-"""What becomes of weights and side files on their way."""
+"""How weights and side files change between source and target: cast, quantised."""

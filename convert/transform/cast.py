@@ -1,4 +1,4 @@
-"""Arithmetic on chunks of weights: another dtype, and a count of what is no finite number."""
+"""Chunks of weights cast to another dtype, and their NaN and infinite numbers counted."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _EXPONENT = {
 
 
 def count_nonfinite(chunk: Chunk, dtype: str) -> int:
-    """How many of the chunk's numbers are NaN or infinite, from their bits.
+    """How many of the chunk's numbers are NaN or infinite.
 
-    As whole numbers with a sign, the positive ones of these are the largest that there are; without
-    a sign, the negative ones are. So two maxima, which write nothing, tell of most chunks that
-    there are none.
+    Read as signed integers, the positive ones are larger than all finite numbers; read as unsigned
+    integers, the negative ones are. So two maxima, which allocate nothing, clear most chunks.
     """
     exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, exponent.dtype)
@@ -37,11 +36,11 @@ def count_nonfinite(chunk: Chunk, dtype: str) -> int:
 
 
 def cast(chunk: Chunk, dtype: str, target: str) -> memoryview:
-    """The chunk's numbers in another dtype, rounded to nearest, ties to even, as torch does.
+    """The chunk's numbers in another dtype, rounded to nearest, ties to even, as torch rounds.
 
-    What exceeds the target's range becomes infinite: `count_nonfinite` before and after tells.
+    Numbers beyond the target's range become infinite; `count_nonfinite` before and after shows it.
     """
     numbers = np.frombuffer(chunk, NUMPY_DTYPE[dtype])
     with np.errstate(over="ignore", invalid="ignore"):
-        found = numbers.astype(NUMPY_DTYPE[target])
-    return memoryview(found.view(np.uint8))
+        numbers = numbers.astype(NUMPY_DTYPE[target])
+    return memoryview(numbers.view(np.uint8))

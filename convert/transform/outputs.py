@@ -1,6 +1,6 @@
-"""The files that a source becomes: sizes before anything is written, and bytes on demand.
+"""The files that a source becomes: their sizes in advance, and their bytes on demand.
 
-The checks that need the weights themselves happen here, while the bytes go by.
+Also the checks that need the weights themselves, made while the bytes are read.
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 
 
 class Output(Protocol):
-    """One file to be. `tensors` is empty for what is not weights."""
+    """A file to write; `tensors` is empty where it holds no weights."""
 
     name: str
     n_bytes: int
     tensors: dict[str, TensorEntry]
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        """The file's bytes, from the start each time, each chunk valid until the next but one.
+        """The file's bytes, from the start at each call, in chunks as `Source.chunks` gives them.
 
-        A chunk may be what `room` has lent last, filled.
+        A chunk may be the memory that `room` lent last.
         """
 
 
 class WeightFile:
-    """A file of weights. Once its chunks are through, `digests` has each tensor's, and `nonfinite`
-    counts, by tensor, what `allow_nonfinite` has let through. `published` names what it is made of,
-    `tensors` what it holds: the same, but for the pieces of what is quantised; `header` are the
-    file's first bytes."""
+    """A safetensors file of the target.
+
+    `published`: the source tensors that it is made from. `tensors`: what it holds, where a
+    quantised tensor is several pieces. `header`: its first bytes. After all `chunks` were read,
+    `digests` has the digest of each tensor, and `nonfinite` counts, by tensor, the NaN and infinite
+    numbers that `allow_nonfinite` let through.
+    """
 
     def __init__(
         self,
@@ -83,12 +86,13 @@ class WeightFile:
         changes = before != after or self._schemes
         self._source_header = encode_header(shapes, before)[0] if changes else None
         self._source_digest = None
-        self._waiting: dict[str, list[bytes]] = {}  # pieces that were made before their turn
+        self._later_pieces: dict[str, list[bytes]] = {}  # pieces that come later in the file
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        """The file's bytes. Raises CheckpointError for numbers that are or become infinite."""
+        """The file's bytes. Raises CheckpointError for numbers that are NaN, or are or become
+        infinite."""
         self._source_digest = self._source_header and hashlib.sha256(self._source_header)
-        self._waiting.clear()
+        self._later_pieces.clear()
         yield self.header
         for tensor, entry in self.tensors.items():
             digest = TensorDigest(entry.shape, entry.n_bytes)
@@ -104,23 +108,25 @@ class WeightFile:
 
     @property
     def source_bytes(self) -> int:
-        """What is read for it."""
+        """The bytes that are read for it."""
         return sum(self._source.tensors[tensor].n_bytes for tensor in self.published)
 
     def source_sha256(self, sha256: str) -> str:
-        """The digest that this file, which has `sha256`, would have without change of dtype.
+        """The SHA-256 that this file would have in the source's dtypes; `sha256` is its own.
 
-        So a source is known by the same digests whatever it was cast to, at the price of a second
-        hash only where it was cast. To be asked once `chunks` are all through.
+        So a source has the same fingerprint whatever it is cast to. A second hash is computed only
+        where something changes. Valid after all `chunks` were read.
         """
         return sha256 if self._source_digest is None else self._source_digest.hexdigest()
 
     def _piece_chunks(self, tensor, wanted):
-        """A piece of a quantised matrix. The pieces are made together; those that come later in the
-        file wait, being small. (Where odd sizes put them first, the matrix is gone through twice.)
+        """The bytes of one piece of a quantised matrix.
+
+        All pieces are computed together. The small ones that come later in the file are kept; where
+        odd sizes put them first, the matrix is read twice.
         """
-        if wanted in self._waiting:
-            yield from self._waiting.pop(wanted)
+        if wanted in self._later_pieces:
+            yield from self._later_pieces.pop(wanted)
             return
         names = list(self.tensors)
         later = [
@@ -135,11 +141,14 @@ class WeightFile:
             except OverflowError as error:
                 raise CheckpointError(f"{self._where(tensor)}: {error}; choose int8") from None
             for name in later:
-                self._waiting.setdefault(name, []).append(_bytes(made[split_piece(name)[1]]))
+                self._later_pieces.setdefault(name, []).append(_bytes(made[split_piece(name)[1]]))
             yield _bytes(made[split_piece(wanted)[1]])
 
     def _finite_rows(self, tensor, *, again):
-        """A matrix's numbers, some whole rows at a time. `again`: they were gone through before."""
+        """A matrix's rows, some at a time; raises where a number is not finite.
+
+        `again`: they were read before, and are not counted and hashed a second time.
+        """
         info = self._source.tensors[tensor]
 
         def checked():
@@ -188,39 +197,25 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class CopiedFile:
-    """A file that is taken over from the source as it is."""
+class SideFile:
+    """A file beside the weights: the bytes of one that is made here, or one that is copied."""
 
     name: str
-    file: SourceFile
+    content: bytes | SourceFile
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
-        return self.file.n_bytes
+        return len(self.content) if isinstance(self.content, bytes) else self.content.n_bytes
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        return file_chunks(self.file)
-
-
-@dataclass(frozen=True)
-class SmallFile:
-    """A file whose bytes are made here."""
-
-    name: str
-    content: bytes
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-
-    @property
-    def n_bytes(self) -> int:
-        return len(self.content)
-
-    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
-        return iter([self.content])
+        if isinstance(self.content, bytes):
+            return iter([self.content])
+        return file_chunks(self.content)
 
 
 def files_of(source: Source, output: WeightFile) -> tuple[SourceFile, ...]:
-    """The source's files that an output is made of."""
+    """The source files that an output is made from."""
     places = (place for tensor in output.published for place in source.places_of(tensor))
     return tuple(dict.fromkeys(place.file for place in places))
 
@@ -234,7 +229,7 @@ def weight_outputs(
     allow_nonfinite: bool,
     progress: Progress,
 ) -> list[WeightFile]:
-    """The weight files of a layered folder, in sweep order."""
+    """The weight files of a layered folder, in the order in which a sweep reads them."""
     files: dict[str, dict] = {}
     for tensor, shape in published_tensors(checked.cfg).items():
         files.setdefault(file_of(tensor), {})[tensor] = shape
@@ -260,24 +255,19 @@ def side_outputs(
     dtype: str | None,
     scheme: str | None,
 ) -> list[Output]:
-    """What lies beside the weights: config, tokenizer files, and the index, made anew."""
+    """The files beside the weights: config, tokenizer files, and a new index."""
     return [
-        SmallFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
-        *(side_output(*item) for item in checked.side_files.items() if item[0] != CONFIG),
-        SmallFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
+        SideFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
+        *(SideFile(*item) for item in checked.side_files.items() if item[0] != CONFIG),
+        SideFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
 
 
-def side_output(name: str, file: SourceFile | bytes) -> Output:
-    """A file of the source that is taken over as it is."""
-    return SmallFile(name, file) if isinstance(file, bytes) else CopiedFile(name, file)
-
-
 def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> bytes:
-    """The published config with its dtype changed, or its quantisation said, and nothing else; as
-    it is where that fits.
+    """The published config with the new dtype and quantisation; the same bytes where neither
+    changes.
 
-    Without a word of it other programs would take the matrices for missing.
+    Without its quantisation other programs would report the matrices as missing.
     """
     config = json.loads(config_bytes)
     stale = [
@@ -285,8 +275,8 @@ def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> 
         for key in ("dtype", "torch_dtype")
         if config.get(key) is not None and str(config[key]).removeprefix("torch.") != dtype
     ]
-    said = {"quantization_config": {**OWN_QUANTIZATION, "scheme": scheme}}
-    changes = (dict.fromkeys(stale, dtype) if dtype else {}) | (said if scheme else {})
+    quantization = {"quantization_config": {**OWN_QUANTIZATION, "scheme": scheme}}
+    changes = (dict.fromkeys(stale, dtype) if dtype else {}) | (quantization if scheme else {})
     if not changes:
         return config_bytes
     config.update(changes)
@@ -298,9 +288,9 @@ def _bytes(array):
 
 
 def fingerprint(config_bytes: bytes, source_sha256: dict[str, str]) -> str:
-    """What tells one source from another, however it was sharded and whatever it is cast to.
+    """Identifies a source, however it is sharded and whatever it is cast to.
 
-    Over the config's bytes and the digest of every weight file in its source's dtype.
+    A SHA-256 over the config and the SHA-256 of every weight file in the source's dtypes.
     """
     lines = [f"{CONFIG} {hashlib.sha256(config_bytes).hexdigest()}"]
     lines += [f"{name} {digest}" for name, digest in sorted(source_sha256.items())]

@@ -1,7 +1,6 @@
-"""Quantised weights in numpy: half bytes, scales, and the way back to float32.
+"""Quantised weights in numpy: packed half bytes, scales, and dequantisation to float32.
 
-What `quantization` describes and `model.quant` does on the device, bit for bit; it serves the
-converter and the tests.
+Bit for bit what `jlayer.encodings` describes and `jlayer.model.products` computes on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import numpy as np
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 
-# The weight that each half byte stands for, in units of the scale.
+# The weight of each half byte, in units of the scale.
 LEVELS = (
     (np.arange(16, dtype=np.float32) - ZERO)
     * (1 + np.square(np.arange(16, dtype=np.float32) - ZERO) * CUBE)
@@ -19,7 +18,7 @@ LEVELS = (
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
-    """Half bytes, one a byte [rows, width] -> uint8 [rows, (width + 1) // 2]."""
+    """Packs half bytes: uint8 [rows, width] with one in each -> uint8 [rows, (width + 1) // 2]."""
     half = -(-codes.shape[1] // 2)
     packed = codes[:, :half].copy()
     packed[:, : codes.shape[1] - half] |= codes[:, half:] << 4
@@ -39,7 +38,7 @@ def decode_scales(codes: np.ndarray) -> np.ndarray:
 
 
 def dequantize(scheme: Grouped, q: np.ndarray, scale: np.ndarray, *, width: int) -> np.ndarray:
-    """The weights float32 [rows, width] that a matrix's pieces (or some rows of them) stand for."""
+    """The weights float32 [rows, width] of some or all rows of a quantised matrix."""
     if scheme.bits == 4:
         numbers, factors = LEVELS[unpack(q, width)], decode_scales(scale)
     else:

@@ -1,7 +1,7 @@
-"""Weights into fewer bits: for every group the scale that leaves the least squared error.
+"""Quantisation: for every group of weights the scale with the least squared error.
 
-Data-free: all that is looked at are the weights themselves. Rows are independent and every sum is
-taken in one order, so the bytes are the same however the rows are cut and shared among threads.
+Uses the weights alone, no data. Rows are independent and every sum has one order, so the bytes do
+not depend on how rows are divided among chunks and threads.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from convert.transform.packed import LEVELS, decode_scales, dequantize, pack
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import FLOAT_SHIFT, INT4, SCALE_OFFSET
 
-# The largest magnitude that int4 reaches, with the largest scale: no trained weight comes near.
+# The largest magnitude that int4 can represent; no trained weight comes near.
 INT4_LIMIT = float(decode_scales(np.array([127], np.uint8))[0] * LEVELS[-1])
-# Weights that a thread works on at a time: all that it needs stays in the processor's cache.
-_BLOCK = 1 << 16
-# Scales tried around the smallest that reaches the group's largest weight: for int4 so many steps
-# of the stored scale (each 6 to 12%; others gain under 0.5%), for int8 these ratios.
+# Weights that a thread works on at a time: its arrays then stay in the processor's cache.
+BLOCK_WEIGHTS = 1 << 16
+# Candidates around the smallest scale that represents the group's largest weight. int4: steps of
+# the stored scale (6 to 12% each; further steps gain under 0.5%). int8: ratios.
 _INT4_STEPS = (1, 0, -1, -2)
 _INT8_RATIOS = (1.0, 0.995, 0.99, 0.985, 0.98)
-# int4's nearest level is looked up: so many entries for a scale's length.
+# int4's nearest level is looked up in a table with so many entries for each unit of the scale.
 _FINE = 64
 _LOWEST = float(LEVELS[0]) - 0.5
 _THRESHOLDS = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -39,8 +39,7 @@ _FINE_LEVELS = LEVELS[_CODES] * _FINE
 
 
 def whole_rows(chunks: Iterable[Chunk], dtype: str, width: int) -> Iterator[np.ndarray]:
-    """A matrix's bytes, in chunks of any size, as float32 [n, width] of some whole rows at a
-    time."""
+    """A matrix's rows [n, width], some at a time, from chunks of its bytes of any size."""
     row_bytes, rest = width * NUMPY_DTYPE[dtype].itemsize, b""
     for chunk in chunks:
         data = rest + bytes(chunk) if rest else memoryview(chunk).cast("B")
@@ -51,20 +50,23 @@ def whole_rows(chunks: Iterable[Chunk], dtype: str, width: int) -> Iterator[np.n
 
 
 def sample_errors(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
-    """Each matrix's squared error at int4, as a part of its sum of squares, from its first rows (a
-    chunk of them: all of a small matrix, hundreds of a large one)."""
-    found = {}
+    """By matrix: the squared error at int4, relative to the sum of squares.
+
+    Measured on the first chunk: all rows of a small matrix, hundreds of a large one. Infinite where
+    int4 cannot represent a weight.
+    """
+    errors = {}
     for tensor, shape in shapes.items():
         rows = next(whole_rows(source.chunks(tensor), source.tensors[tensor].dtype, shape[1]))
         try:
-            found[tensor] = relative_error(rows, INT4, quantize(rows, INT4))
+            errors[tensor] = relative_error(rows, INT4, quantize(rows, INT4))
         except OverflowError:
-            found[tensor] = math.inf
-    return found
+            errors[tensor] = math.inf
+    return errors
 
 
 class Quantizer:
-    """Quantises rows in all the processor's cores. A context."""
+    """Quantises rows on all cores of the processor. A context manager."""
 
     def __init__(self):
         cores = len(os.sched_getaffinity(0))
@@ -77,30 +79,30 @@ class Quantizer:
         self._pool.shutdown()
 
     def quantize(self, rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
-        """Weights [n, width], of any float dtype and finite, as their pieces.
+        """Quantises weights [n, width], finite and of any float dtype; returns pieces by name.
 
-        Raises OverflowError where one is beyond what the scheme reaches.
+        Raises OverflowError where the scheme cannot represent a weight.
         """
-        parts = list(self._pool.map(lambda some: quantize(some, scheme), _pieces(rows)))
+        parts = list(self._pool.map(lambda block: quantize(block, scheme), _blocks(rows)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _pieces(rows) -> Iterator[np.ndarray]:
-    step = max(1, _BLOCK // rows.shape[1])
+def _blocks(rows) -> Iterator[np.ndarray]:
+    step = max(1, BLOCK_WEIGHTS // rows.shape[1])
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
 
 def quantize(rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
-    """The same in one thread."""
+    """Quantises rows as `Quantizer.quantize` does, in the calling thread."""
     n, width = rows.shape
     n_groups = -(-width // scheme.group)
     padded = np.zeros((n, n_groups * scheme.group), np.float32)
     padded[:, :width] = rows
-    # Groups as columns: sums run down them, one order whatever stands beside.
+    # One group a column: a sum then has the same order whatever the other columns are.
     columns = np.ascontiguousarray(padded.reshape(-1, scheme.group).T)
     if scheme is INT4 and np.abs(columns).max() > INT4_LIMIT:
-        raise OverflowError(f"weights beyond {INT4_LIMIT:g}, which int4 does not reach")
+        raise OverflowError(f"weights beyond {INT4_LIMIT:g}, which int4 cannot represent")
     search = _search_int4 if scheme is INT4 else _search_int8
     codes, scales = search(columns)
     codes = np.ascontiguousarray(codes.T).reshape(n, -1)[:, :width]
@@ -108,7 +110,7 @@ def quantize(rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
 
 
 def relative_error(rows: np.ndarray, scheme: Grouped, pieces: dict[str, np.ndarray]) -> float:
-    """The squared error of quantised rows, as a part of their sum of squares."""
+    """The squared error of quantised rows, relative to their sum of squares."""
     rows = rows.astype(np.float32)
     error = dequantize(scheme, pieces["q"], pieces["scale"], width=rows.shape[1]) - rows
     total = np.square(rows, dtype=np.float64).sum()
@@ -116,33 +118,33 @@ def relative_error(rows: np.ndarray, scheme: Grouped, pieces: dict[str, np.ndarr
 
 
 def _search_int4(columns):
-    """[group, N] -> (codes uint8 [group, N], scales' codes uint8 [N])."""
+    """Weights [group, N] -> (codes uint8 [group, N], codes of scales uint8 [N])."""
     high, low = columns.max(0), -columns.min(0)
-    turned = low > high
-    columns = columns * np.where(turned, np.float32(-1), np.float32(1))
+    negated = low > high  # the levels reach further on one side; the scale's sign chooses it
+    columns = columns * np.where(negated, np.float32(-1), np.float32(1))
     up, down = np.maximum(high, low), np.minimum(high, low)
     reach = np.maximum(up / LEVELS[-1], down / -LEVELS[0])
     largest = _scale_at_least(reach)
     best, chosen = np.full(reach.shape, np.inf, np.float32), np.zeros(reach.shape, np.uint8)
-    room = _Room(columns.shape)
+    scratch = _Scratch(columns.shape)
     for step in _INT4_STEPS:
         code = np.clip(largest + step, 0, 127).astype(np.uint8)
         scale = decode_scales(code)
-        error = np.square(scale) * _level_error(columns, scale, room)
+        error = np.square(scale) * _level_error(columns, scale, scratch)
         better = error < best
         best, chosen = np.where(better, error, best), np.where(better, code, chosen)
-    _places(columns, decode_scales(chosen), room)
-    return np.take(_CODES, room.places, mode="clip"), chosen | turned.astype(np.uint8) << 7
+    _look_up(columns, decode_scales(chosen), scratch)
+    return np.take(_CODES, scratch.places, mode="clip"), chosen | negated.astype(np.uint8) << 7
 
 
 def _scale_at_least(reach):
-    """The code of the smallest scale that is no smaller, or the largest there is."""
+    """The code of the smallest scale of at least `reach`, or of the largest scale."""
     bits = reach.view(np.uint32).astype(np.int64) - SCALE_OFFSET
     return np.clip(-(-bits >> FLOAT_SHIFT), 0, 127)
 
 
-class _Room:
-    """Memory that the search goes through again and again."""
+class _Scratch:
+    """Arrays that the search for a scale uses again for each candidate."""
 
     def __init__(self, shape):
         self.scaled = np.empty(shape, np.float32)
@@ -150,25 +152,24 @@ class _Room:
         self.places = np.empty(shape, np.intp)
 
 
-def _places(columns, scale, room):
-    """Fills `room.places` with where in the fine table each weight is looked up; the table's ends
-    stand for all beyond."""
-    np.multiply(columns, np.float32(_FINE) / scale, out=room.scaled)
-    np.subtract(room.scaled, np.float32(_LOWEST * _FINE), out=room.levels)
-    np.copyto(room.places, room.levels, casting="unsafe")
+def _look_up(columns, scale, scratch):
+    """Fills `scratch.places` with each weight's index in the fine table, to be clipped to it."""
+    np.multiply(columns, np.float32(_FINE) / scale, out=scratch.scaled)
+    np.subtract(scratch.scaled, np.float32(_LOWEST * _FINE), out=scratch.levels)
+    np.copyto(scratch.places, scratch.levels, casting="unsafe")
 
 
-def _level_error(columns, scale, room):
-    """Each group's squared error in units of its scale."""
-    _places(columns, scale, room)
-    np.take(_FINE_LEVELS, room.places, mode="clip", out=room.levels)
-    np.subtract(room.levels, room.scaled, out=room.levels)
-    np.multiply(room.levels, room.levels, out=room.levels)
-    return np.add.reduce(room.levels, axis=0) / np.float32(_FINE * _FINE)
+def _level_error(columns, scale, scratch):
+    """Each group's squared error in units of its squared scale."""
+    _look_up(columns, scale, scratch)
+    np.take(_FINE_LEVELS, scratch.places, mode="clip", out=scratch.levels)
+    np.subtract(scratch.levels, scratch.scaled, out=scratch.levels)
+    np.multiply(scratch.levels, scratch.levels, out=scratch.levels)
+    return np.add.reduce(scratch.levels, axis=0) / np.float32(_FINE * _FINE)
 
 
 def _search_int8(columns):
-    """[group, N] -> (codes int8 [group, N], scales bfloat16 [N])."""
+    """Weights [group, N] -> (codes int8 [group, N], scales bfloat16 [N])."""
     reach = np.abs(columns).max(0) / np.float32(127)
     best, chosen = np.full(reach.shape, np.inf, np.float32), reach
     for ratio in _INT8_RATIOS:
@@ -182,10 +183,10 @@ def _search_int8(columns):
 
 
 def _rounded(scale):
-    """As it will be stored; a group of zeros has the scale zero."""
+    """The scale as it is stored, in bfloat16; that of a group of zeros is zero."""
     return scale.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _rounded_codes(columns, scale):
-    found = np.rint(columns / np.where(scale == 0, np.float32(1), scale))
-    return np.clip(found, -127, 127, out=found)
+    codes = np.rint(columns / np.where(scale == 0, np.float32(1), scale))
+    return np.clip(codes, -127, 127, out=codes)

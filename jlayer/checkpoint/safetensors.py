@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import STORED_DTYPES
-from jlayer.strict import MAX_KEYS, open_regular, parse_json_object, without_collection
+from jlayer.strict import (
+    MAX_KEYS,
+    is_tensor_name,
+    open_regular,
+    parse_json_object,
+    without_collection,
+)
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = MAX_KEYS - 1  # one key may be __metadata__
@@ -99,7 +105,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
             )
         end, in_order = data_start, True
         for name, entry in tensors.items():
-            if type(entry) is not TensorEntry or not _is_name(name):
+            if type(entry) is not TensorEntry or not is_tensor_name(name):
                 raise _refusal(where, name, _reason(name, entry))
             in_order = in_order and entry.offset == end
             end = entry.offset + entry.n_bytes
@@ -166,7 +172,7 @@ def _entry(found, data_start):
 
 def _reason(name, entry):
     """What is wrong with an entry that was refused."""
-    if not _is_name(name):
+    if not is_tensor_name(name):
         return "not a name that a tensor may have"
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         return "header entry must hold dtype, shape and data_offsets alone"
@@ -187,12 +193,6 @@ def _reason(name, entry):
     return (
         f"shape {_short(shape)} of {dtype} takes {expected} bytes, but its data_offsets give "
         f"{_short(n_bytes)}"
-    )
-
-
-def _is_name(name):
-    return (
-        name.isprintable() and ".." not in name and "\\" not in name and name[:1] not in ("", "/")
     )
 
 

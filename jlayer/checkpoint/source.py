@@ -21,6 +21,7 @@ from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.registry import is_dropped, published_tensors
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import (
+    is_relative_path,
     is_there,
     open_regular,
     parse_json_object,
@@ -34,8 +35,8 @@ GENERATION_CONFIG = "generation_config.json"
 EXTRA = "not of this model"
 # Files by which quantisers say what they did, where they do not say it in the config.
 _QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
-_DRIVE = re.compile(r"[A-Za-z]:")
+# Weights that torch.save wrote, by the names under which they are published.
+MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
 _LISTED = 200  # names in one message
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
 _COMPARED_BYTES = 4 << 20
@@ -138,10 +139,7 @@ def identity_of(status: os.stat_result) -> Identity:
 
 def check_shard_name(name: object, *, where: str) -> None:
     """Raises CheckpointError unless `name` is a plain path below the folder; opens nothing."""
-    printable = isinstance(name, str) and name.isprintable()  # no NUL, no lone surrogate
-    parts = name.split("/") if printable else [""]
-    plain = all(part not in ("", ".", "..") and len(os.fsencode(part)) <= 255 for part in parts)
-    if not plain or "\\" in name or _DRIVE.match(name):
+    if not is_relative_path(name):
         raise CheckpointError(
             f"{where}: names the file {ascii(name)[:200]}, expected one in the folder itself "
             "(no absolute path, '..', backslash or drive letter)"
@@ -324,7 +322,7 @@ def _refuse_layers(folder, names):
 
 
 def _refuse_weights(folder, names):
-    pickles = sorted(name for name in names if _PICKLE.fullmatch(name))
+    pickles = sorted(name for name in names if MODEL_PICKLE.fullmatch(name))
     if pickles:
         raise CheckpointError(
             f"{folder}: its weights are pickles ({listed(pickles)}), and only safetensors run in "

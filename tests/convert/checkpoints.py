@@ -102,6 +102,26 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def assert_logits_of_transformers(folder: Path, published: str | Path) -> None:
+    """A converted folder gives the logits of Transformers on what it was made from: exactly in
+    Transformers itself, to float32's rounding here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import jlayer
+
+    reference = AutoModelForCausalLM.from_pretrained(published)
+    ids = np.random.default_rng(0).integers(0, reference.config.vocab_size, (1, 30))
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits
+        again = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(ids)).logits
+    assert torch.equal(again, expected)
+    with jlayer.AutoModel.from_pretrained(folder, device="cpu") as model:
+        found = model.logits(ids)
+    scale = np.abs(expected.numpy()).max()
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5 * scale)
+
+
 TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **tiny.TINY}
 _PIECE = 16 << 20
 

@@ -1,4 +1,4 @@
-"""`--delete-source`: what goes, when it goes, and that nothing is ever lost."""
+"""`--delete-source`: what is removed, when, and that no weight is ever lost."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""One converter at a time on a target; a lock that nobody holds any more holds nobody up."""
+"""One converter at a time on a target; a lock file that nobody holds blocks nobody."""
 
 import errno
 import fcntl

@@ -17,12 +17,17 @@ from convert import convert_checkpoint, verify_folder
 from convert.sources.files import CHUNK_BYTES
 from convert.sources.meta import Params, derive_config, facts_of, read_params
 from convert.sources.names import META, find_row, find_source
-from convert.sources.rules import RULES
+from convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE
 from jlayer.config import model_config, read_config, read_generation_config
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
-from tests.convert.checkpoints import edit_json, files_of, read_tensors
+from tests.convert.checkpoints import (
+    assert_logits_of_transformers,
+    edit_json,
+    files_of,
+    read_tensors,
+)
 from tests.convert.pickled import refused
 from tests.tiny import tiny_llama
 
@@ -174,20 +179,8 @@ def test_however_large_the_blocks_are(originals, meta_of, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("n_parts", [1, 4])
 def test_its_logits_are_those_of_transformers(originals, meta_of, tmp_path, n_parts):
-    import jlayer
-
-    transformers = pytest.importorskip("transformers")
     convert_checkpoint(meta_of(n_parts), tmp_path / "out")
-    ids = np.random.default_rng(0).integers(0, 132, (1, 30))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(originals("plain"))
-    with torch.no_grad():
-        expected = reference(torch.tensor(ids)).logits.numpy()
-    with jlayer.AutoModel.from_pretrained(tmp_path / "out", device="cpu") as model:
-        found = model.logits(ids)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        assert torch.equal(theirs(torch.tensor(ids)).logits, reference(torch.tensor(ids)).logits)
+    assert_logits_of_transformers(tmp_path / "out", originals("plain"))
 
 
 def test_a_head_that_is_the_embedding_is_a_tied_one(originals, meta_of, tmp_path):
@@ -238,26 +231,29 @@ def test_of_large_parts_a_few_chunks_are_held(tmp_path):
 # Names and rules.
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-@pytest.mark.parametrize("n_parts", [1, 2, 4])
-def test_a_rule_and_its_inverse_leave_everything_as_it_was(rule, n_parts):
-    whole = np.random.default_rng(0).normal(size=(48, 20))
-    parts = rule.split(whole, n_parts, head_dim=6)
-    assert np.array_equal(rule.join(parts, head_dim=6), whole)
-    assert rule.joined_shape([part.shape for part in parts]) == whole.shape
-    foreign = [np.random.default_rng(n).normal(size=part.shape) for n, part in enumerate(parts)]
-    if rule.axis is None:
-        foreign = foreign[:1] * n_parts
-    again = rule.split(rule.join(foreign, head_dim=6), n_parts, head_dim=6)
-    assert all(np.array_equal(*pair) for pair in zip(foreign, again, strict=True))
-
-
 def test_rotary_rows_go_from_pairs_to_halves():
-    (rule,) = [rule for rule in RULES if rule.name == "unpermute_rope"]
     pairs = np.array([[10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 60, 61]]).T  # two heads of 6
     halves = [10, 20, 30, 11, 21, 31, 40, 50, 60, 41, 51, 61]
-    assert rule.join([pairs], head_dim=6)[:, 0].tolist() == halves
-    assert rule.inverse == "permute_rope"
+    assert UNPERMUTE_ROPE.reorder(pairs, head_dim=6)[:, 0].tolist() == halves
+    for rule in (KEEP, JOIN_ROWS, JOIN_COLUMNS):
+        assert rule.reorder(pairs, head_dim=6) is pairs
+
+
+@pytest.mark.parametrize(
+    ("rule", "shapes", "joined"),
+    [
+        (KEEP, [(6,), (6,)], (6,)),
+        (KEEP, [(6,), (5,)], None),
+        (JOIN_ROWS, [(2, 7), (3, 7)], (5, 7)),
+        (JOIN_ROWS, [(2, 7), (3, 8)], None),
+        (JOIN_ROWS, [(6,), (6,)], None),
+        (JOIN_COLUMNS, [(7, 2), (7, 3)], (7, 5)),
+        (JOIN_COLUMNS, [(7, 2), (8, 3)], None),
+        (UNPERMUTE_ROPE, [(12, 5), (6, 5)], (18, 5)),
+    ],
+)
+def test_a_rule_knows_the_shape_that_parts_make(rule, shapes, joined):
+    assert rule.joined_shape(shapes) == joined
 
 
 def test_every_published_name_has_one_row_and_every_row_one_name():

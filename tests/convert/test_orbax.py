@@ -11,7 +11,7 @@ import pytest
 
 from convert import convert_checkpoint, export
 from convert.export import export_checkpoint
-from convert.sources import orbax, zarr
+from convert.sources import orbax
 from convert.target.disk import TEMPORARY
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
@@ -23,6 +23,7 @@ from tests.convert.checkpoints import (
     random_checkpoint,
     read_tensors,
 )
+from tests.convert.test_zarr import counted_frames
 
 KINDS = ["single", "tied", "biased", "bfloat16", "float16"]
 CONFIG = "config.json"
@@ -287,9 +288,9 @@ def test_a_tied_head_that_is_there_too_must_be_the_embedding(published, tmp_path
 def test_a_save_that_did_not_end_is_refused(plain, tmp_path):
     source, arrays = plain
     folder = save(tmp_path / "saved.orbax-checkpoint-tmp-1", nested(arrays), source)
-    refused(folder, tmp_path, "did not come to its end")
+    refused(folder, tmp_path, "unfinished Orbax save")
     (tmp_path / "step" / "default.orbax-checkpoint-tmp-2").mkdir(parents=True)
-    refused(tmp_path / "step", tmp_path, "default.orbax-checkpoint-tmp-2", "its end")
+    refused(tmp_path / "step", tmp_path, "default.orbax-checkpoint-tmp-2", "unfinished")
 
 
 def test_of_several_steps_one_is_to_be_named(plain, tmp_path):
@@ -425,7 +426,7 @@ def test_an_export_goes_on_with_the_shards_that_are_finished_and_right(
 
 
 @pytest.mark.parametrize("kind", ["outside", "inside", "nowhere", "folder", "fifo"])
-def test_what_is_no_file_in_an_unfinished_export_is_made_anew(layered, tmp_path, kind):
+def test_what_is_no_file_in_an_unfinished_export_is_written_again(layered, tmp_path, kind):
     """A link has the right bytes, and may lead to what is removed, or changed later."""
     options = {"format": "huggingface", "shard_bytes": 15_000}
     export_checkpoint(layered, tmp_path / "undisturbed", **options)
@@ -446,7 +447,7 @@ def test_what_is_no_file_in_an_unfinished_export_is_made_anew(layered, tmp_path,
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
-def test_a_shard_whose_header_says_anything_else_is_made_anew(layered, tmp_path):
+def test_a_shard_whose_header_says_anything_else_is_written_again(layered, tmp_path):
     options = {"format": "huggingface", "shard_bytes": 15_000}
     export_checkpoint(layered, tmp_path / "undisturbed", **options)
     aside = shutil.copytree(tmp_path / "undisturbed", tmp_path / f"out{TEMPORARY}")
@@ -532,13 +533,7 @@ def test_each_chunk_of_a_stacked_checkpoint_is_unpacked_once(
     """Though it holds a part of every layer, and they are written one by one."""
     source, arrays = plain
     folder = save(tmp_path / "saved", on_two_devices(stacked(arrays)), source)
-    begun, real = [], zarr._Zstd._begin
-
-    def begin(self):
-        begun.append(self)
-        real(self)
-
-    monkeypatch.setattr(zarr._Zstd, "_begin", begin)
+    begun = counted_frames(monkeypatch)
     convert_checkpoint(folder, tmp_path / "layered")
     assert read_tensors(tmp_path / "layered") == expected
     assert len(begun) == 2 * len(stacked(arrays))

@@ -7,8 +7,10 @@ to the converter, where it must not.
 import builtins
 import contextlib
 import copyreg
+import errno
 import io
 import json
+import mmap
 import os
 import pickle
 import re
@@ -18,7 +20,6 @@ import sys
 import tracemalloc
 import zipfile
 
-import numpy as np
 import pytest
 
 from convert import convert_checkpoint
@@ -27,7 +28,12 @@ from convert.sources.pickles import asked_for
 from convert.sources.torchfile import read_table
 from jlayer.app.cli import main
 from jlayer.checkpoint.source import regular_file
-from tests.convert.checkpoints import edit_json, files_of, read_tensors
+from tests.convert.checkpoints import (
+    assert_logits_of_transformers,
+    edit_json,
+    files_of,
+    read_tensors,
+)
 from tests.convert.pickled import (
     BIN,
     BIN_INDEX,
@@ -76,17 +82,8 @@ def test_pickles_convert_to_the_bytes_of_safetensors(published, bin_of, tmp_path
 
 
 def test_its_logits_are_those_of_transformers(published, bin_of, tmp_path):
-    import jlayer
-
-    transformers = pytest.importorskip("transformers")
     convert_checkpoint(bin_of("sharded"), tmp_path / "out")
-    ids = np.random.default_rng(0).integers(0, 133, (1, 20))
-    reference = transformers.AutoModelForCausalLM.from_pretrained(published("sharded"))
-    with torch.no_grad():
-        expected = reference(torch.tensor(ids)).logits.numpy()
-    with jlayer.AutoModel.from_pretrained(tmp_path / "out", device="cpu") as model:
-        found = model.logits(ids)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert_logits_of_transformers(tmp_path / "out", published("sharded"))
 
 
 def test_a_state_dict_as_a_model_gives_it(published, tmp_path, bin_of):
@@ -157,7 +154,13 @@ def test_a_file_that_cannot_be_mapped_is_read_all_the_same(bin_of, tmp_path, mon
     monkeypatch.setattr(torch, "load", load)
     source = bin_of("single")
     convert_checkpoint(source, tmp_path / "mapped")
-    monkeypatch.setattr("convert.sources.torchfile._can_be_mapped", lambda fd, n_bytes: False)
+
+    def refuse(fd, *arguments, real=mmap.mmap):
+        if fd >= 0:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fd, *arguments)
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
     convert_checkpoint(source, tmp_path / "read")
     assert seen == [(True, True), (False, True)]
     assert files_of(tmp_path / "mapped") == files_of(tmp_path / "read")
@@ -678,7 +681,7 @@ def test_something_behind_the_archive(bin_of, marked, tmp_path):
     source = bin_of("single")
     with open(source / BIN, "ab") as file:
         file.write(payload(marked))
-    refused(source, tmp_path / "out", ["something behind it"])
+    refused(source, tmp_path / "out", ["followed by other bytes"])
 
 
 def test_a_comment_that_holds_another_end(bin_of, good, tmp_path):
@@ -785,7 +788,7 @@ def test_too_many_entries(bin_of, tmp_path, monkeypatch):
     ],
 )
 def test_pickles_have_limits(bin_of, tmp_path, monkeypatch, limit, words):
-    monkeypatch.setattr(f"convert.{limit}", 200)
+    monkeypatch.setattr(f"convert.sources.{limit}", 200)
     refused(bin_of("single"), tmp_path / "out", words)
 
 

@@ -47,7 +47,7 @@ def large(tmp_path_factory):
     return folder
 
 
-def test_the_doors_of_a_70b_in_162_shards_open_fast(large):
+def test_a_70b_in_162_shards_is_checked_fast(large):
     started = time.perf_counter()
     source = open_source(str(large))
     elapsed_s = time.perf_counter() - started

@@ -1,5 +1,5 @@
-"""Weights into fewer bits: what is chosen leaves no more error than what is not, and the same bytes
-however the work is cut."""
+"""Quantisation: the chosen scales have the least error, and the bytes do not depend on how the work
+is divided."""
 
 import ml_dtypes
 import numpy as np

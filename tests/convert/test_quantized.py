@@ -1,5 +1,5 @@
-"""Conversion into fewer bits: the numbers, the choice, and the same bytes whatever happens on the
-way."""
+"""Conversion with quantisation: the numbers, the choice of int8 or int4, and equal bytes whatever
+interrupts it."""
 
 import json
 import re
@@ -98,10 +98,10 @@ def test_the_bytes_do_not_depend_on_chunks_threads_or_on_an_earlier_conversion(
     convert_checkpoint(tmp_path / "layered", tmp_path / "again", quantize=scheme)
     assert files_of(tmp_path / "again") == expected
     monkeypatch.setattr(read, "CHUNK_BYTES", 998)
-    monkeypatch.setattr(quantize, "_BLOCK", 120)
+    monkeypatch.setattr(quantize, "BLOCK_WEIGHTS", 120)
     monkeypatch.setattr(quantize, "sample_errors", lambda *_: {})  # its sample is a chunk
     choice = read_manifest(tmp_path / "expected").quantization
-    monkeypatch.setattr("convert.job._choose", lambda *_: choice)
+    monkeypatch.setattr("convert.job.choose_quantization", lambda *_: choice)
     convert_checkpoint(plain, tmp_path / "small", quantize=scheme)
     assert files_of(tmp_path / "small") == expected
 
@@ -155,7 +155,7 @@ class Stop(Exception):
 def test_what_was_stopped_resumes_to_the_same_bytes_and_the_same_choice(
     tmp_path, monkeypatch, delete_source
 ):
-    """With its source half gone, the choice cannot be made anew: the journal has it."""
+    """With its source half gone, the choice cannot be made again: the journal has it."""
     source = random_checkpoint(tmp_path / "source", n_shards=4, hidden_size=64)
     again = random_checkpoint(tmp_path / "again", n_shards=4, hidden_size=64)
     convert_checkpoint(again, tmp_path / "expected", quantize="int4", allow_nonfinite=True)

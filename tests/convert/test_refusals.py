@@ -58,7 +58,7 @@ def refused(source, target, code, words, **options):
 
 
 def refused_target(target):
-    """After a refusal there is nothing, or a beginning that can be gone on with: never a manifest,
+    """After a refusal there is nothing, or what can be resumed: never a manifest,
     nothing half-written."""
     names = {path.name for path in target.iterdir()} if target.exists() else set()
     assert all(is_weight_file(name) for name in names - {JOURNAL})

@@ -1,5 +1,5 @@
-"""A conversion that was cut off goes on where it was: what is kept, what is made anew, and when it
-is refused."""
+"""A conversion that was interrupted is resumed: what is kept, what is written again, and when it is
+refused."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The sum that says whether a conversion fits: the peak, not the end, and to the block."""
+"""Whether a conversion fits on its disk: the peak of its bytes, in whole blocks."""
 
 import os
 import shutil

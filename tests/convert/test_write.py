@@ -1,13 +1,16 @@
-"""How files come to be: synced before they bear their name, the manifest last; and what is said."""
+"""How files are written: synced before they are renamed, the manifest last; and the reports."""
 
 import io
 import os
+import subprocess
 import sys
+import time
 
 from convert import convert_checkpoint
 from convert.progress import StderrProgress
 from convert.target.journal import JOURNAL
 from convert.target.lock import LOCK
+from convert.target.write import TargetWriter
 from jlayer.checkpoint.layout import MANIFEST
 from tests.convert.checkpoints import files_of
 
@@ -79,16 +82,62 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_with_bytes_and_file(published, tmp_path, monkeypatch):
+def as_terminal(monkeypatch):
+    """Puts a terminal of 120 columns in the place of stderr. (A fixture could not: pytest sets
+    stderr before each phase of a test.)"""
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "30"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    return sys.stderr
+
+
+def test_a_terminal_gets_a_bar_with_bytes_and_file(published, tmp_path, monkeypatch):
+    terminal = as_terminal(monkeypatch)
     progress = StderrProgress()
+    write = TargetWriter.write
+
+    def slowly(self, name, chunks, **options):
+        if name == "layer-00001.safetensors":
+            time.sleep(0.3)  # the bar is drawn ten times a second
+        return write(self, name, chunks, **options)
+
+    monkeypatch.setattr(TargetWriter, "write", slowly)
     convert_checkpoint(published("single"), tmp_path / "target", progress=progress)
     progress.close()
-    shown = sys.stderr.getvalue()
+    shown = terminal.getvalue()
     assert "layer-00001.safetensors" in shown
-    assert "107k" in shown
+    assert "/106.8 kB" in shown
     assert "B/s" in shown
+    assert sys.stderr is terminal
+
+
+def test_a_note_stands_whole_above_the_bar(monkeypatch):
+    terminal = as_terminal(monkeypatch)
+    progress, line = StderrProgress(), "a [bold]name[/bold] " + 40 * "long "
+    progress.start(1000)
+    progress.file("[red].safetensors")
+    progress.advance(500)
+    progress.note(line)
+    progress.close()
+    progress.note("after it")
+    shown = terminal.getvalue()
+    assert f"jlayer: {line}\n" in shown
+    assert "[red].safetensors" in shown
+    assert "500/1,000 bytes" in shown or "0.5/1.0 kB" in shown
+    assert shown.endswith("jlayer: after it\n")
+
+
+def test_only_a_terminal_imports_rich(published, tmp_path):
+    code = (
+        "import sys; from convert import convert_checkpoint, progress\n"
+        f"convert_checkpoint({str(published('single'))!r}, {str(tmp_path / 'out')!r}, "
+        "progress=progress.StderrProgress())\n"
+        "print('rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert done.stderr == ""
 
 
 def test_what_is_no_terminal_gets_no_bar(published, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Chunks read as streams: tensorstore's bytes and refusals, each stored byte read once, and a few
 pieces in memory whatever a chunk holds."""
 
+import gc
 import math
 import random
 
 import numpy as np
 import pytest
 import tensorstore as ts
+from backports import zstd
 
 from convert.sources import zarr
 
@@ -88,7 +90,7 @@ def read(array, layer, like, *, pieces=None):
 @pytest.fixture
 def stored(monkeypatch):
     """(Size, bytes read) of each chunk that is; packed ones are asked for in pieces of 16 bytes."""
-    counts, real = {}, zarr._Value.read
+    counts, real = {}, zarr.StoredChunk.read
     monkeypatch.setattr(zarr, "PACKED_BYTES", 16)
 
     def reading(self, at, n_bytes):
@@ -98,8 +100,36 @@ def stored(monkeypatch):
         counts[key] = size, before + len(found)
         return found
 
-    monkeypatch.setattr(zarr._Value, "read", reading)
+    monkeypatch.setattr(zarr.StoredChunk, "read", reading)
     return counts
+
+
+def counted_frames(monkeypatch):
+    """The frames of zstd that are begun from now on, each with the largest piece it gave."""
+    frames, real = [], zstd.ZstdDecompressor
+
+    class Frame:
+        def __init__(self):
+            self.inner, self.largest = real(), 0
+            frames.append(self)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def decompress(self, *arguments):
+            found = self.inner.decompress(*arguments)
+            self.largest = max(self.largest, len(found))
+            return found
+
+    monkeypatch.setattr(zstd, "ZstdDecompressor", Frame)
+    return frames
+
+
+def n_streams():
+    """How many chunks are being read, by all arrays."""
+    gc.collect()
+    kinds = (zarr.PlainStream, zarr.ZstdStream)
+    return sum(type(found) in kinds for found in gc.get_objects())
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -128,7 +158,7 @@ def test_layer_by_layer_every_stored_byte_is_read_once(tmp_path, stored, packing
         assert n_read == size or ("plain" in packing and n_read < size)
     if "plain" in packing and chunk[2:] in ((), shape[2:]):  # else with what fills rows up
         assert sum(n_read for _, n_read in stored.values()) == values.nbytes
-    assert array._streams == {}
+    assert n_streams() == 0, "a stream of an array that was read to its end is kept"
 
 
 def test_streams_beyond_the_limit_begin_again(tmp_path, stored, monkeypatch):
@@ -136,11 +166,12 @@ def test_streams_beyond_the_limit_begin_again(tmp_path, stored, monkeypatch):
     read_bytes = []
     for limit in (8, 3, 0):
         monkeypatch.setattr(zarr, "MAX_WAITING", limit)
+        array = None  # and with it the streams of the array before
         array = zarr.chunked_array(store, is_stacked=True)
         stored.clear()
         for layer in range(5):
             assert read(array, layer, values[layer]) == values[layer].tobytes()
-            assert len(array._streams) <= limit
+            assert n_streams() <= limit
         read_bytes.append(sum(n_read for _, n_read in stored.values()))
     assert read_bytes[0] < read_bytes[1] < read_bytes[2]
 
@@ -150,18 +181,12 @@ def test_what_a_chunk_unpacks_to_does_not_matter_to_memory(tmp_path, monkeypatch
     shape = (4, 4096, 1024)
     zeros = np.zeros(shape)
     store, _ = write(tmp_path, PACKINGS["2-zstd"], shape, shape, values=zeros)
-    array, largest = zarr.chunked_array(store, is_stacked=True), []
-    real = zarr._Zstd._unpack
-
-    def unpacking(self, *arguments, **options):
-        largest.append(len(found := real(self, *arguments, **options)))
-        return found
-
-    monkeypatch.setattr(zarr._Zstd, "_unpack", unpacking)
+    array = zarr.chunked_array(store, is_stacked=True)
+    frames = counted_frames(monkeypatch)
     piece = memoryview(bytearray(1 << 20))
     for layer in (0, 2, 3):
         array.read_into(piece, 7 << 20, layer)
-    assert max(largest) <= zarr.UNPACKED_BYTES
+    assert 0 < max(frame.largest for frame in frames) <= zarr.UNPACKED_BYTES
 
 
 def outcome(work):

@@ -94,13 +94,17 @@ def test_all_live_caches_are_within_the_budget(fable):
     """24 live streams were 10 MB on the device where 2.7 were promised: only one was counted."""
     budget = 6 << 20
     with opened(fable, device_memory=budget, dtype="bfloat16") as model:
-        streams, held = [], 0
-        with pytest.raises(DoesNotFitError, match=r"beside \d+ other runs that are alive"):
+        streams = []
+
+        def fills():
             for _ in range(200):
                 stream = jlayer.stream(model, IDS, max_new_tokens=400, temperature=0)
                 next(stream)
                 streams.append(stream)
-                held = max(held, model.engine.memory()["device_peak_bytes"])
+
+        with pytest.raises(DoesNotFitError, match=r"beside \d+ other runs that are alive"):
+            fills()
+        held = model.engine.memory()["device_peak_bytes"]
         assert 2 <= len(streams) < 200
         assert model.engine.n_alive == len(streams)
         assert held <= budget
@@ -126,6 +130,11 @@ def test_the_plan_counts_every_live_cache_once(tiny):
         assert model.engine.plan_for(RunShape(1, 4, 200)).device.cache_bytes == 3 * one
 
 
+def fails_in_the_body(stream):
+    for step in stream:
+        raise ZeroDivisionError(step)
+
+
 @pytest.mark.parametrize("ending", ["exhausted", "closed", "dropped", "exception", "never begun"])
 def test_a_run_leaves_nothing_behind_however_it_ends(tiny, ending):
     with opened(tiny) as model:
@@ -141,9 +150,8 @@ def test_a_run_leaves_nothing_behind_however_it_ends(tiny, ending):
             del stream
         elif ending == "exception":
             with pytest.raises(ZeroDivisionError):
-                for _ in stream:
-                    1 / 0  # noqa: B018
-            stream.close()
+                fails_in_the_body(stream)
+            del stream
         else:
             decoding, _ = model.decoding(IDS, options={"max_new_tokens": 4})
             assert model.engine.n_alive == 1
