@@ -63,9 +63,7 @@ class Weights:
         forms = map(self.form_of, shapes)
         return sum(
             encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
-            for form, shape in zip(
-                forms.values(), published_tensors(self.cfg).values(), strict=True
-            )
+            for form, shape in zip(forms, shapes.values(), strict=True)
         )
 
 
