@@ -1,7 +1,9 @@
 """Strict by default: two CPU devices, strict dtype promotion, rank promotion an error. Shared
 checkpoints."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,10 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-COMPILED = tempfile.TemporaryDirectory(prefix="jlayer-compiled-")
+# XLA writes a line for each program that it finds compiled; a failing test would show hundreds.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+COMPILED = "JLAYER_TESTS_COMPILED"  # names the folder that all workers of a session share
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
@@ -24,11 +29,14 @@ needs_shared_data = pytest.mark.skipif(
 
 
 def pytest_configure():
-    """Many tests build the same programs: XLA compiles each once a session. Not in children, whose
-    stderr would hold a line of XLA's for each that it finds."""
+    """Many tests build the same programs: XLA compiles each once a session."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+    if COMPILED not in os.environ:  # else this is a worker, which has it from the first process
+        folder = tempfile.mkdtemp(prefix="jlayer-compiled-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[COMPILED] = folder
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

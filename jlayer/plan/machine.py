@@ -12,8 +12,8 @@ DEFAULT_DISK = 2e9
 CPU_CORE = 7e9
 CPU_MOST = 120e9
 # How many weights a second a CPU multiplies that are decoded first. XLA runs that on one core,
-# however many there are (70B shape, int8: 2.2e9 on 16 cores; 3.5e9 on 2 faster ones).
-CPU_DECODED_WEIGHTS = 3.5e9
+# however many there are (70B shape on 16 cores: int8 2.3e9, int4 2.5e9).
+CPU_DECODED_WEIGHTS = 2.3e9
 # How fast a GPU's programs go through bfloat16 weights that are there, for up to 512 tokens (H200).
 # Weights that are decoded first take as long as if each had DECODED_BYTES.
 GPU_ARITHMETIC = 1e12
