@@ -186,3 +186,21 @@ def test_importing_jlayer_is_cheap():
     code = f"import sys, jlayer; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_survives_the_import_of_every_module():
+    """Importing a module binds it in its package: one named as a public function replaces it."""
+    modules = [name for name in MODULES if name.startswith("jlayer.") and name != "jlayer.__main__"]
+    code = f"""
+import importlib
+for name in {modules!r}:
+    importlib.import_module(name)
+import jlayer
+for name in jlayer.__all__:
+    found = getattr(jlayer, name)
+    if not callable(found) or found.__name__ != name:
+        print(name, found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(modules) > 50
+    assert done.stdout == ""
