@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from jlayer.app import picture as picture
+from jlayer.app import picture
 from jlayer.app.cli import main
 from jlayer.errors import StorageError, UsageError
+from jlayer.families.llama import DECODER
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.record import Span, Timeline
 
@@ -17,7 +18,7 @@ GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
 
 def timeline(n_tiles=3, tiers=(Tier.DISK, Tier.HOST)):
     """Two sweeps of `n_tiles` layers, each read for 10 ms of the 10 that it runs in turn with."""
-    tiles = tuple(Tile(f"layer {i}", "block", i, ()) for i in range(n_tiles))
+    tiles = tuple(Tile(f"layer {i}", DECODER, None, i, ()) for i in range(n_tiles))
     spans = []
     for number in range(2 * n_tiles):
         at, tile = number / 100, number % n_tiles
