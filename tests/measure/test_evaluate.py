@@ -97,7 +97,7 @@ def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
         ]
         for most, piece in ((64, 1 << 20), (3, 5_000)):
             monkeypatch.setattr(evaluate, "MOST_WINDOWS", most)
-            monkeypatch.setattr(evaluate, "_PIECE", piece)
+            monkeypatch.setattr(evaluate, "PIECE", piece)
             found = perplexity(model, ids, length=40, stride=30)
             assert found.n_predicted == len(expected)
             assert found.nll == pytest.approx(np.mean(expected), rel=1e-6)
@@ -156,6 +156,16 @@ def test_logits_of_all_tokens_are_part_of_the_plan(float32, ids):
     planned = float32.plan.device.activation_bytes
     without = float32.engine.plan_for(RunShape(1, 16, 16)).device.activation_bytes
     assert planned >= without + 3 * 4 * (16 - 2) * 4096
+
+
+def test_an_evaluation_that_is_interrupted_gives_its_memory_back(float32, ids):
+    def told(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        perplexity(float32, ids[:40], told=told)
+    assert interrupt.traceback  # whoever looks at it keeps every frame alive
+    assert float32.engine.n_alive == 0
 
 
 def test_the_command_line(fable, quantised, tmp_path, capsys):
