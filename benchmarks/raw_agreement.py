@@ -79,12 +79,12 @@ def share_pairs(folder: str, **options) -> list[dict]:
         return windows[-1]["ours"]
 
     class Watched(Bench):
-        def _read_raw(self, disk):
+        def read_raw(self, disk):
             self.forward.settle()
-            return watched(raws, lambda: Bench._read_raw(self, disk))
+            return watched(raws, lambda: Bench.read_raw(self, disk))
 
-        def _time_in_a_row(self, n_tokens, count):
-            return watched(sweeps, lambda: Bench._time_in_a_row(self, n_tokens, count))
+        def time_in_a_row(self, n_tokens, count):
+            return watched(sweeps, lambda: Bench.time_in_a_row(self, n_tokens, count))
 
     with AutoModel.from_pretrained(folder, keeps_layers=False, **options) as model:
         bench = Watched(model)

@@ -110,7 +110,7 @@ def main():
             result["sweeps"][-1]["in_use"] = in_use(model)
             result["sweeps"][-1]["anonymous_bytes"] = anonymous_bytes()
             result["sweeps"][-1]["plan_host_peak"] = model.plan.host_peak_bytes
-            model.host_peak_bytes = max(model.host_peak_bytes, anonymous_bytes())
+            model.engine.host_peak_bytes = max(model.engine.host_peak_bytes, anonymous_bytes())
         result["memory"] = model.engine.memory()
         model.close()
     if args.disk and not args.no_raw:
