@@ -6,8 +6,8 @@ of bytes, on random layers of a real shape.
     python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
 
 Makes the three folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
-fresh process for each number of tokens (a plan once made goes on as it is), `--rounds` times in
-turn. The last line is one JSON object.
+fresh process for each number of tokens (each has a plan of its own), `--rounds` times in turn. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
