@@ -151,7 +151,7 @@ def private_reaches(tree):
             name = node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
             words = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
-            name = words[0].rpartition(".")[2] if words else ""
+            name = str(words[0]).rpartition(".")[2] if words else ""
         else:
             continue
         if re.match(r"_[a-z]", name) and name not in own:
