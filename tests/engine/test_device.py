@@ -1,5 +1,5 @@
-"""The promise for the device, before JAX starts: what the driver tells decides, not an allocation
-that fails."""
+"""The device's budget is checked before JAX starts, by what the driver says is free, and not by an
+allocation that fails."""
 
 import os
 

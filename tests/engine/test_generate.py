@@ -1,5 +1,4 @@
-"""Generation from the outside: what comes back for what goes in, when it stops, and what is
-refused."""
+"""Generation through the public functions: tokens, text, stops, figures, and refusals."""
 
 import json
 import shutil

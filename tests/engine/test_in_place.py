@@ -1,5 +1,5 @@
-"""Running a published folder as it is: the same tokens as its conversion, and nothing that changes
-under it unseen."""
+"""A published folder runs as it is: it gives the tokens of its conversion, and a file that changes
+meanwhile is refused."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def made(kind, folder):
 
 
 def run(folder):
-    """Two answers, of a prompt's logits and of the tokens after it, all weights from disk."""
+    """A prompt's logits, the tokens after it, and the bytes that were copied to fix alignment."""
     with AutoModel.from_pretrained(folder, device="cpu", keeps_layers=False) as model:
         tokens = model.generate(IDS, max_new_tokens=5, do_sample=False)
         return model.logits(IDS), tokens, model.engine.totals.bounced_bytes
@@ -81,7 +81,7 @@ def run(folder):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """What a conversion answers, by what the weights are."""
+    """Runs the conversion of a source, once for each kind of weights."""
     home, known = tmp_path_factory.mktemp("converted"), {}
 
     def answers(source, weights):

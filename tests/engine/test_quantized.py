@@ -1,5 +1,4 @@
-"""Quantised folders run: the product, the stream, and the tokens of the weights that they stand
-for."""
+"""Quantised folders: products, logits and tokens are those of the decoded weights."""
 
 import json
 from dataclasses import replace
@@ -34,7 +33,7 @@ IDS = [5, 17, 99, 3, 64, 128, 1]
 
 
 def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
-    """A quantised matrix, and the float32 one that it stands for."""
+    """A random quantised matrix, and the same one decoded to float32."""
     numbers = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     pieces = quantize(numbers, scheme)
     arrays = {name: jnp.asarray(piece) for name, piece in pieces.items()}
@@ -112,7 +111,7 @@ def layered(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(layered):
-    """What the model says when it is cut as is best: the logits, and six greedy tokens."""
+    """Logits and six greedy tokens of the model in whole layers."""
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         logits = model.logits(IDS)
         assert model.plan.tiling.is_whole
@@ -167,7 +166,7 @@ def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
 
 @pytest.mark.parametrize("tile_bytes", [None, 6_000])
 def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
-    """The same programs over pieces that were loaded whole, without slots, readers or schedule."""
+    """The same programs with weights that were loaded whole, without slots, readers or schedule."""
     monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         streamed = model.logits(IDS)

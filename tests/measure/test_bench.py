@@ -1,5 +1,5 @@
-"""The figures of `bench`: what is read raw, what is held against what, and that measuring changes
-nothing."""
+"""The figures of `bench`: which bytes are read raw, how a share is computed, and that measuring
+changes no answer."""
 
 import math
 import os
