@@ -1,5 +1,5 @@
-"""What every benchmark needs: the machine's card, its raw speeds measured without jlayer, and what
-the GPU holds."""
+"""What every benchmark needs: the machine's card, its raw speeds measured without jlayer, and the
+memory in use on the GPU."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ def card() -> dict:
 
 
 class KernelDisk:
-    """What the kernel itself counts of the disk that a folder lies on; None in all where it counts
-    none (a folder on no disk of its own). For a disk that nothing else reads from meanwhile."""
+    """The kernel's own counters of the disk that a folder lies on. They count the reads of every
+    program, so nothing else should read meanwhile. Where the folder has no disk of its own, there
+    are none, and all is None."""
 
     def __init__(self, folder: str):
         device = os.stat(folder).st_dev
         self._path = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"
 
     def watch(self, work) -> dict:
-        """What `work()` makes of the disk: bytes read, a second, and the share of the time in which
-        it had something to do."""
+        """Runs `work()` and returns the bytes that the disk read meanwhile, the bytes a second, and
+        the share of the time in which it was busy."""
         before, began = self._counts(), time.perf_counter()
         work()
         seconds, after = time.perf_counter() - began, self._counts()

@@ -1,13 +1,13 @@
-"""A conversion against `cp --reflink=never` plus a sync of what it copied, side by side.
+"""The speed of a conversion, compared with `cp --reflink=never` and a sync of the copies.
 
     python benchmarks/convert_speed.py [--shape 8b] [--layers 4] [--pairs 5] [--cold] [--home
     FOLDER]
 
-Both write the same bytes to the same disk, in turn, now one and now the other first, each to a
-folder that is not there before. The conversion also looks at every number, hashes every byte, and
-syncs every file on its own; its time is that of the whole program. Its peak memory is what the
-system counted. "Others" is how much of all processors somebody else used meanwhile: the ratio means
-little where that is much. The last line is one JSON object.
+Both write the same bytes to the same disk, each to a new folder. They take turns, and which of them
+goes first changes from pair to pair. The conversion also looks at every number, hashes every byte
+and syncs every file; its time is that of the whole program. Its peak memory is what the system
+counted. "Others" is the share of all processors that other programs used meanwhile: where that is
+large, the ratio means little. The last line is one JSON object.
 """
 
 from __future__ import annotations

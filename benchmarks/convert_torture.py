@@ -1,4 +1,4 @@
-"""Kill, starve and damage conversions, and see that each ends as an undisturbed one does.
+"""Kill, starve and damage conversions, and check that each ends as an undisturbed one does.
 
     python benchmarks/convert_torture.py [--short] [--only NAME ...] [--home FOLDER]
 
@@ -7,8 +7,8 @@
     random   SIGKILL, SIGTERM and SIGINT at random moments of a larger conversion
     calls    every call to the system failing once (EIO, ENOSPC, EINTR), or falling short
     signals  the same for EINTR and short writes below Python, by strace
-    power    power cuts: what no sync has followed is lost; a naive writer goes through the same rig
-    flips    random single-bit flips over a converted folder, held against `jlayer verify`
+    power    power cuts, which lose all that was not synced; also with a writer that never syncs
+    flips    random single-bit flips in a converted folder, which `jlayer verify` must find
     full     a file system that fills up, or has no inodes left (where a tmpfs may be mounted)
 
 Figures go to stdout as one JSON object; a line for each thing that went wrong, and code 1, if any
@@ -102,7 +102,7 @@ class Bench:
         return lambda: convert_checkpoint(root / "source", root / "target", **WAYS[way])
 
     def check(self, root: Path, way: str, what: str) -> None:
-        """What there is must be sound; the same command must end it as if nothing had been."""
+        """The files so far must be sound, and the same command must finish the conversion."""
         target = root / "target"
         if (target / MANIFEST).exists():
             beside = [p.name for p in target.iterdir() if p.name.endswith((*OURS, TEMPORARY))]
@@ -222,7 +222,7 @@ def strace(bench: Bench) -> dict:
 
 
 def signals(bench: Bench) -> dict:
-    """EINTR must not be felt at all; a write that falls short is gone on with."""
+    """EINTR must have no effect, and a short write must be continued."""
     if not shutil.which("strace"):
         return {"skipped": "strace is not installed"}
     points = bench.sample(_injections(bench, "plain"), 3)
@@ -311,8 +311,8 @@ def _own_folders(bench, way):
 
 
 def _naive(bench):
-    """The rig must catch who writes without a sync: how often a manifest stands before bytes that
-    are not there."""
+    """Checks the test itself with a writer that never syncs: how often its manifest names bytes
+    that a power cut lost."""
     root = bench.fresh("plain")
     (root / "target").mkdir()
     expected = {
@@ -341,7 +341,7 @@ def _naive(bench):
 
 
 def flips(bench: Bench) -> dict:
-    """Half of them anywhere, half of them in the small files, which are few of the bits."""
+    """Half of them anywhere, half in the small files, which have few of all bits."""
     root = bench.fresh("plain")
     bench.work(root, "plain")()
     files = sorted((root / "target").iterdir())
@@ -368,8 +368,8 @@ def flips(bench: Bench) -> dict:
 
 
 def random_kills(bench: Bench) -> dict:
-    """A conversion is stopped, once or again and again, and then goes on to its end; until as many
-    were killed midway, and as many stopped by the other signals, as is wanted."""
+    """Stops conversions at random, once or several times each, and then finishes them, until enough
+    were killed midway and enough were stopped by the other signals."""
     wanted, layers = ({"killed": 2, "stopped": 1}, 2) if bench.short else (FULL, 30)
     # A shell starts what goes to the background with SIGINT ignored, and so would what we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -412,8 +412,7 @@ def random_kills(bench: Bench) -> dict:
 
 
 def _stop_at_random(bench, source, target, number, lasts_s):
-    """Starts the conversion and stops it; returns how long that took, or None where it came to its
-    end first."""
+    """Starts the conversion and stops it; returns the seconds, or None where it ended first."""
     process = subprocess.Popen(
         _words(source, target), cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -484,7 +483,7 @@ def full(bench: Bench) -> dict:
 
 
 def _read_only(bench, place):
-    """Said before the source is read: this one is none."""
+    """A read-only target is refused before the source is read: here there is none."""
     try:
         convert_checkpoint(place / "no-source", place / "target")
     except JlayerError as error:
@@ -512,7 +511,7 @@ def _starve(bench, place, what):
 
 
 def _fill_up(bench, place, size, kind):
-    """Too small from the start; or filled by somebody else once the conversion has begun."""
+    """A disk that is too small from the start, or is filled after the conversion has begun."""
     if kind == "size":
         return _starve(bench, place, f"full, {size} bytes")
     real, calls = os.pwrite, itertools.count()

@@ -1,13 +1,13 @@
-"""The disk's share of its ceiling on a disk whose speed drifts: raw reads and sweeps in turn,
-compared pair by pair, and both held against what the kernel counts of the disk meanwhile.
+"""What share of the disk's raw speed sweeps reach, on a disk whose speed drifts. Raw reads and
+sweeps take turns and are compared pair by pair, and both are compared with the kernel's counters.
 
     python benchmarks/disk_pairs.py FOLDER [--device cpu] [--pairs 5] \\
         [--mixed-host-memory 9GiB [--mixed-pairs 9]]
 
-The same files are read raw (O_DIRECT, 16 MiB requests, two in flight), with nothing else being
-read, before and after three sweeps in a row: one alone begins and ends with tiles half read. The
-figure is the median of the ratios. With --mixed-host-memory the same again with part of the
-layers in host memory, against the larger of what disk and link take by themselves.
+The same files are read raw (O_DIRECT, 16 MiB requests, two in flight), and nothing else is read,
+before and after three sweeps in a row: a single sweep begins and ends with tiles half read. The
+figure is the median of the ratios. --mixed-host-memory repeats this with part of the layers in host
+memory, compared with the longer of what disk and link take alone.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ SWEEPS = 3
 
 
 def pairs(model, paths, n_pairs: int) -> list[dict]:
-    """Raw speed, sweeps, raw speed, again and again; the sweeps against the mean of both sides.
+    """Measures raw reads and sweeps in turn; sweeps are compared with the mean of the raw speeds
+    before and after.
 
     A disk behind a host's cache reads faster what was read just before, and slower after anything
-    else: one side alone is 0.7 to 1.1 times the other. The raw reads go on where the last ended.
+    else: one side alone is 0.7 to 1.1 times the other. Raw reads continue where the last ended.
     """
     from jlayer.plan.shapes import RunShape
 

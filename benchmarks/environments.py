@@ -1,8 +1,7 @@
 """Python environments for the peers: made once in a cache folder, every version pinned.
 
-Where there is no network, packages come from a folder of wheels; where the packages are there
-already (a machine whose own Python has them), the running interpreter serves everybody, and wheels
-in that folder are added beside it.
+Without a network, packages come from a folder of wheels. Where the running interpreter has the
+packages already, it serves every program, and wheels in that folder are added to it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/fuzz_headers.py --count 1000000 [--seed 0]
 
-Each input is made from its number alone, so that any can be had again. It must be accepted or
-refused with one of our own errors, in one line, within a second of the processor and 256 MB, and
-without waiting for anything. Every so often comes
-one as large as the limits allow. The last line is one JSON object; code 1 if anything went wrong.
+Each input is made from its number alone, so that each can be made again. It must be accepted or
+refused with one of our own errors, in one line, within one second of processor time and 256 MB, and
+without waiting for anything. Some inputs are as large as the limits allow. The last line is one
+JSON object; code 1 if anything went wrong.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ LARGE = (
 
 
 class Doors:
-    """What an input is thrown at; a folder for those that read files."""
+    """The readers under test, and a folder for those that read files."""
 
     def __init__(self, folder: Path):
         self.source = random_checkpoint(folder / "source", n_shards=2)

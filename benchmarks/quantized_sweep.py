@@ -1,13 +1,13 @@
-"""What quantising buys: sweep time of bfloat16 over that of int8 and int4, against the same ratio
-of bytes, on random layers of a real shape.
+"""What quantising gains: the sweep time of bfloat16 over that of int8 and int4, compared with the
+ratio of the bytes, on random layers of a real shape.
 
     python benchmarks/quantized_sweep.py WORK --shape 70b --layers 14 --device-memory 1536MiB \\
         --host-memory 100GiB --tokens 1,64,512
     python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
 
 Makes the three folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
-fresh process for each number of tokens (a plan once made goes on as it is), `--rounds` times in
-turn. The last line is one JSON object.
+fresh process for each number of tokens (each has a plan of its own), `--rounds` times in turn. The
+last line is one JSON object.
 """
 
 from __future__ import annotations

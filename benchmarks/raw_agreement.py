@@ -1,5 +1,5 @@
-"""Whether what `jlayer bench` says of a machine and of itself is so: held against what the kernel
-counts, against plain copies in another process, and against dd.
+"""Check the figures of `jlayer bench` against the kernel's counters, against plain copies in
+another process, and against dd.
 
     python benchmarks/raw_agreement.py FOLDER [--pairs 9] [--device cpu] [--device-memory 1536MiB]
 
@@ -7,8 +7,8 @@ Share: the disk's share of its ceiling in sweeps from disk, as bench has it, and
 kernel's count of the disk's bytes in the same windows. Disk: a plain loop over the same files with
 as many requests in flight, before and after raw reads of ours. Link: `cuMemcpyHtoDAsync` into
 memory of the driver's own. dd (`iflag=direct bs=16M`, file after file) has one request in flight
-and its buffer, though huge pages are asked for, mostly in small ones, over which a request is cut
-into many: it reads less, and how much less is shown. The figures are medians of ratios.
+and a buffer mostly in small pages, though huge ones are asked for, so that each request is cut into
+many. It reads more slowly; the ratio shows by how much. All figures are medians of ratios.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def share_pairs(folder: str, **options) -> list[dict]:
         return windows[-1]["ours"]
 
     class Watched(Bench):
-        def _read_raw(self, disk):
+        def read_raw(self, disk):
             self.forward.settle()
-            return watched(raws, lambda: Bench._read_raw(self, disk))
+            return watched(raws, lambda: Bench.read_raw(self, disk))
 
-        def _time_in_a_row(self, n_tokens, count):
-            return watched(sweeps, lambda: Bench._time_in_a_row(self, n_tokens, count))
+        def time_in_a_row(self, n_tokens, count):
+            return watched(sweeps, lambda: Bench.time_in_a_row(self, n_tokens, count))
 
     with AutoModel.from_pretrained(folder, keeps_layers=False, **options) as model:
         bench = Watched(model)
@@ -136,7 +136,7 @@ def main():
         result[kind] = {"pairs": rows}
         for other in others:
             if rows[0][other] is None:
-                common.say(f"{kind}: nothing to hold it against: the kernel counts no such disk")
+                common.say(f"{kind}: not compared: the kernel has no counters of this disk")
                 continue
             ratio = common.summary([row["ours"] / row[other] for row in rows])
             result[kind][f"ours / {other}"] = ratio

@@ -1,10 +1,10 @@
-"""Whole sweeps of one model under one promise: bytes a second against the raw link and the raw
-disk, memory by nvidia-smi.
+"""Whole sweeps of one model under one memory budget: bytes a second compared with the raw link and
+the raw disk, and memory by nvidia-smi.
 
     python benchmarks/sweep.py FOLDER --device-memory 1536MiB --tokens 64,1 [--disk] [--sweeps 5]
 
 The ceiling is printed before anything is measured; the last line is one JSON object. Run it in a
-fresh process for each promise, since an allocator's cap is set once.
+fresh process for each budget, since an allocator's limit is set once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def in_use(model) -> int | None:
 
 
 def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
-    """Seconds of some sweeps that carry `n_tokens` each, after one that fills and warms."""
+    """Seconds of sweeps of `n_tokens`, after a first one that compiles and fills what stays."""
     began = time.perf_counter()
     from jlayer.plan.shapes import RunShape
 
@@ -110,7 +110,7 @@ def main():
             result["sweeps"][-1]["in_use"] = in_use(model)
             result["sweeps"][-1]["anonymous_bytes"] = anonymous_bytes()
             result["sweeps"][-1]["plan_host_peak"] = model.plan.host_peak_bytes
-            model.host_peak_bytes = max(model.host_peak_bytes, anonymous_bytes())
+            model.engine.host_peak_bytes = max(model.engine.host_peak_bytes, anonymous_bytes())
         result["memory"] = model.engine.memory()
         model.close()
     if args.disk and not args.no_raw:

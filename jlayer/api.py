@@ -69,9 +69,13 @@ class Model:
 
     def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         self.folder = os.fspath(ref)
-        self.generation_config = read_generation_config(self.folder)
         self.engine = Engine(self.folder, run, watch)
         self._end = weakref.finalize(self, self.engine.close)
+        try:  # after the engine, which tells what is wrong with a folder that has no config
+            self.generation_config = read_generation_config(self.folder)
+        except BaseException:
+            self.close()
+            raise
         self._tokenizer = None
         self._text = None
 

@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
+
+import pytest
 
 from benchmarks import described, table
 from jlayer import errors
@@ -39,19 +42,27 @@ def test_ci_runs_the_two_commands_at_the_top_of_the_readme():
         assert command in lines
 
 
+def sweep_seconds(*words):
+    plan = described.printed(["plan", "llama-3.1-8b-instruct", "--json", *words])
+    return json.loads(plan)["sweep"]["seconds"]
+
+
 def test_the_speeds_that_a_plan_assumes_are_those_of_the_docs():
     text = " ".join((DOCS / "memory.md").read_text().split())
-    assert "assumes 2 GB/s for the disk and 25 GB/s for the link (14 GB/s of weights" in text
-
-    def seconds(*words):
-        plan = described.printed(["plan", "llama-3.1-8b-instruct", "--json", *words])
-        return json.loads(plan)["sweep"]["seconds"]
-
+    assert "assumes 2 GB/s for the disk and 25 GB/s for the link," in text
     disk = ["--host-memory", "2GiB"]  # nothing is kept
-    assert seconds(*disk) == seconds(*disk, "--disk-speed", "2GB/s")
-    assert seconds() == seconds("--link-speed", "25GB/s")
+    assert sweep_seconds(*disk) == sweep_seconds(*disk, "--disk-speed", "2GB/s")
+    assert sweep_seconds() == sweep_seconds("--link-speed", "25GB/s")
+
+
+@pytest.mark.parametrize("n_cores", [1, 2, 64])
+def test_the_arithmetic_that_a_plan_assumes_of_a_cpu_is_that_of_the_docs(monkeypatch, n_cores):
+    text = " ".join((DOCS / "memory.md").read_text().split())
+    assert "7 GB/s of weights for the arithmetic of each core, and 120 GB/s at most" in text
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(n_cores))
     cpu = ["--device", "cpu", "--host-memory", "64GiB"]
-    assert seconds(*cpu) == seconds(*cpu, "--link-speed", "14GB/s") != seconds(*disk)
+    speed = f"{min(7 * n_cores, 120)}GB/s"
+    assert sweep_seconds(*cpu) == sweep_seconds(*cpu, "--link-speed", speed)
 
 
 def test_every_card_has_a_figure_for_every_disk():

@@ -128,11 +128,11 @@ class Bench:
         seconds, limits = {n: [] for n in sizes}, {n: [] for n in sizes}
         disk = RawDisk(self.engine.files_of(Tier.DISK)) if self.disk_bytes else None
         began, rounds = time.perf_counter(), 0
-        before = self._read_raw(disk)
+        before = self.read_raw(disk)
         while not _enough(rounds, time.perf_counter() - began):
             for n in sizes:
                 seconds[n].append(self._time_sweeps(n, from_disk=disk is not None))
-                after = self._read_raw(disk)
+                after = self.read_raw(disk)
                 limits[n].append(self._limits(n, (before, after)))
                 before = after
             rounds += 1
@@ -154,13 +154,14 @@ class Bench:
         began = time.perf_counter()
         self.sweep(n_tokens)
         is_long = time.perf_counter() - began > LONG_S
-        return self._time_in_a_row(n_tokens, 1 if is_long else IN_A_ROW)
+        return self.time_in_a_row(n_tokens, 1 if is_long else IN_A_ROW)
 
-    def _time_in_a_row(self, n_tokens, count):
+    def time_in_a_row(self, n_tokens: int, count: int) -> float:
+        """Seconds of a sweep, of so many in a row."""
         return _timed(lambda: [self.sweep(n_tokens) for _ in range(count)]) / count
 
-    def _read_raw(self, disk):
-        """The disk's speed now, or None; notes it. For about as long as a sweep, within reason."""
+    def read_raw(self, disk: RawDisk | None) -> float | None:
+        """Measures the disk's speed for about as long as a sweep, within reason, and keeps it."""
         if disk is None:
             return None
         self.forward.settle()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from jlayer.measure.scratch import Scratch
 from jlayer.plan.shapes import RunShape
 
 MOST_WINDOWS = 64  # a sweep; more only cost activations
-_PIECE = 1 << 20  # logits that are looked at together on the host
+PIECE = 1 << 20  # logits that are looked at together on the host
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Scores:
 
     def add(self, output: np.ndarray, column: int, row: int) -> None:
         """Takes logits [B, columns, some of the vocabulary]; see `Forward.score`."""
-        step = max(1, _PIECE // output.shape[2])
+        step = max(1, PIECE // output.shape[2])
         for b in range(output.shape[0]):
             asked = np.flatnonzero(self._targets[b, column : column + output.shape[1]] >= 0)
             for first in range(0, len(asked), step):
@@ -218,19 +218,19 @@ def _evaluate(model, ids, length, stride, told, options):
     length, stride = _sizes(model, ids, length, stride)
     cut = windows(len(ids), length=length, stride=stride)
     batch = _windows_a_sweep(model, len(cut), length)
-    forward = model.engine.start(_shape(batch, length, sweeps=-(-len(cut) // batch)))
     found, numbers = [], iter(range(sum(window.n_predicted for window in cut)))
-    for begin in range(0, len(cut), batch):
-        some = cut[begin : begin + batch]
-        targets, rows = _targets(ids, some, batch, forward.n_columns(length), length, numbers)
-        scores = Scores(targets, rows=rows, **options(targets, rows))
-        # Rows that are left over carry one token, which nobody asks about.
-        sent = [ids[w.begin : w.end] for w in some] + [ids[:1]] * (batch - len(some))
-        sent[0] = sent[0] + [0] * (length - len(sent[0]))  # one row as long as all others' columns
-        forward.score(sent, scores)
-        found.append(scores)
-        told(min(begin + batch, len(cut)), len(cut))
-    forward.close()
+    shape = _shape(batch, length, sweeps=-(-len(cut) // batch))
+    with closing(model.engine.start(shape)) as forward:
+        for begin in range(0, len(cut), batch):
+            some = cut[begin : begin + batch]
+            targets, rows = _targets(ids, some, batch, forward.n_columns(length), length, numbers)
+            scores = Scores(targets, rows=rows, **options(targets, rows))
+            # Rows that are left over carry one token, which nobody asks about.
+            sent = [ids[w.begin : w.end] for w in some] + [ids[:1]] * (batch - len(some))
+            sent[0] = sent[0] + [0] * (length - len(sent[0]))  # as long as all others' columns
+            forward.score(sent, scores)
+            found.append(scores)
+            told(min(begin + batch, len(cut)), len(cut))
     nll = np.concatenate([scores.nll for scores in found])
     mean = float(nll.mean())
     evaluation = Evaluation(

@@ -11,6 +11,8 @@ from jlayer.config import model_config
 from jlayer.measure import bench as measuring
 from jlayer.plan.machine import Machine
 from jlayer.plan.plan import make_plan
+from jlayer.plan.shapes import RunShape
+from jlayer.plan.tiles import Weights
 from tests.tiny import TINY
 
 
@@ -91,9 +93,8 @@ def found(took, *, block=0.001, bits=16, took_64=None, **limits):
 def test_the_sentence_names_the_limit_and_the_best_remedy(figures, limit, said):
     cfg = model_config({"model_type": "llama", "torch_dtype": "bfloat16", **TINY}, where="test")
     machine = Machine("gpu", 4 << 30, 4 << 30, 0)
-    plan = make_plan(
-        cfg, machine, dtype_of=lambda _: "bfloat16", dtype="bfloat16", keeps_layers=False
-    )
+    weights = Weights(cfg, lambda _: "bfloat16", "bfloat16")
+    plan = make_plan(weights, machine, RunShape(), keeps_layers=False)
     drawn = conclude(figures, plan)
     assert drawn["limit"] == limit
     assert re.search(said, drawn["conclusion"]), drawn["conclusion"]

@@ -207,6 +207,16 @@ def test_a_plan_beyond_the_models_own_context_is_refused_as_its_run_is(fable, ca
     assert "the model's own limit is 1024" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("n_cores", "is_told"), [(1, False), (16, True)])
+def test_a_plan_says_where_a_cpu_is_faster_unquantised(monkeypatch, capsys, n_cores, is_told):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(n_cores))
+    words = ["llama-3.1-8b-instruct", "--device", "cpu", "--host-memory", "64GiB"]
+    assert main(["plan", *words]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["plan", *words, "--quantize", "int8"]) == 0
+    assert ("where the unquantised model would take" in capsys.readouterr().err) == is_told
+
+
 def test_without_a_tokenizer_the_new_ids_are_shown(tiny, capsys):
     words = ["generate", str(tiny), "--prompt-ids", "1,2,3", "-n", "4", "--device", "cpu"]
     assert main([*words, "--json"]) == 0

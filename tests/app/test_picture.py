@@ -1,13 +1,14 @@
-"""The picture of a run: refused before the run where it cannot be, and saying what was recorded."""
+"""The picture of a run: refused before the run if it cannot be drawn, and true to the record."""
 
 import importlib.util
 import os
 
 import pytest
 
-from jlayer.app import picture as picture
+from jlayer.app import picture
 from jlayer.app.cli import main
 from jlayer.errors import StorageError, UsageError
+from jlayer.families.llama import DECODER
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.record import Span, Timeline
 
@@ -16,8 +17,8 @@ GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
 
 
 def timeline(n_tiles=3, tiers=(Tier.DISK, Tier.HOST)):
-    """Two sweeps of `n_tiles` layers, each read for 10 ms of the 10 that it runs in turn with."""
-    tiles = tuple(Tile(f"layer {i}", "block", i, ()) for i in range(n_tiles))
+    """Two sweeps of `n_tiles` layers; every 10 ms a layer is read, all the time, and one runs."""
+    tiles = tuple(Tile(f"layer {i}", DECODER, None, i, ()) for i in range(n_tiles))
     spans = []
     for number in range(2 * n_tiles):
         at, tile = number / 100, number % n_tiles

@@ -18,10 +18,15 @@ def tile(layer, *, n_bytes=1000):
     return SimpleNamespace(layer=layer, n_bytes=n_bytes, name=f"layer {layer}")
 
 
-MODEL = SimpleNamespace(
-    config=SimpleNamespace(num_hidden_layers=3),
-    plan=SimpleNamespace(machine=SimpleNamespace(disk_speed=1000.0), sweep_seconds=9.0),
-)
+def model_of(watch=None):
+    return SimpleNamespace(
+        config=SimpleNamespace(num_hidden_layers=3),
+        plan=SimpleNamespace(machine=SimpleNamespace(disk_speed=1000.0), sweep_seconds=9.0),
+        engine=SimpleNamespace(watch=watch or Watch()),
+    )
+
+
+MODEL = model_of()
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def test_a_slow_sweep_counts_its_layers_and_a_fast_one_shows_nothing(view, clock
     assert view.status() == []
     clock.s += 2
     assert view.status() == ["prompt: 0 of 3 layers, 2 s"]
-    view.on_step(Free(0, 0), tile(0))
+    view.on_step(Free(0, 0, after=0), tile(0))
     view.on_step(Run(1), tile(1))
     view.on_step(Run(2), tile(1))
     assert view.status() == ["prompt: 1 of 3 layers, 2.00 s a layer, 4 s left"]
@@ -145,8 +150,7 @@ def test_the_steps_are_watched_only_where_somebody_looks(monkeypatch, is_termina
 
     monkeypatch.setattr(watch, "also", also)
     pieces = []
-    model = SimpleNamespace(watch=watch, **vars(MODEL))
-    with progress.shown(model, pieces.append) as write:
+    with progress.shown(model_of(watch), pieces.append) as write:
         write("text")
     assert pieces == ["text"]
     assert len(watched) == is_terminal
@@ -157,8 +161,7 @@ def test_the_steps_are_watched_only_where_somebody_looks(monkeypatch, is_termina
 def test_what_goes_to_a_file_still_does_while_a_terminal_counts(monkeypatch):
     stream, file = terminal(monkeypatch), io.StringIO()
     monkeypatch.setattr("sys.stdout", file)
-    model = SimpleNamespace(watch=Watch(), **vars(MODEL))
-    with progress.shown(model, None):
+    with progress.shown(model_of(), None):
         print("a result")
     assert file.getvalue() == "a result\n"
     assert "a result" not in stream.getvalue()

@@ -124,7 +124,7 @@ def commands(folder, text):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("Once upon a time there was a little girl. " * 400)
+    path.write_text("Once upon a time there was a little girl. " * 4000)  # takes some seconds
     return path
 
 

@@ -1,46 +1,82 @@
-"""The promise for the device, before JAX starts: what the driver tells decides, not an allocation
-that fails."""
+"""The device's budget is checked before JAX starts, by what the driver says is free, and not by an
+allocation that fails."""
 
 import os
 
+import jax
 import pytest
 
 from jlayer.engine import device
 from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.plan.machine import CONTEXT_BYTES
 
 GIB = 1 << 30
+CONTEXT = CONTEXT_BYTES["gpu"]
+CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.delenv(device._FRACTION, raising=False)
+class Gpu:
+    """A device whose allocator was capped by the environment when JAX started."""
+
+    platform = "gpu"
+
+    def __init__(self, total):
+        self._total = total
+
+    def memory_stats(self):
+        return {"bytes_limit": int(float(os.environ[CAP]) * self._total)}
 
 
-def test_the_allocator_gets_what_the_context_leaves():
-    budget = device._cap((8 * GIB, 6 * GIB), 4 * GIB, GIB)
-    assert budget == 4 * GIB
-    assert float(os.environ[device._FRACTION]) == pytest.approx(3 / 8, abs=1e-6)
+@pytest.fixture
+def gpu(monkeypatch):
+    """Puts a GPU with so many bytes in the place of what the driver and JAX find."""
+    monkeypatch.delenv(CAP, raising=False)
+
+    def put(total, free, *, is_started=False):
+        monkeypatch.setattr(device, "gpu_memory", lambda: (total, free))
+        monkeypatch.setattr(jax, "devices", lambda *_: [Gpu(total)])
+        # Private, since JAX has started in this process, and nothing undoes that.
+        monkeypatch.setattr(device, "_is_started", lambda: is_started)
+
+    return put
 
 
-def test_without_a_promise_it_is_4_gib_or_what_is_free_if_less():
-    assert device._cap((8 * GIB, 6 * GIB), None, GIB) == 4 * GIB
-    assert device._cap((8 * GIB, 3 * GIB), None, GIB) == 3 * GIB
+def test_the_allocator_gets_what_the_context_leaves(gpu):
+    gpu(8 * GIB, 6 * GIB)
+    _, budget, context = device.choose("gpu", 4 * GIB)
+    assert (budget, context) == (4 * GIB, CONTEXT)
+    assert float(os.environ[CAP]) == pytest.approx((4 * GIB - CONTEXT) / (8 * GIB), abs=1e-6)
 
 
-def test_a_busy_device_is_refused_with_what_is_free():
+def test_page_tables_of_pinned_memory_are_taken_from_the_allocator(gpu):
+    gpu(8 * GIB, 6 * GIB)
+    pinned = GIB // 2
+    _, budget, context = device.choose("gpu", 4 * GIB, pinned_bytes=pinned)
+    assert (budget, context) == (4 * GIB, CONTEXT + pinned // 512)
+    assert float(os.environ[CAP]) == pytest.approx((4 * GIB - context) / (8 * GIB), abs=1e-6)
+
+
+@pytest.mark.parametrize(("free", "found"), [(6 * GIB, 4 * GIB), (3 * GIB, 3 * GIB)])
+def test_without_a_promise_it_is_4_gib_or_what_is_free_if_less(gpu, free, found):
+    gpu(8 * GIB, free)
+    assert device.choose(None, None)[1] == found
+
+
+def test_a_busy_device_is_refused_with_what_is_free(gpu):
+    gpu(8 * GIB, GIB)
     with pytest.raises(DoesNotFitError, match=f"{GIB} free of {8 * GIB}"):
-        device._cap((8 * GIB, GIB), 4 * GIB, GIB)
+        device.choose("gpu", 4 * GIB)
 
 
-def test_less_than_the_drivers_own_context_is_refused():
-    with pytest.raises(DoesNotFitError, match="context alone takes"):
-        device._cap((8 * GIB, 8 * GIB), GIB // 2, GIB)
+def test_less_than_the_drivers_own_context_is_refused(gpu):
+    gpu(8 * GIB, 8 * GIB)
+    with pytest.raises(DoesNotFitError, match=f"context alone takes {CONTEXT}"):
+        device.choose("gpu", GIB // 2)
 
 
-def test_jax_started_with_a_larger_allocator_breaks_the_promise():
-    class Found:
-        def memory_stats(self):
-            return {"bytes_limit": 6 * GIB}
-
-    with pytest.raises(UsageError, match="JAX was started before"):
-        device._check_cap(Found(), 4 * GIB)
+def test_jax_started_with_a_larger_allocator_breaks_the_promise(gpu, monkeypatch):
+    gpu(8 * GIB, 8 * GIB, is_started=True)
+    monkeypatch.setenv(CAP, "0.75")
+    assert device.choose("gpu", 6 * GIB)[1] == 6 * GIB
+    with pytest.raises(UsageError, match=f"an allocator of {6 * GIB} bytes"):
+        device.choose("gpu", 4 * GIB)

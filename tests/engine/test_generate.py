@@ -1,10 +1,8 @@
-"""Generation from the outside: what comes back for what goes in, when it stops, and what is
-refused."""
+"""Generation through the public functions: tokens, text, stops, figures, and refusals."""
 
 import json
 import shutil
 import threading
-from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 import jlayer
 from convert import convert_checkpoint
+from jlayer.engine import engine
+from jlayer.engine.prompts import encode_prompts
 from jlayer.errors import CheckpointError, DoesNotFitError, UsageError
+from jlayer.plan.shapes import RunShape
+from jlayer.text.stream import TextStream
 from tests.conftest import BUNDLED
 
 PROMPT = "Once upon a time there was a little girl who"
@@ -47,7 +49,7 @@ def test_no_piece_holds_half_a_character(model):
     ids = model.text.encode("日本語 🎈", add_special_tokens=False)
     assert len(ids) > 8
     replies = iter(ids)
-    stream = jlayer.api.TextStream(model.text, continues=True)
+    stream = TextStream(model.text, continues=True)
     pieces = [stream.step(next(replies)) for _ in ids] + [stream.finish()]
     assert all("�" not in piece for piece in pieces)
     assert "".join(pieces) == "日本語 🎈"
@@ -127,10 +129,10 @@ def test_a_stop_string_is_cut_exactly(model):
 
 
 def test_nothing_asked_for_is_nothing_done(model):
-    before = model.totals.sweeps
+    before = model.engine.totals.sweeps
     found = jlayer.generate(model, PROMPT, max_new_tokens=0)
     assert (found.text, found.token_ids, found.finish_reason) == ("", [], "length")
-    assert model.totals.sweeps == before
+    assert model.engine.totals.sweeps == before
 
 
 def test_figures_add_up(fable):
@@ -284,9 +286,10 @@ def test_chat_and_messages_are_put_in_the_models_format(fable, tmp_path):
         ):
             found = jlayer.generate(model, prompt, max_new_tokens=1, **options)
             assert found.prompt_tokens == len(expected)
-        ids, one = jlayer.api.encode_prompts(model, messages)
+        ids, one = encode_prompts(model.text, messages, folder=model.folder)
         assert (ids, one) == ([expected], True)
-        both, one = jlayer.api.encode_prompts(model, [messages, "Hello"], chat=True)
+        prompts = [messages, "Hello"]
+        both, one = encode_prompts(model.text, prompts, folder=model.folder, chat=True)
         assert (len(both), one) == (2, False)
     with pytest.raises(jlayer.JlayerError, match="chat template"):
         jlayer.generate(fable, messages, device="cpu")
@@ -300,14 +303,16 @@ def test_a_closed_model_says_so(fable):
             use()
 
 
-def test_the_logits_of_a_prompt_are_part_of_the_promise(fable):
-    ids = [list(range(1000))]  # 20 MB of logits
-    with jlayer.AutoModel.from_pretrained(fable, device="cpu", keeps_layers=False) as model:
-        shape = {"batch": 1, "longest": 1000, "context": 1000, "every": True}
-        beside = model._machine.runtime_bytes
+def test_the_logits_of_a_prompt_are_part_of_the_promise(fable, monkeypatch):
+    ids = [list(range(1000))]  # 16 MB of logits
+    # What a plan finds the process to hold already grows from test to test.
+    monkeypatch.setattr(engine, "anonymous_bytes", lambda: 100 << 20)
+    options = {"device": "cpu", "keeps_layers": False}
+    with jlayer.AutoModel.from_pretrained(fable, **options) as model:
+        beside = model.plan.host.runtime_bytes
         assert model.logits(ids).nbytes == 1000 * 4096 * 4
-        model._machine = replace(model._machine, host_budget=beside + 5 * 1000 * 4096)
-        model._executor_plan = None
-        assert model.plan_for(**shape).fits  # a tile at a time
+    budget = beside + 5 * 1000 * 4096  # of each logit a float32, and whether it is finite
+    with jlayer.AutoModel.from_pretrained(fable, host_memory=budget, **options) as model:
+        assert model.engine.plan_for(RunShape(1, 1000, 1000, all_logits=True)).fits  # tile by tile
         with pytest.raises(DoesNotFitError, match="host_memory"):
             model.logits(ids)

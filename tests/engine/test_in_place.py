@@ -1,5 +1,5 @@
-"""Running a published folder as it is: the same tokens as its conversion, and nothing that changes
-under it unseen."""
+"""A published folder runs as it is: it gives the tokens of its conversion, and a file that changes
+meanwhile is refused."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
 from jlayer.errors import CheckpointError
-from jlayer.plan import plan as budget
-from jlayer.plan.tiles import cut
+from jlayer.plan import plan
+from jlayer.plan.shapes import RunShape
 from jlayer.streaming.place import VIEW_ALIGNMENT
-from tests.checkpoint.test_store import read_tile
+from jlayer.streaming.schedule import Put, Read
 from tests.convert.checkpoints import edit_tensors, join, split, tensors_of, write_tensors
 from tests.tiny import tiny_llama
 
@@ -73,15 +73,15 @@ def made(kind, folder):
 
 
 def run(folder):
-    """Two answers, of a prompt's logits and of the tokens after it, all weights from disk."""
+    """A prompt's logits, the tokens after it, and the bytes that were copied to fix alignment."""
     with AutoModel.from_pretrained(folder, device="cpu", keeps_layers=False) as model:
         tokens = model.generate(IDS, max_new_tokens=5, do_sample=False)
-        return model.logits(IDS), tokens, model.totals.bounced_bytes
+        return model.logits(IDS), tokens, model.engine.totals.bounced_bytes
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """What a conversion answers, by what the weights are."""
+    """Runs the conversion of a source, once for each kind of weights."""
     home, known = tmp_path_factory.mktemp("converted"), {}
 
     def answers(source, weights):
@@ -108,7 +108,7 @@ def test_in_place_is_token_for_token_as_converted(tmp_path, converted, kind):
 
 def test_in_tiles_too(tmp_path, converted, monkeypatch):
     source = made("at-8", tmp_path)
-    monkeypatch.setattr(budget, "TILE_BYTES", (3_000,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (3_000,))
     logits, tokens, _ = converted(source, "in tiles")
     found = run(source)
     assert np.array_equal(found[0], logits)
@@ -117,17 +117,35 @@ def test_in_tiles_too(tmp_path, converted, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sharded", "at-1", "mixed-dtypes", "biased"])
 @pytest.mark.parametrize("tile_bytes", [None, 1000])
-def test_every_part_lies_where_jax_takes_it_without_a_copy(tmp_path, kind, tile_bytes):
-    source = made(kind, tmp_path)
-    store, expected = Store(source), {}
+def test_jax_takes_every_part_where_it_was_read_without_a_copy(
+    tmp_path, monkeypatch, kind, tile_bytes
+):
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    source, expected, reads, seen = made(kind, tmp_path), {}, {}, []
     for path in source.glob("*.safetensors"):
         expected |= tensors_of(path)
-    for tile in cut(store.cfg, store.dtype_of, tile_bytes):
-        for part in tile.parts:
-            found = read_tile(store, tile)[part.leaf]
-            assert found.ctypes.data % VIEW_ALIGNMENT == 0
-            begin = part.first_row * (part.n_bytes // part.shape[0])
-            assert found.tobytes() == expected[part.tensor][2][begin : begin + part.n_bytes]
+
+    def on_taken(step, taken):
+        if isinstance(step, Read):
+            reads[step.tile] = taken
+        if isinstance(step, Put):
+            seen.append(step.tile)
+            views = reads[step.tile].result()
+            for part in tiles[step.tile].parts:
+                address = views[part.leaf].ctypes.data
+                assert address % VIEW_ALIGNMENT == 0
+                assert taken[part.leaf].unsafe_buffer_pointer() == address
+                begin = part.first_row * (part.n_bytes // part.shape[0])
+                published = expected[part.tensor][2][begin : begin + part.n_bytes]
+                assert views[part.leaf].tobytes() == published
+
+    with AutoModel.from_pretrained(source, device="cpu", keeps_layers=False) as model:
+        model.engine.watch.on_taken = on_taken
+        forward = model.engine.start(RunShape())
+        tiles = forward.plan.tiles
+        forward.stream()
+        forward.close()
+    assert set(seen) == set(range(len(tiles)))
 
 
 def test_generate_runs_a_published_folder_and_says_what_was_moved(tmp_path, capsys):

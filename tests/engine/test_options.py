@@ -1,4 +1,4 @@
-"""Generation options: defaults, ranges, what is refused, and who overrules whom."""
+"""Generation options: defaults, ranges, what is refused, and which source of an option wins."""
 
 import math
 

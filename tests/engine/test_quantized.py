@@ -1,7 +1,7 @@
-"""Quantised folders run: the product, the stream, and the tokens of the weights that they stand
-for."""
+"""Quantised folders: products, logits and tokens are those of the decoded weights."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,14 @@ from convert.transform import packed as on_host
 from convert.transform.quantize import quantize
 from jlayer import AutoModel
 from jlayer.app.cli import main
+from jlayer.checkpoint.safetensors import read_header
 from jlayer.encodings.grouped import block_rows
 from jlayer.encodings.registry import SCHEMES
+from jlayer.engine import engine
+from jlayer.errors import CheckpointError
 from jlayer.model.products import Encoded, dequantize, product
-from jlayer.plan import blob
-from jlayer.plan import plan as budget
+from jlayer.plan import joined, plan
+from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.schedule import Put
 from tests.conftest import BUNDLED
@@ -30,12 +33,11 @@ IDS = [5, 17, 99, 3, 64, 128, 1]
 
 
 def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
-    """A quantised matrix, and the float32 one that it stands for."""
+    """A random quantised matrix, and the same one decoded to float32."""
     numbers = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     pieces = quantize(numbers, scheme)
-    weight = Encoded(
-        jnp.asarray(pieces["q"]), jnp.asarray(pieces["scale"]), block_bytes=block_bytes
-    )
+    arrays = {name: jnp.asarray(piece) for name, piece in pieces.items()}
+    weight = Encoded(arrays, encoding=scheme.name, block_bytes=block_bytes)
     return weight, on_host.dequantize(scheme, pieces["q"], pieces["scale"], width=width)
 
 
@@ -109,17 +111,17 @@ def layered(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(layered):
-    """What the model says when it is cut as is best: the logits, and six greedy tokens."""
+    """Logits and six greedy tokens of the model in whole layers."""
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         logits = model.logits(IDS)
-        assert model.plan.tiles[0].stage == "block"
+        assert model.plan.tiling.is_whole
         return logits, model.generate(IDS, max_new_tokens=6, do_sample=False)
 
 
 @pytest.mark.parametrize(("tile_bytes", "keeps_layers"), [(6_000, True), (1_500, False)])
 def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_bytes, keeps_layers):
     expected, tokens = whole
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=keeps_layers) as model:
         assert len(model.plan.tiles) > 12
         assert model.generate(IDS, max_new_tokens=6, do_sample=False) == tokens
@@ -135,13 +137,13 @@ def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_b
 @pytest.mark.parametrize("tile_bytes", [None, 6_000, 1_500])
 def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, tile_bytes):
     """As on a GPU; most arrays begin where no disk block does."""
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
         expected = model.logits(IDS)
-    monkeypatch.setattr(blob, "LINKED", ("cpu",))
+    monkeypatch.setattr(joined, "LINKED", ("cpu",))
     put = []
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
-        model.watch.on_taken = lambda step, made: isinstance(step, Put) and put.append(made)
+        model.engine.watch.on_taken = lambda step, made: isinstance(step, Put) and put.append(made)
         assert np.array_equal(model.logits(IDS), expected)
         assert len(put) >= len(model.plan.tiles)
         assert all(isinstance(made, jax.Array) and made.ndim == 1 for made in put)
@@ -149,63 +151,58 @@ def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, t
 
 def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
     _, expected = whole
-    monkeypatch.setattr(budget, "TILE_BYTES", (1_500,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (1_500,))
     kinds = list(Tier)
-    monkeypatch.setattr(
-        budget,
-        "_with_tiers",
-        lambda plan: budget._with_kept(plan, tuple(kinds[i % 3] for i in range(len(plan.tiles)))),
-    )
+
+    def mixed(*args, **options):
+        made = plan.make_plan(*args, **options)
+        return replace(made, tiers=tuple(kinds[i % 3] for i in range(len(made.tiles))))
+
+    monkeypatch.setattr(engine, "make_plan", mixed)
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         assert model.generate(IDS, max_new_tokens=6, do_sample=False) == expected
         assert set(model.plan.tiers) == set(Tier)
 
 
-def test_streamed_equals_resident(layered):
-    """The same programs over pieces that were loaded whole, without slots, readers or schedule."""
+@pytest.mark.parametrize("tile_bytes", [None, 6_000])
+def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
+    """The same programs with weights that were loaded whole, without slots, readers or schedule."""
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         streamed = model.logits(IDS)
+        forward = model.engine.start(RunShape(1, len(IDS), len(IDS), all_logits=True))
 
         def load(part):
-            segment = model._store.segment_of(part.tensor)
+            segment = model.engine.store.segment_of(part.tensor)
             raw = np.fromfile(segment.file, np.uint8)[segment.offset :][: segment.n_bytes]
             whole = raw.view(np.dtype(part.dtype)).reshape(-1, *part.shape[1:])
             return jnp.array(whole[part.first_row : part.first_row + part.shape[0]])
 
-        resident = {
-            tile.name: {part.leaf: load(part) for part in tile.parts} for tile in model.plan.tiles
-        }
-
-        def sweep(run):
-            for tile in model.plan.tiles:
-                run(tile, resident[tile.name])
-
-        model._executor.sweep = sweep
-        assert np.array_equal(model.logits(IDS), streamed)
+        forward.compile(len(IDS), all_logits=True)
+        passing = forward.enter([IDS], [0], all_logits=True)
+        found = []
+        for tile in forward.plan.tiles:
+            outputs = forward.advance(tile, {part.leaf: load(part) for part in tile.parts}, passing)
+            if tile.kind is None:
+                found.append(np.concatenate(outputs, axis=1)[:, -len(IDS) :])
+        forward.close()
+        assert np.array_equal(np.concatenate(found, axis=2), streamed)
 
 
 def test_the_smallest_accepted_budget_holds_the_blocks_too(layered):
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
-        from dataclasses import replace
-
-        smallest = budget.make_plan(
-            model.config,
-            replace(model._machine, device_budget=1),
-            dtype_of=model._store.dtype_of,
-            dtype=model.dtype,
-            longest=len(IDS),
-            context=len(IDS) + 4,
+        smallest = plan.make_plan(
+            model.engine.weights,
+            replace(model.plan.machine, device_budget=1),
+            RunShape(1, len(IDS), len(IDS) + 4),
         ).device_peak_bytes
     with AutoModel.from_pretrained(layered, device="cpu", device_memory=smallest) as model:
         assert model.generate(IDS, max_new_tokens=4, do_sample=False) == expected
-        assert model.device_peak_bytes <= smallest
+        assert model.engine.device_peak_bytes <= smallest
 
 
 def test_a_flipped_bit_in_any_piece_is_found_while_streaming(tmp_path):
-    from jlayer.checkpoint.safetensors import read_header
-    from jlayer.errors import CheckpointError
-
     _, layered = converted(tmp_path, "int4")
     for name in ("embed_tokens.weight.scale", "1.mlp.up_proj.weight.q", "lm_head.weight.scale"):
         path, entry = next(

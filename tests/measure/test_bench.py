@@ -1,21 +1,24 @@
-"""The figures of `bench`: what is read raw, what is held against what, and that measuring changes
-nothing."""
+"""The figures of `bench`: which bytes are read raw, how a share is computed, and that measuring
+changes no answer."""
 
+import math
 import os
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jlayer import AutoModel
+from jlayer.checkpoint.safetensors import read_header
 from jlayer.measure import bench as bench_module
 from jlayer.measure.bench import Bench
 from jlayer.measure.machine import RawDisk, card, summary
-from jlayer.plan import plan as budget
+from jlayer.plan import plan
 from jlayer.plan.tiles import Tier
-from tests.streaming.test_executor import IDS
 
+IDS = [5, 17, 99, 3, 64, 128, 1]
 SPEEDS = {"memory": [4e9], "arithmetic": [1e12]}
 
 
@@ -62,59 +65,76 @@ def test_what_a_disk_saved_up_is_spent_before_it_counts(tmp_path, monkeypatch, s
     disk.close()
 
 
-def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
-    """The disk's speed grows from one raw read to the next, each sweep runs at the mean of those
-    around it: every share is 1."""
-    speeds = iter(range(100, 10**6, 50))
+def put_raw_speeds(monkeypatch, speeds):
+    """Puts these in the place of what raw reads of the disk measure; returns the order of calls."""
     order = []
 
     def raw(self, seconds):
         order.append("raw")
         return float(next(speeds))
 
+    monkeypatch.setattr(RawDisk, "steady_speed", raw)
+    return order
+
+
+def test_a_drifting_disk_cancels_out(tiny, monkeypatch, quick):
+    """The disk's speed grows from one raw read to the next, each sweep runs at the mean of those
+    around it: every share is 1."""
+    order = put_raw_speeds(monkeypatch, iter(range(10**8, 10**12, 5 * 10**7)))
+    now = 0.0
+    monkeypatch.setattr(bench_module, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def sweep(n_tokens):
+        nonlocal now
+        order.append("sweep")
+        now += bench.disk_bytes / (bench.speeds["disk"][-1] + 2.5e7)  # halfway to the next
+
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         bench = Bench(model)
         bench.speeds |= SPEEDS
-        monkeypatch.setattr(RawDisk, "steady_speed", raw)
-
-        def timed(function):
-            function()
-            order.append("timed")
-            between = bench.speeds["disk"][-1] + 25  # halfway to the next
-            return bench_module.IN_A_ROW * bench.disk_bytes / between
-
-        monkeypatch.setattr(bench_module, "_timed", timed)
-        bench.sweep = lambda n: order.append("sweep")
+        bench.sweep = sweep
         rows = bench.measure_sweeps()
     in_a_row = ["sweep"] * bench_module.IN_A_ROW
-    assert order == ["raw", *(["sweep", *in_a_row, "timed", "raw"] * 2 * 4)]
+    assert order == ["raw", *(["sweep", *in_a_row, "raw"] * 2 * 4)]
     assert [row["tokens"] for row in rows] == [0, 1, 64, 512]
     for row in rows:
         assert row["limit"] == "disk"
         assert row["share"] == pytest.approx({"median": 1, "min": 1, "max": 1, "n": 2})
 
 
-def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny):
+def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny, monkeypatch, quick):
+    put_raw_speeds(monkeypatch, iter([1e6, 3e6] * 99))
+    published = {}
+    for path in tiny.glob("*.safetensors"):
+        published |= read_header(path).tensors
+    passing = {
+        name: entry
+        for name, entry in published.items()
+        if "embed_tokens" not in name and name != "model.norm.weight"
+    }
+    n_weights = sum(math.prod(entry.shape) for entry in passing.values())
+    n_bytes = sum(entry.n_bytes for name, entry in passing.items() if "norm" not in name)
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         bench = Bench(model)
-        bench.speeds |= SPEEDS
-        bench.has_link, bench.speeds["link"] = True, [1e9]
-        found = bench._limits(64, (1e6, 3e6))
-        assert found["disk"] == bench.disk_bytes / 2e6
-        assert found["link"] == model.plan.put_bytes / 1e9
-        assert found["memory"] == model.sweep_bytes / 4e9
-        layer = sum(p.nbytes // 4 for p in model._residents.layers[0].values()) + sum(
-            np.prod(part.shape) for tile in model.plan.tiles if tile.layer == 0
-            for part in tile.parts
-        )  # fmt: skip
-        n_weights = 3 * layer + 133 * 24
-        assert found["arithmetic"] == pytest.approx(2 * 64 * n_weights / 1e12)
-        assert set(bench._limits(0, (1e6, 1e6))) == {"disk", "link"}
+        bench.speeds |= SPEEDS | {"link": [1e9]}
+        bench.has_link = True
+        bench.sweep = lambda n_tokens: None
+        rows = {row["tokens"]: row for row in bench.measure_sweeps()}
+    assert rows[64]["limits_s"] == pytest.approx(
+        {
+            "disk": n_bytes / 2e6,
+            "link": n_bytes / 1e9,
+            "memory": n_bytes / 4e9,
+            "arithmetic": 2 * 64 * n_weights / 1e12,
+        }
+    )
+    assert rows[64]["limit"] == "disk"
+    assert set(rows[0]["limits_s"]) == {"disk", "link"}
 
 
 @pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])
 def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, quick, tile_bytes):
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     monkeypatch.setattr(bench_module, "SIZES", (1, 9))  # so that fewer programs are compiled
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         before = set(threading.enumerate())
@@ -136,7 +156,7 @@ def test_nothing_is_read_raw_where_nothing_comes_from_disk(tiny, quick):
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         bench = Bench(model)
         bench.speeds |= SPEEDS
-        assert model.files_of(Tier.DISK) == []
+        assert model.engine.files_of(Tier.DISK) == []
         assert [row["tokens"] for row in bench.measure_sweeps()] == [1, 64, 512]
         assert "disk" not in bench.speeds
 

@@ -15,7 +15,8 @@ from jlayer.app.cli import main
 from jlayer.errors import UsageError
 from jlayer.measure import evaluate
 from jlayer.measure.evaluate import compare, perplexity, windows
-from jlayer.plan import plan as budget
+from jlayer.plan import plan
+from jlayer.plan.shapes import RunShape
 from tests.conftest import BUNDLED
 
 TEXT = (
@@ -87,7 +88,7 @@ def test_perplexity_is_that_of_transformers(float32, ids, length, stride):
 def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
     fable, ids, monkeypatch, tile_bytes
 ):
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:
         expected = [
             nll
@@ -96,7 +97,7 @@ def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
         ]
         for most, piece in ((64, 1 << 20), (3, 5_000)):
             monkeypatch.setattr(evaluate, "MOST_WINDOWS", most)
-            monkeypatch.setattr(evaluate, "_PIECE", piece)
+            monkeypatch.setattr(evaluate, "PIECE", piece)
             found = perplexity(model, ids, length=40, stride=30)
             assert found.n_predicted == len(expected)
             assert found.nll == pytest.approx(np.mean(expected), rel=1e-6)
@@ -138,28 +139,33 @@ def test_as_many_windows_a_sweep_as_the_promises_allow(fable, ids):
     with AutoModel.from_pretrained(fable, device="cpu") as model:
         found = perplexity(model, ids[:128], length=16)
         assert found.windows_a_sweep == found.n_windows == 8
-        needed = budget.make_plan(
-            model.config,
-            replace(model._machine, device_budget=1),
-            dtype_of=model._store.dtype_of,
-            dtype=model.dtype,
-            batch=8,
-            longest=16,
-            context=16,
-            every=True,
+        needed = plan.make_plan(
+            model.engine.weights,
+            replace(model.plan.machine, device_budget=1),
+            RunShape(8, 16, 16, all_logits=True),
         ).device_peak_bytes
     with AutoModel.from_pretrained(fable, device="cpu", device_memory=needed - 1) as model:
         again = perplexity(model, ids[:128], length=16)
         assert 1 < again.windows_a_sweep < 8
-        assert model.device_peak_bytes < needed
+        assert model.engine.device_peak_bytes < needed
     assert again.nll == pytest.approx(found.nll, rel=1e-2)
 
 
 def test_logits_of_all_tokens_are_part_of_the_plan(float32, ids):
     float32.logits(ids[:16])
     planned = float32.plan.device.activation_bytes
-    without = float32.plan_for(batch=1, longest=16, context=16).device.activation_bytes
+    without = float32.engine.plan_for(RunShape(1, 16, 16)).device.activation_bytes
     assert planned >= without + 3 * 4 * (16 - 2) * 4096
+
+
+def test_an_evaluation_that_is_interrupted_gives_its_memory_back(float32, ids):
+    def told(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        perplexity(float32, ids[:40], told=told)
+    assert interrupt.traceback  # whoever looks at it keeps every frame alive
+    assert float32.engine.n_alive == 0
 
 
 def test_the_command_line(fable, quantised, tmp_path, capsys):
