@@ -63,7 +63,8 @@ def test_only_what_is_needed_is_fetched_and_its_size_told_before(hub, published)
     assert hub.fetched() == set(published)
     assert {name: (Path(folder) / name).read_bytes() for name in published} == published
     assert os.path.basename(folder) == COMMIT
-    assert f"{len(published) - 1} files to fetch" in told  # config.json is there by then
+    # The config and the index, which say what the rest is, are there by then.
+    assert f"{len(published) - 2} files to fetch" in told
     assert "free" in told
     sent = dict(hub.sent)
     assert fetch() == (folder, [])

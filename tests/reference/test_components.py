@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jlayer.model.params import Layer
 
 from jlayer.config import model_config
 from jlayer.model import attention, cache
 from jlayer.model import ops as layers
 from jlayer.model import products as quant
 from jlayer.model import stages as block
-from jlayer.model.params import Layer
 from tests.reference.conftest import STYLES
 
 jax = pytest.importorskip("jax")
