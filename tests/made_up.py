@@ -1,4 +1,4 @@
-"""A model family that nobody published, as data: two kinds of layers in turn, made of the
+"""A model family that nobody published, as data: three kinds of layers in turn, made of the
 functions that there are. What holds for it holds because tables are read, not for Llama alone."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jlayer.config import model_config
 from jlayer.families.base import Family, Function, LayerKind, Stage, one
 from jlayer.families.llama import DECODER, LLAMA
 from jlayer.families.registry import published_tensors
-from jlayer.spec import ModelConfig
+from jlayer.spec import Leaf, ModelConfig, Role
 from tests.tiny import TINY
 
 NAME = "made_up"
@@ -45,16 +45,41 @@ MLP_FIRST = LayerKind(
 
 
 def kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
-    """One kind and the other in turn."""
-    pair = (GATELESS.for_config(cfg), MLP_FIRST.for_config(cfg))
-    return tuple(pair[layer % 2] for layer in range(cfg.num_hidden_layers))
+    """Each kind in turn. The second and third have the same leaves, in another order of stages."""
+    all_kinds = [kind.for_config(cfg) for kind in (GATELESS, MLP_FIRST, DECODER)]
+    return tuple(all_kinds[layer % 3] for layer in range(cfg.num_hidden_layers))
 
 
 FAMILY = Family(NAME, "MadeUpForCausalLM", kinds, head_input=LLAMA.head_input)
 
+# A norm of what attention gives, before it is projected: a stage whose input is made of what the
+# stage before has left.
+SUB_NORM = replace(
+    DECODER,
+    name="sub_norm",
+    leaves=(
+        *DECODER.leaves,
+        Leaf("sub_norm", "self_attn.sub_norm.weight", ("heads",), Role.NORM),
+    ),
+    stages=(
+        _QKV,
+        replace(_O, input=Function("normed", ("x",), ("x",), whole=("sub_norm",))),
+        _GATE_UP,
+        _DOWN,
+    ),
+)
+
+
+def _sub_norm_kinds(cfg):
+    return (SUB_NORM.for_config(cfg),) * cfg.num_hidden_layers
+
+
+SUB_NORM_FAMILY = Family("sub_norm", "SubNormForCausalLM", _sub_norm_kinds, LLAMA.head_input)
+FAMILIES = {family.model_type: family for family in (FAMILY, SUB_NORM_FAMILY)}
+
 
 def config(**overrides) -> ModelConfig:
-    """Its configuration, while FAMILY is among the known ones."""
+    """A configuration of the family, while it is among the known ones."""
     return model_config(_published(overrides), where="made up")
 
 

@@ -87,7 +87,7 @@ def test_block_does_what_the_table_of_stages_says(cfg, number, by_hand):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("n_layers", [2, 80])
+@pytest.mark.parametrize("n_layers", [3, 80])
 def test_block_compiled_once_for_a_kind_serves_any_number_of_layers(cfg, n_layers):
     cfg = replace(cfg, num_hidden_layers=n_layers)
     traces, compiled = Counter(), {}
@@ -104,15 +104,15 @@ def test_block_compiled_once_for_a_kind_serves_any_number_of_layers(cfg, n_layer
         hidden, _ = compiled[kind](layer, hidden, empty(kind, cfg), POSITIONS, cfg)
         hidden /= jnp.abs(hidden).max()  # 80 random layers would overflow
     assert np.isfinite(hidden).all()
-    assert traces == {"gateless": 1, "mlp_first": 1}
+    assert traces == {"gateless": 1, "mlp_first": 1, "decoder": 1}
 
 
 def test_layers_of_a_kind_share_one_function(cfg):
-    shallow, deep = (layer_kinds(replace(cfg, num_hidden_layers=n)) for n in (2, 80))
+    shallow, deep = (layer_kinds(replace(cfg, num_hidden_layers=n)) for n in (3, 80))
     assert len(deep) == 80
     assert set(deep) == set(shallow)
     assert {block(kind) for kind in deep} == {block(kind) for kind in shallow}
-    assert len({block(kind) for kind in deep}) == 2
+    assert len({block(kind) for kind in deep}) == 3
 
 
 def test_products_of_row_ranges_are_joined_in_order():

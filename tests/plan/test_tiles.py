@@ -17,9 +17,10 @@ from tests.plan.models import SMALL
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known_family():
+def known_families():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, made_up.NAME, made_up.FAMILY)
+        for name, family in made_up.FAMILIES.items():
+            patch.setitem(FAMILIES, name, family)
         yield
 
 
@@ -29,7 +30,8 @@ def any_weights(draw):
     cfg = replace(
         SMALL,
         model_type=draw(st.sampled_from(sorted(FAMILIES))),
-        hidden_size=24,
+        # Rows of 24 are no part of a disk block, others are: then heights are rounded.
+        hidden_size=draw(st.sampled_from([24, 64, 256])),
         intermediate_size=40,
         num_hidden_layers=draw(st.integers(1, 4)),
         vocab_size=133,
@@ -47,7 +49,7 @@ def any_weights(draw):
     return Weights(cfg, form_of, "float32")
 
 
-sizes = st.none() | st.integers(1, 30_000)
+sizes = st.none() | st.integers(1, 100_000)
 platforms = st.sampled_from(["cpu", "gpu"])
 
 
@@ -89,7 +91,7 @@ def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_b
                 assert f".layers.{tile.layer}." in part.tensor
 
 
-@given(any_weights(), st.integers(1, 30_000), platforms)
+@given(any_weights(), st.integers(1, 100_000), platforms)
 def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
     weights, tile_bytes, platform
 ):
@@ -107,7 +109,7 @@ def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
         assert tile.n_bytes - biases <= max(tile_bytes, one_row)
 
 
-@given(any_weights(), st.integers(1, 30_000))
+@given(any_weights(), st.integers(1, 100_000))
 def test_stages_come_in_order_and_each_begins_and_ends_once(weights, tile_bytes):
     tiles = cut(weights, tile_bytes, platform="cpu").tiles
     kinds = layer_kinds(weights.cfg)
