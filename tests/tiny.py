@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
+import numpy as np
+
+from jlayer.checkpoint.safetensors import read_header
+from jlayer.checkpoint.store import Store
+
 # No two axes are equal (width 24, mlp 40, heads 6 x 10 = 60, kv_heads 2 x 10 = 20, vocab 133), so
 # that a transposed or swapped weight cannot pass; head_dim is not width / heads.
 TINY = {
@@ -45,3 +51,14 @@ def tiny_llama(
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="15KB" if sharded else "5GB")
     return folder
+
+
+def stored_arrays(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every tensor of a folder as it is stored, by name, read whole and by the header alone."""
+    found = {}
+    for path in Store(folder).files:
+        raw = np.fromfile(path, np.uint8)
+        for name, entry in read_header(path).tensors.items():
+            own = raw[entry.offset : entry.offset + entry.n_bytes]
+            found[name] = own.copy().view(entry.dtype).reshape(entry.shape)
+    return found

@@ -1,5 +1,6 @@
 """The digest of rows: any order, any cut, and any change shows."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -43,15 +44,22 @@ def test_bytes_in_chunks_of_any_size_give_the_same(n_rows, n_columns, random):
     assert found.hexdigest() == digest_of(array)
 
 
-@given(st.integers(1, 20), st.randoms())
-def test_rows_in_any_order_and_any_ranges_are_the_same_tensor(n_rows, random):
+@given(st.integers(1, 20), st.randoms(), st.booleans())
+def test_rows_in_any_order_and_any_ranges_are_the_same_tensor(n_rows, random, is_damaged):
+    """A sound one passes; a damaged one is refused with its last range, and not before."""
     array, checks = array_of(n_rows, 4), checks_of(array_of(n_rows, 4))
+    if is_damaged:
+        array[random.randrange(n_rows), random.randrange(4)] ^= 1 << random.randrange(16)
     cuts = sorted({0, n_rows, *(random.randint(0, n_rows) for _ in range(4))})
-    ranges = [slice(a, b) for a, b in pairwise(cuts)]
+    ranges = list(pairwise(cuts))
     random.shuffle(ranges)
-    for own in ranges:
-        n = own.stop - own.start
-        checks.add("x", array[own].tobytes(), n_rows=n, first_row=own.start)
+    refused = []
+    for first, end in ranges:
+        try:
+            checks.add("x", array[first:end].tobytes(), n_rows=end - first, first_row=first)
+        except CheckpointError:
+            refused.append((first, end))
+    assert refused == (ranges[-1:] if is_damaged else [])
 
 
 @given(st.integers(2, 20), st.data())
@@ -72,9 +80,17 @@ def test_exchanged_rows_are_refused():
         checks.add("x", array[[1, 0, 2, 3]].tobytes(), n_rows=4)
 
 
-def test_a_restart_forgets_what_was_seen_in_part():
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_restart_forgets_what_was_seen_in_part(is_damaged):
+    """Neither are rows counted that will come again, nor is their digest added twice."""
     array = array_of(4, 4)
     checks = checks_of(array)
     checks.add("x", array[:2].tobytes(), n_rows=2)
     checks.restart()
-    checks.add("x", array.tobytes(), n_rows=4)
+    array[3, 3] ^= is_damaged
+    checks.add("x", array[:3].tobytes(), n_rows=3)
+    with pytest.raises(CheckpointError, match="damaged") if is_damaged else nullcontext():
+        checks.add("x", array[3:].tobytes(), n_rows=1, first_row=3)
+    if not is_damaged:  # known to be sound: what comes again is let through
+        checks.restart()
+        checks.add("x", array[::-1].tobytes(), n_rows=4)

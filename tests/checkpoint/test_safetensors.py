@@ -31,7 +31,6 @@ def test_reads_what_the_library_writes(tmp_path):
     header = read_header(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
     assert header.tensors.keys() == tensors.keys()
-    assert header.metadata == {"format": "pt"}
     assert header.file_bytes == len(raw)
     for name, array in tensors.items():
         entry = header.tensors[name]
@@ -130,7 +129,7 @@ def test_any_header_is_either_sound_or_refused(found, file_bytes):
         header = parse_header(text, file_bytes=file_bytes, where="x")
     except CheckpointError:
         return
-    at = header.data_start
+    at = 8 + len(text)
     for entry in header.tensors.values():
         assert entry.offset == at
         at += entry.n_bytes

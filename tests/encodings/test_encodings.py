@@ -17,7 +17,14 @@ from jlayer.checkpoint.quantization import (
 )
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
-from jlayer.encodings.registry import SCHEMES, split_piece
+from jlayer.encodings.registry import (
+    ENCODINGS,
+    SCHEMES,
+    WEIGHTS_A_NUMBER,
+    piece_name,
+    split_piece,
+)
+from jlayer.spec import STORED_BYTES
 
 
 @settings(deadline=None, max_examples=60)
@@ -72,6 +79,24 @@ def test_each_weight_is_its_number_times_its_groups_scale(scheme, width):
                 code = byte >> 4 if at >= half else byte & 15
                 expected = LEVELS[code] * decode_scales(scale[None])[0]
             assert found[row, at] == expected
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+@given(rows=st.integers(1, 9), width=st.integers(1, 300))
+def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, width):
+    pieces = encoding.pieces((rows, width))
+    assert encoding.main in pieces
+    assert all(shape[0] == rows for _, shape in pieces.values())
+    one, all_rows = encoding.n_bytes((1, width)), encoding.n_bytes((rows, width))
+    assert all_rows == rows * one
+    assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())
+    for piece in pieces:
+        assert split_piece(piece_name("a.q_proj.weight", piece)) == ("a.q_proj.weight", piece)
+    assert encoding.is_plain == (encoding.name not in SCHEMES)
+    if not encoding.is_plain:
+        dtype, shape = pieces[encoding.main]
+        n_numbers = math.prod(shape) * WEIGHTS_A_NUMBER[dtype]
+        assert rows * width <= n_numbers < rows * (width + WEIGHTS_A_NUMBER[dtype])
 
 
 def test_bits_are_what_is_promised_all_included():

@@ -1,5 +1,4 @@
-"""The plan's sums: held against compiled programs, against refusals, and against known sizes of
-known models."""
+"""Plans: what is kept where, held against refusals and against known sizes of known models."""
 
 import math
 from collections import Counter
@@ -7,98 +6,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 import jax
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
-from jlayer.engine.forward import _Outgoing
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
-from jlayer.plan.machine import Machine
-from jlayer.plan.memory import logits_bytes, temporary_bytes
-from jlayer.plan.plan import make_plan, shapes_of_run
-from jlayer.plan.shapes import CHUNK_TOKENS, Shapes, capacity_for, chunks
-from jlayer.plan.tiles import Tier, cut
-from jlayer.spec import ModelConfig, Rope
-
-LLAMA_70B = ModelConfig(
-    "llama",
-    128256,
-    8192,
-    28672,
-    80,
-    64,
-    8,
-    128,
-    131072,
-    1e-5,
-    Rope(),
-    False,
-    False,
-    False,
-    False,
-    "silu",
-    "bfloat16",
-)
-SMALL = replace(
-    LLAMA_70B,
-    vocab_size=1000,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=48,
-    max_position_embeddings=4096,
-)
-LLAMA_405B = replace(
-    LLAMA_70B,
-    hidden_size=16384,
-    intermediate_size=53248,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-)
-SMALL_8B = replace(
-    LLAMA_70B,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=8,
-    num_attention_heads=32,
-)
-
-
-def machine(**options):
-    given = {"platform": "gpu", "device_budget": 4 << 30, "host_budget": 16 << 30}
-    return Machine(**{**given, "context_bytes": 640 << 20, **options})
-
-
-def forms(stored):
-    """What each tensor is stored in: a quantised model's vectors are bfloat16."""
-    return lambda name: (
-        "bfloat16" if stored in SCHEMES and name.endswith(("norm.weight", ".bias")) else stored
-    )
-
-
-def plan_of(cfg, *, dtype="bfloat16", stored="bfloat16", on=None, **options):
-    shape = {"longest": 20, "context": 100, **options}
-    return make_plan(cfg, on or machine(), dtype_of=forms(stored), dtype=dtype, **shape)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64, 65, 150, 255, 256, 257, 511, 512, 513, 700, 4096])
-@pytest.mark.parametrize("most", CHUNK_TOKENS)
-def test_chunks_hold_all_tokens_with_little_padding(n, most):
-    sizes = chunks(n, most)
-    assert set(sizes) <= {size for size in CHUNK_TOKENS if size <= most}
-    assert n <= sum(sizes) < n + 256
-    assert list(sizes) == sorted(sizes, reverse=True)
-
-
-def test_capacity_doubles_then_goes_in_steps():
-    found = [capacity_for(n) for n in (1, 64, 65, 128, 129, 1000, 1025, 4160, 5121)]
-    assert found == [64, 64, 128, 128, 256, 1024, 2048, 5120, 6144]
+from jlayer.plan.memory import fixed_needs, kept_needs, run_needs
+from jlayer.plan.plan import refit
+from jlayer.plan.shapes import RunShape
+from jlayer.plan.tiles import Tier
+from tests.plan.models import LLAMA_70B, LLAMA_405B, SMALL_8B, machine, plan_of, weights_of
 
 
 def test_known_sizes_of_llama_3_70b():
@@ -126,40 +45,6 @@ def test_what_is_left_over_keeps_tiles_evenly_spread():
             assert abs(found - 200 * count / len(plan.tiers)) <= 4
 
 
-class Copied:
-    """An output of the head whose copy on the host begins when it is asked for, as on a GPU."""
-
-    n_alive = most = 0
-
-    def __init__(self, logits):
-        self._logits, self.nbytes = logits, logits.nbytes
-
-    def copy_to_host_async(self):
-        Copied.n_alive += 1
-        Copied.most = max(Copied.most, Copied.n_alive)
-
-    def __array__(self, dtype=None, copy=None):
-        return self._logits
-
-    def __del__(self):
-        Copied.n_alive -= 1
-
-
-def test_the_host_has_room_for_every_copy_of_logits_on_its_way():
-    outgoing = _Outgoing(lambda output, column, row: None)
-    for column in range(8):
-        outgoing.add(Copied(np.zeros((1, 2, 3), np.float32)), column, 0)
-    outgoing.finish()
-    assert Copied.n_alive == 0
-    shape = {"batch": 4, "longest": 512, "context": 512}
-    spacious = machine(device_budget=24 << 30)
-    plan = plan_of(LLAMA_70B, on=spacious, every=True, **shape)
-    shapes = shapes_of_run(**shape, every=True, most=plan.chunk)
-    without = plan_of(LLAMA_70B, on=spacious, **shape).host.embedding_bytes
-    logits = logits_bytes(LLAMA_70B, shapes, plan.tiles)
-    assert plan.host.embedding_bytes >= without + Copied.most * logits
-
-
 @pytest.mark.parametrize("stored", ["bfloat16", *SCHEMES])
 def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
     """What came as one array has room between its parts: 30 MiB of it in 140 GiB."""
@@ -171,7 +56,7 @@ def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
     held = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
         for tile in kept
-        for leaf in jax.tree.leaves(struct_of(tile, "gpu"))
+        for leaf in jax.tree.leaves(struct_of(tile))
     )
     assert plan.device.resident_bytes - bare.device.resident_bytes == held
     assert plan.fits
@@ -210,6 +95,91 @@ def test_more_memory_never_makes_a_sweep_slower():
         assert all(b <= a * 1.001 for a, b in pairwise(found))
 
 
+def sums_of(plan, weights, held=()):
+    """What the things of a plan need, summed by term: (on the device, in the host)."""
+    runs = (plan.shapes, *held)
+    needs = [
+        *fixed_needs(weights, plan.machine, plan.tiling, ring=plan.ring, ahead=plan.ahead),
+        *run_needs(weights, plan.machine, plan.tiling, runs),
+    ]
+    device, host = Counter(), Counter()
+    for need in needs:
+        device[need.term] += need.device
+        host[need.term] += need.host
+    if plan.machine.platform == "cpu":  # the device's memory is the host's; slots count once
+        host["resident"] += device.total() - device["slots"]
+    for need in kept_needs(plan.tiling, plan.tiers):
+        device[need.term] += need.device
+        host[need.term] += need.host
+    return device, host
+
+
+held_runs = st.lists(
+    st.builds(
+        lambda batch, longest, more: RunShape(batch, longest, longest + more).shapes(),
+        st.integers(1, 4),
+        st.integers(1, 600),
+        st.integers(0, 3000),
+    ),
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    stored=st.sampled_from(["bfloat16", *SCHEMES]),
+    platform=st.sampled_from(["gpu", "cpu"]),
+    host=st.integers(1 << 30, 40 << 30),
+    held=held_runs,
+    shape=st.fixed_dictionaries(
+        {"batch": st.integers(1, 5), "longest": st.integers(1, 700), "all_logits": st.booleans()}
+    ),
+)
+def test_each_term_of_a_plan_is_the_sum_of_the_needs_under_it(stored, platform, host, held, shape):
+    on = machine(platform=platform, host_budget=host, device_budget=6 << 30)
+    context = shape["longest"] + 30
+    plan = plan_of(SMALL_8B, on=on, stored=stored, held=held, context=context, **shape)
+    printed = plan.as_dict()
+    expected = sums_of(plan, weights_of(SMALL_8B, stored=stored), held)
+    for side, sums in zip(("device", "host"), expected, strict=True):
+        known = ("budget_bytes", "peak_bytes")
+        terms = {name: n for name, n in printed[side].items() if name not in known}
+        assert {f"{term}_bytes": n for term, n in sums.items() if n} == {
+            term: n for term, n in terms.items() if n
+        }
+        assert printed[side]["peak_bytes"] == sum(terms.values()) == sums.total()
+    assert printed["device"]["peak_bytes"] == plan.device_peak_bytes
+    assert printed["host"]["peak_bytes"] == plan.host_peak_bytes
+
+
+@given(held=held_runs.filter(bool))
+def test_runs_that_are_alive_add_their_caches_and_share_the_rest(held):
+    """One forward pass is under way at a time: only the caches are there all the while."""
+    spacious = machine(device_budget=60 << 30, host_budget=100 << 30)
+    alone = plan_of(SMALL_8B, on=spacious, keeps_layers=False)
+    beside = plan_of(SMALL_8B, on=spacious, keeps_layers=False, held=held)
+    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    caches = sum(2 * numbers * run.batch * run.capacity for run in held)
+    assert beside.device.cache_bytes == alone.device.cache_bytes + caches
+    assert beside.device.slots_bytes == alone.device.slots_bytes
+    one_by_one = [plan_of(SMALL_8B, on=spacious, keeps_layers=False, held=[run]) for run in held]
+    assert beside.device.activation_bytes == max(p.device.activation_bytes for p in one_by_one)
+    assert beside.device.temporary_bytes == max(p.device.temporary_bytes for p in one_by_one)
+
+
+def test_a_plan_is_refitted_without_another_tile_or_place():
+    on = machine(host_budget=12 << 30)
+    plan = plan_of(SMALL_8B, on=on)
+    weights = weights_of(SMALL_8B)
+    assert refit(plan, weights, RunShape(longest=20, context=100)) == plan
+    longer = refit(plan, weights, RunShape(longest=300, context=4000))
+    assert (longer.tiling, longer.tiers, longer.ring) == (plan.tiling, plan.tiers, plan.ring)
+    assert longer.device.cache_bytes > plan.device.cache_bytes
+    device, host = sums_of(longer, weights)
+    assert (device.total(), host.total()) == (longer.device_peak_bytes, longer.host_peak_bytes)
+    assert not refit(plan, weights, RunShape(batch=64, longest=4000, context=100_000)).fits
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     device=st.integers(900 << 20, 12 << 30),
@@ -217,84 +187,29 @@ def test_more_memory_never_makes_a_sweep_slower():
     tokens=st.sampled_from([1, 20, 64, 300, 2000]),
     platform=st.sampled_from(["gpu", "cpu"]),
 )
+@example(device=4 << 30, host=16 << 30, tokens=64, platform="gpu")
+@example(device=4 << 30, host=16 << 30, tokens=64, platform="cpu")
+@example(device=900 << 20, host=16 << 30, tokens=2000, platform="gpu")
+@example(device=4 << 30, host=200 << 20, tokens=64, platform="gpu")
+@example(device=20 << 20, host=16 << 30, tokens=64, platform="cpu")
+@example(device=4 << 30, host=200 << 20, tokens=64, platform="cpu")
 def test_an_accepted_plan_keeps_both_promises_and_a_refused_one_says_what_would_do(
     device, host, tokens, platform
 ):
-    on = machine(device_budget=device, host_budget=host, platform=platform)
-    plan = plan_of(SMALL_8B, on=on, longest=tokens, context=tokens + 20)
+    def with_budgets(device, host):
+        on = machine(device_budget=device, host_budget=host, platform=platform)
+        return plan_of(SMALL_8B, on=on, longest=tokens, context=tokens + 20)
+
+    plan = with_budgets(device, host)
+    on_device, in_host = sums_of(plan, weights_of(SMALL_8B))
+    assert plan.fits == (on_device.total() <= device and in_host.total() <= host)
     if plan.fits:
-        assert plan.device_peak_bytes <= device
-        assert plan.host_peak_bytes <= host
         plan.check()
         return
     with pytest.raises(DoesNotFitError, match="give at least") as refusal:
         plan.check()
     found = refusal.value.report["plan"]
     assert found["fits"] is False
-    enough = machine(
-        device_budget=max(device, found["smallest_device_memory_bytes"]),
-        host_budget=max(host, found["host"]["peak_bytes"]),
-        platform=platform,
-    )
-    assert plan_of(SMALL_8B, on=enough, longest=tokens, context=tokens + 20).fits
-
-
-def test_the_peak_is_the_sum_of_its_terms():
-    plan = plan_of(LLAMA_70B).as_dict()
-    for memory in (plan["device"], plan["host"]):
-        known = ("budget_bytes", "peak_bytes")
-        assert memory["peak_bytes"] == sum(n for name, n in memory.items() if name not in known)
-
-
-@pytest.fixture
-def without_machine_code_optimised():
-    """Buffers are assigned before machine code is made: its optimisation takes half of the time of
-    a compilation and moves no byte of the temporaries. Such programs are not run."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-PLAIN = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]
-QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "capacity", "stored", "dtype"),
-    [
-        *((tokens, capacity, *kind) for tokens in CHUNK_TOKENS for capacity in (64, 1024)
-          for kind in PLAIN),
-        *((tokens, 64, *kind) for tokens in (2, 512) for kind in QUANTISED),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("tile_bytes", [None, 100_000])
-def test_temporaries_of_compiled_programs_stay_within_the_formula(
-    tokens, capacity, stored, dtype, tile_bytes, monkeypatch, without_machine_code_optimised
-):
-    import jax
-
-    from jlayer.engine.forward import _stage_widths
-    from jlayer.engine.programs import Programs
-
-    monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)  # so that matrices go in several blocks
-    shapes = Shapes(1, capacity, tokens, tokens)
-    tiles = cut(SMALL, forms(stored), tile_bytes)
-    programs = Programs(SMALL, dtype=dtype, device=jax.devices("cpu")[0])
-    widths = _stage_widths(tiles)
-    shape = {"batch": 1, "tokens": tokens}
-    for tile in tiles:
-        if tile.stage == "block":
-            programs.block(tile, capacity=capacity, **shape)
-        elif tile.stage == "head":
-            if stored in SCHEMES:
-                programs.head(tile, last=tokens, **shape)
-        else:
-            programs.rows(tile, **shape)
-            if tile.stage == "qkv" and tile.ends_stage:
-                programs.attend(widths[tile.layer, "qkv"], capacity=capacity, **shape)
-    bound = temporary_bytes(SMALL, shapes, tiles, dtype=dtype, platform="cpu")
-    assert programs.temporary_bytes <= bound
-    # A bound that is far off refuses what would fit.
-    assert bound <= 4 * programs.temporary_bytes + (1 << 20)
+    smallest = found["smallest_device_memory_bytes"]
+    assert with_budgets(max(device, smallest), max(host, found["host"]["peak_bytes"])).fits
+    assert not with_budgets(smallest - 1, 1 << 50).fits

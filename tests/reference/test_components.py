@@ -1,42 +1,34 @@
 """Each component of the model against the reference's own, on random input, in float32."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jlayer.config import model_config
-from jlayer.model import attention, cache
-from jlayer.model import ops as layers
-from jlayer.model import products as quant
-from jlayer.model import stages as block
-from jlayer.model.params import Layer
+from jlayer.families.registry import layer_kinds
+from jlayer.model import ops, products
+from jlayer.model.attention import attention
+from jlayer.model.cache import LayerCache, append, empty_cache
+from jlayer.model.stages import block
+from jlayer.spec import Rope
 from tests.reference.conftest import STYLES
+from tests.tiny import TINY
 
-jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 pytestmark = pytest.mark.reference
 
 BATCH, TOKENS = 2, 7
+# The styles that differ in what is rotated by.
+ROTATIONS = ["llama2", "llama3", "llama3.1", "llama3.2", "linear"]
 POSITIONS = np.array([np.arange(3, 3 + TOKENS), np.arange(90, 90 + TOKENS)], np.int32)
 
 
 def reference_config(style):
     options = {key: value for key, value in style.items() if key != "tied"}
-    return llama.LlamaConfig(
-        **{
-            "vocab_size": 133,
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 10,
-            "max_position_embeddings": 512,
-            "attn_implementation": "eager",
-            **options,
-        }
-    )
+    fixed = {"num_hidden_layers": 1, "attn_implementation": "eager"}
+    return llama.LlamaConfig(**{**TINY, **fixed, **options})
 
 
 def ours(config):
@@ -60,13 +52,13 @@ def randomise(module):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("columns", [1, 2, quant.FEW_COLUMNS, quant.FEW_COLUMNS + 1])
+@pytest.mark.parametrize("columns", [1, 2, products.FEW_COLUMNS, products.FEW_COLUMNS + 1])
 def test_a_product_is_the_same_from_either_side(columns, dtype):
     generator = torch.Generator().manual_seed(columns)
     x = torch.randn((1, columns, 24), generator=generator).to(getattr(torch, dtype))
     weight = torch.randn((40, 24), generator=generator).to(getattr(torch, dtype))
     mine = [jnp.asarray(each.float().numpy()).astype(dtype) for each in (x, weight)]
-    found = jax.jit(quant.product)(*mine)
+    found = jax.jit(products.product)(*mine)
     assert found.dtype == jnp.float32
     assert found.shape == (1, columns, 40)
     close(found, x.double() @ weight.double().T, scale=1e-6)
@@ -76,16 +68,17 @@ def test_a_product_is_the_same_from_either_side(columns, dtype):
 def test_the_cpu_multiplies_few_columns_with_the_weight_on_the_left():
     """The compiler would turn it back, and repack the whole weight at every call."""
     shapes = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, 2, 24), (40, 24))]
-    text = jax.jit(quant.product).lower(*shapes).compile().as_text()
+    text = jax.jit(products.product).lower(*shapes).compile().as_text()
     (line,) = [line for line in text.splitlines() if " dot(" in line]
     assert "f32[40,2]" in line
 
 
-def test_rms_norm(style):
-    config = reference_config(style)
-    norm = randomise(llama.LlamaRMSNorm(config.hidden_size, eps=1e-5))
-    x = torch.randn(BATCH, TOKENS, config.hidden_size) * 4
-    close(layers.rms_norm(x.numpy(), norm.weight.detach().numpy(), eps=1e-5), norm(x))
+# Of small numbers epsilon is a part that shows.
+@pytest.mark.parametrize(("size", "eps"), [(4, 1e-5), (1e-3, 1e-5), (1e-3, 1e-6)])
+def test_rms_norm(size, eps):
+    norm = randomise(llama.LlamaRMSNorm(24, eps=eps))
+    x = torch.randn(BATCH, TOKENS, 24) * size
+    close(ops.rms_norm(x.numpy(), norm.weight.detach().numpy(), eps=eps), norm(x))
 
 
 def test_rms_norm_scales_after_rounding():
@@ -94,14 +87,14 @@ def test_rms_norm_scales_after_rounding():
     norm = llama.LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
     norm.weight.data = weight
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    found = layers.rms_norm(
+    found = ops.rms_norm(
         x.float().numpy().astype("bfloat16"), weight.float().numpy().astype("bfloat16"), eps=1e-5
     )
     assert np.array_equal(np.asarray(found).astype(np.float32), norm(x).float().detach().numpy())
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["llama2", "llama3", "llama3.1", "llama3.2", "linear"])
+@pytest.mark.parametrize("name", ROTATIONS)
 def test_rope_frequencies_of_published_shapes_agree_to_the_last_bit(name, head_dim):
     style = {**STYLES[name], "head_dim": head_dim, "max_position_embeddings": 131072}
     if "original_max_position_embeddings" in style["rope_parameters"]:
@@ -111,7 +104,7 @@ def test_rope_frequencies_of_published_shapes_agree_to_the_last_bit(name, head_d
         }
     config = reference_config(style)
     expected = llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
-    found = layers.rope_frequencies(ours(config).rope, head_dim)
+    found = ops.rope_frequencies(ours(config).rope, head_dim)
     # Equal here; another machine's library may round a power otherwise. More shows at long
     # positions.
     assert np.abs(found.view(np.int32) - expected.view(np.int32)).max() <= 1
@@ -119,19 +112,20 @@ def test_rope_frequencies_of_published_shapes_agree_to_the_last_bit(name, head_d
 
 def test_llama3_scaling_reaches_all_three_ranges():
     rope = ours(reference_config(STYLES["llama3.1"])).rope
-    plain = layers.rope_frequencies(type(rope)(theta=rope.theta), 10)
-    ratio = layers.rope_frequencies(rope, 10) / plain
+    plain = ops.rope_frequencies(Rope(theta=rope.theta), 10)
+    ratio = ops.rope_frequencies(rope, 10) / plain
     assert np.isclose(ratio.max(), 1)
     assert np.isclose(ratio.min(), 1 / rope.factor)
     assert np.any((ratio > 1.01 / rope.factor) & (ratio < 0.99))
 
 
+@pytest.mark.parametrize("style", ROTATIONS, indirect=True)
 def test_rotation(style):
     config = reference_config(style)
     q = torch.randn(BATCH, TOKENS, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(POSITIONS))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    close(layers.rotate(q.numpy(), POSITIONS, ours(config)), expected.transpose(1, 2))
+    close(ops.rotate(q.numpy(), POSITIONS, ours(config)), expected.transpose(1, 2))
 
 
 def test_rotation_at_the_far_end_of_a_long_context():
@@ -140,9 +134,11 @@ def test_rotation_at_the_far_end_of_a_long_context():
     q = torch.randn(1, 3, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(positions))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    close(layers.rotate(q.numpy(), positions, ours(config)), expected.transpose(1, 2))
+    close(ops.rotate(q.numpy(), positions, ours(config)), expected.transpose(1, 2))
 
 
+# 6, 2 and 1 heads of keys and values.
+@pytest.mark.parametrize("style", ["llama2", "llama3", "one-kv-head"], indirect=True)
 def test_attention_over_a_cache_with_more_room_than_tokens(style):
     config = reference_config(style)
     cfg = ours(config)
@@ -153,7 +149,7 @@ def test_attention_over_a_cache_with_more_room_than_tokens(style):
     room = jnp.full(
         (1, 16, cfg.num_key_value_heads, 10), 1e3, jnp.float32
     )  # what lies beyond must not be seen
-    filled = cache.append(cache.LayerCache(k=room, v=room), k.numpy(), v.numpy(), positions)
+    filled = append(LayerCache(k=room, v=room), k.numpy(), v.numpy(), positions)
     repeats = 6 // cfg.num_key_value_heads
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -162,7 +158,7 @@ def test_attention_over_a_cache_with_more_room_than_tokens(style):
         is_causal=True,
     )
     close(
-        jax.jit(attention.attention)(q.numpy(), filled, positions),
+        jax.jit(attention)(q.numpy(), filled, positions),
         expected.transpose(1, 2).reshape(1, TOKENS, 60),
     )
 
@@ -183,20 +179,19 @@ def test_block_is_the_reference_decoder_layer(style):
         .split(".")[-1]: tensor.detach().numpy()
         for name, tensor in layer.named_parameters()
     }
-    empty = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        cache.cache_struct(cfg, batch=1, capacity=64, dtype="float32"),
-    )
+    (kind,) = layer_kinds(cfg)
+    assert weights.keys() == {leaf.name for leaf in kind.leaves}
+    empty = empty_cache(kind.cache, cfg, batch=1, capacity=64, dtype="float32")
     # Compiled, as it runs; step by step, JAX would make a program of each operation.
-    found, _ = jax.jit(block.block, static_argnums=4)(
-        Layer(**weights), x.numpy(), empty, positions.numpy().astype(np.int32), cfg
+    found, _ = jax.jit(block(kind), static_argnums=4)(
+        weights, x.numpy(), empty, positions.numpy().astype(np.int32), cfg
     )
     close(found, expected)
 
 
 def test_padding_is_never_written_to_the_cache():
     room = jnp.zeros((1, 4, 1, 2), jnp.float32)
-    empty = cache.LayerCache(k=room, v=room)
+    empty = LayerCache(k=room, v=room)
     ones = np.ones((1, 3, 1, 2), np.float32)
-    filled = cache.append(empty, ones, ones, np.array([[4, 4, 2]], np.int32))
+    filled = append(empty, ones, ones, np.array([[4, 4, 2]], np.int32))
     assert np.asarray(filled.k)[0, :, 0, 0].tolist() == [0, 0, 1, 0]

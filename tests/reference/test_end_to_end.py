@@ -9,6 +9,7 @@ import pytest
 
 from convert import convert_checkpoint
 from jlayer import AutoModel
+from jlayer.plan.shapes import RunShape
 from tests.convert.checkpoints import edit_tensors, numbers, tensor_of
 from tests.tiny import tiny_llama
 
@@ -51,10 +52,10 @@ def test_prefill_and_every_decoded_position(tmp_path, style):
         np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=tolerance)
         # Token by token, then in pieces that do not fit the chunk sizes: the cache carries what
         # went before.
-        forward = model.forward(batch=1, longest=64, context=PROMPT)
+        forward = model.engine.start(RunShape(longest=64, context=PROMPT, all_logits=True))
         at = 0
         for size in (1, 1, 1, 2, 7, 3, 40, 66, 1, 28):
-            found = forward.sweep([ids[0, at : at + size].tolist()], [at], every=True)
+            found = forward.sweep([ids[0, at : at + size].tolist()], [at], all_logits=True)
             np.testing.assert_allclose(found, expected[:, at : at + size], rtol=0, atol=tolerance)
             at += size
         assert at == PROMPT
@@ -77,7 +78,8 @@ def test_every_tensor_may_have_a_dtype_of_its_own(tmp_path, in_place):
     if not in_place:
         convert_checkpoint(source, folder)
     with AutoModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
-        assert len({model._store.dtype_of(name) for name in model._store.vectors}) > 1
+        store = model.engine.store
+        assert len({store.form_of(name) for name in store.vectors}) > 1
         found = model.logits(ids)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 

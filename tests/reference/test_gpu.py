@@ -16,7 +16,7 @@ from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.device import gpu_memory, link_speed
-from jlayer.plan import plan as budget
+from jlayer.plan import plan as plans
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
 
@@ -51,7 +51,7 @@ def layered(tmp_path_factory):
 
 @pytest.mark.parametrize("tile_bytes", [None, 100_000], ids=["whole", "tiles"])
 def test_float32(layered, monkeypatch, tile_bytes):
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plans, "TILE_BYTES", (tile_bytes,))
     expected = reference_logits(torch.float32)
     with AutoModel.from_pretrained(layered, device="gpu", dtype="float32") as model:
         found = model.logits(IDS)
@@ -62,7 +62,7 @@ def test_float32(layered, monkeypatch, tile_bytes):
 
 @pytest.mark.parametrize("tile_bytes", [None, 100_000], ids=["whole", "tiles"])
 def test_bfloat16(layered, monkeypatch, tile_bytes):
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plans, "TILE_BYTES", (tile_bytes,))
     exact, rough = reference_logits(torch.float64), reference_logits(torch.bfloat16)
     with AutoModel.from_pretrained(layered, device="gpu") as model:
         found = model.logits(IDS)
@@ -81,7 +81,7 @@ def test_quantized(tmp_path, monkeypatch, scheme, tile_bytes):
     reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         expected = reference(torch.tensor(ids)).logits.numpy()
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(plans, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="gpu") as model:
         assert model.dtype == "float32"
         found = model.logits(ids)

@@ -18,14 +18,16 @@ import jlayer
 from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.checkpoint import safetensors as header
-from jlayer.engine import model as model_module
+from jlayer.engine import engine
 from jlayer.engine.programs import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
-from jlayer.plan import plan as budget
+from jlayer.plan.plan import make_plan
+from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming import executor
-from jlayer.streaming.schedule import Free, Run
-from tests.tiny import tiny_llama
+from jlayer.streaming.executor import Executor
+from jlayer.streaming.schedule import Free, Put, Run
+from tests.tiny import stored_arrays, tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 
@@ -40,14 +42,10 @@ def live_layers():
 
 
 def logits_token_by_token(model):
-    forward = model.forward(batch=1, longest=1, context=len(IDS))
-    return np.concatenate([forward.sweep([[token]], [at]) for at, token in enumerate(IDS)], axis=1)
-
-
-@pytest.fixture
-def cuts(monkeypatch):
-    """Lets a test say how a model is cut, whatever would be best."""
-    return lambda tile_bytes: monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    forward = model.engine.start(RunShape(context=len(IDS)))
+    found = [forward.sweep([[token]], [at]) for at, token in enumerate(IDS)]
+    forward.close()
+    return np.concatenate(found, axis=1)
 
 
 TILINGS = [None, 10_000, 3_000, 500, 1]
@@ -72,15 +70,15 @@ def test_tiled_equals_whole_wherever_it_lies(tiny, whole, cuts, tiling, keeps_la
     tile_bytes, programs = tiling
     cuts(tile_bytes)
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=keeps_layers) as model:
-        programs.append(model._programs)
-        model._programs = programs[0]
+        programs.append(model.engine.programs)
+        model.engine.programs = programs[0]
         assert model.generate(IDS, max_new_tokens=8, do_sample=False) == expected
         found = model.logits(IDS)
         if tile_bytes:
             assert len(model.plan.tiles) > 12
-        reads = model.totals.read_bytes
+        reads = model.engine.totals.read_bytes
         model.logits(IDS)
-        assert (model.totals.read_bytes > reads) == (not keeps_layers)
+        assert (model.engine.totals.read_bytes > reads) == (not keeps_layers)
     # Rows of a product are the same sums; only the library's order within one may differ.
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
@@ -97,20 +95,17 @@ def test_biases_travel_with_their_rows(tmp_path, cuts):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("tiers", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 0, 1), (1, 1, 2)])
-def test_every_mix_of_tiers_gives_the_same_tokens(tiny, whole, monkeypatch, cuts, tiers):
+D, H, K = Tier.DEVICE, Tier.HOST, Tier.DISK
+
+
+@pytest.mark.parametrize("tiers", [(D, H, K), (H, K, D), (K, D, H), (D, D, H), (H, H, K)])
+def test_every_mix_of_tiers_gives_the_same_tokens(tiny, whole, cuts, tiers_in_turn, tiers):
     expected, _ = whole
     cuts(3_000)
-    kinds = list(Tier)
-
-    def mixed(plan):
-        mix = (kinds[tiers[i % 3]] for i in range(len(plan.tiles)))
-        return budget._with_kept(plan, tuple(mix))
-
-    monkeypatch.setattr(budget, "_with_tiers", mixed)
+    tiers_in_turn(*tiers)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         assert model.generate(IDS, max_new_tokens=8, do_sample=False) == expected
-        assert len(set(model.plan.tiers)) == len(set(tiers))
+        assert model.plan.tiers[:6] == (*tiers, *tiers)
 
 
 def test_every_budget_down_to_the_smallest_gives_the_same_tokens(tiny):
@@ -121,7 +116,7 @@ def test_every_budget_down_to_the_smallest_gives_the_same_tokens(tiny):
         options = {"device": "cpu", "device_memory": smallest + extra}
         with AutoModel.from_pretrained(tiny, **options) as model:
             assert model.generate(IDS, max_new_tokens=6, do_sample=False) == expected
-            assert model.device_peak_bytes <= smallest + extra
+            assert model.engine.device_peak_bytes <= smallest + extra
     model = AutoModel.from_pretrained(tiny, device="cpu", device_memory=smallest)
     with pytest.raises(DoesNotFitError, match="slots"), model:
         model.generate(IDS, max_new_tokens=100, do_sample=False)
@@ -129,35 +124,33 @@ def test_every_budget_down_to_the_smallest_gives_the_same_tokens(tiny):
 
 def make_smallest(model):
     """The least device memory that this generation is accepted with."""
-    machine = replace(model._machine, device_budget=1)
-    options = {"dtype_of": model._store.dtype_of, "dtype": model.dtype}
-    shape = {"longest": len(IDS), "context": len(IDS) + 6}
-    plan = budget.make_plan(model.config, machine, **options, **shape)
-    return plan.device_peak_bytes
+    machine = replace(model.plan.machine, device_budget=1)
+    run = RunShape(longest=len(IDS), context=len(IDS) + 6)
+    return make_plan(model.engine.weights, machine, run).device_peak_bytes
 
 
 def test_streamed_equals_resident(tiny):
     """The same blocks over weights that were loaded whole, without slots, readers or schedule."""
+    arrays = stored_arrays(tiny)
+
+    def resident(part):
+        rows = arrays[part.tensor][part.first_row : part.first_row + part.shape[0]]
+        return jax.numpy.array(rows)
+
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         streamed = model.logits(IDS)
-        resident = {
-            tile.name: {part.leaf: jax.numpy.array(load(model, part)) for part in tile.parts}
-            for tile in model.plan.tiles
-        }
-
-        def sweep(run):
-            for tile in model.plan.tiles:
-                run(tile, resident[tile.name])
-
-        model._executor.sweep = sweep
-        assert np.array_equal(model.logits(IDS), streamed)
-
-
-def load(model, part):
-    segment = model._store.segment_of(part.tensor)
-    whole = np.fromfile(segment.file, np.uint8)[segment.offset : segment.offset + segment.n_bytes]
-    rows = whole.view(part.dtype).reshape(-1, *part.shape[1:])
-    return rows[part.first_row : part.first_row + part.shape[0]]
+        forward = model.engine.start(RunShape(longest=len(IDS), context=len(IDS), all_logits=True))
+        forward.compile(len(IDS), all_logits=True)
+        passing = forward.enter([IDS], [0], all_logits=True)
+        logits = []
+        for tile in model.plan.tiles:
+            weights = {part.leaf: resident(part) for part in tile.parts}
+            (output,) = forward.advance(tile, weights, passing)
+            if tile.kind is None:
+                logits.append(np.asarray(output))
+        forward.close()
+    found = np.concatenate(logits, axis=-1)[:, -len(IDS) :]
+    assert np.array_equal(found, streamed)
 
 
 def test_cached_equals_recomputed(tiny):
@@ -175,7 +168,7 @@ def test_an_80_layer_model_compiles_exactly_as_often_as_a_2_layer_one(tmp_path):
         before = backend_compiles()
         with AutoModel.from_pretrained(tmp_path / f"layered-{layers}", device="cpu") as model:
             model.generate(IDS, max_new_tokens=6, do_sample=False)
-            shapes.append(model.compiles)
+            shapes.append(model.engine.compiles)
         counts.append(backend_compiles() - before)
     assert counts[0] == counts[1]
     assert shapes[0] == shapes[1]
@@ -200,9 +193,9 @@ def test_at_most_two_layers_are_alive_and_their_bytes_stay_within_the_plan(tiny)
             if isinstance(step, (Run, Free)):
                 seen.append(live_layers())
 
-        model.watch.on_step = watch
+        model.engine.watch.on_step = watch
         model.generate(IDS, max_new_tokens=4, do_sample=False)
-        totals, plan = replace(model.totals), model.plan
+        totals, plan = replace(model.engine.totals), model.plan
     assert max(seen) == 2
     assert totals.most_live_tiles == 2
     assert 0 < totals.most_live_bytes <= plan.device.slots_bytes
@@ -242,10 +235,10 @@ def test_after_an_interrupt_the_model_goes_on_as_if_nothing_had_been(tiny):
             if steps == 9:
                 raise KeyboardInterrupt
 
-        model.watch.on_step = interrupt
+        model.engine.watch.on_step = interrupt
         with pytest.raises(KeyboardInterrupt):
             model.logits(IDS)
-        model.watch.on_step = None
+        model.engine.watch.on_step = None
         assert np.array_equal(model.logits(IDS), expected)
 
 
@@ -268,7 +261,7 @@ def test_inside_a_sweep_nothing_is_opened_parsed_compiled_or_collected(tiny, mon
 
     monkeypatch.setattr(header, "parse_header", counting)
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
-        forward = model.forward(batch=1, longest=1, context=40)
+        forward = model.engine.start(RunShape(context=40))
         forward.sweep([[5]], [0])
         compiled = backend_compiles()
         thresholds = gc.get_threshold()
@@ -280,7 +273,7 @@ def test_inside_a_sweep_nothing_is_opened_parsed_compiled_or_collected(tiny, mon
             inside = True
             steps.append(dict(counts))
 
-        model.watch.on_step = watch
+        model.engine.watch.on_step = watch
         for at in range(1, 30):
             steps.clear()
             forward.sweep([[at]], [at])
@@ -308,9 +301,9 @@ def test_sequences_of_different_lengths_share_sweeps_and_keep_their_own_answers(
     rows = [IDS, IDS[:2], [9, 9, 9, 100, 4, 4, 4, 4, 4, 4, 11]]
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         alone = [model.generate([row], max_new_tokens=6, do_sample=False)[0] for row in rows]
-        before = model.totals.sweeps
+        before = model.engine.totals.sweeps
         together = model.generate(rows, max_new_tokens=6, do_sample=False)
-        assert model.totals.sweeps - before == 6
+        assert model.engine.totals.sweeps - before == 6
     assert together == alone
 
 
@@ -318,12 +311,9 @@ def test_an_error_of_the_disk_names_the_layer_and_the_byte(tiny, monkeypatch):
     real = os.preadv
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         model.generate(IDS, max_new_tokens=2, do_sample=False)
-        broken = next(
-            fd for path, (fd, _) in model._executor._reader._files.items() if "00002" in path
-        )
 
         def failing(fd, buffers, offset):
-            if fd == broken:
+            if "00002" in os.readlink(f"/proc/self/fd/{fd}"):
                 raise OSError(errno.EIO, "Input/output error")
             return real(fd, buffers, offset)
 
@@ -345,7 +335,7 @@ def test_a_disk_that_stalls_is_told_of_and_the_run_goes_on(tiny, monkeypatch):
     told = []
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         expected = model.generate(IDS, max_new_tokens=3, do_sample=False)
-        model.watch.on_stall = lambda tile, seconds: told.append((tile.name, seconds))
+        model.engine.watch.on_stall = lambda tile, seconds: told.append((tile.name, seconds))
         monkeypatch.setattr(os, "preadv", slow)
         assert model.generate(IDS, max_new_tokens=3, do_sample=False) == expected
     assert told
@@ -353,15 +343,19 @@ def test_a_disk_that_stalls_is_told_of_and_the_run_goes_on(tiny, monkeypatch):
 
 
 def test_a_short_read_is_read_on(tiny, monkeypatch):
-    real = os.preadv
+    real, cut_short = os.preadv, []
 
     def short(fd, buffers, offset):
-        return real(fd, [buffers[0][: max(4096, len(buffers[0]) // 8192 * 4096)]], offset)
+        asked = len(buffers[0])
+        count = real(fd, [buffers[0][: max(4096, asked // 8192 * 4096)]], offset)
+        cut_short.append(count < asked)
+        return count
 
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         expected = model.logits(IDS)
         monkeypatch.setattr(os, "preadv", short)
         assert np.array_equal(model.logits(IDS), expected)
+    assert any(cut_short)
 
 
 def test_a_file_system_without_direct_reads_is_read_through_the_cache_and_said_so(
@@ -383,30 +377,47 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache_and_said_s
         assert np.array_equal(model.logits(IDS), expected)
 
 
-def test_a_failure_of_the_device_is_an_error_of_its_tile(tiny):
+def test_a_failure_of_the_device_is_an_error_of_its_tile(tiny, monkeypatch):
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         model.logits(IDS)
-        real = model._executor._put
+        real, fails = jax.device_put, False
 
-        def failing(tile, signals):
-            if model.plan.tiles[tile].layer == 1:
+        def watch(step, tile):
+            nonlocal fails
+            fails = isinstance(step, Put) and tile.layer == 1
+
+        def failing(*given):
+            if fails:
                 raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
-            return real(tile, signals)
+            return real(*given)
 
-        model._executor._put = failing
+        model.engine.watch.on_step = watch
+        monkeypatch.setattr(jax, "device_put", failing)
         with pytest.raises(StorageError, match=r"layer 1: the device failed .*gone"):
             model.logits(IDS)
 
 
-def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny, monkeypatch):
+@pytest.fixture
+def executors(monkeypatch):
+    """The tiles of every executor that an engine makes, in order."""
+    made = []
+
+    def noting(store, tiles, *given, **options):
+        made.append(tiles)
+        return Executor(store, tiles, *given, **options)
+
+    monkeypatch.setattr(engine, "Executor", noting)
+    return made
+
+
+def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny, monkeypatch, executors):
     """What is kept makes way for a longer context; what streams is not rebuilt without need."""
-    monkeypatch.setattr(model_module, "anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(engine, "anonymous_bytes", lambda: 100 << 20)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=90, do_sample=False)
-        first = model._executor
         model.generate(IDS, max_new_tokens=2, do_sample=False)
-        assert model._executor is first
-        needed = model.plan_for(batch=1, longest=7, context=97)
+        assert len(executors) == 1
+        needed = model.engine.plan_for(RunShape(longest=7, context=97))
     bare = needed.host_peak_bytes - needed.tier_bytes(Tier.HOST)
     with AutoModel.from_pretrained(tiny, device="cpu", host_memory=bare + 30_000) as model:
         short = model.generate(IDS, max_new_tokens=2, do_sample=False)

@@ -10,7 +10,6 @@ from jlayer import AutoModel
 from jlayer.checkpoint import digest
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.errors import CheckpointError
-from jlayer.plan import plan as budget
 from jlayer.plan.tiles import Tier
 from tests.tiny import tiny_llama
 
@@ -65,9 +64,9 @@ def refusal(folder):
     ],
 )
 def test_a_flipped_bit_is_refused_by_its_tensor_before_a_token(
-    biased, tmp_path, monkeypatch, tensor, tile_bytes
+    biased, tmp_path, cuts, tensor, tile_bytes
 ):
-    monkeypatch.setattr(budget, "TILE_BYTES", (tile_bytes,))
+    cuts(tile_bytes)
     name = damage(biased, tensor, tmp_path / "damaged")
     said = refusal(tmp_path / "damaged")
     assert name in said
@@ -77,11 +76,11 @@ def test_a_flipped_bit_is_refused_by_its_tensor_before_a_token(
 
 
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
-def test_wherever_a_tile_lives_it_is_checked_at_its_first_read(biased, tmp_path, monkeypatch, tier):
-    monkeypatch.setattr(budget, "TILE_BYTES", (1000,))
-    monkeypatch.setattr(
-        budget, "_with_tiers", lambda plan: budget._with_kept(plan, (tier,) * len(plan.tiles))
-    )
+def test_wherever_a_tile_lives_it_is_checked_at_its_first_read(
+    biased, tmp_path, cuts, tiers_in_turn, tier
+):
+    cuts(1000)
+    tiers_in_turn(tier)
     damage(biased, "model.layers.1.mlp.up_proj.weight", tmp_path / "damaged", at=0.99)
     assert refusal(tmp_path / "damaged").startswith("layer 1 gate_up")
     with AutoModel.from_pretrained(biased, device="cpu") as model:
@@ -131,40 +130,71 @@ def test_a_changed_config_is_refused_at_open(tiny, tmp_path):
         AutoModel.from_pretrained(tmp_path / "changed", device="cpu")
 
 
-def test_nothing_is_hashed_twice(biased, monkeypatch):
+@pytest.fixture
+def hashed(monkeypatch):
+    """The bytes of each digest that is taken of rows."""
+    sizes, real = [], digest.rows_digest
+
+    def noting(data, row_bytes, *, first_row=0):
+        sizes.append(len(data))
+        return real(data, row_bytes, first_row=first_row)
+
+    monkeypatch.setattr(digest, "rows_digest", noting)
+    return sizes
+
+
+def test_nothing_is_hashed_twice(biased, cuts, plans_anew, hashed):
     """The first sweep sees every matrix once, a plan that is made anew begins with what is left."""
-    rows = []
-
-    def counting(data, row_bytes, *, first_row=0):
-        rows.append(len(data))
-        return original(data, row_bytes, first_row=first_row)
-
-    original = digest.rows_digest
-    monkeypatch.setattr(digest, "rows_digest", counting)
     with AutoModel.from_pretrained(biased, device="cpu", keeps_layers=False) as model:
         model.generate(IDS, max_new_tokens=4)
-        assert sum(rows) == model.model_bytes
-        monkeypatch.setattr(budget, "TILE_BYTES", (1000,))
-        model._executor_plan = None
+        assert sum(hashed) == model.engine.store.weight_bytes
+        n_tiles = len(model.plan.tiles)
+        cuts(1000)
+        plans_anew()
         model.generate(IDS, max_new_tokens=4)
-        assert sum(rows) == model.model_bytes
+        assert len(model.plan.tiles) > n_tiles
+        assert sum(hashed) == model.engine.store.weight_bytes
 
 
-def test_a_plan_made_anew_in_the_first_sweep_checks_all_the_same(biased, monkeypatch):
+def interrupt(model, name):
+    """Starts a generation, and interrupts it at the first step of a tile of this name."""
+
+    def stop(step, tile):
+        if tile.name.startswith(name):
+            raise KeyboardInterrupt
+
+    model.engine.watch.on_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS, max_new_tokens=1)
+    model.engine.watch.on_step = None
+
+
+def test_a_plan_made_anew_in_the_first_sweep_checks_all_the_same(biased, cuts, plans_anew, hashed):
     """Interrupted before all rows of a tensor came, cut otherwise, and gone on with."""
-    monkeypatch.setattr(budget, "TILE_BYTES", (300,))
+    with AutoModel.from_pretrained(biased, device="cpu") as model:
+        expected = model.generate(IDS, max_new_tokens=4)
+    cuts(300)
     with AutoModel.from_pretrained(biased, device="cpu", keeps_layers=False) as model:
-
-        def stop(step, tile):
-            if tile.name.startswith("layer 1 gate_up 2"):
-                raise KeyboardInterrupt
-
-        model.watch.on_step = stop
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(IDS, max_new_tokens=1)
-        model.watch.on_step = None
-        monkeypatch.setattr(budget, "TILE_BYTES", (None,))
-        model._executor_plan = None
-        expected = AutoModel.from_pretrained(biased, device="cpu").generate(IDS, max_new_tokens=4)
+        interrupt(model, "layer 1 gate_up 2")
+        cuts(None)
+        plans_anew()
         assert model.generate(IDS, max_new_tokens=4) == expected
-        assert not model._checks._awaited
+        assert model.plan.tiling.is_whole
+        # Every tensor has been checked by now: with other tiles again, nothing is left to hash.
+        hashed.clear()
+        cuts(1000)
+        assert model.generate(IDS, max_new_tokens=4) == expected
+        assert not model.plan.tiling.is_whole
+        assert hashed == []
+
+
+def test_damage_shows_in_a_plan_made_anew_in_the_first_sweep(biased, tmp_path, cuts, plans_anew):
+    """The damaged rows have come before the interrupt, and others of their tensor have not."""
+    damage(biased, "model.layers.1.mlp.up_proj.weight", tmp_path / "damaged", at=0.01)
+    cuts(300)
+    with AutoModel.from_pretrained(tmp_path / "damaged", device="cpu", keeps_layers=False) as model:
+        interrupt(model, "layer 1 gate_up 9")
+        cuts(None)
+        plans_anew()
+        with pytest.raises(CheckpointError, match=r"layer 1: .*up_proj.weight: damaged"):
+            model.generate(IDS, max_new_tokens=1)

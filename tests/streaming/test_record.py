@@ -9,31 +9,26 @@ from itertools import pairwise
 import pytest
 
 from jlayer import AutoModel
-from jlayer.plan import plan as budget
+from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.record import LANES, Recorder, Span, Timeline
 
-KINDS = list(Tier)
-
 
 @pytest.fixture
-def mixed(monkeypatch):
+def mixed(cuts, tiers_in_turn):
     """Tiles of a few rows, every third of them on the device, in the host and on disk."""
-    monkeypatch.setattr(budget, "TILE_BYTES", (3_000,))
-
-    def spread(plan):
-        return budget._with_kept(plan, tuple(KINDS[i % 3] for i in range(len(plan.tiles))))
-
-    monkeypatch.setattr(budget, "_with_tiers", spread)
+    cuts(3_000)
+    tiers_in_turn(*Tier)
 
 
 def record(model, n_sweeps):
-    forward = model.forward(batch=1, longest=1, context=20)
+    forward = model.engine.start(RunShape(context=20))
     forward.sweep([[5]], [0])
-    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    recorder = Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers)
     with recorder:
         for at in range(1, n_sweeps + 1):
             forward.sweep([[5]], [at])
+    forward.close()
     return recorder.timeline()
 
 
@@ -62,6 +57,7 @@ def test_every_step_of_the_last_sweeps_is_there_in_its_order(tiny, mixed):
         for row in rows_of(timeline, lane):
             for earlier, later in pairwise(row):
                 assert earlier.begin <= earlier.end <= later.begin
+    n_read_first = 0
     for run in runs:
         puts = [s for s in timeline.lane("put") if s.tile == run.tile and s.end <= run.begin]
         reads = [s for s in timeline.lane("read") if s.tile == run.tile and s.end <= run.begin]
@@ -69,6 +65,8 @@ def test_every_step_of_the_last_sweeps_is_there_in_its_order(tiny, mixed):
             assert puts
         if reads and timeline.tiers[run.tile] is Tier.DISK and puts:
             assert any(read.end <= put.begin for read in reads for put in puts)
+            n_read_first += 1
+    assert n_read_first >= timeline.tiers.count(Tier.DISK)
     for free in timeline.lane("free"):
         assert any(s.tile == free.tile and s.end <= free.end for s in runs)
 
@@ -97,12 +95,12 @@ def test_nothing_is_left_of_a_recorder_and_nothing_is_there_without_one(tiny):
 
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         seen = []
-        with model.watch.also(lambda step, tile: seen.append(step)):
+        with model.engine.watch.also(lambda step, tile: seen.append(step)):
             assert record(model, 1).starts
         assert len(seen) > 0
-        assert (model.watch.on_step, model.watch.on_taken) == (None, None)
+        assert (model.engine.watch.on_step, model.engine.watch.on_taken) == (None, None)
         assert threads() == []
-    recorder = Recorder(model.watch, model.plan.tiles, model.plan.tiers)
+    recorder = Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers)
     with recorder:
         assert recorder.timeline() is None
 

@@ -75,6 +75,29 @@ def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
 
 
 @given(plans)
+def test_a_free_names_a_run_that_came_before_it_and_used_what_was_put(plan):
+    """Between the put of a tile and its free; nothing is freed twice, or left for good."""
+    tiers, *_ = plan
+    since_put = {}  # tile on the device and passing -> the runs since it came there
+    freed = Counter()
+    for step in flat(plan):
+        match step:
+            case Put(tile, _) if tiers[tile] is not Tier.DEVICE:
+                since_put[tile] = []
+            case Run(tile):
+                for runs in since_put.values():
+                    runs.append(tile)
+            case Free(tile, _, after) if tiers[tile] is not Tier.DEVICE:
+                assert after == tile  # a tile is used by its own run
+                assert after in since_put.pop(tile)
+                freed[tile] += 1
+            case Free(_, slot, after):
+                assert after is None
+                assert slot is not None
+    assert all(freed[i] == N_SWEEPS for i, tier in enumerate(tiers) if tier is not Tier.DEVICE)
+
+
+@given(plans)
 def test_every_sweep_runs_every_tile_once_in_order(plan):
     _, rest = steps_of(plan)
     for one in rest:

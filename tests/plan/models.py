@@ -1,0 +1,92 @@
+"""Known models as plans see them: their sizes, without their weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jlayer.encodings.registry import SCHEMES
+from jlayer.plan.machine import CONTEXT_BYTES, Machine
+from jlayer.plan.plan import Plan, make_plan
+from jlayer.plan.shapes import RunShape
+from jlayer.plan.tiles import Weights
+from jlayer.spec import ModelConfig, Rope
+
+LLAMA_70B = ModelConfig(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope=Rope(),
+    attention_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    dtype="bfloat16",
+)
+LLAMA_405B = replace(
+    LLAMA_70B,
+    hidden_size=16384,
+    intermediate_size=53248,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+)
+# The width of an 8B model, with 8 layers.
+SMALL_8B = replace(
+    LLAMA_70B,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=8,
+    num_attention_heads=32,
+)
+# Small enough to compile programs for.
+SMALL = replace(
+    LLAMA_70B,
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=48,
+    max_position_embeddings=4096,
+)
+
+
+def machine(**options) -> Machine:
+    """A GPU with 4 GiB for us and a host with 16 GiB, or as the options say."""
+    given = {"platform": "gpu", "device_budget": 4 << 30, "host_budget": 16 << 30, **options}
+    return Machine(**{"context_bytes": CONTEXT_BYTES[given["platform"]], **given})
+
+
+def weights_of(cfg: ModelConfig, *, stored="bfloat16", dtype="bfloat16") -> Weights:
+    """A model's weights, its matrices stored as `stored`. Vectors of a quantised one are
+    bfloat16."""
+
+    def form_of(name):
+        is_vector = name.endswith(("norm.weight", ".bias"))
+        return "bfloat16" if stored in SCHEMES and is_vector else stored
+
+    return Weights(cfg, form_of, dtype)
+
+
+def plan_of(
+    cfg: ModelConfig,
+    *,
+    on: Machine | None = None,
+    stored="bfloat16",
+    dtype="bfloat16",
+    keeps_layers=True,
+    held=(),
+    **shape,
+) -> Plan:
+    """A plan of a run of this shape: by default 20 tokens at a time, 100 positions."""
+    run = RunShape(**{"longest": 20, "context": 100, **shape})
+    weights = weights_of(cfg, stored=stored, dtype=dtype)
+    return make_plan(weights, on or machine(), run, held=held, keeps_layers=keeps_layers)

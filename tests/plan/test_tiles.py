@@ -1,0 +1,163 @@
+"""Tiles: every row of every streamed leaf is in one of them, whatever the family and the size."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import accumulate, groupby
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jlayer.encodings.registry import ENCODINGS, encoding, piece_name
+from jlayer.families.registry import FAMILIES, head_leaf, layer_kinds, layer_tensor_name
+from jlayer.plan.tiles import Weights, cut, row_ranges
+from jlayer.spec import ALIGNMENT, Place
+from tests import made_up
+from tests.plan.models import SMALL
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_families():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, family in made_up.FAMILIES.items():
+            patch.setitem(FAMILIES, name, family)
+        yield
+
+
+@st.composite
+def any_weights(draw):
+    """A model of either family, with or without biases, and an encoding for each of its tensors."""
+    cfg = replace(
+        SMALL,
+        model_type=draw(st.sampled_from(sorted(FAMILIES))),
+        # Rows of 24 are no part of a disk block, others are: then heights are rounded.
+        hidden_size=draw(st.sampled_from([24, 64, 256])),
+        intermediate_size=40,
+        num_hidden_layers=draw(st.integers(1, 4)),
+        vocab_size=133,
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    seed = draw(st.integers(0, 9))
+
+    def form_of(name):
+        if name.endswith(("norm.weight", ".bias")):
+            return "float32"
+        return list(ENCODINGS)[(seed + len(name) * seed) % len(ENCODINGS)]
+
+    return Weights(cfg, form_of, "float32")
+
+
+sizes = st.none() | st.integers(1, 100_000)
+platforms = st.sampled_from(["cpu", "gpu"])
+
+
+def rows_by_tensor(tiles):
+    """(first row, rows) of each tensor on disk, in the order of the tiles."""
+    found = defaultdict(list)
+    for tile in tiles:
+        for part in tile.parts:
+            found[part.tensor].append((part.first_row, part.shape[0]))
+    return dict(found)
+
+
+@given(any_weights(), sizes, platforms)
+def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_bytes, platform):
+    cfg = weights.cfg
+    expected = {}
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        for leaf in kind.kept_in(Place.TILE):
+            expected[layer_tensor_name(cfg, leaf, layer)] = leaf.shape(cfg)
+    head = head_leaf(cfg)
+    expected[head.published] = head.shape(cfg)
+    pieces = {
+        piece_name(name, piece): (dtype, shape)
+        for name, whole in expected.items()
+        for piece, (dtype, shape) in encoding(weights.form_of(name)).pieces(whole).items()
+    }
+    tiles = cut(weights, tile_bytes, platform=platform).tiles
+    found = rows_by_tensor(tiles)
+    assert found.keys() == pieces.keys()
+    for name, ranges in found.items():
+        ends = list(accumulate(n for _, n in ranges))
+        assert [first for first, _ in ranges] == [0, *ends[:-1]]
+        assert ends[-1] == pieces[name][1][0]
+    for tile in tiles:
+        for part in tile.parts:
+            dtype, whole = pieces[part.tensor]
+            assert (part.dtype, part.shape[1:]) == (dtype, whole[1:])
+            if tile.layer is not None:
+                assert f".layers.{tile.layer}." in part.tensor
+
+
+@given(any_weights(), st.integers(1, 100_000), platforms)
+def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
+    weights, tile_bytes, platform
+):
+    for tile in cut(weights, tile_bytes, platform=platform).tiles:
+        rows = {}
+        for part in tile.parts:  # pieces and biases too
+            own = (part.first_row, part.shape[0])
+            assert rows.setdefault(part.matrix.removesuffix("_bias"), own) == own
+        for group in tile.stage.groups:
+            assert len({rows[leaf] for leaf in group.leaves if leaf in rows}) <= 1
+            assert len({leaf in rows for leaf in group.leaves}) == 1
+        one_row = sum(part.n_bytes // part.shape[0] for part in tile.parts)
+        # A bias is not counted when rows are packed: a number for each row.
+        biases = sum(part.n_bytes for part in tile.parts if len(part.shape) == 1)
+        assert tile.n_bytes - biases <= max(tile_bytes, one_row)
+
+
+@given(any_weights(), st.integers(1, 100_000))
+def test_stages_come_in_order_and_each_begins_and_ends_once(weights, tile_bytes):
+    tiles = cut(weights, tile_bytes, platform="cpu").tiles
+    kinds = layer_kinds(weights.cfg)
+    in_order = [(layer, stage.name) for layer, kind in enumerate(kinds) for stage in kind.stages]
+    runs = groupby(tiles, key=lambda tile: (tile.layer, tile.stage.name))
+    found = {key: list(own) for key, own in runs}
+    assert list(found) == [*in_order, (None, "head")]
+    for own in found.values():
+        assert [tile.begins_stage for tile in own] == [True] + [False] * (len(own) - 1)
+        assert [tile.ends_stage for tile in own] == [False] * (len(own) - 1) + [True]
+    ends = [tile.layer for tile in tiles if tile.ends_layer]
+    assert ends == list(range(len(kinds)))
+    for layer, kind in enumerate(kinds):
+        last = next(tile for tile in tiles if tile.layer == layer and tile.ends_layer)
+        assert (last.kind, last.stage) == (kind, kind.stages[-1])
+
+
+@given(any_weights(), sizes, platforms)
+def test_one_tile_of_every_shape_stands_for_all_of_it(weights, tile_bytes, platform):
+    tiling = cut(weights, tile_bytes, platform=platform)
+    assert sum(n for _, n in tiling.distinct) == len(tiling.tiles)
+    assert tiling.n_bytes == sum(tile.n_bytes for tile in tiling.tiles)
+    assert tiling.tile_bytes == max(tile.n_bytes for tile in tiling.tiles)
+    assert tiling.is_whole == (tile_bytes is None)
+    shapes = Counter((tile.signature, tile.ends_stage) for tile in tiling.tiles)
+    assert [shapes[tile.signature, tile.ends_stage] for tile, _ in tiling.distinct] == [
+        n for _, n in tiling.distinct
+    ]
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 133, 4096, 8192, 28672, 128256])
+@pytest.mark.parametrize("row_bytes", [[2], [48], [8192], [16384, 16384], [4096, 256], [57344]])
+@pytest.mark.parametrize("tile_bytes", [1, 4096, 1 << 20, 64 << 20])
+def test_row_ranges_cover_all_rows_within_the_size_and_in_two_heights_at_most(
+    n_rows, row_bytes, tile_bytes
+):
+    ranges = row_ranges(n_rows, row_bytes, tile_bytes)
+    ends = list(accumulate(n for _, n in ranges))
+    assert [first for first, _ in ranges] == [0, *ends[:-1]]
+    assert ends[-1] == n_rows
+    assert len({n for _, n in ranges}) <= 2
+    assert max(n for _, n in ranges) * sum(row_bytes) <= max(tile_bytes, sum(row_bytes))
+
+
+def test_tiles_of_llama_3_70b_are_few_shapes_and_whole_disk_blocks():
+    for tile_bytes in (32 << 20, 64 << 20, 128 << 20):
+        for n_rows, width in ((8192, 8192), (1024, 8192), (8192, 28672), (128256, 8192)):
+            for row_bytes in ([2 * width], [width, width // 64], [width // 2, width // 32]):
+                ranges = row_ranges(n_rows, row_bytes, tile_bytes)
+                assert len({n for _, n in ranges}) <= 2
+                assert all(first * n % ALIGNMENT == 0 for first, _ in ranges for n in row_bytes)

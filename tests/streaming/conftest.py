@@ -1,0 +1,54 @@
+"""How a model streams, as a test says it: how it is cut, what stays where, and when it changes."""
+
+from dataclasses import replace
+
+import pytest
+
+from jlayer.engine import engine
+from jlayer.plan import plan as plans
+from jlayer.plan.tiles import Tier
+
+
+def set_tile_bytes(patch, tile_bytes):
+    """Models are cut to tiles of this size (None: whole layers), whatever would be best."""
+    patch.setattr(plans, "TILE_BYTES", (tile_bytes,))
+
+
+def placed(plan, weights, run, tiers, *, held=()):
+    """A plan with the same tiles in these places, and the sums that follow."""
+    return plans.refit(replace(plan, tiers=tuple(tiers)), weights, run, held=held)
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """Call it with a tile size."""
+    return lambda tile_bytes: set_tile_bytes(monkeypatch, tile_bytes)
+
+
+@pytest.fixture
+def tiers_in_turn(monkeypatch):
+    """Call it with tiers, which tiles then have one after another, whatever would be best."""
+
+    def set_tiers(*tiers: Tier):
+        def make_plan(weights, machine, run, *, held=(), keeps_layers=True, known=None):
+            bare = plans.make_plan(
+                weights, machine, run, held=held, keeps_layers=False, known=known
+            )
+            mixed = (tiers[i % len(tiers)] for i in range(len(bare.tiles)))
+            return placed(bare, weights, run, mixed, held=held)
+
+        monkeypatch.setattr(engine, "make_plan", make_plan)
+
+    return set_tiers
+
+
+@pytest.fixture
+def plans_anew(monkeypatch):
+    """Call it, and the next run of an open model is planned from the start: what streams does not
+    fit any more."""
+
+    def without_room(*given, **options):
+        same = plans.refit(*given, **options)
+        return replace(same, device=replace(same.device, budget_bytes=0))
+
+    return lambda: monkeypatch.setattr(engine, "refit", without_room)
