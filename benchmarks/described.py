@@ -73,6 +73,7 @@ PURPOSES = {
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the picture of `--timeline`",
     "pytest": "runs the tests",
+    "pytest-xdist": "runs the tests in two processes",
     "hypothesis": "makes inputs for property tests",
     "ruff": "lint and format",
     "sentencepiece": "reference for our reading of `tokenizer.model`",
