@@ -243,6 +243,7 @@ class Programs:
         """The shapes of what flows through a stage, by name."""
         sizes = {
             "hidden": lambda: self._struct(size, self.cfg.hidden_size),
+            "x": lambda: self._struct(size, tile.parts[0].width),
             "positions": lambda: jax.ShapeDtypeStruct((size.batch, size.tokens), "int32"),
         }
         return {name: sizes[name]() for name in names}
