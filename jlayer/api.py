@@ -1,4 +1,4 @@
-"""What a user imports: AutoModel, generate, stream, and the model that they work on."""
+"""The public interface: AutoModel, generate, stream, and the model that they use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jlayer.streaming.executor import Watch
 
 
 class AutoModel:
-    """Named as in transformers, for scripts that only change an import."""
+    """Opens models. Named as in transformers, so that a script only changes an import."""
 
     @staticmethod
     def from_pretrained(
@@ -39,16 +39,16 @@ class AutoModel:
         watch: Watch | None = None,
         **options,
     ) -> Model:
-        """Opens a folder to be streamed: a layered one, or a published one as it is.
+        """Opens a model for streaming: a layered folder, or a published folder without converting.
 
-        A hub id (`owner/name[@revision]`) is fetched first, unless it is in the cache; `offline`
-        takes only what is there.
+        A hub id (`owner/name[@revision]`) is fetched first, unless it is in the cache. `offline`:
+        use the cache only.
 
-        `device_memory` and `host_memory` are budgets for the whole process (bytes, or words such
-        as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
-        available. `dtype` is what activations are computed in, by default the weights' own. `watch`
-        is told what opening does, and becomes the model's own. Further options: `device` ("cpu" or
-        "gpu"), `context`.
+        `device_memory`, `host_memory`: budgets for the whole process (bytes, or text such as
+        "4GiB"). Defaults: 4 GiB of device memory, or what is free if less; 80% of the host memory
+        that the system reports as available. `dtype`: compute dtype of activations; default: that
+        of the weights. `watch` is notified of the phases of opening, and later of the model's
+        steps. Further options: `device` ("cpu" or "gpu"), `context`.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
@@ -64,8 +64,11 @@ class AutoModel:
 
 
 class Model:
-    """A model that is streamed tile by tile. Close it, or use it in a `with`, to end its readers'
-    threads. It may be used from several threads, and by several runs at a time."""
+    """A model that is streamed tile by tile.
+
+    Close it, or use it in a `with`, to stop its reader threads. Several threads and several runs
+    may use it at a time.
+    """
 
     def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         self.folder = os.fspath(ref)
@@ -85,30 +88,28 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """What activations are computed in."""
+        """The compute dtype of activations."""
         return self.engine.dtype
 
     @property
     def plan(self) -> Plan:
-        """What is kept where now, and the sum behind it, for all runs that are alive. A run's own
-        plan is in its Generation."""
+        """The current plan, for all live runs. A run's own plan is in its Generation."""
         return self.engine.plan
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should hear of the folder or the plan and that is no error."""
+        """Notes for the user about the folder and the plan; none is an error."""
         return (*self.engine.store.notes, *self.plan.notes)
 
     @property
     def context_limit(self) -> int:
-        """The most positions a sequence may have: `context` where given, else the model's own
+        """The most positions of a sequence: the option `context` if given, else the model's
         limit."""
         return self.engine.context_limit
 
     @property
     def tokenizer(self):
-        """The published tokenizer as transformers gives it (loaded on first use, which imports
-        transformers)."""
+        """The published tokenizer, loaded by transformers, which is imported on first use."""
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -117,8 +118,7 @@ class Model:
 
     @property
     def text(self):
-        """The tokenizer that generation itself uses: small, and without transformers. None where
-        the folder has none."""
+        """The tokenizer that generation uses, without transformers; None if the folder has none."""
         if self._text is None:
             from jlayer.text.tokenizer import Tokenizer
 
@@ -128,8 +128,8 @@ class Model:
     def logits(self, input_ids) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
 
-        Raises UsageError: no tokens, rows of different lengths, ids outside the vocabulary, longer
-        than the context.
+        Raises UsageError: no tokens, rows of different lengths, ids outside the vocabulary, more
+        tokens than the context.
         """
         ids = as_id_lists(input_ids)
         lengths = [len(row) for row in ids]
@@ -147,14 +147,14 @@ class Model:
             forward.close()
 
     def generate(self, input_ids, **options):
-        """New tokens after `input_ids`, as transformers' `generate` gives them; see
+        """Generates tokens after `input_ids`, as transformers' `generate` does; see
         `generate_ids`."""
         return generate_ids(self, input_ids, **options)
 
     def sampling_options(self, options: dict, *, implied: bool = True) -> SamplingOptions:
-        """The user's options over what the model's makers set, checked against the vocabulary.
+        """The user's options, then those published with the model, checked against the vocabulary.
 
-        `implied`: a temperature or a filter means sampling, without `do_sample`.
+        `implied`: a temperature or a filter turns `do_sample` on.
         """
         return SamplingOptions.from_mapping(
             options,
@@ -164,15 +164,19 @@ class Model:
         )
 
     def decoding(self, prompt=None, *, options: dict, **form) -> tuple[Decoding, bool]:
-        """A run that continues a prompt, or several, and whether it was a single one. `form`: as
-        in `encode_prompts`."""
-        prompts, one = encode_prompts(self.text, prompt, folder=self.folder, **form)
+        """(a run that continues one or several prompts, whether a single prompt was given).
+
+        `form`: the options of `encode_prompts`.
+        """
+        prompts, is_single = encode_prompts(self.text, prompt, folder=self.folder, **form)
         sampling = self.sampling_options(options)
-        return Decoding(self.engine, prompts, sampling, text=self.text), one
+        return Decoding(self.engine, prompts, sampling, text=self.text), is_single
 
     def close(self):
-        """Ends the readers' threads and closes the files. A run that is under way in another thread
-        ends with an error that says so."""
+        """Stops the reader threads and closes the files.
+
+        A run in another thread fails with an error that names the reason.
+        """
         self._end()
 
     def __enter__(self):
@@ -185,25 +189,25 @@ class Model:
 def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generation]:
     """Continues a prompt: a str, ids, messages, or a list of these.
 
-    -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
-    prompt next to each other). `options`: transformers' generation options, `seed`, `stop`,
-    `logprobs`; `messages`, `chat`, `system`, `chat_template` as in `encode_prompts`; where a ref is
-    given, those of `AutoModel.from_pretrained`. Raises the errors of both.
+    Returns a Generation. Returns a list for a list of prompts, or if num_return_sequences is above
+    1; the sequences of one prompt are neighbours. `options`: transformers' generation options,
+    `seed`, `stop`, `logprobs`; `messages`, `chat`, `system`, `chat_template` as in
+    `encode_prompts`; with a ref, those of `AutoModel.from_pretrained`. Raises the errors of both.
     """
     with _opened(model_or_ref, options) as (model, sampling, form):
-        decoding, one = model.decoding(prompt, options=sampling, **form)
+        decoding, is_single = model.decoding(prompt, options=sampling, **form)
         for _ in decoding:
             pass
-        found = decoding.generations()
-        return found[0] if one and len(found) == 1 else found
+        generations = decoding.generations()
+        return generations[0] if is_single and len(generations) == 1 else generations
 
 
 def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
-    """Continues one prompt, yielding a Step as each forward pass ends. As `generate` otherwise."""
+    """Continues one prompt and yields a Step after each forward pass. Options as in `generate`."""
     with _opened(model_or_ref, options) as (model, sampling, form):
-        decoding, one = model.decoding(prompt, options=sampling, **form)
+        decoding, is_single = model.decoding(prompt, options=sampling, **form)
         try:
-            if not one or len(decoding.lanes) > 1:
+            if not is_single or len(decoding.lanes) > 1:
                 raise UsageError("stream: takes one prompt and gives one text; generate takes more")
             for (step,) in decoding:
                 yield step
@@ -220,7 +224,7 @@ def generate_ids(
     return_dict_in_generate=False,
     **options,
 ):
-    """transformers' `generate`: ids [B, T] in, prompt and new ids out in the same kind.
+    """transformers' `generate`: ids [B, T] -> prompt and new ids, in the type that was given.
 
     `attention_mask` marks padding with 0, at either end of a row. `streamer`: any object with `put`
     and `end`, for one sequence; it gets the prompt first, as in transformers.
@@ -261,24 +265,23 @@ def _drive(decoding, streamer):
 
 @contextmanager
 def _opened(model_or_ref, options):
-    """(model, options of generation, options of the prompt); closes a model that was opened
-    here."""
+    """Yields (model, generation options, prompt options); closes a model that it opened."""
     form = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
     rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, form
         return
-    own = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
-    run = {name: value for name, value in rest.items() if name in own}
-    rest = {name: value for name, value in rest.items() if name not in own}
-    _check_names(rest, own)
+    run_options = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
+    run = {name: value for name, value in rest.items() if name in run_options}
+    rest = {name: value for name, value in rest.items() if name not in run_options}
+    _check_names(rest, run_options)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form
 
 
-def _check_names(options, own):
-    """An unknown option is refused before the model is opened, and offers run options too."""
-    known = [*own, *CHAT_OPTIONS, *option_names()]
+def _check_names(options, run_options):
+    """Refuses unknown options before the model is opened; the hint may name a run option."""
+    known = [*run_options, *CHAT_OPTIONS, *option_names()]
     for name in options:
         if not is_option(name):
             raise UsageError(unknown_name("option", name, known))
@@ -286,7 +289,7 @@ def _check_names(options, own):
 
 
 def _padding(model, options):
-    """The id that rows are filled up with: the model's own, else its first ending, else 0."""
+    """The id for padding: the model's pad token, else its first end token, else 0."""
     configured = model.generation_config.get("pad_token_id")
     if type(configured) is int:
         return configured

@@ -1,4 +1,4 @@
-"""What ships beside the code, by name: configs of known models and presets for runs."""
+"""Data files of the package, by name: configs of known models, and presets for runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGE = "jlayer.data.configs"
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """The names of a kind: "models" or "runs"."""
+    """The names of all files of a kind: "models" or "runs"."""
     entries = files(_PACKAGE).joinpath(kind).iterdir()
     return tuple(sorted(entry.name.rsplit(".", 1)[0] for entry in entries if "." in entry.name))
 
@@ -23,6 +23,6 @@ def model_json(name: str) -> bytes:
 
 
 def preset(name: str) -> dict:
-    """The options that a preset sets, by Python name. Raises UsageError with the closest name."""
+    """The options of a preset, by Python name. Raises UsageError with the closest name."""
     parse_choice(name, names("runs"), option="preset")
     return tomllib.loads(files(_PACKAGE).joinpath("runs", f"{name}.toml").read_text())

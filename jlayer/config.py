@@ -1,9 +1,8 @@
-"""ModelConfig (what the checkpoint is) and RunConfig (how this run goes): read once, checked once,
-hashable.
+"""Parses config.json into ModelConfig (the model), and options into RunConfig (the run).
 
-Reads both forms in which a config.json is published: `rope_theta` beside `rope_scaling`, or both in
-`rope_parameters`; `torch_dtype` or `dtype`. What is absent gets the value that the reference gives
-it; what is wrong is refused by field.
+Reads both published forms of a config.json: `rope_theta` beside `rope_scaling`, or both in
+`rope_parameters`; `torch_dtype` or `dtype`. A missing field gets the default of transformers. A
+wrong value is refused by its field.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from jlayer.families.registry import FAMILIES
 from jlayer.spec import ITEM_BYTES, ModelConfig, Rope
 from jlayer.strict import read_json_object
 
-# No published model comes near these; what exceeds them is damage or an attack, and is refused
-# before any allocation.
+# No published model comes near these limits. A larger value means damage or an attack, and is
+# refused before any allocation.
 LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 20,
@@ -31,9 +30,9 @@ LIMITS = {
     "head_dim": 1 << 14,
     "max_position_embeddings": (1 << 31) - 1,
 }
-# What the config of a folder that we quantised holds beside its scheme. No "quant_method": without
-# one transformers refuses the folder; one that it does not know it only warns of, and makes up
-# random matrices.
+# Marks a config.json whose folder jlayer quantised; its scheme stands beside it. There is no
+# "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
+# initialises the matrices at random.
 OWN_QUANTIZATION = {"by": "jlayer"}
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu",)
@@ -41,19 +40,21 @@ ACTIVATIONS = ("silu",)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How this run goes. Bytes are integers; None stands for the default that the machine gives."""
+    """The options of a run. Memory in bytes; None: a default that depends on the machine."""
 
     device_memory: int | None = None
     host_memory: int | None = None
     dtype: str | None = None
     device: str | None = None
     context: int | None = None
-    keeps_layers: bool = True  # False: everything comes from disk, every sweep
+    keeps_layers: bool = True  # False: every forward pass reads all layers from disk
 
     @classmethod
     def from_options(cls, **options) -> RunConfig:
-        """From words and numbers as a user writes them ("4GiB", "bfloat16"). Raises UsageError with
-        the closest name."""
+        """Parses options as a user writes them ("4GiB", "bfloat16").
+
+        Raises UsageError; for an unknown name, with the closest known one.
+        """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -76,7 +77,7 @@ class RunConfig:
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """The model that `folder` says it holds, from its config.json.
+    """The ModelConfig of a folder, from its config.json.
 
     Raises CheckpointError (missing, not strict JSON, a field out of range) or
     UnsupportedModelError.
@@ -86,8 +87,10 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
 
 def model_config(raw: dict, *, where: str) -> ModelConfig:
-    """A published config as a ModelConfig; `where` names it in errors, which are those of
-    `read_config`."""
+    """A parsed config.json as a ModelConfig. `where` names the file in errors.
+
+    Raises what `read_config` raises.
+    """
     family = _family(raw, where)
     _refuse_quantized(raw, where)
     heads = _integer(raw, "num_attention_heads", where)
@@ -132,10 +135,9 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
 
 
 def read_generation_config(folder: str | os.PathLike) -> dict:
-    """What the model's makers set for generation: generation_config.json whole where present, else
-    config.json.
+    """The generation options published with a model: generation_config.json, else config.json.
 
-    Raises CheckpointError where the file that counts is not strict JSON.
+    Raises CheckpointError if that file is not strict JSON.
     """
     path = os.path.join(folder, "generation_config.json")
     if not os.path.exists(path):
@@ -144,8 +146,10 @@ def read_generation_config(folder: str | os.PathLike) -> dict:
 
 
 def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, ...]:
-    """One id, a list of ids or null (as eos_token_id is published) as a tuple. Raises
-    CheckpointError."""
+    """One id, a list of ids or null (the published forms of eos_token_id) as a tuple.
+
+    Raises CheckpointError.
+    """
     listed = value if isinstance(value, list) else [] if value is None else [value]
     for token in listed:
         if type(token) is not int or not 0 <= token < vocab_size:
@@ -156,7 +160,7 @@ def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, .
 
 
 def parse_bytes(value: int | str, *, option: str) -> int:
-    """A number of bytes: an int, or words such as "4GiB", "3.5 GB", "512MiB". Raises UsageError."""
+    """A number of bytes: an int, or a str such as "4GiB", "3.5 GB", "512MiB". Raises UsageError."""
     if type(value) is int and value > 0:
         return value
     match = re.fullmatch(
@@ -174,7 +178,7 @@ def parse_bytes(value: int | str, *, option: str) -> int:
 
 
 def human(n_bytes: int) -> str:
-    """Bytes in words, in binary units."""
+    """A number of bytes as text, in binary units."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if n_bytes >= size:
             return f"{n_bytes / size:.2f} {unit}"
@@ -182,14 +186,14 @@ def human(n_bytes: int) -> str:
 
 
 def parse_choice(value: str, known: tuple[str, ...], *, option: str) -> str:
-    """`value` if it is one of `known`; raises UsageError that offers the closest one otherwise."""
+    """`value`, if it is one of `known`. Raises UsageError with the closest known value."""
     if value not in known:
         raise UsageError(unknown_name(option, value, known))
     return value
 
 
 def unknown_name(kind: str, name: str, known) -> str:
-    """One line for an unknown word: the closest known one, and all of them."""
+    """The message for an unknown name: the closest known one, then all known ones."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{kind} {name!r} is not known: {hint}known are {', '.join(sorted(known))}"
@@ -220,11 +224,10 @@ def _family(raw, where):
 
 
 def own_quantization(raw: dict) -> str | None:
-    """The scheme that a config says we quantised its folder to, as it says it; None where it does
-    not."""
-    said = raw.get("quantization_config")
-    ours = isinstance(said, dict) and OWN_QUANTIZATION.items() <= said.items()
-    return str(said.get("scheme")) if ours else None
+    """The scheme by which jlayer quantised the folder of this config; None if it did not."""
+    section = raw.get("quantization_config")
+    ours = isinstance(section, dict) and OWN_QUANTIZATION.items() <= section.items()
+    return str(section.get("scheme")) if ours else None
 
 
 def _refuse_quantized(raw, where):
@@ -337,5 +340,5 @@ def _dtype(raw, where):
 
 
 def _plain(word):
-    """A word from outside, as it may stand in a message."""
+    """Text from outside, made printable for a message."""
     return word if word.isprintable() else ascii(word)

@@ -1,38 +1,34 @@
-"""The few kinds of failure a caller can act on, each with its exit code on the command line.
+"""The kinds of failure that a caller can act on, each with its exit code on the command line.
 
-A message is one line: what, where, found, expected, what to do. Anything that is not one of these
-is a bug of ours.
+A message is one line: what, where, found, expected, what to do. Any other exception is a bug in
+jlayer.
 """
 
 
 class JlayerError(Exception):
-    """Base of every error that jlayer raises on purpose; `exit_code` is what the command line ends
-    with."""
+    """Base of every error that jlayer raises on purpose. `exit_code`: of the command line."""
 
     exit_code = 1
 
 
 class UsageError(JlayerError):
-    """An option or a request that cannot be meant: wrong range, unknown name, prompt beyond the
-    context."""
+    """An invalid option or request: out of range, unknown name, prompt longer than the context."""
 
     exit_code = 2
 
 
 class CheckpointError(JlayerError):
-    """A model or checkpoint that is damaged, incomplete, inconsistent or not what it claims to
-    be."""
+    """A model or checkpoint that is damaged, incomplete, inconsistent or of another format."""
 
     exit_code = 3
 
 
 class UnsupportedModelError(CheckpointError):
-    """A sound checkpoint of a kind that jlayer does not run (yet)."""
+    """A valid checkpoint of a kind that jlayer does not support."""
 
 
 class DoesNotFitError(JlayerError):
-    """Not enough memory or disk for what was asked. `report` is what --json shows of the sum behind
-    it."""
+    """Not enough memory or disk for the request. `report`: the sum behind it, printed by --json."""
 
     exit_code = 4
 
@@ -42,7 +38,7 @@ class DoesNotFitError(JlayerError):
 
 
 class NetworkError(JlayerError):
-    """The hub cannot be reached, is not to be asked (offline), or says no."""
+    """The hub cannot be reached, must not be asked (offline), or refuses."""
 
     exit_code = 5
 
@@ -54,6 +50,6 @@ class StorageError(JlayerError):
 
 
 class LockedError(JlayerError):
-    """Another process is at work on the same target."""
+    """Another process is working on the same target."""
 
     exit_code = 7

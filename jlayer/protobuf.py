@@ -7,9 +7,9 @@ _FIXED_BYTES = {1: 8, 5: 4}  # wire type → size
 
 
 def protobuf_fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a message: an int, or bytes.
+    """Yields (number, value) of each field of a message; a value is an int or bytes.
 
-    Raises ValueError, KeyError or IndexError where `raw` is not a message.
+    Raises ValueError, KeyError or IndexError if `raw` is not a message.
     """
     at = 0
     while at < len(raw):
@@ -26,7 +26,7 @@ def protobuf_fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(raw, at):
-    """(an integer in groups of 7 bits, the position after it)."""
+    """(integer, position after it): 7 bits a byte, the lowest first."""
     value = 0
     for shift in range(0, 70, 7):
         value |= (raw[at] & 127) << shift

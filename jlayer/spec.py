@@ -1,5 +1,4 @@
-"""What a model is made of, as plain data: its configuration, its leaves, dtypes and axes. Standard
-library only.
+"""A model as plain data: its configuration, its leaves, dtypes and axes. Standard library only.
 
 Axis legend, used in every shape comment and einsum:
     B batch, T query positions, S cached positions, D width, F MLP width, N query heads, K key/value
@@ -13,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-# safetensors' word for a dtype -> (numpy's and JAX's word, bytes an element). A published tensor of
-# any other dtype is refused by name.
+# dtype name in safetensors -> (name in numpy and JAX, bytes per element). A published tensor of any
+# other dtype is refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 ITEM_BYTES = dict(DTYPES.values())
 # The dtypes that a converted file may hold: quantised weights are integers.
@@ -22,14 +21,14 @@ STORED_DTYPES = {**DTYPES, "I8": ("int8", 1), "U8": ("uint8", 1)}
 STORED_BYTES = dict(STORED_DTYPES.values())
 PUBLISHED_DTYPE = {name: published for published, (name, _) in STORED_DTYPES.items()}
 
-# O_DIRECT wants offset, length and address in multiples of the device's block; no common device
-# has a larger one.
+# O_DIRECT needs offset, length and address to be multiples of the device's block size. No common
+# device has larger blocks.
 ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base and scaling. The last three fields belong to type `llama3` alone."""
+    """Rotary embedding: base and scaling. The last three fields are used by type `llama3` only."""
 
     theta: float = 10000.0
     type: str = "default"
@@ -41,8 +40,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's configuration, in the published words. Hashable: a static argument of everything
-    that is compiled."""
+    """A model's configuration, under the published names.
+
+    Hashable, since it is a static argument of every compiled function.
+    """
 
     model_type: str
     vocab_size: int
@@ -64,18 +65,18 @@ class ModelConfig:
 
 
 class Place(Enum):
-    """Where the numbers of a leaf are when they are used."""
+    """How a leaf gets to where it is used."""
 
     TILE = "tile"  # streamed: a range of rows at a time
-    DEVICE = "device"  # loaded once, in the compute dtype, and kept there
-    ROWS = "rows"  # single rows are read on the host; the whole never moves
+    DEVICE = "device"  # loaded to the device once, in the compute dtype, and kept there
+    ROWS = "rows"  # single rows are read to the host; the whole table is never loaded
 
 
 class Role(Enum):
-    """What a leaf is used for. Where it is kept follows from it: see PLACE_OF."""
+    """What a leaf is used for. PLACE_OF derives its place from its role."""
 
     MATRIX = "matrix"
-    BIAS = "bias"  # moves with the rows of its matrix
+    BIAS = "bias"  # streamed with the rows of its matrix
     NORM = "norm"
     TABLE = "table"
 
@@ -92,8 +93,9 @@ PLACE_OF = {
 class Leaf:
     """One weight tensor.
 
-    `name` in our trees, `published` on disk (within its layer), `axes` in words. `of`: the matrix
-    that a bias belongs to. `switch`: the config field that must be true for the leaf to exist.
+    `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: keys of
+    `axis_sizes`. `of`: the matrix that a bias belongs to. `switch`: the config field that must be
+    true for the leaf to exist.
     """
 
     name: str
@@ -113,8 +115,8 @@ class Leaf:
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
-    """Word -> number: `heads` is N·H and `kv_heads` K·H, since the published projections are flat
-    in both."""
+    """Axis name -> size. `heads` is N*H and `kv_heads` is K*H: published projections join both
+    axes."""
     return {
         "width": cfg.hidden_size,
         "mlp": cfg.intermediate_size,
@@ -124,14 +126,17 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-# Attention's scores are float32 [B, N, T, S]; above this size they are computed for fewer queries
-# at a time.
+# Attention scores are float32 [B, N, T, S]. Above this size attention runs on fewer queries at a
+# time.
 SCORE_BYTES = 64 << 20
 
 
 def query_pieces(*, batch: int, tokens: int, n_heads: int, capacity: int) -> int:
-    """Into how many equal pieces attention divides the queries of a chunk: the fewest whose scores
-    stay within SCORE_BYTES, down to two tokens. Both the program and the plan's sum use it."""
+    """The number of equal pieces into which attention splits the queries of a chunk.
+
+    The fewest whose scores stay within SCORE_BYTES; a piece has two tokens or more. The compiled
+    program and the plan both use it.
+    """
     pieces = 1
     while (
         4 * batch * n_heads * (tokens // pieces) * capacity > SCORE_BYTES

@@ -1,8 +1,8 @@
-"""tokenizer.model in its two published forms, read from bytes without building a tokenizer.
+"""Parses tokenizer.model in its two published forms, without building a tokenizer.
 
 SentencePiece's form is a protobuf message (sentencepiece_model.proto). tiktoken's form is text:
-each line has a token in base64 and its rank, which is its id. Llama 3 is the one model family that
-publishes the second form, and its code names the special tokens that follow the ranks.
+each line has a token in base64 and its rank, which is its id. Only Llama 3 publishes the second
+form; its code names the special tokens that follow the ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LLAMA3_SPECIAL_TOKENS = (
 
 
 class PieceKind(IntEnum):
-    """What a piece of a SentencePiece model is; unused and byte pieces need no treatment here."""
+    """The kind of a SentencePiece piece. Unused and byte pieces need no special treatment."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -51,13 +51,15 @@ BPE = 2  # TrainerSpec.ModelType
 class Piece:
     text: str
     score: float
-    kind: int  # a PieceKind, or one of the kinds that it leaves out
+    kind: int  # a PieceKind, or the number of another kind
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """The pieces, in the order of their ids, and settings under their names and defaults in the
-    proto file. An id of -1 (no such token) reads as a huge number.
+    """The pieces in the order of their ids, and the settings.
+
+    Settings have their names and defaults from the proto file. An id of -1 (no such token) is read
+    as a huge number.
     """
 
     pieces: tuple[Piece, ...]
@@ -114,31 +116,31 @@ def _piece(raw):
 
 
 def _settings(raw, names: Mapping[int, str]):
-    found = {}
+    settings = {}
     for number, value in protobuf_fields(raw):
         name = names.get(number)
         if name is None:
             continue
         if type(value) is not type(getattr(SentencePieceModel, name)):
             raise ValueError(f"{name} is a {type(value).__name__}")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 def is_tiktoken(raw: bytes) -> bool:
-    """Whether the first line is a token in base64 and a rank."""
+    """Whether the first line has a token in base64 and a rank."""
     return re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\s", raw) is not None
 
 
 def count_ranks(raw: bytes) -> int:
-    """The lines of a tiktoken file, which is also the id of the first special token."""
+    """The number of lines of a tiktoken file, which is the id of the first special token."""
     return raw.count(b"\n") + (not raw.endswith(b"\n"))
 
 
 def read_tiktoken(raw: bytes, *, where: str) -> dict[bytes, int]:
-    """Token → rank.
+    """The ranks of a tiktoken file, by token.
 
-    Raises CheckpointError (a line that is none; ranks or one of the 256 bytes missing).
+    Raises CheckpointError: a malformed line; a missing rank; one of the 256 bytes is no token.
     """
     ranks = {}
     try:

@@ -1,1 +1,1 @@
-"""What lies on disk: the layered format, published folders, headers, digests, the hub."""
+"""Checkpoints on disk: the layered format, published folders, headers, digests, the hub."""

@@ -1,10 +1,10 @@
-"""Digests of a tensor's rows that can be taken in any order: how the runtime knows that what it
-streams is what was converted.
+"""Digests of tensors whose rows arrive in any order: the runtime checks that it streams the bytes
+that were converted.
 
 A tensor's digest is the sum, modulo 2^128, of XXH3-128 of each row, seeded with the row's number.
-So tiles may come by as the plan likes, in several threads, and a row that is damaged, missing or in
-another's place changes it. It guards against accidents, at a tenth of the price of SHA-256, which
-the manifest has of every file for all else.
+So rows may be hashed in any order, in several threads, and a damaged, missing or misplaced row
+changes the digest. It protects against accidents, not attacks, at a tenth of the cost of SHA-256.
+The manifest also has the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _MODULUS = 1 << 128
 
 
 def rows_of(shape: tuple[int, ...]) -> int:
-    """How many rows a tensor is hashed as: a vector is one."""
+    """The number of rows that a tensor is hashed in: a vector is one row."""
     return shape[0] if len(shape) > 1 else 1
 
 
 def rows_digest(data, row_bytes: int, *, first_row: int = 0) -> int:
-    """The part that consecutive rows have in their tensor's digest."""
+    """The contribution of consecutive rows to their tensor's digest."""
     view = memoryview(data).cast("B")
     hash_row = xxhash.xxh3_128_intdigest
-    found = 0
+    total = 0
     for number, at in enumerate(range(0, len(view), row_bytes), first_row):
-        found += hash_row(view[at : at + row_bytes], number)
-    return found % _MODULUS
+        total += hash_row(view[at : at + row_bytes], number)
+    return total % _MODULUS
 
 
 class TensorDigest:
-    """The digest of a tensor whose bytes come in order, in chunks of any size."""
+    """Computes the digest of a tensor whose bytes arrive in order, in chunks of any size."""
 
     def __init__(self, shape: tuple[int, ...], n_bytes: int):
         self._row_bytes = n_bytes // rows_of(shape)
@@ -56,7 +56,7 @@ class TensorDigest:
         self._rest += bytes(view[whole:])
 
     def hexdigest(self) -> str:
-        """32 hexadecimal digits."""
+        """The digest as 32 hexadecimal digits."""
         assert not self._rest
         return f"{self._sum % _MODULUS:032x}"
 
@@ -67,7 +67,7 @@ class TensorDigest:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor in `file` must be: a digest as `TensorDigest` gives it, over so many rows."""
+    """The expected digest (see `TensorDigest`) and number of rows of a tensor in `file`."""
 
     file: str
     digest: str
@@ -75,10 +75,10 @@ class Expected:
 
 
 class Checks:
-    """Tensors held against their digests as their rows come by, from any thread.
+    """Checks tensors against their digests while their rows arrive, from any thread.
 
-    Each row is to be given once; after its last one a tensor is known to be sound, or is refused
-    from then on. A tensor that nothing is expected of is let through.
+    Each row must be added once. After its last row a tensor is valid, or is refused from then on. A
+    tensor without an expected digest is not checked.
     """
 
     def __init__(self, expected: Mapping[str, Expected]):
@@ -88,17 +88,19 @@ class Checks:
         self.restart()
 
     def restart(self) -> None:
-        """Begins anew with what was seen in part: its rows will all come again."""
-        self._found = dict.fromkeys(self._awaited, 0)
+        """Starts over with incomplete tensors: all their rows will be added again."""
+        self._sums = dict.fromkeys(self._awaited, 0)
         self._rows_left = {tensor: entry.n_rows for tensor, entry in self._awaited.items()}
 
     def add(self, tensor: str, rows, *, n_rows: int, first_row: int = 0) -> None:
-        """Takes the bytes of some rows. Raises CheckpointError, by the file's name, once they are
-        not what was converted."""
+        """Adds the bytes of some rows.
+
+        Raises CheckpointError, with the file's name, once the tensor is known to differ.
+        """
         if tensor in self._awaited:
             part = rows_digest(rows, len(rows) // n_rows, first_row=first_row)
             with self._lock:
-                self._found[tensor] += part
+                self._sums[tensor] += part
                 self._rows_left[tensor] -= n_rows
                 if self._rows_left[tensor] == 0:
                     self._settle(tensor, self._awaited.pop(tensor))
@@ -106,7 +108,7 @@ class Checks:
             raise CheckpointError(self._damaged[tensor])
 
     def _settle(self, tensor, expected):
-        if f"{self._found[tensor] % _MODULUS:032x}" != expected.digest:
+        if f"{self._sums[tensor] % _MODULUS:032x}" != expected.digest:
             self._damaged[tensor] = (
                 f"{expected.file}: tensor {tensor}: damaged, or of another model: its digest is "
                 "not that of what was converted; see jlayer verify, and convert the source again"

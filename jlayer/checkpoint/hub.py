@@ -1,8 +1,8 @@
-"""Hub ids → local folders: only the files that are needed, in huggingface_hub's own cache.
+"""Hub ids → local folders: fetches only the files that are needed, into huggingface_hub's cache.
 
-What is fetched stays, so that a download that was cut off goes on with the same command.
-huggingface_hub is imported on first use; its endpoint, cache, token and offline mode are taken as
-it finds them in the environment (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+Fetched files stay: the same command resumes an interrupted download. huggingface_hub is imported on
+first use. It takes its endpoint, cache, token and offline mode from the environment (HF_ENDPOINT,
+HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _STAYS = "what is fetched stays"
 
 
 class Weights(Enum):
-    """Which weights are wanted: those that run in place, those that can be converted, or none."""
+    """Which weights to fetch: those that run without converting, those that can be converted, or
+    none."""
 
     RUN = ((SINGLE, INDEX),)
     CONVERT = ((SINGLE, INDEX), _PICKLED)
@@ -41,7 +42,7 @@ class Weights(Enum):
 
 
 def is_hub_id(ref: str) -> bool:
-    """Whether `ref` means a model on the hub: a path that exists never does."""
+    """Whether `ref` means a model on the hub. An existing path never does."""
     return _ID.fullmatch(ref) is not None and not os.path.lexists(ref)
 
 
@@ -52,11 +53,11 @@ def local_folder(
     offline: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> str:
-    """The folder that `ref` means: itself, or where the files of `owner/name[@revision]` are once
-    those missing are fetched.
+    """The local folder of `ref`: a path as it is; for `owner/name[@revision]` the folder in the
+    cache, after fetching what is missing.
 
-    Raises NetworkError (denied, missing, limited, failing, offline and not in the cache),
-    DoesNotFitError before the first byte, CheckpointError, UsageError or StorageError.
+    Raises NetworkError (access denied, not found, rate limit, server error, offline and not in the
+    cache), DoesNotFitError before the first byte, CheckpointError, UsageError or StorageError.
     """
     ref = os.fspath(ref)
     if is_hub_id(ref):
@@ -69,7 +70,7 @@ def local_folder(
 
 
 def cached_folder(ref: str) -> str | None:
-    """Where the files of a hub id lie already, all or some of them; None where there are none."""
+    """The cache folder with all or some files of a hub id; None if there are none."""
     try:
         return _Repo(ref, offline=True, note=_tell).folder()
     except NetworkError:
@@ -77,7 +78,7 @@ def cached_folder(ref: str) -> str | None:
 
 
 def hub_config(ref: str, *, offline: bool = False) -> str:
-    """The path of a hub id's config.json, which alone is fetched; tells what the rest would be."""
+    """The path of a hub id's config.json, the only file fetched; notes the size of the rest."""
     repo = _Repo(ref, offline=offline, note=_tell)
     folder = repo.folder()
     repo.weigh()
@@ -89,20 +90,20 @@ def _tell(line):
 
 
 class _Repo:
-    """One model on the hub, at the commit that its revision means now."""
+    """One model on the hub, at the current commit of its revision."""
 
     def __init__(self, ref: str, *, offline: bool, note: Callable[[str], None]):
         from huggingface_hub import constants
 
-        found = _ID.fullmatch(ref)
-        self._ref, self._repo = ref, found["repo"]
-        self._revision = found["revision"] or "main"
+        match = _ID.fullmatch(ref)
+        self._ref, self._repo = ref, match["repo"]
+        self._revision = match["revision"] or "main"
         self._endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         self._cache, self._note = constants.HF_HUB_CACHE, note
         self._offline = offline or constants.HF_HUB_OFFLINE
 
     def folder(self) -> str:
-        """The folder of the commit in the cache, its config.json fetched."""
+        """The commit's folder in the cache, after fetching config.json."""
         return os.path.dirname(self._get(CONFIG, revision=self._revision))
 
     def fetch(self, weights: Weights) -> str:
@@ -126,7 +127,7 @@ class _Repo:
         return folder
 
     def weigh(self) -> None:
-        """Tells what a run would have to fetch, without fetching it."""
+        """Notes the size of what a run would fetch, without fetching it."""
         folder = self.folder()
         sizes = self._sizes(folder) or {}
         weights = [name for name in sizes if name.endswith(".safetensors")]
@@ -136,16 +137,16 @@ class _Repo:
             self._note(f"{self._ref}: {human(n_bytes)} to fetch; {human(free)} are free")
 
     def _wanted(self, folder, names: Collection[str], weights):
-        found = [name for name in SIDE_FILES if name in names]
+        side = [name for name in SIDE_FILES if name in names]
         for single, index in weights.value:
             if single in names:
-                return [*found, single]
+                return [*side, single]
             if index in names:
                 self._get(index, revision=os.path.basename(folder))
                 weight_map = read_weight_map(regular_file(folder, index))
-                return [*found, index, *sorted(set(weight_map.values()))]
+                return [*side, index, *sorted(set(weight_map.values()))]
         if weights is Weights.NONE:
-            return found
+            return side
         if weights is Weights.RUN and not set(_PICKLED).isdisjoint(names):
             raise CheckpointError(
                 f"{self._ref}: its weights are pickles, and only safetensors run in place; "
@@ -183,7 +184,8 @@ class _Repo:
             )
 
     def _sizes(self, folder) -> dict[str, int] | None:
-        """What is left to fetch of each file of the commit; None where nobody can be asked."""
+        """Bytes to fetch of each file of the commit (0 if in the cache); None if the hub cannot be
+        asked."""
         if self._offline:
             return None
         from huggingface_hub import HfApi
@@ -208,15 +210,15 @@ class _Repo:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         if self._offline:
-            # Nothing else of the library: even what takes local files only asks the hub something.
+            # Other functions of the library contact the hub, even with local_files_only.
             place = {"cache_dir": self._cache, "revision": revision}
-            found = try_to_load_from_cache(self._repo, name, **place)
-            if not isinstance(found, str):
+            path = try_to_load_from_cache(self._repo, name, **place)
+            if not isinstance(path, str):
                 raise NetworkError(
                     f"{self._ref}: offline, and {name} is not in the cache; fetch it with the "
                     "network on"
                 )
-            return found
+            return path
         with self._translated(name):
             return hf_hub_download(
                 self._repo,
@@ -228,7 +230,7 @@ class _Repo:
 
     @contextmanager
     def _translated(self, name="its list of files"):
-        """Errors of the library as ours, and its own lines about them left out."""
+        """Translates the library's errors into ours, and silences its own log lines."""
         from huggingface_hub.errors import HFValidationError, HTTPError
         from huggingface_hub.utils import logging
 
@@ -293,7 +295,7 @@ class _Repo:
 
 
 class _UnreachableError(NetworkError):
-    """Nobody has answered, as against an answer that is no."""
+    """The hub did not answer (as opposed to a refusal)."""
 
 
 def _is_in(folder, name):

@@ -1,7 +1,6 @@
 """The on-disk format: file names, which tensor lies where, alignment, manifest, format version.
 
-The converter writes by these rules and the runtime reads by them; neither states one of its own.
-No JAX here.
+The converter and the runtime both follow these rules and define none of their own. No JAX here.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ FORMAT = "jlayer"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
-DIGEST = "xxh3_128_rows"  # of a tensor: see `digest`
-SEAL = "sha256"  # of a sealed file: that of all else in it
+DIGEST = "xxh3_128_rows"  # the key of a tensor's digest: see `digest`
+SEAL = "sha256"  # the key of a sealed file's own hash, taken over its other keys
 EMBED_FILE = "embed.safetensors"
 FINAL_FILE = "final.safetensors"
 CONFIG = "config.json"
-# What is kept of a source beside its weights, where it is there. Nothing else is carried along.
+# The files of a source that are kept beside its weights, if present. No other file is copied.
 SIDE_FILES = (
     CONFIG,
     "generation_config.json",
@@ -62,7 +61,7 @@ def layer_file(layer: int) -> str:
 
 
 def file_of(tensor: str) -> str:
-    """The file that a published tensor, or a piece of it, lies in."""
+    """The file that holds a published tensor, or a piece of it."""
     layer = layer_of(tensor)
     if layer is not None:
         return layer_file(layer)
@@ -80,15 +79,15 @@ def weight_files(
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether `name` is one that this format gives to files of weights."""
+    """Whether `name` is a name of a weight file in this format."""
     return name in (EMBED_FILE, FINAL_FILE) or _LAYER_FILE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of one file; `tensors` is empty for what is not weights.
+    """The manifest's entry of one file; `tensors` is empty for a file without weights.
 
-    `digests`: of each tensor's rows, as in `digest`.
+    `digests`: tensor -> the digest of its rows, see `digest`.
     """
 
     n_bytes: int
@@ -99,10 +98,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder says of itself: nothing of time, host or run.
-
-    So equal input gives equal bytes.
-    """
+    """The contents of a finished folder. No time, host or run, so equal input gives equal bytes."""
 
     family: str
     source_fingerprint: str
@@ -113,10 +109,10 @@ class Manifest:
 def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> list[str]:
     """The order of tensors in a file: matrices first, largest first, then norms and biases.
 
-    Large regular pieces thus begin aligned, and what is small sits together at the end. Equals go
-    by name. The pieces of a quantised matrix stand together, where the matrix itself would, so that
-    it is read and written in one go. Where dtypes are mixed so that a tensor would begin inside an
-    element of its own size, which no reader can view, the wider dtypes come first.
+    So large tensors begin aligned, and small ones are together at the end. Tensors of equal size
+    are sorted by name. The pieces of a quantised matrix are neighbours, at the matrix's own place,
+    so that one request reads them. If mixed dtypes would put a tensor at an offset that is no
+    multiple of its element size, which no reader can view, wider dtypes come first.
     """
 
     def key(name):
@@ -138,9 +134,9 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
 def encode_header(
     shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The bytes of a file up to its data, and where each tensor goes, in the order of their bytes.
+    """(the bytes of a file before its data, the entry of each tensor in the order of offsets).
 
-    The header is padded with spaces (which the format allows) so that data begins on a multiple
+    The header is padded with spaces (which the format allows) so that the data begins at a multiple
     of ALIGNMENT.
     """
     table, at = {}, 0
@@ -166,7 +162,10 @@ def encode_header(
 
 
 def encode_index(files: dict[str, dict[str, TensorEntry]]) -> bytes:
-    """The index by which transformers finds each tensor's file: file name -> its tensors."""
+    """The bytes of the index by which transformers finds each tensor's file.
+
+    `files`: file name -> its tensors.
+    """
     entries = [
         (tensor, name, entry) for name, held in files.items() for tensor, entry in held.items()
     ]
@@ -178,7 +177,7 @@ def encode_index(files: dict[str, dict[str, TensorEntry]]) -> bytes:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest's bytes: sealed, and sorted, so that equal content gives equal bytes."""
+    """The bytes of a manifest: sealed, with sorted keys, so equal content gives equal bytes."""
     files = {
         name: {
             "bytes": entry.n_bytes,
@@ -207,13 +206,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def seal(body: dict) -> bytes:
-    """JSON that shows any change: in one way of writing it, with the SHA-256 of all the rest."""
+    """`body` as canonical JSON with the SHA-256 of its content, so that any change shows."""
     assert SEAL not in body
     return _encode_json({**body, SEAL: hashlib.sha256(_encode_json(body)).hexdigest()})
 
 
 def check_seal(raw: bytes, body: dict, *, what: str) -> None:
-    """Raises CheckpointError unless `raw`, read as `body`, is what `seal` has written."""
+    """Raises CheckpointError unless `raw`, parsed as `body`, is the output of `seal`."""
     rest = {name: value for name, value in body.items() if name != SEAL}
     if raw != seal(rest):
         raise CheckpointError(
@@ -223,12 +222,12 @@ def check_seal(raw: bytes, body: dict, *, what: str) -> None:
 
 
 def is_layered(folder: str | os.PathLike) -> bool:
-    """Whether `folder` is a finished layered checkpoint: its manifest is written last."""
+    """Whether `folder` is a finished layered checkpoint. The manifest is written last."""
     return os.path.isfile(os.path.join(folder, MANIFEST))
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a layered folder, its seal and every field checked.
+    """The manifest of a layered folder, with its seal and every field checked.
 
     Raises CheckpointError or StorageError.
     """
@@ -258,7 +257,8 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
 
 
 def _quantization(found, path):
-    """Raises CheckpointError for a scheme that is not known here, by its name."""
+    """Parses a manifest's quantization. Raises CheckpointError with the name of an unknown
+    scheme."""
     if found is None:
         return None
     try:
@@ -272,7 +272,8 @@ def _quantization(found, path):
 
 
 def _file_entry(name, raw):
-    """One file of the manifest; raises ValueError and its like, which `read_manifest` words."""
+    """Parses one file entry of a manifest. `read_manifest` turns any ValueError, KeyError,
+    TypeError or AttributeError into a CheckpointError."""
     if not (is_weight_file(name) or name in SIDE_FILES or name == INDEX):
         raise ValueError(f"file name {name!a}")
     n_bytes, tensors, digests = raw["bytes"], {}, {}

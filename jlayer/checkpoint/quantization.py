@@ -1,5 +1,5 @@
-"""Which matrix of a model is kept in which encoding: chosen by the converter, written in the
-manifest, read by the runtime."""
+"""The encoding of each matrix of a model: chosen by the converter, stored in the manifest, read by
+the runtime."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.registry import layer_of
 
-# The average over the matrices of a model's layers that int4 stays within, all included, and how
-# far above the typical one a matrix stands out.
+# INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
+# layers, scales and matrices at int8 included. STANDS_OUT: a matrix may stay at int8 if its error
+# per weight is so many times the median.
 INT4_BITS = 4.5
 STANDS_OUT = 4.0
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a model's matrices are kept in: `scheme`, but for those `at_int8`, the embedding and the
-    head, which are int8. Vectors (norms, biases) stay as they are."""
+    """The encodings of a model's matrices: `scheme`; int8 for those in `at_int8`, the embedding and
+    the head. Vectors (norms, biases) stay as published."""
 
     scheme: str
     at_int8: tuple[str, ...] = ()
 
     def scheme_of(self, tensor: str, shape: tuple[int, ...]) -> Grouped | None:
-        """What a published tensor is kept in; None for as it is."""
+        """The encoding of a published tensor; None: stored as published."""
         if len(shape) != 2:
             return None
         if layer_of(tensor) is None or tensor in self.at_int8:
@@ -36,13 +37,15 @@ class Quantization:
         return SCHEMES[self.scheme]
 
     def block_bits(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """Bits a weight, all included, on average over the matrices of the layers."""
+        """Bits per weight, scales included, on average over the matrices of the layers."""
         matrices = block_matrices(shapes)
-        n_bytes = sum(self.scheme_of(name, own).n_bytes(own) for name, own in matrices.items())
+        n_bytes = sum(
+            self.scheme_of(name, shape).n_bytes(shape) for name, shape in matrices.items()
+        )
         return 8 * n_bytes / sum(map(math.prod, matrices.values()))
 
     def as_dict(self) -> dict:
-        """As the manifest has it; the figures are there for other readers, and checked by ours."""
+        """The form in the manifest. `groups` is for other readers; `from_dict` checks it."""
         return {
             "scheme": self.scheme,
             "groups": {name: scheme.group for name, scheme in SCHEMES.items()},
@@ -50,48 +53,53 @@ class Quantization:
         }
 
     @classmethod
-    def from_dict(cls, found: dict) -> Quantization:
-        """Raises ValueError for what this program does not know."""
-        made = cls(found["scheme"], tuple(found["at_int8"]))
-        if made.scheme not in SCHEMES or found != made.as_dict():
-            raise ValueError("not a quantisation that is known here")
-        return made
+    def from_dict(cls, raw: dict) -> Quantization:
+        """The inverse of `as_dict`.
+
+        Raises ValueError for an unknown scheme or group, KeyError or TypeError for another form.
+        """
+        quantization = cls(raw["scheme"], tuple(raw["at_int8"]))
+        if quantization.scheme not in SCHEMES or raw != quantization.as_dict():
+            raise ValueError("not a known quantisation")
+        return quantization
 
 
 def stored_pieces(
     shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None
 ) -> dict[str, tuple[str | None, tuple[int, ...]]]:
-    """The tensors on disk that published ones become, with dtype and shape: `X.weight` is
-    `X.weight.q` and `X.weight.scale` where it is quantised. The dtype of what is not is None: it
-    stays as published."""
-    found = {}
+    """Name -> (dtype, shape) of the stored tensors of published ones.
+
+    A quantised `X.weight` is stored as `X.weight.q` and `X.weight.scale`. A dtype of None means: as
+    published.
+    """
+    stored = {}
     for tensor, shape in shapes.items():
         scheme = quantization and quantization.scheme_of(tensor, shape)
         if scheme is None:
-            found[tensor] = (None, shape)
+            stored[tensor] = (None, shape)
         else:
-            pieces = scheme.pieces(shape).items()
-            found |= {piece_name(tensor, piece): stored for piece, stored in pieces}
-    return found
+            for piece, entry in scheme.pieces(shape).items():
+                stored[piece_name(tensor, piece)] = entry
+    return stored
 
 
 def stored_tensors(
     shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of `stored_pieces`."""
+    """Name -> shape of `stored_pieces`."""
     return {name: shape for name, (_, shape) in stored_pieces(shapes, quantization).items()}
 
 
 def piece_dtypes(
     shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None
 ) -> dict[str, str]:
-    """The dtypes of the pieces among `stored_pieces`."""
-    found = stored_pieces(shapes, quantization).items()
-    return {name: dtype for name, (dtype, _) in found if dtype is not None}
+    """Name -> dtype of the quantised tensors among `stored_pieces`."""
+    stored = stored_pieces(shapes, quantization).items()
+    return {name: dtype for name, (dtype, _) in stored if dtype is not None}
 
 
 def stored_bytes(form: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a published tensor that is stored in the encoding of this name."""
+    """Bytes of a published tensor in the encoding named `form`."""
     return encoding(form).n_bytes(shape)
 
 
@@ -107,13 +115,15 @@ def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 def quantization_of(
     scheme: str, shapes: Mapping[str, tuple[int, ...]], errors: Mapping[str, float] | None = None
 ) -> Quantization:
-    """What a model's tensors are to be kept in. `errors`: each block matrix's squared error at
-    int4, as a part of its sum of squares; without them all count as equal.
+    """Chooses the encodings of a model's tensors.
 
-    An error of a matrix's product disturbs what follows by its share, however large the matrix is;
-    what its bytes buy is therefore its error for each weight. The matrices where that is STANDS_OUT
-    times the typical one (the median over the weights) stay at int8, the worst first, as long as
-    the average stays within INT4_BITS.
+    `errors`: for each matrix of the layers, its squared error at int4 relative to its sum of
+    squares; without `errors` all are equal.
+
+    The relative error of a matrix disturbs the result equally whatever the size of the matrix, so
+    the gain of int8 is the error per weight. The matrices whose gain is at least STANDS_OUT times
+    the median (over weights) stay at int8, the worst first, while the average stays within
+    INT4_BITS.
     """
     if scheme != INT4.name:
         return Quantization(scheme)
@@ -123,17 +133,17 @@ def quantization_of(
     order = sorted(matrices, key=lambda name: -gain[name])
     room = INT4_BITS * sum(n_weights.values()) / 8
     room -= sum(INT4.n_bytes(shape) for shape in matrices.values())
-    typical, chosen = _median(gain, n_weights), []
+    median, chosen = _median(gain, n_weights), []
     for name in order:
         more = INT8.n_bytes(matrices[name]) - INT4.n_bytes(matrices[name])
-        if gain[name] >= STANDS_OUT * typical and more <= room:
+        if gain[name] >= STANDS_OUT * median and more <= room:
             chosen.append(name)
             room -= more
     return Quantization(scheme, tuple(name for name in matrices if name in set(chosen)))
 
 
 def _median(values, weights):
-    """Half of all weight lies at or above it."""
+    """The weighted median: half of all weight lies at or above it."""
     left = sum(weights.values()) / 2
     for name in sorted(values, key=lambda name: -values[name]):
         left -= weights[name]

@@ -1,7 +1,7 @@
-"""A safetensors header, checked before anything trusts it: the strict door to every weight file.
+"""Reads and checks the header of a safetensors file; every weight file is opened through it.
 
 The library's own reader accepts duplicate names, white space, path-like names and a million empty
-tensors; this one does not. It reads the header alone and returns where each tensor's bytes lie.
+tensors; this one does not. It reads only the header and returns the position of each tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_DIMS = 8
 LENGTH_BYTES = 8  # the header's own length, little-endian, before the header
 
 _KEYS = {"dtype", "shape", "data_offsets"}
-# First bytes of what people end up with under a .safetensors name, and what to tell them.
+# First bytes of other files that people have under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
     (b"<!doctype", "an HTML page, not safetensors; fetch the file again"),
@@ -41,9 +41,9 @@ _NOT_SAFETENSORS = (
 
 
 class TensorEntry(NamedTuple):
-    """One tensor in a file: numpy's word for its dtype, its shape, and where its bytes lie.
+    """One tensor in a file: numpy's name of its dtype, its shape, and the position of its bytes.
 
-    `offset` counts from the file's start. A tuple, since a header may hold 200,000 of them.
+    `offset` counts from the start of the file. A tuple, since a header may hold 200,000 of them.
     """
 
     dtype: str
@@ -56,7 +56,7 @@ class TensorEntry(NamedTuple):
 class Header:
     """A checked header.
 
-    `tensors` stand in the order of their bytes, which fill the file from `data_start` to its end.
+    `tensors`: in the order of their bytes, which fill the file from `data_start` to its end.
     """
 
     tensors: dict[str, TensorEntry]
@@ -87,9 +87,9 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
-    """The header in `raw` of a file of `file_bytes` bytes.
+    """Parses `raw`, the header of a file of `file_bytes` bytes.
 
-    Raises CheckpointError, whose message starts with `where`.
+    Raises CheckpointError; its message starts with `where`.
     """
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: header starts with {raw[:8]!r}, expected '{{'")
@@ -109,7 +109,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
                 raise _refusal(where, name, _reason(name, entry))
             in_order = in_order and entry.offset == end
             end = entry.offset + entry.n_bytes
-        if not in_order:  # which is rare, and sorting takes its time
+        if not in_order:  # rare; sorting 200,000 entries is slow
             by_place = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes))
             tensors = dict(by_place)
         _check_tiling(tensors, data_start, file_bytes, where)
@@ -117,10 +117,10 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
 
 
 def _header_length(start, size, path):
-    """The header's length, once it is plausible; `start` is the first 64 bytes of the file.
+    """The header's length, after checking it; `start` is the first 64 bytes of the file.
 
-    What a file is instead is asked only when its first bytes make no header: a header of 640 bytes
-    begins as a pickle does.
+    Other formats are looked for only if the first bytes are no header: a header of 640 bytes begins
+    like a pickle.
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     fits = size >= LENGTH_BYTES and length <= min(size - LENGTH_BYTES, MAX_HEADER_BYTES)
@@ -153,9 +153,9 @@ def _metadata(found, where):
 
 
 def _entry(found, data_start):
-    """What an object of the header says of a tensor or, where that is nothing sound, the object.
+    """A header object as a TensorEntry or, if it is invalid, the object itself.
 
-    Taken as soon as each is parsed: there may be 200,000, which all at once take twice the memory.
+    Called as soon as each object is parsed: all 200,000 objects at once take twice the memory.
     """
     if len(found) != len(_KEYS):
         return found
@@ -163,7 +163,7 @@ def _entry(found, data_start):
         dtype, shape, (begin, end) = found["dtype"], found["shape"], found["data_offsets"]
         name_of_dtype, item_bytes = STORED_DTYPES[dtype]
         n_bytes = _n_elements(shape) * item_bytes
-    except (TypeError, ValueError, KeyError):  # of what is no entry, no pair, no shape, no dtype
+    except (TypeError, ValueError, KeyError):  # a key is missing, or a value has another form
         return found
     if not _is_span(begin, end) or end - begin != n_bytes or n_bytes >= 1 << 63:
         return found
@@ -171,7 +171,7 @@ def _entry(found, data_start):
 
 
 def _reason(name, entry):
-    """What is wrong with an entry that was refused."""
+    """The reason why an entry was refused."""
     if not is_tensor_name(name):
         return "not a name that a tensor may have"
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
@@ -197,7 +197,7 @@ def _reason(name, entry):
 
 
 def _n_elements(shape):
-    """None where it is no shape."""
+    """The number of elements; None if `shape` is not a valid shape."""
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         return None
     product = 1
@@ -217,7 +217,7 @@ def _refusal(where, name, what):
 
 
 def _check_tiling(ordered, data_start, file_bytes, where):
-    """Tensors must follow each other without hole or overlap and end where the file ends."""
+    """Raises unless tensors fill the file from `data_start` to its end without gap or overlap."""
     at, previous, beyond = data_start, None, None
     for name, entry in ordered.items():
         if entry.offset != at:
@@ -240,7 +240,7 @@ def _check_tiling(ordered, data_start, file_bytes, where):
 
 
 def _short(value):
-    """A value from outside, as it may stand in a message: never a line of thousands of digits."""
+    """A value from outside, shortened for a message: it may have thousands of digits."""
     try:
         text = str(value)
     except ValueError:  # more digits than Python prints

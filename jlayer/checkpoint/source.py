@@ -1,7 +1,7 @@
-"""A published folder of safetensors, checked: config, index, headers, tensors, in this order.
+"""Opens and checks a published folder of safetensors: config, index, headers, tensors.
 
-The converter and running in place pass the same doors, which are here; where the bytes go from here
-is not known. Reads no weights, except where one tensor is stored twice and both must be equal.
+The converter and running in place share these checks. No weights are read, except to compare two
+copies of one tensor.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from jlayer.strict import (
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
 EXTRA = "not of this model"
-# Files by which quantisers say what they did, where they do not say it in the config.
+# Files that quantisers write instead of an entry in the config.
 _QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-# Weights that torch.save wrote, by the names under which they are published.
+# Published names of weights written by torch.save.
 MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
 _LISTED = 200  # names in one message
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
@@ -46,7 +46,7 @@ Identity = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a folder as it was when it was checked: as the user knows it, and without links."""
+    """A file of a folder when it was checked: its `path` for messages, `real` without links."""
 
     name: str
     path: str
@@ -56,7 +56,7 @@ class SourceFile:
 
 
 class Stored(NamedTuple):
-    """Where a copy of a tensor lies: the name that it bears there, and the file."""
+    """The place of a copy of a tensor: its name there, and the file."""
 
     name: str
     file: SourceFile
@@ -64,10 +64,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A folder whose config, files and tensors agree: tensor -> its file and entry.
+    """A folder whose config, files and tensors agree.
 
-    `fingerprint` tells it from any other, without its weights having been read; `notes` is what the
-    user should hear.
+    `fingerprint` distinguishes it from any other folder, without reading weights. `notes`: for the
+    user.
     """
 
     cfg: ModelConfig
@@ -77,10 +77,10 @@ class Published:
 
 
 def open_published(folder: str) -> Published:
-    """The published checkpoint in `folder`, which is to be run as it is.
+    """Opens the published checkpoint in `folder`, to run it without converting.
 
-    Raises CheckpointError (with the command that converts it, where only that helps),
-    UnsupportedModelError or StorageError.
+    Raises CheckpointError (with the convert command, if only that helps), UnsupportedModelError or
+    StorageError.
     """
     names = names_in(folder)
     _refuse_layers(folder, names)
@@ -97,18 +97,18 @@ def open_published(folder: str) -> Published:
     }
     misplaced = find_misplaced(INDEX, tables, files, weight_map)
     label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
-    found = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    copies_of = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
     side_files(folder, names)
-    for copies in found.values():
+    tensors = {}
+    for name, copies in copies_of.items():
         _check_equal(copies)
-    tensors = {
-        name: (place.file, entry) for name, copies in found.items() for place, entry in copies[:1]
-    }
+        place, entry = copies[0]
+        tensors[name] = (place.file, entry)
     return Published(cfg, tensors, _fingerprint(config_bytes, tables, files), tuple(notes))
 
 
 def names_in(folder: str) -> frozenset[str]:
-    """What lies in a folder. Raises CheckpointError where there is none, or StorageError."""
+    """The names in a folder. Raises CheckpointError if there is no folder, or StorageError."""
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -118,9 +118,10 @@ def names_in(folder: str) -> frozenset[str]:
 
 
 def regular_file(folder: str, name: str) -> SourceFile:
-    """A regular file of the folder, by way of a link only where that stays inside.
+    """A regular file of the folder; a link is followed only if it stays inside.
 
-    Raises CheckpointError (missing, leading outside, not a regular file) or StorageError.
+    A hub cache's own blobs count as inside. Raises CheckpointError (missing, a link that leads
+    outside, not a regular file) or StorageError.
     """
     path = os.path.join(folder, name)
     status = regular_status(path)
@@ -133,12 +134,12 @@ def regular_file(folder: str, name: str) -> SourceFile:
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """What tells that a file is still the same: device, inode, size, time of the last change."""
+    """The values that change if a file changes: device, inode, size, time of the last change."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def check_shard_name(name: object, *, where: str) -> None:
-    """Raises CheckpointError unless `name` is a plain path below the folder; opens nothing."""
+    """Raises CheckpointError unless `name` is a relative path below the folder. Opens nothing."""
     if not is_relative_path(name):
         raise CheckpointError(
             f"{where}: names the file {ascii(name)[:200]}, expected one in the folder itself "
@@ -147,7 +148,7 @@ def check_shard_name(name: object, *, where: str) -> None:
 
 
 def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
-    """Raises UnsupportedModelError where a file says that the weights are quantised."""
+    """Raises UnsupportedModelError if one of the names belongs to a quantiser."""
     for name, method in _QUANTIZER_FILES.items():
         if name in names:
             raise UnsupportedModelError(
@@ -157,7 +158,7 @@ def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
 
 
 def read_published_config(folder: str) -> tuple[bytes, ModelConfig]:
-    """config.json, as it is and as it is read. Raises CheckpointError or StorageError."""
+    """(bytes of config.json, the ModelConfig in it). Raises CheckpointError or StorageError."""
     config = regular_file(folder, CONFIG)
     config_bytes = read_small_file(config.real)
     raw = parse_json_object(config_bytes, what=config.path)
@@ -165,11 +166,11 @@ def read_published_config(folder: str) -> tuple[bytes, ModelConfig]:
 
 
 def side_files(folder: str, names: Iterable[str]) -> dict[str, SourceFile]:
-    """What lies beside the weights and matters. Raises CheckpointError or StorageError."""
-    found = {name: regular_file(folder, name) for name in SIDE_FILES if name in names}
-    if GENERATION_CONFIG in found:
-        json_of(found[GENERATION_CONFIG])
-    return found
+    """The side files that are present, checked. Raises CheckpointError or StorageError."""
+    files = {name: regular_file(folder, name) for name in SIDE_FILES if name in names}
+    if GENERATION_CONFIG in files:
+        json_of(files[GENERATION_CONFIG])
+    return files
 
 
 def json_of(file: SourceFile) -> dict:
@@ -180,9 +181,9 @@ def json_of(file: SourceFile) -> dict:
 def find_shards(
     folder: str, names: Iterable[str], single: str, index: str, notes: list[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The names of the files of weights and, of an index, which tensor it says lies in which."""
+    """(names of the weight files, tensor -> file by the index; empty without an index)."""
     if single in names:
-        if index in names:  # transformers does likewise
+        if index in names:  # transformers also takes the single file
             notes.append(f"{folder}: has {single} and {index}; {single} is taken")
         return [single], {}
     weight_map = read_weight_map(regular_file(folder, index))
@@ -190,24 +191,24 @@ def find_shards(
 
 
 def read_weight_map(index: SourceFile) -> dict[str, str]:
-    """Tensor -> file, as an index says; every name is that of a file below the folder."""
-    found = json_of(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    """Tensor -> file, as an index has it; every file name is checked to stay below the folder."""
+    weight_map = json_of(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index.path}: weight_map is not a map of tensors to files")
-    if len(found) > MAX_TENSORS:
+    if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(
-            f"{index.path}: {len(found)} tensors, over the limit of {MAX_TENSORS}"
+            f"{index.path}: {len(weight_map)} tensors, over the limit of {MAX_TENSORS}"
         )
     checked = set()
-    for name in found.values():
+    for name in weight_map.values():
         if not isinstance(name, str) or name not in checked:
             check_shard_name(name, where=index.path)
             checked.add(name)
-    return found
+    return weight_map
 
 
 def shard_files(folder: str, shards: list[str]) -> dict[str, SourceFile]:
-    """The files of weights by name. Raises CheckpointError with all that are missing."""
+    """The weight files by name. Raises CheckpointError with a list of those missing."""
     missing = [shard for shard in shards if not is_there(os.path.join(folder, shard), follow=False)]
     if missing:
         raise CheckpointError(
@@ -218,18 +219,18 @@ def shard_files(folder: str, shards: list[str]) -> dict[str, SourceFile]:
 
 
 def read_shard(file: SourceFile) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, its header checked."""
+    """The tensors of a safetensors file, by its checked header."""
     try:
         return read_header(file.real).tensors
     except (CheckpointError, StorageError) as error:
-        # The name that the user knows, not that of a blob in some cache.
+        # Show the path that the user gave, not that of a blob in a cache.
         raise type(error)(str(error).replace(file.real, file.path, 1)) from None
 
 
 def find_misplaced(
     index: str, tables: Mapping, files: Mapping[str, SourceFile], weight_map: Mapping[str, str]
 ) -> list[str]:
-    """Where the index says otherwise than the files."""
+    """The problems where the index and the files disagree."""
     holders = {}
     for shard, table in tables.items():
         for name in table:
@@ -252,18 +253,18 @@ def check_tensors(
     *,
     extra_label: str | None,
 ) -> dict[str, list]:
-    """The model's tensors, each with all its copies; raises with all that is wrong.
+    """The model's tensors, each with all its copies.
 
-    `tables`: by file, name -> a place (with `name` and `file`) and what the file says of the tensor
-    there (with `dtype` and `shape`). `extra_label`: how to refuse tensors that the model has no use
-    for; None to leave them out.
+    `tables`: file -> name -> (place with `name` and `file`, entry with `dtype` and `shape`).
+    `problems`: those found so far. `extra_label`: the message for tensors that do not belong to the
+    model; None: ignore them with a note. Raises CheckpointError with all problems.
     """
     expected, found = published_tensors(cfg), {}
     for table in tables.values():
         for name, place in table.items():
             found.setdefault(name, []).append(place)
     if cfg.tie_word_embeddings and {EMBEDDING.published, HEAD.published} <= found.keys():
-        # A tied head that is stored again is a copy, and is to be compared.
+        # A tied head that is also stored is a copy of the embedding, and is compared with it.
         found[EMBEDDING.published] += found.pop(HEAD.published)
     extra = sorted(name for name in found if name not in expected and not is_dropped(cfg, name))
     problems = [
@@ -283,7 +284,7 @@ def check_tensors(
 def refused_extra(
     folder: str, extra: list[str], notes: list[str], *, label: str | None
 ) -> list[str]:
-    """Tensors that belong nowhere, as a problem; or as a note, where `label` is None."""
+    """Tensors that do not belong to the model, as a problem; with a label of None, as a note."""
     if extra and label is None:
         notes.append(f"{folder}: left out, since {EXTRA}: {listed(extra)}")
         return []
@@ -291,22 +292,25 @@ def refused_extra(
 
 
 def gathered(label: str | None, names: list[str]) -> list[str]:
-    """One problem of all that is wrong in the same way, or none."""
+    """One problem for all names that have it, or none."""
     return [f"{label}: {listed(names)}"] if names else []
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names from outside, as they may stand in a message."""
+    """Names from outside as text for a message, at most _LISTED of them."""
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def _blobs(home):
-    """Where the files of a hub cache lie: snapshots/REVISION/NAME links to ../../blobs/HASH, which
-    may be a link itself, to a store that all models of the cache share."""
-    repository, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
-    if not found:
+    """The folders that links of a hub cache may lead to.
+
+    snapshots/REVISION/NAME is a link to ../../blobs/HASH. That may be a link to a store which all
+    models of the cache share.
+    """
+    repository, separator, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
+    if not separator:
         return []
     cache, name = os.path.split(repository)
     shared = [os.path.join(cache, "blobs")] if name.startswith("models--") else []
@@ -362,7 +366,7 @@ def _misshapen(found, expected):
 
 
 def _unequal(found, expected):
-    """Copies that cannot be equal, since not even their dtypes are."""
+    """Copies with different dtypes."""
     return [
         " and ".join(f"{place.name} in {place.file.name} ({info.dtype})" for place, info in copies)
         for name, copies in found.items()
@@ -408,9 +412,9 @@ def _bytes_at(file, offset, length):
 
 
 def _fingerprint(config_bytes, tables, files):
-    """Over the config, every header, and each file's size and time of the last change.
+    """A hash over the config, every header, and each file's size and time of the last change.
 
-    Of a hub cache the name of the blob, which is a hash of its content, stands for the time.
+    In a hub cache the blob's name, a hash of its content, replaces the time.
     """
     digest = hashlib.sha256(config_bytes)
     for name, table in sorted(tables.items()):

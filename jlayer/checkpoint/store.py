@@ -1,7 +1,7 @@
-"""Which bytes are which leaf: where on disk the parts of a tile lie, as segments.
+"""The position of each tensor on disk, as segments of files.
 
-Knows files and names, reads no weights and holds none. A layered folder and a published one fill
-the same table, so that whatever streams does not know which it is.
+Reads and holds no weights. A layered and a published folder fill the same table, so the streaming
+room does not distinguish them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Segment:
 
 
 class Store:
-    """A folder of weights, opened: its config, and every file's header held against it.
+    """An opened folder of weights: its config, and the header of every file, checked against it.
 
-    A layered folder is held against its manifest, too; a published one, which has none (`manifest`
-    is None), passes the doors that the converter has. `fingerprint` tells a model from any other,
-    `identities` each file from what it may be changed to; `notes` is what the user should hear.
-    Raises CheckpointError where the folder is incomplete, damaged, or neither of the two.
+    A layered folder is also checked against its manifest. A published one has none (`manifest` is
+    None) and gets the checks of the converter. `fingerprint` distinguishes models; `identities`
+    shows whether a file was changed later; `notes`: for the user. Raises CheckpointError if the
+    folder is incomplete, damaged, or of another form.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -69,18 +69,18 @@ class Store:
         _check_side_files(self.folder, self.manifest)
 
     def _open_published(self):
-        found = open_published(self.folder)
-        self.cfg, self.notes, self.fingerprint = found.cfg, found.notes, found.fingerprint
-        self._where = {name: (file.path, entry) for name, (file, entry) in found.tensors.items()}
-        self.identities = {file.path: file.identity for file, _ in found.tensors.values()}
+        source = open_published(self.folder)
+        self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
+        self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
+        self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
     def form_of(self, tensor: str) -> str:
-        """The name of the encoding that a published tensor is stored in: a dtype, or a scheme."""
+        """The name of a published tensor's encoding on disk: a dtype, or a scheme."""
         return self._forms[tensor]
 
     @cached_property
     def _forms(self):
-        """Looked up for every tensor of a model, many times while a plan is made."""
+        """Encodings by tensor; cached, since a plan asks for every tensor many times."""
         if self.manifest is None or self.manifest.quantization is None:
             return {name: entry.dtype for name, (_, entry) in self._where.items()}
         schemes = {
@@ -94,7 +94,7 @@ class Store:
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of what is not quantised: what to compute in unless told otherwise."""
+        """The dtype of tensors that are not quantised: the default compute dtype."""
         table = self.form_of(EMBEDDING.published)
         return self.form_of(FINAL_NORM.published) if table in SCHEMES else table
 
@@ -103,7 +103,7 @@ class Store:
         return Segment(file, entry.offset, entry.n_bytes)
 
     def expected(self) -> dict[str, Expected]:
-        """What each tensor's bytes must be, by its digest; of a published folder none is known."""
+        """The expected digest of each tensor; empty for a published folder, which has none."""
         if self.manifest is None:
             return {}
         return {
@@ -114,12 +114,12 @@ class Store:
 
     @property
     def files(self) -> list[str]:
-        """Paths of the weight files, in sweep order."""
+        """Paths of the weight files, in the order of use."""
         return list(dict.fromkeys(path for path, _ in self._where.values()))
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors: the model's size."""
+        """Bytes of all tensors."""
         return sum(entry.n_bytes for _, entry in self._where.values())
 
     @property
@@ -135,8 +135,8 @@ class Store:
 
 
 def _locate(folder, cfg, manifest):
-    """Tensor -> (file, entry), with each file's own header held against the manifest and both
-    against the config; and each file's identity."""
+    """(tensor -> (file, entry), file -> identity); raises CheckpointError unless each header agrees
+    with the manifest, and both with the config."""
     shapes = published_tensors(cfg)
     expected = stored_tensors(shapes, manifest.quantization)
     dtypes = piece_dtypes(shapes, manifest.quantization)
@@ -177,7 +177,7 @@ def _locate(folder, cfg, manifest):
 
 
 def _check_side_files(folder, manifest):
-    """Config, tokenizer and index are small: they are held against their SHA-256 at once."""
+    """Checks the SHA-256 of config, tokenizer and index at once, since they are small."""
     for name, listed in manifest.files.items():
         if listed.tensors:
             continue

@@ -1,1 +1,1 @@
-"""How numbers lie in bytes. Standard library only."""
+"""How the numbers of a tensor are stored as bytes. Standard library only."""

@@ -1,4 +1,5 @@
-"""What int8 and int4 share: small integers, with a scale for each group of inputs of a row."""
+"""The common part of int8 and int4: small integers, and a scale for each group of inputs of a
+row."""
 
 from __future__ import annotations
 
@@ -7,17 +8,19 @@ from dataclasses import dataclass
 from jlayer.encodings.base import Encoding
 from jlayer.spec import ITEM_BYTES
 
-# The most of a matrix that is decoded at a time for a product: on a CPU what stays in a core's
-# cache (three to six times faster than the whole), on a GPU enough rows to be worth a kernel's
-# start.
+# The most decoded bytes at a time during a product. On a CPU they fit a core's cache (three to six
+# times faster than decoding the whole matrix); on a GPU there are enough rows to pay for a kernel
+# launch.
 BLOCK_BYTES = {"cpu": 1 << 20, "gpu": 32 << 20}
 Q, SCALE = "q", "scale"  # the pieces
 
 
 @dataclass(frozen=True)
 class Grouped(Encoding):
-    """A matrix [out, in]: `bits` a weight, and a scale for each `group` of inputs. The last group
-    of a row may be short."""
+    """A matrix [out, in] with `bits` per weight, and a scale for each `group` of inputs.
+
+    The last group of a row may be shorter.
+    """
 
     product: str = "grouped"
     main: str = Q
@@ -38,14 +41,17 @@ class Grouped(Encoding):
         return False
 
     def decoded_bytes(self, n_rows, width, *, dtype, platform):
-        # A CPU multiplies few columns in float32.
+        # A CPU multiplies in float32 when there are few columns: count the larger dtype.
         row_bytes = width * ITEM_BYTES["float32" if platform == "cpu" else dtype]
         return block_rows(n_rows, row_bytes, BLOCK_BYTES[platform]) * row_bytes
 
 
 def block_rows(n_rows: int, row_bytes: int, block_bytes: int) -> int:
-    """How many rows of `row_bytes` are decoded at a time: all, or a multiple of 8 (8 at least)
-    within `block_bytes`, such that the blocks are the fewest and overlap least."""
+    """The number of rows of `row_bytes` to decode at a time.
+
+    All rows, or a multiple of 8 (at least 8) within `block_bytes`: as few blocks as possible, with
+    the least overlap.
+    """
     most = max(8, block_bytes // row_bytes // 8 * 8)
     if n_rows <= most:
         return n_rows

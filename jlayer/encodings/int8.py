@@ -1,4 +1,4 @@
-"""int8, 8.125 bits a weight: `q` int8 [out, in], and a bfloat16 `scale` for 128 inputs.
+"""int8, 8.125 bits per weight: `q` int8 [out, in], and a bfloat16 `scale` per 128 inputs.
 
 weight = q * scale, exactly in float32.
 """

@@ -1,4 +1,4 @@
-"""Numbers as they were published: one array of floating-point numbers."""
+"""Tensors as published: one array of floating-point numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jlayer.spec import ITEM_BYTES
 
 @dataclass(frozen=True)
 class Plain(Encoding):
-    """A tensor of any shape, kept in the dtype that gives the encoding its name."""
+    """A tensor of any shape in one dtype, which is also the name of the encoding."""
 
     product: str = "plain"
 

@@ -1,4 +1,4 @@
-"""The encodings that are known, by name, and the names of their pieces."""
+"""All known encodings by name, and the names of their pieces."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jlayer.encodings.int8 import INT8
 
 # A new encoding is a file beside this one, a line here, and a product in `model.products`.
 ENCODINGS: dict[str, Encoding] = {row.name: row for row in (*plain.ENCODINGS, INT8, INT4)}
-# Those that the converter can quantise to.
+# The encodings that the converter can quantise to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
 _PIECES = (Q, SCALE)
-# How many weights a number of a piece of this dtype holds; no two schemes share one.
+# dtype of the main piece -> weights in one number of it. No two schemes share a dtype.
 WEIGHTS_A_NUMBER = {scheme.q_dtype: 8 // scheme.bits for scheme in SCHEMES.values()}
 
 
@@ -22,12 +22,11 @@ def encoding(name: str) -> Encoding:
 
 
 def piece_name(name: str, piece: str) -> str:
-    """The name of a piece of a tensor, or leaf: `X.weight.q`; `X.weight` itself where it is
-    whole."""
+    """The name of a piece of a tensor or leaf: `X.weight.q`, or `X.weight` for the piece WHOLE."""
     return name if piece == WHOLE else f"{name}.{piece}"
 
 
 def split_piece(name: str) -> tuple[str, str]:
-    """The inverse: (the tensor's or leaf's own name, the piece)."""
+    """The inverse of `piece_name`: (name of the tensor or leaf, piece)."""
     base, _, piece = name.rpartition(".")
     return (base, piece) if piece in _PIECES else (name, WHOLE)

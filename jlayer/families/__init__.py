@@ -1,1 +1,1 @@
-"""Which leaves and stages a model has, as tables. Standard library only."""
+"""The leaves and stages of each model family, as tables. Standard library only."""

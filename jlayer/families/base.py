@@ -1,8 +1,8 @@
-"""The types of which a family is made: stages, kinds of layers, and the leaves outside the layers.
+"""The types of a family's tables: stages, kinds of layers, and the leaves outside the layers.
 
-A model is data. A kind of layer is a list of stages; a stage multiplies one input by some matrices
-and then calls one pure function of `model.stages`, which this room knows only by name. The plan,
-the executor and the compiled programs read these tables; none of them asks which stage it is.
+A model is data. A kind of layer is a list of stages. A stage multiplies one input by some matrices,
+then calls one pure function of `model.stages`, given here by name. The plan, the executor and the
+compiled programs read these tables and never branch on the name of a stage.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from jlayer.spec import Leaf, ModelConfig, Place, Role
 
-# What flows through the stages of a layer besides a stage's products:
+# The values that stages pass on, besides the products of a stage:
 #     hidden     [B, T, D]  the residual stream
-#     x          [B, T, in] the input of the stage under way; gone once the stage is over
-#     cache      the layer's own cache
+#     x          [B, T, in] the input of the current stage; dropped when the stage ends
+#     cache      the cache of the layer
 #     positions  [B, T] int32
 FLOW = ("hidden", "x", "cache", "positions")
 
-# Before the published names of a layer's leaves.
+# The prefix of the published names of a layer's leaves.
 LAYER_PREFIX = "model.layers.{layer}."
 # The leaves outside the layers.
 EMBEDDING = Leaf("embed_tokens", "model.embed_tokens.weight", ("vocab", "width"), role=Role.TABLE)
@@ -30,10 +30,10 @@ HEAD = Leaf("lm_head", "lm_head.weight", ("vocab", "width"))
 
 @dataclass(frozen=True)
 class Function:
-    """A pure function of `model.stages` by name.
+    """A pure function of `model.stages`, by name.
 
-    It is called as `function(products, whole, *reads, cfg=cfg)`, with the stage's products by name
-    and the leaves in `whole` uncut, and returns what it `gives`, in that order.
+    It is called as `function(products, *whole, *reads, cfg=cfg)`: the stage's products by name, the
+    leaves in `whole` uncut, the values in `reads`. It returns the values in `gives`, in that order.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Function:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices of the same height whose products are needed row by row together.
+    """Matrices with the same number of rows, whose products are combined row by row.
 
-    A tile holds the same rows of all of them. `combine` names the pure function that makes one
-    product of theirs; with a single matrix there is none. `product` names the result.
+    A tile holds the same rows of each matrix. `combine` names the pure function of
+    `model.stages` that combines the products; None for a single matrix. `product` names the result.
     """
 
     product: str
@@ -56,22 +56,22 @@ class Group:
 
 
 def bias_name(matrix: str) -> str:
-    """What the bias of a matrix is called in our trees."""
+    """The name in our trees of the bias of a matrix."""
     return f"{matrix}_bias"
 
 
 def one(leaf: str) -> Group:
-    """A group of a single matrix, whose product bears its name."""
+    """A group of a single matrix; its product has the name of the matrix."""
     return Group(leaf, (leaf,))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Matrices that multiply one input, and what becomes of their products.
+    """Matrices that multiply one input, and the function that uses their products.
 
-    `input` makes the input `x` of the flow before the first rows arrive; None: the stage before has
-    left it. `finish` is called once all rows are there; None: the products are the result.
-    `logits`: products stay in float32, and go to the host.
+    `input` computes the input `x`; None: the previous stage gave it. `finish` is called once the
+    products of all rows are there; None: the products are the result. `logits`: products stay in
+    float32 and go to the host.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a layer remembers of earlier tokens. `rows`: keys and values of every position."""
+    """The cache of a layer. Kind `rows`: keys and values of every position."""
 
     kind: str = "rows"
 
@@ -104,7 +104,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: its leaves, and the stages in which they are used."""
+    """A kind of layer: its leaves, and the stages that use them."""
 
     name: str
     leaves: tuple[Leaf, ...]
@@ -112,28 +112,29 @@ class LayerKind:
     cache: CacheSpec = field(default_factory=CacheSpec)
 
     def leaf(self, name: str) -> Leaf:
-        (found,) = (leaf for leaf in self.leaves if leaf.name == name)
-        return found
+        (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)
+        return leaf
 
     def with_bias(self, matrix: str) -> tuple[Leaf, ...]:
-        """A matrix and, where it has one, its bias."""
+        """A matrix and, if the model has it, its bias."""
         return (self.leaf(matrix), *(leaf for leaf in self.leaves if leaf.of == matrix))
 
     def kept_in(self, place: Place) -> tuple[Leaf, ...]:
         return tuple(leaf for leaf in self.leaves if leaf.place is place)
 
     def for_config(self, cfg: ModelConfig) -> LayerKind:
-        """Without the leaves that this model does not have."""
-        there = tuple(leaf for leaf in self.leaves if not leaf.switch or getattr(cfg, leaf.switch))
-        return LayerKind(self.name, there, self.stages, self.cache)
+        """The same kind, without the leaves that this model does not have."""
+        leaves = tuple(leaf for leaf in self.leaves if not leaf.switch or getattr(cfg, leaf.switch))
+        return LayerKind(self.name, leaves, self.stages, self.cache)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. `kinds(cfg)` gives the kind of each layer; `head_input` makes the head's
-    input of the last hidden states.
+    """One architecture.
 
-    `dropped`: patterns of published names that hold no weights (computed tables) and are left out.
+    `kinds(cfg)`: the kind of each layer. `head_input`: computes the head's input from the last
+    hidden states. `dropped`: patterns of published names that hold no weights (computed tables) and
+    are ignored.
     """
 
     model_type: str

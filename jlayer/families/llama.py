@@ -1,7 +1,7 @@
 """Llama: one kind of layer, with grouped-query attention and a gated MLP.
 
-Names and layout are the published (Hugging Face) ones, so this table is at once the map from disk
-to tree, the list of what a complete checkpoint holds, and the source of every shape.
+Names and layout are the published (Hugging Face) ones. So this table is the map from disk to tree,
+the list of a complete checkpoint's tensors, and the source of every shape.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The families that are known, and what follows from their tables for one model: its kinds of
-layers, and every tensor of a complete checkpoint."""
+"""All known families, and what their tables say about one model: its kinds of layers, and every
+tensor of a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -28,27 +28,21 @@ def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
 
 
 def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
-    """What follows the layers: the final norm and, unless tied to the embedding, the head."""
+    """The leaves after the layers: the final norm and, unless tied to the embedding, the head."""
     family = family_of(cfg)
-    return (
-        (family.final_norm,)
-        if cfg.tie_word_embeddings
-        else (
-            family.final_norm,
-            family.head_matrix,
-        )
-    )
+    head = () if cfg.tie_word_embeddings else (family.head_matrix,)
+    return (family.final_norm, *head)
 
 
 def head_leaf(cfg: ModelConfig) -> Leaf:
-    """The matrix that the head multiplies by: the embedding itself where it is tied."""
+    """The matrix of the head: the embedding, if the model ties them."""
     family = family_of(cfg)
     return family.embedding if cfg.tie_word_embeddings else family.head_matrix
 
 
 @lru_cache(maxsize=64)
 def head_stage(cfg: ModelConfig) -> Stage:
-    """The stage after the last layer, whose products are the logits."""
+    """The stage after the last layer; its products are the logits."""
     groups = (one(head_leaf(cfg).name),)
     return Stage("head", groups, input=family_of(cfg).head_input, logits=True)
 
@@ -58,27 +52,26 @@ def layer_tensor_name(cfg: ModelConfig, leaf: Leaf, layer: int) -> str:
 
 
 def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a complete checkpoint of this model holds, with its shape, in the order of
-    their use."""
+    """Name -> shape of every tensor of a complete checkpoint of this model, in the order of use."""
     embedding = family_of(cfg).embedding
-    found = {embedding.published: embedding.shape(cfg)}
+    shapes = {embedding.published: embedding.shape(cfg)}
     for layer, kind in enumerate(layer_kinds(cfg)):
         for leaf in kind.leaves:
-            found[layer_tensor_name(cfg, leaf, layer)] = leaf.shape(cfg)
+            shapes[layer_tensor_name(cfg, leaf, layer)] = leaf.shape(cfg)
     for leaf in final_leaves(cfg):
-        found[leaf.published] = leaf.shape(cfg)
-    return found
+        shapes[leaf.published] = leaf.shape(cfg)
+    return shapes
 
 
 def layer_of(tensor_name: str) -> int | None:
-    """The layer that a published name belongs to, or None for what stands outside the layers."""
+    """The layer that a published name belongs to; None for a leaf outside the layers."""
     match = _LAYER_NAME.fullmatch(tensor_name)
     return int(match.group(1)) if match else None
 
 
 def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
-    """Whether a published tensor is left out on purpose (a computed table, or a tied head stored
-    again)."""
+    """Whether a published tensor is ignored on purpose: a computed table, or a copy of a tied
+    head."""
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True

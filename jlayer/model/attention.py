@@ -1,4 +1,4 @@
-"""Grouped-query attention over a cache."""
+"""Grouped-query attention over a layer's cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jlayer.spec import query_pieces
 
 
 def attention(q, cache: LayerCache, positions):
-    """q [B, T, N, H] at positions [B, T] over what the cache holds up to each position -> [B, T,
-    N*H].
+    """q [B, T, N, H] at positions [B, T] -> [B, T, N*H]; each query sees the cache up to its own
+    position.
 
-    Scores and softmax in float32. Query head n reads key/value head n // G.
+    Scores and softmax are float32. Query head n reads key/value head n // G.
     """
     b, t, n, h = q.shape
     pieces = query_pieces(batch=b, tokens=t, n_heads=n, capacity=cache.k.shape[1])

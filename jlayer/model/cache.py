@@ -1,8 +1,7 @@
-"""The key/value cache of one layer: make, append. What a position holds counts only up to the
-query's own position.
+"""The key/value cache of one layer: make, append.
 
-Nothing records a length: a query at position p sees entries 0..p, so cutting the cache back is
-going on from an earlier position, and what was there is overwritten before it is seen.
+No length is stored: a query at position p sees entries 0..p. To cut the cache back, go on from an
+earlier position; later entries are overwritten before any query sees them.
 """
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ class LayerCache:
 def cache_struct(
     spec: CacheSpec, cfg: ModelConfig, *, batch: int, capacity: int, dtype: str
 ) -> LayerCache:
-    """The shapes of a layer's cache, to compile from; `capacity` is S."""
+    """The shapes of a layer's cache, for compiling; `capacity` is S."""
     shapes = spec.entry_shapes(cfg, batch=batch, capacity=capacity)
-    return LayerCache(**{name: jax.ShapeDtypeStruct(own, dtype) for name, own in shapes.items()})
+    return LayerCache(
+        **{name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    )
 
 
 def empty_cache(
@@ -43,8 +44,8 @@ def append(cache: LayerCache, k, v, positions) -> LayerCache:
     """The cache with k, v [B, T, K, H] written at positions [B, T]; a position of S or more
     (padding) is dropped.
 
-    A scatter, since `dynamic_update_slice` past the end would move the write back onto earlier
-    entries without a word.
+    Uses a scatter: `dynamic_update_slice` past the end would silently shift the write back onto
+    earlier entries.
     """
     rows = jnp.arange(k.shape[0])[:, None]
 

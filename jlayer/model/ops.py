@@ -1,7 +1,7 @@
-"""The small parts of a decoder: norm, linear map, rotary embedding, gated MLP activation, head.
+"""The small parts of a decoder: norm, linear map, rotary embedding, gated MLP activation.
 
-Weights may be of another dtype than the activations: they are cast to it where they are used, as
-loading in that dtype would, so a run in float32 of bfloat16 weights is exact.
+Weights may have another dtype than the activations. They are cast when used, which equals loading
+them in that dtype: so a float32 run of bfloat16 weights is exact.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ ACTIVATION = {"silu": jax.nn.silu}
 
 
 def rms_norm(x, weight, *, eps: float):
-    """x [..., D] over its root mean square, in float32; `weight * cast(x_hat)` is the reference's
-    order of rounding."""
+    """RMS norm of x [..., D], computed in float32.
+
+    `weight * cast(x_hat)` rounds in the same order as the reference.
+    """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return _last(weight.astype(x.dtype), x) * (x32 * scale).astype(x.dtype)
@@ -35,17 +37,17 @@ def linear(x, weight, bias=None):
 
 
 def _last(vector, like):
-    """A vector as the last axis of an array of like's rank: rank promotion is never left to
-    chance."""
+    """Reshapes a vector to the last axis of an array with like's rank: rank promotion is an
+    error."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Angular frequencies, float32 [H/2], with the type's scaling applied.
 
-    The power is taken in float64 of the float32 exponent and the rest in float32: that is what
-    torch computes, and the last bit shows at long positions. llama3: the scaling published with
-    Llama 3.1 (as in transformers' modeling_rope_utils).
+    The power is computed in float64 from the float32 exponent, the rest in float32. So does torch;
+    at long positions a difference in the last bit shows. llama3: the scaling published with Llama
+    3.1 (as in transformers' modeling_rope_utils).
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
@@ -58,7 +60,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _llama3_frequencies(frequencies, rope):
-    """Long waves are stretched by `factor`, short ones kept, and those between blended."""
+    """Stretches long waves by `factor`, keeps short ones, and blends those between."""
     f32 = np.float32
     original = f32(rope.original_max_position_embeddings)
     wavelengths = f32(2 * math.pi) / frequencies
@@ -73,8 +75,10 @@ def _llama3_frequencies(frequencies, rope):
 
 
 def rotate(x, positions, cfg: ModelConfig):
-    """Rotary embedding of x [B, T, heads, H] at positions [B, T], halves paired (i, i + H/2),
-    computed in float32."""
+    """Rotary embedding of x [B, T, heads, H] at positions [B, T], computed in float32.
+
+    Element i is paired with i + H/2.
+    """
     frequencies = rope_frequencies(cfg.rope, cfg.head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]  # [B, T, H/2]
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
@@ -84,5 +88,5 @@ def rotate(x, positions, cfg: ModelConfig):
 
 
 def gated(gate, up, *, activation: str):
-    """The MLP's inner activation, act(gate) * up, each [..., F]."""
+    """The inner activation of the MLP: act(gate) * up, each [..., F]."""
     return ACTIVATION[activation](gate) * up

@@ -1,8 +1,8 @@
 """The product of activations with a weight of any encoding.
 
-A matrix that is not plain is decoded to the activations' dtype for the product, a block of its rows
-at a time. The block stays in the processor's cache (three to six times faster than the whole, on a
-CPU) and never exceeds a bound that the plan counts (`encodings.grouped.block_rows`).
+A matrix that is not plain is decoded to the activations' dtype, a block of rows at a time. On a CPU
+a block fits the cache (three to six times faster than decoding the whole). The plan counts the
+block's bytes (`encodings.grouped.block_rows`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jlayer.encodings.registry import ENCODINGS
 
 @struct.dataclass
 class InBlob:
-    """An array that lies in a longer one of bytes, as it came over the link."""
+    """An array inside a longer array of bytes, as it came over the link."""
 
     blob: jax.Array  # [bytes] uint8
     offset: int = struct.field(pytree_node=False)
@@ -32,7 +32,7 @@ class InBlob:
     dtype: str = struct.field(pytree_node=False)
 
     def rows(self, first, count: int) -> jax.Array:
-        """`count` of its rows from `first` on, which a program may compute."""
+        """`count` rows from `first` on; `first` may be traced."""
         dtype = np.dtype(self.dtype)
         row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         raw = jax.lax.dynamic_slice_in_dim(
@@ -40,15 +40,15 @@ class InBlob:
         )
         shape = (count, *self.shape[1:])
         if dtype.itemsize > 1:
-            shape = (*shape, dtype.itemsize)  # bytes of a number, which become one
+            shape = (*shape, dtype.itemsize)  # the last axis holds the bytes of one number
         return jax.lax.bitcast_convert_type(raw.reshape(shape), dtype)
 
 
 @struct.dataclass
 class Encoded:
-    """Some rows of a matrix whose encoding is not plain: its pieces, and how to read them.
+    """Some rows of a matrix whose encoding is not plain: its pieces, and how to decode them.
 
-    `encoding`: its name in `encodings.registry`. `block_bytes`: the most that is decoded at a time.
+    `encoding`: a name in `encodings.registry`. `block_bytes`: the most decoded bytes at a time.
     """
 
     pieces: dict[str, jax.Array | InBlob]
@@ -61,22 +61,24 @@ class Encoded:
 
 
 def weight(pieces: dict, *, encoding: str, block_bytes: int):
-    """A matrix, vector, or some rows of a matrix, out of its pieces: an array if it is plain, else
-    Encoded. A plain array that lies in a blob is taken out; others stay in it."""
+    """A vector, or some rows of a matrix, from its pieces: an array if it is plain, else Encoded.
+
+    A plain array inside a blob is sliced out; pieces of other encodings stay inside.
+    """
     if ENCODINGS[encoding].is_plain:
         return _rows(pieces[WHOLE], 0, pieces[WHOLE].shape[0])
     return Encoded(pieces, encoding=encoding, block_bytes=block_bytes)
 
 
-# Columns up to which the CPU is asked for weight @ x.T instead of x @ weight.T.
+# Up to this many columns the CPU computes weight @ x.T instead of x @ weight.T.
 FEW_COLUMNS = 128
 
 
 def product(x, weight):
     """x [..., in] @ weight [out, in].T -> float32 [..., out], summed in float32.
 
-    float32 inputs ask for full precision, since accelerators otherwise round them to tf32; on the
-    CPU the float32 result spares bfloat16 an upcast of the whole matrix.
+    float32 inputs need full precision: accelerators otherwise round them to tf32. On the CPU the
+    float32 result avoids an upcast of the whole bfloat16 matrix.
     """
     if isinstance(weight, Encoded):
         return PRODUCTS[ENCODINGS[weight.encoding].product](x, weight)
@@ -99,9 +101,11 @@ def _input_first(x, weight):
 
 
 def _weight_first(x, weight):
-    """XLA's CPU library repacks the right-hand matrix at every call, which for few columns costs
-    several times the product itself: so the weight stands on the left. The barrier keeps the
-    compiler from turning it back.
+    """weight @ x.T, transposed.
+
+    XLA's CPU library repacks the right-hand matrix at every call. For few columns that costs
+    several times the product itself, so the weight goes left. The barrier keeps the compiler from
+    swapping the sides again.
     """
     y = _dot(weight, x.reshape(-1, x.shape[-1]), 1, 1)
     return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
@@ -117,8 +121,8 @@ def _dot(left, right, left_axis, right_axis):
     )
 
 
-# Columns up to which a CPU multiplies quantised weights in float32: there the time goes into
-# writing them out, and to round them to bfloat16 takes a third of that.
+# Up to this many columns a CPU multiplies quantised weights in float32. Decoding takes most of the
+# time then, and rounding to bfloat16 is a third of it.
 FEW_IN_FLOAT32 = 8
 
 
@@ -135,7 +139,7 @@ def _grouped_on_cpu(x, weight):
 
 
 def _by_blocks(x, weight, *, block_product):
-    """Blocks of rows one after another; the last may overlap the one before it."""
+    """The product, one block of rows after another; the last block may overlap the one before."""
     n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
 
@@ -147,40 +151,40 @@ def _by_blocks(x, weight, *, block_product):
     firsts = np.minimum(np.arange(0, n_rows, height, dtype=np.int32), n_rows - height)
     blocks = jax.lax.map(rows_from, jnp.asarray(firsts))
     n_whole, rest = divmod(n_rows, height)
-    found = jnp.moveaxis(blocks[:n_whole], 0, -2).reshape(*x.shape[:-1], n_whole * height)
+    products = jnp.moveaxis(blocks[:n_whole], 0, -2).reshape(*x.shape[:-1], n_whole * height)
     if rest:
-        found = jnp.concatenate([found, blocks[-1][..., height - rest :]], axis=-1)
-    return found
+        products = jnp.concatenate([products, blocks[-1][..., height - rest :]], axis=-1)
+    return products
 
 
 def _joined_product(x, parts):
-    """A GPU writes both halves of int4 at once, side by side: fewer programs to start."""
+    """For a GPU: joins both halves of int4 before one product, which launches fewer kernels."""
     return _plain_product(x, jnp.concatenate([part.astype(x.dtype) for part in parts], axis=1))
 
 
 def _parts_product(x, parts):
-    """A CPU multiplies halves of int4 by their own inputs: to join them first would move them."""
-    found, at = None, 0
+    """For a CPU: multiplies each half of int4 by its own inputs; joining them first would copy."""
+    total, at = None, 0
     for half in parts:
         part = _plain_product(x[..., at : at + half.shape[1]], half.astype(x.dtype))
-        found = part if found is None else found + part
+        total = part if total is None else total + part
         at += half.shape[1]
-    return found
+    return total
 
 
 def dequantize(weight: Encoded, width: int):
-    """The weights float32 [out, in] that it stands for."""
+    """The decoded weights, float32 [out, in]; `width` is in."""
     return jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
 
 
 def _parts(weight, first, count, width):
-    """Some rows decoded to float32, in consecutive ranges of inputs."""
+    """Some rows decoded to float32, as arrays of consecutive ranges of inputs."""
     pieces = {name: _rows(piece, first, count) for name, piece in weight.pieces.items()}
     return DECODE[weight.encoding](**pieces, width=width)
 
 
 def _rows(matrix, first, count):
-    """Some rows of an array, or of one in a blob."""
+    """Some rows of an array or of an InBlob."""
     if isinstance(matrix, InBlob):
         return matrix.rows(first, count)
     if count == matrix.shape[0]:
@@ -193,16 +197,16 @@ def _decode_int8(*, q, scale, width):
 
 
 def _decode_int4(*, q, scale, width):
-    """Two ranges, one for each half byte, since a row's first half lies in the low ones."""
+    """Two ranges of inputs: low half bytes hold the first half of a row, high ones the second."""
     factors, half = _spread(_decode_scales(scale), INT4.group, width), q.shape[1]
-    found = [_levels(q & 15) * factors[:, :half]]
-    if width > half:  # else the one input is a half by itself
-        found.append(_levels(q[:, : width - half] >> 4) * factors[:, half:])
-    return found
+    ranges = [_levels(q & 15) * factors[:, :half]]
+    if width > half:  # a row of one input has no second half
+        ranges.append(_levels(q[:, : width - half] >> 4) * factors[:, half:])
+    return ranges
 
 
 def _spread(factors, group, width):
-    """[out, groups] -> [out, in]."""
+    """Repeats each group's factor for its inputs: [out, groups] -> [out, in]."""
     rows, groups = factors.shape
     wide = jnp.broadcast_to(factors[:, :, None], (rows, groups, group))
     return wide.reshape(rows, groups * group)[:, :width]
@@ -219,6 +223,6 @@ def _decode_scales(codes):
     return jax.lax.bitcast_convert_type(magnitude | (bits >> 7) << 31, jnp.float32)
 
 
-# What encodings name: how to multiply, and how to decode some rows.
+# The functions that encodings name: how to multiply, and how to decode some rows.
 PRODUCTS = {"grouped": _grouped_product}
 DECODE = {INT8.name: _decode_int8, INT4.name: _decode_int4}

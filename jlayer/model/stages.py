@@ -1,7 +1,7 @@
-"""A decoder layer as a fold of its stages: the only arithmetic that a layer's weights meet.
+"""A decoder layer as a fold of its stages: all arithmetic of a layer.
 
-`block(kind)` runs a kind's stages one after another over whole matrices. The executor runs the same
-functions over ranges of rows whose products are joined: the arithmetic is the same.
+`block(kind)` runs the stages of a kind over whole matrices. For tiles the engine runs the same
+functions over ranges of rows and joins the products: the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def block(kind: LayerKind) -> Callable:
     """The pure function of one decoder layer of this kind.
 
     (layer, hidden [B, T, D], cache, positions [B, T] int32, cfg) -> (hidden [B, T, D], cache with
-    these T tokens). `layer` has the weights by leaf, each in its published layout: a projection is
-    [out, in]. Compiled once, it serves every layer of the kind.
+    these T tokens). `layer`: weights by leaf, in the published layout; a projection is [out, in].
+    Compiled once, it serves every layer of the kind.
     """
 
     def layer_of_this_kind(layer, hidden, cache, positions, cfg: ModelConfig):
@@ -41,35 +41,36 @@ def block(kind: LayerKind) -> Callable:
 
 
 def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
-    """x [B, T, in] by some rows of a stage's matrices -> the products [B, T, rows], by name.
+    """x [B, T, in] times some rows of a stage's matrices -> products [B, T, rows] by name.
 
-    `weights` has the same rows of each matrix, and of its bias, by leaf. Groups of which there are
-    no rows are left out.
+    `weights`: by leaf, the same rows of each matrix of a group, and of its bias. A group whose
+    leaves are missing is skipped.
     """
-    found = {}
+    products = {}
     for group in stage.groups:
         if group.leaves[0] not in weights:
             continue
         parts = [_linear(stage, x, weights, leaf) for leaf in group.leaves]
-        found[group.product] = (
-            COMBINE[group.combine](*parts, cfg=cfg) if group.combine else parts[0]
-        )
-    return found
+        products[group.product] = COMBINE[group.combine](*parts, cfg=cfg)
+    return products
 
 
 def call(
     function: Function, flow: Mapping, weights: Mapping, products: Mapping | None = None, *, cfg
 ) -> dict:
-    """What a stage's function gives, by name. A product may come as the parts of its row ranges."""
+    """The results of a stage's function, by name.
+
+    A product may be a list: the parts of its row ranges, which are joined first.
+    """
     joined = {name: join(parts) for name, parts in (products or {}).items()}
     whole = [weights[leaf] for leaf in function.whole]
     reads = [flow[name] for name in function.reads]
-    found = FUNCTIONS[function.name](joined, *whole, *reads, cfg=cfg)
-    return dict(zip(function.gives, found, strict=True))
+    results = FUNCTIONS[function.name](joined, *whole, *reads, cfg=cfg)
+    return dict(zip(function.gives, results, strict=True))
 
 
 def join(parts):
-    """Products of row ranges, each [B, T, rows], side by side."""
+    """Joins the products of row ranges, each [B, T, rows], along the last axis."""
     if not isinstance(parts, (list, tuple)):
         return parts
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
@@ -82,14 +83,14 @@ def _linear(stage, x, weights, leaf):
 
 
 def _normed(products, norm, hidden, *, cfg):
-    """hidden [B, T, D] -> a stage's input [B, T, D]."""
+    """hidden [B, T, D] -> its norm [B, T, D], the input of a stage."""
     return (rms_norm(hidden, norm, eps=cfg.rms_norm_eps),)
 
 
 def _attend(products, cache, positions, *, cfg):
-    """q [B, T, N*H], k and v [B, T, K*H] as projected -> ([B, T, N*H], the cache with k and v).
+    """Projected q [B, T, N*H], k and v [B, T, K*H] -> ([B, T, N*H], the cache with k and v).
 
-    q and k are rotated to their positions; k and v are written before they are attended to.
+    q and k get the rotary embedding; k and v are written to the cache before attention reads it.
     """
 
     def heads(projected):
@@ -101,20 +102,20 @@ def _attend(products, cache, positions, *, cfg):
 
 
 def _add_and_norm(products, norm, hidden, *, cfg):
-    """A branch's output [B, T, D] added to hidden [B, T, D] -> (hidden, the next stage's input)."""
+    """Adds a branch's output [B, T, D] to hidden [B, T, D] -> (hidden, its norm)."""
     (output,) = products.values()
     hidden = hidden + output
     return hidden, rms_norm(hidden, norm, eps=cfg.rms_norm_eps)
 
 
 def _add(products, hidden, *, cfg):
-    """A branch's output [B, T, D] added to hidden [B, T, D]."""
+    """Adds a branch's output [B, T, D] to hidden [B, T, D]."""
     (output,) = products.values()
     return (hidden + output,)
 
 
 def _pass_on(products, *, cfg):
-    """The product is the next stage's input."""
+    """Passes the only product on as the input of the next stage."""
     (output,) = products.values()
     return (output,)
 
@@ -127,7 +128,7 @@ def _gated(gate, up, *, cfg):
     return gated(gate, up, activation=cfg.hidden_act)
 
 
-# What the tables of `families` name.
+# The functions that the tables of `families` name.
 FUNCTIONS = {
     "normed": _normed,
     "attend": _attend,

@@ -1,1 +1,1 @@
-"""Bytes and seconds before any allocation. Pure: no JAX, no files."""
+"""Memory and time of a run, computed before any allocation. Pure: no JAX, no files."""

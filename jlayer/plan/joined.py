@@ -1,8 +1,9 @@
 """How a tile's arrays cross the link: one by one, or joined in one array of bytes.
 
-Each array that is put on a GPU costs time in Python and the driver (some 70 us on an H200, where
-48 MiB take 900), and a quantised tile has up to four, half of them small. A plain matrix has to be
-an array of its own, since it is multiplied as it lies; what is decoded first may lie anywhere.
+Each array that is put on a GPU costs time in Python and the driver (about 70 us on an H200, where
+48 MiB take 900 us), and a quantised tile has up to four arrays, half of them small. A plain matrix
+must be an array of its own, since it is multiplied without copying; a quantised one is decoded
+first, so its pieces may be anywhere.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from dataclasses import dataclass
 from jlayer.spec import ALIGNMENT
 
 LINKED = ("gpu",)  # the platforms whose weights cross a link
-# Larger tiles hide what each array costs; and offsets in a joined array are 32 bits.
+# Larger tiles are not joined: their transfer hides the cost of an array, and offsets in a joined
+# array are 32 bits.
 MOST_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Where each of a tile's parts begins in the one array, and the bytes of all."""
+    """The layout of a tile's parts in one array: the offset of each, and the bytes of all."""
 
     offsets: tuple[int, ...]
     n_bytes: int
 
 
 def joined(sizes: Sequence[int], *, is_plain: bool, platform: str) -> Joined | None:
-    """The layout of parts of these bytes in one array; None where they cross one by one, or, on a
-    CPU, where nothing crosses.
+    """The layout of parts of `sizes` bytes in one array; None: they cross one by one (on a CPU:
+    not at all).
 
-    Each part has room for the disk's blocks around it, wherever they begin. So the offsets are the
-    same for every tile of the same parts.
+    Each part has room for the disk blocks around it, however it is aligned on disk. So the offsets
+    are equal for all tiles of the same parts.
     """
     if platform not in LINKED or is_plain or sum(sizes) > MOST_BYTES:
         return None

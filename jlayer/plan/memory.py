@@ -1,7 +1,7 @@
-"""What each thing of a run needs of memory, as closed formulas.
+"""The memory that each thing of a run needs, as closed formulas.
 
-What they say of compiled programs' temporaries is an upper bound; a test compares it with what XLA
-says of the programs themselves.
+For the temporaries of compiled programs the formulas are upper bounds; a test compares them with
+XLA's own figures.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from jlayer.plan.shapes import Shapes
 from jlayer.plan.tiles import Tier, Tiling, Weights
 from jlayer.spec import ITEM_BYTES, ModelConfig, Place, axis_sizes, query_pieces
 
-# Outputs of the head on their way to the host at a time: on the device, and as copies there.
+# Outputs of the head in transfer at a time: on the device, and as copies on the host.
 OUTGOING = 3
-LOGIT_BYTES = 5  # of logits that are handed over: a float32, and whether it is finite
+LOGIT_BYTES = 5  # of a returned logit: a float32, and the flag of the check that it is finite
 
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
-    """What is there whatever runs: the driver's context, slots, norms, libraries."""
+    """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
     on_gpu = machine.platform == "gpu"
     slot = tiling.tile_bytes + tiling.slack
-    # On a GPU one more than are there at a time: blocks of other sizes leave gaps between them, and
-    # what comes joined has the slack of its slot.
+    # On a GPU one more than the tiles there at a time, for fragmentation; and a joined tile crosses
+    # with the slack of its slot.
     slots = (ahead + 1) * slot if on_gpu else ahead * tiling.tile_bytes
     return [
         Need("context", device=machine.context_bytes),
@@ -40,8 +40,10 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
 def run_needs(
     weights: Weights, machine: Machine, tiling: Tiling, runs: Sequence[Shapes]
 ) -> list[Need]:
-    """What runs that are alive together need: a cache each, and the rest for one at a time, since
-    one forward pass is under way at a time."""
+    """The needs of runs that are alive together.
+
+    A cache for each run; the rest for the largest run only, since forward passes take turns.
+    """
 
     def most(function):
         return max(function(shapes) for shapes in runs)
@@ -69,7 +71,7 @@ def run_needs(
 
 
 def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
-    """What the tiles need that stay on the device or in host memory."""
+    """The needs of the tiles that stay on the device or in host memory."""
     kept = list(zip(tiling.shapes, tiers, strict=True))
     return [
         Need(
@@ -81,7 +83,7 @@ def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
 
 
 def resident_bytes(weights: Weights) -> int:
-    """The small leaves that stay on the device, in the compute dtype."""
+    """Bytes of the small leaves that stay on the device, in the compute dtype."""
     cfg = weights.cfg
     leaves = [leaf for kind in layer_kinds(cfg) for leaf in kind.kept_in(Place.DEVICE)]
     sizes = axis_sizes(cfg)
@@ -90,7 +92,7 @@ def resident_bytes(weights: Weights) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int) -> int:
-    """The caches of all layers."""
+    """Bytes of the caches of all layers."""
     return sum(
         kind.cache.n_elements(cfg, batch=shapes.batch, capacity=shapes.capacity) * item_bytes
         for kind in layer_kinds(cfg)
@@ -98,9 +100,9 @@ def cache_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int) -> int:
 
 
 def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
-    """What the tokens of a forward pass hold between programs.
+    """Bytes that the tokens of a forward pass hold between programs.
 
-    Whole layers keep only hidden states; tiles also hold a stage's input and the products so far,
+    Whole layers keep only hidden states. Tiles also keep a stage's input and its products so far,
     of all tokens, and the joined products of one chunk.
     """
     width, columns = cfg.hidden_size, shapes.batch * shapes.n_columns
@@ -112,18 +114,18 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
 
 
 def _stage_width(cfg, kind: LayerKind):
-    """Numbers a token that the largest stage of a layer holds: its input beside its products, or,
-    where they go to the cache, its products twice."""
-    found = 0
+    """Numbers per token of the largest stage of a layer: its input and its products, or its
+    products twice if they go to the cache."""
+    most = 0
     for stage in kind.stages:
         products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
         width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
-        found = max(found, 2 * products if _uses_cache(stage) else width + products)
-    return found
+        most = max(most, 2 * products if _uses_cache(stage) else width + products)
+    return most
 
 
 def _widest_product(cfg):
-    """The most numbers a token in a product of a stage that does not go to the cache."""
+    """Numbers per token of the widest product, of the stages that do not use the cache."""
     return max(
         _height(cfg, kind, group.leaves[0])
         for kind in _kinds(cfg)
@@ -146,17 +148,17 @@ def _kinds(cfg):
 
 
 def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiling: Tiling) -> int:
-    """The logits that one of the head's programs gives; a few of them wait on their way out."""
+    """Bytes of the logits of one program of the head."""
     if not shapes.all_logits:
         return shapes.batch * 2 * cfg.vocab_size * 4
     return shapes.batch * shapes.chunk * tiling.head_rows * 4
 
 
 def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platform: str) -> int:
-    """An upper bound for the temporaries of any one program of a run.
+    """An upper bound for the temporaries of any one program of a run, in bytes.
 
-    What is alive at once in attention or in the MLP, in float32; and the tile's matrices as far as
-    they are decoded, or cast to the compute dtype, before they are multiplied.
+    The float32 values alive at once in attention or in the MLP; and the copies of the tile's
+    matrices that are decoded, or cast to the compute dtype, before the product.
     """
     cfg = weights.cfg
     from_attention = attention_temporary_bytes(cfg, shapes)
@@ -166,7 +168,7 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
         for tile, _ in tiling.distinct
     )
     if tiling.is_whole:
-        # The products of a decoded matrix's blocks are put in order once more.
+        # The products of the blocks of a decoded matrix are copied once more, to order them.
         is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)
         mlp = (3 if is_plain else 4) * 4 * b * t * _widest_product(cfg)
         return decoded + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
@@ -177,7 +179,7 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
 
 
 def _decoded_bytes(part, dtype, platform):
-    """What a program writes of a matrix before it multiplies."""
+    """Bytes of the decoded copy of a matrix that a program makes before the product."""
     if not part.n_weights:
         return 0
     n_rows = part.n_weights // part.width
@@ -185,8 +187,8 @@ def _decoded_bytes(part, dtype, platform):
 
 
 def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:
-    """Scores of as many queries as are made at once (twice: before and after the exponential), the
-    cache read in float32, and the heads in float32."""
+    """Bytes of attention's temporaries, all float32: the scores of one piece of the queries (twice:
+    before and after the exponential), the cache, the heads."""
     b, t, s = shapes.batch, shapes.chunk, shapes.capacity
     sizes = axis_sizes(cfg)
     pieces = query_pieces(batch=b, tokens=t, n_heads=cfg.num_attention_heads, capacity=s)
@@ -195,7 +197,7 @@ def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:
 
 
 def _rows_and_logits(weights, machine, shapes, tiling):
-    """Rows of the embedding on their way to the device, and logits on their way back."""
+    """Host bytes of embedding rows for the device, and of logits that come back."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     rows = shapes.batch * shapes.n_columns * cfg.hidden_size * (item + 8)
     drawn = shapes.batch * 2 * cfg.vocab_size * 16

@@ -1,7 +1,7 @@
-"""What things need of memory, and their sum.
+"""Needs of memory, and their sums.
 
-Each thing states its own bytes as a Need; a plan adds them up by term and compares the sums with
-the budgets. Nothing is allocated before the sums fit.
+Each thing states its own bytes as a Need. A plan adds them up by term and compares the sums with
+the budgets; nothing is allocated before the sums fit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from jlayer.config import human
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one thing, under the `term` of the sum that it belongs to. `device`: in the
-    accelerator's memory (on a CPU, what JAX holds); `host`: anonymous and pinned memory."""
+    """Bytes of one thing, counted under `term`.
+
+    `device`: memory of the accelerator (on a CPU: memory held by JAX). `host`: anonymous and pinned
+    memory.
+    """
 
     term: str
     device: int = 0
@@ -24,7 +27,7 @@ class Need:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on the device. On a CPU the context is nothing and the rest is what JAX holds."""
+    """Bytes on the device, by term. On a CPU: memory held by JAX, and no context."""
 
     budget_bytes: int
     context_bytes: int = 0
@@ -38,7 +41,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Anonymous and pinned bytes of the process."""
+    """Anonymous and pinned bytes of the process, by term."""
 
     budget_bytes: int
     slots_bytes: int = 0
@@ -61,18 +64,18 @@ def total(memory: DeviceMemory | HostMemory) -> int:
 
 
 def terms(memory: DeviceMemory | HostMemory) -> str:
-    """The sum in words, without the terms that are nothing."""
-    found = {
+    """The sum as text, without terms of 0 bytes."""
+    sizes = {
         name.removesuffix("_bytes"): value
         for name, value in asdict(memory).items()
         if name != "budget_bytes"
     }
-    return " + ".join(f"{name} {human(value)}" for name, value in found.items() if value)
+    return " + ".join(f"{name} {human(value)}" for name, value in sizes.items() if value)
 
 
 def _by_term(memory, needs, side):
-    found = {field.name: 0 for field in fields(memory) if field.name != "budget_bytes"}
+    sums = {field.name: 0 for field in fields(memory) if field.name != "budget_bytes"}
     for need in needs:
         if n_bytes := getattr(need, side):
-            found[f"{need.term}_bytes"] += n_bytes
-    return found
+            sums[f"{need.term}_bytes"] += n_bytes
+    return sums

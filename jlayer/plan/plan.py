@@ -1,7 +1,7 @@
-"""The plan of a run: what is kept where, the shortest forward pass that fits, or a refusal with the
-sum behind it.
+"""The plan of a run: which tiles stay where in the fastest forward pass that fits the budgets.
 
-Pure and free of JAX, so that `jlayer plan` answers from a config alone.
+If none fits, the refusal shows the sum. Pure and without JAX, so `jlayer plan` works from a config
+alone.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import CHUNK_TOKENS, RunShape, Shapes
 from jlayer.plan.tiles import Tier, Tile, Tiling, Weights, cut
 
-# None: whole layers. On an H200 tiles of 64 MiB move at the link's full speed, 32 MiB at 95% of it.
+# None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
-# What is left free when the rest of a device is filled with tiles that stay.
+# Device memory left free when tiles that stay fill the rest.
 RESERVE_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept where, and the sum behind it.
+    """Where each tile is kept, and the sums of memory.
 
-    `tiers` has an entry for each tile. `ring`: host slots for what passes; `ahead`: tiles on the
-    device at a time beside those that stay. `shapes`: the compiled shapes of the run; `n_held`: how
-    many other runs are alive, whose caches are in the sum.
+    `tiers`: one for each tile. `ring`: host slots for tiles that pass through. `ahead`: tiles on
+    the device at a time besides those that stay. `shapes`: the compiled shapes of the run.
+    `n_held`: the number of other live runs, whose caches are in the sums.
     """
 
     machine: Machine
@@ -88,10 +88,9 @@ class Plan:
         )
 
     def tier_bytes(self, tier: Tier) -> int:
-        """Weight bytes of a tier, the head's included."""
-        return sum(
-            t.n_bytes for t, own in zip(self.tiling.shapes, self.tiers, strict=True) if own is tier
-        )
+        """Bytes of the tiles in a tier, those of the head included."""
+        pairs = zip(self.tiling.shapes, self.tiers, strict=True)
+        return sum(tile.n_bytes for tile, its_tier in pairs if its_tier is tier)
 
     @property
     def put_bytes(self) -> int:
@@ -100,12 +99,12 @@ class Plan:
 
     @property
     def sweep_seconds(self) -> float:
-        """How long a forward pass should take."""
+        """The predicted time of a forward pass."""
         return max(self._bytes_s, self._steps_s)
 
     @property
     def cautious_seconds(self) -> float:
-        """The same where steps are slow: what plans are chosen by."""
+        """The predicted time on a machine with slow steps; plans are chosen by it."""
         return max(self._bytes_s, self._steps_s * STEPS_VARY[self.machine.platform])
 
     @cached_property
@@ -117,11 +116,11 @@ class Plan:
         return time.steps_seconds(self.machine, self.tiling, n_chunks=self.n_chunks)
 
     def layers(self, tier: Tier) -> int:
-        """How many layers' worth of bytes a tier holds; the three add up to all layers."""
+        """The bytes of a tier in whole layers; the three tiers add up to all layers."""
         shares = dict.fromkeys(Tier, 0)
-        for tile, own in zip(self.tiling.shapes, self.tiers, strict=True):
+        for tile, its_tier in zip(self.tiling.shapes, self.tiers, strict=True):
             if tile.layer is not None:
-                shares[own] += tile.n_bytes
+                shares[its_tier] += tile.n_bytes
         whole = sum(shares.values()) / self.n_layers
         from_disk = math.ceil(shares[Tier.DISK] / whole - 1e-9)
         on_device = min(math.floor(shares[Tier.DEVICE] / whole), self.n_layers - from_disk)
@@ -130,7 +129,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the plan and that is no error."""
+        """Notes for the user about the plan; none is an error."""
         if self.machine.platform != "cpu" or self.published_bytes == self.model_bytes:
             return ()
         plain = time.plain_seconds(self.machine, self.published_bytes)
@@ -143,12 +142,12 @@ class Plan:
         )
 
     def as_dict(self) -> dict:
-        """As `plan --json` prints it."""
+        """The plan as `plan --json` prints it."""
         kept = memory.kept_needs(self.tiling, self.tiers)
-        by_choice = sum(need.device for need in kept)
+        optional = sum(need.device for need in kept)
         return {
             "fits": self.fits,
-            "smallest_device_memory_bytes": self.device_peak_bytes - by_choice,
+            "smallest_device_memory_bytes": self.device_peak_bytes - optional,
             "device": {**asdict(self.device), "peak_bytes": self.device_peak_bytes},
             "host": {**asdict(self.host), "peak_bytes": self.host_peak_bytes},
             "disk": {
@@ -167,7 +166,7 @@ class Plan:
         }
 
     def check(self) -> None:
-        """Raises DoesNotFitError with the sum and the smallest budget that would do."""
+        """Raises DoesNotFitError, with the sum and the smallest sufficient budget."""
         for option, memory_of, peak in (
             ("device_memory", self.device, self.device_peak_bytes),
             ("host_memory", self.host, self.host_peak_bytes),
@@ -192,10 +191,10 @@ def make_plan(
     keeps_layers: bool = True,
     known: Tiling | None = None,
 ) -> Plan:
-    """The plan of the shortest forward pass that fits: tiles, chunk of tokens, what stays where.
+    """The plan of the fastest forward pass that fits: tiles, chunk of tokens, tiers.
 
-    `held`: the shapes of other runs that are alive; `known`: a tiling of this model that may be
-    used as it is. Where nothing fits, the plan that needs least (`fits` is False; `check` refuses).
+    `held`: the shapes of other live runs. `known`: an existing tiling of this model, to reuse. If
+    nothing fits, the plan that needs least memory (`fits` is False; `check` refuses).
     """
     best = smallest = None
     for tile_bytes in TILE_BYTES:
@@ -212,13 +211,12 @@ def make_plan(
         if best is None or plan.cautious_seconds < best.cautious_seconds:
             best = plan
         elif plan.chunk <= best.chunk:
-            break  # smaller tiles leave more memory to keep layers in; here that no longer pays
+            break  # smaller tiles leave more memory for kept tiles; that no longer pays here
     return best or smallest
 
 
 def refit(plan: Plan, weights: Weights, run: RunShape, *, held: Sequence[Shapes] = ()) -> Plan:
-    """The same tiles in the same places for another run; `fits` says whether the budgets allow
-    it."""
+    """The plan of another run with the same tiles and tiers; it may not fit."""
     for most in reversed(CHUNK_TOKENS):
         shapes = run.shapes(most)
         bare = _bare_plan(weights, plan.machine, plan.tiling, shapes, held)
@@ -229,7 +227,7 @@ def refit(plan: Plan, weights: Weights, run: RunShape, *, held: Sequence[Shapes]
 
 
 def _with_largest_chunk(weights, machine, tiling, run, held):
-    """The bare plan with as many tokens at once as fit: fewer only cost dispatches."""
+    """The bare plan with the largest chunk that fits: smaller chunks only cost dispatches."""
     for most in reversed(CHUNK_TOKENS):
         bare = _bare_plan(weights, machine, tiling, run.shapes(most), held)
         if bare.fits:
@@ -238,7 +236,7 @@ def _with_largest_chunk(weights, machine, tiling, run, held):
 
 
 def _bare_plan(weights, machine, tiling, shapes, held):
-    """The least that a way of cutting needs: nothing kept beyond the ring."""
+    """The plan of a tiling that needs least memory: no tile stays."""
     ahead = min(AHEAD[machine.platform], len(tiling.shapes))
     ring = ahead + READING
     needs = [
@@ -247,7 +245,7 @@ def _bare_plan(weights, machine, tiling, shapes, held):
     ]
     device = device_memory(machine.device_budget, needs)
     if machine.platform == "cpu":
-        # The device's memory is the host's own; a slot counts once there.
+        # Device memory is host memory; the slots are counted once.
         needs.append(Need("resident", host=total(device) - device.slots_bytes))
     return Plan(
         machine=machine,
@@ -266,11 +264,10 @@ def _bare_plan(weights, machine, tiling, shapes, held):
 
 
 def _with_tiers(plan: Plan) -> Plan:
-    """What the budgets leave over keeps tiles: on the device (where it is not the host's own
-    memory), then in the host.
+    """Keeps tiles in the rest of the budgets: first on a GPU, then in host memory.
 
-    Each kept set is spread evenly over the forward pass, so that the disk and the link work side by
-    side all along.
+    Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
+    time throughout.
     """
     on_gpu = plan.machine.platform == "gpu"
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
@@ -287,7 +284,7 @@ def _with_tiers(plan: Plan) -> Plan:
 
 
 def _with_kept(plan, tiers):
-    """A bare plan with what `tiers` keep added to its sums."""
+    """A bare plan with these tiers, and the tiles that they keep added to its sums."""
     (kept,) = memory.kept_needs(plan.tiling, tiers)
     device, host = plan.device, plan.host
     return replace(
@@ -299,14 +296,14 @@ def _with_kept(plan, tiers):
 
 
 def _spread(sizes: list[int], room: int) -> list[bool]:
-    """Which of `sizes` to keep within `room`, evenly over the list."""
+    """Which of `sizes` to keep within `room` bytes, spread evenly over the list."""
     whole = sum(sizes)
     if room >= whole:
         return [True] * len(sizes)
     kept, used, passed = [], 0, 0
     for size in sizes:
         passed += size
-        # What should be kept by now, in proportion; a whole tile or none of it.
+        # Keep this tile if the kept bytes are behind the proportional share by half of it or more.
         keep = used + size <= min(room, room * passed / whole + size / 2)
         kept.append(keep)
         used += size * keep

@@ -1,7 +1,7 @@
 """The input shapes of a run.
 
-They come from short lists, so that a model of 80 layers, a long prompt and a thousand tokens
-compile no more often than a model of two layers and a short prompt.
+They are taken from short lists, so a model of 80 layers, a long prompt and a thousand tokens
+compile no more programs than a model of two layers and a short prompt.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 CHUNK_TOKENS = (2, 8, 64, 512)
 MIN_CAPACITY = 64
-# From here on capacity grows by steps: a doubled cache of a 70B model would cost gigabytes.
+# Above this, capacity grows in steps: doubling the cache of a 70B model would cost gigabytes.
 CAPACITY_STEP = 1024
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run asks for: `batch` sequences, of which up to `longest` tokens enter at a time, and
-    which may reach `context` positions.
+    """The request of a run.
 
-    `all_logits`: logits of every token are wanted, not of the last alone; `single_array`: in one
-    array on the host. `sweeps`: about how many forward passes it will take.
+    `batch`: sequences. `longest`: the most tokens of a sequence that enter in one forward pass.
+    `context`: the most positions of a sequence. `all_logits`: logits for every token, not only the
+    last; `single_array`: as one host array. `sweeps`: about how many forward passes it will take.
     """
 
     batch: int = 1
@@ -46,9 +46,12 @@ class RunShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The compiled shapes of a run. `capacity`: cached positions of a sequence; `n_columns`: tokens
-    of a sequence in its longest forward pass, padding included; `chunk`: the most of them that go
-    through a tile at once; `n_chunks`: how many chunks that makes."""
+    """The compiled shapes of a run.
+
+    `capacity`: cached positions of a sequence. `n_columns`: tokens of a sequence in its longest
+    forward pass, padding included. `chunk`: the most of them that go through a tile at once.
+    `n_chunks`: the number of chunks.
+    """
 
     batch: int
     capacity: int
@@ -60,11 +63,10 @@ class Shapes:
 
 
 def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
-    """The sizes, from CHUNK_TOKENS up to `most`, of the chunks that `n_tokens` columns go through a
-    tile in.
+    """Splits `n_tokens` columns into chunks; the sizes are from CHUNK_TOKENS, up to `most`.
 
-    Padding costs arithmetic and every chunk a dispatch, so up to half of a size goes in chunks of
-    the next smaller.
+    Padding costs arithmetic, and every chunk a dispatch. So a rest of up to half a size is split
+    into smaller chunks; a larger rest is padded to the size.
     """
     sizes, rest = [], n_tokens
     usable = [size for size in CHUNK_TOKENS if size <= most]
@@ -77,8 +79,8 @@ def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
 
 
 def capacity_for(n_positions: int) -> int:
-    """Cached positions to make room for: doubling from MIN_CAPACITY, then in steps of
-    CAPACITY_STEP."""
+    """`n_positions` rounded up to a capacity: doubled from MIN_CAPACITY, then in CAPACITY_STEP
+    steps."""
     if n_positions > CAPACITY_STEP:
         return -(-n_positions // CAPACITY_STEP) * CAPACITY_STEP
     capacity = MIN_CAPACITY

@@ -1,8 +1,8 @@
-"""What moves together: a model cut into tiles, from its config alone.
+"""Cuts a model into tiles, the units that are streamed, from its config alone.
 
 A range of output rows of a matrix is consecutive bytes on disk, on the host and on the device, and
-`x @ W[rows].T` is exact. So a layer may come in any number of row tiles, and nothing is summed. The
-largest tile is a whole layer. A bias moves with the rows of its matrix.
+`x @ W[rows].T` is exact. So a layer may be cut into any number of row tiles, without partial sums.
+The largest tile is a whole layer. A bias moves with the rows of its matrix.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights as a plan sees them. `form_of` tells the name of a published tensor's
-    encoding on disk; `dtype` is what activations are computed in."""
+    """A model's weights as a plan needs them.
+
+    `form_of`: published tensor -> name of its encoding on disk. `dtype`: the compute dtype.
+    """
 
     cfg: ModelConfig
     form_of: Callable[[str], str]
@@ -56,8 +58,8 @@ class Weights:
 
     @cached_property
     def published_bytes(self) -> int:
-        """Bytes of all tensors before they were quantised, if they were: the final norm still has
-        the published dtype."""
+        """Bytes of all tensors before quantising, if any; the final norm has the published
+        dtype."""
         plain = self.form_of(family_of(self.cfg).final_norm.published)
         shapes = published_tensors(self.cfg)
         forms = map(self.form_of, shapes)
@@ -69,11 +71,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Part:
-    """One array of a tile: all of a piece of a leaf, or a range of its rows.
+    """One array of a tile: a piece of a leaf, whole or a range of its rows.
 
-    `matrix` names the leaf, `leaf` the array among those of the tile (`q_proj`, or `q_proj.q` and
-    `q_proj.scale` of the same rows), `tensor` the tensor on disk. `shape` is the part's own,
-    `width` the numbers in a row of the matrix, `form` the name of its encoding.
+    `matrix`: the leaf. `leaf`: the array within the tile (`q_proj`, or `q_proj.q` and
+    `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part. `width`:
+    numbers in a row of the matrix. `form`: the name of its encoding.
     """
 
     leaf: str
@@ -96,7 +98,7 @@ class Part:
 
     @property
     def n_weights(self) -> int:
-        """The numbers of the matrix that it has: of a quantised one they are in one piece."""
+        """Weights in this part; 0 for the scales of a quantised matrix."""
         if self.piece != self.encoding.main:
             return 0
         return math.prod((*self.shape[:-1], self.width))
@@ -104,11 +106,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Tile:
-    """The unit that moves: arrays that are used together.
+    """The unit of streaming: arrays that are used together.
 
-    `kind`: that of its layer; None for the head. `stage`: the stage whose rows it has; None for a
-    whole layer. `begins_stage`, `ends_stage`: whether it has the first and last rows of its stage.
-    `joined`: its layout where it crosses the link as one array.
+    `kind`: of its layer; None for the head. `stage`: the stage whose rows it has; None for a whole
+    layer. `begins_stage`, `ends_stage`: whether it has the first and last rows of its stage.
+    `joined`: its layout if it crosses the link as one array.
     """
 
     name: str
@@ -126,35 +128,35 @@ class Tile:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device: a joined tile is there with the room around its parts."""
+        """Bytes on the device; a joined tile includes the gaps between its parts."""
         return self.joined.n_bytes if self.joined else self.n_bytes
 
     @property
     def n_arrays(self) -> int:
-        """How many arrays cross the link; a joined tile costs one for each of its matrices."""
+        """Arrays that the time of a put is counted for; a joined tile counts one per matrix."""
         return len(self.heights if self.joined else self.parts)
 
     @property
     def heights(self) -> dict[str, int]:
-        """The matrices that it has rows of, in their order, and how many."""
+        """Matrix -> the number of its rows in this tile, in order."""
         return {part.matrix: part.shape[0] for part in self.parts if len(part.shape) == 2}
 
     @property
     def ends_layer(self) -> bool:
-        """Whether a layer's output is complete once this tile was used."""
+        """Whether the output of a layer is complete after this tile."""
         if self.kind is None:
             return False
         return self.stage is None or (self.ends_stage and self.stage == self.kind.stages[-1])
 
     @cached_property
     def signature(self) -> tuple:
-        """What a program compiled for this tile depends on: alike for all layers of a kind."""
+        """The key of the programs compiled for this tile; equal for all layers of a kind."""
         kind = self.kind and self.kind.name
         stage = self.stage and self.stage.name
         return (kind, stage, *((part.leaf, part.shape, part.dtype) for part in self.parts))
 
     def products(self) -> dict[str, int]:
-        """The products that its rows give, by name, and how many rows each has."""
+        """Product -> the number of its rows that this tile gives."""
         heights = self.heights
         return {
             group.product: heights[group.leaves[0]]
@@ -164,10 +166,10 @@ class Tile:
 
 
 class Tiling:
-    """All tiles of a forward pass in order, and what follows from them as a whole.
+    """All tiles of a forward pass in order, and their sums.
 
-    Layers of one kind and encoding are cut alike, so only one of them is cut: `alike` has, for each
-    layer, the tiles of the one that stands for it. `wanted`: the tile size that they were cut to.
+    Layers of one kind and encoding have equal tiles, so only one of them is cut. `alike`: for each
+    layer, the tiles of the layer that was cut for it. `wanted`: the tile size that was asked for.
     """
 
     def __init__(
@@ -183,24 +185,26 @@ class Tiling:
 
     @cached_property
     def shapes(self) -> tuple[Tile, ...]:
-        """A tile of the right shape for each of `tiles`, which may be of another layer. All that
-        sums need; much sooner made."""
+        """For each of `tiles` a tile of equal shape, perhaps of another layer.
+
+        Sums need no more, and this is much faster.
+        """
         return (*(tile for tiles in self._alike for tile in tiles), *self._head)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         layers = enumerate(self._alike)
-        made = (tile for n, tiles in layers for tile in _for_layer(self._cfg, tiles, n))
-        return (*made, *self._head)
+        tiles_of_layers = (tile for n, tiles in layers for tile in _for_layer(self._cfg, tiles, n))
+        return (*tiles_of_layers, *self._head)
 
     @cached_property
     def is_whole(self) -> bool:
-        """Whether layers move in one piece."""
+        """Whether a tile is a whole layer."""
         return self.shapes[0].stage is None
 
     @cached_property
     def distinct(self) -> tuple[tuple[Tile, int], ...]:
-        """One tile of every shape, and how many there are of it."""
+        """(a tile, the number of tiles of its shape), for every shape."""
         count, first = Counter(), {}
         layers = {id(tiles): tiles for tiles in self._alike}  # equal ones are the same object
         n_layers = Counter(map(id, self._alike))
@@ -219,8 +223,8 @@ class Tiling:
 
     @cached_property
     def slack(self) -> int:
-        """What a host slot has beyond its tile: the blocks around each segment, of which there is
-        one for each part at most."""
+        """Bytes of a host slot beyond its tile: two disk blocks for each segment, of which a part
+        has at most one."""
         return ALIGNMENT * 2 * max(len(tile.parts) for tile, _ in self.distinct)
 
     @cached_property
@@ -234,20 +238,20 @@ class Tiling:
 
 
 def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
-    """The tiles of a forward pass, each of about `tile_bytes` at most; None: whole layers."""
-    cfg, made, alike = weights.cfg, {}, []
+    """Cuts a forward pass into tiles of at most about `tile_bytes`; None: whole layers."""
+    cfg, tiles_of, alike = weights.cfg, {}, []
     for layer, kind in enumerate(layer_kinds(cfg)):
         forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
-        if (kind.name, forms) not in made:
+        if (kind.name, forms) not in tiles_of:
             tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform)
-            made[kind.name, forms] = tuple(tiles)
-        alike.append(made[kind.name, forms])
+            tiles_of[kind.name, forms] = tuple(tiles)
+        alike.append(tiles_of[kind.name, forms])
     head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform)
     return Tiling(cfg, alike, tuple(head), wanted=tile_bytes)
 
 
 def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
-    """The small leaves of a layer that stay on the device."""
+    """The leaves of a layer that stay on the device."""
     kind = layer_kinds(weights.cfg)[layer]
     return tuple(
         part for leaf in kind.kept_in(Place.DEVICE) for part in _parts(weights, leaf, layer)
@@ -255,29 +259,29 @@ def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
 
 
 def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
-    """A whole leaf: a part for each piece of its encoding, the largest first."""
+    """A whole leaf as parts, one for each piece of its encoding, the largest first."""
     form, shape = weights.form_of(tensor), leaf.shape(weights.cfg)
     return [
         Part(
             leaf=piece_name(leaf.name, piece),
             tensor=piece_name(tensor, piece),
             dtype=dtype,
-            shape=own,
+            shape=piece_shape,
             matrix=leaf.name,
             piece=piece,
             form=form,
             width=shape[-1],
         )
-        for piece, (dtype, own) in encoding(form).pieces(shape).items()
+        for piece, (dtype, piece_shape) in encoding(form).pieces(shape).items()
     ]
 
 
 def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
-    """(first row, rows) of the fewest ranges of at most `tile_bytes` (or one row), nearly equal.
+    """Splits rows into the fewest, nearly equal ranges of at most `tile_bytes` (or one row).
 
-    `row_bytes`: of each array that the ranges are of. Where there are rows enough, heights are
-    multiples of what makes a range a whole number of disk blocks: an aligned matrix is then read
-    straight into its slot.
+    Returns (first row, number of rows) of each. `row_bytes`: bytes of a row of each array. If there
+    are enough rows, a range is a whole number of disk blocks, so an aligned matrix is read directly
+    into its slot.
     """
     most = max(1, tile_bytes // sum(row_bytes))
     height = -(-n_rows // -(-n_rows // most))
@@ -310,9 +314,11 @@ def _tile(name, kind, stage, layer, parts, *, platform, **ends):
 
 
 def _packed(weights, kind, stage, layer, tile_bytes):
-    """The parts of each of a stage's tiles: row ranges of one group after another. Neighbours that
-    fit one tile share it."""
-    found, room = [], 0
+    """The parts of each tile of a stage: row ranges of one group after another.
+
+    Ranges of different groups share a tile if both fit.
+    """
+    packed, room = [], 0
     for group in stage.groups:
         leaves = [kind.leaf(name) for name in group.leaves]
         whole = [part for leaf in leaves for part in _parts(weights, leaf, layer)]
@@ -320,22 +326,22 @@ def _packed(weights, kind, stage, layer, tile_bytes):
         for first, n_rows in row_ranges(whole[0].shape[0], row_bytes, tile_bytes):
             size = n_rows * sum(row_bytes)
             parts = _rows(weights, kind, group, layer, first, n_rows)
-            if found and size <= room and not _holds(found[-1], group):
-                found[-1] += parts
+            if packed and size <= room and not _holds(packed[-1], group):
+                packed[-1] += parts
                 room -= size
             else:
-                found.append(parts)
+                packed.append(parts)
                 room = tile_bytes - size
-    return found
+    return packed
 
 
 def _holds(parts, group: Group):
-    """Whether some rows of a group are among the parts: a tile has one range of each matrix."""
+    """Whether the parts include rows of a group. A tile has only one range of each matrix."""
     return any(part.matrix in group.leaves for part in parts)
 
 
 def _rows(weights, kind, group, layer, first, n_rows):
-    """A range of rows of a group's matrices, with their biases'."""
+    """A range of rows of a group's matrices and their biases."""
     return [
         replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
         for matrix in group.leaves
@@ -349,7 +355,7 @@ def _parts(weights, leaf, layer):
 
 
 def _for_layer(cfg, tiles, layer):
-    """The tiles of a layer, from those of another one that is cut alike."""
+    """The tiles of a layer, derived from the equal tiles of another layer."""
     if layer == tiles[0].layer:
         return tiles
     tensors = {

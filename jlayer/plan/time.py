@@ -1,5 +1,5 @@
-"""How long a forward pass takes: the slowest of disk, link, arithmetic and the steps themselves,
-since each hides the others."""
+"""The time of a forward pass: the slowest of disk, link, arithmetic and steps, since they
+overlap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jlayer.plan.tiles import Tier, Tile, Tiling
 def bytes_seconds(
     machine: Machine, tiling: Tiling, tiers: Sequence[Tier], *, n_chunks: int
 ) -> float:
-    """Seconds that the bytes take: the longest of disk, link and arithmetic."""
+    """Seconds for the bytes: the slowest of disk, link and arithmetic."""
     counts = Counter(tiers)
     passing = [Tier.DISK, Tier.HOST]
     n_bytes = dict.fromkeys(Tier, 0)
@@ -31,7 +31,7 @@ def bytes_seconds(
         n_bytes[tier] += tile.n_bytes
     disk_s = n_bytes[Tier.DISK] / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
     if machine.platform == "cpu":
-        # Nothing is moved: what would be the link is the arithmetic itself, over every weight.
+        # Nothing crosses a link. Every weight is multiplied in memory instead.
         gaps = len(tiling.shapes) * LINK_GAP_S
         return max(disk_s, _cpu_arithmetic(machine, tiling) + gaps)
     moved = sum(n_bytes[tier] for tier in passing)
@@ -41,7 +41,7 @@ def bytes_seconds(
 
 
 def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
-    """Seconds that Python and the driver take for the steps, whatever the bytes."""
+    """Seconds of Python and the driver for the steps, independent of the bytes."""
     platform, distinct = machine.platform, tiling.distinct
     n_arrays = sum(tile.n_arrays * n for tile, n in distinct)
     n_programs = sum(_programs(tile) * n for tile, n in distinct) * n_chunks
@@ -53,8 +53,8 @@ def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
 
 
 def plain_seconds(machine: Machine, plain_bytes: int) -> float:
-    """About how long a pass takes on a CPU over so many bytes of plain weights, what does not fit
-    the host's budget coming from disk."""
+    """About the seconds of a forward pass on a CPU over plain weights; what exceeds the host budget
+    is read from disk."""
     from_disk = max(0, plain_bytes - machine.host_budget + machine.runtime_bytes)
     return max(plain_bytes / machine.bytes_per_s, from_disk / machine.disk_speed)
 
@@ -77,7 +77,7 @@ def _cpu_arithmetic(machine, tiling):
 
 
 def _work_bytes(tile: Tile) -> int:
-    """What a tile is to a GPU's arithmetic: its bytes, of decoded weights DECODED_BYTES each."""
+    """The bytes of a tile for GPU_ARITHMETIC: a weight that is decoded counts DECODED_BYTES."""
     return sum(
         part.n_bytes
         if part.encoding.is_plain or not part.n_weights
@@ -87,8 +87,8 @@ def _work_bytes(tile: Tile) -> int:
 
 
 def _programs(tile: Tile) -> int:
-    """How many programs a chunk goes through at a tile: one over its rows, one where a stage ends,
-    and one where a stage makes its own input."""
+    """Programs per chunk at a tile: one for its rows; at the end of a stage, one for `finish` and
+    one if the stage computes its own input."""
     if tile.stage is None or tile.stage.finish is None:
         return 1
     return 1 + tile.ends_stage * (1 + (tile.stage.input is not None))
