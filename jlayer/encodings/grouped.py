@@ -12,6 +12,9 @@ from jlayer.spec import ITEM_BYTES
 # times faster than decoding the whole matrix); on a GPU there are enough rows to pay for a kernel
 # launch.
 BLOCK_BYTES = {"cpu": 1 << 20, "gpu": 32 << 20}
+# What a program decodes to, where that is not the compute dtype: a CPU multiplies few columns in
+# float32.
+DECODED_DTYPE = {"cpu": "float32"}
 Q, SCALE = "q", "scale"  # the pieces
 
 
@@ -42,7 +45,7 @@ class Grouped(Encoding):
 
     def decoded_bytes(self, n_rows, width, *, dtype, platform):
         # A CPU multiplies in float32 when there are few columns: count the larger dtype.
-        row_bytes = width * ITEM_BYTES["float32" if platform == "cpu" else dtype]
+        row_bytes = width * ITEM_BYTES[DECODED_DTYPE.get(platform, dtype)]
         return block_rows(n_rows, row_bytes, BLOCK_BYTES[platform]) * row_bytes
 
 

@@ -13,18 +13,13 @@ import subprocess
 import time
 
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.plan.machine import CONTEXT_BYTES
+from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.streaming.slots import HostMemory
 
 DEFAULT_DEVICE_MEMORY = 4 << 30
 COMPILED_BYTES = 512 << 20  # of programs kept in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-
-
-def platform_of(device) -> str:
-    """The kind of device in a plan's words: "cpu" or "gpu"."""
-    return "cpu" if device.platform == "cpu" else "gpu"
 
 
 def gpu_memory() -> tuple[int, int] | None:
@@ -75,7 +70,7 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
     if not started and device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif not started and before is not None:
-        device_memory = _cap(before, device_memory, CONTEXT_BYTES["gpu"] + tables)
+        device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_bytes + tables)
     found = jax.devices("cpu")[0] if device == "cpu" else jax.devices()[0]
     if device == "gpu" and found.platform != "gpu":
         raise UsageError(
@@ -87,7 +82,7 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
         return found, budget, 0
     _keep_compiled(jax)
     limit = _check_cap(found, budget)
-    context = CONTEXT_BYTES["gpu"] if started else _context_bytes(before, limit)
+    context = PLATFORMS["gpu"].context_bytes if started else _context_bytes(before, limit)
     return found, budget, context + tables
 
 
@@ -115,8 +110,8 @@ def _context_bytes(before, limit):
     """What the driver took beside the allocator's pool when JAX started, as far as it tells."""
     after = gpu_memory()
     if before is None or after is None:
-        return CONTEXT_BYTES["gpu"]
-    return max(CONTEXT_BYTES["gpu"], before[1] - after[1] - limit)
+        return PLATFORMS["gpu"].context_bytes
+    return max(PLATFORMS["gpu"].context_bytes, before[1] - after[1] - limit)
 
 
 def _cap(memory, device_memory, context_bytes):
@@ -155,7 +150,7 @@ def link_speed(device) -> float | None:
     """
     import jax
 
-    if device.platform == "cpu":
+    if not PLATFORMS[platform_of(device.platform)].has_link:
         return None
     pinned = HostMemory(1, LINK_PROBE_BYTES, pin=True)
 

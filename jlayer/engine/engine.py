@@ -24,7 +24,7 @@ from jlayer.engine.ledger import Ledger
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
 from jlayer.errors import UsageError
-from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
 from jlayer.plan.plan import Plan, make_plan, refit
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier, Weights
@@ -90,7 +90,7 @@ class Engine:
         )
         self.watch.phase("measuring the disk and the link")
         return Machine(
-            platform=devices.platform_of(self.device),
+            platform=platform_of(self.device.platform),
             device_budget=budget,
             host_budget=host_budget,
             context_bytes=context_bytes,

@@ -23,7 +23,7 @@ from jlayer.engine.residents import Residents
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.registry import layer_kinds
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import chunks
+from jlayer.plan.shapes import LEAST_COLUMNS, chunks
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -58,6 +58,12 @@ class Chunk:
     @property
     def tokens(self) -> int:
         return self.flow["hidden"].shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it holds on the device now."""
+        parts = (part for parts in self.products.values() for part in parts)
+        return sum(array.nbytes for array in (*self.flow.values(), *parts))
 
 
 class Forward:
@@ -154,7 +160,7 @@ class Forward:
         numbers that are not finite.
         """
         longest = max(map(len, ids))
-        width = self.n_columns(longest) if all_logits else 2
+        width = self.n_columns(longest) if all_logits else LEAST_COLUMNS
         found = np.empty((self.batch, width, self._programs.cfg.vocab_size), np.float32)
 
         def take(output, column, row):
@@ -236,13 +242,13 @@ class Forward:
                 outputs = advance(tile, arrays, passing)
                 if tile.kind is None:
                     _send(outgoing, tile, outputs, passing)
+                self._note_activations(passing, outgoing)
                 return outputs
 
             before = replace(executor.totals)
             executor.sweep(run)
             for name, value in executor.totals.since(before).items():
                 self.moved[name] = self.moved.get(name, 0) + value
-            self._note_activations(passing, outgoing)
             outgoing.finish()
             self._embedding.settle()
             self._noted(self)
@@ -314,21 +320,16 @@ class Forward:
         return jax.device_put(arrays, self._programs.device)
 
     def _note_activations(self, passing, outgoing):
-        """A chunk's input and output are there side by side; a stage in tiles also holds its input
-        and products."""
-        hidden = sum(chunk.flow["hidden"].nbytes for chunk in passing)
-        cfg = self._programs.cfg
-        held = 2 * hidden
-        if self._tiles[0].stage is not None:
-            held += hidden * (cfg.intermediate_size + cfg.hidden_size) // cfg.hidden_size
-        held += outgoing.most_device_bytes
+        held = sum(chunk.n_bytes for chunk in passing) + outgoing.device_bytes
         self._most_activation_bytes = max(self._most_activation_bytes, held)
 
 
 def _last(index, sizes, all_logits):
     """Columns of a chunk that the head looks at: all, or two of the last chunk (one row is slow on
     the CPU)."""
-    return sizes[index] if all_logits else 2 if index == len(sizes) - 1 else 0
+    if all_logits:
+        return sizes[index]
+    return LEAST_COLUMNS if index == len(sizes) - 1 else 0
 
 
 def _send(outgoing, tile, outputs, passing):

@@ -20,15 +20,17 @@ class Outgoing:
     def __init__(self, take: Callable[[np.ndarray, int, int], None]):
         self._take = take
         self._waiting = deque()
-        self.most_device_bytes = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that wait on the device now."""
+        return sum(output.nbytes for output, _, _ in self._waiting)
 
     def add(self, output: jax.Array, column: int, row: int) -> None:
         """Starts the transfer of logits [B, columns, rows] from this column and vocabulary row
         on."""
         output.copy_to_host_async()
         self._waiting.append((output, column, row))
-        waiting = sum(output.nbytes for output, _, _ in self._waiting)
-        self.most_device_bytes = max(self.most_device_bytes, waiting)
         while len(self._waiting) >= OUTGOING:
             self._fetch()
 

@@ -20,6 +20,7 @@ from jlayer.interrupts import deferred
 from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.products import Encoded, InBlob, dequantize, weight
 from jlayer.model.stages import block, call, multiply
+from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place
 from jlayer.streaming.executor import Watch
@@ -80,7 +81,7 @@ class Programs:
         self._watch = watch or Watch()
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
-        self._block_bytes = BLOCK_BYTES["cpu" if device.platform == "cpu" else "gpu"]
+        self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
         self._compiled: dict = {}
 
     def calls(

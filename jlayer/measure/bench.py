@@ -53,7 +53,7 @@ class Bench:
         self.plan = self.forward.plan
         self.sweep_bytes = self.plan.tiling.n_bytes
         self.disk_bytes = self.plan.tier_bytes(Tier.DISK)
-        self.has_link = self.plan.machine.platform == "gpu"  # a CPU multiplies where weights are
+        self.has_link = self.plan.machine.kind.has_link  # a CPU multiplies where weights are
         self.layer_weights, self.sweep_weights = _count_weights(engine.cfg)
         self.speeds: dict[str, list[float]] = {}
 

@@ -19,36 +19,78 @@ CPU_DECODED_WEIGHTS = 2.3e9
 GPU_ARITHMETIC = 1e12
 DECODED_BYTES = 4
 
-# Tiles on the device at a time, and further host slots for the reads in progress.
-AHEAD = {"gpu": 4, "cpu": 2}
+# Host slots beyond the tiles that are on the device, for the reads in progress.
 READING = 2
-# Time of a tile besides its bytes, in Python and the driver: STEP_S per tile, ARRAY_S per array
-# that crosses the link, PROGRAM_S per program and chunk of tokens; LINK_GAP_S between two transfers
-# (5% of the time of 32 MiB), DISK_GAP_S between two reads. On H200s a tile of one or two matrices
-# takes 0.29 to 0.44 ms, depending on the machine. The speed of bytes varies less. So plans are
-# chosen as if steps took STEPS_VARY times as long.
-STEP_S = {"gpu": 220e-6, "cpu": 80e-6}
-ARRAY_S = {"gpu": 60e-6, "cpu": 0.0}
-PROGRAM_S = {"gpu": 50e-6, "cpu": 0.0}
-STEPS_VARY = {"gpu": 1.5, "cpu": 1.0}
+# Time between two transfers over the link (5% of the time of 32 MiB), and between two reads.
 LINK_GAP_S = 30e-6
 DISK_GAP_S = 200e-6
 
-# Device memory of the driver's context and libraries, outside the allocator, until measured
-# (0.62 GiB on an H200).
-CONTEXT_BYTES = {"gpu": 640 << 20, "cpu": 0}
-# Device memory inside the allocator for XLA's libraries (140 MB measured on an H200), the workspace
-# of a matrix product (40 MB), and fragmentation.
-LIBRARY_BYTES = {"gpu": 256 << 20, "cpu": 0}
-# BASELINE_BYTES: anonymous memory of the process with JAX started and a model opened, if not
-# measured (a plan from a config alone). COMPILER_BYTES: what compiling a run's programs adds.
-BASELINE_BYTES = {"cpu": 76 << 20, "gpu": 270 << 20}
-COMPILER_BYTES = {"cpu": 128 << 20, "gpu": 384 << 20}
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of device: what was measured of it, and what follows for a plan.
+
+    `has_link`: weights cross a link into a memory of the device's own; without one they are
+    multiplied in host memory. `ahead`: tiles on the device at a time.
+
+    Time of a tile besides its bytes, in Python and the driver: `step_s` for the tile, `array_s` for
+    each array that crosses the link, `program_s` for each program and chunk of tokens. It varies
+    more than the speed of bytes does, so plans are chosen as if it were `steps_vary` times as long.
+
+    Device memory: `context_bytes` of the driver's context and libraries outside the allocator,
+    until measured; `library_bytes` inside it, for XLA's libraries, the workspace of a product, and
+    fragmentation. Host memory: `baseline_bytes` of the process with JAX started and a model opened,
+    if not measured (a plan from a config alone); `compiler_bytes` for compiling a run's programs.
+    """
+
+    has_link: bool
+    ahead: int
+    step_s: float
+    array_s: float
+    program_s: float
+    steps_vary: float
+    context_bytes: int
+    library_bytes: int
+    baseline_bytes: int
+    compiler_bytes: int
+
+
+PLATFORMS = {
+    "gpu": Platform(
+        has_link=True,
+        ahead=4,
+        step_s=220e-6,  # an H200 takes 0.29 to 0.44 ms for a tile of one or two matrices
+        array_s=60e-6,
+        program_s=50e-6,
+        steps_vary=1.5,
+        context_bytes=640 << 20,  # 0.62 GiB on an H200
+        library_bytes=256 << 20,  # libraries 140 MB, workspace 40 MB on an H200
+        baseline_bytes=270 << 20,
+        compiler_bytes=384 << 20,
+    ),
+    "cpu": Platform(
+        has_link=False,
+        ahead=2,
+        step_s=80e-6,
+        array_s=0.0,
+        program_s=0.0,
+        steps_vary=1.0,
+        context_bytes=0,
+        library_bytes=0,
+        baseline_bytes=76 << 20,
+        compiler_bytes=128 << 20,
+    ),
+}
+
+
+def platform_of(jax_platform: str) -> str:
+    """The name among PLATFORMS of what JAX calls a device's platform."""
+    return "cpu" if jax_platform == "cpu" else "gpu"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of a plan. `platform`: "cpu" or "gpu"; budgets in bytes, speeds in bytes/s.
+    """The machine of a plan. `platform`: one of PLATFORMS; budgets in bytes, speeds in bytes/s.
 
     On a CPU `link_speed` is the speed of multiplying plain weights in memory.
     """
@@ -63,14 +105,17 @@ class Machine:
     cores: int = 2
 
     @property
+    def kind(self) -> Platform:
+        return PLATFORMS[self.platform]
+
+    @property
     def runtime_bytes(self) -> int:
         """Host memory of the process itself, besides what the plan counts one by one."""
-        baseline = self.baseline_bytes or BASELINE_BYTES[self.platform]
-        return baseline + COMPILER_BYTES[self.platform]
+        return (self.baseline_bytes or self.kind.baseline_bytes) + self.kind.compiler_bytes
 
     @property
     def bytes_per_s(self) -> float:
         """Bytes/s of plain weights: over the link on a GPU; on a CPU, of multiplying them."""
         if self.link_speed:
             return self.link_speed
-        return DEFAULT_LINK if self.platform == "gpu" else min(CPU_CORE * self.cores, CPU_MOST)
+        return DEFAULT_LINK if self.kind.has_link else min(CPU_CORE * self.cores, CPU_MOST)

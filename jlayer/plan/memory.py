@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from jlayer.families.base import LayerKind
 from jlayer.families.registry import family_of, layer_kinds
-from jlayer.plan.machine import LIBRARY_BYTES, Machine
+from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
-from jlayer.plan.shapes import Shapes
+from jlayer.plan.shapes import LEAST_COLUMNS, Shapes
 from jlayer.plan.tiles import Tier, Tiling, Weights
 from jlayer.spec import ITEM_BYTES, ModelConfig, Place, axis_sizes, query_pieces
 
@@ -23,16 +23,15 @@ LOGIT_BYTES = 5  # of a returned logit: a float32, and the flag of the check tha
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
     """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
-    on_gpu = machine.platform == "gpu"
     slot = tiling.tile_bytes + tiling.slack
     # On a GPU one more than the tiles there at a time, for fragmentation; and a joined tile crosses
     # with the slack of its slot.
-    slots = (ahead + 1) * slot if on_gpu else ahead * tiling.tile_bytes
+    slots = (ahead + 1) * slot if machine.kind.has_link else ahead * tiling.tile_bytes
     return [
         Need("context", device=machine.context_bytes),
         Need("slots", device=slots, host=ring * slot),
         Need("resident", device=resident_bytes(weights)),
-        Need("temporary", device=LIBRARY_BYTES[machine.platform]),
+        Need("temporary", device=machine.kind.library_bytes),
         Need("runtime", host=machine.runtime_bytes),
     ]
 
@@ -150,7 +149,7 @@ def _kinds(cfg):
 def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiling: Tiling) -> int:
     """Bytes of the logits of one program of the head."""
     if not shapes.all_logits:
-        return shapes.batch * 2 * cfg.vocab_size * 4
+        return shapes.batch * LEAST_COLUMNS * cfg.vocab_size * 4
     return shapes.batch * shapes.chunk * tiling.head_rows * 4
 
 
@@ -200,8 +199,8 @@ def _rows_and_logits(weights, machine, shapes, tiling):
     """Host bytes of embedding rows for the device, and of logits that come back."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     rows = shapes.batch * shapes.n_columns * cfg.hidden_size * (item + 8)
-    drawn = shapes.batch * 2 * cfg.vocab_size * 16
-    copies = OUTGOING if machine.platform == "gpu" else 1
+    drawn = shapes.batch * LEAST_COLUMNS * cfg.vocab_size * 16
+    copies = OUTGOING if machine.kind.has_link else 1
     logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)
     kept = shapes.single_array * shapes.batch * shapes.n_columns * cfg.vocab_size * LOGIT_BYTES
     return rows + drawn + logits + kept

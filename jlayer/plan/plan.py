@@ -14,7 +14,7 @@ from functools import cached_property
 from jlayer.config import human
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import memory, time
-from jlayer.plan.machine import AHEAD, READING, STEPS_VARY, Machine
+from jlayer.plan.machine import READING, Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host_memory, total
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import CHUNK_TOKENS, RunShape, Shapes
@@ -105,7 +105,7 @@ class Plan:
     @property
     def cautious_seconds(self) -> float:
         """The predicted time on a machine with slow steps; plans are chosen by it."""
-        return max(self._bytes_s, self._steps_s * STEPS_VARY[self.machine.platform])
+        return max(self._bytes_s, self._steps_s * self.machine.kind.steps_vary)
 
     @cached_property
     def _bytes_s(self):
@@ -130,7 +130,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about the plan; none is an error."""
-        if self.machine.platform != "cpu" or self.published_bytes == self.model_bytes:
+        if self.machine.kind.has_link or self.published_bytes == self.model_bytes:
             return ()
         plain = time.plain_seconds(self.machine, self.published_bytes)
         if self.sweep_seconds <= 1.2 * plain:
@@ -237,14 +237,14 @@ def _with_largest_chunk(weights, machine, tiling, run, held):
 
 def _bare_plan(weights, machine, tiling, shapes, held):
     """The plan of a tiling that needs least memory: no tile stays."""
-    ahead = min(AHEAD[machine.platform], len(tiling.shapes))
+    ahead = min(machine.kind.ahead, len(tiling.shapes))
     ring = ahead + READING
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
         *memory.run_needs(weights, machine, tiling, (shapes, *held)),
     ]
     device = device_memory(machine.device_budget, needs)
-    if machine.platform == "cpu":
+    if not machine.kind.has_link:
         # Device memory is host memory; the slots are counted once.
         needs.append(Need("resident", host=total(device) - device.slots_bytes))
     return Plan(
@@ -269,9 +269,11 @@ def _with_tiers(plan: Plan) -> Plan:
     Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
     time throughout.
     """
-    on_gpu = plan.machine.platform == "gpu"
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread([tile.device_bytes for tile in plan.tiling.shapes], room if on_gpu else 0)
+    kept = _spread(
+        [tile.device_bytes for tile in plan.tiling.shapes],
+        room if plan.machine.kind.has_link else 0,
+    )
     rest = [index for index, keep in enumerate(kept) if not keep]
     slack = plan.tiling.slack
     room = plan.host.budget_bytes - plan.host_peak_bytes

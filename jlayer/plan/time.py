@@ -7,14 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jlayer.plan.machine import (
-    ARRAY_S,
     CPU_DECODED_WEIGHTS,
     DECODED_BYTES,
     DISK_GAP_S,
     GPU_ARITHMETIC,
     LINK_GAP_S,
-    PROGRAM_S,
-    STEP_S,
     Machine,
 )
 from jlayer.plan.tiles import Tier, Tile, Tiling
@@ -30,7 +27,7 @@ def bytes_seconds(
     for tile, tier in zip(tiling.shapes, tiers, strict=True):
         n_bytes[tier] += tile.n_bytes
     disk_s = n_bytes[Tier.DISK] / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
-    if machine.platform == "cpu":
+    if not machine.kind.has_link:
         # Nothing crosses a link. Every weight is multiplied in memory instead.
         gaps = len(tiling.shapes) * LINK_GAP_S
         return max(disk_s, _cpu_arithmetic(machine, tiling) + gaps)
@@ -42,14 +39,10 @@ def bytes_seconds(
 
 def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
     """Seconds of Python and the driver for the steps, independent of the bytes."""
-    platform, distinct = machine.platform, tiling.distinct
+    kind, distinct = machine.kind, tiling.distinct
     n_arrays = sum(tile.n_arrays * n for tile, n in distinct)
     n_programs = sum(_programs(tile) * n for tile, n in distinct) * n_chunks
-    return (
-        len(tiling.shapes) * STEP_S[platform]
-        + n_arrays * ARRAY_S[platform]
-        + n_programs * PROGRAM_S[platform]
-    )
+    return len(tiling.shapes) * kind.step_s + n_arrays * kind.array_s + n_programs * kind.program_s
 
 
 def plain_seconds(machine: Machine, plain_bytes: int) -> float:
@@ -60,20 +53,16 @@ def plain_seconds(machine: Machine, plain_bytes: int) -> float:
 
 
 def _cpu_arithmetic(machine, tiling):
-    plain = decoded = 0
+    """Seconds to multiply all weights in memory: plain ones and scales at the speed of their bytes,
+    decoded ones each by itself."""
+    n_bytes = n_decoded = 0
     for tile, n in tiling.distinct:
         for part in tile.parts:
-            if part.encoding.is_plain:
-                plain += n * part.n_bytes
+            if part.encoding.is_plain or not part.n_weights:
+                n_bytes += n * part.n_bytes
             else:
-                decoded += n * part.n_weights
-    scales = sum(
-        n * part.n_bytes
-        for tile, n in tiling.distinct
-        for part in tile.parts
-        if not part.encoding.is_plain and not part.n_weights
-    )
-    return (plain + scales) / machine.bytes_per_s + decoded / CPU_DECODED_WEIGHTS
+                n_decoded += n * part.n_weights
+    return n_bytes / machine.bytes_per_s + n_decoded / CPU_DECODED_WEIGHTS
 
 
 def _work_bytes(tile: Tile) -> int:

@@ -20,6 +20,7 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
 from jlayer.interrupts import check, deferred
+from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import Reader, aligned_span, is_moved
@@ -124,6 +125,7 @@ class Executor:
     ):
         self.tiles = tiles
         self.device = device
+        self._has_link = PLATFORMS[platform_of(device.platform)].has_link
         self.totals, self._watch = totals, watch
         self._checks, self._checked = checks, set()
         checks.restart()
@@ -133,7 +135,7 @@ class Executor:
             tile.joined.n_bytes if tile.joined else slot_bytes_for(segments)
             for tile, (segments, _) in zip(tiles, self._placed, strict=True)
         ]
-        self._memory = HostMemory(ring, max(self._sizes), pin=device.platform == "gpu")
+        self._memory = HostMemory(ring, max(self._sizes), pin=self._has_link)
         files = {segment.file for segments, _ in self._placed for segment in segments}
         self._reader = Reader(files, store.identities)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
@@ -294,7 +296,7 @@ class Executor:
         views = self._await_read(tile, signals) if tile in self._reads else self._in_host[tile]
         if self._tiers[tile] is Tier.HOST:
             self._in_host[tile] = views
-        elif self._tiers[tile] is Tier.DEVICE and self.device.platform == "cpu":
+        elif self._tiers[tile] is Tier.DEVICE and not self._has_link:
             views = {leaf: array.copy() for leaf, array in views.items()}  # the slot moves on
         self.totals.put_bytes += self.tiles[tile].n_bytes
         return jax.device_put(views, self.device)

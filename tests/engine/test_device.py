@@ -8,10 +8,10 @@ import pytest
 
 from jlayer.engine import device
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.plan.machine import CONTEXT_BYTES
+from jlayer.plan.machine import PLATFORMS
 
 GIB = 1 << 30
-CONTEXT = CONTEXT_BYTES["gpu"]
+CONTEXT = PLATFORMS["gpu"].context_bytes
 CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 

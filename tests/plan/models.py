@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jlayer.encodings.registry import SCHEMES
-from jlayer.plan.machine import CONTEXT_BYTES, Machine
+from jlayer.plan.machine import PLATFORMS, Machine
 from jlayer.plan.plan import Plan, make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
@@ -62,7 +62,7 @@ SMALL = replace(
 def machine(**options) -> Machine:
     """A GPU with 4 GiB for us and a host with 16 GiB, or as the options say."""
     given = {"platform": "gpu", "device_budget": 4 << 30, "host_budget": 16 << 30, **options}
-    return Machine(**{"context_bytes": CONTEXT_BYTES[given["platform"]], **given})
+    return Machine(**{"context_bytes": PLATFORMS[given["platform"]].context_bytes, **given})
 
 
 def weights_of(cfg: ModelConfig, *, stored="bfloat16", dtype="bfloat16") -> Weights:

@@ -146,7 +146,7 @@ def _expected(plan):
     if disk_bytes:
         how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(measured at opening)"
         yield "disk", disk_bytes, machine.disk_speed, how
-    if machine.platform == "cpu":
+    if not machine.kind.has_link:
         n_bytes = sum(tile.n_bytes for tile in plan.tiles)
         yield "CPU", n_bytes, machine.bytes_per_s, "(typical of one token)"
     else:

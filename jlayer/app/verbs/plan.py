@@ -19,7 +19,7 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
 from jlayer.interrupts import released
-from jlayer.plan.machine import CONTEXT_BYTES, DEFAULT_DISK, Machine
+from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine
 from jlayer.plan.plan import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
@@ -71,7 +71,7 @@ def run(args) -> dict:
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
-        context_bytes=CONTEXT_BYTES[args.device],
+        context_bytes=PLATFORMS[args.device].context_bytes,
         disk_speed=_speed(args.disk_speed, "--disk-speed") or _measured(args.ref) or DEFAULT_DISK,
         link_speed=_speed(args.link_speed, "--link-speed"),
         cores=len(os.sched_getaffinity(0)),
@@ -182,7 +182,7 @@ def describe(plan, quantized: str | None = None, *, is_converted: bool = False) 
         f"tiles           {plan.n_tiles} a sweep, of up to {human(plan.tile_bytes)}",
         f"sweep           {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
         f"of it from disk; about {plan.sweep_seconds:.3g} s"
-        + (", one token or 64" if plan.machine.platform == "gpu" else " for one token"),
+        + (", one token or 64" if plan.machine.kind.has_link else " for one token"),
     ]
     if plan.put_bytes == 0:
         lines.append("the whole model fits on the device: a program that keeps it there is faster")
