@@ -128,9 +128,9 @@ class Engine:
             keeps_layers=self.run.keeps_layers,
             known=known,
         )
-        if known is None or (best.fits and (not same.fits or _pays(same, best, shape.sweeps))):
-            return best
-        return same
+        if known is not None and same.fits and not (best.fits and _pays(same, best, shape.sweeps)):
+            return same
+        return best
 
     def start(self, shape: RunShape) -> Forward:
         """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
@@ -164,6 +164,8 @@ class Engine:
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
+            if self._executor is None:  # another one could not be made: what streamed before
+                self._executor = self._make_executor(self.plan)
             yield self._executor
 
     def _stream_as(self, plan):
@@ -178,7 +180,11 @@ class Engine:
         if old is not None:
             old.close()
         self._executor = None
-        self._executor = Executor(
+        self._executor = self._make_executor(plan)
+        self.plan = plan
+
+    def _make_executor(self, plan):
+        return Executor(
             self.store,
             plan.tiles,
             plan.tiers,
@@ -189,7 +195,6 @@ class Engine:
             watch=self.watch,
             checks=self._checks,
         )
-        self.plan = plan
 
     def _check_context(self):
         limit = self.cfg.max_position_embeddings

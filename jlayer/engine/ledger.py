@@ -18,7 +18,8 @@ class Ledger:
     def __init__(self):
         self._shapes: dict[int, Shapes] = {}
         self._numbers = count()
-        self._lock = threading.Lock()
+        # Reentrant: a run that is dropped leaves while the collector runs, which may be in here.
+        self._lock = threading.RLock()
 
     def enter(self, shapes: Shapes) -> int:
         """Notes a run; returns its number."""
@@ -35,4 +36,4 @@ class Ledger:
     @property
     def alive(self) -> tuple[Shapes, ...]:
         with self._lock:
-            return tuple(self._shapes.values())
+            return tuple(self._shapes.copy().values())

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import jlayer
+from convert import convert_checkpoint
 from jlayer import AutoModel, DoesNotFitError, UsageError
 from jlayer.plan.plan import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
+from jlayer.spec import Leaf
+from tests.tiny import tiny_llama
 
 IDS = [1, 5, 9, 33, 7]
 PROMPTS = [[1, 5, 9], [2, 8, 4, 11, 40], [7]]
@@ -271,3 +274,47 @@ def test_threads_take_turns(tiny, expected):
             thread.join(120)
         assert model.engine.n_alive == 0
     assert found == {number: [want] * 3 for number, want in enumerate(expected)}
+
+
+def test_an_executor_that_cannot_be_made_leaves_the_live_runs_as_they_were(fable, monkeypatch):
+    """Pinning more memory may be refused by the driver; the runs before it go on."""
+    big = RunShape(1, 400, 400, all_logits=True, single_array=True)
+    want = alone(fable, IDS)
+    with opened(fable) as model:
+        streams = jlayer.stream(model, IDS, **OPTIONS)
+        tokens = list(next(streams).token_ids)
+        monkeypatch.setattr("jlayer.engine.engine._pays", lambda *_: True)
+        monkeypatch.setattr("jlayer.engine.engine.NEARLY", 0.0)
+        monkeypatch.setattr("jlayer.plan.plan.TILE_BYTES", (100_000,))
+        with monkeypatch.context() as broken:
+            broken.setattr(
+                "jlayer.engine.engine.Executor",
+                lambda *_, **__: (_ for _ in ()).throw(DoesNotFitError("the driver refused")),
+            )
+            with pytest.raises(DoesNotFitError, match="the driver refused"):
+                model.engine.start(big)
+        assert model.engine.n_alive == 1
+        for step in streams:
+            tokens += step.token_ids
+    assert tokens == want
+
+
+def test_opening_a_quantised_model_takes_time_in_proportion_to_its_layers(tmp_path, monkeypatch):
+    """80 layers took 15 s: every tensor's encoding was derived from the shapes of all tensors."""
+    counts = {}
+    shape_of = Leaf.shape
+    for n_layers in (4, 16):
+        source = tiny_llama(tmp_path / f"source-{n_layers}", num_hidden_layers=n_layers)
+        folder = tmp_path / f"layered-{n_layers}"
+        convert_checkpoint(source, folder, quantize="int4")
+        calls = []
+
+        def counted(leaf, cfg, calls=calls):
+            calls.append(leaf)
+            return shape_of(leaf, cfg)
+
+        monkeypatch.setattr(Leaf, "shape", counted)
+        opened(folder).close()
+        monkeypatch.setattr(Leaf, "shape", shape_of)
+        counts[n_layers] = len(calls)
+    assert counts[16] <= 4.5 * counts[4], counts
