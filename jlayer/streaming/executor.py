@@ -190,7 +190,7 @@ class Executor:
     def sweep(self, run: Callable[[Tile, object], object]):
         """One sweep: a forward pass over all tiles in order; `run` uses each.
 
-        After an error or an interrupt no read is in progress, and only kept tiles are in memory.
+        After an error or an interrupt no read is in progress and no tile is on the device.
         """
         self.fill()
         with self._safely() as signals:
