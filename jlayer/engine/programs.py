@@ -59,12 +59,11 @@ class Call:
 
     Its arguments are a dict of the values that it `reads` (names of the flow, "weights", "whole",
     "products") and a dict of those whose memory it reuses (the cache, or nothing). It returns a
-    dict of the values that it `gives`.
+    dict of the values that it gives.
     """
 
     program: Callable
     reads: tuple[str, ...]
-    gives: tuple[str, ...]
     whole: tuple[str, ...] = ()
     uses_cache: bool = False
 
@@ -144,7 +143,7 @@ class Programs:
         given |= self._flow(tile, size, ("hidden", "positions"))
         label = f"block {size} cache {size.capacity}"
         program = self._get(label, tile.signature, function, (given, self._cache(tile, size)))
-        return Call(program, tuple(given), ("hidden", "cache"), whole, uses_cache=True)
+        return Call(program, tuple(given), whole, uses_cache=True)
 
     def _rows(self, tile, size):
         """Some rows of a stage's matrices: (x [B, T, in], weights) -> products [B, T, rows]."""
@@ -158,7 +157,7 @@ class Programs:
         heights = "+".join(map(str, tile.heights.values()))
         label = f"{tile.stage.name} rows {heights} {size}"
         program = self._get(label, tile.signature, function, (given, {}))
-        return Call(program, ("weights", "x"), ("products",))
+        return Call(program, ("weights", "x"))
 
     def _function(self, tile, size, wanted: Function, widths):
         """The `input` or `finish` function of a stage: (products, whole, flow) -> results."""
@@ -181,7 +180,7 @@ class Programs:
         label = f"{wanted.name} {size}" + (f" cache {size.capacity}" if uses_cache else "")
         key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
         program = self._get(label, key, function, (given, consumed))
-        return Call(program, tuple(given), wanted.gives, wanted.whole, uses_cache)
+        return Call(program, tuple(given), wanted.whole, uses_cache)
 
     def _head(self, tile, size, last):
         """Some rows of the head: (weights, whole, hidden) -> float32 logits [B, last, v] of the
@@ -199,7 +198,7 @@ class Programs:
         given |= self._flow(tile, size, ("hidden",))
         label = f"head {size} last {last} rows {sum(tile.heights.values())}"
         program = self._get(label, tile.signature, function, (given, {}))
-        return Call(program, tuple(given), ("logits",), wanted.whole)
+        return Call(program, tuple(given), wanted.whole)
 
     def _weights(self, tile, put):
         """Inside a program: a tile's weights by leaf, from the arrays that were put."""
