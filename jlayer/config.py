@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 import sys
 from dataclasses import dataclass, fields
 
@@ -34,6 +35,9 @@ LIMITS = {
 # "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
 # initialises the matrices at random.
 OWN_QUANTIZATION = {"by": "jlayer"}
+MAX_BYTES = 1 << 63  # above every size that a system call takes
+_UNITS = "kmgt"
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", re.IGNORECASE)
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu",)
 
@@ -161,20 +165,23 @@ def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, .
 
 def parse_bytes(value: int | str, *, option: str) -> int:
     """A number of bytes: an int, or a str such as "4GiB", "3.5 GB", "512MiB". Raises UsageError."""
-    if type(value) is int and value > 0:
-        return value
-    match = re.fullmatch(
-        r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", str(value), re.IGNORECASE
-    )
-    scale = 1
-    if match and match.group(2):
-        scale = (1024 if match.group(3) else 1000) ** ("kmgt".index(match.group(2).lower()) + 1)
-    number = int(float(match.group(1)) * scale) if match else 0
-    if number <= 0 or isinstance(value, bool):
+    number = value if type(value) is int else _bytes_in(str(value))
+    if not 1 <= number < MAX_BYTES:
         raise UsageError(
-            f"{option}: found {value!r}, expected a size such as 4GiB, 3500MB or a number of bytes"
+            f"{option}: found {reprlib.repr(value)}, expected a size such as 4GiB, 3500MB or a "
+            "number of bytes"
         )
-    return number
+    return int(number)
+
+
+def _bytes_in(text):
+    """The number of bytes that a text gives, perhaps infinite; 0 if it is not a size."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return 0
+    number, unit, is_binary = match.groups()
+    power = _UNITS.index(unit.lower()) + 1 if unit else 0
+    return float(number) * (1024 if is_binary else 1000) ** power
 
 
 def human(n_bytes: int) -> str:

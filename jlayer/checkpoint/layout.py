@@ -20,7 +20,7 @@ from jlayer.encodings.registry import WEIGHTS_A_NUMBER, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import layer_of, published_tensors
-from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
+from jlayer.spec import ALIGNMENT, PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
 FORMAT = "jlayer"
@@ -46,11 +46,6 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# O_DIRECT wants offset, length and address in multiples of the device's block; no common device
-# has a larger one.
-ALIGNMENT = 4096
-# JAX takes an array as it lies only at a multiple of this; elsewhere it copies it, slowly.
-VIEW_ALIGNMENT = 64
 _LAYER_FILE = re.compile(r"layer-[0-9]{5}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3_128 = re.compile(r"[0-9a-f]{32}")

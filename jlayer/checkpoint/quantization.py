@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
-from jlayer.encodings.registry import SCHEMES, encoding, piece_name
+from jlayer.encodings.registry import SCHEMES, piece_name
 from jlayer.families.registry import layer_of
 
 # INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
@@ -96,11 +96,6 @@ def piece_dtypes(
     """Name -> dtype of the quantised tensors among `stored_pieces`."""
     stored = stored_pieces(shapes, quantization).items()
     return {name: dtype for name, (dtype, _) in stored if dtype is not None}
-
-
-def stored_bytes(form: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a published tensor in the encoding named `form`."""
-    return encoding(form).n_bytes(shape)
 
 
 def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -62,7 +62,6 @@ class Header:
     tensors: dict[str, TensorEntry]
     data_start: int
     file_bytes: int
-    metadata: dict[str, str]
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -98,7 +97,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
         tensors = parse_json_object(
             raw, what=f"{where}: header", convert=lambda found: _entry(found, data_start)
         )
-        metadata = _metadata(tensors.pop("__metadata__", {}), where)
+        _check_metadata(tensors.pop("__metadata__", {}), where)
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(
                 f"{where}: {len(tensors)} tensors, over the limit of {MAX_TENSORS}"
@@ -113,7 +112,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
             by_place = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes))
             tensors = dict(by_place)
         _check_tiling(tensors, data_start, file_bytes, where)
-    return Header(tensors, data_start, file_bytes, metadata)
+    return Header(tensors, data_start, file_bytes)
 
 
 def _header_length(start, size, path):
@@ -146,10 +145,9 @@ def _refuse_other_formats(start, path):
             raise CheckpointError(f"{path}: {advice}")
 
 
-def _metadata(found, where):
+def _check_metadata(found, where):
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{where}: header: __metadata__ is not a map of strings")
-    return found
 
 
 def _entry(found, data_start):

@@ -1,1 +1,1 @@
-"""Tokens in flight: the device, compiled programs, and the runs that share them."""
+"""Generation of tokens: the device, compiled programs, and the runs that share them."""

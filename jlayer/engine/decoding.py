@@ -1,7 +1,7 @@
-"""Prompts continued together: prefill, decode, stop. One loop serves generate, stream, ids in the
-style of transformers, and the command line.
+"""Continues prompts together: prefill, decode, stop.
 
-How a prompt becomes ids, a forward pass logits, and logits an id is not decided here.
+One loop serves generate, stream, transformers' interface and the command line. Encoding prompts,
+forward passes and sampling are in other modules.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from jlayer.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
-    for each with the likeliest tokens beside it; `stats`, `memory` and `plan` are as `generate
-    --json` prints them."""
+    """A finished text.
+
+    `token_ids`: the new tokens only. `logprobs`: if asked for, a row for each new token, with the
+    likeliest tokens. `stats`, `memory`, `plan`: as `generate --json` prints them.
+    """
 
     text: str
     token_ids: list[int]
@@ -41,11 +43,11 @@ class Generation:
 
 
 class Decoding:
-    """One run: some prompts continued together, every forward pass shared. Iterate for the steps;
-    then ask for `generations`.
+    """One run: prompts that are continued together and share every forward pass.
 
-    `text`: the tokenizer, where text is wanted. Admitted against the budgets at once, beside the
-    runs that are alive; it holds its cache until it has ended, is closed or is dropped.
+    Iterate for the steps, then call `generations`. `text`: the tokenizer, if text is wanted. The
+    run is admitted when it is made: it must fit the budgets together with all live runs. It holds
+    its cache until it ends, is closed or is dropped.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class Decoding:
             raise UsageError(
                 "stop: the model has no tokenizer, so text cannot be watched; leave it out"
             )
-        # A sequence's number is its place among those of one prompt, not in the batch: so each is
-        # what it would be alone.
+        # A sequence is numbered among those of its prompt, not in the batch. So the other prompts
+        # of the batch do not change it.
         self.lanes = [
             Lane(prompt, options=self.options, limit=limit, number=number, text=text)
             for prompt, limit in zip(prompts, limits, strict=True)
@@ -88,7 +90,8 @@ class Decoding:
         self._compiles_before = dict(engine.compiles)
 
     def __iter__(self) -> Iterator[list[Step | None]]:
-        """One list a forward pass: what each sequence gained, None for those that have ended."""
+        """Yields one list after each forward pass: a Step for each sequence, None if it has
+        ended."""
         try:
             if not self._all_ended():
                 yield from self._steps()
@@ -96,11 +99,11 @@ class Decoding:
             self.close()
 
     def close(self) -> None:
-        """Ends the run where it is and frees its cache."""
+        """Ends the run now and frees its cache."""
         self._forward.close()
 
     def generations(self) -> list[Generation]:
-        """The texts so far; what has not ended is marked as interrupted."""
+        """The texts so far; sequences that have not ended are marked as interrupted."""
         for lane in self.lanes:
             lane.interrupt()
         engine, before = self._engine, self._compiles_before
@@ -143,11 +146,11 @@ class Decoding:
             ]
             self._count(clock.lap(), steps)
             if self._all_ended():
-                forward.close()  # whoever looks at the last step finds the room free
+                forward.close()  # the cache is free when the caller gets the last step
                 yield steps
                 return
             yield steps
-            # An ended sequence goes on as padding: without its row the compiled shape would change.
+            # An ended sequence continues as padding: removing its row would change the shape.
             ids = [[] if lane.finish_reason else lane.history[-1:] for lane in self.lanes]
             starts = [len(lane.history) - 1 for lane in self.lanes]
 

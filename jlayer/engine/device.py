@@ -1,8 +1,7 @@
-"""Which device a run uses, and the promise that its allocator is held to. JAX is started here, and
-nowhere before.
+"""Chooses the device and limits JAX's allocator to the budget. JAX is started here, not earlier.
 
-An allocator's cap must be in the environment before JAX starts. Where JAX was started earlier with
-another one, the promise can no longer be made, and is refused.
+The limit must be in the environment before JAX starts. If JAX was started before with a larger
+limit, the budget cannot be guaranteed and is refused.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.streaming.slots import HostMemory
 
 DEFAULT_DEVICE_MEMORY = 4 << 30
-COMPILED_BYTES = 512 << 20  # of programs kept in the user's cache folder; the oldest go first
+COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def gpu_memory() -> tuple[int, int] | None:
-    """(total, free) bytes of the first GPU as the driver tells without starting JAX, or None where
-    there is none."""
+    """(total, free) bytes of the first GPU, from the driver, without starting JAX; None without a
+    GPU."""
     answer = _ask_driver("memory.total,memory.free")
     if answer is None:
         return None
@@ -33,7 +32,7 @@ def gpu_memory() -> tuple[int, int] | None:
 
 
 def gpu_name() -> str | None:
-    """The first GPU's name and its driver's version, or None where there is none."""
+    """The name of the first GPU and the version of its driver; None without a GPU."""
     return _ask_driver("name,driver_version")
 
 
@@ -54,13 +53,13 @@ PINNED_PAGE_TABLES = 512
 
 
 def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int = 0):
-    """(device, budget, context bytes): the JAX device for `device` ("cpu", "gpu" or None: the
-    accelerator if there is one) and the budget in bytes.
+    """Chooses the JAX device for `device`: "cpu", "gpu" or None (a GPU if there is one).
 
-    `pinned_bytes`: the most host memory that will be pinned, which costs the device page tables.
-    Caps the allocator so that the whole process stays within the budget. Raises UsageError (asked
-    for and absent, or JAX already started in a way that breaks the promise) or DoesNotFitError
-    (less than the driver's own context).
+    Returns (JAX device, budget in bytes, bytes of the driver's context). `pinned_bytes`: the most
+    host memory that will be pinned; its page tables take device memory. Limits the allocator so
+    that the whole process stays within the budget. Raises UsageError (no GPU, or JAX was started
+    with a larger limit) or DoesNotFitError (the budget exceeds the free memory, or is smaller than
+    the driver's context).
     """
     import jax
 
@@ -87,17 +86,17 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
 
 
 def _is_started():
-    """Whether JAX has a backend already. There is no public question for it, and `jax.devices`
-    would start one."""
+    """Whether JAX has started a backend. No public function tells, and `jax.devices` would start
+    one."""
     from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()
 
 
 def _keep_compiled(jax):
-    """A GPU's programs, which take seconds to compile and tune, are found again by later runs.
+    """Keeps compiled GPU programs on disk for later processes: compiling and tuning takes seconds.
 
-    Not so a CPU's: loading one, XLA says at length which features of the machine it may lack.
+    CPU programs are not kept: when XLA loads one, it prints long warnings about CPU features.
     """
     if jax.config.jax_compilation_cache_dir is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -107,7 +106,7 @@ def _keep_compiled(jax):
 
 
 def _context_bytes(before, limit):
-    """What the driver took beside the allocator's pool when JAX started, as far as it tells."""
+    """Device memory that the driver took besides the allocator's pool when JAX started."""
     after = gpu_memory()
     if before is None or after is None:
         return PLATFORMS["gpu"].context_bytes
@@ -143,10 +142,9 @@ def _check_cap(found, budget):
 
 
 def link_speed(device) -> float | None:
-    """Bytes a second of transfers from pinned memory to the device, the best of a few; None where
-    there is no link to cross.
+    """Bytes/s from pinned memory to the device, the best of five; None for a CPU.
 
-    What several in a row take beyond what one takes: the way there and back is not the link's.
+    Five transfers minus one transfer: so the latency of a call does not count.
     """
     import jax
 

@@ -1,8 +1,8 @@
-"""The engine of an opened model: the one owner of its executor, programs, small weights and caches.
+"""The engine of an opened model: the only owner of its executor, programs, norms and caches.
 
-Runs (`Forward`) are admitted against the budgets, all that are alive together, and take turns: one
-forward pass at a time, from any thread. What streams may change between two passes; a run does not
-notice.
+A run (`Forward`) is admitted if it fits the budgets together with all live runs. Runs take turns:
+one forward pass at a time, from any thread. Between two passes the tiles and tiers may change; that
+does not affect a run.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor, Totals, Watch
 
 CLOSED = "this model is closed; open it again with AutoModel.from_pretrained"
-# What streaming other tiles costs once, in seconds: their programs are compiled anew.
+# Seconds that a change to other tiles costs once: new programs are compiled.
 OTHER_TILES_S = 5.0
-NEARLY = 1.02
+NEARLY = 1.02  # keep the current tiles while a pass takes at most so much longer than the best
 
 
 class Engine:
-    """A folder of weights, opened to be streamed under `run`'s budgets.
+    """A folder of weights, opened for streaming within the budgets of `run`.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError or StorageError.
     """
@@ -63,7 +63,7 @@ class Engine:
         self._executor: Executor | None = None
         self.plan = self.plan_for(RunShape(context=run.context or 1))
         self.plan.check()
-        # No run needs less memory, so no plan is much faster than this one.
+        # This is the smallest run, so no plan of another run is much faster.
         self._shortest_s = self.plan.cautious_seconds
         self._embedding = Embedding(self.store, self.weights)
         self.watch.phase("reading norms and biases")
@@ -79,7 +79,7 @@ class Engine:
         self.load_s = clock.lap()
 
     def _look_at_machine(self) -> Machine:
-        """Chooses the device and measures what a plan depends on."""
+        """Chooses the device, and measures the speeds and memory that a plan depends on."""
         run = self.run
         self.watch.phase("starting the device")
         host_budget = run.host_memory or available_bytes() * 4 // 5
@@ -101,8 +101,8 @@ class Engine:
         )
 
     def _make_checks(self):
-        """What tiles bring is checked as it comes. A table that no tile streams is read once beside
-        the first forward pass, whose logits wait for it."""
+        """The checks of streamed tensors. An embedding that is not streamed is read and checked
+        once, during the first forward pass, which waits for the result."""
         expected = self.store.expected()
         for name in [] if self.cfg.tie_word_embeddings else self._embedding.tensors:
             if name in expected:
@@ -111,8 +111,10 @@ class Engine:
         return Checks(expected)
 
     def plan_for(self, shape: RunShape) -> Plan:
-        """The plan of a run beside all that are alive: what streams already where that is nearly as
-        fast, else the best one anew. Whether it `fits` is for the caller to look at."""
+        """The plan of a run together with all live runs; it may not fit.
+
+        Keeps the current tiles and tiers if they are nearly as fast as the best plan.
+        """
         held = self._ledger.alive
         known = None
         if self._executor is not None:
@@ -133,8 +135,11 @@ class Engine:
         return best
 
     def start(self, shape: RunShape) -> Forward:
-        """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
-        it beside the runs that are alive, UsageError where the model is closed."""
+        """Admits a run and prepares the executor for it.
+
+        Raises DoesNotFitError if it does not fit together with the live runs, UsageError if the
+        model is closed.
+        """
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
@@ -160,7 +165,7 @@ class Engine:
 
     @contextmanager
     def turn(self) -> Iterator[Executor]:
-        """One run at a time has the executor. Raises UsageError where the model is closed."""
+        """Gives the executor to one run at a time. Raises UsageError if the model is closed."""
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
@@ -169,8 +174,8 @@ class Engine:
             yield self._executor
 
     def _stream_as(self, plan):
-        """Makes the executor stream as `plan` says: as it does already, with tiles in other places,
-        or a new one."""
+        """Makes the executor follow `plan`: with other tiers if the tiles are the same, else a new
+        executor."""
         old = self._executor
         if old is not None and plan.tiles is old.tiles:
             if plan.tiers != self.plan.tiers:
@@ -204,7 +209,7 @@ class Engine:
             )
 
     def check_ids(self, ids: list[int]) -> None:
-        """Raises UsageError unless `ids` are some tokens of the vocabulary."""
+        """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary."""
         if not ids:
             raise UsageError(
                 "prompt: empty, and this model has no beginning token to start from; give some text"
@@ -216,7 +221,7 @@ class Engine:
                 )
 
     def check_length(self, n_prompt: int) -> None:
-        """Raises UsageError where a prompt exceeds the context."""
+        """Raises UsageError if a prompt is longer than the context."""
         if n_prompt > self.context_limit:
             raise UsageError(
                 f"prompt: {n_prompt} tokens, longer than the context of {self.context_limit}; "
@@ -225,33 +230,34 @@ class Engine:
 
     @property
     def context_limit(self) -> int:
-        """The most positions a sequence may have: --context where given, else the model's own
+        """The most positions of a sequence: the option `context` if given, else the model's
         limit."""
         return self.run.context or self.cfg.max_position_embeddings
 
     @property
     def compiles(self) -> dict[str, int]:
-        """Backend compiles by input shape, so far."""
+        """Label of a program -> how often XLA compiled it so far."""
         return self.programs.compiles
 
     @property
     def n_alive(self) -> int:
-        """How many runs are alive."""
+        """The number of live runs."""
         return len(self._ledger.alive)
 
     @property
     def device_name(self) -> str:
-        """The device in words, as the driver names it."""
+        """Platform, number and kind of the device, as the driver names it."""
         return f"{self.device.platform}:{self.device.id} ({self.device.device_kind})"
 
     def files_of(self, tier: Tier) -> list[str]:
-        """Paths of the files that the tiles of a tier come from."""
-        tiles = [t for t, own in zip(self.plan.tiles, self.plan.tiers, strict=True) if own is tier]
+        """Paths of the files with the tiles of a tier."""
+        pairs = zip(self.plan.tiles, self.plan.tiers, strict=True)
+        tiles = [tile for tile, its_tier in pairs if its_tier is tier]
         tensors = [part.tensor for tile in tiles for part in tile.parts]
         return list(dict.fromkeys(self.store.segment_of(name).file for name in tensors))
 
     def _note_peaks(self, forward):
-        """Looks at memory after each forward pass; the largest figures seen are the peaks."""
+        """Updates the peaks of memory after a forward pass."""
         self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
         caches = sum(run.cache_bytes for run in list(self._alive))
         held = (
@@ -265,8 +271,10 @@ class Engine:
         self.device_peak_bytes = max(self.device_peak_bytes, held)
 
     def memory(self) -> dict:
-        """Budgets and peaks as `generate --json` prints them. A CPU has no allocator to ask: there
-        the sum is accounted."""
+        """Budgets and peaks as `generate --json` prints them.
+
+        JAX reports no allocator statistics on a CPU: there the peak is a sum of what is held.
+        """
         stats = self.device.memory_stats()
         context = self._machine.context_bytes
         measured = context + stats["peak_bytes_in_use"] if stats else None
@@ -280,8 +288,10 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Ends the readers' threads and closes the files. A forward pass that is under way in
-        another thread ends at its next step, with an error that says so."""
+        """Stops the reader threads and closes the files.
+
+        A forward pass in another thread fails at its next step with an error that names the reason.
+        """
         self._closed = True
         executor = self._executor
         if executor is not None:
@@ -294,13 +304,13 @@ class Engine:
 
 
 def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
-    """Whether to stream as `best` says is worth what it costs, over so many forward passes.
+    """Whether changing to plan `best` saves time over `n_sweeps` forward passes.
 
-    Other tiles mean other programs, and host memory is filled again. The same tiles in other places
-    cost nothing: what is not there yet is read in passing, as it would have been anyway.
+    Other tiles need new programs, and the host tier is read again. The same tiles in other tiers
+    cost nothing: the next pass reads what is missing, as it would have anyway.
     """
     gain = (same.cautious_seconds - best.cautious_seconds) * n_sweeps
     if best.tiling is same.tiling:
         return gain > 0
-    filled = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
-    return gain > OTHER_TILES_S + filled
+    refill_s = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
+    return gain > OTHER_TILES_S + refill_s

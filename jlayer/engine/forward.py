@@ -1,9 +1,9 @@
-"""One run's way through the model: columns of tokens, in chunks, through every tile; the caches of
-one batch of sequences.
+"""One run through the model: moves columns of tokens, in chunks, through every tile, and holds the
+caches of a batch of sequences.
 
-Each sequence has its own positions. Columns are padded on the left, so that the last column is
-every sequence's last token. A padded column has a position beyond the cache, is never written
-there, and its result is not used.
+Each sequence has its own positions. Rows are padded on the left, so the last column has the last
+token of every sequence. Padding has a position beyond the cache: it is never written there, and its
+result is not used.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ def columns(ids: list[list[int]], starts: list[int], sizes: tuple[int, ...], cap
     width = sum(sizes)
     tokens = np.full((len(ids), width), -1, np.int32)
     positions = np.full((len(ids), width), capacity, np.int32)
-    for row, (own, start) in enumerate(zip(ids, starts, strict=True)):
-        if own:
-            tokens[row, width - len(own) :] = own
-            positions[row, width - len(own) :] = np.arange(start, start + len(own))
+    for row, (sequence, start) in enumerate(zip(ids, starts, strict=True)):
+        if sequence:
+            first = width - len(sequence)
+            tokens[row, first:] = sequence
+            positions[row, first:] = np.arange(start, start + len(sequence))
     return tokens, positions
 
 
 @dataclass
 class Chunk:
-    """Some columns on their way. `flow` has what passes from function to function (hidden
-    [B, T, D], positions [B, T], a stage's input x); `products` those of the stage under way, by
-    name, as the parts of its row ranges. `last`: how many of its columns the head looks at."""
+    """Some columns between two tiles.
+
+    `flow`: the values that stages pass on (hidden [B, T, D], positions [B, T], a stage's input x).
+    `products`: those of the current stage, by name, as lists of the parts of row ranges. `last`:
+    how many of its last columns the head reads.
+    """
 
     flow: dict[str, jax.Array]
     last: int
@@ -61,17 +65,17 @@ class Chunk:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that it holds on the device now."""
+        """Bytes of the chunk on the device now."""
         parts = (part for parts in self.products.values() for part in parts)
         return sum(array.nbytes for array in (*self.flow.values(), *parts))
 
 
 class Forward:
-    """A run: the state of a batch of sequences, and the way to push more tokens through the model.
+    """A run: the caches of a batch of sequences, and forward passes of more tokens.
 
-    `plan`: the one that it was admitted by. `turn`: enters the engine for a forward pass and gives
-    the executor; `release`: called once when the run is closed or dropped; `noted`: told of every
-    forward pass. Close it to free its cache.
+    `plan`: the plan by which the run was admitted. `turn`: a context manager that gives the
+    executor for a forward pass. `release`: called once when the run is closed or dropped. `noted`:
+    called after every forward pass. Close the run to free its cache.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Forward:
     ):
         self.plan = plan
         self.batch, self.capacity, self._most = plan.shapes.batch, plan.capacity, plan.chunk
-        self.moved: dict[str, float] = {}  # what its own forward passes moved, as in Totals
+        self.moved: dict[str, float] = {}  # by its own forward passes, see Totals.since
         self._turn, self._noted = turn, noted
         self._programs, self._embedding, self._residents = programs, embedding, residents
         self._kinds = layer_kinds(programs.cfg)
@@ -96,21 +100,20 @@ class Forward:
             for kind in self._kinds
         ]
         self._caches: list | None = None
-        self._tiles: tuple[Tile, ...] = ()  # those that the next two are of
-        self._widths: dict = {}
-        self._ready: dict = {}  # (tile, tokens, last) -> its calls; a sweep only looks them up
+        self._tiles: tuple[Tile, ...] = ()  # the tiles of the next two tables
+        self._widths: dict = {}  # see _product_widths
+        self._ready: dict = {}  # (tile, tokens, last) -> its calls, looked up in a sweep
         self._most_activation_bytes = 0
         self._end = weakref.finalize(self, release)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of its caches on the device now."""
+        """Bytes of this run's caches on the device now."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._caches))
 
     @property
     def activation_bytes(self) -> int:
-        """The most that a forward pass held on the device beside weights, caches and temporaries:
-        activations and logits."""
+        """The most bytes of activations and logits on the device in a forward pass."""
         return self._most_activation_bytes
 
     @property
@@ -124,28 +127,28 @@ class Forward:
         self._end()
 
     def fill(self):
-        """Starts the first weights on their way, ahead of the first forward pass."""
+        """Starts reading the first weights, ahead of the first forward pass."""
         with self._entered() as executor:
             executor.fill()
 
     def stream(self):
-        """One sweep of the weights alone: all of them move, none is used."""
+        """One sweep without arithmetic: all weights move, none is used."""
         with self._entered() as executor:
             executor.sweep(lambda tile, arrays: arrays)
 
     def slot(self, number: int) -> np.ndarray:
-        """Host memory of one of the ring's slots, before the first forward pass."""
+        """The memory of a host slot; see `Executor.slot`."""
         with self._entered() as executor:
             return executor.slot(number)
 
     def settle(self):
-        """Waits until nothing is being read."""
+        """Waits for all reads in progress."""
         self._embedding.settle()
         with self._entered() as executor:
             executor.settle()
 
     def compile(self, n_tokens: int, *, all_logits: bool = False):
-        """Compiles all that a forward pass of `n_tokens` columns needs, ahead of it."""
+        """Compiles all programs of a forward pass of `n_tokens` tokens, ahead of it."""
         with self._entered() as executor:
             self._compile(executor, self._sizes(n_tokens), all_logits)
 
@@ -155,31 +158,29 @@ class Forward:
         """One forward pass over `ids[b]` at positions from `starts[b]` on -> float32 logits on the
         host.
 
-        [B, 1, V] of each sequence's last token or, with `all_logits`, [B, longest, V] of all,
-        aligned at the end. Raises CheckpointError, with the first layer where they appear, for
-        numbers that are not finite.
+        [B, 1, V] of the last token of each sequence; with `all_logits` [B, longest, V] of all
+        tokens, aligned at the end. Raises CheckpointError for values that are not finite, with the
+        first layer that gives one.
         """
         longest = max(map(len, ids))
         width = self.n_columns(longest) if all_logits else LEAST_COLUMNS
-        found = np.empty((self.batch, width, self._programs.cfg.vocab_size), np.float32)
+        padded = np.empty((self.batch, width, self._programs.cfg.vocab_size), np.float32)
 
         def take(output, column, row):
             n_columns, n_rows = output.shape[1:]
-            found[:, column : column + n_columns, row : row + n_rows] = output
+            padded[:, column : column + n_columns, row : row + n_rows] = output
 
         self._sweep(ids, starts, all_logits, self.advance, take)
-        logits = found[:, -(longest if all_logits else 1) :]
+        logits = padded[:, -(longest if all_logits else 1) :]
         if not np.isfinite(logits).all():
             self._find_nonfinite(ids, starts)
         return logits
 
     def score(self, ids: list[list[int]], scores) -> None:
-        """One forward pass over `ids[b]` from position 0 on, whose logits of all columns go to
-        `scores` as they come: `scores.add(output [B, columns, rows], first column, first vocabulary
-        row)`.
+        """One forward pass over `ids[b]` from position 0 on; passes slices of the logits to
+        `scores.add(output [B, columns, rows], first column, first vocabulary row)`.
 
-        Columns count from the left of the longest row, padding before it included. Raises as
-        `sweep` does.
+        Columns are counted with the padding on the left. Raises what `sweep` raises.
         """
         starts = [0] * len(ids)
         self._sweep(ids, starts, True, self.advance, scores.add)
@@ -187,13 +188,13 @@ class Forward:
             self._find_nonfinite(ids, starts)
 
     def n_columns(self, longest: int) -> int:
-        """The columns of a forward pass whose longest row has so many tokens, padding included."""
+        """Columns, padding included, of a forward pass whose longest row has `longest` tokens."""
         return sum(self._sizes(longest))
 
     def enter(
         self, ids: list[list[int]], starts: list[int], *, all_logits: bool = False
     ) -> list[Chunk]:
-        """The columns of a forward pass as they enter the first layer, on the device, in chunks."""
+        """Embeds the columns of a forward pass: the chunks for the first layer, on the device."""
         if self._caches is None:
             self._caches = [make() for make in self._make_caches]
         sizes = self._sizes(max(map(len, ids)))
@@ -207,8 +208,10 @@ class Forward:
         ]
 
     def advance(self, tile: Tile, arrays, passing: list[Chunk]) -> list:
-        """Every chunk through a tile. Returns what can be waited for: the last output of each, the
-        logits where the tile is the head's."""
+        """Moves every chunk through a tile.
+
+        Returns the last output of each chunk, to wait for; at a tile of the head its logits.
+        """
         return [self._advance(tile, arrays, chunk) for chunk in passing]
 
     def _entered(self):
@@ -228,7 +231,7 @@ class Forward:
                 self._calls(tile, size, _last(index, sizes, all_logits))
 
     def _know(self, tiles):
-        """What was looked up holds for these tiles; others may stream since the last time."""
+        """Drops the tables of calls and widths if the tiles have changed."""
         if tiles is not self._tiles:
             self._tiles, self._widths, self._ready = tiles, _product_widths(tiles), {}
 
@@ -260,25 +263,25 @@ class Forward:
             if "weights" in call.reads:
                 given["weights"] = arrays
             if "whole" in call.reads:
-                own = self._residents.of(tile.layer)
-                given["whole"] = {name: own[name] for name in call.whole}
+                leaves = self._residents.of(tile.layer)
+                given["whole"] = {name: leaves[name] for name in call.whole}
             if "products" in call.reads:
                 given["products"], chunk.products = chunk.products, {}
-                chunk.flow.pop("x")  # the stage is over; what follows it is what it gives
+                chunk.flow.pop("x")  # the stage ends; its function may give the next stage's x
             consumed = {"cache": self._caches[tile.layer]} if call.uses_cache else {}
-            found = call.program(given, consumed)
+            results = call.program(given, consumed)
             if call.uses_cache:
-                self._caches[tile.layer] = found.pop("cache")
-            for name, part in found.pop("products", {}).items():
+                self._caches[tile.layer] = results.pop("cache")
+            for name, part in results.pop("products", {}).items():
                 chunk.products.setdefault(name, []).append(part)
                 output = part
-            output = found.pop("logits", None) if "logits" in found else output
-            chunk.flow |= found
+            output = results.pop("logits", output)
+            chunk.flow |= results
             output = output if output is not None else chunk.flow["hidden"]
         return output
 
     def _calls(self, tile, tokens, last):
-        """What a chunk goes through at a tile. The head alone looks at `last`."""
+        """The calls for a chunk at a tile. Only the head uses `last`."""
         last = last if tile.kind is None else 0
         key = (id(tile), tokens, last)
         if key not in self._ready:
@@ -288,8 +291,10 @@ class Forward:
         return self._ready[key]
 
     def _find_nonfinite(self, ids, starts):
-        """Runs the same forward pass again, looking at every layer's output. It overwrites what it
-        wrote before."""
+        """Repeats the forward pass, checks the output of every layer, and raises.
+
+        The pass overwrites the same positions of the cache.
+        """
 
         def advance(tile, arrays, passing):
             outputs = self.advance(tile, arrays, passing)
@@ -308,11 +313,11 @@ class Forward:
         )
 
     def _embed(self, tokens):
-        """tokens [B, T] -> [B, T, D] on the device, in the compute dtype; padding is some row."""
+        """tokens [B, T] -> [B, T, D] on the device, in the compute dtype; padding gets any row."""
         batch, size = tokens.shape
         real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
         ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
-        rows = {leaf: own[row_of] for leaf, own in self._embedding.read(ids).items()}
+        rows = {leaf: unique[row_of] for leaf, unique in self._embedding.read(ids).items()}
         program = self._programs.embed(self._embedding.parts, batch=batch, tokens=size)
         return program(self._put(rows))
 
@@ -325,8 +330,7 @@ class Forward:
 
 
 def _last(index, sizes, all_logits):
-    """Columns of a chunk that the head looks at: all, or two of the last chunk (one row is slow on
-    the CPU)."""
+    """Columns of a chunk that the head reads: all, or the last of the last chunk."""
     if all_logits:
         return sizes[index]
     return LEAST_COLUMNS if index == len(sizes) - 1 else 0
@@ -345,17 +349,17 @@ def _stage_key(tile):
 
 
 def _product_widths(tiles):
-    """(layer, stage) -> by product, the widths that arrive one after another."""
-    found = {}
+    """(layer, stage) -> product -> the widths of its parts, in the order of the tiles."""
+    widths = {}
     for tile in tiles:
         if tile.stage is not None and tile.stage.finish:
-            own = found.setdefault(_stage_key(tile), {})
+            of_stage = widths.setdefault(_stage_key(tile), {})
             for name, width in tile.products().items():
-                own[name] = (*own.get(name, ()), width)
-    return found
+                of_stage[name] = (*of_stage.get(name, ()), width)
+    return widths
 
 
 def _is_finite(chunk, capacity):
-    """Whether the hidden states of real columns are; padding may hold anything."""
+    """Whether the hidden states of real tokens are finite; padding may hold anything."""
     real = np.asarray(chunk.flow["positions"]) < capacity
     return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())

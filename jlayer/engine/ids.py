@@ -1,4 +1,4 @@
-"""Token ids in the kinds that users hand over: lists, numpy, jax or torch."""
+"""Token ids in the types that users pass: lists, numpy, jax or torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from jlayer.errors import UsageError
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
-    """Ids as lists, numpy, jax or torch give them, [B, T] or [T], as B lists of ints.
+    """Ids [B, T] or [T], as lists, numpy, jax or torch, as B lists of ints.
 
-    Raises UsageError where they are no integers or of more than two dimensions.
+    Raises UsageError if they are no integers or have more than two dimensions.
     """
     rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
     if isinstance(rows, (list, tuple)) and all(type(token) is int for token in rows):
@@ -24,24 +24,24 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
 
 
 def unpadded(rows, attention_mask):
-    """Each row without the padding that its mask marks with 0, at either end. Raises UsageError."""
+    """Each row without its padding, marked with 0 in the mask, at either end. Raises UsageError."""
     masks = as_id_lists(attention_mask, name="attention_mask")
     if [len(mask) for mask in masks] != [len(row) for row in rows]:
         raise UsageError("attention_mask: of another shape than input_ids")
-    found = []
+    unpadded_rows = []
     for row, mask in zip(rows, masks, strict=True):
         kept = [i for i, mark in enumerate(mask) if mark]
         if not kept or kept != list(range(kept[0], kept[-1] + 1)):
             raise UsageError(
                 "attention_mask: expected ones in a row, with padding around them only"
             )
-        found.append([row[i] for i in kept])
-    return found
+        unpadded_rows.append([row[i] for i in kept])
+    return unpadded_rows
 
 
 def like(given, rows, padding):
-    """Rows of ids as the kind that `given` was: list, numpy, jax or torch; padded on the right
-    where they are arrays."""
+    """Rows of ids in the type of `given`: list, numpy, jax or torch; arrays are padded on the
+    right."""
     if isinstance(given, (list, tuple)):
         return rows if given and isinstance(given[0], (list, tuple)) else rows[0]
     longest = max(map(len, rows))

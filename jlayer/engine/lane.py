@@ -1,4 +1,4 @@
-"""One sequence being continued: its ids, its text, and whether and why it has ended."""
+"""The state of one sequence of a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from jlayer.text.stream import StopWatcher, TextStream
 
 @dataclass(frozen=True)
 class Step:
-    """What one sweep added to a text: complete characters only, so `text` may lag behind
-    `token_ids`."""
+    """What one forward pass added to a text.
+
+    `text` has complete characters only, so it may lag behind `token_ids`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
 
 
 class Lane:
-    """One sequence being continued: its ids, its text, and whether and why it has ended."""
+    """One sequence that is continued: its ids, its text, and whether and why it has ended."""
 
     def __init__(
         self, prompt: list[int], *, options: SamplingOptions, limit: int, number: int, text=None
@@ -31,7 +33,7 @@ class Lane:
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.choices: list[Choice] = []
         self._options, self._limit, self._number = options, limit, number
-        # What follows text keeps its leading space; what follows nothing but BOS has none.
+        # After text the first piece keeps its leading space; after BOS alone it has none.
         self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
         self._stops = StopWatcher(options.stop)
         self._pieces: list[str] = []
@@ -45,7 +47,7 @@ class Lane:
         return "".join(self._pieces)
 
     def draw(self, logits: np.ndarray) -> Step:
-        """Adds the token that `logits` [V] give, and says what it added to the text."""
+        """Chooses a token from `logits` [V] and adds it; returns the step."""
         choice = choose(
             logits,
             options=self._options,
@@ -67,7 +69,7 @@ class Lane:
         return Step(piece, (choice.token_id,))
 
     def interrupt(self):
-        """Ends the sequence where it is; the text so far stays."""
+        """Ends the sequence now; the text so far stays."""
         if self.finish_reason is None:
             self.finish_reason = "interrupted"
             if self._stream:

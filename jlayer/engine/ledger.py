@@ -1,7 +1,7 @@
-"""Which runs are alive, and what each holds: the one place that knows all caches of a model.
+"""The live runs and their shapes: the one place that knows all caches of a model.
 
-A run is entered before anything of it is allocated, and leaves when it is closed or dropped. Plans
-are made for all runs that are alive together, so a promise to one holds for all.
+A run enters before anything is allocated for it, and leaves when it is closed or dropped. Plans
+count all live runs together, so the budget holds for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jlayer.plan.shapes import Shapes
 
 
 class Ledger:
-    """The shapes of the runs that are alive, by number. May be used from any thread."""
+    """The shapes of the live runs, by number. Any thread may use it."""
 
     def __init__(self):
         self._shapes: dict[int, Shapes] = {}
@@ -22,14 +22,14 @@ class Ledger:
         self._lock = threading.RLock()
 
     def enter(self, shapes: Shapes) -> int:
-        """Notes a run; returns its number."""
+        """Adds a run; returns its number."""
         with self._lock:
             number = next(self._numbers)
             self._shapes[number] = shapes
             return number
 
     def leave(self, number: int) -> None:
-        """Forgets a run; does nothing where it has left already."""
+        """Removes a run; does nothing if it was removed before."""
         with self._lock:
             self._shapes.pop(number, None)
 

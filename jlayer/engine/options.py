@@ -1,7 +1,7 @@
-"""Generation options: names, defaults, what each may be, and what is refused or passed over.
+"""Generation options: names, defaults, allowed values, and which are refused or ignored.
 
 Names and defaults are those of transformers' GenerationConfig. An option that changes the output
-and is not implemented is refused by name. How options act on logits is left to `sample`.
+but is not implemented is refused by name. `sample` applies options to logits.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 
-DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
+DEFAULT_NEW_TOKENS = 20  # of transformers, if neither the user nor the published file sets it
 MAX_SEED = (1 << 64) - 1
 
-# The name of an option in transformers -> its name here.
+# Name of an option in transformers -> name here.
 ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
 
-# Options of transformers that change the output and are not implemented -> values without effect.
+# Options of transformers that change the output and are not implemented -> values with no effect.
 REFUSED = {
     "assistant_ensemble_weight": (None,),
     "bad_words_ids": (None, []),
@@ -60,9 +60,9 @@ REFUSED = {
     "watermarking_config": (None,),
 }
 
-# Options of transformers that cannot change the output here: those of beam search and of encoders,
-# speed, bookkeeping. `renormalize_logits` shifts all scores alike. `remove_invalid_values` replaces
-# non-finite logits, which are refused here.
+# Options of transformers that cannot change the output here: for beam search, encoders, speed and
+# bookkeeping. `renormalize_logits` shifts all scores equally. `remove_invalid_values` replaces
+# non-finite logits, which are an error here.
 IGNORED = frozenset(
     """
     _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit
@@ -76,17 +76,17 @@ IGNORED = frozenset(
     """.split()  # noqa: SIM905 - forty names are read better as a paragraph
 )
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
-# None from a user turns an option off, which for these is not the default.
+# None from a user turns an option off. For these the value that does so is not the default.
 _NONE_MEANS = {"top_k": 0}
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How ids are chosen and when a sequence ends; every field is checked when the object is made.
+    """How tokens are chosen and when a sequence ends; every field is checked on creation.
 
     temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
-    logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
-    Raises UsageError, with the option, the value and the range.
+    logprobs: None, or the number of likeliest tokens to report besides the chosen one. Raises
+    UsageError with the option, the value and the range.
     """
 
     do_sample: bool = False
@@ -132,11 +132,11 @@ class SamplingOptions:
         """The user's `options`, then those published with the model, then transformers' defaults.
 
         A user's None turns an option off, as in transformers. `generation_config` may be a whole
-        config.json; keys that are no option are passed over. `sampling_implied`: a temperature,
-        top_k, top_p or min_p from the user turns do_sample on. (So it is in jlayer's own interface;
-        users of transformers set do_sample themselves.)
-        Raises UsageError (an option of the user's, with the closest known name), CheckpointError
-        (one in the file `where`) or UnsupportedModelError (one in it that is not implemented).
+        config.json; keys that are no option are ignored. `sampling_implied`: a temperature, top_k,
+        top_p or min_p from the user turns do_sample on, as in jlayer's own interface; in that of
+        transformers users set do_sample themselves. Raises UsageError (a bad option of the user;
+        for an unknown one with the closest name), CheckpointError (a bad option in the file
+        `where`) or UnsupportedModelError (one in it that is not implemented).
         """
         given = _given(options)
         published = _published(generation_config or {}, where=where, overruled=options)
@@ -147,13 +147,13 @@ class SamplingOptions:
             published.pop("max_new_tokens", None)
         if sampling_implied and "do_sample" not in given and not given.keys().isdisjoint(_WARPERS):
             given["do_sample"] = True
-        found = cls(**{**published, **given})
+        merged = cls(**{**published, **given})
         if vocab_size is not None:
-            found.check(vocab_size)
-        return found
+            merged.check(vocab_size)
+        return merged
 
     def check(self, vocab_size: int) -> None:
-        """Raises UsageError where an id is outside the vocabulary."""
+        """Raises UsageError if an id is outside the vocabulary."""
         biased = [token for token, _ in self.logit_bias]
         for name, ids in (("eos_token_id", self.eos_token_id), ("logit_bias", biased)):
             if ids and max(ids) >= vocab_size:
@@ -164,15 +164,14 @@ class SamplingOptions:
         return not self.do_sample or self.temperature == 0
 
     def seeded(self) -> SamplingOptions:
-        """These options with a seed, which the system draws where none is given."""
-        # 53 bits, so that a seed survives JSON readers that know only float64.
+        """These options with a seed; if none was given, the system draws one."""
+        # 53 bits, so that JSON readers with only float64 keep the seed exact.
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
     def new_tokens_limit(self, n_prompt: int, *, context: int | None = None) -> int:
-        """How many tokens may follow: max_new_tokens, else what max_length leaves, else 20.
+        """The most new tokens: max_new_tokens, else max_length minus the prompt, else 20.
 
-        The last two are cut to fit the `context`. Raises UsageError, with both figures, where
-        max_new_tokens does not fit it.
+        The last two are reduced to fit `context`. Raises UsageError if max_new_tokens does not fit.
         """
         room = math.inf if context is None else max(0, context - n_prompt)
         if self.max_new_tokens is None:
@@ -186,7 +185,7 @@ class SamplingOptions:
         return self.max_new_tokens
 
 
-# What each option may be: (a parser that raises ValueError or TypeError, the expected range).
+# Option -> (a parser that raises ValueError or TypeError, the expected range): see _CHECKS.
 
 
 def _boolean(value):
@@ -240,17 +239,17 @@ def _bias(value):
 
     A bias of -inf rules a token out.
     """
-    found = {}
+    biases = {}
     for token, bias in value.items() if isinstance(value, Mapping) else value:
         if isinstance(token, list | tuple):
             (token,) = token  # a bias on a sequence of tokens is not implemented: ValueError
         if isinstance(token, str) and token.isdecimal():  # keys in JSON are always text
             token = int(token)
         token = _COUNT(token)
-        if token in found:
+        if token in biases:
             raise ValueError
-        found[token] = _real(lambda number: number < math.inf)(bias)
-    return tuple(sorted(found.items()))
+        biases[token] = _real(lambda number: number < math.inf)(bias)
+    return tuple(sorted(biases.items()))
 
 
 _COUNT = _integer(0)
@@ -295,47 +294,47 @@ def _checked(name, value, *, where=None):
 
 
 def option_names() -> tuple[str, ...]:
-    """The names that `SamplingOptions.from_mapping` acts on, those of transformers included."""
+    """The names that `SamplingOptions.from_mapping` applies, including those of transformers."""
     return (*(field.name for field in fields(SamplingOptions)), *ALIASES)
 
 
 def is_option(name: str) -> bool:
-    """Whether `from_mapping` knows a name, be it to act on, to pass over or to refuse."""
+    """Whether `from_mapping` knows a name: to apply, to ignore or to refuse."""
     return name in option_names() or name in REFUSED or name in IGNORED
 
 
 def _given(options):
     """The user's options under our names; None means off."""
-    defaults = {field.name: field.default for field in fields(SamplingOptions)} | _NONE_MEANS
-    found = {}
+    off_values = {field.name: field.default for field in fields(SamplingOptions)} | _NONE_MEANS
+    given = {}
     for name, value in options.items():
         ours = ALIASES.get(name, name)
-        if ours in defaults:
-            if ours in found:
+        if ours in off_values:
+            if ours in given:
                 raise UsageError(f"{name}: {ours} is the same option and was given too; keep one")
-            found[ours] = defaults[ours] if value is None else value
+            given[ours] = off_values[ours] if value is None else value
         elif name in REFUSED:
             if not _leaves_output_alone(name, value):
                 raise UsageError(_refusal(name, value))
         elif name not in IGNORED:
             raise UsageError(unknown_name("option", name, option_names()))
-    return found
+    return given
 
 
 def _published(generation_config, *, where, overruled):
-    """The options of a published file, checked here so that the error names the file."""
-    found = {}
+    """The options of a published file, checked here so that an error names the file."""
+    published = {}
     for name, value in generation_config.items():
         ours = ALIASES.get(name, name)
         if name in REFUSED and name not in overruled and not _leaves_output_alone(name, value):
             raise UnsupportedModelError(f"{where}: {_refusal(name, value)}")
         if ours in _CHECKS and value is not None:
-            found[ours] = _checked(ours, value, where=where)
-    return found
+            published[ours] = _checked(ours, value, where=where)
+    return published
 
 
 def _leaves_output_alone(name, value):
-    # An array or an object of the user's may compare in a way of its own, so only None is compared.
+    # Other objects (such as arrays) may define their own ==, so only plain values are compared.
     plain = isinstance(value, bool | int | float | str | list | tuple | dict)
     return any(value is neutral or (plain and value == neutral) for neutral in REFUSED[name])
 

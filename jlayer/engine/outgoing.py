@@ -1,4 +1,4 @@
-"""Logits on their way from the device to the host."""
+"""The transfer of logits from the device to the host."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jlayer.plan.memory import OUTGOING
 
 
 class Outgoing:
-    """The head's outputs, which `take(output, column, row)` gets as they arrive on the host.
+    """Calls `take(output, column, row)` for each output of the head once it is on the host.
 
-    A few stay on the device meanwhile, so that the transfer does not stop the stream.
+    A few outputs may wait on the device, so that the transfer does not stop the stream.
     """
 
     def __init__(self, take: Callable[[np.ndarray, int, int], None]):
@@ -27,15 +27,15 @@ class Outgoing:
         return sum(output.nbytes for output, _, _ in self._waiting)
 
     def add(self, output: jax.Array, column: int, row: int) -> None:
-        """Starts the transfer of logits [B, columns, rows] from this column and vocabulary row
-        on."""
+        """Starts the transfer of logits [B, columns, rows] that begin at this column and vocabulary
+        row."""
         output.copy_to_host_async()
         self._waiting.append((output, column, row))
         while len(self._waiting) >= OUTGOING:
             self._fetch()
 
     def finish(self) -> None:
-        """Waits for what is left."""
+        """Waits for the remaining transfers."""
         while self._waiting:
             self._fetch()
 

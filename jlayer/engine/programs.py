@@ -1,9 +1,7 @@
-"""What is compiled: one program for each input shape, before the first weight is on the device, and
-counted.
+"""Compiles and counts programs: one for each input shape, before the first weight is on the device.
 
-A tile's work is a list of Calls: compiled functions, with what each reads of a token's way through
-the model and what it gives. The lists come from the family's tables of stages; which input shapes
-there are, `plan.shapes` says.
+The work at a tile is a list of Calls: compiled functions, with the values that each reads and
+gives. The lists are made from the family's tables of stages; the input shapes are in `plan.shapes`.
 """
 
 from __future__ import annotations
@@ -38,14 +36,14 @@ jax.monitoring.register_event_duration_secs_listener(_count_compiles)
 
 
 def backend_compiles() -> int:
-    """Programs that XLA has compiled in this process so far, for whatever reason."""
+    """The number of programs that XLA has compiled in this process so far, ours or not."""
     return _backend_compiles
 
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a chunk of tokens: `batch` sequences of `tokens` columns, whose caches have room
-    for `capacity` positions."""
+    """The shape of a chunk: `batch` sequences of `tokens` columns, and caches of `capacity`
+    positions."""
 
     batch: int
     tokens: int
@@ -59,20 +57,19 @@ class Size:
 class Call:
     """A compiled function at a tile.
 
-    It is called with a dict of what it `reads` (names of the flow, "weights", "whole", "products")
-    and another of what it consumes (the cache, or nothing), and returns a dict of what it `gives`.
+    Its arguments are a dict of the values that it `reads` (names of the flow, "weights", "whole",
+    "products") and a dict of those whose memory it reuses (the cache, or nothing). It returns a
+    dict of the values that it gives.
     """
 
     program: Callable
     reads: tuple[str, ...]
-    gives: tuple[str, ...]
     whole: tuple[str, ...] = ()
     uses_cache: bool = False
 
 
 class Programs:
-    """Compiled programs of one model on one device, by shape; `compiles` counts them by a readable
-    label."""
+    """The compiled programs of one model on one device; `compiles` counts them by label."""
 
     def __init__(
         self, cfg: ModelConfig, *, dtype: str, device: jax.Device, watch: Watch | None = None
@@ -80,32 +77,32 @@ class Programs:
         self.cfg, self.dtype, self.device = cfg, dtype, device
         self._watch = watch or Watch()
         self.compiles: dict[str, int] = {}
-        self.temporary_bytes = 0  # the largest of all programs so far, as XLA says
+        self.temporary_bytes = 0  # of the program with the most so far, as XLA reports
         self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
         self._compiled: dict = {}
 
     def calls(
         self, tile: Tile, size: Size, *, widths: dict[str, tuple[int, ...]], last: int
     ) -> tuple[Call, ...]:
-        """What a chunk of this size goes through at a tile.
+        """The calls for a chunk of this size at a tile.
 
-        `widths`: by product, the rows of all of its stage's tiles. `last`: how many of the last
-        columns the head looks at; none: it does nothing.
+        `widths`: product -> its rows in each tile of the stage. `last`: how many of the last
+        columns the head reads; 0: no call.
         """
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
             return (self._head(tile, size, last),) if last else ()
-        found = []
+        calls = []
         if tile.begins_stage and tile.stage.input:
-            found.append(self._function(tile, size, tile.stage.input, {}))
-        found.append(self._rows(tile, size))
+            calls.append(self._function(tile, size, tile.stage.input, {}))
+        calls.append(self._rows(tile, size))
         if tile.ends_stage:
-            found.append(self._function(tile, size, tile.stage.finish, widths))
-        return tuple(found)
+            calls.append(self._function(tile, size, tile.stage.finish, widths))
+        return tuple(calls)
 
     def embed(self, parts: list[Part], *, batch: int, tokens: int) -> Callable:
-        """(rows of the embedding [B, T, ...] by leaf) -> hidden [B, T, D]."""
+        """The program (rows of the embedding [B, T, ...] by leaf) -> hidden [B, T, D]."""
         width = self.cfg.hidden_size
 
         def function(rows):
@@ -122,7 +119,7 @@ class Programs:
         return self._get(f"embed {batch}x{tokens}", (), function, (args,))
 
     def empty_cache(self, kind: LayerKind, *, batch: int, capacity: int) -> Callable:
-        """() -> a layer's cache before the first token, freshly allocated on the device."""
+        """The program () -> an empty cache of a layer, allocated on the device."""
 
         def make():
             return empty_cache(
@@ -146,7 +143,7 @@ class Programs:
         given |= self._flow(tile, size, ("hidden", "positions"))
         label = f"block {size} cache {size.capacity}"
         program = self._get(label, tile.signature, function, (given, self._cache(tile, size)))
-        return Call(program, tuple(given), ("hidden", "cache"), whole, uses_cache=True)
+        return Call(program, tuple(given), whole, uses_cache=True)
 
     def _rows(self, tile, size):
         """Some rows of a stage's matrices: (x [B, T, in], weights) -> products [B, T, rows]."""
@@ -160,10 +157,10 @@ class Programs:
         heights = "+".join(map(str, tile.heights.values()))
         label = f"{tile.stage.name} rows {heights} {size}"
         program = self._get(label, tile.signature, function, (given, {}))
-        return Call(program, ("weights", "x"), ("products",))
+        return Call(program, ("weights", "x"))
 
     def _function(self, tile, size, wanted: Function, widths):
-        """One of a stage's own functions: (products, whole, what it reads) -> what it gives."""
+        """The `input` or `finish` function of a stage: (products, whole, flow) -> results."""
 
         def function(given, consumed):
             flow = given | consumed
@@ -176,13 +173,14 @@ class Programs:
             given["whole"] = self._whole(tile, wanted.whole)
         if widths:
             given["products"] = {
-                name: [self._struct(size, width) for width in own] for name, own in widths.items()
+                name: [self._struct(size, width) for width in parts]
+                for name, parts in widths.items()
             }
         consumed = self._cache(tile, size) if uses_cache else {}
         label = f"{wanted.name} {size}" + (f" cache {size.capacity}" if uses_cache else "")
         key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
         program = self._get(label, key, function, (given, consumed))
-        return Call(program, tuple(given), wanted.gives, wanted.whole, uses_cache)
+        return Call(program, tuple(given), wanted.whole, uses_cache)
 
     def _head(self, tile, size, last):
         """Some rows of the head: (weights, whole, hidden) -> float32 logits [B, last, v] of the
@@ -200,10 +198,10 @@ class Programs:
         given |= self._flow(tile, size, ("hidden",))
         label = f"head {size} last {last} rows {sum(tile.heights.values())}"
         program = self._get(label, tile.signature, function, (given, {}))
-        return Call(program, tuple(given), ("logits",), wanted.whole)
+        return Call(program, tuple(given), wanted.whole)
 
     def _weights(self, tile, put):
-        """A tile's weights by leaf, inside a program, out of what was put of it."""
+        """Inside a program: a tile's weights by leaf, from the arrays that were put."""
         return self._join(tile.parts, _parts_in(put, tile))
 
     def _join(self, parts, arrays):
@@ -212,14 +210,14 @@ class Programs:
             pieces.setdefault(part.matrix, {})[part.piece] = arrays[part.leaf]
             forms[part.matrix] = part.form
         return {
-            name: weight(own, encoding=forms[name], block_bytes=self._block_bytes)
-            for name, own in pieces.items()
+            name: weight(pieces_of_leaf, encoding=forms[name], block_bytes=self._block_bytes)
+            for name, pieces_of_leaf in pieces.items()
         }
 
     def _get(self, label, key, function, args):
-        """The compiled program of this label and key; the label alone is what it is counted by.
+        """The compiled program of this label and key; compiles are counted by the label alone.
 
-        Of two arguments the second is consumed.
+        With two arguments the second is donated.
         """
         if (label, key) not in self._compiled:
             with deferred(), self._watch.compiling(label):
@@ -241,7 +239,7 @@ class Programs:
         return program
 
     def _flow(self, tile, size, names):
-        """The shapes of what flows through a stage, by name."""
+        """The shapes of values of the flow, by name."""
         sizes = {
             "hidden": lambda: self._struct(size, self.cfg.hidden_size),
             "x": lambda: self._struct(size, tile.parts[0].width),
@@ -272,14 +270,14 @@ class Programs:
 
 
 def struct_of(tile: Tile):
-    """What is put of a tile on a device, without the numbers: arrays by leaf, or one of bytes."""
+    """The shapes of what is put of a tile: arrays by leaf, or one array of bytes if joined."""
     if tile.joined:
         return jax.ShapeDtypeStruct((tile.joined.n_bytes,), "uint8")
     return {part.leaf: jax.ShapeDtypeStruct(part.shape, part.dtype) for part in tile.parts}
 
 
 def _parts_in(put, tile: Tile) -> dict:
-    """The inverse, inside a program: a tile's parts by leaf, out of what was put of it."""
+    """Inside a program: a tile's parts by leaf, from the arrays that were put."""
     if not tile.joined:
         return put
     return {

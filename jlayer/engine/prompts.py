@@ -1,4 +1,4 @@
-"""Prompts in the forms that users give: text, ids, messages, or a list of these."""
+"""Encodes prompts in all forms that users give: text, ids, messages, or a list of these."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def encode_prompts(
     system=None,
     chat_template=None,
 ) -> tuple[list[list[int]], bool]:
-    """A str, ids, messages, or a list of these -> (ids of each, whether it was a single one).
+    """A str, ids, messages, or a list of these -> (ids of each prompt, whether it was a single
+    one).
 
-    `text`: the tokenizer of the model in `folder`, if it has one.
-    Messages ({"role": ..., "content": ...}) are put in the model's chat format; so is a str with
-    `chat`, after a message of `system`. Raises UsageError, and what a chat template gives.
+    `text`: the tokenizer of the model in `folder`, if it has one. Messages ({"role": ...,
+    "content": ...}) are rendered in the model's chat format; with `chat` a str is too, after a
+    `system` message. Raises UsageError, and the errors of a chat template.
     """
     if (prompt is None) == (messages is None):
         raise UsageError("prompt: give a prompt or messages, and not both")

@@ -1,5 +1,4 @@
-"""What happened in a run: bytes, times, peaks, compiles. Counted where it happens, put together
-here."""
+"""The figures of a run: bytes, times, compiles; and the memory of the process."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from jlayer.streaming.executor import ADDED
 
 @dataclass
 class Stats:
-    """One generation's figures, as `generate --json` prints them; bytes in bytes, times in
-    seconds."""
+    """The figures of one generation, as `generate --json` prints them, in bytes and seconds."""
 
     load_s: float = 0.0
     prefill_s: float = 0.0
@@ -27,13 +25,13 @@ class Stats:
 
     @property
     def tokens_per_sweep(self) -> float:
-        """New tokens over decode sweeps, 0 where prefill alone was enough (it gives the first
-        token)."""
+        """New tokens divided by decode sweeps; 0 if there was only prefill, which gives the first
+        token."""
         return self.new_tokens / self.decode_sweeps if self.decode_sweeps else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens a second of prefill and decoding."""
+        """New tokens per second of prefill and decoding."""
         seconds = self.prefill_s + self.decode_s
         return self.new_tokens / seconds if seconds else 0.0
 
@@ -65,7 +63,7 @@ class Clock:
 
 
 def anonymous_bytes() -> int:
-    """This process's anonymous resident memory now, as the kernel counts it."""
+    """Anonymous resident memory of this process now, as the kernel counts it."""
     with open("/proc/self/status") as status:
         for line in status:
             if line.startswith("RssAnon:"):
@@ -74,7 +72,7 @@ def anonymous_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """What the system says can be taken without swapping."""
+    """Memory that can be allocated without swapping, as the kernel estimates it."""
     with open("/proc/meminfo") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):

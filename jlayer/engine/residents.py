@@ -16,13 +16,13 @@ from jlayer.streaming.direct import RowReader
 
 @dataclass(frozen=True)
 class Residents:
-    """Arrays by leaf, in the compute dtype: those of each layer, and those after the last one."""
+    """Arrays by leaf, in the compute dtype: of each layer, and after the last one."""
 
     layers: list[dict[str, jax.Array]]
     final: dict[str, jax.Array]
 
     def of(self, layer: int | None) -> dict[str, jax.Array]:
-        """Those of a layer; None: of the head."""
+        """The arrays of a layer; None: of the head."""
         return self.final if layer is None else self.layers[layer]
 
     @property
@@ -33,7 +33,7 @@ class Residents:
 def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> Residents:
     """Loads the norms to the device once, in the compute dtype.
 
-    All vectors are checked here, also those that come with tiles. Raises CheckpointError or
+    All vectors are checked here, including biases, which are streamed. Raises CheckpointError or
     StorageError.
     """
     vectors = {name: _read_vector(store, name, checks) for name in store.vectors}

@@ -1,11 +1,11 @@
-"""Logits → id, on the host: how generation options act, in which order, and sampling noise.
+"""Logits → token, on the host: applies generation options, and adds sampling noise.
 
 The order is that of transformers 5 (`_get_logits_processor`):
     always         logit_bias, repetition_penalty, [frequency_penalty, presence_penalty],
                    no_repeat_ngram_size, min_length, min_new_tokens
     when sampling  temperature, top_k, top_p, min_p
 The two in brackets are not in transformers. They act on generated tokens only, as OpenAI and vLLM
-define them, and at vLLM's place, right after the repetition penalty.
+define them, and right after the repetition penalty, as in vLLM.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jlayer.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen token and, where options.logprobs asks for them, log-probabilities.
+    """A chosen token and, if options.logprobs is set, log-probabilities.
 
-    These are of the raw logits, before any option acts, as OpenAI and vLLM report them. `top`: (id,
+    They are computed from the raw logits, before any option, as in OpenAI and vLLM. `top`: (id,
     log-probability) of the likeliest tokens, likeliest first.
     """
 
@@ -40,11 +40,11 @@ def choose(
     n_prompt: int,
     sequence: int = 0,
 ) -> Choice:
-    """The token that follows `history` (prompt, then new tokens) in sequence number `sequence`.
+    """Chooses the token after `history` (prompt, then new tokens) in sequence number `sequence`.
 
     `logits`: float32 [V]. The noise depends on the seed, the sequence and the position
-    `len(history)`, so plain, speculative and batched decoding choose alike.
-    Raises CheckpointError (non-finite logits) or UsageError (the options leave no token).
+    `len(history)`, so plain, speculative and batched decoding choose the same token. Raises
+    CheckpointError (non-finite logits) or UsageError (the options leave no token).
     """
     _check_finite(logits, position=len(history))
     scores = processed(logits, options=options, history=history, n_prompt=n_prompt)
@@ -63,10 +63,10 @@ def choose(
 def processed(
     logits: np.ndarray, *, options: SamplingOptions, history: Sequence[int], n_prompt: int
 ) -> np.ndarray:
-    """Scores, float32 [V]: `logits` after the options that act always; -inf rules a token out.
+    """Scores, float32 [V]: `logits` after the options that always act; -inf rules a token out.
 
-    Computed in float32 as in transformers, so that scores are equal bit for bit and the greedy
-    token is the same.
+    Computed in float32 as in transformers, so scores are equal bit for bit and the greedy token is
+    the same.
     """
     scores = np.array(logits, dtype=np.float32)
     n_new = len(history) - n_prompt
@@ -86,11 +86,12 @@ def processed(
 
 
 def candidates(scores: np.ndarray, *, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """What sampling draws from: ids (ascending), and float64 `scores / temperature`, maximum 0.
+    """The tokens that sampling draws from: (ascending ids, float64 `scores / temperature`).
 
-    Float64, since a division in float32 overflows at a small temperature, and a float32 sum over
-    128k tokens is too coarse for top_p. Shifting all scores by the maximum changes no probability.
-    Ties at the edge of top_k all stay, as in transformers; at the edge of top_p the lower ids stay.
+    The weights are shifted so that the maximum is 0, which changes no probability. float64, since
+    a float32 division overflows at a small temperature, and a float32 sum over 128k tokens is too
+    inexact for top_p. Of equal scores at the limit of top_k all stay, as in transformers; at the
+    limit of top_p the lower ids stay.
     """
     kept = scores > -np.inf
     if 0 < options.top_k < len(scores):
@@ -106,22 +107,22 @@ def candidates(scores: np.ndarray, *, options: SamplingOptions) -> tuple[np.ndar
 
 
 def gumbel(words: np.ndarray) -> np.ndarray:
-    """Standard Gumbel noise, float64, of uniformly distributed 64-bit words.
+    """Standard Gumbel noise, float64, from uniformly distributed 64-bit words.
 
     The upper 52 bits n give u = (n + 1/2) / 2^52, which is exact and never 0 or 1. The noise is
     -log(-log u).
     """
-    # 52 bits and a half are 53. With one bit more, the largest word would round to u = 1.
+    # n + 1/2 needs 53 bits. With one more bit the largest word would round to u = 1.
     return -np.log(-np.log(((words >> np.uint64(12)) + 0.5) * 2.0**-52))
 
 
 def _noise(ids, *, seed, sequence, position):
-    """Gumbel noise of the ascending `ids`: it depends on each id and the three numbers alone.
+    """Gumbel noise of ascending `ids`. It depends only on each id and the three numbers.
 
     Philox4x64-10 (Salmon et al., 2011) with key (seed, 0) and counter (block, position, sequence,
-    0), blocks from 1; word i of the stream belongs to token i. Raw words, since numpy promises
-    these across versions, unlike Generator's distributions. Logarithms only of the words in use:
-    words are cheap, logarithms are not.
+    0), blocks from 1; word i of the stream belongs to token i. Uses raw words: numpy guarantees
+    them across versions, unlike Generator's distributions. Logarithms are expensive, so they are
+    taken only of the words in use.
     """
     counter = np.array([0, position, sequence, 0], dtype=np.uint64)
     stream = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
@@ -129,10 +130,10 @@ def _noise(ids, *, seed, sequence, position):
 
 
 def _penalise_repetition(scores, history, *, penalty):
-    """Acts once on each token of the prompt and the new text, as in transformers."""
+    """Applies the penalty once to each token of the prompt and the new text, as in transformers."""
     seen = _ids_within(history, len(scores))
-    found = scores[seen]
-    scores[seen] = np.where(found < 0, found * penalty, found / penalty)
+    before = scores[seen]
+    scores[seen] = np.where(before < 0, before * penalty, before / penalty)
 
 
 def _penalise_use(scores, generated, *, options):
@@ -142,7 +143,7 @@ def _penalise_use(scores, generated, *, options):
 
 
 def _ban_repeated_ngrams(scores, history, *, size):
-    """Rules out every token that once followed the last `size - 1` tokens."""
+    """Rules out every token that has followed the last `size - 1` tokens before."""
     history = np.asarray(history, dtype=np.int64)
     if len(history) < size:
         return
@@ -153,22 +154,22 @@ def _ban_repeated_ngrams(scores, history, *, size):
 
 
 def _ids_within(ids, vocab_size):
-    """The distinct ids that have a logit: a few models embed more tokens than they predict."""
+    """The distinct ids that have a logit: some models embed more tokens than they predict."""
     unique = np.unique(np.asarray(ids, dtype=np.int64))
     return unique[unique < vocab_size]
 
 
 def _within_top_p(weights, options):
-    """The fewest likeliest tokens whose probability reaches top_p: at least one."""
+    """Keeps the fewest likeliest tokens whose probability sum reaches top_p; at least one."""
     if options.top_p >= 1.0:
         return slice(None)
     mass = np.exp(weights)
     mass /= mass.sum()
     spare = 1.0 - options.top_p
-    # All tokens below spare / V together have less than `spare`, so they go without being sorted:
-    # sorting 128k tokens takes 13 ms.
+    # All tokens below spare / V together have less than `spare`, so they are dropped without
+    # sorting: sorting 128k tokens takes 13 ms.
     small = mass < min(spare / len(mass), mass.max())
-    # Ascending by mass; of equal mass the higher id comes first, so that it goes first.
+    # Ascending by mass. Of equal mass the higher id comes first, so it is dropped first.
     large = np.flatnonzero(~small)[::-1]
     order = large[np.argsort(mass[large], kind="stable")]
     below = mass[small].sum() + np.cumsum(mass[order]) <= spare
@@ -177,7 +178,7 @@ def _within_top_p(weights, options):
 
 
 def _within_min_p(weights, options):
-    """Tokens at least min_p times as likely as the likeliest, whose weight is 0."""
+    """Keeps tokens at least min_p times as likely as the likeliest, whose weight is 0."""
     return slice(None) if options.min_p is None else np.exp(weights) >= options.min_p
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 
 from jlayer.spec import Leaf, ModelConfig, Place, Role
 
-# The values that stages pass on, besides the products of a stage:
+# The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden     [B, T, D]  the residual stream
 #     x          [B, T, in] the input of the current stage; dropped when the stage ends
 #     cache      the cache of the layer
 #     positions  [B, T] int32
-FLOW = ("hidden", "x", "cache", "positions")
 
 # The prefix of the published names of a layer's leaves.
 LAYER_PREFIX = "model.layers.{layer}."

@@ -1,7 +1,7 @@
-"""One measuring of a model on this machine: raw disk and link, the block alone, whole sweeps, and
-the share of its ceiling that each reaches.
+"""Benchmarks a model on this machine: raw disk and link, one layer alone, whole sweeps, and the
+share of its ceiling that each reaches.
 
-Figures alone; what is printed of them, and what they mean in words, is for `app/verbs/bench`.
+Gives figures only; `app/verbs/bench` prints and explains them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from jlayer.measure.machine import (
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 
-SIZES = (1, 64, 512)  # tokens a sweep: decoding, drafts to verify or a short prompt, a long one
-STREAM = 0  # the "size" of a sweep in which everything moves and nothing is multiplied
-# Rounds of all sizes: at least three, so that a median means something, unless that takes minutes.
+# Tokens per sweep: decoding; verifying drafts, or a short prompt; a long prompt.
+SIZES = (1, 64, 512)
+STREAM = 0  # stands for a sweep in which all weights move and nothing is multiplied
+# Rounds of all sizes: at least three, for a meaningful median, unless that takes minutes.
 LEAST_ROUNDS, MOST_ROUNDS = 3, 7
 ENOUGH_S, TOO_LONG_S = 8, 240
-# Sweeps from disk that are timed as one, unless one alone takes so long that its ends do not count.
+# Sweeps from disk are timed IN_A_ROW at a time; one that takes over LONG_S is timed alone.
 IN_A_ROW, LONG_S = 3, 20
-MEMORY_BYTES = 128 << 20  # read to see how fast memory is, where a sweep uses so much
+MEMORY_BYTES = 128 << 20  # the most bytes to read for measuring memory
 
 
 class Bench:
-    """The measuring of an opened model. `speeds`: the machine's own, by "disk", "link", "memory"
-    (bytes a second) and "arithmetic" (operations a second), each a list of figures.
+    """The benchmark of an opened model.
 
-    Makes the plan of the longest sweep, which serves all sizes, and measures nothing yet. Raises
-    DoesNotFitError.
+    `speeds`: lists of the machine's speeds: "disk", "link", "memory" (bytes/s), "arithmetic"
+    (operations/s). Creating it makes the plan of the longest sweep, which serves all sizes, and
+    measures nothing. Raises DoesNotFitError.
     """
 
     def __init__(self, model: Model):
@@ -58,7 +59,7 @@ class Bench:
         self.speeds: dict[str, list[float]] = {}
 
     def measure_machine(self):
-        """Raw link, memory and arithmetic, while nothing is on the device or under way."""
+        """Measures link, memory and arithmetic, while no weights move or are on the device."""
         self.forward.settle()
         device = self.engine.device
         if self.has_link:
@@ -67,7 +68,7 @@ class Bench:
         self.speeds["arithmetic"] = arithmetic_speeds(device, self.engine.dtype)
 
     def measure_blocks(self) -> list[dict]:
-        """The arithmetic of one layer by itself, its weights on the device, for each size."""
+        """Times one layer alone, with its weights on the device, for each size."""
         tiles = [tile for tile in self.plan.tiles if tile.layer == 0]
         n_bytes = sum(tile.n_bytes for tile in tiles)
         for n_tokens in self.sizes:  # before any weight takes the compiler's room
@@ -81,9 +82,12 @@ class Bench:
         return rows
 
     def _stand_ins(self, tiles):
-        """Arrays for each tile, of what is in the slots now: on the device its own as far as there
-        is room (so that they come from memory, as weights do), else one for each kind of tile."""
-        plan, last, found = self.plan, {}, []
+        """Arrays for each tile, with the present contents of the slots.
+
+        On the device each tile gets its own arrays while there is room, so that they are read from
+        memory as weights are; then tiles of one shape share them.
+        """
+        plan, last, stand_ins = self.plan, {}, []
         room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
         room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
         for number, tile in enumerate(tiles):
@@ -92,8 +96,8 @@ class Bench:
             if not known or not self.has_link or room >= tile.n_bytes:
                 room -= tile.n_bytes if known else 0
                 last[tile.signature] = self._in_slot(number, tile)
-            found.append(last[tile.signature])
-        return found
+            stand_ins.append(last[tile.signature])
+        return stand_ins
 
     def _in_slot(self, number, tile):
         slot, at = self.forward.slot(number), 0
@@ -112,18 +116,19 @@ class Bench:
         passing = self.forward.enter([self._ids(n_tokens)], [0])
         jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
         began = time.perf_counter()
-        for tile, own in zip(tiles, arrays, strict=True):
-            self.forward.advance(tile, own, passing)
+        for tile, its_arrays in zip(tiles, arrays, strict=True):
+            self.forward.advance(tile, its_arrays, passing)
         jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
         return time.perf_counter() - began
 
     def first_sweep(self) -> float:
-        """Seconds of the sweep that fills what stays; it counts nowhere else."""
+        """Seconds of the first sweep, which also fills the tiers; no other figure includes it."""
         return _timed(lambda: self.sweep(1))
 
     def measure_sweeps(self) -> list[dict]:
-        """Whole sweeps of every size in turn, and where weights move at all one without arithmetic
-        ("tokens" is 0), each held against the disk as it was just before and after it."""
+        """Times whole sweeps of every size in turn; if weights move at all, also one without
+        arithmetic ("tokens" is 0). Each is compared with the disk's speed just before and after
+        it."""
         sizes = (STREAM, *self.sizes) if self.disk_bytes or self.has_link else self.sizes
         seconds, limits = {n: [] for n in sizes}, {n: [] for n in sizes}
         disk = RawDisk(self.engine.files_of(Tier.DISK)) if self.disk_bytes else None
@@ -147,8 +152,11 @@ class Bench:
         ]
 
     def _time_sweeps(self, n_tokens, *, from_disk):
-        """Seconds of one sweep. From disk, of some in a row after one that goes ahead: after a
-        pause the first tiles are there already, and each begins and ends with tiles half read."""
+        """Seconds of one sweep. From disk: the mean of some in a row, after one that is not timed.
+
+        After a pause the first tiles are already read, and every sweep begins and ends with tiles
+        that are partly read.
+        """
         if not from_disk:
             return _timed(lambda: self.sweep(n_tokens))
         began = time.perf_counter()
@@ -171,7 +179,7 @@ class Bench:
         return speed
 
     def sweep(self, n_tokens: int):
-        """One sweep of so many tokens, from the first position on."""
+        """One sweep of `n_tokens` tokens from the first position on, or STREAM."""
         if n_tokens == STREAM:
             self.forward.stream()
         else:
@@ -181,18 +189,18 @@ class Bench:
         return [(7 * i) % self.engine.cfg.vocab_size for i in range(n_tokens)]
 
     def _limits(self, n_tokens, disk_speeds):
-        """What a sweep takes at least, in seconds, by what would take so long."""
-        found = {}
+        """Resource -> the least seconds of a sweep that it allows."""
+        limits = {}
         if self.disk_bytes:
-            found["disk"] = self.disk_bytes * len(disk_speeds) / sum(disk_speeds)
+            limits["disk"] = self.disk_bytes * len(disk_speeds) / sum(disk_speeds)
         if self.has_link:
-            found["link"] = self.plan.put_bytes / median(self.speeds["link"])
+            limits["link"] = self.plan.put_bytes / median(self.speeds["link"])
         if n_tokens != STREAM:
-            found |= self._arithmetic(self.sweep_bytes, self.sweep_weights, n_tokens)
-        return found
+            limits |= self._arithmetic(self.sweep_bytes, self.sweep_weights, n_tokens)
+        return limits
 
     def _arithmetic(self, n_bytes, n_weights, n_tokens):
-        """The same for reading weights of `n_bytes` and multiplying `n_tokens` with them."""
+        """The same for reading `n_bytes` of weights and multiplying `n_tokens` tokens by them."""
         return {
             "memory": n_bytes / median(self.speeds["memory"]),
             "arithmetic": 2 * n_tokens * n_weights / median(self.speeds["arithmetic"]),
@@ -200,7 +208,7 @@ class Bench:
 
 
 def _count_weights(cfg):
-    """Numbers in the matrices of one layer, and of a sweep with its head."""
+    """(weights of one layer, weights of a sweep including the head)."""
     layer = sum(
         math.prod(shape) for name, shape in published_tensors(cfg).items() if layer_of(name) == 0
     )
@@ -208,9 +216,9 @@ def _count_weights(cfg):
 
 
 def _row(n_tokens, n_bytes, seconds, limits):
-    """A figure with its ceiling: `limits` has one dict for each of `seconds`."""
-    ceilings = [max(own.values()) for own in limits]
-    middle = {name: median([own[name] for own in limits]) for name in limits[0]}
+    """A row of figures with its ceiling; `limits` has one dict for each of `seconds`."""
+    ceilings = [max(each.values()) for each in limits]
+    middle = {name: median([each[name] for each in limits]) for name in limits[0]}
     return {
         "tokens": n_tokens,
         "bytes": n_bytes,
@@ -223,12 +231,12 @@ def _row(n_tokens, n_bytes, seconds, limits):
 
 
 def _repeat(function, *, most: int = 15, seconds: float = 0.6):
-    """What some calls return, at least three, for about so long."""
-    found, began = [], time.perf_counter()
-    while len(found) < 3 or (len(found) < most and time.perf_counter() - began < seconds):
-        found.append(function())
+    """The results of repeated calls, for about `seconds`: at least three, at most `most`."""
+    results, began = [], time.perf_counter()
+    while len(results) < 3 or (len(results) < most and time.perf_counter() - began < seconds):
+        results.append(function())
         check()
-    return found
+    return results
 
 
 def _timed(function):

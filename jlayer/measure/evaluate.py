@@ -1,9 +1,8 @@
-"""How well a model predicts a text: perplexity, and how far another model's predictions are from
-its own.
+"""Evaluates how well a model predicts a text: perplexity, and the divergence between two models.
 
-A text is cut into windows; each sweep carries as many of them as the promises allow, since that
-costs no more than one. Logits are reduced as they come from the head, slice of the vocabulary by
-slice, and never held whole.
+A text is cut into windows. Each sweep carries as many windows as the budgets allow, since many cost
+no more than one. Logits are reduced slice by slice of the vocabulary as the head gives them, and
+never held whole.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PIECE = 1 << 20  # logits that are looked at together on the host
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `begin` to `end` of a text; those from `first` on are predicted."""
+    """The tokens from `begin` to `end` of a text; those from `first` on are predicted."""
 
     begin: int
     end: int
@@ -38,22 +37,24 @@ class Window:
 
 
 def windows(n_tokens: int, *, length: int, stride: int) -> list[Window]:
-    """Windows of `length` tokens that begin `stride` apart: each predicts what the one before it
-    has not, and the first token of a window is predicted by none that begins with it."""
-    found, done = [], 0
+    """Windows of `length` tokens that begin `stride` apart.
+
+    Each predicts the tokens that no earlier window did, except its own first token.
+    """
+    cut, done = [], 0
     for begin in range(0, n_tokens, stride):
         end, first = min(begin + length, n_tokens), max(done, begin + 1)
         if end > first:
-            found.append(Window(begin, end, first))
+            cut.append(Window(begin, end, first))
         done = end
         if end == n_tokens:
             break
-    return found
+    return cut
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model made of a text; `nll` is in nats a predicted token."""
+    """The evaluation of a model on a text; `nll` is in nats per predicted token."""
 
     perplexity: float
     nll: float
@@ -66,12 +67,12 @@ class Evaluation:
 
 
 class Scores:
-    """The predictions of one sweep, reduced over the vocabulary as its slices come.
+    """The predictions of one sweep, reduced over the vocabulary slice by slice.
 
-    `targets` [B, columns] holds the token that each column should predict, -1 where none is asked
-    for. `keep` and `against`, where given, are arrays [predictions, V] that logits are written to,
-    or that hold another model's, and `rows` [B, columns] says which of them a column is; of the
-    other's predictions `log_totals` [predictions] has the logarithm of the exponentials' sum.
+    `targets` [B, columns]: the token that each column should predict; -1: none. `keep`: an array
+    [predictions, V] to write logits to. `against`: an array [predictions, V] with the logits of
+    another model, and `log_totals` [predictions] the logarithms of the sums of their exponentials.
+    `rows` [B, columns]: the prediction's row in these arrays.
     """
 
     def __init__(self, targets, *, rows=None, keep=None, against=None, log_totals=None):
@@ -123,22 +124,22 @@ class Scores:
 
     @property
     def log_total(self) -> np.ndarray:
-        """The logarithm of the exponentials' sum, for each prediction that was asked for."""
+        """The logarithm of the sum of exponentials, for each prediction that was asked for."""
         return (self._top + np.log(np.maximum(self._sum, 1e-300)))[self.asked]
 
     @property
     def nll(self) -> np.ndarray:
-        """Minus the logarithm of the probability of each target."""
+        """The negative log-probability of each target, in nats."""
         return self.log_total - self._logit[self.asked]
 
     @property
     def best(self) -> np.ndarray:
-        """The likeliest token, for each."""
+        """The likeliest token of each prediction."""
         return self._best[self.asked]
 
     @property
     def divergence(self) -> np.ndarray:
-        """Kullback-Leibler divergence of each prediction from the other model's, in nats."""
+        """The Kullback-Leibler divergence of each prediction from the other model's, in nats."""
         rows = self._rows[self.asked]
         return self._cross[self.asked] - self._log_totals[rows] + self.log_total
 
@@ -151,11 +152,11 @@ def perplexity(
     stride: int | None = None,
     told: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """How well `model` predicts `ids`, in windows of `length` (default: the model's context, at
-    most 1,024) that begin `stride` apart (default: side by side).
+    """Evaluates how well `model` predicts `ids`.
 
-    `told(done, of)` hears of windows after each sweep. Raises UsageError for windows that cannot
-    be, and what a sweep raises.
+    `length`: of a window (default: the model's context, at most 1,024). `stride`: between the
+    begins of two windows (default: `length`). `told(done, of)`: called after each sweep with
+    numbers of windows. Raises UsageError for an invalid length or stride, and what a sweep raises.
     """
     evaluation, _ = _evaluate(model, ids, length, stride, told, lambda targets, rows: {})
     return evaluation
@@ -163,7 +164,7 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on one text: how far the second's predictions are from the first's."""
+    """Two models on one text: how far the second model's predictions are from the first's."""
 
     first: Evaluation
     second: Evaluation
@@ -181,12 +182,13 @@ def compare(
     scratch: str | None = None,
     told: Callable[[int, int], None] = lambda done, of: None,
 ) -> Comparison:
-    """Perplexity of both models, the mean Kullback-Leibler divergence of the second's predictions
-    from the first's in nats a token, and the share of tokens that both hold likeliest.
+    """Compares two models on one text.
 
-    One model is open at a time, so that each has its whole budget. The logits of the first are kept
-    in a file in the folder `scratch` (default: the system's for temporary files), 4 bytes for each
-    token and vocabulary entry. `ids(model)` encodes the text: both must read it as the same tokens.
+    Gives the perplexity of both, the mean Kullback-Leibler divergence of the second's predictions
+    from the first's in nats per token, and the share of predictions with the same likeliest token.
+    One model is open at a time, so that each has the whole budget. The logits of the first are kept
+    in a file in the folder `scratch` (default: the system's for temporary files), 4 bytes per token
+    and vocabulary entry. `ids(model)` encodes the text; both models must give the same tokens.
 
     Raises UsageError, DoesNotFitError (no space in `scratch`, before the first sweep), StorageError
     and what a sweep raises.
@@ -213,8 +215,10 @@ def compare(
 
 
 def _evaluate(model, ids, length, stride, told, options):
-    """Scores all windows, as many a sweep as fit; returns the evaluation, and the scores of each
-    sweep in the order of the text."""
+    """Scores all windows, as many per sweep as fit.
+
+    Returns (the evaluation, the scores of each sweep in the order of the text).
+    """
     length, stride = _sizes(model, ids, length, stride)
     cut = windows(len(ids), length=length, stride=stride)
     batch = _windows_a_sweep(model, len(cut), length)
@@ -247,11 +251,11 @@ def _evaluate(model, ids, length, stride, told, options):
 
 
 def _targets(ids, some, batch, n_columns, length, numbers: Iterator[int]):
-    """What each column of a sweep should predict, and each prediction's number."""
+    """(the token that each column of a sweep should predict, the number of each prediction)."""
     targets = np.full((batch, n_columns), -1, np.int64)
     rows = np.zeros((batch, n_columns), np.int64)
     for b, window in enumerate(some):
-        # Rows end at the last column, but for the first one of a sweep, which is filled up.
+        # Rows end at the last column, except the first row of a sweep, which is padded at its end.
         start = n_columns - (length if b == 0 else window.end - window.begin)
         for position in range(window.first, window.end):
             column = start + position - 1 - window.begin
@@ -278,7 +282,7 @@ def _shape(batch, length, *, sweeps):
 
 
 def _windows_a_sweep(model, n_windows, length):
-    """The most, by doubling, that the promises allow."""
+    """The most windows per sweep that fit the budgets, found by doubling."""
     batch = 1
     while batch < min(n_windows, MOST_WINDOWS):
         more = min(2 * batch, n_windows, MOST_WINDOWS)

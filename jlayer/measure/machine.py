@@ -1,7 +1,8 @@
-"""What the machine does without us: its card, and the speed of disk, link, memory and arithmetic.
+"""Measures the machine without the engine: its card, and the speed of disk, link, memory and
+arithmetic.
 
-The ceilings that `bench` holds the engine against. Nothing here uses the engine's readers or slots,
-and what is allocated for it is gone when its function returns.
+These are the ceilings that `bench` compares the engine with. Nothing here uses the engine's readers
+or slots, and every function releases what it allocates.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from jlayer.model.ops import product
 from jlayer.spec import ALIGNMENT
 
 REQUEST_BYTES = 16 << 20
-IN_FLIGHT = 2  # one request alone leaves the disk idle between two of them
-COPY_BYTES = 64 << 20  # from here on the length of a copy no longer matters (H200)
-STEADY, MOST_TRIES = 0.04, 5  # how near two speeds are, and how long to wait for such
-# Host memory that the measuring itself takes: beside the engine the disk's buffers alone.
+IN_FLIGHT = 2  # with one request the disk is idle between two
+COPY_BYTES = 64 << 20  # longer copies are not faster (H200)
+# Two speeds in a row that differ by less than STEADY are steady; tried MOST_TRIES times.
+STEADY, MOST_TRIES = 0.04, 5
+# Host memory that measuring takes besides the engine: the buffers for the disk.
 HOST_BYTES = IN_FLIGHT * REQUEST_BYTES
 
 
@@ -41,7 +43,7 @@ def median(values: list[float]) -> float:
 
 
 def summary(values: list[float]) -> dict:
-    """Median and spread."""
+    """Median, smallest, largest and number of the values."""
     return {
         "median": median(values),
         "min": min(values),
@@ -51,7 +53,7 @@ def summary(values: list[float]) -> dict:
 
 
 def card(folder: str) -> dict:
-    """Hardware and versions that a figure belongs to; `file_system`: what `folder` lies on."""
+    """The hardware and versions of a measurement; `file_system`: that of `folder`."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -65,10 +67,11 @@ def card(folder: str) -> dict:
 
 
 class RawDisk:
-    """Reads files past the page cache, as fast as they come: two requests of 16 MiB in flight, into
-    memory that was touched.
+    """Reads files past the page cache at full speed: two requests of 16 MiB in flight, into touched
+    memory.
 
-    Each measuring goes on where the last one ended, through all files and again from the first.
+    Each measurement continues where the last one ended, through all files, then from the first
+    again.
     """
 
     def __init__(self, paths: list[str]):
@@ -87,12 +90,12 @@ class RawDisk:
     def _open(self, path):
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:  # a file system without direct reads: through the cache, as the engine does
+        except OSError:  # a file system without direct reads: use the cache, as the engine does
             self.direct = False
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def speed(self, seconds: float) -> float:
-        """Bytes a second of reading for about so long."""
+        """Bytes/s of reading for about `seconds`."""
         began = time.perf_counter()
         n_bytes = sum(
             self._pool.map(lambda buffer: self._read(buffer, began + seconds), self._buffers)
@@ -100,7 +103,7 @@ class RawDisk:
         return n_bytes / (time.perf_counter() - began)
 
     def steady_speed(self, seconds: float) -> float:
-        """The speed once it no longer changes, from measurings of about so long."""
+        """The speed once it no longer changes, from measurements of about `seconds` each."""
         return steady(lambda: self.speed(seconds))
 
     def _read(self, buffer, until):
@@ -119,8 +122,10 @@ class RawDisk:
 
 
 def steady(measure: Callable[[], float]) -> float:
-    """What `measure` gives once it no longer changes: a virtual disk may let through more for a
-    while, after a rest, and less after other reads. The mean of two in a row that agree."""
+    """The result of `measure` once it no longer changes: the mean of two in a row that agree.
+
+    A virtual disk may be faster for a while after a rest, and slower after other reads.
+    """
     last = measure()
     for _ in range(MOST_TRIES):
         check()
@@ -131,8 +136,8 @@ def steady(measure: Callable[[], float]) -> float:
 
 
 def link_speeds(device: jax.Device, *, repeats: int = 7) -> list[float]:
-    """Bytes a second from pinned host memory to a GPU: the driver's own copies, some of them queued
-    at a time, into memory that JAX's allocator gave."""
+    """Bytes/s from pinned host memory to a GPU, by copies of the driver, eight queued at a time,
+    into memory from JAX's allocator."""
     cuda = ctypes.CDLL("libcuda.so.1")
 
     def call(name, *arguments):
@@ -167,21 +172,21 @@ def link_speeds(device: jax.Device, *, repeats: int = 7) -> list[float]:
 
 
 def memory_speeds(device: jax.Device, n_bytes: int, *, repeats: int = 5) -> list[float]:
-    """Bytes a second of reading `n_bytes` where weights are multiplied: a GPU's own memory, a CPU's
-    main memory (or its cache, where so few fit there)."""
+    """Bytes/s of reading `n_bytes` of GPU memory or, on a CPU, of main memory (or of its cache, if
+    they fit)."""
     numbers = jax.device_put(jnp.zeros(max(n_bytes // 4, 1), jnp.float32), device)
     return _rates(jax.jit(jnp.max), (numbers,), numbers.nbytes, repeats)
 
 
 def arithmetic_speeds(device: jax.Device, dtype: str, *, repeats: int = 5) -> list[float]:
-    """Floating-point operations a second of a large square product, summed in float32."""
+    """Floating-point operations/s of a large square product, summed in float32."""
     width = 1024 if device.platform == "cpu" else 4096
     square = jax.device_put(jnp.zeros((width, width), dtype), device)
     return _rates(jax.jit(product), (square, square), 2 * width**3, repeats)
 
 
 def _rates(function, args, amount, repeats):
-    """`amount` a second of a jitted function, some calls queued at a time."""
+    """`amount` per second of a jitted function, eight calls queued at a time."""
     function(*args).block_until_ready()
     speeds, queued = [], 8
     for _ in range(repeats):
@@ -194,7 +199,7 @@ def _rates(function, args, amount, repeats):
 
 
 def _touched(n_bytes):
-    """uint8 of huge pages that are there: a fresh page costs more than what is measured."""
+    """Touched uint8 memory in huge pages: a page fault costs more than what is measured."""
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)
@@ -210,11 +215,11 @@ def _cpu_name():
 
 def _file_system(folder):
     """Type and source of the mount that holds `folder`."""
-    path, best, found = os.path.realpath(folder), "", "unknown"
+    path, best, description = os.path.realpath(folder), "", "unknown"
     with open("/proc/self/mounts") as mounts:
         for line in mounts:
             source, point, kind = line.split()[:3]
             inside = path == point or path.startswith(point.rstrip("/") + "/")
             if inside and len(point) >= len(best):
-                best, found = point, f"{kind} on {source}"
-    return found
+                best, description = point, f"{kind} on {source}"
+    return description

@@ -1,7 +1,7 @@
-"""A large table of numbers in a temporary file, whose space is reserved before anything is written.
+"""A large table of numbers in a temporary file, with its space reserved before the first write.
 
-It is written and read by calls that report a full or failing disk as an error. A memory map of a
-sparse file would report it as SIGBUS, which ends the process.
+The table is read and written by system calls, which report a full or failing disk as an error. A
+memory map of a sparse file would raise SIGBUS, which ends the process.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 from jlayer.config import human
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 
-# The file system cannot reserve space; what it says is free has to do.
+# The file system cannot reserve space: compare with the free space that it reports.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Scratch:
-    """float32 [n_rows, width] in a file without a name, in `folder` (default: the system's folder
-    for temporary files), gone when it is closed.
+    """float32 [n_rows, width] in an unnamed file in `folder`, deleted when it is closed.
 
-    Raises UsageError: the folder is missing or cannot be written to. Rows are written and read as
-    of an array, with a one-dimensional array of rows and a slice of columns.
+    Default folder: the system's for temporary files. It is indexed like an array, with a
+    one-dimensional array of rows and a slice of columns. Raises UsageError if the folder is missing
+    or not writable.
     """
 
     def __init__(self, folder: str | None = None):
@@ -40,7 +40,7 @@ class Scratch:
             ) from None
 
     def reserve(self, n_rows: int, width: int) -> None:
-        """Reserves space for the table. Raises DoesNotFitError with the need and what is free."""
+        """Reserves space for the table. Raises DoesNotFitError with the needed and free bytes."""
         self._width = width
         needed = n_rows * width * np.dtype(np.float32).itemsize
         try:
@@ -71,7 +71,7 @@ class Scratch:
         return (int(row) * self._width + columns.start) * item_bytes
 
     def _each(self, doing, move, line, offset):
-        """Moves all bytes of a line: one call may move fewer."""
+        """Moves all bytes of a line; one call may move fewer."""
         rest = memoryview(line).cast("B")
         while rest:
             try:

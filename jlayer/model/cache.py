@@ -36,8 +36,8 @@ def empty_cache(
     spec: CacheSpec, cfg: ModelConfig, *, batch: int, capacity: int, dtype: str
 ) -> LayerCache:
     """A layer's cache before the first token."""
-    struct = cache_struct(spec, cfg, batch=batch, capacity=capacity, dtype=dtype)
-    return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), struct)
+    shapes = cache_struct(spec, cfg, batch=batch, capacity=capacity, dtype=dtype)
+    return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), shapes)
 
 
 def append(cache: LayerCache, k, v, positions) -> LayerCache:

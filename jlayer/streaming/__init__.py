@@ -1,1 +1,1 @@
-"""Disk, host, device, dropped: what moves weights, and the schedule that says when."""
+"""Moves weights from disk to host to device and drops them, as a schedule says."""

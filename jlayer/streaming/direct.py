@@ -1,9 +1,9 @@
-"""Bytes from files into memory that is already there: O_DIRECT where the file system has it,
-buffered where not.
+"""Reads bytes of files into existing memory: with O_DIRECT if the file system supports it, else
+buffered.
 
-Direct reads go past the page cache, so they neither take a core for the kernel's copy nor push out
-what is worth keeping. They want offset, length and address aligned, so a segment is read with its
-surrounding blocks; what then lies where JAX would copy it is moved a few bytes down.
+Direct reads bypass the page cache: they need no core for the kernel's copy and do not evict useful
+pages. They need aligned offset, length and address, so a segment is read with the blocks around it.
+If it then begins at an address at which JAX would copy it, it is moved down by a few bytes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.place import VIEW_ALIGNMENT
 
-REQUEST_BYTES = (
-    16 << 20
-)  # one request: long enough for a disk's full speed, short enough to stop within a moment
-TABLE_REQUEST_BYTES = 4 << 20  # reading a table through is in no hurry
+# One request: long enough for the full speed of a disk, short enough to stop within a moment.
+REQUEST_BYTES = 16 << 20
+TABLE_REQUEST_BYTES = 4 << 20  # for reading a whole table, which is not urgent
 
 
 def disk_speed(paths, *, most_bytes: int = 256 << 20) -> float | None:
-    """Bytes a second of reading some of these files past the page cache, two requests in flight.
+    """Measures bytes/s of reading parts of these files past the page cache, two requests in flight.
 
-    None where there is less than a few requests' worth, or the file system has no direct reads.
+    None if there are fewer than four requests' worth, or the file system has no direct reads.
     """
     places = [
         Segment(path, offset, REQUEST_BYTES)
@@ -68,16 +67,15 @@ def aligned_span(segment: Segment) -> tuple[int, int]:
 
 
 def is_moved(segment: Segment, unit: int = VIEW_ALIGNMENT) -> bool:
-    """Whether a segment, once read, does not begin at a multiple of `unit`, and is therefore
-    moved: where JAX would copy it, or where a blob does not have it."""
+    """Whether a segment must be moved after reading, since it does not begin at a multiple of
+    `unit`."""
     return segment.offset % unit != 0
 
 
 class Reader:
-    """Open files and the way to read them. Every file is opened once, here; reading opens
-    nothing.
+    """Open files, and reading from them. Every file is opened once, when the reader is made.
 
-    `identities`: what each file was when it was checked; raises CheckpointError where it is not.
+    `identities`: of each file when it was checked. Raises CheckpointError if one has changed.
     """
 
     def __init__(self, paths: Iterable[str], identities: Mapping[str, Identity] | None = None):
@@ -102,17 +100,17 @@ class Reader:
         return all(direct for _, direct in self._files.values())
 
     def check_unchanged(self):
-        """Raises CheckpointError where a file is no longer what was checked."""
+        """Raises CheckpointError if a file has changed since it was checked."""
         for path, (fd, _) in self._files.items():
             _check_identity(fd, path, self._identities.get(path))
 
     def read(self, segment: Segment, into: np.ndarray, unit: int = VIEW_ALIGNMENT) -> int:
-        """Fills `into` (uint8, page-aligned) with the blocks around a segment; returns where in it
-        the segment begins: at a multiple of `unit`, which divides ALIGNMENT.
+        """Fills `into` (uint8, page-aligned) with the blocks around a segment.
 
-        Moving within the slot took 0.08 s of a core for 1 GB, by way of a buffer beside it 0.14 s;
-        another thread does it while the next request is read. Raises CheckpointError where the file
-        ends early, StorageError where the system cannot read.
+        Returns the offset in `into` at which the segment begins: a multiple of `unit`, which
+        divides ALIGNMENT. Moving inside the slot takes 0.08 s of a core for 1 GB, through a second
+        buffer 0.14 s; another thread does it during the next request. Raises CheckpointError if the
+        file ends early, StorageError if the system cannot read or `stop` was called.
         """
         first, length = aligned_span(segment)
         needed = segment.offset + segment.n_bytes - first
@@ -132,14 +130,14 @@ class Reader:
                         "it was cut off"
                     )
                 begin = max(done, down)
-                if down and begin < done + count:  # a file may end before anything is to be moved
+                if down and begin < done + count:  # a short read may end before the segment begins
                     if moving:
                         moving.result()
                     moving = self._movers.submit(_move, into, begin, done + count, down)
                 done += count
         finally:
             if moving:
-                moving.result()  # whoever has the slot next must not find it being written
+                moving.result()  # nothing may write to the slot after this returns
         return segment.offset - first - down
 
     def _request(self, path, view, offset):
@@ -148,8 +146,8 @@ class Reader:
             return os.preadv(fd, [view], offset)
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
-                # A file system may accept the flag at open and refuse it here.
-                # The other descriptor stays open until the end: another thread may be using it.
+                # A file system may accept O_DIRECT at open and refuse it here. The direct
+                # descriptor stays open until `close`: another thread may be using it.
                 with self._lock:
                     if self._files[path][1]:
                         self._files[path] = (_open_buffered(path), False)
@@ -160,7 +158,7 @@ class Reader:
             ) from None
 
     def stop(self):
-        """Makes a read under way end at its next request."""
+        """Makes running reads fail at their next request, until `resume`."""
         self._stopped.set()
 
     def resume(self):
@@ -175,7 +173,7 @@ class Reader:
 
 
 class RowReader:
-    """Rows of one table by number, through the page cache: a few rows a token, never the table."""
+    """Reads single rows of a table by number, through the page cache."""
 
     def __init__(self, segment: Segment, *, n_rows: int, identity: Identity | None = None):
         self._segment, self._identity = segment, identity
@@ -187,8 +185,8 @@ class RowReader:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number, integers [n] -> uint8 [n, row bytes]. Raises as `Reader.read` does."""
         n_bytes = self._row_bytes
-        found = np.empty((len(rows), n_bytes), np.uint8)
-        whole = memoryview(found).cast("B")
+        output = np.empty((len(rows), n_bytes), np.uint8)
+        whole = memoryview(output).cast("B")
         for i, row in enumerate(rows.tolist()):
             offset = self._segment.offset + row * n_bytes
             try:
@@ -202,19 +200,19 @@ class RowReader:
                     f"{self._segment.file}: ends before row {row}; it was cut off"
                 )
         _check_identity(self._fd, self._segment.file, self._identity)
-        return found
+        return output
 
     def begin_whole(self, take: Callable[..., None]) -> None:
-        """Starts reading the table once from end to end in the background, past the page cache.
+        """Starts reading the whole table once in the background, past the page cache.
 
-        `take(rows, n_rows=..., first_row=...)` gets the bytes of some rows at a time.
+        `take(rows, n_rows=..., first_row=...)` is called with the bytes of some rows at a time.
         """
         self._reader = Reader([self._segment.file])
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlayer-table")
         self._whole = self._pool.submit(self._read_whole, take)
 
     def settle(self) -> None:
-        """Waits until the table was read whole, where that was begun; raises what went wrong."""
+        """Waits for `begin_whole`, if it was called; raises its error."""
         if self._whole is not None:
             self._whole.result()
 
@@ -241,13 +239,13 @@ class RowReader:
 
 
 def aligned_buffer(n_bytes: int) -> np.ndarray:
-    """uint8 [n_bytes] that begins on a multiple of ALIGNMENT."""
+    """uint8 [n_bytes] at an address that is a multiple of ALIGNMENT."""
     buffer = np.zeros(n_bytes + ALIGNMENT, np.uint8)
     return buffer[-buffer.ctypes.data % ALIGNMENT :][:n_bytes]
 
 
 def _move(memory, begin, end, by):
-    """Moves bytes down within memory. numpy would make a copy of its own in between."""
+    """Moves bytes down by `by` within memory. numpy would make a temporary copy."""
     address = memory.ctypes.data
     ctypes.memmove(address + begin - by, address + begin, end - begin)
 

@@ -1,4 +1,4 @@
-"""Rows of the embedding table by number, as they are stored: a few a token, never the table."""
+"""Reads single rows of the embedding table; the whole table is never in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jlayer.streaming.direct import RowReader
 
 
 class Embedding:
-    """A store's table, opened: one array, or the pieces that it is quantised to."""
+    """The open embedding table of a store: one array, or its quantised pieces."""
 
     def __init__(self, store: Store, weights: Weights):
         leaf = family_of(weights.cfg).embedding
@@ -26,11 +26,11 @@ class Embedding:
 
     @property
     def tensors(self) -> list[str]:
-        """The names of what it reads."""
+        """The names of the table's tensors on disk."""
         return list(self._readers)
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number, integers [n] -> those of each part by leaf, [n, ...] in its own dtype.
+        """Rows by number, integers [n] -> by leaf the rows [n, ...] of each part, as stored.
 
         Raises CheckpointError or StorageError.
         """
@@ -40,11 +40,11 @@ class Embedding:
         }
 
     def begin_whole(self, tensor: str, take: Callable[..., None]) -> None:
-        """Starts reading one of `tensors` from end to end; see `RowReader.begin_whole`."""
+        """Starts reading the whole of one of `tensors`; see `RowReader.begin_whole`."""
         self._readers[tensor].begin_whole(take)
 
     def settle(self) -> None:
-        """Waits for what was begun; raises what went wrong."""
+        """Waits for the reads that `begin_whole` started; raises their errors."""
         for reader in self._readers.values():
             reader.settle()
 

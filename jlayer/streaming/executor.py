@@ -1,7 +1,7 @@
-"""Carries out the schedule: where a token's path and a weight's path cross.
+"""Executes the schedule: here the path of a token and the path of a weight cross.
 
-Knows tiles, slots and steps, and nothing of models or tokens. What a tile's weights are used for
-comes from outside, as a function from (tile, arrays) to an output that can be waited for.
+Handles tiles, slots and steps, not models or tokens. The caller passes a function that uses a
+tile's weights: (tile, arrays) -> an output that can be waited for.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from jlayer.streaming.place import VIEW_ALIGNMENT, place
 from jlayer.streaming.schedule import Free, Put, Read, Run, sweeps
 from jlayer.streaming.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 
-PATIENCE_S = 1.0  # a tile that takes longer than this to read is worth a word
-READERS = 2  # requests in flight: one alone leaves the disk idle between two of them
+PATIENCE_S = 1.0  # `on_stall` is called if the executor waits longer than this for a read
+READERS = 2  # reads in flight: with one, the disk is idle between two requests
 
 
 @dataclass
 class Watch:
-    """Who is told: `on_step` (step, tile) of every step before it is taken, `on_taken` (step, made)
-    after it, with what it set going (a Read's Future, a Put's arrays, a Run's output, nothing for a
-    Free), and `on_stall` (tile, seconds) while a read does not end. Outside the sweeps: `on_phase`
-    (words) when a phase of opening begins, `on_compile` (label) before a program is compiled, and
-    (None) after it."""
+    """Callbacks for observers; each may be None.
+
+    `on_step` (step, tile): before every step. `on_taken` (step, result): after every step, with its
+    result (of a Read a Future, of a Put arrays, of a Run its output, of a Free None). `on_stall`
+    (tile, seconds): again and again while a read is late. `on_phase` (words): a phase of opening
+    begins. `on_compile` (label): before a program is compiled, and (None) after it.
+    """
 
     on_step: Callable | None = None
     on_taken: Callable | None = None
@@ -47,14 +49,14 @@ class Watch:
     on_compile: Callable | None = None
 
     def phase(self, words: str):
-        """A phase of opening begins: a safe point for signals."""
+        """Announces a phase of opening; signals are handled here."""
         check()
         if self.on_phase:
             self.on_phase(words)
 
     @contextmanager
     def compiling(self, label: str):
-        """A program is compiled meanwhile."""
+        """Announces that a program is compiled inside the `with`."""
         if self.on_compile:
             self.on_compile(label)
         try:
@@ -65,7 +67,7 @@ class Watch:
 
     @contextmanager
     def also(self, on_step: Callable):
-        """Tells `on_step` too, after whoever is told already, for as long as it is entered."""
+        """Calls `on_step` too, after the present callback, inside the `with`."""
         before = self.on_step
 
         def both(step, tile):
@@ -81,10 +83,11 @@ class Watch:
 
 @dataclass
 class Totals:
-    """What was moved so far; bytes in bytes, times in seconds.
+    """Sums of all sweeps so far, in bytes and seconds.
 
-    `bounced_bytes` were copied again in host memory to fix their alignment; `stall_s` is what the
-    executor waited for weights; `most_live_*` are of passing weights on the device at one time.
+    `bounced_bytes`: copied again in host memory to fix their alignment. `stall_s`: time that the
+    executor waited for weights. `most_live_*`: the most weights on the device at a time, without
+    those that stay there.
     """
 
     read_bytes: int = 0
@@ -96,7 +99,7 @@ class Totals:
     most_live_bytes: int = 0
 
     def since(self, before: Totals) -> dict[str, float]:
-        """What was added since `before`, of everything that adds up."""
+        """The difference to an earlier copy, of the fields in ADDED."""
         return {name: getattr(self, name) - getattr(before, name) for name in ADDED}
 
 
@@ -104,10 +107,11 @@ ADDED = ("read_bytes", "put_bytes", "bounced_bytes", "stall_s")
 
 
 class Executor:
-    """Streams a model's tiles onto `device`, sweep after sweep; `tiers` says what is kept where.
+    """Streams a model's tiles to `device`, sweep after sweep.
 
-    `ring`: host slots; `ahead`: tiles on the device at a time beside those that stay there. What is
-    read for the first time is checked against `checks`, in the reader's thread.
+    `tiers`: where each tile is kept. `ring`: number of host slots. `ahead`: tiles on the device at
+    a time besides those that stay there. A tile that is read for the first time is checked against
+    `checks`, in the reader thread.
     """
 
     def __init__(
@@ -139,18 +143,20 @@ class Executor:
         files = {segment.file for segments, _ in self._placed for segment in segments}
         self._reader = Reader(files, store.identities)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
-        self._reads: dict[int, Future] = {}  # tile -> the read that is under way for it
-        self._in_host: dict[int, object] = {}  # tile -> its arrays in a room of its own
+        self._reads: dict[int, Future] = {}  # tile -> its unfinished read
+        self._in_host: dict[int, object] = {}  # tile of the host tier -> its arrays in its room
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
-        self._passing: set[int] = set()  # those of them that do not stay
+        self._passing: set[int] = set()  # the tiles on the device that do not stay
         self._outputs: dict[int, object] = {}  # passing tile -> the output of its run
         self._last_output = None
-        self._lists = None  # what comes next; None: nothing is under way
+        self._lists = None  # the next lists of steps; None: no read or put is in progress
         self._refusal: JlayerError | None = None
 
     def retier(self, tiers: tuple[Tier, ...]) -> None:
-        """Keeps the same tiles in other places from the next sweep on. What stays in host memory in
-        both is not read again."""
+        """Changes the tiers of the tiles from the next sweep on.
+
+        A tile of the host tier that stays there is not read again.
+        """
         self._abandon()
         for tile, tier in enumerate(tiers):
             if tier is not Tier.HOST:
@@ -159,13 +165,12 @@ class Executor:
         self._tiers = tiers
 
     def refuse(self, error: JlayerError) -> None:
-        """Makes a sweep that is under way in another thread end with this error at its next
-        step."""
+        """Makes a sweep in another thread fail with this error at its next step."""
         self._refusal = error
 
     @property
     def host_bytes(self) -> int:
-        """Host memory held for weights now."""
+        """Bytes of host memory held for weights now."""
         return self._memory.n_bytes
 
     @property
@@ -173,8 +178,7 @@ class Executor:
         return self._reader.reads_directly
 
     def fill(self):
-        """Starts reading ahead: what comes before the first sweep. Does nothing when already under
-        way."""
+        """Starts the reads and puts that come before the first sweep, unless already started."""
         if self._lists is None:
             self._reader.resume()
             self._lists = sweeps(
@@ -184,8 +188,10 @@ class Executor:
                 self._interpret(next(self._lists), None, signals)
 
     def sweep(self, run: Callable[[Tile, object], object]):
-        """One pass over all tiles in order. An error or an interrupt leaves nothing passing on the
-        device and no read under way."""
+        """One sweep: a forward pass over all tiles in order; `run` uses each.
+
+        After an error or an interrupt no read is in progress and no tile is on the device.
+        """
         self.fill()
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
@@ -193,18 +199,18 @@ class Executor:
         self.totals.sweeps += 1
 
     def slot(self, number: int) -> np.ndarray:
-        """Host memory of a slot, counted around the ring; only while nothing is under way."""
+        """The memory of a host slot, by number modulo the ring; only before `fill`."""
         assert self._lists is None
         return self._memory.slot(number % self._ring)
 
     def settle(self):
-        """Waits for the reads that are under way: then the disk is idle until the next sweep."""
+        """Waits for the reads in progress: the disk is then idle until the next sweep."""
         wait(self._reads.values())
 
     @contextmanager
     def _safely(self):
-        """Signals wait for the end of a step, the cyclic collector for the end of the sweep;
-        whatever goes wrong, nothing is left under way."""
+        """Defers signals to the end of a step and cyclic garbage collection to the end of the
+        sweep; after an error, abandons all work in progress."""
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -230,12 +236,12 @@ class Executor:
                 name = self.tiles[step.tile].name
                 raise StorageError(f"{name}: the device failed ({_first_line(error)})") from error
 
-    def _tell(self, step, made):
+    def _tell(self, step, result):
         if self._watch.on_taken:
-            self._watch.on_taken(step, made)
+            self._watch.on_taken(step, result)
 
     def _take(self, step, run, signals):
-        """Returns what the step set going, for whoever watches."""
+        """Executes a step; returns its result for `Watch.on_taken`."""
         match step:
             case Read(tile, slot):
                 self._reads[tile] = self._pool.submit(self._read, tile, slot)
@@ -252,14 +258,16 @@ class Executor:
             case Free(tile, _, None):
                 jax.block_until_ready(self._on_device[tile])
             case Free(tile, _, after):
-                # The output's readiness, not the transfer's: on the CPU the slot is the weight.
+                # Wait for the output, not the transfer: on the CPU the slot itself is the weight.
                 jax.block_until_ready(self._outputs.pop(after))
                 del self._on_device[tile]
                 self._passing.remove(tile)
 
     def _read(self, tile, slot):
-        """In a reader's thread: fills a slot or the tile's own room, and returns what is to be put:
-        views of its parts by leaf, or all of it as one array."""
+        """In a reader thread: fills a slot or the tile's own room.
+
+        Returns what to put: views of the parts by leaf, or one array of bytes for a joined tile.
+        """
         (segments, places), layout = self._placed[tile], self.tiles[tile].joined
         try:
             memory = (
@@ -285,7 +293,8 @@ class Executor:
         }
 
     def _check(self, pieces, shifts, places):
-        """Vectors are not looked at: they were when the model was opened."""
+        """Adds the rows of matrices to the checks; vectors were checked when the model was
+        opened."""
         for placed in places:
             part = placed.part
             if len(part.shape) > 1:
@@ -297,7 +306,8 @@ class Executor:
         if self._tiers[tile] is Tier.HOST:
             self._in_host[tile] = views
         elif self._tiers[tile] is Tier.DEVICE and not self._has_link:
-            views = {leaf: array.copy() for leaf, array in views.items()}  # the slot moves on
+            # Without a link the arrays would be views of the slot, which is written again.
+            views = {leaf: array.copy() for leaf, array in views.items()}
         self.totals.put_bytes += self.tiles[tile].n_bytes
         return jax.device_put(views, self.device)
 
@@ -335,8 +345,8 @@ class Executor:
         self._reader.stop()
         for read in self._reads.values():
             read.cancel() or read.exception()
-        # What was dispatched may still use a slot; it must be over before a slot is written again.
-        # If it failed, that is what is being reported already.
+        # Dispatched runs may still use a slot: wait before a slot is written again. Their failure
+        # is already being reported.
         with suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready((self._last_output, list(self._on_device.values())))
         self._reads.clear()
@@ -347,8 +357,7 @@ class Executor:
         self._lists = None
 
     def close(self):
-        """Stops the readers' threads and closes the files. The executor cannot be used
-        afterwards."""
+        """Stops the reader threads and closes the files. The executor cannot be used afterwards."""
         if self._pool is None:
             return
         self._abandon()
@@ -360,7 +369,7 @@ class Executor:
 
 
 def _unit(layout):
-    """What a segment's place in a slot is to be a multiple of."""
+    """The alignment of a segment in a slot."""
     return ALIGNMENT if layout else VIEW_ALIGNMENT
 
 

@@ -1,4 +1,4 @@
-"""Where a tile lies on disk, and where its parts lie once it is read."""
+"""The segments of a tile on disk, and the position of its parts after reading."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from jlayer.checkpoint.store import Segment, Store
 from jlayer.plan.tiles import Part, Tile
 
-# JAX takes an array as it lies only at a multiple of this; elsewhere it copies it, slowly.
+# JAX uses a host array without copying only at a multiple of this address; else it copies, slowly.
 VIEW_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A part's place once its tile is read: which of the tile's segments, and how far into it."""
+    """The position of a part after reading: the index of its segment, and the offset in it."""
 
     part: Part
     segment: int
@@ -21,10 +21,10 @@ class Placement:
 
 
 def place(store: Store, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placement, ...]]:
-    """The segments to read for a tile, and where each part lies in them.
+    """The segments to read for a tile, and the position of each part in them.
 
-    Neighbours are joined where the later one can then be viewed where it comes to lie. A tile that
-    crosses the link as one array has a segment for each part, in the parts' order.
+    Parts that are neighbours on disk share a segment if the later part is then aligned to
+    VIEW_ALIGNMENT. A joined tile has one segment for each part, in the order of the parts.
     """
     if tile.joined:
         places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))

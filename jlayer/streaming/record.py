@@ -1,7 +1,7 @@
-"""When each step of a sweep really began and ended, noted while it runs, for a picture of it.
+"""Records when each step of a sweep really began and ended, for a picture of it.
 
-Reads end in readers' threads, and puts and runs go on after they were asked for; so a thread of its
-own waits for each kind. Nothing of this exists unless a recorder is attached.
+Reads end in reader threads; puts and runs are asynchronous, so one thread waits for the puts and
+another for the runs. None of this exists unless a recorder is attached.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ KEPT_SWEEPS = 2
 
 @dataclass(frozen=True)
 class Span:
-    """What a lane did with a tile from `begin` to `end` (seconds of one clock). `row`: which of the
-    lane's workers did it."""
+    """The work of a lane on a tile from `begin` to `end` (seconds of one clock).
+
+    `row`: the number of the lane's worker.
+    """
 
     lane: str
     tile: int
@@ -38,8 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The last sweeps of a run. `starts`: when each of them began; the last one's end is the
-    end."""
+    """The last sweeps of a run. `starts`: the begin of each. `end`: the end of the last."""
 
     tiles: tuple[Tile, ...]
     tiers: tuple[Tier, ...]
@@ -51,7 +52,7 @@ class Timeline:
         return [span for span in self.spans if span.lane == name]
 
     def busy(self, lane: str) -> float:
-        """The share of the time from the first start to the end in which a lane did anything."""
+        """The share of the time from the first start to the end in which a lane was busy."""
         covered, last = 0.0, self.starts[0]
         for span in sorted(self.lane(lane), key=lambda span: span.begin):
             end = min(span.end, self.end)
@@ -62,7 +63,7 @@ class Timeline:
 
 @dataclass
 class _Mark:
-    """A step under way: when it was asked for, what must have ended before it could begin."""
+    """A step in progress: when it was asked for, and the step (`after`) that it depends on."""
 
     tile: int
     asked: float
@@ -73,7 +74,7 @@ class _Mark:
 
 @dataclass
 class _Pending:
-    """A tile between its read and its free: its latest marks, and who still waits for it."""
+    """A tile between its read and its free: its latest marks, and the pending waits for it."""
 
     read: _Mark | None = None
     put: _Mark | None = None
@@ -81,7 +82,7 @@ class _Pending:
 
 
 class Recorder:
-    """Notes the steps that an executor takes while it is entered; then ask for `timeline`."""
+    """Records the steps of an executor inside the `with`; then call `timeline`."""
 
     def __init__(self, watch, tiles: Sequence[Tile], tiers: Sequence[Tier]):
         self._watch, self._tiles, self._tiers = watch, tuple(tiles), tuple(tiers)
@@ -115,20 +116,20 @@ class Recorder:
                 self._starts.append(self._asked)
             self._last_run = step.tile
 
-    def _on_taken(self, step, made):
+    def _on_taken(self, step, result):
         state = self._tile_states.setdefault(step.tile, _Pending())
         match step:
             case Read(tile):
                 state.read = _Mark(tile, self._asked, row=None)
-                made.add_done_callback(partial(self._note_read, state.read))
+                result.add_done_callback(partial(self._note_read, state.read))
             case Put(tile):
                 state.put = _Mark(tile, self._asked, after=state.read)
-                self._await("put", state, state.put, made)
+                self._await("put", state, state.put, result)
                 state.read = None
             case Run(tile):
-                self._await("run", state, _Mark(tile, self._asked, after=state.put), made)
+                self._await("run", state, _Mark(tile, self._asked, after=state.put), result)
             case Free(tile):
-                # So that a waiter never holds weights for longer than the executor does.
+                # A waiter must not hold weights longer than the executor does.
                 for wait in state.waits.values():
                     wait.result()
                 self._end = time.perf_counter()
@@ -136,29 +137,30 @@ class Recorder:
                 del self._tile_states[step.tile]
 
     def _note_read(self, mark, future):
-        """Called in the thread that read, or here where the read was over at once."""
+        """Called in the reader thread, or at once if the read had already ended."""
         mark.ended = time.perf_counter()
         worker = threading.current_thread().name.rpartition("_")[2]
         mark.row = int(worker) if worker.isdigit() else None
         self._marks["read"].append(mark)
 
-    def _await(self, lane, state, mark, made):
-        # What is ready (as a CPU's put always is) is noted here, but never before an earlier one.
+    def _await(self, lane, state, mark, result):
+        # A result that is ready (a put on a CPU always is) is noted here, unless an earlier one is
+        # still waited for.
         in_turn = self._last_waits[lane] is None or self._last_waits[lane].done()
-        if in_turn and all(array.is_ready() for array in jax.tree.leaves(made)):
-            self._note_end(lane, mark, made)
+        if in_turn and all(array.is_ready() for array in jax.tree.leaves(result)):
+            self._note_end(lane, mark, result)
             return
-        wait = self._waiters[lane].submit(self._note_end, lane, mark, made)
+        wait = self._waiters[lane].submit(self._note_end, lane, mark, result)
         state.waits[lane] = self._last_waits[lane] = wait
 
-    def _note_end(self, lane, mark, made):
-        with suppress(jax.errors.JaxRuntimeError):  # the executor tells of it
-            jax.block_until_ready(made)
+    def _note_end(self, lane, mark, result):
+        with suppress(jax.errors.JaxRuntimeError):  # the executor reports it
+            jax.block_until_ready(result)
         mark.ended = time.perf_counter()
         self._marks[lane].append(mark)
 
     def timeline(self) -> Timeline | None:
-        """The last sweeps, from the first tile run to the last one freed; None before any."""
+        """The last sweeps, from the first run to the last free; None before the first sweep."""
         if not self._starts or self._end <= self._starts[0]:
             return None
         spans = [span for lane in LANES for span in _spans(lane, self._marks[lane])]
@@ -167,7 +169,8 @@ class Recorder:
 
 
 def _spans(lane, marks):
-    """When each step really began: asked for, what it needs there, and its worker free."""
+    """The spans of a lane. A step begins once it is asked for, its dependency has ended, and its
+    worker is free."""
     free_at = {0: 0.0, 1: 0.0} if lane == "read" else {0: 0.0}
     for mark in sorted(marks, key=lambda mark: mark.ended):
         row = min(free_at, key=free_at.get) if mark.row is None else mark.row

@@ -1,10 +1,10 @@
-"""A plan as the steps of each sweep (one forward pass over all layers): plain lists that the
-executor interprets, and that anything else can sum, draw or test.
+"""A plan as lists of steps for each sweep: one forward pass over all layers.
 
-A *fixed* set of tiles stays on the device and another in host memory; the rest passes through a
-ring of host slots in every sweep. Reads run ahead as far as the ring has room, puts as far as the
-device has: while tile k runs, the next ones are on their way, and after the last tile those of the
-next sweep. The first sweep fills the fixed sets as it passes.
+The executor interprets the lists; they can also be summed, drawn and tested. A fixed set of tiles
+stays on the device and another in host memory; the others pass through a ring of host slots in
+every sweep. Reads run ahead while the ring has free slots, puts while the device has room. While a
+tile runs, the next tiles are being read and put; after the last tile follow those of the next
+sweep. The first sweep also fills the fixed sets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from jlayer.plan.tiles import Tier
 
 @dataclass(frozen=True)
 class Read:
-    """Disk to host memory, in the background. `slot`: in the ring; None: the tile's own room, to
-    stay there."""
+    """Read a tile from disk to host memory, in the background.
+
+    `slot`: in the ring; None: the tile's own room, in which it stays.
+    """
 
     tile: int
     slot: int | None
@@ -27,7 +29,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Put:
-    """Host to device, once the tile's read (if it has one in this sweep) is done."""
+    """Put a tile from host to device, after its read, if it is read in this sweep."""
 
     tile: int
     slot: int | None
@@ -35,7 +37,7 @@ class Put:
 
 @dataclass(frozen=True)
 class Run:
-    """Compiled functions over the tile's weights on the device."""
+    """Call the compiled functions that use the tile's weights on the device."""
 
     tile: int
 
@@ -45,8 +47,7 @@ class Free:
     """Wait for the run of tile `after`, which used this tile; then drop the tile from the device
     and release its slot.
 
-    `after` is None where nothing has used it: the tile stays on the device, and only its slot is
-    released, once the transfer is done.
+    If `after` is None, the tile stays on the device: wait for its transfer, then release the slot.
     """
 
     tile: int
@@ -60,11 +61,10 @@ Step = Read | Put | Run | Free
 def sweeps(
     tiers: Sequence[Tier], *, ring: int, ahead: int, in_place: Collection[int] = ()
 ) -> Iterator[list[Step]]:
-    """The steps before the first sweep, then those of each sweep, without end.
+    """Yields the steps before the first sweep, then the steps of each sweep, without end.
 
-    `ring`: host slots for what comes from disk. `ahead`: the most tiles that are put before they
-    run, the running one included. `in_place`: tiles of the host tier that are in host memory
-    already.
+    `ring`: number of host slots. `ahead`: the most tiles that are put before they run, the running
+    one included. `in_place`: tiles of the host tier that are already in host memory.
     """
     state = _Stream(tiers, ring=ring, ahead=ahead, in_place=in_place)
     yield state.begin()
@@ -73,7 +73,10 @@ def sweeps(
 
 
 class _Stream:
-    """What has been read, put and freed so far, in an order of tiles that never ends."""
+    """The state of the stream: the tiles read, put and freed so far, in endless order.
+
+    A move is one trip of a tile to the device; moves are numbered.
+    """
 
     def __init__(self, tiers, *, ring, ahead, in_place):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
@@ -87,7 +90,7 @@ class _Stream:
         self._on_device: deque[tuple[int, int]] = deque()  # (move, tile) put, not yet freed
 
     def _all_moves(self) -> Iterator[tuple[int, int, bool]]:
-        """(number, tile, whether it is read) of everything that passes, in order."""
+        """Yields (number, tile, whether it is read) of every move, in order."""
         number, first = 0, True
         while self._passing:
             for tile in self._passing:
@@ -98,7 +101,10 @@ class _Stream:
             first = False
 
     def begin(self):
-        """What stays on the device comes first, before anything else takes room between it."""
+        """The steps before the first sweep.
+
+        Tiles that stay on the device are placed first, so that others leave no gaps between them.
+        """
         return [*self._place_residents(), *self._read_ahead(), *self._put_ahead(self._ahead - 1)]
 
     def _place_residents(self):
@@ -117,7 +123,7 @@ class _Stream:
                 steps.append(Run(tile))
                 continue
             if not self._on_device or self._on_device[0][1] != tile:
-                steps += self._put_ahead(1)  # a ring of one slot: it could not come earlier
+                steps += self._put_ahead(1)  # in a ring of one slot it could not be put earlier
             steps.append(Run(tile))
             steps += self._put_ahead(self._ahead)
             number, _ = self._on_device.popleft()
@@ -129,7 +135,7 @@ class _Stream:
         return steps
 
     def _next(self):
-        """Looks one move further along; False where nothing ever moves."""
+        """Queues one more move; False if no tile ever moves."""
         move = next(self._moves, None)
         if move is None:
             return False
@@ -142,28 +148,28 @@ class _Stream:
         return True
 
     def _read_ahead(self):
-        """Reads for as long as the ring has room, in order, so that none overtakes."""
+        """Reads while the ring has free slots, in order: no read overtakes an earlier one."""
         steps = []
         while self._to_read or self._look_for_a_read():
             number, tile = self._to_read[0]
-            own = self._tiers[tile] is Tier.HOST
-            if not own and not self._free:
+            has_room = self._tiers[tile] is Tier.HOST  # it needs no slot
+            if not has_room and not self._free:
                 break
             self._to_read.popleft()
-            self._slots[number] = None if own else self._free.popleft()
+            self._slots[number] = None if has_room else self._free.popleft()
             steps.append(Read(tile, self._slots[number]))
         return steps
 
     def _look_for_a_read(self):
-        """Looks ahead by less than a sweep, so that no tile is under way twice."""
+        """Queues moves until one needs a read; less than a sweep ahead, so that no tile is moved
+        twice at a time."""
         while not self._to_read and len(self._to_put) + len(self._on_device) < len(self._passing):
             if not self._next():
                 return False
         return bool(self._to_read)
 
     def _put_ahead(self, limit):
-        """Puts until `limit` tiles are on the device, or until one has not been given a slot
-        yet."""
+        """Puts until `limit` tiles are on the device, or until the next tile has no slot yet."""
         steps = []
         limit = min(limit, len(self._passing))
         while len(self._on_device) < limit and (self._to_put or self._next()):

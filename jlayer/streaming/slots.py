@@ -1,10 +1,9 @@
-"""Host memory for weights: a ring of slots written in place again and again, and rooms for what
-stays. The one unsafe class.
+"""Host memory for weights: a ring of slots that are reused, and a room of its own for each tile
+that stays. This is the one unsafe class.
 
-A view of a slot given to JAX may *be* the live weight (on the CPU an aligned array is aliased, not
-copied; on an accelerator the transfer reads it in the background). So a slot may be written again
-only when the output of what used it is ready. The schedule says when that is; nothing here checks
-it.
+A view of a slot that was given to JAX may be the live weight itself: on the CPU an aligned array is
+aliased, not copied; on an accelerator the transfer reads it in the background. So wait for the run
+that used a slot before writing to it again. The schedule does that; nothing here checks it.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ _HUGE_PAGE = 2 << 20
 
 
 def slot_bytes_for(segments: tuple[Segment, ...]) -> int:
-    """The slot that a tile of these segments needs: each segment with its surrounding blocks."""
+    """Bytes of the slot for these segments, each with the disk blocks around it."""
     return sum(aligned_span(segment)[1] for segment in segments)
 
 
 class HostMemory:
-    """`ring` slots of `slot_bytes` each, allocated and touched at once, and rooms made on demand.
+    """`ring` slots of `slot_bytes` each, allocated and touched at once; rooms are made on demand.
 
-    With `pin` every byte is registered with the CUDA driver, so that transfers run at the link's
-    speed, in the background and without a copy.
+    `pin` registers all memory with the CUDA driver, so that transfers run in the background, at
+    the full speed of the link and without a copy.
     """
 
     def __init__(self, ring: int, slot_bytes: int, *, pin: bool):
@@ -49,7 +48,7 @@ class HostMemory:
 
     @property
     def n_bytes(self) -> int:
-        """All that is held now."""
+        """Bytes of all slots and rooms."""
         return len(self._slots) * self._slot_bytes + sum(
             room.nbytes for room in self._rooms.values()
         )
@@ -58,13 +57,13 @@ class HostMemory:
         return self._slots[number]
 
     def room(self, tile: int, n_bytes: int) -> np.ndarray:
-        """Memory of a tile's own, made when it is first asked for."""
+        """The memory of a tile that stays in host memory, allocated on the first call."""
         if tile not in self._rooms:
             self._rooms[tile] = self._allocate(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
         return self._rooms[tile]
 
     def drop_room(self, tile: int) -> None:
-        """Gives up a tile's own memory, where it has any."""
+        """Releases a tile's room, if it has one."""
         room = self._rooms.pop(tile, None)
         if room is not None and self._driver:
             self._driver.unregister(room)
@@ -74,14 +73,14 @@ class HostMemory:
         if n_bytes >= _HUGE_PAGE:
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(memory, np.uint8)
-        # A fresh page faults in at a tenth of the speed of a touched one.
+        # Touch every page now: the first write to a fresh page is ten times slower.
         whole[:: mmap.PAGESIZE] = 0
         if self._driver:
             self._driver.register(whole)
         return whole
 
     def close(self):
-        """Unpins. The memory itself goes when the last view of it does."""
+        """Unpins all memory. It is released with its last view."""
         if self._driver:
             self._driver.close()
 
@@ -89,27 +88,29 @@ class HostMemory:
 def split_room(
     memory: np.ndarray, segments: tuple[Segment, ...], offsets: tuple[int, ...] | None = None
 ) -> list[np.ndarray]:
-    """Where in a slot or room each segment's blocks go: at `offsets`, or one after another."""
+    """Splits a slot or room into memory for each segment: at `offsets`, or one after another."""
     lengths = [aligned_span(segment)[1] for segment in segments]
     offsets = offsets or list(accumulate(lengths, initial=0))[:-1]
     return [memory[at : at + n] for at, n in zip(offsets, lengths, strict=True)]
 
 
 def raw_view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
-    """A part's bytes inside the piece that its segment was read into, without a copy."""
+    """The bytes of a part, as a view of the piece that its segment was read into.
+
+    `shift`: the offset in the piece at which the segment begins.
+    """
     begin = shift + place.offset
     return piece[begin : begin + place.part.n_bytes]
 
 
 def view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
-    """A part's array there."""
+    """The array of a part, as a view like `raw_view`."""
     raw = raw_view(piece, shift, place)
     return raw.view(np.dtype(place.part.dtype)).reshape(place.part.shape)
 
 
 class _Driver:
-    """Pins host memory through the CUDA driver, in the context that JAX works in (the primary
-    one)."""
+    """Pins host memory through the CUDA driver, in the primary context, which JAX uses."""
 
     def __init__(self):
         self._cuda = ctypes.CDLL("libcuda.so.1")

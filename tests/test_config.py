@@ -1,0 +1,70 @@
+"""Options as users write them: sizes, and what is refused."""
+
+import pytest
+
+from jlayer.config import RunConfig, human, parse_bytes
+from jlayer.errors import UsageError
+
+SIZES = {
+    1: 1,
+    "1": 1,
+    "0b1000": None,
+    "512MiB": 512 << 20,
+    "4GiB": 4 << 30,
+    " 3.5 GB ": 3_500_000_000,
+    "2k": 2000,
+    "2ki": 2048,
+    "1t": 10**12,
+    "7b": 7,
+    "0.5": None,  # less than a byte
+    "0": None,
+    0: None,
+    -1: None,
+    "-1": None,
+    "": None,
+    "4 GiB free": None,
+    "1e9": None,
+    "nan": None,
+    "inf": None,
+    "9" * 18: 10**18,
+    "9" * 400: None,  # beyond float64
+    "9" * 5000: None,  # beyond the digits that Python reads as an int
+    "8388608TiB": None,  # 2**63
+    1 << 63: None,
+}
+
+
+@pytest.mark.parametrize("given", SIZES, ids=lambda given: repr(given)[:20])
+def test_a_size_is_a_number_of_bytes_or_refused_by_option(given):
+    if SIZES[given] is None:
+        with pytest.raises(
+            UsageError, match=r"^host_memory: found .*, expected a size such as 4GiB"
+        ):
+            parse_bytes(given, option="host_memory")
+    else:
+        assert parse_bytes(given, option="host_memory") == SIZES[given]
+
+
+def test_true_is_no_size():
+    with pytest.raises(UsageError, match="device_memory: found True"):
+        RunConfig.from_options(device_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.50 KiB"),
+        (5 << 20, "5.00 MiB"),
+        (3 << 29, "1.50 GiB"),
+        (7 << 40, "7168.00 GiB"),
+    ],
+)
+def test_bytes_are_shown_in_binary_units(n_bytes, text):
+    assert human(n_bytes) == text
+
+
+def test_an_unknown_option_names_the_closest_one():
+    with pytest.raises(UsageError, match="option 'host_memry' is not known: did you mean 'host_m"):
+        RunConfig.from_options(host_memry="4GiB")
