@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # XLA writes a line for each program that it finds compiled; a failing test would show hundreds.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# No test is a race: how long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile(
+    "no deadline", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("no deadline")
 
 COMPILED = "JLAYER_TESTS_COMPILED"  # names the folder that all workers of a session share
 REPOSITORY = Path(__file__).parent.parent

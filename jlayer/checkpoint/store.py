@@ -15,6 +15,7 @@ from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.layout import (
     EMBED_FILE,
     FINAL_FILE,
+    MANIFEST,
     Manifest,
     is_layered,
     layer_file,
@@ -64,6 +65,11 @@ class Store:
 
     def _open_layered(self):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
+        if self.manifest.family != self.cfg.model_type:
+            raise CheckpointError(
+                f"{self.folder}: {MANIFEST} is of a {self.manifest.family!a} model, config.json "
+                f"says {self.cfg.model_type!r}; put back the config, or convert the source again"
+            )
         self.fingerprint = self.manifest.source_fingerprint
         self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
         _check_side_files(self.folder, self.manifest)

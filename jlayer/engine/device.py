@@ -37,10 +37,12 @@ def gpu_name() -> str | None:
 
 
 def _ask_driver(fields):
-    program = shutil.which("nvidia-smi")
-    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if program is None or visible == "":
         return None
     query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    if visible is not None:  # JAX's first GPU is the first of these, not the machine's
+        query += ["-i", visible.split(",")[0].strip()]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode != 0 or not answer.stdout.strip():
         return None

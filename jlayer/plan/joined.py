@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jlayer.plan.machine import PLATFORMS
 from jlayer.spec import ALIGNMENT
 
-LINKED = ("gpu",)  # the platforms whose weights cross a link
 # Larger tiles are not joined: their transfer hides the cost of an array, and offsets in a joined
 # array are 32 bits.
 MOST_BYTES = 512 << 20
@@ -34,7 +34,7 @@ def joined(sizes: Sequence[int], *, is_plain: bool, platform: str) -> Joined | N
     Each part has room for the disk blocks around it, however it is aligned on disk. So the offsets
     are equal for all tiles of the same parts.
     """
-    if platform not in LINKED or is_plain or sum(sizes) > MOST_BYTES:
+    if not PLATFORMS[platform].joins or is_plain or sum(sizes) > MOST_BYTES:
         return None
     offsets, at = [], 0
     for size in sizes:

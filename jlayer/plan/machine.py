@@ -31,7 +31,7 @@ class Platform:
     """A kind of device: what was measured of it, and what follows for a plan.
 
     `has_link`: weights cross a link into a memory of the device's own; without one they are
-    multiplied in host memory. `ahead`: tiles on the device at a time.
+    multiplied in host memory. `joins`: quantised tiles cross as one array. `ahead`: tiles on the device at a time.
 
     Time of a tile besides its bytes, in Python and the driver: `step_s` for the tile, `array_s` for
     each array that crosses the link, `program_s` for each program and chunk of tokens. It varies
@@ -44,6 +44,7 @@ class Platform:
     """
 
     has_link: bool
+    joins: bool
     ahead: int
     step_s: float
     array_s: float
@@ -58,6 +59,7 @@ class Platform:
 PLATFORMS = {
     "gpu": Platform(
         has_link=True,
+        joins=True,
         ahead=4,
         step_s=220e-6,  # an H200 takes 0.29 to 0.44 ms for a tile of one or two matrices
         array_s=60e-6,
@@ -70,6 +72,7 @@ PLATFORMS = {
     ),
     "cpu": Platform(
         has_link=False,
+        joins=False,
         ahead=2,
         step_s=80e-6,
         array_s=0.0,

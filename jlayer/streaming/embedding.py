@@ -19,10 +19,15 @@ class Embedding:
         leaf = family_of(weights.cfg).embedding
         self.parts: list[Part] = parts_of(leaf, leaf.published, weights)
         self._readers = {}
-        for part in self.parts:
-            segment = store.segment_of(part.tensor)
-            identity = store.identities[segment.file]
-            self._readers[part.tensor] = RowReader(segment, n_rows=part.shape[0], identity=identity)
+        try:
+            for part in self.parts:
+                segment = store.segment_of(part.tensor)
+                self._readers[part.tensor] = RowReader(
+                    segment, n_rows=part.shape[0], identity=store.identities[segment.file]
+                )
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def tensors(self) -> list[str]:

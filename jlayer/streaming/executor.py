@@ -66,19 +66,15 @@ class Watch:
                 self.on_compile(None)
 
     @contextmanager
-    def also(self, on_step: Callable):
-        """Calls `on_step` too, after the present callback, inside the `with`."""
-        before = self.on_step
-
-        def both(step, tile):
-            before(step, tile)
-            on_step(step, tile)
-
-        self.on_step = both if before else on_step
+    def also(self, on_step: Callable, on_taken: Callable | None = None):
+        """Calls these too, after the present callbacks, inside the `with`."""
+        before = self.on_step, self.on_taken
+        self.on_step = _both(self.on_step, on_step)
+        self.on_taken = _both(self.on_taken, on_taken)
         try:
             yield
         finally:
-            self.on_step = before
+            self.on_step, self.on_taken = before
 
 
 @dataclass
@@ -366,6 +362,18 @@ class Executor:
         self._in_host.clear()
         self._memory.close()
         self._pool = None
+
+
+def _both(first, second):
+    """A callback that calls both, of those that are there."""
+    if first is None or second is None:
+        return first or second
+
+    def both(*args):
+        first(*args)
+        second(*args)
+
+    return both
 
 
 def _unit(layout):

@@ -98,13 +98,11 @@ class Recorder:
         self._last_waits: dict[str, Future | None] = dict.fromkeys(self._waiters)
 
     def __enter__(self):
-        self._also = self._watch.also(self._on_step)
+        self._also = self._watch.also(self._on_step, self._on_taken)
         self._also.__enter__()
-        self._watch.on_taken = self._on_taken
         return self
 
     def __exit__(self, *_):
-        self._watch.on_taken = None
         self._also.__exit__(None, None, None)
         for waiter in self._waiters.values():
             waiter.shutdown()

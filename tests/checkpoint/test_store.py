@@ -213,3 +213,14 @@ def test_the_disks_speed_is_measured_where_there_is_enough_to_read(tmp_path):
     else:
         assert found is None
     reader.close()
+
+
+def test_a_manifest_of_another_family_is_refused(tiny, tmp_path):
+    """It was only looked at by verify; the same shapes may mean another arithmetic."""
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny, folder)
+    body = json.loads((folder / "manifest.json").read_text())
+    del body[SEAL]
+    (folder / "manifest.json").write_bytes(seal({**body, "family": "mistral"}))
+    with pytest.raises(CheckpointError, match=r"of a 'mistral' model, config\.json says 'llama'"):
+        Store(folder)

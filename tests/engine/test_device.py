@@ -80,3 +80,26 @@ def test_jax_started_with_a_larger_allocator_breaks_the_promise(gpu, monkeypatch
     assert device.choose("gpu", 6 * GIB)[1] == 6 * GIB
     with pytest.raises(UsageError, match=f"an allocator of {6 * GIB} bytes"):
         device.choose("gpu", 4 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked"), [(None, []), ("1", ["1"]), ("GPU-7f,0", ["GPU-7f"]), ("", None)]
+)
+def test_the_driver_is_asked_for_the_gpu_that_jax_will_use(tmp_path, monkeypatch, visible, asked):
+    """It was asked for the machine's first one, and another card's memory was compared."""
+    program, seen = tmp_path / "nvidia-smi", tmp_path / "seen"
+    program.write_text(f'#!/bin/sh\necho "$@" > {seen}\necho "100, 50"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    memory = device.gpu_memory()
+    if asked is None:
+        assert memory is None
+        assert not seen.exists()
+        return
+    assert memory == (100 << 20, 50 << 20)
+    words = seen.read_text().split()
+    assert words[words.index("-i") + 1 :] == asked if asked else "-i" not in words

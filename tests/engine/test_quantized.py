@@ -21,7 +21,8 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.engine import engine
 from jlayer.errors import CheckpointError
 from jlayer.model.products import Encoded, dequantize, product
-from jlayer.plan import joined, plan
+from jlayer.plan import plan
+from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.schedule import Put
@@ -140,7 +141,7 @@ def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, t
     monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
         expected = model.logits(IDS)
-    monkeypatch.setattr(joined, "LINKED", ("cpu",))
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
     put = []
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
         model.engine.watch.on_taken = lambda step, made: isinstance(step, Put) and put.append(made)

@@ -1,6 +1,8 @@
 """A family is data: one that nobody published is a table, and runs like any other, cut as it may
 be and stored as it may be."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ from jlayer.families.registry import (
 from jlayer.model.cache import empty_cache
 from jlayer.model.products import Encoded, dequantize, weight
 from jlayer.model.stages import COMBINE, FUNCTIONS, block, call, multiply
-from jlayer.plan import joined
+from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.spec import Place, Role
 from tests import made_up
@@ -114,7 +116,7 @@ def test_tiles_that_cross_as_one_array_are_the_blocks(stored, monkeypatch, tile_
     """As on a GPU, whose layout of a tile is the same here; plain tiles never are one array."""
     folder, expected = stored
     set_tile_bytes(monkeypatch, tile_bytes)
-    monkeypatch.setattr(joined, "LINKED", ("cpu",))
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
     with AutoModel.from_pretrained(folder, device="cpu", keeps_layers=False) as model:
         found = model.logits(IDS)
         is_quantised = Store(folder).manifest.quantization is not None

@@ -116,3 +116,19 @@ def test_busy_counts_time_once_however_many_workers_shared_it():
     assert timeline.busy("read") == pytest.approx(0.8)
     assert timeline.busy("run") == pytest.approx(0.1)
     assert timeline.busy("put") == 0
+
+
+def test_two_recorders_at_once_see_the_same_steps(tiny):
+    """The second one silenced the first."""
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        forward = model.engine.start(RunShape(context=20))
+        forward.sweep([[5]], [0])
+        options = (model.engine.watch, model.plan.tiles, model.plan.tiers)
+        with Recorder(*options) as outer:
+            with Recorder(*options) as inner:
+                forward.sweep([[5]], [1])
+            forward.sweep([[5]], [2])
+        forward.close()
+        assert model.engine.watch.on_taken is None
+    runs = [len(recorder.timeline().lane("run")) for recorder in (inner, outer)]
+    assert runs == [len(model.plan.tiles), 2 * len(model.plan.tiles)]
