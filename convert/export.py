@@ -43,6 +43,7 @@ from jlayer.checkpoint.layout import (
     is_layered,
     read_manifest,
 )
+from jlayer.checkpoint.sides import check_side_files
 from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
@@ -126,6 +127,7 @@ def _open_layered(folder) -> CheckedSource:
             f"{folder}: quantised, and what was lost cannot be written back; export a folder that "
             "was converted without --quantize"
         )
+    check_side_files(folder, manifest)
     digests = {
         tensor: digest
         for entry in manifest.files.values()

@@ -23,6 +23,7 @@ from jlayer.checkpoint.layout import (
     weight_files,
 )
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.config import read_config
 from jlayer.errors import CheckpointError
@@ -50,7 +51,7 @@ def verify_folder(
     manifest or the config is missing or malformed, or StorageError.
     """
     folder, progress = os.fspath(folder), progress or Progress()
-    names = names_in(folder)
+    names = with_templates(folder, names_in(folder))
     if MANIFEST not in names:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}: not converted, or not to the end; run its conversion again, "

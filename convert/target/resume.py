@@ -22,6 +22,7 @@ from convert.target.journal import (
 )
 from convert.transform.outputs import Output, WeightFile, config_of, files_of
 from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest
+from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
@@ -165,7 +166,7 @@ def _scheme_of(manifest):
 
 def side_files_intact(target: str, manifest: Manifest) -> bool:
     """Whether the files of a finished target that hold no weights are there, unchanged."""
-    names = names_in(target)
+    names = with_templates(target, names_in(target))
     sides = {name: entry for name, entry in manifest.files.items() if not entry.tensors}
     return sides.keys() <= names and all(
         hash_stream(file_chunks(regular_file(target, name)))[1] == entry.sha256

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jlayer.checkpoint.layout import CONFIG, INDEX, SIDE_FILES, is_weight_file
+from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
+from jlayer.checkpoint.sides import side_names
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.base import EMBEDDING, HEAD
@@ -166,7 +167,7 @@ def read_published_config(folder: str) -> tuple[bytes, ModelConfig]:
 
 def side_files(folder: str, names: Iterable[str]) -> dict[str, SourceFile]:
     """What lies beside the weights and matters. Raises CheckpointError or StorageError."""
-    found = {name: regular_file(folder, name) for name in SIDE_FILES if name in names}
+    found = {name: regular_file(folder, name) for name in side_names(folder, names)}
     if GENERATION_CONFIG in found:
         json_of(found[GENERATION_CONFIG])
     return found

@@ -6,13 +6,13 @@ the same table, so that whatever streams does not know which it is.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.layout import (
+    CONFIG,
     EMBED_FILE,
     FINAL_FILE,
     Manifest,
@@ -22,14 +22,15 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
+from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, open_published
 from jlayer.config import read_config
 from jlayer.encodings.registry import SCHEMES
-from jlayer.errors import CheckpointError, StorageError
+from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, FINAL_NORM
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig
-from jlayer.strict import open_regular, regular_status
+from jlayer.strict import regular_status
 
 
 @dataclass(frozen=True, order=True)
@@ -66,7 +67,7 @@ class Store:
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
         self.fingerprint = self.manifest.source_fingerprint
         self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
-        _check_side_files(self.folder, self.manifest)
+        self.notes = check_side_files(self.folder, self.manifest)
 
     def _open_published(self):
         found = open_published(self.folder)
@@ -170,25 +171,9 @@ def _locate(folder, cfg, manifest):
             )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
+        is_changed = CONFIG in manifest.files and is_side_changed(folder, CONFIG, manifest)
+        advice = (
+            f"put back the {CONFIG} that was there" if is_changed else "convert the source again"
         )
+        raise CheckpointError(f"{folder}: {'; '.join(problems[:5])}{more}; {advice}")
     return where, identities
-
-
-def _check_side_files(folder, manifest):
-    """Config, tokenizer and index are small: they are held against their SHA-256 at once."""
-    for name, listed in manifest.files.items():
-        if listed.tensors:
-            continue
-        path = os.path.join(folder, name)
-        try:
-            with os.fdopen(open_regular(path), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
-        if digest != listed.sha256:
-            raise CheckpointError(
-                f"{path}: changed since it was converted (SHA-256 {digest}, expected "
-                f"{listed.sha256}); put back what was there, or convert the source again"
-            )
