@@ -9,7 +9,8 @@ import contextlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from convert import RESUME
 from convert.progress import Progress
@@ -79,13 +80,15 @@ def convert_checkpoint(
     delete_source: bool = False,
     allow_extra: bool = False,
     allow_nonfinite: bool = False,
+    advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Converts the published checkpoint in `source` to a layered one in `target`.
 
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
     quantises the matrices and leaves the rest as it would be without. `delete_source` removes each
-    weight file of the source as soon as nothing needs it.
+    weight file of the source as soon as nothing needs it. `advise` is shown the source once it is
+    checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
     a journal, but no manifest. Raises the errors of jlayer.errors.
@@ -107,7 +110,7 @@ def convert_checkpoint(
     with _advice_to_resume():
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
-            return _convert(source, target, options, progress, started)
+            return _convert(source, target, options, advise, progress, started)
 
 
 @contextlib.contextmanager
@@ -120,7 +123,7 @@ def _advice_to_resume():
         raise
 
 
-def _convert(source, target, options, progress, started):
+def _convert(source, target, options, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
     _refuse_quantized(source)
@@ -133,6 +136,8 @@ def _convert(source, target, options, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
+        if advise is not None:
+            checked = replace(checked, notes=(*checked.notes, *advise(checked)))
         for note in checked.notes:
             progress.note(note)
         quantization = choose_quantization(checked, options.quantize, journal, progress)
@@ -215,7 +220,8 @@ def _verified_without_source(source, target, progress, started) -> Summary:
     verdict = verify_folder(target, progress=progress, beside=[LOCK])
     if verdict.findings:
         raise CheckpointError(
-            f"{target}: {'; '.join(verdict.findings)}; and {source} has no weights any more"
+            f"{target}: {'; '.join(verdict.findings)}; {verdict.advice}; {source} has no weights "
+            "any more"
         )
     note = f"{source}: its weights were removed; {target} is complete and has the same config"
     progress.note(note)

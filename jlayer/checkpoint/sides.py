@@ -76,7 +76,7 @@ def side_changes(folder: str, manifest: Manifest, names: Iterable[str]) -> SideC
 
 def is_side_changed(folder: str, name: str, manifest: Manifest) -> bool:
     """Whether a side file is another one than the manifest says. Raises what `entry_of` does."""
-    return entry_of(os.path.join(folder, name)) != manifest.files[name]
+    return entry_of(os.path.join(folder, name)) != manifest.files.get(name)
 
 
 def check_side_files(folder: str, manifest: Manifest) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ class Store:
     def _open_layered(self):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
         self.fingerprint = self.manifest.source_fingerprint
-        self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
+        self._where, self.identities = locate(self.folder, self.cfg, self.manifest)
         self.notes = check_side_files(self.folder, self.manifest)
 
     def _open_published(self):
@@ -135,17 +135,19 @@ class Store:
         return Segment(file, entry.offset + first_row * row_bytes, n_bytes)
 
 
-def _locate(folder, cfg, manifest):
+def locate(
+    folder: str, cfg: ModelConfig, manifest: Manifest
+) -> tuple[dict[str, tuple[str, TensorEntry]], dict[str, Identity]]:
     """Tensor -> (file, entry), with each file's own header held against the manifest and both
-    against the config; and each file's identity."""
+    against the config; and each file's identity. Raises CheckpointError or StorageError."""
     shapes = published_tensors(cfg)
     expected = stored_tensors(shapes, manifest.quantization)
     dtypes = piece_dtypes(shapes, manifest.quantization)
-    where, identities, problems = {}, {}, []
+    where, identities, problems, by_config = {}, {}, [], []
     weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
     for name in weight_files:
         if name not in manifest.files:
-            problems.append(f"{name} is not in the manifest")
+            by_config.append(f"{name} is not in the manifest")
             continue
         path = os.path.join(folder, name)
         identities[path] = identity_of(regular_status(path))
@@ -160,20 +162,19 @@ def _locate(folder, cfg, manifest):
         where.update({tensor: (path, entry) for tensor, entry in header.tensors.items()})
     for tensor, shape in expected.items():
         if tensor not in where:
-            problems.append(f"{tensor} is missing")
+            by_config.append(f"{tensor} is missing")
         elif where[tensor][1].shape != shape:
-            problems.append(
+            by_config.append(
                 f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
             )
         elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
             problems.append(
                 f"{tensor} is {where[tensor][1].dtype}, by its quantisation {dtypes[tensor]}"
             )
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        is_changed = CONFIG in manifest.files and is_side_changed(folder, CONFIG, manifest)
-        advice = (
-            f"put back the {CONFIG} that was there" if is_changed else "convert the source again"
-        )
-        raise CheckpointError(f"{folder}: {'; '.join(problems[:5])}{more}; {advice}")
+    if problems or by_config:
+        is_damaged = problems or not is_side_changed(folder, CONFIG, manifest)
+        advice = "convert the source again" if is_damaged else f"put back the old {CONFIG}"
+        found = [*problems, *by_config]
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(f"{folder}: {'; '.join(found[:5])}{more}; {advice}")
     return where, identities

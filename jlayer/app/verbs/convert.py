@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     from convert import RESUME, convert_checkpoint
     from convert.progress import StderrProgress
+    from jlayer.app.refusals import refused_in_source
 
     if args.delete_source and not args.yes:
         _ask(args)
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> dict:
                 delete_source=args.delete_source,
                 allow_extra=args.allow_extra,
                 allow_nonfinite=args.allow_nonfinite,
+                advise=refused_in_source,
                 progress=progress,
             )
     except STOPS as stop:
