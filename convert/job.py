@@ -23,7 +23,9 @@ from convert.target.write import check_target, remove_temporaries
 from convert.transform.quantize import Quantizer, sample_errors
 from convert.verify import verify_folder
 from jlayer.checkpoint.layout import CONFIG, read_manifest
+from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
+from jlayer.checkpoint.source import listed
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.registry import SCHEMES
@@ -80,6 +82,7 @@ def convert_checkpoint(
     delete_source: bool = False,
     allow_extra: bool = False,
     allow_nonfinite: bool = False,
+    follow_links: bool = False,
     advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -87,7 +90,8 @@ def convert_checkpoint(
 
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
     quantises the matrices and leaves the rest as it would be without. `delete_source` removes each
-    weight file of the source as soon as nothing needs it. `advise` is shown the source once it is
+    weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
+    source lead to outside of it, and names them in a note. `advise` is shown the source once it is
     checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
@@ -106,7 +110,14 @@ def convert_checkpoint(
             "delete_source and allow_extra: the tensors that are left out would be lost with the "
             "source; choose one of them"
         )
-    options = Options(dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite)
+    if delete_source and follow_links:
+        raise UsageError(
+            "delete_source and follow_links: files outside the source would be removed; choose one "
+            "of them"
+        )
+    options = Options(
+        dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links
+    )
     with _advice_to_resume():
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
@@ -128,7 +139,8 @@ def _convert(source, target, options, advise, progress, started):
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
     _refuse_quantized(source)
     try:
-        checked = reopen_source(source, journal, allow_extra=options.allow_extra)
+        with links_followed(wanted=options.follow_links) as taken:
+            checked = reopen_source(source, journal, allow_extra=options.allow_extra)
     except CheckpointError:
         if options.delete_source and journal is None:
             form = {"dtype": options.dtype, "scheme": options.quantize}
@@ -136,8 +148,8 @@ def _convert(source, target, options, advise, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
-        if advise is not None:
-            checked = replace(checked, notes=(*checked.notes, *advise(checked)))
+        further = [*_links_note(source, taken), *(advise(checked) if advise else ())]
+        checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:
             progress.note(note)
         quantization = choose_quantization(checked, options.quantize, journal, progress)
@@ -157,6 +169,12 @@ def _convert(source, target, options, advise, progress, started):
         return _summary(layered, checked, target, status, started)
     finally:
         checked.tensors.close()
+
+
+def _links_note(source, taken):
+    """`taken`: links and where they lead, as often as they were followed."""
+    links = sorted(f"{os.path.relpath(path, source)} to {real}" for path, real in set(taken))
+    return [f"{source}: links followed outside the folder: {listed(links)}"] if links else []
 
 
 def _refuse_quantized(source):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
+from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
 from jlayer.checkpoint.sides import side_names
 from jlayer.config import model_config
@@ -28,7 +29,6 @@ from jlayer.strict import (
     parse_json_object,
     read_small_file,
     regular_status,
-    resolve,
 )
 
 SINGLE = "model.safetensors"
@@ -119,17 +119,13 @@ def names_in(folder: str) -> frozenset[str]:
 
 
 def regular_file(folder: str, name: str) -> SourceFile:
-    """A regular file of the folder, by way of a link only where that stays inside.
+    """A regular file of the folder, by way of a link only where that stays inside or is allowed.
 
     Raises CheckpointError (missing, leading outside, not a regular file) or StorageError.
     """
     path = os.path.join(folder, name)
     status = regular_status(path)
-    real, home = resolve(path), resolve(folder)
-    if not any(real.startswith(root + os.sep) for root in (home, *_blobs(home))):
-        raise CheckpointError(
-            f"{path}: a link that leads outside the folder, to {real}; put the file itself there"
-        )
+    real = real_path(folder, path)
     return SourceFile(name, path, real, status.st_size, identity_of(status))
 
 
@@ -301,17 +297,6 @@ def listed(names: Iterable[str]) -> str:
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def _blobs(home):
-    """Where the files of a hub cache lie: snapshots/REVISION/NAME links to ../../blobs/HASH, which
-    may be a link itself, to a store that all models of the cache share."""
-    repository, found, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
-    if not found:
-        return []
-    cache, name = os.path.split(repository)
-    shared = [os.path.join(cache, "blobs")] if name.startswith("models--") else []
-    return [os.path.join(repository, "blobs"), *shared]
 
 
 def _refuse_layers(folder, names):
