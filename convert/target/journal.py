@@ -161,9 +161,11 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
             f"{target}: holds an unfinished conversion of {then['folder']}, and {now['folder']} "
             f"differs from it ({name}); resume that one, {anew}"
         )
+    mendable = name != CONFIG and name in {**then["sides"], **now["sides"]}
+    later = " (jlayer seal takes the new one into the finished folder)" if mendable else ""
     raise CheckpointError(
         f"{os.path.join(now['folder'], name)}: changed since the conversion to {target} began; "
-        f"restore what was there and run the same command again to resume, {anew}"
+        f"restore what was there and run the same command again to resume{later}, {anew}"
     )
 
 

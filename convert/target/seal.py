@@ -8,7 +8,6 @@ run that is stopped leaves the old one or the new one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from convert.progress import Progress
@@ -24,7 +23,6 @@ from jlayer.checkpoint.layout import (
     Manifest,
     encode_index,
     encode_manifest,
-    is_document,
     is_layered,
     read_manifest,
 )
@@ -37,8 +35,6 @@ from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig
 from jlayer.strict import close, is_there, open_regular, read_json_object, read_small_file
-
-_NO_TEXT = (CONFIG, GENERATION_CONFIG)  # what has nothing to do with a tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,12 @@ class Sealed:
 def seal_folder(
     folder: str | os.PathLike,
     *,
-    open_text: Callable[[str], object] | None = None,
     progress: Progress | None = None,
 ) -> Sealed:
     """Makes the manifest of a layered folder that of its side files as they are now.
 
-    `open_text` opens the folder's tokenizer, and raises where that fails; it is called where a file
-    of the tokenizer has changed. Raises CheckpointError (no finished folder, or one that would not
-    open any more), LockedError, DoesNotFitError or StorageError.
+    Raises CheckpointError (no finished folder, or one that would not open any more), LockedError,
+    DoesNotFitError or StorageError.
     """
     folder, progress = os.fspath(folder), progress or Progress()
     names_in(folder)
@@ -78,10 +72,10 @@ def seal_folder(
             "is sealed"
         )
     with TargetLock(folder, note=progress.note):
-        return _seal(folder, open_text, progress)
+        return _seal(folder, progress)
 
 
-def _seal(folder, open_text, progress):
+def _seal(folder, progress):
     names = remove_temporaries(folder)
     if JOURNAL in names:
         raise CheckpointError(
@@ -92,9 +86,6 @@ def _seal(folder, open_text, progress):
     changes = side_changes(folder, manifest, names)
     if GENERATION_CONFIG in (changes.changed | changes.added):
         read_json_object(os.path.join(folder, GENERATION_CONFIG))
-    touched = [*changes.changed, *changes.added, *changes.removed]
-    if open_text and any(name not in _NO_TEXT and not is_document(name) for name in touched):
-        open_text(folder)
     restored = _restore_index(folder, manifest)
     _sync(folder, [*changes.changed, *changes.added])
     sealed = replace(manifest, files=_files(folder, manifest, changes))

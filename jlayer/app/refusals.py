@@ -17,14 +17,20 @@ from jlayer.text.tokenizer import Tokenizer
 
 def refused_in_source(checked) -> list[str]:
     """Notes on a source that is about to be converted, a `CheckedSource`."""
-    return [*_of_options(*_generation_of(checked), checked.cfg.vocab_size), *_of_text(checked)]
+    beside = [
+        file.path
+        for name, file in checked.side_files.items()
+        if isinstance(file, SourceFile) and "/" not in name
+    ]
+    home = os.path.dirname(beside[0]) if beside else checked.folder
+    return [*_of_options(*_generation_of(checked), checked.cfg.vocab_size), *_of_text(home)]
 
 
-def refused_options(folder: str) -> list[str]:
-    """Notes on a folder with a config.json that was checked."""
+def refused_in_folder(folder: str) -> list[str]:
+    """Notes on a folder whose config.json was checked."""
     name = GENERATION_CONFIG if os.path.exists(os.path.join(folder, GENERATION_CONFIG)) else CONFIG
     options, where = read_generation_config(folder), os.path.join(folder, name)
-    return _of_options(options, where, read_config(folder).vocab_size)
+    return [*_of_options(options, where, read_config(folder).vocab_size), *_of_text(folder)]
 
 
 def _generation_of(checked):
@@ -47,15 +53,9 @@ def _of_options(options: Mapping, where: str, vocab_size: int) -> list[str]:
     return []
 
 
-def _of_text(checked) -> list[str]:
-    beside = [
-        file.path
-        for name, file in checked.side_files.items()
-        if isinstance(file, SourceFile) and "/" not in name
-    ]
-    home = os.path.dirname(beside[0]) if beside else checked.folder
+def _of_text(folder: str) -> list[str]:
     try:
-        Tokenizer.from_folder(home)
+        Tokenizer.from_folder(folder)
     except JlayerError as error:
         return [f"as it stands, jlayer generate will refuse text: {error}"]
     return []

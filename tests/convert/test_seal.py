@@ -16,7 +16,7 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.layout import MANIFEST, read_manifest
 from jlayer.checkpoint.store import Store
-from jlayer.errors import CheckpointError, JlayerError, LockedError
+from jlayer.errors import CheckpointError, JlayerError, LockedError, UsageError
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_json, files_of, random_checkpoint
 from tests.convert.faults import CHANGES, counted, failing
@@ -280,13 +280,22 @@ def test_is_refused(layered, tmp_path, name):
     assert not (layered / ".jlayer-lock").exists()
 
 
-def test_a_tokenizer_that_does_not_open_is_refused_by_the_command(layered, capsys):
+def test_a_tokenizer_that_text_refuses_is_said_by_seal(layered, capsys):
     (layered / "tokenizer.json").write_text('{"version": "1.0"}')
-    before = (layered / MANIFEST).read_bytes()
-    assert main(["seal", str(layered)]) == 3
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "tokenizer.json" in line
-    assert (layered / MANIFEST).read_bytes() == before
+    assert main(["seal", str(layered), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert f"jlayer generate will refuse text: {layered / 'tokenizer.json'}" in err
+    assert "will refuse text" in json.loads(out)["notes"][0]
+
+
+def test_what_an_older_conversion_lacks_can_be_copied_and_sealed(source, layered, tmp_path):
+    mended = shutil.copytree(source, tmp_path / "source")
+    add_template(mended)
+    with pytest.raises(UsageError, match=rf"{TEMPLATE} is in only one.*taken in by jlayer seal"):
+        convert_checkpoint(mended, layered)
+    add_template(layered)
+    seal_folder(layered)
+    assert convert_checkpoint(mended, layered).status == "unchanged"
 
 
 def test_a_quantised_folder_is_sealed_and_keeps_saying_so(tmp_path):

@@ -21,14 +21,13 @@ def run(args: argparse.Namespace) -> dict:
     """Seals, and returns what was taken in; raises the errors of jlayer.errors."""
     from convert.progress import StderrProgress
     from convert.target.seal import seal_folder
-    from jlayer.app.refusals import refused_options
-    from jlayer.text.tokenizer import Tokenizer
+    from jlayer.app.refusals import refused_in_folder
 
     progress = StderrProgress()
     try:
         with released():
-            done = seal_folder(args.folder, open_text=Tokenizer.from_folder, progress=progress)
-        notes = refused_options(args.folder)
+            done = seal_folder(args.folder, progress=progress)
+        notes = refused_in_folder(args.folder)
         for note in notes:
             progress.note(note)
     finally:
