@@ -96,6 +96,28 @@ def test_a_file_behind_a_link_that_changes_before_a_resume_is_refused(linked, tm
         convert()
 
 
+@pytest.fixture(scope="module")
+def orbax(converted):
+    export_checkpoint(converted, converted.parent / "orbax", format="orbax")
+    return converted.parent / "orbax"
+
+
+def test_a_folder_of_an_orbax_checkpoint_may_lie_elsewhere_if_asked_for(orbax, converted, tmp_path):
+    source = moved(shutil.copytree(orbax, tmp_path / "source"), ["d"], to=tmp_path / "disk")
+    with pytest.raises(CheckpointError, match=r"source/d: a link that leads outside"):
+        convert_checkpoint(source, tmp_path / "out")
+    (note,) = convert_checkpoint(source, tmp_path / "out", follow_links=True).notes
+    assert f"d to {tmp_path / 'disk' / 'd'}" in note
+    assert files_of(tmp_path / "out") == files_of(converted)
+
+
+def test_an_orbax_checkpoint_that_holds_itself_is_refused(orbax, tmp_path):
+    source = shutil.copytree(orbax, tmp_path / "source")
+    (source / "d" / "again").symlink_to(".")
+    with pytest.raises(CheckpointError, match=r"d/again: a loop of links"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
 def test_nothing_outside_the_source_is_ever_removed(linked, tmp_path):
     with pytest.raises(UsageError, match="delete_source and follow_links"):
         convert_checkpoint(linked, tmp_path / "out", follow_links=True, delete_source=True)
