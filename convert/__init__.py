@@ -9,6 +9,8 @@ RESUME = "to resume, run the same command again"
 _HOMES = {
     "Summary": "convert.job",
     "convert_checkpoint": "convert.job",
+    "Sealed": "convert.target.seal",
+    "seal_folder": "convert.target.seal",
     "Verdict": "convert.verify",
     "verify_folder": "convert.verify",
 }

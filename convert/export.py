@@ -43,6 +43,8 @@ from jlayer.checkpoint.layout import (
     is_layered,
     read_manifest,
 )
+from jlayer.checkpoint.links import links_followed
+from jlayer.checkpoint.sides import check_side_files
 from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
@@ -126,12 +128,14 @@ def _open_layered(folder) -> CheckedSource:
             f"{folder}: quantised, and what was lost cannot be written back; export a folder that "
             "was converted without --quantize"
         )
+    check_side_files(folder, manifest)
     digests = {
         tensor: digest
         for entry in manifest.files.values()
         for tensor, digest in entry.digests.items()
     }
-    source = open_source(folder)
+    with links_followed():  # all that is read is held against the manifest
+        source = open_source(folder)
     return replace(source, tensors=_VerifiedSource(source.tensors, digests))
 
 

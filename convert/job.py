@@ -9,7 +9,8 @@ import contextlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from convert import RESUME
 from convert.progress import Progress
@@ -22,7 +23,9 @@ from convert.target.write import check_target, remove_temporaries
 from convert.transform.quantize import Quantizer, sample_errors
 from convert.verify import verify_folder
 from jlayer.checkpoint.layout import CONFIG, read_manifest
+from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
+from jlayer.checkpoint.source import listed
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.registry import SCHEMES
@@ -79,13 +82,17 @@ def convert_checkpoint(
     delete_source: bool = False,
     allow_extra: bool = False,
     allow_nonfinite: bool = False,
+    follow_links: bool = False,
+    advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Converts the published checkpoint in `source` to a layered one in `target`.
 
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
     quantises the matrices and leaves the rest as it would be without. `delete_source` removes each
-    weight file of the source as soon as nothing needs it.
+    weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
+    source lead to outside of it, and names them in a note. `advise` is shown the source once it is
+    checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
     a journal, but no manifest. Raises the errors of jlayer.errors.
@@ -103,11 +110,18 @@ def convert_checkpoint(
             "delete_source and allow_extra: the tensors that are left out would be lost with the "
             "source; choose one of them"
         )
-    options = Options(dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite)
+    if delete_source and follow_links:
+        raise UsageError(
+            "delete_source and follow_links: files outside the source would be removed; choose one "
+            "of them"
+        )
+    options = Options(
+        dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links
+    )
     with _advice_to_resume():
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
-            return _convert(source, target, options, progress, started)
+            return _convert(source, target, options, advise, progress, started)
 
 
 @contextlib.contextmanager
@@ -120,12 +134,13 @@ def _advice_to_resume():
         raise
 
 
-def _convert(source, target, options, progress, started):
+def _convert(source, target, options, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
     _refuse_quantized(source)
     try:
-        checked = reopen_source(source, journal, allow_extra=options.allow_extra)
+        with links_followed(wanted=options.follow_links) as taken:
+            checked = reopen_source(source, journal, allow_extra=options.allow_extra)
     except CheckpointError:
         if options.delete_source and journal is None:
             form = {"dtype": options.dtype, "scheme": options.quantize}
@@ -133,6 +148,8 @@ def _convert(source, target, options, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
+        further = [*_links_note(source, taken), *(advise(checked) if advise else ())]
+        checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:
             progress.note(note)
         quantization = choose_quantization(checked, options.quantize, journal, progress)
@@ -152,6 +169,12 @@ def _convert(source, target, options, progress, started):
         return _summary(layered, checked, target, status, started)
     finally:
         checked.tensors.close()
+
+
+def _links_note(source, taken):
+    """`taken`: links and where they lead, as often as they were followed."""
+    links = sorted(f"{os.path.relpath(path, source)} to {real}" for path, real in set(taken))
+    return [f"{source}: links followed outside the folder: {listed(links)}"] if links else []
 
 
 def _refuse_quantized(source):
@@ -215,7 +238,8 @@ def _verified_without_source(source, target, progress, started) -> Summary:
     verdict = verify_folder(target, progress=progress, beside=[LOCK])
     if verdict.findings:
         raise CheckpointError(
-            f"{target}: {'; '.join(verdict.findings)}; and {source} has no weights any more"
+            f"{target}: {'; '.join(verdict.findings)}; {verdict.advice}; {source} has no weights "
+            "any more"
         )
     note = f"{source}: its weights were removed; {target} is complete and has the same config"
     progress.note(note)

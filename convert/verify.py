@@ -19,10 +19,13 @@ from jlayer.checkpoint.layout import (
     Manifest,
     encode_header,
     encode_index,
+    is_side_file,
     read_manifest,
     weight_files,
 )
+from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.checkpoint.sides import SEAL_ADVICE, with_templates
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.config import read_config
 from jlayer.errors import CheckpointError
@@ -32,13 +35,33 @@ from jlayer.strict import read_small_file
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a verification; `findings` is empty where nothing is wrong."""
+    """The result of a verification; `findings` is empty where nothing is wrong.
+
+    `side_files`: those beside the weights that were changed, added or removed since the manifest
+    was written. `foreign`: files that are no part of the folder. `is_damaged`: anything else is
+    wrong.
+    """
 
     folder: str
     findings: tuple[str, ...]
     n_files: int
     n_layers: int
     folder_bytes: int
+    side_files: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    is_damaged: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What to do about the findings; empty where there are none."""
+        ways = {
+            "convert the source again": self.is_damaged,
+            f"remove {', '.join(self.foreign)}": self.foreign,
+            f"put back what was beside the weights; {SEAL_ADVICE.format(folder=self.folder)}": (
+                self.side_files
+            ),
+        }
+        return "; ".join(way for way, is_due in ways.items() if is_due)
 
 
 def verify_folder(
@@ -50,7 +73,7 @@ def verify_folder(
     manifest or the config is missing or malformed, or StorageError.
     """
     folder, progress = os.fspath(folder), progress or Progress()
-    names = names_in(folder)
+    names = with_templates(folder, names_in(folder))
     if MANIFEST not in names:
         raise CheckpointError(
             f"{folder}: no {MANIFEST}: not converted, or not to the end; run its conversion again, "
@@ -58,18 +81,42 @@ def verify_folder(
         )
     manifest, cfg = read_manifest(folder), read_config(folder)
     total = sum(entry.n_bytes for entry in manifest.files.values())
-    findings = [
-        f"{name!a} is not part of it"
-        for name in sorted(names - manifest.files.keys() - {MANIFEST, *beside})
-    ]
-    findings += _disagreements(manifest, cfg)
+    unknown = sorted(names - manifest.files.keys() - {MANIFEST, *beside})
+    foreign = [name for name in unknown if not is_side_file(name)]
+    sides = {
+        name: [f"{name} was added, and is not in the manifest"]
+        for name in unknown
+        if is_side_file(name)
+    }
+    damages = []
     progress.start(total)
     for name, entry in manifest.files.items():
         progress.file(name)
-        findings += _file_findings(folder, name, entry, progress)
-    if INDEX in manifest.files and INDEX in names and not findings:
-        findings += _index_findings(folder, manifest)
-    return Verdict(folder, tuple(findings), len(manifest.files) + 1, cfg.num_hidden_layers, total)
+        found = list(_file_findings(folder, name, entry, progress))
+        if entry.tensors:
+            damages += found
+        elif found:
+            sides[name] = found
+    by_config = list(_disagreements(manifest, cfg))
+    if CONFIG not in sides:
+        damages += by_config
+    if INDEX in manifest.files and INDEX in names and not (damages or sides or foreign):
+        damages += _index_findings(folder, manifest)
+    return Verdict(
+        folder,
+        findings=(
+            *(f"{name!a} is not part of it" for name in foreign),
+            *(line for found in sides.values() for line in found),
+            *(by_config if CONFIG in sides else ()),
+            *damages,
+        ),
+        n_files=len(manifest.files) + 1,
+        n_layers=cfg.num_hidden_layers,
+        folder_bytes=total,
+        side_files=tuple(sorted(sides)),
+        foreign=tuple(ascii(name) for name in foreign),
+        is_damaged=bool(damages),
+    )
 
 
 def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
@@ -92,8 +139,9 @@ def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
 
 def _file_findings(folder, name, entry: FileEntry, progress) -> Iterator[str]:
     try:
-        file = regular_file(folder, name)
-        if file.n_bytes != entry.n_bytes:
+        with links_followed():  # to another disk, say: its bytes are held against the manifest
+            file = regular_file(folder, name)
+        if entry.tensors and file.n_bytes != entry.n_bytes:
             yield f"{name} has {file.n_bytes} bytes, expected {entry.n_bytes}"
             return
         if entry.tensors and read_header(file.real).tensors != entry.tensors:
@@ -103,10 +151,11 @@ def _file_findings(folder, name, entry: FileEntry, progress) -> Iterator[str]:
         return
     _, digest = hash_stream(file_chunks(file), lambda chunk: progress.advance(len(chunk)))
     if digest != entry.sha256:
-        yield f"{name} is damaged: its SHA-256 is {digest}, expected {entry.sha256}"
+        state = "is damaged" if entry.tensors else "was changed"
+        yield f"{name} {state}: its SHA-256 is {digest}, expected {entry.sha256}"
 
 
 def _index_findings(folder, manifest):
     tensors = {name: entry.tensors for name, entry in manifest.files.items() if entry.tensors}
-    if read_small_file(regular_file(folder, INDEX).real) != encode_index(tensors):
+    if read_small_file(os.path.join(folder, INDEX)) != encode_index(tensors):
         yield f"{INDEX} does not agree with the manifest"

@@ -69,6 +69,8 @@ TESTED = {
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
     'jlayer generate path/to/Llama-3-8B-jlayer -p "Once upon a time"': Here(),
+    "jlayer seal path/to/Llama-3-8B-jlayer": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer --follow-links": Here(),
     "python -m convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer plan owner/name": Parsed(NETWORK),
     "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),

@@ -24,6 +24,7 @@ from convert.sources.files import (
     row_bytes,
 )
 from convert.sources.zarr import ChunkedArray, chunked_array
+from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.source import (
     SourceFile,
     Stored,
@@ -36,7 +37,7 @@ from jlayer.checkpoint.source import (
 from jlayer.errors import CheckpointError
 from jlayer.families.base import LAYER_PREFIX
 from jlayer.interrupts import imported
-from jlayer.strict import is_tensor_name, is_there
+from jlayer.strict import is_tensor_name, is_there, resolve
 
 METADATA = "_METADATA"
 ITEMS = ("default", "params", "items")  # names of the parameters in a CheckpointManager's step
@@ -225,8 +226,14 @@ def _memory(n_bytes):
 
 def _files(checkpoint):
     """Every file of the checkpoint, checked to be a regular file inside it."""
-    for where, folders, names in os.walk(os.path.join(checkpoint.folder, checkpoint.item)):
+    top = os.path.join(checkpoint.folder, checkpoint.item)
+    for where, folders, names in os.walk(top, followlinks=True):  # tensorstore follows them, too
         folders.sort()
+        for name in folders:
+            path = os.path.join(where, name)
+            real = real_path(checkpoint.folder, path)
+            if f"{resolve(where)}{os.sep}".startswith(f"{real}{os.sep}"):
+                raise CheckpointError(f"{path}: a loop of links, to {real}; expected a folder")
         for name in sorted(names):
             path = os.path.relpath(os.path.join(where, name), checkpoint.folder)
             yield regular_file(checkpoint.folder, path)

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from convert.sources.files import FileSource, Place, TensorInfo
 from convert.sources.open import CheckedSource
 from convert.target.disk import remove, replace_file, sync_folder
-from jlayer.checkpoint.layout import CONFIG, SIDE_FILES, check_seal, seal
+from jlayer.checkpoint.layout import CONFIG, check_seal, seal
 from jlayer.checkpoint.quantization import Quantization
-from jlayer.checkpoint.source import SourceFile, regular_file
+from jlayer.checkpoint.sides import side_names
+from jlayer.checkpoint.source import SourceFile, names_in, regular_file
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
@@ -160,9 +161,11 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
             f"{target}: holds an unfinished conversion of {then['folder']}, and {now['folder']} "
             f"differs from it ({name}); resume that one, {anew}"
         )
+    mendable = name != CONFIG and name in {**then["sides"], **now["sides"]}
+    later = " (jlayer seal takes the new one into the finished folder)" if mendable else ""
     raise CheckpointError(
         f"{os.path.join(now['folder'], name)}: changed since the conversion to {target} began; "
-        f"restore what was there and run the same command again to resume, {anew}"
+        f"restore what was there and run the same command again to resume{later}, {anew}"
     )
 
 
@@ -210,9 +213,7 @@ def restore_source(folder: str, journal: Journal) -> CheckedSource:
     if is_there(path, follow=False):
         config_bytes = read_small_file(regular_file(folder, CONFIG).real)
     sides = {name: text.encode() for name, text in whole["sides"].items()}
-    for name in SIDE_FILES:
-        if is_there(os.path.join(folder, name), follow=False):
-            sides[name] = regular_file(folder, name)
+    sides |= {name: regular_file(folder, name) for name in side_names(folder, names_in(folder))}
     return CheckedSource(folder, cfg, config_bytes, FileSource(infos, places), sides, ())
 
 

@@ -67,6 +67,7 @@ class Options:
     delete_source: bool
     allow_extra: bool
     allow_nonfinite: bool
+    follow_links: bool
 
 
 class LayeredTarget:

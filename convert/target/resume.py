@@ -21,7 +21,8 @@ from convert.target.journal import (
     restore_source,
 )
 from convert.transform.outputs import Output, WeightFile, config_of, files_of
-from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest
+from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest, is_side_file
+from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
@@ -146,7 +147,7 @@ def first_difference(
     if manifest.quantization != wanted.quantization:
         return f"quantised as {_scheme_of(manifest)} there, as {_scheme_of(wanted)} here"
     for name in sorted({output.name for output in [*weights, *sides]} ^ manifest.files.keys()):
-        return f"{name} is in only one of them"
+        return f"{name} is in only one of them{_seal_advice(name)}"
     for output in weights:
         for tensor, entry in output.tensors.items():
             there = manifest.files[output.name].tensors.get(tensor)
@@ -155,8 +156,14 @@ def first_difference(
                 return f"{tensor} is {there} there, {entry.dtype} {list(entry.shape)} here"
     for output in sides:
         if hash_stream(output.chunks())[1] != manifest.files[output.name].sha256:
-            return f"another {output.name}"
+            return f"another {output.name}{_seal_advice(output.name)}"
     return None
+
+
+def _seal_advice(name):
+    """Side files need no conversion, unless the config is another."""
+    is_mendable = is_side_file(name) and name != CONFIG
+    return ", which may be copied there and taken in by jlayer seal" if is_mendable else ""
 
 
 def _scheme_of(manifest):
@@ -165,7 +172,7 @@ def _scheme_of(manifest):
 
 def side_files_intact(target: str, manifest: Manifest) -> bool:
     """Whether the files of a finished target that hold no weights are there, unchanged."""
-    names = names_in(target)
+    names = with_templates(target, names_in(target))
     sides = {name: entry for name, entry in manifest.files.items() if not entry.tensors}
     return sides.keys() <= names and all(
         hash_stream(file_chunks(regular_file(target, name)))[1] == entry.sha256

@@ -13,10 +13,27 @@ from collections.abc import Iterable
 
 from convert.sources.files import Chunk
 from convert.target.blocks import BlockWriter
-from convert.target.disk import TEMPORARY, failure, remove, resolve, sync_folder, written_aside
+from convert.target.disk import (
+    TEMPORARY,
+    failure,
+    make_folders,
+    remove,
+    resolve,
+    sync_folder,
+    uninterrupted,
+    written_aside,
+)
 from convert.target.journal import JOURNAL
 from convert.target.lock import LOCK
-from jlayer.checkpoint.layout import EMBED_FILE, INDEX, MANIFEST, SIDE_FILES, is_weight_file
+from jlayer.checkpoint.layout import (
+    EMBED_FILE,
+    INDEX,
+    MANIFEST,
+    TEMPLATES,
+    is_side_file,
+    is_weight_file,
+)
+from jlayer.checkpoint.sides import with_templates
 from jlayer.errors import StorageError, UsageError
 
 
@@ -33,7 +50,7 @@ def check_target(target: str, *, source: str) -> None:
         return
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{target}: not a folder; name a new one, or an empty one")
-    names = _names_in(target)
+    names = sorted(with_templates(target, _names_in(target)))
     begun = not {EMBED_FILE, MANIFEST, JOURNAL}.isdisjoint(names)
     foreign = [repr(name) for name in names if not _is_ours(name, begun)]
     if foreign:
@@ -50,7 +67,7 @@ def remove_temporaries(target: str) -> list[str]:
 
     The caller holds the target's lock.
     """
-    names = _names_in(target)
+    names = sorted(with_templates(target, _names_in(target)))
     for name in names:
         if name.endswith(TEMPORARY):
             remove(os.path.join(target, name))
@@ -82,6 +99,9 @@ class TargetWriter:
             sync_folder(self.folder)
         for name in names:
             remove(os.path.join(self.folder, name))
+        if any(name.startswith(f"{TEMPLATES}/") for name in names):
+            with contextlib.suppress(OSError):  # where it is not empty, it stays
+                uninterrupted(os.rmdir, os.path.join(self.folder, TEMPLATES))
 
     def write(self, name: str, chunks: Iterable[Chunk], *, n_bytes: int) -> str:
         """Writes one file of `n_bytes` bytes and returns its SHA-256.
@@ -90,6 +110,8 @@ class TargetWriter:
         file is left.
         """
         path = os.path.join(self.folder, name)
+        if "/" in name:
+            make_folders(os.path.dirname(path))
         with written_aside(path) as aside:
             written, sha256 = self._blocks.write(aside, chunks, called=path)
             assert written == n_bytes, (name, written, n_bytes)
@@ -101,7 +123,7 @@ def _is_ours(name, begun):
     download that was cut off."""
     if name.endswith(TEMPORARY) or is_weight_file(name) or name in (LOCK, JOURNAL):
         return True
-    return begun and (name in SIDE_FILES or name in (MANIFEST, INDEX))
+    return begun and (is_side_file(name) or name in (MANIFEST, INDEX, TEMPLATES))
 
 
 def _names_in(folder):

@@ -25,6 +25,7 @@ VERBS = {
     "demo": ("jlayer.app.verbs.demo", "stream the bundled model and watch it tell a story"),
     "convert": ("jlayer.app.verbs.convert", "turn a published checkpoint into one file a layer"),
     "verify": ("jlayer.app.verbs.verify", "check every byte of a converted folder"),
+    "seal": ("jlayer.app.verbs.seal", "take changed files beside the weights into the manifest"),
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from enum import Enum
 
-from jlayer.checkpoint.layout import CONFIG, INDEX, SIDE_FILES
+from jlayer.checkpoint.layout import CONFIG, INDEX, is_document, is_side_file
+from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import (
     SINGLE,
     listed,
@@ -110,7 +111,8 @@ class _Repo:
         folder = self.folder()
         sizes = self._sizes(folder)
         if sizes is None:
-            self._require(folder, self._wanted(folder, os.listdir(folder), weights))
+            names = with_templates(folder, os.listdir(folder))
+            self._require(folder, self._wanted(folder, names, weights))
             return folder
         refuse_quantizer_files(self._ref, sizes)
         wanted = self._wanted(folder, sizes, weights)
@@ -137,7 +139,11 @@ class _Repo:
             self._note(f"{self._ref}: {human(n_bytes)} to fetch; {human(free)} are free")
 
     def _wanted(self, folder, names: Collection[str], weights):
-        side = [name for name in SIDE_FILES if name in names]
+        side = [
+            name
+            for name in sorted(names)
+            if is_side_file(name) and (weights is Weights.CONVERT or not is_document(name))
+        ]
         for single, index in weights.value:
             if single in names:
                 return [*side, single]

@@ -21,7 +21,7 @@ from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.spec import ALIGNMENT, PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
-from jlayer.strict import parse_json_object, read_small_file
+from jlayer.strict import is_relative_path, parse_json_object, read_small_file
 
 FORMAT = "jlayer"
 FORMAT_VERSION = 1
@@ -32,7 +32,8 @@ SEAL = "sha256"  # the key of a sealed file's own hash, taken over its other key
 EMBED_FILE = "embed.safetensors"
 FINAL_FILE = "final.safetensors"
 CONFIG = "config.json"
-# The files of a source that are kept beside its weights, if present. No other file is copied.
+# The files of a source that are kept beside its weights, if present: these, and files with the name
+# of a template, a tokenizer or a licence (below). No other: a README is about the published files.
 SIDE_FILES = (
     CONFIG,
     "generation_config.json",
@@ -46,6 +47,28 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # the one folder of which files are kept
+# Names that a tokenizer or processor of transformers reads, and jlayer does not.
+_READ_BY_OTHERS = frozenset(
+    """
+    audio_tokenizer_config.json bpe.codes byte_maps.json dict.txt emoji.json entity_vocab.json
+    image_processor_config.json normalizer.json preprocessor_config.json processor_config.json
+    prophetnet.tokenizer sentencepiece.bpe.model sentencepiece.model source.spm spiece.model
+    spm.model spm_char.model target.spm target_vocab.json tekken.json tiktoken.model vocab-src.json
+    vocab-tgt.json vocab.bpe vocab.txt video_preprocessor_config.json word_pronunciation.json
+    word_shape.json
+    """.split()  # noqa: SIM905 - so many names are read better as a paragraph
+)
+# "tokenizer.4.0.0.json" is for releases of transformers from that one on.
+_OF_A_VERSION = re.compile(
+    r"(tokenizer|config)\.[\w.-]+\.json|tokenizer\.model\.[\w.-]+|[\w.-]+\.tiktoken", re.ASCII
+)
+_DOCUMENT = re.compile(
+    r"(?<![a-z0-9])(licen[sc]es?|notices?|copying|copyright|patents|authors"
+    r"|use[ _-]policy|terms[ _-]of[ _-](use|service))(?![a-z0-9])",
+    re.IGNORECASE,
+)
+_DOCUMENT_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf", ".json", ".rtf")
 _LAYER_FILE = re.compile(r"layer-[0-9]{5}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3_128 = re.compile(r"[0-9a-f]{32}")
@@ -76,6 +99,22 @@ def weight_files(
 def is_weight_file(name: str) -> bool:
     """Whether `name` is a name of a weight file in this format."""
     return name in (EMBED_FILE, FINAL_FILE) or _LAYER_FILE.fullmatch(name) is not None
+
+
+def is_document(name: str) -> bool:
+    """Whether a file has the name of a licence or notice: for people alone, no run reads it."""
+    suffix = os.path.splitext(name)[1].lower()
+    is_named_so = _DOCUMENT.search(name) is not None and suffix in _DOCUMENT_SUFFIXES
+    return is_named_so and is_relative_path(name) and "/" not in name
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of this name is kept beside the weights; "/" stands only after TEMPLATES."""
+    folder, _, own = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and own.endswith(".jinja") and is_relative_path(own)
+    known = name in SIDE_FILES or name in _READ_BY_OTHERS or is_document(name)
+    return known or _OF_A_VERSION.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -269,7 +308,7 @@ def _quantization(found, path):
 def _file_entry(name, raw):
     """Parses one file entry of a manifest. `read_manifest` turns any ValueError, KeyError,
     TypeError or AttributeError into a CheckpointError."""
-    if not (is_weight_file(name) or name in SIDE_FILES or name == INDEX):
+    if not (is_weight_file(name) or is_side_file(name) or name == INDEX):
         raise ValueError(f"file name {name!a}")
     n_bytes, tensors, digests = raw["bytes"], {}, {}
     for tensor, place in raw["tensors"].items():

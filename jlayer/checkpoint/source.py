@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jlayer.checkpoint.layout import CONFIG, INDEX, SIDE_FILES, is_weight_file
+from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
+from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
+from jlayer.checkpoint.sides import side_names
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.base import EMBEDDING, HEAD
@@ -27,7 +29,6 @@ from jlayer.strict import (
     parse_json_object,
     read_small_file,
     regular_status,
-    resolve,
 )
 
 SINGLE = "model.safetensors"
@@ -118,18 +119,14 @@ def names_in(folder: str) -> frozenset[str]:
 
 
 def regular_file(folder: str, name: str) -> SourceFile:
-    """A regular file of the folder; a link is followed only if it stays inside.
+    """A regular file of the folder; a link is followed only if it stays inside or is allowed.
 
     A hub cache's own blobs count as inside. Raises CheckpointError (missing, a link that leads
     outside, not a regular file) or StorageError.
     """
     path = os.path.join(folder, name)
     status = regular_status(path)
-    real, home = resolve(path), resolve(folder)
-    if not any(real.startswith(root + os.sep) for root in (home, *_blobs(home))):
-        raise CheckpointError(
-            f"{path}: a link that leads outside the folder, to {real}; put the file itself there"
-        )
+    real = real_path(folder, path)
     return SourceFile(name, path, real, status.st_size, identity_of(status))
 
 
@@ -167,7 +164,7 @@ def read_published_config(folder: str) -> tuple[bytes, ModelConfig]:
 
 def side_files(folder: str, names: Iterable[str]) -> dict[str, SourceFile]:
     """The side files that are present, checked. Raises CheckpointError or StorageError."""
-    files = {name: regular_file(folder, name) for name in SIDE_FILES if name in names}
+    files = {name: regular_file(folder, name) for name in side_names(folder, names)}
     if GENERATION_CONFIG in files:
         json_of(files[GENERATION_CONFIG])
     return files
@@ -301,20 +298,6 @@ def listed(names: Iterable[str]) -> str:
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def _blobs(home):
-    """The folders that links of a hub cache may lead to.
-
-    snapshots/REVISION/NAME is a link to ../../blobs/HASH. That may be a link to a store which all
-    models of the cache share.
-    """
-    repository, separator, _ = home.rpartition(f"{os.sep}snapshots{os.sep}")
-    if not separator:
-        return []
-    cache, name = os.path.split(repository)
-    shared = [os.path.join(cache, "blobs")] if name.startswith("models--") else []
-    return [os.path.join(repository, "blobs"), *shared]
 
 
 def _refuse_layers(folder, names):

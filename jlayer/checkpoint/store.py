@@ -6,13 +6,13 @@ room does not distinguish them.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.layout import (
+    CONFIG,
     EMBED_FILE,
     FINAL_FILE,
     MANIFEST,
@@ -23,14 +23,15 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
+from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, open_published
 from jlayer.config import read_config
 from jlayer.encodings.registry import SCHEMES
-from jlayer.errors import CheckpointError, StorageError
+from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, FINAL_NORM
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig
-from jlayer.strict import open_regular, regular_status
+from jlayer.strict import regular_status
 
 
 @dataclass(frozen=True, order=True)
@@ -71,8 +72,8 @@ class Store:
                 f"says {self.cfg.model_type!r}; put back the config, or convert the source again"
             )
         self.fingerprint = self.manifest.source_fingerprint
-        self._where, self.identities = _locate(self.folder, self.cfg, self.manifest)
-        _check_side_files(self.folder, self.manifest)
+        self._where, self.identities = locate(self.folder, self.cfg, self.manifest)
+        self.notes = check_side_files(self.folder, self.manifest)
 
     def _open_published(self):
         source = open_published(self.folder)
@@ -140,17 +141,19 @@ class Store:
         return Segment(file, entry.offset + first_row * row_bytes, n_bytes)
 
 
-def _locate(folder, cfg, manifest):
+def locate(
+    folder: str, cfg: ModelConfig, manifest: Manifest
+) -> tuple[dict[str, tuple[str, TensorEntry]], dict[str, Identity]]:
     """(tensor -> (file, entry), file -> identity); raises CheckpointError unless each header agrees
-    with the manifest, and both with the config."""
+    with the manifest, and both with the config, or StorageError."""
     shapes = published_tensors(cfg)
     expected = stored_tensors(shapes, manifest.quantization)
     dtypes = piece_dtypes(shapes, manifest.quantization)
-    where, identities, problems = {}, {}, []
+    where, identities, problems, by_config = {}, {}, [], []
     weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
     for name in weight_files:
         if name not in manifest.files:
-            problems.append(f"{name} is not in the manifest")
+            by_config.append(f"{name} is not in the manifest")
             continue
         path = os.path.join(folder, name)
         identities[path] = identity_of(regular_status(path))
@@ -165,36 +168,19 @@ def _locate(folder, cfg, manifest):
         where.update({tensor: (path, entry) for tensor, entry in header.tensors.items()})
     for tensor, shape in expected.items():
         if tensor not in where:
-            problems.append(f"{tensor} is missing")
+            by_config.append(f"{tensor} is missing")
         elif where[tensor][1].shape != shape:
-            problems.append(
+            by_config.append(
                 f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
             )
         elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
             problems.append(
                 f"{tensor} is {where[tensor][1].dtype}, by its quantisation {dtypes[tensor]}"
             )
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"{folder}: {'; '.join(problems[:5])}{more}; convert the source again"
-        )
+    if problems or by_config:
+        is_damaged = problems or not is_side_changed(folder, CONFIG, manifest)
+        advice = "convert the source again" if is_damaged else f"put back the old {CONFIG}"
+        found = [*problems, *by_config]
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(f"{folder}: {'; '.join(found[:5])}{more}; {advice}")
     return where, identities
-
-
-def _check_side_files(folder, manifest):
-    """Checks the SHA-256 of config, tokenizer and index at once, since they are small."""
-    for name, listed in manifest.files.items():
-        if listed.tensors:
-            continue
-        path = os.path.join(folder, name)
-        try:
-            with os.fdopen(open_regular(path), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
-        if digest != listed.sha256:
-            raise CheckpointError(
-                f"{path}: changed since it was converted (SHA-256 {digest}, expected "
-                f"{listed.sha256}); put back what was there, or convert the source again"
-            )

@@ -81,6 +81,25 @@ def test_weights_that_can_only_be_converted_are_fetched_for_that_alone(hub, publ
     assert hub.fetched() == {*kept, "pytorch_model.bin"}
 
 
+def test_templates_are_fetched_and_licences_where_the_model_is_to_be_converted(hub, published):
+    template = "additional_chat_templates/tool_use.jinja"
+    more = {template: b"{{ messages }}", "vocab.txt": b"a"}
+    beside = {
+        "LICENSE": b"terms",
+        "additional_chat_templates/x.py": b"no",
+        "original/NOTICE": b"no",
+    }
+    hub.models[REPO] = {**published, **more, **beside}
+    folder, _ = fetch(weights=Weights.NONE)
+    assert hub.fetched() == {name for name in published if "safetensors" not in name} | set(more)
+    assert (Path(folder) / template).read_bytes() == more[template]
+    fetch()
+    assert hub.fetched() == {*published, *more}
+    fetch(weights=Weights.CONVERT)
+    assert hub.fetched() == {*published, *more, "LICENSE"}
+    assert fetch(offline=True) == (folder, [])
+
+
 def test_a_revision_is_what_is_asked_for(hub):
     fetch(f"{REPO}@v1")
     assert any("/resolve/v1/" in path for _, path in hub.asked)

@@ -14,6 +14,12 @@ from jlayer.config import model_config
 from jlayer.families.registry import published_tensors
 from tests import tiny
 
+# Some of what is carried along by the form of its name.
+CARRIED = (
+    *("additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"),
+    *("LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.4.0.0.json", "spiece.model"),
+    *("preprocessor_config.json", "tekken.json", "vocab.txt", "qwen.tiktoken"),
+)
 Tensor = tuple[str, tuple[int, ...], bytes]  # safetensors' word for the dtype, shape, data
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -98,8 +104,12 @@ def edit_manifest(folder: Path, change) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder with its bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of a folder and of the folders in it, with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
 
 
 def assert_logits_of_transformers(folder: Path, published: str | Path) -> None:

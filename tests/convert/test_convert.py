@@ -14,6 +14,7 @@ from jlayer.checkpoint.safetensors import read_header
 from jlayer.errors import UsageError
 from jlayer.spec import ALIGNMENT
 from tests.convert.checkpoints import (
+    CARRIED,
     edit_json,
     edit_tensors,
     files_of,
@@ -75,16 +76,21 @@ def test_the_manifest_tells_nothing_of_this_run(published, tmp_path):
 
 def test_folder_holds_these_files_and_no_others(copy_of, tmp_path):
     source = copy_of("single")
-    for name in SIDE_FILES[2:]:
+    beside = (*SIDE_FILES, *CARRIED)
+    for name in beside[2:]:
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(f'{{"what": "{name}"}}')
-    for name in ("README.md", "LICENSE", "modeling_evil.py", "original.pth"):
+    for name in ("README.md", "license.py", "modeling_evil.py", "original.pth"):
+        (source / name).write_text("not model data")
+    for name in ("additional_chat_templates/notes.txt", "original/tokenizer.model"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("not model data")
     convert_checkpoint(source, tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = files_of(tmp_path / "out").keys()
     weights = {"embed.safetensors", "final.safetensors"}
     weights |= {f"layer-0000{n}.safetensors" for n in range(3)}
-    assert names == {*weights, *SIDE_FILES, "model.safetensors.index.json", MANIFEST}
-    for name in SIDE_FILES:
+    assert names == {*weights, *beside, "model.safetensors.index.json", MANIFEST}
+    for name in beside:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert read_manifest(tmp_path / "out").files.keys() == names - {MANIFEST}
 

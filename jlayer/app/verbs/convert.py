@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="keep weights that are NaN or infinite"
     )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="take what links in SOURCE lead to outside of it, such as another disk",
+    )
     options.add_offline(parser)
 
 
@@ -81,6 +86,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     from convert import RESUME, convert_checkpoint
     from convert.progress import StderrProgress
+    from jlayer.app.refusals import refused_in_source
 
     if args.delete_source and not args.yes:
         _ask(args)
@@ -97,6 +103,8 @@ def run(args: argparse.Namespace) -> dict:
                 delete_source=args.delete_source,
                 allow_extra=args.allow_extra,
                 allow_nonfinite=args.allow_nonfinite,
+                follow_links=args.follow_links,
+                advise=refused_in_source,
                 progress=progress,
             )
     except STOPS as stop:

@@ -1,6 +1,7 @@
 """Read a converted folder whole and check every byte of it against its manifest.
 
 Lists everything that is missing, cut off, changed or not in the manifest; then the exit code is 3.
+Files beside the weights that were changed are told apart from damage: `jlayer seal` takes them in.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     if verdict.findings:
         count = f"{len(verdict.findings)} finding{'s' if len(verdict.findings) > 1 else ''}"
         raise CheckpointError(
-            f"{verdict.folder}: {count}: {'; '.join(verdict.findings)}; convert the source again"
+            f"{verdict.folder}: {count}: {'; '.join(verdict.findings)}; {verdict.advice}"
         )
     if not args.json:
         print(

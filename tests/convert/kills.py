@@ -1,0 +1,66 @@
+"""Kills a conversion or a sealing before each of the last calls that change the disk.
+
+A process of its own: a fork copies one thread alone, and a test's process has several.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from convert import convert_checkpoint
+from convert.target.seal import seal_folder
+from jlayer.checkpoint.layout import MANIFEST
+from tests.conftest import REPOSITORY
+from tests.convert.checkpoints import files_of
+from tests.convert.faults import CHANGES, counted, killed_before
+
+
+def killed(verb: str, source: Path, expected: Path, *, n_last: int = 1000) -> list[str]:
+    """The manifest after each kill: "none", "old", "new" or "other"; after the same command again,
+    "differs" where the folder is not `expected`.
+
+    "convert" converts `source`; "seal" seals a copy of it.
+    """
+    command = [sys.executable, "-m", "tests.convert.kills", verb, source, expected, str(n_last)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def _states(verb, source, expected, n_last):
+    with tempfile.TemporaryDirectory(dir=expected.parent) as home:
+        folder, whole = Path(home) / "folder", files_of(expected)
+        before = files_of(source).get(MANIFEST)
+
+        def start():
+            shutil.rmtree(folder, ignore_errors=True)
+            if verb == "seal":
+                shutil.copytree(source, folder)
+
+        def work():
+            if verb == "seal":
+                seal_folder(folder)
+            else:
+                convert_checkpoint(source, folder)
+
+        start()
+        n_calls = len(counted(work, CHANGES))
+        for nth in range(max(0, n_calls - n_last), n_calls):
+            start()
+            assert killed_before(nth, work)
+            path = folder / MANIFEST
+            manifest = path.read_bytes() if path.exists() else None
+            known = {before: "old", None: "none", whole[MANIFEST]: "new"}
+            yield known.get(manifest, "other")
+            work()
+            if files_of(folder) != whole:
+                yield "differs"
+
+
+if __name__ == "__main__":
+    verb, source, expected, n_last = sys.argv[1:]
+    print(json.dumps(list(_states(verb, Path(source), Path(expected), int(n_last)))))
