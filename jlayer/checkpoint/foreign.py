@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jlayer.config import quantized_by
-from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.strict import open_regular
+from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
+from jlayer.strict import close, open_regular
 
 _TAKE = "take the model's checkpoint of safetensors files"
 _ITS_FOLDER = "name the folder that it lies in"
@@ -72,21 +72,27 @@ _TENSORS = (
 _DTYPES = (("float8", "fp8"), ("uint32", "MLX"), ("int8", "int8"), ("uint8", "4 bits"))
 
 
-def refuse_file(path: str) -> None:
-    """Raises CheckpointError where `path` is a file, not a folder; says which kind of file."""
+def refuse_file(path: str, *, but_json: bool = False) -> None:
+    """Raises CheckpointError where `path` is a file, not a folder, and says what kind of file;
+    `but_json`: unless it may be JSON."""
     if not os.path.isfile(path):
         return
     fd = open_regular(path)
     try:
         start = os.read(fd, 16)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
     finally:
-        os.close(fd)
+        close(fd)
+    if but_json and start.lstrip()[:1] in (b"", b"{"):
+        return
     named = _kind_of_file(os.path.basename(path))
     begun = [(what, to_do) for magic, what, to_do in _BEGINNINGS if start.startswith(magic)]
     if start[8:9] == b"{":
-        begun.append(("a safetensors file", _ITS_FOLDER))
-    what, to_do = (*begun, *named, ("a file", "name a folder that holds a checkpoint"))[0]
-    raise CheckpointError(f"{path}: {what}, no such folder as is expected; {to_do}")
+        begun.insert(0, ("a safetensors file", _ITS_FOLDER))
+    unknown = ("a file, and no such folder", "name the folder of a checkpoint")
+    what, to_do = (*begun, *named, unknown)[0]
+    raise CheckpointError(f"{path}: found {what}, expected a folder; {to_do}")
 
 
 def refuse_other_forms(folder: str, names: Iterable[str]) -> None:

@@ -47,17 +47,21 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
     "F6_E2M3": ("float6_e2m3fn", 6),
     "F6_E3M2": ("float6_e3m2fn", 6),
 }
+_PICKLE = "a pickle, not safetensors; take the model's checkpoint of safetensors files"
 # First bytes of what people end up with under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
     (b"<!doctype", "an HTML page, not safetensors; fetch the file again"),
     (b"<html", "an HTML page, not safetensors; fetch the file again"),
-    (b"pk\x03\x04", "a zip archive (a PyTorch pickle?), not safetensors"),
-    (b"\x80\x02", "a pickle, not safetensors"),
-    (b"\x80\x03", "a pickle, not safetensors"),
-    (b"\x80\x04", "a pickle, not safetensors"),
-    (b"\x80\x05", "a pickle, not safetensors"),
-    (b"gguf", "a GGUF file, not safetensors"),
+    (
+        b"pk\x03\x04",
+        "a zip archive (a pickle of torch?), not safetensors; name it pytorch_model.bin",
+    ),
+    (b"\x80\x02", _PICKLE),
+    (b"\x80\x03", _PICKLE),
+    (b"\x80\x04", _PICKLE),
+    (b"\x80\x05", _PICKLE),
+    (b"gguf", "a GGUF file, not safetensors; take the model's checkpoint of safetensors files"),
 )
 
 

@@ -11,6 +11,7 @@ import sys
 
 from jlayer import catalogue
 from jlayer.app import options
+from jlayer.checkpoint.foreign import refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
@@ -110,6 +111,7 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         with released():
             ref = hub_config(ref, offline=offline)
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
+        refuse_file(ref, but_json=True)
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
             print(f"jlayer: {ref}: model_type is missing; assumed to be llama", file=sys.stderr)
