@@ -272,9 +272,8 @@ def _family(raw, where):
                 f"{where}: architecture {_plain(name)} is not supported{beside}; {supported}"
             )
     if family is None:
-        raise UnsupportedModelError(
-            f"{where}: model_type {model_type!a} is not supported; {supported}"
-        )
+        said = "is missing" if model_type is None else f"{model_type!a} is not supported"
+        raise UnsupportedModelError(f"{where}: model_type {said}; {supported}")
     return family
 
 
