@@ -43,6 +43,8 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 # Keys of "layer_types" that limit what a layer attends to -> the key that says how far.
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Keys that make another model of a llama in transformers -> the values at which they do not.
+_NEUTRAL = {"is_causal": (True,), "per_layer_config": (None, {}), "kv_sharing_modes": (None,)}
 # Keys by which a quantisation_config without "quant_method" is known.
 _METHOD_BY_KEY = {
     "load_in_4bit": "bitsandbytes",
@@ -106,6 +108,11 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     `read_config`."""
     family = _family(raw, where)
     _refuse_quantized(raw, where)
+    for field, values in _NEUTRAL.items():
+        if field in raw and raw[field] not in values:
+            raise UnsupportedModelError(
+                f"{where}: {field} is {raw[field]!a:.80}, supported: {values[-1]!r}, or none at all"
+            )
     given = {key: value for key, value in raw.items() if value is not None}
     heads = _integer(raw, "num_attention_heads", where)
     kv_heads = _integer(given, "num_key_value_heads", where, default=heads)
@@ -304,12 +311,9 @@ def quantized_by(method: str) -> str:
 
 
 def _method(said):
-    if not isinstance(said, dict):
-        return str(said)
-    if said.get("quant_method"):
-        return str(said["quant_method"])
-    found = [method for key, method in _METHOD_BY_KEY.items() if key in said]
-    return found[0] if found else "a method that is not named"
+    said = said if isinstance(said, dict) else {"quant_method": said}
+    by_key = (method for key, method in _METHOD_BY_KEY.items() if key in said)
+    return str(said.get("quant_method") or next(by_key, "a method that is not named"))
 
 
 def _rope(raw, where, longest):

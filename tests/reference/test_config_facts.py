@@ -8,10 +8,10 @@ import warnings
 import numpy as np
 import pytest
 
-from jlayer.config import ITEM_BYTES, model_config, planned_dtype
+from jlayer.config import ITEM_BYTES, model_config, planned_dtype, read_generation_config
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.model.ops import rope_frequencies
-from tests.tiny import TINY
+from tests.tiny import TINY, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -155,12 +155,20 @@ def test_a_head_that_turns_in_part_with_scaling_is_refused(changes):
         model_config(config_of(changes), where="config.json")
 
 
-# What Transformers runs, and we refuse: with words that name the field.
+# Whose config Transformers takes, and we refuse: with words that name the field. (Of layers of
+# their own and of shared caches it refuses the model.)
 OURS_ALONE = {
     "yarn": ({"rope_scaling": {**LINEAR, "type": "yarn", **ORIGINAL}}, "'yarn'"),
     "dynamic": ({"rope_scaling": {**LINEAR, "type": "dynamic"}}, "'dynamic'"),
     "by-layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "kind of layer"),
     "high-not-above-low": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "high_freq_factor"),
+    "not-causal": ({"is_causal": False}, "is_causal"),
+    "is-causal-null": ({"is_causal": None}, "is_causal"),
+    "layers-of-their-own": (
+        {"per_layer_config": {"1": {"rms_norm_eps": 0.1}}},
+        "per_layer_config",
+    ),
+    "shared-caches": ({"kv_sharing_modes": ["reuse"] * 3}, "kv_sharing_modes"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
 }
 
@@ -205,6 +213,8 @@ FIELDS = {
     "model-type-in-capitals": {"model_type": "LLaMA", "architectures": ["Fable"]},
     "quantization-null": {"quantization_config": None},
     "other-activation-key": {"hidden_activation": "gelu"},
+    "causal": {"is_causal": True},
+    "layers-that-all-are-alike": {"per_layer_config": {}},
     "unknown-keys": {"n_layer": 7, "head_size": 3, "rotary_emb_base": 5.0},
 }
 
@@ -297,3 +307,25 @@ def cut_changes_at(model, n):
 def test_a_window_that_cannot_be_meant_is_refused(changes, word):
     with pytest.raises(CheckpointError, match=word):
         model_config(config_of(changes), where="here")
+
+
+EOS = {"left-out": {}, "null": {"eos_token_id": None}, "one": {"eos_token_id": 7}}
+EOS["several"] = {"eos_token_id": [5, 6]}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("weights")) / "model.safetensors"
+
+
+@pytest.mark.parametrize("in_config", EOS)
+@pytest.mark.parametrize("in_generation_config", [None, *EOS])
+def test_the_token_that_ends_a_text(tmp_path, weights, in_config, in_generation_config):
+    """generation_config.json counts alone where there is one, even if it names none."""
+    (tmp_path / "model.safetensors").hardlink_to(weights)
+    (tmp_path / "config.json").write_text(json.dumps(BASE | EOS[in_config]))
+    if in_generation_config is not None:
+        own = json.dumps(EOS[in_generation_config])
+        (tmp_path / "generation_config.json").write_text(own)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert read_generation_config(tmp_path).get("eos_token_id") == expected.eos_token_id

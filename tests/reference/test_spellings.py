@@ -186,6 +186,44 @@ def test_a_head_of_its_own_survives_an_interrupted_conversion(
         assert np.array_equal(again(torch.tensor(IDS)).logits.numpy(), expected)
 
 
+@pytest.mark.parametrize(
+    "spelling", ["without-model", "params", "head-alone", "head-again", "another-head"]
+)
+def test_spelling_in_a_pickle(plain, tmp_path, spelling):
+    tied, edit, _ = SPELLINGS[spelling]
+    source = shutil.copytree(plain[tied], tmp_path / "source")
+    edit_tensors(source / SINGLE, edit)
+    convert_checkpoint(source, tmp_path / "expected")
+    torch.save(
+        {
+            name: torch.tensor(numbers(tensor))
+            for name, tensor in tensors_of(source / SINGLE).items()
+        },
+        source / "pytorch_model.bin",
+    )
+    (source / SINGLE).unlink()
+    convert_checkpoint(source, tmp_path / "target")
+    assert read_tensors(tmp_path / "target") == read_tensors(tmp_path / "expected")
+    assert Store(tmp_path / "target").cfg == Store(tmp_path / "expected").cfg
+
+
+def test_a_window_is_said_once_by_whoever_opens_the_folder(plain, logits_of, tmp_path):
+    """Up to it all is as without; more is refused by length."""
+    source = shutil.copytree(plain[False], tmp_path / "source")
+    edit_json(source / "config.json", sliding_window=20)
+    notes = [
+        [note for note in notes if "a window of 20 tokens" in note]
+        for notes in (Store(source).notes, convert_checkpoint(source, tmp_path / "target").notes)
+    ]
+    assert list(map(len, notes)) == [1, 1]
+    with AutoModel.from_pretrained(tmp_path / "target", device="cpu", dtype="float32") as model:
+        expected = logits_of(False)
+        found = model.logits(IDS)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+        with pytest.raises(JlayerError, match=r"\b20\b"):
+            model.generate(IDS, max_new_tokens=1)
+
+
 # Tensors that nobody needs.
 
 
