@@ -32,12 +32,12 @@ class Names:
 
     def published(self, name: str) -> str:
         """The published name of a tensor; its own where the model knows none for it."""
-        for start in (self.lead, self.lead.removesuffix(BODY), ""):
-            rest = name.removeprefix(start)
-            for known in (rest, BODY + rest):
-                if name.startswith(start) and self._is_known(known):
-                    return known
-        return name
+        if name in self.used:
+            return name
+        starts = dict.fromkeys((self.lead, self.lead.removesuffix(BODY), ""))
+        rests = [name[len(start) :] for start in starts if name.startswith(start)]
+        spellings = dict.fromkeys([*rests, *(BODY + rest for rest in rests)])
+        return next((known for known in spellings if self._is_known(known)), name)
 
     def is_used(self, name: str) -> bool:
         """Whether the model has a use for the tensor that a file or an index calls so."""
