@@ -274,7 +274,7 @@ def _family(raw, where):
     supported = f"supported: {', '.join(row.architecture for row in FAMILIES.values())}"
     for name in named:
         if family is None or not name.isprintable() or is_of_another_model(name):
-            beside = "" if family is None else f", and model_type is {model_type!r}"
+            beside = f", but model_type is {model_type!r}: remove the wrong one" if family else ""
             raise UnsupportedModelError(
                 f"{where}: architecture {_plain(name)} is not supported{beside}; {supported}"
             )
