@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convert.sources import meta, orbax
 from convert.sources.files import FileSource, Place, Source, TensorInfo, are_same
@@ -143,7 +143,13 @@ def _open_meta(folder, names, allow_extra):
                 f"{os.path.join(folder, CONFIG)}: does not agree with {meta.PARAMS} and the "
                 f"weights beside it: {', '.join(differences)}; remove the wrong one"
             )
-    tensors = _check_parts(folder, cfg, tables, facts, allow_extra, notes)
+    if cfg.tie_word_embeddings and not facts.tied and any(meta.HEAD in t for t in tables.values()):
+        cfg = replace(cfg, tie_word_embeddings=False)
+        notes.append(
+            f"{folder}: tie_word_embeddings is true in {CONFIG}, but {meta.HEAD} is stored apart; "
+            "both are used"
+        )
+    tensors = _check_parts(folder, cfg, tables, allow_extra, notes)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
 
 
@@ -217,18 +223,14 @@ _BIN = _Form("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickle)
 _FORMS = (_SAFETENSORS, _BIN)
 
 
-def _check_parts(folder, cfg, tables, facts, allow_extra, notes):
+def _check_parts(folder, cfg, tables, allow_extra, notes):
     """The model's tensors, joined from parts; raises with everything that is wrong."""
     tied = cfg.tie_word_embeddings
     infos, parts, problems = meta.assemble(tables, published_tensors(cfg), tied=tied)
-    stored_apart = tied and not facts.tied and any(meta.HEAD in table for table in tables.values())
     wrong = [
         *gathered("missing", problems["missing"]),
         *gathered("shape", problems["shape"]),
         *gathered(UNSUPPORTED_DTYPE, problems["dtype"]),
-        *gathered(
-            f"tie_word_embeddings is true in {CONFIG}, but apart", [meta.HEAD][:stored_apart]
-        ),
         *refused_extra(folder, problems["extra"], notes, label=None if allow_extra else _EXTRA),
     ]
     if wrong:

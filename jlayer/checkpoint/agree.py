@@ -34,10 +34,10 @@ def find_misplaced(
     holders = {}
     for shard, table in tables.items():
         for name in table:
-            holders.setdefault(name, []).append(files[shard].name)
+            holders.setdefault(spelling.published(name), []).append(files[shard].name)
     wrong = []
     for name, shard in weight_map.items():
-        found = holders.get(name, [])
+        found = holders.get(spelling.published(name), [])
         if files[shard].name in found or _is_needless(name, found, spelling, extra_allowed):
             continue
         where = f"in {' and '.join(found)}" if found else "nowhere"

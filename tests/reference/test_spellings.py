@@ -305,6 +305,15 @@ def test_an_index_entry_of_an_extra_tensor_that_is_nowhere(plain, tmp_path):
     assert read_tensors(tmp_path / "target") == read_tensors(plain[False])
 
 
+def test_an_index_that_spells_names_otherwise_than_the_files(plain, tmp_path):
+    source = sharded(plain[False], tmp_path / "source")
+    for n in (1, 2):
+        edit_tensors(source / f"model-{n}.safetensors", renamed("module.{}".format))
+    Store(source)
+    convert_checkpoint(source, tmp_path / "target")
+    assert read_tensors(tmp_path / "target") == read_tensors(plain[False])
+
+
 def test_metadata_that_is_null(plain, logits_of, tmp_path):
     source = shutil.copytree(plain[False], tmp_path / "source")
     header, data = split(source / SINGLE)
