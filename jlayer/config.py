@@ -1,8 +1,9 @@
 """Parses config.json into ModelConfig (the model), and options into RunConfig (the run).
 
-Reads both published forms of a config.json: `rope_theta` beside `rope_scaling`, or both in
-`rope_parameters`; `torch_dtype` or `dtype`. A missing field gets the default of transformers. A
-wrong value is refused by its field.
+Reads every form in which a config.json is published: `rope_theta` beside `rope_scaling`, or both in
+`rope_parameters`; `torch_dtype` or `dtype`. If a file says one fact twice, the value that counts in
+transformers counts here. A missing field gets the default of transformers. A wrong value is refused
+by its field.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from dataclasses import dataclass, fields
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.families.registry import FAMILIES
+from jlayer.families.registry import FAMILIES, is_of_another_model
 from jlayer.spec import ITEM_BYTES, ModelConfig, Rope
 from jlayer.strict import read_json_object
 
@@ -39,7 +40,24 @@ MAX_BYTES = 1 << 63  # above every size that a system call takes
 _UNITS = "kmgt"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", re.IGNORECASE)
 ROPE_TYPES = ("default", "linear", "llama3")
-ACTIVATIONS = ("silu",)
+# Published names of activations, and ours.
+ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+# Published names of dtypes that are not torch's first name for them.
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+# Keys of "layer_types" that limit what a layer attends to -> the key that says how far.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Keys that make another model of a llama in transformers -> the values at which they do not.
+_NEUTRAL = {"is_causal": (True,), "per_layer_config": (None, {}), "kv_sharing_modes": (None,)}
+# Keys by which a quantisation_config without "quant_method" is known.
+_METHOD_BY_KEY = {
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "config_groups": "compressed-tensors",
+    "activation_scheme": "fp8",
+    "desc_act": "gptq",
+    "zero_point": "awq",
+    "group_size": "MLX",
+}
 
 
 @dataclass(frozen=True)
@@ -97,26 +115,33 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     """
     family = _family(raw, where)
     _refuse_quantized(raw, where)
+    for field, values in _NEUTRAL.items():
+        if field in raw and raw[field] not in values:
+            raise UnsupportedModelError(
+                f"{where}: {field} is {raw[field]!a:.80}, supported: {values[-1]!r}, or none at all"
+            )
+    given = {key: value for key, value in raw.items() if value is not None}
     heads = _integer(raw, "num_attention_heads", where)
-    kv_heads = _integer(raw, "num_key_value_heads", where, default=heads)
+    kv_heads = _integer(given, "num_key_value_heads", where, default=heads)
     hidden = _integer(raw, "hidden_size", where)
     if heads % kv_heads:
         raise CheckpointError(
             f"{where}: num_attention_heads is {heads}, "
             f"not a multiple of num_key_value_heads {kv_heads}"
         )
-    if raw.get("head_dim") is None and hidden % heads:
+    if "head_dim" not in given and hidden % heads:
         raise CheckpointError(
             f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
             "and head_dim is not given"
         )
-    head_dim = _integer(raw, "head_dim", where, default=hidden // heads)
+    head_dim = _integer(given, "head_dim", where, default=hidden // heads)
     if head_dim % 2:
         raise CheckpointError(
             f"{where}: head_dim is {head_dim} (hidden_size {hidden}, heads {heads}); "
             "rotary embedding needs an even one"
         )
     attention_bias = _boolean(raw, "attention_bias", where)
+    longest = _integer(raw, "max_position_embeddings", where, default=2048)
     return ModelConfig(
         model_type=family.model_type,
         vocab_size=_integer(raw, "vocab_size", where),
@@ -126,16 +151,51 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_integer(raw, "max_position_embeddings", where, default=2048),
+        max_position_embeddings=min(longest, window_of(raw, where=where) or longest),
         rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
-        rope=_rope(raw, where),
+        rope=_rope(raw, where, longest),
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=_boolean(raw, "mlp_bias", where),
         tie_word_embeddings=_boolean(raw, "tie_word_embeddings", where),
-        hidden_act=_choice(raw, "hidden_act", where, ACTIVATIONS, default="silu"),
+        hidden_act=ACTIVATIONS[_choice(raw, "hidden_act", where, ACTIVATIONS, default="silu")],
         dtype=_dtype(raw, where),
     )
+
+
+def window_of(raw: dict, *, where: str) -> int | None:
+    """How many tokens a config lets its layers attend to; None where it sets no window.
+
+    A llama attends to all tokens. Where its config names a window nevertheless, transformers cuts
+    its cache to it, but not its attention mask: beyond the window its own result depends on how the
+    prompt was cut. Within the window all agree, so that is as far as such a model runs.
+    """
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        fields = _WINDOWS.values()
+    elif isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention", *_WINDOWS}:
+        fields = [_WINDOWS[kind] for kind in _WINDOWS if kind in kinds]
+    else:
+        raise UnsupportedModelError(
+            f"{where}: layer_types is {str(kinds)[:200]!a}, supported: full_attention, "
+            f"{', '.join(_WINDOWS)}"
+        )
+    limit = LIMITS["max_position_embeddings"]
+    needed = [field for field in fields if kinds is not None or raw.get(field) is not None]
+    return min((_integer(raw, field, where, limit=limit) for field in needed), default=None)
+
+
+def planned_dtype(cfg: ModelConfig, asked: str | None) -> str:
+    """The dtype of weights that nobody has seen: the config's, or what was asked for where ours has
+    none such. Raises UnsupportedModelError where neither helps."""
+    if cfg.dtype is None or cfg.dtype in ITEM_BYTES:
+        return cfg.dtype or "bfloat16"
+    if asked is None:
+        raise UnsupportedModelError(
+            f"config.json: dtype {cfg.dtype!r} is not supported; supported: "
+            f"{', '.join(ITEM_BYTES)}; name one of them with --dtype"
+        )
+    return asked
 
 
 def read_generation_config(folder: str | os.PathLike) -> dict:
@@ -207,27 +267,32 @@ def unknown_name(kind: str, name: str, known) -> str:
 
 
 def _family(raw, where):
-    supported = f"supported: {', '.join(row.architecture for row in FAMILIES.values())}"
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list) or not all(
-        isinstance(name, str) for name in architectures
-    ):
-        raise CheckpointError(
-            f"{where}: architectures is {architectures!r}, expected a list of names"
-        )
-    for name in architectures:
-        if name not in {row.architecture for row in FAMILIES.values()}:
-            raise UnsupportedModelError(
-                f"{where}: architecture {_plain(name)} is not supported; {supported}"
-            )
+    """By model_type, as transformers chooses; by the architecture alone where there is none.
+
+    Trainers and mergers write many names for the architecture of one model. But the name of another
+    model's is a contradiction: programs that go by it would run another model.
+    """
+    names = raw.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}: architectures is {names!r}, expected a list of names")
+    known = {row.architecture.lower(): row for row in FAMILIES.values()}
     model_type = raw.get("model_type")
-    if model_type is None and architectures:
-        return next(row for row in FAMILIES.values() if row.architecture == architectures[0])
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{where}: model_type {model_type!a} is not supported; {supported}"
-        )
-    return FAMILIES[model_type]
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if model_type is None and names:
+        family = known.get(names[0].lower())
+    named = [name for name in names if name.lower() not in known]
+    supported = f"supported: {', '.join(row.architecture for row in FAMILIES.values())}"
+    for name in named:
+        if family is None or not name.isprintable() or is_of_another_model(name):
+            beside = f", but model_type is {model_type!r}: remove the wrong one" if family else ""
+            raise UnsupportedModelError(
+                f"{where}: architecture {_plain(name)} is not supported{beside}; {supported}"
+            )
+    if family is None:
+        said = "is missing" if model_type is None else f"{model_type!a} is not supported"
+        raise UnsupportedModelError(f"{where}: model_type {said}; {supported}")
+    return family
 
 
 def own_quantization(raw: dict) -> str | None:
@@ -238,44 +303,58 @@ def own_quantization(raw: dict) -> str | None:
 
 
 def _refuse_quantized(raw, where):
-    quantized = raw.get("quantization_config")
-    if quantized and own_quantization(raw) is None:
-        method = (
-            quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
-        )
+    field = "quantization_config" if raw.get("quantization_config") else "compression_config"
+    said = raw.get(field)
+    if said and own_quantization(raw) is None:
         raise UnsupportedModelError(
-            f"{where}: weights quantised by {_plain(str(method))} are not supported; "
-            "take the model's unquantised checkpoint"
+            f"{where}: {field}: {quantized_by(_method(said))}; where the weights are not quantised "
+            f"at all, remove {field} from config.json"
         )
 
 
-def _rope(raw, where):
-    joined = raw.get("rope_parameters")
-    scaling = raw.get("rope_scaling") if joined is None else joined
-    scaling = {} if scaling is None else scaling
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{where}: rope scaling is {scaling!r}, expected an object or null")
-    where = f"{where}: rope"
-    holder = scaling if "rope_theta" in scaling else raw
-    theta = _positive(holder, "rope_theta", where, default=Rope.theta)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+def quantized_by(method: str) -> str:
+    """What to tell whoever has weights that another program has quantised."""
+    return (
+        f"weights quantised by {_plain(method)} are not supported; take the model's unquantised "
+        "checkpoint (jlayer convert --quantize int8 or int4 makes that small)"
+    )
+
+
+def _method(said):
+    said = said if isinstance(said, dict) else {"quant_method": said}
+    by_key = (method for key, method in _METHOD_BY_KEY.items() if key in said)
+    return str(said.get("quant_method") or next(by_key, "a method that is not named"))
+
+
+def _rope(raw, where, longest):
+    """As transformers reads it: `rope_scaling` counts alone where it says anything, else
+    `rope_parameters`; what stands in there goes before the same key beside it."""
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    said = raw.get(field) or {}
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{where}: {field} is {said!r}, expected an object or null")
+    where = f"{where}: {field}"
+    if any(isinstance(value, dict) for value in said.values()):
+        raise UnsupportedModelError(
+            f"{where} differs by kind of layer ({', '.join(map(ascii, said))}); expected one "
+            "rope_type and rope_theta for all layers"
+        )
+    beside = {key: raw[key] for key in ("rope_theta",) if key in raw}
+    said = {"rope_theta": Rope.theta, **beside, **said}
+    theta = _positive(said, "rope_theta", where)
+    kind = said.get("rope_type", said.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"{where} type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            f"{where}: type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
-    for holder in (raw, scaling):
-        if holder.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedModelError(
-                f"{where}: partial_rotary_factor is {holder['partial_rotary_factor']!r}, "
-                "supported: 1"
-            )
-    if kind == "default":
+    if kind == "default":  # for which transformers turns whole heads, whatever a config says
         return Rope(theta=theta)
-    factor = _positive(scaling, "factor", where)
+    _refuse_partial(raw, said, where)
+    factor = _positive(said, "factor", where)
     if kind == "linear":
         return Rope(theta=theta, type=kind, factor=factor)
-    low = _positive(scaling, "low_freq_factor", where)
-    high = _positive(scaling, "high_freq_factor", where)
+    low = _positive(said, "low_freq_factor", where)
+    high = _positive(said, "high_freq_factor", where)
     if not high > low:
         raise CheckpointError(
             f"{where}: high_freq_factor is {high}, expected more than low_freq_factor {low}"
@@ -286,34 +365,54 @@ def _rope(raw, where):
         factor=factor,
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position_embeddings=_integer(
-            scaling,
-            "original_max_position_embeddings",
-            where,
-            limit=LIMITS["max_position_embeddings"],
-        ),
+        original_max_position_embeddings=_original_length(raw, said, where, longest),
     )
 
 
+def _original_length(raw, said, where, longest):
+    """The context before scaling; here the key beside goes first (transformers does so for Phi 3),
+    and what stands nowhere is the context itself."""
+    field = "original_max_position_embeddings"
+    holder = raw if field in raw else said
+    return _integer(holder, field, where, default=longest, limit=LIMITS["max_position_embeddings"])
+
+
+def _refuse_partial(raw, said, where):
+    field = "partial_rotary_factor"
+    factor = said[field] if field in said else raw.get(field)
+    if (field in said or factor is not None) and (isinstance(factor, bool) or factor != 1):
+        raise UnsupportedModelError(f"{where}: {field} is {factor!r}, supported: 1")
+
+
 def _integer(raw, field, where, *, default=None, limit=None):
+    """`default` where the key is absent. A float is taken where it is a whole number."""
     value = raw.get(field)
-    if value is None and default is not None:
+    if field not in raw and default is not None:
         return default
     limit = limit or LIMITS[field]
-    if type(value) is not int or not 1 <= value <= limit:
-        found = "missing" if value is None else repr(value)
-        raise CheckpointError(f"{where}: {field} is {found}, expected an integer from 1 to {limit}")
-    return value
+    whole = int(value) if type(value) is float and value.is_integer() else value
+    if type(whole) is not int or not 1 <= whole <= limit:
+        raise CheckpointError(
+            f"{where}: {field} is {_shown(raw, field)}, expected an integer from 1 to {limit}"
+        )
+    return whole
 
 
 def _positive(raw, field, where, *, default=None):
     value = raw.get(field)
-    if value is None and default is not None:
+    if field not in raw and default is not None:
         return default
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        found = "missing" if value is None else repr(value)
-        raise CheckpointError(f"{where}: {field} is {found}, expected a positive number")
+        raise CheckpointError(
+            f"{where}: {field} is {_shown(raw, field)}, expected a positive number"
+        )
     return float(value)
+
+
+def _shown(raw, field):
+    if field not in raw:
+        return "missing"
+    return "null" if raw[field] is None else repr(raw[field])
 
 
 def _boolean(raw, field, where):
@@ -335,15 +434,16 @@ def _choice(raw, field, where, known, *, default):
 
 
 def _dtype(raw, where):
+    """The dtype that the config names, which need not be one of ours: weights have their own."""
     value = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     if value is None:
         return None
-    name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if not isinstance(name, str) or name not in ITEM_BYTES:
+    if not isinstance(value, str):
         raise UnsupportedModelError(
-            f"{where}: dtype {value!r} is not supported; supported: {', '.join(ITEM_BYTES)}"
+            f"{where}: dtype is {value!r}, expected a name; supported: {', '.join(ITEM_BYTES)}"
         )
-    return name
+    name = value.removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name)
 
 
 def _plain(word):

@@ -280,6 +280,15 @@ def _read_strided(fd, place, first_row, rows):
             piece[:] = run[::inner] if inner else run
 
 
+def are_same(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
+    """Whether two streams in chunks of the same sizes hold the same bytes; ends where they
+    differ."""
+    return all(
+        np.array_equal(np.frombuffer(chunk, np.uint8), np.frombuffer(again, np.uint8))
+        for chunk, again in zip(one, other, strict=True)
+    )
+
+
 def hash_stream(
     chunks: Iterable[Chunk], sink: Callable[[Chunk], None] | None = None
 ) -> tuple[int, str]:

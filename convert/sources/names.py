@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE, Rule
+from jlayer.families.base import LAYER_PREFIX as LAYER
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Row:
     rules: tuple[Rule, ...] = ()
 
 
-LAYER = "model.layers.{layer}."
 # Meta's consolidated.NN.pth, divided as the model-parallel layers of fairscale do.
 META = (
     # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows.

@@ -9,31 +9,36 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convert.sources import meta, orbax
-from convert.sources.files import FileSource, Place, Source, TensorInfo
+from convert.sources.files import FileSource, Place, Source, TensorInfo, are_same
 from convert.sources.joined import JoinedSource
 from convert.sources.torchfile import read_table as read_pickle
-from jlayer.checkpoint.layout import CONFIG, INDEX
-from jlayer.checkpoint.source import (
+from jlayer.checkpoint.agree import (
     EXTRA,
+    UNSUPPORTED_DTYPE,
+    check_tensors,
+    find_misplaced,
+    gathered,
+    listed,
+    refused_extra,
+    settle_head,
+)
+from jlayer.checkpoint.foreign import refuse_other_forms
+from jlayer.checkpoint.layout import CONFIG, INDEX
+from jlayer.checkpoint.names import names_in_use
+from jlayer.checkpoint.source import (
     GENERATION_CONFIG,
     MODEL_PICKLE,
     SINGLE,
-    UNSUPPORTED_DTYPE,
     SourceFile,
-    check_tensors,
-    find_misplaced,
     find_shards,
-    gathered,
     json_of,
-    listed,
     names_in,
     read_published_config,
     read_shard,
     refuse_quantizer_files,
-    refused_extra,
     regular_file,
     shard_files,
     side_files,
@@ -87,12 +92,19 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     if checkpoint is not None:
         return _open_orbax(folder, names, checkpoint, allow_extra)
     notes: list[str] = []
-    config_bytes, cfg = read_published_config(folder)
+    config_bytes, cfg = read_published_config(folder, notes)
     form = _find_form(folder, names, notes)
     shards, weight_map = find_shards(folder, names, form.single, form.index, notes)
     files = shard_files(folder, shards)
-    tables = {shard: form.read(file) for shard, file in files.items()}
-    misplaced = find_misplaced(form.index, tables, files, weight_map)
+    stored = {shard: form.read(file) for shard, file in files.items()}
+    spelling = names_in_use(cfg, stored.values(), where=folder)
+    misplaced = find_misplaced(
+        form.index, stored, files, weight_map, spelling, extra_allowed=allow_extra
+    )
+    tables = {
+        shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
+    }
+    cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = None if allow_extra else _EXTRA
     checked = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
     infos = {name: copies[0][1] for name, copies in checked.items()}
@@ -123,15 +135,21 @@ def _open_meta(folder, names, allow_extra):
     config_bytes, cfg = _encoded(config), model_config(config, where=file.path)
     if CONFIG in names:
         derived = cfg
-        config_bytes, cfg = read_published_config(folder)
         sides, notes = side_files(folder, names), []
+        config_bytes, cfg = read_published_config(folder, notes)
         differences = meta.differences(cfg, derived)
         if differences:
             raise CheckpointError(
                 f"{os.path.join(folder, CONFIG)}: does not agree with {meta.PARAMS} and the "
                 f"weights beside it: {', '.join(differences)}; remove the wrong one"
             )
-    tensors = _check_parts(folder, cfg, tables, facts, allow_extra, notes)
+    if cfg.tie_word_embeddings and not facts.tied and any(meta.HEAD in t for t in tables.values()):
+        cfg = replace(cfg, tie_word_embeddings=False)
+        notes.append(
+            f"{folder}: tie_word_embeddings is true in {CONFIG}, but {meta.HEAD} is stored apart; "
+            "both are used"
+        )
+    tensors = _check_parts(folder, cfg, tables, allow_extra, notes)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
 
 
@@ -146,11 +164,13 @@ def _open_orbax(folder, names, checkpoint, allow_extra):
                 "the model's config.json there"
             )
     notes: list[str] = []
-    config_bytes, cfg = read_published_config(home)
+    config_bytes, cfg = read_published_config(home, notes)
     tensors = orbax.OrbaxSource(checkpoint)
-    table, problems = tensors.table(cfg.num_hidden_layers)
+    spelling = names_in_use(cfg, [checkpoint.arrays], where=folder)
+    table, problems = tensors.table(cfg.num_hidden_layers, spelling)
     label = None if allow_extra else _EXTRA
     tables = {orbax.METADATA: table}
+    cfg = settle_head(folder, cfg, tables, notes, are_equal=tensors.are_equal)
     tensors.take(check_tensors(folder, cfg, tables, problems, notes, extra_label=label))
     sides = side_files(home, names_in(home))
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
@@ -165,6 +185,7 @@ def _find_form(folder, names, notes):
     pickles = sorted(name for name in names if _PICKLE.fullmatch(name))
     forms = [form for form in _FORMS if {form.single, form.index} & names]
     if not forms:
+        refuse_other_forms(folder, names)
         others = sorted(name for name in names if name.endswith(".safetensors")) + pickles
         raise CheckpointError(
             f"{folder}: no {SINGLE} and no {INDEX}, no {_BIN.single} and no consolidated.00.pth"
@@ -176,6 +197,18 @@ def _find_form(folder, names, notes):
     if form is _BIN and any(meta.PART.fullmatch(name) for name in pickles):
         notes.append(f"{folder}: has {_BIN.single} and consolidated.*.pth; the former is taken")
     return form
+
+
+def _are_equal(one, other):
+    """Whether two stored tensors of one dtype and shape hold the same bytes."""
+    if one[0] == other[0]:
+        return True
+    sources = [FileSource({"": info}, {"": (place,)}) for place, info in (one, other)]
+    try:
+        return are_same(*(source.chunks("") for source in sources))
+    finally:
+        for source in sources:
+            source.close()
 
 
 def _read_safetensors(file):
@@ -190,18 +223,14 @@ _BIN = _Form("pytorch_model.bin", "pytorch_model.bin.index.json", read_pickle)
 _FORMS = (_SAFETENSORS, _BIN)
 
 
-def _check_parts(folder, cfg, tables, facts, allow_extra, notes):
+def _check_parts(folder, cfg, tables, allow_extra, notes):
     """The model's tensors, joined from parts; raises with everything that is wrong."""
     tied = cfg.tie_word_embeddings
     infos, parts, problems = meta.assemble(tables, published_tensors(cfg), tied=tied)
-    stored_apart = tied and not facts.tied and any(meta.HEAD in table for table in tables.values())
     wrong = [
         *gathered("missing", problems["missing"]),
         *gathered("shape", problems["shape"]),
         *gathered(UNSUPPORTED_DTYPE, problems["dtype"]),
-        *gathered(
-            f"tie_word_embeddings is true in {CONFIG}, but apart", [meta.HEAD][:stored_apart]
-        ),
         *refused_extra(folder, problems["extra"], notes, label=None if allow_extra else _EXTRA),
     ]
     if wrong:

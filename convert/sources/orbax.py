@@ -21,15 +21,17 @@ from convert.sources.files import (
     Place,
     Room,
     TensorInfo,
+    are_same,
     row_bytes,
 )
 from convert.sources.zarr import ChunkedArray, chunked_array
+from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.links import real_path
+from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.source import (
     SourceFile,
     Stored,
     json_of,
-    listed,
     names_in,
     refuse_different,
     regular_file,
@@ -123,12 +125,17 @@ class OrbaxSource:
         self._copies: dict[str, list[str]] = {}
         self.tensors: dict[str, TensorInfo] = {}
 
-    def table(self, n_layers: int) -> tuple[dict[str, tuple[Stored, TensorInfo]], list[str]]:
+    def table(
+        self, n_layers: int, spelling: Names
+    ) -> tuple[dict[str, tuple[Stored, TensorInfo]], list[str]]:
         """The tensors by published name, a stacked array as its layers; and what is wrong."""
         table, problems = {}, []
         self._at = {}
-        for key, store in self._stores.items():
-            stacked = _STACKED.fullmatch(key)
+        where = self._checkpoint.metadata.path
+        for name_here, (key, store) in spelling.renamed(
+            {key: (key, store) for key, store in self._stores.items()}, where=where
+        ).items():
+            stacked = _STACKED.fullmatch(name_here)
             shape, dtype = tuple(store.shape), store.dtype.name
             if stacked and shape[:1] != (n_layers,):
                 problems.append(
@@ -137,7 +144,7 @@ class OrbaxSource:
                 continue
             layers = range(n_layers) if stacked else [None]
             for layer in layers:
-                name = key if layer is None else LAYER_PREFIX.format(layer=layer) + stacked[1]
+                name = name_here if layer is None else LAYER_PREFIX.format(layer=layer) + stacked[1]
                 if name in table:
                     problems.append(f"{name} is there by itself and in the stacked {key}")
                 info = TensorInfo(dtype, shape if layer is None else shape[1:])
@@ -149,6 +156,11 @@ class OrbaxSource:
         """Sets the model's tensors, each with its copies, as the checks have found them."""
         self.tensors = {name: copies[0][1] for name, copies in checked.items()}
         self._copies = {name: [at.name for at, _ in copies] for name, copies in checked.items()}
+
+    def are_equal(self, one: tuple[Stored, TensorInfo], other: tuple[Stored, TensorInfo]) -> bool:
+        """Whether two of the table's tensors, of one dtype and shape, hold the same bytes."""
+        self.take({place.name: [(place, info)] for place, info in (one, other)})
+        return are_same(*(self.chunks(place.name) for place, _ in (one, other)))
 
     def where(self, name: str) -> str:
         return self._path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from convert.sources.files import FileSource, Place, TensorInfo
 from convert.sources.open import CheckedSource
@@ -21,6 +21,7 @@ from jlayer.checkpoint.sides import side_names
 from jlayer.checkpoint.source import SourceFile, names_in, regular_file
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError, UsageError
+from jlayer.families.base import HEAD
 from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
 
 JOURNAL = ".jlayer-journal"
@@ -210,6 +211,7 @@ def restore_source(folder: str, journal: Journal) -> CheckedSource:
     config_bytes = whole["config"].encode()
     path = os.path.join(folder, CONFIG)
     cfg = model_config(json.loads(config_bytes), where=path)
+    cfg = replace(cfg, tie_word_embeddings=HEAD.published not in infos)
     if is_there(path, follow=False):
         config_bytes = read_small_file(regular_file(folder, CONFIG).real)
     sides = {name: text.encode() for name, text in whole["sides"].items()}

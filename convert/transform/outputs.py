@@ -257,15 +257,25 @@ def side_outputs(
 ) -> list[Output]:
     """The files beside the weights: config, tokenizer files, and a new index."""
     return [
-        SideFile(CONFIG, config_of(checked.config_bytes, dtype=dtype, scheme=scheme)),
+        SideFile(
+            CONFIG,
+            config_of(
+                checked.config_bytes,
+                dtype=dtype,
+                scheme=scheme,
+                is_tied=checked.cfg.tie_word_embeddings,
+            ),
+        ),
         *(SideFile(*item) for item in checked.side_files.items() if item[0] != CONFIG),
         SideFile(INDEX, encode_index({file.name: file.tensors for file in weights})),
     ]
 
 
-def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> bytes:
-    """The published config with the new dtype and quantisation; the same bytes where neither
-    changes.
+def config_of(
+    config_bytes: bytes, *, dtype: str | None, scheme: str | None, is_tied: bool
+) -> bytes:
+    """The published config with the new dtype and quantisation, and without a tie that the weights
+    do not have; the same bytes where nothing changes.
 
     Without its quantisation other programs would report the matrices as missing.
     """
@@ -277,6 +287,8 @@ def config_of(config_bytes: bytes, *, dtype: str | None, scheme: str | None) -> 
     ]
     quantization = {"quantization_config": {**OWN_QUANTIZATION, "scheme": scheme}}
     changes = (dict.fromkeys(stale, dtype) if dtype else {}) | (quantization if scheme else {})
+    if config.get("tie_word_embeddings") and not is_tied:
+        changes["tie_word_embeddings"] = False
     if not changes:
         return config_bytes
     config.update(changes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.spec import STORED_DTYPES
+from jlayer.spec import DTYPES, STORED_DTYPES
 from jlayer.strict import (
     MAX_KEYS,
     is_tensor_name,
@@ -26,17 +26,42 @@ MAX_DIMS = 8
 LENGTH_BYTES = 8  # the header's own length, little-endian, before the header
 
 _KEYS = {"dtype", "shape", "data_offsets"}
+# Every dtype of the format -> its name in numpy or ml_dtypes, and bits an element. A tensor that a
+# model has no use for may have any of them; one that it needs is refused by name.
+_DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.items()} | {
+    "BOOL": ("bool", 8),
+    "I16": ("int16", 16),
+    "U16": ("uint16", 16),
+    "I32": ("int32", 32),
+    "U32": ("uint32", 32),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F4": ("float4_e2m1fn", 4),
+    "F6_E2M3": ("float6_e2m3fn", 6),
+    "F6_E3M2": ("float6_e3m2fn", 6),
+}
+_PICKLE = "a pickle, not safetensors; take the model's checkpoint of safetensors files"
 # First bytes of other files that people have under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
     (b"<!doctype", "an HTML page, not safetensors; fetch the file again"),
     (b"<html", "an HTML page, not safetensors; fetch the file again"),
-    (b"pk\x03\x04", "a zip archive (a PyTorch pickle?), not safetensors"),
-    (b"\x80\x02", "a pickle, not safetensors"),
-    (b"\x80\x03", "a pickle, not safetensors"),
-    (b"\x80\x04", "a pickle, not safetensors"),
-    (b"\x80\x05", "a pickle, not safetensors"),
-    (b"gguf", "a GGUF file, not safetensors"),
+    (
+        b"pk\x03\x04",
+        "a zip archive (a pickle of torch?), not safetensors; name it pytorch_model.bin",
+    ),
+    (b"\x80\x02", _PICKLE),
+    (b"\x80\x03", _PICKLE),
+    (b"\x80\x04", _PICKLE),
+    (b"\x80\x05", _PICKLE),
+    (b"gguf", "a GGUF file, not safetensors; take the model's checkpoint of safetensors files"),
 )
 
 
@@ -97,7 +122,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
         tensors = parse_json_object(
             raw, what=f"{where}: header", convert=lambda found: _entry(found, data_start)
         )
-        _check_metadata(tensors.pop("__metadata__", {}), where)
+        _check_metadata(tensors.pop("__metadata__", None), where)
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(
                 f"{where}: {len(tensors)} tensors, over the limit of {MAX_TENSORS}"
@@ -146,6 +171,8 @@ def _refuse_other_formats(start, path):
 
 
 def _check_metadata(found, where):
+    """The library takes null, too, for no metadata."""
+    found = {} if found is None else found
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{where}: header: __metadata__ is not a map of strings")
 
@@ -159,13 +186,13 @@ def _entry(found, data_start):
         return found
     try:
         dtype, shape, (begin, end) = found["dtype"], found["shape"], found["data_offsets"]
-        name_of_dtype, item_bytes = STORED_DTYPES[dtype]
-        n_bytes = _n_elements(shape) * item_bytes
+        name_of_dtype, item_bits = _DTYPES[dtype]
+        n_bits = _n_elements(shape) * item_bits
     except (TypeError, ValueError, KeyError):  # a key is missing, or a value has another form
         return found
-    if not _is_span(begin, end) or end - begin != n_bytes or n_bytes >= 1 << 63:
+    if not _is_span(begin, end) or 8 * (end - begin) != n_bits or n_bits >= 1 << 66:
         return found
-    return TensorEntry(name_of_dtype, tuple(shape), data_start + begin, n_bytes)
+    return TensorEntry(name_of_dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _reason(name, entry):
@@ -178,19 +205,19 @@ def _reason(name, entry):
     n_elements = _n_elements(shape)
     if n_elements is None:
         return f"shape {_short(shape)}, expected up to {MAX_DIMS} integers of 0 or more"
-    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
-        return (
-            f"dtype {_short(ascii(dtype))} is not supported; supported: {', '.join(STORED_DTYPES)}"
-        )
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        return f"dtype {_short(ascii(dtype))} is not known; supported: {', '.join(DTYPES)}"
     if not isinstance(offsets, list) or len(offsets) != 2 or not _is_span(*offsets):
         expected = "two integers, neither negative nor inverted"
         return f"data_offsets {_short(offsets)}, expected {expected}"
-    expected, n_bytes = n_elements * STORED_DTYPES[dtype][1], offsets[1] - offsets[0]
-    if expected >= 1 << 63:
+    n_bits, n_bytes = n_elements * _DTYPES[dtype][1], offsets[1] - offsets[0]
+    if n_bits >= 1 << 66:
         return f"shape {_short(shape)} overflows 64 bits"
+    expected = f"{n_bits // 8} bytes" if n_bits % 8 == 0 else f"{n_bits} bits"
+    known = "" if dtype in DTYPES else f" (supported for weights: {', '.join(DTYPES)})"
     return (
-        f"shape {_short(shape)} of {dtype} takes {expected} bytes, but its data_offsets give "
-        f"{_short(n_bytes)}"
+        f"shape {_short(shape)} of {dtype} takes {expected}, but its data_offsets give "
+        f"{_short(n_bytes)}{known}"
     )
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
+from jlayer.checkpoint.foreign import refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
+from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
 from jlayer.checkpoint.sides import side_names
-from jlayer.config import model_config
+from jlayer.config import model_config, quantized_by, window_of
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
-from jlayer.families.base import EMBEDDING, HEAD
-from jlayer.families.registry import is_dropped, published_tensors
-from jlayer.spec import ITEM_BYTES, ModelConfig
+from jlayer.spec import ModelConfig
 from jlayer.strict import (
     is_relative_path,
     is_there,
@@ -33,13 +34,14 @@ from jlayer.strict import (
 
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
-EXTRA = "not of this model"
 # Files that quantisers write instead of an entry in the config.
-_QUANTIZER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_QUANTIZER_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
 # Published names of weights written by torch.save.
 MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
-_LISTED = 200  # names in one message
-UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
 _COMPARED_BYTES = 4 << 20
 
 Identity = tuple[int, ...]
@@ -89,14 +91,19 @@ def open_published(folder: str) -> Published:
     if not {SINGLE, INDEX} & names:
         _refuse_weights(folder, names)
     notes: list[str] = []
-    config_bytes, cfg = read_published_config(folder)
+    config_bytes, cfg = read_published_config(folder, notes)
     shards, weight_map = find_shards(folder, names, SINGLE, INDEX, notes)
     files = shard_files(folder, shards)
-    tables = {
+    stored = {
         shard: {name: (Stored(name, file), entry) for name, entry in read_shard(file).items()}
         for shard, file in files.items()
     }
-    misplaced = find_misplaced(INDEX, tables, files, weight_map)
+    spelling = names_in_use(cfg, stored.values(), where=folder)
+    misplaced = find_misplaced(INDEX, stored, files, weight_map, spelling)
+    tables = {
+        shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
+    }
+    cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
     copies_of = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
     side_files(folder, names)
@@ -105,7 +112,7 @@ def open_published(folder: str) -> Published:
         _check_equal(copies)
         place, entry = copies[0]
         tensors[name] = (place.file, entry)
-    return Published(cfg, tensors, _fingerprint(config_bytes, tables, files), tuple(notes))
+    return Published(cfg, tensors, _fingerprint(config_bytes, stored, files), tuple(notes))
 
 
 def names_in(folder: str) -> frozenset[str]:
@@ -113,6 +120,7 @@ def names_in(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
+        refuse_file(folder)
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint") from None
     except OSError as error:
         raise StorageError(f"{folder}: cannot be read ({error.strerror})") from None
@@ -148,18 +156,22 @@ def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
     """Raises UnsupportedModelError if one of the names belongs to a quantiser."""
     for name, method in _QUANTIZER_FILES.items():
         if name in names:
-            raise UnsupportedModelError(
-                f"{os.path.join(folder, name)}: weights quantised by {method} are not supported; "
-                "take the model's unquantised checkpoint"
-            )
+            raise UnsupportedModelError(f"{os.path.join(folder, name)}: {quantized_by(method)}")
 
 
-def read_published_config(folder: str) -> tuple[bytes, ModelConfig]:
+def read_published_config(folder: str, notes: list[str]) -> tuple[bytes, ModelConfig]:
     """(bytes of config.json, the ModelConfig in it). Raises CheckpointError or StorageError."""
     config = regular_file(folder, CONFIG)
     config_bytes = read_small_file(config.real)
     raw = parse_json_object(config_bytes, what=config.path)
-    return config_bytes, model_config(raw, where=config.path)
+    cfg, window = model_config(raw, where=config.path), window_of(raw, where=config.path)
+    if window is not None and window == cfg.max_position_embeddings:
+        notes.append(
+            f"{config.path}: sets a window of {window} tokens, which no {cfg.model_type} has; it "
+            f"runs up to {window} tokens, where that changes nothing (set the window to null to "
+            "attend to all)"
+        )
+    return config_bytes, cfg
 
 
 def side_files(folder: str, names: Iterable[str]) -> dict[str, SourceFile]:
@@ -224,82 +236,6 @@ def read_shard(file: SourceFile) -> dict[str, TensorEntry]:
         raise type(error)(str(error).replace(file.real, file.path, 1)) from None
 
 
-def find_misplaced(
-    index: str, tables: Mapping, files: Mapping[str, SourceFile], weight_map: Mapping[str, str]
-) -> list[str]:
-    """The problems where the index and the files disagree."""
-    holders = {}
-    for shard, table in tables.items():
-        for name in table:
-            holders.setdefault(name, []).append(files[shard].name)
-    wrong = []
-    for name, shard in weight_map.items():
-        found = holders.get(name, [])
-        if files[shard].name not in found:
-            where = f"in {' and '.join(found)}" if found else "nowhere"
-            wrong.append(f"{name} is in {shard}, but it is {where}")
-    return gathered(f"{index} says", wrong)
-
-
-def check_tensors(
-    folder: str,
-    cfg: ModelConfig,
-    tables: Mapping[str, Mapping],
-    problems: list[str],
-    notes: list[str],
-    *,
-    extra_label: str | None,
-) -> dict[str, list]:
-    """The model's tensors, each with all its copies.
-
-    `tables`: file -> name -> (place with `name` and `file`, entry with `dtype` and `shape`).
-    `problems`: those found so far. `extra_label`: the message for tensors that do not belong to the
-    model; None: ignore them with a note. Raises CheckpointError with all problems.
-    """
-    expected, found = published_tensors(cfg), {}
-    for table in tables.values():
-        for name, place in table.items():
-            found.setdefault(name, []).append(place)
-    if cfg.tie_word_embeddings and {EMBEDDING.published, HEAD.published} <= found.keys():
-        # A tied head that is also stored is a copy of the embedding, and is compared with it.
-        found[EMBEDDING.published] += found.pop(HEAD.published)
-    extra = sorted(name for name in found if name not in expected and not is_dropped(cfg, name))
-    problems = [
-        *problems,
-        *gathered("missing", [_missing(name) for name in expected if name not in found]),
-        *gathered("shape", _misshapen(found, expected)),
-        *gathered("copies that differ", _unequal(found, expected)),
-        *gathered(UNSUPPORTED_DTYPE, _of_other_dtype(found, expected)),
-        *refused_extra(folder, extra, notes, label=extra_label),
-    ]
-    if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
-    notes += _doubled(found, expected)
-    return {name: found[name] for name in expected}
-
-
-def refused_extra(
-    folder: str, extra: list[str], notes: list[str], *, label: str | None
-) -> list[str]:
-    """Tensors that do not belong to the model, as a problem; with a label of None, as a note."""
-    if extra and label is None:
-        notes.append(f"{folder}: left out, since {EXTRA}: {listed(extra)}")
-        return []
-    return gathered(label, extra)
-
-
-def gathered(label: str | None, names: list[str]) -> list[str]:
-    """One problem for all names that have it, or none."""
-    return [f"{label}: {listed(names)}"] if names else []
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names from outside as text for a message, at most _LISTED of them."""
-    names = [name if name.isprintable() else ascii(name) for name in names]
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
 def _refuse_layers(folder, names):
     if any(is_weight_file(name) for name in names):
         raise CheckpointError(
@@ -320,48 +256,11 @@ def _refuse_weights(folder, names):
             f"{folder}: an Orbax checkpoint, and only safetensors run in place; run: jlayer "
             f"convert {folder} {os.path.normpath(folder)}-jlayer"
         )
+    refuse_other_forms(folder, names)
     others = sorted(name for name in names if name.endswith(".safetensors"))
     raise CheckpointError(
         f"{folder}: no {SINGLE} and no {INDEX}{f', only {listed(others)}' if others else ''}"
     )
-
-
-def _of_other_dtype(found, expected):
-    return [
-        f"{place.name} in {place.file.name} is {info.dtype}"
-        for name, copies in found.items()
-        for place, info in copies
-        if name in expected and info.dtype not in ITEM_BYTES
-    ]
-
-
-def _missing(name):
-    return f"{name} (tie_word_embeddings is false)" if name == HEAD.published else name
-
-
-def _misshapen(found, expected):
-    return [
-        f"{place.name} in {place.file.name} is {list(info.shape)}, by config.json {list(shape)}"
-        for name, shape in expected.items()
-        for place, info in found.get(name, ())
-        if info.shape != shape
-    ]
-
-
-def _unequal(found, expected):
-    """Copies with different dtypes."""
-    return [
-        " and ".join(f"{place.name} in {place.file.name} ({info.dtype})" for place, info in copies)
-        for name, copies in found.items()
-        if name in expected and len({info.dtype for _, info in copies}) > 1
-    ]
-
-
-def _doubled(found, expected):
-    for name, copies in found.items():
-        paths = [place.file.path for place, _ in copies if place.name == name]
-        if name in expected and len(paths) > 1:
-            yield f"tensor {name} lies in {' and in '.join(paths)}; taken once if they are equal"
 
 
 def refuse_different(copy: Stored, taken: Stored) -> None:
@@ -373,13 +272,21 @@ def refuse_different(copy: Stored, taken: Stored) -> None:
 
 
 def _check_equal(copies):
-    (taken, entry), *others = copies
-    for other, again in others:
-        for at in range(0, entry.n_bytes, _COMPARED_BYTES):
-            length = min(_COMPARED_BYTES, entry.n_bytes - at)
-            first = _bytes_at(taken.file, entry.offset + at, length)
-            if first != _bytes_at(other.file, again.offset + at, length):
-                refuse_different(other, taken)
+    taken, *others = copies
+    for other in others:
+        if not _are_equal(taken, other):
+            refuse_different(other[0], taken[0])
+
+
+def _are_equal(one, other):
+    """Whether two copies of one dtype and shape are the same bytes."""
+    (place, entry), (there, again) = one, other
+    for at in range(0, entry.n_bytes, _COMPARED_BYTES):
+        length = min(_COMPARED_BYTES, entry.n_bytes - at)
+        first = _bytes_at(place.file, entry.offset + at, length)
+        if first != _bytes_at(there.file, again.offset + at, length):
+            return False
+    return True
 
 
 def _bytes_at(file, offset, length):

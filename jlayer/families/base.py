@@ -19,11 +19,14 @@ from jlayer.spec import Leaf, ModelConfig, Place, Role
 #     cache      the cache of the layer
 #     positions  [B, T] int32
 
+# The prefix of the published names of all leaves but the head. A model that was saved without its
+# head has names without it.
+BODY = "model."
 # The prefix of the published names of a layer's leaves.
-LAYER_PREFIX = "model.layers.{layer}."
+LAYER_PREFIX = BODY + "layers.{layer}."
 # The leaves outside the layers.
-EMBEDDING = Leaf("embed_tokens", "model.embed_tokens.weight", ("vocab", "width"), role=Role.TABLE)
-FINAL_NORM = Leaf("norm", "model.norm.weight", ("width",), role=Role.NORM)
+EMBEDDING = Leaf("embed_tokens", BODY + "embed_tokens.weight", ("vocab", "width"), role=Role.TABLE)
+FINAL_NORM = Leaf("norm", BODY + "norm.weight", ("width",), role=Role.NORM)
 HEAD = Leaf("lm_head", "lm_head.weight", ("vocab", "width"))
 
 

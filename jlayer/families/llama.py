@@ -76,7 +76,7 @@ LLAMA = Family(
     kinds=_kinds,
     head_input=Function("normed", ("hidden",), ("x",), whole=("norm",)),
     dropped=(
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        r"model\.rotary_emb\.inv_freq",
+        r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\."
+        r"((original_)?inv_freq|(cos|sin)(_cached)?)",
     ),
 )

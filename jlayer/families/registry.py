@@ -13,8 +13,25 @@ from jlayer.spec import Leaf, ModelConfig
 # A new family is a file beside this one, and a line here.
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
 
+# How the architectures of other published models begin, in lower case.
+_OTHERS = (
+    *("apertus", "arcee", "arctic", "baichuan", "bert", "bitnet", "bloom", "chatglm", "codegen"),
+    *("cohere", "dbrx", "deci", "deepseek", "ernie", "exaone", "falcon", "gemma", "glm", "gpt"),
+    *("granite", "grok", "helium", "hunyuan", "internlm", "jamba", "jais", "kimi", "lfm", "mamba"),
+    *("minicpm", "minimax", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "optfor"),
+    *("orion", "persimmon", "phi", "qwen", "rwkv", "seedoss", "smollm3", "solar", "stablelm"),
+    *("starcoder", "t5", "xglm", "xverse", "zamba"),
+)
+
 _BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
 _LAYER_NAME = re.compile(rf"{_BEFORE}(0|[1-9][0-9]{{0,8}}){_AFTER}(.+)", re.DOTALL)
+
+
+def is_of_another_model(architecture: str) -> bool:
+    """Whether the name of an architecture is that of a published model which is not known here."""
+    name = architecture.lower()
+    ours = any(model_type in name for model_type in FAMILIES)
+    return not ours and name.startswith(_OTHERS)
 
 
 def family_of(cfg: ModelConfig) -> Family:
@@ -75,4 +92,10 @@ def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True
-    return any(re.fullmatch(pattern, tensor_name) for pattern in family.dropped)
+    return _any_of(family.dropped).fullmatch(tensor_name) is not None
+
+
+@lru_cache(maxsize=64)
+def _any_of(patterns):
+    """One pattern: files of 200,000 names are asked for each of them. None matches nothing."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)")

@@ -371,9 +371,16 @@ def test_a_config_beside_it_that_is_of_another_model(originals, meta_of, tmp_pat
 
 
 def test_a_config_that_ties_what_is_stored_apart(originals, meta_of, tmp_path):
+    """Both are used, as where a published folder has both."""
     source = meta_of(2, "tied")
     shutil.copy(os.path.join(originals("tied"), "config.json"), source)
-    refused(source, tmp_path / "out", ["tie_word_embeddings", "output.weight"])
+    (note,) = convert_checkpoint(source, tmp_path / "out").notes
+    assert "tie_word_embeddings is true" in note
+    assert "output.weight" in note
+    expected = read_tensors(originals("tied"))
+    head = {"lm_head.weight": expected["model.embed_tokens.weight"]}
+    assert read_tensors(tmp_path / "out") == expected | head
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 # The tokenizer.

@@ -1,5 +1,6 @@
 """Orbax in and out, and export: equal bytes all the way round, refusals, and what a kill leaves."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -267,8 +268,9 @@ def test_a_layer_by_itself_and_in_the_stack_is_refused(plain, tmp_path):
     refused(folder, tmp_path, f"{name} is there by itself and in the stacked")
 
 
-def test_a_tied_head_that_is_there_too_must_be_the_embedding(published, tmp_path):
-    """Also where one is in two chunks side by side, and read in whole rows."""
+def test_a_tied_head_that_is_there_too_is_compared_with_the_embedding(published, tmp_path):
+    """Also where one is in two chunks side by side, and read in whole rows. One that differs is a
+    head of its own, as in transformers."""
     from pathlib import Path
 
     source = Path(published("tied"))
@@ -281,8 +283,46 @@ def test_a_tied_head_that_is_there_too_must_be_the_embedding(published, tmp_path
     assert read_tensors(tmp_path / "layered") == read_tensors(tmp_path / "expected")
     head[-1, -1] += 1
     folder = save(tmp_path / "other", arrays | {"lm_head.weight": head}, source)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight.*model\.embed_tokens\.weight"):
-        convert_checkpoint(folder, tmp_path / "refused")
+    notes = convert_checkpoint(folder, tmp_path / "apart").notes
+    assert any("lm_head.weight" in note and "differs" in note for note in notes)
+    assert read_tensors(tmp_path / "apart") == {
+        **read_tensors(tmp_path / "expected"),
+        "lm_head.weight": ("F32", head.shape, head.tobytes()),
+    }
+    assert not json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"]
+
+
+WRAPPED = {
+    "params": lambda arrays: {"params": nested(arrays)},
+    "params-twice": lambda arrays: {"params": {"params": nested(arrays)}},
+    "params-stacked": lambda arrays: {"params": stacked(arrays)},
+    "params-without-model": lambda arrays: {"params": nested(without_model(arrays))},
+    "without-model": lambda arrays: nested(without_model(arrays)),
+    "without-model-stacked": lambda arrays: without_model(stacked(arrays)),
+}
+
+
+def without_model(arrays):
+    return {name.removeprefix("model."): array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_tree_under_one_name_or_without_model(plain, expected, tmp_path, kind):
+    source, arrays = plain
+    folder = save(tmp_path / "saved", WRAPPED[kind](arrays), source)
+    convert_checkpoint(folder, tmp_path / "target")
+    assert read_tensors(tmp_path / "target") == expected
+
+
+def test_of_a_trainers_state_the_weights_are_taken(plain, expected, tmp_path):
+    source, arrays = plain
+    moments = {name: np.zeros_like(array) for name, array in arrays.items()}
+    state = {"opt_state": {"mu": nested(moments)}, "step": np.ones(1, np.int32)}
+    tree = {"params": nested(arrays), **state}
+    folder = save(tmp_path / "saved", tree, source)
+    refused(folder, tmp_path, "opt_state.mu.model.norm.weight", "step", "--allow-extra")
+    convert_checkpoint(folder, tmp_path / "target", allow_extra=True)
+    assert read_tensors(tmp_path / "target") == expected
 
 
 def test_a_save_that_did_not_end_is_refused(plain, tmp_path):

@@ -521,24 +521,6 @@ def head_missing_though_untied(source):
     edit_tensors(source / SINGLE, lambda tensors: tensors.pop(HEAD))
 
 
-@row(HEAD, EMBEDDING, "differs", kind="tied")
-def tied_head_that_differs(source):
-    def change(tensors):
-        head = numbers(tensors[EMBEDDING])
-        head[-1, -1] += 1
-        tensors[HEAD] = tensor_of(head)
-
-    edit_tensors(source / SINGLE, change)
-
-
-@row(HEAD, EMBEDDING, "float16", kind="tied")
-def tied_head_of_another_dtype(source):
-    def change(tensors):
-        tensors[HEAD] = tensor_of(numbers(tensors[EMBEDDING]).astype(np.float16))
-
-    edit_tensors(source / SINGLE, change)
-
-
 @row(HEAD, "[132, 24]", "[133, 24]", kind="tied")
 def tied_head_of_another_shape(source):
     def change(tensors):
@@ -548,8 +530,36 @@ def tied_head_of_another_shape(source):
 
 
 @row(EMBEDDING, "missing", kind="tied")
-def tied_head_without_its_embedding(source):
-    edit_tensors(source / SINGLE, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+def tied_head_and_embedding_missing(source):
+    edit_tensors(source / SINGLE, lambda tensors: tensors.pop(EMBEDDING))
+
+
+@row(EMBEDDING, "missing")
+def embedding_missing_though_untied(source):
+    edit_tensors(source / SINGLE, lambda tensors: tensors.pop(EMBEDDING))
+
+
+@row("2 models", "'student.model.'", "'teacher.model.'")
+def two_models_in_one_file(source):
+    def change(tensors):
+        both = {
+            f"{who}.{name}": tensors[name] for who in ("student", "teacher") for name in tensors
+        }
+        tensors.clear()
+        tensors.update(both)
+
+    edit_tensors(source / SINGLE, change)
+
+
+@row(NORM, "two other names", "which is meant")
+def one_tensor_under_two_other_names(source):
+    def change(tensors):
+        norm = tensors.pop(NORM)
+        wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(wrapped | {"module.norm.weight": norm, f"module.{NORM}": norm})
+
+    edit_tensors(source / SINGLE, change)
 
 
 def spoil(tensor, *values):

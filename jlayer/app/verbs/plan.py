@@ -11,10 +11,18 @@ import sys
 
 from jlayer import catalogue
 from jlayer.app import options
+from jlayer.checkpoint.foreign import refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
-from jlayer.config import RunConfig, human, model_config, parse_bytes, read_config
+from jlayer.config import (
+    RunConfig,
+    human,
+    model_config,
+    parse_bytes,
+    planned_dtype,
+    read_config,
+)
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
@@ -61,7 +69,7 @@ def run(args) -> dict:
             f"{cfg.max_position_embeddings}; ask for at most that"
         )
     quantization = _quantization(args, cfg)
-    shapes, stored = published_tensors(cfg), cfg.dtype or "bfloat16"
+    shapes, stored = published_tensors(cfg), planned_dtype(cfg, run.dtype)
 
     def form_of(tensor):
         scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
@@ -103,6 +111,7 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         with released():
             ref = hub_config(ref, offline=offline)
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
+        refuse_file(ref, but_json=True)
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
             print(f"jlayer: {ref}: model_type is missing; assumed to be llama", file=sys.stderr)

@@ -1,0 +1,192 @@
+"""Whether the tensors that files hold are those of the model that the config describes.
+
+Compares names, shapes and dtypes, which the converter and running in place have in common; opens no
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from jlayer.checkpoint.foreign import refuse_quantized_tensors
+from jlayer.checkpoint.names import Names
+from jlayer.errors import CheckpointError
+from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.registry import is_dropped, published_tensors
+from jlayer.spec import ITEM_BYTES, ModelConfig
+
+EXTRA = "not of this model"
+UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
+_LISTED = 200  # names in one message
+
+
+def find_misplaced(
+    index: str,
+    tables: Mapping[str, Mapping],
+    files: Mapping,
+    weight_map: Mapping[str, str],
+    spelling: Names,
+    *,
+    extra_allowed: bool = False,
+) -> list[str]:
+    """Where the index says otherwise than the tables of the files, of tensors that are needed."""
+    holders = {}
+    for shard, table in tables.items():
+        for name in table:
+            holders.setdefault(spelling.published(name), []).append(files[shard].name)
+    wrong = []
+    for name, shard in weight_map.items():
+        found = holders.get(spelling.published(name), [])
+        if files[shard].name in found or _is_needless(name, found, spelling, extra_allowed):
+            continue
+        where = f"in {' and '.join(found)}" if found else "nowhere"
+        wrong.append(f"{name} is in {shard}, but it is {where}")
+    return gathered(f"{index} says", wrong)
+
+
+def _is_needless(name, found, spelling, extra_allowed):
+    """Whether an entry of an index may be wrong: nothing is read for it."""
+    if spelling.is_computed(name):
+        return not found or not spelling.is_used(name)
+    return extra_allowed and not spelling.is_used(name)
+
+
+def settle_head(
+    folder: str,
+    cfg: ModelConfig,
+    tables: Mapping[str, Mapping],
+    notes: list[str],
+    *,
+    are_equal: Callable[[tuple, tuple], bool],
+) -> ModelConfig:
+    """The config as the tensors are: where it says that the head is the embedding, and the two are
+    stored with different numbers, both count, as in transformers.
+
+    `are_equal`: whether two places with what lies there, of one dtype and shape, hold equal bytes.
+    """
+    (embeddings, heads) = (
+        [table[leaf.published] for table in tables.values() if leaf.published in table]
+        for leaf in (EMBEDDING, HEAD)
+    )
+    if not cfg.tie_word_embeddings or not embeddings or not heads:
+        return cfg
+    infos = [info for _, info in (embeddings[0], heads[0])]
+    if infos[0].shape != infos[1].shape or any(info.dtype not in ITEM_BYTES for info in infos):
+        return cfg  # refused as copies that cannot be such
+    if infos[0].dtype == infos[1].dtype and are_equal(embeddings[0], heads[0]):
+        return cfg
+    notes.append(
+        f"{folder}: tie_word_embeddings is true, but {HEAD.published} is stored and differs from "
+        f"{EMBEDDING.published}; both are used, as in transformers"
+    )
+    return replace(cfg, tie_word_embeddings=False)
+
+
+def check_tensors(
+    folder: str,
+    cfg: ModelConfig,
+    tables: Mapping[str, Mapping],
+    problems: list[str],
+    notes: list[str],
+    *,
+    extra_label: str | None,
+) -> dict[str, list]:
+    """The model's tensors, each with all its copies; raises with all that is wrong.
+
+    `tables`: by file, name -> a place (with `name` and `file`) and what the file says of the tensor
+    there (with `dtype` and `shape`). `extra_label`: how to refuse tensors that the model has no use
+    for; None to leave them out.
+    """
+    expected, found = published_tensors(cfg), {}
+    for table in tables.values():
+        for name, place in table.items():
+            found.setdefault(name, []).append(place)
+    if cfg.tie_word_embeddings and HEAD.published in found:
+        # A tied head is a copy of the embedding, to be compared with it, or is there in its place.
+        found.setdefault(EMBEDDING.published, []).extend(found.pop(HEAD.published))
+    extra = sorted(name for name in found if name not in expected and not is_dropped(cfg, name))
+    missing, other_dtype = [n for n in expected if n not in found], _of_other_dtype(found, expected)
+    if missing or other_dtype:
+        refuse_quantized_tensors(folder, _dtypes_of_no_use(found, expected))
+    problems = [
+        *problems,
+        *gathered("missing", map(_missing, missing)),
+        *gathered("shape", _misshapen(found, expected)),
+        *gathered("copies that differ", _unequal(found, expected)),
+        *gathered(UNSUPPORTED_DTYPE, other_dtype),
+        *refused_extra(folder, extra, notes, label=extra_label),
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+    notes += _doubled(found, expected)
+    return {name: found[name] for name in expected}
+
+
+def refused_extra(
+    folder: str, extra: list[str], notes: list[str], *, label: str | None
+) -> list[str]:
+    """Tensors that belong nowhere, as a problem; or as a note, where `label` is None."""
+    if extra and label is None:
+        notes.append(f"{folder}: left out, since {EXTRA}: {listed(extra)}")
+        return []
+    return gathered(label, extra)
+
+
+def gathered(label: str | None, names: Iterable[str]) -> list[str]:
+    """One problem of all that is wrong in the same way, or none."""
+    names = list(names)
+    return [f"{label}: {listed(names)}"] if names else []
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names from outside, as they may stand in a message."""
+    names = [name if name.isprintable() else ascii(name) for name in names]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _of_other_dtype(found, expected):
+    return [
+        f"{place.name} in {place.file.name} is {info.dtype}"
+        for name, copies in found.items()
+        for place, info in copies
+        if name in expected and info.dtype not in ITEM_BYTES
+    ]
+
+
+def _dtypes_of_no_use(found, expected):
+    return {
+        name: copies[0][1].dtype
+        for name, copies in found.items()
+        if name not in expected or copies[0][1].dtype not in ITEM_BYTES
+    }
+
+
+def _missing(name):
+    return f"{name} (tie_word_embeddings is false)" if name == HEAD.published else name
+
+
+def _misshapen(found, expected):
+    return [
+        f"{place.name} in {place.file.name} is {list(info.shape)}, by config.json {list(shape)}"
+        for name, shape in expected.items()
+        for place, info in found.get(name, ())
+        if info.shape != shape
+    ]
+
+
+def _unequal(found, expected):
+    """Copies that cannot be equal, since not even their dtypes are."""
+    return [
+        " and ".join(f"{place.name} in {place.file.name} ({info.dtype})" for place, info in copies)
+        for name, copies in found.items()
+        if name in expected and len({info.dtype for _, info in copies}) > 1
+    ]
+
+
+def _doubled(found, expected):
+    for name, copies in found.items():
+        paths = [place.file.path for place, _ in copies if place.name == name]
+        if name in expected and len(paths) > 1:
+            yield f"tensor {name} lies in {' and in '.join(paths)}; taken once if they are equal"

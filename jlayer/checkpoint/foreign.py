@@ -1,0 +1,124 @@
+"""What a folder or a file holds instead of weights that can be read here: its name, and what to do.
+
+Known by the names of files and tensors and by first bytes alone. Says no more than they show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from jlayer.config import quantized_by
+from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
+from jlayer.strict import close, open_regular
+
+_TAKE = "take the model's checkpoint of safetensors files"
+_ITS_FOLDER = "name the folder that it lies in"
+# Files, by pattern of their names -> what they are, and what to do. In this order.
+_FILES = (
+    (r".+\.gguf", "a GGUF model", _TAKE),
+    (r"ggml-.+\.bin|.+\.ggml|ggjt.+", "a GGML model", _TAKE),
+    (
+        r"adapter_(model\.(safetensors|bin)|config\.json)",
+        "an adapter (LoRA) without the model that it is for",
+        "merge it into its base model (PEFT: merge_and_unload) and take the result",
+    ),
+    (r"weights(\.\d+)?\.npz", "MLX weights", _TAKE),
+    (r"mlc-chat-config\.json|params_shard_\d+\.bin", "an MLC model", _TAKE),
+    (r"tf_model.*\.h5", "TensorFlow weights", _TAKE),
+    (r"flax_model.*\.msgpack", "Flax weights", _TAKE),
+    (r".+\.onnx(_data)?|model\.onnx.*", "an ONNX model", _TAKE),
+    (r"openvino_model\.(xml|bin)", "an OpenVINO model", _TAKE),
+    (r"rust_model\.ot", "Rust weights", _TAKE),
+    (r".+\.nemo", "a NeMo archive", _TAKE),
+    (r".+\.(tflite|task|litertlm)", "a LiteRT model", _TAKE),
+    (r".+\.llamafile", "a llamafile", _TAKE),
+    (r"qmodel\.pt", "a model quantised by hqq", _TAKE),
+    (r"rank\d+\.engine", "a TensorRT engine", _TAKE),
+)
+# Files, by how they begin.
+_BEGINNINGS = (
+    (b"GGUF", "a GGUF model", _TAKE),
+    (b"lmgg", "a GGML model", _TAKE),
+    (b"tjgg", "a GGML model", _TAKE),
+    (b"fmgg", "a GGML model", _TAKE),
+    (b"PK\x03\x04", "an archive (a pickle of torch?)", _ITS_FOLDER),
+    (b"\x80", "a pickle", _ITS_FOLDER),
+    (b"{", "a JSON file", _ITS_FOLDER),
+    (b"\x1f\x8b", "a compressed archive", "unpack it, and name the folder"),
+)
+# Tensors, by the ends of their names -> who writes such, in this order: the first that is there.
+_TENSORS = (
+    (".g_idx", "gptq"),
+    (".qweight", "gptq or awq"),
+    (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
+    (".quant_state.bitsandbytes__fp4", "bitsandbytes"),
+    (".absmax", "bitsandbytes"),
+    (".SCB", "bitsandbytes"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale_inv", "fp8"),
+    (".biases", "MLX"),
+    (".codebooks", "aqlm"),
+    (".q_weight", "exl2"),
+    (".trellis", "exl3"),
+    (".Qidxs", "quip"),
+    (".W_q", "hqq"),
+    (".qscale_act", "fbgemm"),
+    ("_blocks", "mxfp4"),
+    (".weight.q", "jlayer"),
+)
+# Dtypes of matrices, where no name tells.
+_DTYPES = (("float8", "fp8"), ("uint32", "MLX"), ("int8", "int8"), ("uint8", "4 bits"))
+
+
+def refuse_file(path: str, *, but_json: bool = False) -> None:
+    """Raises CheckpointError where `path` is a file, not a folder, and says what kind of file;
+    `but_json`: unless it may be JSON."""
+    if not os.path.isfile(path):
+        return
+    fd = open_regular(path)
+    try:
+        start = os.read(fd, 16)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    finally:
+        close(fd)
+    if but_json and start.lstrip()[:1] in (b"", b"{"):
+        return
+    named = _kind_of_file(os.path.basename(path))
+    begun = [(what, to_do) for magic, what, to_do in _BEGINNINGS if start.startswith(magic)]
+    if start[8:9] == b"{":
+        begun.insert(0, ("a safetensors file", _ITS_FOLDER))
+    unknown = ("a file, and no such folder", "name the folder of a checkpoint")
+    what, to_do = (*begun, *named, unknown)[0]
+    raise CheckpointError(f"{path}: found {what}, expected a folder; {to_do}")
+
+
+def refuse_other_forms(folder: str, names: Iterable[str]) -> None:
+    """Raises UnsupportedModelError where a folder, which lacks every form of weights that is read
+    here, has another."""
+    for name in sorted(names):
+        for what, to_do in _kind_of_file(name):
+            raise UnsupportedModelError(
+                f"{folder}: {what} ({name}), which is not supported; {to_do}"
+            )
+
+
+def refuse_quantized_tensors(folder: str, dtypes: Mapping[str, str]) -> None:
+    """Raises UnsupportedModelError where tensors that do not make a model (name -> dtype) are what
+    a quantiser writes."""
+    for end, method in _TENSORS:
+        for name in dtypes:
+            if name.endswith(end):
+                raise UnsupportedModelError(f"{folder}: tensor {name!a}: {quantized_by(method)}")
+    for start, method in _DTYPES:
+        for name, dtype in dtypes.items():
+            if dtype.startswith(start) and name.endswith(".weight"):
+                raise UnsupportedModelError(
+                    f"{folder}: tensor {name!a} is {dtype}: {quantized_by(method)}"
+                )
+
+
+def _kind_of_file(name):
+    return [(what, to_do) for pattern, what, to_do in _FILES if re.fullmatch(pattern, name)]
