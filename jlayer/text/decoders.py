@@ -14,13 +14,30 @@ from collections.abc import Callable
 
 from jlayer.text.bpe import BYTE_OF
 
+# What clean_up_tokenization_spaces replaces, one after the other (transformers).
+_CLEANED = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {word}", word) for word in ("n't", "'m", "'s", "'ve", "'re")),
+)
+
+
+def cleaned_up(text: str) -> str:
+    """`text` without the spaces before English punctuation."""
+    for word, content in _CLEANED:
+        text = text.replace(word, content)
+    return text
+
 
 class Decoding:
     """What `push` gives for each token, then `finish`, is the decoder's text for all of them."""
 
-    def __init__(self, decoder, *, continues: bool):
-        """`decoder`: of the library, or None. `continues`: other text stands before this one."""
+    def __init__(self, decoder, *, continues: bool, cleans_up: bool = False):
+        """`decoder`: of the library, or None. `continues`: other text stands before this one.
+        `cleans_up`: the text goes through `cleaned_up`."""
         self._steps = _steps_of(decoder, continues=continues)
+        if cleans_up:
+            self._steps += [_TextReplaced(*pair) for pair in _CLEANED]
 
     def push(self, token: str) -> str:
         """The text that is certain with `token`."""

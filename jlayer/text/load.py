@@ -23,12 +23,14 @@ class Loaded:
     and EOS.
     named: bos_token and so on → text.
     doubles_first_space: a text that begins with a space gets another one before it.
+    cleans_up: decoded text loses its spaces before punctuation.
     where: the file that the vocabulary is from, for messages.
     """
 
     library: object
     named: Mapping[str, str]
     doubles_first_space: bool
+    cleans_up: bool
     where: str
 
 
@@ -58,7 +60,9 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
     by_flags = own.goes_by_flags or any(flag in flags for flag in FLAGS)
     if by_flags or library.post_processor is None:
         library.post_processor = _ends_by_flags(library, flags, named, where)
-    return Loaded(library, named, _doubles_first_space(file, library), where)
+    return Loaded(
+        library, named, _doubles_first_space(file, library), _cleans_up(library, flags), where
+    )
 
 
 def _with_class(own, own_class):
@@ -122,6 +126,13 @@ def _doubles_first_space(file, library):
     if getattr(library.pre_tokenizer, "prepend_scheme", "never") == "never":
         return False
     return file.normalizer is not None and file.normalizer.normalize_str(" ") == 2 * SPACE
+
+
+def _cleans_up(library, settings):
+    """Whether clean_up_tokenization_spaces counts: for BPE it would take spaces of the text."""
+    always = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    is_bpe = type(library.model).__name__ == "BPE"
+    return bool(settings.get("clean_up_tokenization_spaces") and (always or not is_bpe))
 
 
 def _ends_by_flags(library, flags, named, where):

@@ -25,7 +25,9 @@ class TextStream:
         self._token_of = tokenizer.library.id_to_token
         special = tokenizer.special_tokens.values() if skip_special_tokens else ()
         self._skipped = frozenset(special)
-        self._text = Decoding(tokenizer.library.decoder, continues=continues)
+        self._text = Decoding(
+            tokenizer.library.decoder, continues=continues, cleans_up=tokenizer.cleans_up
+        )
 
     def step(self, token_id: int) -> str:
         """The text that `token_id` completes, perhaps none."""

@@ -17,6 +17,7 @@ from jlayer.text.bpe import build
 from jlayer.text.chat import read_templates, render_chat, select_template
 from jlayer.text.classes import SPACE
 from jlayer.text.declared import read_declared
+from jlayer.text.decoders import cleaned_up
 from jlayer.text.load import Loaded, load
 from jlayer.text.marks import Rendered
 from jlayer.text.special_tokens import RenamedTokenizer
@@ -30,6 +31,7 @@ class Tokenizer:
 
     library: the tokenizer of the `tokenizers` library that does the work.
     bos_token_id, eos_token_id: None where there is none.
+    cleans_up: no space stands before punctuation in decoded text.
     special_tokens: text → id of all tokens that `skip_special_tokens` leaves out.
     """
 
@@ -38,6 +40,7 @@ class Tokenizer:
         self.where = loaded.where
         self.chat_templates = dict(templates)
         self.named_tokens = loaded.named
+        self.cleans_up = loaded.cleans_up
         self._doubles_first_space = loaded.doubles_first_space
         added = library.get_added_tokens_decoder()
         self.special_tokens = {str(t.content): i for i, t in added.items() if t.special}
@@ -90,7 +93,8 @@ class Tokenizer:
         if continues:
             stream = TextStream(self, skip_special_tokens=skip_special_tokens, continues=True)
             return "".join([*map(stream.step, ids), stream.finish()])
-        return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+        text = self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+        return cleaned_up(text) if self.cleans_up else text
 
     def render_chat(self, messages: Sequence[Mapping], **options) -> str:
         """The text that `encode_chat` encodes, with the same arguments."""

@@ -122,6 +122,9 @@ def no_cache_of_tiktoken(monkeypatch):
 FLAGS = [{}, {"add_bos_token": True}, {"add_eos_token": True}, {"add_bos_token": False}]
 FLAGS += [{"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": None}]
 FLAGS += [{"legacy": True}, {"legacy": False}, {"legacy": None}]
+CLEAN_UP = "clean_up_tokenization_spaces"
+FORCED = {CLEAN_UP: True, f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}
+FLAGS += [{CLEAN_UP: True}, FORCED]
 FLAGS += [{"add_prefix_space": False}, {"add_prefix_space": True, "legacy": True}]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 

@@ -192,6 +192,19 @@ def test_a_decoder_that_strips_both_ends(tmp_path):
         assert len(pieces[-1]) <= 2
 
 
+@pytest.mark.parametrize("forced", [True, False])
+def test_text_that_is_cleaned_up_comes_at_once(tmp_path, forced):
+    name = "clean_up_tokenization_spaces"
+    config = {name: True, f"{name}_for_bpe_even_though_it_will_corrupt_output": forced}
+    tokenizer = Tokenizer.from_folder(edited(tmp_path, BUNDLED, tokenizer_config=config))
+    for text in ("a king . a queen , it 's  ' hers ' ? no !", "they 've  ", " .", "do n't 'm"):
+        ids = tokenizer.encode(text)
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert (tokenizer.decode(ids) != text) == forced
+        assert len(pieces[-1]) < len(" n't")
+
+
 @pytest.mark.parametrize("name", SOON)
 def test_a_decoder_that_looks_ahead_is_one_token_late(tmp_path, name):
     tokenizer = with_decoder(tmp_path, SOON[name])
