@@ -48,6 +48,10 @@ class TokenizerClass:
     makes_special: bool = False
     yields_to_bytes: bool = False
 
+    @property
+    def is_byte_level(self) -> bool:
+        return self.decoder is _bytes
+
 
 def _has_prefix(settings):
     """Whether a space is put before the text; absent and null mean that it is."""

@@ -24,6 +24,7 @@ NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "c
 FLAGS = ("add_bos_token", "add_eos_token")
 # Tokens without a name are a list, under a new key and an old one, which counts if alone.
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_SETTINGS = (CONFIG, NAMES_FILE, TOKENS_FILE)
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -39,6 +40,7 @@ class Defaults:
     matches_raw_text: tokens are looked for in the text before it is normalized.
     goes_by_flags: BOS and EOS follow from the flags even if there is a post-processor.
     makes_special: named and extra tokens are special whatever the files say.
+    is_tiktoken: no class replaces how the tokenizer splits text.
     """
 
     named: dict[str, object] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Defaults:
     matches_raw_text: bool = False
     goes_by_flags: bool = False
     makes_special: bool = False
+    is_tiktoken: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,16 @@ def read_declared(folder: Path) -> Declared:
     source = CONFIG if is_complete else TOKENS_FILE
     rows = config["added_tokens_decoder"] if is_complete else _object(folder / TOKENS_FILE)
     where = f"{folder / source}"
-    tokenizer_class = config.get("tokenizer_class") or _model_config(folder).get("tokenizer_class")
+    tokenizer_class = config.get("tokenizer_class")
+    if not tokenizer_class:
+        tokenizer_class = _object(folder / "config.json").get("tokenizer_class")
     return Declared(
         settings=settings,
         more_names=more_names,
         tokens=_tokens_by_id(rows, where) if is_complete else _added_tokens(rows, settings, where),
         tokens_where=where,
         is_complete=is_complete,
-        has_settings=any((folder / name).exists() for name in (CONFIG, NAMES_FILE, TOKENS_FILE)),
+        has_settings=bool(tokenizer_class) or any((folder / name).exists() for name in _SETTINGS),
         tokenizer_class=str(tokenizer_class or "").removesuffix("Fast"),
         where=f"{folder / CONFIG}",
     )
@@ -161,10 +166,6 @@ def added_token(row: Mapping) -> object | None:
 
 def _object(path):
     return read_json_object(path) if path.exists() else {}
-
-
-def _model_config(folder):
-    return _object(folder / "config.json")
 
 
 def _take_names(settings):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jlayer.errors import CheckpointError
-from jlayer.strict import read_small_file
+from jlayer.strict import read_json_object, read_small_file
 from jlayer.text.bpe import build
 from jlayer.text.classes import CLASSES, SPACE, rebuilt, replaces_parts
 from jlayer.text.declared import FLAGS, Declared, Defaults, text_of
@@ -35,34 +35,49 @@ class Loaded:
 
 
 def load(folder: Path, declared: Declared) -> Loaded | None:
-    """None where the folder has no tokenizer.json and no tokenizer.model.
+    """None where the folder has no tokenizer.
 
     Raises CheckpointError (a damaged file) or UnsupportedModelError (a kind that no Llama uses).
     """
-    is_json = (folder / "tokenizer.json").exists()
-    path = folder / ("tokenizer.json" if is_json else "tokenizer.model")
-    if not path.exists():
+    own_class = CLASSES.get(declared.tokenizer_class)
+    path, read = _vocabulary_file(folder, own_class)
+    if read is None:
         return None
-    raw, where = read_small_file(path), str(path)
-    file, own = _from_json(raw, where) if is_json else _from_model_file(raw, declared, where)
-    library, own_class = file, CLASSES.get(declared.tokenizer_class)
-    if own_class is not None and (is_tiktoken(raw) or replaces_parts(own_class, file)):
-        # A tiktoken file keeps its parts: of the class it takes the tokens alone.
-        library = file if is_tiktoken(raw) else rebuilt(file, own_class, declared.settings)
-        own = _with_class(own, own_class)
+    file, own = read(path, declared)
+    library = file
+    if own_class is not None and own.is_tiktoken:
+        own = _with_class(own, own_class)  # of the class it takes the tokens alone
+    elif own_class is not None and replaces_parts(own_class, file):
+        library, own = rebuilt(file, own_class, declared.settings), _with_class(own, own_class)
     tokens = dict(declared.tokens)
-    if is_json and not declared.is_complete:
-        tokens |= file.get_added_tokens_decoder()
+    if not declared.is_complete:
+        tokens |= file.get_added_tokens_decoder() if read is _from_json else {}
     if own.matches_raw_text:
         tokens = {token_id: _raw(token) for token_id, token in tokens.items()}
     named = _add_declared(library, declared, own, tokens)
     flags = {**own.flags, **declared.settings}
     by_flags = own.goes_by_flags or any(flag in flags for flag in FLAGS)
     if by_flags or library.post_processor is None:
-        library.post_processor = _ends_by_flags(library, flags, named, where)
+        library.post_processor = _ends_by_flags(library, flags, named, path)
     return Loaded(
-        library, named, _doubles_first_space(file, library), _cleans_up(library, flags), where
+        library=library,
+        named=named,
+        doubles_first_space=_doubles_first_space(file, library),
+        cleans_up=_cleans_up(library, flags),
+        where=str(path),
     )
+
+
+def _vocabulary_file(folder, own_class):
+    """(the file that the vocabulary is in, what reads it), or (None, None)."""
+    for name, read in (("tokenizer.json", _from_json), ("tokenizer.model", _from_model_file)):
+        if (folder / name).exists():
+            return folder / name, read
+    pair = folder / "vocab.json", folder / "merges.txt"
+    is_byte_level = own_class is not None and own_class.is_byte_level
+    if is_byte_level and all(path.exists() for path in pair):
+        return pair[0], _from_vocabulary_and_merges
+    return None, None
 
 
 def _with_class(own, own_class):
@@ -88,19 +103,34 @@ def _add_declared(library, declared, own, tokens):
     return {name: text_of(token) for name, token in named.items()}
 
 
-def _from_json(raw, where):
+def _from_json(path, declared):
     from tokenizers import Tokenizer as Library
 
-    library = build(lambda: Library.from_buffer(raw), where=where)
+    raw = read_small_file(path)
+    library = build(lambda: Library.from_buffer(raw), where=path)
     # Some files keep the settings of training; a prompt is never cut or padded here.
     library.no_truncation()
     library.no_padding()
     return library, Defaults()
 
 
-def _from_model_file(raw, declared, where):
+def _from_vocabulary_and_merges(path, declared):
+    """The two files of GPT-2's form, which only a class of byte-level tokenizers completes."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    other = path.with_name("merges.txt")
+    vocab, raw = read_json_object(path), read_small_file(other)
+    lines = build(raw.decode, where=other).split("\n")
+    rows = (line for line in lines if line and not line.startswith("#version"))
+    merges = [tuple(row.rstrip("\r").split(" ")) for row in rows]
+    return build(lambda: Library(models.BPE(vocab, merges)), where=other), Defaults()
+
+
+def _from_model_file(path, declared):
     """The tokenizer, and what it has by itself. Where nothing stands beside it, it is Meta's own
     folder, and Meta's code puts BOS before a text."""
+    raw, where = read_small_file(path), str(path)
     if is_tiktoken(raw):
         library, own = from_tiktoken(raw, declared, where=where)
     else:

@@ -27,12 +27,12 @@ def add_tokens(tokenizer, tokens: Mapping[int, object], names: Iterable, extra: 
     names = list(names)
     new += [token for token in (*names, *extra) if text_of(token) not in listed]
     named = {text_of(token) for token in names}
-    for token in new:
+    for at, token in enumerate(new):
         if isinstance(token, str):
-            token = AddedToken(token, special=True, normalized=False)
+            new[at] = AddedToken(token, special=True, normalized=False)
         elif str(token.content) in named:
             token.special = True  # even where the file forgot
-        tokenizer.add_tokens([token])
+    tokenizer.add_tokens(new)  # in one call: each builds the search for all tokens anew
 
 
 def mark_special(tokenizer, tokens: Iterable) -> None:

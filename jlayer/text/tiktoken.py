@@ -44,9 +44,8 @@ def from_tiktoken(raw: bytes, declared: Declared, *, where: str) -> tuple[object
     tokenizer.decoder = decoders.ByteLevel()
     special = _special_tokens(declared, len(ranks))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    if declared.has_settings:
-        return tokenizer, Defaults()
-    return tokenizer, Defaults({"bos_token": LLAMA3_BEGIN, "eos_token": LLAMA3_ENDS[0]})
+    ends = {"bos_token": LLAMA3_BEGIN, "eos_token": LLAMA3_ENDS[0]}
+    return tokenizer, Defaults({} if declared.has_settings else ends, is_tiktoken=True)
 
 
 def _special_tokens(declared, n_ranks):

@@ -11,7 +11,7 @@ import json
 import pytest
 
 from jlayer.errors import CheckpointError
-from jlayer.text.tokenizer import Tokenizer
+from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
 from tests.conftest import BUNDLED, SHARED_DATA
 from tests.text.samples import folder_of
 
@@ -85,19 +85,25 @@ def vocabulary(name):
     """The files of a vocabulary: tokenizer.json, tokenizer.model or both."""
     if name == "json and model":
         return {**vocabulary("json"), **vocabulary("bpe")}
+    if name == "vocab and merges":
+        model = json.loads(json_file("bytes"))["model"]
+        merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+        return {"vocab.json": model["vocab"], "merges.txt": f"#version: 0.2\n{merges}".encode()}
     if name in ("json", "bytes"):
         return {"tokenizer.json": json_file(name)}
     raw = tiktoken_file() if name == "tiktoken" else sentencepiece_file(name)
     return {"tokenizer.model": raw}
 
 
-VOCABULARIES = ("json", "bytes", "json and model", *SENTENCEPIECE, "tiktoken")
+VOCABULARIES = ("json", "bytes", "json and model", *SENTENCEPIECE, "tiktoken", "vocab and merges")
 
 
 @functools.cache
 def n_tokens(name):
     """The id of the first token that files beside the vocabulary may add."""
     files = vocabulary(name)
+    if "vocab.json" in files:
+        return len(files["vocab.json"])
     if "tokenizer.json" in files:
         return len(json.loads(files["tokenizer.json"])["model"]["vocab"])
     if name == "tiktoken":
@@ -142,7 +148,7 @@ def theirs(folder):
 
 def ours(folder):
     try:
-        return Tokenizer.from_folder(folder)
+        return Tokenizer.from_folder(folder) or CheckpointError(NO_TOKENIZER)
     except CheckpointError as error:
         return error
 

@@ -84,6 +84,16 @@ def infill_piece(case, kind, text, a, b):
     )
 
 
+def pieces_without_a_file(case, kind, text, a, b):
+    """vocab.json and merges.txt with a class for SentencePiece's files, which has no such form:
+    transformers makes a tokenizer that knows no text."""
+    return (
+        kind == "refused"
+        and case["vocabulary"] == "vocab and merges"
+        and case["class"] in (*SENTENCE_CLASSES, "GemmaTokenizerFast")
+    )
+
+
 EXPLAINED = (
     first_space,
     unigram_as_bpe,
@@ -91,6 +101,7 @@ EXPLAINED = (
     tokens_as_objects,
     nameless,
     infill_piece,
+    pieces_without_a_file,
 )
 
 
@@ -139,6 +150,27 @@ def test_flags_and_classes(tmp_path, name):
     ]
     left, _ = unexplained(cases, tmp_path)
     assert left == []
+
+
+@pytest.mark.parametrize("name", ["json", "bpe", "bytes", "vocab and merges"])
+def test_a_class_that_config_json_names(tmp_path, name):
+    for cls in ("LlamaTokenizer", "GPT2Tokenizer", "Qwen2TokenizerFast"):
+        files = {"config.json": {"model_type": "llama", "tokenizer_class": cls}}
+        here = write(tmp_path / cls, {**vocabulary(name), **files})
+        case = {"vocabulary": name, "class": cls, "files": {}}
+        found = differences(ours(here), theirs(here))
+        assert not [each for each in found if not any(row(case, *each) for row in EXPLAINED)]
+
+
+def test_metas_own_folder(tmp_path):
+    """tokenizer.model and nothing beside it: Meta's code puts BOS before a text. Transformers puts
+    none; where it reads a model, there are other files."""
+    for name in ("bpe", "tiktoken"):
+        here = write(tmp_path / name, vocabulary(name))
+        one, other = ours(here), theirs(here)
+        bare = one.encode("a king", add_special_tokens=False)
+        assert bare == other.encode("a king")
+        assert one.encode("a king") == [one.bos_token_id, *bare]
 
 
 def test_bos_and_eos_by_every_combination_of_files_and_flags(tmp_path):

@@ -246,6 +246,21 @@ def test_tokens_that_cannot_be_read(tmp_path, file, content, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_pair_of_vocabulary_and_merges(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    for merges in (b"a b", b"a", b"\xff", b"a b c"):  # "ab" is not in the vocabulary
+        (tmp_path / "merges.txt").write_bytes(merges)
+        with pytest.raises(CheckpointError, match=r"merges\.txt: not a tokenizer"):
+            Tokenizer.from_folder(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\r\n")
+    found = Tokenizer.from_folder(tmp_path)
+    assert found.encode("ab") == [0, 1]
+    (tmp_path / "vocab.json").write_text('{"a": 0, "a": 1}')
+    with pytest.raises(CheckpointError, match=r"vocab\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}])
 def test_a_named_token_is_special_even_if_the_file_forgot(tmp_path, config):
