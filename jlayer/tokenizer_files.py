@@ -20,6 +20,7 @@ from jlayer.protobuf import protobuf_fields
 
 UNREADABLE = "{where}: neither a SentencePiece model nor tiktoken ranks; fetch it again"
 
+LLAMA3_RANKS = 128_000
 # Special tokens of Llama 3, in the order of their ids, which start after the last rank.
 LLAMA3_BEGIN = "<|begin_of_text|>"
 # The end of a text, of a message (<|eom_id|> since Llama 3.1) and of a turn.
@@ -44,7 +45,7 @@ class PieceKind(IntEnum):
     USER_DEFINED = 4
 
 
-BPE = 2  # TrainerSpec.ModelType
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,12 @@ class SentencePieceModel:
     model_type: int = 1
     treat_whitespace_as_suffix: int = 0
     byte_fallback: int = 0
+    unk_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    unk_piece: bytes = b"<unk>"
+    bos_piece: bytes = b"<s>"
+    eos_piece: bytes = b"</s>"
     precompiled_charsmap: bytes = b""
     add_dummy_prefix: int = 1
     remove_extra_whitespaces: int = 1
@@ -81,8 +86,12 @@ _SETTINGS = {
         3: "model_type",
         24: "treat_whitespace_as_suffix",
         35: "byte_fallback",
+        40: "unk_id",
         41: "bos_id",
         42: "eos_id",
+        45: "unk_piece",
+        46: "bos_piece",
+        47: "eos_piece",
     },
     _NORMALIZER: {
         2: "precompiled_charsmap",

@@ -1,4 +1,4 @@
-"""Special tokens: what tokenizer_config.json says of them, and text in which they are plain words.
+"""Special tokens: how they come into a tokenizer, and text in which they are plain words.
 
 Functions here change a tokenizer of the `tokenizers` library, or make another one from it.
 """
@@ -10,79 +10,52 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError
-
-_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+from jlayer.text.declared import text_of
 
 
-def named_tokens(config: Mapping, *, where: str) -> dict[str, str]:
-    """bos_token and so on → text, as far as the config has them.
+def add_tokens(tokenizer, tokens: Mapping[int, object], names: Iterable, extra: Iterable) -> None:
+    """Adds tokens in the order of transformers, which gives those that are new their ids.
 
-    Raises CheckpointError where one is not text.
-    """
-    found = {}
-    for name in _NAMES:
-        value = config.get(f"{name}_token")
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise CheckpointError(f"{where}: {name}_token is {value!r}, expected text")
-        found[f"{name}_token"] = value
-    return found
-
-
-def configured_tokens(config: Mapping, *, where: str) -> dict[int, object]:
-    """Id → AddedToken, in ascending order: added_tokens_decoder of tokenizer_config.json.
-
-    Raises CheckpointError where that cannot be read.
+    `tokens`: id → AddedToken, in ascending order; a known token gets its flags from here. `names`:
+    the named tokens, text or AddedToken, and `extra`: other special tokens.
     """
     from tokenizers import AddedToken
 
-    try:
-        rows = config.get("added_tokens_decoder") or {}
-        rows = sorted((int(token_id), dict(row)) for token_id, row in rows.items())
-        return {
-            token_id: AddedToken(
-                row["content"], **{flag: row[flag] for flag in _FLAGS if flag in row}
-            )
-            for token_id, row in rows
-        }
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: added_tokens_decoder cannot be read ({error})") from None
+    known = tokenizer.get_added_tokens_decoder().values()
+    new = list(tokens.values())
+    listed = {str(token.content) for token in (*known, *new)}
+    names = list(names)
+    new += [token for token in (*names, *extra) if text_of(token) not in listed]
+    named = {text_of(token) for token in names}
+    for at, token in enumerate(new):
+        if isinstance(token, str):
+            new[at] = AddedToken(token, special=True, normalized=False)
+        elif str(token.content) in named:
+            token.special = True  # even where the file forgot
+    tokenizer.add_tokens(new)  # in one call: each builds the search for all tokens anew
 
 
-def add_tokens(tokenizer, tokens: Mapping[int, object], *, where: str) -> None:
-    """Adds what `tokens` (id → AddedToken) knows beyond tokenizer.json.
+def mark_special(tokenizer, tokens: Iterable) -> None:
+    """Makes `tokens`, text or AddedToken, special tokens that are found exactly as written."""
+    from tokenizers import AddedToken
 
-    Raises CheckpointError where a token would get another id.
+    texts = dict.fromkeys(map(text_of, tokens))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+
+
+def check_ids(tokenizer, tokens: Mapping[int, object], *, where: str) -> None:
+    """Raises CheckpointError where a token did not get the id that `where` says.
+
+    The library gives a new token the next free id, whatever the file says.
     """
-    known = tokenizer.get_added_tokens_decoder()
     for token_id, token in tokens.items():
-        if repr(known.get(token_id)) == repr(token):
-            continue
-        tokenizer.add_tokens([token])
         found = tokenizer.token_to_id(token.content)
         if found != token_id:
             raise CheckpointError(
-                f"{where}: token {token.content!r} has id {found}, "
-                f"but added_tokens_decoder says {token_id}"
+                f"{where}: token {token.content!r} is to have id {token_id}, but the vocabulary "
+                f"gives it {found}; the file belongs to another tokenizer, or ids before it are "
+                "missing: fetch all tokenizer files of the model again"
             )
-
-
-def mark_special(tokenizer, names: Iterable[str]) -> None:
-    """Makes named tokens special even where the file does not say so, as transformers does."""
-    from tokenizers import AddedToken
-
-    added = {str(token.content): token for token in tokenizer.get_added_tokens_decoder().values()}
-    for name in names:
-        token = added.get(name)
-        if token is None and tokenizer.token_to_id(name) is not None:
-            token = AddedToken(name, normalized=False)
-        if token is not None and not token.special:
-            token.special = True
-            tokenizer.add_special_tokens([token])
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from jlayer.text.bpe import CHARACTER_OF, bpe_merges, build
-from jlayer.tokenizer_files import LLAMA3_SPECIAL_TOKENS, read_tiktoken
+from jlayer.text.declared import Declared, Defaults
+from jlayer.tokenizer_files import (
+    LLAMA3_BEGIN,
+    LLAMA3_ENDS,
+    LLAMA3_RANKS,
+    LLAMA3_SPECIAL_TOKENS,
+    read_tiktoken,
+)
 
 # How Llama 3's code splits text into words.
 LLAMA3_SPLIT = (
@@ -14,10 +19,9 @@ LLAMA3_SPLIT = (
 )
 
 
-def from_tiktoken(raw: bytes, renamed: Mapping[int, object], *, where: str) -> tuple[object, dict]:
-    """The tokenizer, and defaults for tokenizer_config.json that only Llama 3's code states.
+def from_tiktoken(raw: bytes, declared: Declared, *, where: str) -> tuple[object, Defaults]:
+    """The tokenizer, and what Llama 3's code says of it where no file beside it says anything.
 
-    `renamed`: id → AddedToken of special tokens that tokenizer_config.json gives other names.
     Raises CheckpointError (a damaged file).
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -38,9 +42,23 @@ def from_tiktoken(raw: bytes, renamed: Mapping[int, object], *, where: str) -> t
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(LLAMA3_SPECIAL_TOKENS)
-    for token_id, token in renamed.items():
-        if 0 <= token_id - len(ranks) < len(special):
-            special[token_id - len(ranks)] = str(token.content)
+    special = _special_tokens(declared, len(ranks))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    return tokenizer, {"bos_token": special[0], "eos_token": special[1], "add_bos_token": True}
+    ends = {"bos_token": LLAMA3_BEGIN, "eos_token": LLAMA3_ENDS[0]}
+    return tokenizer, Defaults({} if declared.has_settings else ends, is_tiktoken=True)
+
+
+def _special_tokens(declared, n_ranks):
+    """The texts of the ids after the ranks: as declared, else Llama 3's, which only its code has.
+
+    Ids that are left out get a name of their own, the one that transformers gives them.
+    """
+    last = max(declared.tokens, default=0)
+    if last < n_ranks:
+        is_llama3 = n_ranks == LLAMA3_RANKS or not declared.has_settings
+        return LLAMA3_SPECIAL_TOKENS if is_llama3 else declared.extra_texts()
+    names = [f"<|reserved_token_{token_id}|>" for token_id in range(n_ranks, last + 1)]
+    for token_id, token in declared.tokens.items():
+        if token_id >= n_ranks:
+            names[token_id - n_ranks] = str(token.content)
+    return [*names, *(text for text in declared.extra_texts() if text not in names)]

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.strict import read_json_object, read_small_file
+from jlayer.errors import UsageError
 from jlayer.text.bpe import build
 from jlayer.text.chat import read_templates, render_chat, select_template
+from jlayer.text.classes import SPACE
+from jlayer.text.declared import read_declared
+from jlayer.text.decoders import cleaned_up
+from jlayer.text.load import Loaded, load
 from jlayer.text.marks import Rendered
-from jlayer.text.sentencepiece import from_sentencepiece
-from jlayer.text.special_tokens import (
-    RenamedTokenizer,
-    add_tokens,
-    configured_tokens,
-    mark_special,
-    named_tokens,
-)
+from jlayer.text.special_tokens import RenamedTokenizer
 from jlayer.text.stream import TextStream
-from jlayer.text.tiktoken import from_tiktoken
-from jlayer.tokenizer_files import is_tiktoken
 
 NO_TOKENIZER = "{folder}: no tokenizer.json or tokenizer.model; give token ids with --prompt-ids"
 
@@ -36,23 +31,22 @@ class Tokenizer:
 
     library: the tokenizer of the `tokenizers` library that does the work.
     bos_token_id, eos_token_id: None where there is none.
+    cleans_up: no space stands before punctuation in decoded text.
     special_tokens: text → id of all tokens that `skip_special_tokens` leaves out.
     """
 
-    def __init__(self, library, *, config: Mapping, templates: Mapping[str, str], where: str):
-        """`config`: tokenizer_config.json's; `where`: the file, for messages."""
-        self.library = library
-        self.where = where
+    def __init__(self, loaded: Loaded, templates: Mapping[str, str]):
+        self.library = library = loaded.library
+        self.where = loaded.where
         self.chat_templates = dict(templates)
-        add_tokens(library, configured_tokens(config, where=where), where=where)
-        self.named_tokens = named_tokens(config, where=where)
-        mark_special(library, self.named_tokens.values())
+        self.named_tokens = loaded.named
+        self.cleans_up = loaded.cleans_up
+        self._doubles_first_space = loaded.doubles_first_space
         added = library.get_added_tokens_decoder()
         self.special_tokens = {str(t.content): i for i, t in added.items() if t.special}
         self._added_tokens = {str(t.content): i for i, t in added.items()}
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
-        self._prefix, self._suffix = self._ends(config)
         self._renamed = {}  # control tokens → RenamedTokenizer
 
     @classmethod
@@ -63,18 +57,11 @@ class Tokenizer:
         UnsupportedModelError (a kind of tokenizer.model that no Llama uses).
         """
         folder = Path(folder)
-        config = _read_config(folder)
-        if (folder / "tokenizer.json").exists():
-            path = folder / "tokenizer.json"
-            library = _from_json(read_small_file(path), str(path))
-        elif (folder / "tokenizer.model").exists():
-            path = folder / "tokenizer.model"
-            library, defaults = _from_model_file(read_small_file(path), config, str(path))
-            config = {**defaults, **config}
-        else:
+        declared = read_declared(folder)
+        loaded = load(folder, declared)
+        if loaded is None:
             return None
-        templates = read_templates(folder, config)
-        return cls(library, config=config, templates=templates, where=str(path))
+        return cls(loaded, read_templates(folder, declared.settings))
 
     @property
     def vocab_size(self) -> int:
@@ -85,11 +72,14 @@ class Tokenizer:
         """Ids of `text`. Special tokens written in it are recognised, as in transformers.
 
         `add_special_tokens`: with BOS (and EOS) as the tokenizer was published.
-        Raises UsageError where `text` is not valid Unicode.
+        Raises UsageError where `text` is not valid Unicode, CheckpointError where the tokenizer
+        has no token for a part of it, not even one for unknown text.
         """
         _check_text(text)
-        ids = self.library.encode(text, add_special_tokens=False).ids
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        text = self._with_first_space(text)
+        # The library fails here where its unknown token is not in the vocabulary.
+        encode = partial(self.library.encode, text, add_special_tokens=add_special_tokens)
+        return build(encode, where=self.where).ids
 
     def decode(
         self, ids: Iterable[int], *, skip_special_tokens: bool = True, continues: bool = False
@@ -103,7 +93,8 @@ class Tokenizer:
         if continues:
             stream = TextStream(self, skip_special_tokens=skip_special_tokens, continues=True)
             return "".join([*map(stream.step, ids), stream.finish()])
-        return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+        text = self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+        return cleaned_up(text) if self.cleans_up else text
 
     def render_chat(self, messages: Sequence[Mapping], **options) -> str:
         """The text that `encode_chat` encodes, with the same arguments."""
@@ -131,7 +122,10 @@ class Tokenizer:
         _check_text(rendered.text)
         if rendered.control not in self._renamed:
             self._renamed[rendered.control] = RenamedTokenizer.of(self.library, rendered.control)
-        ids = self._renamed[rendered.control].encode(rendered.parts)
+        parts = rendered.parts
+        if self._with_first_space(rendered.text) != rendered.text:
+            parts = ((" ", False), *parts)
+        ids = self._renamed[rendered.control].encode(parts)
         control_ids = {self._added_tokens[token] for token in rendered.control}
         expected = [self._added_tokens[text] for text in rendered.written_control()]
         if [token for token in ids if token in control_ids] != expected:
@@ -164,54 +158,13 @@ class Tokenizer:
             options=variables,
         )
 
+    def _with_first_space(self, text):
+        """`text` so that the space which SentencePiece puts before it is there."""
+        return " " + text if self._doubles_first_space and text[:1] in (" ", SPACE) else text
+
     def _id_of(self, name):
         token = self.named_tokens.get(name)
         return None if token is None else self.library.token_to_id(token)
-
-    def _ends(self, config):
-        """Ids before and after a text: by add_bos_token where the config has it, else as built."""
-        flags = [config.get(f"add_{name}_token") for name in ("bos", "eos")]
-        if any(isinstance(flag, bool) for flag in flags):
-            before = [self.bos_token_id] if flags[0] else []
-            after = [self.eos_token_id] if flags[1] else []
-            if None in before + after:
-                raise CheckpointError(
-                    f"{self.where}: add_bos_token or add_eos_token is set, but the token is unknown"
-                )
-            return before, after
-        for probe in ("a", "1", "."):  # a vocabulary need not have all of them
-            bare = self.library.encode(probe, add_special_tokens=False).ids
-            full = self.library.encode(probe, add_special_tokens=True).ids
-            for start in range(len(full) - len(bare) + 1 if bare else 0):
-                if full[start : start + len(bare)] == bare:
-                    return full[:start], full[start + len(bare) :]
-        raise UnsupportedModelError(f"{self.where}: its post-processor rewrites text")
-
-
-def _read_config(folder):
-    """tokenizer_config.json over special_tokens_map.json; nulls count as absent."""
-    config = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            found = read_json_object(folder / name)
-            config.update({key: value for key, value in found.items() if value is not None})
-    return config
-
-
-def _from_json(raw, where):
-    from tokenizers import Tokenizer as Library
-
-    library = build(lambda: Library.from_buffer(raw), where=where)
-    # Some files keep the settings of training; a prompt is never cut or padded here.
-    library.no_truncation()
-    library.no_padding()
-    return library
-
-
-def _from_model_file(raw, config, where):
-    if is_tiktoken(raw):
-        return from_tiktoken(raw, configured_tokens(config, where=where), where=where)
-    return from_sentencepiece(raw, where=where)
 
 
 def _check_text(text):

@@ -90,16 +90,49 @@ def test_added_tokens_that_no_byte_stands_for(tmp_path):
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+BYTES, FUSE = {"type": "ByteFallback"}, {"type": "Fuse"}
+BPE = {"type": "BPEDecoder", "suffix": "▁"}
+CTC = {"type": "CTC", "pad_token": "e", "word_delimiter_token": "▁", "cleanup": True}
+WORDPIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "decoders": list(steps)}
+
+
 AT_ONCE = {
     "Metaspace": METASPACE,
     "Metaspace without a first space": METASPACE | {"prepend_scheme": "never"},
-    "WordPiece": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-    "Replace and Strip": {"type": "Sequence", "decoders": [REPLACE, STRIP]},
+    "WordPiece": WORDPIECE,
+    "Replace and Strip": sequence(REPLACE, STRIP),
     "no decoder": None,
+    "unigram": sequence(REPLACE, FUSE, STRIP),
+    "byte fallback alone": sequence(REPLACE, BYTES, FUSE),
+    "byte fallback, then Metaspace": sequence(BYTES, METASPACE),
+    "Metaspace on the text": sequence(FUSE, METASPACE | {"prepend_scheme": "never"}),
+    "Replace on the text": sequence(FUSE, REPLACE, STRIP),
+    "Sequence in a Sequence": sequence(sequence(REPLACE), sequence(BYTES, sequence(FUSE)), STRIP),
+    "nothing but Fuse": FUSE,
+    "CTC": CTC,
+    "CTC, then others": sequence(CTC, FUSE, STRIP),
+    "words end with e": {"type": "BPEDecoder", "suffix": "e"},
 }
+# Exact, and late by what a later token can change: a word's end, a pattern begun, the last spaces.
+SOON = {
+    "BPEDecoder": BPE,
+    "BPEDecoder, then others": sequence(BPE, WORDPIECE),
+    "BPEDecoder on the text": sequence(FUSE, BPE),
+    "long Replace on the text": sequence(
+        REPLACE, FUSE, {"type": "Replace", "pattern": {"String": "e a"}, "content": "#"}
+    ),
+    "all spaces gone": sequence(FUSE, METASPACE),
+}
+# No published tokenizer has these: a pattern can reach from the first token to the last.
 LATE = {
-    "BPEDecoder": {"type": "BPEDecoder", "suffix": "▁"},
-    "CTC": {"type": "CTC", "pad_token": "e", "word_delimiter_token": "▁", "cleanup": True},
+    "a regular expression on the text": sequence(
+        FUSE, REPLACE | {"pattern": {"Regex": "▁+a"}, "content": "#"}
+    ),
+    "WordPiece on the text": sequence(FUSE, WORDPIECE),
 }
 
 
@@ -111,9 +144,9 @@ def with_decoder(tmp_path, decoder):
     return Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("name", [*AT_ONCE, *LATE])
+@pytest.mark.parametrize("name", [*AT_ONCE, *SOON, *LATE])
 def test_a_stream_adds_up_whatever_the_decoder(tmp_path, name):
-    tokenizer = with_decoder(tmp_path, {**AT_ONCE, **LATE}[name])
+    tokenizer = with_decoder(tmp_path, {**AT_ONCE, **SOON, **LATE}[name])
     rng = random.Random(3)
     spaces = [i for i in range(tokenizer.vocab_size) if "▁" in tokenizer.library.id_to_token(i)]
     pools = [range(tokenizer.vocab_size), spaces, list(tokenizer.special_tokens.values())]
@@ -130,6 +163,8 @@ def test_a_stop_string_is_seen_with_its_last_token(tmp_path, name):
     tokenizer = with_decoder(tmp_path, AT_ONCE[name])
     ids = tokenizer.encode("Once upon a time there was a girl", add_special_tokens=False)
     stop = tokenizer.decode(ids[:5])[-3:]
+    if name == "words end with e":  # a space only if another token follows
+        stop = "up"
     stream, watcher = TextStream(tokenizer), StopWatcher([stop])
     for n, token in enumerate(ids[:5], 1):
         watcher.feed(stream.step(token))
@@ -144,6 +179,42 @@ def test_text_that_continues_another_keeps_its_space(tmp_path, name):
     whole = tokenizer.decode([*prompt, *rest])
     assert tokenizer.decode(prompt) + tokenizer.decode(rest, continues=True) == whole
     assert tokenizer.decode(rest, continues=True).startswith(" ")
+
+
+def test_a_decoder_that_strips_both_ends(tmp_path):
+    """The library itself fails where a text is shorter than what is to be taken from its end."""
+    ends = {"type": "Strip", "content": "e", "start": 2, "stop": 2}
+    tokenizer = with_decoder(tmp_path, sequence(REPLACE, FUSE, ends))
+    for text in ("there were three trees free", "eeeeee tree", "we see"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert len(pieces[-1]) <= 2
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_text_that_is_cleaned_up_comes_at_once(tmp_path, forced):
+    name = "clean_up_tokenization_spaces"
+    config = {name: True, f"{name}_for_bpe_even_though_it_will_corrupt_output": forced}
+    tokenizer = Tokenizer.from_folder(edited(tmp_path, BUNDLED, tokenizer_config=config))
+    for text in ("a king . a queen , it 's  ' hers ' ? no !", "they 've  ", " .", "do n't 'm"):
+        ids = tokenizer.encode(text)
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert (tokenizer.decode(ids) != text) == forced
+        assert len(pieces[-1]) < len(" n't")
+
+
+@pytest.mark.parametrize("name", SOON)
+def test_a_decoder_that_looks_ahead_is_one_token_late(tmp_path, name):
+    tokenizer = with_decoder(tmp_path, SOON[name])
+    ids = tokenizer.encode("Once upon a time there was a girl", add_special_tokens=False)
+    stream, given = TextStream(tokenizer), ""
+    for n, token in enumerate(ids):
+        given += stream.step(token)
+        before = tokenizer.decode(ids[:n])
+        # What a token before this one was given in full, apart from two characters at its end.
+        assert len(given) >= len(before) - 3, (n, given, before)
 
 
 @pytest.mark.parametrize("name", LATE)
