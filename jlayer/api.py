@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import weakref
@@ -113,7 +114,7 @@ class Model:
         except BaseException:
             self.close()
             raise
-        self._loading = threading.Lock()
+        self._loading, self._own = threading.Lock(), threading.local()
         self._tokenizer = None
         self._text = None
 
@@ -146,11 +147,19 @@ class Model:
     @property
     def tokenizer(self):
         """The published tokenizer as transformers gives it (loaded on first use, which imports
-        transformers)."""
-        with self._loading:
-            if self._tokenizer is None:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            return self._tokenizer
+        transformers).
+
+        Each thread has its own, copied from the first as it then is: padding and truncation are
+        settings of the object, and threads that share one get each other's.
+        """
+        if not hasattr(self._own, "tokenizer"):
+            with self._loading:
+                if self._tokenizer is None:
+                    self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+                    self._own.tokenizer = self._tokenizer
+                else:
+                    self._own.tokenizer = copy.deepcopy(self._tokenizer)
+        return self._own.tokenizer
 
     @property
     def text(self):
