@@ -11,8 +11,8 @@ from jlayer.errors import UsageError
 
 # Name -> (values that ask for nothing, what to do instead). Each would change what is loaded.
 REFUSED = {
-    "adapter_kwargs": ((None,), "merge the adapter into the weights first"),
-    "adapter_name": ((None,), "merge the adapter into the weights first"),
+    "adapter_kwargs": ((None, {}), "merge the adapter into the weights first"),
+    "adapter_name": ((None, "default"), "merge the adapter into the weights first"),
     "compression": ((None,), "convert the model with --quantize int4 or int8, and open the result"),
     "config": ((None,), "change config.json in the folder"),
     "delete_original": ((None, False), "jlayer convert has --delete-source"),
@@ -47,10 +47,11 @@ REFUSED_FOR_HUB = {
 # How another program would load or compute the same numbers.
 HARMLESS = frozenset(
     """
-    allow_all_kernels attn_implementation commit_hash device_mesh experts_implementation
-    from_auto from_pipeline kernel_config layer_shards_saving_path low_cpu_mem_usage
-    max_seq_len mirror offload_buffers offload_folder offload_state_dict prefetching profiling_mode
-    resume_download trust_remote_code use_kernels use_safetensors weights_only
+    _commit_hash _from_auto _from_pipeline allow_all_kernels attn_implementation code_revision
+    device_mesh disable_mmap experts_implementation kernel_config layer_shards_saving_path
+    low_cpu_mem_usage max_seq_len mirror offload_buffers offload_folder offload_state_dict
+    prefetching profiling_mode resume_download tqdm_class trust_remote_code use_kernels
+    use_safetensors weights_only
     """.split()  # noqa: SIM905
 )
 # Those that become options of jlayer's own.
