@@ -6,9 +6,10 @@ import copy
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
@@ -249,16 +250,20 @@ class Model:
             where=self._generation_file,
         )
 
-    def decoding(
-        self, prompt=None, *, options: dict, generation_config=None, **form
-    ) -> tuple[Decoding, bool]:
+    def decoding(self, prompt=None, *, options: dict, **form) -> tuple[Decoding, bool]:
         """A run that continues a prompt, or several, and whether it was a single one. `form`: as
-        in `encode_prompts`."""
+        in `encode_prompts`, and `generation_config`."""
+        begin, one = self.prepared(prompt, options=options, **form)
+        return begin(), one
+
+    def prepared(
+        self, prompt=None, *, options: dict, generation_config=None, **form
+    ) -> tuple[Callable[[], Decoding], bool]:
+        """What begins the run of `decoding`, and whether it was a single prompt."""
         sampling = self.sampling_options(options, generation_config=generation_config)
-        rows, one = encode_prompts(
-            self.text, prompt, folder=self.folder, pad=sampling.padding_id, **form
-        )
-        return Decoding(self.engine, rows, sampling, text=self.text), one
+        pad = sampling.padding_id
+        rows, one = encode_prompts(self.text, prompt, folder=self.folder, pad=pad, **form)
+        return partial(Decoding, self.engine, rows, sampling, text=self.text), one
 
     def close(self):
         """Ends the readers' threads and closes the files. A run that is under way in another thread
@@ -303,16 +308,19 @@ def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
     """
     with ExitStack() as opening:
         model, sampling, form = opening.enter_context(_opened(model_or_ref, options))
-        decoding, one = model.decoding(prompt, options=sampling, **form)
+        begin, one = model.prepared(prompt, options=sampling, **form)
+        decoding = begin()
+        decoding.close()  # holds no cache until somebody asks for a step
         if not one or len(decoding.lanes) > 1:
-            decoding.close()
             raise UsageError("stream: takes one prompt and gives one text; generate takes more")
-        # Where nobody iterates, the run and a model that was opened here end as they are dropped.
-        return _steps(decoding, model, opening.pop_all())
+        # Where nobody does, a model that was opened here ends as it is dropped.
+        return _steps(begin, model, opening.pop_all())
 
 
-def _steps(decoding, model, opened):
+def _steps(begin, model, opened):
+    """`model`: held, since a model that nobody holds is closed."""
     with opened:
+        decoding = begin()
         try:
             for (step,) in decoding:
                 yield step
