@@ -22,6 +22,7 @@ from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, translated
 from jlayer.engine.options import SamplingOptions, configured, is_option, option_names
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
+from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
@@ -336,6 +337,7 @@ def generate_ids(
     attention_mask=None,
     generation_config=None,
     streamer=None,
+    tokenizer=None,
     **options,
 ):
     """transformers' `generate`: ids [B, T] in, prompt and new ids out in the same kind.
@@ -343,7 +345,8 @@ def generate_ids(
     The ids may also be what a tokenizer gives, a mapping with both; without any, the text starts
     from the model's beginning token. `attention_mask` marks padding with 0. Without one, the pad
     token is padding, unless it also ends texts (as in transformers). `streamer`: any object with
-    `put` and `end`, for one sequence; it gets the prompt first, as in transformers.
+    `put` and `end`, for one sequence; it gets the prompt first, as in transformers. `tokenizer`:
+    transformers', to look for stop strings with; the model's own where it is not given.
 
     With `do_sample` and no `seed`, each row draws with a seed of its own, and torch's generator has
     no say.
@@ -357,7 +360,8 @@ def generate_ids(
             raise UsageError("inputs: none given, and the model has no bos_token_id to start from")
         given = np.array([[sampling.bos_token_id]])
     rows = as_rows(given, mask, pad=sampling.padding_id)
-    decoding = Decoding(model.engine, rows, sampling, text=model.text if sampling.stop else None)
+    text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
+    decoding = Decoding(model.engine, rows, sampling, stop_text=text)
     try:
         _drive(decoding, rows, streamer)
     finally:

@@ -15,6 +15,7 @@ from jlayer.engine.ids import Row
 from jlayer.engine.lane import Lane, Step
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
 from jlayer.engine.report import Clock, Stats
+from jlayer.engine.stops import StopStrings
 from jlayer.errors import UsageError
 from jlayer.plan.shapes import RunShape
 from jlayer.text.tokenizer import Tokenizer
@@ -47,7 +48,8 @@ class Decoding:
     """One run: some prompts continued together, every forward pass shared. Iterate for the steps;
     then ask for `generations`.
 
-    `rows`: the prompts. `text`: the tokenizer, where text is wanted. Without a seed in `options`,
+    `rows`: the prompts. `text`: the tokenizer, where text is wanted; `stop_text`: where it is not,
+    and stop strings are looked for as in transformers. Without a seed in `options`,
     each prompt draws one of its own. Admitted against the budgets at once, beside the
     runs that are alive; it holds its cache until it has ended, is closed or is dropped.
     """
@@ -59,6 +61,7 @@ class Decoding:
         options: SamplingOptions,
         *,
         text: Tokenizer | None = None,
+        stop_text: Tokenizer | None = None,
     ):
         self._engine, self.options = engine, options
         for row in rows:
@@ -72,9 +75,10 @@ class Decoding:
                     n_prompt, context=engine.context_limit, width=len(row.given)
                 )
             )
-        if options.stop and text is None:
+        if options.stop and text is None and stop_text is None:
             raise UsageError(
-                "stop: the model has no tokenizer, so text cannot be watched; leave it out"
+                "stop: the model has no tokenizer, so text cannot be watched; leave it out, or "
+                "overrule the makers' with stop=None"
             )
         self._longest = max(len(row.ids) for row in rows)
         n_lanes = len(rows) * options.num_return_sequences
@@ -85,7 +89,14 @@ class Decoding:
         # A sequence's number is its place among those of one prompt, not in the batch: so each is
         # what it would be alone.
         self.lanes = [
-            Lane(row, options=own, limit=min(limit, most), number=number, text=text)
+            Lane(
+                row,
+                options=own,
+                limit=min(limit, most),
+                number=number,
+                text=text,
+                stops=self._stops(row, stop_text),
+            )
             for row, limit in zip(rows, limits, strict=True)
             for own in [options if options.is_greedy else options.seeded()]
             for number in range(options.num_return_sequences)
@@ -93,6 +104,11 @@ class Decoding:
         self.plan = self._forward.plan
         self.stats = Stats(load_s=engine.load_s, sweep_bytes=self.plan.tiling.n_bytes)
         self._compiles_before = dict(engine.compiles)
+
+    def _stops(self, row, stop_text):
+        if not self.options.stop or stop_text is None:
+            return None
+        return StopStrings(self.options.stop, text=stop_text, prompt=row.given)
 
     def _shape(self, ends, n_lanes, most):
         """`ends`: (prompt tokens, most new ones) of each prompt; `most`: of all of them."""

@@ -9,6 +9,7 @@ import numpy as np
 from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.sample import Choice, choose
+from jlayer.engine.stops import StopStrings
 from jlayer.text.stream import StopWatcher, TextStream
 
 
@@ -25,7 +26,17 @@ class Step:
 class Lane:
     """One sequence being continued: its ids, its text, and whether and why it has ended."""
 
-    def __init__(self, row: Row, *, options: SamplingOptions, limit: int, number: int, text=None):
+    def __init__(
+        self,
+        row: Row,
+        *,
+        options: SamplingOptions,
+        limit: int,
+        number: int,
+        text=None,
+        stops: StopStrings | None = None,
+    ):
+        """`text`: the tokenizer, where text is wanted; `stops`: what else ends the sequence."""
         prompt = row.ids
         self.history = list(prompt)
         self.n_prompt = len(prompt)
@@ -36,6 +47,9 @@ class Lane:
         # What follows text keeps its leading space; what follows nothing but BOS has none.
         self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
         self._stops = StopWatcher(options.stop)
+        self._all_stops = stops
+        special = text.special_tokens if text else {}  # they are in no text that is watched
+        self._ends = {*options.eos_token_id, *(special[s] for s in options.stop if s in special)}
         self._pieces: list[str] = []
 
     @property
@@ -58,7 +72,9 @@ class Lane:
         )
         self.choices.append(choice)
         self.history.append(choice.token_id)
-        ended = choice.token_id in self.options.eos_token_id
+        ended = choice.token_id in self._ends
+        if self._all_stops is not None:
+            ended |= self._all_stops.end_in(choice.token_id)
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:
             self.finish_reason = "stop"
