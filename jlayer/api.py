@@ -130,6 +130,12 @@ class Model:
         return self.engine.dtype
 
     @property
+    def device(self) -> str:
+        """Where a script may send its ids, as it would to a model of transformers: they are read
+        on the host. Where the model runs is in `engine.device_name`."""
+        return "cpu"
+
+    @property
     def plan(self) -> Plan:
         """What is kept where now, and the sum behind it, for all runs that are alive. A run's own
         plan is in its Generation."""
@@ -309,10 +315,10 @@ def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
     """
     with ExitStack() as opening:
         model, sampling, form = opening.enter_context(_opened(model_or_ref, options))
-        begin, one = model.prepared(prompt, options=sampling, **form)
+        begin, _ = model.prepared(prompt, options=sampling, **form)
         decoding = begin()
         decoding.close()  # holds no cache until somebody asks for a step
-        if not one or len(decoding.lanes) > 1:
+        if len(decoding.lanes) > 1:
             raise UsageError("stream: takes one prompt and gives one text; generate takes more")
         # Where nobody does, a model that was opened here ends as it is dropped.
         return _steps(begin, model, opening.pop_all())

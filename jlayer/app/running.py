@@ -38,7 +38,7 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     show a counter. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
-    for line in (describe(model), *model.notes):
+    for line in (describe(model), *model.notes, *decoding.notes):
         print(f"jlayer: {line}", file=sys.stderr)
     live = show if len(decoding.lanes) == 1 else None
     stopped = None

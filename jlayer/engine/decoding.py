@@ -24,7 +24,7 @@ from jlayer.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Generation:
     """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
-    for each with the likeliest tokens beside it; `seed` gives it again, None where it was greedy;
+    for each with the likeliest tokens beside it; `seed` gives it again, None where none was needed;
     `stats`, `memory` and `plan` are as `generate --json` prints them. Printed without the last
     four."""
 
@@ -104,6 +104,7 @@ class Decoding:
         self.plan = self._forward.plan
         self.stats = Stats(load_s=engine.load_s, sweep_bytes=self.plan.tiling.n_bytes)
         self._compiles_before = dict(engine.compiles)
+        self.notes = self._what_was_cut(rows)
 
     def _stops(self, row, stop_text):
         if not self.options.stop or stop_text is None:
@@ -131,6 +132,21 @@ class Decoding:
         if not self.options.lengths_are_published or most == least or fits(most):
             return most
         return least + bisect_left(range(least + 1, most), True, key=lambda n: not fits(n))
+
+    def _what_was_cut(self, rows):
+        """What the user should hear: that the makers' length does not fit."""
+        options = self.options
+        if options.length_from is None:
+            return ()
+        name = "max_length" if options.max_new_tokens is None else "max_new_tokens"
+        cut = min(lane.limit for lane in self.lanes)
+        wanted = min(options.new_tokens_limit(len(r.ids), width=len(r.given)) for r in rows)
+        if cut == wanted:
+            return ()
+        return (
+            f"{options.length_from}: {name} is {getattr(options, name)}, cut to {cut} new tokens, "
+            "which the run has room for",
+        )
 
     def __iter__(self) -> Iterator[list[Step | None]]:
         """One list a forward pass: what each sequence gained, None for those that have ended."""

@@ -54,8 +54,20 @@ def test_the_users_temperature_overrules_the_makers(drawing, fable, run):
     assert re.search(r", seed \d+,", run(fable, "-n", "3", "--top-p", "0.9")[1])
 
 
-def test_a_published_length_is_cut_to_the_room_without_a_word_of_the_users(drawing, run):
+def test_a_published_length_is_cut_to_the_room_and_the_user_is_told(drawing, capsys):
     ids = ",".join(["7"] * 20)
     options = ("--prompt-ids", ids, "--device", "cpu", "--context", "24")
     assert main(["generate", str(drawing), *options]) == 0
+    assert "max_new_tokens is 7, cut to 4 new tokens" in capsys.readouterr().err
     assert main(["generate", str(drawing), *options, "-n", "5"]) == 2
+    assert "max_new_tokens: 20 prompt tokens + 5 new ones" in capsys.readouterr().err
+
+
+def test_a_published_max_length_below_the_prompt_is_exit_2_and_says_what_to_do(tmp_path, capsys):
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"max_length": 20}')
+    options = ("--prompt-ids", ",".join(["7"] * 27), "--device", "cpu")
+    assert main(["generate", str(folder), *options]) == 2
+    line = capsys.readouterr().err.strip().rpartition("\n")[2]
+    assert re.search(r"max_length: found 20, and the prompt has 27 tokens .* \(-n\)", line)
+    assert main(["generate", str(folder), *options, "-n", "1"]) == 0

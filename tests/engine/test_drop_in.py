@@ -209,6 +209,7 @@ def test_what_the_makers_set_is_cut_to_the_memory(both):
         model.generation_config = {"max_new_tokens": 500}
         decoding, _ = model.decoding([LONG] * 8, options={})
         decoding.close()
+        assert "max_new_tokens is 500, cut to" in decoding.notes[0]
         limits = {lane.limit for lane in decoding.lanes}
         assert len(limits) == 1
         assert 60 <= limits.pop() < 500
@@ -239,6 +240,7 @@ def test_arguments_as_in_transformers(both):
     ):
         assert both.same(ids, max_new_tokens=4, **options) == plain
     assert both.ours.generate(inputs=ids, max_new_tokens=4).tolist() == plain
+    assert both.ours.generate(ids.to(both.ours.device), max_new_tokens=4).tolist() == plain
     assert both.ours.generate(input_ids=ids, max_new_tokens=4).tolist() == plain
     end = plain[0][8]
     for kind in (torch.tensor(end), torch.tensor([end]), np.array(end), jnp.array([end, 132])):
@@ -253,6 +255,9 @@ def test_a_generation_config_is_the_users(both):
     ids = torch.tensor([LEFT[1]])
     Config = transformers.GenerationConfig
     with both.published(max_new_tokens=9, pad_token_id=3, repetition_penalty=1.1):
+        with_room, _ = both.ours.decoding(ids, options={})
+        with_room.close()
+        assert with_room.notes == ()
         for config in (
             Config(max_new_tokens=3),
             Config(max_length=9, max_new_tokens=None, pad_token_id=PAD),
