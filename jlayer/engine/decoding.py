@@ -122,7 +122,8 @@ class Decoding:
 
     def _most_that_fit(self, ends, n_lanes):
         """The most new tokens, which what the user did not ask for is cut to: as many as the
-        budgets hold a cache for, but no fewer than the default."""
+        budgets hold a cache for (to 1/256, since a plan of a large model takes a second), but no
+        fewer than the default."""
         most = max(limit for _, limit in ends)
 
         def fits(number):
@@ -131,7 +132,9 @@ class Decoding:
         least = min(most, DEFAULT_NEW_TOKENS)
         if not self.options.lengths_are_published or most == least or fits(most):
             return most
-        return least + bisect_left(range(least + 1, most), True, key=lambda n: not fits(n))
+        step = max(1, (most - least) // 256)
+        numbers = range(least, most, step)
+        return numbers[max(0, bisect_left(numbers, True, key=lambda n: not fits(n)) - 1)]
 
     def _what_was_cut(self, rows):
         """What the user should hear: that the makers' length does not fit."""
