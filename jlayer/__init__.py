@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoModel": "jlayer.api",
+    "AutoModelForCausalLM": "jlayer.api",
+    "AutoTokenizer": "jlayer.api",
     "Model": "jlayer.api",
     "Generation": "jlayer.engine.decoding",
     "Step": "jlayer.engine.lane",

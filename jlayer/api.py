@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
-from jlayer.checkpoint.hub import local_folder
-from jlayer.config import RunConfig, read_generation_config, unknown_name
+from jlayer.checkpoint.hub import Weights, local_folder
+from jlayer.config import RunConfig, generation_file, read_generation_config, unknown_name
 from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
-from jlayer.engine.ids import as_id_lists, like, unpadded
+from jlayer.engine.ids import as_id_lists, as_rows, encoded, like
 from jlayer.engine.lane import Step
-from jlayer.engine.options import SamplingOptions, is_option, option_names
+from jlayer.engine.loading import NAMES, translated
+from jlayer.engine.options import SamplingOptions, configured, is_option, option_names
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
+from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
@@ -30,10 +35,10 @@ class AutoModel:
 
     @staticmethod
     def from_pretrained(
-        ref: str | os.PathLike,
+        ref: str | os.PathLike | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
-        dtype: str | None = None,
+        dtype=None,
         draft: str | None = None,
         offline: bool = False,
         watch: Watch | None = None,
@@ -44,23 +49,57 @@ class AutoModel:
         A hub id (`owner/name[@revision]`) is fetched first, unless it is in the cache. `offline`:
         use the cache only.
 
-        `device_memory`, `host_memory`: budgets for the whole process (bytes, or text such as
-        "4GiB"). Defaults: 4 GiB of device memory, or what is free if less; 80% of the host memory
-        that the system reports as available. `dtype`: compute dtype of activations; default: that
-        of the weights. `watch` is notified of the phases of opening, and later of the model's
-        steps. Further options: `device` ("cpu" or "gpu"), `context`.
+        `device_memory` and `host_memory` are budgets for the whole process (bytes, or words such
+        as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
+        available. `dtype` is what activations are computed in, by default ("auto") the weights'
+        own: a name, or a dtype of torch, numpy or jax. `watch` is told what opening does, and
+        becomes the model's own. Further options: `device` ("cpu" or "gpu"), `context`, and those of
+        transformers: what has a meaning here is taken (`device_map`, `torch_dtype`, `revision`,
+        `local_files_only`), what changes nothing is passed over (`trust_remote_code`: code in a
+        checkpoint is never run), the rest is refused.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
         """
         if draft is not None:
             raise UsageError(f"draft: found {draft!r}; speculation is not there yet, leave it out")
+        ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
+        offline = options.pop("offline", offline)
         run = RunConfig.from_options(
-            device_memory=device_memory, host_memory=host_memory, dtype=dtype, **options
+            device_memory=device_memory, host_memory=host_memory, **options
         )
         folder = local_folder(ref, offline=offline)
         with deferred():  # each phase of opening is a safe point
             return Model(folder, run, watch)
+
+
+class AutoModelForCausalLM(AutoModel):
+    """AutoModel under transformers' longer name."""
+
+
+class AutoTokenizer:
+    """Named as in transformers."""
+
+    @staticmethod
+    def from_pretrained(ref: str | os.PathLike | None = None, *inputs, offline=False, **options):
+        """The tokenizer as transformers gives it, of a folder or a hub id. Code in a checkpoint is
+        not run. Raises UsageError, and what `local_folder` and transformers raise."""
+        ref = _ref(ref, options)
+        known = {name: options.pop(name) for name in NAMES & options.keys() - {"subfolder"}}
+        ref, known = translated(ref, known)
+        folder = local_folder(ref, weights=Weights.NONE, offline=known.get("offline", offline))
+        with deferred():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder, *inputs, **options)
+
+
+def _ref(ref, options):
+    """The model that is meant, also under transformers' name of the argument."""
+    ref = options.pop("pretrained_model_name_or_path", ref)
+    if ref is None:
+        raise UsageError("ref: none given, expected a folder or a hub id")
+    return ref
 
 
 class Model:
@@ -76,9 +115,11 @@ class Model:
         self._end = weakref.finalize(self, self.engine.close)
         try:  # after the engine, which tells what is wrong with a folder that has no config
             self.generation_config = read_generation_config(self.folder)
+            self._generation_file = generation_file(self.folder)
         except BaseException:
             self.close()
             raise
+        self._loading, self._own = threading.Lock(), threading.local()
         self._tokenizer = None
         self._text = None
 
@@ -90,6 +131,12 @@ class Model:
     def dtype(self) -> str:
         """The compute dtype of activations."""
         return self.engine.dtype
+
+    @property
+    def device(self) -> str:
+        """Where a script may send its ids, as it would to a model of transformers: they are read
+        on the host. Where the model runs is in `engine.device_name`."""
+        return "cpu"
 
     @property
     def plan(self) -> Plan:
@@ -109,29 +156,42 @@ class Model:
 
     @property
     def tokenizer(self):
-        """The published tokenizer, loaded by transformers, which is imported on first use."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+        """The published tokenizer as transformers gives it (loaded on first use, which imports
+        transformers).
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        return self._tokenizer
+        Each thread has its own, copied from the first as it then is: padding and truncation are
+        settings of the object, and threads that share one get each other's.
+        """
+        if not hasattr(self._own, "tokenizer"):
+            with self._loading:
+                if self._tokenizer is None:
+                    self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+                    self._own.tokenizer = self._tokenizer
+                else:
+                    self._own.tokenizer = copy.deepcopy(self._tokenizer)
+        return self._own.tokenizer
 
     @property
     def text(self):
-        """The tokenizer that generation uses, without transformers; None if the folder has none."""
-        if self._text is None:
-            from jlayer.text.tokenizer import Tokenizer
+        """The tokenizer that generation itself uses: small, and without transformers. None where
+        the folder has none."""
+        with self._loading:
+            if self._text is None:
+                from jlayer.text.tokenizer import Tokenizer
 
-            self._text = Tokenizer.from_folder(self.folder)
-        return self._text
+                self._text = Tokenizer.from_folder(self.folder)
+            return self._text
 
     def logits(self, input_ids) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
 
-        Raises UsageError: no tokens, rows of different lengths, ids outside the vocabulary, more
-        tokens than the context.
+        What a tokenizer gives is taken too, without padding. Raises UsageError: no tokens, rows of
+        different lengths, padding, ids outside the vocabulary, longer than the context.
         """
+        input_ids, mask = encoded(input_ids)
         ids = as_id_lists(input_ids)
+        if mask is not None and any(row.padding.n_tokens for row in as_rows(ids, mask)):
+            raise UsageError("logits: found padding in attention_mask; give rows of one length")
         lengths = [len(row) for row in ids]
         if len(set(lengths)) > 1:
             raise UsageError(f"input_ids: rows of lengths {lengths}, expected equal ones")
@@ -146,31 +206,73 @@ class Model:
         finally:
             forward.close()
 
-    def generate(self, input_ids, **options):
-        """Generates tokens after `input_ids`, as transformers' `generate` does; see
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        synced_gpus=None,
+        assistant_model=None,
+        streamer=None,
+        negative_prompt_ids=None,
+        negative_prompt_attention_mask=None,
+        custom_generate=None,
+        **options,
+    ):
+        """New tokens after `inputs` (or `input_ids`), as transformers' `generate` gives them, with
+        its arguments in its order; those that jlayer does not support are refused. See
         `generate_ids`."""
-        return generate_ids(self, input_ids, **options)
+        named = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "custom_generate": custom_generate,
+        }
+        return generate_ids(
+            self,
+            inputs,
+            generation_config=generation_config,
+            streamer=streamer,
+            **{name: value for name, value in named.items() if value is not None},
+            **options,
+        )
 
-    def sampling_options(self, options: dict, *, implied: bool = True) -> SamplingOptions:
-        """The user's options, then those published with the model, checked against the vocabulary.
+    def sampling_options(
+        self, options: dict, *, generation_config=None, implied: bool = True
+    ) -> SamplingOptions:
+        """The user's options over what the model's makers set, checked against the vocabulary.
 
-        `implied`: a temperature or a filter turns `do_sample` on.
+        `generation_config`: transformers' object, or a mapping, with further options of the
+        user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
         return SamplingOptions.from_mapping(
-            options,
+            {**configured(generation_config), **options},
             generation_config=self.generation_config,
             vocab_size=self.config.vocab_size,
             sampling_implied=implied,
+            where=self._generation_file,
         )
 
     def decoding(self, prompt=None, *, options: dict, **form) -> tuple[Decoding, bool]:
-        """(a run that continues one or several prompts, whether a single prompt was given).
+        """A run that continues a prompt, or several, and whether it was a single one. `form`: as
+        in `encode_prompts`, and `generation_config`."""
+        begin, one = self.prepared(prompt, options=options, **form)
+        return begin(), one
 
-        `form`: the options of `encode_prompts`.
-        """
-        prompts, is_single = encode_prompts(self.text, prompt, folder=self.folder, **form)
-        sampling = self.sampling_options(options)
-        return Decoding(self.engine, prompts, sampling, text=self.text), is_single
+    def prepared(
+        self, prompt=None, *, options: dict, generation_config=None, **form
+    ) -> tuple[Callable[[], Decoding], bool]:
+        """What begins the run of `decoding`, and whether it was a single prompt."""
+        sampling = self.sampling_options(options, generation_config=generation_config)
+        pad = sampling.padding_id
+        rows, one = encode_prompts(self.text, prompt, folder=self.folder, pad=pad, **form)
+        return partial(Decoding, self.engine, rows, sampling, text=self.text), one
 
     def close(self):
         """Stops the reader threads and closes the files.
@@ -189,10 +291,18 @@ class Model:
 def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generation]:
     """Continues a prompt: a str, ids, messages, or a list of these.
 
-    Returns a Generation. Returns a list for a list of prompts, or if num_return_sequences is above
-    1; the sequences of one prompt are neighbours. `options`: transformers' generation options,
+    -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
+    prompt next to each other). `options`: transformers' generation options, `generation_config`,
     `seed`, `stop`, `logprobs`; `messages`, `chat`, `system`, `chat_template` as in
-    `encode_prompts`; with a ref, those of `AutoModel.from_pretrained`. Raises the errors of both.
+    `encode_prompts`; where a ref is given, those of `AutoModel.from_pretrained`. Raises the errors
+    of both.
+
+    What is not given is as the model's makers published it: a published `do_sample` draws; without
+    one it is greedy. temperature=0 is greedy, and a temperature, top_k, top_p or min_p draws.
+
+    Each prompt of a list gives what it would give alone. So with a seed, equal prompts give equal
+    texts: ask for several with num_return_sequences. Without a seed each prompt draws its own,
+    which its Generation has.
     """
     with _opened(model_or_ref, options) as (model, sampling, form):
         decoding, is_single = model.decoding(prompt, options=sampling, **form)
@@ -203,12 +313,26 @@ def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generati
 
 
 def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
-    """Continues one prompt and yields a Step after each forward pass. Options as in `generate`."""
-    with _opened(model_or_ref, options) as (model, sampling, form):
-        decoding, is_single = model.decoding(prompt, options=sampling, **form)
+    """Continues one prompt, yielding a Step as each forward pass ends. As `generate` otherwise.
+
+    What is wrong with the arguments is raised here, before the first step is asked for.
+    """
+    with ExitStack() as opening:
+        model, sampling, form = opening.enter_context(_opened(model_or_ref, options))
+        begin, _ = model.prepared(prompt, options=sampling, **form)
+        decoding = begin()
+        decoding.close()  # holds no cache until somebody asks for a step
+        if len(decoding.lanes) > 1:
+            raise UsageError("stream: takes one prompt and gives one text; generate takes more")
+        # Where nobody does, a model that was opened here ends as it is dropped.
+        return _steps(begin, model, opening.pop_all())
+
+
+def _steps(begin, model, opened):
+    """`model`: held, since a model that nobody holds is closed."""
+    with opened:
+        decoding = begin()
         try:
-            if not is_single or len(decoding.lanes) > 1:
-                raise UsageError("stream: takes one prompt and gives one text; generate takes more")
             for (step,) in decoding:
                 yield step
         finally:
@@ -217,30 +341,45 @@ def stream(model_or_ref, prompt=None, **options) -> Iterator[Step]:
 
 def generate_ids(
     model: Model,
-    input_ids,
+    inputs=None,
     *,
+    input_ids=None,
     attention_mask=None,
+    generation_config=None,
     streamer=None,
-    return_dict_in_generate=False,
+    tokenizer=None,
     **options,
 ):
     """transformers' `generate`: ids [B, T] -> prompt and new ids, in the type that was given.
 
-    `attention_mask` marks padding with 0, at either end of a row. `streamer`: any object with `put`
-    and `end`, for one sequence; it gets the prompt first, as in transformers.
+    The ids may also be what a tokenizer gives, a mapping with both; without any, the text starts
+    from the model's beginning token. `attention_mask` marks padding with 0. Without one, the pad
+    token is padding, unless it also ends texts (as in transformers). `streamer`: any object with
+    `put` and `end`, for one sequence; it gets the prompt first, as in transformers. `tokenizer`:
+    transformers', to look for stop strings with; the model's own where it is not given.
+
+    With `do_sample` and no `seed`, each row draws with a seed of its own, and torch's generator has
+    no say.
     """
-    rows = as_id_lists(input_ids)
-    prompts = rows if attention_mask is None else unpadded(rows, attention_mask)
-    sampling = model.sampling_options(options, implied=False)
-    decoding = Decoding(model.engine, prompts, sampling, text=model.text if sampling.stop else None)
+    if inputs is not None and input_ids is not None:
+        raise UsageError("inputs: input_ids was given too; leave one out")
+    sampling = model.sampling_options(options, generation_config=generation_config, implied=False)
+    given, mask = encoded(input_ids if inputs is None else inputs, attention_mask)
+    if given is None:
+        if sampling.bos_token_id is None:
+            raise UsageError("inputs: none given, and the model has no bos_token_id to start from")
+        given = np.array([[sampling.bos_token_id]])
+    rows = as_rows(given, mask, pad=sampling.padding_id)
+    text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
+    decoding = Decoding(model.engine, rows, sampling, stop_text=text)
     try:
-        _drive(decoding, streamer)
+        _drive(decoding, rows, streamer)
     finally:
         decoding.close()
     n = sampling.num_return_sequences
-    whole = [rows[i // n] + lane.token_ids for i, lane in enumerate(decoding.lanes)]
-    sequences = like(input_ids, whole, _padding(model, sampling))
-    return Sequences(sequences) if return_dict_in_generate else sequences
+    whole = [rows[i // n].given + lane.token_ids for i, lane in enumerate(decoding.lanes)]
+    sequences = like(given, whole, sampling.filling_id)
+    return Sequences(sequences) if sampling.return_dict_in_generate else sequences
 
 
 @dataclass(frozen=True)
@@ -249,15 +388,18 @@ class Sequences:
 
     sequences: object
 
+    def __getitem__(self, name):
+        return {"sequences": self.sequences, 0: self.sequences}[name]
 
-def _drive(decoding, streamer):
+
+def _drive(decoding, rows, streamer):
     if streamer is None:
         for _ in decoding:
             pass
         return
     if len(decoding.lanes) > 1:
         raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
-    streamer.put(np.array([decoding.lanes[0].history]))
+    streamer.put(np.array([rows[0].given]))
     for (step,) in decoding:
         streamer.put(np.array(step.token_ids))
     streamer.end()
@@ -265,16 +407,19 @@ def _drive(decoding, streamer):
 
 @contextmanager
 def _opened(model_or_ref, options):
-    """Yields (model, generation options, prompt options); closes a model that it opened."""
-    form = {name: value for name, value in options.items() if name in CHAT_OPTIONS}
-    rest = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+    """(model, options of generation, options of the prompt); closes a model that was opened
+    here."""
+    forms = (*CHAT_OPTIONS, "generation_config")
+    form = {name: value for name, value in options.items() if name in forms}
+    rest = {name: value for name, value in options.items() if name not in forms}
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, form
         return
-    run_options = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
-    run = {name: value for name, value in rest.items() if name in run_options}
-    rest = {name: value for name, value in rest.items() if name not in run_options}
-    _check_names(rest, run_options)
+    own = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
+    loads = own | {name for name in NAMES if not is_option(name)}
+    run = {name: value for name, value in rest.items() if name in loads}
+    rest = {name: value for name, value in rest.items() if name not in loads}
+    _check_names(rest, own)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form
 
@@ -286,11 +431,3 @@ def _check_names(options, run_options):
         if not is_option(name):
             raise UsageError(unknown_name("option", name, known))
     SamplingOptions.from_mapping(options)
-
-
-def _padding(model, options):
-    """The id for padding: the model's pad token, else its first end token, else 0."""
-    configured = model.generation_config.get("pad_token_id")
-    if type(configured) is int:
-        return configured
-    return options.eos_token_id[0] if options.eos_token_id else 0

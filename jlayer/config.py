@@ -203,10 +203,13 @@ def read_generation_config(folder: str | os.PathLike) -> dict:
 
     Raises CheckpointError if that file is not strict JSON.
     """
+    return read_json_object(generation_file(folder))
+
+
+def generation_file(folder: str | os.PathLike) -> str:
+    """The file that says what the model's makers set for generation."""
     path = os.path.join(folder, "generation_config.json")
-    if not os.path.exists(path):
-        path = os.path.join(folder, "config.json")
-    return read_json_object(path)
+    return path if os.path.exists(path) else os.path.join(folder, "config.json")
 
 
 def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     show a counter. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
-    for line in (describe(model), *model.notes):
+    for line in (describe(model), *model.notes, *decoding.notes):
         print(f"jlayer: {line}", file=sys.stderr)
     live = show if len(decoding.lanes) == 1 else None
     stopped = None
@@ -91,8 +91,9 @@ def summary(found) -> str:
     decoded = stats["sweeps"] - 1
     took = f"{stats['decode_s'] / decoded:.3g} s" if decoded > 0 else "nothing"
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
+    drawn = "greedy" if found[0].seed is None else f"seed {found[0].seed}"
     return (
-        f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), "
+        f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), {drawn}, "
         f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
         f"one of a token {took} (predicted {predicted:.2g} s), "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "

@@ -19,6 +19,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.config import RunConfig
 from jlayer.engine import device as devices
 from jlayer.engine import residents
+from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
 from jlayer.engine.ledger import Ledger
 from jlayer.engine.programs import Programs
@@ -45,6 +46,7 @@ class Engine:
     """
 
     def __init__(self, folder: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
+        check_process()
         clock = Clock()
         self.run = run
         self.watch, self.totals = watch or Watch(), Totals()
@@ -135,11 +137,9 @@ class Engine:
         return best
 
     def start(self, shape: RunShape) -> Forward:
-        """Admits a run and prepares the executor for it.
-
-        Raises DoesNotFitError if it does not fit together with the live runs, UsageError if the
-        model is closed.
-        """
+        """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
+        it beside the runs that are alive, UsageError where the model is closed."""
+        check_process()  # the lock may have been held when the process was forked
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
@@ -165,7 +165,8 @@ class Engine:
 
     @contextmanager
     def turn(self) -> Iterator[Executor]:
-        """Gives the executor to one run at a time. Raises UsageError if the model is closed."""
+        """One run at a time has the executor. Raises UsageError where the model is closed."""
+        check_process()
         with self._turns:
             if self._closed:
                 raise UsageError(CLOSED)
@@ -288,10 +289,10 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stops the reader threads and closes the files.
-
-        A forward pass in another thread fails at its next step with an error that names the reason.
-        """
+        """Ends the readers' threads and closes the files. A forward pass that is under way in
+        another thread ends at its next step, with an error that says so."""
+        if is_forked():  # threads and files are those of the other process
+            return
         self._closed = True
         executor = self._executor
         if executor is not None:

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 
+from jlayer.engine.sample import NO_PADDING, Padding
 from jlayer.errors import UsageError
+
+ENCODED = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding."""
+
+    given: list[int]
+    ids: list[int]
+    padding: Padding = NO_PADDING
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
@@ -12,41 +28,87 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
 
     Raises UsageError if they are no integers or have more than two dimensions.
     """
-    rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
-    if isinstance(rows, (list, tuple)) and all(type(token) is int for token in rows):
+    rows = plain(input_ids)
+    if is_id_list(rows):
         rows = [rows]
-    ok = isinstance(rows, (list, tuple)) and all(
-        isinstance(row, (list, tuple)) and all(type(token) is int for token in row) for row in rows
-    )
-    if not ok or not rows:
+    if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_id_list, rows)):
         raise UsageError(f"{name}: expected integers of shape [B, T] or [T]")
-    return [list(row) for row in rows]
+    return [[int(token) for token in row] for row in rows]
 
 
-def unpadded(rows, attention_mask):
-    """Each row without its padding, marked with 0 in the mask, at either end. Raises UsageError."""
-    masks = as_id_lists(attention_mask, name="attention_mask")
-    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+def plain(ids):
+    """Arrays, and lists of arrays, as lists; anything else as it is."""
+    if isinstance(ids, (list, tuple)):
+        return [plain(row) if hasattr(row, "tolist") else row for row in ids]
+    return ids.tolist() if hasattr(ids, "tolist") else ids
+
+
+def is_id_list(row) -> bool:
+    """Whether this is a list of integers, those of numpy included."""
+    return isinstance(row, (list, tuple)) and all(
+        isinstance(token, numbers.Integral) and not isinstance(token, bool) for token in row
+    )
+
+
+def encoded(given, attention_mask=None):
+    """(ids, mask) of what a tokenizer gives, a mapping with both, or of ids as they are."""
+    if not isinstance(given, Mapping):
+        return given, attention_mask
+    if "input_ids" not in given:
+        raise UsageError(f"input_ids: found a mapping with {', '.join(given)}, expected input_ids")
+    mask = given.get("attention_mask")
+    if mask is not None and attention_mask is not None:
+        raise UsageError("attention_mask: given twice; leave one out")
+    return given["input_ids"], attention_mask if mask is None else mask
+
+
+def as_rows(input_ids, attention_mask, *, pad: int | None = None) -> list[Row]:
+    """Ids [B, T] or [T] as prompts without their padding, by transformers' rule.
+
+    The mask marks padding with 0. Without one, the token `pad` is padding.
+    A row that is padded at its end goes on from its last token that is none. (transformers goes on
+    from the padding there, and warns that the result is wrong.) Raises UsageError.
+    """
+    rows = as_id_lists(input_ids)
+    if attention_mask is not None:
+        masks = _masks(attention_mask, rows)
+    else:
+        masks = [[token != pad for token in row] for row in rows]
+    return [_row(row, mask) for row, mask in zip(rows, masks, strict=True)]
+
+
+def _masks(attention_mask, rows):
+    masks = plain(attention_mask)
+    if isinstance(masks, (list, tuple)) and not any(isinstance(m, (list, tuple)) for m in masks):
+        masks = [masks]
+    if not isinstance(masks, (list, tuple)) or [len(m) for m in masks] != [len(r) for r in rows]:
         raise UsageError("attention_mask: of another shape than input_ids")
-    unpadded_rows = []
-    for row, mask in zip(rows, masks, strict=True):
-        kept = [i for i, mark in enumerate(mask) if mark]
-        if not kept or kept != list(range(kept[0], kept[-1] + 1)):
-            raise UsageError(
-                "attention_mask: expected ones in a row, with padding around them only"
-            )
-        unpadded_rows.append([row[i] for i in kept])
-    return unpadded_rows
+    for mark in (mark for mask in masks for mark in mask):
+        if mark not in (0, 1):  # True and 1.0 are 1
+            raise UsageError(f"attention_mask: found {mark!r}, expected 0 (padding) or 1")
+    return masks
+
+
+def _row(row, mask):
+    kept = [index for index, mark in enumerate(mask) if mark]
+    if row and not kept:
+        raise UsageError("input_ids: a row of padding alone; each needs a token to go on from")
+    first = kept[0] if kept else 0
+    return Row(row, [row[index] for index in kept], Padding(len(row) - len(kept), first))
 
 
 def like(given, rows, padding):
-    """Rows of ids in the type of `given`: list, numpy, jax or torch; arrays are padded on the
-    right."""
+    """Rows of ids as the kind that `given` was: list, numpy, jax or torch; padded on the right
+    where they are arrays.
+
+    One row where a flat list or array came in, unless there are several answers to it.
+    """
     if isinstance(given, (list, tuple)):
-        return rows if given and isinstance(given[0], (list, tuple)) else rows[0]
+        flat = is_id_list(given) and len(rows) == 1
+        return rows[0] if flat else rows
     longest = max(map(len, rows))
     array = np.array([row + [padding] * (longest - len(row)) for row in rows])
-    array = array if given.ndim == 2 else array[0]
+    array = array if given.ndim == 2 or len(rows) > 1 else array[0]
     if isinstance(given, np.ndarray):
         return array.astype(given.dtype)
     if type(given).__module__.startswith("torch"):

@@ -1,7 +1,7 @@
-"""Generation options: names, defaults, allowed values, and which are refused or ignored.
+"""Generation options: names, defaults, what each may be, and who of user and makers sets it.
 
-Names and defaults are those of transformers' GenerationConfig. An option that changes the output
-but is not implemented is refused by name. `sample` applies options to logits.
+Names and defaults are those of transformers' GenerationConfig. What is not acted on is listed in
+`unread`. How options act on logits is left to `sample`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from jlayer.config import unknown_name
+from jlayer.engine.unread import (
+    HARMLESS,
+    REFUSED,
+    Run,
+    is_harmless,
+    is_read,
+    published_refusal,
+    refusal,
+)
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 
 DEFAULT_NEW_TOKENS = 20  # of transformers, if neither the user nor the published file sets it
@@ -25,59 +34,19 @@ MAX_SEED = (1 << 64) - 1
 # Name of an option in transformers -> name here.
 ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
 
-# Options of transformers that change the output and are not implemented -> values with no effect.
-REFUSED = {
-    "assistant_ensemble_weight": (None,),
-    "bad_words_ids": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "constraints": (None, []),
-    "custom_generate": (None,),
-    "dola_layers": (None,),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
-    "exponential_decay_length_penalty": (None,),
-    "force_words_ids": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_decoder_ids": (None, []),
-    "forced_eos_token_id": (None,),
-    "guidance_scale": (None, 1),
-    "logits_processor": (None, []),
-    "max_time": (None,),
-    "negative_prompt_ids": (None,),
-    "num_beam_groups": (None, 1),
-    "num_beams": (None, 1),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_logits": (None, False),
-    "output_scores": (None, False),
-    "penalty_alpha": (None, 0),
-    "prefix_allowed_tokens_fn": (None,),
-    "stopping_criteria": (None, []),
-    "suppress_tokens": (None, []),
-    "token_healing": (None, False),
-    "top_h": (None,),
-    "typical_p": (None, 1),
-    "watermarking_config": (None,),
-}
-
-# Options of transformers that cannot change the output here: for beam search, encoders, speed and
-# bookkeeping. `renormalize_logits` shifts all scores equally. `remove_invalid_values` replaces
-# non-finite logits, which are an error here.
-IGNORED = frozenset(
-    """
-    _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit
-    assistant_lookbehind bos_token_id cache_config cache_implementation compile_config
-    continuous_batching_config decoder_start_token_id disable_compile diversity_penalty
-    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty is_assistant
-    length_penalty low_memory max_cache_len max_matching_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule pad_token_id prefill_chunk_size prompt_lookup_num_tokens
-    remove_invalid_values renormalize_logits return_dict_in_generate speculation_type
-    target_lookbehind transformers_version use_cache use_mtp
-    """.split()  # noqa: SIM905 - forty names are read better as a paragraph
-)
+# Options that transformers does not know. It reads past them in a published file, and so does
+# jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
+OWN = ("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs")
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
 # None from a user turns an option off. For these the value that does so is not the default.
 _NONE_MEANS = {"top_k": 0}
+_LENGTHS = ("max_new_tokens", "max_length")
+# Where the user sets the first, the published file's second has nothing to say.
+_INSTEAD = (
+    ("max_length", "max_new_tokens"),
+    ("max_new_tokens", "max_length"),
+    ("min_length", "min_new_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +54,10 @@ class SamplingOptions:
     """How tokens are chosen and when a sequence ends; every field is checked on creation.
 
     temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
-    logprobs: None, or the number of likeliest tokens to report besides the chosen one. Raises
-    UsageError with the option, the value and the range.
+    logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
+    min_new_tokens, where not None, stands in for min_length, as in transformers.
+    length_from: the file that set the most tokens, None where the user did.
+    Raises UsageError, with the option, the value and the range.
     """
 
     do_sample: bool = False
@@ -95,24 +66,29 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     min_length: int = 0
     max_new_tokens: int | None = None
     max_length: int | None = None
+    bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
     stop: tuple[str, ...] = ()
     num_return_sequences: int = 1
     seed: int | None = None
     logprobs: int | None = None
+    return_dict_in_generate: bool = False
+    length_from: str | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = _checked(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for name in _CHECKS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if self.num_return_sequences > 1 and self.is_greedy:
             raise UsageError(
                 f"num_return_sequences: found {self.num_return_sequences} with greedy decoding, "
@@ -139,15 +115,18 @@ class SamplingOptions:
         `where`) or UnsupportedModelError (one in it that is not implemented).
         """
         given = _given(options)
-        published = _published(generation_config or {}, where=where, overruled=options)
-        eos_ids = published.get("eos_token_id", ()) if "eos_token_id" not in given else ()
-        if vocab_size is not None and eos_ids and max(eos_ids) >= vocab_size:
-            raise CheckpointError(f"{where}: {_outside('eos_token_id', max(eos_ids), vocab_size)}")
-        if "max_length" in given and "max_new_tokens" not in given:
-            published.pop("max_new_tokens", None)
         if sampling_implied and "do_sample" not in given and not given.keys().isdisjoint(_WARPERS):
             given["do_sample"] = True
-        merged = cls(**{**published, **given})
+        published = _published(generation_config or {}, where=where, options=options, given=given)
+        eos_ids = published.get("eos_token_id", ())
+        if vocab_size is not None and eos_ids and max(eos_ids) >= vocab_size:
+            raise CheckpointError(f"{where}: {_outside('eos_token_id', max(eos_ids), vocab_size)}")
+        length_from = None if published.keys().isdisjoint(_LENGTHS) else where
+        found = cls(**{**published, **given}, length_from=length_from)
+        run = Run(found.do_sample, gives_details=found.return_dict_in_generate)
+        for name, value in options.items():
+            if name in REFUSED and not is_harmless(name, value, run):
+                raise UsageError(refusal(name, value))
         if vocab_size is not None:
             merged.check(vocab_size)
         return merged
@@ -163,26 +142,68 @@ class SamplingOptions:
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
 
+    @property
+    def padding_id(self) -> int | None:
+        """The token that is padding where no mask says so, by transformers' rule: the pad token,
+        unless it may also be what ended a text."""
+        return None if self.pad_token_id in self.eos_token_id else self.pad_token_id
+
+    @property
+    def filling_id(self) -> int:
+        """What rows are filled up with: the pad token, else the first ending, else 0."""
+        known = (self.pad_token_id, *self.eos_token_id, 0)
+        return next(token for token in known if token is not None)
+
     def seeded(self) -> SamplingOptions:
         """These options with a seed; if none was given, the system draws one."""
         # 53 bits, so that JSON readers with only float64 keep the seed exact.
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
-    def new_tokens_limit(self, n_prompt: int, *, context: int | None = None) -> int:
-        """The most new tokens: max_new_tokens, else max_length minus the prompt, else 20.
+    @property
+    def lengths_are_published(self) -> bool:
+        """Whether the most tokens are the makers' or the default, and not the user's choice."""
+        return self.length_from is not None or (self.max_new_tokens, self.max_length) == (
+            None,
+            None,
+        )
 
-        The last two are reduced to fit `context`. Raises UsageError if max_new_tokens does not fit.
+    def new_tokens_limit(
+        self, n_prompt: int, *, context: int | None = None, width: int | None = None
+    ) -> int:
+        """How many tokens may follow: max_new_tokens, else what max_length leaves, else 20.
+
+        `width`: the prompt's tokens with its padding, which max_length counts too, as in
+        transformers. What the user did not ask for is cut to fit the `context`. Raises UsageError,
+        with both figures, where what the user asked for does not fit it, or where max_length or the
+        context leave no room for a single token.
         """
+        width = n_prompt if width is None else width
         room = math.inf if context is None else max(0, context - n_prompt)
-        if self.max_new_tokens is None:
-            wanted = DEFAULT_NEW_TOKENS if self.max_length is None else self.max_length - n_prompt
-            return min(max(0, wanted), room)
-        if self.max_new_tokens > room:
+        if self.max_new_tokens is not None:
+            wanted, asked = self.max_new_tokens, f"max_new_tokens: {n_prompt} prompt tokens + "
+            asked += f"{wanted} new ones"
+        elif self.max_length is not None:
+            wanted, asked = self.max_length - width, f"max_length: {self.max_length} tokens"
+        else:
+            wanted, asked = DEFAULT_NEW_TOKENS, None
+        if wanted <= 0 and self.max_new_tokens is None:
+            origin = f"{self.length_from}: " if self.length_from else ""
             raise UsageError(
-                f"max_new_tokens: {n_prompt} prompt tokens + {self.max_new_tokens} new ones, but "
-                f"the context is {context}; ask for at most {room}"
+                f"{origin}max_length: found {self.max_length}, and the prompt has {width} tokens "
+                "already; set max_new_tokens (-n), which counts new tokens alone"
             )
-        return self.max_new_tokens
+        if wanted <= room:
+            return wanted
+        if room == 0:
+            raise UsageError(
+                f"prompt: its {n_prompt} tokens fill the context of {context}, so none can follow; "
+                "shorten it, or raise the context if it was lowered"
+            )
+        if not self.lengths_are_published:
+            raise UsageError(
+                f"{asked}, but the context is {context}; ask for at most {room} new ones"
+            )
+        return room
 
 
 # Option -> (a parser that raises ValueError or TypeError, the expected range): see _CHECKS.
@@ -230,8 +251,17 @@ def _strings(value):
 
 
 def _ids(value):
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy, jax or torch
     listed = (value,) if isinstance(value, numbers.Integral) else value
     return tuple(_COUNT(token) for token in listed)
+
+
+def _id(value):
+    """One id, or the only one of an array. Published files may have -1, which is no token's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        (value,) = value
+    return _integer(-1)(value)
 
 
 def _bias(value):
@@ -268,19 +298,27 @@ _CHECKS = {
         _real(lambda number: 0 < number < math.inf),
         "a finite number above 0 (1 is off)",
     ),
+    "encoder_repetition_penalty": (
+        _real(lambda number: 0 < number < math.inf),
+        "a finite number above 0 (1 is off)",
+    ),
     "presence_penalty": _OPENAI_PENALTY,
     "frequency_penalty": _OPENAI_PENALTY,
     "no_repeat_ngram_size": (_COUNT, f"{_FROM_0} (0 is off)"),
+    "encoder_no_repeat_ngram_size": (_COUNT, f"{_FROM_0} (0 is off)"),
     "logit_bias": (_bias, "single token ids, each with one finite number or -inf"),
-    "min_new_tokens": (_COUNT, _FROM_0),
+    "min_new_tokens": (_maybe(_COUNT), _FROM_0),
     "min_length": (_COUNT, _FROM_0),
     "max_new_tokens": (_maybe(_COUNT), _FROM_0),
     "max_length": (_maybe(_COUNT), _FROM_0),
+    "bos_token_id": (_maybe(_id), "a token id"),
     "eos_token_id": (_ids, "a token id or a list of them"),
+    "pad_token_id": (_maybe(_id), "a token id"),
     "stop": (_strings, "a non-empty string or a list of them"),
     "num_return_sequences": (_integer(1), "an integer from 1 up"),
     "seed": (_maybe(_integer(0, MAX_SEED)), f"an integer from 0 to {MAX_SEED}"),
     "logprobs": (_maybe(_COUNT), _FROM_0),
+    "return_dict_in_generate": (_boolean, "true or false"),
 }
 
 
@@ -294,13 +332,32 @@ def _checked(name, value, *, where=None):
 
 
 def option_names() -> tuple[str, ...]:
-    """The names that `SamplingOptions.from_mapping` applies, including those of transformers."""
-    return (*(field.name for field in fields(SamplingOptions)), *ALIASES)
+    """The names that `SamplingOptions.from_mapping` acts on, those of transformers included."""
+    return (*_CHECKS, *ALIASES)
 
 
 def is_option(name: str) -> bool:
-    """Whether `from_mapping` knows a name: to apply, to ignore or to refuse."""
-    return name in option_names() or name in REFUSED or name in IGNORED
+    """Whether `from_mapping` knows a name, be it to act on, to pass over or to refuse."""
+    return name in option_names() or name in REFUSED or name in HARMLESS
+
+
+def configured(generation_config) -> dict:
+    """The options that transformers' GenerationConfig, or a mapping in its place, sets.
+
+    What is None there is not set, and what transformers does not know it reads past.
+    """
+    if generation_config is None:
+        return {}
+    if hasattr(generation_config, "to_dict"):
+        generation_config = generation_config.to_dict()
+    if not isinstance(generation_config, Mapping):
+        found = type(generation_config).__name__
+        raise UsageError(f"generation_config: found {found}, expected a GenerationConfig or a dict")
+    return {
+        name: value
+        for name, value in generation_config.items()
+        if value is not None and name not in OWN and is_option(name)
+    }
 
 
 def _given(options):
@@ -309,38 +366,51 @@ def _given(options):
     given = {}
     for name, value in options.items():
         ours = ALIASES.get(name, name)
-        if ours in off_values:
-            if ours in given:
+        if ours in _CHECKS:
+            if ours in found:
                 raise UsageError(f"{name}: {ours} is the same option and was given too; keep one")
-            given[ours] = off_values[ours] if value is None else value
-        elif name in REFUSED:
-            if not _leaves_output_alone(name, value):
-                raise UsageError(_refusal(name, value))
-        elif name not in IGNORED:
+            found[ours] = defaults[ours] if value is None else value
+        elif not is_option(name):
             raise UsageError(unknown_name("option", name, option_names()))
     return given
 
 
-def _published(generation_config, *, where, overruled):
-    """The options of a published file, checked here so that an error names the file."""
-    published = {}
-    for name, value in generation_config.items():
-        ours = ALIASES.get(name, name)
-        if name in REFUSED and name not in overruled and not _leaves_output_alone(name, value):
-            raise UnsupportedModelError(f"{where}: {_refusal(name, value)}")
-        if ours in _CHECKS and value is not None:
-            published[ours] = _checked(ours, value, where=where)
-    return published
+def _published(generation_config, *, where, options, given):
+    """The options of a published file that this run reads and the user does not overrule, checked
+    here so that the error names the file."""
+    overruled = {ALIASES.get(name, name) for name in options}
+    named = ((ALIASES.get(name, name), name, value) for name, value in generation_config.items())
+    found = {
+        ours: value
+        for ours, name, value in named
+        if name not in OWN and ours not in overruled and value is not None
+    }
+    for one, other in _INSTEAD:
+        if given.get(one) is not None:
+            found.pop(other, None)
 
+    def decides(name, otherwise):
+        if name in given or name not in found:
+            return given.get(name, otherwise)
+        return _checked(name, found[name], where=where)
 
-def _leaves_output_alone(name, value):
-    # Other objects (such as arrays) may define their own ==, so only plain values are compared.
-    plain = isinstance(value, bool | int | float | str | list | tuple | dict)
-    return any(value is neutral or (plain and value == neutral) for neutral in REFUSED[name])
-
-
-def _refusal(name, value):
-    return f"{name}: found {reprlib.repr(value)}, which jlayer does not support; leave it out"
+    do_sample = decides("do_sample", False)
+    run = Run(
+        samples=do_sample and decides("temperature", 1.0) != 0,
+        contrasts=not do_sample,
+        gives_details=decides("return_dict_in_generate", False),
+    )
+    read = {name: value for name, value in found.items() if is_read(name, run)}
+    for name, value in read.items():
+        if name in REFUSED and not is_harmless(name, value, run):
+            raise UnsupportedModelError(f"{where}: {published_refusal(name, value)}")
+    checked = {name: _checked(name, read[name], where=where) for name in read if name in _CHECKS}
+    if checked.get("max_new_tokens") == 0:
+        raise CheckpointError(
+            f"{where}: max_new_tokens: found 0, expected an integer from 1 up; "
+            "overrule it with max_new_tokens (-n)"
+        )
+    return checked
 
 
 def _outside(name, token, vocab_size):

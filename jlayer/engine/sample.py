@@ -1,11 +1,13 @@
 """Logits → token, on the host: applies generation options, and adds sampling noise.
 
 The order is that of transformers 5 (`_get_logits_processor`):
-    always         logit_bias, repetition_penalty, [frequency_penalty, presence_penalty],
-                   no_repeat_ngram_size, min_length, min_new_tokens
+    always         logit_bias, encoder_repetition_penalty, repetition_penalty, [frequency_penalty,
+                   presence_penalty], no_repeat_ngram_size, encoder_no_repeat_ngram_size,
+                   min_length or min_new_tokens
     when sampling  temperature, top_k, top_p, min_p
 The two in brackets are not in transformers. They act on generated tokens only, as OpenAI and vLLM
-define them, and right after the repetition penalty, as in vLLM.
+define them, and at vLLM's place, right after the repetition penalty. Those of encoders act on the
+prompt, which transformers takes for what an encoder read.
 """
 
 from __future__ import annotations
@@ -32,6 +34,21 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Tokens of a prompt that the model does not see: how many, and how many of them come first.
+
+    Options act on a padded prompt as in transformers: those that look for repeated tokens see
+    padding too, and only repetition_penalty passes over what stands at the beginning.
+    """
+
+    n_tokens: int = 0
+    n_first: int = 0
+
+
+NO_PADDING = Padding()
+
+
 def choose(
     logits: np.ndarray,
     *,
@@ -39,21 +56,24 @@ def choose(
     history: Sequence[int],
     n_prompt: int,
     sequence: int = 0,
+    padding: Padding = NO_PADDING,
 ) -> Choice:
     """Chooses the token after `history` (prompt, then new tokens) in sequence number `sequence`.
 
-    `logits`: float32 [V]. The noise depends on the seed, the sequence and the position
-    `len(history)`, so plain, speculative and batched decoding choose the same token. Raises
-    CheckpointError (non-finite logits) or UsageError (the options leave no token).
+    `logits`: float32 [V]. The noise depends on the seed, the sequence and the position, which is
+    the length of `history` without its padding; so plain, speculative and batched decoding choose
+    alike.
+    Raises CheckpointError (non-finite logits) or UsageError (the options leave no token).
     """
     _check_finite(logits, position=len(history))
-    scores = processed(logits, options=options, history=history, n_prompt=n_prompt)
+    scores = processed(logits, options=options, history=history, n_prompt=n_prompt, padding=padding)
     if options.is_greedy:
         token = int(np.argmax(scores))
     else:
         assert options.seed is not None, "options.seeded() draws the seed, once for all tokens"
         ids, weights = candidates(scores, options=options)
-        noise = _noise(ids, seed=options.seed, sequence=sequence, position=len(history))
+        position = len(history) - padding.n_tokens
+        noise = _noise(ids, seed=options.seed, sequence=sequence, position=position)
         token = int(ids[np.argmax(weights + noise)])
     if options.logprobs is None:
         return Choice(token)
@@ -61,7 +81,12 @@ def choose(
 
 
 def processed(
-    logits: np.ndarray, *, options: SamplingOptions, history: Sequence[int], n_prompt: int
+    logits: np.ndarray,
+    *,
+    options: SamplingOptions,
+    history: Sequence[int],
+    n_prompt: int,
+    padding: Padding = NO_PADDING,
 ) -> np.ndarray:
     """Scores, float32 [V]: `logits` after the options that always act; -inf rules a token out.
 
@@ -73,13 +98,24 @@ def processed(
     with np.errstate(over="ignore"):  # a score beyond float32 is refused below
         for token, bias in options.logit_bias:
             scores[token] += np.float32(bias)
+        if options.encoder_repetition_penalty != 1.0:  # above 1 makes the prompt's tokens likelier
+            penalty = np.float32(1 / options.encoder_repetition_penalty)
+            _penalise_repetition(scores, history[:n_prompt], penalty=penalty)
         if options.repetition_penalty != 1.0:
-            _penalise_repetition(scores, history, penalty=np.float32(options.repetition_penalty))
+            seen = history[padding.n_first :]
+            _penalise_repetition(scores, seen, penalty=np.float32(options.repetition_penalty))
         if options.frequency_penalty or options.presence_penalty:
             _penalise_use(scores, history[n_prompt:], options=options)
     if options.no_repeat_ngram_size:
-        _ban_repeated_ngrams(scores, history, size=options.no_repeat_ngram_size)
-    if len(history) < options.min_length or n_new < options.min_new_tokens:
+        _ban_ngrams(scores, history, of=history, size=options.no_repeat_ngram_size)
+    if options.encoder_no_repeat_ngram_size:
+        size = options.encoder_no_repeat_ngram_size
+        _ban_ngrams(scores, history, of=history[:n_prompt], size=size)
+    if options.min_new_tokens is None:
+        is_short = len(history) < options.min_length
+    else:
+        is_short = n_new < options.min_new_tokens
+    if is_short:
         scores[list(options.eos_token_id)] = -np.inf
     _check_choosable(scores, position=len(history))
     return scores
@@ -142,21 +178,21 @@ def _penalise_use(scores, generated, *, options):
     scores[seen] -= np.float32(options.presence_penalty)
 
 
-def _ban_repeated_ngrams(scores, history, *, size):
-    """Rules out every token that has followed the last `size - 1` tokens before."""
-    history = np.asarray(history, dtype=np.int64)
-    if len(history) < size:
+def _ban_ngrams(scores, history, *, of, size):
+    """Rules out every token that followed the last `size - 1` tokens of `history` in `of`."""
+    if len(of) < size:
         return
-    windows = np.lib.stride_tricks.sliding_window_view(history, size)
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(of, dtype=np.int64), size)
     prefix = history[len(history) + 1 - size :]
     followers = windows[(windows[:, :-1] == prefix).all(axis=1), -1]
     scores[_ids_within(followers, len(scores))] = -np.inf
 
 
 def _ids_within(ids, vocab_size):
-    """The distinct ids that have a logit: some models embed more tokens than they predict."""
+    """The distinct ids that have a logit: a few models embed more tokens than they predict, and
+    padding may be any number."""
     unique = np.unique(np.asarray(ids, dtype=np.int64))
-    return unique[unique < vocab_size]
+    return unique[(unique >= 0) & (unique < vocab_size)]
 
 
 def _within_top_p(weights, options):

@@ -1,5 +1,6 @@
 """Generation through the public functions: tokens, text, stops, figures, and refusals."""
 
+import gc
 import json
 import shutil
 import threading
@@ -43,6 +44,35 @@ def test_a_stream_is_the_generation_in_pieces(model):
     steps = list(jlayer.stream(model, PROMPT, **options))
     assert "".join(step.text for step in steps) == whole.text
     assert [token for step in steps for token in step.token_ids] == whole.token_ids
+
+
+def test_a_stream_says_at_the_call_what_is_wrong_and_at_the_end_why_it_ends(model, fable):
+    for prompt, options, words in (
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens"),
+        ([PROMPT, PROMPT], {}, "stream: takes one prompt"),
+        (PROMPT, {"temprature": 1}, "did you mean"),
+        ([7] * 1025, {}, "1025 tokens"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            jlayer.stream(model, prompt, **options)
+    alive, threads = model.engine.n_alive, threading.active_count()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        jlayer.stream("/no/such/model", PROMPT)
+    steps = jlayer.stream(fable, PROMPT, max_new_tokens=3, device="cpu")
+    assert [step.finish_reason for step in steps] == [None, None, "length"]
+    jlayer.stream(model, PROMPT)  # nobody iterates
+    jlayer.stream(fable, PROMPT, device="cpu")
+    gc.collect()
+    assert (model.engine.n_alive, threading.active_count()) == (alive, threads)
+
+
+def test_a_generation_prints_as_what_it_says(model):
+    found = jlayer.generate(model, PROMPT, max_new_tokens=3, temperature=0, logprobs=2)
+    shown = repr(found)
+    assert repr(found.text) in shown
+    assert f"token_ids={found.token_ids}" in shown
+    assert all(name not in shown for name in ("plan=", "stats=", "memory=", "logprobs="))
+    assert found.as_dict()["plan"] == found.plan
 
 
 def test_no_piece_holds_half_a_character(model):
@@ -246,8 +276,6 @@ def test_padding_that_a_mask_marks_changes_nothing(model):
             np.array(ids), attention_mask=np.array(mask), max_new_tokens=5, do_sample=False
         )
         assert found[:, width:].tolist() == alone
-    with pytest.raises(UsageError, match="ones in a row"):
-        model.generate(np.array([[1, 2, 3]]), attention_mask=np.array([[1, 0, 1]]))
 
 
 def test_a_streamer_gets_the_prompt_then_each_token_then_the_end(model):
@@ -286,8 +314,8 @@ def test_chat_and_messages_are_put_in_the_models_format(fable, tmp_path):
         ):
             found = jlayer.generate(model, prompt, max_new_tokens=1, **options)
             assert found.prompt_tokens == len(expected)
-        ids, one = encode_prompts(model.text, messages, folder=model.folder)
-        assert (ids, one) == ([expected], True)
+        (row,), one = encode_prompts(model.text, messages, folder=model.folder)
+        assert (row.ids, one) == (expected, True)
         prompts = [messages, "Hello"]
         both, one = encode_prompts(model.text, prompts, folder=model.folder, chat=True)
         assert (len(both), one) == (2, False)

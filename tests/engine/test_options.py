@@ -86,8 +86,8 @@ def test_unknown_option_offers_the_closest_name():
 def test_what_is_not_done_is_refused_wherever_it_comes_from(name, value, harmless):
     with pytest.raises(UsageError, match=name):
         SamplingOptions.from_mapping({name: value})
-    with pytest.raises(UnsupportedModelError, match=name):
-        SamplingOptions.from_mapping({}, generation_config={name: value})
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.*overrule it in Python with {name}="):
+        SamplingOptions.from_mapping({}, generation_config={name: value, "do_sample": True})
     for neutral in (None, harmless):
         SamplingOptions.from_mapping({name: neutral}, generation_config={name: value})
         SamplingOptions.from_mapping({}, generation_config={name: neutral})
@@ -126,7 +126,8 @@ def test_none_from_the_user_turns_an_option_off():
 
 def test_a_wrong_value_in_the_file_is_the_files_fault():
     for raw, words in (
-        ({"temperature": -1}, "temperature"),
+        ({"do_sample": True, "temperature": -1}, "temperature"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"eos_token_id": 500}, "eos_token_id.*500"),
     ):
         with pytest.raises(CheckpointError, match=rf"some\.json: {words}"):
@@ -183,7 +184,9 @@ def test_how_many_tokens_may_follow():
     assert SamplingOptions().new_tokens_limit(7) == 20
     assert SamplingOptions().new_tokens_limit(7, context=10) == 3
     assert SamplingOptions(max_length=30).new_tokens_limit(7) == 23
-    assert SamplingOptions(max_length=5).new_tokens_limit(7) == 0
+    assert SamplingOptions(max_length=30).new_tokens_limit(7, width=9) == 21
+    with pytest.raises(UsageError, match=r"max_length: found 7, .* 7 tokens already"):
+        SamplingOptions(max_length=7).new_tokens_limit(7)
     assert SamplingOptions(max_new_tokens=0).new_tokens_limit(7, context=7) == 0
     assert SamplingOptions(max_new_tokens=9, max_length=8).new_tokens_limit(7) == 9
     with pytest.raises(UsageError, match=r"7 prompt tokens \+ 4 .* 10.* 3"):

@@ -16,7 +16,10 @@ from jlayer.interrupts import check
 
 # option -> (type, what --help says); an option that is not given keeps the model's own default
 SAMPLING = {
-    "temperature": (float, "divide the logits by this before sampling; 0 is greedy"),
+    "temperature": (
+        float,
+        "divide the logits by this; 0 is greedy (default: as published, or greedy)",
+    ),
     "top_p": (float, "sample from the likeliest tokens that together reach this probability"),
     "top_k": (int, "sample from this many of the likeliest tokens"),
     "min_p": (float, "drop tokens less likely than this share of the likeliest one's probability"),
