@@ -28,17 +28,17 @@ from jlayer.engine.unread import (
 )
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 
-DEFAULT_NEW_TOKENS = 20  # of transformers, if neither the user nor the published file sets it
+DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
 MAX_SEED = (1 << 64) - 1
 
-# Name of an option in transformers -> name here.
+# The name of an option in transformers -> its name here.
 ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
 
 # Options that transformers does not know. It reads past them in a published file, and so does
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
 OWN = ("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs")
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
-# None from a user turns an option off. For these the value that does so is not the default.
+# None from a user turns an option off, which for these is not the default.
 _NONE_MEANS = {"top_k": 0}
 _LENGTHS = ("max_new_tokens", "max_length")
 # Where the user sets the first, the published file's second has nothing to say.
@@ -51,7 +51,7 @@ _INSTEAD = (
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen and when a sequence ends; every field is checked on creation.
+    """How ids are chosen and when a sequence ends; every field is checked when the object is made.
 
     temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
     logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
@@ -108,11 +108,11 @@ class SamplingOptions:
         """The user's `options`, then those published with the model, then transformers' defaults.
 
         A user's None turns an option off, as in transformers. `generation_config` may be a whole
-        config.json; keys that are no option are ignored. `sampling_implied`: a temperature, top_k,
-        top_p or min_p from the user turns do_sample on, as in jlayer's own interface; in that of
-        transformers users set do_sample themselves. Raises UsageError (a bad option of the user;
-        for an unknown one with the closest name), CheckpointError (a bad option in the file
-        `where`) or UnsupportedModelError (one in it that is not implemented).
+        config.json; keys that are no option are passed over. `sampling_implied`: a temperature,
+        top_k, top_p or min_p from the user turns do_sample on. (So it is in jlayer's own interface;
+        users of transformers set do_sample themselves.)
+        Raises UsageError (an option of the user's, with the closest known name), CheckpointError
+        (one in the file `where`) or UnsupportedModelError (one in it that is not implemented).
         """
         given = _given(options)
         if sampling_implied and "do_sample" not in given and not given.keys().isdisjoint(_WARPERS):
@@ -128,11 +128,11 @@ class SamplingOptions:
             if name in REFUSED and not is_harmless(name, value, run):
                 raise UsageError(refusal(name, value))
         if vocab_size is not None:
-            merged.check(vocab_size)
-        return merged
+            found.check(vocab_size)
+        return found
 
     def check(self, vocab_size: int) -> None:
-        """Raises UsageError if an id is outside the vocabulary."""
+        """Raises UsageError where an id is outside the vocabulary."""
         biased = [token for token, _ in self.logit_bias]
         for name, ids in (("eos_token_id", self.eos_token_id), ("logit_bias", biased)):
             if ids and max(ids) >= vocab_size:
@@ -155,8 +155,8 @@ class SamplingOptions:
         return next(token for token in known if token is not None)
 
     def seeded(self) -> SamplingOptions:
-        """These options with a seed; if none was given, the system draws one."""
-        # 53 bits, so that JSON readers with only float64 keep the seed exact.
+        """These options with a seed, which the system draws where none is given."""
+        # 53 bits, so that a seed survives JSON readers that know only float64.
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
     @property
@@ -206,7 +206,7 @@ class SamplingOptions:
         return room
 
 
-# Option -> (a parser that raises ValueError or TypeError, the expected range): see _CHECKS.
+# What each option may be: (a parser that raises ValueError or TypeError, the expected range).
 
 
 def _boolean(value):
@@ -269,17 +269,17 @@ def _bias(value):
 
     A bias of -inf rules a token out.
     """
-    biases = {}
+    found = {}
     for token, bias in value.items() if isinstance(value, Mapping) else value:
         if isinstance(token, list | tuple):
             (token,) = token  # a bias on a sequence of tokens is not implemented: ValueError
         if isinstance(token, str) and token.isdecimal():  # keys in JSON are always text
             token = int(token)
         token = _COUNT(token)
-        if token in biases:
+        if token in found:
             raise ValueError
-        biases[token] = _real(lambda number: number < math.inf)(bias)
-    return tuple(sorted(biases.items()))
+        found[token] = _real(lambda number: number < math.inf)(bias)
+    return tuple(sorted(found.items()))
 
 
 _COUNT = _integer(0)
@@ -362,8 +362,8 @@ def configured(generation_config) -> dict:
 
 def _given(options):
     """The user's options under our names; None means off."""
-    off_values = {field.name: field.default for field in fields(SamplingOptions)} | _NONE_MEANS
-    given = {}
+    defaults = {field.name: field.default for field in fields(SamplingOptions)} | _NONE_MEANS
+    found = {}
     for name, value in options.items():
         ours = ALIASES.get(name, name)
         if ours in _CHECKS:
@@ -372,7 +372,7 @@ def _given(options):
             found[ours] = defaults[ours] if value is None else value
         elif not is_option(name):
             raise UsageError(unknown_name("option", name, option_names()))
-    return given
+    return found
 
 
 def _published(generation_config, *, where, options, given):
