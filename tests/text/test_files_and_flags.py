@@ -143,11 +143,11 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_flags_and_classes(tmp_path, name):
-    """Of all crossings a fifth, another for each vocabulary."""
+    """Of all crossings a seventh, another for each vocabulary."""
     crossing = list(itertools.product(CLASSES, FLAGS, ({}, NAMED)))
     cases = [
         {"vocabulary": name, "class": cls, "files": {"tokenizer_config.json": flags | names}}
-        for cls, flags, names in crossing[VOCABULARIES.index(name) % 5 :: 5]
+        for cls, flags, names in crossing[VOCABULARIES.index(name) % 7 :: 7]
     ]
     left, _ = unexplained(cases, tmp_path)
     assert left == []
@@ -255,13 +255,13 @@ def added_files(n):
 
 
 def test_tokens_declared_outside_the_vocabulary(tmp_path):
-    """Some hundreds of the crossings, drawn once and for all."""
+    """Two hundred of the crossings, drawn once and for all. (Thousands more were tried once.)"""
     rng = random.Random(5)
     names = {"special_tokens_map.json": {"eot_token": "<|eot_id|>"}}
     cases = [{"vocabulary": "json", "class": "CodeLlamaTokenizer", "files": names}]
     for name in VOCABULARIES:
         crossing = list(itertools.product(CLASSES, *added_files(n_tokens(name))))
-        for cls, added, names, config in rng.sample(crossing, 30):
+        for cls, added, names, config in rng.sample(crossing, 20):
             files = {
                 "added_tokens.json": added,
                 "special_tokens_map.json": names,
