@@ -34,7 +34,7 @@ class Defaults:
 
     named: bos_token and so on. flags: add_bos_token and add_eos_token.
     extra: added tokens without a name, which go before additional_special_tokens; None where the
-    file has no list of them.
+    file has no list of them. more_extra: those that a class has besides.
     user_defined: pieces that are taken whole. The tokenizer itself does that; a class that
     replaces its parts (`classes`) needs them as added tokens.
     matches_raw_text: tokens are looked for in the text before it is normalized.
@@ -45,6 +45,7 @@ class Defaults:
 
     named: dict[str, object] = field(default_factory=dict)
     extra: Sequence[object] | None = None
+    more_extra: Sequence[object] = ()
     flags: Mapping[str, bool] = field(default_factory=dict)
     user_defined: Sequence[object] = ()
     matches_raw_text: bool = False
@@ -86,10 +87,7 @@ class Declared:
         """
         settings = {**defaults, **self.settings}
         found = {name: settings[name] for name in NAMES if settings.get(name) is not None}
-        for name, value in settings.items():
-            is_other = name not in NAMES and name.endswith("_token")
-            if (is_other and isinstance(value, str | Mapping)) or _is_token(value):
-                found[name] = value
+        found |= {name: value for name, value in settings.items() if _names_another(name, value)}
         found |= self.more_names
         same = {str(token.content): token for token in tokens.values()}
         return {
@@ -97,17 +95,21 @@ class Declared:
             for name, token in self._checked(found).items()
         }
 
-    def extra_tokens(self, own: Sequence[object] | None) -> list:
-        """Special tokens without a name, text or AddedToken; `own`: those of `Defaults`."""
+    def extra_tokens(self, own: Defaults) -> list:
+        """Special tokens without a name, text or AddedToken."""
         key = _EXTRA if _EXTRA in self.settings else _OLD_EXTRA
-        found = own if key == _OLD_EXTRA and own is not None else self.settings.get(key)
-        if found is not None and not isinstance(found, list):
+        found = self.settings.get(key) or []
+        if not isinstance(found, list):
             raise CheckpointError(f"{self.where}: {key} is {found!r}, expected a list")
-        return list(self._checked(dict(enumerate(found or [])), key).values())
+        if key == _OLD_EXTRA:
+            found = [*(found if own.extra is None else own.extra), *own.more_extra]
+        return list(self._checked(dict(enumerate(found)), key).values())
 
     def extra_texts(self) -> list[str]:
         """The texts of extra_special_tokens."""
-        return [text_of(token) for token in self.extra_tokens([])]
+        if _EXTRA not in self.settings:
+            return []
+        return [text_of(token) for token in self.extra_tokens(Defaults())]
 
     def _checked(self, found, what=""):
         """The values as text or AddedToken."""
@@ -116,7 +118,9 @@ class Declared:
             token = added_token(value) if isinstance(value, Mapping) else value
             if not isinstance(token, str) and not _is_token(token):
                 label = f"{what}[{name}]" if isinstance(name, int) else name
-                raise CheckpointError(f"{self.where}: {label} is {value!r}, expected text")
+                raise CheckpointError(
+                    f"{self.where}: {label} is {value!r}, expected text or an object with a content"
+                )
             tokens[name] = token
         return tokens
 
@@ -175,14 +179,21 @@ def _take_names(settings):
 
 def _with_names(settings, names):
     """`settings` with those of special_tokens_map.json, where all tokens are special."""
-    names = {
-        key: {**value, "special": True} if isinstance(value, Mapping) and key != _EXTRA else value
-        for key, value in names.items()
-    }
+    for key, value in names.items():
+        if isinstance(value, Mapping) and key != _EXTRA:
+            names[key] = added_token({**value, "special": True}) or value
     lists = [side.get(_EXTRA) for side in (settings, names)]
     if all(isinstance(each, list) for each in lists):
         names[_EXTRA] = lists[0] + [token for token in lists[1] if token not in lists[0]]
     return settings | names
+
+
+def _names_another(name, value):
+    """Whether a setting names a token of the model's own kind, such as eot_token."""
+    if name in NAMES or not name.endswith("_token"):
+        return False
+    is_object = isinstance(value, Mapping) and value.get("__type") == "AddedToken"
+    return is_object or isinstance(value, str) or _is_token(value)
 
 
 def _tokens_by_id(rows, where):
@@ -207,7 +218,7 @@ def _added_tokens(rows, settings, where):
             raise CheckpointError(f"{where}: {text!r} has {token_id!r}, expected an id")
     extra = settings.get(_EXTRA)
     values = [*(settings.get(name) for name in NAMES), *(extra if isinstance(extra, list) else [])]
-    special = {text_of(value) for value in values}
+    special = {text_of(value) for value in values if not isinstance(value, Mapping)}
     return {
         token_id: AddedToken(text, normalized=text not in special, special=text in special)
         for text, token_id in sorted(rows.items(), key=lambda row: row[1])

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jlayer.errors import CheckpointError
 from jlayer.strict import read_json_object, read_small_file
 from jlayer.text.bpe import build
 from jlayer.text.classes import CLASSES, SPACE, rebuilt, replaces_parts
@@ -58,7 +57,7 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
     flags = {**own.flags, **declared.settings}
     by_flags = own.goes_by_flags or any(flag in flags for flag in FLAGS)
     if by_flags or library.post_processor is None:
-        library.post_processor = _ends_by_flags(library, flags, named, path)
+        library.post_processor = _ends_by_flags(library, flags, named)
     return Loaded(
         library=library,
         named=named,
@@ -82,10 +81,10 @@ def _vocabulary_file(folder, own_class):
 
 def _with_class(own, own_class):
     """What a class says goes before what its file says."""
-    lists = (own.extra, own.user_defined, own_class.extra)
     return Defaults(
         own_class.named,
-        [token for each in lists for token in each or ()] if any(lists) else None,
+        None if own.extra is None else [*own.extra, *own.user_defined],
+        own_class.extra,
         flags={**own.flags, **own_class.flags},
         goes_by_flags=own_class.goes_by_flags,
         makes_special=own_class.makes_special,
@@ -94,7 +93,7 @@ def _with_class(own, own_class):
 
 def _add_declared(library, declared, own, tokens):
     """Adds all tokens that the files declare; bos_token and so on → text."""
-    named, extra = declared.named_tokens(own.named, tokens), declared.extra_tokens(own.extra)
+    named, extra = declared.named_tokens(own.named, tokens), declared.extra_tokens(own)
     add_tokens(library, tokens, named.values(), extra)
     if own.makes_special:
         mark_special(library, [*named.values(), *extra])
@@ -165,19 +164,13 @@ def _cleans_up(library, settings):
     return bool(settings.get("clean_up_tokenization_spaces") and (always or not is_bpe))
 
 
-def _ends_by_flags(library, flags, named, where):
-    """What puts BOS before a text by add_bos_token, and EOS after it by add_eos_token."""
+def _ends_by_flags(library, flags, named):
+    """What puts BOS before a text by add_bos_token, and EOS after it by add_eos_token, where the
+    files name such a token."""
     from tokenizers import processors
 
-    ids = {}
-    for name in ("bos", "eos"):
-        text = named.get(f"{name}_token") if flags.get(f"add_{name}_token") else None
-        if text is not None:
-            ids[name] = library.token_to_id(text)
-        if ids.get(name, 0) is None:
-            raise CheckpointError(
-                f"{where}: add_{name}_token is set, but {name}_token {text!r} is no token of the "
-                "vocabulary; name another one in tokenizer_config.json"
-            )
+    wanted = [name for name in ("bos", "eos") if flags.get(f"add_{name}_token")]
+    found = {name: library.token_to_id(named.get(f"{name}_token", "")) for name in wanted}
+    ids = {name: token_id for name, token_id in found.items() if token_id is not None}
     parts = [name for name in ("bos", "$A", "eos") if name == "$A" or name in ids]
     return processors.TemplateProcessing(single=parts, special_tokens=list(ids.items()))

@@ -70,18 +70,19 @@ def tokens_as_objects(case, kind, text, a, b):
 
 
 def nameless(case, kind, text, a, b):
-    """unk_token is "", as some early files have it: transformers 5 fails on itself."""
-    return kind == "refused" and isinstance(b, RecursionError)
+    """A token named "", as some early files have it: transformers 5 fails on itself if that is
+    unk_token, and with add_bos_token puts the unknown token before the text. Ours is no token."""
+    if kind == "refused":
+        return isinstance(b, RecursionError)
+    config = case["files"].get("tokenizer_config.json", {})
+    return kind == "ids" and config.get("bos_token") == "" and len(b) > len(a)
 
 
 def infill_piece(case, kind, text, a, b):
-    """CodeLlama's class, another eot_token in special_tokens_map.json: transformers then no longer
-    knows the usual piece as a token, ours knows both. No maker publishes that."""
-    return (
-        kind == "size"
-        and case["class"] == "CodeLlamaTokenizer"
-        and "eot_token" in case["files"].get("special_tokens_map.json", {})
-    )
+    """CodeLlama's class with another eot_token: transformers then no longer knows the usual piece
+    as a token, ours knows both. No maker publishes that."""
+    of_class = case["class"] == "CodeLlamaTokenizer" and "eot_token" in str(case["files"])
+    return of_class and kind == "size"
 
 
 def pieces_without_a_file(case, kind, text, a, b):
@@ -142,11 +143,11 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_flags_and_classes(tmp_path, name):
-    """Of all crossings a fifth, another for each vocabulary."""
+    """Of all crossings a seventh, another for each vocabulary."""
     crossing = list(itertools.product(CLASSES, FLAGS, ({}, NAMED)))
     cases = [
         {"vocabulary": name, "class": cls, "files": {"tokenizer_config.json": flags | names}}
-        for cls, flags, names in crossing[VOCABULARIES.index(name) % 5 :: 5]
+        for cls, flags, names in crossing[VOCABULARIES.index(name) % 7 :: 7]
     ]
     left, _ = unexplained(cases, tmp_path)
     assert left == []
@@ -230,6 +231,7 @@ def added_files(n):
         NAMED,
         {"eos_token": named("<|im_end|>", lstrip=True), "bos_token": named("<s>", normalized=True)},
         {"eot_token": "<|eot_id|>", "image_token": "<extra>"},
+        {"eot_token": named("<|eot_id|>"), "image_token": bare, "other_token": {"a": 1}},
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
         {"additional_special_tokens": [], "unk_token": None},
         {"extra_special_tokens": {"boi_token": "<extra>"}, "pad_token": "[PAD]"},
@@ -253,12 +255,13 @@ def added_files(n):
 
 
 def test_tokens_declared_outside_the_vocabulary(tmp_path):
-    """Some hundreds of the crossings, drawn once and for all."""
+    """Two hundred of the crossings, drawn once and for all. (Thousands more were tried once.)"""
     rng = random.Random(5)
-    cases = []
+    names = {"special_tokens_map.json": {"eot_token": "<|eot_id|>"}}
+    cases = [{"vocabulary": "json", "class": "CodeLlamaTokenizer", "files": names}]
     for name in VOCABULARIES:
         crossing = list(itertools.product(CLASSES, *added_files(n_tokens(name))))
-        for cls, added, names, config in rng.sample(crossing, 30):
+        for cls, added, names, config in rng.sample(crossing, 20):
             files = {
                 "added_tokens.json": added,
                 "special_tokens_map.json": names,

@@ -172,16 +172,6 @@ def test_a_post_processor_that_adds_more_than_bos(tmp_path):
     assert found.encode("a king") == [66, *found.encode("a king", add_special_tokens=False), 1]
 
 
-def test_a_flag_for_a_token_that_is_none(tmp_path):
-    config = {"add_bos_token": True, "bos_token": "", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.model").write_bytes(tiktoken_file())
-    with pytest.raises(
-        CheckpointError, match=r"add_bos_token is set, but bos_token '' is no token"
-    ):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_truncation_and_padding_left_in_the_file_do_not_touch_prompts(tmp_path):
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
