@@ -108,7 +108,7 @@ def check_tensors(
     extra = sorted(name for name in found if name not in expected and not is_dropped(cfg, name))
     missing, other_dtype = [n for n in expected if n not in found], _of_other_dtype(found, expected)
     if missing or other_dtype:
-        refuse_quantized_tensors(folder, _dtypes_of_no_use(found, expected))
+        _refuse_quantized(folder, {name: copies[0][1] for name, copies in found.items()}, expected)
     problems = [
         *problems,
         *gathered("missing", map(_missing, missing)),
@@ -146,6 +146,16 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
+def _refuse_quantized(folder, infos, expected):
+    strange = {
+        name: info
+        for name, info in infos.items()
+        if name not in expected or info.dtype not in ITEM_BYTES
+    }
+    matrices = {name: info.dtype for name, info in strange.items() if len(info.shape) == 2}
+    refuse_quantized_tensors(folder, strange, matrices)
+
+
 def _of_other_dtype(found, expected):
     return [
         f"{place.name} in {place.file.name} is {info.dtype}"
@@ -153,14 +163,6 @@ def _of_other_dtype(found, expected):
         for place, info in copies
         if name in expected and info.dtype not in ITEM_BYTES
     ]
-
-
-def _dtypes_of_no_use(found, expected):
-    return {
-        name: copies[0][1].dtype
-        for name, copies in found.items()
-        if name not in expected or copies[0][1].dtype not in ITEM_BYTES
-    }
 
 
 def _missing(name):

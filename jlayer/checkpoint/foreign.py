@@ -105,15 +105,18 @@ def refuse_other_forms(folder: str, names: Iterable[str]) -> None:
             )
 
 
-def refuse_quantized_tensors(folder: str, dtypes: Mapping[str, str]) -> None:
-    """Raises UnsupportedModelError where tensors that do not make a model (name -> dtype) are what
-    a quantiser writes."""
+def refuse_quantized_tensors(
+    folder: str, names: Iterable[str], matrices: Mapping[str, str]
+) -> None:
+    """Raises UnsupportedModelError where tensors that do not make a model are what a quantiser
+    writes. `matrices`: those of two dimensions, with their dtypes."""
+    names = sorted(names)
     for end, method in _TENSORS:
-        for name in dtypes:
+        for name in names:
             if name.endswith(end):
                 raise UnsupportedModelError(f"{folder}: tensor {name!a}: {quantized_by(method)}")
     for start, method in _DTYPES:
-        for name, dtype in dtypes.items():
+        for name, dtype in matrices.items():
             if dtype.startswith(start) and name.endswith(".weight"):
                 raise UnsupportedModelError(
                     f"{folder}: tensor {name!a} is {dtype}: {quantized_by(method)}"
