@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 from jlayer.text.bpe import BYTE_OF
+from jlayer.text.load import Loaded
 from jlayer.text.stream import TextStream
 from jlayer.text.tokenizer import Tokenizer
 
@@ -50,4 +51,5 @@ def given_tokenizer(tokenizer) -> Tokenizer | None:
     if library is None:
         return None
     copied = type(library).from_str(library.to_str())
-    return Tokenizer(copied, config={}, templates={}, where="tokenizer")
+    loaded = Loaded(copied, named={}, doubles_first_space=False, cleans_up=False, where="tokenizer")
+    return Tokenizer(loaded, templates={})
