@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from jlayer.app import progress
 from jlayer.app.ending import Interrupted
 from jlayer.app.inputs import folder_of
+from jlayer.app.streams import tell
 from jlayer.config import RunConfig, human
 from jlayer.interrupts import STOPS, released
 from jlayer.streaming.schedule import Tier
@@ -30,21 +31,23 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
         yield model
 
 
-def follow(model, decoding, show, *, counts: bool = True) -> dict:
+def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
     """Runs a decoding to its end or to a signal, and returns its result.
 
     `show` takes text (None: no text is shown): that of a single sequence while it grows, that of
-    several at the end; token ids where the model has no tokenizer. `counts`: whether slow sweeps
-    show a counter. Raises Interrupted with the result so far.
+    several at the end; token ids where the model has no tokenizer. `view`: as in `progress.shown`.
+    `before`: text to show first. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
     for line in (describe(model), *model.notes):
-        print(f"jlayer: {line}", file=sys.stderr)
+        tell(line)
     live = show if len(decoding.lanes) == 1 else None
     stopped = None
-    with progress.shown(model, live) if counts else nullcontext(live) as write:
+    with progress.shown(model, live, view=view) as write:
         steps = iter(decoding)
         try:
+            if write and before:
+                write(before)
             for gained in steps:
                 if write and has_text:
                     write(gained[0].text)
@@ -58,7 +61,7 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     elif show:
         texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
         show("\n\n".join(texts) + "\n")
-    print(f"jlayer: {summary(found)}", file=sys.stderr)
+    tell(summary(found))
     result = found[0].as_dict()
     if len(found) > 1:
         result["sequences"] = [one.as_dict() for one in found]

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import nullcontext
 
 from jlayer.app import options, progress
 from jlayer.app import picture as timeline
 from jlayer.app.bundled import BUNDLED, converted_bundled
 from jlayer.app.inputs import name_of
-from jlayer.app.running import opened
+from jlayer.app.running import opened, write_text
+from jlayer.app.streams import is_terminal, takes_utf8
 from jlayer.config import human, parse_bytes
 from jlayer.interrupts import check
 from jlayer.plan.machine import DEFAULT_DISK
@@ -52,12 +54,12 @@ def run(args: argparse.Namespace) -> dict:
     with (
         nullcontext(args.ref) if args.ref else converted_bundled() as ref,
         opened(ref, offline=args.offline, **_options(args)) as model,
-        progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+        progress.shown(model, _shower(args), words=lambda number: f"sweep {number + 1}") as show,
     ):
-        say = _silent if args.json else _say
+        say = _silent if show is None else lambda line: _say(show, line)
         found = {"model": name, **measure(model, say, name=name, picture=args.timeline)}
-    if not args.json:
-        print(json.dumps(found))
+    if not args.json and not is_terminal(sys.stdout):
+        print(json.dumps(found, ensure_ascii=not takes_utf8(sys.stdout)))
     return found
 
 
@@ -266,8 +268,12 @@ def _scaled(value, unit):
     return f"{value:.3g} {unit}"
 
 
-def _say(line):
-    print(line, flush=True)
+def _shower(args):
+    return None if args.json else write_text
+
+
+def _say(show, line):
+    show(f"{line}\n")
     check()
 
 

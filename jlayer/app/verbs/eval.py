@@ -17,8 +17,9 @@ from argparse import SUPPRESS
 from contextlib import contextmanager
 
 from jlayer.app import options, progress
-from jlayer.app.inputs import read_file
+from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
+from jlayer.app.streams import is_terminal, tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 
@@ -46,7 +47,9 @@ def add_arguments(parser):
         "--scratch", metavar="DIR", help="folder for A's logits (default: the system's, /tmp)"
     )
     for own in (one, two):
-        own.add_argument("--text", metavar="FILE", required=True, help="the text, UTF-8")
+        own.add_argument(
+            "--text", metavar="FILE", required=True, help="the text, UTF-8; - is stdin"
+        )
         own.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
         own.add_argument(
             "--window", type=int, metavar="N", help="tokens (default: the context, at most 1024)"
@@ -59,7 +62,7 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
-    text = read_file(args.text, option="--text")
+    text = read_text(args.text, option="--text")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
     run_options = options.given(args, *options.RUN)
@@ -72,7 +75,7 @@ def run(args) -> dict:
             opened(ref, offline=args.offline, **run_options) as model,
             progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
         ):
-            print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
+            tell(f"{ref}: {describe(model)}")
             yield model
 
     def encoded(model):
@@ -137,5 +140,5 @@ def _line(found):
 
 def _tell(done, of):
     check()
-    if sys.stderr.isatty() or done == of:
-        print(f"jlayer: {done} of {of} windows", file=sys.stderr)
+    if is_terminal(sys.stderr) or done == of:
+        tell(f"{done} of {of} windows")

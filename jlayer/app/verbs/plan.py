@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 
 from jlayer import catalogue
 from jlayer.app import options
+from jlayer.app.streams import tell
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
@@ -82,7 +82,7 @@ def run(args) -> dict:
         kept = quantization and described(quantization, cfg)
         print(describe(plan, kept, is_converted=is_layered(args.ref)))
         for note in plan.notes:
-            print(f"jlayer: {note}", file=sys.stderr)
+            tell(note)
     found = plan.as_dict()
     if quantization is not None:
         bits = quantization.block_bits(shapes)
@@ -105,7 +105,7 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     if os.path.exists(ref) or os.sep in ref or ref.endswith(".json"):
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
-            print(f"jlayer: {ref}: model_type is missing; assumed to be llama", file=sys.stderr)
+            tell(f"{ref}: model_type is missing; assumed to be llama")
             raw["model_type"] = "llama"
         return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
