@@ -28,7 +28,10 @@ VERBS = {
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
-    "bench": ("jlayer.app.verbs.bench", "measure each stage against its limit, then whole sweeps"),
+    "bench": (
+        "jlayer.app.verbs.bench",
+        "measure each stage against its limit, then the whole",
+    ),
     "eval": ("jlayer.app.verbs.eval", "measure perplexity, or compare two models"),
 }
 BUG = 1
@@ -123,10 +126,12 @@ def _top_parser():
     parser = Parser(
         prog="jlayer",
         description="Run language models far larger than the GPU, layer by layer.",
-        epilog=f"verbs:\n{table}\n\njlayer VERB --help shows the options of a verb.",
-        usage="jlayer VERB [options]",
+        epilog=f"commands:\n{table}\n\njlayer COMMAND --help shows the options of a command.",
+        usage="jlayer COMMAND [options]",
     )
-    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do, see below")
+    parser.add_argument(
+        "verb", choices=list(VERBS), metavar="COMMAND", help="what to do, see below"
+    )
     parser.add_argument("--version", action="version", version=f"jlayer {__version__}")
     return parser
 

@@ -43,7 +43,9 @@ LIMITING = 0.8  # a lane that is busy for a smaller share of the time is not the
 
 
 def add_option(parser) -> None:
-    parser.add_argument("--timeline", metavar="FILE.png", help="draw the steps of the last sweeps")
+    parser.add_argument(
+        "--timeline", metavar="FILE.png", help="draw the steps of the last forward passes"
+    )
 
 
 def check_file(path: str | None) -> None:

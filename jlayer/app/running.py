@@ -10,6 +10,7 @@ from jlayer.app import progress
 from jlayer.app.ending import Interrupted
 from jlayer.app.inputs import folder_of
 from jlayer.app.streams import tell
+from jlayer.app.words import time_words
 from jlayer.config import RunConfig, human
 from jlayer.interrupts import STOPS, released
 from jlayer.streaming.schedule import Tier
@@ -83,7 +84,7 @@ def describe(model) -> str:
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
         f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
-        f"{human(model.plan.tiling.n_bytes)} a sweep, about {plan.sweep_seconds:.2g} s; "
+        f"{human(plan.tiling.n_bytes)} a forward pass, about {time_words(plan.sweep_seconds)}; "
         f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
     )
 
@@ -92,12 +93,12 @@ def summary(found) -> str:
     """A finished run in one line, with the predicted and the measured time of a token."""
     stats, predicted = found[0].stats, found[0].plan["sweep"]["seconds"]
     decoded = stats["sweeps"] - 1
-    took = f"{stats['decode_s'] / decoded:.3g} s" if decoded > 0 else "nothing"
+    took = time_words(stats["decode_s"] / decoded) if decoded > 0 else "nothing"
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
     return (
         f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), "
-        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
-        f"one of a token {took} (predicted {predicted:.2g} s), "
+        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} forward passes, "
+        f"one of a token {took} (predicted {time_words(predicted)}), "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
     )

@@ -1,7 +1,7 @@
 """Stream the bundled model (fable-3m, 6 MB, trained for this project) and watch it tell a story.
 
-The model is converted to a temporary folder and read from there in every sweep: no layer stays in
-memory. The story is sampled with a fixed seed.
+The model is converted to a temporary folder and read from there in every forward pass: no layer
+stays in memory. The story is sampled with a fixed seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def table(model, found) -> str:
     rows = [
         (
             "layers streamed",
-            f"{layers} ({model.config.num_hidden_layers} layers, {stats['sweeps']} sweeps)",
+            f"{layers} ({model.config.num_hidden_layers} layers, {stats['sweeps']} forward passes)",
         ),
         (
             "bytes moved",

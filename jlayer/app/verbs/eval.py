@@ -1,6 +1,6 @@
 """Measure how well a model predicts a text, or how far the predictions of two models differ.
 
-    jlayer eval perplexity REF --text FILE
+    jlayer eval perplexity MODEL --text FILE
     jlayer eval compare A B --text FILE
 
 The whole text is encoded, after the beginning token of the published tokenizer, and cut into
@@ -33,7 +33,7 @@ def add_arguments(parser):
         description="Measure the perplexity of a model.",
         **layout,
     )
-    one.add_argument("ref", metavar="REF", help=options.REF)
+    one.add_argument("ref", metavar="MODEL", help=options.REF)
     two = kinds.add_parser(
         "compare",
         help="of two models, and their divergence",
@@ -73,7 +73,7 @@ def run(args) -> dict:
     def opened_and_shown(ref):
         with (
             opened(ref, offline=args.offline, **run_options) as model,
-            progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+            progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
         ):
             tell(f"{ref}: {describe(model)}")
             yield model
@@ -134,7 +134,7 @@ def _line(found):
         f"{found['ref']}: perplexity {found['perplexity']:.4f}, {found['nll']:.5f} nats a token, "
         f"{found['bits_per_byte']:.4f} bits a byte; {found['n_predicted']} tokens predicted in "
         f"{found['n_windows']} windows of {found['window']}, {found['stride']} apart; "
-        f"{found['sweeps']} sweeps"
+        f"{found['sweeps']} forward passes"
     )
 
 

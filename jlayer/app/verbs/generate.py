@@ -39,14 +39,14 @@ SAMPLING = {
 }
 TEMPLATE = "--chat-template"
 MISSING = (
-    "prompt: none given, and stdin is {found}; write it after REF, use -p TEXT or "
+    "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
     "--prompt-file F, or pipe it in"
 )
 METAVARS = {int: "N", float: "X"}
 
 
 def add_arguments(parser):
-    parser.add_argument("ref", metavar="REF", help=options.REF)
+    parser.add_argument("ref", metavar="MODEL", help=options.REF)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("text", metavar="PROMPT", nargs="?", help="the text to continue")
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the same, as an option")
