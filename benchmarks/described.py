@@ -217,7 +217,8 @@ def _meaning(action):
 def modules(top: str) -> Iterator[Path]:
     """Every Python file under a folder of the repository, a folder's own file first."""
     root = REPOSITORY / top
-    for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir())]:
+    inside = (path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())
+    for folder in [root, *sorted(inside)]:
         own = sorted(folder.glob("*.py"), key=lambda path: (path.name != "__init__.py", path.name))
         yield from own
 

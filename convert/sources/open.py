@@ -11,10 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from convert.sources import meta, orbax
-from convert.sources.files import FileSource, Place, Source, TensorInfo
-from convert.sources.joined import JoinedSource
-from convert.sources.torchfile import read_table as read_pickle
 from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.source import (
     EXTRA,
@@ -39,6 +35,10 @@ from jlayer.checkpoint.source import (
     side_files,
 )
 from jlayer.config import model_config
+from jlayer.convert.sources import meta, orbax
+from jlayer.convert.sources.files import FileSource, Place, Source, TensorInfo
+from jlayer.convert.sources.joined import JoinedSource
+from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig

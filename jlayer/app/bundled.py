@@ -16,7 +16,7 @@ BUNDLED = Path(jlayer.__file__).parent / "data" / "fable-3m"
 @contextmanager
 def converted_bundled() -> Iterator[Path]:
     """Yields a temporary folder with the bundled model, converted."""
-    from convert import convert_checkpoint
+    from jlayer.convert import convert_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="jlayer-") as folder:
         tell("converting the bundled fable-3m to one file a layer")

@@ -88,7 +88,7 @@ def is_pipe() -> bool:
 
 def conversion_progress():
     """What a conversion, an export or a verification reports to."""
-    from convert.progress import Progress, StderrProgress
+    from jlayer.convert.progress import Progress, StderrProgress
 
     return Progress() if _is_quiet else StderrProgress()
 

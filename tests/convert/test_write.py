@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from convert import convert_checkpoint
-from convert.progress import StderrProgress
-from convert.target.journal import JOURNAL
-from convert.target.lock import LOCK
-from convert.target.write import TargetWriter
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.progress import StderrProgress
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import LOCK
+from jlayer.convert.target.write import TargetWriter
 from tests.convert.checkpoints import files_of
 
 
@@ -60,7 +60,7 @@ def test_files_are_as_readable_as_any_other(published, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(published, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.sources.files.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("jlayer.convert.sources.files.MAX_OPEN_FILES", 2)
     before, most = len(os.listdir("/proc/self/fd")), []
     real = os.preadv
 
@@ -130,7 +130,7 @@ def test_a_note_stands_whole_above_the_bar(monkeypatch):
 
 def test_only_a_terminal_imports_rich(published, tmp_path):
     code = (
-        "import sys; from convert import convert_checkpoint, progress\n"
+        "import sys; from jlayer.convert import convert_checkpoint, progress\n"
         f"convert_checkpoint({str(published('single'))!r}, {str(tmp_path / 'out')!r}, "
         "progress=progress.StderrProgress())\n"
         "print('rich' in sys.modules)"

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict:
 
     A conversion may be stopped anywhere, so a signal does not wait.
     """
-    from convert import RESUME, convert_checkpoint
+    from jlayer.convert import RESUME, convert_checkpoint
 
     if args.delete_source and not args.yes:
         _ask(args)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Exports, and returns what was done; raises the errors of jlayer.errors."""
-    from convert.export import export_checkpoint
+    from jlayer.convert.export import export_checkpoint
 
     progress = conversion_progress()
     try:

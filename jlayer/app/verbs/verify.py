@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Checks, and returns the result; raises CheckpointError with all findings."""
-    from convert import verify_folder
+    from jlayer.convert import verify_folder
 
     progress = conversion_progress()
     try:
