@@ -68,7 +68,7 @@ PURPOSES = {
     "tokenizers": "text to ids and back",
     "huggingface_hub": "downloads of hub ids, and their cache",
     "xxhash": "checks rows as they are read; about ten times as fast as SHA-256",
-    "rich": "progress on a terminal, and the live view of the demo",
+    "rich": "progress bars, and the width of characters on a terminal",
     "jinja2": "chat templates",
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the picture of `--timeline`",
