@@ -24,7 +24,7 @@ _MARKS = {
 def folder_of(ref: str, *, offline: bool, weights: Weights = Weights.RUN) -> str:
     """The folder of REF, downloaded where it is a hub id. Raises what `local_folder` does."""
     with released():
-        return local_folder(ref, weights=weights, offline=offline)
+        return local_folder(ref, weights=weights, offline=offline, note=streams.tell)
 
 
 def name_of(ref: str | os.PathLike) -> str:

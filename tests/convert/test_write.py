@@ -114,16 +114,16 @@ def test_a_terminal_gets_a_bar_with_bytes_and_file(published, tmp_path, monkeypa
 
 def test_a_note_stands_whole_above_the_bar(monkeypatch):
     terminal = as_terminal(monkeypatch)
-    progress, line = StderrProgress(), "a [bold]name[/bold] " + 40 * "long "
+    progress, line = StderrProgress(), "a [bold]name[/bold] :dog: " + 40 * "long "
     progress.start(1000)
-    progress.file("[red].safetensors")
+    progress.file("[red]:cat:.safetensors")
     progress.advance(500)
     progress.note(line)
     progress.close()
     progress.note("after it")
     shown = terminal.getvalue()
     assert f"jlayer: {line}\n" in shown
-    assert "[red].safetensors" in shown
+    assert "[red]:cat:.safetensors" in shown
     assert "500/1,000 bytes" in shown or "0.5/1.0 kB" in shown
     assert shown.endswith("jlayer: after it\n")
 
