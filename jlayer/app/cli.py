@@ -16,7 +16,7 @@ from contextlib import suppress
 from jlayer.app import options
 from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.parser import Parser
-from jlayer.app.streams import OutputError, ReaderLeft, quiet, takes_utf8
+from jlayer.app.streams import OutputError, ReaderLeft, prepare, quiet, takes_utf8
 from jlayer.errors import JlayerError
 from jlayer.interrupts import STOPS, check, hold, release, released
 
@@ -160,3 +160,8 @@ def _print_json(result):
 def _flush():
     with released():  # a reader that does not read must not keep the program from ending
         sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    prepare()
+    sys.exit(main())
