@@ -37,11 +37,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from convert import convert_checkpoint, verify_folder
-from convert.target.disk import TEMPORARY
-from convert.target.journal import JOURNAL
-from convert.target.lock import LOCK
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.target.disk import TEMPORARY
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import LOCK
 from jlayer.errors import CheckpointError, JlayerError
 from tests.convert import faults
 from tests.convert.checkpoints import files_of, random_checkpoint

@@ -68,7 +68,7 @@ PURPOSES = {
     "tokenizers": "text to ids and back",
     "huggingface_hub": "downloads of hub ids, and their cache",
     "xxhash": "checks rows as they are read; about ten times as fast as SHA-256",
-    "rich": "progress on a terminal, and the live view of the demo",
+    "rich": "progress bars, and the width of characters on a terminal",
     "jinja2": "chat templates",
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the picture of `--timeline`",
@@ -217,7 +217,8 @@ def _meaning(action):
 def modules(top: str) -> Iterator[Path]:
     """Every Python file under a folder of the repository, a folder's own file first."""
     root = REPOSITORY / top
-    for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir())]:
+    inside = (path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())
+    for folder in [root, *sorted(inside)]:
         own = sorted(folder.glob("*.py"), key=lambda path: (path.name != "__init__.py", path.name))
         yield from own
 

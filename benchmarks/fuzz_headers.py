@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from convert.sources.open import open_source
 from jlayer.checkpoint.layout import encode_header
 from jlayer.checkpoint.safetensors import parse_header, read_header
 from jlayer.config import model_config
+from jlayer.convert.sources.open import open_source
 from jlayer.errors import JlayerError
 from jlayer.strict import parse_json_object
 from tests.convert.checkpoints import TINY, random_checkpoint

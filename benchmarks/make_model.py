@@ -23,7 +23,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.transform.packed import LEVELS, decode_scales
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import (
     INDEX,
@@ -38,6 +37,7 @@ from jlayer.checkpoint.layout import (
 from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
+from jlayer.convert.transform.packed import LEVELS, decode_scales
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import SCHEMES, split_piece
 from jlayer.families.base import EMBEDDING, HEAD

@@ -22,10 +22,10 @@ import common
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from convert import convert_checkpoint
-from convert.transform.cast import NUMPY_DTYPE
 from jlayer import AutoModel
 from jlayer.config import read_config
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.transform.cast import NUMPY_DTYPE
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.measure.evaluate import compare
 from jlayer.text.tokenizer import Tokenizer

@@ -27,8 +27,8 @@ import make_model
 import ml_dtypes
 import numpy as np
 
-from convert import convert_checkpoint
 from jlayer.config import model_config
+from jlayer.convert import convert_checkpoint
 from jlayer.families.registry import published_tensors
 
 

@@ -16,24 +16,6 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from convert.progress import Progress
-from convert.sources.files import (
-    Chunk,
-    FileSource,
-    Place,
-    Room,
-    Source,
-    TensorInfo,
-    open_unchanged,
-    read_bytes,
-)
-from convert.sources.open import CheckedSource, open_source
-from convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
-from convert.target.disk import TEMPORARY, failure, make_folders, remove, sync_folder, uninterrupted
-from convert.target.lock import LOCK, TargetLock
-from convert.target.space import check_space
-from convert.target.write import TargetWriter, refuse_inside
-from convert.transform.outputs import SideFile, WeightFile
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import (
     CONFIG,
@@ -47,6 +29,31 @@ from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.sides import check_side_files
 from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.config import parse_choice
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import (
+    Chunk,
+    FileSource,
+    Place,
+    Room,
+    Source,
+    TensorInfo,
+    open_unchanged,
+    read_bytes,
+)
+from jlayer.convert.sources.open import CheckedSource, open_source
+from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
+from jlayer.convert.target.disk import (
+    TEMPORARY,
+    failure,
+    make_folders,
+    remove,
+    sync_folder,
+    uninterrupted,
+)
+from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.space import check_space
+from jlayer.convert.target.write import TargetWriter, refuse_inside
+from jlayer.convert.transform.outputs import SideFile, WeightFile
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.registry import published_tensors
 from jlayer.strict import close, is_there, resolve

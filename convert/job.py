@@ -12,21 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from convert import RESUME
-from convert.progress import Progress
-from convert.sources.open import CheckedSource
-from convert.target.journal import Journal, quantization_to_resume
-from convert.target.layered import LayeredTarget, Options
-from convert.target.lock import LOCK, TargetLock
-from convert.target.resume import journal_to_resume, reopen_source, source_was_deleted
-from convert.target.write import check_target, remove_temporaries
-from convert.transform.quantize import Quantizer, sample_errors
-from convert.verify import verify_folder
 from jlayer.checkpoint.layout import CONFIG, read_manifest
 from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
 from jlayer.checkpoint.source import listed
 from jlayer.config import own_quantization, parse_choice, read_config
+from jlayer.convert import RESUME
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.open import CheckedSource
+from jlayer.convert.target.journal import Journal, quantization_to_resume
+from jlayer.convert.target.layered import LayeredTarget, Options
+from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.resume import journal_to_resume, reopen_source, source_was_deleted
+from jlayer.convert.target.write import check_target, remove_temporaries
+from jlayer.convert.transform.quantize import Quantizer, sample_errors
+from jlayer.convert.verify import verify_folder
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import (

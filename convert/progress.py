@@ -53,7 +53,7 @@ class StderrProgress(Progress):
             print(f"jlayer: {line}", file=sys.stderr)
         else:  # above the bar, not folded to the terminal's width
             self._bar.console.print(
-                f"jlayer: {line}", markup=False, highlight=False, soft_wrap=True
+                f"jlayer: {line}", markup=False, emoji=False, highlight=False, soft_wrap=True
             )
 
     def close(self) -> None:

@@ -9,8 +9,6 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from convert.progress import Progress
-from convert.sources.files import file_chunks, hash_stream
 from jlayer.checkpoint.layout import (
     CONFIG,
     INDEX,
@@ -28,6 +26,8 @@ from jlayer.checkpoint.safetensors import read_header
 from jlayer.checkpoint.sides import SEAL_ADVICE, with_templates
 from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.config import read_config
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import file_chunks, hash_stream
 from jlayer.errors import CheckpointError
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file

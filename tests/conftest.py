@@ -51,7 +51,7 @@ def pytest_configure():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A converted random model of three layers; read only."""
-    from convert import convert_checkpoint
+    from jlayer.convert import convert_checkpoint
     from tests.tiny import tiny_llama
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fable(tmp_path_factory):
     """The bundled trained model, converted; read only."""
-    from convert import convert_checkpoint
+    from jlayer.convert import convert_checkpoint
 
     target = tmp_path_factory.mktemp("fable") / "layered"
     convert_checkpoint(BUNDLED, target)

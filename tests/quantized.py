@@ -1,9 +1,9 @@
 """Small random models quantised, and the weights that they then stand for."""
 
-from convert import convert_checkpoint
-from convert.transform.packed import dequantize
-from convert.transform.quantize import quantize
 from jlayer.checkpoint.layout import read_manifest
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.transform.packed import dequantize
+from jlayer.convert.transform.quantize import quantize
 from tests.convert.checkpoints import edit_tensors, numbers, tensor_of
 from tests.tiny import tiny_llama
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from convert.sources.files import read_bytes
 from jlayer.checkpoint.safetensors import MAX_TENSORS
+from jlayer.convert.sources.files import read_bytes
 from jlayer.errors import CheckpointError
 from jlayer.strict import is_relative_path
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.sources.files import CHUNK_BYTES, FileSource, Place, Room, TensorInfo, row_bytes
-from convert.sources.rules import Rule
+from jlayer.convert.sources.files import CHUNK_BYTES, FileSource, Place, Room, TensorInfo, row_bytes
+from jlayer.convert.sources.rules import Rule
 
 
 @dataclass(frozen=True)

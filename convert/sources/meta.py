@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from convert.sources.files import TensorInfo
-from convert.sources.joined import Parts
-from convert.sources.names import META, find_row, find_source
 from jlayer.config import LIMITS
+from jlayer.convert.sources.files import TensorInfo
+from jlayer.convert.sources.joined import Parts
+from jlayer.convert.sources.names import META, find_row, find_source
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.tokenizer_files import (

@@ -10,7 +10,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE, Rule
+from jlayer.convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE, Rule
 from jlayer.families.base import LAYER_PREFIX as LAYER
 
 

@@ -11,10 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from convert.sources import meta, orbax
-from convert.sources.files import FileSource, Place, Source, TensorInfo, are_same
-from convert.sources.joined import JoinedSource
-from convert.sources.torchfile import read_table as read_pickle
 from jlayer.checkpoint.agree import (
     EXTRA,
     UNSUPPORTED_DTYPE,
@@ -44,6 +40,10 @@ from jlayer.checkpoint.source import (
     side_files,
 )
 from jlayer.config import model_config
+from jlayer.convert.sources import meta, orbax
+from jlayer.convert.sources.files import FileSource, Place, Source, TensorInfo, are_same
+from jlayer.convert.sources.joined import JoinedSource
+from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig

@@ -15,16 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.sources.files import (
-    CHUNK_BYTES,
-    Chunk,
-    Place,
-    Room,
-    TensorInfo,
-    are_same,
-    row_bytes,
-)
-from convert.sources.zarr import ChunkedArray, chunked_array
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import Names
@@ -36,6 +26,16 @@ from jlayer.checkpoint.source import (
     refuse_different,
     regular_file,
 )
+from jlayer.convert.sources.files import (
+    CHUNK_BYTES,
+    Chunk,
+    Place,
+    Room,
+    TensorInfo,
+    are_same,
+    row_bytes,
+)
+from jlayer.convert.sources.zarr import ChunkedArray, chunked_array
 from jlayer.errors import CheckpointError
 from jlayer.families.base import LAYER_PREFIX
 from jlayer.interrupts import imported

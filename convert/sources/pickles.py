@@ -13,10 +13,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from convert.sources.archive import Entry
-from convert.sources.files import Checksum, Place, Strided, TensorInfo
 from jlayer.checkpoint.safetensors import MAX_DIMS, MAX_TENSORS
 from jlayer.checkpoint.source import SourceFile
+from jlayer.convert.sources.archive import Entry
+from jlayer.convert.sources.files import Checksum, Place, Strided, TensorInfo
 from jlayer.errors import CheckpointError
 from jlayer.strict import is_tensor_name
 

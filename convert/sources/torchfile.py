@@ -11,10 +11,10 @@ import mmap
 import re
 import zlib
 
-from convert.sources.archive import read_archive
-from convert.sources.files import Place, TensorInfo, open_unchanged, read_bytes
-from convert.sources.pickles import SAFER, asked_for, read_records, unsafe
 from jlayer.checkpoint.source import SourceFile
+from jlayer.convert.sources.archive import read_archive
+from jlayer.convert.sources.files import Place, TensorInfo, open_unchanged, read_bytes
+from jlayer.convert.sources.pickles import SAFER, asked_for, read_records, unsafe
 from jlayer.errors import CheckpointError
 from jlayer.interrupts import imported
 from jlayer.strict import close

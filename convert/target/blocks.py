@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from convert.sources.files import Chunk
-from convert.target.disk import failure, write_all
+from jlayer.convert.sources.files import Chunk
+from jlayer.convert.target.disk import failure, write_all
 from jlayer.spec import ALIGNMENT
 from jlayer.strict import close
 

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from convert.sources.files import FileSource, Source, check_unchanged
-from convert.target.disk import failure, remove, sync_folder
-from convert.target.journal import Journal
-from convert.transform.outputs import WeightFile, files_of
 from jlayer.checkpoint.source import SourceFile
+from jlayer.convert.sources.files import FileSource, Source, check_unchanged
+from jlayer.convert.target.disk import failure, remove, sync_folder
+from jlayer.convert.target.journal import Journal
+from jlayer.convert.transform.outputs import WeightFile, files_of
 from jlayer.errors import StorageError
 from jlayer.strict import is_there, resolve
 

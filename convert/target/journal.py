@@ -12,14 +12,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from convert.sources.files import FileSource, Place, TensorInfo
-from convert.sources.open import CheckedSource
-from convert.target.disk import remove, replace_file, sync_folder
 from jlayer.checkpoint.layout import CONFIG, check_seal, seal
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.sides import side_names
 from jlayer.checkpoint.source import SourceFile, names_in, regular_file
 from jlayer.config import model_config
+from jlayer.convert.sources.files import FileSource, Place, TensorInfo
+from jlayer.convert.sources.open import CheckedSource
+from jlayer.convert.target.disk import remove, replace_file, sync_folder
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import HEAD
 from jlayer.strict import is_there, parse_json_object, read_small_file, resolve

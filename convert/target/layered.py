@@ -10,37 +10,6 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-from convert.progress import Progress
-from convert.sources.files import check_unchanged, hash_stream
-from convert.sources.open import CheckedSource
-from convert.target.delete_source import SourceRemover
-from convert.target.journal import (
-    JOURNAL,
-    FinishedFile,
-    Journal,
-    describe_source,
-    remove_journal,
-)
-from convert.target.lock import LOCK
-from convert.target.resume import (
-    first_difference,
-    intact_files,
-    may_resume,
-    require_sources,
-    sha256_on_disk,
-    side_files_intact,
-)
-from convert.target.space import check_space
-from convert.target.write import TargetWriter
-from convert.transform.outputs import (
-    Output,
-    WeightFile,
-    files_of,
-    fingerprint,
-    side_outputs,
-    weight_outputs,
-)
-from convert.transform.quantize import Quantizer
 from jlayer.checkpoint.layout import (
     EMBED_FILE,
     MANIFEST,
@@ -51,6 +20,37 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.quantization import Quantization
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import check_unchanged, hash_stream
+from jlayer.convert.sources.open import CheckedSource
+from jlayer.convert.target.delete_source import SourceRemover
+from jlayer.convert.target.journal import (
+    JOURNAL,
+    FinishedFile,
+    Journal,
+    describe_source,
+    remove_journal,
+)
+from jlayer.convert.target.lock import LOCK
+from jlayer.convert.target.resume import (
+    first_difference,
+    intact_files,
+    may_resume,
+    require_sources,
+    sha256_on_disk,
+    side_files_intact,
+)
+from jlayer.convert.target.space import check_space
+from jlayer.convert.target.write import TargetWriter
+from jlayer.convert.transform.outputs import (
+    Output,
+    WeightFile,
+    files_of,
+    fingerprint,
+    side_outputs,
+    weight_outputs,
+)
+from jlayer.convert.transform.quantize import Quantizer
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.strict import is_there
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from convert.target.disk import FULL, failure, make_folders, remove, uninterrupted
+from jlayer.convert.target.disk import FULL, failure, make_folders, remove, uninterrupted
 from jlayer.errors import JlayerError, LockedError
 from jlayer.strict import close
 

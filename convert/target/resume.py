@@ -9,10 +9,13 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from convert.progress import Progress
-from convert.sources.files import Source, file_chunks, hash_stream
-from convert.sources.open import CheckedSource, open_source
-from convert.target.journal import (
+from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest, is_side_file
+from jlayer.checkpoint.sides import with_templates
+from jlayer.checkpoint.source import names_in, regular_file
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import Source, file_chunks, hash_stream
+from jlayer.convert.sources.open import CheckedSource, open_source
+from jlayer.convert.target.journal import (
     JOURNAL,
     FinishedFile,
     Journal,
@@ -20,10 +23,7 @@ from convert.target.journal import (
     read_journal,
     restore_source,
 )
-from convert.transform.outputs import Output, WeightFile, config_of, files_of
-from jlayer.checkpoint.layout import CONFIG, MANIFEST, Manifest, is_side_file
-from jlayer.checkpoint.sides import with_templates
-from jlayer.checkpoint.source import names_in, regular_file
+from jlayer.convert.transform.outputs import Output, WeightFile, config_of, files_of
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
 

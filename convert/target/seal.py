@@ -10,11 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from convert.progress import Progress
-from convert.target.disk import failure, replace_file, sync_folder
-from convert.target.journal import JOURNAL
-from convert.target.lock import TargetLock
-from convert.target.write import remove_temporaries
 from jlayer.checkpoint.layout import (
     CONFIG,
     INDEX,
@@ -31,6 +26,11 @@ from jlayer.checkpoint.sides import SideChanges, entry_of, side_changes
 from jlayer.checkpoint.source import GENERATION_CONFIG, names_in
 from jlayer.checkpoint.store import locate
 from jlayer.config import own_quantization, read_config
+from jlayer.convert.progress import Progress
+from jlayer.convert.target.disk import failure, replace_file, sync_folder
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import TargetLock
+from jlayer.convert.target.write import remove_temporaries
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from convert.target.disk import failure
+from jlayer.convert.target.disk import failure
 from jlayer.errors import DoesNotFitError
 
 

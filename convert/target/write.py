@@ -11,20 +11,6 @@ import os
 import stat
 from collections.abc import Iterable
 
-from convert.sources.files import Chunk
-from convert.target.blocks import BlockWriter
-from convert.target.disk import (
-    TEMPORARY,
-    failure,
-    make_folders,
-    remove,
-    resolve,
-    sync_folder,
-    uninterrupted,
-    written_aside,
-)
-from convert.target.journal import JOURNAL
-from convert.target.lock import LOCK
 from jlayer.checkpoint.layout import (
     EMBED_FILE,
     INDEX,
@@ -34,6 +20,20 @@ from jlayer.checkpoint.layout import (
     is_weight_file,
 )
 from jlayer.checkpoint.sides import with_templates
+from jlayer.convert.sources.files import Chunk
+from jlayer.convert.target.blocks import BlockWriter
+from jlayer.convert.target.disk import (
+    TEMPORARY,
+    failure,
+    make_folders,
+    remove,
+    resolve,
+    sync_folder,
+    uninterrupted,
+    written_aside,
+)
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import LOCK
 from jlayer.errors import StorageError, UsageError
 
 

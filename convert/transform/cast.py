@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from convert.sources.files import Chunk
+from jlayer.convert.sources.files import Chunk
 
 NUMPY_DTYPE = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -13,16 +13,16 @@ from typing import Protocol
 
 import numpy as np
 
-from convert.progress import Progress
-from convert.sources.files import Chunk, Room, Source, SourceFile, file_chunks
-from convert.sources.open import CheckedSource
-from convert.transform.cast import cast, count_nonfinite
-from convert.transform.quantize import Quantizer, whole_rows
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import CONFIG, INDEX, encode_header, encode_index, file_of
 from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import Chunk, Room, Source, SourceFile, file_chunks
+from jlayer.convert.sources.open import CheckedSource
+from jlayer.convert.transform.cast import cast, count_nonfinite
+from jlayer.convert.transform.quantize import Quantizer, whole_rows
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError

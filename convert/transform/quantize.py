@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
-from convert.sources.files import Chunk, Source
-from convert.transform.cast import NUMPY_DTYPE
-from convert.transform.packed import LEVELS, decode_scales, dequantize, pack
+from jlayer.convert.sources.files import Chunk, Source
+from jlayer.convert.transform.cast import NUMPY_DTYPE
+from jlayer.convert.transform.packed import LEVELS, decode_scales, dequantize, pack
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import FLOAT_SHIFT, INT4, SCALE_OFFSET
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jlayer
+from jlayer.app.streams import tell
 
 BUNDLED = Path(jlayer.__file__).parent / "data" / "fable-3m"
 
@@ -16,9 +16,9 @@ BUNDLED = Path(jlayer.__file__).parent / "data" / "fable-3m"
 @contextmanager
 def converted_bundled() -> Iterator[Path]:
     """Yields a temporary folder with the bundled model, converted."""
-    from convert import convert_checkpoint
+    from jlayer.convert import convert_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="jlayer-") as folder:
-        print("jlayer: converting the bundled fable-3m to one file a layer", file=sys.stderr)
+        tell("converting the bundled fable-3m to one file a layer")
         convert_checkpoint(BUNDLED, Path(folder) / "fable-3m")
         yield Path(folder) / "fable-3m"

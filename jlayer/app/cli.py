@@ -7,17 +7,17 @@ after an error or a signal. An error is one line; a traceback is shown for our o
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import os
 import sys
 import traceback
 from contextlib import suppress
 
 from jlayer.app import options
 from jlayer.app.ending import Interrupted, code_of, word_of
-from jlayer.errors import JlayerError, UsageError
+from jlayer.app.parser import Parser
+from jlayer.app.streams import OutputError, ReaderLeft, prepare, quiet, takes_utf8
+from jlayer.errors import JlayerError
 from jlayer.interrupts import STOPS, check, hold, release, released
 
 # verb -> (module, its line in `jlayer --help`)
@@ -29,17 +29,13 @@ VERBS = {
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
-    "bench": ("jlayer.app.verbs.bench", "measure each stage against its limit, then whole sweeps"),
+    "bench": (
+        "jlayer.app.verbs.bench",
+        "measure each stage against its limit, then the whole",
+    ),
     "eval": ("jlayer.app.verbs.eval", "measure perplexity, or compare two models"),
 }
 BUG = 1
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError, so that a usage error is one line and exit code 2."""
-
-    def error(self, message):
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _outcome(argv):
     """Runs the verb, prints what it ends with, and returns the exit code."""
-    as_json, is_printed = "--json" in argv, False
+    as_json, is_printed = _is_asked("--json", argv), False
     try:
         result = _run(argv)
         is_printed = True
@@ -65,18 +61,15 @@ def _outcome(argv):
             _print_json(result)
         check()
         return 0
-    except BrokenPipeError:
-        # The reader of our output has left. At exit Python flushes stdout again: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderLeft:
         return 0
     except JlayerError as error:
-        if "--debug" in argv:
+        if _is_asked("--debug", argv):
             traceback.print_exc()
         return _fail(error, error.exit_code, as_json, getattr(error, "report", {}))
     except Interrupted as stop:
         if as_json:
-            with suppress(*STOPS):  # a second signal
-                _print_json(stop.result)
+            _print_last(stop.result)
         return stop.code
     except STOPS as stop:
         more = {"finish_reason": "interrupted"}
@@ -84,20 +77,30 @@ def _outcome(argv):
     except Exception as error:
         if as_json:
             line = f"a bug in jlayer: {type(error).__name__}: {error}"
-            _print_json({"error": line, "exit_code": BUG})
+            _print_last({"error": line, "exit_code": BUG})
         raise
 
 
+def _is_asked(option, argv):
+    """Whether an option without a value is given; before a verb's own parser has read the line,
+    or where it refuses to."""
+    return option in argv[: argv.index("--")] if "--" in argv else option in argv
+
+
 def _run(argv):
-    """The result of the verb; None where only help was printed. A signal that was held goes before
-    the result, and before an error."""
+    """The result of the verb, once all that it printed is written; None where only help was
+    printed. A signal that was held goes before the result, and before an error."""
     try:
         check()
         result = _run_verb(argv)
+    except SystemExit:  # --help, --version
+        _flush()
+        raise
     except Exception:
         check()
         raise
     check()
+    _flush()
     return result
 
 
@@ -109,15 +112,12 @@ def _run_verb(argv):
     if argv[0] not in VERBS:
         parser.parse_args(argv[:1])  # --help, --version, or the error that lists the verbs
     verb = importlib.import_module(VERBS[argv[0]][0])
-    own = Parser(prog=f"jlayer {argv[0]}", description=verb.__doc__, formatter_class=_Help)
+    own = Parser(prog=f"jlayer {argv[0]}", description=verb.__doc__)
     verb.add_arguments(own)
     options.add_output(own)
-    return verb.run(own.parse_args(argv[1:]))
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=100)
+    args = own.parse_args(argv[1:])
+    with quiet(args.quiet):
+        return verb.run(args)
 
 
 def _top_parser():
@@ -127,11 +127,12 @@ def _top_parser():
     parser = Parser(
         prog="jlayer",
         description="Run language models far larger than the GPU, layer by layer.",
-        epilog=f"verbs:\n{table}\n\njlayer VERB --help shows the options of a verb.",
-        formatter_class=_Help,
-        usage="jlayer VERB [options]",
+        epilog=f"commands:\n{table}\n\njlayer COMMAND --help shows the options of a command.",
+        usage="jlayer COMMAND [options]",
     )
-    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do, see below")
+    parser.add_argument(
+        "verb", choices=list(VERBS), metavar="COMMAND", help="what to do, see below"
+    )
     parser.add_argument("--version", action="version", version=f"jlayer {__version__}")
     return parser
 
@@ -140,16 +141,28 @@ def _fail(error, code, as_json, more):
     line = " ".join(str(error).split())
     print(f"jlayer: {line}", file=sys.stderr)
     if as_json:
-        with suppress(*STOPS):  # a second signal
-            _print_json({"error": line, "exit_code": code, **more})
+        _print_last({"error": line, "exit_code": code, **more})
+    with suppress(ReaderLeft, OutputError):  # what the verb printed before
+        _flush()
     return code
 
 
+def _print_last(result):
+    """Prints the object that goes with an exit code which is settled: nothing changes it now."""
+    with suppress(*STOPS, ReaderLeft, OutputError):
+        _print_json(result)
+
+
 def _print_json(result):
-    line = json.dumps(result, ensure_ascii=False)
+    print(json.dumps(result, ensure_ascii=not takes_utf8(sys.stdout)))
+    _flush()
+
+
+def _flush():
     with released():  # a reader that does not read must not keep the program from ending
-        print(line, flush=True)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

@@ -12,6 +12,11 @@ RUN = {
     "dtype": ("compute in bfloat16, float16 or float32", "the weights' own"),
     "device": ("cpu or gpu", "the accelerator, if there is one"),
 }
+OUTPUT = {
+    "json": "print one JSON object on stdout",
+    "quiet": "print results and errors only, no progress",
+    "debug": "show the traceback of an error",
+}
 _METAVARS = {"device_memory": "SIZE", "host_memory": "SIZE", "dtype": "DTYPE", "device": "DEVICE"}
 
 
@@ -43,11 +48,9 @@ def add_offline(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, **options) -> None:
-    """Adds --json and --debug. `options`: of `add_argument`."""
-    line = "print one JSON object on stdout"
-    parser.add_argument("--json", action="store_true", help=line, **options)
-    line = "show the traceback of an error"
-    parser.add_argument("--debug", action="store_true", help=line, **options)
+    """Adds --json, --quiet and --debug. `options`: of `add_argument`."""
+    for name, line in OUTPUT.items():
+        parser.add_argument(flag(name), action="store_true", help=line, **options)
 
 
 def given(args: argparse.Namespace, *names: str) -> dict:

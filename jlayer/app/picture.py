@@ -9,11 +9,11 @@ import importlib.util
 import io
 import os
 import stat
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
+from jlayer.app.streams import tell
 from jlayer.config import human
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan.tiles import Tier
@@ -43,7 +43,9 @@ LIMITING = 0.8  # a lane that is busy for a smaller share of the time is not the
 
 
 def add_option(parser) -> None:
-    parser.add_argument("--timeline", metavar="FILE.png", help="draw the steps of the last sweeps")
+    parser.add_argument(
+        "--timeline", metavar="FILE.png", help="draw the steps of the last forward passes"
+    )
 
 
 def check_file(path: str | None) -> None:
@@ -91,7 +93,7 @@ def recorded(model, path: str | None, name: str):
         timeline = recorder.timeline()
         if timeline is not None:
             write(timeline, path, what=f"{name} on {model.engine.device_name}")
-            print(f"jlayer: timeline in {path}", file=sys.stderr)
+            tell(f"timeline in {path}")
 
 
 def write(timeline, path: str, *, what: str) -> None:
@@ -121,7 +123,8 @@ def draw(timeline, *, what: str):
         axes[0].axvspan(*[(at - begin) * 1e3 for at in near], color="black", alpha=0.15, lw=0)
         axes[1].set_title("a close look at what is shaded above", fontsize=10, loc="left")
     axes[-1].set_xlabel("milliseconds")
-    figure.suptitle(title(timeline, what), fontsize=12, x=0.01, ha="left", fontweight="bold")
+    words = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold"}
+    figure.suptitle(title(timeline, what), **words, parse_math=False)  # a name may have two $
     figure.legend(
         handles=_legend(timeline), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )

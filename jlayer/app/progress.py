@@ -1,22 +1,22 @@
 """What a terminal shows while a run takes long: what is opened or compiled, then a counter of
 layers with the time left, and the tile that a slow disk is read for.
 
-Drawn by rich, under the text. Where stderr is not a terminal, only a stalled disk is reported.
+Drawn under the text by `status`. Where nothing can be drawn, only a stalled disk is reported.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
+from jlayer.app.status import REFRESH_S, Status
+from jlayer.app.streams import draws, is_pipe, tell
 from jlayer.interrupts import check
 from jlayer.streaming.schedule import Read, Run
 
 PATIENCE_S = 1.0  # shorter phases and sweeps show nothing
 STALLED = 4  # a read that takes this many times its expected time is reported
-REFRESHES_PER_S = 5
 
 
 def sweep_words(number: int) -> str:
@@ -28,7 +28,7 @@ def sweep_words(number: int) -> str:
 def opening():
     """Yields the Watch to open a model with; on a terminal its phases are shown."""
     phase = Phase()
-    with _live(phase) if sys.stderr.isatty() else nullcontext():
+    with Status(phase.status) if draws() else nullcontext():
         phase.begin("opening: starting JAX")
         from jlayer.streaming.executor import Watch
 
@@ -37,53 +37,26 @@ def opening():
 
 
 @contextmanager
-def shown(model, show, *, words: Callable[[int], str] = sweep_words):
+def shown(model, show, *, words: Callable[[int], str] = sweep_words, view=None):
     """Shows progress of the sweeps that run meanwhile. Yields the function that takes the text's
     pieces in place of `show` (None: no text is shown).
 
-    `words(number)`: what a sweep is called.
+    `words(number)`: what a sweep is called. `view`: what else to draw than the counter. A pipe's
+    reader may write to the same terminal (`| tee`), where nobody knows: beside text that goes into
+    one nothing is drawn.
     """
     watch = model.engine.watch
-    if not sys.stderr.isatty():
+    if not draws() or (show is not None and is_pipe()):
         watch.on_stall = Stalls(model, tell)
         yield show
         return
-    # Text on the same terminal stays above the counter. Fast sweeps need no counter after the
-    # prompt; then the text is written as it is.
-    on_terminal = show is not None and sys.stdout.isatty()
-    is_slow = model.plan.sweep_seconds >= PATIENCE_S / 2
-    view = View(model, words=words, writes=on_terminal and is_slow)
+    view = view or View(model, words=words)
     watch.on_stall, watch.on_compile = Stalls(model, view.wait), view.on_compile
-    with _live(view, view.console) as live:
-        view.live = live
-
-        def stop_and_show(piece):
-            live.stop()
-            show(piece)
-
-        try:
-            with watch.also(view.on_step):
-                yield view.write if view.writes else stop_and_show if on_terminal else show
-        finally:
-            watch.on_compile = None
-            view.end()
-
-
-def _live(view, console=None):
-    from rich.console import Console
-    from rich.live import Live
-
-    return Live(
-        view,
-        console=console or Console(stderr=True),
-        refresh_per_second=REFRESHES_PER_S,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # else rich would take what goes to a file
-    )
-
-
-def tell(words: str):
-    print(f"jlayer: {words}", file=sys.stderr)
+    try:
+        with Status(view.status, refresh_s=view.refresh_s) as status, watch.also(view.on_step):
+            yield None if show is None else lambda piece: status.write(show, piece)
+    finally:
+        watch.on_compile = None
 
 
 class Stalls:
@@ -129,24 +102,18 @@ class Phase:
             return ""
         return f"{self._words}, {elapsed:.0f} s{self._detail and f': {self._detail}'}"
 
-    def __rich__(self):
-        return _dim(self.line())
+    def status(self) -> list[str]:
+        return [line for line in (self.line(),) if line]
 
 
 class View:
-    """The last, unfinished line of the text, and under it the phase or the counter of layers.
+    """What is under the text: the phase, or the counter of layers; and what is waited for."""
 
-    `writes`: whether it shows text at all.
-    """
+    refresh_s = REFRESH_S
 
-    def __init__(self, model, *, words: Callable[[int], str], writes: bool):
-        from rich.console import Console
-
-        self._words, self.writes = words, writes
-        self.console = Console(stderr=not writes)
-        self.live = None
+    def __init__(self, model, *, words: Callable[[int], str] = sweep_words):
+        self._words = words
         self._n_layers = model.config.num_hidden_layers
-        self._tail = ""
         self._phase = Phase()
         self._n_compiled = 0
         self._sweep, self._done = -1, 0  # no sweep has begun
@@ -178,28 +145,6 @@ class View:
     def wait(self, words: str):
         self._waits_for = words
 
-    def write(self, piece: str):
-        """Adds to the text: whole lines stay on the screen, the rest is drawn again each time."""
-        *lines, self._tail = (self._tail + piece).split("\n")
-        for line in lines:
-            self._print(line, end="\n")
-        self.live.refresh()
-
-    def end(self):
-        """Leaves the rest of the text on the screen."""
-        self.live.stop()
-        if self._tail:
-            self._print(self._tail, end="")
-
-    def _print(self, text, end):
-        self.console.print(text, end=end, soft_wrap=True, markup=False, highlight=False)
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(*[Text(self._tail)] * bool(self._tail), *map(_dim, self.status()))
-
     def status(self) -> list[str]:
         """The lines under the text: none while everything is fast."""
         line = self._phase.line() if self._phase.is_on or self._sweep < 0 else self._counter()
@@ -224,9 +169,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{rest:02}"
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
-
-
-def _dim(line):
-    from rich.text import Text
-
-    return Text(line, style="dim", no_wrap=True, overflow="crop")

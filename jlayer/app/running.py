@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from jlayer.app import progress
 from jlayer.app.ending import Interrupted
 from jlayer.app.inputs import folder_of
+from jlayer.app.streams import tell
+from jlayer.app.words import time_words
 from jlayer.config import RunConfig, human
 from jlayer.interrupts import STOPS, released
 from jlayer.streaming.schedule import Tier
@@ -30,21 +32,23 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
         yield model
 
 
-def follow(model, decoding, show, *, counts: bool = True) -> dict:
+def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
     """Runs a decoding to its end or to a signal, and returns its result.
 
     `show` takes text (None: no text is shown): that of a single sequence while it grows, that of
-    several at the end; token ids where the model has no tokenizer. `counts`: whether slow sweeps
-    show a counter. Raises Interrupted with the result so far.
+    several at the end; token ids where the model has no tokenizer. `view`: as in `progress.shown`.
+    `before`: text to show first. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
     for line in (describe(model), *model.notes, *decoding.notes):
-        print(f"jlayer: {line}", file=sys.stderr)
+        tell(line)
     live = show if len(decoding.lanes) == 1 else None
     stopped = None
-    with progress.shown(model, live) if counts else nullcontext(live) as write:
+    with progress.shown(model, live, view=view) as write:
         steps = iter(decoding)
         try:
+            if write and before:
+                write(before)
             for gained in steps:
                 if write and has_text:
                     write(gained[0].text)
@@ -58,7 +62,7 @@ def follow(model, decoding, show, *, counts: bool = True) -> dict:
     elif show:
         texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
         show("\n\n".join(texts) + "\n")
-    print(f"jlayer: {summary(found)}", file=sys.stderr)
+    tell(summary(found))
     result = found[0].as_dict()
     if len(found) > 1:
         result["sequences"] = [one.as_dict() for one in found]
@@ -80,7 +84,7 @@ def describe(model) -> str:
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
         f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
-        f"{human(model.plan.tiling.n_bytes)} a sweep, about {plan.sweep_seconds:.2g} s; "
+        f"{human(plan.tiling.n_bytes)} a forward pass, about {time_words(plan.sweep_seconds)}; "
         f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
     )
 
@@ -89,13 +93,13 @@ def summary(found) -> str:
     """A finished run in one line, with the predicted and the measured time of a token."""
     stats, predicted = found[0].stats, found[0].plan["sweep"]["seconds"]
     decoded = stats["sweeps"] - 1
-    took = f"{stats['decode_s'] / decoded:.3g} s" if decoded > 0 else "nothing"
+    took = time_words(stats["decode_s"] / decoded) if decoded > 0 else "nothing"
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
     drawn = "greedy" if found[0].seed is None else f"seed {found[0].seed}"
     return (
         f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), {drawn}, "
-        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} sweeps, "
-        f"one of a token {took} (predicted {predicted:.2g} s), "
+        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} forward passes, "
+        f"one of a token {took} (predicted {time_words(predicted)}), "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
     )

@@ -72,7 +72,7 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
         jax.config.update("jax_platforms", "cpu")
     elif not started and before is not None:
         device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_bytes + tables)
-    found = jax.devices("cpu")[0] if device == "cpu" else jax.devices()[0]
+    found = _first_device(jax, "cpu" if device == "cpu" else None)
     if device == "gpu" and found.platform != "gpu":
         raise UsageError(
             "device: gpu was asked for, but JAX finds none; "
@@ -85,6 +85,19 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
     limit = _check_cap(found, budget)
     context = PLATFORMS["gpu"].context_bytes if started else _context_bytes(before, limit)
     return found, budget, context + tables
+
+
+def _first_device(jax, platform):
+    """Raises UsageError where JAX starts none: it was told to use what is not here, say."""
+    try:
+        return jax.devices(platform)[0]
+    except (RuntimeError, AssertionError) as error:
+        told = jax.config.jax_platforms
+        cause = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        what = f"JAX_PLATFORMS: found {told!r}, but JAX starts" if told else "device: JAX starts"
+        raise UsageError(
+            f"{what} no device with it here{cause}; unset JAX_PLATFORMS, or set it to cpu"
+        ) from None
 
 
 def _is_started():

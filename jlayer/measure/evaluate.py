@@ -186,17 +186,24 @@ def compare(
 
     Gives the perplexity of both, the mean Kullback-Leibler divergence of the second's predictions
     from the first's in nats per token, and the share of predictions with the same likeliest token.
-    One model is open at a time, so that each has the whole budget. The logits of the first are kept
-    in a file in the folder `scratch` (default: the system's for temporary files), 4 bytes per token
-    and vocabulary entry. `ids(model)` encodes the text; both models must give the same tokens.
+    One model is open at a time, so that each has the whole budget; the second is opened twice. The
+    logits of the first are kept in a file in the folder `scratch` (default: the system's for
+    temporary files), 4 bytes per token and vocabulary entry. `ids(model)` encodes the text; both
+    models must give the same tokens.
 
     Raises UsageError, DoesNotFitError (no space in `scratch`, before the first sweep), StorageError
     and what a sweep raises.
     """
+    with open_second() as model:  # what speaks against it is said before the first one runs
+        expected, most = (model.config.vocab_size, ids(model)), _longest(model)
+        window, _ = _sizes(model, expected[1], length, stride, most)
+        model.engine.plan_for(_shape(1, window, sweeps=1)).check()
     with Scratch(scratch) as logits:
         with open_first() as model:
             tokens, vocab = ids(model), model.config.vocab_size
-            length, stride = _sizes(model, tokens, length, stride)
+            if (vocab, tokens) != expected:
+                raise UsageError("compare: the two models read this text as different tokens")
+            length, stride = _sizes(model, tokens, length, stride, min(most, _longest(model)))
             cut = windows(len(tokens), length=length, stride=stride)
             logits.reserve(sum(window.n_predicted for window in cut), vocab)
             first, scores = _evaluate(
@@ -205,8 +212,6 @@ def compare(
             log_totals = np.concatenate([one.log_total for one in scores])
             best = np.concatenate([one.best for one in scores])
         with open_second() as model:
-            if model.config.vocab_size != vocab or ids(model) != tokens:
-                raise UsageError("compare: the two models read this text as different tokens")
             given = {"against": logits, "log_totals": log_totals}
             second, scores = _evaluate(model, tokens, length, stride, told, lambda *_: given)
         kl = np.concatenate([one.divergence for one in scores])
@@ -263,9 +268,14 @@ def _targets(ids, some, batch, n_columns, length, numbers: Iterator[int]):
     return targets, rows
 
 
-def _sizes(model, ids, length, stride):
+def _longest(model):
+    """The tokens of a window where nobody says how many."""
+    return min(model.context_limit, 1024)
+
+
+def _sizes(model, ids, length, stride, default=None):
     limit = model.context_limit
-    length = min(limit, 1024) if length is None else length
+    length = (default or _longest(model)) if length is None else length
     stride = length if stride is None else stride
     if len(ids) < 2:
         raise UsageError(f"text: {len(ids)} tokens, expected at least 2")

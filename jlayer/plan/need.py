@@ -63,12 +63,16 @@ def total(memory: DeviceMemory | HostMemory) -> int:
     return sum(value for name, value in asdict(memory).items() if name != "budget_bytes")
 
 
+def memory_name(field: str) -> str:
+    """What a field of DeviceMemory or HostMemory is called in text. The driver's context is called
+    after the driver, since --context is one of tokens."""
+    return "driver" if field == "context_bytes" else field.removesuffix("_bytes")
+
+
 def terms(memory: DeviceMemory | HostMemory) -> str:
     """The sum as text, without terms of 0 bytes."""
     sizes = {
-        name.removesuffix("_bytes"): value
-        for name, value in asdict(memory).items()
-        if name != "budget_bytes"
+        memory_name(name): value for name, value in asdict(memory).items() if name != "budget_bytes"
     }
     return " + ".join(f"{name} {human(value)}" for name, value in sizes.items() if value)
 

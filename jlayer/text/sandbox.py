@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def render(template: str, variants: Sequence[Mapping], marks: str) -> Answer:
 
 
 def _run(payload):
-    path = [str(_ROOT), *(os.path.abspath(entry) for entry in sys.path)]
+    path = [str(_ROOT), *_absolute(sys.path)]
     kept = {name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ}
     try:
         return subprocess.run(
@@ -78,6 +79,13 @@ def _run(payload):
         raise StorageError(
             f"chat template: no process could be started for it ({error.strerror})"
         ) from None
+
+
+def _absolute(entries):
+    """Where the working directory is gone, what is relative to it leads nowhere."""
+    for entry in entries:
+        with suppress(FileNotFoundError):
+            yield os.path.abspath(entry)
 
 
 def read_answer(found: Mapping) -> Answer:

@@ -10,7 +10,7 @@ import pytest
 
 from jlayer.app import options
 from jlayer.app.cli import VERBS, main
-from jlayer.app.inputs import name_of, read_file
+from jlayer.app.inputs import name_of, read_text
 from jlayer.errors import StorageError, UsageError
 from tests.conftest import BUNDLED
 
@@ -88,15 +88,15 @@ def test_a_text_is_read_from_a_pipe_too(tmp_path):
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_text, args=("Übung",))
     writer.start()
-    assert read_file(str(path), option="--text") == "Übung"
+    assert read_text(str(path), option="--text") == "Übung"
     writer.join()
 
 
 def test_a_text_that_cannot_be_read_names_its_option(tmp_path):
     (tmp_path / "bad").write_bytes(b"ab\xff")
     with pytest.raises(UsageError, match=r"--text: .*bad: not UTF-8 at byte 2"):
-        read_file(str(tmp_path / "bad"), option="--text")
+        read_text(str(tmp_path / "bad"), option="--text")
     with pytest.raises(UsageError, match=r"--text: .*none does not exist"):
-        read_file(str(tmp_path / "none"), option="--text")
+        read_text(str(tmp_path / "none"), option="--text")
     with pytest.raises(StorageError, match=r"--text: .*Is a directory"):
-        read_file(str(tmp_path), option="--text")
+        read_text(str(tmp_path), option="--text")

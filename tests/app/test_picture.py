@@ -92,6 +92,13 @@ def test_the_picture_says_what_limits_and_shows_only_the_tiers_in_use():
     assert {"layer", "0", "1", "2"} <= set(words)
 
 
+def test_a_name_is_no_formula(tmp_path):
+    """Two $ enclose one for matplotlib."""
+    file = tmp_path / "file.png"
+    picture.write(timeline(), str(file), what="a$x_{$")
+    assert file.read_bytes().startswith(PNG)
+
+
 def test_a_crowd_of_tiles_gets_a_close_look():
     few, many = timeline(40), timeline(60)
     assert len(picture.draw(few, what="").axes) == 1

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from convert import convert_checkpoint
-from convert.target.seal import seal_folder
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.target.seal import seal_folder
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import files_of
 from tests.convert.faults import CHANGES, counted, killed_before

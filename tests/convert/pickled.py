@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import convert_checkpoint
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import convert_checkpoint
-from convert.sources import files as read
-from convert.target import blocks
-from convert.target.blocks import BlockWriter
-from convert.target.write import TargetWriter
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.sources import files as read
+from jlayer.convert.target import blocks
+from jlayer.convert.target.blocks import BlockWriter
+from jlayer.convert.target.write import TargetWriter
 from jlayer.errors import DoesNotFitError, StorageError
 from jlayer.spec import ALIGNMENT
 from tests.convert.checkpoints import (

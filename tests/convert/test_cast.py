@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from convert.transform.cast import NUMPY_DTYPE, cast, count_nonfinite
+from jlayer.convert.transform.cast import NUMPY_DTYPE, cast, count_nonfinite
 
 BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, verify_folder
 from jlayer.checkpoint.layout import MANIFEST, SIDE_FILES, read_manifest
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.errors import UsageError
 from jlayer.spec import ALIGNMENT
 from tests.convert.checkpoints import (
@@ -357,7 +357,7 @@ def test_the_command_line_ends_with_the_errors_code_and_one_line(tmp_path):
 
 def test_converting_needs_no_heavy_package(published, tmp_path):
     code = (
-        "import sys; from convert import convert_checkpoint, verify_folder\n"
+        "import sys; from jlayer.convert import convert_checkpoint, verify_folder\n"
         f"convert_checkpoint({str(published('single'))!r}, {str(tmp_path / 'out')!r})\n"
         f"verify_folder({str(tmp_path / 'out')!r})\n"
         "print([name for name in ('jax', 'torch', 'transformers') if name in sys.modules])"

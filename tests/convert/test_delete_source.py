@@ -11,11 +11,11 @@ import sys
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.target.journal import JOURNAL, read_journal
 from jlayer.app.cli import main
 from jlayer.checkpoint.layout import MANIFEST, file_of
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.target.journal import JOURNAL, read_journal
 from jlayer.errors import CheckpointError, StorageError, UsageError
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import files_of, random_checkpoint

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.export import export_checkpoint
-from convert.target.seal import seal_folder
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.export import export_checkpoint
+from jlayer.convert.target.seal import seal_folder
 from jlayer.errors import CheckpointError, StorageError, UsageError
 from tests.convert.checkpoints import edit_json, files_of, random_checkpoint
 from tests.convert.faults import failing

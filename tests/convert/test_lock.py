@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from convert import convert_checkpoint
-from convert.target.lock import LOCK, TargetLock
 from jlayer.checkpoint.layout import layer_file
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.target.lock import LOCK, TargetLock
 from jlayer.errors import JlayerError, LockedError
 from tests.convert.checkpoints import files_of
 from tests.convert.test_resume import Notes, slowly, wait_for

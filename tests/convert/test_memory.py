@@ -8,12 +8,12 @@ import tracemalloc
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.sources.files import CHUNK_BYTES, WHOLE_FILE_BYTES
-from convert.target.blocks import BLOCK_BYTES, N_BLOCKS
-from convert.transform import quantize
 from jlayer.checkpoint.layout import encode_header
 from jlayer.config import model_config
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.sources.files import CHUNK_BYTES, WHOLE_FILE_BYTES
+from jlayer.convert.target.blocks import BLOCK_BYTES, N_BLOCKS
+from jlayer.convert.transform import quantize
 from jlayer.encodings.registry import SCHEMES
 from jlayer.families.registry import published_tensors
 
@@ -80,7 +80,7 @@ def test_resident_memory_of_the_process_is_too(source, tmp_path):
     """What Python does not count is in the kernel's figure: pages, threads, C libraries."""
     code = (
         "import re, sys\n"
-        "from convert import convert_checkpoint\n"
+        "from jlayer.convert import convert_checkpoint\n"
         "def peak():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) * 1024\n"

@@ -13,12 +13,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.sources.files import CHUNK_BYTES
-from convert.sources.meta import Params, derive_config, facts_of, read_params
-from convert.sources.names import META, find_row, find_source
-from convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE
 from jlayer.config import model_config, read_config, read_generation_config
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.sources.files import CHUNK_BYTES
+from jlayer.convert.sources.meta import Params, derive_config, facts_of, read_params
+from jlayer.convert.sources.names import META, find_row, find_source
+from jlayer.convert.sources.rules import JOIN_COLUMNS, JOIN_ROWS, KEEP, UNPERMUTE_ROPE
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
@@ -171,7 +171,7 @@ def test_parts_convert_to_the_bytes_of_safetensors(
 @pytest.mark.parametrize("chunk_bytes", [4, 700, 5000])
 def test_however_large_the_blocks_are(originals, meta_of, tmp_path, monkeypatch, chunk_bytes):
     convert_checkpoint(originals("plain"), tmp_path / "safe")
-    for module in ("convert.sources.files", "convert.sources.joined"):
+    for module in ("jlayer.convert.sources.files", "jlayer.convert.sources.joined"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", chunk_bytes)
     convert_checkpoint(meta_of(4), tmp_path / "out")
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "safe")
@@ -431,7 +431,7 @@ def test_the_ends_of_text_come_from_the_tokenizer(meta_of, tmp_path, tokenizer, 
     [("llama2", 32000, 1, 2), ("llama3", 128256, 128000, [128001, 128008, 128009])],
 )
 def test_the_ends_of_text_of_real_tokenizers(name, vocab_size, bos, eos):
-    from convert.sources.meta import special_ids
+    from jlayer.convert.sources.meta import special_ids
     from jlayer.text.tokenizer import Tokenizer
 
     folder = SHARED_DATA / "tokenizers" / name
@@ -544,8 +544,8 @@ def test_extra_keys_can_be_left_out(originals, meta_of, tmp_path):
 
 
 def test_a_damaged_part_is_found_by_its_checksum(meta_of, tmp_path):
-    from convert.sources.torchfile import read_table
     from jlayer.checkpoint.source import regular_file
+    from jlayer.convert.sources.torchfile import read_table
 
     source = meta_of(4)
     for key in (GATE, "layers.1.attention.wo.weight", "layers.1.attention.wq.weight"):

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 from tests.convert.checkpoints import edit_json, edit_tensors
 

@@ -10,12 +10,12 @@ import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, export
-from convert.export import export_checkpoint
-from convert.sources import orbax
-from convert.target.disk import TEMPORARY
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint, export
+from jlayer.convert.export import export_checkpoint
+from jlayer.convert.sources import orbax
+from jlayer.convert.target.disk import TEMPORARY
 from jlayer.errors import CheckpointError, JlayerError, UsageError
 from tests.convert.checkpoints import (
     NUMPY,
@@ -544,7 +544,7 @@ def test_a_stacked_checkpoint_takes_less_memory_than_one_array(tmp_path, options
     folder = save_with(tmp_path / "saved", nested(arrays), source, **options)
     largest = max(array.nbytes for array in arrays.values())
     code = (
-        "import sys, tensorstore, threading, time, convert\n"
+        "import sys, tensorstore, threading, time, jlayer.convert\n"
         "def anonymous():\n"
         "    lines = open('/proc/self/status').read().split('RssAnon:')\n"
         "    return int(lines[1].split()[0]) << 10\n"
@@ -553,7 +553,7 @@ def test_a_stacked_checkpoint_takes_less_memory_than_one_array(tmp_path, options
         "    global peak\n"
         "    while True: peak = max(peak, anonymous()); time.sleep(0.001)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
-        "convert.convert_checkpoint(sys.argv[1], sys.argv[2])\n"
+        "jlayer.convert.convert_checkpoint(sys.argv[1], sys.argv[2])\n"
         "print(peak - before)\n"
     )
     done = subprocess.run(

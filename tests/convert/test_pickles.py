@@ -22,12 +22,12 @@ import zipfile
 
 import pytest
 
-from convert import convert_checkpoint
-from convert.sources.files import CHUNK_BYTES, FileSource
-from convert.sources.pickles import asked_for
-from convert.sources.torchfile import read_table
 from jlayer.app.cli import main
 from jlayer.checkpoint.source import regular_file
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.sources.files import CHUNK_BYTES, FileSource
+from jlayer.convert.sources.pickles import asked_for
+from jlayer.convert.sources.torchfile import read_table
 from tests.convert.checkpoints import (
     assert_logits_of_transformers,
     edit_json,
@@ -124,7 +124,7 @@ VIEWS = {
 @pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 1024, 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_views_of_one_storage(table_of, monkeypatch, dtype, chunk_bytes):
-    monkeypatch.setattr("convert.sources.files.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("jlayer.convert.sources.files.CHUNK_BYTES", chunk_bytes)
     whole = torch.randn(70, 30).to(getattr(torch, dtype))
     views = {name: view(whole) for name, view in VIEWS.items()}
     found = table_of(views)
@@ -193,7 +193,7 @@ def test_torch_is_asked_for_where_it_is_missing(bin_of, tmp_path, monkeypatch):
 
 def test_torch_is_imported_for_pickles_alone(published, bin_of, tmp_path):
     code = (
-        "import sys; from convert import convert_checkpoint\n"
+        "import sys; from jlayer.convert import convert_checkpoint\n"
         "convert_checkpoint(sys.argv[1], sys.argv[2]); print('torch' in sys.modules)"
     )
     for source, expected in ((published("single"), "False"), (bin_of("single"), "True")):
@@ -776,7 +776,7 @@ def test_overlapping_entries_are_a_bomb(bin_of, good, tmp_path):
 
 
 def test_too_many_entries(bin_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.sources.archive.MAX_ENTRIES", 20)
+    monkeypatch.setattr("jlayer.convert.sources.archive.MAX_ENTRIES", 20)
     refused(bin_of("single"), tmp_path / "out", ["archive bomb", "over the limit of 20"])
 
 
@@ -788,7 +788,7 @@ def test_too_many_entries(bin_of, tmp_path, monkeypatch):
     ],
 )
 def test_pickles_have_limits(bin_of, tmp_path, monkeypatch, limit, words):
-    monkeypatch.setattr(f"convert.sources.{limit}", 200)
+    monkeypatch.setattr(f"jlayer.convert.sources.{limit}", 200)
     refused(bin_of("single"), tmp_path / "out", words)
 
 

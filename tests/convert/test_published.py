@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.sources.open import open_source
 from jlayer.checkpoint.layout import encode_header
 from jlayer.config import read_config
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.sources.open import open_source
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
 from tests.conftest import SHARED_DATA, needs_shared_data

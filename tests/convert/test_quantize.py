@@ -5,8 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.transform.packed import LEVELS, decode_scales, dequantize
-from convert.transform.quantize import INT4_LIMIT, Quantizer, quantize, relative_error
+from jlayer.convert.transform.packed import LEVELS, decode_scales, dequantize
+from jlayer.convert.transform.quantize import INT4_LIMIT, Quantizer, quantize, relative_error
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import SCHEMES

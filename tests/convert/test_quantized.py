@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.sources import files as read
-from convert.sources.files import FileSource
-from convert.target.journal import JOURNAL
-from convert.transform import quantize
-from convert.transform.packed import dequantize
 from jlayer.checkpoint.layout import MANIFEST, read_manifest
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.sources import files as read
+from jlayer.convert.sources.files import FileSource
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.transform import quantize
+from jlayer.convert.transform.packed import dequantize
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import SCHEMES
@@ -101,7 +101,7 @@ def test_the_bytes_do_not_depend_on_chunks_threads_or_on_an_earlier_conversion(
     monkeypatch.setattr(quantize, "BLOCK_WEIGHTS", 120)
     monkeypatch.setattr(quantize, "sample_errors", lambda *_: {})  # its sample is a chunk
     choice = read_manifest(tmp_path / "expected").quantization
-    monkeypatch.setattr("convert.job.choose_quantization", lambda *_: choice)
+    monkeypatch.setattr("jlayer.convert.job.choose_quantization", lambda *_: choice)
     convert_checkpoint(plain, tmp_path / "small", quantize=scheme)
     assert files_of(tmp_path / "small") == expected
 
@@ -222,14 +222,14 @@ def test_a_weight_that_int4_does_not_reach_is_refused_by_name(tmp_path, monkeypa
 
     edit_tensors(source / "model.safetensors", enlarge)
     # Where a sample of the rows shows it, the matrix stays at int8; else it is met on the way.
-    monkeypatch.setattr("convert.job.sample_errors", lambda *_: None)
+    monkeypatch.setattr("jlayer.convert.job.sample_errors", lambda *_: None)
     with pytest.raises(CheckpointError, match=re.escape(UP_PROJ) + ".*beyond 45.*choose int8"):
         convert_checkpoint(source, tmp_path / "out", quantize="int4")
 
 
 def test_the_choice_is_made_from_the_first_rows_alone(monkeypatch):
     """A chunk of each matrix is asked for, however large it is."""
-    from convert.sources.open import open_source
+    from jlayer.convert.sources.open import open_source
 
     checked = open_source(str(BUNDLED))
     asked, real = [], FileSource.chunks

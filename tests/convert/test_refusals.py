@@ -10,11 +10,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
-from convert.target.journal import JOURNAL, Journal
 from jlayer.app.cli import main
 from jlayer.checkpoint.layout import MANIFEST, is_weight_file
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.target.journal import JOURNAL, Journal
 from jlayer.errors import JlayerError
 from tests.convert.checkpoints import (
     edit_json,

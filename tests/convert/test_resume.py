@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
-from convert.progress import Progress
-from convert.target.journal import JOURNAL
-from convert.target.lock import LOCK
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.progress import Progress
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import LOCK
 from jlayer.errors import CheckpointError, JlayerError, UsageError
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import (

@@ -23,7 +23,7 @@ def room(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_room_of_the_converter_imports_only_from_those_before_it(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("convert."):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith("jlayer.convert."):
             continue
-        there = node.module.split(".")[1]
+        there = node.module.split(".")[2]
         assert ROOMS.index(there) <= ROOMS.index(room(name)), f"{name} imports {node.module}"

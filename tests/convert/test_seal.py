@@ -9,13 +9,13 @@ import shutil
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.target.lock import TargetLock
-from convert.target.seal import seal_folder
 from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.layout import MANIFEST, read_manifest
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.target.lock import TargetLock
+from jlayer.convert.target.seal import seal_folder
 from jlayer.errors import CheckpointError, JlayerError, LockedError, UsageError
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_json, files_of, random_checkpoint

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
-from convert.export import export_checkpoint
 from jlayer.checkpoint.layout import is_side_file, read_manifest
+from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert.export import export_checkpoint
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.text.tokenizer import Tokenizer
 from tests.conftest import BUNDLED

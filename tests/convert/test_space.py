@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import convert_checkpoint
-from convert.target.space import peak_of
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.target.space import peak_of
 from jlayer.errors import DoesNotFitError
 from tests.convert.checkpoints import random_checkpoint
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from convert import convert_checkpoint, verify_folder
+from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.errors import CheckpointError
 from tests.convert.checkpoints import edit_json, edit_manifest, split
 

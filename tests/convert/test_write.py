@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from convert import convert_checkpoint
-from convert.progress import StderrProgress
-from convert.target.journal import JOURNAL
-from convert.target.lock import LOCK
-from convert.target.write import TargetWriter
 from jlayer.checkpoint.layout import MANIFEST
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.progress import StderrProgress
+from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.lock import LOCK
+from jlayer.convert.target.write import TargetWriter
 from tests.convert.checkpoints import files_of
 
 
@@ -60,7 +60,7 @@ def test_files_are_as_readable_as_any_other(published, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(published, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.sources.files.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("jlayer.convert.sources.files.MAX_OPEN_FILES", 2)
     before, most = len(os.listdir("/proc/self/fd")), []
     real = os.preadv
 
@@ -114,23 +114,23 @@ def test_a_terminal_gets_a_bar_with_bytes_and_file(published, tmp_path, monkeypa
 
 def test_a_note_stands_whole_above_the_bar(monkeypatch):
     terminal = as_terminal(monkeypatch)
-    progress, line = StderrProgress(), "a [bold]name[/bold] " + 40 * "long "
+    progress, line = StderrProgress(), "a [bold]name[/bold] :dog: " + 40 * "long "
     progress.start(1000)
-    progress.file("[red].safetensors")
+    progress.file("[red]:cat:.safetensors")
     progress.advance(500)
     progress.note(line)
     progress.close()
     progress.note("after it")
     shown = terminal.getvalue()
     assert f"jlayer: {line}\n" in shown
-    assert "[red].safetensors" in shown
+    assert "[red]:cat:.safetensors" in shown
     assert "500/1,000 bytes" in shown or "0.5/1.0 kB" in shown
     assert shown.endswith("jlayer: after it\n")
 
 
 def test_only_a_terminal_imports_rich(published, tmp_path):
     code = (
-        "import sys; from convert import convert_checkpoint, progress\n"
+        "import sys; from jlayer.convert import convert_checkpoint, progress\n"
         f"convert_checkpoint({str(published('single'))!r}, {str(tmp_path / 'out')!r}, "
         "progress=progress.StderrProgress())\n"
         "print('rich' in sys.modules)"

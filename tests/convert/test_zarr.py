@@ -10,7 +10,7 @@ import pytest
 import tensorstore as ts
 from backports import zstd
 
-from convert.sources import zarr
+from jlayer.convert.sources import zarr
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 ZSTD = {"name": "zstd", "configuration": {"level": 3}}

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.transform.packed import LEVELS, decode_scales, dequantize, pack, unpack
 from jlayer.checkpoint.quantization import (
     INT4_BITS,
     Quantization,
@@ -15,6 +14,7 @@ from jlayer.checkpoint.quantization import (
     quantization_of,
     stored_tensors,
 )
+from jlayer.convert.transform.packed import LEVELS, decode_scales, dequantize, pack, unpack
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jlayer
-from convert import convert_checkpoint
 from jlayer import AutoModel, DoesNotFitError, UsageError
+from jlayer.convert import convert_checkpoint
 from jlayer.plan.plan import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier

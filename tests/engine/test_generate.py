@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlayer
-from convert import convert_checkpoint
+from jlayer.convert import convert_checkpoint
 from jlayer.engine import engine
 from jlayer.engine.prompts import encode_prompts
 from jlayer.errors import CheckpointError, DoesNotFitError, UsageError

@@ -9,10 +9,10 @@ import shutil
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 from jlayer.plan import plan
 from jlayer.plan.shapes import RunShape

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from convert import convert_checkpoint
-from convert.transform import packed as on_host
-from convert.transform.quantize import quantize
 from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.safetensors import read_header
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.transform import packed as on_host
+from jlayer.convert.transform.quantize import quantize
 from jlayer.encodings.grouped import block_rows
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine import engine

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import bias_name

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.app.cli import main
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import UsageError
 from jlayer.measure import evaluate
 from jlayer.measure.evaluate import compare, perplexity, windows

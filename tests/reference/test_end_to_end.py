@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
+from jlayer.convert import convert_checkpoint
 from jlayer.plan.shapes import RunShape
 from tests.convert.checkpoints import edit_tensors, numbers, tensor_of
 from tests.tiny import tiny_llama

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.app.cli import main
+from jlayer.convert import convert_checkpoint
 from tests.conftest import BUNDLED, SHARED_DATA, needs_shared_data
 
 pytestmark = [pytest.mark.reference, needs_shared_data]

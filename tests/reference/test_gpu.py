@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
+from jlayer.convert import convert_checkpoint
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.device import gpu_memory, link_speed
 from jlayer.plan import plan as plans

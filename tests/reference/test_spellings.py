@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import JlayerError
 from jlayer.families.registry import published_tensors
 from tests.convert.checkpoints import (

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import jlayer
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.checkpoint import safetensors as header
+from jlayer.convert import convert_checkpoint
 from jlayer.engine import engine
 from jlayer.engine.programs import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError

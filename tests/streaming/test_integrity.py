@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from convert import convert_checkpoint
 from jlayer import AutoModel
 from jlayer.checkpoint import digest
 from jlayer.checkpoint.layout import read_manifest
+from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import Tier
 from tests.tiny import tiny_llama

@@ -3,20 +3,23 @@
 A sweep is one pass over all layers. Its predicted limit is printed before anything is measured.
 Then: the disk and the link alone, one layer alone at 1, 64 and 512 tokens, and whole sweeps. The
 disk is measured again between the sweeps, so that a disk whose speed drifts does not falsify the
-shares. Without REF the bundled model is streamed from disk.
+shares. Without MODEL the bundled model is streamed from disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import nullcontext
 
 from jlayer.app import options, progress
 from jlayer.app import picture as timeline
 from jlayer.app.bundled import BUNDLED, converted_bundled
 from jlayer.app.inputs import name_of
-from jlayer.app.running import opened
+from jlayer.app.running import opened, write_text
+from jlayer.app.streams import is_terminal, takes_utf8
+from jlayer.app.words import time_words
 from jlayer.config import human, parse_bytes
 from jlayer.interrupts import check
 from jlayer.plan.machine import DEFAULT_DISK
@@ -35,7 +38,7 @@ OF = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ref", metavar="REF", nargs="?", help=f"{options.REF} (default: the bundled model)"
+        "ref", metavar="MODEL", nargs="?", help=f"{options.REF} (default: the bundled model)"
     )
     parser.add_argument(
         "--from-disk", action="store_true", help="keep no layer in memory: read all in every sweep"
@@ -52,12 +55,12 @@ def run(args: argparse.Namespace) -> dict:
     with (
         nullcontext(args.ref) if args.ref else converted_bundled() as ref,
         opened(ref, offline=args.offline, **_options(args)) as model,
-        progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+        progress.shown(model, _shower(args), words=lambda number: f"sweep {number + 1}") as show,
     ):
-        say = _silent if args.json else _say
+        say = _silent if show is None else lambda line: _say(show, line)
         found = {"model": name, **measure(model, say, name=name, picture=args.timeline)}
-    if not args.json:
-        print(json.dumps(found))
+    if not args.json and not is_terminal(sys.stdout):
+        print(json.dumps(found, ensure_ascii=not takes_utf8(sys.stdout)))
     return found
 
 
@@ -96,7 +99,7 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     for row in found["blocks"]:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
-    say(f"{'first sweep':<28}{seconds(found['first_sweep_s']):>10}{'':14}fills the kept layers")
+    say(f"{'first sweep':<28}{time_words(found['first_sweep_s']):>10}{'':14}fills the kept layers")
     found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
@@ -135,7 +138,7 @@ def ceiling_lines(model) -> str:
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
             f"          {name:<6}{human(n_bytes):>12} at {rate(speed):<11} {how:<22}"
-            f"{seconds(n_bytes / speed):>10}"
+            f"{time_words(n_bytes / speed):>10}"
         )
     return "\n".join(lines) + "\n"
 
@@ -167,7 +170,7 @@ def row_line(title: str, row: dict) -> str:
     tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if row["tokens"] else ""
     share, limit = row["share"], OF[row["limit"]]
     return (
-        f"{title:<18}{tokens:<10}{seconds(row['seconds']['median']):>10}"
+        f"{title:<18}{tokens:<10}{time_words(row['seconds']['median']):>10}"
         f"{rate(row['bytes_per_s']):>12}  {share['median']:.2f} {limit} "
         f"({share['min']:.2f} to {share['max']:.2f}, {share['n']} times)"
     )
@@ -225,8 +228,8 @@ def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
     if limit == "steps":
         return (
             "Neither disk, link nor arithmetic limits this machine with so small a model, but its "
-            f"{n_tiles} steps a sweep, {seconds(took / n_tiles)} each; what would help most is a "
-            "larger model, or more tokens a sweep."
+            f"{n_tiles} steps a sweep, {time_words(took / n_tiles)} each; what would help most is "
+            "a larger model, or more tokens a sweep."
         )
     names = {"disk": "The disk", "link": "The link to the device", "programs": "The arithmetic"}
     best, then = next(iter(remedies.items()))
@@ -237,17 +240,10 @@ def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
         else ""
     )
     return (
-        f"{names[limit]} limits this machine, {seconds(parts[limit])} of a sweep's "
-        f"{seconds(took)}; what would help most is {best} (about {seconds(then)} a sweep){more}."
+        f"{names[limit]} limits this machine, {time_words(parts[limit])} of a sweep's "
+        f"{time_words(took)}; what would help most is {best} (about {time_words(then)} a sweep)"
+        f"{more}."
     )
-
-
-def seconds(value: float) -> str:
-    """A time with three figures, in its unit."""
-    for unit, size in (("s", 1), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
 
 
 def rate(value: float) -> str:
@@ -266,8 +262,12 @@ def _scaled(value, unit):
     return f"{value:.3g} {unit}"
 
 
-def _say(line):
-    print(line, flush=True)
+def _shower(args):
+    return None if args.json else write_text
+
+
+def _say(show, line):
+    show(f"{line}\n")
     check()
 
 

@@ -20,6 +20,7 @@ import sys
 from jlayer.app import options
 from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.inputs import folder_of
+from jlayer.app.streams import conversion_progress, is_terminal, tell
 from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id
 from jlayer.checkpoint.layout import EMBED_FILE
 from jlayer.encodings.registry import SCHEMES
@@ -84,14 +85,13 @@ def run(args: argparse.Namespace) -> dict:
 
     A conversion may be stopped anywhere, so a signal does not wait.
     """
-    from convert import RESUME, convert_checkpoint
-    from convert.progress import StderrProgress
     from jlayer.app.refusals import refused_in_source
+    from jlayer.convert import RESUME, convert_checkpoint
 
     if args.delete_source and not args.yes:
         _ask(args)
     source = _source(args)
-    progress = StderrProgress()
+    progress = conversion_progress()
     try:
         with released():
             done = convert_checkpoint(
@@ -110,16 +110,14 @@ def run(args: argparse.Namespace) -> dict:
     except STOPS as stop:
         progress.close()
         line = f"{args.target}: {word_of(stop)}; what is finished stays; {RESUME}"
-        print(f"jlayer: {line}", file=sys.stderr)
+        tell(line)
         found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
         raise Interrupted(stop, found) from None
     finally:
         progress.close()
     rate = done.source_bytes / max(done.elapsed_s, 1e-9) / 1e6
-    print(
-        f"jlayer: read {done.source_bytes:,} bytes of weights in {done.elapsed_s:.2f} s "
-        f"({rate:,.0f} MB/s)",
-        file=sys.stderr,
+    tell(
+        f"read {done.source_bytes:,} bytes of weights in {done.elapsed_s:.2f} s ({rate:,.0f} MB/s)"
     )
     if not args.json:
         print(_line(done))
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def _ask(args):
     """Raises UsageError unless a person says yes."""
-    if not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise UsageError(
             "--delete-source: nobody to ask (no terminal on stdin); add --yes to remove the weight "
             f"files of {args.source} as they are converted"

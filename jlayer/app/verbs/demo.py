@@ -1,13 +1,12 @@
 """Stream the bundled model (fable-3m, 6 MB, trained for this project) and watch it tell a story.
 
-The model is converted to a temporary folder and read from there in every sweep: no layer stays in
-memory. The story is sampled with a fixed seed.
+The model is converted to a temporary folder and read from there in every forward pass: no layer
+stays in memory. The story is sampled with a fixed seed.
 """
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 from jlayer.app import options
 from jlayer.app.bundled import converted_bundled
@@ -31,11 +30,8 @@ def run(args) -> dict:
     ):
         check()
         decoding, _ = model.decoding(PROMPT, options=OPTIONS)
-        live = sys.stdout.isatty() and not args.json
-        with live_view(model) if live else nullcontext(write_text) as show:
-            if not args.json:
-                show(PROMPT)
-            found = follow(model, decoding, None if args.json else show, counts=not live)
+        show = None if args.json else write_text
+        found = follow(model, decoding, show, view=Places(model.plan.n_tiles), before=PROMPT)
         if not args.json:
             print(table(model, found))
     return found
@@ -50,7 +46,7 @@ def table(model, found) -> str:
     rows = [
         (
             "layers streamed",
-            f"{layers} ({model.config.num_hidden_layers} layers, {stats['sweeps']} sweeps)",
+            f"{layers} ({model.config.num_hidden_layers} layers, {stats['sweeps']} forward passes)",
         ),
         (
             "bytes moved",
@@ -64,35 +60,23 @@ def table(model, found) -> str:
 
 
 class Places:
-    """Where each tile is now, by the executor's steps; drawn as one line."""
+    """Where each tile is now, by the executor's steps: a view that `progress.shown` draws."""
+
+    MARKS: ClassVar = {Read: "r", Put: "D", Run: "#", Free: " "}
+    refresh_s = 0.04  # a sweep takes a few milliseconds
+    LEGEND = "r read from disk   D on the device   # running   others: on disk"
 
     def __init__(self, n_tiles: int):
         self._places = [" "] * n_tiles
 
-    def note(self, step):
-        marks = {Read: "r", Put: "D", Run: "#", Free: " "}
-        self._places[step.tile] = marks[type(step)]
+    def on_step(self, step, tile):
+        self._places[step.tile] = self.MARKS[type(step)]
 
-    def __str__(self):
-        tiles = "".join(f"[{mark}]" for mark in self._places)
-        return f"{tiles}  r read from disk   D on the device   # running   others: on disk"
+    def on_compile(self, label):
+        pass
 
+    def wait(self, words):
+        pass
 
-@contextmanager
-def live_view(model):
-    """Shows the text while it grows, and under it where each tile is. Yields the function that
-    takes the text's pieces."""
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.text import Text
-
-    story, places = Text(), Places(model.plan.n_tiles)
-
-    class View:
-        def __rich__(self):
-            return Group(story, Text(f"\n{places}", style="dim"))
-
-    console = Console()
-    watched = model.engine.watch.also(lambda step, tile: places.note(step))
-    with Live(View(), console=console, refresh_per_second=20), watched:
-        yield story.append
+    def status(self) -> list[str]:
+        return ["", "".join(f"[{mark}]" for mark in self._places), self.LEGEND]

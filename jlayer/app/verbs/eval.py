@@ -1,6 +1,6 @@
 """Measure how well a model predicts a text, or how far the predictions of two models differ.
 
-    jlayer eval perplexity REF --text FILE
+    jlayer eval perplexity MODEL --text FILE
     jlayer eval compare A B --text FILE
 
 The whole text is encoded, after the beginning token of the published tokenizer, and cut into
@@ -17,8 +17,9 @@ from argparse import SUPPRESS
 from contextlib import contextmanager
 
 from jlayer.app import options, progress
-from jlayer.app.inputs import read_file
+from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
+from jlayer.app.streams import is_terminal, tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 
@@ -32,7 +33,7 @@ def add_arguments(parser):
         description="Measure the perplexity of a model.",
         **layout,
     )
-    one.add_argument("ref", metavar="REF", help=options.REF)
+    one.add_argument("ref", metavar="MODEL", help=options.REF)
     two = kinds.add_parser(
         "compare",
         help="of two models, and their divergence",
@@ -46,7 +47,9 @@ def add_arguments(parser):
         "--scratch", metavar="DIR", help="folder for A's logits (default: the system's, /tmp)"
     )
     for own in (one, two):
-        own.add_argument("--text", metavar="FILE", required=True, help="the text, UTF-8")
+        own.add_argument(
+            "--text", metavar="FILE", required=True, help="the text, UTF-8; - is stdin"
+        )
         own.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens only")
         own.add_argument(
             "--window", type=int, metavar="N", help="tokens (default: the context, at most 1024)"
@@ -59,7 +62,7 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
-    text = read_file(args.text, option="--text")
+    text = read_text(args.text, option="--text")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
     run_options = options.given(args, *options.RUN)
@@ -70,9 +73,9 @@ def run(args) -> dict:
     def opened_and_shown(ref):
         with (
             opened(ref, offline=args.offline, **run_options) as model,
-            progress.shown(model, None, words=lambda number: f"sweep {number + 1}"),
+            progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
         ):
-            print(f"jlayer: {ref}: {describe(model)}", file=sys.stderr)
+            tell(f"{ref}: {describe(model)}")
             yield model
 
     def encoded(model):
@@ -131,11 +134,11 @@ def _line(found):
         f"{found['ref']}: perplexity {found['perplexity']:.4f}, {found['nll']:.5f} nats a token, "
         f"{found['bits_per_byte']:.4f} bits a byte; {found['n_predicted']} tokens predicted in "
         f"{found['n_windows']} windows of {found['window']}, {found['stride']} apart; "
-        f"{found['sweeps']} sweeps"
+        f"{found['sweeps']} forward passes"
     )
 
 
 def _tell(done, of):
     check()
-    if sys.stderr.isatty() or done == of:
-        print(f"jlayer: {done} of {of} windows", file=sys.stderr)
+    if is_terminal(sys.stderr) or done == of:
+        tell(f"{done} of {of} windows")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 
+from jlayer.app.streams import conversion_progress, tell
 from jlayer.interrupts import released
 
 
@@ -24,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Exports, and returns what was done; raises the errors of jlayer.errors."""
-    from convert.export import export_checkpoint
-    from convert.progress import StderrProgress
+    from jlayer.convert.export import export_checkpoint
 
-    progress = StderrProgress()
+    progress = conversion_progress()
     try:
         with released():
             done = export_checkpoint(
@@ -35,9 +34,10 @@ def run(args: argparse.Namespace) -> dict:
             )
     finally:
         progress.close()
-    print(
-        f"jlayer: wrote {done.n_tensors} tensors to {done.target}, {done.target_bytes:,} bytes in "
-        f"{done.elapsed_s:.2f} s",
-        file=sys.stderr,
-    )
+    if not args.json:
+        print(
+            f"{done.target}: holds {args.folder} as {args.format}, {done.n_tensors} tensors, "
+            f"{done.target_bytes:,} bytes"
+        )
+    tell(f"wrote {done.target_bytes:,} bytes in {done.elapsed_s:.2f} s")
     return dataclasses.asdict(done)

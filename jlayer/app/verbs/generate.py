@@ -1,13 +1,21 @@
 """Continue a text. The text goes to stdout while it grows; device, plan and timing go to stderr.
 
-Without -p, --prompt-file or --prompt-ids the prompt is read from stdin.
+The prompt is PROMPT, -p, --prompt-file or --prompt-ids; without any of them, or with "-" for a
+text, it is read from stdin. The newline at the end of a file or of stdin is not part of it.
 """
 
 from __future__ import annotations
 
 from jlayer.app import options
 from jlayer.app import picture as timeline
-from jlayer.app.inputs import folder_of, name_of, read_file, read_stdin
+from jlayer.app.inputs import (
+    argument_text,
+    folder_of,
+    name_of,
+    read_stdin,
+    read_text,
+    without_line_end,
+)
 from jlayer.app.running import follow, opened, write_text
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
@@ -32,17 +40,24 @@ SAMPLING = {
     "logprobs": (int, "with --json: log-probabilities of the new tokens and of the N likeliest"),
     "seed": (int, "the same seed gives the same text on every machine"),
 }
+TEMPLATE = "--chat-template"
+MISSING = (
+    "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
+    "--prompt-file F, or pipe it in"
+)
 METAVARS = {int: "N", float: "X"}
 
 
 def add_arguments(parser):
-    parser.add_argument("ref", metavar="REF", help=options.REF)
+    parser.add_argument("ref", metavar="MODEL", help=options.REF)
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("text", metavar="PROMPT", nargs="?", help="the text to continue")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the same, as an option")
     prompt.add_argument("--prompt-file", metavar="F", help="a UTF-8 file with the prompt")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="the prompt as token ids")
     parser.add_argument(
-        *("-n", "--max-new-tokens"),
+        *("-n", "--max-tokens", "--max-new-tokens"),
+        dest="max_new_tokens",
         type=int,
         metavar="N",
         help="the most new tokens (default: the model's, or 20)",
@@ -56,6 +71,7 @@ def add_arguments(parser):
     chat = parser.add_argument_group("chat models")
     chat.add_argument("--chat", action="store_true", help="put the prompt in the model's format")
     chat.add_argument("--system", metavar="S", help="a system message before it; implies --chat")
+    chat.add_argument(TEMPLATE, metavar="F", help="a file with another template; implies --chat")
     chat.add_argument(
         "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
     )
@@ -67,9 +83,12 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     timeline.check_file(args.timeline)
+    if args.logprobs is not None and not args.json:
+        raise UsageError("--logprobs: they are shown in the JSON object only; add --json")
+    form = chat_form(args)
     prompt = read_prompt(args)
     if args.show_prompt:
-        return show_prompt(args, prompt)
+        return show_prompt(args, prompt, form)
     sampling = options.given(args, *SAMPLING, "max_new_tokens", "stop")
     run_options = {
         **(preset(args.preset) if args.preset else {}),
@@ -77,12 +96,26 @@ def run(args) -> dict:
     }
     with opened(args.ref, offline=args.offline, **run_options) as model:
         check()
-        decoding, _ = model.decoding(prompt, options=sampling, chat=args.chat, system=args.system)
+        decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
             return follow(model, decoding, show=None if args.json else write_text)
 
 
-def show_prompt(args, prompt) -> dict:
+def chat_form(args) -> dict:
+    """How a text becomes messages, and these a prompt: the options of `encode_prompts`."""
+    system, path, template = args.system, args.chat_template, None
+    if path is not None:
+        template = read_text(path, option=TEMPLATE)
+        if "{" not in template:
+            raise UsageError(f"{TEMPLATE}: {path} holds no template: nothing in {{braces}}")
+    return {
+        "chat": args.chat or system is not None or template is not None,
+        "system": None if system is None else argument_text(system, option="--system"),
+        "chat_template": template,
+    }
+
+
+def show_prompt(args, prompt, form) -> dict:
     """The prompt as text and ids, without opening the weights."""
     from jlayer.text.chat import chat_messages
     from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
@@ -94,10 +127,13 @@ def show_prompt(args, prompt) -> dict:
     if isinstance(prompt, list):
         text, ids = tokenizer.decode(prompt, skip_special_tokens=False), prompt
     else:
-        chat = args.chat or args.system is not None
-        messages = chat_messages(prompt, chat=chat, system=args.system)
-        text = prompt if messages is None else tokenizer.render_chat(messages)
-        ids = tokenizer.encode(prompt) if messages is None else tokenizer.encode_chat(messages)
+        template = {"chat_template": form.pop("chat_template")}
+        messages = chat_messages(prompt, **form)
+        if messages is None:
+            text, ids = prompt, tokenizer.encode(prompt)
+        else:
+            text = tokenizer.render_chat(messages, **template)
+            ids = tokenizer.encode_chat(messages, **template)
     if not args.json:
         print(text)
     return {"prompt": text, "prompt_ids": ids}
@@ -105,8 +141,6 @@ def show_prompt(args, prompt) -> dict:
 
 def read_prompt(args) -> str | list[int]:
     """The prompt as text or ids. Raises UsageError or StorageError."""
-    if args.prompt is not None:
-        return args.prompt
     if args.prompt_ids is not None:
         try:
             return [int(word) for word in args.prompt_ids.split(",")]
@@ -114,6 +148,11 @@ def read_prompt(args) -> str | list[int]:
             raise UsageError(
                 f"--prompt-ids: found {args.prompt_ids!r}, expected numbers such as 1,2,3"
             ) from None
+    text = args.text if args.prompt is None else args.prompt
     if args.prompt_file is not None:
-        return read_file(args.prompt_file, option="--prompt-file")
-    return read_stdin(missing="prompt: none given; use -p TEXT, --prompt-file F, or pipe it in")
+        text = read_text(args.prompt_file, option="--prompt-file")
+    elif text is None or text == "-":
+        text = read_stdin(missing=MISSING)
+    else:
+        return argument_text(text, option="--prompt")
+    return without_line_end(text)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 
 from jlayer import catalogue
 from jlayer.app import options
+from jlayer.app.streams import tell
+from jlayer.app.words import time_words
 from jlayer.checkpoint.foreign import refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
@@ -28,17 +29,20 @@ from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
 from jlayer.interrupts import released
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine
+from jlayer.plan.need import memory_name
 from jlayer.plan.plan import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
 
+SLOWEST = 1_000_000  # bytes a second; what is below lacks its unit
+
 
 def add_arguments(parser):
     parser.add_argument(
         "ref",
-        metavar="REF",
+        metavar="MODEL",
         help="a folder, a config.json, a known model, or a hub id: owner/name[@revision]",
     )
     options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
@@ -90,7 +94,7 @@ def run(args) -> dict:
         kept = quantization and described(quantization, cfg)
         print(describe(plan, kept, is_converted=is_layered(args.ref)))
         for note in plan.notes:
-            print(f"jlayer: {note}", file=sys.stderr)
+            tell(note)
     found = plan.as_dict()
     if quantization is not None:
         bits = quantization.block_bits(shapes)
@@ -114,7 +118,7 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         refuse_file(ref, but_json=True)
         raw = read_json_object(ref)
         if raw.get("model_type") is None and not raw.get("architectures"):
-            print(f"jlayer: {ref}: model_type is missing; assumed to be llama", file=sys.stderr)
+            tell(f"{ref}: model_type is missing; assumed to be llama")
             raw["model_type"] = "llama"
         return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
@@ -142,7 +146,17 @@ def _measured(ref):
 
 
 def _speed(words, option):
-    return None if words is None else parse_bytes(words.removesuffix("/s"), option=option)
+    """Bytes a second. A number alone is taken for one in GB/s by whoever writes it: 25 bytes a
+    second is no speed of a disk or a link."""
+    if words is None:
+        return None
+    speed = parse_bytes(words.removesuffix("/s"), option=option)
+    if speed < SLOWEST:
+        raise UsageError(
+            f"{option}: found {words}, which is {speed} bytes a second; expected at least 1 MB/s, "
+            "with its unit: 3GB/s, 500MB/s"
+        )
+    return speed
 
 
 def described(quantization: Quantization, cfg: ModelConfig) -> str:
@@ -184,13 +198,13 @@ def describe(plan, quantized: str | None = None, *, is_converted: bool = False) 
         lines.append(f"{title}")
         for name, n_bytes in found[title].items():
             if n_bytes:
-                lines.append(f"  {name.removesuffix('_bytes'):<14}{human(n_bytes):>12}")
+                lines.append(f"  {memory_name(name):<14}{human(n_bytes):>12}")
     kept = ", ".join(f"{name.removesuffix('_layers')} {n}" for name, n in found["tiers"].items())
     lines += [
         f"layers          {kept}",
-        f"tiles           {plan.n_tiles} a sweep, of up to {human(plan.tile_bytes)}",
-        f"sweep           {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
-        f"of it from disk; about {plan.sweep_seconds:.3g} s"
+        f"tiles           {plan.n_tiles} a pass, of up to {human(plan.tile_bytes)}",
+        f"forward pass    {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
+        f"of it from disk; about {time_words(plan.sweep_seconds)}"
         + (", one token or 64" if plan.machine.kind.has_link else " for one token"),
     ]
     if plan.put_bytes == 0:

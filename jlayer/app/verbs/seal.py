@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Seals, and returns what was taken in; raises the errors of jlayer.errors."""
-    from convert.progress import StderrProgress
-    from convert.target.seal import seal_folder
     from jlayer.app.refusals import refused_in_folder
+    from jlayer.convert.progress import StderrProgress
+    from jlayer.convert.target.seal import seal_folder
 
     progress = StderrProgress()
     try:

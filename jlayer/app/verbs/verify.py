@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from jlayer.app.streams import conversion_progress
 from jlayer.errors import CheckpointError
 from jlayer.interrupts import released
 
@@ -19,10 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Checks, and returns the result; raises CheckpointError with all findings."""
-    from convert import verify_folder
-    from convert.progress import StderrProgress
+    from jlayer.convert import verify_folder
 
-    progress = StderrProgress()
+    progress = conversion_progress()
     try:
         with released():
             verdict = verify_folder(args.folder, progress=progress)
