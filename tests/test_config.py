@@ -2,8 +2,9 @@
 
 import pytest
 
-from jlayer.config import RunConfig, human, parse_bytes
+from jlayer.config import RunConfig
 from jlayer.errors import UsageError
+from jlayer.sizes import human, parse_bytes
 
 SIZES = {
     1: 1,

@@ -17,6 +17,7 @@ ROOMS = (
         "interrupts",
         "protobuf",
         "tokenizer_files",
+        "sizes",
         "spec",
         "encodings",
         "families",

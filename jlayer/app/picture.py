@@ -14,9 +14,9 @@ from dataclasses import replace
 from itertools import groupby
 
 from jlayer.app.streams import tell
-from jlayer.config import human
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan.tiles import Tier
+from jlayer.sizes import human
 
 # The colour-blind safe palette of Okabe and Ito; the lighter colour marks every second layer.
 COLOURS = {

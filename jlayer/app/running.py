@@ -11,8 +11,9 @@ from jlayer.app.ending import Interrupted
 from jlayer.app.inputs import folder_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.config import RunConfig, human
+from jlayer.config import RunConfig
 from jlayer.interrupts import STOPS, released
+from jlayer.sizes import human
 from jlayer.streaming.schedule import Tier
 
 

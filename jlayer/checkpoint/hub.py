@@ -25,8 +25,8 @@ from jlayer.checkpoint.source import (
     refuse_quantizer_files,
     regular_file,
 )
-from jlayer.config import human
 from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, StorageError, UsageError
+from jlayer.sizes import human
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -12,8 +12,8 @@ import tempfile
 
 import numpy as np
 
-from jlayer.config import human
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
+from jlayer.sizes import human
 
 # The file system cannot reserve space: compare with the free space that it reports.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

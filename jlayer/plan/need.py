@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
-from jlayer.config import human
+from jlayer.sizes import human
 
 
 @dataclass(frozen=True)

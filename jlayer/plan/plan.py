@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from jlayer.config import human
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import memory, time
 from jlayer.plan.machine import READING, Machine
@@ -19,6 +18,7 @@ from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import CHUNK_TOKENS, RunShape, Shapes
 from jlayer.plan.tiles import Tier, Tile, Tiling, Weights, cut
+from jlayer.sizes import human
 
 # None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))

@@ -20,9 +20,9 @@ from jlayer.app.inputs import name_of
 from jlayer.app.running import opened, write_text
 from jlayer.app.streams import is_terminal, takes_utf8
 from jlayer.app.words import time_words
-from jlayer.config import human, parse_bytes
 from jlayer.interrupts import check
 from jlayer.plan.machine import DEFAULT_DISK
+from jlayer.sizes import human, parse_bytes
 from jlayer.streaming.schedule import Tier
 
 QUANTIZED_BITS = 4.5  # a weight in the smallest format, with its scales

@@ -11,8 +11,8 @@ from typing import ClassVar
 from jlayer.app import options
 from jlayer.app.bundled import converted_bundled
 from jlayer.app.running import follow, opened, write_text
-from jlayer.config import human
 from jlayer.interrupts import check
+from jlayer.sizes import human
 from jlayer.streaming.schedule import Free, Put, Read, Run
 
 PROMPT = "Once upon a time there was a little girl who"

@@ -16,14 +16,7 @@ from jlayer.checkpoint.foreign import refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
-from jlayer.config import (
-    RunConfig,
-    human,
-    model_config,
-    parse_bytes,
-    planned_dtype,
-    read_config,
-)
+from jlayer.config import RunConfig, model_config, planned_dtype, read_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
@@ -33,6 +26,7 @@ from jlayer.plan.need import memory_name
 from jlayer.plan.plan import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
+from jlayer.sizes import human, parse_bytes
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
 
