@@ -44,7 +44,7 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
     for line in (describe(model), *model.notes, *decoding.notes):
         tell(line)
     live = show if len(decoding.lanes) == 1 else None
-    stopped = None
+    stopped, n_shown = None, 0  # characters of the text
     with progress.shown(model, live, view=view) as write:
         steps = iter(decoding)
         try:
@@ -52,6 +52,7 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
                 write(before)
             for gained in steps:
                 if write and has_text:
+                    n_shown += len(gained[0].text)  # a signal comes once it is written
                     write(gained[0].text)
         except STOPS as stop:
             stopped = stop
@@ -59,7 +60,7 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
             steps.close()
     found = decoding.generations()
     if live and has_text:
-        live("\n")
+        live(found[0].text[n_shown:] + "\n")  # a signal may come between a token and its text
     elif show:
         texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
         show("\n\n".join(texts) + "\n")
@@ -73,9 +74,10 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
 
 
 def write_text(piece: str):
-    """Writes to stdout at once. A reader may be slow: a signal ends the wait for it."""
+    """Writes to stdout at once. A reader may be slow: a signal ends the wait for it, and finds the
+    text in the buffer."""
+    sys.stdout.write(piece)
     with released():
-        sys.stdout.write(piece)
         sys.stdout.flush()
 
 

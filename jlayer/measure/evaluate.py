@@ -194,11 +194,11 @@ def compare(
     Raises UsageError, DoesNotFitError (no space in `scratch`, before the first sweep), StorageError
     and what a sweep raises.
     """
-    with open_second() as model:  # what speaks against it is said before the first one runs
-        expected, most = (model.config.vocab_size, ids(model)), _longest(model)
-        window, _ = _sizes(model, expected[1], length, stride, most)
-        model.engine.plan_for(_shape(1, window, sweeps=1)).check()
     with Scratch(scratch) as logits:
+        with open_second() as model:  # what speaks against it is said before the first one runs
+            expected, most = (model.config.vocab_size, ids(model)), _longest(model)
+            window, _ = _sizes(model, expected[1], length, stride, most)
+            model.engine.plan_for(_shape(1, window, sweeps=1)).check()
         with open_first() as model:
             tokens, vocab = ids(model), model.config.vocab_size
             if (vocab, tokens) != expected:
