@@ -43,7 +43,13 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 # Keys of "layer_types" that limit what a layer attends to -> the key that says how far.
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 # Keys that make another model of a llama in transformers -> the values at which they do not.
-_NEUTRAL = {"is_causal": (True,), "per_layer_config": (None, {}), "kv_sharing_modes": (None,)}
+# (transformers reads another file than config.json where configuration_files names one.)
+_NEUTRAL = {
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "kv_sharing_modes": (None,),
+    "configuration_files": (None, []),
+}
 # Keys by which a quantisation_config without "quant_method" is known.
 _METHOD_BY_KEY = {
     "load_in_4bit": "bitsandbytes",

@@ -1,10 +1,13 @@
 """Options as users write them: sizes, and what is refused."""
 
+import json
+
 import pytest
 
-from jlayer.config import RunConfig
-from jlayer.errors import UsageError
+from jlayer.config import RunConfig, model_config
+from jlayer.errors import UnsupportedModelError, UsageError
 from jlayer.sizes import human, parse_bytes
+from tests.conftest import BUNDLED
 
 SIZES = {
     1: 1,
@@ -69,3 +72,11 @@ def test_bytes_are_shown_in_binary_units(n_bytes, text):
 def test_an_unknown_option_names_the_closest_one():
     with pytest.raises(UsageError, match="option 'host_memry' is not known: did you mean 'host_m"):
         RunConfig.from_options(host_memry="4GiB")
+
+
+def test_a_config_that_names_other_files_by_version_is_refused():
+    """transformers reads config.4.0.0.json there, and jlayer would run another model."""
+    raw = json.loads((BUNDLED / "config.json").read_text())
+    assert model_config({**raw, "configuration_files": []}, where="config.json")
+    with pytest.raises(UnsupportedModelError, match="configuration_files is"):
+        model_config({**raw, "configuration_files": ["config.4.0.0.json"]}, where="config.json")

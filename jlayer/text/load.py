@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from jlayer.strict import read_json_object, read_small_file
@@ -14,6 +16,8 @@ from jlayer.text.sentencepiece import from_sentencepiece
 from jlayer.text.special_tokens import add_tokens, check_ids, mark_special
 from jlayer.text.tiktoken import from_tiktoken
 from jlayer.tokenizer_files import is_tiktoken
+
+_VERSIONED = re.compile(r"tokenizer\.([0-9.]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
     Raises CheckpointError (a damaged file) or UnsupportedModelError (a kind that no Llama uses).
     """
     own_class = CLASSES.get(declared.tokenizer_class)
-    path, read = _vocabulary_file(folder, own_class)
+    path, read = _vocabulary_file(folder, own_class, declared.settings)
     if read is None:
         return None
     file, own = read(path, declared)
@@ -67,9 +71,10 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
     )
 
 
-def _vocabulary_file(folder, own_class):
+def _vocabulary_file(folder, own_class, settings):
     """(the file that the vocabulary is in, what reads it), or (None, None)."""
-    for name, read in (("tokenizer.json", _from_json), ("tokenizer.model", _from_model_file)):
+    json_name = _json_name(folder, settings.get("fast_tokenizer_files"))
+    for name, read in ((json_name, _from_json), ("tokenizer.model", _from_model_file)):
         if (folder / name).exists():
             return folder / name, read
     pair = folder / "vocab.json", folder / "merges.txt"
@@ -77,6 +82,22 @@ def _vocabulary_file(folder, own_class):
     if is_byte_level and all(path.exists() for path in pair):
         return pair[0], _from_vocabulary_and_merges
     return None, None
+
+
+def _json_name(folder, versioned):
+    """The file in the place of tokenizer.json.
+
+    `versioned`: files for releases of transformers from a version on, such as tokenizer.4.0.0.json.
+    The newest counts that the installed release takes.
+    """
+    matches = [_VERSIONED.fullmatch(str(name)) for name in versioned or ()]
+    names = {_numbers(m[1]): m[0] for m in matches if m and (folder / m[0]).exists()}
+    usable = [v for v in names if v <= _numbers(metadata.version("transformers"))]
+    return names[max(usable)] if usable else "tokenizer.json"
+
+
+def _numbers(version):
+    return tuple(int(word) for word in re.findall(r"\d+", version)[:3])
 
 
 def _with_class(own, own_class):

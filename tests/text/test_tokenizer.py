@@ -403,3 +403,26 @@ def test_chats_are_those_of_transformers(llama3):
 def test_a_model_without_chat_template(fable):
     with pytest.raises(UsageError, match="no chat template"):
         fable.encode_chat(chat("x"))
+
+
+def test_a_tokenizer_for_newer_releases_of_transformers_goes_before_tokenizer_json(tmp_path):
+    """It was passed over, and the ids were those of the older file."""
+    transformers = pytest.importorskip("transformers")
+    original = json.loads((BUNDLED / "tokenizer.json").read_text())
+    older = {**original, "model": {**original["model"], "merges": []}}
+    settings = json.loads((BUNDLED / "tokenizer_config.json").read_text())
+    names = ["tokenizer.4.0.0.json", "tokenizer.999.0.0.json", "tokenizer.5.0.0.json"]
+    for name in (*names[:2], "tokenizer.json"):
+        content = original if name == names[0] else older
+        (tmp_path / name).write_text(json.dumps(content))
+    text = "Once upon a time"
+    found = {}
+    for listed in (None, names[:1], names[:2], names[1:2]):
+        config = {**settings, "fast_tokenizer_files": listed} if listed else settings
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ids = Tokenizer.from_folder(tmp_path).encode(text)
+        assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"], (
+            listed
+        )
+        found[str(listed)] = len(ids)
+    assert len(set(found.values())) == 2, found
