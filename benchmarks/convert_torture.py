@@ -378,9 +378,7 @@ def random_kills(bench: Bench) -> dict:
     )
     target = bench.home / "larger-target"
     os.sync()  # or the syncs of the conversion wait for this
-    started = time.perf_counter()
-    subprocess.run(_words(source, target), check=True, cwd=REPOSITORY, capture_output=True)
-    lasts_s = time.perf_counter() - started
+    lasts_s, writes_s = _undisturbed(source, target)
     expected = files_of(target)
     shutil.rmtree(target)
     found, stops_s = Counter(), []
@@ -389,7 +387,7 @@ def random_kills(bench: Bench) -> dict:
         while again:
             kind = bench.rng.choice(missing)
             number = bench.rng.choice(_NUMBERS[kind])
-            took_s = _stop_at_random(bench, source, target, number, lasts_s)
+            took_s = _stop_at_random(bench, source, target, number, lasts_s, writes_s)
             if took_s is None:
                 break
             found[f"{kind} midway"] += target.exists() and not (target / MANIFEST).exists()
@@ -411,13 +409,38 @@ def random_kills(bench: Bench) -> dict:
     }
 
 
-def _stop_at_random(bench, source, target, number, lasts_s):
-    """Starts the conversion and stops it; returns the seconds, or None where it ended first."""
+def _undisturbed(source, target):
+    """Seconds that a conversion lasts, and those of them in which it writes."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        _words(source, target), cwd=REPOSITORY, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    _await_writing(process, target)
+    writing = time.perf_counter()
+    assert process.wait() == 0
+    ended = time.perf_counter()
+    return ended - started, ended - writing
+
+
+def _await_writing(process, target):
+    """Until the target is there, or the conversion has ended."""
+    while not target.exists() and process.poll() is None:
+        time.sleep(0.001)
+
+
+def _stop_at_random(bench, source, target, number, lasts_s, writes_s):
+    """Starts the conversion and stops it; returns the seconds, or None where it ended first.
+
+    A short conversion writes for a few percent of its time: it is stopped while it does.
+    """
     process = subprocess.Popen(
         _words(source, target), cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
+    if bench.short:
+        _await_writing(process, target)
+    moment = (0, writes_s) if bench.short else (0.2, lasts_s)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(bench.rng.uniform(lasts_s / 2 if bench.short else 0.2, lasts_s))
+        process.wait(bench.rng.uniform(*moment))
     ended = process.poll() is not None
     process.send_signal(number)
     sent = time.perf_counter()
