@@ -76,7 +76,10 @@ class Parser(argparse.ArgumentParser):
             elif word in self._known:
                 options += self._with_value(word, words)
             elif word.startswith("-") and word != "-":
-                options.append(self._one_dash_checked(word))
+                word = self._one_dash_checked(word)
+                if not self._is_option(word):  # what follows it is no positional word
+                    self.error(self._unknown([word]))
+                options.append(word)
             else:
                 positional.append(word)
         return options + positional
@@ -94,6 +97,10 @@ class Parser(argparse.ArgumentParser):
                 f"write {name}={value} if that is the value"
             )
         return [f"{name}={_DASHES if value == '--' else value}"]
+
+    def _is_option(self, word):
+        """Whether it is a known option, alone or with its value: --n=5, -n5."""
+        return word.split("=")[0] in self._known or (word[1] != "-" and word[:2] in self._known)
 
     def _one_dash_checked(self, word):
         """`-prompt` would be read as -p with the value "rompt"."""

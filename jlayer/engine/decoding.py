@@ -182,7 +182,7 @@ class Decoding:
                 finish_reason=lane.finish_reason,
                 device=engine.device_name,
                 dtype=engine.dtype,
-                seed=lane.options.seed,
+                seed=None if lane.options.is_greedy else lane.options.seed,
                 logprobs=_logprobs(lane.choices) if self.options.logprobs is not None else None,
                 stats=self.stats.as_dict(),
                 memory=memory,

@@ -166,20 +166,31 @@ class Plan:
         }
 
     def check(self) -> None:
-        """Raises DoesNotFitError, with the sum and the smallest sufficient budget."""
-        for option, memory_of, peak in (
-            ("device_memory", self.device, self.device_peak_bytes),
-            ("host_memory", self.host, self.host_peak_bytes),
-        ):
-            if peak > memory_of.budget_bytes:
-                others = f" beside {self.n_held} other runs that are alive" if self.n_held else ""
-                advice = ", or end other runs" if self.n_held else ""
-                raise DoesNotFitError(
-                    f"{option}: {human(memory_of.budget_bytes)} given, needed{others} are "
-                    f"{human(peak)} = {terms_of(memory_of)}; give at least {-(-peak // 2**20)}MiB, "
-                    f"or ask for fewer tokens{advice}",
-                    report={"plan": self.as_dict()},
-                )
+        """Raises DoesNotFitError, with each sum over its budget and the smallest sufficient one."""
+        device = self.device
+        tokens = device.cache_bytes + device.activation_bytes + device.temporary_bytes
+        shared = 0 if self.machine.kind.has_link else tokens  # there the host holds these too
+        problems = [
+            self._over("device_memory", device, tokens),
+            self._over("host_memory", self.host, self.host.embedding_bytes + shared),
+        ]
+        if any(problems):
+            line = "; ".join(filter(None, problems))
+            raise DoesNotFitError(line, report={"plan": self.as_dict()})
+
+    def _over(self, option, memory_of, token_bytes):
+        """What to say of a budget that is too small; None where it is not. `token_bytes`: what
+        fewer tokens would save at most."""
+        peak = total(memory_of)
+        if peak <= memory_of.budget_bytes:
+            return None
+        others = f" beside {self.n_held} other runs that are alive" if self.n_held else ""
+        advice = ", or ask for fewer tokens" if peak - token_bytes <= memory_of.budget_bytes else ""
+        advice += ", or end other runs" if self.n_held else ""
+        return (
+            f"{option}: {human(memory_of.budget_bytes)} given, needed{others} are {human(peak)} = "
+            f"{terms_of(memory_of)}; give at least {-(-peak // 2**20)}MiB{advice}"
+        )
 
 
 def make_plan(

@@ -76,3 +76,10 @@ def test_a_quiet_command_says_results_and_errors_only(fable, capsys):
     assert len(loud.err.splitlines()) == 2
     assert main(["generate", str(BUNDLED), "Once", "--top-p", "3", "--quiet"]) == 2
     assert "top_p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [["-p", "a"], ["--prompt-ids", "0,5"], ["a"]])
+def test_a_mistyped_option_is_named_whatever_stands_before_it(before, capsys):
+    """Its value was taken for a prompt, and the message spoke of PROMPT."""
+    assert main(["generate", "x", *before, "--temprature", "1"]) == 2
+    assert "--temprature (did you mean --temperature?)" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Plans: what is kept where, held against refusals and against known sizes of known models."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -213,3 +214,18 @@ def test_an_accepted_plan_keeps_both_promises_and_a_refused_one_says_what_would_
     smallest = found["smallest_device_memory_bytes"]
     assert with_budgets(max(device, smallest), max(host, found["host"]["peak_bytes"])).fits
     assert not with_budgets(smallest - 1, 1 << 50).fits
+
+
+def test_a_refusal_names_both_budgets_and_advises_fewer_tokens_only_where_they_help():
+    """One budget was named at a time, and fewer tokens were advised where one was asked for."""
+    tiny = plan_of(SMALL_8B, on=machine(platform="cpu", device_budget=1, host_budget=1))
+    with pytest.raises(DoesNotFitError) as refused:
+        tiny.check()
+    words = str(refused.value)
+    assert re.findall(r"(\w+_memory): 1 B given", words) == ["device_memory", "host_memory"]
+    assert "fewer tokens" not in words
+    plan = plan_of(SMALL_8B, on=machine(), batch=4, longest=500, context=500)
+    enough = plan.device_peak_bytes - plan.device.cache_bytes
+    tight = replace(plan, device=replace(plan.device, budget_bytes=enough))
+    with pytest.raises(DoesNotFitError, match="or ask for fewer tokens"):
+        tight.check()

@@ -113,10 +113,11 @@ def run(args) -> dict:
 
 def _encode(model, text, max_tokens):
     """The text's ids, and their number over that of its bytes."""
-    from jlayer.text.tokenizer import NO_TOKENIZER
-
     if model.text is None:
-        raise UsageError(NO_TOKENIZER.format(folder=model.folder))
+        raise UsageError(
+            f"{model.folder}: no tokenizer.json or tokenizer.model, and a text is evaluated as "
+            "tokens; put the published tokenizer files beside the weights"
+        )
     ids = model.text.encode(text)
     if max_tokens is not None and len(ids) > max_tokens:
         ids = ids[:max_tokens]
