@@ -148,7 +148,12 @@ def _status(path):
 
 
 def refuse_inside(target: str, source: str) -> None:
-    """Raises UsageError where the target is the source, or inside it."""
+    """Raises UsageError where the target is the source, or inside it, or inside a conversion."""
+    _refuse_inside_the_source(target, source)
+    _refuse_inside_a_conversion(target)
+
+
+def _refuse_inside_the_source(target, source):
     try:
         origin = os.stat(source)
     except OSError:
@@ -162,6 +167,24 @@ def refuse_inside(target: str, source: str) -> None:
         if path == os.path.dirname(path):
             return
         path = os.path.dirname(path)
+
+
+def _refuse_inside_a_conversion(target):
+    """A folder within a layered checkpoint would be a foreign file to its seal."""
+    path = resolve(target, strict=False)
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        # A manifest.json alone is a common name that others use too.
+        if _holds(path, JOURNAL) or (_holds(path, MANIFEST) and _holds(path, EMBED_FILE)):
+            raise UsageError(
+                f"{target}: is inside the layered checkpoint {path}; name a folder elsewhere"
+            )
+
+
+def _holds(folder, name):
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode)
+    return False
 
 
 def _existing_parent(path):

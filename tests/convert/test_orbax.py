@@ -525,6 +525,22 @@ def test_exports_that_are_refused(layered, plain, tmp_path, capsys):
     assert (tmp_path / "full" / "mine").exists()
 
 
+def test_nothing_is_written_inside_a_conversion(layered, plain, tmp_path, capsys):
+    """A folder within it was a foreign file to the seal, and `verify` failed ever after."""
+    other = shutil.copytree(layered, tmp_path / "other")
+    started = tmp_path / "started"
+    started.mkdir()
+    (started / ".jlayer-journal").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{}")  # another program's
+    before = sorted(other.iterdir())
+    for within in (other / "sub", other / "a" / "b", started / "sub"):
+        for words in (["convert", str(plain[0])], ["export", str(layered), "--format", "orbax"]):
+            assert main([*words[:2], str(within), *words[2:]]) == 2
+            assert "is inside the layered checkpoint" in capsys.readouterr().err
+    assert sorted(other.iterdir()) == before
+    assert main(["verify", str(other)]) == 0
+
+
 def test_no_room_for_an_export_is_said_before_the_first_byte(layered, tmp_path, monkeypatch):
     real = os.statvfs(tmp_path)
     little = os.statvfs_result((*real[:3], 3, 3, *real[5:]))
