@@ -30,9 +30,9 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
 
-needs_shared_data = pytest.mark.skipif(
-    not SHARED_DATA.is_dir(), reason="the shared test data is not beside this checkout"
-)
+NO_SHARED_DATA = "the shared test data is not beside this checkout"
+
+needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=NO_SHARED_DATA)
 
 
 def pytest_configure():

@@ -190,6 +190,7 @@ def _find_form(folder, names, notes):
         raise CheckpointError(
             f"{folder}: no {SINGLE} and no {INDEX}, no {_BIN.single} and no consolidated.00.pth"
             f"{f', only {listed(others)}' if others else ''}"
+            "; name the folder that holds a model's weights"
         )
     form = forms[0]
     if form is _SAFETENSORS and any(MODEL_PICKLE.fullmatch(name) for name in pickles):

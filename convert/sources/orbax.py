@@ -7,6 +7,7 @@ the whole tree in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -213,16 +214,11 @@ class _Tensor:
         self.in_order = chunked is None or chunked.in_order
 
     def read_into(self, view: memoryview, at: int) -> None:
-        try:
+        with _refused(self._path, self._key, "read"):
             if self._chunked is not None:
                 self._chunked.read_into(view, at, self._layer or 0)
             else:
                 view[:] = self._bytes()[at : at + len(view)]
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{self._path}: array {self._key} cannot be read ({first_line(error)}); "
-                "fetch the checkpoint again"
-            ) from None
 
     def _bytes(self):
         if self._whole is None:
@@ -262,14 +258,21 @@ def _open_arrays(checkpoint, path):
         opening[name] = ts.open({**spec, "kvstore": kvstore}, open=True, read=True)
     stores = {}
     for name, future in opening.items():
-        try:
+        with _refused(path, name, "opened"):
             stores[name] = future.result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{path}: array {name} cannot be opened ({first_line(error)}); "
-                "fetch the checkpoint again"
-            ) from None
     return stores
+
+
+@contextlib.contextmanager
+def _refused(path, name, verb):
+    """Raises what tensorstore says of an array's files as a CheckpointError."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: array {name} cannot be {verb} ({first_line(error)}); "
+            "fetch the checkpoint again"
+        ) from None
 
 
 def _kvstore(path, name, *, uses_ocdbt):

@@ -160,7 +160,9 @@ class _Repo:
             )
         if self._offline:
             raise NetworkError(f"{self._ref}: offline, and its weights are not in the cache")
-        raise CheckpointError(f"{self._ref}: no {SINGLE} and no {INDEX} on the hub")
+        raise CheckpointError(
+            f"{self._ref}: no {SINGLE} and no {INDEX} on the hub; name a repository with weights"
+        )
 
     def _require(self, folder, wanted):
         missing = [name for name in wanted if not _is_in(folder, name)]

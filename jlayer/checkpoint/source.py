@@ -260,6 +260,7 @@ def _refuse_weights(folder, names):
     others = sorted(name for name in names if name.endswith(".safetensors"))
     raise CheckpointError(
         f"{folder}: no {SINGLE} and no {INDEX}{f', only {listed(others)}' if others else ''}"
+        "; name the folder that holds a model's weights"
     )
 
 

@@ -8,6 +8,7 @@ arithmetic is in `model.products` (JAX) and in the converter (numpy), by the enc
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jlayer.spec import STORED_BYTES
@@ -16,7 +17,7 @@ WHOLE = ""  # the only piece of a plain tensor: it has the tensor's own name
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Encoding(ABC):
     """One way of storing a tensor; subclasses define the pieces.
 
     `product` names the function of `model.products` that multiplies by such a matrix.
@@ -26,9 +27,9 @@ class Encoding:
     product: str
     main: str = WHOLE  # the piece that has the numbers themselves
 
+    @abstractmethod
     def pieces(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The arrays that store a tensor of this shape: piece -> (dtype, shape)."""
-        raise NotImplementedError
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape, all pieces together."""
@@ -41,6 +42,6 @@ class Encoding:
         """Whether the stored numbers are multiplied directly, without decoding."""
         return True
 
+    @abstractmethod
     def decoded_bytes(self, n_rows: int, width: int, *, dtype: str, platform: str) -> int:
         """Bytes of the decoded copy that a product in `dtype` makes at a time, of `n_rows` rows."""
-        raise NotImplementedError

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from jlayer.text.bpe import BYTE_OF
@@ -100,9 +101,9 @@ def _library_decoder(specs) -> Callable[[list[str]], str]:
     ).decoder.decode
 
 
-class _Step:
-    def push(self, item: str) -> list[str]:
-        raise NotImplementedError
+class _Step(ABC):
+    @abstractmethod
+    def push(self, item: str) -> list[str]: ...
 
     def finish(self) -> list[str]:
         return []

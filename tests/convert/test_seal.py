@@ -414,3 +414,15 @@ def test_any_call_that_fails_leaves_the_old_manifest_or_the_new_one(layered, tmp
         assert (folder / MANIFEST).read_bytes() in (old, expected[MANIFEST])
         seal_folder(folder)
         assert files_of(folder) == expected
+
+
+def test_a_quiet_seal_says_nothing_on_the_way(layered, capsys):
+    """It had a progress of its own, which did not know of --quiet."""
+    words = ["seal", str(layered)]
+    edit_json(layered / "generation_config.json", num_beams=4)
+    assert main([*words, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert "sealed" in quiet.out
+    assert quiet.err == ""
+    assert main(words) == 0
+    assert "num_beams" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jlayer.text.tokenizer import Tokenizer
-from tests.conftest import BUNDLED, SHARED_DATA
+from tests.conftest import BUNDLED, NO_SHARED_DATA, SHARED_DATA
 
 LARGE = ("llama2", "llama3", "mistral-v1")
 SMALL = ("fable-1m", "fable-3m", "stories260K", "aidreams260K")
@@ -39,8 +39,6 @@ CHATML = (
 @functools.cache
 def load(name, only=None):
     """The tokenizer of a folder of the shared data, through one of its two files if so asked."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("the shared test data is not beside this checkout")
     folder = folder_of(name)
     if only is None:
         return Tokenizer.from_folder(folder)
@@ -52,6 +50,9 @@ def load(name, only=None):
 
 
 def folder_of(name):
+    """A folder of the shared data; skips the test where they are not beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(NO_SHARED_DATA)
     return SHARED_DATA / ("tokenizers" if name in LARGE else "checkpoints") / name
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jlayer.text.stream import StopWatcher, TextStream
 from jlayer.text.tokenizer import Tokenizer
-from tests.conftest import BUNDLED, SHARED_DATA
+from tests.conftest import BUNDLED
 from tests.text.samples import TEXTS, bundled, edited, folder_of, load
 
 words = st.lists(st.sampled_from([*TEXTS, " ", "\n", "a", "é", "日", "😀", "<s>", "<"]), max_size=5)
@@ -138,8 +138,6 @@ LATE = {
 
 def with_decoder(tmp_path, decoder):
     """The tokenizer of a Llama 2 model, with many bytes and spaces, and another decoder."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("the shared test data is not beside this checkout")
     folder = edited(tmp_path, folder_of("stories260K"), tokenizer={"decoder": decoder})
     return Tokenizer.from_folder(folder)
 

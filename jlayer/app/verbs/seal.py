@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from jlayer.app.streams import conversion_progress
 from jlayer.interrupts import released
 
 
@@ -20,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Seals, and returns what was taken in; raises the errors of jlayer.errors."""
     from jlayer.app.refusals import refused_in_folder
-    from jlayer.convert.progress import StderrProgress
     from jlayer.convert.target.seal import seal_folder
 
-    progress = StderrProgress()
+    progress = conversion_progress()
     try:
         with released():
             done = seal_folder(args.folder, progress=progress)
