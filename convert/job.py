@@ -106,14 +106,16 @@ def convert_checkpoint(
     if not source or not target:
         raise UsageError("source and target: found an empty path, expected two folders")
     if delete_source and allow_extra:
+        found = "the tensors that are left out would be lost with the source; choose one of them"
         raise UsageError(
-            "delete_source and allow_extra: the tensors that are left out would be lost with the "
-            "source; choose one of them"
+            f"delete_source and allow_extra: {found}",
+            command_line=f"--delete-source and --allow-extra: {found}",
         )
     if delete_source and follow_links:
+        found = "files outside the source would be removed; choose one of them"
         raise UsageError(
-            "delete_source and follow_links: files outside the source would be removed; choose one "
-            "of them"
+            f"delete_source and follow_links: {found}",
+            command_line=f"--delete-source and --follow-links: {found}",
         )
     options = Options(
         dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links

@@ -6,9 +6,21 @@ jlayer.
 
 
 class JlayerError(Exception):
-    """Base of every error that jlayer raises on purpose. `exit_code`: of the command line."""
+    """Base of every error that jlayer raises on purpose. `exit_code`: of the command line.
+
+    `command_line`: the message as the command line shows it, where the advice for a user of Python
+    names what only Python has.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, command_line: str | None = None):
+        super().__init__(message)
+        self._command_line = command_line
+
+    @property
+    def command_line(self) -> str:
+        return str(self) if self._command_line is None else self._command_line
 
 
 class UsageError(JlayerError):
@@ -32,8 +44,8 @@ class DoesNotFitError(JlayerError):
 
     exit_code = 4
 
-    def __init__(self, message, report=None):
-        super().__init__(message)
+    def __init__(self, message: str = "", report: dict | None = None, **advice):
+        super().__init__(message, **advice)
         self.report = report or {}
 
 

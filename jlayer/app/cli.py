@@ -66,7 +66,7 @@ def _outcome(argv):
     except JlayerError as error:
         if _is_asked("--debug", argv):
             traceback.print_exc()
-        return _fail(error, error.exit_code, as_json, getattr(error, "report", {}))
+        return _fail(error.command_line, error.exit_code, as_json, getattr(error, "report", {}))
     except Interrupted as stop:
         if as_json:
             _print_last(stop.result)
@@ -137,8 +137,8 @@ def _top_parser():
     return parser
 
 
-def _fail(error, code, as_json, more):
-    line = " ".join(str(error).split())
+def _fail(line, code, as_json, more):
+    line = " ".join(line.split())
     print(f"jlayer: {line}", file=sys.stderr)
     if as_json:
         _print_last({"error": line, "exit_code": code, **more})

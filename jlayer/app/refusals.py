@@ -49,7 +49,7 @@ def _of_options(options: Mapping, where: str, vocab_size: int) -> list[str]:
             {}, generation_config=options, vocab_size=vocab_size, where=where
         )
     except JlayerError as error:
-        return [f"as it stands, jlayer generate will refuse this: {error}"]
+        return [f"as it stands, jlayer generate will refuse this: {error.command_line}"]
     return []
 
 
@@ -57,5 +57,5 @@ def _of_text(folder: str) -> list[str]:
     try:
         Tokenizer.from_folder(folder)
     except JlayerError as error:
-        return [f"as it stands, jlayer generate will refuse text: {error}"]
+        return [f"as it stands, jlayer generate will refuse text: {error.command_line}"]
     return []

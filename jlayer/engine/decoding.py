@@ -75,9 +75,10 @@ class Decoding:
                 )
             )
         if options.stop and text is None and stop_text is None:
+            found = "stop: the model has no tokenizer, so text cannot be watched; leave "
             raise UsageError(
-                "stop: the model has no tokenizer, so text cannot be watched; leave it out, or "
-                "overrule the makers' with stop=None"
+                f"{found}it out, or overrule the makers' with stop=None",
+                command_line=f"{found}--stop out, or take stop_strings out of the makers' file",
             )
         self._longest = max(len(row.ids) for row in rows)
         n_lanes = len(rows) * options.num_return_sequences

@@ -138,7 +138,8 @@ def _cap(memory, device_memory, context_bytes):
         )
     if budget <= context_bytes:
         raise DoesNotFitError(
-            f"device_memory: {budget} bytes, but the driver's context alone takes {context_bytes}"
+            f"device_memory: {budget} bytes, but the driver's context alone takes {context_bytes}; "
+            "give more"
         )
     os.environ.setdefault(_FRACTION, f"{(budget - context_bytes) / total:.6f}")
     return budget
@@ -148,10 +149,12 @@ def _check_cap(found, budget):
     stats = found.memory_stats() or {}
     limit = stats.get("bytes_limit", 0)
     if limit > budget:
+        found = f"an allocator of {limit} bytes, more than the {budget} promised; "
         raise UsageError(
-            f"device_memory: JAX was started before with an allocator of {limit} bytes, "
-            f"more than the {budget} promised; load the model before other JAX work, "
-            f"or set {_FRACTION} before starting Python"
+            f"device_memory: JAX was started before with {found}load the model before other JAX "
+            f"work, or set {_FRACTION} before starting Python",
+            command_line=f"--device-memory: JAX was started with {found}unset {_FRACTION}, which "
+            "the environment sets, or give more",
         )
     return limit
 

@@ -90,9 +90,13 @@ class SamplingOptions:
         for name in _CHECKS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if self.num_return_sequences > 1 and self.is_greedy:
-            raise UsageError(
+            found = (
                 f"num_return_sequences: found {self.num_return_sequences} with greedy decoding, "
-                "which gives one; set do_sample=True and a temperature above 0"
+                "which gives one; "
+            )
+            raise UsageError(
+                f"{found}set do_sample=True and a temperature above 0",
+                command_line=f"{found}give --temperature above 0",
             )
 
     @classmethod
@@ -403,7 +407,10 @@ def _published(generation_config, *, where, options, given):
     read = {name: value for name, value in found.items() if is_read(name, run)}
     for name, value in read.items():
         if name in REFUSED and not is_harmless(name, value, run):
-            raise UnsupportedModelError(f"{where}: {published_refusal(name, value)}")
+            found = f"{where}: {published_refusal(name, value)}"
+            raise UnsupportedModelError(
+                f"{found}, or overrule it in Python with {name}=None", command_line=found
+            )
     checked = {name: _checked(name, read[name], where=where) for name in read if name in _CHECKS}
     if checked.get("max_new_tokens") == 0:
         raise CheckpointError(

@@ -245,12 +245,14 @@ def _check_finite(logits, *, position):
 def _check_choosable(scores, *, position):
     best = scores.max()
     if best == -np.inf:
+        found = f"position {position}: the options rule out every token; relax "
         raise UsageError(
-            f"position {position}: the options rule out every token; relax no_repeat_ngram_size, "
-            "logit_bias or min_new_tokens"
+            f"{found}no_repeat_ngram_size, logit_bias or min_new_tokens",
+            command_line=f"{found}--no-repeat-ngram-size or --min-new-tokens",
         )
     if not np.isfinite(best):
+        found = "takes a score beyond float32; set it closer to neutral"
         raise UsageError(
-            f"position {position}: repetition_penalty or logit_bias takes a score beyond float32; "
-            "set it closer to neutral"
+            f"position {position}: repetition_penalty or logit_bias {found}",
+            command_line=f"position {position}: --repetition-penalty {found}",
         )

@@ -122,5 +122,5 @@ def published_refusal(name: str, value) -> str:
     """What the user is told of an option in a published file."""
     return (
         f"{name}: found {reprlib.repr(value)}, which jlayer does not support; take it out of the "
-        f"file, or overrule it in Python with {name}=None"
+        "file"
     )

@@ -154,7 +154,8 @@ class _Driver:
     def _call(self, name, *arguments):
         code = getattr(self._cuda, name)(*arguments)
         if code != 0:
+            found = f"host memory: the driver refused to pin it ({name} gave {code}); give less "
+            limit = ", or raise the limit of locked memory (ulimit -l)"
             raise DoesNotFitError(
-                f"host memory: the driver refused to pin it ({name} gave {code}); "
-                "give a smaller host_memory, or raise the limit of locked memory (ulimit -l)"
+                f"{found}host_memory{limit}", command_line=f"{found}--host-memory{limit}"
             )

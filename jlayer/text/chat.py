@@ -81,8 +81,15 @@ def select_template(templates: Mapping[str, str], wanted: str | None, *, has_too
     if "default" in templates:
         return templates["default"]
     if templates:
-        raise UsageError(f"this model has several chat templates, {', '.join(templates)}; name one")
-    raise UsageError("this model has no chat template; use a plain prompt, or give a template")
+        found = f"this model has several chat templates, {', '.join(templates)}; "
+        raise UsageError(
+            f"{found}name one (chat_template)",
+            command_line=f"{found}give a file with the one that is meant (--chat-template F)",
+        )
+    found = "this model has no chat template; use a plain prompt, or give a template "
+    raise UsageError(
+        f"{found}(chat_template)", command_line=f"{found}in a file (--chat-template F)"
+    )
 
 
 def _read_text(path):

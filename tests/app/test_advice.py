@@ -1,0 +1,107 @@
+"""What a message advises can be done where it is read: flags on the command line, arguments in
+Python."""
+
+import ast
+import json
+import re
+import shutil
+
+import pytest
+
+import jlayer
+from jlayer.app.cli import main
+from jlayer.errors import DoesNotFitError, UsageError
+from tests.conftest import BUNDLED
+from tests.test_house import MODULES
+
+# What only a script can follow.
+PYTHON = re.compile(r"\w=(True|False|None)\b|in Python|before starting Python|from_pretrained")
+FOR_SCRIPTS = {
+    "jlayer.engine.engine",  # a closed model: the command line closes its own at its end
+    "jlayer.convert.sources.torchfile",  # a file that only torch can save anew
+}
+
+
+@pytest.fixture(scope="module")
+def without_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("advice") / "model"
+    shutil.copytree(BUNDLED, folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The bundled model with something in its generation_config.json."""
+
+    def made(**options):
+        folder = shutil.copytree(BUNDLED, tmp_path / "model", dirs_exist_ok=True)
+        (folder / "generation_config.json").write_text(json.dumps(options))
+        return folder
+
+    return made
+
+
+def refused(capsys, *words):
+    assert main(list(map(str, words))) in (2, 3, 4)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def generate(folder, *words):
+    return ["generate", folder, "--device", "cpu", *words]
+
+
+def test_several_texts_ask_for_a_flag_on_the_command_line(capsys):
+    line = refused(capsys, *generate(BUNDLED, "-p", "x", "--num-return-sequences", "2"))
+    assert "give --temperature above 0" in line
+    assert "do_sample" not in line
+    with pytest.raises(UsageError, match="set do_sample=True"):
+        jlayer.generate(BUNDLED, "x", device="cpu", num_return_sequences=2)
+
+
+def test_a_stop_without_a_tokenizer(without_tokenizer, capsys):
+    line = refused(capsys, *generate(without_tokenizer, "--prompt-ids", "1", "--stop", "x"))
+    assert "leave --stop out" in line
+    assert not PYTHON.search(line)
+    with pytest.raises(UsageError, match="stop=None"):
+        jlayer.generate(without_tokenizer, [1], device="cpu", stop="x")
+
+
+def test_an_option_of_the_makers_that_is_not_supported(published, capsys, tmp_path):
+    folder = published(num_beams=4)
+    line = refused(capsys, *generate(folder, "-p", "x"))
+    assert line.endswith("take it out of the file")
+    with pytest.raises(jlayer.UnsupportedModelError, match="overrule it in Python with num_beams="):
+        jlayer.generate(folder, "x", device="cpu")
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "num_beams" in line]
+    assert "will refuse this" in note
+    assert not PYTHON.search(note)
+
+
+def test_a_choice_that_convert_cannot_make(capsys, tmp_path):
+    words = ["convert", BUNDLED, tmp_path / "out", "--delete-source", "--yes"]
+    for other in ("--allow-extra", "--follow-links"):
+        assert f"--delete-source and {other}: " in refused(capsys, *words, other)
+
+
+def test_no_message_asks_a_user_of_the_command_line_for_python():
+    """Each that speaks Python has another for the command line, or a reason."""
+    seen = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error")):
+                continue
+            named = {word.arg for word in node.keywords}
+            words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            if any(PYTHON.search(str(word)) for word in words):
+                seen.add(module)
+                assert "command_line" in named or module in FOR_SCRIPTS, ast.unparse(node)
+    assert len(seen) > 3
+
+
+def test_an_error_that_says_nothing_apart_is_the_same_in_both():
+    assert UsageError("a line").command_line == "a line"
+    assert DoesNotFitError("a", {"b": 1}, command_line="c").command_line == "c"
