@@ -8,11 +8,41 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import reprlib
 
 from jlayer.errors import UsageError
 
 # Stands for a value that is "--", which argparse drops. No argument of a process has a NUL.
 _DASHES = "\0--"
+# What an option that takes a number expects, in words.
+_NUMBERS = {int: "a whole number", float: "a number"}
+# Our option -> its names in llama.cpp, vLLM, mlx-lm, ollama, transformers and the like, where they
+# are spelt too differently to be guessed.
+MEANT = {
+    "--device-memory": "--gpu-memory --gpu-mem --vram --max-gpu-memory --max-vram -ngl --ngl "
+    "--gpu-layers --n-gpu-layers --gpu-memory-utilization",
+    "--host-memory": "--ram --max-ram --cpu-memory --cpu-mem --max-cpu-memory --system-memory "
+    "--cpu-offload-gb",
+    "--max-new-tokens": "--n-predict --num-predict --predict --max-length --max-output-tokens "
+    "--max-completion-tokens --num-tokens",
+    "--context": "-c --ctx-size --ctx --n-ctx --num-ctx --max-model-len --max-seq-len "
+    "--max-seq-length --max-context --max-kv-size",
+    "--prompt-file": "-f --file",
+    "--system": "-sys --sys --system-message",
+    "--repetition-penalty": "--repeat-penalty",
+    "--stop": "-r --reverse-prompt --stop-strings --stop-sequences",
+    "--num-return-sequences": "--num-samples --n-samples --best-of",
+    "--chat": "-cnv --conversation --apply-chat-template",
+    "--quantize": "-q --q-bits --bits --load-in-8bit --load-in-4bit",
+    "--dtype": "--precision --torch-dtype --outtype",
+    "--device": "--backend --device-map",
+    "--offline": "--local-files-only",
+    "--overwrite": "--force",
+    "--seed": "--random-seed",
+    "--text": "--input --corpus",
+    "--quiet": "--silent",
+}
+_MEANT_BY = {name: ours for ours, names in MEANT.items() for name in names.split()}
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -24,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError, so that a usage error is one line and exit code 2."""
 
     def __init__(self, **options):
-        self._known = {}  # option as it is written -> its action
+        self.known = {}  # option as it is written -> its action
         self._has_commands = False
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **options})
 
@@ -56,7 +86,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._ordered(args), namespace)
 
     def _noted(self, action):
-        self._known |= dict.fromkeys(action.option_strings, action)
+        self.known |= dict.fromkeys(action.option_strings, action)
+        if action.type in _NUMBERS:
+            action.type = _number(action.type, "/".join(action.option_strings) or action.metavar)
         return action
 
     def _noting(self, group):
@@ -73,11 +105,12 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word == "--":
                 positional += [word, *words]
-            elif word in self._known:
+            elif word in self.known:
                 options += self._with_value(word, words)
             elif word.startswith("-") and word != "-":
                 word = self._one_dash_checked(word)
-                if not self._is_option(word):  # what follows it is no positional word
+                is_others = word.split("=")[0] in _MEANT_BY  # -ngl is no -n
+                if is_others or not self._is_option(word):  # what follows it is no positional word
                     self.error(self._unknown([word]))
                 options.append(word)
             else:
@@ -85,13 +118,13 @@ class Parser(argparse.ArgumentParser):
         return options + positional
 
     def _with_value(self, word, words):
-        action = self._known[word]
+        action = self.known[word]
         if action.nargs == 0:  # --json and its like
             return [word]
         name, value = action.option_strings[-1], next(words, None)
         if value is None:
             self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
-        if value.split("=")[0] in self._known:
+        if value.split("=")[0] in self.known:
             raise UsageError(
                 f"{word}: found the option {value}, expected a value; "
                 f"write {name}={value} if that is the value"
@@ -100,21 +133,35 @@ class Parser(argparse.ArgumentParser):
 
     def _is_option(self, word):
         """Whether it is a known option, alone or with its value: --n=5, -n5."""
-        return word.split("=")[0] in self._known or (word[1] != "-" and word[:2] in self._known)
+        return word.split("=")[0] in self.known or (word[1] != "-" and word[:2] in self.known)
 
     def _one_dash_checked(self, word):
         """`-prompt` would be read as -p with the value "rompt"."""
-        if f"-{word}".split("=")[0] in self._known:
+        if f"-{word}".split("=")[0] in self.known:
             raise UsageError(f"{word}: an option of this name has two dashes: -{word}")
         return word
 
     def _unknown(self, words):
         name = words[0].split("=")[0]
-        others = [known for known in self._known if known != name]
+        others = [known for known in self.known if known != name]
         begun = [known for known in others if name.startswith("--") and known.startswith(name)]
-        close = begun or difflib.get_close_matches(name, others, n=1)
+        meant = [_MEANT_BY[name]] if _MEANT_BY.get(name) in self.known else []
+        close = meant or begun or difflib.get_close_matches(name, others, n=1)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         return f"unrecognized arguments: {' '.join(words)}{hint}"
+
+
+def _number(kind, name):
+    """Reads a number; what is none is refused in our words."""
+
+    def read(text):
+        try:
+            return kind(text)
+        except ValueError:
+            found = f"{name}: found {reprlib.repr(text)}, expected {_NUMBERS[kind]}"
+        raise UsageError(found)
+
+    return read
 
 
 def _with_dashes(value):

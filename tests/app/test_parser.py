@@ -6,7 +6,7 @@ import pytest
 
 from jlayer.app import options
 from jlayer.app.cli import VERBS, main
-from jlayer.app.parser import Parser
+from jlayer.app.parser import MEANT, Parser
 from tests.conftest import BUNDLED
 
 
@@ -83,3 +83,56 @@ def test_a_mistyped_option_is_named_whatever_stands_before_it(before, capsys):
     """Its value was taken for a prompt, and the message spoke of PROMPT."""
     assert main(["generate", "x", *before, "--temprature", "1"]) == 2
     assert "--temprature (did you mean --temperature?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["generate", "x", "--gpu-memory", "4GiB"], "--device-memory"),
+        (["generate", "x", "--vram=4GiB"], "--device-memory"),
+        (["plan", "x", "--ram", "4GiB"], "--host-memory"),
+        (["bench", "--cpu-memory", "4GiB"], "--host-memory"),
+        (["generate", "x", "--n-predict", "5"], "--max-new-tokens"),
+        (["generate", "x", "--max-length", "5"], "--max-new-tokens"),
+        (["generate", "x", "--ctx-size", "5"], "--context"),
+        (["generate", "x", "-c", "5"], "--context"),
+        (["generate", "x", "-ngl", "5"], "--device-memory"),
+        (["generate", "x", "--repeat-penalty", "1.1"], "--repetition-penalty"),
+        (["convert", "a", "b", "--bits", "4"], "--quantize"),
+        (["convert", "a", "b", "--force"], "--overwrite"),
+        (["generate", "x", "--device_memory", "4GiB"], "--device-memory"),
+    ],
+)
+def test_what_other_programs_call_an_option_offers_ours(words, meant, capsys):
+    assert main(words) == 2
+    assert f"(did you mean {meant}?)" in capsys.readouterr().err
+
+
+def test_what_others_call_an_option_is_none_of_ours_and_means_one_that_is_there():
+    known = {flag for parser in parsers() for flag in parser.known}
+    others = [name for names in MEANT.values() for name in names.split()]
+    assert known >= set(MEANT)
+    assert known.isdisjoint(others)
+    assert len(others) == len(set(others))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "x", "-n", "0.5"], "--max-new-tokens: found '0.5', expected a whole number"),
+        (["generate", "x", "-nten"], "--max-new-tokens: found 'ten', expected a whole number"),
+        (["generate", "x", "--seed", "1e3"], "--seed: found '1e3', expected a whole number"),
+        (["generate", "x", "--top-p", "half"], "--top-p: found 'half', expected a number"),
+        (["generate", "x", "--context", ""], "--context: found '', expected a whole number"),
+        (["plan", "x", "--batch", "2.0"], "--batch: found '2.0', expected a whole number"),
+        (["eval", "perplexity", "x", "--text", "t", "--window", "1k"], "--window: found '1k'"),
+        (["generate", "x", "-n", "9" * 5000], "99', expected a whole number"),
+        (["plan", "x", "--batch", "0"], "--batch: found 0, expected a number of sequences from 1"),
+    ],
+)
+def test_what_is_no_number_is_refused_with_what_was_found(words, said, capsys):
+    assert main(words) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert "invalid" not in line
+    assert len(line) < 200

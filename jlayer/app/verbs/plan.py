@@ -53,6 +53,8 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
+    if args.batch < 1:
+        raise UsageError(f"--batch: found {args.batch}, expected a number of sequences from 1 up")
     cfg = find_config(args.ref, offline=args.offline)
     run = RunConfig.from_options(
         device_memory=args.device_memory,
