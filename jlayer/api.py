@@ -20,7 +20,7 @@ from jlayer.engine.engine import Engine
 from jlayer.engine.ids import as_id_lists, as_rows, encoded, like
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, translated
-from jlayer.engine.options import SamplingOptions, configured, is_option, option_names
+from jlayer.engine.options import SamplingOptions, check_given, configured, is_option, option_names
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
@@ -430,4 +430,4 @@ def _check_names(options, run_options):
     for name in options:
         if not is_option(name):
             raise UsageError(unknown_name("option", name, known))
-    SamplingOptions.from_mapping(options)
+    check_given(options)

@@ -288,6 +288,8 @@ def _bias(value):
 
 _COUNT = _integer(0)
 _FROM_0 = "an integer from 0 up"
+# Other programs take -1 for it.
+_UNTIL_IT_ENDS = "a text stops where the model ends it, so give the most that it may take"
 _OPENAI_PENALTY = (_real(lambda number: -2 <= number <= 2), "a number in [-2, 2] (0 is off)")
 _CHECKS = {
     "do_sample": (_boolean, "true or false"),
@@ -313,7 +315,7 @@ _CHECKS = {
     "logit_bias": (_bias, "single token ids, each with one finite number or -inf"),
     "min_new_tokens": (_maybe(_COUNT), _FROM_0),
     "min_length": (_COUNT, _FROM_0),
-    "max_new_tokens": (_maybe(_COUNT), _FROM_0),
+    "max_new_tokens": (_maybe(_COUNT), f"{_FROM_0}; {_UNTIL_IT_ENDS}"),
     "max_length": (_maybe(_COUNT), _FROM_0),
     "bos_token_id": (_maybe(_id), "a token id"),
     "eos_token_id": (_ids, "a token id or a list of them"),
@@ -333,6 +335,17 @@ def _checked(name, value, *, where=None):
     except (ValueError, TypeError):
         line = f"{name}: found {reprlib.repr(value)}, expected {expected}"
     raise UsageError(line) if where is None else CheckpointError(f"{where}: {line}")
+
+
+def check_given(options: Mapping) -> None:
+    """Checks what a user sets by itself, before the model and its published options are there.
+    Raises UsageError."""
+    for name, value in _given(options).items():
+        _checked(name, value)
+    run = Run(gives_details=bool(options.get("return_dict_in_generate")))
+    for name, value in options.items():
+        if name in REFUSED and not is_harmless(name, value, run):
+            raise UsageError(refusal(name, value))
 
 
 def option_names() -> tuple[str, ...]:

@@ -105,3 +105,30 @@ def test_no_message_asks_a_user_of_the_command_line_for_python():
 def test_an_error_that_says_nothing_apart_is_the_same_in_both():
     assert UsageError("a line").command_line == "a line"
     assert DoesNotFitError("a", {"b": 1}, command_line="c").command_line == "c"
+
+
+def test_minus_one_new_token_is_told_what_other_programs_mean_by_it(capsys):
+    line = refused(capsys, *generate("/no/such", "-p", "x", "-n", "-1"))
+    assert "max_new_tokens: found -1, expected an integer from 0 up" in line
+    assert "a text stops where the model ends it, so give the most that it may take" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--temperature", "-1"], "temperature: found -1.0"),
+        (["--top-p", "3"], "top_p: found 3.0"),
+        (["--seed", "-1"], "seed: found -1"),
+        (["--num-return-sequences", "0"], "num_return_sequences: found 0"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_looked_for(words, said, capsys):
+    assert said in refused(capsys, *generate("/no/such", "--prompt-file", "/none", *words))
+
+
+def test_several_texts_of_a_model_that_is_named_are_drawn_with_a_temperature(fable):
+    """Whether they are drawn was asked before the temperature and the makers had a say."""
+    texts = jlayer.generate(
+        fable, "Once", device="cpu", num_return_sequences=2, temperature=0.9, max_new_tokens=2
+    )
+    assert len(texts) == 2

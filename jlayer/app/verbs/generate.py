@@ -85,11 +85,12 @@ def run(args) -> dict:
     timeline.check_file(args.timeline)
     if args.logprobs is not None and not args.json:
         raise UsageError("--logprobs: they are shown in the JSON object only; add --json")
+    sampling = options.given(args, *SAMPLING, "max_new_tokens", "stop")
+    _check(sampling)
     form = chat_form(args)
     prompt = read_prompt(args)
     if args.show_prompt:
         return show_prompt(args, prompt, form)
-    sampling = options.given(args, *SAMPLING, "max_new_tokens", "stop")
     run_options = {
         **(preset(args.preset) if args.preset else {}),
         **options.given(args, *options.RUN, "context"),
@@ -99,6 +100,13 @@ def run(args) -> dict:
         decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
             return follow(model, decoding, show=None if args.json else write_text)
+
+
+def _check(sampling):
+    """What is wrong with these options alone is said before a file is opened."""
+    from jlayer.engine.options import check_given
+
+    check_given(sampling)
 
 
 def chat_form(args) -> dict:
