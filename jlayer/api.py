@@ -15,9 +15,10 @@ import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import RunConfig, generation_file, read_generation_config, unknown_name
+from jlayer.engine.called import Output, all_logits, check_called
 from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
-from jlayer.engine.ids import as_id_lists, as_rows, encoded, like
+from jlayer.engine.ids import as_rows, encoded, like
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, translated
 from jlayer.engine.options import SamplingOptions, check_given, configured, is_option, option_names
@@ -26,7 +27,6 @@ from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import RunShape
 from jlayer.streaming.executor import Watch
 
 
@@ -182,29 +182,22 @@ class Model:
                 self._text = Tokenizer.from_folder(self.folder)
             return self._text
 
-    def logits(self, input_ids) -> np.ndarray:
+    def __call__(self, input_ids=None, attention_mask=None, **options) -> Output:
+        """`model(input_ids).logits`, as in transformers: see `logits`. Arguments of its `forward`
+        that ask for more are refused."""
+        if input_ids is None:
+            raise UsageError("input_ids: none given; give ids, or what a tokenizer gives")
+        check_called(options)
+        return Output(self.logits(input_ids, attention_mask))
+
+    def logits(self, input_ids, attention_mask=None) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
 
         What a tokenizer gives is taken too, without padding. Raises UsageError: no tokens, rows of
         different lengths, padding, ids outside the vocabulary, longer than the context.
         """
-        input_ids, mask = encoded(input_ids)
-        ids = as_id_lists(input_ids)
-        if mask is not None and any(row.padding.n_tokens for row in as_rows(ids, mask)):
-            raise UsageError("logits: found padding in attention_mask; give rows of one length")
-        lengths = [len(row) for row in ids]
-        if len(set(lengths)) > 1:
-            raise UsageError(f"input_ids: rows of lengths {lengths}, expected equal ones")
-        for row in ids:
-            self.engine.check_ids(row)
-        self.engine.check_length(lengths[0])
-        forward = self.engine.start(
-            RunShape(len(ids), lengths[0], lengths[0], all_logits=True, single_array=True)
-        )
-        try:
-            return forward.sweep(ids, [0] * len(ids), all_logits=True)
-        finally:
-            forward.close()
+        begin = self.generation_config.get("bos_token_id")
+        return all_logits(self.engine, input_ids, attention_mask, begin=begin)
 
     def generate(
         self,

@@ -64,7 +64,7 @@ class Decoding:
     ):
         self._engine, self.options = engine, options
         for row in rows:
-            engine.check_ids(row.ids)
+            engine.check_ids(row.ids, begin=options.bos_token_id)
         limits = []
         for row in rows:
             n_prompt = len(row.ids)

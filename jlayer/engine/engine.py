@@ -209,12 +209,16 @@ class Engine:
                 f"context: {self.run.context} tokens, the model's own limit is {limit}"
             )
 
-    def check_ids(self, ids: list[int]) -> None:
-        """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary."""
-        if not ids:
+    def check_ids(self, ids: list[int], *, begin: int | None = None) -> None:
+        """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary. `begin`: the
+        model's beginning token, if it has one."""
+        if not ids and begin is None:
             raise UsageError(
                 "prompt: empty, and this model has no beginning token to start from; give some text"
             )
+        if not ids:
+            found = f"prompt: empty; give some text, or the model's beginning token, {begin}"
+            raise UsageError(found, command_line=f"{found} (--prompt-ids {begin})")
         for token in ids:
             if not 0 <= token < self.cfg.vocab_size:
                 raise UsageError(

@@ -7,7 +7,7 @@ the installed transformers, so that none is unknown and what is called harmless 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -107,10 +107,15 @@ def is_read(name: str, run: Run) -> bool:
 
 def is_harmless(name: str, value, run: Run = Run()) -> bool:
     """Whether an argument of REFUSED has a value that leaves the output alone."""
+    harmless = is_among(value, REFUSED[name])
+    return harmless or (name in _DETAILS and not run.gives_details)
+
+
+def is_among(value, values: Iterable) -> bool:
+    """Whether an argument has one of these plain values."""
     # An array or an object of the user's may compare in a way of its own, so only None is compared.
     plain = isinstance(value, bool | int | float | str | list | tuple | Mapping)
-    harmless = any(value is one or (plain and value == one) for one in REFUSED[name])
-    return harmless or (name in _DETAILS and not run.gives_details)
+    return any(value is one or (plain and value == one) for one in values)
 
 
 def refusal(name: str, value) -> str:

@@ -212,6 +212,21 @@ def test_refused_requests(model, prompt, options, words):
         jlayer.generate(model, prompt, **options)
 
 
+def test_an_empty_prompt_is_told_of_the_beginning_token_of_a_model_that_has_one(model, tmp_path):
+    """It was told that there is none."""
+    for ask in (model.generate, model.logits):
+        with pytest.raises(UsageError, match=r"or the model's beginning token, 0$") as found:
+            ask([[]])
+        assert found.value.command_line.endswith("(--prompt-ids 0)")
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    (folder / "generation_config.json").write_text("{}")
+    with (
+        jlayer.AutoModel.from_pretrained(folder, device="cpu") as without,
+        pytest.raises(UsageError, match="no beginning token"),
+    ):
+        without.generate([[]])
+
+
 def test_an_unknown_option_is_refused_before_the_model_is_opened():
     with pytest.raises(UsageError, match="did you mean 'device_memory'"):
         jlayer.generate("/no/such/model", "x", device_memroy="1GiB")
