@@ -1,5 +1,6 @@
 """Every command and every Python example of README.md and docs/ is tested, as TESTED says."""
 
+import json
 import re
 import shlex
 import shutil
@@ -131,6 +132,16 @@ def mine(tmp_path):
 
 def test_every_command_is_tested():
     assert set(shown()) == set(TESTED)
+
+
+def test_on_a_cpu_the_host_has_the_device_s_sum_in_it_as_the_page_says(capsys):
+    words = ["plan", "llama-3.1-70b-instruct", "--device", "cpu", "--host-memory", "1MiB"]
+    assert main([*words, "--json"]) == 4  # so that no layer stays, which would count there too
+    plan = json.loads(capsys.readouterr().out)
+    device, host = plan["device"], plan["host"]
+    assert host["resident_bytes"] == device["peak_bytes"] - device["slots_bytes"]
+    (row,) = re.findall(r"(?m)^\| `resident_bytes` \|.*", PAGES["memory.md"])
+    assert "On a CPU, that of `host` has the sum of `device` in it, without its slots" in row
 
 
 def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
