@@ -206,6 +206,24 @@ def test_windows_that_cannot_be_are_refused(fable, tmp_path, capsys, options, wo
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", "1"], "--window: found 1, expected at least 2"),
+        (["--window", "-5", "--stride", "2"], "--window: found -5"),
+        (["--window", "50", "--stride", "51"], "--stride: found 51, expected from 1 to the window"),
+        (["--stride", "0"], "--stride: found 0, expected from 1 up"),
+        (["--max-tokens", "0"], "--max-tokens: found 0"),
+        (["--host-memory", "lots"], "host_memory: found 'lots'"),
+        (["--dtype", "float8"], "dtype 'float8' is not known"),
+    ],
+)
+@pytest.mark.parametrize("kind", [["perplexity", "/none"], ["compare", "/none", "/none"]])
+def test_options_are_checked_before_a_file_is_opened(capsys, kind, options, words):
+    assert main(["eval", *kind, "--text", "/none", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_texts_that_cannot_be_read_are_refused(fable, tiny, tmp_path, capsys):
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"ab\xff")

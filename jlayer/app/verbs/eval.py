@@ -20,6 +20,7 @@ from jlayer.app import options, progress
 from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import is_terminal, tell
+from jlayer.config import RunConfig
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 
@@ -62,10 +63,9 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
-    text = read_text(args.text, option="--text")
-    if args.max_tokens is not None and args.max_tokens < 2:
-        raise UsageError(f"--max-tokens: found {args.max_tokens}, expected at least 2")
     run_options = options.given(args, *options.RUN)
+    _check(args, run_options)
+    text = read_text(args.text, option="--text")
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
     text_of = {}  # the text as the model reads it: ids, and tokens a byte
 
@@ -109,6 +109,18 @@ def run(args) -> dict:
             f"{done.mean_kl:.6f} nats, same top-1 token {done.same_top_1:.2%}"
         )
     return found
+
+
+def _check(args, run_options):
+    """What no model could take is said before a file is opened. Raises UsageError."""
+    for name in ("max_tokens", "window"):
+        found = getattr(args, name)
+        if found is not None and found < 2:
+            raise UsageError(f"{options.flag(name)}: found {found}, expected at least 2")
+    if args.stride is not None and not 1 <= args.stride <= (args.window or args.stride):
+        most = "up" if args.window is None else f"to the window's {args.window}"
+        raise UsageError(f"--stride: found {args.stride}, expected from 1 {most}")
+    RunConfig.from_options(**run_options)
 
 
 def _encode(model, text, max_tokens):
