@@ -360,13 +360,19 @@ def _refuse_partial(raw, said, where):
         raise UnsupportedModelError(f"{where}: {field} is {factor!r}, supported: 1")
 
 
+def as_integer(value):
+    """A float that is a whole number as an int, since some programs write 4096.0; all else as it
+    is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def _integer(raw, field, where, *, default=None, limit=None):
     """`default` where the key is absent. A float is taken where it is a whole number."""
     value = raw.get(field)
     if field not in raw and default is not None:
         return default
     limit = limit or LIMITS[field]
-    whole = int(value) if type(value) is float and value.is_integer() else value
+    whole = as_integer(value)
     if type(whole) is not int or not 1 <= whole <= limit:
         raise CheckpointError(
             f"{where}: {field} is {_shown(raw, field)}, expected an integer from 1 to {limit}"

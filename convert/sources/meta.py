@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from jlayer.config import LIMITS
+from jlayer.config import LIMITS, as_integer
 from jlayer.convert.sources.files import TensorInfo
 from jlayer.convert.sources.joined import Parts
 from jlayer.convert.sources.names import META, find_row, find_source
@@ -94,6 +94,7 @@ def read_params(raw: dict, *, where: str) -> Params:
         "multiple_of": LIMITS["intermediate_size"],
         "max_seq_len": LIMITS["max_position_embeddings"],
     }
+    raw |= {name: as_integer(raw[name]) for name in limits.keys() & raw.keys()}
     required = ("dim", "n_layers", "n_heads", "n_kv_heads")
     for name in (*required, *sorted(raw.keys() & known - set(required))):
         _check_field(name, raw.get(name), limits.get(name), where)

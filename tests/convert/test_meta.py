@@ -485,6 +485,19 @@ def test_params_that_are_wrong(meta_of, tmp_path, changes, words):
     refused(meta_of(4, **changes), tmp_path / "out", [*words, "source"])
 
 
+def test_whole_numbers_may_be_written_as_floats(meta_of):
+    """As in config.json: some programs write 48.0."""
+    raw = json.loads((meta_of() / "params.json").read_text())
+    floats = {name: float(n) if type(n) is int else n for name, n in raw.items()}
+    expected = read_params(raw, where="params.json")
+    found = read_params(floats, where="params.json")
+    assert found == expected
+    assert type(found.dim) is type(found.multiple_of) is int
+    for wrong in (48.5, float("inf"), float("nan"), True):
+        with pytest.raises(CheckpointError, match="dim is"):
+            read_params(raw | {"dim": wrong}, where="params.json")
+
+
 def test_an_odd_head_is_refused(meta_of, tmp_path):
     refused(meta_of(1, n_heads=16, n_kv_heads=8), tmp_path / "out", ["head_dim is 3"])
 
