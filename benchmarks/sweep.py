@@ -17,9 +17,14 @@ import time
 import common
 
 
-def raw_disk(folder: str) -> float:
-    paths = sorted(glob.glob(os.path.join(folder, "layer-*.safetensors")))
-    return common.raw_disk_speed(paths)
+def weight_files(folder: str) -> list[str]:
+    """The files of the layers; of a published folder, all that hold weights. Ends the program where
+    there are none."""
+    for pattern in ("layer-*.safetensors", "*.safetensors"):
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+        if paths:
+            return paths
+    raise SystemExit(f"sweep.py: {folder}: no *.safetensors there; name a folder with weights")
 
 
 def in_use(model) -> int | None:
@@ -75,9 +80,10 @@ def main():
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
     parser.add_argument("--no-raw", action="store_true", help="do not measure link and disk")
     args = parser.parse_args()
+    files = weight_files(args.folder)
     result = {"card": common.card(), "options": vars(args)}
     if not args.no_raw:
-        result["raw_disk"] = raw_disk(args.folder)
+        result["raw_disk"] = common.raw_disk_speed(files)
         common.say(f"raw disk (O_DIRECT)  {result['raw_disk'] / 1e9:6.2f} GB/s")
         if args.device != "cpu":
             result["raw_link"] = common.summary(common.raw_link_speed())
@@ -114,7 +120,7 @@ def main():
         result["memory"] = model.engine.memory()
         model.close()
     if args.disk and not args.no_raw:
-        result["raw_disk_after"] = raw_disk(args.folder)
+        result["raw_disk_after"] = common.raw_disk_speed(files)
         common.say(f"raw disk afterwards  {result['raw_disk_after'] / 1e9:6.2f} GB/s")
     result["anonymous_peak_bytes"] = anonymous.peak_bytes
     common.say(f"anonymous peak       {anonymous.peak_bytes / 2**20:6.0f} MiB, seen from outside")

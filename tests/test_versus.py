@@ -74,3 +74,17 @@ def test_a_run_becomes_a_table(tmp_path):
     assert "| 2.00 |" in printed
     assert "| AirLLM  | failed |" in printed
     assert "All of them gave the same tokens" in printed
+
+
+def test_a_sweep_of_a_folder_without_weights_ends_before_anything_is_measured(tmp_path):
+    for folder in (tmp_path, "/no/such/folder"):
+        done = subprocess.run(
+            [sys.executable, "sweep.py", folder, "--device", "cpu"],
+            cwd=SCRIPT.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stdout == ""
+        line = f"sweep.py: {folder}: no *.safetensors there; name a folder with weights\n"
+        assert done.stderr == line
