@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from jlayer.checkpoint.layout import CONFIG, read_manifest
-from jlayer.checkpoint.links import links_followed
+from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
-from jlayer.checkpoint.source import listed
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.convert import RESUME
 from jlayer.convert.progress import Progress
@@ -150,7 +149,7 @@ def _convert(source, target, options, advise, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
-        further = [*_links_note(source, taken), *(advise(checked) if advise else ())]
+        further = [*links_note(source, taken), *(advise(checked) if advise else ())]
         checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:
             progress.note(note)
@@ -171,12 +170,6 @@ def _convert(source, target, options, advise, progress, started):
         return _summary(layered, checked, target, status, started)
     finally:
         checked.tensors.close()
-
-
-def _links_note(source, taken):
-    """`taken`: links and where they lead, as often as they were followed."""
-    links = sorted(f"{os.path.relpath(path, source)} to {real}" for path, real in set(taken))
-    return [f"{source}: links followed outside the folder: {listed(links)}"] if links else []
 
 
 def _refuse_quantized(source):

@@ -53,7 +53,8 @@ class AutoModel:
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
         available. `dtype` is what activations are computed in, by default ("auto") the weights'
         own: a name, or a dtype of torch, numpy or jax. `watch` is told what opening does, and
-        becomes the model's own. Further options: `device` ("cpu" or "gpu"), `context`, and those of
+        becomes the model's own. Further options: `device` ("cpu" or "gpu"), `context`,
+        `follow_links` (take what links in the folder lead to outside of it), and those of
         transformers: what has a meaning here is taken (`device_map`, `torch_dtype`, `revision`,
         `local_files_only`), what changes nothing is passed over (`trust_remote_code`: code in a
         checkpoint is never run), the rest is refused.

@@ -72,6 +72,7 @@ class RunConfig:
     device: str | None = None
     context: int | None = None
     keeps_layers: bool = True  # False: every forward pass reads all layers from disk
+    follow_links: bool = False  # what links in a published folder lead to outside of it is taken
 
     @classmethod
     def from_options(cls, **options) -> RunConfig:
@@ -92,8 +93,9 @@ class RunConfig:
             )
         if options.get("device") is not None:
             options["device"] = parse_choice(options["device"], ("cpu", "gpu"), option="device")
-        if type(options.get("keeps_layers", True)) is not bool:
-            raise UsageError(f"keeps_layers: found {options['keeps_layers']!r}, expected a bool")
+        for name in ("keeps_layers", "follow_links"):
+            if type(options.get(name, True)) is not bool:
+                raise UsageError(f"{name}: found {options[name]!r}, expected a bool")
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")

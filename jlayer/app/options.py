@@ -47,6 +47,11 @@ def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not use the network")
 
 
+def add_follow_links(parser: argparse.ArgumentParser) -> None:
+    line = "take what links in the folder lead to outside of it, such as another disk"
+    parser.add_argument("--follow-links", action="store_true", help=line)
+
+
 def add_output(parser: argparse.ArgumentParser, **options) -> None:
     """Adds --json, --quiet and --debug. `options`: of `add_argument`."""
     for name, line in OUTPUT.items():

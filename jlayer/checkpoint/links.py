@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from jlayer.checkpoint.agree import listed
 from jlayer.errors import CheckpointError
 from jlayer.strict import resolve
 
@@ -42,12 +43,19 @@ def real_path(folder: str, path: str) -> str:
         return real
     taken = _TAKEN.get()
     if taken is None:
+        found = f"{path}: a link that leads outside the folder, to {real}; put the file there"
         raise CheckpointError(
-            f"{path}: a link that leads outside the folder, to {real}; put the file itself there, "
-            "or convert with --follow-links"
+            f"{found}, or allow it with follow_links=True",
+            command_line=f"{found}, or allow it with --follow-links",
         )
     taken.append((path, real))
     return real
+
+
+def links_note(folder: str, taken: list[tuple[str, str]]) -> list[str]:
+    """A note that names the links that were followed; `taken` has each as often as it was."""
+    links = sorted(f"{os.path.relpath(path, folder)} to {real}" for path, real in set(taken))
+    return [f"{folder}: links followed outside the folder: {listed(links)}"] if links else []
 
 
 def _blobs(home):

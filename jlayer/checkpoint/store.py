@@ -21,6 +21,7 @@ from jlayer.checkpoint.layout import (
     layer_file,
     read_manifest,
 )
+from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
@@ -48,11 +49,13 @@ class Store:
 
     A layered folder is also checked against its manifest. A published one has none (`manifest` is
     None) and gets the checks of the converter. `fingerprint` distinguishes models; `identities`
-    shows whether a file was changed later; `notes`: for the user. Raises CheckpointError if the
-    folder is incomplete, damaged, or of another form.
+    shows whether a file was changed later; `notes`: for the user. `follow_links`: take what links
+    in a published folder lead to outside of it, and name them in a note. (Files of a layered folder
+    may lie anywhere: the manifest vouches for them.) Raises CheckpointError if the folder is
+    incomplete, damaged, or of another form.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, *, follow_links: bool = False):
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
         self.manifest: Manifest | None = None
@@ -62,7 +65,9 @@ class Store:
         if is_layered(self.folder):
             self._open_layered()
         else:
-            self._open_published()
+            with links_followed(wanted=follow_links) as taken:
+                self._open_published()
+            self.notes = (*self.notes, *links_note(self.folder, taken))
 
     def _open_layered(self):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)

@@ -51,7 +51,7 @@ class Engine:
         self.run = run
         self.watch, self.totals = watch or Watch(), Totals()
         self.watch.phase("reading headers")
-        self.store = Store(folder)
+        self.store = Store(folder, follow_links=run.follow_links)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)

@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 
+import jlayer
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.convert.export import export_checkpoint
 from jlayer.convert.target.seal import seal_folder
 from jlayer.errors import CheckpointError, StorageError, UsageError
+from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_json, files_of, random_checkpoint
 from tests.convert.faults import failing
 
@@ -128,6 +130,56 @@ def test_the_next_command_refuses_links_again(linked, tmp_path):
     convert_checkpoint(linked, tmp_path / "out", follow_links=True)
     with pytest.raises(CheckpointError, match="leads outside"):
         convert_checkpoint(linked, tmp_path / "other")
+
+
+# In place
+
+
+@pytest.fixture
+def linked_model(tmp_path):
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    return moved(folder, names, to=tmp_path / "disk")
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "bench"])
+def test_a_folder_that_runs_in_place_may_have_links_if_asked_for(
+    linked_model, tmp_path, capsys, monkeypatch, verb
+):
+    monkeypatch.setattr("jlayer.app.verbs.bench.measure", lambda *_, **__: {"a": 1})
+    text = tmp_path / "text"
+    text.write_text("Once upon a time")
+    words = {
+        "generate": ["generate", str(linked_model), "-p", "Once", "-n", "2"],
+        "eval": ["eval", "perplexity", str(linked_model), "--text", str(text)],
+        "bench": ["bench", str(linked_model)],
+    }[verb]
+    words += ["--device", "cpu", "--json"]
+    assert main(words) == 3
+    assert "leads outside the folder" in (refused := capsys.readouterr().err)
+    assert refused.endswith("or allow it with --follow-links\n")
+    assert main([*words, "--follow-links"]) == 0
+    assert f"model.safetensors to {tmp_path / 'disk'}/model.safetensors" in capsys.readouterr().err
+    assert main(words) == 3  # the next one refuses them again
+
+
+def test_python_says_what_python_can_do_and_names_the_links(linked_model, tmp_path):
+    with pytest.raises(CheckpointError, match="or allow it with follow_links=True"):
+        jlayer.AutoModel.from_pretrained(linked_model, device="cpu")
+    with jlayer.AutoModel.from_pretrained(
+        linked_model, device="cpu", dtype="float32", follow_links=True
+    ) as model:
+        (note,) = [note for note in model.notes if "links followed" in note]
+        assert f"config.json to {tmp_path / 'disk'}/config.json" in note
+        found = model.logits([[5, 6, 7]])
+    with jlayer.AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:
+        assert (model.logits([[5, 6, 7]]) == found).all()
+    with pytest.raises(UsageError, match="follow_links: found 'yes', expected a bool"):
+        jlayer.AutoModel.from_pretrained(linked_model, device="cpu", follow_links="yes")
+
+
+def test_a_plan_needs_no_leave_to_read_a_config(linked_model):
+    assert main(["plan", str(linked_model), "--device", "cpu"]) == 0
 
 
 def test_layers_of_a_converted_folder_may_lie_elsewhere(converted, tmp_path):

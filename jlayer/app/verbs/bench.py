@@ -18,7 +18,7 @@ from jlayer.app import picture as timeline
 from jlayer.app.bundled import BUNDLED, converted_bundled
 from jlayer.app.inputs import name_of
 from jlayer.app.running import opened, write_text
-from jlayer.app.streams import is_terminal, takes_utf8
+from jlayer.app.streams import is_terminal, takes_utf8, tell
 from jlayer.app.words import time_words
 from jlayer.interrupts import check
 from jlayer.plan.machine import DEFAULT_DISK
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
     options.add_context(parser)
     options.add_offline(parser)
+    options.add_follow_links(parser)
     timeline.add_option(parser)
 
 
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> dict:
         opened(ref, offline=args.offline, **_options(args)) as model,
         progress.shown(model, _shower(args), words=lambda number: f"sweep {number + 1}") as show,
     ):
+        for note in model.notes:
+            tell(note)
         say = _silent if show is None else lambda line: _say(show, line)
         found = {"model": name, **measure(model, say, name=name, picture=args.timeline)}
     if not args.json and not is_terminal(sys.stdout):
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def _options(args):
     """The run options. The buffers of the disk's measurement are part of the host's budget."""
-    found = options.given(args, *options.RUN, "context")
+    found = options.given(args, *options.RUN, "context", "follow_links")
     if args.host_memory is not None:
         from jlayer.measure.machine import HOST_BYTES
 

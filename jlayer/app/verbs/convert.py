@@ -61,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="keep weights that are NaN or infinite"
     )
-    parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="take what links in SOURCE lead to outside of it, such as another disk",
-    )
+    options.add_follow_links(parser)
     options.add_offline(parser)
 
 

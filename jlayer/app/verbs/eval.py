@@ -58,12 +58,13 @@ def add_arguments(parser):
         own.add_argument("--stride", type=int, metavar="N", help="tokens (default: the window)")
         options.add_run(own)
         options.add_offline(own)
+        options.add_follow_links(own)
         # Here as well as before KIND; without a default, which would replace what was given there.
         options.add_output(own, default=SUPPRESS)
 
 
 def run(args) -> dict:
-    run_options = options.given(args, *options.RUN)
+    run_options = options.given(args, *options.RUN, "follow_links")
     _check(args, run_options)
     text = read_text(args.text, option="--text")
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
@@ -76,6 +77,8 @@ def run(args) -> dict:
             progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
         ):
             tell(f"{ref}: {describe(model)}")
+            for note in model.notes:
+                tell(note)
             yield model
 
     def encoded(model):

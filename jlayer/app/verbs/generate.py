@@ -78,6 +78,7 @@ def add_arguments(parser):
     options.add_run(parser)
     options.add_context(parser)
     options.add_offline(parser)
+    options.add_follow_links(parser)
     timeline.add_option(parser)
 
 
@@ -93,7 +94,7 @@ def run(args) -> dict:
         return show_prompt(args, prompt, form)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, "context"),
+        **options.given(args, *options.RUN, "context", "follow_links"),
     }
     with opened(args.ref, offline=args.offline, **run_options) as model:
         check()
