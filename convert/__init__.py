@@ -12,6 +12,7 @@ RESUME = "to resume, run the same command again"
 _HOMES = {
     "Summary": "jlayer.convert.job",
     "convert_checkpoint": "jlayer.convert.job",
+    "is_begun": "jlayer.convert.target.resume",
     "Sealed": "jlayer.convert.target.seal",
     "seal_folder": "jlayer.convert.target.seal",
     "Verdict": "jlayer.convert.verify",

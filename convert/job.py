@@ -22,7 +22,12 @@ from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.target.journal import Journal, quantization_to_resume
 from jlayer.convert.target.layered import LayeredTarget, Options
 from jlayer.convert.target.lock import LOCK, TargetLock
-from jlayer.convert.target.resume import journal_to_resume, reopen_source, source_was_deleted
+from jlayer.convert.target.resume import (
+    is_begun,
+    journal_to_resume,
+    reopen_source,
+    source_was_deleted,
+)
 from jlayer.convert.target.write import check_target, remove_temporaries
 from jlayer.convert.transform.quantize import Quantizer, sample_errors
 from jlayer.convert.verify import verify_folder
@@ -119,19 +124,21 @@ def convert_checkpoint(
     options = Options(
         dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links
     )
-    with _advice_to_resume():
+    with _advice_to_resume(target):
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
             return _convert(source, target, options, advise, progress, started)
 
 
 @contextlib.contextmanager
-def _advice_to_resume():
-    """Adds to an error of the system, or of space, that the same command resumes."""
+def _advice_to_resume(target):
+    """Adds to an error of the system, or of space, that the same command resumes, where something
+    of an unfinished conversion is in the target."""
     try:
         yield
     except (StorageError, DoesNotFitError) as error:
-        error.args = (f"{error}; {RESUME}", *error.args[1:])
+        if is_begun(target):
+            error.args = (f"{error}; {RESUME}", *error.args[1:])
         raise
 
 

@@ -18,6 +18,7 @@ from jlayer.checkpoint.layout import (
     encode_header,
     encode_index,
     is_side_file,
+    is_weight_file,
     read_manifest,
     weight_files,
 )
@@ -28,6 +29,7 @@ from jlayer.checkpoint.source import names_in, regular_file
 from jlayer.config import read_config
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import file_chunks, hash_stream
+from jlayer.convert.target.journal import JOURNAL
 from jlayer.errors import CheckpointError
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
@@ -75,10 +77,10 @@ def verify_folder(
     folder, progress = os.fspath(folder), progress or Progress()
     names = with_templates(folder, names_in(folder))
     if MANIFEST not in names:
-        raise CheckpointError(
-            f"{folder}: no {MANIFEST}: not converted, or not to the end; run its conversion again, "
-            "which resumes it"
-        )
+        begun = JOURNAL in names or any(map(is_weight_file, names))
+        advice = "run its conversion again, which resumes it" if begun else "convert it first"
+        said = "its conversion has not ended" if begun else "no converted folder"
+        raise CheckpointError(f"{folder}: no {MANIFEST}: {said}; {advice}")
     manifest, cfg = read_manifest(folder), read_config(folder)
     total = sum(entry.n_bytes for entry in manifest.files.values())
     unknown = sorted(names - manifest.files.keys() - {MANIFEST, *beside})

@@ -28,6 +28,12 @@ from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
 
 
+def is_begun(target: str) -> bool:
+    """Whether the target has the journal of an unfinished conversion. (One that stops before it has
+    finished a file takes its journal away.)"""
+    return os.path.exists(os.path.join(target, JOURNAL))
+
+
 def journal_to_resume(target: str, names: Sequence[str], *, overwrite: bool) -> Journal | None:
     """The journal of an interrupted run; None where there is none.
 

@@ -808,6 +808,16 @@ def test_a_target_that_is_not_writable_comes_before_the_source(copy_of, tmp_path
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     message = refused(source, tmp_path / "target", 6, ["not writable"])
     assert str(tmp_path) in message
+    assert "resume" not in message
+
+
+def test_a_target_that_is_not_writable_any_more_can_be_resumed(published, tmp_path, monkeypatch):
+    fail_late(monkeypatch, "pwrite", errno.EIO, nth=12)
+    refused(published("single"), tmp_path / "target", 6, ["resume"])
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refused(published("single"), tmp_path / "target", 6, ["not writable", "resume"])
+    resumes(published, tmp_path, monkeypatch)
 
 
 def test_not_enough_space_at_the_start(published, tmp_path, monkeypatch):
@@ -816,7 +826,7 @@ def test_not_enough_space_at_the_start(published, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: little)
     have = f"{3 * real.f_frsize:,}"
     message = refused(published("single"), tmp_path / "target", 4, ["need", have, "target"])
-    assert "resume" in message
+    assert "resume" not in message  # of what was never begun
     assert not (tmp_path / "target").exists()
     need = int(message.split("need ")[1].split(" bytes")[0].replace(",", ""))
     monkeypatch.undo()
@@ -834,7 +844,8 @@ def test_no_inodes_at_the_start(published, tmp_path, monkeypatch):
     real = os.statvfs(tmp_path)
     none = os.statvfs_result((*real[:5], 100, 2, 2, *real[8:]))
     monkeypatch.setattr(os, "statvfs", lambda path: none)
-    refused(published("single"), tmp_path / "target", 4, ["inodes", "resume"])
+    message = refused(published("single"), tmp_path / "target", 4, ["inodes"])
+    assert "resume" not in message
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -857,7 +868,9 @@ def test_an_error_of_the_disk_while_writing(published, tmp_path, monkeypatch, ca
 def test_an_error_of_the_disk_while_writing_tells_the_place(published, tmp_path, monkeypatch):
     fail_late(monkeypatch, "pwrite", errno.EIO, nth=3)
     words = ["embed.safetensors", "at byte 0"]
-    refused(published("single"), tmp_path / "target", 6, words)
+    message = refused(published("single"), tmp_path / "target", 6, words)
+    assert "resume" not in message  # nothing was finished, and nothing is left
+    assert not (tmp_path / "target").exists()
 
 
 def test_an_error_of_the_disk_while_reading(published, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from jlayer.app.cli import main
 from jlayer.checkpoint.layout import MANIFEST
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.progress import Progress
@@ -304,6 +305,17 @@ def test_a_signal_stops_it_at_once_and_says_how_to_resume(published, tmp_path, n
     names = {path.name for path in target.iterdir()}
     assert not any(name.endswith(".jlayer-tmp") or name in (LOCK, MANIFEST) for name in names)
     ends_well(source, target, tmp_path)
+
+
+def test_a_signal_before_anything_is_finished_speaks_of_no_resume(
+    published, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jlayer.convert.job.reopen_source", stopped)
+    assert main(["convert", str(published("single")), str(tmp_path / "target")]) == 130
+    assert capsys.readouterr().err.endswith("target: interrupted; nothing was finished\n")
 
 
 @pytest.mark.parametrize("name", ["layer-00001.safetensors", "generation_config.json"])

@@ -251,3 +251,9 @@ def test_an_unfinished_folder_is_told_how_to_be_finished(layered):
     (layered / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="resume"):
         verify_folder(layered)
+
+
+def test_a_folder_that_was_never_converted_has_nothing_to_resume(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no converted folder; convert it first$"):
+        verify_folder(tmp_path)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict:
     A conversion may be stopped anywhere, so a signal does not wait.
     """
     from jlayer.app.refusals import refused_in_source
-    from jlayer.convert import RESUME, convert_checkpoint
+    from jlayer.convert import RESUME, convert_checkpoint, is_begun
 
     if args.delete_source and not args.yes:
         _ask(args)
@@ -105,7 +105,9 @@ def run(args: argparse.Namespace) -> dict:
             )
     except STOPS as stop:
         progress.close()
-        line = f"{args.target}: {word_of(stop)}; what is finished stays; {RESUME}"
+        line = f"{args.target}: {word_of(stop)}; " + (
+            f"what is finished stays; {RESUME}" if is_begun(args.target) else "nothing was finished"
+        )
         tell(line)
         found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
         raise Interrupted(stop, found) from None
