@@ -21,7 +21,7 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
-from jlayer.checkpoint.foreign import refuse_other_forms
+from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.source import (
@@ -81,16 +81,24 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     """Opens the checkpoint in `folder`; checks config, index and headers, tensors, in this order.
 
     Of several forms it takes the first of safetensors, pytorch_model.bin, Meta's
-    consolidated.NN.pth, and Orbax. Raises CheckpointError, UnsupportedModelError or StorageError.
+    consolidated.NN.pth, and Orbax. An adapter beside them is told in a note. Raises
+    CheckpointError, UnsupportedModelError or StorageError.
     """
     names = names_in(folder)
     refuse_quantizer_files(folder, names)
+    checked = _open(folder, names, allow_extra)
+    return replace(checked, notes=(*adapter_notes(folder, names), *checked.notes))
+
+
+def _open(folder, names, allow_extra):
     published = any(name in names for form in _FORMS for name in (form.single, form.index))
     if not published and any(meta.PART.fullmatch(name) for name in names):
         return _open_meta(folder, names, allow_extra)
     checkpoint = None if published else orbax.find_checkpoint(folder, names)
     if checkpoint is not None:
         return _open_orbax(folder, names, checkpoint, allow_extra)
+    if not published and CONFIG not in names:
+        refuse_adapter(folder, names)
     notes: list[str] = []
     config_bytes, cfg = read_published_config(folder, notes)
     form = _find_form(folder, names, notes)

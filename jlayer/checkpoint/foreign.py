@@ -5,25 +5,25 @@ Known by the names of files and tensors and by first bytes alone. Says no more t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
 
 from jlayer.config import quantized_by
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
-from jlayer.strict import close, open_regular
+from jlayer.strict import close, open_regular, read_json_object
 
+_ADAPTER = re.compile(r"adapter_(model\.(safetensors|bin)|config\.json)")
+_ADAPTER_CONFIG = "adapter_config.json"
+_BASE = "base_model_name_or_path"
+_MERGE = "merge it into its base model (PEFT: merge_and_unload) and take the result"
 _TAKE = "take the model's checkpoint of safetensors files"
 _ITS_FOLDER = "name the folder that it lies in"
 # Files, by pattern of their names -> what they are, and what to do. In this order.
 _FILES = (
     (r".+\.gguf", "a GGUF model", _TAKE),
     (r"ggml-.+\.bin|.+\.ggml|ggjt.+", "a GGML model", _TAKE),
-    (
-        r"adapter_(model\.(safetensors|bin)|config\.json)",
-        "an adapter (LoRA) without the model that it is for",
-        "merge it into its base model (PEFT: merge_and_unload) and take the result",
-    ),
     (r"weights(\.\d+)?\.npz", "MLX weights", _TAKE),
     (r"mlc-chat-config\.json|params_shard_\d+\.bin", "an MLC model", _TAKE),
     (r"tf_model.*\.h5", "TensorFlow weights", _TAKE),
@@ -95,10 +95,46 @@ def refuse_file(path: str, *, but_json: bool = False) -> None:
     raise CheckpointError(f"{path}: found {what}, expected a folder; {to_do}")
 
 
+def adapter_notes(folder: str, names: Iterable[str]) -> list[str]:
+    """A note where an adapter lies beside the weights of a folder that holds `names`: transformers
+    applies it where peft is installed."""
+    found = sorted(name for name in names if _ADAPTER.fullmatch(name))
+    if not found:
+        return []
+    return [
+        f"{os.path.join(folder, found[0])}: an adapter (LoRA) beside the weights, which is not "
+        f"applied; to apply it, {_MERGE}"
+    ]
+
+
+def refuse_adapter(folder: str, names: Iterable[str]) -> None:
+    """Raises UnsupportedModelError where a folder has an adapter, and no config or weights of a
+    model that is read here."""
+    found = sorted(name for name in names if _ADAPTER.fullmatch(name))
+    if found:
+        raise UnsupportedModelError(
+            f"{folder}: an adapter (LoRA) without the model that it is for ({found[0]}"
+            f"{_base_of(folder, found)}), which is not supported; {_MERGE}"
+        )
+
+
+def _base_of(folder, found):
+    """What an adapter's config names as its base model, as far as it can be read."""
+    if _ADAPTER_CONFIG not in found:
+        return ""
+    with contextlib.suppress(CheckpointError, StorageError):
+        base = read_json_object(os.path.join(folder, _ADAPTER_CONFIG)).get(_BASE)
+        if isinstance(base, str) and base:
+            return f", {_BASE} {base[:200]!a}"
+    return ""
+
+
 def refuse_other_forms(folder: str, names: Iterable[str]) -> None:
     """Raises UnsupportedModelError where a folder, which lacks every form of weights that is read
     here, has another."""
-    for name in sorted(names):
+    names = sorted(names)
+    refuse_adapter(folder, names)
+    for name in names:
         for what, to_do in _kind_of_file(name):
             raise UnsupportedModelError(
                 f"{folder}: {what} ({name}), which is not supported; {to_do}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
-from jlayer.checkpoint.foreign import refuse_file, refuse_other_forms
+from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
@@ -90,7 +90,7 @@ def open_published(folder: str) -> Published:
     refuse_quantizer_files(folder, names)
     if not {SINGLE, INDEX} & names:
         _refuse_weights(folder, names)
-    notes: list[str] = []
+    notes = adapter_notes(folder, names)
     config_bytes, cfg = read_published_config(folder, notes)
     shards, weight_map = find_shards(folder, names, SINGLE, INDEX, notes)
     files = shard_files(folder, shards)

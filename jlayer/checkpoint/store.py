@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
+from jlayer.checkpoint.foreign import adapter_notes
 from jlayer.checkpoint.layout import (
     CONFIG,
     EMBED_FILE,
@@ -25,7 +26,7 @@ from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
-from jlayer.checkpoint.source import Identity, identity_of, open_published
+from jlayer.checkpoint.source import Identity, identity_of, names_in, open_published
 from jlayer.config import read_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import CheckpointError
@@ -78,7 +79,10 @@ class Store:
             )
         self.fingerprint = self.manifest.source_fingerprint
         self._where, self.identities = locate(self.folder, self.cfg, self.manifest)
-        self.notes = check_side_files(self.folder, self.manifest)
+        self.notes = (
+            *check_side_files(self.folder, self.manifest),
+            *adapter_notes(self.folder, names_in(self.folder)),
+        )
 
     def _open_published(self):
         source = open_published(self.folder)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+import jlayer
 from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
@@ -73,6 +74,50 @@ def test_a_file_of_another_format_beside_the_weights_is_no_matter(copy_of, tmp_p
         (source / name).write_bytes(b"{}")
     Store(source)
     assert convert_checkpoint(source, tmp_path / "target").status == "converted"
+
+
+ADAPTER = "adapter_config.json"
+
+
+@pytest.mark.parametrize("form", ["published", "layered"])
+def test_an_adapter_beside_the_weights_is_told_and_not_applied(copy_of, tmp_path, capsys, form):
+    """It was passed over in silence; transformers applies it where peft is installed."""
+    folder = copy_of("single")
+    if form == "layered":
+        convert_checkpoint(folder, tmp_path / "layered")
+        folder = tmp_path / "layered"
+    (folder / ADAPTER).write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with jlayer.AutoModel.from_pretrained(folder, device="cpu") as model:
+        (note,) = model.notes
+    assert note.startswith(f"{folder / ADAPTER}: an adapter (LoRA) beside the weights, which")
+    if form == "published":
+        done = convert_checkpoint(folder, tmp_path / "target")
+        assert note in done.notes
+        assert main(["convert", str(folder), str(tmp_path / "other")]) == 0
+        assert note in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "base"),
+    [
+        ('{"base_model_name_or_path": "meta-llama/Llama-3-8B"}', "'meta-llama/Llama-3-8B'"),
+        ('{"base_model_name_or_path": "a\\nb"}', r"'a\nb'"),
+        ('{"base_model_name_or_path": 7}', ""),
+        ("no JSON", ""),
+    ],
+)
+def test_a_folder_of_an_adapter_alone_names_its_base(tmp_path, capsys, content, base):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / ADAPTER).write_text(content)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    named = f", base_model_name_or_path {base}" if base else ""
+    said = f"an adapter (LoRA) without the model that it is for ({ADAPTER}{named})"
+    assert_refused(folder, tmp_path / "target", said, "merge it into its base model")
+    for words in (["plan"], ["generate", "-p", "x", "--device", "cpu"]):
+        assert main([*words, str(folder)]) == 3
+        assert said in capsys.readouterr().err
 
 
 STARTS = {

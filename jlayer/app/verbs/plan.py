@@ -12,10 +12,11 @@ from jlayer import catalogue
 from jlayer.app import options
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.checkpoint.foreign import refuse_file
+from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
-from jlayer.checkpoint.layout import is_layered, read_manifest
+from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
+from jlayer.checkpoint.source import names_in
 from jlayer.config import RunConfig, model_config, planned_dtype, read_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
@@ -106,6 +107,9 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     """The config behind REF: a folder, a file, a hub id, or a known name. Raises what reading it
     does."""
     if os.path.isdir(ref):
+        names = names_in(ref)
+        if CONFIG not in names:
+            refuse_adapter(ref, names)
         return read_config(ref)
     if is_hub_id(ref) and not ref.endswith(".json"):
         with released():
