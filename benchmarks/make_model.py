@@ -1,4 +1,4 @@
-"""Write a layered checkpoint of random bfloat16 (or quantised) weights at a real shape, without a
+"""Write a layered checkpoint of random bfloat16 (or quantized) weights at a real shape, without a
 published one in between; or the same weights as published shards.
 
     python benchmarks/make_model.py OUT --shape 70b --layers 20 [--quantize int4 | --published]
@@ -137,7 +137,7 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
 
 
 def _draw(*, quantized):
-    """Noise to fill matrices with: by what it is for and, quantised, by piece and dtype. The scales
+    """Noise to fill matrices with: by what it is for and, quantized, by piece and dtype. The scales
     are such that the weights they stand for have the same spread."""
     noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
     spread = {EMBEDDING.published: 4.0, HEAD.published: 0.01, None: 0.01}

@@ -1,4 +1,4 @@
-"""What quantising costs: perplexity and divergence of int8 and int4, beside round-to-nearest and
+"""What quantizing costs: perplexity and divergence of int8 and int4, beside round-to-nearest and
 NF4 in the same run, on a trained checkpoint and a held-out text.
 
     python benchmarks/quantization.py CHECKPOINT TEXT.gz [TEXT.gz ...] [--held-out 40000]

@@ -1,4 +1,4 @@
-"""What quantising gains: the sweep time of bfloat16 over that of int8 and int4, compared with the
+"""What quantizing gains: the sweep time of bfloat16 over that of int8 and int4, compared with the
 ratio of the bytes, on random layers of a real shape.
 
     python benchmarks/quantized_sweep.py WORK --shape 70b --layers 14 --device-memory 1536MiB \\

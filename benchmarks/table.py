@@ -80,7 +80,7 @@ def sweeps() -> str:
                 f"{result['smi_peak_mib']} MiB",
             ]
         )
-    head = ["model", "GPU budget", "tokens", "seconds a sweep", "weights to the GPU"]
+    head = ["model", "GPU budget", "tokens", "seconds a forward pass", "weights to the GPU"]
     return described.table([*head, "share of the raw link", "GPU memory, whole process"], rows)
 
 
@@ -161,7 +161,7 @@ def quantized() -> str:
                     f"{result['rounds'][0][kind]['smi_peak_mib']} MiB",
                 ]
             )
-    head = ["tokens", "weights", "bytes a sweep", "seconds a sweep", "speed-up", "÷ cut in bytes"]
+    head = ["tokens", "weights", "bytes a pass", "seconds a pass", "speed-up", "÷ cut in bytes"]
     return described.table([*head, "GPU memory, whole process"], rows)
 
 

@@ -132,7 +132,7 @@ def _open_layered(folder) -> CheckedSource:
     manifest = read_manifest(folder)
     if manifest.quantization is not None:
         raise UnsupportedModelError(
-            f"{folder}: quantised, and what was lost cannot be written back; export a folder that "
+            f"{folder}: quantized, and what was lost cannot be written back; export a folder that "
             "was converted without --quantize"
         )
     check_side_files(folder, manifest)

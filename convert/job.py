@@ -93,7 +93,7 @@ def convert_checkpoint(
     """Converts the published checkpoint in `source` to a layered one in `target`.
 
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
-    quantises the matrices and leaves the rest as it would be without. `delete_source` removes each
+    quantizes the matrices and leaves the rest as it would be without. `delete_source` removes each
     weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
     source lead to outside of it, and names them in a note. `advise` is shown the source once it is
     checked, and returns further notes for the user.
@@ -180,7 +180,7 @@ def _convert(source, target, options, advise, progress, started):
 
 
 def _refuse_quantized(source):
-    """Raises UnsupportedModelError for a folder that this project has quantised: its precision is
+    """Raises UnsupportedModelError for a folder that this project has quantized: its precision is
     lost already."""
     try:
         config = read_json_object(os.path.join(source, CONFIG))
@@ -189,7 +189,7 @@ def _refuse_quantized(source):
     scheme = own_quantization(config)
     if scheme is not None:
         raise UnsupportedModelError(
-            f"{source}: quantised already ({scheme!a}); convert the checkpoint that it was made of"
+            f"{source}: quantized already ({scheme!a}); convert the checkpoint that it was made of"
         )
 
 
@@ -205,7 +205,7 @@ def choose_quantization(
         return resumed
     shapes, errors = published_tensors(checked.cfg), None
     if scheme == INT4.name:
-        progress.note(f"{checked.folder}: quantising some rows of every matrix to measure errors")
+        progress.note(f"{checked.folder}: quantizing some rows of every matrix to measure errors")
         errors = sample_errors(checked.tensors, block_matrices(shapes))
     return quantization_of(scheme, shapes, errors)
 

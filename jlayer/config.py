@@ -31,7 +31,7 @@ LIMITS = {
     "head_dim": 1 << 14,
     "max_position_embeddings": (1 << 31) - 1,
 }
-# Marks a config.json whose folder jlayer quantised; its scheme stands beside it. There is no
+# Marks a config.json whose folder jlayer quantized; its scheme stands beside it. There is no
 # "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
 # initialises the matrices at random.
 OWN_QUANTIZATION = {"by": "jlayer"}
@@ -50,7 +50,7 @@ _NEUTRAL = {
     "kv_sharing_modes": (None,),
     "configuration_files": (None, []),
 }
-# Keys by which a quantisation_config without "quant_method" is known.
+# Keys by which a quantization_config without "quant_method" is known.
 _METHOD_BY_KEY = {
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
@@ -274,7 +274,7 @@ def _family(raw, where):
 
 
 def own_quantization(raw: dict) -> str | None:
-    """The scheme by which jlayer quantised the folder of this config; None if it did not."""
+    """The scheme by which jlayer quantized the folder of this config; None if it did not."""
     section = raw.get("quantization_config")
     ours = isinstance(section, dict) and OWN_QUANTIZATION.items() <= section.items()
     return str(section.get("scheme")) if ours else None
@@ -285,15 +285,15 @@ def _refuse_quantized(raw, where):
     said = raw.get(field)
     if said and own_quantization(raw) is None:
         raise UnsupportedModelError(
-            f"{where}: {field}: {quantized_by(_method(said))}; where the weights are not quantised "
+            f"{where}: {field}: {quantized_by(_method(said))}; where the weights are not quantized "
             f"at all, remove {field} from config.json"
         )
 
 
 def quantized_by(method: str) -> str:
-    """What to tell whoever has weights that another program has quantised."""
+    """What to tell whoever has weights that another program has quantized."""
     return (
-        f"weights quantised by {_plain(method)} are not supported; take the model's unquantised "
+        f"weights quantized by {_plain(method)} are not supported; take the model's unquantized "
         "checkpoint (jlayer convert --quantize int8 or int4 makes that small)"
     )
 

@@ -16,7 +16,7 @@ from enum import Enum
 # other dtype is refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 ITEM_BYTES = dict(DTYPES.values())
-# The dtypes that a converted file may hold: quantised weights are integers.
+# The dtypes that a converted file may hold: quantized weights are integers.
 STORED_DTYPES = {**DTYPES, "I8": ("int8", 1), "U8": ("uint8", 1)}
 STORED_BYTES = dict(STORED_DTYPES.values())
 PUBLISHED_DTYPE = {name: published for published, (name, _) in STORED_DTYPES.items()}

@@ -1,4 +1,4 @@
-"""Small random models quantised, and the weights that they then stand for."""
+"""Small random models quantized, and the weights that they then stand for."""
 
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.convert import convert_checkpoint
@@ -9,14 +9,14 @@ from tests.tiny import tiny_llama
 
 
 def converted(folder, scheme, **options):
-    """A random model quantised, and the source with the weights that this stands for."""
+    """A random model quantized, and the source with the weights that this stands for."""
     source = tiny_llama(folder / "source", hidden_size=54, intermediate_size=141, **options)
     convert_checkpoint(source, folder / "layered", quantize=scheme)
     return source, folder / "layered"
 
 
 def stand_for(source, layered):
-    """Overwrites a source's matrices with what they were quantised to."""
+    """Overwrites a source's matrices with what they were quantized to."""
     choice = read_manifest(layered).quantization
 
     def change(tensors):

@@ -74,8 +74,8 @@ def read_params(raw: dict, *, where: str) -> Params:
         del raw["vocab_size"]
     if {"quantization_args", "lora_args"} & raw.keys():
         raise UnsupportedModelError(
-            f"{where}: weights quantised by Meta's quantization_args are not supported; "
-            "take the model's unquantised checkpoint"
+            f"{where}: weights quantized by Meta's quantization_args are not supported; "
+            "take the model's unquantized checkpoint"
         )
     known = {field.name for field in fields(Params)}
     strange = sorted(raw.keys() - known - {"max_batch_size"})

@@ -173,7 +173,7 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
 def quantization_to_resume(
     journal: Journal | None, checked: CheckedSource, scheme: str
 ) -> Quantization | None:
-    """The quantisation that an interrupted run chose for this source and scheme; None for none.
+    """The quantization that an interrupted run chose for this source and scheme; None for none.
 
     A new choice would need all files of the source, and some may be removed.
     """

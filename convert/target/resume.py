@@ -154,7 +154,7 @@ def first_difference(
     if manifest.family != wanted.family:
         return f"family {manifest.family}"
     if manifest.quantization != wanted.quantization:
-        return f"quantised as {_scheme_of(manifest)} there, as {_scheme_of(wanted)} here"
+        return f"quantized as {_scheme_of(manifest)} there, as {_scheme_of(wanted)} here"
     for name in sorted({output.name for output in [*weights, *sides]} ^ manifest.files.keys()):
         return f"{name} is in only one of them{_seal_advice(name)}"
     for output in weights:

@@ -1,1 +1,1 @@
-"""How weights and side files change between source and target: cast, quantised."""
+"""How weights and side files change between source and target: cast, quantized."""

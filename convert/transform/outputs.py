@@ -49,7 +49,7 @@ class WeightFile:
     """A safetensors file of the target.
 
     `published`: the source tensors that it is made from. `tensors`: what it holds, where a
-    quantised tensor is several pieces. `header`: its first bytes. After all `chunks` were read,
+    quantized tensor is several pieces. `header`: its first bytes. After all `chunks` were read,
     `digests` has the digest of each tensor, and `nonfinite` counts, by tensor, the NaN and infinite
     numbers that `allow_nonfinite` let through.
     """
@@ -120,7 +120,7 @@ class WeightFile:
         return sha256 if self._source_digest is None else self._source_digest.hexdigest()
 
     def _piece_chunks(self, tensor, wanted):
-        """The bytes of one piece of a quantised matrix.
+        """The bytes of one piece of a quantized matrix.
 
         All pieces are computed together. The small ones that come later in the file are kept; where
         odd sizes put them first, the matrix is read twice.
@@ -157,7 +157,7 @@ class WeightFile:
                 if count:
                     raise CheckpointError(
                         f"{self._where(tensor)}: NaN or infinite numbers: at least {count}, "
-                        "expected 0, since they cannot be quantised; fetch the model again"
+                        "expected 0, since they cannot be quantized; fetch the model again"
                     )
                 if not again:
                     self._progress.advance(len(chunk))
@@ -274,10 +274,10 @@ def side_outputs(
 def config_of(
     config_bytes: bytes, *, dtype: str | None, scheme: str | None, is_tied: bool
 ) -> bytes:
-    """The published config with the new dtype and quantisation, and without a tie that the weights
+    """The published config with the new dtype and quantization, and without a tie that the weights
     do not have; the same bytes where nothing changes.
 
-    Without its quantisation other programs would report the matrices as missing.
+    Without its quantization other programs would report the matrices as missing.
     """
     config = json.loads(config_bytes)
     stale = [

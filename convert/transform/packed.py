@@ -1,4 +1,4 @@
-"""Quantised weights in numpy: packed half bytes, scales, and dequantisation to float32.
+"""Quantized weights in numpy: packed half bytes, scales, and dequantization to float32.
 
 Bit for bit what `jlayer.encodings` describes and `jlayer.model.products` computes on the device.
 """
@@ -38,7 +38,7 @@ def decode_scales(codes: np.ndarray) -> np.ndarray:
 
 
 def dequantize(scheme: Grouped, q: np.ndarray, scale: np.ndarray, *, width: int) -> np.ndarray:
-    """The weights float32 [rows, width] of some or all rows of a quantised matrix."""
+    """The weights float32 [rows, width] of some or all rows of a quantized matrix."""
     if scheme.bits == 4:
         numbers, factors = LEVELS[unpack(q, width)], decode_scales(scale)
     else:

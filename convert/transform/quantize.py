@@ -1,4 +1,4 @@
-"""Quantisation: for every group of weights the scale with the least squared error.
+"""Quantization: for every group of weights the scale with the least squared error.
 
 Uses the weights alone, no data. Rows are independent and every sum has one order, so the bytes do
 not depend on how rows are divided among chunks and threads.
@@ -66,7 +66,7 @@ def sample_errors(source: Source, shapes: dict[str, tuple[int, ...]]) -> dict[st
 
 
 class Quantizer:
-    """Quantises rows on all cores of the processor. A context manager."""
+    """Quantizes rows on all cores of the processor. A context manager."""
 
     def __init__(self):
         cores = len(os.sched_getaffinity(0))
@@ -79,7 +79,7 @@ class Quantizer:
         self._pool.shutdown()
 
     def quantize(self, rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
-        """Quantises weights [n, width], finite and of any float dtype; returns pieces by name.
+        """Quantizes weights [n, width], finite and of any float dtype; returns pieces by name.
 
         Raises OverflowError where the scheme cannot represent a weight.
         """
@@ -94,7 +94,7 @@ def _blocks(rows) -> Iterator[np.ndarray]:
 
 
 def quantize(rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
-    """Quantises rows as `Quantizer.quantize` does, in the calling thread."""
+    """Quantizes rows as `Quantizer.quantize` does, in the calling thread."""
     n, width = rows.shape
     n_groups = -(-width // scheme.group)
     padded = np.zeros((n, n_groups * scheme.group), np.float32)
@@ -110,7 +110,7 @@ def quantize(rows: np.ndarray, scheme: Grouped) -> dict[str, np.ndarray]:
 
 
 def relative_error(rows: np.ndarray, scheme: Grouped, pieces: dict[str, np.ndarray]) -> float:
-    """The squared error of quantised rows, relative to their sum of squares."""
+    """The squared error of quantized rows, relative to their sum of squares."""
     rows = rows.astype(np.float32)
     error = dequantize(scheme, pieces["q"], pieces["scale"], width=rows.shape[1]) - rows
     total = np.square(rows, dtype=np.float64).sum()

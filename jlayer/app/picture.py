@@ -27,7 +27,7 @@ COLOURS = {
 LIGHT = {light for _, light in COLOURS.values()}
 WAITING = "#D9D9D9"
 WORDS = {
-    Tier.DISK: "from disk, every sweep",
+    Tier.DISK: "from disk, every pass",
     Tier.HOST: "kept in host memory",
     Tier.DEVICE: "kept on the device",
 }
@@ -145,7 +145,7 @@ def title(timeline, what: str) -> str:
         else f"nothing is busy all the time, {limit} most: {busy[most]:.0%}"
     )
     return (
-        f"{what}: {n_sweeps} sweep{'s' * (n_sweeps > 1)} of {human(n_bytes)}, "
+        f"{what}: {n_sweeps} forward pass{'es' * (n_sweeps > 1)} of {human(n_bytes)}, "
         f"{each * 1e3:,.4g} ms each; {verdict}"
     )
 
@@ -184,7 +184,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
     for start in timeline.starts:
         if begin <= start <= end:
             axes.axvline((start - zero) * 1e3, color="black", lw=1, ls=":")
-            axes.text((start - zero) * 1e3, 4.72, " sweep", fontsize=8, style="italic")
+            axes.text((start - zero) * 1e3, 4.72, " forward pass", fontsize=8, style="italic")
     _frame(axes, (begin - zero) * 1e3, (end - zero) * 1e3)
 
 

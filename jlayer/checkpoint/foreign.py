@@ -34,7 +34,7 @@ _FILES = (
     (r".+\.nemo", "a NeMo archive", _TAKE),
     (r".+\.(tflite|task|litertlm)", "a LiteRT model", _TAKE),
     (r".+\.llamafile", "a llamafile", _TAKE),
-    (r"qmodel\.pt", "a model quantised by hqq", _TAKE),
+    (r"qmodel\.pt", "a model quantized by hqq", _TAKE),
     (r"rank\d+\.engine", "a TensorRT engine", _TAKE),
 )
 # Files, by how they begin.
@@ -144,7 +144,7 @@ def refuse_other_forms(folder: str, names: Iterable[str]) -> None:
 def refuse_quantized_tensors(
     folder: str, names: Iterable[str], matrices: Mapping[str, str]
 ) -> None:
-    """Raises UnsupportedModelError where tensors that do not make a model are what a quantiser
+    """Raises UnsupportedModelError where tensors that do not make a model are what a quantizer
     writes. `matrices`: those of two dimensions, with their dtypes."""
     names = sorted(names)
     for end, method in _TENSORS:

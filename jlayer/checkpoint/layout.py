@@ -144,7 +144,7 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
     """The order of tensors in a file: matrices first, largest first, then norms and biases.
 
     So large tensors begin aligned, and small ones are together at the end. Tensors of equal size
-    are sorted by name. The pieces of a quantised matrix are neighbours, at the matrix's own place,
+    are sorted by name. The pieces of a quantized matrix are neighbours, at the matrix's own place,
     so that one request reads them. If mixed dtypes would put a tensor at an offset that is no
     multiple of its element size, which no reader can view, wider dtypes come first.
     """
@@ -300,7 +300,7 @@ def _quantization(found, path):
     except (KeyError, TypeError, ValueError):
         scheme = found.get("scheme", found) if isinstance(found, dict) else found
         raise CheckpointError(
-            f"{path}: quantisation {scheme!a} is not known to this jlayer, or not in this form; "
+            f"{path}: quantization {scheme!a} is not known to this jlayer, or not in this form; "
             "install a newer one, or convert the source again"
         ) from None
 

@@ -60,7 +60,7 @@ class Quantization:
         """
         quantization = cls(raw["scheme"], tuple(raw["at_int8"]))
         if quantization.scheme not in SCHEMES or raw != quantization.as_dict():
-            raise ValueError("not a known quantisation")
+            raise ValueError("not a known quantization")
         return quantization
 
 
@@ -69,7 +69,7 @@ def stored_pieces(
 ) -> dict[str, tuple[str | None, tuple[int, ...]]]:
     """Name -> (dtype, shape) of the stored tensors of published ones.
 
-    A quantised `X.weight` is stored as `X.weight.q` and `X.weight.scale`. A dtype of None means: as
+    A quantized `X.weight` is stored as `X.weight.q` and `X.weight.scale`. A dtype of None means: as
     published.
     """
     stored = {}
@@ -93,7 +93,7 @@ def stored_tensors(
 def piece_dtypes(
     shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None
 ) -> dict[str, str]:
-    """Name -> dtype of the quantised tensors among `stored_pieces`."""
+    """Name -> dtype of the quantized tensors among `stored_pieces`."""
     stored = stored_pieces(shapes, quantization).items()
     return {name: dtype for name, (dtype, _) in stored if dtype is not None}
 

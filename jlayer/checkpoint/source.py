@@ -34,7 +34,7 @@ from jlayer.strict import (
 
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
-# Files that quantisers write instead of an entry in the config.
+# Files that quantizers write instead of an entry in the config.
 _QUANTIZER_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -153,7 +153,7 @@ def check_shard_name(name: object, *, where: str) -> None:
 
 
 def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
-    """Raises UnsupportedModelError if one of the names belongs to a quantiser."""
+    """Raises UnsupportedModelError if one of the names belongs to a quantizer."""
     for name, method in _QUANTIZER_FILES.items():
         if name in names:
             raise UnsupportedModelError(f"{os.path.join(folder, name)}: {quantized_by(method)}")

@@ -110,7 +110,7 @@ class Store:
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of tensors that are not quantised: the default compute dtype."""
+        """The dtype of tensors that are not quantized: the default compute dtype."""
         table = self.form_of(EMBEDDING.published)
         return self.form_of(FINAL_NORM.published) if table in SCHEMES else table
 
@@ -184,7 +184,7 @@ def locate(
             )
         elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
             problems.append(
-                f"{tensor} is {where[tensor][1].dtype}, by its quantisation {dtypes[tensor]}"
+                f"{tensor} is {where[tensor][1].dtype}, by its quantization {dtypes[tensor]}"
             )
     if problems or by_config:
         is_damaged = problems or not is_side_changed(folder, CONFIG, manifest)

@@ -10,7 +10,7 @@ from jlayer.encodings.int8 import INT8
 
 # A new encoding is a file beside this one, a line here, and a product in `model.products`.
 ENCODINGS: dict[str, Encoding] = {row.name: row for row in (*plain.ENCODINGS, INT8, INT4)}
-# The encodings that the converter can quantise to.
+# The encodings that the converter can quantize to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
 _PIECES = (Q, SCALE)
 # dtype of the main piece -> weights in one number of it. No two schemes share a dtype.

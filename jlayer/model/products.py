@@ -121,7 +121,7 @@ def _dot(left, right, left_axis, right_axis):
     )
 
 
-# Up to this many columns a CPU multiplies quantised weights in float32. Decoding takes most of the
+# Up to this many columns a CPU multiplies quantized weights in float32. Decoding takes most of the
 # time then, and rounding to bfloat16 is a third of it.
 FEW_IN_FLOAT32 = 8
 

@@ -1,8 +1,8 @@
 """How a tile's arrays cross the link: one by one, or joined in one array of bytes.
 
 Each array that is put on a GPU costs time in Python and the driver (about 70 us on an H200, where
-48 MiB take 900 us), and a quantised tile has up to four arrays, half of them small. A plain matrix
-must be an array of its own, since it is multiplied without copying; a quantised one is decoded
+48 MiB take 900 us), and a quantized tile has up to four arrays, half of them small. A plain matrix
+must be an array of its own, since it is multiplied without copying; a quantized one is decoded
 first, so its pieces may be anywhere.
 """
 

@@ -31,7 +31,7 @@ class Platform:
     """A kind of device: what was measured of it, and what follows for a plan.
 
     `has_link`: weights cross a link into a memory of the device's own; without one they are
-    multiplied in host memory. `joins`: quantised tiles cross as one array. `ahead`: tiles on the
+    multiplied in host memory. `joins`: quantized tiles cross as one array. `ahead`: tiles on the
     device at a time.
 
     Time of a tile besides its bytes, in Python and the driver: `step_s` for the tile, `array_s` for

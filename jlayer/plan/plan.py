@@ -44,7 +44,7 @@ class Plan:
     ahead: int
     shapes: Shapes
     model_bytes: int
-    published_bytes: int  # before it was quantised, if it was
+    published_bytes: int  # before it was quantized, if it was
     n_layers: int
     n_held: int = 0
 
@@ -136,9 +136,9 @@ class Plan:
         if self.sweep_seconds <= 1.2 * plain:
             return ()
         return (
-            "quantised weights are decoded on one core of this CPU: about "
-            f"{self.sweep_seconds:.2g} s a token, where the unquantised model would take about "
-            f"{plain:.2g} s; run the unquantised folder if speed matters",
+            "quantized weights are decoded on one core of this CPU: about "
+            f"{self.sweep_seconds:.2g} s a token, where the unquantized model would take about "
+            f"{plain:.2g} s; run the unquantized folder if speed matters",
         )
 
     def as_dict(self) -> dict:

@@ -58,7 +58,7 @@ class Weights:
 
     @cached_property
     def published_bytes(self) -> int:
-        """Bytes of all tensors before quantising, if any; the final norm has the published
+        """Bytes of all tensors before quantizing, if any; the final norm has the published
         dtype."""
         plain = self.form_of(family_of(self.cfg).final_norm.published)
         shapes = published_tensors(self.cfg)
@@ -98,7 +98,7 @@ class Part:
 
     @property
     def n_weights(self) -> int:
-        """Weights in this part; 0 for the scales of a quantised matrix."""
+        """Weights in this part; 0 for the scales of a quantized matrix."""
         if self.piece != self.encoding.main:
             return 0
         return math.prod((*self.shape[:-1], self.width))

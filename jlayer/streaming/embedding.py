@@ -13,7 +13,7 @@ from jlayer.streaming.direct import RowReader
 
 
 class Embedding:
-    """The open embedding table of a store: one array, or its quantised pieces."""
+    """The open embedding table of a store: one array, or its quantized pieces."""
 
     def __init__(self, store: Store, weights: Weights):
         leaf = family_of(weights.cfg).embedding

@@ -35,11 +35,11 @@ def test_the_ceiling_comes_first_and_one_object_last(fable, tmp_path, quick, cap
     words = [str(fable), "--device", "cpu", "--host-memory", "1GiB", "--from-disk"]
     assert main(["bench", *words, "--timeline", str(tmp_path / "x.png")]) == 0
     (before,) = opened
-    assert "ceiling   a sweep uses 6.00 MiB of weights" in before
+    assert "ceiling   a forward pass uses 6.00 MiB of weights" in before
     assert "raw" not in before
     *lines, last = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
-    for row in ("raw memory", "raw disk", "one layer alone   1 token", "whole sweep       512 tok"):
+    for row in ("raw memory", "raw disk", "one layer alone   1 token", "forward pass      512 tok"):
         assert f"\n{row}" in f"\n{text}", row
     found = json.loads(last)
     assert lines[-1] == found["conclusion"]
@@ -78,16 +78,16 @@ def found(took, *, block=0.001, bits=16, took_64=None, **limits):
 @pytest.mark.parametrize(
     ("figures", "limit", "said"),
     [
-        (found(2.0, disk=1.9, link=0.5), "disk", r"The disk limits.* 1.9 s of a sweep's 2 s; "),
-        (found(2.0, disk=1.9, link=0.5), "disk", r"B more host memory \(about 500 ms a sweep\)"),
-        (found(2.0, disk=1.9, link=1.8), "disk", r"quantising the weights to 4 bits \(about 534"),
+        (found(2.0, disk=1.9, link=0.5), "disk", r"The disk limits.* 1.9 s of the 2 s of a for"),
+        (found(2.0, disk=1.9, link=0.5), "disk", r"B more host memory \(about 500 ms a for"),
+        (found(2.0, disk=1.9, link=1.8), "disk", r"quantizing the weights to 4 bits \(about 534"),
         (found(2.0, disk=1.9, link=1.8, bits=4.5), "disk", "more host memory"),
-        (found(2.0, link=1.9), "link", r"The link to the device.*quantising .*\(about 534 ms"),
+        (found(2.0, link=1.9), "link", r"The link to the device.*quantizing .*\(about 534 ms"),
         (found(2.0, link=1.9, bits=4.5), "link", r"more device memory \(about 950 ms"),
         (found(2.0, took_64=2.02, link=1.9), "link", "64 tokens take only 1.01 times as long"),
         (found(2.0, block=0.19, disk=1.0), "programs", "faster memory and more cores"),
-        (found(2.0, block=0.19, disk=9.0), "disk", "2 s of a sweep's 2 s"),
-        (found(2.0, disk=1.0, link=0.5), "steps", "so small a model, but its 4 steps a sweep"),
+        (found(2.0, block=0.19, disk=9.0), "disk", "2 s of the 2 s of a forward"),
+        (found(2.0, disk=1.0, link=0.5), "steps", "so small a model, but its 4 steps a forward"),
     ],
 )
 def test_the_sentence_names_the_limit_and_the_best_remedy(figures, limit, said):

@@ -211,7 +211,7 @@ def test_a_plan_beyond_the_models_own_context_is_refused_as_its_run_is(fable, ca
     ("n_cores", "host_memory", "is_told"),
     [(2, "2GiB", False), (16, "2GiB", False), (16, "64GiB", True)],
 )
-def test_a_plan_says_where_a_cpu_is_faster_unquantised(
+def test_a_plan_says_where_a_cpu_is_faster_unquantized(
     monkeypatch, capsys, n_cores, host_memory, is_told
 ):
     """In memory, not where the disk is the limit: from there fewer bytes are what counts."""
@@ -220,7 +220,7 @@ def test_a_plan_says_where_a_cpu_is_faster_unquantised(
     assert main(["plan", *words]) == 0
     assert capsys.readouterr().err == ""
     assert main(["plan", *words, "--quantize", "int8"]) == 0
-    assert ("where the unquantised model would take" in capsys.readouterr().err) == is_told
+    assert ("where the unquantized model would take" in capsys.readouterr().err) == is_told
 
 
 def test_without_a_tokenizer_the_new_ids_are_shown(tiny, capsys):

@@ -82,9 +82,8 @@ def words_of(figure):
 
 def test_the_picture_says_what_limits_and_shows_only_the_tiers_in_use():
     words = words_of(picture.draw(timeline(), what="m on d"))
-    assert "m on d: 2 sweeps of 0 B, 30 ms each; the disk is the busiest, 100% of the time" in (
-        words
-    )
+    said = "m on d: 2 forward passes of 0 B, 30 ms each; the disk is the busiest, 100% of the time"
+    assert said in words
     assert {"busy 100%", "busy 20%", "busy 30%"} <= set(words)
     assert picture.WORDS[Tier.DISK] in words
     assert picture.WORDS[Tier.HOST] in words

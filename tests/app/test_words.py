@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from benchmarks import table
 from jlayer import catalogue
 from jlayer.app.cli import main
 from jlayer.app.verbs import bench
@@ -12,6 +13,7 @@ from jlayer.app.words import time_words
 from jlayer.errors import UsageError
 from jlayer.measure.evaluate import compare
 from tests.conftest import BUNDLED
+from tests.test_house import MODULES
 
 
 @pytest.mark.parametrize(
@@ -121,3 +123,13 @@ def test_a_window_that_the_second_model_cannot_take_is_refused_before_the_first_
     with pytest.raises(UsageError, match="window: found 50, expected from 2 to the context of 40"):
         compare(opener("a", 100), opener("b", 40), lambda model: [1, 2, 3], length=50)
     assert opened == ["b"]
+
+
+def test_a_forward_pass_and_quantized_weights_have_one_name_for_a_user():
+    """`sweep` is a word of the code and of the JSON object, which docs/architecture.md defines."""
+    pages = {page: page.read_text() for page in table.PAGES if page.name != "architecture.md"}
+    for page, text in pages.items():
+        own = re.sub(r"[\w/]*sweeps?\.(py|png)|<!-- table: sweeps -->|`\w*sweep\w*`", "", text)
+        assert not re.findall(r"(?i).*sweep.*", own), page
+    texts = [*table.PAGES, *MODULES.values()]
+    assert not [path for path in texts if re.search("(?i)quantis", path.read_text())]

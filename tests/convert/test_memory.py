@@ -64,7 +64,7 @@ def test_peak_is_a_few_chunks(source, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantising_takes_a_few_chunks_more_and_what_each_thread_works_on(source, tmp_path, scheme):
+def test_quantizing_takes_a_few_chunks_more_and_what_each_thread_works_on(source, tmp_path, scheme):
     """And the scales of one matrix, which wait until its rows are written."""
     threads = len(os.sched_getaffinity(0)) * 32 * quantize.BLOCK_WEIGHTS
     tracemalloc.start()

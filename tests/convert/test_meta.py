@@ -478,7 +478,7 @@ def test_a_damaged_tokenizer_is_refused(meta_of, tmp_path, raw):
         ({"n_layers": 2}, ["layers.2.attention.wq.weight in consolidated.00.pth", "--allow-extra"]),
         ({"moe": {"num_experts": 8}}, ["moe", "not supported"]),
         ({"vision_chunk_size": 448}, ["vision_chunk_size", "not supported"]),
-        ({"quantization_args": {"scheme": "int4"}}, ["quantised", "quantization_args"]),
+        ({"quantization_args": {"scheme": "int4"}}, ["quantized", "quantization_args"]),
     ],
 )
 def test_params_that_are_wrong(meta_of, tmp_path, changes, words):

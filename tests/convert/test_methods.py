@@ -1,5 +1,5 @@
 """What other programs have made of a model is named, in place and by the converter, with what to
-do: formats by their files, quantised weights by the config, by a file, or by the tensors alone."""
+do: formats by their files, quantized weights by the config, by a file, or by the tensors alone."""
 
 import json
 import shutil
@@ -192,9 +192,9 @@ def test_a_method_that_the_config_names(copy_of, tmp_path, label):
     source = copy_of("single")
     edit_json(source / "config.json", **CONFIGS[label])
     (field,) = [key for key in CONFIGS[label] if key.endswith("_config")]
-    words = (f"quantised by {label.split()[0]} ", TAKE, f"remove {field} from config.json")
+    words = (f"quantized by {label.split()[0]} ", TAKE, f"remove {field} from config.json")
     assert_refused(source, tmp_path / "target", "config.json", *words)
-    # The advice for weights that are not quantised at all can be followed.
+    # The advice for weights that are not quantized at all can be followed.
     edit_json(source / "config.json", **dict.fromkeys(CONFIGS[label]))
     Store(source)
 
@@ -204,7 +204,7 @@ def test_a_method_that_a_file_names(copy_of, tmp_path, name):
     source = copy_of("single")
     (source / name).write_text("{}")
     method = {"quantize_config.json": "gptq", "quant_config.json": "awq"}[name]
-    assert_refused(source, tmp_path / "target", name, f"quantised by {method} ", TAKE)
+    assert_refused(source, tmp_path / "target", name, f"quantized by {method} ", TAKE)
 
 
 # Methods, by the tensors alone: what each writes for one matrix of 24 columns and 60 rows.
@@ -258,19 +258,19 @@ WRITTEN = {
 def test_a_method_that_the_tensors_alone_show(copy_of, tmp_path, label):
     source = copy_of("single")
 
-    def quantise(tensors):
+    def quantize(tensors):
         for layer in range(3):
             module = f"model.layers.{layer}.self_attn.q_proj"
             del tensors[f"{module}.weight"]
             tensors.update({module + end: tensor for end, tensor in WRITTEN[label].items()})
 
-    edit_tensors(source / SINGLE, quantise)
+    edit_tensors(source / SINGLE, quantize)
     method = label if label == "gptq or awq" else label.split()[0]
-    words = (f"quantised by {method} ", "model.layers.0.self_attn.q_proj", TAKE)
+    words = (f"quantized by {method} ", "model.layers.0.self_attn.q_proj", TAKE)
     assert_refused(source, tmp_path / "target", *words)
 
 
-def test_a_folder_that_was_quantised_here_and_lost_its_manifest(copy_of, tmp_path):
+def test_a_folder_that_was_quantized_here_and_lost_its_manifest(copy_of, tmp_path):
     convert_checkpoint(copy_of("single"), tmp_path / "layered", quantize="int8")
     source = tmp_path / "moved"
     shutil.copytree(tmp_path / "layered", source)
@@ -278,5 +278,5 @@ def test_a_folder_that_was_quantised_here_and_lost_its_manifest(copy_of, tmp_pat
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"quantised by jlayer "):
+    with pytest.raises(CheckpointError, match=r"quantized by jlayer "):
         convert_checkpoint(source, tmp_path / "target")

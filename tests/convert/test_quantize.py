@@ -1,4 +1,4 @@
-"""Quantisation: the chosen scales have the least error, and the bytes do not depend on how the work
+"""Quantization: the chosen scales have the least error, and the bytes do not depend on how the work
 is divided."""
 
 import ml_dtypes

@@ -1,4 +1,4 @@
-"""Conversion with quantisation: the numbers, the choice of int8 or int4, and equal bytes whatever
+"""Conversion with quantization: the numbers, the choice of int8 or int4, and equal bytes whatever
 interrupts it."""
 
 import json
@@ -43,7 +43,7 @@ def plain(tmp_path_factory):
 
 
 def stored(folder, tensor):
-    """A quantised tensor's pieces, as numpy arrays."""
+    """A quantized tensor's pieces, as numpy arrays."""
     found = read_tensors(folder)
     kinds = {"I8": np.int8, "U8": np.uint8}
     pieces = {}
@@ -57,7 +57,7 @@ def stored(folder, tensor):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_matrix_is_quantised_from_its_published_numbers_and_the_rest_is_copied(
+def test_every_matrix_is_quantized_from_its_published_numbers_and_the_rest_is_copied(
     plain, tmp_path, scheme
 ):
     done = convert_checkpoint(plain, tmp_path / "out", quantize=scheme)
@@ -189,15 +189,15 @@ def test_a_finished_folder_is_known_again_and_other_options_are_refused(plain, t
     convert_checkpoint(plain, tmp_path / "out", quantize="int4")
     assert convert_checkpoint(plain, tmp_path / "out", quantize="int4").status == "unchanged"
     for options in ({}, {"quantize": "int8"}):
-        with pytest.raises(UsageError, match="quantised as int4 there"):
+        with pytest.raises(UsageError, match="quantized as int4 there"):
             convert_checkpoint(plain, tmp_path / "out", **options)
-    with pytest.raises(UnsupportedModelError, match=r"quantised already.*int4"):
+    with pytest.raises(UnsupportedModelError, match=r"quantized already.*int4"):
         convert_checkpoint(tmp_path / "out", tmp_path / "more")
     with pytest.raises(UsageError, match=r"int5.*did you mean"):
         convert_checkpoint(plain, tmp_path / "other", quantize="int5")
 
 
-def test_numbers_that_are_none_cannot_be_quantised_even_where_they_are_allowed(tmp_path):
+def test_numbers_that_are_none_cannot_be_quantized_even_where_they_are_allowed(tmp_path):
     source = tmp_path / "source"
     tiny_llama(source, dtype="bfloat16")
 
@@ -207,7 +207,7 @@ def test_numbers_that_are_none_cannot_be_quantised_even_where_they_are_allowed(t
         tensors[UP_PROJ] = tensor_of(found)
 
     edit_tensors(source / "model.safetensors", spoil)
-    with pytest.raises(CheckpointError, match=re.escape(UP_PROJ) + ".*cannot be quantised"):
+    with pytest.raises(CheckpointError, match=re.escape(UP_PROJ) + ".*cannot be quantized"):
         convert_checkpoint(source, tmp_path / "out", quantize="int8", allow_nonfinite=True)
 
 
@@ -247,7 +247,7 @@ def test_the_choice_is_made_from_the_first_rows_alone(monkeypatch):
     checked.tensors.close()
 
 
-def test_a_quantised_folder_says_what_became_of_each_weight(tmp_path):
+def test_a_quantized_folder_says_what_became_of_each_weight(tmp_path):
     """End to end on trained weights: the error that the format was chosen for."""
     convert_checkpoint(BUNDLED, tmp_path / "out", quantize="int4")
     published = numbers(read_tensors(BUNDLED)[UP_PROJ]).astype(np.float32)

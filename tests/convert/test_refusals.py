@@ -637,7 +637,7 @@ for label, changes, words in (
 
 
 @row("gptq", "quantize_config.json")
-def quantiser_known_by_its_file_alone(source):
+def quantizer_known_by_its_file_alone(source):
     (source / "quantize_config.json").write_text('{"bits": 4}')
 
 

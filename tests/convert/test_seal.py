@@ -211,7 +211,7 @@ def other(**changes):
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def quantised_by_us(folder):
+def quantized_by_us(folder):
     edit_json(folder / "config.json", quantization_config={"by": "jlayer", "scheme": "int8"})
 
 
@@ -255,7 +255,7 @@ REFUSED = {
     "more-layers": (other(num_hidden_layers=7), r"model\.layers\.6\..*has the shape none"),
     "tied": (other(tie_word_embeddings=True), r"lm_head|describes other weights"),
     "biased": (other(attention_bias=True), r"k_proj\.bias has the shape none"),
-    "quantised": (quantised_by_us, "quantization_config"),
+    "quantized": (quantized_by_us, "quantization_config"),
     "no-config": (no_config, r"config\.json: missing"),
     "broken-config": (broken_config, r"config\.json: not JSON"),
     "broken-options": (broken_options, r"generation_config\.json: found a JSON list"),
@@ -298,12 +298,12 @@ def test_what_an_older_conversion_lacks_can_be_copied_and_sealed(source, layered
     assert convert_checkpoint(mended, layered).status == "unchanged"
 
 
-def test_a_quantised_folder_is_sealed_and_keeps_saying_so(tmp_path):
+def test_a_quantized_folder_is_sealed_and_keeps_saying_so(tmp_path):
     convert_checkpoint(random_checkpoint(tmp_path / "source"), tmp_path / "q", quantize="int8")
     edit_json(tmp_path / "q" / "config.json", quantization_config=None)
     with pytest.raises(CheckpointError, match=r"quantization_config names .*None.*'int8'"):
         seal_folder(tmp_path / "q")
-    quantised_by_us(tmp_path / "q")
+    quantized_by_us(tmp_path / "q")
     change_ending(tmp_path / "q")
     assert "generation_config.json" in seal_folder(tmp_path / "q").changed
     assert verify_folder(tmp_path / "q").findings == ()

@@ -1,4 +1,4 @@
-"""Quantised weights: packed and unpacked exactly, whatever the shape, and every scale by hand."""
+"""Quantized weights: packed and unpacked exactly, whatever the shape, and every scale by hand."""
 
 import math
 
@@ -138,7 +138,7 @@ def test_the_average_stays_within_its_limit_whatever_the_errors(errors):
     assert found.scheme_of("model.layers.0.input_layernorm.weight", (256,)) is None
 
 
-def test_a_quantised_tensor_is_stored_as_its_pieces_and_a_vector_as_itself():
+def test_a_quantized_tensor_is_stored_as_its_pieces_and_a_vector_as_itself():
     found = stored_tensors(SHAPES, Quantization("int4"))
     assert found["model.layers.0.mlp.up_proj.weight.q"] == (1024, 128)
     assert found["model.layers.0.mlp.up_proj.weight.scale"] == (1024, 8)

@@ -299,7 +299,7 @@ def test_an_executor_that_cannot_be_made_leaves_the_live_runs_as_they_were(fable
     assert tokens == want
 
 
-def test_opening_a_quantised_model_takes_time_in_proportion_to_its_layers(tmp_path, monkeypatch):
+def test_opening_a_quantized_model_takes_time_in_proportion_to_its_layers(tmp_path, monkeypatch):
     """80 layers took 15 s: every tensor's encoding was derived from the shapes of all tensors."""
     counts = {}
     shape_of = Leaf.shape

@@ -1,4 +1,4 @@
-"""Quantised folders: products, logits and tokens are those of the decoded weights."""
+"""Quantized folders: products, logits and tokens are those of the decoded weights."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ IDS = [5, 17, 99, 3, 64, 128, 1]
 
 
 def random_weight(rows, width, scheme, *, seed=0, block_bytes=1 << 30):
-    """A random quantised matrix, and the same one decoded to float32."""
+    """A random quantized matrix, and the same one decoded to float32."""
     numbers = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     pieces = quantize(numbers, scheme)
     arrays = {name: jnp.asarray(piece) for name, piece in pieces.items()}

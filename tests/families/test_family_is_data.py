@@ -119,8 +119,8 @@ def test_tiles_that_cross_as_one_array_are_the_blocks(stored, monkeypatch, tile_
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
     with AutoModel.from_pretrained(folder, device="cpu", keeps_layers=False) as model:
         found = model.logits(IDS)
-        is_quantised = Store(folder).manifest.quantization is not None
-        assert {tile.joined is not None for tile in model.plan.tiles} == {is_quantised}
+        is_quantized = Store(folder).manifest.quantization is not None
+        assert {tile.joined is not None for tile in model.plan.tiles} == {is_quantized}
     np.testing.assert_allclose(found, expected, rtol=0, atol=TILED * np.abs(expected).max())
 
 

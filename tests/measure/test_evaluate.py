@@ -33,8 +33,8 @@ def ids(fable):
 
 
 @pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
-    target = tmp_path_factory.mktemp("quantised") / "layered"
+def quantized(tmp_path_factory):
+    target = tmp_path_factory.mktemp("quantized") / "layered"
     convert_checkpoint(BUNDLED, target, quantize="int4")
     return target
 
@@ -114,19 +114,19 @@ def plain_nll(model, ids):
     return -found[np.arange(len(ids) - 1), ids[1:]]
 
 
-def test_comparison_is_that_of_whole_distributions(fable, quantised, ids):
+def test_comparison_is_that_of_whole_distributions(fable, quantized, ids):
     ids = ids[:50]
     options = {"device": "cpu", "dtype": "float32"}
     with (
         AutoModel.from_pretrained(fable, **options) as a,
-        AutoModel.from_pretrained(quantised, **options) as b,
+        AutoModel.from_pretrained(quantized, **options) as b,
     ):
         p, q = (log_probabilities(model, ids)[:-1] for model in (a, b))
         kl = (np.exp(p) * (p - q)).sum(1).mean()
         same = (p.argmax(1) == q.argmax(1)).mean()
     found = compare(
         lambda: AutoModel.from_pretrained(fable, **options),
-        lambda: AutoModel.from_pretrained(quantised, **options),
+        lambda: AutoModel.from_pretrained(quantized, **options),
         lambda model: ids,
     )
     assert found.mean_kl == pytest.approx(kl, rel=1e-4)
@@ -168,7 +168,7 @@ def test_an_evaluation_that_is_interrupted_gives_its_memory_back(float32, ids):
     assert float32.engine.n_alive == 0
 
 
-def test_the_command_line(fable, quantised, tmp_path, capsys):
+def test_the_command_line(fable, quantized, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     common = ["--text", str(text), "--device", "cpu", "--window", "64", "--json"]
@@ -178,7 +178,7 @@ def test_the_command_line(fable, quantised, tmp_path, capsys):
     bits = one["nll"] / math.log(2) * n_tokens / len(TEXT.encode())
     assert one["bits_per_byte"] == pytest.approx(bits)
     assert (one["window"], one["stride"]) == (64, 64)
-    words = ["eval", "compare", str(fable), str(quantised), *common[:-1], "--max-tokens", "40"]
+    words = ["eval", "compare", str(fable), str(quantized), *common[:-1], "--max-tokens", "40"]
     assert main([*words, "--json"]) == 0
     both = json.loads(capsys.readouterr().out)
     assert both["a"]["n_predicted"] == both["b"]["n_predicted"] == 39

@@ -66,7 +66,7 @@ def machine(**options) -> Machine:
 
 
 def weights_of(cfg: ModelConfig, *, stored="bfloat16", dtype="bfloat16") -> Weights:
-    """A model's weights, its matrices stored as `stored`. Vectors of a quantised one are
+    """A model's weights, its matrices stored as `stored`. Vectors of a quantized one are
     bfloat16."""
 
     def form_of(name):

@@ -64,10 +64,10 @@ QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
 # fit: the most that was found, and a little for another processor's programs.
 # Long caches: attention is most of it; bfloat16 at 8 tokens. Tiles: float32 at 64 and 512 tokens,
 # where the product of rows and all that the MLP might hold are both counted. Whole plain layers:
-# bfloat16 at 8 tokens. Whole quantised layers: a decoded block is counted for each matrix, of which
+# bfloat16 at 8 tokens. Whole quantized layers: a decoded block is counted for each matrix, of which
 # XLA keeps one or two at a time (3.0 times for int8 and 5.4 for int4, at 2 tokens, where little
 # else is there).
-MOST_ABOVE = {"long cache": 1.8, "tiles": 2.8, "whole": 2.4, "whole and quantised": 5.5}
+MOST_ABOVE = {"long cache": 1.8, "tiles": 2.8, "whole": 2.4, "whole and quantized": 5.5}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula_and_near_it(
     case = (
         "long cache" if capacity > 64
         else "tiles" if tile_bytes
-        else "whole and quantised" if stored in SCHEMES
+        else "whole and quantized" if stored in SCHEMES
         else "whole"
     )  # fmt: skip
     assert found <= bound <= MOST_ABOVE[case] * found

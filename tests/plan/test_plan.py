@@ -63,7 +63,7 @@ def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
     assert plan.fits
 
 
-def test_quantised_70b_is_a_fraction_of_the_bytes_and_on_a_cpu_as_much_arithmetic():
+def test_quantized_70b_is_a_fraction_of_the_bytes_and_on_a_cpu_as_much_arithmetic():
     plans = {stored: plan_of(LLAMA_70B, stored=stored) for stored in ("bfloat16", "int8", "int4")}
     layers = {kind: sum(t.n_bytes for t in p.tiles if t.layer == 0) for kind, p in plans.items()}
     assert layers["int8"] * 16 == layers["bfloat16"] * 8.125

@@ -100,7 +100,7 @@ def _without(config, *keys):
     return {key: value for key, value in config.items() if key not in keys}
 
 
-def _quantised(source, word, method, **more):
+def _quantized(source, word, method, **more):
     config = {**L31, "quantization_config": {"quant_method": method, **more}}
     return Form(source, config, refused=word, refused_there=True)
 
@@ -193,7 +193,7 @@ RUN = {
         "nvidia/Llama-3.1-Minitron-4B-Width-Base", {**L31, "head_dim": 128, "hidden_size": 3072}
     ),
     "dtype-of-transformers-4.56": Form(
-        "data: configs/llama-2-13b-derivative-bnb4bit.json, without its quantisation",
+        "data: configs/llama-2-13b-derivative-bnb4bit.json, without its quantization",
         {
             **_without(L2, "torch_dtype"),
             "dtype": "float16",
@@ -361,8 +361,8 @@ REFUSED = {
     "relu": Form(
         "SparseLLM/ReluLLaMA-7B", {**L2, "hidden_act": "relu"}, refused="hidden_act 'relu'"
     ),
-    "gptq": _quantised("TheBloke/Llama-2-7B-Chat-GPTQ", "gptq", "gptq", bits=4, group_size=128),
-    "awq": _quantised(
+    "gptq": _quantized("TheBloke/Llama-2-7B-Chat-GPTQ", "gptq", "gptq", bits=4, group_size=128),
+    "awq": _quantized(
         "hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
         *("awq", "awq"),
         bits=4,
@@ -370,20 +370,20 @@ REFUSED = {
         version="gemm",
         zero_point=True,
     ),
-    "bitsandbytes": _quantised(
+    "bitsandbytes": _quantized(
         "data: configs/llama-2-13b-derivative-bnb4bit.json",
         *("bitsandbytes", "bitsandbytes"),
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
     ),
-    "compressed-tensors": _quantised(
+    "compressed-tensors": _quantized(
         "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
         *("compressed-tensors", "compressed-tensors"),
         format="pack-quantized",
         config_groups={},
     ),
-    "hqq": _quantised("mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq", "hqq", "hqq"),
-    "aqlm": _quantised("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf", "aqlm", "aqlm"),
+    "hqq": _quantized("mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq", "hqq", "hqq"),
+    "aqlm": _quantized("ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf", "aqlm", "aqlm"),
     "mlx": Form(
         "mlx-community/Llama-3.2-1B-Instruct-4bit",
         {

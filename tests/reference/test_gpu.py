@@ -74,7 +74,7 @@ def test_bfloat16(layered, monkeypatch, tile_bytes):
 @pytest.mark.parametrize("tile_bytes", [None, 6_000], ids=["whole", "tiles"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized(tmp_path, monkeypatch, scheme, tile_bytes):
-    """Against the reference with the weights that were quantised to, biases among them."""
+    """Against the reference with the weights that were quantized to, biases among them."""
     source, layered = converted(tmp_path, scheme, attention_bias=True, mlp_bias=True)
     stand_for(source, layered)
     ids = np.random.default_rng(0).integers(0, 100, (1, 70))

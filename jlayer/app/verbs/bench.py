@@ -1,9 +1,9 @@
-"""Measure a model on this machine: each stage alone against its limit, then whole sweeps.
+"""Measure a model on this machine: each stage alone against its limit, then whole forward passes.
 
-A sweep is one pass over all layers. Its predicted limit is printed before anything is measured.
-Then: the disk and the link alone, one layer alone at 1, 64 and 512 tokens, and whole sweeps. The
-disk is measured again between the sweeps, so that a disk whose speed drifts does not falsify the
-shares. Without MODEL the bundled model is streamed from disk.
+The predicted limit of a forward pass is printed before anything is measured. Then: the disk and the
+link alone, one layer alone at 1, 64 and 512 tokens, and whole forward passes. The disk is measured
+again between the passes, so that a disk whose speed drifts does not falsify the shares. Without
+MODEL the bundled model is streamed from disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ref", metavar="MODEL", nargs="?", help=f"{options.REF} (default: the bundled model)"
     )
     parser.add_argument(
-        "--from-disk", action="store_true", help="keep no layer in memory: read all in every sweep"
+        "--from-disk",
+        action="store_true",
+        help="keep no layer in memory: read all in every forward pass",
     )
     options.add_run(parser)
     options.add_context(parser)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> dict:
     with (
         nullcontext(args.ref) if args.ref else converted_bundled() as ref,
         opened(ref, offline=args.offline, **_options(args)) as model,
-        progress.shown(model, _shower(args), words=lambda number: f"sweep {number + 1}") as show,
+        progress.shown(model, _shower(args), words=_pass_words) as show,
     ):
         for note in model.notes:
             tell(note)
@@ -65,6 +67,10 @@ def run(args: argparse.Namespace) -> dict:
     if not args.json and not is_terminal(sys.stdout):
         print(json.dumps(found, ensure_ascii=not takes_utf8(sys.stdout)))
     return found
+
+
+def _pass_words(number):
+    return f"forward pass {number + 1}"
 
 
 def _options(args):
@@ -102,13 +108,14 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     for row in found["blocks"]:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
-    say(f"{'first sweep':<28}{time_words(found['first_sweep_s']):>10}{'':14}fills the kept layers")
+    took = time_words(found["first_sweep_s"])
+    say(f"{'first forward pass':<28}{took:>10}{'':14}fills the kept layers")
     found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
         say(raw_line("disk", found["raw"]["disk"]))
     for row in found["sweeps"]:
-        say(row_line("whole sweep" if row["tokens"] else "weights alone", row))
+        say(row_line("forward pass" if row["tokens"] else "weights alone", row))
     found["memory"] = model.engine.memory()
     found |= conclude(found, model.plan)
     with timeline.recorded(model, picture, name):
@@ -135,8 +142,8 @@ def ceiling_lines(model) -> str:
     lines = [
         f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{plan.n_tiles} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a sweep uses {human(plan.tiling.n_bytes)} of weights; its least time, by the "
-        "plan's figures, is the longest of:",
+        f"ceiling   a forward pass uses {human(plan.tiling.n_bytes)} of weights; its least time, "
+        "by the plan's figures, is the longest of:",
     ]
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
@@ -222,7 +229,7 @@ def remedies_for(parts: dict, row: dict, plan) -> dict:
     if weight_bits > 2 * QUANTIZED_BITS:
         smaller = QUANTIZED_BITS / weight_bits
         fewer = {name: parts[name] * smaller for name in ("disk", "link") if name in parts}
-        found["quantising the weights to 4 bits"] = after(**fewer)
+        found["quantizing the weights to 4 bits"] = after(**fewer)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
@@ -231,8 +238,8 @@ def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
     if limit == "steps":
         return (
             "Neither disk, link nor arithmetic limits this machine with so small a model, but its "
-            f"{n_tiles} steps a sweep, {time_words(took / n_tiles)} each; what would help most is "
-            "a larger model, or more tokens a sweep."
+            f"{n_tiles} steps a forward pass, {time_words(took / n_tiles)} each; what would "
+            "help most is a larger model, or more tokens a forward pass."
         )
     names = {"disk": "The disk", "link": "The link to the device", "programs": "The arithmetic"}
     best, then = next(iter(remedies.items()))
@@ -243,9 +250,9 @@ def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
         else ""
     )
     return (
-        f"{names[limit]} limits this machine, {time_words(parts[limit])} of a sweep's "
-        f"{time_words(took)}; what would help most is {best} (about {time_words(then)} a sweep)"
-        f"{more}."
+        f"{names[limit]} limits this machine, {time_words(parts[limit])} of the "
+        f"{time_words(took)} of a forward pass; what would help most is {best} (about "
+        f"{time_words(then)} a forward pass){more}."
     )
 
 

@@ -152,7 +152,7 @@ def _line(done):
         f"{done.target}: {verb} {done.source}, {done.n_layers} layers in {done.n_files} files, "
         f"{done.target_bytes:,} bytes, {dtypes}"
         + (
-            f"; layers quantised to {done.quantization['scheme']}, "
+            f"; layers quantized to {done.quantization['scheme']}, "
             f"{done.block_bits:.2f} bits a weight"
             if done.block_bits
             else ""

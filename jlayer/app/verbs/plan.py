@@ -125,13 +125,13 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
 
 
 def _quantization(args, cfg) -> Quantization | None:
-    """How REF is quantised, or would be by --quantize; a plan needs the sizes alone."""
+    """How REF is quantized, or would be by --quantize; a plan needs the sizes alone."""
     there = read_manifest(args.ref).quantization if is_layered(args.ref) else None
     if args.quantize is None:
         return there
     if there and there.scheme != args.quantize:
         raise UsageError(
-            f"--quantize: found {args.quantize}, but {args.ref} is quantised to {there.scheme}; "
+            f"--quantize: found {args.quantize}, but {args.ref} is quantized to {there.scheme}; "
             "name the model that it was converted from"
         )
     return there or quantization_of(args.quantize, published_tensors(cfg))
@@ -181,7 +181,7 @@ def describe(plan, quantized: str | None = None, *, is_converted: bool = False) 
         lines = [
             f"model {human(plan.model_bytes)} in {plan.n_layers} layers, of "
             f"{human(plan.published_bytes)} as published",
-            f"quantised       {quantized}",
+            f"quantized       {quantized}",
             "",
         ]
     else:
