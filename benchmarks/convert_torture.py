@@ -237,7 +237,8 @@ def signals(bench: Bench) -> dict:
 
 
 def calls(bench: Bench) -> dict:
-    """One call fails, once: the right code, one line that says how to resume, and it does."""
+    """One call fails, once: the right code, one line that says whether it can be resumed, and it
+    can."""
     found = Counter()
     for way in ["plain"] if bench.short else ["plain", "delete"]:
         root = bench.fresh(way)
@@ -258,6 +259,10 @@ def calls(bench: Bench) -> dict:
     return dict(found)
 
 
+def _says_what_can_be_resumed(said, target):
+    return ("resume" in said) == (target / JOURNAL).exists()
+
+
 def _fail_once(bench, way, name, nth, code):
     root = bench.fresh(way)
     what = f"calls, {way}, {name} {nth} failing with {errno.errorcode[code]}"
@@ -271,8 +276,8 @@ def _fail_once(bench, way, name, nth, code):
         codes = {6} if code == errno.EIO else {4} if changes else {4, 6}
         if error.exit_code not in codes:
             bench.problem(f"{what}: code {error.exit_code}, expected {codes}: {error}")
-        if "resume" not in str(error) or "\n" in str(error):
-            bench.problem(f"{what}: not one line that says how to resume: {error}")
+        if not _says_what_can_be_resumed(str(error), root / "target") or "\n" in str(error):
+            bench.problem(f"{what}: not one line that says what can be resumed: {error}")
         left = [path for path in root.glob(f"target/*{TEMPORARY}") if name != "unlink"]
         if left:
             bench.problem(f"{what}: leaves {left[0].name}")
@@ -447,7 +452,7 @@ def _stop_at_random(bench, source, target, number, lasts_s, writes_s):
     _, said = process.communicate()
     took_s = time.perf_counter() - sent
     if not ended:
-        _judge_stop(bench, process.returncode, number, said.decode(), took_s)
+        _judge_stop(bench, process.returncode, number, said.decode(), took_s, target)
         return took_s
     if process.returncode != 0:
         bench.problem(f"random: ended with {process.returncode}: {said.decode()}")
@@ -458,7 +463,7 @@ def _words(source, target):
     return [sys.executable, "-m", "convert", str(source), str(target)]
 
 
-def _judge_stop(bench, code, number, said, took_s):
+def _judge_stop(bench, code, number, said, took_s, target):
     begun = "jlayer: " in said or "verbs/convert.py" in said
     if number == signal.SIGKILL or (code in (-number, 1) and not begun):
         return  # the interpreter was still starting, and nothing of ours was there to answer
@@ -468,7 +473,7 @@ def _judge_stop(bench, code, number, said, took_s):
     # return: a shell sees the same 130.
     if code not in (0, 128 + number, -number):
         bench.problem(f"random: {number.name} ended with {code}: {said}")
-    elif code and ("resume" not in said or "Traceback" in said):
+    elif code and (not _says_what_can_be_resumed(said, target) or "Traceback" in said):
         bench.problem(f"random: {number.name} said: {said}")
     if took_s > 2:
         bench.problem(f"random: {number.name} took {took_s:.1f} s")
@@ -525,7 +530,7 @@ def _starve(bench, place, what):
     try:
         convert_checkpoint(bench.source, place / "target")
     except JlayerError as error:
-        if error.exit_code != 4 or "resume" not in str(error):
+        if error.exit_code != 4 or not _says_what_can_be_resumed(str(error), place / "target"):
             bench.problem(f"{what}: code {error.exit_code}: {error}")
         if list(place.glob(f"target/*{TEMPORARY}")) or list(place.glob(f"target/{MANIFEST}")):
             bench.problem(f"{what}: leaves {os.listdir(place / 'target')}")

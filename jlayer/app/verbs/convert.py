@@ -22,7 +22,7 @@ from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.inputs import folder_of
 from jlayer.app.streams import conversion_progress, is_terminal, tell
 from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id
-from jlayer.checkpoint.layout import EMBED_FILE
+from jlayer.checkpoint.layout import EMBED_FILE, is_layered
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.interrupts import STOPS, released
@@ -105,9 +105,12 @@ def run(args: argparse.Namespace) -> dict:
             )
     except STOPS as stop:
         progress.close()
-        line = f"{args.target}: {word_of(stop)}; " + (
-            f"what is finished stays; {RESUME}" if is_begun(args.target) else "nothing was finished"
-        )
+        left = "nothing was finished"
+        if is_begun(args.target):
+            left = f"what is finished stays; {RESUME}"
+        elif is_layered(args.target):
+            left = "the finished conversion there stays"
+        line = f"{args.target}: {word_of(stop)}; {left}"
         tell(line)
         found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
         raise Interrupted(stop, found) from None
