@@ -69,6 +69,22 @@ def test_a_stop_without_a_tokenizer(without_tokenizer, capsys):
         jlayer.generate(without_tokenizer, [1], device="cpu", stop="x")
 
 
+def test_a_model_without_a_chat_template(capsys):
+    found = "this model has no chat template; use a plain prompt, or give a template "
+    line = refused(capsys, *generate(BUNDLED, "-p", "x", "--chat"))
+    assert line == f"jlayer: {found}in a file (--chat-template F)"
+    with pytest.raises(UsageError) as caught:
+        jlayer.generate(BUNDLED, messages=[{"role": "user", "content": "x"}], device="cpu")
+    assert str(caught.value) == f"{found}(chat_template)"
+
+
+def test_a_penalty_beyond_float32_names_its_flag(capsys):
+    words = ["--repetition-penalty", "1e-40", "-n", "1"]
+    assert main(list(map(str, generate(BUNDLED, "-p", "Once", *words)))) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--repetition-penalty takes a score beyond float32" in line
+
+
 def test_an_option_of_the_makers_that_is_not_supported(published, capsys, tmp_path):
     folder = published(num_beams=4)
     line = refused(capsys, *generate(folder, "-p", "x"))

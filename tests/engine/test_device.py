@@ -78,8 +78,9 @@ def test_jax_started_with_a_larger_allocator_breaks_the_promise(gpu, monkeypatch
     gpu(8 * GIB, 8 * GIB, is_started=True)
     monkeypatch.setenv(CAP, "0.75")
     assert device.choose("gpu", 6 * GIB)[1] == 6 * GIB
-    with pytest.raises(UsageError, match=f"an allocator of {6 * GIB} bytes"):
+    with pytest.raises(UsageError, match=f"an allocator of {6 * GIB} bytes") as caught:
         device.choose("gpu", 4 * GIB)
+    assert f"unset {CAP}" in caught.value.command_line
 
 
 @pytest.mark.parametrize(
