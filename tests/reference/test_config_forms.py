@@ -14,8 +14,8 @@ from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import published_tensors
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.convert.checkpoints import tensor_of, write_tensors
-from tests.reference.config_bases import PUBLISHED, UNFOUND
 from tests.reference.config_forms import REFUSED, RUN
+from tests.sources import assert_fifty_are_published
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -87,10 +87,7 @@ def logits_there(folder):
 
 
 def test_fifty_are_published_and_each_says_where():
-    sources = [form.source for form in (*RUN.values(), *REFUSED.values())]
-    found = [source for source in sources if PUBLISHED.match(source)]
-    assert len(set(found)) >= 50
-    assert all(source.startswith(UNFOUND) for source in sources if source not in found)
+    assert_fifty_are_published([form.source for form in (*RUN.values(), *REFUSED.values())])
 
 
 @pytest.mark.slow  # some twenty models to compile, for two seconds each
