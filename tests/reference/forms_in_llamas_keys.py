@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, OF_13B, SCALING, Form, shape, without
+from tests.reference.config_bases import L2, L31, LLAMA, OF_13B, SCALING, Form, shape, without
 from tests.sources import UNFOUND
 
 TINY_LLAMA = {
@@ -177,6 +177,90 @@ OTHERS = {
             "torch_dtype": "float32",
             "use_cache": False,
             "vocab_size": 10000,
+        },
+    ),
+    "small-lm-untied": Form(
+        "hashvibe007/smollm2@fceb8da945a9: final_model/config.json",
+        {
+            **SMALL_LM,
+            **shape(576, 1536, 30, 9, 3),
+            "max_position_embeddings": 2048,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 49152,
+        },
+    ),
+    "story": Form(
+        "LearningInfiniTensor/learning-lm-rs@6f46a8783162: models/story/config.json",
+        {
+            **L2,
+            **shape(128, 384, 2, 8, 4),
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "max_position_embeddings": 512,
+            "mlp_bias": False,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "float32",
+            "vocab_size": 2048,
+        },
+    ),
+    "keys-of-a-course": Form(
+        "floraNo1/llama3_fuxian_22shuke_guandongzu@093f858fe031: config.json",
+        {
+            **L2,
+            **shape(256, 768, 4, 16, 8),
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "max_position_embeddings": 2048,
+            "mlp_bias": False,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "torch_dtype": "float32",
+        },
+    ),
+    "written-by-hand": Form(
+        "Syclient/SPM-350M@f8202cd2c4b6: config.json",
+        {
+            **LLAMA,
+            **shape(1024, 2816, 24, 16, 8),
+            "attention_bias": False,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "max_position_embeddings": 2048,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "spm_version": "chat-v1",
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        },
+    ),
+    "written-by-hand-without-architectures": Form(
+        "tpkamback/claude_test@c9c9d0c4a7b7: tiny_llama/config.json",
+        {
+            **shape(128, 256, 4, 4, 4),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "max_position_embeddings": 128,
+            "model_type": "llama",
+            "norm": "RMSNorm",
+            "pad_token_id": 0,
+            "position_embedding": "rope",
+            "rms_norm_eps": 1e-06,
+            "vocab_size": 256,
+        },
+    ),
+    "written-by-hand-without-a-length": Form(
+        "Rohanr14/Paged-Infer@976baa39a5d0: tests/fixtures/config.json",
+        {
+            **without(LLAMA, "hidden_act"),
+            **shape(96, 192, 2, 4, 2),
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 112,
         },
     ),
     "version-of-its-own": Form(

@@ -65,6 +65,18 @@ LLAMAS = {
         "chengzeyi/vicuna-7b-delta-v0@829f942ab922: config.json",
         {**L1, "max_sequence_length": 2048, "vocab_size": 32001},
     ),
+    "llama-1-both-conversions": Form(
+        "camenduru/minigpt4@f48d9b6cc285: vicuna/config.json",
+        {
+            **L1,
+            **shape(5120, 13824, 40, 40),
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "max_sequence_length": 2048,
+            "pad_token_id": -1,
+            "vocab_size": 32001,
+        },
+    ),
     "llama-1-30b-float32": Form(
         "saluberis/Wizard-Vicuna-30B-Uncensored@6374baef4ced: config.json",
         {
@@ -254,6 +266,18 @@ LLAMAS |= {
     "llama-3-mlp-bias-named": Form(
         "wodud6423/Intel-Edge-AI-Project-E-Z-KIOSK@a801c4c29877: llama/config.json",
         {**L3, "mlp_bias": False, "eos_token_id": 128009, "use_cache": False},
+    ),
+    "llama-3-with-code-for-another-architecture": Form(
+        "Singularity0104/equilibrium-planner@75884a0ac67f: llama3/config.json",
+        {
+            **L3,
+            "architectures": ["LlamaCycleForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_llama_cycle.LlamaCycleConfig",
+                "AutoModelForCausalLM": "modeling_llama_cycle.LlamaCycleForCausalLM",
+            },
+            "eos_token_id": 128009,
+        },
     ),
     "llama-3-float32": Form(
         "MiMiGame-1/Reflection-Llama-3.1-70B@458962ed801f: config.json",

