@@ -111,7 +111,13 @@ REFUSED |= {
     ),
     "bitsandbytes": _quantised(
         "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json",
-        {**without(L2, "torch_dtype"), **OF_13B, "dtype": "float16", "rms_norm_eps": 1e-06},
+        {
+            **without(L2, "torch_dtype"),
+            **OF_13B,
+            "dtype": "float16",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+        },
         quant_method="bitsandbytes",
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -90,7 +90,7 @@ def test_fifty_are_published_and_each_says_where():
     assert_fifty_are_published([form.source for form in (*RUN.values(), *REFUSED.values())])
 
 
-@pytest.mark.slow  # some twenty models to compile, for two seconds each
+@pytest.mark.slow  # some thirty models to compile, for a second each
 @pytest.mark.parametrize("name", RUN)
 def test_it_runs_as_in_transformers(tmp_path, logits_here, name):
     save(tmp_path, shrunk(RUN[name].config))

@@ -244,6 +244,22 @@ FORMS = [
         },
         *("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     ),
+    byte_level(
+        "gpt-oss, unsloth",
+        "Toui-Imamura/hirakata_llm@08b4cab252fc: merged_model/tokenizer_config.json",
+        {
+            **FAST,
+            **INPUTS,
+            **UNCLEANED,
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|return|>",
+            "extra_special_tokens": {},
+            "pad_token": "<|reserved_200017|>",
+            "padding_side": "left",
+            "unk_token": None,
+        },
+        *("<|startoftext|>", ENDOFTEXT, "<|return|>", "<|channel|>", "<|reserved_200017|>"),
+    ),
     # As transformers 5 saves them
     form(
         "Qwen 2.5 Math, of transformers 5",

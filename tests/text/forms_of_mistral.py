@@ -204,6 +204,19 @@ FORMS = [
         },
     ),
     form(
+        "TinyPeLLM, a class of its own",
+        "Herutriana44/TinyPeLLM@549389a4b141: tokenizer_config.json",
+        "json",
+        {
+            **TEXTS,
+            "cls_token": "<cls>",
+            "mask_token": "<mask>",
+            "pad_token": "<pad>",
+            "sep_token": "<sep>",
+            "tokenizer_class": "TinyPeLLMTokenizer",
+        },
+    ),
+    form(
         "LLM-jp",
         UNFOUND + "remembered of llm-jp/llm-jp-3-1.8b",
         "unigram, bytes",

@@ -198,7 +198,7 @@ FORMS = [
     ),
     form(
         "LISA",
-        "Zekun525/lisa-7B@5a9c9d15ae21: added_tokens.json",
+        "Zekun525/lisa-7B@5a9c9d15ae21: added_tokens.json, beside LLaMA's settings",
         "bpe",
         OLD_LLAMA,
         tokens="<im_patch> <im_start> <im_end> [SEG]",
