@@ -29,6 +29,7 @@ _NOT_STRUCTURE = bytes(set(range(256)) - set(_STRUCTURE))
 _FOLDED = bytes.maketrans(_STRUCTURE, b'"[][],,')  # one kind; json finds mixed ones
 _STRING = re.compile(rb'"[^"]*"?')
 MAX_NAME = 1000
+GIT_LFS = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a file
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -127,6 +128,8 @@ def read_small_file(path: str | os.PathLike, *, limit: int = MAX_JSON_BYTES) -> 
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > limit:
         raise CheckpointError(f"{path}: {size} bytes, over the limit of {limit}")
+    if content.startswith(GIT_LFS):
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
     return content
 
 

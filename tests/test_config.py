@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jlayer.config import RunConfig, model_config
-from jlayer.errors import UnsupportedModelError, UsageError
+from jlayer.config import RunConfig, model_config, read_config
+from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.sizes import human, parse_bytes
 from tests.conftest import BUNDLED
 
@@ -80,3 +80,11 @@ def test_a_config_that_names_other_files_by_version_is_refused():
     assert model_config({**raw, "configuration_files": []}, where="config.json")
     with pytest.raises(UnsupportedModelError, match="configuration_files is"):
         model_config({**raw, "configuration_files": ["config.4.0.0.json"]}, where="config.json")
+
+
+def test_a_config_that_a_clone_left_at_git_lfs_is_named(tmp_path):
+    """As in jujunchen/OpenXLab_Model_Rep@73614ba1ef00 and Regulus1024/Text2SQL@d7c18057079b."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'e' * 64}\nsize 772\n"
+    (tmp_path / "config.json").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"config\.json: a Git LFS pointer.* git lfs pull"):
+        read_config(tmp_path)

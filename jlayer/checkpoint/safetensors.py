@@ -13,6 +13,7 @@ from typing import NamedTuple
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import DTYPES, STORED_DTYPES
 from jlayer.strict import (
+    GIT_LFS,
     MAX_KEYS,
     is_tensor_name,
     open_regular,
@@ -50,7 +51,7 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
 _PICKLE = "a pickle, not safetensors; take the model's checkpoint of safetensors files"
 # First bytes of other files that people have under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights; run: git lfs pull"),
+    (GIT_LFS, "a Git LFS pointer, not the weights; run: git lfs pull"),
     (b"<!doctype", "an HTML page, not safetensors; fetch the file again"),
     (b"<html", "an HTML page, not safetensors; fetch the file again"),
     (

@@ -48,10 +48,11 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
         return None
     file, own = read(path, declared)
     library = file
-    if own_class is not None and own.is_tiktoken:
-        own = _with_class(own, own_class)  # of the class it takes the tokens alone
-    elif own_class is not None and replaces_parts(own_class, file):
-        library, own = rebuilt(file, own_class, declared.settings), _with_class(own, own_class)
+    if own_class is not None and (own.is_tiktoken or replaces_parts(own_class, file)):
+        # Of the class a tokenizer that is taken whole has the tokens alone.
+        if not own.is_tiktoken and not _is_whole(read, declared.settings):
+            library = rebuilt(file, own_class, declared.settings)
+        own = _with_class(own, own_class)
     tokens = dict(declared.tokens)
     if not declared.is_complete:
         tokens |= file.get_added_tokens_decoder() if read is _from_json else {}
@@ -98,6 +99,12 @@ def _json_name(folder, versioned):
 
 def _numbers(version):
     return tuple(int(word) for word in re.findall(r"\d+", version)[:3])
+
+
+def _is_whole(read, settings):
+    """Whether a tokenizer.json splits text its own way, whatever the class. transformers takes it
+    so where tokenizer_config.json says trust_remote_code. (No code is run for that.)"""
+    return read is _from_json and bool(settings.get("trust_remote_code"))
 
 
 def _with_class(own, own_class):

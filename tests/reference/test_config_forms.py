@@ -15,6 +15,7 @@ from jlayer.families.registry import published_tensors
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.convert.checkpoints import tensor_of, write_tensors
 from tests.reference.config_forms import REFUSED, RUN
+from tests.sources import assert_fifty_are_published
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -85,11 +86,11 @@ def logits_there(folder):
         return model(torch.tensor(IDS)).logits.numpy()
 
 
-def test_there_are_fifty():
-    assert len(RUN) + len(REFUSED) >= 50
+def test_fifty_are_published_and_each_says_where():
+    assert_fifty_are_published([form.source for form in (*RUN.values(), *REFUSED.values())])
 
 
-@pytest.mark.slow  # some twenty models to compile, for two seconds each
+@pytest.mark.slow  # some thirty models to compile, for a second each
 @pytest.mark.parametrize("name", RUN)
 def test_it_runs_as_in_transformers(tmp_path, logits_here, name):
     save(tmp_path, shrunk(RUN[name].config))

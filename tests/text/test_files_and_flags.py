@@ -138,6 +138,7 @@ CLEAN_UP = "clean_up_tokenization_spaces"
 FORCED = {CLEAN_UP: True, f"{CLEAN_UP}_for_bpe_even_though_it_will_corrupt_output": True}
 FLAGS += [{CLEAN_UP: True}, FORCED]
 FLAGS += [{"add_prefix_space": False}, {"add_prefix_space": True, "legacy": True}]
+FLAGS += [{"trust_remote_code": True}, {"trust_remote_code": True, "legacy": True}]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 

