@@ -44,7 +44,7 @@ OTHERS = {
     ),
     "dtype-and-an-old-length": Form(
         "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json, without its "
-        "quantisation",
+        "quantization",
         {
             **without(L2, "torch_dtype"),
             **OF_13B,

@@ -230,7 +230,7 @@ LLAMAS = {
     ),
     "linear-scaling-under-both-names": Form(
         "IrfanUruchi/Llama-3.1-8B-Computer-Networks-LLM@90692d3f5c9f: config.json, without its "
-        "quantisation",
+        "quantization",
         {
             **L31,
             "head_dim": 128,

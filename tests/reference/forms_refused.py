@@ -30,7 +30,7 @@ EIGHT_BITS = {
 }
 
 
-def _quantised(source, config, **section):
+def _quantized(source, config, **section):
     """Refused by its method, and in Transformers for want of the method's package."""
     config = {**config, "quantization_config": section}
     return Form(source, config, refused=section["quant_method"], refused_there=True)
@@ -76,7 +76,7 @@ REFUSED = {
 }
 # Quantised by other programs
 REFUSED |= {
-    "gptq": _quantised(
+    "gptq": _quantized(
         "rohit1253/llama_2_13_B_chat_GPTQ@ccb4d72d65a8: config.json",
         {**without(L2, "pretraining_tp"), **OF_13B, "max_length": 4096, "pad_token_id": 0},
         **GPTQ,
@@ -84,7 +84,7 @@ REFUSED |= {
         group_size=128,
         desc_act=False,
     ),
-    "gptq-3-bits-without-groups": _quantised(
+    "gptq-3-bits-without-groups": _quantized(
         "itdevwu/Genz-70b-GPTQ@1b1336fdba79: config.json",
         {**L2, **OF_70B, "torch_dtype": "bfloat16", "pad_token_id": 0},
         **{**GPTQ, "damp_percent": 0.1},
@@ -92,7 +92,7 @@ REFUSED |= {
         group_size=-1,
         desc_act=True,
     ),
-    "gptq-8-bits": _quantised(
+    "gptq-8-bits": _quantized(
         "Barksdale27/1@341d5e071d07: config.json",
         {**L2, **OF_13B, "pad_token_id": 0},
         **{**GPTQ, "damp_percent": 0.1},
@@ -100,7 +100,7 @@ REFUSED |= {
         group_size=128,
         desc_act=True,
     ),
-    "awq": _quantised(
+    "awq": _quantized(
         UNFOUND + "remembered of hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
         L31,
         quant_method="awq",
@@ -109,7 +109,7 @@ REFUSED |= {
         version="gemm",
         zero_point=True,
     ),
-    "bitsandbytes": _quantised(
+    "bitsandbytes": _quantized(
         "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json",
         {
             **without(L2, "torch_dtype"),
@@ -122,13 +122,13 @@ REFUSED |= {
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
     ),
-    "bitsandbytes-8-bits": _quantised(
+    "bitsandbytes-8-bits": _quantized(
         "jeevanchaps/Meta-Llama3.1-8B-Instruct-assessment@3c36ac64c04b: config.json",
         {**L31, "head_dim": 128, "torch_dtype": "float16"},
         **EIGHT_BITS,
         llm_int8_skip_modules=None,
     ),
-    "bitsandbytes-but-some-layers": _quantised(
+    "bitsandbytes-but-some-layers": _quantized(
         "DocWobble/Orpheus_3B_Quantized@f8992103a23b: config.json",
         {
             **L32,
@@ -144,19 +144,19 @@ REFUSED |= {
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head", "multi_modal_projector", "model.layers.0.self_attn"],
     ),
-    "compressed-tensors": _quantised(
+    "compressed-tensors": _quantized(
         UNFOUND + "remembered of RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
         L31,
         quant_method="compressed-tensors",
         format="pack-quantized",
         config_groups={},
     ),
-    "hqq": _quantised(
+    "hqq": _quantized(
         UNFOUND + "remembered of mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq",
         L31,
         quant_method="hqq",
     ),
-    "aqlm": _quantised(
+    "aqlm": _quantized(
         UNFOUND + "remembered of ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf",
         L31,
         quant_method="aqlm",
