@@ -15,6 +15,7 @@ import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import RunConfig, generation_file, read_generation_config, unknown_name
+from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, all_logits, check_called
 from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
@@ -28,6 +29,8 @@ from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
 from jlayer.streaming.executor import Watch
+
+FORMS = (*CHAT_OPTIONS, "generation_config")  # options of the prompt, not of drawing
 
 
 class AutoModel:
@@ -113,7 +116,8 @@ class Model:
     def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         self.folder = os.fspath(ref)
         self.engine = Engine(self.folder, run, watch)
-        self._end = weakref.finalize(self, self.engine.close)
+        self._background = Background(self.engine.scheduler)
+        self._end = weakref.finalize(self, _close, self.engine, self._background)
         try:  # after the engine, which tells what is wrong with a folder that has no config
             self.generation_config = read_generation_config(self.folder)
             self._generation_file = generation_file(self.folder)
@@ -253,6 +257,18 @@ class Model:
             where=self._generation_file,
         )
 
+    def submit(self, prompt=None, **options) -> Handle:
+        """Continues a prompt in the background, from any thread: a handle that gives Steps as they
+        come. All that are alive share every forward pass, and each text is what it would be alone.
+
+        `prompt`, `options`: those of `generate`, for one prompt and one text. Where the budgets
+        have no room for it beside the others, it begins as these end. Raises what `generate` does
+        of the arguments, and DoesNotFitError where there would be no room for it alone.
+        """
+        form = {name: options.pop(name) for name in FORMS if name in options}
+        begin, _ = self.prepared(prompt, options=options, **form)
+        return self._background.submit(begin(most_unread=None, waits=True), owner=self)
+
     def decoding(self, prompt=None, *, options: dict, **form) -> tuple[Decoding, bool]:
         """A run that continues a prompt, or several, and whether it was a single one. `form`: as
         in `encode_prompts`, and `generation_config`."""
@@ -280,6 +296,11 @@ class Model:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _close(engine, background):
+    engine.close()
+    background.join()
 
 
 def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generation]:
@@ -403,9 +424,8 @@ def _drive(decoding, rows, streamer):
 def _opened(model_or_ref, options):
     """(model, options of generation, options of the prompt); closes a model that was opened
     here."""
-    forms = (*CHAT_OPTIONS, "generation_config")
-    form = {name: value for name, value in options.items() if name in forms}
-    rest = {name: value for name, value in options.items() if name not in forms}
+    form = {name: value for name, value in options.items() if name in FORMS}
+    rest = {name: value for name, value in options.items() if name not in FORMS}
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, form
         return

@@ -6,18 +6,23 @@ forward passes and sampling are in other modules.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 from jlayer.engine.engine import Engine
 from jlayer.engine.ids import Row
 from jlayer.engine.lane import Lane, Step
+from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
-from jlayer.engine.report import Clock, Stats
+from jlayer.engine.report import Account, Clock, Stats
+from jlayer.engine.scheduler import LEAST_SHARED
 from jlayer.engine.stops import StopStrings
-from jlayer.errors import UsageError
-from jlayer.plan.shapes import RunShape
+from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
 
 
@@ -44,13 +49,30 @@ class Generation:
         return {own.name: getattr(self, own.name) for own in fields(self)}
 
 
+# Prompts that wait for other runs to end try again after so long.
+LOOK_AGAIN_S = 0.05
+
+
+@dataclass
+class Group:
+    """A prompt and the sequences that continue it. `shape`: of the run that they are by
+    themselves."""
+
+    lanes: list[Lane]
+    shape: RunShape
+
+
 class Decoding:
-    """One run: prompts that are continued together and share every forward pass.
+    """One run: prompts that are continued together, in the forward passes of all live runs.
 
     `rows`: the prompts. `text`: the tokenizer, where text is wanted; `stop_text`: where it is not,
-    and stop strings are looked for as in transformers. Without a seed in `options`,
-    each prompt draws one of its own. Admitted against the budgets at once, beside the
-    runs that are alive; it holds its cache until it has ended, is closed or is dropped.
+    and stop strings are looked for as in transformers. Without a seed in `options`, each prompt
+    draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
+    number.
+
+    Admitted against the budgets at once, beside the runs that are alive; it holds its cache entries
+    until it has ended, is closed or is dropped. Where the budgets hold some of the prompts, the
+    others begin as these end. `waits`: even the first one may wait for other runs to end.
     """
 
     def __init__(
@@ -61,6 +83,8 @@ class Decoding:
         *,
         text: Tokenizer | None = None,
         stop_text: Tokenizer | None = None,
+        most_unread: int | None = 1,
+        waits: bool = False,
     ):
         self._engine, self.options = engine, options
         for row in rows:
@@ -80,54 +104,106 @@ class Decoding:
                 f"{found}it out, or overrule the makers' with stop=None",
                 command_line=f"{found}--stop out, or take stop_strings out of the makers' file",
             )
-        self._longest = max(len(row.ids) for row in rows)
-        n_lanes = len(rows) * options.num_return_sequences
-        ends = [(len(row.ids), limit) for row, limit in zip(rows, limits, strict=True)]
+        self.stats = Stats(load_s=engine.load_s)
+        account = Account(self.stats)
+        self._tickets: list[Ticket] = []
         with engine.turn():  # what fits still does when the run is admitted
-            most = self._most_that_fit(ends, n_lanes)
-            self._forward = engine.start(self._shape(ends, n_lanes, most))
-        # A sequence's number is its place among those of one prompt, not in the batch: so each is
-        # what it would be alone.
-        self.lanes = [
-            Lane(
-                row,
-                options=own,
-                limit=min(limit, most),
-                number=number,
-                text=text,
-                stops=self._stops(row, stop_text),
+            most = self._most_that_fit(rows, limits)
+            # A sequence's number is its place among those of one prompt, not in the batch: so each
+            # is what it would be alone.
+            self._waiting = deque(
+                Group(
+                    [
+                        Lane(
+                            row,
+                            options=own,
+                            limit=min(limit, most),
+                            number=number,
+                            account=account,
+                            most_unread=most_unread,
+                            text=text,
+                            stops=self._stops(row, stop_text),
+                        )
+                        for number in range(options.num_return_sequences)
+                    ],
+                    self._shape([row], [min(limit, most)]),
+                )
+                for row, limit in zip(rows, limits, strict=True)
+                for own in [options if options.is_greedy else options.seeded()]
             )
-            for row, limit in zip(rows, limits, strict=True)
-            for own in [options if options.is_greedy else options.seeded()]
-            for number in range(options.num_return_sequences)
-        ]
-        self.plan = self._forward.plan
-        self.stats = Stats(load_s=engine.load_s, sweep_bytes=self.plan.tiling.n_bytes)
+            self.lanes = [lane for group in self._waiting for lane in group.lanes]
+            self._end = weakref.finalize(self, _leave, self.lanes, self._tickets)
+            self._begin(self._shape(rows, [min(limit, most) for limit in limits]), waits)
         self._compiles_before = dict(engine.compiles)
         self.notes = self._what_was_cut(rows)
+
+    def _begin(self, shape, waits):
+        """Admits all prompts, or the first ones if there is no room for all."""
+        try:
+            self._admit(shape, list(self._waiting))
+            self._waiting.clear()
+        except DoesNotFitError:
+            try:
+                self._admit_next()
+            except DoesNotFitError:
+                if not waits or not self._engine.plan_for(shape, alone=True).fits:
+                    raise
+                self.plan = self._engine.plan
+            self.admit_waiting()
+
+    def admit_waiting(self) -> bool:
+        """Admits the next prompts, as many as fit now; whether there were any."""
+        n_before = len(self._waiting)
+        with suppress(DoesNotFitError):
+            while self._waiting and not self.is_closed:
+                self._admit_next()
+        return len(self._waiting) < n_before
+
+    def _admit_next(self):
+        group = self._waiting[0]
+        self._admit(group.shape, [group])
+        self._waiting.popleft()
+
+    def _admit(self, shape, groups):
+        ticket = self._engine.admit(shape)
+        self._tickets.append(ticket)
+        self.plan = ticket.plan
+        self.stats.sweep_bytes = self.plan.tiling.n_bytes
+        lanes = [lane for group in groups for lane in group.lanes]
+        for lane in lanes:
+            lane.board(ticket.table(), capacity_for(shape.context))
+        ticket.on_end(lambda: all(not lane.is_alive for lane in lanes))
 
     def _stops(self, row, stop_text):
         if not self.options.stop or stop_text is None:
             return None
         return StopStrings(self.options.stop, text=stop_text, prompt=row.given)
 
-    def _shape(self, ends, n_lanes, most):
-        """`ends`: (prompt tokens, most new ones) of each prompt; `most`: of all of them."""
+    def _shape(self, rows, limits):
+        """The shape of a run of these prompts, with at most so many new tokens each. Sequences of
+        one prompt share its entries, but for the last one, whose logits each of them needs."""
+        each = self.options.num_return_sequences
+        lengths = [len(row.ids) for row in rows]
+        entries = 0
+        for n_prompt, limit in zip(lengths, limits, strict=True):
+            n_shared = n_prompt - 1 if each > 1 and n_prompt > LEAST_SHARED else 0
+            entries += n_shared + each * (n_prompt - n_shared + limit)
         return RunShape(
-            batch=n_lanes,
-            longest=self._longest,
-            context=max(n_prompt + min(limit, most) for n_prompt, limit in ends),
-            sweeps=max(1, *(min(limit, most) for _, limit in ends)),
+            batch=each * len(rows),
+            longest=max(lengths),
+            context=max(n_prompt + n for n_prompt, n in zip(lengths, limits, strict=True)),
+            sweeps=max(1, *limits),
+            entries=entries,
         )
 
-    def _most_that_fit(self, ends, n_lanes):
+    def _most_that_fit(self, rows, limits):
         """The most new tokens, which what the user did not ask for is cut to: as many as the
         budgets hold a cache for (to 1/256, since a plan of a large model takes a second), but no
-        fewer than the default."""
-        most = max(limit for _, limit in ends)
+        fewer than the default. Of the longest prompt by itself: others may wait for room."""
+        most, longest = max(limits), max(rows, key=lambda row: len(row.ids))
 
         def fits(number):
-            return self._engine.plan_for(self._shape(ends, n_lanes, number)).fits
+            return self._engine.plan_for(self._shape([longest], [number])).fits
 
         least = min(most, DEFAULT_NEW_TOKENS)
         if not self.options.lengths_are_published or most == least or fits(most):
@@ -152,8 +228,8 @@ class Decoding:
         )
 
     def __iter__(self) -> Iterator[list[Step | None]]:
-        """Yields one list after each forward pass: a Step for each sequence, None if it has
-        ended."""
+        """Yields a list whenever a forward pass has given something: the Step of each sequence,
+        None if it has none."""
         try:
             if not self._all_ended():
                 yield from self._steps()
@@ -161,14 +237,24 @@ class Decoding:
             self.close()
 
     def close(self) -> None:
-        """Ends the run now and frees its cache."""
-        self._forward.close()
+        """Ends the run now and frees its cache entries."""
+        self._end()
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._end.alive
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether some of its prompts wait for room."""
+        return bool(self._waiting) and not self.is_closed
 
     def generations(self) -> list[Generation]:
         """The texts so far; sequences that have not ended are marked as interrupted."""
         for lane in self.lanes:
             lane.interrupt()
         engine, before = self._engine, self._compiles_before
+        self.stats.reads = "direct" if engine.reads_directly else "buffered"
         self.stats.compiles = {
             shape: n - before.get(shape, 0)
             for shape, n in engine.compiles.items()
@@ -193,43 +279,49 @@ class Decoding:
         ]
 
     def _steps(self):
-        clock, forward = Clock(), self._forward
-        forward.compile(self._longest)
-        forward.compile(1)
-        forward.fill()
+        clock, scheduler = Clock(), self._engine.scheduler
+        scheduler.join(self.lanes)
+        scheduler.prepare()
         self.stats.load_s += clock.lap()
-        ids, starts = [lane.history for lane in self.lanes], [0] * len(self.lanes)
         while True:
-            clock.lap()
-            logits = forward.sweep(ids, starts)
-            steps = [
-                None if lane.finish_reason else lane.draw(row[-1])
-                for lane, row in zip(self.lanes, logits, strict=True)
-            ]
-            self._count(clock.lap(), steps)
-            if self._all_ended():
-                forward.close()  # the cache is free when the caller gets the last step
-                yield steps
-                return
+            scheduler.advance(self.lanes)
+            for lane in self.lanes:
+                if lane.error and not lane.unread:
+                    raise lane.error
+            steps = [lane.unread.popleft() if lane.unread else None for lane in self.lanes]
+            if self._waiting:
+                self._release_ended()
+                self.admit_waiting()
+            is_over = self._all_ended() and not any(lane.unread for lane in self.lanes)
+            if is_over:
+                self.close()  # the entries are free when the caller gets the last step
+            elif not any(steps):
+                self._wait_for_room()
+                continue
             yield steps
-            # An ended sequence continues as padding: removing its row would change the shape.
-            ids = [[] if lane.finish_reason else lane.history[-1:] for lane in self.lanes]
-            starts = [len(lane.history) - 1 for lane in self.lanes]
+            if is_over:
+                return
+
+    def _wait_for_room(self):
+        """Other runs hold what the next prompt needs: looks again when something has changed."""
+        with suppress(TimeoutError):
+            self._engine.scheduler.wait_until(lambda: False, timeout=LOOK_AGAIN_S)
+
+    def _release_ended(self):
+        """Gives back the entries of prompts that have ended, for those that wait."""
+        for ticket in self._tickets:
+            if ticket.has_ended():
+                ticket.close()
 
     def _all_ended(self):
         return all(lane.finish_reason for lane in self.lanes)
 
-    def _count(self, seconds, steps):
-        stats = self.stats
-        if stats.sweeps == 0:
-            stats.prefill_s = seconds
-        else:
-            stats.decode_s += seconds
-            stats.decode_sweeps += 1
-        stats.sweeps += 1
-        stats.new_tokens += sum(step is not None for step in steps)
-        stats.moved = dict(self._forward.moved)
-        stats.reads = "direct" if self._forward.reads_directly else "buffered"
+
+def _leave(lanes, tickets):
+    for lane in lanes:
+        lane.has_left = True
+    for ticket in tickets:
+        ticket.close()
 
 
 def _logprobs(choices):

@@ -7,6 +7,7 @@ limit, the budget cannot be guaranteed and is refused.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -118,6 +119,29 @@ def _keep_compiled(jax):
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "jlayer", "compiled"))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+# cuDNN's flash attention as JAX calls it: the dtypes, the largest head that all cards take, the
+# first compute capability, and the first version that knows the cards of 2025.
+FLASH_DTYPES = ("bfloat16", "float16")
+FLASH_HEAD = 128
+FLASH_CAPABILITY = (8, 0)
+FLASH_CUDNN = 91100
+
+
+def has_flash(device, *, head_dim: int, dtype: str) -> bool:
+    """Whether the device has flash attention for heads of this size and dtype."""
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    if capability is None or dtype not in FLASH_DTYPES or head_dim % 8 or head_dim > FLASH_HEAD:
+        return False
+    # No public function tells which cuDNN JAX found.
+    from jax._src.lib import cuda_versions
+
+    return (
+        tuple(map(int, capability.groups())) >= FLASH_CAPABILITY
+        and cuda_versions is not None
+        and cuda_versions.cudnn_get_version() >= FLASH_CUDNN
+    )
 
 
 def _context_bytes(before, limit):

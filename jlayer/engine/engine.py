@@ -1,15 +1,13 @@
 """The engine of an opened model: the only owner of its executor, programs, norms and caches.
 
-A run (`Forward`) is admitted if it fits the budgets together with all live runs. Runs take turns:
-one forward pass at a time, from any thread. Between two passes the tiles and tiers may change; that
-does not affect a run.
+A run is admitted if it fits the budgets together with all live runs. There is one forward pass at a
+time, from any thread; lanes of the scheduler share it. Between two passes the tiles and tiers may
+change; that does not affect a run.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,15 +17,18 @@ from jlayer.checkpoint.store import Store
 from jlayer.config import RunConfig
 from jlayer.engine import device as devices
 from jlayer.engine import residents
+from jlayer.engine.caches import Caches
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
-from jlayer.engine.ledger import Ledger
+from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
+from jlayer.engine.scheduler import Scheduler
+from jlayer.engine.sweep import Sweeper
 from jlayer.errors import UsageError
 from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
 from jlayer.plan.plan import Plan, make_plan, refit
-from jlayer.plan.shapes import RunShape
+from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier, Weights
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
@@ -58,24 +59,25 @@ class Engine:
         self._check_context()
         self._machine = self._look_at_machine()
         self.watch.phase("planning")
-        self._ledger = Ledger()
-        self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
-        self._turns = threading.RLock()
+        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
+        self._ledger = Ledger(on_empty=lambda: self.caches.drop())
+        self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
         self._executor: Executor | None = None
         self.plan = self.plan_for(RunShape(context=run.context or 1))
         self.plan.check()
         # This is the smallest run, so no plan of another run is much faster.
         self._shortest_s = self.plan.cautious_seconds
-        self._embedding = Embedding(self.store, self.weights)
+        self.embedding = Embedding(self.store, self.weights)
         self.watch.phase("reading norms and biases")
         try:
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.device)
         except BaseException:
-            self._embedding.close()
+            self.embedding.close()
             raise
-        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
+        self.sweeper = Sweeper(self.programs, self.embedding, self._residents, self.caches)
+        self.scheduler = Scheduler(self)
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self.load_s = clock.lap()
@@ -106,21 +108,23 @@ class Engine:
         """The checks of streamed tensors. An embedding that is not streamed is read and checked
         once, during the first forward pass, which waits for the result."""
         expected = self.store.expected()
-        for name in [] if self.cfg.tie_word_embeddings else self._embedding.tensors:
+        for name in [] if self.cfg.tie_word_embeddings else self.embedding.tensors:
             if name in expected:
                 table = Checks({name: expected.pop(name)})
-                self._embedding.begin_whole(name, partial(table.add, name))
+                self.embedding.begin_whole(name, partial(table.add, name))
         return Checks(expected)
 
-    def plan_for(self, shape: RunShape) -> Plan:
-        """The plan of a run together with all live runs; it may not fit.
+    def plan_for(self, shape: RunShape, *, alone: bool = False) -> Plan:
+        """The plan of a run together with all live runs, or `alone`; it may not fit.
 
         Keeps the current tiles and tiers if they are nearly as fast as the best plan.
         """
-        held = self._ledger.alive
+        held, least_pool = self._ledger.alive, self.caches.n_rows
+        if alone:
+            held, least_pool = (), 0
         known = None
         if self._executor is not None:
-            same = refit(self.plan, self.weights, shape, held=held)
+            same = refit(self.plan, self.weights, shape, held=held, least_pool=least_pool)
             if same.fits and same.cautious_seconds <= NEARLY * self._shortest_s:
                 return same
             known = same.tiling
@@ -129,6 +133,7 @@ class Engine:
             self._machine,
             shape,
             held=held,
+            least_pool=least_pool,
             keeps_layers=self.run.keeps_layers,
             known=known,
         )
@@ -137,37 +142,29 @@ class Engine:
         return best
 
     def start(self, shape: RunShape) -> Forward:
+        """Admits a run whose tokens are given. Raises what `admit` raises."""
+        return Forward(self, self.admit(shape))
+
+    def admit(self, shape: RunShape) -> Ticket:
         """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
         it beside the runs that are alive, UsageError where the model is closed."""
         check_process()  # the lock may have been held when the process was forked
-        with self._turns:
+        with self._ledger.turn():
             if self._closed:
                 raise UsageError(CLOSED)
             plan = self.plan_for(shape)
             plan.check()
-            number = self._ledger.enter(plan.shapes)
-            try:
-                self._stream_as(plan)
-                forward = Forward(
-                    plan,
-                    self.programs,
-                    self._embedding,
-                    self._residents,
-                    turn=self.turn,
-                    release=partial(self._ledger.leave, number),
-                    noted=self._note_peaks,
-                )
-            except BaseException:
-                self._ledger.leave(number)
-                raise
-            self._alive.add(forward)
-            return forward
+            ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
+            self._stream_as(plan)
+            self.caches.reserve(pool_rows(plan.load.entries))
+            self._ledger.enter(ticket)
+            return ticket
 
     @contextmanager
     def turn(self) -> Iterator[Executor]:
-        """One run at a time has the executor. Raises UsageError where the model is closed."""
+        """One thread at a time has the executor. Raises UsageError where the model is closed."""
         check_process()
-        with self._turns:
+        with self._ledger.turn():
             if self._closed:
                 raise UsageError(CLOSED)
             if self._executor is None:  # another one could not be made: what streamed before
@@ -245,6 +242,11 @@ class Engine:
         return self.programs.compiles
 
     @property
+    def reads_directly(self) -> bool:
+        """Whether reads pass by the page cache."""
+        return self._executor is None or self._executor.reads_directly
+
+    @property
     def n_alive(self) -> int:
         """The number of live runs."""
         return len(self._ledger.alive)
@@ -261,15 +263,14 @@ class Engine:
         tensors = [part.tensor for tile in tiles for part in tile.parts]
         return list(dict.fromkeys(self.store.segment_of(name).file for name in tensors))
 
-    def _note_peaks(self, forward):
+    def note_peaks(self) -> None:
         """Updates the peaks of memory after a forward pass."""
         self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
-        caches = sum(run.cache_bytes for run in list(self._alive))
         held = (
             self.totals.most_live_bytes
             + self.plan.tier_bytes(Tier.DEVICE)
-            + caches
-            + forward.activation_bytes
+            + self.caches.n_bytes
+            + self.sweeper.most_activation_bytes
             + self._residents.n_bytes
             + self.programs.temporary_bytes
         )
@@ -301,11 +302,11 @@ class Engine:
         executor = self._executor
         if executor is not None:
             executor.refuse(UsageError(CLOSED))
-        with self._turns:
+        with self._ledger.turn():
             if self._executor is not None:
                 self._executor.close()
                 self._executor = None
-            self._embedding.close()
+            self.embedding.close()
 
 
 def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:

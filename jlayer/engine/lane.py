@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
+from jlayer.engine.pool import Table
+from jlayer.engine.report import Account
 from jlayer.engine.sample import Choice, choose
 from jlayer.engine.stops import StopStrings
 from jlayer.text.stream import StopWatcher, TextStream
@@ -24,7 +27,11 @@ class Step:
 
 
 class Lane:
-    """One sequence that is continued: its ids, its text, and whether and why it has ended."""
+    """One sequence that is continued: its ids, its text, and whether and why it has ended.
+
+    `table`: the pool rows of its entries, once it is admitted; the tokens behind them are its next
+    rows. `unread`: steps that nobody has taken yet.
+    """
 
     def __init__(
         self,
@@ -33,14 +40,26 @@ class Lane:
         options: SamplingOptions,
         limit: int,
         number: int,
+        account: Account,
+        most_unread: int | None = 1,
         text=None,
         stops: StopStrings | None = None,
     ):
-        """`text`: the tokenizer, where text is wanted; `stops`: what else ends the sequence."""
+        """`account`: of its run. `most_unread`: with so many steps unread
+        it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
+        else ends the sequence."""
         prompt = row.ids
         self.history = list(prompt)
         self.n_prompt = len(prompt)
         self.options = options
+        self.account = account
+        self.table: Table | None = None  # until it is admitted
+        self.capacity = 0
+        self.unread: deque[Step] = deque()
+        self.error: Exception | None = None
+        self.has_left = False
+        self.last_pass = -1  # of the scheduler's passes, in which it rode
+        self._most_unread = most_unread
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.choices: list[Choice] = []
         self._row, self.limit, self._number = row, limit, number
@@ -52,6 +71,27 @@ class Lane:
         self._ends = {*options.eos_token_id, *(special[s] for s in options.stop if s in special)}
         self._pieces: list[str] = []
 
+    def board(self, table: Table, capacity: int) -> None:
+        """Admits it; `capacity`: of its table."""
+        self.table, self.capacity = table, capacity
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it goes on."""
+        return self.finish_reason is None and self.error is None and not self.has_left
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether it is admitted, and whoever reads its steps has taken enough of them."""
+        if self.table is None:
+            return False
+        return self._most_unread is None or len(self.unread) < self._most_unread
+
+    @property
+    def n_pending(self) -> int:
+        """Its tokens that no forward pass has carried."""
+        return len(self.history) - len(self.table)
+
     @property
     def token_ids(self) -> list[int]:
         return self.history[self.n_prompt :]
@@ -60,9 +100,9 @@ class Lane:
     def text(self) -> str:
         return "".join(self._pieces)
 
-    def draw(self, logits: np.ndarray) -> Step:
-        """Chooses a token from `logits` [V] and adds it; returns the step."""
-        choice = choose(
+    def choose(self, logits: np.ndarray) -> Choice:
+        """The next token, from `logits` [V]; changes nothing."""
+        return choose(
             logits,
             options=self.options,
             history=[*self._row.given, *self.token_ids],
@@ -70,8 +110,12 @@ class Lane:
             sequence=self._number,
             padding=self._row.padding,
         )
+
+    def add(self, choice: Choice) -> None:
+        """Adds a token; its step waits to be read."""
         self.choices.append(choice)
         self.history.append(choice.token_id)
+        self.account.n_tokens += 1
         ended = choice.token_id in self._ends
         if self._all_stops is not None:
             ended |= self._all_stops.end_in(choice.token_id)
@@ -83,7 +127,11 @@ class Lane:
         if self.finish_reason and self._stream:
             piece += self._rest()
         self._pieces.append(piece)
-        return Step(piece, (choice.token_id,), self.finish_reason)
+        self.unread.append(Step(piece, (choice.token_id,), self.finish_reason))
+
+    def fail(self, error: Exception) -> None:
+        """Ends it with an error, which whoever reads its steps gets."""
+        self.error = error
 
     def interrupt(self):
         """Ends the sequence now; the text so far stays."""

@@ -12,12 +12,12 @@ from jlayer.plan.memory import OUTGOING
 
 
 class Outgoing:
-    """Calls `take(output, column, row)` for each output of the head once it is on the host.
+    """Calls `take(output, places, row)` for each output of the head once it is on the host.
 
     A few outputs may wait on the device, so that the transfer does not stop the stream.
     """
 
-    def __init__(self, take: Callable[[np.ndarray, int, int], None]):
+    def __init__(self, take: Callable[[np.ndarray, np.ndarray, int], None]):
         self._take = take
         self._waiting = deque()
 
@@ -26,11 +26,11 @@ class Outgoing:
         """Bytes that wait on the device now."""
         return sum(output.nbytes for output, _, _ in self._waiting)
 
-    def add(self, output: jax.Array, column: int, row: int) -> None:
-        """Starts the transfer of logits [B, columns, rows] that begin at this column and vocabulary
-        row."""
+    def add(self, output: jax.Array, places: np.ndarray, row: int) -> None:
+        """Starts the transfer of logits [padded W, v], which begin at vocabulary row `row`;
+        `places` [W] says whose they are."""
         output.copy_to_host_async()
-        self._waiting.append((output, column, row))
+        self._waiting.append((output, places, row))
         while len(self._waiting) >= OUTGOING:
             self._fetch()
 
@@ -40,5 +40,5 @@ class Outgoing:
             self._fetch()
 
     def _fetch(self):
-        output, column, row = self._waiting.popleft()
-        self._take(np.asarray(output), column, row)
+        output, places, row = self._waiting.popleft()
+        self._take(np.asarray(output)[: len(places)], places, row)

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
+from jlayer.engine.device import has_flash
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import family_of
 from jlayer.interrupts import deferred
-from jlayer.model.cache import cache_struct, empty_cache
+from jlayer.model.cache import cache_struct, empty_cache, rows_struct
 from jlayer.model.products import Encoded, InBlob, dequantize, weight
 from jlayer.model.stages import block, call, multiply
 from jlayer.plan.machine import platform_of
@@ -42,15 +44,19 @@ def backend_compiles() -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a chunk: `batch` sequences of `tokens` columns, and caches of `capacity`
-    positions."""
+    """The shape of a chunk: `rows`, of which the first are a pane of `lanes` times `tokens`; tables
+    of `capacity` entries, and pools of `pool` rows."""
 
-    batch: int
+    rows: int
+    lanes: int
     tokens: int
     capacity: int
+    pool: int
 
-    def __str__(self):
-        return f"{self.batch}x{self.tokens}"
+    @property
+    def attends(self) -> str:
+        """What the programs that use the cache are compiled for, as a label."""
+        return f"{self.lanes}x{self.tokens} cache {self.capacity} of {self.pool}"
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,21 @@ class Programs:
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # of the program with the most so far, as XLA reports
         self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
+        self._flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
         self._compiled: dict = {}
 
     def calls(
-        self, tile: Tile, size: Size, *, widths: dict[str, tuple[int, ...]], last: int
+        self, tile: Tile, size: Size, *, widths: dict[str, tuple[int, ...]], wanted: int
     ) -> tuple[Call, ...]:
         """The calls for a chunk of this size at a tile.
 
-        `widths`: product -> its rows in each tile of the stage. `last`: how many of the last
-        columns the head reads; 0: no call.
+        `widths`: product -> its rows in each tile of the stage. `wanted`: how many rows the head
+        reads, padding included; 0: no call.
         """
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
-            return (self._head(tile, size, last),) if last else ()
+            return (self._head(tile, size, wanted),) if wanted else ()
         calls = []
         if tile.begins_stage and tile.stage.input:
             calls.append(self._function(tile, size, tile.stage.input, {}))
@@ -101,52 +108,61 @@ class Programs:
             calls.append(self._function(tile, size, tile.stage.finish, widths))
         return tuple(calls)
 
-    def embed(self, parts: list[Part], *, batch: int, tokens: int) -> Callable:
-        """The program (rows of the embedding [B, T, ...] by leaf) -> hidden [B, T, D]."""
+    def embed(self, parts: list[Part], *, n_rows: int) -> Callable:
+        """The program (rows of the embedding [R, ...] by leaf) -> hidden [R, D]."""
         width = self.cfg.hidden_size
 
         def function(rows):
-            flat = {name: array.reshape(-1, array.shape[-1]) for name, array in rows.items()}
-            (weights,) = self._join(parts, flat).values()
+            (weights,) = self._join(parts, rows).values()
             if isinstance(weights, Encoded):
                 weights = dequantize(weights, width)
-            return weights.astype(self.dtype).reshape(batch, tokens, width)
+            return weights.astype(self.dtype)
 
         args = {
-            part.leaf: jax.ShapeDtypeStruct((batch, tokens, part.shape[1]), part.dtype)
-            for part in parts
+            part.leaf: jax.ShapeDtypeStruct((n_rows, part.shape[1]), part.dtype) for part in parts
         }
-        return self._get(f"embed {batch}x{tokens}", (), function, (args,))
+        return self._get(f"embed {n_rows}", (), function, (args,))
 
-    def empty_cache(self, kind: LayerKind, *, batch: int, capacity: int) -> Callable:
-        """The program () -> an empty cache of a layer, allocated on the device."""
+    def empty_cache(self, kind: LayerKind, *, n_rows: int) -> Callable:
+        """The program () -> an empty pool of a layer, allocated on the device."""
 
         def make():
-            return empty_cache(
-                kind.cache, self.cfg, batch=batch, capacity=capacity, dtype=self.dtype
+            return empty_cache(kind.cache, self.cfg, n_rows=n_rows, dtype=self.dtype)
+
+        return self._get(f"pool {n_rows}", (kind.cache,), make, ())
+
+    def grown_cache(self, kind: LayerKind, *, before: int, n_rows: int) -> Callable:
+        """The program (a pool of `before` rows) -> the same with `n_rows` rows."""
+
+        def grow(cache):
+            return jax.tree.map(
+                lambda entry: jnp.pad(entry, ((0, n_rows - before), *[(0, 0)] * (entry.ndim - 1))),
+                cache,
             )
 
-        return self._get(f"cache {batch}x{capacity}", (kind.cache,), make, ())
+        struct = cache_struct(kind.cache, self.cfg, n_rows=before, dtype=self.dtype)
+        return self._get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
 
     def _layer(self, tile, size):
-        """A whole layer: (weights, whole, hidden, positions), cache -> (hidden, cache)."""
+        """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
 
         def function(given, consumed):
             layer = self._weights(tile, given["weights"]) | given["whole"]
+            rows = given["rows"].replace(flash=self._flash)
             hidden, cache = block(tile.kind)(
-                layer, given["hidden"], consumed["cache"], given["positions"], self.cfg
+                layer, given["hidden"], consumed["cache"], rows, self.cfg
             )
             return {"hidden": hidden, "cache": cache}
 
         given = {"weights": struct_of(tile), "whole": self._whole(tile, whole)}
-        given |= self._flow(tile, size, ("hidden", "positions"))
-        label = f"block {size} cache {size.capacity}"
+        given |= self._flow(tile, size, ("hidden", "rows"))
+        label = f"block {size.rows} {size.attends}"
         program = self._get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, tuple(given), whole, uses_cache=True)
 
     def _rows(self, tile, size):
-        """Some rows of a stage's matrices: (x [B, T, in], weights) -> products [B, T, rows]."""
+        """Some rows of a stage's matrices: (x [R, in], weights) -> products [R, heights]."""
 
         def function(given, consumed):
             weights = self._weights(tile, given["weights"])
@@ -155,7 +171,7 @@ class Programs:
         width = tile.parts[0].width
         given = {"weights": struct_of(tile), "x": self._struct(size, width)}
         heights = "+".join(map(str, tile.heights.values()))
-        label = f"{tile.stage.name} rows {heights} {size}"
+        label = f"{tile.stage.name} {heights} {size.rows}"
         program = self._get(label, tile.signature, function, (given, {}))
         return Call(program, ("weights", "x"))
 
@@ -164,6 +180,8 @@ class Programs:
 
         def function(given, consumed):
             flow = given | consumed
+            if "rows" in flow:
+                flow["rows"] = flow["rows"].replace(flash=self._flash)
             weights, products = given.get("whole", {}), given.get("products")
             return call(wanted, flow, weights, products, cfg=self.cfg)
 
@@ -177,28 +195,30 @@ class Programs:
                 for name, parts in widths.items()
             }
         consumed = self._cache(tile, size) if uses_cache else {}
-        label = f"{wanted.name} {size}" + (f" cache {size.capacity}" if uses_cache else "")
+        sees_lanes = uses_cache or "rows" in wanted.reads
+        label = f"{wanted.name} {size.rows}" + (f" {size.attends}" if sees_lanes else "")
         key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
         program = self._get(label, key, function, (given, consumed))
         return Call(program, tuple(given), wanted.whole, uses_cache)
 
-    def _head(self, tile, size, last):
-        """Some rows of the head: (weights, whole, hidden) -> float32 logits [B, last, v] of the
-        last columns."""
-        wanted = tile.stage.input
+    def _head(self, tile, size, n_wanted):
+        """Some rows of the head: (weights, whole, hidden, wanted [W]) -> float32 logits [W, v] of
+        the wanted rows of the chunk."""
+        function_of_input = tile.stage.input
 
         def function(given, consumed):
-            flow = {"hidden": given["hidden"][:, size.tokens - last :]}
-            flow |= call(wanted, flow, given["whole"], cfg=self.cfg)
+            flow = {"hidden": given["hidden"].at[given["wanted"]].get(mode="clip")}
+            flow |= call(function_of_input, flow, given["whole"], cfg=self.cfg)
             weights = self._weights(tile, given["weights"])
             (logits,) = multiply(tile.stage, flow["x"], weights, cfg=self.cfg).values()
             return {"logits": logits}
 
-        given = {"weights": struct_of(tile), "whole": self._whole(tile, wanted.whole)}
+        given = {"weights": struct_of(tile), "whole": self._whole(tile, function_of_input.whole)}
         given |= self._flow(tile, size, ("hidden",))
-        label = f"head {size} last {last} rows {sum(tile.heights.values())}"
+        given["wanted"] = jax.ShapeDtypeStruct((n_wanted,), "int32")
+        label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
         program = self._get(label, tile.signature, function, (given, {}))
-        return Call(program, tuple(given), wanted.whole)
+        return Call(program, tuple(given), function_of_input.whole)
 
     def _weights(self, tile, put):
         """Inside a program: a tile's weights by leaf, from the arrays that were put."""
@@ -240,12 +260,14 @@ class Programs:
 
     def _flow(self, tile, size, names):
         """The shapes of values of the flow, by name."""
-        sizes = {
+        shapes = {
             "hidden": lambda: self._struct(size, self.cfg.hidden_size),
             "x": lambda: self._struct(size, tile.parts[0].width),
-            "positions": lambda: jax.ShapeDtypeStruct((size.batch, size.tokens), "int32"),
+            "rows": lambda: rows_struct(
+                n_rows=size.rows, lanes=size.lanes, tokens=size.tokens, capacity=size.capacity
+            ),
         }
-        return {name: sizes[name]() for name in names}
+        return {name: shapes[name]() for name in names}
 
     def _whole(self, tile, names):
         leaves = {leaf.name: leaf for leaf in self._device_leaves(tile)}
@@ -259,14 +281,11 @@ class Programs:
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        spec = tile.kind.cache
-        struct = cache_struct(
-            spec, self.cfg, batch=size.batch, capacity=size.capacity, dtype=self.dtype
-        )
+        struct = cache_struct(tile.kind.cache, self.cfg, n_rows=size.pool, dtype=self.dtype)
         return {"cache": struct}
 
     def _struct(self, size, width):
-        return jax.ShapeDtypeStruct((size.batch, size.tokens, width), self.dtype)
+        return jax.ShapeDtypeStruct((size.rows, width), self.dtype)
 
 
 def struct_of(tile: Tile):

@@ -22,6 +22,8 @@ class Stats:
     moved: dict[str, float] = field(default_factory=dict)  # see `streaming.executor.ADDED`
     compiles: dict[str, int] = field(default_factory=dict)
     reads: str = "direct"
+    lanes: int = 0  # the most in one of its forward passes
+    rows: int = 0  # of all its forward passes
 
     @property
     def tokens_per_sweep(self) -> float:
@@ -47,7 +49,34 @@ class Stats:
             **{name: round(self.moved.get(name, 0), 4) for name in ADDED},
             "compiles": dict(self.compiles),
             "reads": self.reads,
+            "lanes": self.lanes,
+            "rows": self.rows,
         }
+
+
+class Account:
+    """What a run has got from forward passes, its own or shared: each counts whole for every run
+    that it carried."""
+
+    def __init__(self, stats: Stats):
+        self.stats = stats
+        self.n_tokens = 0  # drawn so far
+        self._before = 0  # drawn before the present pass
+
+    def count(self, seconds: float, moved: dict[str, float], *, lanes: int, rows: int) -> None:
+        """Counts a forward pass once its tokens are drawn."""
+        stats = self.stats
+        if self._before == 0:
+            stats.prefill_s += seconds
+        else:
+            stats.decode_s += seconds
+            stats.decode_sweeps += 1
+        self._before = stats.new_tokens = self.n_tokens
+        stats.sweeps += 1
+        stats.lanes = max(stats.lanes, lanes)
+        stats.rows += rows
+        for name, value in moved.items():
+            stats.moved[name] = stats.moved.get(name, 0) + value
 
 
 class Clock:

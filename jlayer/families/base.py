@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from jlayer.spec import Leaf, ModelConfig, Place, Role
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
-#     hidden     [B, T, D]  the residual stream
-#     x          [B, T, in] the input of the current stage; dropped when the stage ends
-#     cache      the cache of the layer
-#     positions  [B, T] int32
+#     hidden  [R, D]  the residual stream
+#     x       [R, in] the input of the current stage; dropped when the stage ends
+#     cache   the pool of the layer's cache
+#     rows    positions, and what attention needs to know of each row (`model.cache.Rows`)
 
 # The prefix of the published names of all leaves but the head. A model that was saved without its
 # head has names without it.
@@ -90,18 +90,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The cache of a layer. Kind `rows`: keys and values of every position."""
+    """The cache of a layer. Kind `rows`: a key and a value for every token, each in a pool row."""
 
     kind: str = "rows"
 
-    def entry_shapes(self, cfg: ModelConfig, *, batch: int, capacity: int) -> dict[str, tuple]:
-        """The arrays of one layer's cache, by name: k and v [B, S, K, H]."""
-        shape = (batch, capacity, cfg.num_key_value_heads, cfg.head_dim)
+    def entry_shapes(self, cfg: ModelConfig, *, n_rows: int) -> dict[str, tuple]:
+        """The arrays of one layer's pool, by name: k and v [P, K, H]."""
+        shape = (n_rows, cfg.num_key_value_heads, cfg.head_dim)
         return {"k": shape, "v": shape}
 
-    def n_elements(self, cfg: ModelConfig, *, batch: int, capacity: int) -> int:
-        shapes = self.entry_shapes(cfg, batch=batch, capacity=capacity).values()
-        return sum(map(math.prod, shapes))
+    def n_elements(self, cfg: ModelConfig, *, n_rows: int) -> int:
+        return sum(map(math.prod, self.entry_shapes(cfg, n_rows=n_rows).values()))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ DECODER = LayerKind(
             "qkv",
             groups=(one("q_proj"), one("k_proj"), one("v_proj")),
             input=Function("normed", ("hidden",), ("x",), whole=("input_layernorm",)),
-            finish=Function("attend", ("cache", "positions"), ("x", "cache")),
+            finish=Function("attend", ("cache", "rows"), ("x", "cache")),
         ),
         Stage(
             "o",

@@ -69,10 +69,10 @@ class Evaluation:
 class Scores:
     """The predictions of one sweep, reduced over the vocabulary slice by slice.
 
-    `targets` [B, columns]: the token that each column should predict; -1: none. `keep`: an array
+    `targets` [tokens of all windows]: what each token should predict; -1: nothing. `keep`: an array
     [predictions, V] to write logits to. `against`: an array [predictions, V] with the logits of
     another model, and `log_totals` [predictions] the logarithms of the sums of their exponentials.
-    `rows` [B, columns]: the prediction's row in these arrays.
+    `rows` [tokens]: the prediction's row in these arrays.
     """
 
     def __init__(self, targets, *, rows=None, keep=None, against=None, log_totals=None):
@@ -86,17 +86,15 @@ class Scores:
         self._cross = np.zeros(shape)
         self.are_finite = True
 
-    def add(self, output: np.ndarray, column: int, row: int) -> None:
-        """Takes logits [B, columns, some of the vocabulary]; see `Forward.score`."""
-        step = max(1, PIECE // output.shape[2])
-        for b in range(output.shape[0]):
-            asked = np.flatnonzero(self._targets[b, column : column + output.shape[1]] >= 0)
-            for first in range(0, len(asked), step):
-                some = asked[first : first + step]
-                self._reduce(b, column + some, output[b, some], row)
+    def add(self, output: np.ndarray, places: np.ndarray, row: int) -> None:
+        """Takes logits [some tokens, some of the vocabulary]; see `Forward.score`."""
+        step = max(1, PIECE // output.shape[1])
+        asked = np.flatnonzero(self._targets[places] >= 0)
+        for first in range(0, len(asked), step):
+            some = asked[first : first + step]
+            self._reduce(places[some], output[some], row)
 
-    def _reduce(self, b, columns, logits, row):
-        at = (b, columns)
+    def _reduce(self, at, logits, row):
         self.are_finite &= bool(np.isfinite(logits).all())
         best = logits.argmax(1)
         top = logits[np.arange(len(best)), best].astype(np.float64)
@@ -110,7 +108,7 @@ class Scores:
         self._top[at] = top
         wanted = self._targets[at] - row
         here = np.flatnonzero((wanted >= 0) & (wanted < logits.shape[1]))
-        self._logit[b, columns[here]] = logits[here, wanted[here]]
+        self._logit[at[here]] = logits[here, wanted[here]]
         if self._keep is not None:
             self._keep[self._rows[at], row : row + logits.shape[1]] = logits
         if self._against is not None:
@@ -232,12 +230,9 @@ def _evaluate(model, ids, length, stride, told, options):
     with closing(model.engine.start(shape)) as forward:
         for begin in range(0, len(cut), batch):
             some = cut[begin : begin + batch]
-            targets, rows = _targets(ids, some, batch, forward.n_columns(length), length, numbers)
+            targets, rows = _targets(ids, some, numbers)
             scores = Scores(targets, rows=rows, **options(targets, rows))
-            # Rows that are left over carry one token, which nobody asks about.
-            sent = [ids[w.begin : w.end] for w in some] + [ids[:1]] * (batch - len(some))
-            sent[0] = sent[0] + [0] * (length - len(sent[0]))  # as long as all others' columns
-            forward.score(sent, scores)
+            forward.score([ids[w.begin : w.end] for w in some], scores)
             found.append(scores)
             told(min(begin + batch, len(cut)), len(cut))
     nll = np.concatenate([scores.nll for scores in found])
@@ -255,17 +250,15 @@ def _evaluate(model, ids, length, stride, told, options):
     return evaluation, found
 
 
-def _targets(ids, some, batch, n_columns, length, numbers: Iterator[int]):
-    """(the token that each column of a sweep should predict, the number of each prediction)."""
-    targets = np.full((batch, n_columns), -1, np.int64)
-    rows = np.zeros((batch, n_columns), np.int64)
-    for b, window in enumerate(some):
-        # Rows end at the last column, except the first row of a sweep, which is padded at its end.
-        start = n_columns - (length if b == 0 else window.end - window.begin)
-        for position in range(window.first, window.end):
-            column = start + position - 1 - window.begin
-            targets[b, column], rows[b, column] = ids[position], next(numbers)
-    return targets, rows
+def _targets(ids, some, numbers: Iterator[int]):
+    """(what each token of a sweep should predict, the number of each prediction)."""
+    targets, rows = [], []
+    for window in some:
+        for position in range(window.begin + 1, window.end + 1):
+            asked = window.first <= position < window.end
+            targets.append(ids[position] if asked else -1)
+            rows.append(next(numbers) if asked else 0)
+    return np.array(targets, np.int64), np.array(rows, np.int64)
 
 
 def _longest(model):

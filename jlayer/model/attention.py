@@ -1,52 +1,177 @@
-"""Grouped-query attention over a layer's cache."""
+"""Grouped-query attention of a pane of lanes, in two parts.
+
+A row sees all committed entries of its lane, through the lane's table of pool rows, and its
+ancestors among the rows of its own chunk. Each part gives a running softmax (maximum, sum, mixed
+values); parts are merged exactly, by log-sum-exp. So entries may come in any number of pieces.
+
+The committed part needs no mask but a length. Where `Rows.flash` says that the device has it, this
+part is cuDNN's flash attention; elsewhere, and for the chunk's own rows, plain arithmetic.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from jlayer.model.cache import LayerCache
+from jlayer.model.cache import LayerCache, Rows, gathered
 from jlayer.model.products import exact_for
-from jlayer.spec import query_pieces
+from jlayer.spec import ModelConfig, attention_pieces
 
 
-def attention(q, cache: LayerCache, positions):
-    """q [B, T, N, H] at positions [B, T] -> [B, T, N*H]; each query sees the cache up to its own
-    position.
+@struct.dataclass
+class Mixed:
+    """Attention over some of the entries, all float32: the values mixed by `exp(score - top)`, the
+    sum of these weights, and the highest score."""
 
-    Scores and softmax are float32. Query head n reads key/value head n // G.
+    values: jax.Array  # [B, K, G, T, H]
+    total: jax.Array  # [B, K, G, T]
+    top: jax.Array  # [B, K, G, T]
+
+
+def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
+    """q [R, N, H] and k, v [R, K, H] of a chunk's rows -> [R, N*H].
+
+    Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
+    are padding and give zeros.
     """
-    b, t, n, h = q.shape
-    pieces = query_pieces(batch=b, tokens=t, n_heads=n, capacity=cache.k.shape[1])
-    if pieces == 1:
-        return _attend(q, cache, positions)
-    split = (b, pieces, t // pieces)
-    mixed = jax.lax.map(
-        lambda piece: _attend(piece[0], cache, piece[1]),
-        (q.reshape(*split, n, h).swapaxes(0, 1), positions.reshape(split).swapaxes(0, 1)),
-    )
-    return mixed.swapaxes(0, 1).reshape(b, t, n * h)
+    (b, s), t = rows.table.shape, rows.seen.shape[-1]
+    pieces = attention_pieces(cfg, lanes=b, tokens=t, capacity=s, flash=rows.flash)
+
+    def pane(of_rows):
+        return of_rows[: b * t].reshape(b // pieces.lanes, pieces.lanes, t, *of_rows.shape[1:])
+
+    def lanes(given):
+        return given.reshape(b // pieces.lanes, pieces.lanes, *given.shape[1:])
+
+    def attend(group):
+        return _attend(*group, cache=cache, pieces=pieces)
+
+    given = (pane(q), pane(k), pane(v), lanes(rows.table), lanes(rows.length), lanes(rows.seen))
+    if pieces.lanes == b:
+        mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
+    else:
+        mixed = jax.lax.map(attend, given)
+    mixed = mixed.reshape(b * t, -1)
+    return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
 
-def _attend(q, cache, positions):
+def _attend(q, k, v, table, length, seen, *, cache, pieces):
     b, t, n, h = q.shape
-    s, k = cache.k.shape[1:3]
-    grouped = q.reshape(b, t, k, n // k, h)
+    grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
+
+    def fresh(state, piece):
+        k, v, seen = piece
+        return merge(state, attend_to(grouped, k, v, seen)), None
+
+    def committed(state, piece):
+        table, first = piece
+        k, v = (gathered(entry, table, q.dtype) for entry in (cache.k, cache.v))
+        if pieces.splits:
+            more = flash_attend_to(grouped, k, v, length - first, splits=pieces.splits)
+        else:
+            places = first + jnp.arange(table.shape[1], dtype=jnp.int32)
+            seen = (places[None] < length[:, None])[:, None]
+            more = attend_to(grouped, k, v, seen)
+        return merge(state, more), None
+
+    of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
+    state = _over(fresh, nothing(grouped), of_chunk, pieces.fresh)
+    step = table.shape[1] // pieces.committed
+    firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
+    state = _over(committed, state, (_cut(table, pieces.committed), firsts), pieces.committed)
+    mixed = state.values / state.total[..., None]
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h).astype(q.dtype)
+
+
+def _cut(entries, n_pieces, axis=1):
+    """[B, entries, ...] -> [pieces, B, entries of a piece, ...], cut along `axis`."""
+    shape = entries.shape
+    cut = entries.reshape(*shape[:axis], n_pieces, shape[axis] // n_pieces, *shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
+
+
+def _over(step, state, pieces, n_pieces):
+    if n_pieces == 1:
+        return step(state, jax.tree.map(lambda of_all: of_all[0], pieces))[0]
+    return jax.lax.scan(step, state, pieces)[0]
+
+
+def nothing(grouped) -> Mixed:
+    """Attention of grouped queries [B, K, G, T, H] over no entries."""
+    shape = grouped.shape[:-1]
+    lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
+    return Mixed(jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape, jnp.float32), lowest)
+
+
+def attend_to(grouped, k, v, seen) -> Mixed:
+    """Attention of queries [B, K, G, T, H] over entries k, v [B, S, K, H]; `seen` [B, T or 1, S]
+    tells which of them a query sees."""
     scores = jnp.einsum(
-        "btkgh,bskh->bkgts",
+        "bkgth,bskh->bkgts",
         grouped,
-        cache.k,
-        precision=exact_for(q.dtype),
+        k,
+        precision=exact_for(grouped.dtype),
         preferred_element_type=jnp.float32,
-    ) * (h**-0.5)
-    seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= positions[:, :, None]  # [B, T, S]
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    mixed = jnp.einsum(
-        "bkgts,bskh->btkgh",
-        weights,
-        cache.v,
-        precision=exact_for(q.dtype),
+    ) * (grouped.shape[-1] ** -0.5)
+    seen = seen[:, None, None]
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    top = scores.max(axis=-1)
+    # Where a query sees nothing, its scores equal the maximum.
+    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    values = jnp.einsum(
+        "bkgts,bskh->bkgth",
+        weights.astype(grouped.dtype),
+        v,
+        precision=exact_for(grouped.dtype),
         preferred_element_type=jnp.float32,
     )
-    return mixed.astype(q.dtype).reshape(b, t, n * h)
+    return Mixed(values, weights.sum(axis=-1), top)
+
+
+def flash_attend_to(grouped, k, v, length, *, splits: int) -> Mixed:
+    """Attention of queries [B, K, G, T, H] over the first `length` [B] entries of k, v
+    [B, S, K, H], by cuDNN; all of 16 bits. A length may also be negative, or more than S.
+
+    A key/value head's G queries of a token are rows beside each other: they see the same entries,
+    and few rows would leave cuDNN's blocks half empty. The `splits` parts of the entries come as
+    lanes of their own, so that few lanes fill the card as well.
+    """
+    # Not `jax.nn.dot_product_attention`: it rounds the log-sum-exp to the 16 bits of the values,
+    # which puts the weights of the parts off by percents.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    b, kv_heads, g, t, h = grouped.shape
+    size = k.shape[1] // splits
+    firsts = jnp.arange(splits, dtype=jnp.int32) * size
+    length = jnp.clip(length[:, None] - firsts[None], 0, size)  # [B, splits]
+    queries = grouped.transpose(0, 2, 3, 1, 4).reshape(b, g * t, kv_heads, h)
+    mixed, log_sum = dot_product_attention(
+        jnp.repeat(queries, splits, axis=0),
+        *(entries.reshape(b * splits, size, kv_heads, h) for entries in (k, v)),
+        q_seqlen=jnp.full((b * splits,), g * t, jnp.int32),
+        # What cuDNN gives for no entries is not said.
+        kv_seqlen=jnp.maximum(length, 1).reshape(-1),
+        scale=h**-0.5,
+        mask_type=MaskType.PADDING,
+        return_residual=True,
+    )
+    mixed = mixed.reshape(b, splits, g, t, kv_heads, h).transpose(0, 1, 4, 2, 3, 5)
+    log_sum = log_sum.reshape(b, splits, kv_heads, g, t)
+    some = (length > 0)[..., None, None, None]
+    log_sum = jnp.where(some, log_sum, jnp.finfo(jnp.float32).min)
+    top = log_sum.max(axis=1)
+    weights = jnp.where(some, jnp.exp(log_sum - top[:, None]), 0.0)
+    values = (mixed.astype(jnp.float32) * weights[..., None]).sum(axis=1)
+    return Mixed(values, weights.sum(axis=1), top)
+
+
+def merge(one: Mixed, other: Mixed) -> Mixed:
+    """Attention over the entries of both, as over all at once."""
+    top = jnp.maximum(one.top, other.top)
+    first, second = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return Mixed(
+        one.values * first[..., None] + other.values * second[..., None],
+        one.total * first + other.total * second,
+        top,
+    )

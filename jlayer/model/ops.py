@@ -75,13 +75,13 @@ def _llama3_frequencies(frequencies, rope):
 
 
 def rotate(x, positions, cfg: ModelConfig):
-    """Rotary embedding of x [B, T, heads, H] at positions [B, T], computed in float32.
+    """Rotary embedding of x [R, heads, H] at positions [R], computed in float32.
 
     Element i is paired with i + H/2.
     """
     frequencies = rope_frequencies(cfg.rope, cfg.head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]  # [B, T, H/2]
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None]  # [R, H/2]
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return rotated.astype(x.dtype)

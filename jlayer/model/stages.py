@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jlayer.families.base import Function, LayerKind, Stage, bias_name
 from jlayer.model.attention import attention
-from jlayer.model.cache import append
+from jlayer.model.cache import write
 from jlayer.model.ops import gated, linear, rms_norm, rotate
 from jlayer.model.products import product
 from jlayer.spec import ModelConfig
@@ -23,13 +23,13 @@ from jlayer.spec import ModelConfig
 def block(kind: LayerKind) -> Callable:
     """The pure function of one decoder layer of this kind.
 
-    (layer, hidden [B, T, D], cache, positions [B, T] int32, cfg) -> (hidden [B, T, D], cache with
-    these T tokens). `layer`: weights by leaf, in the published layout; a projection is [out, in].
+    (layer, hidden [R, D], cache, rows, cfg) -> (hidden [R, D], cache with these R tokens).
+    `layer`: weights by leaf, in the published layout; a projection is [out, in].
     Compiled once, it serves every layer of the kind.
     """
 
-    def layer_of_this_kind(layer, hidden, cache, positions, cfg: ModelConfig):
-        flow = {"hidden": hidden, "cache": cache, "positions": positions}
+    def layer_of_this_kind(layer, hidden, cache, rows, cfg: ModelConfig):
+        flow = {"hidden": hidden, "cache": cache, "rows": rows}
         for stage in kind.stages:
             if stage.input:
                 flow |= call(stage.input, flow, layer, cfg=cfg)
@@ -41,7 +41,7 @@ def block(kind: LayerKind) -> Callable:
 
 
 def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
-    """x [B, T, in] times some rows of a stage's matrices -> products [B, T, rows] by name.
+    """x [R, in] times some rows of a stage's matrices -> products [R, rows] by name.
 
     `weights`: by leaf, the same rows of each matrix of a group, and of its bias. A group whose
     leaves are missing is skipped.
@@ -70,7 +70,7 @@ def call(
 
 
 def join(parts):
-    """Joins the products of row ranges, each [B, T, rows], along the last axis."""
+    """Joins the products of row ranges, each [R, rows], along the last axis."""
     if not isinstance(parts, (list, tuple)):
         return parts
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
@@ -83,33 +83,36 @@ def _linear(stage, x, weights, leaf):
 
 
 def _normed(products, norm, hidden, *, cfg):
-    """hidden [B, T, D] -> its norm [B, T, D], the input of a stage."""
+    """hidden [R, D] -> its norm [R, D], the input of a stage."""
     return (rms_norm(hidden, norm, eps=cfg.rms_norm_eps),)
 
 
-def _attend(products, cache, positions, *, cfg):
-    """Projected q [B, T, N*H], k and v [B, T, K*H] -> ([B, T, N*H], the cache with k and v).
+def _attend(products, cache, rows, *, cfg):
+    """Projected q [R, N*H], k and v [R, K*H] -> ([R, N*H], the cache with k and v).
 
-    q and k get the rotary embedding; k and v are written to the cache before attention reads it.
+    q and k get the rotary embedding. Attention takes the rows' own k and v as they are here, and
+    those of earlier rows from the cache.
     """
 
-    def heads(projected):
-        return projected.reshape(*projected.shape[:2], -1, cfg.head_dim)
+    def heads(name):
+        return products[name].reshape(products[name].shape[0], -1, cfg.head_dim)
 
-    q, k = (rotate(heads(products[name]), positions, cfg) for name in ("q_proj", "k_proj"))
-    cache = append(cache, k, heads(products["v_proj"]), positions)
-    return attention(q, cache, positions), cache
+    q, k = (rotate(heads(name), rows.positions, cfg) for name in ("q_proj", "k_proj"))
+    v = heads("v_proj")
+    # Written first: so the cache's memory is reused, and no copy of it is made.
+    cache = write(cache, k, v, rows)
+    return attention(q, k, v, cache, rows, cfg), cache
 
 
 def _add_and_norm(products, norm, hidden, *, cfg):
-    """Adds a branch's output [B, T, D] to hidden [B, T, D] -> (hidden, its norm)."""
+    """Adds a branch's output [R, D] to hidden [R, D] -> (hidden, its norm)."""
     (output,) = products.values()
     hidden = hidden + output
     return hidden, rms_norm(hidden, norm, eps=cfg.rms_norm_eps)
 
 
 def _add(products, hidden, *, cfg):
-    """Adds a branch's output [B, T, D] to hidden [B, T, D]."""
+    """Adds a branch's output [R, D] to hidden [R, D]."""
     (output,) = products.values()
     return (hidden + output,)
 

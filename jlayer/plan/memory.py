@@ -12,13 +12,16 @@ from jlayer.families.base import LayerKind
 from jlayer.families.registry import family_of, layer_kinds
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
-from jlayer.plan.shapes import LEAST_COLUMNS, Shapes
+from jlayer.plan.shapes import CHUNK_ROWS, Shapes, pool_rows, power_of_two, rows_for
 from jlayer.plan.tiles import Tier, Tiling, Weights
-from jlayer.spec import ITEM_BYTES, ModelConfig, Place, axis_sizes, query_pieces
+from jlayer.spec import ITEM_BYTES, ModelConfig, Place, attention_pieces, axis_sizes
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
 OUTGOING = 3
 LOGIT_BYTES = 5  # of a returned logit: a float32, and the flag of the check that it is finite
+# Threads that draw tokens of many lanes at once, and bytes for each logit that one works on.
+DRAWERS = 8
+DRAWN_BYTES = 32
 
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
@@ -37,35 +40,23 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
 
 
 def run_needs(
-    weights: Weights, machine: Machine, tiling: Tiling, runs: Sequence[Shapes]
+    weights: Weights, machine: Machine, tiling: Tiling, load: Shapes, *, least_pool: int = 0
 ) -> list[Need]:
-    """The needs of runs that are alive together.
+    """The needs of runs that are alive together and share forward passes: `load`.
 
-    A cache for each run; the rest for the largest run only, since forward passes take turns.
+    `least_pool`: the rows that the pools have already.
     """
-
-    def most(function):
-        return max(function(shapes) for shapes in runs)
-
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
+    n_rows = max(pool_rows(load.entries), least_pool)
     return [
-        Need("cache", device=sum(cache_bytes(cfg, run, item_bytes=item) for run in runs)),
+        Need("cache", device=cache_bytes(cfg, n_rows, item_bytes=item)),
         Need(
             "activation",
-            device=most(
-                lambda run: (
-                    activation_bytes(cfg, run, item_bytes=item, whole=tiling.is_whole)
-                    + OUTGOING * logits_bytes(cfg, run, tiling)
-                )
-            ),
+            device=activation_bytes(cfg, load, item_bytes=item, whole=tiling.is_whole)
+            + OUTGOING * logits_bytes(cfg, load, tiling),
         ),
-        Need(
-            "temporary",
-            device=most(
-                lambda run: temporary_bytes(weights, run, tiling, platform=machine.platform)
-            ),
-        ),
-        Need("embedding", host=most(lambda run: _rows_and_logits(weights, machine, run, tiling))),
+        Need("temporary", device=temporary_bytes(weights, load, tiling, platform=machine.platform)),
+        Need("embedding", host=_rows_and_logits(weights, machine, load, tiling)),
     ]
 
 
@@ -90,26 +81,31 @@ def resident_bytes(weights: Weights) -> int:
     return numbers * ITEM_BYTES[weights.dtype]
 
 
-def cache_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int) -> int:
-    """Bytes of the caches of all layers."""
-    return sum(
-        kind.cache.n_elements(cfg, batch=shapes.batch, capacity=shapes.capacity) * item_bytes
-        for kind in layer_kinds(cfg)
-    )
+def cache_bytes(cfg: ModelConfig, n_rows: int, *, item_bytes: int) -> int:
+    """Bytes of the pools of all layers, of `n_rows` rows each."""
+    return sum(kind.cache.n_elements(cfg, n_rows=n_rows) * item_bytes for kind in layer_kinds(cfg))
 
 
 def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:
-    """Bytes that the tokens of a forward pass hold between programs.
+    """Bytes that the rows of a forward pass hold between programs.
 
     Whole layers keep only hidden states. Tiles also keep a stage's input and its products so far,
-    of all tokens, and the joined products of one chunk.
+    of all rows, and the joined products of one chunk.
     """
-    width, columns = cfg.hidden_size, shapes.batch * shapes.n_columns
+    width, n_rows = cfg.hidden_size, shapes.n_rows
+    tables = _tables_bytes(shapes)
     if whole:
-        return columns * (2 * width * item_bytes + 4)
+        return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + max(_stage_width(cfg, kind) for kind in _kinds(cfg))
-    joined = shapes.batch * shapes.chunk * _widest_product(cfg) * item_bytes
-    return columns * (each * item_bytes + 4) + joined
+    joined = shapes.chunk * _widest_product(cfg) * item_bytes
+    return n_rows * each * item_bytes + tables + joined
+
+
+def _tables_bytes(shapes):
+    """Bytes of what attention knows of each row: see `model.cache.Rows`. Lanes are padded to a
+    power of two; the rows of a chunk see each other by a matrix for each lane."""
+    tables = 2 * shapes.batch * (shapes.capacity + 1) * 4
+    return 2 * 4 * shapes.n_rows + tables + 2 * shapes.chunk**2
 
 
 def _stage_width(cfg, kind: LayerKind):
@@ -147,10 +143,9 @@ def _kinds(cfg):
 
 
 def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiling: Tiling) -> int:
-    """Bytes of the logits of one program of the head."""
-    if not shapes.all_logits:
-        return shapes.batch * LEAST_COLUMNS * cfg.vocab_size * 4
-    return shapes.batch * shapes.chunk * tiling.head_rows * 4
+    """Bytes of the logits of one program of the head: of every row, or of one for each lane."""
+    n_rows = shapes.chunk if shapes.all_logits else rows_for(min(shapes.batch, shapes.chunk))
+    return n_rows * tiling.head_rows * 4
 
 
 def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platform: str) -> int:
@@ -160,8 +155,8 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     matrices that are decoded, or cast to the compute dtype, before the product.
     """
     cfg = weights.cfg
-    from_attention = attention_temporary_bytes(cfg, shapes)
-    b, t = shapes.batch, shapes.chunk
+    from_attention = attention_temporary_bytes(cfg, shapes, platform=platform)
+    n_rows = shapes.chunk
     decoded = max(
         sum(_decoded_bytes(part, weights.dtype, platform) for part in tile.parts)
         for tile, _ in tiling.distinct
@@ -169,12 +164,12 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     if tiling.is_whole:
         # The products of the blocks of a decoded matrix are copied once more, to order them.
         is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)
-        mlp = (3 if is_plain else 4) * 4 * b * t * _widest_product(cfg)
-        return decoded + max(from_attention, mlp) + 2 * 4 * b * t * cfg.hidden_size
-    rows = max(sum(tile.heights.values()) for tile, _ in tiling.distinct)
+        mlp = (3 if is_plain else 4) * 4 * n_rows * _widest_product(cfg)
+        return decoded + max(from_attention, mlp) + 2 * 4 * n_rows * cfg.hidden_size
+    heights = max(sum(tile.heights.values()) for tile, _ in tiling.distinct)
     widest = max(cfg.hidden_size, _widest_product(cfg))
-    product = 3 * 4 * b * t * rows + 4 * b * t * widest
-    return max(decoded + product, from_attention, 4 * 4 * b * t * widest)
+    product = 3 * 4 * n_rows * heights + 4 * n_rows * widest
+    return max(decoded + product, from_attention, 4 * 4 * n_rows * widest)
 
 
 def _decoded_bytes(part, dtype, platform):
@@ -185,22 +180,48 @@ def _decoded_bytes(part, dtype, platform):
     return part.encoding.decoded_bytes(n_rows, part.width, dtype=dtype, platform=platform)
 
 
-def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes) -> int:
-    """Bytes of attention's temporaries, all float32: the scores of one piece of the queries (twice:
-    before and after the exponential), the cache, the heads."""
-    b, t, s = shapes.batch, shapes.chunk, shapes.capacity
+def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
+    """Bytes of attention's temporaries: the largest of all panes that a chunk may be. A plan does
+    not know the card: with or without flash attention, whichever takes more."""
+    return max(
+        _pane_bytes(
+            cfg, shapes.chunk, min(shapes.chunk // tokens, lanes), tokens, capacity, flash=flash
+        )
+        for lanes in [power_of_two(shapes.batch)]
+        for tokens in (1, *CHUNK_ROWS)
+        if tokens <= shapes.chunk
+        for capacity in shapes.capacities
+        for flash in ((True, False) if platform == "gpu" else (False,))
+    )
+
+
+def _pane_bytes(cfg, n_rows, lanes, tokens, capacity, *, flash):
+    """For all rows the heads. For one piece of the lanes and entries the scores, float32 (before
+    and after the exponential, masked, and in the compute dtype), and the gathered keys and values,
+    which may be cast to float32.
+
+    With flash attention these stay as they are; there are scores of the chunk's own entries only,
+    which are gone before others are gathered. Its splits have queries and mixed values of 16 bits,
+    and the latter as float32."""
     sizes = axis_sizes(cfg)
-    pieces = query_pieces(batch=b, tokens=t, n_heads=cfg.num_attention_heads, capacity=s)
-    scores = 4 * b * cfg.num_attention_heads * (t // pieces) * s
-    return 2 * scores + 2 * 4 * b * s * sizes["kv_heads"] + 4 * 4 * b * t * sizes["heads"]
+    pieces = attention_pieces(cfg, lanes=lanes, tokens=tokens, capacity=capacity, flash=flash)
+    committed, fresh = capacity // pieces.committed, tokens // pieces.fresh
+    score = 4 * pieces.lanes * cfg.num_attention_heads * tokens
+    gathered = 2 * (2 if pieces.splits else 4) * pieces.lanes * committed * sizes["kv_heads"]
+    values = pieces.lanes * tokens * sizes["heads"]
+    heads = 4 * 4 * n_rows * (sizes["heads"] + sizes["kv_heads"])
+    if pieces.splits:
+        of_piece = max(7 * score * fresh // 2, gathered + 8 * pieces.splits * values)
+        return of_piece + 3 * 4 * values + heads
+    return 7 * score * max(committed, fresh) // 2 + gathered + heads
 
 
 def _rows_and_logits(weights, machine, shapes, tiling):
     """Host bytes of embedding rows for the device, and of logits that come back."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
-    rows = shapes.batch * shapes.n_columns * cfg.hidden_size * (item + 8)
-    drawn = shapes.batch * LEAST_COLUMNS * cfg.vocab_size * 16
+    rows = shapes.n_rows * cfg.hidden_size * (item + 8)
+    drawn = (4 * shapes.batch + DRAWN_BYTES * min(shapes.batch, DRAWERS)) * cfg.vocab_size
     copies = OUTGOING if machine.kind.has_link else 1
     logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)
-    kept = shapes.single_array * shapes.batch * shapes.n_columns * cfg.vocab_size * LOGIT_BYTES
+    kept = shapes.single_array * shapes.n_rows * cfg.vocab_size * LOGIT_BYTES
     return rows + drawn + logits + kept

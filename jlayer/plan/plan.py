@@ -16,7 +16,7 @@ from jlayer.plan import memory, time
 from jlayer.plan.machine import READING, Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host_memory, total
 from jlayer.plan.need import terms as terms_of
-from jlayer.plan.shapes import CHUNK_TOKENS, RunShape, Shapes
+from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes, together
 from jlayer.plan.tiles import Tier, Tile, Tiling, Weights, cut
 from jlayer.sizes import human
 
@@ -31,8 +31,9 @@ class Plan:
     """Where each tile is kept, and the sums of memory.
 
     `tiers`: one for each tile. `ring`: host slots for tiles that pass through. `ahead`: tiles on
-    the device at a time besides those that stay. `shapes`: the compiled shapes of the run.
-    `n_held`: the number of other live runs, whose caches are in the sums.
+    the device at a time besides those that stay. `shapes`: the compiled shapes of the run; `load`:
+    of all live runs, which share forward passes and are in the sums. `n_held`: how many others
+    there are. `rows`: the limit of rows of a forward pass by which the shapes were made.
     """
 
     machine: Machine
@@ -43,6 +44,8 @@ class Plan:
     ring: int
     ahead: int
     shapes: Shapes
+    load: Shapes
+    rows: int | None
     model_bytes: int
     published_bytes: int  # before it was quantized, if it was
     n_layers: int
@@ -62,7 +65,8 @@ class Plan:
 
     @property
     def chunk(self) -> int:
-        return self.shapes.chunk
+        """The most rows of a chunk."""
+        return self.load.chunk
 
     @property
     def n_chunks(self) -> int:
@@ -198,61 +202,90 @@ def make_plan(
     machine: Machine,
     run: RunShape,
     *,
-    held: Sequence[Shapes] = (),
+    held: Sequence[RunShape] = (),
+    least_pool: int = 0,
     keeps_layers: bool = True,
     known: Tiling | None = None,
 ) -> Plan:
-    """The plan of the fastest forward pass that fits: tiles, chunk of tokens, tiers.
+    """The plan of the fastest forward pass that fits: tiles, chunk of rows, tiers.
 
-    `held`: the shapes of other live runs. `known`: an existing tiling of this model, to reuse. If
-    nothing fits, the plan that needs least memory (`fits` is False; `check` refuses).
+    `held`: other live runs. `least_pool`: the rows that the pools have. `known`: an existing tiling
+    of this model, to reuse. Prompts are split over several forward passes only where nothing fits
+    otherwise. If nothing fits at all, the plan that needs least memory (`fits` is False; `check`
+    refuses).
     """
-    best = smallest = None
-    for tile_bytes in TILE_BYTES:
-        if known is not None and known.wanted == tile_bytes:
-            tiling = known
-        else:
-            tiling = cut(weights, tile_bytes, platform=machine.platform)
-        bare = _with_largest_chunk(weights, machine, tiling, run, held)
-        if smallest is None or bare.device_peak_bytes < smallest.device_peak_bytes:
-            smallest = bare
-        if not bare.fits:
-            continue
-        plan = _with_tiers(bare) if keeps_layers else bare
-        if best is None or plan.cautious_seconds < best.cautious_seconds:
-            best = plan
-        elif plan.chunk <= best.chunk:
-            break  # smaller tiles leave more memory for kept tiles; that no longer pays here
-    return best or smallest
+    tilings: dict = {} if known is None else {known.wanted: known}
+    smallest = None
+    for rows in row_limits(run, *held):
+        best = None
+        for tile_bytes in TILE_BYTES:
+            if tile_bytes not in tilings:
+                tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
+            tiling = tilings[tile_bytes]
+            bare = _with_largest_chunk(weights, machine, tiling, run, held, rows, least_pool)
+            if smallest is None or bare.device_peak_bytes < smallest.device_peak_bytes:
+                smallest = bare
+            if not bare.fits:
+                continue
+            plan = _with_tiers(bare) if keeps_layers else bare
+            if best is None or plan.cautious_seconds < best.cautious_seconds:
+                best = plan
+            elif plan.chunk <= best.chunk:
+                break  # smaller tiles leave more memory for kept tiles; that no longer pays here
+        if best is not None:
+            return best
+    return smallest
 
 
-def refit(plan: Plan, weights: Weights, run: RunShape, *, held: Sequence[Shapes] = ()) -> Plan:
+def row_limits(*runs: RunShape) -> list[int | None]:
+    """Limits of the rows of a forward pass, the largest first; None: prompts in one pass."""
+    most = max(run.batch * run.longest for run in runs if not run.all_logits or run is runs[0])
+    limits, limit = [None], CHUNK_ROWS[-1]
+    while limit < most:
+        limits.insert(1, limit)
+        limit *= 2
+    return limits
+
+
+def refit(
+    plan: Plan,
+    weights: Weights,
+    run: RunShape,
+    *,
+    held: Sequence[RunShape] = (),
+    least_pool: int = 0,
+) -> Plan:
     """The plan of another run with the same tiles and tiers; it may not fit."""
-    for most in reversed(CHUNK_TOKENS):
-        shapes = run.shapes(most)
-        bare = _bare_plan(weights, plan.machine, plan.tiling, shapes, held)
-        same = _with_kept(bare, plan.tiers)
-        if same.fits:
-            break
+    for rows in row_limits(run, *held):
+        for most in reversed(CHUNK_ROWS):
+            bare = _bare_plan(
+                weights, plan.machine, plan.tiling, run, held, (most, rows), least_pool
+            )
+            same = _with_kept(bare, plan.tiers)
+            if same.fits:
+                return same
     return same
 
 
-def _with_largest_chunk(weights, machine, tiling, run, held):
+def _with_largest_chunk(weights, machine, tiling, run, held, rows, least_pool):
     """The bare plan with the largest chunk that fits: smaller chunks only cost dispatches."""
-    for most in reversed(CHUNK_TOKENS):
-        bare = _bare_plan(weights, machine, tiling, run.shapes(most), held)
+    for most in reversed(CHUNK_ROWS):
+        bare = _bare_plan(weights, machine, tiling, run, held, (most, rows), least_pool)
         if bare.fits:
             break
     return bare
 
 
-def _bare_plan(weights, machine, tiling, shapes, held):
-    """The plan of a tiling that needs least memory: no tile stays."""
+def _bare_plan(weights, machine, tiling, run, held, limits, least_pool):
+    """The plan of a tiling that needs least memory: no tile stays. `limits`: of the rows of a
+    chunk, and of a forward pass."""
     ahead = min(machine.kind.ahead, len(tiling.shapes))
     ring = ahead + READING
+    shapes = [each.shapes(*limits) for each in (run, *held)]
+    load = together(shapes, limits[0])
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
-        *memory.run_needs(weights, machine, tiling, (shapes, *held)),
+        *memory.run_needs(weights, machine, tiling, load, least_pool=least_pool),
     ]
     device = device_memory(machine.device_budget, needs)
     if not machine.kind.has_link:
@@ -266,7 +299,9 @@ def _bare_plan(weights, machine, tiling, shapes, held):
         tiers=(Tier.DISK,) * len(tiling.shapes),
         ring=ring,
         ahead=ahead,
-        shapes=shapes,
+        shapes=shapes[0],
+        load=load,
+        rows=limits[1],
         model_bytes=weights.stored_bytes,
         published_bytes=weights.published_bytes,
         n_layers=weights.cfg.num_hidden_layers,

@@ -1,28 +1,56 @@
 """The input shapes of a run.
 
-They are taken from short lists, so a model of 80 layers, a long prompt and a thousand tokens
-compile no more programs than a model of two layers and a short prompt.
+They are taken from short lists, so a model of 80 layers, a long prompt, a thousand tokens and many
+lanes compile no more programs than a model of two layers and a short prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-# One column is slow on a CPU: XLA then multiplies at a few percent of its speed.
-LEAST_COLUMNS = 2
-CHUNK_TOKENS = (LEAST_COLUMNS, 8, 64, 512)
+# One row is slow on a CPU: XLA then multiplies at a few percent of its speed.
+LEAST_ROWS = 2
+# The rows of a chunk, padded: those that go through a tile at once.
+CHUNK_ROWS = (LEAST_ROWS, 8, 16, 32, 64, 128, 256, 512)
+# Lanes with fewer tokens than others share their chunk, if that has no more rows than this.
+SHARED_ROWS = 128
 MIN_CAPACITY = 64
 # Above this, capacity grows in steps: doubling the cache of a 70B model would cost gigabytes.
 CAPACITY_STEP = 1024
 
 
 @dataclass(frozen=True)
+class Member:
+    """`count` tokens of a lane in a chunk, from its token `first` in this forward pass on."""
+
+    lane: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Pane:
+    """The rows of a chunk as `lanes` times `tokens` of each; the chunk is padded to `n_rows`."""
+
+    lanes: int
+    tokens: int
+    members: tuple[Member, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        return rows_for(self.lanes * self.tokens)
+
+
+@dataclass(frozen=True)
 class RunShape:
     """The request of a run.
 
-    `batch`: sequences. `longest`: the most tokens of a sequence that enter in one forward pass.
-    `context`: the most positions of a sequence. `all_logits`: logits for every token, not only the
-    last; `single_array`: as one host array. `sweeps`: about how many forward passes it will take.
+    `batch`: its lanes (sequences). `longest`: the most tokens of a lane that enter in one forward
+    pass. `context`: the most positions of a lane. `all_logits`: logits for every token, not only
+    the last; `single_array`: as one host array. `sweeps`: about how many forward passes it will
+    take. `entries`: the most cache entries of all its lanes together, where lanes share some.
     """
 
     batch: int = 1
@@ -31,16 +59,22 @@ class RunShape:
     all_logits: bool = False
     single_array: bool = False
     sweeps: int = 1
+    entries: int | None = None
 
-    def shapes(self, most: int = CHUNK_TOKENS[-1]) -> Shapes:
-        """The input shapes of its longest forward pass, with at most `most` tokens a chunk."""
-        sizes = chunks(self.longest, most)
+    def shapes(self, most: int = CHUNK_ROWS[-1], rows: int | None = None) -> Shapes:
+        """Its input shapes, with at most `most` rows a chunk, and about `rows` a forward pass."""
+        whole = rows is None or self.all_logits
+        share = self.longest if whole else max(1, min(self.longest, rows // self.batch))
+        panes = pack([share] * self.batch, most)
+        decode = pack([1] * self.batch, most)
         return Shapes(
             batch=self.batch,
-            capacity=capacity_for(self.context),
-            chunk=max(sizes),
-            n_columns=sum(sizes),
-            n_chunks=len(sizes),
+            capacities=(capacity_for(self.context),),
+            entries=self.entries or self.batch * self.context,
+            chunk=max(pane.n_rows for pane in (*panes, *decode)),
+            n_rows=max(sum(pane.n_rows for pane in some) for some in (panes, decode)),
+            n_chunks=len(panes),
+            prefills=-(-self.longest // share),
             all_logits=self.all_logits,
             single_array=self.single_array,
         )
@@ -48,36 +82,115 @@ class RunShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The compiled shapes of a run.
+    """The compiled shapes of a run, or of several that share forward passes.
 
-    `capacity`: cached positions of a sequence. `n_columns`: tokens of a sequence in its longest
-    forward pass, padding included. `chunk`: the most of them that go through a tile at once.
-    `n_chunks`: the number of chunks.
+    `batch`: lanes. `capacities`: entries of their tables. `entries`: cache entries of all lanes.
+    `chunk`: the most rows of a chunk. `n_rows`: rows of its longest forward pass, padding included,
+    in `n_chunks` chunks. `prefills`: forward passes for its prompts.
     """
 
     batch: int
-    capacity: int
+    capacities: tuple[int, ...]
+    entries: int
     chunk: int
-    n_columns: int
+    n_rows: int
     n_chunks: int = 1
+    prefills: int = 1
     all_logits: bool = False
     single_array: bool = False
 
+    @property
+    def capacity(self) -> int:
+        """The most entries of a table."""
+        return max(self.capacities)
 
-def chunks(n_tokens: int, most: int = CHUNK_TOKENS[-1]) -> tuple[int, ...]:
-    """Splits `n_tokens` columns into chunks; the sizes are from CHUNK_TOKENS, up to `most`.
 
-    Padding costs arithmetic, and every chunk a dispatch. So a rest of up to half a size is split
-    into smaller chunks; a larger rest is padded to the size.
+def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
+    """The shapes of runs that share forward passes: the longest of one, beside a token of every
+    lane."""
+    if len(runs) == 1:
+        return runs[0]
+    lanes = sum(run.batch for run in runs)
+    decode = pack([1] * lanes, most)
+    return replace(
+        max(runs, key=lambda run: run.n_rows),
+        batch=lanes,
+        capacities=tuple(sorted({size for run in runs for size in run.capacities})),
+        entries=sum(run.entries for run in runs),
+        chunk=max(*(run.chunk for run in runs), *(pane.n_rows for pane in decode)),
+        n_rows=sum(pane.n_rows for pane in decode) + max(run.n_rows for run in runs),
+        all_logits=any(run.all_logits for run in runs),
+        single_array=any(run.single_array for run in runs),
+    )
+
+
+def rows_for(n_rows: int) -> int:
+    """`n_rows` rounded up to the rows of a chunk."""
+    return next(size for size in CHUNK_ROWS if size >= n_rows)
+
+
+def pack(
+    lengths: Sequence[int], most: int = CHUNK_ROWS[-1], shared: int = SHARED_ROWS
+) -> list[Pane]:
+    """Arranges lanes with so many tokens each in chunks of at most `most` rows.
+
+    A long lane fills chunks of its own first; what is left of it shares one with others that are
+    about as long, and with shorter ones in a chunk of up to `shared` rows: a second chunk takes
+    longer than their padding. The chunks of a lane come in the order of its tokens.
     """
-    sizes, rest = [], n_tokens
-    usable = [size for size in CHUNK_TOKENS if size <= most]
-    for size, smaller in zip(reversed(usable), [*reversed(usable[:-1]), 0], strict=True):
-        sizes += [size] * (rest // size)
-        rest %= size
-        if rest > (size // 2 if smaller >= 64 else smaller):
-            return (*sizes, size)
+    panes, rests = [], []
+    for lane, n_tokens in enumerate(lengths):
+        first, sizes = 0, chunks(n_tokens, most)
+        for size in sizes[:-1]:
+            panes.append(Pane(1, size, (Member(lane, first, size),)))
+            first += size
+        if sizes:
+            rests.append(Member(lane, first, n_tokens - first))
+    rests.sort(key=lambda member: -_tokens_for(member.count))  # stable: lanes stay in order
+    groups = [
+        (tokens, list(members))
+        for tokens, members in groupby(rests, key=lambda member: _tokens_for(member.count))
+    ]
+    while groups:
+        tokens, members = groups.pop(0)
+        while groups:
+            together_rows = power_of_two(len(members) + len(groups[0][1])) * tokens
+            if together_rows > min(most, shared):
+                break
+            members += groups.pop(0)[1]
+        at_once = max(1, most // tokens)
+        for begin in range(0, len(members), at_once):
+            some = tuple(sorted(members[begin : begin + at_once], key=lambda each: each.lane))
+            panes.append(Pane(power_of_two(len(some)), tokens, some))
+    return panes
+
+
+def chunks(n_tokens: int, most: int = CHUNK_ROWS[-1]) -> tuple[int, ...]:
+    """Splits the tokens of a lane into chunks; the sizes are from CHUNK_ROWS, up to `most`.
+
+    Padding costs arithmetic, and every chunk a dispatch. So a rest that is little more than half a
+    size is split once; a larger one is padded.
+    """
+    whole, rest = divmod(n_tokens, most)
+    sizes = [most] * whole
+    if rest:
+        padded = rows_for(rest)
+        half = padded // 2
+        if half >= 64 and rest <= half + half // 4:
+            sizes += [half] if rest == half else [half, rows_for(rest - half)]
+        else:
+            sizes.append(padded)
     return tuple(sizes)
+
+
+def _tokens_for(count: int) -> int:
+    """The tokens of a pane for so many: a single one stays single."""
+    return 1 if count == 1 else rows_for(count)
+
+
+def power_of_two(count: int) -> int:
+    """The power of two that is `count` or the next above it."""
+    return 1 << (count - 1).bit_length()
 
 
 def capacity_for(n_positions: int) -> int:
@@ -89,3 +202,10 @@ def capacity_for(n_positions: int) -> int:
     while capacity < n_positions:
         capacity *= 2
     return capacity
+
+
+def pool_rows(entries: int) -> int:
+    """The rows of a pool for so many cache entries: steps of an eighth of the power of two below,
+    and at least MIN_CAPACITY. So a pool that grows is compiled for few sizes."""
+    step = max(MIN_CAPACITY, (1 << (max(entries, 1).bit_length() - 1)) // 8)
+    return max(1, -(-entries // step)) * step

@@ -2,6 +2,7 @@
 allocation that fails."""
 
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -104,3 +105,38 @@ def test_the_driver_is_asked_for_the_gpu_that_jax_will_use(tmp_path, monkeypatch
     assert memory == (100 << 20, 50 << 20)
     words = seen.read_text().split()
     assert words[words.index("-i") + 1 :] == asked if asked else "-i" not in words
+
+
+class Card:
+    """A device as JAX shows it, or a CPU, which has no compute capability."""
+
+    def __init__(self, capability=None):
+        if capability is not None:
+            self.compute_capability = capability
+
+
+HOPPER = Card("9.0")
+
+
+@pytest.mark.parametrize(
+    ("card", "head_dim", "dtype", "cudnn", "has"),
+    [
+        (HOPPER, 128, "bfloat16", 91900, True),
+        (Card("8.0"), 64, "float16", 91100, True),
+        (Card("12.0"), 8, "bfloat16", 91100, True),
+        (Card("7.5"), 128, "float16", 91900, False),
+        (Card("gfx942"), 128, "bfloat16", 91900, False),
+        (Card(), 128, "bfloat16", 91900, False),
+        (HOPPER, 128, "float32", 91900, False),
+        (HOPPER, 256, "bfloat16", 91900, False),
+        (HOPPER, 100, "bfloat16", 91900, False),
+        (HOPPER, 128, "bfloat16", 90700, False),
+        (HOPPER, 128, "bfloat16", None, False),
+    ],
+)
+def test_flash_attention_is_for_16_bits_on_cards_that_have_it(
+    monkeypatch, card, head_dim, dtype, cudnn, has
+):
+    found = cudnn and SimpleNamespace(cudnn_get_version=lambda: cudnn)
+    monkeypatch.setattr(jax._src.lib, "cuda_versions", found)
+    assert device.has_flash(card, head_dim=head_dim, dtype=dtype) is has

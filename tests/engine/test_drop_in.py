@@ -199,15 +199,15 @@ def test_what_the_makers_set_is_cut_to_the_room(both, published):
 def test_what_the_makers_set_is_cut_to_the_memory(both):
     needed = 0
     with jlayer.AutoModel.from_pretrained(both.folder, device="cpu") as model:
-        decoding, _ = model.decoding([LONG] * 8, options={"max_new_tokens": 60})
+        decoding, _ = model.decoding(LONG, options={"max_new_tokens": 60})
         needed = decoding.plan.device_peak_bytes
         decoding.close()
     options = {"device": "cpu", "device_memory": needed, "keeps_layers": False}
     with jlayer.AutoModel.from_pretrained(both.folder, **options) as model:
         with pytest.raises(jlayer.DoesNotFitError):
-            model.decoding([LONG] * 8, options={"max_new_tokens": 500})
+            model.decoding(LONG, options={"max_new_tokens": 500})
         model.generation_config = {"max_new_tokens": 500}
-        decoding, _ = model.decoding([LONG] * 8, options={})
+        decoding, _ = model.decoding(LONG, options={})
         decoding.close()
         assert "max_new_tokens is 500, cut to" in decoding.notes[0]
         limits = {lane.limit for lane in decoding.lanes}

@@ -12,7 +12,7 @@ import jlayer
 from jlayer import AutoModel, DoesNotFitError, UsageError
 from jlayer.convert import convert_checkpoint
 from jlayer.plan.plan import make_plan
-from jlayer.plan.shapes import RunShape
+from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier
 from jlayer.spec import Leaf
 from tests.tiny import tiny_llama
@@ -40,18 +40,18 @@ def alone(folder, prompt, **options):
 
 
 def host_that_drops_layers(folder, small, big):
-    """A host budget in which a big run fits, but not beside all the layers that a small one keeps
-    in host memory."""
+    """A host budget in which a big run fits beside a small one, but not with all the layers that
+    the small one keeps in host memory."""
     with opened(folder) as model:
         engine = model.engine
 
-    def kept(shape, host):
+    def kept(shape, host, held=()):
         machine = replace(engine.plan.machine, host_budget=host)
-        plan = make_plan(engine.weights, machine, shape)
+        plan = make_plan(engine.weights, machine, shape, held=held)
         return plan.tier_bytes(Tier.HOST) if plan.fits else None
 
     for host in range(200 << 20, 2 << 30, 1 << 20):
-        if kept(big, host) is not None:
+        if kept(big, host, held=(small,)) is not None:
             assert kept(big, host) < kept(small, host)
             return host
     raise AssertionError("no budget fits")
@@ -123,14 +123,19 @@ def test_all_live_caches_are_within_the_budget(fable):
 
 def test_the_plan_counts_every_live_cache_once(tiny):
     with opened(tiny) as model:
-        one = model.engine.plan_for(RunShape(1, 4, 200)).device.cache_bytes
+        row = model.engine.plan_for(RunShape(context=64)).device.cache_bytes // 64
         runs = [model.engine.start(RunShape(1, 4, 200)) for _ in range(3)]
-        assert [run.plan.device.cache_bytes for run in runs] == [one, 2 * one, 3 * one]
+        promised = [run.plan.device.cache_bytes for run in runs]
+        assert promised == [row * pool_rows(200 * n) for n in (1, 2, 3)]
         for run in runs:
             run.sweep([IDS[:4]], [0])
-        assert sum(run.cache_bytes for run in runs) == 3 * one
+        assert model.engine.caches.n_bytes == promised[-1]
         runs[0].close()
-        assert model.engine.plan_for(RunShape(1, 4, 200)).device.cache_bytes == 3 * one
+        # The memory is there until the last run has left; the next run uses what is free of it.
+        assert model.engine.plan_for(RunShape(1, 4, 200)).device.cache_bytes == promised[-1]
+        for run in runs[1:]:
+            run.close()
+        assert model.engine.caches.n_bytes == 0
 
 
 def fails_in_the_body(stream):

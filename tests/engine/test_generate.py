@@ -55,6 +55,7 @@ def test_a_stream_says_at_the_call_what_is_wrong_and_at_the_end_why_it_ends(mode
     ):
         with pytest.raises(UsageError, match=words):
             jlayer.stream(model, prompt, **options)
+    gc.collect()
     alive, threads = model.engine.n_alive, threading.active_count()
     with pytest.raises(CheckpointError, match="no such folder"):
         jlayer.stream("/no/such/model", PROMPT)

@@ -30,6 +30,7 @@ from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.spec import Place, Role
 from tests import made_up
+from tests.chain import chain
 from tests.streaming.conftest import set_tile_bytes
 from tests.tiny import stored_arrays
 
@@ -74,18 +75,17 @@ def logits_by_blocks(folder):
     table = whole(family_of(cfg).embedding.published)
     if isinstance(table, Encoded):
         table = dequantize(table, cfg.hidden_size)
-    hidden = table[jnp.asarray([IDS])]
-    positions = np.arange(len(IDS), dtype=np.int32)[None]
+    hidden = table[jnp.asarray(IDS)]
     compiled = {kind: jax.jit(block(kind), static_argnums=4) for kind in layer_kinds(cfg)}
     for number, kind in enumerate(layer_kinds(cfg)):
         layer = {leaf.name: whole(layer_tensor_name(cfg, leaf, number)) for leaf in kind.leaves}
-        cache = empty_cache(kind.cache, cfg, batch=1, capacity=64, dtype="float32")
-        hidden, _ = compiled[kind](layer, hidden, cache, positions, cfg)
+        cache = empty_cache(kind.cache, cfg, n_rows=64, dtype="float32")
+        hidden, _ = compiled[kind](layer, hidden, cache, chain(len(IDS)), cfg)
     stage, norm = head_stage(cfg), family_of(cfg).final_norm
     last = {leaf.name: whole(leaf.published) for leaf in (norm, head_leaf(cfg))}
     (x,) = call(stage.input, {"hidden": hidden}, last, cfg=cfg).values()
     (logits,) = multiply(stage, x, last, cfg=cfg).values()
-    return np.asarray(logits)
+    return np.asarray(logits)[None]
 
 
 # Rows of a product are the same sums; only the library's order within one may differ. What was
@@ -135,7 +135,7 @@ def test_more_layers_of_the_same_kinds_compile_no_more(tmp_path, monkeypatch, ti
             compiles.append(model.engine.compiles)
     assert compiles[0] == compiles[1]
     if tile_bytes is None:
-        assert compiles[0]["block 1x8 cache 64"] == 3  # one for each kind
+        assert compiles[0]["block 8 1x8 cache 64 of 64"] == 3  # one for each kind
 
 
 @pytest.mark.parametrize("tile_bytes", [None, 500])

@@ -11,13 +11,14 @@ import pytest
 
 from jlayer.families.registry import FAMILIES, layer_kinds
 from jlayer.model.attention import attention
-from jlayer.model.cache import append, empty_cache
+from jlayer.model.cache import empty_cache, write
 from jlayer.model.ops import gated, linear, rms_norm, rotate
 from jlayer.model.stages import block, join
 from tests import made_up
+from tests.chain import chain
 
 TOKENS, CAPACITY = 5, 8
-POSITIONS = np.arange(TOKENS, dtype=np.int32)[None]
+ROWS = chain(TOKENS, capacity=CAPACITY)
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +39,22 @@ def random_layer(kind, cfg, seed=0):
 
 def random_hidden(cfg):
     rng = np.random.default_rng(1)
-    return jnp.asarray(rng.normal(0, 1, (1, TOKENS, cfg.hidden_size)), jnp.float32)
+    return jnp.asarray(rng.normal(0, 1, (TOKENS, cfg.hidden_size)), jnp.float32)
 
 
 def empty(kind, cfg):
-    return empty_cache(kind.cache, cfg, batch=1, capacity=CAPACITY, dtype="float32")
+    return empty_cache(kind.cache, cfg, n_rows=CAPACITY, dtype="float32")
 
 
 def attend_by_hand(layer, x, cache, cfg):
     def projected(name):
         y = linear(x, layer[name], layer[f"{name}_bias"])
-        return y.reshape(1, TOKENS, -1, cfg.head_dim)
+        return y.reshape(TOKENS, -1, cfg.head_dim)
 
-    q, k = (rotate(projected(name), POSITIONS, cfg) for name in ("q_proj", "k_proj"))
-    cache = append(cache, k, projected("v_proj"), POSITIONS)
-    x = attention(q, cache, POSITIONS)
+    q, k = (rotate(projected(name), ROWS.positions, cfg) for name in ("q_proj", "k_proj"))
+    v = projected("v_proj")
+    cache = write(cache, k, v, ROWS)
+    x = attention(q, k, v, cache, ROWS, cfg)
     return linear(x, layer["o_proj"], layer["o_proj_bias"]), cache
 
 
@@ -81,7 +83,7 @@ def mlp_first_by_hand(layer, hidden, cache, cfg):
 def test_block_does_what_the_table_of_stages_says(cfg, number, by_hand):
     kind = layer_kinds(cfg)[number]
     layer, hidden = random_layer(kind, cfg), random_hidden(cfg)
-    found = jax.jit(block(kind), static_argnums=4)(layer, hidden, empty(kind, cfg), POSITIONS, cfg)
+    found = jax.jit(block(kind), static_argnums=4)(layer, hidden, empty(kind, cfg), ROWS, cfg)
     expected = jax.jit(by_hand, static_argnums=3)(layer, hidden, empty(kind, cfg), cfg)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
@@ -101,7 +103,7 @@ def test_block_compiled_once_for_a_kind_serves_any_number_of_layers(cfg, n_layer
     hidden, layers = random_hidden(cfg), {}
     for number, kind in enumerate(layer_kinds(cfg)):
         layer = layers.setdefault(kind, random_layer(kind, cfg, seed=number))
-        hidden, _ = compiled[kind](layer, hidden, empty(kind, cfg), POSITIONS, cfg)
+        hidden, _ = compiled[kind](layer, hidden, empty(kind, cfg), ROWS, cfg)
         hidden /= jnp.abs(hidden).max()  # 80 random layers would overflow
     assert np.isfinite(hidden).all()
     assert traces == {"gateless": 1, "mlp_first": 1, "decoder": 1}
@@ -116,7 +118,7 @@ def test_layers_of_a_kind_share_one_function(cfg):
 
 
 def test_products_of_row_ranges_are_joined_in_order():
-    parts = [jnp.full((1, 2, n), float(n)) for n in (3, 1, 2)]
-    assert join(parts)[0, 0].tolist() == [3, 3, 3, 1, 2, 2]
+    parts = [jnp.full((2, n), float(n)) for n in (3, 1, 2)]
+    assert join(parts)[0].tolist() == [3, 3, 3, 1, 2, 2]
     assert join(parts[:1]) is parts[0]
     assert join(parts[0]) is parts[0]

@@ -15,8 +15,8 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.memory import fixed_needs, kept_needs, run_needs
-from jlayer.plan.plan import refit
-from jlayer.plan.shapes import RunShape
+from jlayer.plan.plan import make_plan, refit
+from jlayer.plan.shapes import RunShape, pool_rows, rows_for
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, LLAMA_405B, SMALL_8B, machine, plan_of, weights_of
 
@@ -96,12 +96,11 @@ def test_more_memory_never_makes_a_sweep_slower():
         assert all(b <= a * 1.001 for a, b in pairwise(found))
 
 
-def sums_of(plan, weights, held=()):
+def sums_of(plan, weights):
     """What the things of a plan need, summed by term: (on the device, in the host)."""
-    runs = (plan.shapes, *held)
     needs = [
         *fixed_needs(weights, plan.machine, plan.tiling, ring=plan.ring, ahead=plan.ahead),
-        *run_needs(weights, plan.machine, plan.tiling, runs),
+        *run_needs(weights, plan.machine, plan.tiling, plan.load),
     ]
     device, host = Counter(), Counter()
     for need in needs:
@@ -117,7 +116,7 @@ def sums_of(plan, weights, held=()):
 
 held_runs = st.lists(
     st.builds(
-        lambda batch, longest, more: RunShape(batch, longest, longest + more).shapes(),
+        lambda batch, longest, more: RunShape(batch, longest, longest + more),
         st.integers(1, 4),
         st.integers(1, 600),
         st.integers(0, 3000),
@@ -141,7 +140,7 @@ def test_each_term_of_a_plan_is_the_sum_of_the_needs_under_it(stored, platform, 
     context = shape["longest"] + 30
     plan = plan_of(SMALL_8B, on=on, stored=stored, held=held, context=context, **shape)
     printed = plan.as_dict()
-    expected = sums_of(plan, weights_of(SMALL_8B, stored=stored), held)
+    expected = sums_of(plan, weights_of(SMALL_8B, stored=stored))
     for side, sums in zip(("device", "host"), expected, strict=True):
         known = ("budget_bytes", "peak_bytes")
         terms = {name: n for name, n in printed[side].items() if name not in known}
@@ -153,19 +152,44 @@ def test_each_term_of_a_plan_is_the_sum_of_the_needs_under_it(stored, platform, 
     assert printed["host"]["peak_bytes"] == plan.host_peak_bytes
 
 
+@settings(deadline=None)
 @given(held=held_runs.filter(bool))
-def test_runs_that_are_alive_add_their_caches_and_share_the_rest(held):
-    """One forward pass is under way at a time: only the caches are there all the while."""
+def test_runs_that_are_alive_add_their_entries_and_share_the_rest(held):
+    """A forward pass is for all of them: its rows are those of the longest prompt, or of a token
+    for each lane."""
     spacious = machine(device_budget=60 << 30, host_budget=100 << 30)
     alone = plan_of(SMALL_8B, on=spacious, keeps_layers=False)
     beside = plan_of(SMALL_8B, on=spacious, keeps_layers=False, held=held)
     numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
-    caches = sum(2 * numbers * run.batch * run.capacity for run in held)
-    assert beside.device.cache_bytes == alone.device.cache_bytes + caches
+    entries = 100 + sum(run.batch * run.context for run in held)
+    assert beside.device.cache_bytes == 2 * numbers * pool_rows(entries)
     assert beside.device.slots_bytes == alone.device.slots_bytes
     one_by_one = [plan_of(SMALL_8B, on=spacious, keeps_layers=False, held=[run]) for run in held]
-    assert beside.device.activation_bytes == max(p.device.activation_bytes for p in one_by_one)
-    assert beside.device.temporary_bytes == max(p.device.temporary_bytes for p in one_by_one)
+    lanes = 1 + sum(run.batch for run in held)
+    assert beside.load.batch == lanes
+    most = max(run.longest * run.batch for run in held)
+    assert rows_for(lanes) + max(20, most) <= beside.load.n_rows
+    assert beside.device.activation_bytes >= max(p.device.activation_bytes for p in one_by_one)
+    assert beside.device.temporary_bytes >= max(p.device.temporary_bytes for p in one_by_one)
+
+
+def test_a_pool_that_is_there_is_counted_even_where_less_would_do():
+    some = machine(device_budget=60 << 30)
+    weights, run = weights_of(SMALL_8B), RunShape(context=100)
+    found = make_plan(weights, some, run, least_pool=4096, keeps_layers=False)
+    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    assert found.device.cache_bytes == 2 * numbers * 4096
+    assert refit(found, weights, run, least_pool=4096) == found
+
+
+def test_a_prompt_that_does_not_fit_in_one_pass_is_split():
+    """100,000 tokens of an 8B model: the activations of one pass would take gigabytes."""
+    some = machine(device_budget=5 << 30, host_budget=64 << 30)
+    plan = plan_of(SMALL_8B, on=some, longest=100_000, context=100_020)
+    assert plan.fits
+    assert plan.shapes.prefills > 1
+    assert plan.load.n_rows >= 512
+    assert plan.device.cache_bytes > 100_000 * 2 * 2 * 1024 * SMALL_8B.num_hidden_layers
 
 
 def test_a_plan_is_refitted_without_another_tile_or_place():

@@ -9,9 +9,10 @@ from jlayer.config import model_config
 from jlayer.families.registry import layer_kinds
 from jlayer.model import ops, products
 from jlayer.model.attention import attention
-from jlayer.model.cache import LayerCache, append, empty_cache
+from jlayer.model.cache import LayerCache, empty_cache, write
 from jlayer.model.stages import block
 from jlayer.spec import Rope
+from tests.chain import chain
 from tests.reference.conftest import STYLES
 from tests.tiny import TINY
 
@@ -125,7 +126,8 @@ def test_rotation(style):
     q = torch.randn(BATCH, TOKENS, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(POSITIONS))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    close(ops.rotate(q.numpy(), POSITIONS, ours(config)), expected.transpose(1, 2))
+    found = ops.rotate(q.flatten(0, 1).numpy(), POSITIONS.reshape(-1), ours(config))
+    close(found, expected.transpose(1, 2).flatten(0, 1))
 
 
 def test_rotation_at_the_far_end_of_a_long_context():
@@ -134,22 +136,35 @@ def test_rotation_at_the_far_end_of_a_long_context():
     q = torch.randn(1, 3, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(positions))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    close(ops.rotate(q.numpy(), positions, ours(config)), expected.transpose(1, 2))
+    found = ops.rotate(q[0].numpy(), positions[0], ours(config))
+    close(found, expected.transpose(1, 2)[0])
 
 
 # 6, 2 and 1 heads of keys and values.
 @pytest.mark.parametrize("style", ["llama2", "llama3", "one-kv-head"], indirect=True)
-def test_attention_over_a_cache_with_more_room_than_tokens(style):
+@pytest.mark.parametrize("n_before", [0, 4])
+def test_attention_over_a_pool_with_more_room_than_tokens(style, n_before):
+    """Some of the tokens came before: they are in rows of the pool, the others in this chunk."""
     config = reference_config(style)
     cfg = ours(config)
     q, k, v = (
         torch.randn(1, TOKENS, n, 10) for n in (6, cfg.num_key_value_heads, cfg.num_key_value_heads)
     )
-    positions = np.arange(TOKENS, dtype=np.int32)[None]
     room = jnp.full(
-        (1, 16, cfg.num_key_value_heads, 10), 1e3, jnp.float32
-    )  # what lies beyond must not be seen
-    filled = append(LayerCache(k=room, v=room), k.numpy(), v.numpy(), positions)
+        (16, cfg.num_key_value_heads, 10), 1e3, jnp.float32
+    )  # what no table lists must not be seen
+    pool_rows = np.array([9, 2, 14, 5, 0, 3, 7], np.int32)
+    before = chain(TOKENS, capacity=16).replace(write=pool_rows)
+    pool = write(LayerCache(k=room, v=room), k[0].numpy(), v[0].numpy(), before)
+    rows = chain(TOKENS - n_before, capacity=16)
+    table = np.full((1, 16), 1, np.int32)
+    table[0, :n_before] = pool_rows[:n_before]
+    rows = rows.replace(
+        positions=rows.positions + n_before,
+        write=pool_rows[n_before:],
+        table=table,
+        length=np.array([n_before], np.int32),
+    )
     repeats = 6 // cfg.num_key_value_heads
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -157,9 +172,10 @@ def test_attention_over_a_cache_with_more_room_than_tokens(style):
         v.transpose(1, 2).repeat_interleave(repeats, 1),
         is_causal=True,
     )
+    own = [each[0, n_before:].numpy() for each in (q, k, v)]
     close(
-        jax.jit(attention)(q.numpy(), filled, positions),
-        expected.transpose(1, 2).reshape(1, TOKENS, 60),
+        jax.jit(attention, static_argnums=5)(*own, pool, rows, cfg),
+        expected.transpose(1, 2).reshape(TOKENS, 60)[n_before:],
     )
 
 
@@ -181,17 +197,18 @@ def test_block_is_the_reference_decoder_layer(style):
     }
     (kind,) = layer_kinds(cfg)
     assert weights.keys() == {leaf.name for leaf in kind.leaves}
-    empty = empty_cache(kind.cache, cfg, batch=1, capacity=64, dtype="float32")
+    empty = empty_cache(kind.cache, cfg, n_rows=64, dtype="float32")
     # Compiled, as it runs; step by step, JAX would make a program of each operation.
     found, _ = jax.jit(block(kind), static_argnums=4)(
-        weights, x.numpy(), empty, positions.numpy().astype(np.int32), cfg
+        weights, x[0].numpy(), empty, chain(TOKENS), cfg
     )
-    close(found, expected)
+    close(found, expected[0])
 
 
-def test_padding_is_never_written_to_the_cache():
-    room = jnp.zeros((1, 4, 1, 2), jnp.float32)
+def test_padding_is_never_written_to_the_pool():
+    room = jnp.zeros((4, 1, 2), jnp.float32)
     empty = LayerCache(k=room, v=room)
-    ones = np.ones((1, 3, 1, 2), np.float32)
-    filled = append(empty, ones, ones, np.array([[4, 4, 2]], np.int32))
-    assert np.asarray(filled.k)[0, :, 0, 0].tolist() == [0, 0, 1, 0]
+    ones = np.ones((3, 1, 2), np.float32)
+    rows = chain(3).replace(write=np.array([4, 4, 2], np.int32))
+    filled = write(empty, ones, ones, rows)
+    assert np.asarray(filled.k)[:, 0, 0].tolist() == [0, 0, 1, 0]

@@ -14,9 +14,9 @@ def set_tile_bytes(patch, tile_bytes):
     patch.setattr(plans, "TILE_BYTES", (tile_bytes,))
 
 
-def placed(plan, weights, run, tiers, *, held=()):
+def placed(plan, weights, run, tiers, **options):
     """A plan with the same tiles in these places, and the sums that follow."""
-    return plans.refit(replace(plan, tiers=tuple(tiers)), weights, run, held=held)
+    return plans.refit(replace(plan, tiers=tuple(tiers)), weights, run, **options)
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def tiers_in_turn(monkeypatch):
     """Call it with tiers, which tiles then have one after another, whatever would be best."""
 
     def set_tiers(*tiers: Tier):
-        def make_plan(weights, machine, run, *, held=(), keeps_layers=True, known=None):
+        def make_plan(weights, machine, run, *, keeps_layers=True, known=None, **options):
             bare = plans.make_plan(
-                weights, machine, run, held=held, keeps_layers=False, known=known
+                weights, machine, run, keeps_layers=False, known=known, **options
             )
             mixed = (tiers[i % len(tiers)] for i in range(len(bare.tiles)))
-            return placed(bare, weights, run, mixed, held=held)
+            return placed(bare, weights, run, mixed, **options)
 
         monkeypatch.setattr(engine, "make_plan", make_plan)
 

@@ -2,7 +2,7 @@
 is the same."""
 
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,13 +10,15 @@ import pytest
 from jlayer import AutoModel
 from jlayer.checkpoint.digest import Checks
 from jlayer.engine import residents
-from jlayer.engine.forward import Forward
+from jlayer.engine.batch import Entry, Wanted, arrange
+from jlayer.engine.caches import Caches
+from jlayer.engine.sweep import Sweeper
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor, Totals, Watch
 from jlayer.streaming.schedule import Read
-from tests.streaming.conftest import placed, set_tile_bytes
+from tests.streaming.conftest import set_tile_bytes
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 RUN = RunShape(longest=len(IDS), context=len(IDS), all_logits=True)
@@ -53,25 +55,28 @@ class Streamed:
             checks=Checks({}),
         )
         self.embedding = Embedding(engine.store, engine.weights)
-        self.forward = Forward(
-            placed(self.plan, engine.weights, RUN, tiers),
-            engine.programs,
-            self.embedding,
-            residents.load(engine.store, engine.weights, Checks({}), engine.device),
-            turn=lambda: nullcontext(self.executor),
-            release=lambda: None,
-            noted=lambda forward: None,
-        )
+        self.caches = Caches(engine.programs, tables=list)
+        self.caches.reserve(64)
+        leaves = residents.load(engine.store, engine.weights, Checks({}), engine.device)
+        self.sweeper = Sweeper(engine.programs, self.embedding, leaves, self.caches)
 
     def _note(self, step, tile):
         if isinstance(step, Read):
             self.reads[step.tile] += 1
 
     def logits(self):
-        return self.forward.sweep([IDS], [0], all_logits=True)
+        found = np.empty((len(IDS), self.sweeper.programs.cfg.vocab_size), np.float32)
+
+        def take(output, places, row):
+            found[places, row : row + output.shape[1]] = output
+
+        rows = self.caches.pool.take(len(IDS))
+        entry = Entry(IDS, np.zeros(0, np.int32), rows, 64, Wanted.ALL)
+        self.sweeper.run(self.executor, arrange([entry], pool=64), take)
+        self.caches.pool.release(rows)
+        return found[None]
 
     def close(self):
-        self.forward.close()
         self.executor.close()
         self.embedding.close()
 

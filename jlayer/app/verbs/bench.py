@@ -96,7 +96,7 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
 
     bench = Bench(model)
     found = {"card": card(model.folder), "device": model.engine.device_name, "dtype": model.dtype}
-    found |= {"reads": "direct" if bench.forward.reads_directly else "buffered"}
+    found |= {"reads": "direct" if bench.engine.reads_directly else "buffered"}
     found["plan"] = model.plan.as_dict()
     say(card_lines(found["card"]))
     say(ceiling_lines(model))

@@ -1,0 +1,28 @@
+"""What the runs of a model share, as they see it: see `Engine`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from jlayer.engine.caches import Caches
+from jlayer.engine.sweep import Sweeper
+from jlayer.plan.plan import Plan
+from jlayer.spec import ModelConfig
+from jlayer.streaming.embedding import Embedding
+from jlayer.streaming.executor import Executor, Totals
+
+
+class Home(Protocol):
+    """The shared things, and the turn that gives the executor for a forward pass."""
+
+    cfg: ModelConfig
+    plan: Plan
+    caches: Caches
+    sweeper: Sweeper
+    embedding: Embedding
+    totals: Totals
+
+    def turn(self) -> AbstractContextManager[Executor]: ...
+
+    def note_peaks(self) -> None: ...

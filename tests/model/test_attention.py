@@ -1,0 +1,267 @@
+"""Attention of panes in two parts, against a dense softmax in float64."""
+
+import inspect
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from jlayer import spec
+from jlayer.engine.device import FLASH_DTYPES, gpu_memory, has_flash
+from jlayer.model.attention import attention
+from jlayer.model.cache import LayerCache, Rows, rows_struct
+from jlayer.plan.memory import attention_temporary_bytes
+from jlayer.plan.shapes import RunShape
+from jlayer.spec import Pieces, attention_pieces
+from tests.plan.models import SMALL
+
+CFG = replace(SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+# Rows in a chunk beyond those of the pane.
+PADDING = 3
+
+
+def random_case(lanes, tokens, capacity, lengths, *, cfg=CFG, dtype="float32", seed=0):
+    """(q, k, v, cache, rows): tables of random pool rows, a random tree in each lane; where no
+    lane's table says so, the pool holds huge numbers."""
+    rng = np.random.default_rng(seed)
+    n_pool, n_rows = lanes * capacity + 5, lanes * tokens + PADDING
+    table = rng.permutation(n_pool)[: lanes * capacity].reshape(lanes, capacity).astype(np.int32)
+    length = np.resize(lengths, lanes).astype(np.int32)
+    seen = np.stack([random_tree(rng, tokens) for _ in range(lanes)])
+
+    def normal(*shape):
+        return rng.normal(0, 1, shape).astype(np.float32)
+
+    heads, kv = (cfg.num_attention_heads, cfg.head_dim), (cfg.num_key_value_heads, cfg.head_dim)
+    pool = [normal(n_pool, *kv) for _ in range(2)]
+    listed = np.concatenate([table[lane, :n] for lane, n in enumerate(length)])
+    for entries in pool:
+        entries[np.setdiff1d(np.arange(n_pool), listed)] = 1e4
+    q, k, v = 2 * normal(n_rows, *heads), normal(n_rows, *kv), normal(n_rows, *kv)
+    q, k, v, *pool = (jnp.asarray(each, dtype) for each in (q, k, v, *pool))
+    nothing = np.zeros(n_rows, np.int32)
+    rows = Rows(positions=nothing, write=nothing, table=table, length=length, seen=seen)
+    return q, k, v, LayerCache(*pool), rows
+
+
+def random_tree(rng, tokens):
+    seen = np.eye(tokens, dtype=bool)
+    for row in range(1, tokens):
+        parent = rng.integers(-1, row)
+        if parent >= 0:
+            seen[row] |= seen[parent]
+    return seen
+
+
+def dense(q, k, v, cache, rows, cfg=CFG):
+    """Attention in float64, each row and head by itself -> [B*T, N*H]."""
+    q, k, v, of_k, of_v = (
+        np.asarray(each.astype(jnp.float32), np.float64) for each in (q, k, v, cache.k, cache.v)
+    )
+    lanes, tokens, _ = rows.seen.shape
+    group = cfg.num_attention_heads // cfg.num_key_value_heads
+    out = np.zeros((lanes * tokens, cfg.num_attention_heads, cfg.head_dim))
+    for lane, row in np.ndindex(lanes, tokens):
+        entries = rows.table[lane, : rows.length[lane]]
+        own = lane * tokens + np.flatnonzero(rows.seen[lane, row])
+        keys, values = (
+            np.concatenate([pool[entries], new[own]]) for pool, new in ((of_k, k), (of_v, v))
+        )
+        for head in range(cfg.num_attention_heads):
+            mine = lane * tokens + row, head
+            scores = keys[:, head // group] @ q[mine] / np.sqrt(cfg.head_dim)
+            weights = np.exp(scores - scores.max())
+            out[mine] = weights / weights.sum() @ values[:, head // group]
+    return out.reshape(lanes * tokens, -1)
+
+
+def attended(given, cfg=CFG, **changed):
+    *arrays, rows = given
+    program = jax.jit(attention, static_argnums=5)
+    return np.asarray(program(*arrays, rows.replace(**changed), cfg).astype(jnp.float32))
+
+
+def pieces_of(given):
+    (lanes, capacity), tokens = given[-1].table.shape, given[-1].seen.shape[-1]
+    return attention_pieces(CFG, lanes=lanes, tokens=tokens, capacity=capacity)
+
+
+CASES = {
+    "nothing committed": (2, 4, 16, [0]),
+    "one row for each lane": (4, 1, 16, [0, 16, 5, 1]),
+    "trees": (4, 8, 16, [0, 16, 5, 1]),
+    "one lane": (1, 16, 32, [19]),
+}
+# The bounds that force pieces, and the pieces of the cases' shapes under them.
+LARGE, SMALLER, LEAST = (64 << 20, 64 << 20), (4 << 10, 4 << 10), (256, 512)
+
+
+@pytest.fixture(params=[LARGE, SMALLER, LEAST], ids=["whole", "pieces", "small pieces"])
+def bounds(request, monkeypatch):
+    for name, n_bytes in zip(("SCORE_BYTES", "GATHERED_BYTES"), request.param, strict=True):
+        monkeypatch.setattr(spec, name, n_bytes)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_plain_equals_the_dense_softmax(shape, bounds):
+    given = random_case(*shape)
+    expected = dense(*given)
+    found = attended(given)
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
+    assert not found[len(expected) :].any()
+
+
+def test_bounds_force_every_kind_of_piece(monkeypatch):
+    given = random_case(*CASES["trees"])
+    assert pieces_of(given) == Pieces(4, 1, 1)
+    monkeypatch.setattr(spec, "SCORE_BYTES", 4 << 10)
+    monkeypatch.setattr(spec, "GATHERED_BYTES", 4 << 10)
+    assert pieces_of(given) == Pieces(1, 1, 1)
+    monkeypatch.setattr(spec, "SCORE_BYTES", 256)
+    monkeypatch.setattr(spec, "GATHERED_BYTES", 512)
+    assert pieces_of(given) == Pieces(1, 16, 8)
+
+
+def test_a_tree_equals_its_branches_one_by_one():
+    parents = (-1, 0, 0, 1, 1, 2, -1, 6)
+    seen = np.eye(len(parents), dtype=bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            seen[row] |= seen[parent]
+    q, k, v, cache, rows = random_case(1, len(parents), 16, [9])
+    tree = attended((q, k, v, cache, rows.replace(seen=seen[None])))
+    leaves = set(range(len(parents))) - set(parents)
+    assert len(leaves) == 4
+    for leaf in leaves:
+        branch = np.flatnonzero(seen[leaf])
+        chain = np.tri(len(branch), dtype=bool)[None]
+        alone = attended((q[branch], k[branch], v[branch], cache, rows.replace(seen=chain)))
+        np.testing.assert_allclose(tree[branch], alone, rtol=0, atol=2e-6)
+
+
+def test_bfloat16_is_near_the_rounding_of_its_result():
+    given = random_case(4, 8, 64, [0, 64, 33, 1], dtype="bfloat16")
+    expected = dense(*given)
+    rounded = np.asarray(jnp.asarray(expected, jnp.bfloat16).astype(jnp.float32))
+    found = attended(given)[: len(expected)]
+    error, least = (np.sqrt(np.square(each - expected).mean()) for each in (found, rounded))
+    assert error <= 1.3 * least
+
+
+def stand_in(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, return_residual):
+    """What cuDNN's function gives, without rounding. For no entries it gives NaN."""
+    assert return_residual
+    assert mask_type is cudnn.MaskType.PADDING
+    group = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(each, group, axis=2) for each in (key, value))
+    scores = scale * jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest")
+    seen = jnp.arange(key.shape[1])[None] < kv_seqlen[:, None]
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = jnp.einsum("bnts,bsnh->btnh", weights, value, precision="highest")
+    return mixed, jax.nn.logsumexp(scores, axis=-1)
+
+
+def test_the_stand_in_takes_what_the_function_of_jax_takes():
+    theirs = inspect.signature(cudnn.dot_product_attention).parameters
+    assert set(inspect.signature(stand_in).parameters) <= set(theirs)
+
+
+@pytest.mark.parametrize("blocks", [1, 16], ids=["one part", "many parts"])
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_flash_is_folded_split_and_merged_exactly(shape, blocks, bounds, monkeypatch):
+    monkeypatch.setattr(cudnn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(spec, "FLASH_BLOCKS", blocks)
+    monkeypatch.setattr(spec, "FLASH_ROWS", 2)
+    given = random_case(*shape)
+    expected = dense(*given)
+    found = attended(given, flash=True)
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
+
+
+def test_flash_is_for_several_rows_and_splits_the_entries_of_few_lanes():
+    llama = replace(SMALL, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+
+    def pieces(lanes, tokens, capacity):
+        return attention_pieces(llama, lanes=lanes, tokens=tokens, capacity=capacity, flash=True)
+
+    assert pieces(64, 1, 1024) == Pieces(16, 1, 1)
+    assert pieces(64, 8, 1024) == Pieces(16, 1, 1, splits=1)
+    assert pieces(1, 512, 8192) == Pieces(1, 1, 1, splits=1)
+    assert pieces(1, 64, 8192) == Pieces(1, 1, 1, splits=4)
+    assert pieces(1, 64, 131072) == Pieces(1, 8, 1, splits=4)
+    assert pieces(1, 8, 64) == Pieces(1, 1, 1, splits=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_program_for_a_gpu_calls_cudnn_where_there_are_several_rows(tokens, monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    *arrays, rows = random_case(2, tokens, 256, [100], dtype="bfloat16")
+    traced = jax.jit(attention, static_argnums=5).trace(*arrays, rows.replace(flash=True), CFG)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == (tokens > 1)
+
+
+HEADS = {"64 of 128": (64, 8, 128), "32 of 64": (32, 8, 64), "14 of 64": (14, 2, 64)}
+
+
+@pytest.fixture(params=HEADS.values(), ids=HEADS)
+def on_the_card(request):
+    """A model's configuration, whose heads the card's flash attention takes."""
+    if gpu_memory() is None:
+        pytest.skip("no NVIDIA GPU on this machine")
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        pytest.skip("JAX is held to the CPU here: run this file by itself with JAX_PLATFORMS=cuda")
+    n_heads, n_kv_heads, head_dim = request.param
+    if not has_flash(jax.devices()[0], head_dim=head_dim, dtype="bfloat16"):
+        pytest.skip("this card has no flash attention, or JAX found no cuDNN that has it")
+    return replace(
+        SMALL, num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLASH_DTYPES)
+def test_flash_on_the_card_equals_plain_within_rounding(on_the_card, dtype):
+    for shape in ((4, 8, 512, [0, 1, 300, 512]), (1, 64, 1024, [1000]), (2, 2, 128, [0])):
+        given = random_case(*shape, cfg=on_the_card, dtype=dtype)
+        expected = dense(*given, cfg=on_the_card)
+        plain, flash = (
+            attended(given, on_the_card, flash=flash)[: len(expected)] for flash in (False, True)
+        )
+        ours, theirs = (np.sqrt(np.square(each - expected).mean()) for each in (flash, plain))
+        print(f"{shape}: root mean square to float64 {ours:.2e}, plain {theirs:.2e}")
+        assert 0 < ours <= 1.5 * theirs
+        # The committed part is rounded once more than the result.
+        most = np.abs(flash - plain).max() / np.abs(expected).max()
+        assert most <= 2 * 2.0 ** (-8 if dtype == "bfloat16" else -11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
+def test_temporaries_on_the_card_stay_within_the_plan(on_the_card, flash):
+    cfg = on_the_card
+    for lanes, tokens, capacity in ((1, 512, 4096), (1, 64, 65536), (1, 8, 8192), (64, 8, 1024)):
+        rows = rows_struct(
+            n_rows=lanes * tokens, lanes=lanes, tokens=tokens, capacity=capacity
+        ).replace(flash=flash)
+        q, kv, pool = (
+            jax.ShapeDtypeStruct((n, heads, cfg.head_dim), "bfloat16")
+            for n, heads in (
+                (lanes * tokens, cfg.num_attention_heads),
+                (lanes * tokens, cfg.num_key_value_heads),
+                (lanes * capacity, cfg.num_key_value_heads),
+            )
+        )
+        program = jax.jit(attention, static_argnums=5)
+        compiled = program.lower(q, kv, kv, LayerCache(pool, pool), rows, cfg).compile()
+        shapes = RunShape(batch=lanes, longest=tokens, context=capacity).shapes()
+        found = compiled.memory_analysis().temp_size_in_bytes
+        assert found <= attention_temporary_bytes(cfg, shapes, platform="gpu")
