@@ -63,6 +63,7 @@ TESTED = {
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-int4 --quantize int4": Here(),
     "jlayer plan path/to/Llama-3-8B-int4 --device-memory 4GiB": Here(),
     'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" -n 100': Here(),
+    "jlayer plan path/to/Llama-3-8B --device-memory 4GiB --batch 16 --context 512": Here(),
     # architecture.md
     "python benchmarks/table.py": By("tests/test_readme.py"),
     "python benchmarks/table.py --check": By("tests/test_readme.py"),
@@ -90,6 +91,8 @@ TESTED = {
     'jlayer generate path/to/Llama-3-8B --preset cpu -p "Once upon a time"': Here(),
     # performance.md
     "jlayer bench path/to/Llama-3-70B-jlayer --device-memory 1536MiB --timeline sweeps.png": Here(),
+    "python benchmarks/lanes.py path/to/Llama-3-70B-jlayer --device-memory 4096MiB "
+    "--lanes 1,8,64,256 --context 512 --draw": By("tests/measure/test_lanes.py"),
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import described, table
 from jlayer import errors
+from jlayer.engine.report import Stats
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -63,6 +64,18 @@ def test_the_arithmetic_that_a_plan_assumes_of_a_cpu_is_that_of_the_docs(monkeyp
     cpu = ["--device", "cpu", "--host-memory", "64GiB"]
     speed = f"{min(7 * n_cores, 120)}GB/s"
     assert sweep_seconds(*cpu) == sweep_seconds(*cpu, "--link-speed", speed)
+
+
+def test_every_figure_of_a_run_is_described():
+    rows = cells((DOCS / "performance.md").read_text(), "field of `stats`")
+    named = {name for row in rows for cell in row for name in INLINE.findall(cell)}
+    assert set(Stats().as_dict()) == named - {"direct", "buffered"}
+
+
+def test_every_figure_of_a_plan_s_lanes_is_described():
+    plan = json.loads(described.printed(["plan", "llama-3.1-8b-instruct", "--json"]))
+    rows = cells((DOCS / "memory.md").read_text(), "field of `lanes`")
+    assert list(plan["lanes"]) == [name for row in rows for name in INLINE.findall(row[0])]
 
 
 def test_every_card_has_a_figure_for_every_disk():

@@ -94,8 +94,8 @@ def describe(model) -> str:
 
 def summary(found) -> str:
     """A finished run in one line, with the predicted and the measured time of a token."""
-    stats, predicted = found[0].stats, found[0].plan["sweep"]["seconds"]
-    decoded = stats["sweeps"] - 1
+    stats, predicted = found[0].stats, found[0].plan["sweep"]["decode_seconds"]
+    decoded = stats["decode_sweeps"]
     took = time_words(stats["decode_s"] / decoded) if decoded > 0 else "nothing"
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
     drawn = "greedy" if found[0].seed is None else f"seed {found[0].seed}"

@@ -34,9 +34,12 @@ class Handle:
         return self
 
     def __next__(self) -> Step:
-        self._scheduler.wait_until(lambda: self._lane.unread or self.done)
-        with suppress(IndexError):  # another thread may have taken it
-            return self._lane.unread.popleft()
+        is_over = False
+        while not is_over:
+            self._scheduler.wait_until(lambda: self._lane.unread or self.done)
+            is_over = self.done
+            with suppress(IndexError):  # another thread may have taken it
+                return self._lane.unread.popleft()
         self._decoding.close()
         if self._lane.error:
             raise self._lane.error
@@ -98,7 +101,10 @@ class Background:
                     for lane in run.lanes:
                         lane.fail(error)
             except BaseException as error:
-                for run in self._alive():
+                with self._lock:  # what is submitted from now on has a thread of its own
+                    self._thread, runs = None, self._alive()
+                    self._runs = []
+                for run in runs:
                     for lane in run.lanes:
                         lane.fail(JlayerError(f"the model's thread failed: {error!r}"))
                 raise

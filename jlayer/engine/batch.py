@@ -84,15 +84,19 @@ def arrange(
     are its trunk: so a pass has at most `most` rows below the first branch.
     """
     firsts = np.cumsum([0, *(entry.n_wanted for entry in entries)])
-    parts = []
-    for rank in sorted({entry.after for entry in entries}):
-        numbers = [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
-        panes = pack([len(entries[n].tokens) for n in numbers], most)
-        if n_rows is not None and sum(pane.n_rows for pane in panes) > n_rows:
-            panes = pack([len(entries[n].tokens) for n in numbers], most, shared=0)
-        for pane in panes:
-            parts.append(_part(pane, [entries[n] for n in numbers], firsts[numbers], pool))
-    return parts
+    ranks = [
+        [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
+        for rank in sorted({entry.after for entry in entries})
+    ]
+    lengths = [[len(entries[n].tokens) for n in numbers] for numbers in ranks]
+    panes = [pack(some, most) for some in lengths]
+    if n_rows is not None and sum(pane.n_rows for some in panes for pane in some) > n_rows:
+        panes = [pack(some, most, shared=0) for some in lengths]
+    return [
+        _part(pane, [entries[n] for n in numbers], firsts[numbers], pool)
+        for numbers, some in zip(ranks, panes, strict=True)
+        for pane in some
+    ]
 
 
 def _part(pane: Pane, entries, firsts, pool):
@@ -101,7 +105,7 @@ def _part(pane: Pane, entries, firsts, pool):
     tokens = np.full(size.rows, -1, np.int32)
     positions = np.zeros(size.rows, np.int32)
     written = np.full(size.rows, pool, np.int32)
-    table = np.zeros((pane.lanes, capacity), np.int32)
+    table = np.full((pane.lanes, capacity), pool, np.int32)
     length = np.zeros(pane.lanes, np.int32)
     seen = np.tile(np.tri(pane.tokens, dtype=bool), (pane.lanes, 1, 1))
     wanted, places = [], []

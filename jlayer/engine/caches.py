@@ -1,26 +1,50 @@
-"""The pools of all layers on the device, and who uses which of their rows."""
+"""The pools of all layers, and who uses which of their rows.
+
+They are on the device, or in host memory, from where each comes to the device for its layer in
+every forward pass; what the pass wrote goes back. Either way a row that no table lists may hold
+anything, so a pass that ends early has changed nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import jax
+import numpy as np
 
 from jlayer.engine.pool import Pool, Table
 from jlayer.engine.programs import Programs
+from jlayer.errors import StorageError
 from jlayer.families.registry import layer_kinds
+from jlayer.model.cache import LayerCache, cache_struct
+from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.plan.memory import POOLS_ON_DEVICE
+from jlayer.plan.tiles import Tier
+from jlayer.streaming.slots import HostMemory
 
 
 class Caches:
     """A pool for each layer, of one size. Made with the first lane, grown between forward passes,
-    and dropped with the last lane."""
+    and dropped with the last lane.
+
+    `layers`: the pools that are on the device, by layer; None for one that is in host memory.
+    """
 
     def __init__(self, programs: Programs, tables: Callable[[], list[Table]]):
         """`tables`: gives those of all live lanes."""
         self._programs, self._tables = programs, tables
         self._kinds = layer_kinds(programs.cfg)
+        self._has_link = PLATFORMS[platform_of(programs.device.platform)].has_link
         self.pool = Pool()
-        self.layers: list = []
+        self.tier = Tier.DEVICE
+        self.layers: list[LayerCache | None] = []
+        self._rooms: list[LayerCache | None] = []  # numpy arrays in host memory, by layer
+        self._memory: HostMemory | None = None
+        self._written: Sequence[tuple[jax.Array, np.ndarray]] = ()
+        self._coming: deque = deque()  # (layer, rows of the pool, their entries on the way back)
 
     @property
     def n_bytes(self) -> int:
@@ -28,45 +52,190 @@ class Caches:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of the pools in host memory now."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._rooms))
+
+    @property
     def n_rows(self) -> int:
         """The rows that each pool has, or is about to have."""
         return self.pool.n_rows
 
-    def table(self) -> Table:
-        return Table(self.pool)
-
-    def reserve(self, n_rows: int) -> None:
-        """Makes room for `n_rows` rows in all; memory is allocated before the next pass."""
+    def reserve(self, n_rows: int, tier: Tier = Tier.DEVICE) -> None:
+        """Makes room for `n_rows` rows in all, in this tier. Memory is allocated, and entries are
+        moved, before the next pass."""
         if n_rows > self.pool.n_rows:
             self.pool.grow(n_rows)
+        self.tier = tier
 
     def ready(self) -> None:
-        """Allocates what was reserved: one layer after another, so that only one is there twice."""
-        n_rows = self.pool.n_rows
+        """Allocates what was reserved: one layer after another, so that only one is there twice.
+        Raises StorageError where the device refuses."""
+        try:
+            self._allocate()
+        except jax.errors.JaxRuntimeError as error:
+            raise StorageError(f"the cache: the device failed ({_first_line(error)})") from error
+
+    def _allocate(self):
         if not self.layers:
-            self.layers = [
-                self._programs.empty_cache(kind, n_rows=n_rows)() for kind in self._kinds
-            ]
-        for number, kind in enumerate(self._kinds):
-            before = self._rows_of(number)
-            if before != n_rows:
-                grow = self._programs.grown_cache(kind, before=before, n_rows=n_rows)
-                self.layers[number] = grow(self.layers[number])
-                jax.block_until_ready(self.layers[number])
+            self.layers = [None] * len(self._kinds)
+            self._rooms = [None] * len(self._kinds)
+        for layer in range(len(self._kinds)):
+            if self.tier is Tier.HOST:
+                self._keep_on_host(layer)
+            else:
+                self._keep_on_device(layer)
 
-    def _rows_of(self, number):
-        return jax.tree.leaves(self.layers[number])[0].shape[0]
+    def _keep_on_host(self, layer):
+        struct = self._struct(layer)
+        old = self._rooms[layer] or self.layers[layer]
+        if old is self._rooms[layer] and old is not None and _n_rows(old) == self.n_rows:
+            return
+        room = self._make_room(layer, struct)
+        if old is not None:
+            for into, entries in zip(jax.tree.leaves(room), jax.tree.leaves(old), strict=True):
+                into[: len(entries)] = np.asarray(entries)
+            self._drop_room(layer)
+        self._rooms[layer], self.layers[layer] = room, None
 
-    def check_whole(self) -> None:
-        """After a failure of the device the memory of a pool that a program was to reuse may be
-        gone. Then all entries are: every table is emptied, and its lane is computed anew."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.layers)):
+    def _keep_on_device(self, layer):
+        kind, cache, room = self._kinds[layer], self.layers[layer], self._rooms[layer]
+        if cache is None and room is not None:
+            cache = self._put(room)
+        if cache is None:
+            cache = self._programs.empty_cache(kind, n_rows=self.n_rows)()
+        if _n_rows(cache) != self.n_rows:
+            grow = self._programs.grown_cache(kind, before=_n_rows(cache), n_rows=self.n_rows)
+            cache = grow(cache)
+        if cache is not self.layers[layer]:
+            self.layers[layer] = jax.block_until_ready(cache)
+            self._drop_room(layer)
+
+    def _struct(self, layer):
+        cfg, dtype = self._programs.cfg, self._programs.dtype
+        return cache_struct(self._kinds[layer].cache, cfg, n_rows=self.n_rows, dtype=dtype)
+
+    def _make_room(self, layer, struct) -> LayerCache:
+        """Arrays in memory of their own, pinned where there is a link."""
+        if self._memory is None:
+            self._memory = HostMemory(1, 1, pin=self._has_link)
+        leaves, tree = jax.tree.flatten(struct)
+        sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
+        room = self._memory.room((layer, self.n_rows), sum(sizes))
+        firsts = accumulate(sizes, initial=0)
+        return jax.tree.unflatten(
+            tree,
+            [
+                room[at : at + size].view(leaf.dtype).reshape(leaf.shape)
+                for leaf, size, at in zip(leaves, sizes, firsts, strict=False)
+            ],
+        )
+
+    def _drop_room(self, layer):
+        if self._rooms[layer] is not None:
+            key = (layer, _n_rows(self._rooms[layer]))
+            self._rooms[layer] = None
+            self._memory.drop_room(key)
+
+    def _put(self, room):
+        if not self._has_link:  # a CPU's arrays would be views of the room, which is written
+            room = jax.tree.map(np.copy, room)
+        return jax.device_put(room, self._programs.device)
+
+    # A forward pass with pools in host memory.
+
+    def compile(self, n_rows: int) -> None:
+        """Compiles what a chunk of so many rows needs, ahead of it."""
+        for kind in set(self._kinds) if self.tier is Tier.HOST else ():
+            self._programs.written_rows(kind, pool=self.n_rows, n_rows=n_rows)
+
+    def begin(self, written: Sequence[tuple[jax.Array, np.ndarray]]) -> None:
+        """A forward pass begins, whose chunks write to these rows: on the device, padded, and on
+        the host."""
+        self._written = written
+
+    def put(self, layer: int) -> int:
+        """Begins to put a layer's pool on the device; returns its bytes."""
+        # What came before the last one is back: two pools at most are on the device.
+        self._collect(POOLS_ON_DEVICE - 1)
+        self.layers[layer] = self._put(self._rooms[layer])
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._rooms[layer]))
+
+    def take(self, layer: int) -> None:
+        """Begins to bring back the rows that were written, and drops the pool from the device."""
+        cache, self.layers[layer] = self.layers[layer], None
+        for on_device, rows in self._written:
+            program = self._programs.written_rows(
+                self._kinds[layer], pool=self.n_rows, n_rows=len(on_device)
+            )
+            entries = program(cache, on_device)
+            for leaf in jax.tree.leaves(entries):
+                leaf.copy_to_host_async()
+            self._coming.append((layer, rows, entries))
+
+    def finish(self) -> None:
+        """Waits until everything that was written is back. Raises StorageError."""
+        try:
+            self._collect(0)
+        except jax.errors.JaxRuntimeError as error:
+            raise StorageError(f"the cache: the device failed ({_first_line(error)})") from error
+
+    def _collect(self, n_left):
+        n_left *= max(1, len(self._written))
+        while len(self._coming) > n_left:
+            layer, rows, entries = self._coming.popleft()
+            is_real = rows < self.n_rows
+            pairs = zip(jax.tree.leaves(self._rooms[layer]), jax.tree.leaves(entries), strict=True)
+            for room, new in pairs:
+                room[rows[is_real]] = np.asarray(new)[is_real]
+
+    def give_up(self) -> None:
+        """A forward pass has ended early. After a failure of the device the memory of a pool that a
+        program was to reuse may be gone, or what the program left there. Then all entries are:
+        every table is emptied, and its lane is computed anew."""
+        self._coming.clear()
+        if self.tier is Tier.HOST:
+            is_lost = any(room is None for room in self._rooms)  # on its way from the device
+        else:
+            is_lost = any(map(_is_lost, jax.tree.leaves(self.layers)))
+        if is_lost:
             for table in self._tables():
                 table.cut(0)
-            self.layers = []
+            self._free()
+        elif self.tier is Tier.HOST:
+            self.layers = [None] * len(self._kinds)
+
+    def _free(self):
+        for layer in range(len(self._rooms)):
+            self._drop_room(layer)
+        self.layers, self._rooms = [], []
 
     def drop(self) -> None:
         """Frees all memory; no lane may be left."""
         assert self.pool.n_free == self.pool.n_rows
-        self.layers = []
+        self._free()
         self.pool = Pool()
+
+    def close(self) -> None:
+        """Unpins host memory; the caches cannot be used afterwards."""
+        self.layers, self._rooms = [], []
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _n_rows(cache: LayerCache) -> int:
+    return jax.tree.leaves(cache)[0].shape[0]
+
+
+def _is_lost(leaf):
+    if leaf.is_deleted():
+        return True
+    try:
+        jax.block_until_ready(leaf)
+    except jax.errors.JaxRuntimeError:  # of the program that wrote it
+        return True
+    return False
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0]

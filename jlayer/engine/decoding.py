@@ -1,7 +1,7 @@
-"""Continues prompts together: prefill, decode, stop.
+"""Runs that continue prompts: admitted whole or in portions, read step by step.
 
-One loop serves generate, stream, transformers' interface and the command line. Encoding prompts,
-forward passes and sampling are in other modules.
+One class serves generate, stream, submit, transformers' interface and the command line. Who rides
+in a forward pass, and what is drawn from its logits, is in `scheduler`.
 """
 
 from __future__ import annotations
@@ -167,6 +167,8 @@ class Decoding:
     def _admit(self, shape, groups):
         ticket = self._engine.admit(shape)
         self._tickets.append(ticket)
+        if self.is_closed:  # meanwhile, by another thread
+            ticket.close()
         self.plan = ticket.plan
         self.stats.sweep_bytes = self.plan.tiling.n_bytes
         lanes = [lane for group in groups for lane in group.lanes]
@@ -284,7 +286,7 @@ class Decoding:
         scheduler.prepare()
         self.stats.load_s += clock.lap()
         while True:
-            scheduler.advance(self.lanes)
+            scheduler.advance(self.lanes, once=bool(self._waiting))
             for lane in self.lanes:
                 if lane.error and not lane.unread:
                     raise lane.error

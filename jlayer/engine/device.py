@@ -13,7 +13,7 @@ import subprocess
 import time
 
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS, platform_of
 from jlayer.streaming.slots import HostMemory
 
 DEFAULT_DEVICE_MEMORY = 4 << 30
@@ -50,16 +50,18 @@ def _ask_driver(fields):
     return answer.stdout.splitlines()[0]
 
 
-# The GPU's own page tables for pinned host memory: 8 bytes for each page of 4 KiB (measured: 68 MiB
-# for 36 GB).
-PINNED_PAGE_TABLES = 512
-
-
-def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int = 0):
+def choose(
+    device: str | None,
+    device_memory: int | None,
+    *,
+    pinned_bytes: int = 0,
+    host_memory: int = 0,
+):
     """Chooses the JAX device for `device`: "cpu", "gpu" or None (a GPU if there is one).
 
     Returns (JAX device, budget in bytes, bytes of the driver's context). `pinned_bytes`: the most
-    host memory that will be pinned; its page tables take device memory. Limits the allocator so
+    host memory that will be pinned for weights; its page tables take device memory, and those of
+    pools in the rest of `host_memory`. Limits the allocator so
     that the whole process stays within the budget. Raises UsageError (no GPU, or JAX was started
     with a larger limit) or DoesNotFitError (the budget exceeds the free memory, or is smaller than
     the driver's context).
@@ -67,8 +69,11 @@ def choose(device: str | None, device_memory: int | None, *, pinned_bytes: int =
     import jax
 
     before = None if device == "cpu" else gpu_memory()
-    tables = pinned_bytes // PINNED_PAGE_TABLES
     started = _is_started()
+    free = DEFAULT_DEVICE_MEMORY if before is None else min(DEFAULT_DEVICE_MEMORY, before[1])
+    pools = CACHE_PINNED * (device_memory or free)
+    pinned_bytes = max(pinned_bytes, min(host_memory, pinned_bytes + pools))
+    tables = pinned_bytes // PINNED_PAGE_TABLES
     if not started and device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif not started and before is not None:

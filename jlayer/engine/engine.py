@@ -91,6 +91,7 @@ class Engine:
             run.device,
             run.device_memory,
             pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
+            host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
         return Machine(
@@ -156,7 +157,7 @@ class Engine:
             plan.check()
             ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
             self._stream_as(plan)
-            self.caches.reserve(pool_rows(plan.load.entries))
+            self.caches.reserve(pool_rows(plan.load.entries), plan.cache)
             self._ledger.enter(ticket)
             return ticket
 
@@ -176,8 +177,8 @@ class Engine:
         executor."""
         old = self._executor
         if old is not None and plan.tiles is old.tiles:
-            if plan.tiers != self.plan.tiers:
-                old.retier(plan.tiers)
+            if (plan.tiers, plan.attending) != (self.plan.tiers, self.plan.attending):
+                old.retier(plan.tiers, plan.attending)
             self.plan = plan
             return
         if old is not None:
@@ -197,6 +198,7 @@ class Engine:
             totals=self.totals,
             watch=self.watch,
             checks=self._checks,
+            attending=plan.attending,
         )
 
     def _check_context(self):
@@ -307,6 +309,7 @@ class Engine:
                 self._executor.close()
                 self._executor = None
             self.embedding.close()
+            self.caches.close()
 
 
 def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:

@@ -87,6 +87,10 @@ class Lane:
             return False
         return self._most_unread is None or len(self.unread) < self._most_unread
 
+    def is_sibling(self, other: Lane) -> bool:
+        """Whether both continue one prompt of one run."""
+        return self._row is other._row
+
     @property
     def n_pending(self) -> int:
         """Its tokens that no forward pass has carried."""

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jlayer.engine.pool import Pool, Table
+from jlayer.interrupts import check
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
+
+PATIENCE_S = 0.5  # signals are looked for at least so often by who waits for a turn
 
 
 class Ticket:
@@ -76,13 +79,17 @@ class Ledger:
     def turn(self) -> Iterator[None]:
         """One thread at a time is inside, as often as it likes."""
         self._settle()
-        with self._lock:
+        while not self._lock.acquire(timeout=PATIENCE_S):
+            check()
+        try:
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-        self._settle()
+        finally:
+            self._lock.release()
+            self._settle()
 
     def _settle(self):
         """Removes the runs that have left, unless a turn is under way: its end does it.

@@ -143,6 +143,17 @@ class Programs:
         struct = cache_struct(kind.cache, self.cfg, n_rows=before, dtype=self.dtype)
         return self._get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
 
+    def written_rows(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
+        """The program (a pool, rows [R]) -> the entries in these rows, [R, ...] each."""
+
+        def rows_of(cache, rows):
+            return jax.tree.map(lambda entry: entry.at[rows].get(mode="clip"), cache)
+
+        struct = cache_struct(kind.cache, self.cfg, n_rows=pool, dtype=self.dtype)
+        rows = jax.ShapeDtypeStruct((n_rows,), "int32")
+        label = f"written rows {n_rows} of {pool}"
+        return self._get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
+
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
@@ -234,23 +245,24 @@ class Programs:
             for name, pieces_of_leaf in pieces.items()
         }
 
-    def _get(self, label, key, function, args):
+    def _get(self, label, key, function, args, *, reuses=True):
         """The compiled program of this label and key; compiles are counted by the label alone.
 
-        With two arguments the second is donated.
+        With two arguments it reuses the memory of the second.
         """
         if (label, key) not in self._compiled:
             with deferred(), self._watch.compiling(label):
-                self._compiled[label, key] = self._compile(label, function, args)
+                self._compiled[label, key] = self._compile(
+                    label, function, args, consumed=(1,) if reuses and len(args) == 2 else ()
+                )
         return self._compiled[label, key]
 
-    def _compile(self, label, function, args):
+    def _compile(self, label, function, args, *, consumed):
         before = backend_compiles()
         sharding = jax.sharding.SingleDeviceSharding(self.device)
         placed = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
         )
-        consumed = (1,) if len(args) == 2 else ()
         jitted = jax.jit(function, donate_argnums=consumed, out_shardings=sharding)
         program = jitted.lower(*placed).compile()
         temporary = program.memory_analysis().temp_size_in_bytes

@@ -43,6 +43,7 @@ class Stats:
             "prefill_s": round(self.prefill_s, 4),
             "decode_s": round(self.decode_s, 4),
             "sweeps": self.sweeps,
+            "decode_sweeps": self.decode_sweeps,
             "tokens_per_sweep": round(self.tokens_per_sweep, 4),
             "tokens_per_s": round(self.tokens_per_s, 4),
             "sweep_bytes": self.sweep_bytes,

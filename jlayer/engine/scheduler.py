@@ -2,7 +2,8 @@
 
 There is no thread of its own: whoever waits for a step and finds nobody driving makes the next
 pass, for all lanes that are there. Lanes join and leave between passes. A pass that fails changes
-nothing: its error goes to who drove it, and the others drive on.
+nothing: its error goes to who drove it, and the others drive on. What a pass gives is there at
+once, for all that wait: entries, tokens and figures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jlayer.engine.lane import Lane
 from jlayer.engine.report import Clock
 from jlayer.engine.sample import Choice
 from jlayer.errors import JlayerError
-from jlayer.interrupts import check
+from jlayer.interrupts import check, deferred
 from jlayer.plan.memory import DRAWERS
 from jlayer.plan.shapes import pack
 
@@ -90,25 +91,27 @@ class Scheduler:
             self._engine.sweeper.compile(executor, shapes)
             executor.fill()
 
-    def advance(self, lanes: Sequence[Lane]) -> None:
+    def advance(self, lanes: Sequence[Lane], *, once: bool = False) -> None:
         """Waits until one of the lanes has a step that was not read or an error, or all have ended;
-        drives forward passes where no other thread does. Returns too where no lane could ride.
-        Raises what a pass raises."""
-        self.drive_until(lambda: _has_news(lanes))
+        drives forward passes where no other thread does. Returns too where no lane could ride, and
+        with `once` after the next pass, whomever it carries. Raises what a pass raises."""
+        n_before = self.n_passes
+        self.drive_until(lambda: _has_news(lanes) or (once and self.n_passes > n_before))
 
     def drive_until(self, is_done: Callable[[], bool]) -> None:
         """Drives forward passes, or waits for those of another thread, until this is so, or until
         no lane can ride. Raises what a pass raises."""
         check_process()
-        while self.wait_until(is_done, or_free=True):
-            try:
-                has_ridden = self._pass()
-            finally:
-                with self._changed:
-                    self._is_driven = False
-                    self._changed.notify_all()
-            if not has_ridden:
-                return
+        with deferred():  # a signal between two lines here would leave it driven, by nobody
+            while self.wait_until(is_done, or_free=True):
+                try:
+                    has_ridden = self._pass()
+                finally:
+                    with self._changed:
+                        self._is_driven = False
+                        self._changed.notify_all()
+                if not has_ridden:
+                    return
 
     def wait_until(
         self, is_done: Callable[[], bool], *, or_free: bool = False, timeout: float | None = None
@@ -158,42 +161,54 @@ class Scheduler:
 
             try:
                 engine.sweeper.run(executor, parts, take, check=somebody_is_there)
+                drawn = self._draw(executor, riders, logits, parts)
             except BaseException as error:
                 for rider in riders:
                     engine.caches.pool.release(rider.gained)
                 if isinstance(error, _NobodyLeft):
                     return True
                 raise
+            engine.note_peaks()
+            self._commit(riders, drawn, clock.lap(), engine.totals.since(before))
+            return True
+
+    def _commit(self, riders, drawn, seconds, moved):
+        """Gives the lanes their entries and tokens, between two looks of those that wait."""
+        with self._changed:
             for rider in riders:
                 rider.lane.table.append(rider.gained)
-            engine.note_peaks()
-            self._draw(executor, riders, logits, parts)
+                rider.lane.last_pass = self.n_passes
+            for lane, choice in drawn:
+                if not lane.is_alive:  # it has left meanwhile
+                    continue
+                if isinstance(choice, JlayerError):
+                    lane.fail(choice)
+                else:
+                    lane.add(choice)
             self.n_passes += 1
-            moved = engine.totals.since(before)
             n_rows = sum(rider.end - rider.first for rider in riders)
-            seconds = clock.lap()
             for account in {id(r.lane.account): r.lane.account for r in riders}.values():
                 account.count(seconds, moved, lanes=len(riders), rows=n_rows)
-            return True
 
     def _choose(self, lanes) -> list[Rider]:
         """Who rides in the next pass, and with how many tokens.
 
-        Next tokens come first, of lanes that have waited longest; prompts fill the rest, at most
-        half of a chunk while others decode.
+        Next tokens come first, of lanes that have waited longest. Beside them prompts fill the rest
+        of a chunk, or half of one if that is more.
         """
         plan, riders = self._engine.plan, []
         lanes = sorted(lanes, key=lambda lane: lane.last_pass)
-        lengths: list[int] = []
+        lengths: dict[int, list[int]] = {0: []}  # by what must be written before
 
-        def fits(n_tokens):
-            panes = pack([*lengths, n_tokens], plan.chunk, shared=0)
-            return not lengths or sum(pane.n_rows for pane in panes) <= plan.load.n_rows
+        def fits(n_tokens, after=0):
+            more = lengths | {after: [*lengths.get(after, ()), n_tokens]}
+            panes = [pane for some in more.values() for pane in pack(some, plan.chunk, shared=0)]
+            return not riders or sum(pane.n_rows for pane in panes) <= plan.load.n_rows
 
         for lane in [lane for lane in lanes if lane.n_pending == 1]:
             if not fits(1):
                 break
-            lengths.append(1)
+            lengths[0].append(1)
             riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
         room = max(plan.chunk - len(riders), plan.chunk // 2) if riders else plan.load.n_rows
         for lane in [lane for lane in lanes if lane.n_pending > 1]:
@@ -201,12 +216,12 @@ class Scheduler:
             if rider is None:
                 continue
             n_tokens = min(rider.end - rider.first, room)
-            while n_tokens > 1 and not fits(n_tokens):
+            while n_tokens > 1 and not fits(n_tokens, rider.after):
                 n_tokens //= 2
-            if n_tokens < 1 or not fits(n_tokens):
+            if n_tokens < 1 or not fits(n_tokens, rider.after):
                 break
             rider.end = rider.first + n_tokens
-            lengths.append(n_tokens)
+            lengths.setdefault(rider.after, []).append(n_tokens)
             riders.append(rider)
             room -= n_tokens
         return riders
@@ -214,25 +229,30 @@ class Scheduler:
     def _with_source(self, lane, riders) -> Rider | None:
         """The rider of a lane whose prompt is not done. A lane without entries takes those of
         another that begins alike, be they there or on their way in this pass. None: it waits for
-        one that is still on its way through what they share."""
+        one that is still on its way through what they share.
+
+        Sequences of one prompt share among themselves first: their memory is planned so."""
         end = len(lane.history)
         best = Rider(lane, len(lane.table), end)
         if len(lane.table):
             return best
         known = {id(rider.lane): rider for rider in riders}
+        others = [
+            known.get(id(other)) or Rider(other, len(other.table), len(other.table))
+            for other in self._lanes
+            if other is not lane and other.table is not None and not other.table.is_closed
+        ]
+        others = [rider for rider in others if rider.end]
         n_promised = 0
-        for other in self._lanes:
-            if other is lane or other.table is None or other.table.is_closed:
-                continue
-            rider = known.get(id(other)) or Rider(other, len(other.table), len(other.table))
-            if rider.end == 0:
-                continue
+        for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
+            other = rider.lane
             n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
             n_shared = min(n_alike, rider.end)
-            if other.is_alive:
+            if other.is_alive and other.is_hungry and other.n_pending > 1:
                 n_promised = max(n_promised, n_alike)
             if n_shared >= max(LEAST_SHARED, best.first + 1):
-                after = rider.after + 1 if n_shared > rider.first else 0
+                # Its first entries may be of this pass too: what it lists of its own source.
+                after = rider.after + (n_shared > rider.first)
                 best = Rider(lane, n_shared, end, source=rider, after=after)
         return best if best.first >= n_promised else None
 
@@ -267,30 +287,21 @@ class Scheduler:
         return arrange(entries, pool=pool, most=plan.chunk, n_rows=plan.load.n_rows)
 
     def _draw(self, executor, riders, logits, parts):
-        """Draws a token for every lane whose tokens are all in. A lane that cannot draw fails
-        alone."""
+        """Draws a token for every lane whose tokens are all in -> (lane, its token or error) for
+        each: a lane that cannot draw fails alone. Changes nothing."""
         complete = [rider.lane for rider in riders if rider.is_complete]
-        for rider in riders:
-            rider.lane.last_pass = self.n_passes
         finite = [bool(np.isfinite(row).all()) for row in logits]
-        if not all(finite):
-            error = self._engine.sweeper.find_nonfinite(executor, parts)
-            for lane in [
-                lane for lane, is_finite in zip(complete, finite, strict=True) if not is_finite
-            ]:
-                lane.fail(error)
-
-        pairs = [
-            pair
-            for pair, is_finite in zip(zip(complete, logits, strict=True), finite, strict=True)
-            if is_finite
-        ]
-        choices = choose_all(pairs)
-        for (lane, _), choice in zip(pairs, choices, strict=True):
-            if isinstance(choice, JlayerError):
-                lane.fail(choice)
+        pairs, failed = [], []
+        for lane, row, is_finite in zip(complete, logits, finite, strict=True):
+            if is_finite:
+                pairs.append((lane, row))
             else:
-                lane.add(choice)
+                failed.append(lane)
+        error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
+        return [
+            *zip([lane for lane, _ in pairs], choose_all(pairs), strict=True),
+            *((lane, error) for lane in failed),
+        ]
 
 
 def choose_all(pairs: Sequence[tuple[Lane, np.ndarray]]) -> list[Choice | JlayerError]:

@@ -63,6 +63,7 @@ class Sweeper:
         shapes = set(shapes)
         for n_rows in {size.rows for size, _ in shapes}:
             self.programs.embed(self._embedding.parts, n_rows=n_rows)
+            self._caches.compile(n_rows)
         for size, n_wanted in sorted(shapes, key=str):
             for tile in executor.tiles:
                 self._calls(tile, size, n_wanted)
@@ -84,7 +85,6 @@ class Sweeper:
         """
         advance = advance or self.advance
         self.compile(executor, ((part.size, part.n_wanted) for part in parts))
-        passing = self.begin(parts)
         outgoing = Outgoing(take)
 
         def run(tile, arrays):
@@ -97,12 +97,16 @@ class Sweeper:
             self._note_activations(passing, outgoing)
             return outputs
 
+        caches = self._caches
         try:
-            executor.sweep(run)
+            passing = self.begin(parts)
+            caches.begin([(chunk.flow["rows"].write, chunk.part.rows.write) for chunk in passing])
+            executor.sweep(run, caches)
+            outgoing.finish()
+            caches.finish()
         except BaseException:
-            self._caches.check_whole()
+            caches.give_up()
             raise
-        outgoing.finish()
         self._embedding.settle()
 
     def begin(self, parts: Sequence[Part]) -> list[Chunk]:
@@ -173,6 +177,8 @@ class Sweeper:
             if "products" in call.reads:
                 given["products"], chunk.products = chunk.products, {}
                 chunk.flow.pop("x")  # the stage ends; its function may give the next stage's x
+            if call.uses_cache and layers[tile.layer] is None:  # without an executor's steps
+                self._caches.put(tile.layer)
             consumed = {"cache": layers[tile.layer]} if call.uses_cache else {}
             results = call.program(given, consumed)
             if call.uses_cache:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from jlayer.spec import Leaf, ModelConfig, Place, Role
 
@@ -111,6 +112,13 @@ class LayerKind:
     leaves: tuple[Leaf, ...]
     stages: tuple[Stage, ...]
     cache: CacheSpec = field(default_factory=CacheSpec)
+
+    @cached_property
+    def _hash(self):
+        return hash((self.name, self.leaves, self.stages, self.cache))
+
+    def __hash__(self) -> int:
+        return self._hash  # a plan looks at the kinds of all layers thousands of times
 
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)

@@ -36,6 +36,10 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
     are padding and give zeros.
     """
     (b, s), t = rows.table.shape, rows.seen.shape[-1]
+    # What nobody sees has the weight 0, and 0 times a value that is not finite is none either: one
+    # lane's overflow would spoil others. So padding is zeros, here and in `gathered`.
+    real = (rows.write < cache.k.shape[0])[:, None, None]
+    k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
     pieces = attention_pieces(cfg, lanes=b, tokens=t, capacity=s, flash=rows.flash)
 
     def pane(of_rows):

@@ -39,7 +39,7 @@ class Rows:
 
     positions: jax.Array  # [R]
     write: jax.Array  # [R] the pool row that each is written to; beyond the pool: none
-    table: jax.Array  # [B, S] pool rows
+    table: jax.Array  # [B, S] pool rows; beyond the pool from `length` on
     length: jax.Array  # [B]
     seen: jax.Array  # [B, T, T] bool
     flash: bool = struct.field(pytree_node=False, default=False)
@@ -80,6 +80,7 @@ def write(cache: LayerCache, k, v, rows: Rows) -> LayerCache:
 
 
 def gathered(entry, table, dtype):
-    """The keys or values of a pool [P, K, H] in the rows of `table` [B, S] -> [B, S, K, H]."""
-    found = entry.at[table].get(mode="clip")
+    """The keys or values of a pool [P, K, H] in the rows of `table` [B, S] -> [B, S, K, H]; zeros
+    for rows beyond the pool."""
+    found = entry.at[table].get(mode="fill", fill_value=0)
     return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)

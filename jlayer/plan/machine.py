@@ -19,6 +19,13 @@ CPU_DECODED_WEIGHTS = 2.3e9
 GPU_ARITHMETIC = 1e12
 DECODED_BYTES = 4
 
+# A GPU's own page tables for pinned host memory take one byte for so many: 8 for each page of 4 KiB
+# (measured: 68 MiB for 36 GB).
+PINNED_PAGE_TABLES = 512
+# Pools in host memory take at most so many times the device budget: room for their page tables is
+# kept from the start (2% of the budget), since the allocator's limit is set before any run.
+CACHE_PINNED = 11
+
 # Host slots beyond the tiles that are on the device, for the reads in progress.
 READING = 2
 # Time between two transfers over the link (5% of the time of 32 MiB), and between two reads.

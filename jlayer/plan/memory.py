@@ -14,7 +14,7 @@ from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import CHUNK_ROWS, Shapes, pool_rows, power_of_two, rows_for
 from jlayer.plan.tiles import Tier, Tiling, Weights
-from jlayer.spec import ITEM_BYTES, ModelConfig, Place, attention_pieces, axis_sizes
+from jlayer.spec import ALIGNMENT, ITEM_BYTES, ModelConfig, Place, attention_pieces, axis_sizes
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
 OUTGOING = 3
@@ -40,16 +40,22 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
 
 
 def run_needs(
-    weights: Weights, machine: Machine, tiling: Tiling, load: Shapes, *, least_pool: int = 0
+    weights: Weights,
+    machine: Machine,
+    tiling: Tiling,
+    load: Shapes,
+    *,
+    cache: Tier = Tier.DEVICE,
+    least_pool: int = 0,
 ) -> list[Need]:
     """The needs of runs that are alive together and share forward passes: `load`.
 
-    `least_pool`: the rows that the pools have already.
+    `cache`: where the pools are. `least_pool`: the rows that they have already.
     """
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     n_rows = max(pool_rows(load.entries), least_pool)
     return [
-        Need("cache", device=cache_bytes(cfg, n_rows, item_bytes=item)),
+        _cache_need(cfg, cache, n_rows, load.n_rows, item_bytes=item),
         Need(
             "activation",
             device=activation_bytes(cfg, load, item_bytes=item, whole=tiling.is_whole)
@@ -84,6 +90,25 @@ def resident_bytes(weights: Weights) -> int:
 def cache_bytes(cfg: ModelConfig, n_rows: int, *, item_bytes: int) -> int:
     """Bytes of the pools of all layers, of `n_rows` rows each."""
     return sum(kind.cache.n_elements(cfg, n_rows=n_rows) * item_bytes for kind in layer_kinds(cfg))
+
+
+# Pools in host memory come to the device one after another: one is used, the next is on its way.
+POOLS_ON_DEVICE = 2
+
+
+def _cache_need(cfg, tier, pool, n_rows, *, item_bytes):
+    """The pools. In host memory each has a page of slack, and what a forward pass writes comes back
+    from two layers at a time."""
+    whole = cache_bytes(cfg, pool, item_bytes=item_bytes)
+    if tier is Tier.DEVICE:
+        return Need("cache", device=whole)
+    largest = max(kind.cache.n_elements(cfg, n_rows=1) for kind in layer_kinds(cfg)) * item_bytes
+    on_host = whole + len(layer_kinds(cfg)) * 2 * ALIGNMENT
+    return Need(
+        "cache",
+        device=POOLS_ON_DEVICE * largest * (pool + n_rows),
+        host=on_host + POOLS_ON_DEVICE * largest * n_rows,
+    )
 
 
 def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole: bool) -> int:

@@ -46,6 +46,7 @@ class HostMemory:
     budget_bytes: int
     slots_bytes: int = 0
     resident_bytes: int = 0
+    cache_bytes: int = 0
     embedding_bytes: int = 0
     runtime_bytes: int = 0
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import memory, time
-from jlayer.plan.machine import READING, Machine
+from jlayer.plan.machine import CACHE_PINNED, READING, Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host_memory, total
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes, together
@@ -24,6 +24,7 @@ from jlayer.sizes import human
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
 # Device memory left free when tiles that stay fill the rest.
 RESERVE_BYTES = 96 << 20
+LARGEST_FIRST = CHUNK_ROWS[::-1]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Plan:
     `tiers`: one for each tile. `ring`: host slots for tiles that pass through. `ahead`: tiles on
     the device at a time besides those that stay. `shapes`: the compiled shapes of the run; `load`:
     of all live runs, which share forward passes and are in the sums. `n_held`: how many others
-    there are. `rows`: the limit of rows of a forward pass by which the shapes were made.
+    there are. `rows`: the limit of rows of a forward pass by which the shapes were made. `cache`:
+    where the pools are: on the device, or in host memory, from where they come along with their
+    layers.
     """
 
     machine: Machine
@@ -46,6 +49,7 @@ class Plan:
     shapes: Shapes
     load: Shapes
     rows: int | None
+    cache: Tier
     model_bytes: int
     published_bytes: int  # before it was quantized, if it was
     n_layers: int
@@ -102,6 +106,20 @@ class Plan:
         return self.tier_bytes(Tier.DISK) + self.tier_bytes(Tier.HOST)
 
     @property
+    def moved_cache_bytes(self) -> int:
+        """Bytes of pools that come to the device in each forward pass."""
+        if self.cache is Tier.DEVICE or not self.machine.kind.has_link:
+            return 0
+        return self.host.cache_bytes
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Where the pools are in host memory, the tiles whose runs use them."""
+        if self.cache is Tier.DEVICE:
+            return ()
+        return tuple(n for n, tile in enumerate(self.tiling.shapes) if tile.uses_cache)
+
+    @property
     def sweep_seconds(self) -> float:
         """The predicted time of a forward pass."""
         return max(self._bytes_s, self._steps_s)
@@ -111,9 +129,24 @@ class Plan:
         """The predicted time on a machine with slow steps; plans are chosen by it."""
         return max(self._bytes_s, self._steps_s * self.machine.kind.steps_vary)
 
+    @property
+    def decode_seconds(self) -> float:
+        """The predicted time of a forward pass with one token for each lane."""
+        n_chunks = self.load.n_decode_chunks
+        return max(
+            time.bytes_seconds(self.machine, self.tiling, self.tiers, n_chunks=n_chunks),
+            time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks),
+        )
+
     @cached_property
     def _bytes_s(self):
-        return time.bytes_seconds(self.machine, self.tiling, self.tiers, n_chunks=self.n_chunks)
+        return time.bytes_seconds(
+            self.machine,
+            self.tiling,
+            self.tiers,
+            n_chunks=self.n_chunks,
+            cache_bytes=self.moved_cache_bytes,
+        )
 
     @cached_property
     def _steps_s(self):
@@ -121,6 +154,10 @@ class Plan:
 
     def layers(self, tier: Tier) -> int:
         """The bytes of a tier in whole layers; the three tiers add up to all layers."""
+        return self._layers[tier]
+
+    @cached_property
+    def _layers(self):
         shares = dict.fromkeys(Tier, 0)
         for tile, its_tier in zip(self.tiling.shapes, self.tiers, strict=True):
             if tile.layer is not None:
@@ -129,7 +166,7 @@ class Plan:
         from_disk = math.ceil(shares[Tier.DISK] / whole - 1e-9)
         on_device = min(math.floor(shares[Tier.DEVICE] / whole), self.n_layers - from_disk)
         in_host = self.n_layers - from_disk - on_device
-        return {Tier.DEVICE: on_device, Tier.HOST: in_host, Tier.DISK: from_disk}[tier]
+        return {Tier.DEVICE: on_device, Tier.HOST: in_host, Tier.DISK: from_disk}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -165,7 +202,9 @@ class Plan:
                 "bytes": self.tiling.n_bytes,
                 "disk_bytes": self.tier_bytes(Tier.DISK),
                 "host_bytes": self.tier_bytes(Tier.HOST),
+                "cache_bytes": self.moved_cache_bytes,
                 "seconds": self.sweep_seconds,
+                "decode_seconds": self.decode_seconds,
             },
         }
 
@@ -210,31 +249,54 @@ def make_plan(
     """The plan of the fastest forward pass that fits: tiles, chunk of rows, tiers.
 
     `held`: other live runs. `least_pool`: the rows that the pools have. `known`: an existing tiling
-    of this model, to reuse. Prompts are split over several forward passes only where nothing fits
-    otherwise. If nothing fits at all, the plan that needs least memory (`fits` is False; `check`
+    of this model, to reuse. Prompts are split over several forward passes, and pools are in host
+    memory, only where nothing fits otherwise: whichever takes less time. If nothing fits at all,
+    the plan that needs least memory (`fits` is False; `check`
     refuses).
     """
     tilings: dict = {} if known is None else {known.wanted: known}
-    smallest = None
-    for rows in row_limits(run, *held):
+
+    def tiled(tile_bytes):
+        if tile_bytes not in tilings:
+            tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
+        return tilings[tile_bytes]
+
+    def bare(tile_bytes, limits):
+        return bare_plan(weights, machine, tiled(tile_bytes), run, held, limits, least_pool)
+
+    def fastest(rows, cache):
+        """The plan of the fastest forward pass by these limits; None where none fits."""
         best = None
         for tile_bytes in TILE_BYTES:
-            if tile_bytes not in tilings:
-                tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
-            tiling = tilings[tile_bytes]
-            bare = _with_largest_chunk(weights, machine, tiling, run, held, rows, least_pool)
-            if smallest is None or bare.device_peak_bytes < smallest.device_peak_bytes:
-                smallest = bare
-            if not bare.fits:
+            of_chunks = (bare(tile_bytes, Limits(most, rows, cache)) for most in LARGEST_FIRST)
+            # Smaller chunks only cost dispatches.
+            found = next((plan for plan in of_chunks if plan.fits), None)
+            if found is None:
                 continue
-            plan = _with_tiers(bare) if keeps_layers else bare
+            plan = _with_tiers(found) if keeps_layers else found
             if best is None or plan.cautious_seconds < best.cautious_seconds:
                 best = plan
             elif plan.chunk <= best.chunk:
                 break  # smaller tiles leave more memory for kept tiles; that no longer pays here
-        if best is not None:
-            return best
-    return smallest
+        return best
+
+    smallest, candidates = None, []
+    for rows in row_limits(run, *held):
+        for cache in (Tier.DEVICE, Tier.HOST):
+            # Whole layers, or the smallest tiles, need least memory.
+            limits = Limits(CHUNK_ROWS[0], rows, cache)
+            least = [bare(tile_bytes, limits) for tile_bytes in (TILE_BYTES[0], TILE_BYTES[-1])]
+            smallest = min(filter(None, (smallest, *least)), key=lambda p: p.device_peak_bytes)
+            best = fastest(rows, cache) if any(plan.fits for plan in least) else None
+            if best is not None and (rows, cache) == (None, Tier.DEVICE):
+                return best
+            candidates += [] if best is None else [best]
+    return min(candidates, key=lambda plan: run_seconds(plan, run), default=smallest)
+
+
+def run_seconds(plan: Plan, run: RunShape) -> float:
+    """About the seconds of all forward passes of a run."""
+    return (plan.shapes.prefills - 1 + max(1, run.sweeps)) * plan.cautious_seconds
 
 
 def row_limits(*runs: RunShape) -> list[int | None]:
@@ -257,38 +319,52 @@ def refit(
 ) -> Plan:
     """The plan of another run with the same tiles and tiers; it may not fit."""
     for rows in row_limits(run, *held):
-        for most in reversed(CHUNK_ROWS):
-            bare = _bare_plan(
-                weights, plan.machine, plan.tiling, run, held, (most, rows), least_pool
-            )
-            same = _with_kept(bare, plan.tiers)
-            if same.fits:
-                return same
+        for cache in (Tier.DEVICE, Tier.HOST):
+            for most in LARGEST_FIRST:
+                limits = Limits(most, rows, cache)
+                bare = bare_plan(weights, plan.machine, plan.tiling, run, held, limits, least_pool)
+                same = _with_kept(bare, plan.tiers)
+                if same.fits:
+                    return same
     return same
 
 
-def _with_largest_chunk(weights, machine, tiling, run, held, rows, least_pool):
-    """The bare plan with the largest chunk that fits: smaller chunks only cost dispatches."""
-    for most in reversed(CHUNK_ROWS):
-        bare = _bare_plan(weights, machine, tiling, run, held, (most, rows), least_pool)
-        if bare.fits:
-            break
-    return bare
+@dataclass(frozen=True)
+class Limits:
+    """What a plan is made by: the most rows of a chunk, and of a forward pass; where pools are."""
+
+    chunk: int
+    rows: int | None
+    cache: Tier
 
 
-def _bare_plan(weights, machine, tiling, run, held, limits, least_pool):
-    """The plan of a tiling that needs least memory: no tile stays. `limits`: of the rows of a
-    chunk, and of a forward pass."""
+def bare_plan(
+    weights: Weights,
+    machine: Machine,
+    tiling: Tiling,
+    run: RunShape,
+    held: Sequence[RunShape],
+    limits: Limits,
+    least_pool: int = 0,
+) -> Plan:
+    """The plan of a tiling that needs least memory: no tile stays."""
     ahead = min(machine.kind.ahead, len(tiling.shapes))
     ring = ahead + READING
-    shapes = [each.shapes(*limits) for each in (run, *held)]
-    load = together(shapes, limits[0])
+    shapes = [each.shapes(limits.chunk, limits.rows) for each in (run, *held)]
+    load = together(shapes, limits.chunk)
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
-        *memory.run_needs(weights, machine, tiling, load, least_pool=least_pool),
+        *memory.run_needs(
+            weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
+        ),
     ]
     device = device_memory(machine.device_budget, needs)
-    if not machine.kind.has_link:
+    if machine.kind.has_link:
+        # Page tables of pools in host memory: see CACHE_PINNED.
+        least = sum(need.host for need in needs if need.term == "cache") // CACHE_PINNED
+        needs.append(Need("cache", device=max(0, least - total(device))))
+        device = device_memory(machine.device_budget, needs)
+    else:
         # Device memory is host memory; the slots are counted once.
         needs.append(Need("resident", host=total(device) - device.slots_bytes))
     return Plan(
@@ -301,7 +377,8 @@ def _bare_plan(weights, machine, tiling, run, held, limits, least_pool):
         ahead=ahead,
         shapes=shapes[0],
         load=load,
-        rows=limits[1],
+        rows=limits.rows,
+        cache=limits.cache,
         model_bytes=weights.stored_bytes,
         published_bytes=weights.published_bytes,
         n_layers=weights.cfg.num_hidden_layers,

@@ -6,6 +6,7 @@ lanes compile no more programs than a model of two layers and a short prompt.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -47,10 +48,11 @@ class Pane:
 class RunShape:
     """The request of a run.
 
-    `batch`: its lanes (sequences). `longest`: the most tokens of a lane that enter in one forward
-    pass. `context`: the most positions of a lane. `all_logits`: logits for every token, not only
-    the last; `single_array`: as one host array. `sweeps`: about how many forward passes it will
-    take. `entries`: the most cache entries of all its lanes together, where lanes share some.
+    `batch`: its lanes, a text each. `longest`: the most tokens of a lane that are to be computed at
+    a time, as a prompt; they may take several forward passes. `context`: the most positions of a
+    lane. `all_logits`: logits for every token, not only the last; `single_array`: as one host
+    array. `sweeps`: about how many forward passes it will take. `entries`: the most cache entries
+    of all its lanes together, where lanes share some.
     """
 
     batch: int = 1
@@ -65,15 +67,15 @@ class RunShape:
         """Its input shapes, with at most `most` rows a chunk, and about `rows` a forward pass."""
         whole = rows is None or self.all_logits
         share = self.longest if whole else max(1, min(self.longest, rows // self.batch))
-        panes = pack([share] * self.batch, most)
-        decode = pack([1] * self.batch, most)
+        prefill, decode = _alike(self.batch, share, most), _alike(self.batch, 1, most)
         return Shapes(
             batch=self.batch,
             capacities=(capacity_for(self.context),),
             entries=self.entries or self.batch * self.context,
-            chunk=max(pane.n_rows for pane in (*panes, *decode)),
-            n_rows=max(sum(pane.n_rows for pane in some) for some in (panes, decode)),
-            n_chunks=len(panes),
+            chunk=max(*prefill, *decode),
+            n_rows=max(sum(rows * n for rows, n in some.items()) for some in (prefill, decode)),
+            n_chunks=sum(prefill.values()),
+            n_decode_chunks=sum(decode.values()),
             prefills=-(-self.longest // share),
             all_logits=self.all_logits,
             single_array=self.single_array,
@@ -86,7 +88,8 @@ class Shapes:
 
     `batch`: lanes. `capacities`: entries of their tables. `entries`: cache entries of all lanes.
     `chunk`: the most rows of a chunk. `n_rows`: rows of its longest forward pass, padding included,
-    in `n_chunks` chunks. `prefills`: forward passes for its prompts.
+    in `n_chunks` chunks. `n_decode_chunks`: chunks of a pass with one token for each lane.
+    `prefills`: forward passes for its prompts.
     """
 
     batch: int
@@ -95,6 +98,7 @@ class Shapes:
     chunk: int
     n_rows: int
     n_chunks: int = 1
+    n_decode_chunks: int = 1
     prefills: int = 1
     all_logits: bool = False
     single_array: bool = False
@@ -117,6 +121,7 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
         batch=lanes,
         capacities=tuple(sorted({size for run in runs for size in run.capacities})),
         entries=sum(run.entries for run in runs),
+        n_decode_chunks=len(decode),
         chunk=max(*(run.chunk for run in runs), *(pane.n_rows for pane in decode)),
         n_rows=sum(pane.n_rows for pane in decode) + max(run.n_rows for run in runs),
         all_logits=any(run.all_logits for run in runs),
@@ -162,6 +167,18 @@ def pack(
         for begin in range(0, len(members), at_once):
             some = tuple(sorted(members[begin : begin + at_once], key=lambda each: each.lane))
             panes.append(Pane(power_of_two(len(some)), tokens, some))
+    return panes
+
+
+def _alike(n_lanes, n_tokens, most):
+    """Rows of a pane -> how many such panes `pack` makes of lanes with equally many tokens."""
+    whole = chunks(n_tokens, most)[:-1]
+    panes = Counter({rows_for(size): whole.count(size) * n_lanes for size in set(whole)})
+    tokens = _tokens_for(n_tokens - sum(whole))
+    at_once = max(1, most // tokens)
+    for lanes, count in ((at_once, n_lanes // at_once), (n_lanes % at_once, 1)):
+        if lanes and count:
+            panes[rows_for(power_of_two(lanes) * tokens)] += count
     return panes
 
 

@@ -148,6 +148,15 @@ class Tile:
             return False
         return self.stage is None or (self.ends_stage and self.stage == self.kind.stages[-1])
 
+    @property
+    def uses_cache(self) -> bool:
+        """Whether its run uses the layer's cache: a whole layer, or the end of such a stage."""
+        if self.kind is None:
+            return False
+        if self.stage is None:
+            return True
+        return self.ends_stage and "cache" in self.stage.finish.reads
+
     @cached_property
     def signature(self) -> tuple:
         """The key of the programs compiled for this tile; equal for all layers of a kind."""

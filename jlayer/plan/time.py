@@ -18,9 +18,15 @@ from jlayer.plan.tiles import Tier, Tile, Tiling
 
 
 def bytes_seconds(
-    machine: Machine, tiling: Tiling, tiers: Sequence[Tier], *, n_chunks: int
+    machine: Machine,
+    tiling: Tiling,
+    tiers: Sequence[Tier],
+    *,
+    n_chunks: int,
+    cache_bytes: int = 0,
 ) -> float:
-    """Seconds for the bytes: the slowest of disk, link and arithmetic."""
+    """Seconds for the bytes: the slowest of disk, link and arithmetic. `cache_bytes`: of pools that
+    cross the link too."""
     counts = Counter(tiers)
     passing = [Tier.DISK, Tier.HOST]
     n_bytes = dict.fromkeys(Tier, 0)
@@ -31,7 +37,7 @@ def bytes_seconds(
         # Nothing crosses a link. Every weight is multiplied in memory instead.
         gaps = len(tiling.shapes) * LINK_GAP_S
         return max(disk_s, _cpu_arithmetic(machine, tiling) + gaps)
-    moved = sum(n_bytes[tier] for tier in passing)
+    moved = sum(n_bytes[tier] for tier in passing) + cache_bytes
     gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
     arithmetic = n_chunks * sum(_work_bytes(tile) * n for tile, n in tiling.distinct)
     return max(disk_s, moved / machine.bytes_per_s + gaps, arithmetic / GPU_ARITHMETIC)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from jlayer.plan.tiles import Tier, Tile
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import Reader, aligned_span, is_moved
 from jlayer.streaming.place import VIEW_ALIGNMENT, place
-from jlayer.streaming.schedule import Free, Put, Read, Run, sweeps
+from jlayer.streaming.schedule import Free, Put, PutCache, Read, Run, Take, sweeps
 from jlayer.streaming.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
 
 PATIENCE_S = 1.0  # `on_stall` is called if the executor waits longer than this for a read
@@ -102,12 +103,22 @@ class Totals:
 ADDED = ("read_bytes", "put_bytes", "bounced_bytes", "stall_s")
 
 
+class CachesOnHost(Protocol):
+    """Caches in host memory, by layer."""
+
+    def put(self, layer: int) -> int:
+        """Begins to put a layer's cache on the device; returns its bytes."""
+
+    def take(self, layer: int) -> None:
+        """Begins to bring back what was written to it, and drops it from the device."""
+
+
 class Executor:
     """Streams a model's tiles to `device`, sweep after sweep.
 
     `tiers`: where each tile is kept. `ring`: number of host slots. `ahead`: tiles on the device at
-    a time besides those that stay there. A tile that is read for the first time is checked against
-    `checks`, in the reader thread.
+    a time besides those that stay there. `attending`: see `schedule.sweeps`. A tile that is read
+    for the first time is checked against `checks`, in the reader thread.
     """
 
     def __init__(
@@ -122,6 +133,7 @@ class Executor:
         totals: Totals,
         watch: Watch,
         checks: Checks,
+        attending: tuple[int, ...] = (),
     ):
         self.tiles = tiles
         self.device = device
@@ -130,6 +142,7 @@ class Executor:
         self._checks, self._checked = checks, set()
         checks.restart()
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
+        self._attending, self._caches = attending, None
         self._placed = [place(store, tile) for tile in tiles]
         self._sizes = [
             tile.joined.n_bytes if tile.joined else slot_bytes_for(segments)
@@ -148,8 +161,8 @@ class Executor:
         self._lists = None  # the next lists of steps; None: no read or put is in progress
         self._refusal: JlayerError | None = None
 
-    def retier(self, tiers: tuple[Tier, ...]) -> None:
-        """Changes the tiers of the tiles from the next sweep on.
+    def retier(self, tiers: tuple[Tier, ...], attending: tuple[int, ...] = ()) -> None:
+        """Changes the tiers of the tiles, and where caches are, from the next sweep on.
 
         A tile of the host tier that stays there is not read again.
         """
@@ -158,7 +171,7 @@ class Executor:
             if tier is not Tier.HOST:
                 self._in_host.pop(tile, None)
                 self._memory.drop_room(tile)
-        self._tiers = tiers
+        self._tiers, self._attending = tiers, attending
 
     def refuse(self, error: JlayerError) -> None:
         """Makes a sweep in another thread fail with this error at its next step."""
@@ -178,17 +191,23 @@ class Executor:
         if self._lists is None:
             self._reader.resume()
             self._lists = sweeps(
-                self._tiers, ring=self._ring, ahead=self._ahead, in_place=tuple(self._in_host)
+                self._tiers,
+                ring=self._ring,
+                ahead=self._ahead,
+                in_place=tuple(self._in_host),
+                attending=self._attending,
             )
             with self._safely() as signals:
                 self._interpret(next(self._lists), None, signals)
 
-    def sweep(self, run: Callable[[Tile, object], object]):
-        """One sweep: a forward pass over all tiles in order; `run` uses each.
+    def sweep(self, run: Callable[[Tile, object], object], caches: CachesOnHost | None = None):
+        """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
+        are in host memory, for the steps that move them; without it they stay there.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
         self.fill()
+        self._caches = caches
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
             self._reader.check_unchanged()
@@ -251,6 +270,12 @@ class Executor:
                 if self._tiers[tile] is not Tier.DEVICE:
                     self._outputs[tile] = self._last_output
                 return self._last_output
+            case PutCache(tile):
+                if self._caches is not None:
+                    self.totals.put_bytes += self._caches.put(self.tiles[tile].layer)
+            case Take(tile):
+                if self._caches is not None:
+                    self._caches.take(self.tiles[tile].layer)
             case Free(tile, _, None):
                 jax.block_until_ready(self._on_device[tile])
             case Free(tile, _, after):

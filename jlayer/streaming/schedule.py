@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jlayer.plan.tiles import Tier
 
@@ -55,18 +56,40 @@ class Free:
     after: int | None
 
 
-Step = Read | Put | Run | Free
+@dataclass(frozen=True)
+class PutCache:
+    """Put the cache of the layer whose run is at `tile` from host to device."""
+
+    tile: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """After the run at `tile`: bring what was written to the layer's cache back to the host, and
+    drop the cache from the device."""
+
+    tile: int
+
+
+Step = Read | Put | Run | Free | PutCache | Take
 
 
 def sweeps(
-    tiers: Sequence[Tier], *, ring: int, ahead: int, in_place: Collection[int] = ()
+    tiers: Sequence[Tier],
+    *,
+    ring: int,
+    ahead: int,
+    in_place: Collection[int] = (),
+    attending: Sequence[int] = (),
 ) -> Iterator[list[Step]]:
     """Yields the steps before the first sweep, then the steps of each sweep, without end.
 
     `ring`: number of host slots. `ahead`: the most tiles that are put before they run, the running
-    one included. `in_place`: tiles of the host tier that are already in host memory.
+    one included. `in_place`: tiles of the host tier that are already in host memory. `attending`:
+    where caches are in host memory, the tile of each layer whose run uses its cache. There are two
+    caches on the device at a time: one in use, and the next one on its way.
     """
-    state = _Stream(tiers, ring=ring, ahead=ahead, in_place=in_place)
+    state = _Stream(tiers, ring=ring, ahead=ahead, in_place=in_place, attending=attending)
     yield state.begin()
     while True:
         yield state.sweep()
@@ -78,10 +101,13 @@ class _Stream:
     A move is one trip of a tile to the device; moves are numbered.
     """
 
-    def __init__(self, tiers, *, ring, ahead, in_place):
+    def __init__(self, tiers, *, ring, ahead, in_place, attending):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
         self._passing = [i for i, tier in enumerate(self._tiers) if tier is not Tier.DEVICE]
         self._in_place = frozenset(in_place)
+        # Tile that uses a cache -> the next one that does; None: the first one.
+        self._next_cache = dict(pairwise((None, *attending)))
+        self._attending = frozenset(attending)
         self._free = deque(range(ring))
         self._slots: dict[int, int | None] = {}  # move -> its slot, from read to free
         self._moves = self._all_moves()
@@ -117,14 +143,14 @@ class _Stream:
         return steps
 
     def sweep(self):
-        steps = []
+        steps = self._put_cache(None)
         for tile, tier in enumerate(self._tiers):
             if tier is Tier.DEVICE:
-                steps.append(Run(tile))
+                steps += self._run(tile)
                 continue
             if not self._on_device or self._on_device[0][1] != tile:
                 steps += self._put_ahead(1)  # in a ring of one slot it could not be put earlier
-            steps.append(Run(tile))
+            steps += self._run(tile)
             steps += self._put_ahead(self._ahead)
             number, _ = self._on_device.popleft()
             slot = self._slots.pop(number)
@@ -133,6 +159,16 @@ class _Stream:
                 self._free.append(slot)
             steps += self._read_ahead()
         return steps
+
+    def _run(self, tile):
+        if tile not in self._attending:
+            return [Run(tile)]
+        return [Run(tile), Take(tile), *self._put_cache(tile)]
+
+    def _put_cache(self, after):
+        """The step for the cache that is used next after that of tile `after`."""
+        tile = self._next_cache.get(after)
+        return [] if tile is None else [PutCache(tile)]
 
     def _next(self):
         """Queues one more move; False if no tile ever moves."""

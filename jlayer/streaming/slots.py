@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Hashable
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -44,7 +45,7 @@ class HostMemory:
         self._slots = [
             whole[i * self._slot_bytes : (i + 1) * self._slot_bytes] for i in range(ring)
         ]
-        self._rooms: dict[int, np.ndarray] = {}
+        self._rooms: dict[Hashable, np.ndarray] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -56,15 +57,16 @@ class HostMemory:
     def slot(self, number: int) -> np.ndarray:
         return self._slots[number]
 
-    def room(self, tile: int, n_bytes: int) -> np.ndarray:
-        """The memory of a tile that stays in host memory, allocated on the first call."""
-        if tile not in self._rooms:
-            self._rooms[tile] = self._allocate(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
-        return self._rooms[tile]
+    def room(self, key: Hashable, n_bytes: int) -> np.ndarray:
+        """The memory of what stays in host memory, a tile by its number, allocated on the first
+        call."""
+        if key not in self._rooms:
+            self._rooms[key] = self._allocate(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
+        return self._rooms[key]
 
-    def drop_room(self, tile: int) -> None:
-        """Releases a tile's room, if it has one."""
-        room = self._rooms.pop(tile, None)
+    def drop_room(self, key: Hashable) -> None:
+        """Releases a room, if it is there."""
+        room = self._rooms.pop(key, None)
         if room is not None and self._driver:
             self._driver.unregister(room)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,36 @@ def test_debug_shows_a_traceback_and_ends_with_the_same_code(fable, capsys):
 def test_a_plan_beyond_the_models_own_context_is_refused_as_its_run_is(fable, capsys):
     assert main(["plan", str(fable), "--context", "4096"]) == 2
     assert "the model's own limit is 1024" in capsys.readouterr().err
+
+
+def test_a_plan_says_how_many_lanes_fit_and_what_they_cost(capsys):
+    words = ["plan", "llama-3.1-70b-instruct", "--host-memory", "64GiB", "--context", "512"]
+    assert main([*words, "--batch", "4", "--json"]) == 0
+    lanes = json.loads(capsys.readouterr().out)["lanes"]
+    assert lanes["asked"] == 4
+    assert lanes["tokens_per_s"] == 4 / lanes["seconds"]
+    assert lanes["most"] > 4
+    assert lanes["most_tokens_per_s"] == lanes["most"] / lanes["most_seconds"]
+    assert main([*words, "--batch", "4"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"lanes 4: about [\d.]+ s a forward pass, [\d.]+ tokens a second", shown)
+    assert f" {lanes['most']} would fit: about " in shown
+    assert main([*words, "--batch", str(lanes["most"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lanes"]["most"] == lanes["most"]
+    assert main([*words, "--batch", str(lanes["most"] + 1), "--json"]) == 4
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"; {lanes['most']} lanes would fit\n")
+    refused = json.loads(captured.out)
+    assert refused["lanes"]["seconds"] is None
+    assert refused["lanes"]["most_seconds"] == lanes["most_seconds"]
+
+
+def test_a_plan_that_does_not_fit_a_single_lane_offers_none(capsys):
+    assert main(["plan", "llama-3.1-8b-instruct", "--device-memory", "900MiB", "--json"]) == 4
+    captured = capsys.readouterr()
+    assert "would fit" not in captured.err
+    lanes = json.loads(captured.out)["lanes"]
+    assert (lanes["most"], lanes["most_seconds"], lanes["tokens_per_s"]) == (0, None, None)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_what_others_call_an_option_is_none_of_ours_and_means_one_that_is_there(
         (["plan", "x", "--batch", "2.0"], "--batch: found '2.0', expected a whole number"),
         (["eval", "perplexity", "x", "--text", "t", "--window", "1k"], "--window: found '1k'"),
         (["generate", "x", "-n", "9" * 5000], "99', expected a whole number"),
-        (["plan", "x", "--batch", "0"], "--batch: found 0, expected a number of sequences from 1"),
+        (["plan", "x", "--batch", "0"], "--batch: found 0, expected a number of lanes from 1"),
     ],
 )
 def test_what_is_no_number_is_refused_with_what_was_found(words, said, capsys):

@@ -2,18 +2,31 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import table
 from jlayer import catalogue
 from jlayer.app.cli import main
+from jlayer.app.running import summary
 from jlayer.app.verbs import bench
 from jlayer.app.words import time_words
+from jlayer.engine.report import Stats
 from jlayer.errors import UsageError
 from jlayer.measure.evaluate import compare
 from tests.conftest import BUNDLED
 from tests.test_house import MODULES
+
+
+def test_a_prompt_of_several_passes_does_not_count_in_the_time_of_a_token():
+    """Nor does its chunks' arithmetic in the prediction."""
+    stats = Stats(decode_s=4.0, sweeps=5, decode_sweeps=2, new_tokens=3).as_dict()
+    plan = {"sweep": {"seconds": 9.0, "decode_seconds": 1.5}}
+    run = SimpleNamespace(
+        stats=stats, plan=plan, finish_reason="length", seed=None, token_ids=[1, 2, 3]
+    )
+    assert "5 forward passes, one of a token 2 s (predicted 1.5 s), " in summary([run])
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,29 @@ def test_a_tree_equals_its_branches_one_by_one():
     for leaf in leaves:
         branch = np.flatnonzero(seen[leaf])
         chain = np.tri(len(branch), dtype=bool)[None]
-        alone = attended((q[branch], k[branch], v[branch], cache, rows.replace(seen=chain)))
+        own = rows.replace(seen=chain, write=rows.write[branch])
+        alone = attended((q[branch], k[branch], v[branch], cache, own))
         np.testing.assert_allclose(tree[branch], alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("hurt", ["keys", "values"])
+def test_what_nobody_sees_may_be_no_number(hurt):
+    """A weight of 0 times NaN is NaN: the overflow of one lane was that of all."""
+    q, k, v, cache, rows = random_case(4, 8, 16, [0, 15, 5, 1])
+    rows = rows.replace(seen=np.tile(np.tri(8, dtype=bool), (4, 1, 1)))
+    n_pool, padding = len(cache.k), np.arange(len(q)) % 8 > 4
+    beyond = np.arange(16)[None] >= rows.length[:, None]
+    rows = rows.replace(
+        write=np.where(padding, n_pool, rows.write), table=np.where(beyond, n_pool, rows.table)
+    )
+    want = attended((q, k, v, cache, rows))[:32][~padding[:32]]
+    listed = np.isin(np.arange(n_pool), rows.table[~beyond])[:, None, None]
+    entry = {"keys": "k", "values": "v"}[hurt]
+    cache = cache.replace(**{entry: jnp.where(listed, getattr(cache, entry), jnp.nan)})
+    given = {"keys": k, "values": v}
+    given[hurt] = jnp.where(padding[:, None, None], jnp.nan, given[hurt])
+    found = attended((q, given["keys"], given["values"], cache, rows))[:32][~padding[:32]]
+    np.testing.assert_array_equal(found, want)
 
 
 def test_bfloat16_is_near_the_rounding_of_its_result():

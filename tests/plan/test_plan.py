@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
+from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.memory import fixed_needs, kept_needs, run_needs
+from jlayer.plan.need import Need
 from jlayer.plan.plan import make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows, rows_for
 from jlayer.plan.tiles import Tier
@@ -100,9 +102,12 @@ def sums_of(plan, weights):
     """What the things of a plan need, summed by term: (on the device, in the host)."""
     needs = [
         *fixed_needs(weights, plan.machine, plan.tiling, ring=plan.ring, ahead=plan.ahead),
-        *run_needs(weights, plan.machine, plan.tiling, plan.load),
+        *run_needs(weights, plan.machine, plan.tiling, plan.load, cache=plan.cache),
     ]
     device, host = Counter(), Counter()
+    if plan.machine.platform == "gpu":
+        least = sum(need.host for need in needs if need.term == "cache") // 11
+        needs.append(Need("cache", device=max(0, least - sum(need.device for need in needs))))
     for need in needs:
         device[need.term] += need.device
         host[need.term] += need.host
@@ -182,6 +187,22 @@ def test_a_pool_that_is_there_is_counted_even_where_less_would_do():
     assert refit(found, weights, run, least_pool=4096) == found
 
 
+def test_pools_in_host_memory_are_limited_by_their_page_tables_on_the_device():
+    """8 bytes for each page of 4 KiB that is pinned: room for them is kept when JAX is started."""
+
+    def with_lanes(n, device=4 << 30):
+        some = machine(device_budget=device, host_budget=400 << 30)
+        return plan_of(LLAMA_70B, on=some, batch=n, longest=1, context=512)
+
+    some, many = with_lanes(256), with_lanes(300)
+    assert some.cache is many.cache is Tier.HOST
+    assert some.fits
+    assert some.host.cache_bytes < 11 * (4 << 30) < many.host.cache_bytes
+    assert not many.fits
+    found = many.as_dict()["smallest_device_memory_bytes"]
+    assert with_lanes(300, found).fits
+
+
 def test_a_prompt_that_does_not_fit_in_one_pass_is_split():
     """100,000 tokens of an 8B model: the activations of one pass would take gigabytes."""
     some = machine(device_budget=5 << 30, host_budget=64 << 30)
@@ -189,7 +210,47 @@ def test_a_prompt_that_does_not_fit_in_one_pass_is_split():
     assert plan.fits
     assert plan.shapes.prefills > 1
     assert plan.load.n_rows >= 512
-    assert plan.device.cache_bytes > 100_000 * 2 * 2 * 1024 * SMALL_8B.num_hidden_layers
+    # Nor is there room for its cache, which comes along with the layers.
+    assert plan.cache is Tier.HOST
+    assert plan.host.cache_bytes > 100_000 * 2 * 2 * 1024 * SMALL_8B.num_hidden_layers
+    assert plan.moved_cache_bytes == plan.host.cache_bytes
+    assert plan.as_dict()["sweep"]["cache_bytes"] == plan.host.cache_bytes
+    bytes_s = (plan.put_bytes + plan.host.cache_bytes) / some.bytes_per_s
+    assert plan.sweep_seconds >= bytes_s
+
+
+@pytest.mark.parametrize(
+    ("cfg", "on", "context"),
+    [
+        (LLAMA_70B, machine(), 512),
+        (LLAMA_70B, machine(device_budget=16 << 30, host_budget=64 << 30), 2048),
+        (LLAMA_405B, machine(), 512),
+        (LLAMA_405B, machine(), 131072),
+        (SMALL_8B, machine(platform="cpu"), 512),
+        (SMALL_8B, machine(device_budget=2 << 30), 64),
+    ],
+)
+def test_as_many_lanes_fit_as_a_plan_can_be_made_for(cfg, on, context):
+    weights, one = weights_of(cfg), RunShape(1, context, context)
+    most = most_lanes(weights, on, one)
+    assert most == most_lanes(weights, on, replace(one, batch=77))
+    assert most < MOST_LANES
+    assert most == 0 or make_plan(weights, on, replace(one, batch=most)).fits
+    assert not make_plan(weights, on, replace(one, batch=most + 1)).fits
+
+
+def test_no_more_lanes_are_looked_for_than_the_bound():
+    on = machine(device_budget=512 << 30, host_budget=512 << 30)
+    assert most_lanes(weights_of(SMALL_8B), on, RunShape(1, 64, 64)) == MOST_LANES
+
+
+def test_a_token_of_every_lane_takes_little_longer_than_one():
+    """The chunks of a prompt do not count in it."""
+    on = machine(device_budget=16 << 30)
+    one, many = (plan_of(LLAMA_70B, on=on, batch=n, longest=512, context=512) for n in (1, 64))
+    assert many.n_chunks >= 64
+    assert one.decode_seconds == one.sweep_seconds
+    assert one.decode_seconds <= many.decode_seconds < 1.2 * one.decode_seconds
 
 
 def test_a_plan_is_refitted_without_another_tile_or_place():

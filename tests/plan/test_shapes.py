@@ -71,6 +71,15 @@ def test_the_shapes_of_a_run_are_those_of_its_longest_forward_pass():
     assert not found.single_array
 
 
+@given(st.integers(1, 100), st.integers(1, 1300), st.sampled_from(CHUNK_ROWS))
+def test_the_shapes_of_lanes_that_are_alike_are_those_of_their_chunks(n_lanes, n_tokens, most):
+    found = RunShape(n_lanes, n_tokens, 2000).shapes(most)
+    prefill, decode = pack([n_tokens] * n_lanes, most), pack([1] * n_lanes, most)
+    assert (found.n_chunks, found.n_decode_chunks) == (len(prefill), len(decode))
+    assert found.chunk == max(pane.n_rows for pane in [*prefill, *decode])
+    assert found.n_rows == max(sum(pane.n_rows for pane in some) for some in (prefill, decode))
+
+
 def test_a_prompt_may_take_several_forward_passes():
     found = RunShape(longest=100_000, context=100_100).shapes(rows=8192)
     assert (found.n_rows, found.prefills) == (8192, 13)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+from dataclasses import replace
 
 from jlayer import catalogue
 from jlayer.app import options
@@ -22,9 +23,10 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
 from jlayer.interrupts import released
+from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine
 from jlayer.plan.need import memory_name
-from jlayer.plan.plan import make_plan
+from jlayer.plan.plan import Plan, make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
 from jlayer.sizes import human, parse_bytes
@@ -43,7 +45,7 @@ def add_arguments(parser):
     options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
     options.add_context(parser, default=512)
     parser.add_argument(
-        "--batch", type=int, metavar="N", default=1, help="sequences at a time (default: 1)"
+        "--batch", type=int, metavar="N", default=1, help="lanes, texts at a time (default: 1)"
     )
     parser.add_argument(
         "--quantize", choices=tuple(SCHEMES), help="plan for the model converted with --quantize"
@@ -55,7 +57,7 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     if args.batch < 1:
-        raise UsageError(f"--batch: found {args.batch}, expected a number of sequences from 1 up")
+        raise UsageError(f"--batch: found {args.batch}, expected a number of lanes from 1 up")
     cfg = find_config(args.ref, offline=args.offline)
     run = RunConfig.from_options(
         device_memory=args.device_memory,
@@ -86,21 +88,48 @@ def run(args) -> dict:
         cores=len(os.sched_getaffinity(0)),
     )
     weights = Weights(cfg, form_of, run.dtype or stored)
-    plan = make_plan(weights, machine, RunShape(args.batch, args.context, args.context))
+    shape = RunShape(args.batch, args.context, args.context)
+    plan = make_plan(weights, machine, shape)
+    lanes = lanes_of(weights, machine, shape, plan)
     if not args.json:
         kept = quantization and described(quantization, cfg)
-        print(describe(plan, kept, is_converted=is_layered(args.ref)))
+        print(describe(plan, kept, lanes=lanes, is_converted=is_layered(args.ref)))
         for note in plan.notes:
             tell(note)
-    found = plan.as_dict()
+    found = {**plan.as_dict(), "lanes": lanes}
     if quantization is not None:
         bits = quantization.block_bits(shapes)
         found["quantization"] = {**quantization.as_dict(), "block_bits": bits}
     try:
         plan.check()
     except DoesNotFitError as error:
-        raise DoesNotFitError(str(error), report=found) from None
+        fewer = f"; {lanes['most']} lanes would fit" if lanes["most"] else ""
+        raise DoesNotFitError(f"{error}{fewer}", report=found) from None
     return found
+
+
+def lanes_of(weights: Weights, machine: Machine, shape: RunShape, plan: Plan) -> dict:
+    """How many lanes of this context fit, and what a forward pass with a token of each then takes.
+
+    `asked`: the lanes of `plan`, with its `seconds` and the `tokens_per_s` of all its lanes
+    together; `most`: as many as fit, with theirs. None for lanes that do not fit.
+    """
+    most = most_lanes(weights, machine, shape)
+    if plan.fits:
+        most = max(most, shape.batch)
+    best = plan if most == shape.batch else None
+    if most and best is None:
+        best = make_plan(weights, machine, replace(shape, batch=most))
+    seconds = plan.decode_seconds if plan.fits else None
+    at_most = best.decode_seconds if most else None
+    return {
+        "asked": shape.batch,
+        "seconds": seconds,
+        "tokens_per_s": seconds and shape.batch / seconds,
+        "most": most,
+        "most_seconds": at_most,
+        "most_tokens_per_s": at_most and most / at_most,
+    }
 
 
 def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
@@ -174,8 +203,9 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
     )
 
 
-def describe(plan, quantized: str | None = None, *, is_converted: bool = False) -> str:
-    """The plan as text: a line for each use of memory, then the layers and the time of a token."""
+def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: bool = False) -> str:
+    """The plan as text: a line for each use of memory, then the layers, the time of a token, and
+    `lanes`: see `lanes_of`."""
     found = plan.as_dict()
     if quantized:
         lines = [
@@ -204,10 +234,34 @@ def describe(plan, quantized: str | None = None, *, is_converted: bool = False) 
         f"layers          {kept}",
         f"tiles           {plan.n_tiles} a pass, of up to {human(plan.tile_bytes)}",
         f"forward pass    {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
-        f"of it from disk; about {time_words(plan.sweep_seconds)}"
-        + (", one token or 64" if plan.machine.kind.has_link else " for one token"),
+        f"of it from disk; about {time_words(plan.sweep_seconds)}" + _tokens(plan),
+        *_lanes_lines(lanes),
     ]
     if plan.put_bytes == 0:
         lines.append("the whole model fits on the device: a program that keeps it there is faster")
     lines.append("fits" if plan.fits else "does not fit")
     return "\n".join(lines)
+
+
+def _tokens(plan):
+    """How many tokens the time of a forward pass is for."""
+    if plan.n_chunks > 1:
+        return f" with {plan.shapes.n_rows} tokens of prompts"
+    return ", one token or 64" if plan.machine.kind.has_link else " for one token"
+
+
+def _lanes_lines(lanes):
+    """Lines on the lanes that were asked for, and on as many as fit."""
+    asked, most = lanes["asked"], lanes["most"]
+    lines = []
+    if lanes["seconds"]:
+        lines.append(f"{asked}: {_rate(lanes['seconds'], lanes['tokens_per_s'])}")
+    if most > asked or (most and not lines):
+        bound = " or more" if most == MOST_LANES else ""
+        rate = _rate(lanes["most_seconds"], lanes["most_tokens_per_s"])
+        lines.append(f"{most}{bound} would fit: {rate}")
+    return [f"{head:<16}{line}" for head, line in zip(["lanes", ""], lines, strict=False)]
+
+
+def _rate(seconds, tokens_per_s):
+    return f"about {time_words(seconds)} a forward pass, {tokens_per_s:.2g} tokens a second"

@@ -1,0 +1,37 @@
+"""How many lanes fit the budgets."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
+
+from jlayer.plan.machine import Machine
+from jlayer.plan.plan import TILE_BYTES, Limits, bare_plan, row_limits
+from jlayer.plan.shapes import CHUNK_ROWS, RunShape
+from jlayer.plan.tiles import Tier, Weights, cut
+
+MOST_LANES = 4096  # no more are looked for
+
+
+def most_lanes(weights: Weights, machine: Machine, run: RunShape) -> int:
+    """How many lanes like those of `run` the budgets hold, up to MOST_LANES.
+
+    Looks at the tiles that need least memory only, and keeps none: the plan of that many lanes has
+    larger ones where they fit.
+    """
+    tiling = cut(weights, TILE_BYTES[-1], platform=machine.platform)
+
+    def fits(n_lanes):
+        many = replace(run, batch=n_lanes, entries=None)
+        return any(
+            bare_plan(weights, machine, tiling, many, (), Limits(most, rows, cache)).fits
+            for rows in reversed(row_limits(many))
+            for cache in (Tier.HOST, Tier.DEVICE)
+            for most in CHUNK_ROWS
+        )
+
+    above = 1
+    while above <= MOST_LANES and fits(above):
+        above *= 2
+    numbers = range(above // 2, min(above, MOST_LANES + 1))
+    return numbers[bisect_left(numbers, True, lo=1, key=lambda n: not fits(n)) - 1]
