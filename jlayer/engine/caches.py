@@ -23,6 +23,7 @@ from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.memory import POOLS_ON_DEVICE
 from jlayer.plan.tiles import Tier
+from jlayer.streaming.executor import first_line
 from jlayer.streaming.slots import HostMemory
 
 
@@ -74,7 +75,7 @@ class Caches:
         try:
             self._allocate()
         except jax.errors.JaxRuntimeError as error:
-            raise StorageError(f"the cache: the device failed ({_first_line(error)})") from error
+            raise StorageError(f"the cache: the device failed ({first_line(error)})") from error
 
     def _allocate(self):
         if not self.layers:
@@ -90,6 +91,7 @@ class Caches:
         struct = self._struct(layer)
         old = self._rooms[layer] or self.layers[layer]
         if old is self._rooms[layer] and old is not None and _n_rows(old) == self.n_rows:
+            self.layers[layer] = None
             return
         room = self._make_room(layer, struct)
         if old is not None:
@@ -178,7 +180,7 @@ class Caches:
         try:
             self._collect(0)
         except jax.errors.JaxRuntimeError as error:
-            raise StorageError(f"the cache: the device failed ({_first_line(error)})") from error
+            raise StorageError(f"the cache: the device failed ({first_line(error)})") from error
 
     def _collect(self, n_left):
         n_left *= max(1, len(self._written))
@@ -235,7 +237,3 @@ def _is_lost(leaf):
     except jax.errors.JaxRuntimeError:  # of the program that wrote it
         return True
     return False
-
-
-def _first_line(error):
-    return str(error).strip().splitlines()[0]

@@ -249,7 +249,7 @@ class Executor:
                 self._tell(step, self._take(step, run, signals))
             except jax.errors.JaxRuntimeError as error:
                 name = self.tiles[step.tile].name
-                raise StorageError(f"{name}: the device failed ({_first_line(error)})") from error
+                raise StorageError(f"{name}: the device failed ({first_line(error)})") from error
 
     def _tell(self, step, result):
         if self._watch.on_taken:
@@ -406,5 +406,6 @@ def _unit(layout):
     return ALIGNMENT if layout else VIEW_ALIGNMENT
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """What an error of the device says, without its details."""
     return str(error).strip().splitlines()[0]

@@ -237,21 +237,6 @@ OTHERS = {
             "vocab_size": 32000,
         },
     ),
-    "written-by-hand-without-architectures": Form(
-        "tpkamback/claude_test@c9c9d0c4a7b7: tiny_llama/config.json",
-        {
-            **shape(128, 256, 4, 4, 4),
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "max_position_embeddings": 128,
-            "model_type": "llama",
-            "norm": "RMSNorm",
-            "pad_token_id": 0,
-            "position_embedding": "rope",
-            "rms_norm_eps": 1e-06,
-            "vocab_size": 256,
-        },
-    ),
     "written-by-hand-without-a-length": Form(
         "Rohanr14/Paged-Infer@976baa39a5d0: tests/fixtures/config.json",
         {
