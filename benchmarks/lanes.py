@@ -57,16 +57,18 @@ def drawing(model, lanes: int) -> float:
     """Seconds to draw a token for so many lanes, from logits like a model's."""
     import numpy as np
 
-    from jlayer.engine.scheduler import choose_all
+    from jlayer.engine.drawing import draw_all
+    from jlayer.engine.riders import Rider
 
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 3, (lanes, model.config.vocab_size)).astype(np.float32)
     begin, _ = model.prepared([[5]] * lanes, options={"temperature": 0.7, "top_k": 50, "seed": 1})
     with closing(begin()) as run:
+        riders = [Rider(lane, len(lane.history) - 1, len(lane.history)) for lane in run.lanes]
         seconds = []
         for _ in range(5):
             began = time.perf_counter()
-            choose_all(list(zip(run.lanes, logits, strict=True)))
+            draw_all(list(zip(riders, logits[:, None], strict=True)))
             seconds.append(time.perf_counter() - began)
     return median(seconds)
 

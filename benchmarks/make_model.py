@@ -52,24 +52,28 @@ SHAPES = {
     "70b": (8192, 64, 8, 28672, 128256),
     "405b": (16384, 128, 8, 53248, 128256),
 }
+# Heads of another size than 128, and a head that is the embedding: as in Llama 3.2 1B.
+HEAD_DIM = {"1b": 64}
+TIED = {"1b"}
 
 
 def config(shape: str, layers: int) -> dict:
     hidden, heads, kv_heads, mlp, vocab = SHAPES[shape]
+    head_dim = 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads,
+        "head_dim": HEAD_DIM.get(shape, head_dim),
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "vocab_size": vocab,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape in TIED,
         "torch_dtype": "bfloat16",
     }
 
@@ -86,7 +90,7 @@ def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> No
     shapes = published_tensors(cfg)
     quantization = scheme and quantization_of(scheme, shapes)
     dtypes = piece_dtypes(shapes, quantization)
-    drawn = _draw(quantized=scheme is not None)
+    drawn = _draw(quantized=scheme is not None, tied=cfg.tie_word_embeddings)
 
     def write(item):
         file, held = item
@@ -136,11 +140,13 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def _draw(*, quantized):
+def _draw(*, quantized, tied=False):
     """Noise to fill matrices with: by what it is for and, quantized, by piece and dtype. The scales
-    are such that the weights they stand for have the same spread."""
+    are such that the weights they stand for have the same spread. A `tied` table is the head too:
+    its likeliest tokens stand as far apart as those of a trained model do."""
     noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
-    spread = {EMBEDDING.published: 4.0, HEAD.published: 0.01, None: 0.01}
+    table = 0.06 if tied else 4.0
+    spread = {EMBEDDING.published: table, HEAD.published: 0.01, None: 0.01}
     if not quantized:
         return {key: (noise * own).astype(ml_dtypes.bfloat16) for key, own in spread.items()}
     steps = 32  # of int8 within one standard deviation

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -16,13 +16,20 @@ import numpy as np
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import RunConfig, generation_file, read_generation_config, unknown_name
 from jlayer.engine.background import Background, Handle
-from jlayer.engine.called import Output, all_logits, check_called
+from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
 from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
 from jlayer.engine.ids import as_rows, encoded, like
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, translated
-from jlayer.engine.options import SamplingOptions, check_given, configured, is_option, option_names
+from jlayer.engine.options import (
+    SamplingOptions,
+    check_draft,
+    check_given,
+    configured,
+    is_option,
+    option_names,
+)
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
@@ -42,7 +49,7 @@ class AutoModel:
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         dtype=None,
-        draft: str | None = None,
+        draft: str | os.PathLike | None = None,
         offline: bool = False,
         watch: Watch | None = None,
         **options,
@@ -55,23 +62,24 @@ class AutoModel:
         `device_memory` and `host_memory` are budgets for the whole process (bytes, or words such
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
         available. `dtype` is what activations are computed in, by default ("auto") the weights'
-        own: a name, or a dtype of torch, numpy or jax. `watch` is told what opening does, and
-        becomes the model's own. Further options: `device` ("cpu" or "gpu"), `context`,
-        `follow_links` (take what links in the folder lead to outside of it), and those of
-        transformers: what has a meaning here is taken (`device_map`, `torch_dtype`, `revision`,
-        `local_files_only`), what changes nothing is passed over (`trust_remote_code`: code in a
-        checkpoint is never run), the rest is refused.
+        own: a name, or a dtype of torch, numpy or jax. `draft` is a smaller model with the same
+        tokenizer, a folder or a hub id, which stays on the device and guesses tokens. `watch` is
+        told what opening does, and becomes the model's own. Further options: `device` ("cpu" or
+        "gpu"), `context`, `follow_links` (take what links in the folder lead to outside of it), and
+        those of transformers: what has a meaning here is taken (`device_map`, `torch_dtype`,
+        `revision`, `local_files_only`), what changes nothing is passed over (`trust_remote_code`:
+        code in a checkpoint is never run), the rest is refused.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
         """
-        if draft is not None:
-            raise UsageError(f"draft: found {draft!r}; speculation is not there yet, leave it out")
         ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
         offline = options.pop("offline", offline)
         run = RunConfig.from_options(
-            device_memory=device_memory, host_memory=host_memory, **options
+            device_memory=device_memory, host_memory=host_memory, draft=draft, **options
         )
+        if run.draft is not None:
+            run = replace(run, draft=local_folder(run.draft, offline=offline, option="draft"))
         folder = local_folder(ref, offline=offline)
         with deferred():  # each phase of opening is a safe point
             return Model(folder, run, watch)
@@ -249,13 +257,15 @@ class Model:
         `generation_config`: transformers' object, or a mapping, with further options of the
         user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
-        return SamplingOptions.from_mapping(
+        found = SamplingOptions.from_mapping(
             {**configured(generation_config), **options},
             generation_config=self.generation_config,
             vocab_size=self.config.vocab_size,
             sampling_implied=implied,
             where=self._generation_file,
         )
+        check_draft(found.speculate, self.engine.run.draft)
+        return found
 
     def submit(self, prompt=None, **options) -> Handle:
         """Continues a prompt in the background, from any thread: a handle that gives Steps as they
@@ -388,36 +398,13 @@ def generate_ids(
     text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
     decoding = Decoding(model.engine, rows, sampling, stop_text=text)
     try:
-        _drive(decoding, rows, streamer)
+        drive(decoding, rows, streamer)
     finally:
         decoding.close()
     n = sampling.num_return_sequences
     whole = [rows[i // n].given + lane.token_ids for i, lane in enumerate(decoding.lanes)]
     sequences = like(given, whole, sampling.filling_id)
     return Sequences(sequences) if sampling.return_dict_in_generate else sequences
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What `generate` returns with return_dict_in_generate: ids [B, T] of prompt and answer."""
-
-    sequences: object
-
-    def __getitem__(self, name):
-        return {"sequences": self.sequences, 0: self.sequences}[name]
-
-
-def _drive(decoding, rows, streamer):
-    if streamer is None:
-        for _ in decoding:
-            pass
-        return
-    if len(decoding.lanes) > 1:
-        raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
-    streamer.put(np.array([rows[0].given]))
-    for (step,) in decoding:
-        streamer.put(np.array(step.token_ids))
-    streamer.end()
 
 
 @contextmanager
@@ -429,11 +416,12 @@ def _opened(model_or_ref, options):
     if isinstance(model_or_ref, Model):
         yield model_or_ref, rest, form
         return
-    own = {field.name for field in fields(RunConfig)} | {"draft", "offline"}
+    own = {field.name for field in fields(RunConfig)} | {"offline"}
     loads = own | {name for name in NAMES if not is_option(name)}
     run = {name: value for name, value in rest.items() if name in loads}
     rest = {name: value for name, value in rest.items() if name not in loads}
     _check_names(rest, own)
+    check_draft(rest.get("speculate"), run.get("draft"), unused=True)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form
 

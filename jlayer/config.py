@@ -72,6 +72,7 @@ class RunConfig:
     device: str | None = None
     context: int | None = None
     keeps_layers: bool = True  # False: every forward pass reads all layers from disk
+    draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
 
     @classmethod
@@ -96,10 +97,18 @@ class RunConfig:
         for name in ("keeps_layers", "follow_links"):
             if type(options.get(name, True)) is not bool:
                 raise UsageError(f"{name}: found {options[name]!r}, expected a bool")
+        if options.get("draft") is not None:
+            options["draft"] = _path(options["draft"], option="draft")
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
         return cls(**options)
+
+
+def _path(value, *, option):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UsageError(f"{option}: found {value!r:.80}, expected a folder or a hub id")
+    return os.fspath(value)
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:

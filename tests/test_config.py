@@ -69,6 +69,14 @@ def test_bytes_are_shown_in_binary_units(n_bytes, text):
     assert human(n_bytes) == text
 
 
+def test_a_draft_model_is_a_folder_or_a_hub_id(tmp_path):
+    assert RunConfig.from_options(draft=None).draft is None
+    assert RunConfig.from_options(draft=tmp_path).draft == str(tmp_path)
+    for given in ("", 3, object()):
+        with pytest.raises(UsageError, match=r"draft: found .*, expected a folder or a hub id"):
+            RunConfig.from_options(draft=given)
+
+
 def test_an_unknown_option_names_the_closest_one():
     with pytest.raises(UsageError, match="option 'host_memry' is not known: did you mean 'host_m"):
         RunConfig.from_options(host_memry="4GiB")

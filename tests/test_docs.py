@@ -64,6 +64,8 @@ TESTED = {
     "jlayer plan path/to/Llama-3-8B-int4 --device-memory 4GiB": Here(),
     'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" -n 100': Here(),
     "jlayer plan path/to/Llama-3-8B --device-memory 4GiB --batch 16 --context 512": Here(),
+    'jlayer generate path/to/Llama-3-70B --draft path/to/Llama-3-8B -p "Once upon a time" '
+    "-n 100": Here(),
     # architecture.md
     "python benchmarks/table.py": By("tests/test_readme.py"),
     "python benchmarks/table.py --check": By("tests/test_readme.py"),
@@ -93,6 +95,10 @@ TESTED = {
     "jlayer bench path/to/Llama-3-70B-jlayer --device-memory 1536MiB --timeline sweeps.png": Here(),
     "python benchmarks/lanes.py path/to/Llama-3-70B-jlayer --device-memory 4096MiB "
     "--lanes 1,8,64,256 --context 512 --draw": By("tests/measure/test_lanes.py"),
+    "python benchmarks/verifying.py path/to/Llama-3-70B-jlayer path/to/Llama-3-8B-jlayer "
+    "--device-memory 4096MiB --rows 1,16,64,128,256,512": By("tests/measure/test_guesses.py"),
+    "python benchmarks/speculation.py path/to/Llama-3-70B path/to/Llama-3-8B "
+    "--nodes 16,64,256 --temperatures 0,0.7,1": By("tests/measure/test_guesses.py"),
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),
@@ -102,6 +108,16 @@ TESTED = {
     "jlayer eval perplexity path/to/Llama-3-8B-jlayer --text stories.txt": Here(),
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --device-memory 1536MiB "
     "--host-memory 64GiB --context 64": Here(shows=True),
+    # speculation.md
+    "jlayer plan llama-3.1-70b-instruct --quantize int4 --draft llama-3.2-1b-instruct "
+    "--device-memory 4GiB --host-memory 64GiB": Here(shows=True),
+    "jlayer generate path/to/Llama-3-8B --draft path/to/Llama-3-8B-int4 "
+    '-p "Once upon a time"': Here(),
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --speculate lookup '
+    "--draft-tokens 16": Here(),
+    'jlayer generate path/to/Llama-3-70B-jlayer --draft path/to/Llama-3-8B -p "Once upon a time" '
+    "-n 100": Here(),
+    "jlayer bench path/to/Llama-3-70B-jlayer --draft path/to/Llama-3-8B": Here(),
 }
 
 

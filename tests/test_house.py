@@ -23,8 +23,8 @@ ROOMS = (
         "families",
         "config",
     ),
-    *("catalogue", "model", "checkpoint", "plan", "streaming", "text", "engine", "api", "measure"),
-    "app",
+    *("catalogue", "model", "checkpoint", "plan", "streaming", "text", "drafting", "engine"),
+    *("api", "measure", "app"),
 )
 GROUND = ROOMS[: ROOMS.index("model")]
 # What the converter stands on: it needs no JAX.

@@ -21,10 +21,12 @@ _MARKS = {
 }
 
 
-def folder_of(ref: str, *, offline: bool, weights: Weights = Weights.RUN) -> str:
+def folder_of(
+    ref: str, *, offline: bool, weights: Weights = Weights.RUN, option: str | None = None
+) -> str:
     """The folder of REF, downloaded where it is a hub id. Raises what `local_folder` does."""
     with released():
-        return local_folder(ref, weights=weights, offline=offline, note=streams.tell)
+        return local_folder(ref, weights=weights, offline=offline, note=streams.tell, option=option)
 
 
 def name_of(ref: str | os.PathLike) -> str:

@@ -43,6 +43,11 @@ def add_context(parser: argparse.ArgumentParser, default: int | None = None) -> 
     parser.add_argument("--context", type=int, metavar="N", default=default, help=line)
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    line = "a smaller model with the same tokenizer, which guesses tokens; it stays on the device"
+    parser.add_argument("--draft", metavar="REF", help=line)
+
+
 def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not use the network")
 

@@ -34,6 +34,10 @@ MEANT = {
     "--num-return-sequences": "--num-samples --n-samples --best-of",
     "--chat": "-cnv --conversation --apply-chat-template",
     "--quantize": "-q --q-bits --bits --load-in-8bit --load-in-4bit",
+    "--draft": "-md --model-draft --draft-model --assistant-model --speculative-model",
+    "--draft-tokens": "--draft-max --draft-n --num-draft-tokens --num-speculative-tokens "
+    "--num-assistant-tokens",
+    "--speculate": "--speculative --spec-type --speculative-config",
     "--dtype": "--precision --torch-dtype --outtype",
     "--device": "--backend --device-map",
     "--offline": "--local-files-only",

@@ -1,4 +1,5 @@
-"""The picture of some sweeps, drawn by matplotlib: a lane each for read, put, run and free.
+"""The picture of some sweeps, drawn by matplotlib: a lane each for read, put, run and free, and one
+for guessing tokens where that was done.
 
 Whether it can be drawn and written is checked before the run, which may take long.
 """
@@ -31,7 +32,9 @@ WORDS = {
     Tier.HOST: "kept in host memory",
     Tier.DEVICE: "kept on the device",
 }
+DRAFTING = "#CC79A7"
 LANES = {
+    "draft": "guess tokens",
     "read": "disk to host",
     "put": "host to device",
     "run": "multiply",
@@ -133,8 +136,10 @@ def draw(timeline, *, what: str):
 
 def title(timeline, what: str) -> str:
     """The model, the sweeps and the busiest lane."""
-    n_sweeps = len(timeline.starts)
-    each = (timeline.end - timeline.starts[0]) / n_sweeps
+    n_sweeps, starts = len(timeline.starts), timeline.starts
+    each, guesses = (timeline.end - starts[0]) / n_sweeps, ""
+    if n_sweeps > 1 and timeline.lane("draft"):  # the guesses for the first one came before it
+        each, guesses = (starts[-1] - starts[0]) / (n_sweeps - 1), " with its guesses"
     n_bytes = sum(tile.n_bytes for tile in timeline.tiles)
     busy = {lane: timeline.busy(lane) for lane in ("read", "put", "run")}
     most = max(busy, key=busy.get)
@@ -146,7 +151,7 @@ def title(timeline, what: str) -> str:
     )
     return (
         f"{what}: {n_sweeps} forward pass{'es' * (n_sweeps > 1)} of {human(n_bytes)}, "
-        f"{each * 1e3:,.4g} ms each; {verdict}"
+        f"{each * 1e3:,.4g} ms each{guesses}; {verdict}"
     )
 
 
@@ -160,7 +165,7 @@ def _close_look(timeline):
 
 def _draw_window(axes, timeline, begin, end, *, closely):
     """The lanes from `begin` to `end`; `closely`: with the names of the tiles."""
-    zero, heights = timeline.starts[0], _rows(timeline)
+    zero, heights, lanes = timeline.starts[0], _rows(timeline), _lanes(timeline)
 
     def place(span):
         """(left, width) in milliseconds of its visible part."""
@@ -178,14 +183,15 @@ def _draw_window(axes, timeline, begin, end, *, closely):
         # Closely, a white edge separates neighbours; else a thin one keeps bars under a pixel.
         edge = {"edgecolor": "white", "lw": 0.8} if closely else {"edgecolor": shade, "lw": 0.2}
         axes.broken_barh(where, (lowest, height), facecolor=shade, **edge)
-        if closely:
+        if closely and lane != "draft":
             _name(axes, timeline, spans, where, lowest + height / 2, end - begin, shade)
     _draw_layers(axes, timeline, begin, end, place)
     for start in timeline.starts:
         if begin <= start <= end:
             axes.axvline((start - zero) * 1e3, color="black", lw=1, ls=":")
-            axes.text((start - zero) * 1e3, 4.72, " forward pass", fontsize=8, style="italic")
-    _frame(axes, (begin - zero) * 1e3, (end - zero) * 1e3)
+            words = {"fontsize": 8, "style": "italic"}
+            axes.text((start - zero) * 1e3, len(lanes) + 0.72, " forward pass", **words)
+    _frame(axes, (begin - zero) * 1e3, (end - zero) * 1e3, lanes)
 
 
 def _by_shade(timeline, begin, end):
@@ -193,10 +199,15 @@ def _by_shade(timeline, begin, end):
     found = {}
     for span in timeline.spans:
         if span.end > begin and span.begin < end:
-            tile, tier = timeline.tiles[span.tile], timeline.tiers[span.tile]
-            shade = COLOURS[tier][(tile.layer or 0) % 2]
-            found.setdefault((span.lane, span.row, shade), []).append(span)
+            found.setdefault((span.lane, span.row, _shade(timeline, span)), []).append(span)
     return found
+
+
+def _shade(timeline, span):
+    if span.tile is None:
+        return DRAFTING
+    tile, tier = timeline.tiles[span.tile], timeline.tiers[span.tile]
+    return COLOURS[tier][(tile.layer or 0) % 2]
 
 
 def _name(axes, timeline, spans, where, height, width, shade):
@@ -211,10 +222,12 @@ def _name(axes, timeline, spans, where, height, width, shade):
             axes.text(middle, height, text, color=colour, **options)
 
 
-def _frame(axes, left, right):
+def _frame(axes, left, right, lanes):
     axes.set_xlim(left, right)
-    axes.set_ylim(0, 4.9)
-    axes.set_yticks([4.4, 3.5, 2.5, 1.5, 0.5], ["layer", *map(": ".join, LANES.items())])
+    axes.set_ylim(0, len(lanes) + 0.9)
+    words = [f"{lane}: {LANES[lane]}" for lane in reversed(lanes)]
+    axes.set_yticks([*(place + 0.5 for place in range(len(lanes))), len(lanes) + 0.4])
+    axes.set_yticklabels([*words, "layer"])
     axes.xaxis.set_major_formatter(lambda at, _: f"{at:,.5g}")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -223,29 +236,38 @@ def _frame(axes, left, right):
 
 def _draw_layers(axes, timeline, begin, end, place):
     """Above the lanes, which layer runs when; with its number where there is room."""
+    above = len(_lanes(timeline))
     runs = [span for span in timeline.lane("run") if span.end > begin and span.begin < end]
     for layer, own in groupby(runs, key=lambda span: timeline.tiles[span.tile].layer):
         own = list(own)
         left, width = place(replace(own[0], end=own[-1].end))
         grey = "#CCCCCC" if layer is not None and layer % 2 else "#E6E6E6"
-        axes.broken_barh([(left, width)], (4.2, 0.4), color=grey, lw=0)
+        axes.broken_barh([(left, width)], (above + 0.2, 0.4), color=grey, lw=0)
         words = "head" if layer is None else str(layer)
         if width / (end - begin) / 1e3 > 0.008 * len(words):
             middle = left + width / 2
-            axes.text(middle, 4.38, words, ha="center", va="center", fontsize=8, clip_on=True)
+            options = {"ha": "center", "va": "center", "fontsize": 8, "clip_on": True}
+            axes.text(middle, above + 0.38, words, **options)
 
 
 def _tell_busy(axes, timeline):
     """Writes the share of the time that each lane is busy to its right."""
-    for place, lane in enumerate(("run", "put", "read")):
-        words = f"busy {timeline.busy(lane):.0%}"
-        axes.text(1.005, (place + 1.5) / 4.9, words, transform=axes.transAxes, va="center")
+    lanes = _lanes(timeline)
+    for place, lane in enumerate(reversed(lanes)):
+        if lane != "free":
+            words, height = f"busy {timeline.busy(lane):.0%}", (place + 0.5) / (len(lanes) + 0.9)
+            axes.text(1.005, height, words, transform=axes.transAxes, va="center")
+
+
+def _lanes(timeline):
+    """The lanes that are drawn, from above."""
+    return [lane for lane in LANES if lane != "draft" or timeline.lane(lane)]
 
 
 def _rows(timeline):
     """(lane, row) -> (lowest, height). A lane has height 1, divided among its workers."""
     found = {}
-    for place, lane in enumerate(reversed(LANES)):
+    for place, lane in enumerate(reversed(_lanes(timeline))):
         rows = sorted({span.row for span in timeline.lane(lane)}) or [0]
         for index, row in enumerate(rows):
             height = 0.8 / len(rows)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from jlayer.app import progress
 from jlayer.app.ending import Interrupted
-from jlayer.app.inputs import folder_of
+from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
 from jlayer.config import RunConfig
@@ -24,6 +24,8 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
     Raises what `AutoModel.from_pretrained` does.
     """
     RunConfig.from_options(**options)  # a usage error comes before a download
+    if options.get("draft") is not None:
+        options["draft"] = folder_of(options["draft"], offline=offline, option="draft")
     folder = folder_of(ref, offline=offline)
     with progress.opening() as watch:
         from jlayer.api import AutoModel
@@ -41,11 +43,11 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
     `before`: text to show first. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
-    for line in (describe(model), *model.notes, *decoding.notes):
+    for line in (describe(model, decoding), *model.notes, *decoding.notes):
         tell(line)
     live = show if len(decoding.lanes) == 1 else None
     stopped, n_shown = None, 0  # characters of the text
-    with progress.shown(model, live, view=view) as write:
+    with progress.shown(model, live, words=pass_words(decoding), view=view) as write:
         steps = iter(decoding)
         try:
             if write and before:
@@ -81,15 +83,46 @@ def write_text(piece: str):
         sys.stdout.flush()
 
 
-def describe(model) -> str:
-    """Where a model runs, where its layers are kept, and the predicted time of a token."""
+def pass_words(decoding):
+    """What a forward pass computes: the next token, and how many each pass gave so far where some
+    were guessed."""
+
+    def words(number):
+        stats = decoding.stats
+        if not number or not stats.drafted:
+            return progress.sweep_words(number)
+        n_tokens = max(len(lane.token_ids) for lane in decoding.lanes)
+        return f"token {n_tokens + 1}, {stats.tokens_per_sweep:.1f} a forward pass"
+
+    return words
+
+
+def describe(model, decoding=None) -> str:
+    """Where a model runs, where its layers are kept, the predicted time of a token, and what
+    guesses tokens in `decoding`."""
     plan = model.plan
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
         f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{human(plan.tiling.n_bytes)} a forward pass, about {time_words(plan.sweep_seconds)}; "
         f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
+        f"{_guessing(model, decoding)}"
     )
+
+
+def _guessing(model, decoding):
+    """The draft model, its bytes, and how many tokens are guessed by what; empty for none."""
+    draft, words = model.engine.draft, ""
+    if draft is not None:
+        n_bytes = human(model.plan.device.draft_bytes)
+        words = f", {n_bytes} of it for the draft {name_of(draft.folder)}"
+    if decoding is not None and decoding.n_guesses:
+        mode = decoding.options.speculate
+        by = {"draft": "the draft", "lookup": "lookup"}.get(mode, "the draft and lookup")
+        by = "lookup" if draft is None else by
+        each = " for each text" if len(decoding.lanes) > 1 else ""
+        words += f"; {by} may guess {decoding.n_guesses} tokens a forward pass{each}"
+    return words
 
 
 def summary(found) -> str:
@@ -102,7 +135,25 @@ def summary(found) -> str:
     return (
         f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), {drawn}, "
         f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} forward passes, "
-        f"one of a token {took} (predicted {time_words(predicted)}), "
+        f"{_guessed(stats)}{_each(stats, took, time_words(predicted))}, "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
+    )
+
+
+def _each(stats, took, predicted):
+    """The measured and the predicted time of a forward pass after the prompt's."""
+    if stats["drafted"]:
+        return f"one with its guesses {took} ({predicted} predicted without guesses)"
+    return f"one of a token {took} (predicted {predicted})"
+
+
+def _guessed(stats):
+    """What guessing tokens gained, and took; empty where none were guessed."""
+    if not stats["drafted"]:
+        return ""
+    each = stats["drafted"] / stats["sweeps"]
+    return (
+        f"{stats['tokens_per_sweep']:.1f} tokens a forward pass ({each:.0f} drafted each, "
+        f"{stats['draft_s']:.2f} s of drafting), "
     )

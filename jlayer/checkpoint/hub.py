@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from enum import Enum
 
+from jlayer.catalogue import names
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_document, is_side_file
 from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import (
@@ -53,9 +54,11 @@ def local_folder(
     weights: Weights = Weights.RUN,
     offline: bool = False,
     note: Callable[[str], None] | None = None,
+    option: str | None = None,
 ) -> str:
     """The local folder of `ref`: a path as it is; for `owner/name[@revision]` the folder in the
-    cache, after fetching what is missing.
+    cache, after fetching what is missing. `option`: what names it, for the message that there is no
+    such folder.
 
     Raises NetworkError (access denied, not found, rate limit, server error, offline and not in the
     cache), DoesNotFitError before the first byte, CheckpointError, UsageError or StorageError.
@@ -64,9 +67,11 @@ def local_folder(
     if is_hub_id(ref):
         return _Repo(ref, offline=offline, note=note or _tell).fetch(weights)
     if not os.path.lexists(ref):
-        raise CheckpointError(
-            f"{ref}: no such folder, and no hub id (owner/name or owner/name@revision)"
-        )
+        where = "" if option is None else f"{option}: "
+        found = f"{where}{ref}: no such folder, and no hub id (owner/name or owner/name@revision)"
+        if ref in names("models"):
+            found += "; jlayer knows the config of this name, for a plan, and has no weights of it"
+        raise CheckpointError(found)
     return ref
 
 

@@ -9,21 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from jlayer.engine.programs import Size
 from jlayer.model.cache import Rows
-from jlayer.plan.shapes import CHUNK_ROWS, Pane, pack, rows_for
-
-
-class Wanted(Enum):
-    """The rows of a lane whose logits are wanted."""
-
-    NONE = "none"
-    LAST = "last"
-    ALL = "all"
+from jlayer.plan.shapes import CHUNK_ROWS, Pane, pack, power_of_two, rows_for
 
 
 @dataclass(frozen=True)
@@ -33,20 +24,17 @@ class Entry:
     `tokens`: its rows, the first of them after the committed positions, whose pool rows are
     `committed`. `new`: the pool rows that they are written to. `parents`: for each row the number
     of its parent, an earlier one, or -1; None: a chain. `capacity`: of the lane's table. `after`:
-    how many other entries of the pass, one after another, must have been written before.
+    how many other entries of the pass, one after another, must have been written before. `wanted`:
+    of so many of its last rows the logits are wanted.
     """
 
     tokens: Sequence[int]
     committed: np.ndarray
     new: np.ndarray
     capacity: int
-    wanted: Wanted = Wanted.LAST
+    wanted: int = 1
     parents: tuple[int, ...] | None = None
     after: int = 0
-
-    @property
-    def n_wanted(self) -> int:
-        return {Wanted.NONE: 0, Wanted.LAST: 1, Wanted.ALL: len(self.tokens)}[self.wanted]
 
 
 @dataclass(frozen=True)
@@ -83,19 +71,31 @@ def arrange(
     The wanted rows are numbered entry by entry. Rows of a tree must be in one chunk, unless they
     are its trunk: so a pass has at most `most` rows below the first branch.
     """
-    firsts = np.cumsum([0, *(entry.n_wanted for entry in entries)])
+    firsts = np.cumsum([0, *(entry.wanted for entry in entries)])
     ranks = [
         [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
         for rank in sorted({entry.after for entry in entries})
     ]
     lengths = [[len(entries[n].tokens) for n in numbers] for numbers in ranks]
-    panes = [pack(some, most) for some in lengths]
+    whole = [whole_lanes([entries[n] for n in numbers], most) for numbers in ranks]
+    pairs = list(zip(lengths, whole, strict=True))
+    panes = [pack(some, most, whole=trees) for some, trees in pairs]
     if n_rows is not None and sum(pane.n_rows for some in panes for pane in some) > n_rows:
-        panes = [pack(some, most, shared=0) for some in lengths]
+        panes = [pack(some, most, shared=0, whole=trees) for some, trees in pairs]
     return [
         _part(pane, [entries[n] for n in numbers], firsts[numbers], pool)
         for numbers, some in zip(ranks, panes, strict=True)
         for pane in some
+    ]
+
+
+def whole_lanes(entries: Sequence[Entry], most: int) -> list[int]:
+    """Which entries are never split: trees that have room in a chunk of `most` rows, trunk and
+    all."""
+    return [
+        n
+        for n, entry in enumerate(entries)
+        if entry.parents is not None and len(entry.tokens) <= most
     ]
 
 
@@ -125,14 +125,60 @@ def _part(pane: Pane, entries, firsts, pool):
             assert ancestors[first:end, :first].all(), "a branch of a tree began in another chunk"
             positions[own] = n_committed + depth[first:end]
             seen[number, : member.count, : member.count] = ancestors[first:end, first:end]
-        if entry.wanted is Wanted.ALL:
-            wanted += range(at, at + member.count)
-            places += range(firsts[member.lane] + first, firsts[member.lane] + end)
-        elif entry.wanted is Wanted.LAST and end == len(entry.tokens):
-            wanted.append(at + member.count - 1)
-            places.append(firsts[member.lane])
+        from_row = max(first, len(entry.tokens) - entry.wanted)
+        place = firsts[member.lane] + from_row - (len(entry.tokens) - entry.wanted)
+        wanted += range(at + from_row - first, at + member.count)
+        places += range(place, place + end - from_row)
     rows = Rows(positions=positions, write=written, table=table, length=length, seen=seen)
     return Part(size, tokens, rows, np.array(wanted, np.int32), np.array(places, np.int32))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Some nodes of a lane's tree that grows chunk by chunk: their `tokens`, `positions` and `new`
+    pool rows. `fresh`: the pool rows of all nodes that are there after them; `seen`, bool
+    [nodes, fresh]: which of these are a node's ancestors, or itself."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    new: np.ndarray
+    committed: np.ndarray
+    fresh: np.ndarray
+    seen: np.ndarray
+
+
+def arrange_growth(
+    growths: Sequence[Growth], *, tokens: int, fresh: int, capacity: int, pool: int
+) -> Part:
+    """One chunk with `tokens` nodes of each lane, padded; the likeliest tokens after each are
+    wanted. `fresh`: room for the nodes of a lane's tree."""
+    lanes = power_of_two(len(growths))
+    size = Size(rows_for(lanes * tokens), lanes, tokens, capacity, pool, fresh)
+    padded = np.full(size.rows, -1, np.int32)
+    positions = np.zeros(size.rows, np.int32)
+    written = np.full(size.rows, pool, np.int32)
+    table = np.full((lanes, capacity), pool, np.int32)
+    length = np.zeros(lanes, np.int32)
+    listed = np.full((lanes, fresh), pool, np.int32)
+    # A row that is padding sees something, since it would divide by zero.
+    seen = np.zeros((lanes, tokens, fresh), bool)
+    seen[:, :, 0] = True
+    wanted = []
+    for number, growth in enumerate(growths):
+        count, n_fresh, at = len(growth.tokens), len(growth.fresh), number * tokens
+        own = slice(at, at + count)
+        padded[own], positions[own], written[own] = growth.tokens, growth.positions, growth.new
+        length[number] = len(growth.committed)
+        table[number, : length[number]] = growth.committed
+        listed[number, :n_fresh] = growth.fresh
+        seen[number, :count] = False
+        seen[number, :count, :n_fresh] = growth.seen
+        wanted += range(at, at + count)
+    rows = Rows(
+        positions=positions, write=written, table=table, length=length, seen=seen, fresh=listed
+    )
+    places = np.arange(len(wanted), dtype=np.int32)
+    return Part(size, padded, rows, np.array(wanted, np.int32), places)
 
 
 def lineage(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,17 @@
-"""A model that is called, `model(input_ids).logits`, as transformers' models are: the arguments of
-their `forward` that are taken, and the logits of whole prompts."""
+"""A model that is called as transformers' models are: the arguments of their `forward` that are
+taken, the logits of whole prompts, and what `generate` gives back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jlayer.config import unknown_name
+from jlayer.engine.decoding import Decoding
 from jlayer.engine.engine import Engine
-from jlayer.engine.ids import as_id_lists, as_rows, encoded
+from jlayer.engine.ids import Row, as_id_lists, as_rows, encoded
 from jlayer.engine.unread import is_among, refusal
 from jlayer.errors import UsageError
 from jlayer.plan.shapes import RunShape
@@ -81,3 +82,27 @@ def all_logits(
         return forward.sweep(ids, [0] * len(ids), all_logits=True)
     finally:
         forward.close()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What `generate` returns with return_dict_in_generate: ids [B, T] of prompt and answer."""
+
+    sequences: object
+
+    def __getitem__(self, name):
+        return {"sequences": self.sequences, 0: self.sequences}[name]
+
+
+def drive(decoding: Decoding, rows: Sequence[Row], streamer) -> None:
+    """Runs a decoding to its end; `streamer` gets the prompt, and new ids as they come."""
+    if streamer is None:
+        for _ in decoding:
+            pass
+        return
+    if len(decoding.lanes) > 1:
+        raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
+    streamer.put(np.array([rows[0].given]))
+    for (step,) in decoding:
+        streamer.put(np.array(step.token_ids))
+    streamer.end()

@@ -19,7 +19,7 @@ from jlayer.engine.lane import Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
 from jlayer.engine.report import Account, Clock, Stats
-from jlayer.engine.scheduler import LEAST_SHARED
+from jlayer.engine.riders import LEAST_SHARED
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape, capacity_for
@@ -135,7 +135,7 @@ class Decoding:
             self._end = weakref.finalize(self, _leave, self.lanes, self._tickets)
             self._begin(self._shape(rows, [min(limit, most) for limit in limits]), waits)
         self._compiles_before = dict(engine.compiles)
-        self.notes = self._what_was_cut(rows)
+        self.notes = (*self._what_was_cut(rows), *self._what_is_not_guessed(rows))
 
     def _begin(self, shape, waits):
         """Admits all prompts, or the first ones if there is no room for all."""
@@ -190,12 +190,14 @@ class Decoding:
         for n_prompt, limit in zip(lengths, limits, strict=True):
             n_shared = n_prompt - 1 if each > 1 and n_prompt > LEAST_SHARED else 0
             entries += n_shared + each * (n_prompt - n_shared + limit)
+        batch, sweeps = each * len(rows), max(1, *limits)
         return RunShape(
-            batch=each * len(rows),
+            batch=batch,
             longest=max(lengths),
             context=max(n_prompt + n for n_prompt, n in zip(lengths, limits, strict=True)),
-            sweeps=max(1, *limits),
+            sweeps=sweeps,
             entries=entries,
+            nodes=self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps),
         )
 
     def _most_that_fit(self, rows, limits):
@@ -229,6 +231,37 @@ class Decoding:
             "which the run has room for",
         )
 
+    @property
+    def n_guesses(self) -> int:
+        """The most guesses of a lane in a forward pass, which there is room for."""
+        if not self._tickets:
+            return 0
+        shape = self._tickets[0].shape
+        return shape.nodes // shape.batch
+
+    def _what_is_not_guessed(self, rows):
+        """What the user should hear: that there is no room for the guesses that were asked for, or
+        that the draft model's context is too short."""
+        engine, options, each = self._engine, self.options, self.options.num_return_sequences
+        shape = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
+        wanted, found = shape.nodes // shape.batch, self.n_guesses
+        is_asked = options.draft_tokens is not None or (engine.draft is not None and not found)
+        if self._tickets and found < wanted and is_asked:
+            missing = None if engine.n_alive > 1 else engine.shortage(shape)
+            yield (
+                f"draft_tokens: {found or 'no'} guesses a forward pass instead of {wanted}; "
+                + (missing or "the other runs that are alive leave no room for more")
+            )
+        longest = max(lane.n_prompt + lane.limit for lane in self.lanes)
+        drafts = engine.draft is not None and options.speculate in ("auto", "draft") and found
+        if drafts and longest > engine.draft.context_limit:
+            limit = engine.draft.context_limit
+            rest = "come from the text alone" if options.speculate == "auto" else "end"
+            yield (
+                f"draft: {engine.draft.folder} has a context of {limit} tokens, the run of up to "
+                f"{longest}: guesses {rest} after {limit}"
+            )
+
     def __iter__(self) -> Iterator[list[Step | None]]:
         """Yields a list whenever a forward pass has given something: the Step of each sequence,
         None if it has none."""
@@ -256,6 +289,7 @@ class Decoding:
         for lane in self.lanes:
             lane.interrupt()
         engine, before = self._engine, self._compiles_before
+        self.stats.sharpness = engine.speculation.sharpness
         self.stats.reads = "direct" if engine.reads_directly else "buffered"
         self.stats.compiles = {
             shape: n - before.get(shape, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from jlayer.checkpoint.digest import Checks
@@ -18,21 +19,24 @@ from jlayer.config import RunConfig
 from jlayer.engine import device as devices
 from jlayer.engine import residents
 from jlayer.engine.caches import Caches
+from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
 from jlayer.engine.scheduler import Scheduler
+from jlayer.engine.speculation import Speculation
 from jlayer.engine.sweep import Sweeper
-from jlayer.errors import UsageError
+from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
-from jlayer.plan.plan import Plan, make_plan, refit
+from jlayer.plan.plan import Plan, fitting, make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier, Weights
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor, Totals, Watch
+from jlayer.text.same import check_same_tokens
 
 CLOSED = "this model is closed; open it again with AutoModel.from_pretrained"
 # Seconds that a change to other tiles costs once: new programs are compiled.
@@ -55,12 +59,13 @@ class Engine:
         self.store = Store(folder, follow_links=run.follow_links)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
+        self.draft = None if run.draft is None else self._open_draft(run.draft)
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
         self._machine = self._look_at_machine()
         self.watch.phase("planning")
         self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
-        self._ledger = Ledger(on_empty=lambda: self.caches.drop())
+        self._ledger = Ledger(on_empty=self._drop_entries)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
         self._executor: Executor | None = None
@@ -73,14 +78,34 @@ class Engine:
         try:
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.device)
+            if self.draft is not None:
+                self.watch.phase("loading the draft model")
+                self.draft.load(self.device, most_ids=self.cfg.vocab_size, watch=self.watch)
         except BaseException:
             self.embedding.close()
             raise
         self.sweeper = Sweeper(self.programs, self.embedding, self._residents, self.caches)
-        self.scheduler = Scheduler(self)
+        self.speculation = Speculation(self, self.draft)
+        self.scheduler = Scheduler(self, self.speculation)
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self.load_s = clock.lap()
+
+    def _open_draft(self, folder):
+        """Raises UsageError where it has other tokens, and what opening a folder raises."""
+        draft = DraftModel(folder, dtype=self.dtype, follow_links=self.run.follow_links)
+        check_same_tokens(
+            self.store.folder,
+            folder,
+            vocab_size=self.cfg.vocab_size,
+            draft_vocab_size=draft.cfg.vocab_size,
+        )
+        return draft
+
+    def _drop_entries(self):
+        self.caches.drop()
+        if self.draft is not None:
+            self.draft.drop()
 
     def _look_at_machine(self) -> Machine:
         """Chooses the device, and measures the speeds and memory that a plan depends on."""
@@ -116,19 +141,39 @@ class Engine:
         return Checks(expected)
 
     def plan_for(self, shape: RunShape, *, alone: bool = False) -> Plan:
-        """The plan of a run together with all live runs, or `alone`; it may not fit.
+        """The plan of a run together with all live runs, or `alone`, with as many guesses as fit;
+        it may not fit.
 
         Keeps the current tiles and tiers if they are nearly as fast as the best plan.
         """
+        return fitting(partial(self._plan_for, alone=alone), shape)
+
+    def shortage(self, shape: RunShape) -> str | None:
+        """What a run lacks by itself, with all the guesses that it asks for; None: it fits."""
+        try:
+            with self._ledger.turn():
+                self._plan_for(shape, alone=True).check()
+        except DoesNotFitError as error:
+            return str(error)
+        return None
+
+    def _plan_for(self, shape, *, alone):
         held, least_pool = self._ledger.alive, self.caches.n_rows
         if alone:
             held, least_pool = (), 0
-        known = None
+        tilings = {}
         if self._executor is not None:
-            same = refit(self.plan, self.weights, shape, held=held, least_pool=least_pool)
+            same = refit(
+                self.plan,
+                self.weights,
+                shape,
+                held=held,
+                least_pool=least_pool,
+                draft=self._draft_weights,
+            )
             if same.fits and same.cautious_seconds <= NEARLY * self._shortest_s:
                 return same
-            known = same.tiling
+            tilings[same.tiling.wanted] = same.tiling
         best = make_plan(
             self.weights,
             self._machine,
@@ -136,11 +181,20 @@ class Engine:
             held=held,
             least_pool=least_pool,
             keeps_layers=self.run.keeps_layers,
-            known=known,
+            tilings=tilings,
+            draft=self._draft_weights,
         )
-        if known is not None and same.fits and not (best.fits and _pays(same, best, shape.sweeps)):
+        if (
+            self._executor is not None
+            and same.fits
+            and not (best.fits and _pays(same, best, shape.sweeps))
+        ):
             return same
         return best
+
+    @property
+    def _draft_weights(self):
+        return None if self.draft is None else self.draft.weights
 
     def start(self, shape: RunShape) -> Forward:
         """Admits a run whose tokens are given. Raises what `admit` raises."""
@@ -155,6 +209,7 @@ class Engine:
                 raise UsageError(CLOSED)
             plan = self.plan_for(shape)
             plan.check()
+            shape = replace(shape, nodes=plan.shapes.nodes)
             ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
             self._stream_as(plan)
             self.caches.reserve(pool_rows(plan.load.entries), plan.cache)
@@ -241,7 +296,8 @@ class Engine:
     @property
     def compiles(self) -> dict[str, int]:
         """Label of a program -> how often XLA compiled it so far."""
-        return self.programs.compiles
+        drafts = {} if self.draft is None else self.draft.compiles
+        return self.programs.compiles | drafts
 
     @property
     def reads_directly(self) -> bool:
@@ -275,6 +331,7 @@ class Engine:
             + self.sweeper.most_activation_bytes
             + self._residents.n_bytes
             + self.programs.temporary_bytes
+            + (0 if self.draft is None else self.draft.n_bytes + self.draft.temporary_bytes)
         )
         self.device_peak_bytes = max(self.device_peak_bytes, held)
 

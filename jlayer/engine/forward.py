@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from jlayer.engine.batch import Entry, Wanted, arrange
+from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.home import Home
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.sweep import Chunk
@@ -37,6 +37,11 @@ class Forward:
     def close(self) -> None:
         """Frees the cache entries. The run cannot be used afterwards."""
         self._end()
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The pool rows of the first lane's entries."""
+        return self._tables[0].rows
 
     def fill(self):
         """Starts reading the first weights, ahead of the first forward pass."""
@@ -89,16 +94,40 @@ class Forward:
         def take(output, places, row):
             logits[places, row : row + output.shape[1]] = output
 
-        wanted = Wanted.ALL if all_logits else Wanted.LAST
-        self._run(ids, starts, wanted, take, lambda: np.isfinite(logits).all())
+        self._run(ids, starts, take, lambda: np.isfinite(logits).all(), all_logits=all_logits)
         return logits.reshape(len(ids), n_wanted, -1)
+
+    def verify(self, tokens: Sequence[int], parents: Sequence[int]) -> np.ndarray:
+        """One forward pass over a tree below the entries of the first lane, as one that verifies
+        guesses: float32 logits [rows, V]. The lane stays as it was.
+
+        `parents`: of each token the number of its parent, an earlier one, or -1.
+        """
+        engine, table = self._engine, self._tables[0]
+        logits = np.empty((len(tokens), engine.cfg.vocab_size), np.float32)
+
+        def take(output, places, row):
+            logits[places, row : row + output.shape[1]] = output
+
+        with self._entered() as executor:
+            pool = engine.caches.pool
+            new = pool.take(len(tokens))
+            try:
+                entry = Entry(tokens, table.rows, new, self._capacity, len(tokens), tuple(parents))
+                parts = arrange([entry], pool=pool.n_rows, most=engine.plan.chunk)
+                engine.sweeper.run(executor, parts, take)
+            finally:
+                pool.release(new)
+            engine.note_peaks()
+        return logits
 
     def score(self, ids: Sequence[list[int]], scores) -> None:
         """One forward pass over `ids[b]` from position 0 on; passes slices of the logits to
         `scores.add(output [W, v], places [W], first vocabulary row)`: tokens are numbered lane by
         lane. Raises what `sweep` raises.
         """
-        self._run(ids, [0] * len(ids), Wanted.ALL, scores.add, lambda: scores.are_finite)
+        starts = [0] * len(ids)
+        self._run(ids, starts, scores.add, lambda: scores.are_finite, all_logits=True)
 
     def enter(
         self, ids: Sequence[list[int]], starts: Sequence[int], *, all_logits: bool = False
@@ -106,7 +135,7 @@ class Forward:
         """Embeds the rows of a forward pass: the chunks for the first layer, on the device. The
         entries are committed."""
         with self._entered():
-            parts = self._parts(ids, starts, Wanted.ALL if all_logits else Wanted.LAST)
+            parts = self._parts(ids, starts, all_logits)
             self._commit(parts[1])
             return self._engine.sweeper.begin(parts[0])
 
@@ -121,10 +150,10 @@ class Forward:
         with self._engine.turn() as executor:
             yield executor
 
-    def _run(self, ids, starts, wanted, take, are_finite):
+    def _run(self, ids, starts, take, are_finite, *, all_logits):
         engine = self._engine
         with self._entered() as executor:
-            parts, new = self._parts(ids, starts, wanted)
+            parts, new = self._parts(ids, starts, all_logits)
             try:
                 engine.sweeper.run(executor, parts, take)
                 if not are_finite():
@@ -136,7 +165,7 @@ class Forward:
             self._commit(new)
             engine.note_peaks()
 
-    def _parts(self, ids, starts, wanted):
+    def _parts(self, ids, starts, all_logits):
         """(the chunks of a forward pass, the pool rows that it writes to)."""
         pool = self._engine.caches.pool
         for table, start in zip(self._tables, starts, strict=False):
@@ -145,7 +174,7 @@ class Forward:
                 raise StorageError("the cache was lost when the device failed; start again")
         new = [pool.take(len(tokens)) for tokens in ids]
         entries = [
-            Entry(tokens, table.rows, rows, self._capacity, wanted)
+            Entry(tokens, table.rows, rows, self._capacity, wanted=len(tokens) if all_logits else 1)
             for tokens, table, rows in zip(ids, self._tables, new, strict=False)
         ]
         return arrange(entries, pool=pool.n_rows, most=self._engine.plan.chunk), new
@@ -162,7 +191,7 @@ class Forward:
             none,
             np.zeros(n_tokens, np.int32),
             self._capacity,
-            Wanted.ALL if all_logits else Wanted.LAST,
+            wanted=n_tokens if all_logits else 1,
         )
         pool = self._engine.caches.pool.n_rows
         return arrange([entry] * len(self._tables), pool=pool, most=self._engine.plan.chunk)

@@ -10,7 +10,7 @@ from jlayer.engine.sweep import Sweeper
 from jlayer.plan.plan import Plan
 from jlayer.spec import ModelConfig
 from jlayer.streaming.embedding import Embedding
-from jlayer.streaming.executor import Executor, Totals
+from jlayer.streaming.executor import Executor, Totals, Watch
 
 
 class Home(Protocol):
@@ -22,6 +22,10 @@ class Home(Protocol):
     sweeper: Sweeper
     embedding: Embedding
     totals: Totals
+    watch: Watch
+
+    @property
+    def compiles(self) -> dict[str, int]: ...
 
     def turn(self) -> AbstractContextManager[Executor]: ...
 

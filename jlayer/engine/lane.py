@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.pool import Table
 from jlayer.engine.report import Account
-from jlayer.engine.sample import Choice, choose
+from jlayer.engine.sample import Choice, NoiseKey, choose
 from jlayer.engine.stops import StopStrings
 from jlayer.text.stream import StopWatcher, TextStream
 
@@ -98,40 +99,68 @@ class Lane:
 
     @property
     def token_ids(self) -> list[int]:
+        """The new ones."""
         return self.history[self.n_prompt :]
 
     @property
     def text(self) -> str:
         return "".join(self._pieces)
 
-    def choose(self, logits: np.ndarray) -> Choice:
-        """The next token, from `logits` [V]; changes nothing."""
+    def choose(self, logits: np.ndarray, more: Sequence[int] = ()) -> Choice:
+        """The token after its history and `more`, from `logits` [V]; changes nothing."""
         return choose(
             logits,
             options=self.options,
-            history=[*self._row.given, *self.token_ids],
+            history=[*self._row.given, *self.token_ids, *more],
             n_prompt=len(self._row.given),
             sequence=self._number,
             padding=self._row.padding,
         )
 
-    def add(self, choice: Choice) -> None:
-        """Adds a token; its step waits to be read."""
+    def noise_key(self, depth: int) -> NoiseKey:
+        """Of the noise that `choose` adds for the token so many places after its history (1: the
+        next one)."""
+        length = len(self._row.given) + len(self.token_ids) - self._row.padding.n_tokens
+        return NoiseKey(self.options.seed, self._number, length + depth - 1)
+
+    @property
+    def n_left(self) -> int:
+        """The most tokens that it may still get."""
+        return self.limit - len(self.token_ids)
+
+    def ends_with(self, token: int, count: int) -> bool:
+        """Whether it ends for sure once it has `count` more tokens, of which this is the last."""
+        return token in self._ends or count >= self.n_left
+
+    def add(self, choices: Sequence[Choice]) -> int:
+        """Adds tokens that were drawn, up to the one with which it ends; their step waits to be
+        read. -> how many were added."""
+        pieces, count = [], 0
+        for choice in choices:
+            pieces.append(self._add(choice))
+            count += 1
+            if self.finish_reason:
+                break
+        self.account.n_tokens += count
+        tokens = tuple(choice.token_id for choice in choices[:count])
+        self.unread.append(Step("".join(pieces), tokens, self.finish_reason))
+        return count
+
+    def _add(self, choice):
         self.choices.append(choice)
         self.history.append(choice.token_id)
-        self.account.n_tokens += 1
         ended = choice.token_id in self._ends
         if self._all_stops is not None:
             ended |= self._all_stops.end_in(choice.token_id)
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:
             self.finish_reason = "stop"
-        elif len(self.history) - self.n_prompt >= self.limit:
+        elif self.n_left <= 0:
             self.finish_reason = "length"
         if self.finish_reason and self._stream:
             piece += self._rest()
         self._pieces.append(piece)
-        self.unread.append(Step(piece, (choice.token_id,), self.finish_reason))
+        return piece
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which whoever reads its steps gets."""

@@ -7,16 +7,12 @@ Names and defaults are those of transformers' GenerationConfig. What is not acte
 from __future__ import annotations
 
 import math
-import numbers
-import operator
-import reprlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-
 from jlayer.config import unknown_name
+from jlayer.engine.ranges import RANGES, checked
 from jlayer.engine.unread import (
     HARMLESS,
     REFUSED,
@@ -29,17 +25,19 @@ from jlayer.engine.unread import (
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 
 DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
-MAX_SEED = (1 << 64) - 1
 
 # The name of an option in transformers -> its name here.
 ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
 
 # Options that transformers does not know. It reads past them in a published file, and so does
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
-OWN = ("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs")
+OWN = (
+    *("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs"),
+    *("speculate", "draft_tokens"),
+)
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
 # None from a user turns an option off, which for these is not the default.
-_NONE_MEANS = {"top_k": 0}
+_NONE_MEANS = {"top_k": 0, "speculate": "off"}
 _LENGTHS = ("max_new_tokens", "max_length")
 # Where the user sets the first, the published file's second has nothing to say.
 _INSTEAD = (
@@ -56,6 +54,8 @@ class SamplingOptions:
     temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
     logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
     min_new_tokens, where not None, stands in for min_length, as in transformers.
+    speculate: how tokens are guessed ahead, one of ranges.SPECULATE; no text depends on it.
+    draft_tokens: the most of these in a forward pass; None: as many as pay.
     length_from: the file that set the most tokens, None where the user did.
     Raises UsageError, with the option, the value and the range.
     """
@@ -84,11 +84,13 @@ class SamplingOptions:
     seed: int | None = None
     logprobs: int | None = None
     return_dict_in_generate: bool = False
+    speculate: str = "auto"
+    draft_tokens: int | None = None
     length_from: str | None = None
 
     def __post_init__(self):
-        for name in _CHECKS:
-            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        for name in RANGES:
+            object.__setattr__(self, name, checked(name, getattr(self, name)))
         if self.num_return_sequences > 1 and self.is_greedy:
             found = (
                 f"num_return_sequences: found {self.num_return_sequences} with greedy decoding, "
@@ -98,6 +100,7 @@ class SamplingOptions:
                 f"{found}set do_sample=True and a temperature above 0",
                 command_line=f"{found}give --temperature above 0",
             )
+        _check_guesses(self.speculate, self.draft_tokens)
 
     @classmethod
     def from_mapping(
@@ -210,147 +213,45 @@ class SamplingOptions:
         return room
 
 
-# What each option may be: (a parser that raises ValueError or TypeError, the expected range).
-
-
-def _boolean(value):
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError
-    return bool(value)
-
-
-def _integer(low, high=(1 << 31) - 1):
-    def parse(value):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-            raise ValueError
-        value = operator.index(value)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def _real(accepts):
-    def parse(value):
-        if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-            raise ValueError
-        value = float(value)
-        if not accepts(value):
-            raise ValueError
-        return value
-
-    return parse
-
-
-def _maybe(parse):
-    return lambda value: None if value is None else parse(value)
-
-
-def _strings(value):
-    listed = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(text, str) and text for text in listed):
-        raise ValueError
-    return listed
-
-
-def _ids(value):
-    value = value.tolist() if hasattr(value, "tolist") else value  # numpy, jax or torch
-    listed = (value,) if isinstance(value, numbers.Integral) else value
-    return tuple(_COUNT(token) for token in listed)
-
-
-def _id(value):
-    """One id, or the only one of an array. Published files may have -1, which is no token's."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list | tuple):
-        (value,) = value
-    return _integer(-1)(value)
-
-
-def _bias(value):
-    """{id: bias}, or transformers' forms {(id,): bias} and [[[id], bias], ...].
-
-    A bias of -inf rules a token out.
-    """
-    found = {}
-    for token, bias in value.items() if isinstance(value, Mapping) else value:
-        if isinstance(token, list | tuple):
-            (token,) = token  # a bias on a sequence of tokens is not implemented: ValueError
-        if isinstance(token, str) and token.isdecimal():  # keys in JSON are always text
-            token = int(token)
-        token = _COUNT(token)
-        if token in found:
-            raise ValueError
-        found[token] = _real(lambda number: number < math.inf)(bias)
-    return tuple(sorted(found.items()))
-
-
-_COUNT = _integer(0)
-_FROM_0 = "an integer from 0 up"
-# Other programs take -1 for it.
-_UNTIL_IT_ENDS = "a text stops where the model ends it, so give the most that it may take"
-_OPENAI_PENALTY = (_real(lambda number: -2 <= number <= 2), "a number in [-2, 2] (0 is off)")
-_CHECKS = {
-    "do_sample": (_boolean, "true or false"),
-    "temperature": (
-        _real(lambda number: 0 <= number < math.inf),
-        "a finite number from 0 up (0 is greedy)",
-    ),
-    "top_k": (_COUNT, f"{_FROM_0} (0 is off)"),
-    "top_p": (_real(lambda number: 0 < number <= 1), "a number in (0, 1]"),
-    "min_p": (_maybe(_real(lambda number: 0 <= number <= 1)), "a number in [0, 1]"),
-    "repetition_penalty": (
-        _real(lambda number: 0 < number < math.inf),
-        "a finite number above 0 (1 is off)",
-    ),
-    "encoder_repetition_penalty": (
-        _real(lambda number: 0 < number < math.inf),
-        "a finite number above 0 (1 is off)",
-    ),
-    "presence_penalty": _OPENAI_PENALTY,
-    "frequency_penalty": _OPENAI_PENALTY,
-    "no_repeat_ngram_size": (_COUNT, f"{_FROM_0} (0 is off)"),
-    "encoder_no_repeat_ngram_size": (_COUNT, f"{_FROM_0} (0 is off)"),
-    "logit_bias": (_bias, "single token ids, each with one finite number or -inf"),
-    "min_new_tokens": (_maybe(_COUNT), _FROM_0),
-    "min_length": (_COUNT, _FROM_0),
-    "max_new_tokens": (_maybe(_COUNT), f"{_FROM_0}; {_UNTIL_IT_ENDS}"),
-    "max_length": (_maybe(_COUNT), _FROM_0),
-    "bos_token_id": (_maybe(_id), "a token id"),
-    "eos_token_id": (_ids, "a token id or a list of them"),
-    "pad_token_id": (_maybe(_id), "a token id"),
-    "stop": (_strings, "a non-empty string or a list of them"),
-    "num_return_sequences": (_integer(1), "an integer from 1 up"),
-    "seed": (_maybe(_integer(0, MAX_SEED)), f"an integer from 0 to {MAX_SEED}"),
-    "logprobs": (_maybe(_COUNT), _FROM_0),
-    "return_dict_in_generate": (_boolean, "true or false"),
-}
-
-
-def _checked(name, value, *, where=None):
-    parse, expected = _CHECKS[name]
-    try:
-        return parse(value)
-    except (ValueError, TypeError):
-        line = f"{name}: found {reprlib.repr(value)}, expected {expected}"
-    raise UsageError(line) if where is None else CheckpointError(f"{where}: {line}")
-
-
 def check_given(options: Mapping) -> None:
     """Checks what a user sets by itself, before the model and its published options are there.
     Raises UsageError."""
-    for name, value in _given(options).items():
-        _checked(name, value)
+    given = _given(options)
+    for name, value in given.items():
+        checked(name, value)
+    _check_guesses(given.get("speculate"), given.get("draft_tokens"))
     run = Run(gives_details=bool(options.get("return_dict_in_generate")))
     for name, value in options.items():
         if name in REFUSED and not is_harmless(name, value, run):
             raise UsageError(refusal(name, value))
 
 
+def _check_guesses(speculate, draft_tokens):
+    if speculate == "off" and draft_tokens is not None:
+        raise UsageError(
+            f"draft_tokens: found {draft_tokens}, but speculate is 'off', which guesses none; "
+            "leave one of them out"
+        )
+
+
+def check_draft(speculate: str | None, draft: str | None, *, unused: bool = False) -> None:
+    """Raises UsageError where an option asks for a draft model that is not there; with `unused`,
+    also where one is given that the run would have loaded for nothing."""
+    if speculate == "draft" and draft is None:
+        found = "speculate: found 'draft', but there is no draft model"
+        raise UsageError(
+            f"{found}; open the model with draft=FOLDER", command_line=f"{found}; give --draft REF"
+        )
+    if unused and draft is not None and speculate in ("off", "lookup"):
+        raise UsageError(
+            f"draft: found {draft}, but speculate is {speculate!r}, which uses no draft model; "
+            "leave one of them out"
+        )
+
+
 def option_names() -> tuple[str, ...]:
     """The names that `SamplingOptions.from_mapping` acts on, those of transformers included."""
-    return (*_CHECKS, *ALIASES)
+    return (*RANGES, *ALIASES)
 
 
 def is_option(name: str) -> bool:
@@ -383,7 +284,7 @@ def _given(options):
     found = {}
     for name, value in options.items():
         ours = ALIASES.get(name, name)
-        if ours in _CHECKS:
+        if ours in RANGES:
             if ours in found:
                 raise UsageError(f"{name}: {ours} is the same option and was given too; keep one")
             found[ours] = defaults[ours] if value is None else value
@@ -409,7 +310,7 @@ def _published(generation_config, *, where, options, given):
     def decides(name, otherwise):
         if name in given or name not in found:
             return given.get(name, otherwise)
-        return _checked(name, found[name], where=where)
+        return checked(name, found[name], where=where)
 
     do_sample = decides("do_sample", False)
     run = Run(
@@ -424,13 +325,13 @@ def _published(generation_config, *, where, options, given):
             raise UnsupportedModelError(
                 f"{found}, or overrule it in Python with {name}=None", command_line=found
             )
-    checked = {name: _checked(name, read[name], where=where) for name in read if name in _CHECKS}
-    if checked.get("max_new_tokens") == 0:
+    found = {name: checked(name, read[name], where=where) for name in read if name in RANGES}
+    if found.get("max_new_tokens") == 0:
         raise CheckpointError(
             f"{where}: max_new_tokens: found 0, expected an integer from 1 up; "
             "overrule it with max_new_tokens (-n)"
         )
-    return checked
+    return found
 
 
 def _outside(name, token, vocab_size):

@@ -17,8 +17,8 @@ from jlayer.engine.device import has_flash
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import family_of
 from jlayer.interrupts import deferred
-from jlayer.model.cache import cache_struct, empty_cache, rows_struct
-from jlayer.model.products import Encoded, InBlob, dequantize, weight
+from jlayer.model.cache import Rows, cache_struct, empty_cache, rows_struct
+from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, multiply
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
@@ -45,18 +45,31 @@ def backend_compiles() -> int:
 @dataclass(frozen=True)
 class Size:
     """The shape of a chunk: `rows`, of which the first are a pane of `lanes` times `tokens`; tables
-    of `capacity` entries, and pools of `pool` rows."""
+    of `capacity` entries, and pools of `pool` rows. `fresh`: see `model.cache.Rows`."""
 
     rows: int
     lanes: int
     tokens: int
     capacity: int
     pool: int
+    fresh: int | None = None
 
     @property
     def attends(self) -> str:
         """What the programs that use the cache are compiled for, as a label."""
-        return f"{self.lanes}x{self.tokens} cache {self.capacity} of {self.pool}"
+        fresh = f" fresh {self.fresh}" if self.fresh else ""
+        return f"{self.lanes}x{self.tokens} cache {self.capacity} of {self.pool}{fresh}"
+
+    @property
+    def rows_struct(self) -> Rows:
+        """The shapes of its rows, as attention needs them."""
+        return rows_struct(
+            n_rows=self.rows,
+            lanes=self.lanes,
+            tokens=self.tokens,
+            capacity=self.capacity,
+            fresh=self.fresh,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Programs:
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0  # of the program with the most so far, as XLA reports
         self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
-        self._flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
+        self.flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
         self._compiled: dict = {}
 
     def calls(
@@ -121,7 +134,7 @@ class Programs:
         args = {
             part.leaf: jax.ShapeDtypeStruct((n_rows, part.shape[1]), part.dtype) for part in parts
         }
-        return self._get(f"embed {n_rows}", (), function, (args,))
+        return self.get(f"embed {n_rows}", (), function, (args,))
 
     def empty_cache(self, kind: LayerKind, *, n_rows: int) -> Callable:
         """The program () -> an empty pool of a layer, allocated on the device."""
@@ -129,7 +142,7 @@ class Programs:
         def make():
             return empty_cache(kind.cache, self.cfg, n_rows=n_rows, dtype=self.dtype)
 
-        return self._get(f"pool {n_rows}", (kind.cache,), make, ())
+        return self.get(f"pool {n_rows}", (kind.cache,), make, ())
 
     def grown_cache(self, kind: LayerKind, *, before: int, n_rows: int) -> Callable:
         """The program (a pool of `before` rows) -> the same with `n_rows` rows."""
@@ -141,7 +154,7 @@ class Programs:
             )
 
         struct = cache_struct(kind.cache, self.cfg, n_rows=before, dtype=self.dtype)
-        return self._get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
+        return self.get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
 
     def written_rows(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
         """The program (a pool, rows [R]) -> the entries in these rows, [R, ...] each."""
@@ -152,7 +165,34 @@ class Programs:
         struct = cache_struct(kind.cache, self.cfg, n_rows=pool, dtype=self.dtype)
         rows = jax.ShapeDtypeStruct((n_rows,), "int32")
         label = f"written rows {n_rows} of {pool}"
-        return self._get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
+        return self.get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
+
+    def products(self, tile: Tile, n_rows: int) -> Callable:
+        """The program ({weights of a tile, inputs [R, in] by width}) -> the product of each of its
+        matrices: to time its arithmetic."""
+        widths = {part.matrix: part.width for part in tile.parts}
+
+        def function(given):
+            weights = self._weights(tile, given["weights"])
+            inputs = given["inputs"]
+            return [product(inputs[str(widths[name])], weights[name]) for name in tile.heights]
+
+        inputs = {
+            width: jax.ShapeDtypeStruct((n_rows, int(width)), self.dtype)
+            for width in self.widths(tile)
+        }
+        given = {"weights": struct_of(tile), "inputs": inputs}
+        return self.get(f"timed {n_rows}", tile.signature, function, (given,))
+
+    def widths(self, tile: Tile) -> list[str]:
+        """The widths of a tile's matrices, each once, as keys of a dict."""
+        return sorted({str(p.width) for p in tile.parts if p.matrix in tile.heights})
+
+    def zeros(self, tile: Tile):
+        """A tile of zeros on the device."""
+        return jax.tree.map(
+            lambda one: jnp.zeros(one.shape, one.dtype, device=self.device), struct_of(tile)
+        )
 
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
@@ -160,7 +200,7 @@ class Programs:
 
         def function(given, consumed):
             layer = self._weights(tile, given["weights"]) | given["whole"]
-            rows = given["rows"].replace(flash=self._flash)
+            rows = given["rows"].replace(flash=self.flash)
             hidden, cache = block(tile.kind)(
                 layer, given["hidden"], consumed["cache"], rows, self.cfg
             )
@@ -169,7 +209,7 @@ class Programs:
         given = {"weights": struct_of(tile), "whole": self._whole(tile, whole)}
         given |= self._flow(tile, size, ("hidden", "rows"))
         label = f"block {size.rows} {size.attends}"
-        program = self._get(label, tile.signature, function, (given, self._cache(tile, size)))
+        program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, tuple(given), whole, uses_cache=True)
 
     def _rows(self, tile, size):
@@ -183,7 +223,7 @@ class Programs:
         given = {"weights": struct_of(tile), "x": self._struct(size, width)}
         heights = "+".join(map(str, tile.heights.values()))
         label = f"{tile.stage.name} {heights} {size.rows}"
-        program = self._get(label, tile.signature, function, (given, {}))
+        program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, ("weights", "x"))
 
     def _function(self, tile, size, wanted: Function, widths):
@@ -192,7 +232,7 @@ class Programs:
         def function(given, consumed):
             flow = given | consumed
             if "rows" in flow:
-                flow["rows"] = flow["rows"].replace(flash=self._flash)
+                flow["rows"] = flow["rows"].replace(flash=self.flash)
             weights, products = given.get("whole", {}), given.get("products")
             return call(wanted, flow, weights, products, cfg=self.cfg)
 
@@ -209,7 +249,7 @@ class Programs:
         sees_lanes = uses_cache or "rows" in wanted.reads
         label = f"{wanted.name} {size.rows}" + (f" {size.attends}" if sees_lanes else "")
         key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
-        program = self._get(label, key, function, (given, consumed))
+        program = self.get(label, key, function, (given, consumed))
         return Call(program, tuple(given), wanted.whole, uses_cache)
 
     def _head(self, tile, size, n_wanted):
@@ -228,7 +268,7 @@ class Programs:
         given |= self._flow(tile, size, ("hidden",))
         given["wanted"] = jax.ShapeDtypeStruct((n_wanted,), "int32")
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
-        program = self._get(label, tile.signature, function, (given, {}))
+        program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, tuple(given), function_of_input.whole)
 
     def _weights(self, tile, put):
@@ -245,7 +285,7 @@ class Programs:
             for name, pieces_of_leaf in pieces.items()
         }
 
-    def _get(self, label, key, function, args, *, reuses=True):
+    def get(self, label, key, function, args, *, reuses=True):
         """The compiled program of this label and key; compiles are counted by the label alone.
 
         With two arguments it reuses the memory of the second.
@@ -275,9 +315,7 @@ class Programs:
         shapes = {
             "hidden": lambda: self._struct(size, self.cfg.hidden_size),
             "x": lambda: self._struct(size, tile.parts[0].width),
-            "rows": lambda: rows_struct(
-                n_rows=size.rows, lanes=size.lanes, tokens=size.tokens, capacity=size.capacity
-            ),
+            "rows": lambda: size.rows_struct,
         }
         return {name: shapes[name]() for name in names}
 

@@ -24,6 +24,12 @@ class Stats:
     reads: str = "direct"
     lanes: int = 0  # the most in one of its forward passes
     rows: int = 0  # of all its forward passes
+    drafted: int = 0  # guessed tokens
+    verified: int = 0  # those of them that rode in a forward pass
+    accepted_by_depth: list[int] = field(default_factory=list)  # drawn as guessed, by place
+    draft_s: float = 0.0  # guessing
+    sweep_s: float = 0.0  # forward passes that verified guesses
+    sharpness: float | None = None
 
     @property
     def tokens_per_sweep(self) -> float:
@@ -52,7 +58,26 @@ class Stats:
             "reads": self.reads,
             "lanes": self.lanes,
             "rows": self.rows,
+            "drafted": self.drafted,
+            "verified": self.verified,
+            "accepted_by_depth": list(self.accepted_by_depth),
+            "draft_s": round(self.draft_s, 4),
+            "sweep_s": round(self.sweep_s, 4),
+            "sharpness": None if self.sharpness is None else round(self.sharpness, 4),
         }
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a forward pass: guessing ahead of it, the pass itself, drawing tokens after it."""
+
+    drafting: float
+    sweep: float
+    drawing: float
+
+    @property
+    def total(self) -> float:
+        return self.drafting + self.sweep + self.drawing
 
 
 class Account:
@@ -64,13 +89,25 @@ class Account:
         self.n_tokens = 0  # drawn so far
         self._before = 0  # drawn before the present pass
 
-    def count(self, seconds: float, moved: dict[str, float], *, lanes: int, rows: int) -> None:
+    def guess(self, drafted: int, verified: int, accepted: int) -> None:
+        """Counts the guesses of a lane for a forward pass, and how many in a row were right."""
+        stats = self.stats
+        stats.drafted += drafted
+        stats.verified += verified
+        longer = accepted - len(stats.accepted_by_depth)
+        stats.accepted_by_depth += [0] * longer
+        for depth in range(accepted):
+            stats.accepted_by_depth[depth] += 1
+
+    def count(self, seconds: Seconds, moved: dict[str, float], *, lanes: int, rows: int) -> None:
         """Counts a forward pass once its tokens are drawn."""
         stats = self.stats
+        stats.draft_s += seconds.drafting
+        stats.sweep_s += seconds.sweep
         if self._before == 0:
-            stats.prefill_s += seconds
+            stats.prefill_s += seconds.total
         else:
-            stats.decode_s += seconds
+            stats.decode_s += seconds.total
             stats.decode_sweeps += 1
         self._before = stats.new_tokens = self.n_tokens
         stats.sweeps += 1

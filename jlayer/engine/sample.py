@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,9 +73,8 @@ def choose(
     else:
         assert options.seed is not None, "options.seeded() draws the seed, once for all tokens"
         ids, weights = candidates(scores, options=options)
-        position = len(history) - padding.n_tokens
-        noise = _noise(ids, seed=options.seed, sequence=sequence, position=position)
-        token = int(ids[np.argmax(weights + noise)])
+        key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
+        token = int(ids[np.argmax(weights + noise(ids, key))])
     if options.logprobs is None:
         return Choice(token)
     return _with_logprobs(token, logits, n_top=options.logprobs)
@@ -152,17 +152,49 @@ def gumbel(words: np.ndarray) -> np.ndarray:
     return -np.log(-np.log(((words >> np.uint64(12)) + 0.5) * 2.0**-52))
 
 
-def _noise(ids, *, seed, sequence, position):
-    """Gumbel noise of ascending `ids`. It depends only on each id and the three numbers.
+class NoiseKey(NamedTuple):
+    """What the noise of a token depends on, besides its id."""
+
+    seed: int
+    sequence: int
+    position: int
+
+
+BLOCK_WORDS = 4  # of Philox4x64
+# Up to one id in so many, blocks are taken one by one: 48 ids of 128k in 0.1 ms instead of 0.4.
+SPARSE = 640
+
+
+def noise_words(count: int, key: NoiseKey) -> np.ndarray:
+    """The words of the first `count` tokens, uint64; `gumbel` makes noise of them.
 
     Philox4x64-10 (Salmon et al., 2011) with key (seed, 0) and counter (block, position, sequence,
     0), blocks from 1; word i of the stream belongs to token i. Uses raw words: numpy guarantees
-    them across versions, unlike Generator's distributions. Logarithms are expensive, so they are
-    taken only of the words in use.
+    them across versions, unlike Generator's distributions.
     """
-    counter = np.array([0, position, sequence, 0], dtype=np.uint64)
-    stream = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter)
-    return gumbel(stream.random_raw(int(ids[-1]) + 1)[ids])
+    return _stream(key).random_raw(count)
+
+
+def noise(ids: np.ndarray, key: NoiseKey) -> np.ndarray:
+    """Gumbel noise of ascending `ids`, float64. Logarithms are expensive, so they are taken only of
+    the words in use."""
+    n_words = int(ids[-1]) + 1
+    if len(ids) * SPARSE > n_words:
+        return gumbel(noise_words(n_words, key)[ids])
+    stream, words, next_block = _stream(key), np.empty(len(ids), np.uint64), 0
+    for place, token in enumerate(ids.tolist()):
+        block, word = divmod(token, BLOCK_WORDS)
+        if block >= next_block:
+            stream.advance(block - next_block)
+            found = stream.random_raw(BLOCK_WORDS)
+            next_block = block + 1
+        words[place] = found[word]
+    return gumbel(words)
+
+
+def _stream(key):
+    counter = np.array([0, key.position, key.sequence, 0], dtype=np.uint64)
+    return np.random.Philox(key=np.array([key.seed, 0], dtype=np.uint64), counter=counter)
 
 
 def _penalise_repetition(scores, history, *, penalty):

@@ -96,6 +96,13 @@ SAMPLING_ONLY = frozenset(("temperature", *_FILTERS, "num_return_sequences"))
 _DETAILS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
 
 
+# What to do instead of an argument that is refused, besides leaving it out.
+_INSTEAD = {
+    "assistant_model": "and open the model with draft=FOLDER instead",
+    "assistant_tokenizer": "and open the model with a draft of the same tokenizer: draft=FOLDER",
+}
+
+
 def is_read(name: str, run: Run) -> bool:
     """Whether a run looks at an option that the model's makers published."""
     if name in SAMPLING_ONLY:
@@ -120,7 +127,9 @@ def is_among(value, values: Iterable) -> bool:
 
 def refusal(name: str, value) -> str:
     """What the user is told of an argument of theirs."""
-    return f"{name}: found {reprlib.repr(value)}, which jlayer does not support; leave it out"
+    instead = f", {_INSTEAD[name]}" if name in _INSTEAD else ""
+    found = f"{name}: found {reprlib.repr(value)}, which jlayer does not support"
+    return f"{found}; leave it out{instead}"
 
 
 def published_refusal(name: str, value) -> str:

@@ -4,6 +4,7 @@ tensor of a complete checkpoint."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import lru_cache
 
 from jlayer.families.base import LAYER_PREFIX, Family, LayerKind, Stage, one
@@ -42,6 +43,13 @@ def family_of(cfg: ModelConfig) -> Family:
 def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
     """The kind of each decoder layer, with the leaves that this model has."""
     return family_of(cfg).kinds(cfg)
+
+
+@lru_cache(maxsize=64)
+def counted_kinds(cfg: ModelConfig) -> tuple[tuple[LayerKind, int], ...]:
+    """(a kind of layer, the number of layers of it), for every kind: sums over the layers need no
+    more."""
+    return tuple(Counter(layer_kinds(cfg)).items())
 
 
 def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:

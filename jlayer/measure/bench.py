@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -76,7 +77,7 @@ class Bench:
         arrays, rows = self._stand_ins(tiles), []
         for n_tokens in self.sizes:
             self._run_layer(tiles, arrays, n_tokens)
-            seconds = _repeat(lambda n=n_tokens: self._run_layer(tiles, arrays, n))
+            seconds = repeat(lambda n=n_tokens: self._run_layer(tiles, arrays, n))
             limits = self._arithmetic(n_bytes, self.layer_weights, n_tokens)
             rows.append(_row(n_tokens, n_bytes, seconds, [limits] * len(seconds)))
         return rows
@@ -123,7 +124,7 @@ class Bench:
 
     def first_sweep(self) -> float:
         """Seconds of the first sweep, which also fills the tiers; no other figure includes it."""
-        return _timed(lambda: self.sweep(1))
+        return timed(lambda: self.sweep(1))
 
     def measure_sweeps(self) -> list[dict]:
         """Times whole sweeps of every size in turn; if weights move at all, also one without
@@ -134,7 +135,7 @@ class Bench:
         disk = RawDisk(self.engine.files_of(Tier.DISK)) if self.disk_bytes else None
         began, rounds = time.perf_counter(), 0
         before = self.read_raw(disk)
-        while not _enough(rounds, time.perf_counter() - began):
+        while not enough(rounds, time.perf_counter() - began):
             for n in sizes:
                 seconds[n].append(self._time_sweeps(n, from_disk=disk is not None))
                 after = self.read_raw(disk)
@@ -158,7 +159,7 @@ class Bench:
         that are partly read.
         """
         if not from_disk:
-            return _timed(lambda: self.sweep(n_tokens))
+            return timed(lambda: self.sweep(n_tokens))
         began = time.perf_counter()
         self.sweep(n_tokens)
         is_long = time.perf_counter() - began > LONG_S
@@ -166,7 +167,7 @@ class Bench:
 
     def time_in_a_row(self, n_tokens: int, count: int) -> float:
         """Seconds of a sweep, of so many in a row."""
-        return _timed(lambda: [self.sweep(n_tokens) for _ in range(count)]) / count
+        return timed(lambda: [self.sweep(n_tokens) for _ in range(count)]) / count
 
     def read_raw(self, disk: RawDisk | None) -> float | None:
         """Measures the disk's speed for about as long as a sweep, within reason, and keeps it."""
@@ -230,7 +231,7 @@ def _row(n_tokens, n_bytes, seconds, limits):
     }
 
 
-def _repeat(function, *, most: int = 15, seconds: float = 0.6):
+def repeat(function: Callable, *, most: int = 15, seconds: float = 0.6) -> list:
     """The results of repeated calls, for about `seconds`: at least three, at most `most`."""
     results, began = [], time.perf_counter()
     while len(results) < 3 or (len(results) < most and time.perf_counter() - began < seconds):
@@ -239,13 +240,15 @@ def _repeat(function, *, most: int = 15, seconds: float = 0.6):
     return results
 
 
-def _timed(function):
+def timed(function: Callable) -> float:
+    """Seconds of a call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
-def _enough(rounds, spent):
+def enough(rounds: int, spent: float) -> bool:
+    """Whether so many rounds of all sizes, which took so many seconds, do for a median."""
     if rounds >= LEAST_ROUNDS:
         return rounds >= MOST_ROUNDS or spent > ENOUGH_S
     return rounds > 0 and spent > TOO_LONG_S

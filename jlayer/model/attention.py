@@ -1,8 +1,9 @@
 """Grouped-query attention of a pane of lanes, in two parts.
 
 A row sees all committed entries of its lane, through the lane's table of pool rows, and its
-ancestors among the rows of its own chunk. Each part gives a running softmax (maximum, sum, mixed
-values); parts are merged exactly, by log-sum-exp. So entries may come in any number of pieces.
+ancestors among the rows of its own chunk, or among all rows of a tree that grows chunk by chunk.
+Each part gives a running softmax (maximum, sum, mixed values); parts are merged exactly, by
+log-sum-exp. So entries may come in any number of pieces.
 
 The committed part needs no mask but a length. Where `Rows.flash` says that the device has it, this
 part is cuDNN's flash attention; elsewhere, and for the chunk's own rows, plain arithmetic.
@@ -35,7 +36,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
     Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
     are padding and give zeros.
     """
-    (b, s), t = rows.table.shape, rows.seen.shape[-1]
+    (b, s), t = rows.table.shape, rows.seen.shape[1]
     # What nobody sees has the weight 0, and 0 times a value that is not finite is none either: one
     # lane's overflow would spoil others. So padding is zeros, here and in `gathered`.
     real = (rows.write < cache.k.shape[0])[:, None, None]
@@ -51,7 +52,11 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
     def attend(group):
         return _attend(*group, cache=cache, pieces=pieces)
 
-    given = (pane(q), pane(k), pane(v), lanes(rows.table), lanes(rows.length), lanes(rows.seen))
+    if rows.fresh is None:
+        own = (pane(k), pane(v))
+    else:
+        own = tuple(lanes(gathered(entry, rows.fresh, q.dtype)) for entry in (cache.k, cache.v))
+    given = (pane(q), *own, lanes(rows.table), lanes(rows.length), lanes(rows.seen))
     if pieces.lanes == b:
         mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
     else:
@@ -66,7 +71,12 @@ def _attend(q, k, v, table, length, seen, *, cache, pieces):
 
     def fresh(state, piece):
         k, v, seen = piece
-        return merge(state, attend_to(grouped, k, v, seen)), None
+        # As for padding: a guess without numbers would spoil others beside it. It spoils those
+        # that see it.
+        finite = jnp.isfinite(v)
+        more = attend_to(grouped, k, jnp.where(finite, v, 0), seen)
+        spoilt = (seen & ~finite.all(axis=(2, 3))[:, None]).any(axis=2)[:, None, None, :, None]
+        return merge(state, more.replace(values=jnp.where(spoilt, jnp.nan, more.values))), None
 
     def committed(state, piece):
         table, first = piece

@@ -33,7 +33,9 @@ class Rows:
 
     The first B*T rows are a pane: B lanes with T rows each. A row of lane b sees the first
     `length[b]` entries of the lane's table, and the rows of its lane that `seen` marks: its
-    ancestors in the chunk, and itself. `flash`: whether the device has flash attention for the
+    ancestors in the chunk, and itself. `fresh`: where the ancestors came in earlier chunks of one
+    tree, the pool rows of the tree so far, this chunk's own among them: `seen` is over these then.
+    `flash`: whether the device has flash attention for the
     compute dtype and the head size. It is no array: a program is compiled for it.
     """
 
@@ -41,7 +43,8 @@ class Rows:
     write: jax.Array  # [R] the pool row that each is written to; beyond the pool: none
     table: jax.Array  # [B, S] pool rows; beyond the pool from `length` on
     length: jax.Array  # [B]
-    seen: jax.Array  # [B, T, T] bool
+    seen: jax.Array  # [B, T, T], or [B, T, M] with `fresh`; bool
+    fresh: jax.Array | None = None  # [B, M] pool rows; beyond the pool: none
     flash: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -51,14 +54,17 @@ def cache_struct(spec: CacheSpec, cfg: ModelConfig, *, n_rows: int, dtype: str) 
     return LayerCache(**{name: jax.ShapeDtypeStruct(shape, kept) for name, shape in shapes.items()})
 
 
-def rows_struct(*, n_rows: int, lanes: int, tokens: int, capacity: int) -> Rows:
-    """The shapes of a chunk's `Rows`: R, B, T and S."""
+def rows_struct(
+    *, n_rows: int, lanes: int, tokens: int, capacity: int, fresh: int | None = None
+) -> Rows:
+    """The shapes of a chunk's `Rows`: R, B, T and S, and M where there are `fresh` rows."""
     return Rows(
         positions=jax.ShapeDtypeStruct((n_rows,), "int32"),
         write=jax.ShapeDtypeStruct((n_rows,), "int32"),
         table=jax.ShapeDtypeStruct((lanes, capacity), "int32"),
         length=jax.ShapeDtypeStruct((lanes,), "int32"),
-        seen=jax.ShapeDtypeStruct((lanes, tokens, tokens), "bool"),
+        seen=jax.ShapeDtypeStruct((lanes, tokens, fresh or tokens), "bool"),
+        fresh=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
     )
 
 

@@ -60,6 +60,15 @@ class Encoded:
         return next(iter(self.pieces.values())).shape[0]
 
 
+@struct.dataclass
+class ScaledRows:
+    """A matrix in int8 with one scale a row. The scale is applied to the product, so XLA reads the
+    small integers in the product itself, and no decoded copy is made."""
+
+    q: jax.Array  # [out, in] int8
+    scale: jax.Array  # [out] float32
+
+
 def weight(pieces: dict, *, encoding: str, block_bytes: int):
     """A vector, or some rows of a matrix, from its pieces: an array if it is plain, else Encoded.
 
@@ -80,6 +89,9 @@ def product(x, weight):
     float32 inputs need full precision: accelerators otherwise round them to tf32. On the CPU the
     float32 result avoids an upcast of the whole bfloat16 matrix.
     """
+    if isinstance(weight, ScaledRows):
+        y = _plain_product(x, weight.q.astype(x.dtype))
+        return y * weight.scale.reshape((1,) * (y.ndim - 1) + (-1,))
     if isinstance(weight, Encoded):
         return PRODUCTS[ENCODINGS[weight.encoding].product](x, weight)
     return _plain_product(x, weight.astype(x.dtype))
@@ -175,6 +187,20 @@ def _parts_product(x, parts):
 def dequantize(weight: Encoded, width: int):
     """The decoded weights, float32 [out, in]; `width` is in."""
     return jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
+
+
+def embedded(table, ids, *, width: int, dtype):
+    """Rows of an embedding table of any form: ids [R] -> [R, width] in `dtype`."""
+
+    def rows(array):
+        return array.at[ids].get(mode="clip")
+
+    found = jax.tree.map(rows, table)
+    if isinstance(table, ScaledRows):
+        return (found.q.astype(jnp.float32) * found.scale[:, None]).astype(dtype)
+    if isinstance(table, Encoded):
+        return dequantize(found, width).astype(dtype)
+    return found.astype(dtype)
 
 
 def _parts(weight, first, count, width):

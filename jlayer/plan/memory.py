@@ -7,9 +7,9 @@ XLA's own figures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-from jlayer.families.base import LayerKind
-from jlayer.families.registry import family_of, layer_kinds
+from jlayer.families.registry import counted_kinds, family_of
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import CHUNK_ROWS, Shapes, pool_rows, power_of_two, rows_for
@@ -22,6 +22,9 @@ LOGIT_BYTES = 5  # of a returned logit: a float32, and the flag of the check tha
 # Threads that draw tokens of many lanes at once, and bytes for each logit that one works on.
 DRAWERS = 8
 DRAWN_BYTES = 32
+# What guessing keeps on the host: noise of positions, and the texts that are looked up.
+NOISE_BYTES, TEXT_BYTES = 32 << 20, 16 << 20
+GUESSING_BYTES = NOISE_BYTES + TEXT_BYTES
 
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
@@ -68,12 +71,13 @@ def run_needs(
 
 def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
     """The needs of the tiles that stay on the device or in host memory."""
-    kept = list(zip(tiling.shapes, tiers, strict=True))
+    on_device = zip(tiling.device_sizes, tiers, strict=True)
+    in_host = [size for size, tier in zip(tiling.sizes, tiers, strict=True) if tier is Tier.HOST]
     return [
         Need(
             "resident",
-            device=sum(tile.device_bytes for tile, tier in kept if tier is Tier.DEVICE),
-            host=sum(tile.n_bytes + tiling.slack for tile, tier in kept if tier is Tier.HOST),
+            device=sum(size for size, tier in on_device if tier is Tier.DEVICE),
+            host=sum(in_host) + len(in_host) * tiling.slack,
         )
     ]
 
@@ -81,15 +85,19 @@ def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
 def resident_bytes(weights: Weights) -> int:
     """Bytes of the small leaves that stay on the device, in the compute dtype."""
     cfg = weights.cfg
-    leaves = [leaf for kind in layer_kinds(cfg) for leaf in kind.kept_in(Place.DEVICE)]
     sizes = axis_sizes(cfg)
-    numbers = sum(sizes[leaf.axes[0]] for leaf in (*leaves, family_of(cfg).final_norm))
+    numbers = sizes[family_of(cfg).final_norm.axes[0]]
+    for kind, n_layers in counted_kinds(cfg):
+        numbers += n_layers * sum(sizes[leaf.axes[0]] for leaf in kind.kept_in(Place.DEVICE))
     return numbers * ITEM_BYTES[weights.dtype]
 
 
 def cache_bytes(cfg: ModelConfig, n_rows: int, *, item_bytes: int) -> int:
     """Bytes of the pools of all layers, of `n_rows` rows each."""
-    return sum(kind.cache.n_elements(cfg, n_rows=n_rows) * item_bytes for kind in layer_kinds(cfg))
+    return item_bytes * sum(
+        kind.cache.n_elements(cfg, n_rows=n_rows) * n_layers
+        for kind, n_layers in counted_kinds(cfg)
+    )
 
 
 # Pools in host memory come to the device one after another: one is used, the next is on its way.
@@ -102,8 +110,8 @@ def _cache_need(cfg, tier, pool, n_rows, *, item_bytes):
     whole = cache_bytes(cfg, pool, item_bytes=item_bytes)
     if tier is Tier.DEVICE:
         return Need("cache", device=whole)
-    largest = max(kind.cache.n_elements(cfg, n_rows=1) for kind in layer_kinds(cfg)) * item_bytes
-    on_host = whole + len(layer_kinds(cfg)) * 2 * ALIGNMENT
+    largest = max(kind.cache.n_elements(cfg, n_rows=1) for kind in _kinds(cfg)) * item_bytes
+    on_host = whole + cfg.num_hidden_layers * 2 * ALIGNMENT
     return Need(
         "cache",
         device=POOLS_ON_DEVICE * largest * (pool + n_rows),
@@ -121,8 +129,8 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     tables = _tables_bytes(shapes)
     if whole:
         return n_rows * 2 * width * item_bytes + tables
-    each = 3 * width + max(_stage_width(cfg, kind) for kind in _kinds(cfg))
-    joined = shapes.chunk * _widest_product(cfg) * item_bytes
+    each = 3 * width + _widest_stage(cfg)
+    joined = shapes.chunk * widest_product(cfg) * item_bytes
     return n_rows * each * item_bytes + tables + joined
 
 
@@ -133,18 +141,21 @@ def _tables_bytes(shapes):
     return 2 * 4 * shapes.n_rows + tables + 2 * shapes.chunk**2
 
 
-def _stage_width(cfg, kind: LayerKind):
-    """Numbers per token of the largest stage of a layer: its input and its products, or its
-    products twice if they go to the cache."""
-    most = 0
-    for stage in kind.stages:
-        products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
-        width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
-        most = max(most, 2 * products if _uses_cache(stage) else width + products)
-    return most
+@lru_cache(maxsize=64)
+def _widest_stage(cfg):
+    """Numbers per token of the largest stage: its input and its products, or its products twice if
+    they go to the cache."""
+    return max(_stage_width(cfg, kind, stage) for kind in _kinds(cfg) for stage in kind.stages)
 
 
-def _widest_product(cfg):
+def _stage_width(cfg, kind, stage):
+    products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
+    width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
+    return 2 * products if _uses_cache(stage) else width + products
+
+
+@lru_cache(maxsize=64)
+def widest_product(cfg: ModelConfig) -> int:
     """Numbers per token of the widest product, of the stages that do not use the cache."""
     return max(
         _height(cfg, kind, group.leaves[0])
@@ -164,12 +175,12 @@ def _height(cfg, kind, leaf):
 
 
 def _kinds(cfg):
-    return set(layer_kinds(cfg))
+    return [kind for kind, _ in counted_kinds(cfg)]
 
 
 def logits_bytes(cfg: ModelConfig, shapes: Shapes, tiling: Tiling) -> int:
-    """Bytes of the logits of one program of the head: of every row, or of one for each lane."""
-    n_rows = shapes.chunk if shapes.all_logits else rows_for(min(shapes.batch, shapes.chunk))
+    """Bytes of the logits of one program of the head: of every row, or of the wanted ones."""
+    n_rows = shapes.chunk if shapes.all_logits else rows_for(min(shapes.wanted, shapes.chunk))
     return n_rows * tiling.head_rows * 4
 
 
@@ -182,40 +193,31 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     cfg = weights.cfg
     from_attention = attention_temporary_bytes(cfg, shapes, platform=platform)
     n_rows = shapes.chunk
-    decoded = max(
-        sum(_decoded_bytes(part, weights.dtype, platform) for part in tile.parts)
-        for tile, _ in tiling.distinct
-    )
+    decoded = tiling.decoded_bytes
     if tiling.is_whole:
         # The products of the blocks of a decoded matrix are copied once more, to order them.
         is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)
-        mlp = (3 if is_plain else 4) * 4 * n_rows * _widest_product(cfg)
+        mlp = (3 if is_plain else 4) * 4 * n_rows * widest_product(cfg)
         return decoded + max(from_attention, mlp) + 2 * 4 * n_rows * cfg.hidden_size
-    heights = max(sum(tile.heights.values()) for tile, _ in tiling.distinct)
-    widest = max(cfg.hidden_size, _widest_product(cfg))
-    product = 3 * 4 * n_rows * heights + 4 * n_rows * widest
+    widest = max(cfg.hidden_size, widest_product(cfg))
+    product = 3 * 4 * n_rows * tiling.most_rows + 4 * n_rows * widest
     return max(decoded + product, from_attention, 4 * 4 * n_rows * widest)
-
-
-def _decoded_bytes(part, dtype, platform):
-    """Bytes of the decoded copy of a matrix that a program makes before the product."""
-    if not part.n_weights:
-        return 0
-    n_rows = part.n_weights // part.width
-    return part.encoding.decoded_bytes(n_rows, part.width, dtype=dtype, platform=platform)
 
 
 def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
     """Bytes of attention's temporaries: the largest of all panes that a chunk may be. A plan does
     not know the card: with or without flash attention, whichever takes more."""
+    lanes = power_of_two(shapes.batch)
+    return _most_pane_bytes(cfg, shapes.chunk, lanes, shapes.capacities, platform)
+
+
+@lru_cache(maxsize=1024)
+def _most_pane_bytes(cfg, chunk, lanes, capacities, platform):
     return max(
-        _pane_bytes(
-            cfg, shapes.chunk, min(shapes.chunk // tokens, lanes), tokens, capacity, flash=flash
-        )
-        for lanes in [power_of_two(shapes.batch)]
+        _pane_bytes(cfg, chunk, min(chunk // tokens, lanes), tokens, capacity, flash=flash)
         for tokens in (1, *CHUNK_ROWS)
-        if tokens <= shapes.chunk
-        for capacity in shapes.capacities
+        if tokens <= chunk
+        for capacity in capacities
         for flash in ((True, False) if platform == "gpu" else (False,))
     )
 
@@ -242,11 +244,11 @@ def _pane_bytes(cfg, n_rows, lanes, tokens, capacity, *, flash):
 
 
 def _rows_and_logits(weights, machine, shapes, tiling):
-    """Host bytes of embedding rows for the device, and of logits that come back."""
+    """Host bytes of embedding rows for the device, of logits that come back, and of guessing."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     rows = shapes.n_rows * cfg.hidden_size * (item + 8)
-    drawn = (4 * shapes.batch + DRAWN_BYTES * min(shapes.batch, DRAWERS)) * cfg.vocab_size
+    drawn = (4 * shapes.wanted + DRAWN_BYTES * min(shapes.batch, DRAWERS)) * cfg.vocab_size
     copies = OUTGOING if machine.kind.has_link else 1
     logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)
     kept = shapes.single_array * shapes.n_rows * cfg.vocab_size * LOGIT_BYTES
-    return rows + drawn + logits + kept
+    return rows + drawn + logits + kept + (GUESSING_BYTES if shapes.nodes else 0)

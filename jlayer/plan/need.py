@@ -7,7 +7,7 @@ the budgets; nothing is allocated before the sums fit.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from jlayer.sizes import human
 
@@ -51,6 +51,13 @@ class HostMemory:
     runtime_bytes: int = 0
 
 
+# The terms of each; a plan adds them up thousands of times.
+TERMS = {
+    memory: tuple(field.name for field in fields(memory) if field.name != "budget_bytes")
+    for memory in (DeviceMemory, HostMemory)
+}
+
+
 def device_memory(budget: int, needs: Iterable[Need]) -> DeviceMemory:
     return DeviceMemory(budget, **_by_term(DeviceMemory, needs, "device"))
 
@@ -61,7 +68,7 @@ def host_memory(budget: int, needs: Iterable[Need]) -> HostMemory:
 
 def total(memory: DeviceMemory | HostMemory) -> int:
     """The sum of all terms, in bytes."""
-    return sum(value for name, value in asdict(memory).items() if name != "budget_bytes")
+    return sum(getattr(memory, name) for name in TERMS[type(memory)])
 
 
 def memory_name(field: str) -> str:
@@ -72,14 +79,12 @@ def memory_name(field: str) -> str:
 
 def terms(memory: DeviceMemory | HostMemory) -> str:
     """The sum as text, without terms of 0 bytes."""
-    sizes = {
-        memory_name(name): value for name, value in asdict(memory).items() if name != "budget_bytes"
-    }
+    sizes = {memory_name(name): getattr(memory, name) for name in TERMS[type(memory)]}
     return " + ".join(f"{name} {human(value)}" for name, value in sizes.items() if value)
 
 
 def _by_term(memory, needs, side):
-    sums = {field.name: 0 for field in fields(memory) if field.name != "budget_bytes"}
+    sums = dict.fromkeys(TERMS[memory], 0)
     for need in needs:
         if n_bytes := getattr(need, side):
             sums[f"{need.term}_bytes"] += n_bytes

@@ -7,16 +7,18 @@ alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import memory, time
+from jlayer.plan.draft import draft_need
+from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import CACHE_PINNED, READING, Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host_memory, total
 from jlayer.plan.need import terms as terms_of
-from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes, together
+from jlayer.plan.shapes import RunShape, Shapes, pool_rows, together
 from jlayer.plan.tiles import Tier, Tile, Tiling, Weights, cut
 from jlayer.sizes import human
 
@@ -24,7 +26,6 @@ from jlayer.sizes import human
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
 # Device memory left free when tiles that stay fill the rest.
 RESERVE_BYTES = 96 << 20
-LARGEST_FIRST = CHUNK_ROWS[::-1]
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Plan:
 
     def tier_bytes(self, tier: Tier) -> int:
         """Bytes of the tiles in a tier, those of the head included."""
-        pairs = zip(self.tiling.shapes, self.tiers, strict=True)
-        return sum(tile.n_bytes for tile, its_tier in pairs if its_tier is tier)
+        pairs = zip(self.tiling.sizes, self.tiers, strict=True)
+        return sum(size for size, its_tier in pairs if its_tier is tier)
 
     @property
     def put_bytes(self) -> int:
@@ -210,28 +211,30 @@ class Plan:
 
     def check(self) -> None:
         """Raises DoesNotFitError, with each sum over its budget and the smallest sufficient one."""
-        device = self.device
+        device, host, has_link = self.device, self.host, self.machine.kind.has_link
         tokens = device.cache_bytes + device.activation_bytes + device.temporary_bytes
-        shared = 0 if self.machine.kind.has_link else tokens  # there the host holds these too
+        shared, draft = (0, 0) if has_link else (tokens, device.draft_bytes)  # the host holds these
         problems = [
-            self._over("device_memory", device, tokens),
-            self._over("host_memory", self.host, self.host.embedding_bytes + shared),
+            self._over("device_memory", device, tokens, device.draft_bytes),
+            self._over("host_memory", host, host.embedding_bytes + shared, draft),
         ]
         if any(problems):
             line = "; ".join(filter(None, problems))
             raise DoesNotFitError(line, report={"plan": self.as_dict()})
 
-    def _over(self, option, memory_of, token_bytes):
+    def _over(self, option, memory_of, token_bytes, draft_bytes):
         """What to say of a budget that is too small; None where it is not. `token_bytes`: what
-        fewer tokens would save at most."""
-        peak = total(memory_of)
-        if peak <= memory_of.budget_bytes:
+        fewer tokens would save at most. `draft_bytes`: of the draft model."""
+        peak, budget = total(memory_of), memory_of.budget_bytes
+        if peak <= budget:
             return None
         others = f" beside {self.n_held} other runs that are alive" if self.n_held else ""
-        advice = ", or ask for fewer tokens" if peak - token_bytes <= memory_of.budget_bytes else ""
+        advice = ", or ask for fewer tokens" if peak - token_bytes <= budget else ""
+        if draft_bytes and peak - draft_bytes <= budget:
+            advice += ", or take a smaller draft model, or none"
         advice += ", or end other runs" if self.n_held else ""
         return (
-            f"{option}: {human(memory_of.budget_bytes)} given, needed{others} are {human(peak)} = "
+            f"{option}: {human(budget)} given, needed{others} are {human(peak)} = "
             f"{terms_of(memory_of)}; give at least {-(-peak // 2**20)}MiB{advice}"
         )
 
@@ -244,31 +247,29 @@ def make_plan(
     held: Sequence[RunShape] = (),
     least_pool: int = 0,
     keeps_layers: bool = True,
-    known: Tiling | None = None,
+    tilings: dict[int | None, Tiling] | None = None,
+    draft: Weights | None = None,
 ) -> Plan:
     """The plan of the fastest forward pass that fits: tiles, chunk of rows, tiers.
 
-    `held`: other live runs. `least_pool`: the rows that the pools have. `known`: an existing tiling
-    of this model, to reuse. Prompts are split over several forward passes, and pools are in host
-    memory, only where nothing fits otherwise: whichever takes less time. If nothing fits at all,
-    the plan that needs least memory (`fits` is False; `check`
+    `held`: other live runs. `least_pool`: the rows that the pools have. `tilings`: existing ones of
+    this model by the tile size that was asked for, to reuse; new ones are added. `draft`: the
+    weights of a draft model, which the device holds too. Prompts are split over several forward
+    passes, and pools are in host memory, only where nothing fits otherwise: whichever takes less
+    time. If nothing fits at all, the plan that needs least memory (`fits` is False; `check`
     refuses).
     """
-    tilings: dict = {} if known is None else {known.wanted: known}
-
-    def tiled(tile_bytes):
-        if tile_bytes not in tilings:
-            tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
-        return tilings[tile_bytes]
+    tilings = {} if tilings is None else tilings
 
     def bare(tile_bytes, limits):
-        return bare_plan(weights, machine, tiled(tile_bytes), run, held, limits, least_pool)
+        tiling = tiling_of(tilings, weights, machine, tile_bytes)
+        return bare_plan(weights, machine, tiling, run, held, limits, least_pool, draft)
 
     def fastest(rows, cache):
         """The plan of the fastest forward pass by these limits; None where none fits."""
         best = None
         for tile_bytes in TILE_BYTES:
-            of_chunks = (bare(tile_bytes, Limits(most, rows, cache)) for most in LARGEST_FIRST)
+            of_chunks = (bare(tile_bytes, Limits(most, rows, cache)) for most in chunk_rows)
             # Smaller chunks only cost dispatches.
             found = next((plan for plan in of_chunks if plan.fits), None)
             if found is None:
@@ -281,10 +282,11 @@ def make_plan(
         return best
 
     smallest, candidates = None, []
+    chunk_rows = chunk_limits(run, *held)
     for rows in row_limits(run, *held):
         for cache in (Tier.DEVICE, Tier.HOST):
             # Whole layers, or the smallest tiles, need least memory.
-            limits = Limits(CHUNK_ROWS[0], rows, cache)
+            limits = Limits(chunk_rows[-1], rows, cache)
             least = [bare(tile_bytes, limits) for tile_bytes in (TILE_BYTES[0], TILE_BYTES[-1])]
             smallest = min(filter(None, (smallest, *least)), key=lambda p: p.device_peak_bytes)
             best = fastest(rows, cache) if any(plan.fits for plan in least) else None
@@ -294,19 +296,18 @@ def make_plan(
     return min(candidates, key=lambda plan: run_seconds(plan, run), default=smallest)
 
 
+def tiling_of(
+    tilings: dict[int | None, Tiling], weights: Weights, machine: Machine, tile_bytes: int | None
+) -> Tiling:
+    """The tiling of this tile size: of `tilings`, to which it is added where it is not there."""
+    if tile_bytes not in tilings:
+        tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
+    return tilings[tile_bytes]
+
+
 def run_seconds(plan: Plan, run: RunShape) -> float:
     """About the seconds of all forward passes of a run."""
     return (plan.shapes.prefills - 1 + max(1, run.sweeps)) * plan.cautious_seconds
-
-
-def row_limits(*runs: RunShape) -> list[int | None]:
-    """Limits of the rows of a forward pass, the largest first; None: prompts in one pass."""
-    most = max(run.batch * run.longest for run in runs if not run.all_logits or run is runs[0])
-    limits, limit = [None], CHUNK_ROWS[-1]
-    while limit < most:
-        limits.insert(1, limit)
-        limit *= 2
-    return limits
 
 
 def refit(
@@ -316,26 +317,29 @@ def refit(
     *,
     held: Sequence[RunShape] = (),
     least_pool: int = 0,
+    draft: Weights | None = None,
 ) -> Plan:
     """The plan of another run with the same tiles and tiers; it may not fit."""
     for rows in row_limits(run, *held):
         for cache in (Tier.DEVICE, Tier.HOST):
-            for most in LARGEST_FIRST:
-                limits = Limits(most, rows, cache)
-                bare = bare_plan(weights, plan.machine, plan.tiling, run, held, limits, least_pool)
+            for most in chunk_limits(run, *held):
+                limits, on = Limits(most, rows, cache), plan.machine
+                bare = bare_plan(weights, on, plan.tiling, run, held, limits, least_pool, draft)
                 same = _with_kept(bare, plan.tiers)
                 if same.fits:
                     return same
     return same
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a plan is made by: the most rows of a chunk, and of a forward pass; where pools are."""
-
-    chunk: int
-    rows: int | None
-    cache: Tier
+def fitting(plan_of: Callable[[RunShape], Plan], shape: RunShape) -> Plan:
+    """The plan of a run with as many guessed tokens as fit: those of `shape`, else half as many,
+    and so on; if none fit, the plan without any. How many they are is in `plan.shapes.nodes`."""
+    while True:
+        plan = plan_of(shape)
+        if plan.fits or shape.nodes == 0:
+            return plan
+        half = shape.nodes // 2
+        shape = replace(shape, nodes=half if half >= shape.batch else 0)
 
 
 def bare_plan(
@@ -346,6 +350,7 @@ def bare_plan(
     held: Sequence[RunShape],
     limits: Limits,
     least_pool: int = 0,
+    draft: Weights | None = None,
 ) -> Plan:
     """The plan of a tiling that needs least memory: no tile stays."""
     ahead = min(machine.kind.ahead, len(tiling.shapes))
@@ -358,6 +363,9 @@ def bare_plan(
             weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
         ),
     ]
+    if draft is not None:
+        pool = max(pool_rows(load.entries), least_pool)
+        needs.append(draft_need(draft, machine, load, pool=pool))
     device = device_memory(machine.device_budget, needs)
     if machine.kind.has_link:
         # Page tables of pools in host memory: see CACHE_PINNED.
@@ -392,15 +400,12 @@ def _with_tiers(plan: Plan) -> Plan:
     Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
     time throughout.
     """
+    tiling = plan.tiling
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread(
-        [tile.device_bytes for tile in plan.tiling.shapes],
-        room if plan.machine.kind.has_link else 0,
-    )
+    kept = _spread(tiling.device_sizes, room if plan.machine.kind.has_link else 0)
     rest = [index for index, keep in enumerate(kept) if not keep]
-    slack = plan.tiling.slack
     room = plan.host.budget_bytes - plan.host_peak_bytes
-    in_host = _spread([plan.tiling.shapes[index].n_bytes + slack for index in rest], room)
+    in_host = _spread([tiling.sizes[index] + tiling.slack for index in rest], room)
     tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
     for index, keep in zip(rest, in_host, strict=True):
         if keep:
@@ -420,16 +425,20 @@ def _with_kept(plan, tiers):
     )
 
 
-def _spread(sizes: list[int], room: int) -> list[bool]:
+def _spread(sizes: Sequence[int], room: int) -> list[bool]:
     """Which of `sizes` to keep within `room` bytes, spread evenly over the list."""
     whole = sum(sizes)
     if room >= whole:
         return [True] * len(sizes)
+    if room < min(sizes, default=0):
+        return [False] * len(sizes)
     kept, used, passed = [], 0, 0
     for size in sizes:
         passed += size
         # Keep this tile if the kept bytes are behind the proportional share by half of it or more.
-        keep = used + size <= min(room, room * passed / whole + size / 2)
+        with_it = used + size
+        keep = with_it <= room and with_it <= room * passed / whole + size / 2
         kept.append(keep)
-        used += size * keep
+        if keep:
+            used = with_it
     return kept

@@ -7,7 +7,7 @@ lanes compile no more programs than a model of two layers and a short prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -52,7 +52,9 @@ class RunShape:
     a time, as a prompt; they may take several forward passes. `context`: the most positions of a
     lane. `all_logits`: logits for every token, not only the last; `single_array`: as one host
     array. `sweeps`: about how many forward passes it will take. `entries`: the most cache entries
-    of all its lanes together, where lanes share some.
+    of all its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its
+    lanes together that ride in one forward pass, as trees below the next tokens; each lane has an
+    equal share.
     """
 
     batch: int = 1
@@ -62,16 +64,27 @@ class RunShape:
     single_array: bool = False
     sweeps: int = 1
     entries: int | None = None
+    nodes: int = 0
+
+    def __post_init__(self):
+        assert lane_rows(self) <= CHUNK_ROWS[-1], "the tree of a lane is in one chunk"
+
+    @property
+    def least_chunk(self) -> int:
+        """The least rows of a chunk: those of a tree, which is in one chunk."""
+        return rows_for(lane_rows(self))
 
     def shapes(self, most: int = CHUNK_ROWS[-1], rows: int | None = None) -> Shapes:
-        """Its input shapes, with at most `most` rows a chunk, and about `rows` a forward pass."""
+        """Its input shapes, with at most `most` rows a chunk (at least `least_chunk`), and about
+        `rows` a forward pass."""
         whole = rows is None or self.all_logits
         share = self.longest if whole else max(1, min(self.longest, rows // self.batch))
-        prefill, decode = _alike(self.batch, share, most), _alike(self.batch, 1, most)
+        prefill = _alike(self.batch, share, most)
+        decode = _alike(self.batch, lane_rows(self), most, whole=True)
         return Shapes(
             batch=self.batch,
             capacities=(capacity_for(self.context),),
-            entries=self.entries or self.batch * self.context,
+            entries=(self.entries or self.batch * self.context) + self.nodes,
             chunk=max(*prefill, *decode),
             n_rows=max(sum(rows * n for rows, n in some.items()) for some in (prefill, decode)),
             n_chunks=sum(prefill.values()),
@@ -79,6 +92,7 @@ class RunShape:
             prefills=-(-self.longest // share),
             all_logits=self.all_logits,
             single_array=self.single_array,
+            nodes=self.nodes,
         )
 
 
@@ -86,10 +100,11 @@ class RunShape:
 class Shapes:
     """The compiled shapes of a run, or of several that share forward passes.
 
-    `batch`: lanes. `capacities`: entries of their tables. `entries`: cache entries of all lanes.
-    `chunk`: the most rows of a chunk. `n_rows`: rows of its longest forward pass, padding included,
-    in `n_chunks` chunks. `n_decode_chunks`: chunks of a pass with one token for each lane.
-    `prefills`: forward passes for its prompts.
+    `batch`: lanes. `capacities`: entries of their tables. `entries`: cache entries of all lanes,
+    guessed tokens included. `chunk`: the most rows of a chunk. `n_rows`: rows of its longest
+    forward pass, padding included, in `n_chunks` chunks. `n_decode_chunks`: chunks of a pass with
+    the next token, and the guessed ones, of each lane. `prefills`: forward passes for its prompts.
+    `nodes`: the most guessed tokens in a pass.
     """
 
     batch: int
@@ -102,6 +117,13 @@ class Shapes:
     prefills: int = 1
     all_logits: bool = False
     single_array: bool = False
+    nodes: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """The most rows of a pass whose logits are wanted, unless it is all: those of each lane's
+        last token, and of every guessed one."""
+        return self.batch + self.nodes
 
     @property
     def capacity(self) -> int:
@@ -110,12 +132,13 @@ class Shapes:
 
 
 def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
-    """The shapes of runs that share forward passes: the longest of one, beside a token of every
-    lane."""
+    """The shapes of runs that share forward passes: the longest of one, beside the next token and
+    the guessed ones of every lane."""
     if len(runs) == 1:
         return runs[0]
     lanes = sum(run.batch for run in runs)
-    decode = pack([1] * lanes, most)
+    lengths = [lane_rows(run) for run in runs for _ in range(run.batch)]
+    decode = pack(lengths, most, whole=range(lanes))
     return replace(
         max(runs, key=lambda run: run.n_rows),
         batch=lanes,
@@ -126,7 +149,14 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
         n_rows=sum(pane.n_rows for pane in decode) + max(run.n_rows for run in runs),
         all_logits=any(run.all_logits for run in runs),
         single_array=any(run.single_array for run in runs),
+        nodes=sum(run.nodes for run in runs),
     )
+
+
+def lane_rows(run: RunShape | Shapes) -> int:
+    """The rows of a lane in a forward pass without prompts: its next token, and its share of the
+    guessed ones."""
+    return 1 + run.nodes // run.batch
 
 
 def rows_for(n_rows: int) -> int:
@@ -135,21 +165,27 @@ def rows_for(n_rows: int) -> int:
 
 
 def pack(
-    lengths: Sequence[int], most: int = CHUNK_ROWS[-1], shared: int = SHARED_ROWS
+    lengths: Sequence[int],
+    most: int = CHUNK_ROWS[-1],
+    shared: int = SHARED_ROWS,
+    *,
+    whole: Collection[int] = (),
 ) -> list[Pane]:
     """Arranges lanes with so many tokens each in chunks of at most `most` rows.
 
     A long lane fills chunks of its own first; what is left of it shares one with others that are
     about as long, and with shorter ones in a chunk of up to `shared` rows: a second chunk takes
-    longer than their padding. The chunks of a lane come in the order of its tokens.
+    longer than their padding. The chunks of a lane come in the order of its tokens. `whole`: lanes
+    that are never split, since their tokens are a tree.
     """
     panes, rests = [], []
     for lane, n_tokens in enumerate(lengths):
-        first, sizes = 0, chunks(n_tokens, most)
-        for size in sizes[:-1]:
+        first = 0
+        for size in () if lane in whole else chunks(n_tokens, most)[:-1]:
             panes.append(Pane(1, size, (Member(lane, first, size),)))
             first += size
-        if sizes:
+        assert n_tokens - first <= most, "a tree is longer than a chunk"
+        if n_tokens:
             rests.append(Member(lane, first, n_tokens - first))
     rests.sort(key=lambda member: -_tokens_for(member.count))  # stable: lanes stay in order
     groups = [
@@ -170,11 +206,13 @@ def pack(
     return panes
 
 
-def _alike(n_lanes, n_tokens, most):
-    """Rows of a pane -> how many such panes `pack` makes of lanes with equally many tokens."""
-    whole = chunks(n_tokens, most)[:-1]
-    panes = Counter({rows_for(size): whole.count(size) * n_lanes for size in set(whole)})
-    tokens = _tokens_for(n_tokens - sum(whole))
+def _alike(n_lanes, n_tokens, most, *, whole=False):
+    """Rows of a pane -> how many such panes `pack` makes of lanes with equally many tokens, which
+    are split or `whole`."""
+    full = () if whole else chunks(n_tokens, most)[:-1]
+    panes = Counter({rows_for(size): full.count(size) * n_lanes for size in set(full)})
+    tokens = _tokens_for(n_tokens - sum(full))
+    assert tokens <= most, "a tree is longer than a chunk"
     at_once = max(1, most // tokens)
     for lanes, count in ((at_once, n_lanes // at_once), (n_lanes % at_once, 1)):
         if lanes and count:

@@ -36,6 +36,8 @@ class Tier(Enum):
     HOST = "host"
     DISK = "disk"
 
+    __hash__ = object.__hash__  # Enum's own is slow, and plans count millions of tiles by tier
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -102,6 +104,13 @@ class Part:
         if self.piece != self.encoding.main:
             return 0
         return math.prod((*self.shape[:-1], self.width))
+
+    def decoded_bytes(self, dtype: str, platform: str) -> int:
+        """Bytes of the decoded copy of its weights."""
+        if not self.n_weights:
+            return 0
+        n_rows = self.n_weights // self.width
+        return self.encoding.decoded_bytes(n_rows, self.width, dtype=dtype, platform=platform)
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ class Tiling:
 
     Layers of one kind and encoding have equal tiles, so only one of them is cut. `alike`: for each
     layer, the tiles of the layer that was cut for it. `wanted`: the tile size that was asked for.
+    `dtype`: the compute dtype; `platform`: of the device.
     """
 
     def __init__(
@@ -188,8 +198,10 @@ class Tiling:
         head: tuple[Tile, ...],
         *,
         wanted: int | None,
+        dtype: str,
+        platform: str,
     ):
-        self.wanted = wanted
+        self.wanted, self._dtype, self._platform = wanted, dtype, platform
         self._cfg, self._alike, self._head = cfg, alike, head
 
     @cached_property
@@ -199,6 +211,16 @@ class Tiling:
         Sums need no more, and this is much faster.
         """
         return (*(tile for tiles in self._alike for tile in tiles), *self._head)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each tile, in order."""
+        return tuple(tile.n_bytes for tile in self.shapes)
+
+    @cached_property
+    def device_sizes(self) -> tuple[int, ...]:
+        """The bytes of each tile on the device, in order."""
+        return tuple(tile.device_bytes for tile in self.shapes)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -240,10 +262,24 @@ class Tiling:
     def n_bytes(self) -> int:
         return sum(tile.n_bytes * n for tile, n in self.distinct)
 
-    @property
+    @cached_property
     def head_rows(self) -> int:
         """The most rows of the head in one tile."""
         return max(sum(tile.heights.values()) for tile, _ in self.distinct if tile.kind is None)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """The most rows of matrices in one tile."""
+        return max(sum(tile.heights.values()) for tile, _ in self.distinct)
+
+    @cached_property
+    def decoded_bytes(self) -> int:
+        """The most bytes of decoded copies of matrices that the program of a tile makes before the
+        product."""
+        return max(
+            sum(part.decoded_bytes(self._dtype, self._platform) for part in tile.parts)
+            for tile, _ in self.distinct
+        )
 
 
 def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
@@ -256,7 +292,9 @@ def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
             tiles_of[kind.name, forms] = tuple(tiles)
         alike.append(tiles_of[kind.name, forms])
     head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform)
-    return Tiling(cfg, alike, tuple(head), wanted=tile_bytes)
+    return Tiling(
+        cfg, alike, tuple(head), wanted=tile_bytes, dtype=weights.dtype, platform=platform
+    )
 
 
 def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:

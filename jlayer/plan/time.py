@@ -30,8 +30,8 @@ def bytes_seconds(
     counts = Counter(tiers)
     passing = [Tier.DISK, Tier.HOST]
     n_bytes = dict.fromkeys(Tier, 0)
-    for tile, tier in zip(tiling.shapes, tiers, strict=True):
-        n_bytes[tier] += tile.n_bytes
+    for size, tier in zip(tiling.sizes, tiers, strict=True):
+        n_bytes[tier] += size
     disk_s = n_bytes[Tier.DISK] / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
     if not machine.kind.has_link:
         # Nothing crosses a link. Every weight is multiplied in memory instead.

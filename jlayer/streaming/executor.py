@@ -40,7 +40,9 @@ class Watch:
     `on_step` (step, tile): before every step. `on_taken` (step, result): after every step, with its
     result (of a Read a Future, of a Put arrays, of a Run its output, of a Free None). `on_stall`
     (tile, seconds): again and again while a read is late. `on_phase` (words): a phase of opening
-    begins. `on_compile` (label): before a program is compiled, and (None) after it.
+    begins. `on_compile` (label): before a program is compiled, and (None) after it. `on_draft`
+    (begin, end): tokens were guessed for the next forward pass, from and to these seconds of
+    `time.perf_counter`.
     """
 
     on_step: Callable | None = None
@@ -48,6 +50,7 @@ class Watch:
     on_stall: Callable | None = None
     on_phase: Callable | None = None
     on_compile: Callable | None = None
+    on_draft: Callable | None = None
 
     def phase(self, words: str):
         """Announces a phase of opening; signals are handled here."""
@@ -67,15 +70,31 @@ class Watch:
                 self.on_compile(None)
 
     @contextmanager
-    def also(self, on_step: Callable, on_taken: Callable | None = None):
-        """Calls these too, after the present callbacks, inside the `with`."""
-        before = self.on_step, self.on_taken
-        self.on_step = _both(self.on_step, on_step)
-        self.on_taken = _both(self.on_taken, on_taken)
+    def drafting(self):
+        """Announces that tokens were guessed inside the `with`, once they are."""
+        began = time.perf_counter()
         try:
             yield
         finally:
-            self.on_step, self.on_taken = before
+            if self.on_draft:
+                self.on_draft(began, time.perf_counter())
+
+    @contextmanager
+    def also(
+        self,
+        on_step: Callable,
+        on_taken: Callable | None = None,
+        on_draft: Callable | None = None,
+    ):
+        """Calls these too, after the present callbacks, inside the `with`."""
+        before = self.on_step, self.on_taken, self.on_draft
+        self.on_step = _both(self.on_step, on_step)
+        self.on_taken = _both(self.on_taken, on_taken)
+        self.on_draft = _both(self.on_draft, on_draft)
+        try:
+            yield
+        finally:
+            self.on_step, self.on_taken, self.on_draft = before
 
 
 @dataclass

@@ -21,18 +21,20 @@ from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.schedule import Free, Put, Read, Run
 
 LANES = ("read", "put", "run", "free")
+DRAFT = "draft"  # a lane without tiles: guessing tokens, ahead of a sweep
 KEPT_SWEEPS = 2
 
 
 @dataclass(frozen=True)
 class Span:
-    """The work of a lane on a tile from `begin` to `end` (seconds of one clock).
+    """The work of a lane on a tile from `begin` to `end` (seconds of one clock); `tile` is None in
+    the lane DRAFT.
 
     `row`: the number of the lane's worker.
     """
 
     lane: str
-    tile: int
+    tile: int | None
     begin: float
     end: float
     row: int = 0
@@ -88,6 +90,7 @@ class Recorder:
         self._watch, self._tiles, self._tiers = watch, tuple(tiles), tuple(tiers)
         room = len(tiles) * (KEPT_SWEEPS + 1)
         self._marks = {lane: deque(maxlen=room) for lane in LANES}
+        self._drafts = deque(maxlen=KEPT_SWEEPS + 1)
         self._starts = deque(maxlen=KEPT_SWEEPS)
         self._tile_states: dict[int, _Pending] = {}
         self._asked, self._last_run, self._end = 0.0, len(tiles), 0.0
@@ -98,7 +101,7 @@ class Recorder:
         self._last_waits: dict[str, Future | None] = dict.fromkeys(self._waiters)
 
     def __enter__(self):
-        self._also = self._watch.also(self._on_step, self._on_taken)
+        self._also = self._watch.also(self._on_step, self._on_taken, self._on_draft)
         self._also.__enter__()
         return self
 
@@ -113,6 +116,9 @@ class Recorder:
             if step.tile <= self._last_run:
                 self._starts.append(self._asked)
             self._last_run = step.tile
+
+    def _on_draft(self, begin, end):
+        self._drafts.append(Span(DRAFT, None, begin, end))
 
     def _on_taken(self, step, result):
         state = self._tile_states.setdefault(step.tile, _Pending())
@@ -162,6 +168,7 @@ class Recorder:
         if not self._starts or self._end <= self._starts[0]:
             return None
         spans = [span for lane in LANES for span in _spans(lane, self._marks[lane])]
+        spans += self._drafts
         inside = tuple(s for s in spans if s.end >= self._starts[0] and s.begin <= self._end)
         return Timeline(self._tiles, self._tiers, inside, tuple(self._starts), self._end)
 

@@ -59,6 +59,26 @@ def test_without_ref_the_bundled_model_streams_from_disk(quick, capsys):
     assert set(found["raw"]) == {"disk", "memory", "arithmetic"}
 
 
+def test_a_draft_model_is_measured_too_and_what_is_assumed_says_so(
+    fable, quick, capsys, monkeypatch
+):
+    for speeds in ("memory_speeds", "arithmetic_speeds"):
+        monkeypatch.setattr(measuring, speeds, lambda *_: [1e12])
+    assert main(["bench", str(fable), "--device", "cpu", "--draft", str(fable)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["draft"]
+    (draft,) = [line for line in lines if line.startswith("draft model ")]
+    assert f"{fable.name}, bfloat16, " in draft
+    assert sum(line.startswith("a step of it") for line in lines) == len(found["steps"])
+    passes = [line for line in lines if line.startswith("pass with a tree")]
+    assert len(passes) == len(found["passes"])
+    assert all(line.endswith("(assumed)") for line in passes)
+    (said,) = [line for line in lines if line.startswith("at these assumed figures")]
+    guesses = found["assumed_best_rows"] - 1
+    assert (f"about {guesses} guesses" if guesses else "no guesses") in said
+    assert lines[-1] == json.loads(last)["conclusion"]
+
+
 def found(took, *, block=0.001, bits=16, took_64=None, **limits):
     """Figures of a model of ten layers."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from jlayer.errors import StorageError, UsageError
 from jlayer.families.llama import DECODER
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.record import Span, Timeline
+from tests.conftest import BUNDLED
 
 PNG = b"\x89PNG\r\n\x1a\n"
 GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
@@ -96,6 +98,35 @@ def test_a_name_is_no_formula(tmp_path):
     file = tmp_path / "file.png"
     picture.write(timeline(), str(file), what="a$x_{$")
     assert file.read_bytes().startswith(PNG)
+
+
+def test_guessing_has_a_lane_where_tokens_were_guessed():
+    plain, labels = timeline(), []
+    drafted = replace(plain, spans=(*plain.spans, Span("draft", None, 0.029, 0.035)))
+    for each in (plain, drafted):
+        (axes,) = picture.draw(each, what="").axes
+        labels.append([label.get_text() for label in axes.get_yticklabels()])
+        assert axes.get_ylim()[1] > max(axes.get_yticks())
+    without, guesses = labels
+    assert [label.partition(":")[0] for label in without] == ["free", "run", "put", "read", "layer"]
+    assert guesses == [*without[:-1], "draft: guess tokens", "layer"]
+    words = words_of(picture.draw(replace(drafted, starts=(0.0, 0.04)), what="m"))
+    assert "busy 10%" in words
+    assert any(
+        each.startswith("m: 2 forward passes of 0 B, 40 ms each with its g") for each in words
+    )
+
+
+def test_generate_draws_where_it_guessed(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(picture, "write", lambda timeline, path, what: drawn.append(timeline))
+    words = [*GENERATE[:-1], "8", "--temperature", "0", "--draft", str(BUNDLED)]
+    file = tmp_path / "sweeps.png"
+    options = ["--draft-tokens", "2", "--timeline", str(file)]
+    assert main(["generate", str(BUNDLED), *words, *options]) == 0
+    (timeline,) = drawn
+    assert timeline.lane("draft")
+    assert "forward passes" in capsys.readouterr().err
 
 
 def test_a_crowd_of_tiles_gets_a_close_look():

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import table
 from jlayer import catalogue
 from jlayer.app.cli import main
-from jlayer.app.running import summary
+from jlayer.app.running import pass_words, summary
 from jlayer.app.verbs import bench
 from jlayer.app.words import time_words
 from jlayer.engine.report import Stats
@@ -27,6 +27,27 @@ def test_a_prompt_of_several_passes_does_not_count_in_the_time_of_a_token():
         stats=stats, plan=plan, finish_reason="length", seed=None, token_ids=[1, 2, 3]
     )
     assert "5 forward passes, one of a token 2 s (predicted 1.5 s), " in summary([run])
+
+
+def test_a_run_that_guessed_tokens_says_what_that_gained():
+    stats = Stats(sweeps=10, decode_sweeps=9, new_tokens=35, drafted=640, draft_s=0.031)
+    plan = {"sweep": {"decode_seconds": 1.5}}
+    run = SimpleNamespace(plan=plan, finish_reason="length", seed=None, token_ids=[1, 2, 3])
+    run.stats = stats.as_dict()
+    words = "3.9 tokens a forward pass (64 drafted each, 0.03 s of drafting)"
+    assert words in summary([run])
+    assert ", one with its guesses 0 µs (1.5 s predicted without guesses)" in summary([run])
+    run.stats = Stats(sweeps=10, decode_sweeps=9, new_tokens=10).as_dict()
+    assert "draft" not in summary([run])
+
+
+def test_the_counter_names_the_next_token_and_what_a_pass_gives():
+    lane = SimpleNamespace(token_ids=[1, 2, 3, 4, 5])
+    decoding = SimpleNamespace(stats=Stats(new_tokens=5, decode_sweeps=2), lanes=[lane])
+    words = pass_words(decoding)
+    assert [words(0), words(1)] == ["prompt", "token 2"]
+    decoding.stats.drafted = 9
+    assert [words(0), words(2)] == ["prompt", "token 6, 2.5 a forward pass"]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,11 @@ def host_that_drops_layers(folder, small, big):
     the small one keeps in host memory."""
     with opened(folder) as model:
         engine = model.engine
+    tilings = {}
 
     def kept(shape, host, held=()):
         machine = replace(engine.plan.machine, host_budget=host)
-        plan = make_plan(engine.weights, machine, shape, held=held)
+        plan = make_plan(engine.weights, machine, shape, held=held, tilings=tilings)
         return plan.tier_bytes(Tier.HOST) if plan.fits else None
 
     for host in range(200 << 20, 2 << 30, 1 << 20):
@@ -94,8 +95,10 @@ def test_a_plan_that_changes_under_a_stream_does_not_end_it(fable):
 
 
 def test_all_live_caches_are_within_the_budget(fable):
-    """24 live streams were 10 MB on the device where 2.7 were promised: only one was counted."""
-    budget = 6 << 20
+    """24 live streams were 10 MB on the device where 2.7 were promised: only one was counted.
+
+    Each that joins makes new programs, so the budget holds few of them."""
+    budget = 4 << 20
     with opened(fable, device_memory=budget, dtype="bfloat16") as model:
         streams = []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import jlayer
 from jlayer import DoesNotFitError
-from jlayer.engine.batch import Entry, Wanted, arrange, lineage
+from jlayer.engine.batch import Entry, arrange, lineage
 from jlayer.engine.report import anonymous_bytes
 from jlayer.plan.shapes import RunShape
 from tests.engine.lanes import GREEDY, PROMPT, Run, alone, check_rows, limited
@@ -211,7 +211,7 @@ def logits_of(model, table, entries):
     engine = model.engine
     with engine.turn() as executor:
         parts = arrange(entries, pool=engine.caches.pool.n_rows, most=engine.plan.chunk)
-        found = np.zeros((sum(entry.n_wanted for entry in entries), engine.cfg.vocab_size))
+        found = np.zeros((sum(entry.wanted for entry in entries), engine.cfg.vocab_size))
 
         def take(output, places, row):
             found[places, row : row + output.shape[1]] = output
@@ -239,7 +239,7 @@ def test_a_tree_is_its_branches_one_by_one(tmp_path_factory, fable, n_trunk):
         def entry(tokens, parents=None):
             new = pool.take(len(tokens))
             pool.release(new)  # the next pass may write there again
-            return Entry(tokens, table.rows, new, context, Wanted.ALL, parents)
+            return Entry(tokens, table.rows, new, context, len(tokens), parents)
 
         found = logits_of(model, table, [entry(tokens, tuple(parents))])
         leaves = sorted(set(range(len(parents))) - set(parents))

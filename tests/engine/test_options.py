@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from jlayer.engine.options import ALIASES, DEFAULT_NEW_TOKENS, SamplingOptions, is_option
+from jlayer.engine.options import (
+    ALIASES,
+    DEFAULT_NEW_TOKENS,
+    SamplingOptions,
+    check_draft,
+    check_given,
+    is_option,
+)
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 
 V = 97
@@ -63,6 +70,8 @@ def test_every_option_of_transformers_is_known_ignored_or_refused():
         ("num_return_sequences", [0, -1, 1.0], "from 1 up"),
         ("seed", [-1, 1.5, "7", 2**64, True], "integer from 0 to"),
         ("logprobs", [-1, True], "from 0 up"),
+        ("speculate", [1, True, ["off"]], "one of auto, off, lookup, draft"),
+        ("draft_tokens", [0, -1, 512, 1.5, "8", True], "integer from 1 to 511"),
     ],
 )
 def test_option_out_of_range_is_refused_by_name_and_range(name, values, words):
@@ -194,3 +203,46 @@ def test_how_many_tokens_may_follow():
     both = {"max_new_tokens": 100}
     found = SamplingOptions.from_mapping({"max_length": 9}, generation_config=both)
     assert found.new_tokens_limit(7) == 2
+
+
+# Guessing tokens
+
+
+def test_how_tokens_are_guessed_is_a_known_way_or_refused_with_the_closest():
+    for way in ("auto", "off", "lookup", "draft"):
+        assert SamplingOptions.from_mapping({"speculate": way}).speculate == way
+    with pytest.raises(UsageError, match="speculate 'lokup' is not known: did you mean 'lookup'"):
+        SamplingOptions.from_mapping({"speculate": "lokup"})
+    assert SamplingOptions() == SamplingOptions(speculate="auto", draft_tokens=None)
+    assert SamplingOptions.from_mapping({"speculate": None}).speculate == "off"
+    assert SamplingOptions.from_mapping({"draft_tokens": 511}).draft_tokens == 511
+
+
+@pytest.mark.parametrize("check", [SamplingOptions.from_mapping, check_given])
+def test_a_number_of_guesses_is_refused_where_none_are_made(check):
+    for way in ("off", None):
+        with pytest.raises(UsageError, match="draft_tokens: found 8, but speculate is 'off'"):
+            check({"speculate": way, "draft_tokens": 8})
+    check({"speculate": "lookup", "draft_tokens": 8})
+    check({"speculate": "off", "draft_tokens": None})
+
+
+def test_a_way_that_needs_a_draft_model_is_refused_without_one():
+    with pytest.raises(UsageError, match="open the model with draft=FOLDER") as refused:
+        check_draft("draft", None)
+    assert refused.value.command_line.endswith("; give --draft REF")
+    for way in ("auto", "off", "lookup", None):
+        check_draft(way, None)
+    check_draft("draft", "folder", unused=True)
+
+
+@pytest.mark.parametrize("way", ["off", "lookup"])
+def test_a_draft_model_that_would_be_loaded_for_nothing_is_refused(way):
+    check_draft(way, "folder")  # an opened model may run without the draft that it has
+    with pytest.raises(UsageError, match=f"draft: found folder, but speculate is '{way}'"):
+        check_draft(way, "folder", unused=True)
+
+
+def test_a_published_file_says_nothing_of_guessing():
+    published = {"speculate": "nonsense", "draft_tokens": -1}
+    assert SamplingOptions.from_mapping({}, generation_config=published) == SamplingOptions()

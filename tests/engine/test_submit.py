@@ -8,7 +8,7 @@ import pytest
 
 import jlayer
 from jlayer import DoesNotFitError, UsageError
-from jlayer.engine import scheduler
+from jlayer.engine import riders
 from tests.engine.test_engine import IDS, OPTIONS, PROMPTS, alone, opened
 
 
@@ -193,7 +193,7 @@ def test_lanes_that_begin_alike_share_their_entries(tiny, monkeypatch):
         found = jlayer.generate(model, prompt, **options)
         rows = found[0].stats["rows"]
         cache = found[0].plan["device"]["cache_bytes"]
-    monkeypatch.setattr(scheduler, "LEAST_SHARED", 1 << 20)
+    monkeypatch.setattr(riders, "LEAST_SHARED", 1 << 20)
     with opened(tiny) as model:
         want = jlayer.generate(model, prompt, **OPTIONS)
         each = want.plan["device"]["cache_bytes"]

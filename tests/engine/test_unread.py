@@ -135,6 +135,11 @@ def test_what_changes_the_result_is_refused_wherever_it_stands(name):
         SamplingOptions.from_mapping({name: neutral, **run}, generation_config={name: value})
 
 
+def test_a_model_as_an_assistant_is_pointed_to_the_way_to_give_one():
+    with pytest.raises(UsageError, match=r"leave it out, and open the model with draft=FOLDER"):
+        SamplingOptions.from_mapping({"assistant_model": object()})
+
+
 @pytest.mark.parametrize("name", sorted(set(FIELDS) & REFUSED.keys()))
 def test_transformers_own_defaults_are_neutral(name):
     default = transformers.GenerationConfig._get_default_generation_params().get(name)

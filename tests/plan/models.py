@@ -84,9 +84,11 @@ def plan_of(
     dtype="bfloat16",
     keeps_layers=True,
     held=(),
+    draft: Weights | None = None,
     **shape,
 ) -> Plan:
     """A plan of a run of this shape: by default 20 tokens at a time, 100 positions."""
     run = RunShape(**{"longest": 20, "context": 100, **shape})
     weights = weights_of(cfg, stored=stored, dtype=dtype)
-    return make_plan(weights, on or machine(), run, held=held, keeps_layers=keeps_layers)
+    options = {"held": held, "keeps_layers": keeps_layers, "draft": draft}
+    return make_plan(weights, on or machine(), run, **options)

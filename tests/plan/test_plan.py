@@ -15,7 +15,7 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.lanes import MOST_LANES, most_lanes
-from jlayer.plan.memory import fixed_needs, kept_needs, run_needs
+from jlayer.plan.memory import GUESSING_BYTES, fixed_needs, kept_needs, run_needs
 from jlayer.plan.need import Need
 from jlayer.plan.plan import make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows, rows_for
@@ -176,6 +176,35 @@ def test_runs_that_are_alive_add_their_entries_and_share_the_rest(held):
     assert rows_for(lanes) + max(20, most) <= beside.load.n_rows
     assert beside.device.activation_bytes >= max(p.device.activation_bytes for p in one_by_one)
     assert beside.device.temporary_bytes >= max(p.device.temporary_bytes for p in one_by_one)
+
+
+def test_guessed_tokens_take_entries_rows_and_logits():
+    spacious = machine(device_budget=60 << 30, host_budget=100 << 30)
+    options = {"on": spacious, "keeps_layers": False, "longest": 64, "context": 100}
+    alone, both = (plan_of(SMALL_8B, nodes=nodes, **options) for nodes in (0, 63))
+    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    assert both.device.cache_bytes == 2 * numbers * pool_rows(163)
+    assert both.load.n_rows == alone.load.n_rows  # the prompt's are as many
+    more = both.host.embedding_bytes - alone.host.embedding_bytes
+    assert more == 63 * 4 * SMALL_8B.vocab_size + GUESSING_BYTES
+    ways = 3 * 4 * both.tiling.head_rows  # outputs of the head on their way
+    more = both.device.activation_bytes - alone.device.activation_bytes
+    assert more == ways * (rows_for(64) - rows_for(1))
+    short = plan_of(SMALL_8B, **options | {"longest": 1, "nodes": 63})
+    assert short.load.n_rows == 64
+    assert short.chunk == 64
+
+
+def test_a_tree_is_in_one_chunk_also_where_that_does_not_fit():
+    on = machine(device_budget=1 << 30)
+    options = {"on": on, "longest": 1, "context": 8000, "keeps_layers": False}
+    assert plan_of(SMALL_8B, batch=64, **options).chunk < 512
+    many = plan_of(SMALL_8B, batch=64, nodes=64 * 511, **options)
+    assert (many.fits, many.chunk) == (False, 512)
+    held = plan_of(SMALL_8B, held=[RunShape(1, 1, 64, nodes=100)], **options)
+    assert held.chunk >= 128
+    again = refit(held, weights_of(SMALL_8B), RunShape(context=64, nodes=300))
+    assert again.chunk == 512
 
 
 def test_a_pool_that_is_there_is_counted_even_where_less_would_do():

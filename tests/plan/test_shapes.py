@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jlayer.plan.limits import chunk_limits
 from jlayer.plan.shapes import (
     CHUNK_ROWS,
     RunShape,
@@ -11,6 +12,7 @@ from jlayer.plan.shapes import (
     chunks,
     pack,
     pool_rows,
+    rows_for,
     together,
 )
 
@@ -91,3 +93,58 @@ def test_runs_that_share_forward_passes_need_room_for_all_lanes():
     assert (found.batch, found.capacity, found.entries) == (65, 512, 100 + 64 * 512)
     assert (found.n_rows, found.chunk) == (128 + 64, 128)
     assert found.capacities == (128, 512)
+
+
+# Guessed tokens
+
+
+@given(st.integers(1, 70), st.integers(0, 511), st.integers(0, 69), st.sampled_from(CHUNK_ROWS))
+def test_each_lane_has_its_share_of_the_guessed_tokens_in_one_chunk(lanes, share, rest, most):
+    run = RunShape(lanes, 20, 100, nodes=lanes * share + min(rest, lanes - 1))
+    if most < run.least_chunk:
+        assert most not in chunk_limits(run)
+        return
+    assert most in chunk_limits(run)
+    found, panes = run.shapes(most), pack([1 + share] * lanes, most, whole=range(lanes))
+    assert all(member.count == 1 + share for pane in panes for member in pane.members)
+    assert found.n_decode_chunks == len(panes)
+    assert found.chunk == max(run.shapes(most).chunk, *(pane.n_rows for pane in panes))
+    assert found.chunk <= most
+    assert found.n_rows >= sum(pane.n_rows for pane in panes)
+    assert found.entries == lanes * 100 + run.nodes
+    assert found.wanted == lanes + run.nodes
+
+
+def test_a_run_without_guessed_tokens_has_the_shapes_that_it_had():
+    assert RunShape(3, 20, 100, nodes=2).least_chunk == 2  # less than one for each
+    one, many = RunShape(1, 1, 64).shapes(), RunShape(1, 1, 64, nodes=63).shapes()
+    assert (one.chunk, one.n_rows, one.nodes, one.wanted) == (2, 2, 0, 1)
+    assert (many.chunk, many.n_rows, many.nodes, many.wanted) == (64, 64, 63, 64)
+
+
+def test_a_tree_is_not_split_where_a_prompt_is():
+    assert [pane.tokens for pane in pack([65, 65])] == [64, 64, 1]
+    assert [(p.lanes, p.tokens) for p in pack([65, 65], whole=[0, 1])] == [(2, 128)]
+    found = [(p.tokens, [m.lane for m in p.members]) for p in pack([65, 65], whole=[1])]
+    assert found == [(64, [0]), (128, [1]), (1, [0])]
+
+
+def test_chunks_are_not_smaller_than_the_largest_tree():
+    runs = RunShape(2, nodes=20), RunShape(1, nodes=30), RunShape()
+    assert [run.least_chunk for run in runs] == [16, 32, 2]
+    assert chunk_limits(*runs) == (512, 256, 128, 64, 32)
+    assert chunk_limits(runs[2]) == CHUNK_ROWS[::-1]
+    with pytest.raises(AssertionError):
+        runs[1].shapes(16)
+    with pytest.raises(AssertionError):
+        RunShape(nodes=512)
+
+
+def test_runs_that_share_forward_passes_bring_their_trees_together():
+    one, two = RunShape(2, 1, 100, nodes=30).shapes(), RunShape(1, 40, 100, nodes=31).shapes()
+    found = together([one, two])
+    assert (found.nodes, found.batch, found.wanted) == (61, 3, 64)
+    assert found.entries == 3 * 100 + 61
+    panes = pack([16, 16, 32], whole=range(3))
+    assert found.n_decode_chunks == len(panes)
+    assert found.n_rows == sum(pane.n_rows for pane in panes) + rows_for(40)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jlayer import AutoModel
+from jlayer import AutoModel, generate
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.device import gpu_memory, link_speed
@@ -124,3 +124,17 @@ def test_bench_draws_and_finds_the_link(tmp_path):
     assert all("link" in row["limits_s"] for row in found["sweeps"])
     assert picture.stat().st_size > 10_000
     print(found["raw"]["link"], found["conclusion"])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_guesses_change_no_token(layered, temperature):
+    """The draft is the model itself, kept in int8 with one scale a row: nearly always right."""
+    options = {"max_new_tokens": 60, "temperature": temperature, "seed": 5}
+    with AutoModel.from_pretrained(layered, device="gpu", dtype="float32", draft=BUNDLED) as model:
+        plain = generate(model, "Once upon a time", speculate="off", **options)
+        found = generate(model, "Once upon a time", draft_tokens=63, **options)
+        draft = model.engine.draft
+        assert draft.n_bytes + draft.temporary_bytes <= found.plan["device"]["draft_bytes"]
+    assert found.token_ids == plain.token_ids
+    assert found.stats["tokens_per_sweep"] > 4
+    assert found.memory["device_peak_bytes"] <= 4 << 30

@@ -30,9 +30,9 @@ def tiers_in_turn(monkeypatch):
     """Call it with tiers, which tiles then have one after another, whatever would be best."""
 
     def set_tiers(*tiers: Tier):
-        def make_plan(weights, machine, run, *, keeps_layers=True, known=None, **options):
+        def make_plan(weights, machine, run, *, keeps_layers=True, tilings=None, **options):
             bare = plans.make_plan(
-                weights, machine, run, keeps_layers=False, known=known, **options
+                weights, machine, run, keeps_layers=False, tilings=tilings, **options
             )
             mixed = (tiers[i % len(tiers)] for i in range(len(bare.tiles)))
             return placed(bare, weights, run, mixed, **options)

@@ -11,7 +11,7 @@ import pytest
 from jlayer import AutoModel
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.record import LANES, Recorder, Span, Timeline
+from jlayer.streaming.record import DRAFT, LANES, Recorder, Span, Timeline
 
 
 @pytest.fixture
@@ -69,6 +69,27 @@ def test_every_step_of_the_last_sweeps_is_there_in_its_order(tiny, mixed):
     assert n_read_first >= timeline.tiers.count(Tier.DISK)
     for free in timeline.lane("free"):
         assert any(s.tile == free.tile and s.end <= free.end for s in runs)
+
+
+def test_guessing_has_a_lane_between_two_sweeps(fable):
+    """A model that drafts for itself, in steps that are long enough to be seen."""
+    with AutoModel.from_pretrained(fable, device="cpu", dtype="float32", draft=fable) as model:
+        options = {"max_new_tokens": 12, "temperature": 0, "draft_tokens": 2}
+        decoding, _ = model.decoding("Once upon a time", options=options)
+        with Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers) as recorder:
+            passes = sum(1 for _ in decoding)
+        assert 12 / 3 <= passes < 12  # they were of use
+        assert model.engine.watch.on_draft is None
+    timeline = recorder.timeline()
+    first, second = timeline.starts
+    (guessing,) = timeline.lane(DRAFT)
+    assert guessing.tile is None
+    runs = sorted(timeline.lane("run"), key=lambda span: span.end)
+    assert runs[len(runs) // 2 - 1].end <= guessing.begin < guessing.end <= second
+    assert 0 < timeline.busy(DRAFT) < 1
+    assert timeline.busy(DRAFT) == pytest.approx(
+        (guessing.end - guessing.begin) / (timeline.end - first)
+    )
 
 
 def test_a_slow_read_is_as_long_in_the_picture_as_it_was(tiny, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from jlayer import AutoModel
 from jlayer.checkpoint.digest import Checks
 from jlayer.engine import residents
-from jlayer.engine.batch import Entry, Wanted, arrange
+from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.caches import Caches
 from jlayer.engine.sweep import Sweeper
 from jlayer.plan.shapes import RunShape
@@ -71,7 +71,7 @@ class Streamed:
             found[places, row : row + output.shape[1]] = output
 
         rows = self.caches.pool.take(len(IDS))
-        entry = Entry(IDS, np.zeros(0, np.int32), rows, 64, Wanted.ALL)
+        entry = Entry(IDS, np.zeros(0, np.int32), rows, 64, wanted=len(IDS))
         self.sweeper.run(self.executor, arrange([entry], pool=64), take)
         self.caches.pool.release(rows)
         return found[None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 from jlayer.app import options, progress
 from jlayer.app import picture as timeline
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep no layer in memory: read all in every forward pass",
     )
     options.add_run(parser)
+    options.add_draft(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -75,7 +76,7 @@ def _pass_words(number):
 
 def _options(args):
     """The run options. The buffers of the disk's measurement are part of the host's budget."""
-    found = options.given(args, *options.RUN, "context", "follow_links")
+    found = options.given(args, *options.RUN, "context", "draft", "follow_links")
     if args.host_memory is not None:
         from jlayer.measure.machine import HOST_BYTES
 
@@ -121,8 +122,53 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     with timeline.recorded(model, picture, name):
         for _ in range(3 if picture else 0):  # the first has tiles that were read ahead
             bench.sweep(1)
+    if model.engine.draft is not None:
+        bench.forward.close()  # the draft's trees need its memory
+        found["draft"] = measure_draft(model)
+        say(draft_lines(found["draft"]))
     say(f"\n{found['conclusion']}")
     return found
+
+
+def measure_draft(model) -> dict:
+    """The figures of the draft model, and of forward passes that verify its guesses."""
+    from jlayer.measure.drafts import DraftBench
+
+    with closing(DraftBench(model)) as bench:
+        return bench.measure()
+
+
+def draft_lines(found: dict) -> str:
+    """What guessing takes, and the width that `auto` would choose if guesses were as good as
+    assumed."""
+    lines = [
+        f"\ndraft model       {name_of(found['folder'])}, {found['dtype']}, "
+        f"{human(found['bytes'])} on the device over {found['context']} tokens "
+        f"(planned with its temporaries: {human(found['planned_bytes'])})"
+    ]
+    for row in found["steps"]:
+        took = time_words(row["seconds"]["median"])
+        lines.append(f"{'a step of it':<18}{_rows(row['rows']):<10}{took:>10}")
+    for row in found["passes"]:
+        took, drafting = time_words(row["seconds"]["median"]), time_words(row["drafting_s"])
+        line = f"{'pass with a tree':<18}{_rows(row['rows']):<10}{took:>10}"
+        line += f"{row['to_one_row']:>9.2f} of one row"
+        if row["rows"] > 1:
+            line += f", drafting about {drafting}"
+        lines.append(
+            f"{line}; {row['assumed_tokens_per_s']:.3g} tokens a second "
+            f"if it gives {row['assumed_tokens']:g} (assumed)"
+        )
+    best = found["assumed_best_rows"]
+    width = f"about {best - 1} guesses a forward pass" if best > 1 else "no guesses"
+    lines.append(
+        f"at these assumed figures --speculate auto would take {width}; its own are learnt"
+    )
+    return "\n".join(lines)
+
+
+def _rows(count):
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def card_lines(card: dict) -> str:

@@ -38,6 +38,12 @@ SAMPLING = {
     "min_new_tokens": (int, "do not end before this many new tokens"),
     "num_return_sequences": (int, "the number of texts, each sampled with its own noise"),
     "logprobs": (int, "with --json: log-probabilities of the new tokens and of the N likeliest"),
+    "speculate": (
+        str,
+        "how tokens are guessed ahead, which changes no text: auto, off, lookup (in the text so "
+        "far) or draft (default: auto)",
+    ),
+    "draft_tokens": (int, "the most guessed tokens in a forward pass (default: as many as pay)"),
     "seed": (int, "the same seed gives the same text on every machine"),
 }
 TEMPLATE = "--chat-template"
@@ -45,7 +51,7 @@ MISSING = (
     "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
     "--prompt-file F, or pipe it in"
 )
-METAVARS = {int: "N", float: "X"}
+METAVARS = {int: "N", float: "X", str: "MODE"}
 
 
 def add_arguments(parser):
@@ -76,6 +82,7 @@ def add_arguments(parser):
         "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
     )
     options.add_run(parser)
+    options.add_draft(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -94,8 +101,9 @@ def run(args) -> dict:
         return show_prompt(args, prompt, form)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, "context", "follow_links"),
+        **options.given(args, *options.RUN, "context", "draft", "follow_links"),
     }
+    _check_draft(sampling, run_options)
     with opened(args.ref, offline=args.offline, **run_options) as model:
         check()
         decoding, _ = model.decoding(prompt, options=sampling, **form)
@@ -108,6 +116,12 @@ def _check(sampling):
     from jlayer.engine.options import check_given
 
     check_given(sampling)
+
+
+def _check_draft(sampling, run_options):
+    from jlayer.engine.options import check_draft
+
+    check_draft(sampling.get("speculate"), run_options.get("draft"), unused=True)
 
 
 def chat_form(args) -> dict:

@@ -32,6 +32,7 @@ from jlayer.plan.tiles import Weights
 from jlayer.sizes import human, parse_bytes
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
+from jlayer.text.same import check_same_tokens
 
 SLOWEST = 1_000_000  # bytes a second; what is below lacks its unit
 
@@ -43,6 +44,7 @@ def add_arguments(parser):
         help="a folder, a config.json, a known model, or a hub id: owner/name[@revision]",
     )
     options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
+    options.add_draft(parser)
     options.add_context(parser, default=512)
     parser.add_argument(
         "--batch", type=int, metavar="N", default=1, help="lanes, texts at a time (default: 1)"
@@ -72,12 +74,7 @@ def run(args) -> dict:
             f"{cfg.max_position_embeddings}; ask for at most that"
         )
     quantization = _quantization(args, cfg)
-    shapes, stored = published_tensors(cfg), planned_dtype(cfg, run.dtype)
-
-    def form_of(tensor):
-        scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
-        return scheme.name if scheme else stored
-
+    draft = _draft(args, cfg, run.dtype or planned_dtype(cfg, None))
     machine = Machine(
         platform=args.device,
         device_budget=run.device_memory,
@@ -87,10 +84,11 @@ def run(args) -> dict:
         link_speed=_speed(args.link_speed, "--link-speed"),
         cores=len(os.sched_getaffinity(0)),
     )
-    weights = Weights(cfg, form_of, run.dtype or stored)
+    weights = _weights(cfg, quantization, run.dtype)
     shape = RunShape(args.batch, args.context, args.context)
-    plan = make_plan(weights, machine, shape)
-    lanes = lanes_of(weights, machine, shape, plan)
+    tilings: dict = {}
+    plan = make_plan(weights, machine, shape, tilings=tilings, draft=draft)
+    lanes = lanes_of(weights, machine, shape, plan, tilings, draft)
     if not args.json:
         kept = quantization and described(quantization, cfg)
         print(describe(plan, kept, lanes=lanes, is_converted=is_layered(args.ref)))
@@ -98,7 +96,7 @@ def run(args) -> dict:
             tell(note)
     found = {**plan.as_dict(), "lanes": lanes}
     if quantization is not None:
-        bits = quantization.block_bits(shapes)
+        bits = quantization.block_bits(published_tensors(cfg))
         found["quantization"] = {**quantization.as_dict(), "block_bits": bits}
     try:
         plan.check()
@@ -108,18 +106,27 @@ def run(args) -> dict:
     return found
 
 
-def lanes_of(weights: Weights, machine: Machine, shape: RunShape, plan: Plan) -> dict:
+def lanes_of(
+    weights: Weights,
+    machine: Machine,
+    shape: RunShape,
+    plan: Plan,
+    tilings: dict,
+    draft: Weights | None = None,
+) -> dict:
     """How many lanes of this context fit, and what a forward pass with a token of each then takes.
 
     `asked`: the lanes of `plan`, with its `seconds` and the `tokens_per_s` of all its lanes
-    together; `most`: as many as fit, with theirs. None for lanes that do not fit.
+    together; `most`: as many as fit, with theirs. None for lanes that do not fit. `tilings`: as for
+    `make_plan`.
     """
-    most = most_lanes(weights, machine, shape)
+    most = most_lanes(weights, machine, shape, tilings, draft=draft)
     if plan.fits:
         most = max(most, shape.batch)
     best = plan if most == shape.batch else None
     if most and best is None:
-        best = make_plan(weights, machine, replace(shape, batch=most))
+        many = replace(shape, batch=most)
+        best = make_plan(weights, machine, many, tilings=tilings, draft=draft)
     seconds = plan.decode_seconds if plan.fits else None
     at_most = best.decode_seconds if most else None
     return {
@@ -153,9 +160,40 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
 
 
+def _weights(cfg: ModelConfig, quantization: Quantization | None, dtype: str | None) -> Weights:
+    """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
+    shapes, stored = published_tensors(cfg), planned_dtype(cfg, dtype)
+
+    def form_of(tensor):
+        scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
+        return scheme.name if scheme else stored
+
+    return Weights(cfg, form_of, dtype or stored)
+
+
+def _draft(args, cfg, dtype) -> Weights | None:
+    """The weights of --draft. Where both are folders, what a run would refuse is refused here."""
+    if args.draft is None:
+        return None
+    draft = find_config(args.draft, offline=args.offline)
+    if os.path.isdir(args.ref) and os.path.isdir(args.draft):
+        sizes = {"vocab_size": cfg.vocab_size, "draft_vocab_size": draft.vocab_size}
+        check_same_tokens(args.ref, args.draft, **sizes)
+    elif draft.vocab_size != cfg.vocab_size:  # it may be padded, which a config does not tell
+        tell(
+            f"draft: {args.draft} has a vocabulary of {draft.vocab_size}, and {args.ref} one of "
+            f"{cfg.vocab_size}; a run refuses a draft with other tokens"
+        )
+    return _weights(draft, _quantization_of(args.draft), dtype)
+
+
+def _quantization_of(ref) -> Quantization | None:
+    return read_manifest(ref).quantization if is_layered(ref) else None
+
+
 def _quantization(args, cfg) -> Quantization | None:
     """How REF is quantized, or would be by --quantize; a plan needs the sizes alone."""
-    there = read_manifest(args.ref).quantization if is_layered(args.ref) else None
+    there = _quantization_of(args.ref)
     if args.quantize is None:
         return there
     if there and there.scheme != args.quantize:

@@ -1,0 +1,175 @@
+"""Who rides in a forward pass, with which tokens, and in which rows of the pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jlayer.drafting.tree import Guesses
+from jlayer.engine.batch import Entry
+from jlayer.engine.lane import Lane
+from jlayer.engine.pool import Pool
+from jlayer.plan.plan import Plan
+from jlayer.plan.shapes import pack
+
+# Lanes that begin alike share the entries of so many tokens or more.
+LEAST_SHARED = 16
+NOTHING = np.zeros(0, np.int32)
+
+
+@dataclass
+class Rider:
+    """A lane in a forward pass: the tokens `first` to `end` of its history are its rows, and what
+    is guessed to follow them. The entries before are its own and, from the end of its table on,
+    those of `source`, whose rows run `after` so many others."""
+
+    lane: Lane
+    first: int
+    end: int
+    source: Rider | None = None
+    after: int = 0
+    own: np.ndarray | None = None  # the pool rows of its rows
+    shared: np.ndarray = field(default_factory=NOTHING.copy)  # those that it lists of its source's
+    guesses: Guesses | None = None
+    guessed: np.ndarray = field(default_factory=NOTHING.copy)  # the pool rows of its guesses
+    n_drafted: int = 0  # guesses that were at hand; `guesses` are those that ride
+
+    @property
+    def is_complete(self) -> bool:
+        return self.end == len(self.lane.history)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.lane.history[self.first : self.end]
+
+    @property
+    def n_rows(self) -> int:
+        return self.end - self.first + len(self.guessed)
+
+    @property
+    def wanted(self) -> int:
+        """Of so many of its last rows the logits are wanted: its last token and the guesses."""
+        return 1 + len(self.guessed) if self.is_complete else 0
+
+    @property
+    def gained(self) -> np.ndarray:
+        """The pool rows that its table gains for its tokens."""
+        return np.concatenate([self.shared, self.own])
+
+    @property
+    def entry(self) -> Entry:
+        lane, n_own = self.lane, self.end - self.first
+        parents = None
+        if self.guesses is not None:
+            chain = range(-1, n_own - 1)
+            parents = (*chain, *(n_own + parent for parent in self.guesses.parents))
+        return Entry(
+            [*self.tokens, *(self.guesses.tokens if self.guesses else ())],
+            np.concatenate([lane.table.rows, self.shared]),
+            np.concatenate([self.own, self.guessed]),
+            lane.capacity,
+            wanted=self.wanted,
+            parents=parents,
+            after=self.after,
+        )
+
+    def take_rows(self, pool: Pool) -> np.ndarray:
+        """Takes pool rows for its tokens, and shares those of its source; -> the new ones."""
+        if self.source is not None:
+            there = self.source.lane.table.rows
+            if self.source.own is not None:
+                there = np.concatenate([there, self.source.gained])
+            self.shared = there[: self.first].copy()
+            pool.share(self.shared)
+        self.own = pool.take(self.end - self.first)
+        return self.own
+
+    def release(self, pool: Pool) -> None:
+        """Gives back all rows that it took: the pass has failed."""
+        if self.own is not None:
+            pool.release(np.concatenate([self.gained, self.guessed]))
+
+
+def choose_riders(lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan) -> list[Rider]:
+    """Which of `lanes` ride in the next pass, and with how many tokens. `everybody`: whose entries
+    may be shared.
+
+    Next tokens come first, of lanes that have waited longest. Beside them prompts fill the rest
+    of a chunk, or half of one if that is more.
+    """
+    riders = []
+    lanes = sorted(lanes, key=lambda lane: lane.last_pass)
+    lengths: dict[int, list[int]] = {0: []}  # by what must be written before
+
+    def fits(n_tokens, after=0):
+        more = lengths | {after: [*lengths.get(after, ()), n_tokens]}
+        panes = [pane for some in more.values() for pane in pack(some, plan.chunk, shared=0)]
+        return not riders or sum(pane.n_rows for pane in panes) <= plan.load.n_rows
+
+    for lane in [lane for lane in lanes if lane.n_pending == 1]:
+        if not fits(1):
+            break
+        lengths[0].append(1)
+        riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
+    room = max(plan.chunk - len(riders), plan.chunk // 2) if riders else plan.load.n_rows
+    for lane in [lane for lane in lanes if lane.n_pending > 1]:
+        rider = _with_source(lane, riders, everybody)
+        if rider is None:
+            continue
+        n_tokens = min(rider.end - rider.first, room)
+        while n_tokens > 1 and not fits(n_tokens, rider.after):
+            n_tokens //= 2
+        if n_tokens < 1 or not fits(n_tokens, rider.after):
+            break
+        rider.end = rider.first + n_tokens
+        lengths.setdefault(rider.after, []).append(n_tokens)
+        riders.append(rider)
+        room -= n_tokens
+    return riders
+
+
+def _with_source(lane, riders, everybody) -> Rider | None:
+    """The rider of a lane whose prompt is not done. A lane without entries takes those of
+    another that begins alike, be they there or on their way in this pass. None: it waits for
+    one that is still on its way through what they share.
+
+    Sequences of one prompt share among themselves first: their memory is planned so."""
+    end = len(lane.history)
+    best = Rider(lane, len(lane.table), end)
+    if len(lane.table):
+        return best
+    known = {id(rider.lane): rider for rider in riders}
+    others = [
+        known.get(id(other)) or Rider(other, len(other.table), len(other.table))
+        for other in everybody
+        if other is not lane and other.table is not None and not other.table.is_closed
+    ]
+    others = [rider for rider in others if rider.end]
+    n_promised = 0
+    for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
+        other = rider.lane
+        n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
+        n_shared = min(n_alike, rider.end)
+        if other.is_alive and other.is_hungry and other.n_pending > 1:
+            n_promised = max(n_promised, n_alike)
+        if n_shared >= max(LEAST_SHARED, best.first + 1):
+            # Its first entries may be of this pass too: what it lists of its own source.
+            after = rider.after + (n_shared > rider.first)
+            best = Rider(lane, n_shared, end, source=rider, after=after)
+    return best if best.first >= n_promised else None
+
+
+def _n_alike(one, other, most):
+    """How many of the first `most` tokens are equal; 0 where it is fewer than LEAST_SHARED."""
+    if most < LEAST_SHARED or one[:LEAST_SHARED] != other[:LEAST_SHARED]:
+        return 0
+    low, high = LEAST_SHARED, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
