@@ -35,12 +35,13 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
         yield model
 
 
-def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
+def follow(model, decoding, show, *, view=None, before: str = "", verbose=False) -> dict:
     """Runs a decoding to its end or to a signal, and returns its result.
 
     `show` takes text (None: no text is shown): that of a single sequence while it grows, that of
     several at the end; token ids where the model has no tokenizer. `view`: as in `progress.shown`.
-    `before`: text to show first. Raises Interrupted with the result so far.
+    `before`: text to show first. `verbose`: more figures at the end. Raises Interrupted with the
+    result so far.
     """
     has_text = model.text is not None
     for line in (describe(model, decoding), *model.notes, *decoding.notes):
@@ -67,6 +68,8 @@ def follow(model, decoding, show, *, view=None, before: str = "") -> dict:
         texts = [one.text if has_text else ",".join(map(str, one.token_ids)) for one in found]
         show("\n\n".join(texts) + "\n")
     tell(summary(found))
+    for line in details(found[0]) if verbose else ():
+        tell(line)
     result = found[0].as_dict()
     if len(found) > 1:
         result["sequences"] = [one.as_dict() for one in found]
@@ -139,6 +142,27 @@ def summary(found) -> str:
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"
     )
+
+
+def details(found) -> list[str]:
+    """More figures of a finished run: its guesses, its programs, the memory."""
+    stats, memory = found.stats, found.memory
+    lines = [
+        f"{side}: at most {human(memory[f'{side}_peak_bytes'])} of "
+        f"{human(memory[f'{side}_budget_bytes'])} ({memory[f'{side}_peak_how']})"
+        for side in ("device", "host")
+    ]
+    lines.append(f"programs compiled: {sum(stats['compiles'].values())}")
+    if stats["drafted"]:
+        depths = ", ".join(map(str, stats["accepted_by_depth"])) or "none"
+        sharpness = stats["sharpness"]
+        learnt = "" if sharpness is None else f"; s {sharpness:.2f}"
+        lines.append(
+            f"guesses: {stats['drafted']} drafted in {stats['draft_s']:.2f} s, "
+            f"{stats['verified']} verified in {stats['sweep_s']:.2f} s of forward passes, "
+            f"accepted by depth: {depths}{learnt}"
+        )
+    return lines
 
 
 def _each(stats, took, predicted):

@@ -45,14 +45,16 @@ class Grower:
         self._draft, self._widths = draft, widths
         self.noise = Noise(vocab_size)
         self._sharpness = defaultdict(Sharpness)  # by temperature
+        self._latest: float | None = None  # the temperature that came last
         self.knows_noise = True
 
     @property
     def sharpness(self) -> float | None:
         """How far apart the logits of both models were found, at the temperature that came last;
         None without a draft model."""
-        values = [one.value for one in self._sharpness.values()]
-        return values[-1] if values and self._draft is not None else None
+        if self._draft is None or self._latest is None:
+            return None
+        return self._sharpness[self._latest].value
 
     def prepare(self, lanes: Sequence[Lane], plan: Plan, n_rows: int, share: int) -> None:
         """Compiles the draft model's programs for these lanes' texts as they are, for what it will
@@ -169,7 +171,7 @@ class Grower:
         depth = 1 if node == ROOT else int(tree.depths[node]) + 1
         if depth > seat.deepest:
             return
-        temperature = temperature_of(lane)
+        temperature = self._latest = temperature_of(lane)
         learnt = self._sharpness[temperature]
         sharpness = learnt.value
         if not self.knows_noise and temperature:

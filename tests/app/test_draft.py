@@ -220,3 +220,16 @@ def test_a_draft_with_a_shorter_context_is_told(tmp_path, capsys, mode, then):
     n_prompt = 6
     assert note.format(n_prompt + 20) + " 20" in told(capsys, "-n", "20", *words)
     assert len(told(capsys, "-n", "14", *words)) == 2
+
+
+def test_more_figures_are_shown_where_they_are_asked_for(fable, capsys):
+    words = ["generate", str(fable), "Once", "-n", "12", "--device", "cpu", "--draft", str(fable)]
+    guesses = ["--draft-tokens", "7", "--temperature", "0"]
+    assert main([*words, *guesses, "-v"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    device = r"jlayer: device: at most .* of 4.00 GiB \(accounted\)"
+    assert any(re.fullmatch(device, line) for line in lines)
+    (line,) = [line for line in lines if "guesses: " in line]
+    assert re.search(r"accepted by depth: \d+(, \d+)*; s \d\.\d\d$", line)
+    assert main([*words, "--speculate", "auto", "--verbose", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

@@ -87,6 +87,9 @@ def add_arguments(parser):
     options.add_offline(parser)
     options.add_follow_links(parser)
     timeline.add_option(parser)
+    parser.add_argument(
+        "--verbose", "-v", action="store_true", help="print more figures of the run at its end"
+    )
 
 
 def run(args) -> dict:
@@ -108,7 +111,8 @@ def run(args) -> dict:
         check()
         decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
-            return follow(model, decoding, show=None if args.json else write_text)
+            show = None if args.json else write_text
+            return follow(model, decoding, show, verbose=args.verbose)
 
 
 def _check(sampling):
