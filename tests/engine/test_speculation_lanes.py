@@ -40,6 +40,11 @@ def plain(model):
 PROMPTS = [[5], PROMPT[:16], PROMPT[:17], PROMPT, [*PROMPT[:18], 3, 3]]
 
 
+def slow(value):
+    """A parameter that compiles for itself, much like one beside it."""
+    return [pytest.param(value, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("mode", ["draft", "auto"])
 def test_prompts_together_are_what_each_is_alone(model, plain, mode):
     options = {"max_new_tokens": 16, "temperature": 0.7, **SEED}
@@ -113,7 +118,7 @@ def test_handles_from_elsewhere_are_what_each_is_alone(model, plain):
 # Chunks and portions
 
 
-@pytest.mark.parametrize("length", [24, 26, 32, 33, 56, 64])
+@pytest.mark.parametrize("length", [24, *slow(26), 32, 33, *slow(56), 64])
 def test_a_tree_below_the_last_token_of_a_prompt_of_any_length(model, plain, length):
     """In chunks of 32 rows, in which it has room for all, some or none of it; and in portions."""
     prompt = [3 + n % 120 for n in range(length)]
@@ -163,7 +168,7 @@ def short_draft(tmp_path_factory):
     return tiny_llama(folder / "source", max_position_embeddings=64, eos_token_id=None), folder
 
 
-@pytest.mark.parametrize("positions", [20, 21, 33, 64])
+@pytest.mark.parametrize("positions", [20, *slow(21), 33, *slow(64)])
 def test_a_draft_whose_context_is_shorter_stops_guessing_there(short_draft, positions):
     source, folder = short_draft
     draft = noisy_copy(source, folder / f"draft {positions}", scale=0.02)
