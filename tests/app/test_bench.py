@@ -59,6 +59,7 @@ def test_without_ref_the_bundled_model_streams_from_disk(quick, capsys):
     assert set(found["raw"]) == {"disk", "memory", "arithmetic"}
 
 
+@pytest.mark.slow
 def test_a_draft_model_is_measured_too_and_what_is_assumed_says_so(
     fable, quick, capsys, monkeypatch
 ):

@@ -117,7 +117,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# Those that are much like another one, each with programs of its own.
+LIKE_OTHERS = ("top p", "min p", "repetition", "of the prompt", "three", "special stop", "two")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else [])
+        for name in OPTIONS
+    ],
+)
 def test_every_option_acts_as_in_plain_decoding(fable_model, fable_plain, name):
     for mode in MODES:
         fable_plain.check("The old king said", speculate=mode, draft_tokens=15, **OPTIONS[name])

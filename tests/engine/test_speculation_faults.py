@@ -361,6 +361,7 @@ def whole_pools(monkeypatch):
     monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
 
 
+@pytest.mark.slow
 def test_trees_are_as_wide_as_fits_and_within_the_budget(fable, whole_pools):
     """Down to the smallest budget; a draft that does not fit is refused with its share."""
     options = {"max_new_tokens": 100, "temperature": 0}

@@ -45,7 +45,7 @@ def slow(value):
     return [pytest.param(value, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("mode", ["draft", "auto"])
+@pytest.mark.parametrize("mode", [*slow("draft"), "auto"])
 def test_prompts_together_are_what_each_is_alone(model, plain, mode):
     options = {"max_new_tokens": 16, "temperature": 0.7, **SEED}
     want = [plain.generations(prompt, **options)[0].token_ids for prompt in PROMPTS]
@@ -118,7 +118,7 @@ def test_handles_from_elsewhere_are_what_each_is_alone(model, plain):
 # Chunks and portions
 
 
-@pytest.mark.parametrize("length", [24, *slow(26), 32, 33, *slow(56), 64])
+@pytest.mark.parametrize("length", [24, *slow(26), 32, 33, *slow(56), *slow(64)])
 def test_a_tree_below_the_last_token_of_a_prompt_of_any_length(model, plain, length):
     """In chunks of 32 rows, in which it has room for all, some or none of it; and in portions."""
     prompt = [3 + n % 120 for n in range(length)]
@@ -144,7 +144,7 @@ def long_model(tmp_path_factory):
         yield model
 
 
-@pytest.mark.parametrize("length", [504, 513])
+@pytest.mark.parametrize("length", [*slow(504), 513])
 def test_a_tree_at_the_end_of_the_largest_chunk(long_model, length):
     plain = Plain(long_model)
     prompt = [3 + n * n % 120 for n in range(length)]

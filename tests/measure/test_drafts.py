@@ -33,6 +33,7 @@ def test_a_tree_is_verified_as_its_paths_are_computed_and_leaves_the_lane_as_it_
             np.testing.assert_allclose(logits[row], alone, atol=1e-4 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 def test_every_size_that_there_is_room_for_is_measured(fable, quick):
     with AutoModel.from_pretrained(fable, device="cpu", draft=fable) as model:
         with closing(DraftBench(model)) as measuring:
@@ -50,6 +51,7 @@ def test_every_size_that_there_is_room_for_is_measured(fable, quick):
     assert found["assumed_best_rows"] == best["rows"]
 
 
+@pytest.mark.slow
 def test_memory_that_holds_few_guesses_is_measured_with_those(fable, quick):
     with AutoModel.from_pretrained(fable, device="cpu", draft=fable) as model:
         engine, context = model.engine, 512

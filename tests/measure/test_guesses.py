@@ -21,6 +21,7 @@ def last_line(script, *words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_tokens_a_pass_are_measured():
     few = ["--nodes", "4", "--temperatures", "0", "--modes", "draft,lookup", "--tokens", "6"]
     draft, lookup = last_line("speculation", BUNDLED, BUNDLED, *few, "--check")["rows"]
@@ -29,6 +30,7 @@ def test_tokens_a_pass_are_measured():
         assert row["equal_to_plain"] == row["texts"] == 10
 
 
+@pytest.mark.slow
 def test_passes_with_trees_are_measured():
     few = ["--rows", "1,16", "--count", "2", "--prompt-tokens", "8", "--context", "700"]
     plain, tree = last_line("verifying", BUNDLED, BUNDLED, *few)["rows"]
