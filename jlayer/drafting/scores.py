@@ -10,17 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 
-def guessed(
-    logits: np.ndarray, noise: np.ndarray | None, *, temperature: float, sharpness: float
-) -> np.ndarray:
-    """Log-probability, float64 [.., K], that each of K candidates will be drawn.
-
-    `logits`: the draft's [.., K]. `noise`: that of these tokens at the position where they would
-    be drawn, [.., K]; None if greedy (temperature 0).
-    """
-    return log_softmax(perturbed(logits, noise, temperature=temperature) / sharpness)
-
-
 def perturbed(logits: np.ndarray, noise: np.ndarray | None, *, temperature: float) -> np.ndarray:
     """logits + T·noise, float64 [.., K]: what the draft itself would draw the largest of."""
     logits = np.asarray(logits, np.float64)

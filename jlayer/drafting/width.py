@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import median
+from typing import ClassVar
 
 import numpy as np
 
@@ -65,3 +67,26 @@ class Pace:
         found = {rows: median(latest) for rows, latest in self._seen.items()}
         ratio = median(s / self._predicted[rows] for rows, s in found.items()) if found else 1.0
         return {rows: found.get(rows, ratio * s) for rows, s in self._predicted.items()}
+
+
+@dataclass
+class Patience:
+    """When a text is guessed for again, whose guesses do not pay: after FREE failures in a row in
+    every second pass, then in every fourth, and so on, up to every LONGEST-th."""
+
+    FREE: ClassVar[int] = 3
+    LONGEST: ClassVar[int] = 64
+
+    failures: int = 0
+    rest: int = 0
+
+    def ready(self) -> bool:
+        """Whether it is time to guess; called once a pass."""
+        self.rest = max(0, self.rest - 1)
+        return self.rest == 0
+
+    def note(self, *, paid: bool) -> None:
+        """Takes note of guesses: whether one of them was right."""
+        self.failures = 0 if paid else self.failures + 1
+        times = max(0, self.failures - self.FREE)
+        self.rest = min(1 << times, self.LONGEST) if times else 0

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from jlayer.drafting.lookup import ALONE, WITH_DRAFT, Index
 from jlayer.drafting.tree import Tree
+from jlayer.drafting.width import Patience
 from jlayer.engine.batch import Part
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.drawing import Drawn
@@ -36,27 +36,6 @@ MOST_NODES = {"draft": 255, "lookup": 63}
 # Without a draft model: a run that takes less time than this would not make up for compiling
 # programs for more rows.
 WORTH_S = 20.0
-# Guesses of a lane that did not pay so often in a row are made in every second pass, then in every
-# fourth, and so on.
-FREE_FAILURES, LONGEST_REST = 3, 64
-
-
-@dataclass
-class _Patience:
-    """Where guesses of a lane do not pay: how often in a row, and for how many passes none are
-    made."""
-
-    failures: int = 0
-    rest: int = 0
-
-    def ready(self) -> bool:
-        """Whether it is time to guess; called once a pass."""
-        self.rest = max(0, self.rest - 1)
-        return self.rest == 0
-
-    def note(self, *, paid: bool) -> None:
-        self.failures = 0 if paid else self.failures + 1
-        self.rest = min(1 << self.failures, LONGEST_REST) if self.failures > FREE_FAILURES else 0
 
 
 class Speculation:
@@ -71,7 +50,7 @@ class Speculation:
         self.own_texts: WeakKeyDictionary = (
             WeakKeyDictionary()
         )  # lane -> (index, tokens in it, trust)
-        self._patience: WeakKeyDictionary = WeakKeyDictionary()  # lane -> _Patience
+        self._patience: WeakKeyDictionary = WeakKeyDictionary()  # lane -> Patience
         self._seats: list[Seat] = []
         self.grower = Grower(engine.cfg.vocab_size, draft, self._widths)
         self.forget_answers()
@@ -147,7 +126,7 @@ class Speculation:
         return lane.options.draft_tokens is not None or self._patience_of(lane).ready()
 
     def _patience_of(self, lane):
-        return self._patience.setdefault(lane, _Patience())
+        return self._patience.setdefault(lane, Patience())
 
     def _shares(self, wanted, riders, plan) -> list[tuple[Rider, int]]:
         """Equal shares of the rows that are left."""

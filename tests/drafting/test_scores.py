@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
-from jlayer.drafting.scores import Calibration, Sharpness, guessed
+from jlayer.drafting.scores import Calibration, Sharpness, log_softmax, perturbed
 
 
 def gumbel(rng, size):
     return -np.log(-np.log(rng.random(size)))
+
+
+def guessed(logits, noise, *, temperature, sharpness):
+    return log_softmax(perturbed(logits, noise, temperature=temperature) / sharpness)
 
 
 def test_without_temperature_the_noise_plays_no_part():

@@ -1,11 +1,13 @@
 """How many guesses ride: the best rate, by the times that were measured."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlayer.drafting.width import Pace, best_width, goes_on
+from jlayer.drafting.width import Pace, Patience, best_width, goes_on
 
 seconds = st.floats(0.1, 10)
 
@@ -58,3 +60,16 @@ def test_the_pace_is_the_prediction_until_it_is_measured():
         pace.saw(1, 1.0)
     pace.saw(1, 50.0)
     assert pace.seconds() == {1: 1.0, 16: 3.0, 64: 5.0}
+
+
+def test_guesses_that_fail_are_made_less_and_less_often_until_one_pays():
+    patience, passes = Patience(), []
+    for number in range(400):
+        if patience.ready():
+            passes.append(number)
+            patience.note(paid=False)
+    gaps = [after - before for before, after in pairwise(passes)]
+    assert gaps[:9] == [1, 1, 1, 2, 4, 8, 16, 32, 64]
+    assert set(gaps[9:]) == {64}
+    patience.note(paid=True)
+    assert patience.ready()

@@ -49,10 +49,9 @@ def slow(value):
 def test_prompts_together_are_what_each_is_alone(model, plain, mode):
     options = {"max_new_tokens": 16, "temperature": 0.7, **SEED}
     want = [plain.generations(prompt, **options)[0].token_ids for prompt in PROMPTS]
-    for width in (3,):
-        found = jlayer.generate(model, PROMPTS, speculate=mode, draft_tokens=width, **options)
-        assert [one.token_ids for one in found] == want
-        assert found[0].stats["sweeps"] < 16
+    found = jlayer.generate(model, PROMPTS, speculate=mode, draft_tokens=3, **options)
+    assert [one.token_ids for one in found] == want
+    assert found[0].stats["sweeps"] < 16
     assert is_whole(model)
 
 
