@@ -99,6 +99,9 @@ TESTED = {
     "--device-memory 4096MiB --rows 1,16,64,128,256,512": By("tests/measure/test_guesses.py"),
     "python benchmarks/speculation.py path/to/Llama-3-70B path/to/Llama-3-8B "
     "--nodes 16,64,256 --temperatures 0,0.7,1": By("tests/measure/test_guesses.py"),
+    "python benchmarks/resident.py path/to/Llama-3-8B --tokens 300": By(
+        "tests/measure/test_guesses.py"
+    ),
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),

@@ -1,5 +1,5 @@
-"""The scripts that measure guessed tokens: benchmarks/speculation.py, verifying.py and
-drafting.py. The last line of each is one JSON object."""
+"""The scripts that measure guessed tokens: benchmarks/speculation.py, verifying.py, drafting.py and
+resident.py. The last line of each is one JSON object."""
 
 import json
 import subprocess
@@ -45,3 +45,11 @@ def test_steps_of_a_draft_are_measured():
     rows = last_line("drafting", BUNDLED, *few)["rows"]
     assert [row.get("rows") or row["prompt"] for row in rows] == [2, 8, 64]
     assert all(row["seconds"]["median"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_resident_model_is_measured_with_guesses_and_without():
+    found = last_line("resident", BUNDLED, "--tokens", "20", "--runs", "1")
+    seconds = found["seconds_a_token"]
+    ratio = seconds["auto"]["median"] / seconds["off"]["median"]
+    assert found["auto_by_off"]["median"] == pytest.approx(ratio)
