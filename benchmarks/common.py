@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,26 @@ class KernelDisk:
         with open(self._path) as file:
             fields = file.read().split()
         return int(fields[2]) * 512, int(fields[9])
+
+
+class Neighbours:
+    """The cores that everything but our children kept busy, on average: on a machine that others
+    use too, the figures of a run are worth what this one is near 0."""
+
+    def __init__(self):
+        self._began, self._busy_s = time.perf_counter(), self._others_s()
+
+    def cores(self) -> float:
+        """From the start until now. Children count once they have been waited for."""
+        seconds = time.perf_counter() - self._began
+        return max(0.0, (self._others_s() - self._busy_s) / seconds)
+
+    def _others_s(self):
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, *interrupts = map(int, file.readline().split()[1:9])
+        busy_s = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return busy_s - children.ru_utime - children.ru_stime
 
 
 def raw_disk_speed(

@@ -72,6 +72,7 @@ PURPOSES = {
     "jinja2": "chat templates",
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the picture of `--timeline`",
+    "llvmlite": "compiles the kernels with which the host's cores multiply weights in host memory",
     "pytest": "runs the tests",
     "pytest-xdist": "runs the tests in two processes",
     "hypothesis": "makes inputs for property tests",

@@ -42,7 +42,7 @@ def main():
     from jlayer.engine.draft import DraftModel
     from jlayer.plan.shapes import capacity_for, pool_rows
     from jlayer.sizes import parse_bytes
-    from jlayer.streaming.executor import Watch
+    from jlayer.streaming.watch import Watch
 
     device, *_ = devices.choose(options.device, parse_bytes(options.device_memory, option=""))
     draft = DraftModel(options.folder)

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 TRANSFORMERS = ["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "safetensors==0.8.0"]
 AIRLLM = [*TRANSFORMERS, "airllm==4.0.0"]
+LLAMA_CPP = ["xllamacpp==2026.10.11549", "gguf==0.19.0"]  # llama.cpp b11549, for the CPU alone
 
 
 def own_requirements(*, cuda: bool) -> list[str]:

@@ -18,7 +18,10 @@ import time
 from importlib import metadata
 
 TOP = 20  # likeliest tokens of each step that are reported with their log-probabilities
-PACKAGES = ("jax", "jaxlib", "torch", "transformers", "accelerate", "airllm", "safetensors")
+PACKAGES = (
+    *("jax", "jaxlib", "torch", "transformers", "accelerate", "airllm", "safetensors"),
+    *("xllamacpp", "gguf"),
+)
 
 
 class Clock:
@@ -33,6 +36,10 @@ class Clock:
 
     def end(self):
         pass
+
+    def first_s(self) -> float:
+        """Seconds from the prompt to the first token."""
+        return self.times[1] - self.times[0]
 
     def report(self) -> dict:
         """Seconds to the first token from the prompt on, and of each token after it."""
@@ -56,11 +63,14 @@ def run_jlayer(args, ids, clock):
         load_s = time.perf_counter() - began
         greedy = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": []}
         found = model.generate([ids], streamer=clock, **greedy)
+        warm = Clock()  # the prompt again, now that all is compiled
+        model.generate([ids], streamer=warm, **greedy | {"max_new_tokens": 1})
         # Once more for the log-probabilities, which the timed run does not compute.
         again = jlayer.generate(model, ids, logprobs=TOP, **greedy)
         plan = model.plan.as_dict()
         return {
             "load_s": load_s,
+            "prompt_s": warm.first_s(),
             "token_ids": found[0][len(ids) :],
             "top": [step["top"] for step in again.logprobs],
             "tiers": plan["tiers"],
@@ -107,12 +117,56 @@ def run_airllm(args, ids, clock):
     return {"load_s": load_s, **_generate(model, args, ids, clock)}
 
 
+def run_llamacpp(args, ids, clock):
+    """llama.cpp's own server in this process, on the CPU's cores alone; `folder` is a GGUF."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = args.folder
+    params.n_ctx = len(ids) + args.new_tokens + 64
+    params.n_parallel, params.n_gpu_layers = 1, 0
+    params.port = 0  # any that is free; nothing is sent to it
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
+    began = time.perf_counter()
+    server = xllamacpp.Server(params)
+    load_s = time.perf_counter() - began
+    token_ids, warm = _completed(server, ids, args.new_tokens, clock), Clock()
+    _completed(server, ids, 1, warm)
+    return {
+        "load_s": load_s,
+        "prompt_s": warm.first_s(),
+        "token_ids": token_ids,
+        "threads": args.threads,
+        "system": xllamacpp.get_system_info(),
+    }
+
+
+def _completed(server, ids, n_tokens, clock):
+    """Greedy tokens after a prompt that llama.cpp computes anew. Each comes as a chunk of its own,
+    with a text such as `t17`: see gguf_model.py."""
+    found = []
+
+    def take(chunk):
+        text = chunk["choices"][0]["text"]
+        if text:  # the last chunk has none
+            clock.put(text)
+            found.append(int(text.removeprefix("t")))
+
+    request = {"prompt": ids, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
+    clock.put(ids)
+    server.handle_completions(request | {"stream": True, "cache_prompt": False}, take)
+    if len(found) != n_tokens:
+        raise RuntimeError(f"llama.cpp gave {len(found)} chunks for {n_tokens} tokens")
+    return found
+
+
 RUNNERS = {
     "jlayer": run_jlayer,
     "transformers": run_transformers,
     "accelerate-ram": lambda *all_of: run_accelerate(*all_of, layers_on="cpu"),
     "accelerate-disk": lambda *all_of: run_accelerate(*all_of, layers_on="disk"),
     "airllm": run_airllm,
+    "llama.cpp": run_llamacpp,
 }
 
 
@@ -183,6 +237,7 @@ def main():
     parser.add_argument("--device-memory", help="jlayer's promise")
     parser.add_argument("--host-memory", help="jlayer's promise")
     parser.add_argument("--keeps-nothing", action="store_true", help="jlayer: all from disk")
+    parser.add_argument("--threads", type=int, help="llama.cpp's")
     args = parser.parse_args()
     ids = [int(word) for word in args.prompt_ids.split(",")]
     answer = os.fdopen(os.dup(1), "w")

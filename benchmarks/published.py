@@ -12,7 +12,8 @@ import struct
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1}
+EMBEDDING = "model.embed_tokens.weight"  # and its pieces, where it is quantized
 
 
 def published(folder: Path, work: Path) -> Path:
@@ -52,7 +53,7 @@ def weight_bytes(folder: Path) -> int:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         for name, entry in header.items():
-            if name == "__metadata__" or (name == "model.embed_tokens.weight" and not tied):
+            if name == "__metadata__" or (name.startswith(EMBEDDING) and not tied):
                 continue
             total += math.prod(entry["shape"]) * WIDTHS[entry["dtype"]]
     return total

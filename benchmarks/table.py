@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -53,6 +54,7 @@ PROGRAMS = {
     "accelerate-ram": "accelerate {accelerate}, layers in host memory",
     "accelerate-disk": "accelerate {accelerate}, layers on disk",
     "airllm": "AirLLM {airllm}",
+    "llama.cpp": "llama.cpp (xllamacpp {xllamacpp}), {threads} threads of the CPU",
 }
 
 
@@ -167,45 +169,59 @@ def quantized() -> str:
 
 def versus(result: dict) -> str:
     """The programs compared: what was run, the table, and whether the tokens agree."""
-    gpu = result["card"]["gpu"]
-    rows = [_versus_row(one, result, gpu=bool(gpu)) for one in result["rows"]]
-    memory = (
-        ["GPU memory, whole process"]
-        if gpu
-        else ["process memory (anonymous)", "resident, with mapped files"]
-    )
-    head = ["program", "seconds a token", "weights a second", *memory, "seconds ÷ jlayer's"]
+    columns = _versus_columns(result)
+    rows = [_versus_row(one, columns) for one in result["rows"]]
+    head = ["program", *columns]
     return f"{_setting(result)}\n\n{described.table(head, rows)}\n{_agreement(result['rows'])}\n"
+
+
+def _versus_columns(result):
+    """Heading -> what its cell says of a row. The prompt where every program timed it; memory of
+    the process on a GPU too, where a program left the GPU alone."""
+    done = [one for one in result["rows"] if "failed" not in one]
+    gpu = bool(result["card"]["gpu"])
+    on_cpu = not gpu or any(one["name"] == "llama.cpp" for one in done)
+    ours = done[0]["s_per_token"]["median"]
+
+    def memory(kind):
+        return lambda one: f"{one[kind] / 2**20:.0f} MiB"
+
+    found = {}
+    if all("prompt_s" in one for one in done):
+        found["seconds for the prompt"] = lambda one: f"{one['prompt_s']:.3f}"
+    found["seconds a token"] = lambda one: f"{one['s_per_token']['median']:.3f}"
+    found["weights a second"] = lambda one: f"{one['bytes_per_s'] / 1e9:.1f} GB/s"
+    if gpu:
+        found["GPU memory, whole process"] = memory("gpu_bytes")
+    if on_cpu:
+        found["process memory (anonymous)"] = memory("anonymous_bytes")
+        found["resident, with mapped files"] = memory("resident_bytes")
+    found["seconds ÷ jlayer's"] = lambda one: f"{one['s_per_token']['median'] / ours:.2f}"
+    return found
 
 
 def _setting(result):
     card, config, options = result["card"], result["config"], result["options"]
     where = card["gpu"] or f"{card['cores']} cores, no GPU"
+    scheme = config.get("quantization_config", {}).get("scheme")
+    weights = f"weights in {scheme}, computed in " if scheme else ""
     return (
         f"{where}; {config['num_hidden_layers']} layers, {config['hidden_size']} wide, "
-        f"{config['vocab_size']:,} tokens of vocabulary, {options['dtype']}: "
+        f"{config['vocab_size']:,} tokens of vocabulary, {weights}{options['dtype']}: "
         f"{result['weight_bytes'] / 1e9:.2f} GB of weights a token. A prompt of "
         f"{options['prompt_tokens']} tokens, then {options['new_tokens']} greedy ones; medians; "
         f"rounds: {options['rounds']}."
     )
 
 
-def _versus_row(one, result, *, gpu):
+def _versus_row(one, columns):
     name, _, promise = one["name"].partition(" ")
-    label = PROGRAMS[name].format(**one.get("versions", dict.fromkeys(("airllm",), "")))
+    facts = defaultdict(str, {**one, **one.get("versions", {})})  # one that failed has none
+    label = PROGRAMS[name].format_map(facts)
     label += f", {_spaced(promise)} GPU budget" if promise else ""
     if "failed" in one:
-        return [label, "failed", *[""] * (3 if gpu else 4)]
-    ours = next(one for one in result["rows"] if "failed" not in one)["s_per_token"]["median"]
-    seconds = one["s_per_token"]["median"]
-    peaks = ["gpu_bytes"] if gpu else ["anonymous_bytes", "resident_bytes"]
-    return [
-        label,
-        f"{seconds:.3f}",
-        f"{one['bytes_per_s'] / 1e9:.1f} GB/s",
-        *[f"{one[peak] / 2**20:.0f} MiB" for peak in peaks],
-        f"{seconds / ours:.2f}",
-    ]
+        return [label, "failed", *[""] * (len(columns) - 1)]
+    return [label, *[cell(one) for cell in columns.values()]]
 
 
 def _spaced(size):
@@ -215,9 +231,23 @@ def _spaced(size):
 
 def _agreement(rows):
     done = [one for one in rows if "failed" not in one]
-    differences = [one["agreement"]["largest_logprob_difference"] or 0.0 for one in done]
+    apart = [one for one in done if one["agreement"]["same_tokens"] is None]
+    compared = [one for one in done if one not in apart]
+    said = [_not_compared(one) for one in apart]
+    if len(compared) > 1 or not apart:
+        said.insert(0, _compared(compared))
+    return " ".join(said)
+
+
+def _not_compared(one):
+    weights = f"{one['format']}, {one['weight_bytes'] / 1e9:.2f} GB a token"
+    return f"The tokens of {one['name']} ({weights}) are not compared: {one['agreement']['why']}."
+
+
+def _compared(rows):
+    differences = [one["agreement"]["largest_logprob_difference"] or 0.0 for one in rows]
     text = f"The largest difference in a likely token's log-probability is {max(differences):.3f}."
-    others = [one["name"] for one in done if not one["agreement"]["same_tokens"]]
+    others = [one["name"] for one in rows if not one["agreement"]["same_tokens"]]
     if others:
         return f"Other tokens than the rest gave: {', '.join(others)}. {text}"
     return f"All of them gave the same tokens. {text}"
@@ -240,9 +270,12 @@ def blocks() -> dict[str, str]:
 
 
 def rewritten(pages: dict[Path, str]) -> dict[Path, str]:
-    """The pages with every marked part made anew."""
+    """The pages with every marked part made anew. A further comparison appears where a page has a
+    mark with the name of its result, `versus-NAME`."""
     made = blocks()
     marks = [match[2] for text in pages.values() for match in MARKED.finditer(text)]
+    further = {mark for mark in marks if mark.startswith("versus-")} - made.keys()
+    made |= {mark: versus(load(mark)) for mark in further}
     if sorted(marks) != sorted(made):
         raise SystemExit(f"marked in the pages: {sorted(marks)}; made: {sorted(made)}")
 

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
-from jlayer.config import RunConfig, generation_file, read_generation_config, unknown_name
+from jlayer.config import generation_file, read_generation_config, unknown_name
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
 from jlayer.engine.decoding import Decoding, Generation
@@ -35,7 +35,8 @@ from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
-from jlayer.streaming.executor import Watch
+from jlayer.run_config import RunConfig
+from jlayer.streaming.watch import Watch
 
 FORMS = (*CHAT_OPTIONS, "generation_config")  # options of the prompt, not of drawing
 
@@ -50,6 +51,7 @@ class AutoModel:
         host_memory: int | str | None = None,
         dtype=None,
         draft: str | os.PathLike | None = None,
+        host_share: float | str = "auto",
         offline: bool = False,
         watch: Watch | None = None,
         **options,
@@ -63,12 +65,14 @@ class AutoModel:
         as "4GiB"); by default 4 GiB, or what is free if less, and 80% of what the system says is
         available. `dtype` is what activations are computed in, by default ("auto") the weights'
         own: a name, or a dtype of torch, numpy or jax. `draft` is a smaller model with the same
-        tokenizer, a folder or a hub id, which stays on the device and guesses tokens. `watch` is
-        told what opening does, and becomes the model's own. Further options: `device` ("cpu" or
-        "gpu"), `context`, `follow_links` (take what links in the folder lead to outside of it), and
-        those of transformers: what has a meaning here is taken (`device_map`, `torch_dtype`,
-        `revision`, `local_files_only`), what changes nothing is passed over (`trust_remote_code`:
-        code in a checkpoint is never run), the rest is refused.
+        tokenizer, a folder or a hub id, which stays on the device and guesses tokens. `host_share`:
+        of the weights in host memory, the share that its own cores multiply where they lie, from 0
+        to 1; "auto": as measured, where it pays. `watch` is told what opening does, and becomes the
+        model's own. Further options: `device` ("cpu" or "gpu"), `context`, `follow_links` (take
+        what links in the folder lead to outside of it), and those of transformers: what has a
+        meaning here is taken (`device_map`, `torch_dtype`, `revision`, `local_files_only`), what
+        changes nothing is passed over (`trust_remote_code`: code in a checkpoint is never run), the
+        rest is refused.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
@@ -76,7 +80,11 @@ class AutoModel:
         ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
         offline = options.pop("offline", offline)
         run = RunConfig.from_options(
-            device_memory=device_memory, host_memory=host_memory, draft=draft, **options
+            device_memory=device_memory,
+            host_memory=host_memory,
+            draft=draft,
+            host_share=host_share,
+            **options,
         )
         if run.draft is not None:
             run = replace(run, draft=local_folder(run.draft, offline=offline, option="draft"))
@@ -159,7 +167,7 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about the folder and the plan; none is an error."""
-        return (*self.engine.store.notes, *self.plan.notes)
+        return (*self.engine.store.notes, *self.engine.notes, *self.plan.notes)
 
     @property
     def context_limit(self) -> int:

@@ -1,4 +1,4 @@
-"""Parses config.json into ModelConfig (the model), and options into RunConfig (the run).
+"""Parses config.json into ModelConfig.
 
 Reads every form in which a config.json is published: `rope_theta` beside `rope_scaling`, or both in
 `rope_parameters`; `torch_dtype` or `dtype`. If a file says one fact twice, the value that counts in
@@ -11,11 +11,9 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from dataclasses import dataclass, fields
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.families.registry import FAMILIES, is_of_another_model
-from jlayer.sizes import parse_bytes
 from jlayer.spec import ITEM_BYTES, ModelConfig, Rope
 from jlayer.strict import read_json_object
 
@@ -60,55 +58,6 @@ _METHOD_BY_KEY = {
     "zero_point": "awq",
     "group_size": "MLX",
 }
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The options of a run. Memory in bytes; None: a default that depends on the machine."""
-
-    device_memory: int | None = None
-    host_memory: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    context: int | None = None
-    keeps_layers: bool = True  # False: every forward pass reads all layers from disk
-    draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
-    follow_links: bool = False  # what links in a published folder lead to outside of it is taken
-
-    @classmethod
-    def from_options(cls, **options) -> RunConfig:
-        """Parses options as a user writes them ("4GiB", "bfloat16").
-
-        Raises UsageError; for an unknown name, with the closest known one.
-        """
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise UsageError(unknown_name("option", name, known))
-        for name in ("device_memory", "host_memory"):
-            if options.get(name) is not None:
-                options[name] = parse_bytes(options[name], option=name)
-        if options.get("dtype") is not None:
-            options["dtype"] = parse_choice(
-                str(options["dtype"]), tuple(ITEM_BYTES), option="dtype"
-            )
-        if options.get("device") is not None:
-            options["device"] = parse_choice(options["device"], ("cpu", "gpu"), option="device")
-        for name in ("keeps_layers", "follow_links"):
-            if type(options.get(name, True)) is not bool:
-                raise UsageError(f"{name}: found {options[name]!r}, expected a bool")
-        if options.get("draft") is not None:
-            options["draft"] = _path(options["draft"], option="draft")
-        context = options.get("context")
-        if context is not None and (type(context) is not int or context < 1):
-            raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
-        return cls(**options)
-
-
-def _path(value, *, option):
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise UsageError(f"{option}: found {value!r:.80}, expected a folder or a hub id")
-    return os.fspath(value)
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:

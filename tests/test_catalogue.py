@@ -6,8 +6,9 @@ import pytest
 
 from jlayer import catalogue
 from jlayer.app.cli import main
-from jlayer.config import RunConfig, model_config
+from jlayer.config import model_config
 from jlayer.errors import UsageError
+from jlayer.run_config import RunConfig
 from jlayer.strict import parse_json_object
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
 

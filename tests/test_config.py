@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from jlayer.config import RunConfig, model_config, read_config
+from jlayer.config import model_config, read_config
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.run_config import RunConfig
 from jlayer.sizes import human, parse_bytes
 from tests.conftest import BUNDLED
 

@@ -102,6 +102,10 @@ TESTED = {
     "python benchmarks/resident.py path/to/Llama-3-8B --tokens 300": By(
         "tests/measure/test_guesses.py"
     ),
+    'pip install -e ".[cores]"': Parsed(NETWORK),
+    'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" --host-share 0.5': Here(),
+    "python benchmarks/shares.py path/to/Llama-3-70B-jlayer --device-memory 1536MiB "
+    "--shares 0,auto --tokens 1,2,8": By("tests/measure/test_shares.py"),
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),

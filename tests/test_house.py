@@ -22,9 +22,10 @@ ROOMS = (
         "encodings",
         "families",
         "config",
+        "run_config",
     ),
-    *("catalogue", "model", "checkpoint", "plan", "streaming", "text", "drafting", "engine"),
-    *("api", "measure", "app"),
+    *("catalogue", "model", "cores", "checkpoint", "plan", "streaming", "text", "drafting"),
+    *("engine", "api", "measure", "app"),
 )
 GROUND = ROOMS[: ROOMS.index("model")]
 # What the converter stands on: it needs no JAX.

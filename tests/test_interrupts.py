@@ -10,7 +10,7 @@ import pytest
 from jlayer import interrupts
 from jlayer.api import AutoModel
 from jlayer.interrupts import Terminated, check, deferred, released
-from jlayer.streaming.executor import Watch
+from jlayer.streaming.watch import Watch
 from tests.conftest import BUNDLED
 
 STOP = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}

@@ -11,13 +11,23 @@ RUN = {
     "host_memory": ("the most main memory of the process", "80%% of what is available"),
     "dtype": ("compute in bfloat16, float16 or float32", "the weights' own"),
     "device": ("cpu or gpu", "the accelerator, if there is one"),
+    "host_share": (
+        "the share of the weights in main memory that its own cores multiply, from 0 to 1",
+        "auto: as measured",
+    ),
 }
 OUTPUT = {
     "json": "print one JSON object on stdout",
     "quiet": "print results and errors only, no progress",
     "debug": "show the traceback of an error",
 }
-_METAVARS = {"device_memory": "SIZE", "host_memory": "SIZE", "dtype": "DTYPE", "device": "DEVICE"}
+_METAVARS = {
+    "device_memory": "SIZE",
+    "host_memory": "SIZE",
+    "dtype": "DTYPE",
+    "device": "DEVICE",
+    "host_share": "SHARE",
+}
 
 
 def flag(name: str) -> str:

@@ -37,8 +37,16 @@ LANES = {
     "draft": "guess tokens",
     "read": "disk to host",
     "put": "host to device",
+    "host": "multiply on the host",
     "run": "multiply",
     "free": "wait for the run, drop",
+}
+# Lane -> what is the limit where it is busy all the time.
+LIMITS = {
+    "read": "the disk",
+    "put": "the link to the device",
+    "host": "the host's cores",
+    "run": "the arithmetic",
 }
 # A picture of more than CROWD tiles gets a second one below it that shows CLOSELY of them.
 CROWD, CLOSELY = 90, 14
@@ -115,7 +123,7 @@ def draw(timeline, *, what: str):
     from matplotlib.figure import Figure
 
     begin, end = timeline.starts[0], timeline.end
-    crowded = len(timeline.lane("run")) > CROWD
+    crowded = len(_runs(timeline)) > CROWD
     figure = Figure(figsize=(13, 8.2 if crowded else 4.6), layout="constrained")
     axes = figure.subplots(2 if crowded else 1, squeeze=False)[:, 0]
     _draw_window(axes[0], timeline, begin, end, closely=not crowded)
@@ -141,9 +149,9 @@ def title(timeline, what: str) -> str:
     if n_sweeps > 1 and timeline.lane("draft"):  # the guesses for the first one came before it
         each, guesses = (starts[-1] - starts[0]) / (n_sweeps - 1), " with its guesses"
     n_bytes = sum(tile.n_bytes for tile in timeline.tiles)
-    busy = {lane: timeline.busy(lane) for lane in ("read", "put", "run")}
+    busy = {lane: timeline.busy(lane) for lane in LIMITS}
     most = max(busy, key=busy.get)
-    limit = {"read": "the disk", "put": "the link to the device", "run": "the arithmetic"}[most]
+    limit = LIMITS[most]
     verdict = (
         f"{limit} is the busiest, {busy[most]:.0%} of the time"
         if busy[most] >= LIMITING
@@ -157,7 +165,7 @@ def title(timeline, what: str) -> str:
 
 def _close_look(timeline):
     """(begin, end) of a few tiles in the middle of the last sweep."""
-    runs = [span for span in timeline.lane("run") if span.begin >= timeline.starts[-1]]
+    runs = [span for span in _runs(timeline) if span.begin >= timeline.starts[-1]]
     middle = len(runs) // 2
     chosen = runs[middle : middle + CLOSELY]
     return chosen[0].begin, chosen[-1].end
@@ -237,7 +245,7 @@ def _frame(axes, left, right, lanes):
 def _draw_layers(axes, timeline, begin, end, place):
     """Above the lanes, which layer runs when; with its number where there is room."""
     above = len(_lanes(timeline))
-    runs = [span for span in timeline.lane("run") if span.end > begin and span.begin < end]
+    runs = [span for span in _runs(timeline) if span.end > begin and span.begin < end]
     for layer, own in groupby(runs, key=lambda span: timeline.tiles[span.tile].layer):
         own = list(own)
         left, width = place(replace(own[0], end=own[-1].end))
@@ -259,9 +267,15 @@ def _tell_busy(axes, timeline):
             axes.text(1.005, height, words, transform=axes.transAxes, va="center")
 
 
+def _runs(timeline):
+    """The spans in which tiles are multiplied, wherever, in order."""
+    spans = timeline.lane("run") + timeline.lane("host")
+    return sorted(spans, key=lambda span: span.end)
+
+
 def _lanes(timeline):
     """The lanes that are drawn, from above."""
-    return [lane for lane in LANES if lane != "draft" or timeline.lane(lane)]
+    return [lane for lane in LANES if lane not in ("draft", "host") or timeline.lane(lane)]
 
 
 def _rows(timeline):

@@ -30,7 +30,7 @@ def opening():
     phase = Phase()
     with Status(phase.status) if draws() else nullcontext():
         phase.begin("opening: starting JAX")
-        from jlayer.streaming.executor import Watch
+        from jlayer.streaming.watch import Watch
 
         check()
         yield Watch(on_phase=lambda words: phase.begin(f"opening: {words}"))

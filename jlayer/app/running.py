@@ -11,8 +11,8 @@ from jlayer.app.ending import Interrupted
 from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.config import RunConfig
 from jlayer.interrupts import STOPS, released
+from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.streaming.schedule import Tier
 
@@ -107,10 +107,17 @@ def describe(model, decoding=None) -> str:
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
         f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
-        f"{human(plan.tiling.n_bytes)} a forward pass, about {time_words(plan.sweep_seconds)}; "
+        f"{human(plan.tiling.n_bytes)} a forward pass{_hosted(plan)}, "
+        f"about {time_words(plan.sweep_seconds)}; "
         f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
         f"{_guessing(model, decoding)}"
     )
+
+
+def _hosted(plan):
+    """What the host's cores multiply of it; empty for nothing."""
+    n_bytes = plan.host_product_bytes
+    return f" ({human(n_bytes)} of it multiplied by the host's cores)" if n_bytes else ""
 
 
 def _guessing(model, decoding):
@@ -152,6 +159,9 @@ def details(found) -> list[str]:
         f"{human(memory[f'{side}_budget_bytes'])} ({memory[f'{side}_peak_how']})"
         for side in ("device", "host")
     ]
+    if stats["host_product_bytes"]:
+        n_bytes = human(stats["host_product_bytes"] // max(1, stats["sweeps"]))
+        lines.append(f"host's cores: {n_bytes} a forward pass, {found.plan['host_share']:.0%}")
     lines.append(f"programs compiled: {sum(stats['compiles'].values())}")
     if stats["drafted"]:
         depths = ", ".join(map(str, stats["accepted_by_depth"])) or "none"

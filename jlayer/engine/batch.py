@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class Part:
     rows: Rows
     wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """The rows that are not padding."""
+        return np.flatnonzero(self.tokens >= 0)
 
     @property
     def n_wanted(self) -> int:

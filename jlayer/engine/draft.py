@@ -24,7 +24,8 @@ from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.whole import likeliest, one_kind
 from jlayer.plan.shapes import LEAST_ROWS
 from jlayer.plan.tiles import Weights
-from jlayer.streaming.executor import Watch, first_line
+from jlayer.streaming.executor import first_line
+from jlayer.streaming.watch import Watch
 
 # The likeliest tokens that are looked at after each guess. (In trees of 512 nodes more change
 # nothing.)

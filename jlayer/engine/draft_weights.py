@@ -18,8 +18,9 @@ from jlayer.families.registry import family_of, head_leaf, layer_tensor_name
 from jlayer.interrupts import check
 from jlayer.model.products import ScaledRows, weight
 from jlayer.model.whole import WholeModel, one_kind, to_bits
+from jlayer.plan.cutting import parts_of
 from jlayer.plan.machine import platform_of
-from jlayer.plan.tiles import Weights, parts_of
+from jlayer.plan.tiles import Weights
 from jlayer.spec import Place
 from jlayer.streaming.direct import Reader, aligned_buffer, aligned_span
 

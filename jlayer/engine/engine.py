@@ -15,32 +15,41 @@ from functools import partial
 
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
-from jlayer.config import RunConfig
+from jlayer.cores.cores import Cores
+from jlayer.cores.native import missing
+from jlayer.cores.sharing import SPIN_S
 from jlayer.engine import device as devices
 from jlayer.engine import residents
 from jlayer.engine.caches import Caches
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
+from jlayer.engine.hosting import Host
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
+from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
-from jlayer.plan.plan import Plan, fitting, make_plan, refit
+from jlayer.plan.making import fitting, make_plan, matrix_forms, refit, with_host
+from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier, Weights
+from jlayer.run_config import RunConfig
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
-from jlayer.streaming.executor import Executor, Totals, Watch
+from jlayer.streaming.executor import Executor
+from jlayer.streaming.watch import Totals, Watch
 from jlayer.text.same import check_same_tokens
 
 CLOSED = "this model is closed; open it again with AutoModel.from_pretrained"
 # Seconds that a change to other tiles costs once: new programs are compiled.
 OTHER_TILES_S = 5.0
+# A forward pass over fewer bytes of host memory is not divided: it would not make up for measuring.
+LEAST_HOSTED_BYTES = 256 << 20
 NEARLY = 1.02  # keep the current tiles while a pass takes at most so much longer than the best
 
 
@@ -69,7 +78,9 @@ class Engine:
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
         self._executor: Executor | None = None
-        self.plan = self.plan_for(RunShape(context=run.context or 1))
+        self.host: Host | None = None
+        self.notes: tuple[str, ...] = ()  # for the user; none is an error
+        self.plan = self._first_plan(RunShape(context=run.context or 1))
         self.plan.check()
         # This is the smallest run, so no plan of another run is much faster.
         self._shortest_s = self.plan.cautious_seconds
@@ -84,7 +95,14 @@ class Engine:
         except BaseException:
             self.embedding.close()
             raise
-        self.sweeper = Sweeper(self.programs, self.embedding, self._residents, self.caches)
+        self.sweeper = Sweeper(
+            self.programs,
+            self.embedding,
+            self._residents,
+            self.caches,
+            host=self.host,
+            hosted=lambda n_rows: self.plan.hosted(n_rows),
+        )
         self.speculation = Speculation(self, self.draft)
         self.scheduler = Scheduler(self, self.speculation)
         self.host_peak_bytes = anonymous_bytes()
@@ -130,6 +148,23 @@ class Engine:
             cores=len(os.sched_getaffinity(0)),
         )
 
+    def _first_plan(self, shape):
+        """The plan of a small run; measures the host's cores first if they could help with it."""
+        if self.run.host_share == 0:
+            return self.plan_for(shape)
+        if self.run.host_share is None:
+            alone = self.plan_for(shape)
+            if not alone.fits or alone.put_bytes < LEAST_HOSTED_BYTES:
+                return alone
+            if why := missing():
+                self.notes = (f"the host's cores do not help to multiply: {why}",)
+                return alone
+        self.host = Host(_cores(self._machine), self.device)
+        self.watch.phase("measuring the cores")
+        measured = host_speeds(self.host.cores, matrix_forms(self.weights), self.device)
+        self._machine = replace(self._machine, host=measured)
+        return self.plan_for(shape)
+
     def _make_checks(self):
         """The checks of streamed tensors. An embedding that is not streamed is read and checked
         once, during the first forward pass, which waits for the result."""
@@ -173,17 +208,23 @@ class Engine:
             )
             if same.fits and same.cautious_seconds <= NEARLY * self._shortest_s:
                 return same
-            tilings[same.tiling.wanted] = same.tiling
-        best = make_plan(
-            self.weights,
-            self._machine,
-            shape,
-            held=held,
-            least_pool=least_pool,
-            keeps_layers=self.run.keeps_layers,
-            tilings=tilings,
-            draft=self._draft_weights,
-        )
+            tilings[same.tiling.cut_as] = same.tiling
+
+        def plan_of(shares):
+            return make_plan(
+                self.weights,
+                self._machine,
+                shape,
+                held=held,
+                least_pool=least_pool,
+                keeps_layers=self.run.keeps_layers,
+                tilings=tilings,
+                draft=self._draft_weights,
+                shares=shares,
+            )
+
+        forms = matrix_forms(self.weights)
+        best = with_host(plan_of, forms, self.run.host_share, self._machine.host)
         if (
             self._executor is not None
             and same.fits
@@ -231,6 +272,8 @@ class Engine:
         """Makes the executor follow `plan`: with other tiers if the tiles are the same, else a new
         executor."""
         old = self._executor
+        if self.host is not None:
+            self.host.forget()
         if old is not None and plan.tiles is old.tiles:
             if (plan.tiers, plan.attending) != (self.plan.tiers, self.plan.attending):
                 old.retier(plan.tiers, plan.attending)
@@ -367,6 +410,17 @@ class Engine:
                 self._executor = None
             self.embedding.close()
             self.caches.close()
+            if self.host is not None:
+                self.host.close()
+
+
+# Between two stages the device needs longer than threads take to fall asleep, and waking them takes
+# as long again. On a CPU they are in the way of XLA's own.
+SPIN_BESIDE_A_DEVICE_S = 3e-3
+
+
+def _cores(machine):
+    return Cores(spin_s=SPIN_BESIDE_A_DEVICE_S if machine.kind.has_link else SPIN_S)
 
 
 def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:

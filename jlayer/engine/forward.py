@@ -68,7 +68,7 @@ class Forward:
         """Compiles all programs of a forward pass of `n_tokens` tokens a lane, ahead of it."""
         with self._entered() as executor:
             parts = self._stand_in(n_tokens, all_logits)
-            self._engine.sweeper.compile(executor, ((p.size, p.n_wanted) for p in parts))
+            self._engine.sweeper.compile(executor, parts)
 
     def pretend(self, n_positions: int) -> None:
         """Fills every lane up to `n_positions` with entries of zeros, as if so many tokens had gone

@@ -10,7 +10,8 @@ from jlayer.engine.sweep import Sweeper
 from jlayer.plan.plan import Plan
 from jlayer.spec import ModelConfig
 from jlayer.streaming.embedding import Embedding
-from jlayer.streaming.executor import Executor, Totals, Watch
+from jlayer.streaming.executor import Executor
+from jlayer.streaming.watch import Totals, Watch
 
 
 class Home(Protocol):

@@ -1,9 +1,10 @@
-"""The transfer of logits from the device to the host."""
+"""Logits on their way to whoever asked for them: from the device, or from the host's own cores."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -19,26 +20,33 @@ class Outgoing:
 
     def __init__(self, take: Callable[[np.ndarray, np.ndarray, int], None]):
         self._take = take
-        self._waiting = deque()
+        self._waiting = deque()  # (function that waits for the output, bytes on the device, ...)
 
     @property
     def device_bytes(self) -> int:
         """Bytes that wait on the device now."""
-        return sum(output.nbytes for output, _, _ in self._waiting)
+        return sum(n_bytes for _, n_bytes, _, _ in self._waiting)
 
     def add(self, output: jax.Array, places: np.ndarray, row: int) -> None:
         """Starts the transfer of logits [padded W, v], which begin at vocabulary row `row`;
         `places` [W] says whose they are."""
         output.copy_to_host_async()
-        self._waiting.append((output, places, row))
-        while len(self._waiting) >= OUTGOING:
-            self._fetch()
+        self._add(partial(np.asarray, output), output.nbytes, places, row)
+
+    def add_hosted(self, fetch: Callable[[], np.ndarray], places: np.ndarray, row: int) -> None:
+        """Notes logits [W, v] that the host's cores are at; `fetch` waits for them."""
+        self._add(fetch, 0, places, row)
 
     def finish(self) -> None:
-        """Waits for the remaining transfers."""
+        """Waits for the remaining ones."""
         while self._waiting:
             self._fetch()
 
+    def _add(self, *waiting):
+        self._waiting.append(waiting)
+        while len(self._waiting) >= OUTGOING:
+            self._fetch()
+
     def _fetch(self):
-        output, places, row = self._waiting.popleft()
-        self._take(np.asarray(output)[: len(places)], places, row)
+        fetch, _, places, row = self._waiting.popleft()
+        self._take(fetch()[: len(places)], places, row)

@@ -21,12 +21,17 @@ ENOUGH_S = 0.1  # of timing one size
 
 def predicted_seconds(plan: Plan, programs: Programs, *, most_rows: int) -> dict[int, float]:
     """Seconds of a forward pass of one chunk, by its rows, up to `most_rows`: those of the bytes,
-    or of the products, whichever are more."""
+    or of the products, whichever are more. On a CPU the plan's seconds hold the products of the
+    host's own kernels, where they are used."""
     tile = max(plan.tiles, key=_n_weights)
     share = sum(map(_n_weights, plan.tiles)) / _n_weights(tile)
     sizes = [rows for rows in CHUNK_ROWS if rows <= most_rows]
     arithmetic = tile_seconds(programs, tile, sizes)
-    return {rows: max(plan.decode_seconds, share * s) for rows, s in arithmetic.items()}
+    found = {}
+    for rows, seconds in arithmetic.items():
+        is_xlas = plan.machine.kind.has_link or not plan.hosted(rows)
+        found[rows] = max(plan.narrow_seconds(rows), share * seconds * is_xlas)
+    return found
 
 
 def tile_seconds(programs: Programs, tile: Tile, sizes: Sequence[int]) -> dict[int, float]:

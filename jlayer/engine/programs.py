@@ -19,11 +19,11 @@ from jlayer.families.registry import family_of
 from jlayer.interrupts import deferred
 from jlayer.model.cache import Rows, cache_struct, empty_cache, rows_struct
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
-from jlayer.model.stages import block, call, multiply
+from jlayer.model.stages import block, call, hosted_products, multiply
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place
-from jlayer.streaming.executor import Watch
+from jlayer.streaming.watch import Watch
 
 _backend_compiles = 0
 
@@ -77,14 +77,27 @@ class Call:
     """A compiled function at a tile.
 
     Its arguments are a dict of the values that it `reads` (names of the flow, "weights", "whole",
-    "products") and a dict of those whose memory it reuses (the cache, or nothing). It returns a
-    dict of the values that it gives.
+    "products", "hosted") and a dict of those whose memory it reuses (the cache, or nothing). It
+    returns a dict of the values that it gives. `ends_stage`: whether it is the stage's `finish`.
     """
 
     program: Callable
     reads: tuple[str, ...]
     whole: tuple[str, ...] = ()
     uses_cache: bool = False
+    ends_stage: bool = False
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """How a stage's rows are divided in a forward pass.
+
+    `widths`: product -> its rows in each tile that the device multiplies. `hosted`: matrix -> its
+    rows that the host multiplies.
+    """
+
+    widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    hosted: tuple[tuple[str, int], ...] = ()
 
 
 class Programs:
@@ -102,23 +115,33 @@ class Programs:
         self._compiled: dict = {}
 
     def calls(
-        self, tile: Tile, size: Size, *, widths: dict[str, tuple[int, ...]], wanted: int
+        self,
+        tile: Tile,
+        size: Size,
+        *,
+        shape: StageShape,
+        wanted: int,
+        on_host: bool = False,
+        landing: int = 0,
     ) -> tuple[Call, ...]:
         """The calls for a chunk of this size at a tile.
 
-        `widths`: product -> its rows in each tile of the stage. `wanted`: how many rows the head
-        reads, padding included; 0: no call.
+        `shape`: of the tile's stage. `wanted`: how many rows the head reads, padding included; 0:
+        no call. `on_host`: the host's cores multiply the tile; the head gives its input then.
+        `landing`: the rows of what they multiplied, of all chunks.
         """
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
-            return (self._head(tile, size, wanted),) if wanted else ()
+            head = self._head_input if on_host else self._head
+            return (head(tile, size, wanted),) if wanted else ()
         calls = []
         if tile.begins_stage and tile.stage.input:
-            calls.append(self._function(tile, size, tile.stage.input, {}))
-        calls.append(self._rows(tile, size))
+            calls.append(self._function(tile, size, tile.stage.input))
+        if not on_host:
+            calls.append(self._rows(tile, size))
         if tile.ends_stage:
-            calls.append(self._function(tile, size, tile.stage.finish, widths))
+            calls.append(self._function(tile, size, tile.stage.finish, shape, landing))
         return tuple(calls)
 
     def embed(self, parts: list[Part], *, n_rows: int) -> Callable:
@@ -226,50 +249,80 @@ class Programs:
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, ("weights", "x"))
 
-    def _function(self, tile, size, wanted: Function, widths):
-        """The `input` or `finish` function of a stage: (products, whole, flow) -> results."""
+    def _function(self, tile, size, wanted: Function, shape=None, landing=0):
+        """The `input` or, with a `shape`, the `finish` function of a stage: (products, hosted,
+        whole, flow) -> results."""
+        hosted = dict(shape.hosted) if shape else {}
 
         def function(given, consumed):
             flow = given | consumed
             if "rows" in flow:
                 flow["rows"] = flow["rows"].replace(flash=self.flash)
-            weights, products = given.get("whole", {}), given.get("products")
-            return call(wanted, flow, weights, products, cfg=self.cfg)
+            products = dict(given.get("products", {}))
+            if hosted:
+                found, row_of = given["hosted"]["products"], given["hosted"]["row_of"]
+                raw = found.at[row_of].get(mode="fill", fill_value=0)
+                of_host = hosted_products(tile.stage, raw, hosted, dtype=self.dtype, cfg=self.cfg)
+                for name, part in of_host.items():
+                    products[name] = [part, *products.get(name, ())]
+            return call(wanted, flow, given.get("whole", {}), products, cfg=self.cfg)
 
         uses_cache = "cache" in wanted.reads
         given = self._flow(tile, size, [name for name in wanted.reads if name != "cache"])
         if wanted.whole:
             given["whole"] = self._whole(tile, wanted.whole)
-        if widths:
+        if shape and shape.widths:
             given["products"] = {
-                name: [self._struct(size, width) for width in parts]
-                for name, parts in widths.items()
+                name: [self._struct(size, width) for width in parts] for name, parts in shape.widths
+            }
+        if hosted:
+            given["hosted"] = {
+                "products": jax.ShapeDtypeStruct((landing, sum(hosted.values())), "float32"),
+                "row_of": jax.ShapeDtypeStruct((size.rows,), "int32"),
             }
         consumed = self._cache(tile, size) if uses_cache else {}
         sees_lanes = uses_cache or "rows" in wanted.reads
         label = f"{wanted.name} {size.rows}" + (f" {size.attends}" if sees_lanes else "")
-        key = (tile.kind.name, tile.stage.name, tuple(widths.items()))
+        label += f" hosted {landing}" if hosted else ""
+        key = (tile.kind.name, tile.stage.name, shape)
         program = self.get(label, key, function, (given, consumed))
-        return Call(program, tuple(given), wanted.whole, uses_cache)
+        return Call(program, tuple(given), wanted.whole, uses_cache, ends_stage=shape is not None)
 
     def _head(self, tile, size, n_wanted):
         """Some rows of the head: (weights, whole, hidden, wanted [W]) -> float32 logits [W, v] of
         the wanted rows of the chunk."""
-        function_of_input = tile.stage.input
 
         def function(given, consumed):
-            flow = {"hidden": given["hidden"].at[given["wanted"]].get(mode="clip")}
-            flow |= call(function_of_input, flow, given["whole"], cfg=self.cfg)
             weights = self._weights(tile, given["weights"])
-            (logits,) = multiply(tile.stage, flow["x"], weights, cfg=self.cfg).values()
+            x = self._wanted_input(tile, given)
+            (logits,) = multiply(tile.stage, x, weights, cfg=self.cfg).values()
             return {"logits": logits}
 
-        given = {"weights": struct_of(tile), "whole": self._whole(tile, function_of_input.whole)}
-        given |= self._flow(tile, size, ("hidden",))
-        given["wanted"] = jax.ShapeDtypeStruct((n_wanted,), "int32")
+        given = {"weights": struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, tuple(given), function_of_input.whole)
+        return Call(program, tuple(given), tile.stage.input.whole)
+
+    def _head_input(self, tile, size, n_wanted):
+        """(whole, hidden, wanted [W]) -> the head's input x [W, D] of the wanted rows."""
+
+        def function(given, consumed):
+            return {"x": self._wanted_input(tile, given)}
+
+        given = self._wanted_given(tile, size, n_wanted)
+        label = f"head input {size.rows} wanted {n_wanted}"
+        program = self.get(label, (), function, (given, {}))
+        return Call(program, tuple(given), tile.stage.input.whole)
+
+    def _wanted_input(self, tile, given):
+        """Inside a program: the input of the head, of the wanted rows."""
+        flow = {"hidden": given["hidden"].at[given["wanted"]].get(mode="clip")}
+        return call(tile.stage.input, flow, given["whole"], cfg=self.cfg)["x"]
+
+    def _wanted_given(self, tile, size, n_wanted):
+        given = {"whole": self._whole(tile, tile.stage.input.whole)}
+        given |= self._flow(tile, size, ("hidden",))
+        return given | {"wanted": jax.ShapeDtypeStruct((n_wanted,), "int32")}
 
     def _weights(self, tile, put):
         """Inside a program: a tile's weights by leaf, from the arrays that were put."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from jlayer.streaming.executor import ADDED
+from jlayer.streaming.watch import ADDED
 
 
 @dataclass

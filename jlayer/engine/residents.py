@@ -10,7 +10,8 @@ import numpy as np
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.families.registry import family_of
-from jlayer.plan.tiles import Weights, device_parts, parts_of
+from jlayer.plan.cutting import device_parts, parts_of
+from jlayer.plan.tiles import Weights
 from jlayer.streaming.direct import RowReader
 
 

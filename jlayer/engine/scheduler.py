@@ -60,10 +60,10 @@ class Scheduler:
                 for rider in choose_riders(lanes, self._lanes, plan)
             ]
             later = [_stand_in(1 + share, lane.capacity, n_nodes=share) for lane in lanes]
-            parts = self._arrange(first) + self._arrange(later)
-            shapes = [(part.size, part.n_wanted) for part in parts]
-            self._engine.sweeper.compile(executor, shapes)
-            executor.fill()
+            sweeper, parts = self._engine.sweeper, self._arrange(first)
+            sweeper.compile(executor, parts)
+            sweeper.compile(executor, self._arrange(later))
+            sweeper.fill(executor, parts)
 
     def advance(self, lanes: Sequence[Lane], *, once: bool = False) -> None:
         """Waits until one of the lanes has a step that was not read or an error, or all have ended;

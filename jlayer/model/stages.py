@@ -55,6 +55,20 @@ def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
     return products
 
 
+def hosted_products(stage: Stage, raw, heights: Mapping[str, int], *, dtype, cfg) -> dict:
+    """raw float32 [R, sum of `heights`], what the host multiplied -> products [R, rows] by name, as
+    `multiply` gives them. `heights`: matrix -> its columns of `raw`, one matrix after another."""
+    parts, at = {}, 0
+    for name, height in heights.items():
+        parts[name] = raw[:, at : at + height].astype(dtype)
+        at += height
+    return {
+        group.product: COMBINE[group.combine](*(parts[leaf] for leaf in group.leaves), cfg=cfg)
+        for group in stage.groups
+        if group.leaves[0] in parts
+    }
+
+
 def call(
     function: Function, flow: Mapping, weights: Mapping, products: Mapping | None = None, *, cfg
 ) -> dict:

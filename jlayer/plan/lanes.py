@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import Machine
-from jlayer.plan.plan import TILE_BYTES, bare_plan, tiling_of
+from jlayer.plan.making import TILE_BYTES, bare_plan, tiling_of
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier, Tiling, Weights
 

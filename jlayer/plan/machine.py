@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Bytes/s if nothing was measured or given: a PCIe 4 x16 link, an NVMe disk.
 DEFAULT_LINK = 25e9
@@ -94,16 +95,45 @@ PLATFORMS = {
 }
 
 
+# Bytes/s at which a core multiplies weights where they lie, by encoding; many columns take longer.
+# The memory's limit is CPU_MOST.
+CORE_SPEEDS = {"int4": 5e9, "int8": 8e9, "bfloat16": 9e9, "float16": 9e9, "float32": 10e9}
+COLUMNS_OF_CORES = ((1, 1.0), (16, 0.5), (64, 0.125))
+
+
 def platform_of(jax_platform: str) -> str:
     """The name among PLATFORMS of what JAX calls a device's platform."""
     return "cpu" if jax_platform == "cpu" else "gpu"
 
 
 @dataclass(frozen=True)
+class HostSpeeds:
+    """How fast the host's cores multiply weights where they lie, as measured.
+
+    `forms`: (encoding, ((columns, bytes/s), ...) from few to many columns). `link`: bytes/s of the
+    link meanwhile; None where there is none.
+    """
+
+    forms: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
+    link: float | None = None
+
+    def seconds_a_byte(self, form: str, columns: int) -> float:
+        """Between two measured numbers of columns on a line; beyond the last in proportion."""
+        points = dict(self.forms)[form]
+        for (few, fast), (many, slow) in pairwise(points):
+            if few <= columns <= many:
+                share = (columns - few) / (many - few)
+                return (1 - share) / fast + share / slow
+        most, speed = points[-1] if columns > points[-1][0] else points[0]
+        return max(1, columns / most) / speed
+
+
+@dataclass(frozen=True)
 class Machine:
     """The machine of a plan. `platform`: one of PLATFORMS; budgets in bytes, speeds in bytes/s.
 
-    On a CPU `link_speed` is the speed of multiplying plain weights in memory.
+    On a CPU `link_speed` is the speed of multiplying plain weights in memory. `host`: the speeds of
+    the host's own cores, where they were measured.
     """
 
     platform: str
@@ -114,6 +144,7 @@ class Machine:
     link_speed: float | None = None
     baseline_bytes: int | None = None
     cores: int = 2
+    host: HostSpeeds | None = None
 
     @property
     def kind(self) -> Platform:
@@ -130,3 +161,19 @@ class Machine:
         if self.link_speed:
             return self.link_speed
         return DEFAULT_LINK if self.kind.has_link else min(CPU_CORE * self.cores, CPU_MOST)
+
+
+def expected_speeds(machine: Machine) -> HostSpeeds:
+    """The speeds of the host's cores by their number, for plans where nothing is measured."""
+    most = min(CPU_MOST, machine.cores * CPU_CORE * 1.25)
+    forms = tuple(
+        (
+            form,
+            tuple(
+                (columns, min(most, machine.cores * speed * part))
+                for columns, part in COLUMNS_OF_CORES
+            ),
+        )
+        for form, speed in CORE_SPEEDS.items()
+    )
+    return HostSpeeds(forms, machine.bytes_per_s if machine.kind.has_link else None)

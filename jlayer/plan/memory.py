@@ -66,7 +66,26 @@ def run_needs(
         ),
         Need("temporary", device=temporary_bytes(weights, load, tiling, platform=machine.platform)),
         Need("embedding", host=_rows_and_logits(weights, machine, load, tiling)),
+        Need("embedding", host=landing_bytes(tiling, load)),
     ]
+
+
+def landing_bytes(tiling: Tiling, shapes: Shapes) -> int:
+    """Bytes of host memory for what the host's cores multiply: float32, a place for each stage of a
+    layer and for the head."""
+    heights: dict[tuple, dict[str, int]] = {}
+    for tile, _ in tiling.distinct:
+        if tile.for_host:
+            kind = tile.kind.name if tile.kind else ""
+            own = heights.setdefault((kind, tile.stage.name), {})
+            for part in tile.parts:
+                end = part.first_row + part.shape[0]
+                own[part.matrix] = max(own.get(part.matrix, 0), end)
+    wanted = shapes.n_rows if shapes.all_logits else shapes.wanted
+    return sum(
+        4 * power_of_two(max(2, shapes.n_rows if kind else wanted)) * sum(own.values())
+        for (kind, _), own in heights.items()
+    )
 
 
 def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:

@@ -1,31 +1,23 @@
-"""The plan of a run: which tiles stay where in the fastest forward pass that fits the budgets.
+"""The plan of a run: which tiles stay where, the sums of memory, and the predicted seconds.
 
-If none fits, the refusal shows the sum. Pure and without JAX, so `jlayer plan` works from a config
-alone.
+What does not fit is refused with the sum. Pure and without JAX, so `jlayer plan` works from a
+config alone. `making` makes plans.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from jlayer.errors import DoesNotFitError
-from jlayer.plan import memory, time
-from jlayer.plan.draft import draft_need
-from jlayer.plan.limits import Limits, chunk_limits, row_limits
-from jlayer.plan.machine import CACHE_PINNED, READING, Machine
-from jlayer.plan.need import DeviceMemory, HostMemory, Need, device_memory, host_memory, total
+from jlayer.plan import hosting, memory, time
+from jlayer.plan.machine import Machine
+from jlayer.plan.need import DeviceMemory, HostMemory, total
 from jlayer.plan.need import terms as terms_of
-from jlayer.plan.shapes import RunShape, Shapes, pool_rows, together
-from jlayer.plan.tiles import Tier, Tile, Tiling, Weights, cut
+from jlayer.plan.shapes import Shapes
+from jlayer.plan.tiles import Tier, Tile, Tiling
 from jlayer.sizes import human
-
-# None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
-TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
-# Device memory left free when tiles that stay fill the rest.
-RESERVE_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,8 @@ class Plan:
     of all live runs, which share forward passes and are in the sums. `n_held`: how many others
     there are. `rows`: the limit of rows of a forward pass by which the shapes were made. `cache`:
     where the pools are: on the device, or in host memory, from where they come along with their
-    layers.
+    layers. `always_hosted`: whether the host multiplies all rows that were set apart for it in
+    every forward pass, since the user said so.
     """
 
     machine: Machine
@@ -55,6 +48,7 @@ class Plan:
     published_bytes: int  # before it was quantized, if it was
     n_layers: int
     n_held: int = 0
+    always_hosted: bool = False
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -101,9 +95,33 @@ class Plan:
         pairs = zip(self.tiling.sizes, self.tiers, strict=True)
         return sum(size for size, its_tier in pairs if its_tier is tier)
 
+    def hosted(self, n_rows: int) -> frozenset[int]:
+        """The tiles that the host's cores multiply in a forward pass of so many rows."""
+        known = self._hosted
+        if n_rows not in known:
+            known[n_rows] = hosting.hosted_tiles(
+                self.tiling, self.tiers, self.machine.host, rows=n_rows, always=self.always_hosted
+            )
+        return known[n_rows]
+
+    @cached_property
+    def _hosted(self):
+        return {}
+
+    @property
+    def host_product_bytes(self) -> int:
+        """Bytes that the host's cores multiply in a forward pass with one token for each lane."""
+        return sum(self.tiling.sizes[index] for index in self.hosted(self.load.batch))
+
+    @property
+    def host_share(self) -> float:
+        """The share of the bytes that are not on the device of which these are."""
+        passing = self.tiling.n_bytes - self.tier_bytes(Tier.DEVICE)
+        return self.host_product_bytes / passing if passing else 0.0
+
     @property
     def put_bytes(self) -> int:
-        """Bytes that go to the device in each forward pass."""
+        """Bytes that go to the device in each forward pass, where the host multiplies none."""
         return self.tier_bytes(Tier.DISK) + self.tier_bytes(Tier.HOST)
 
     @property
@@ -133,11 +151,21 @@ class Plan:
     @property
     def decode_seconds(self) -> float:
         """The predicted time of a forward pass with one token for each lane."""
+        return self.narrow_seconds(self.load.batch)
+
+    def narrow_seconds(self, n_rows: int) -> float:
+        """The predicted time of a forward pass of so few rows, in as many chunks as one with a
+        token for each lane."""
         n_chunks = self.load.n_decode_chunks
-        return max(
-            time.bytes_seconds(self.machine, self.tiling, self.tiers, n_chunks=n_chunks),
-            time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks),
+        bytes_s = time.bytes_seconds(
+            self.machine,
+            self.tiling,
+            self.tiers,
+            n_chunks=n_chunks,
+            hosted=self.hosted(n_rows),
+            rows=n_rows,
         )
+        return max(bytes_s, time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks))
 
     @cached_property
     def _bytes_s(self):
@@ -147,6 +175,8 @@ class Plan:
             self.tiers,
             n_chunks=self.n_chunks,
             cache_bytes=self.moved_cache_bytes,
+            hosted=self.hosted(self.load.n_rows),
+            rows=self.load.n_rows,
         )
 
     @cached_property
@@ -175,12 +205,13 @@ class Plan:
         if self.machine.kind.has_link or self.published_bytes == self.model_bytes:
             return ()
         plain = time.plain_seconds(self.machine, self.published_bytes)
-        if self.sweep_seconds <= 1.2 * plain:
+        if self.host_product_bytes or self.decode_seconds <= 1.2 * plain:
             return ()
         return (
             "quantized weights are decoded on one core of this CPU: about "
-            f"{self.sweep_seconds:.2g} s a token, where the unquantized model would take about "
-            f"{plain:.2g} s; run the unquantized folder if speed matters",
+            f"{self.decode_seconds:.2g} s a token, where the unquantized model would take about "
+            f'{plain:.2g} s; install kernels for its cores (pip install "jlayer[cores]"), or run '
+            "the unquantized folder, if speed matters",
         )
 
     def as_dict(self) -> dict:
@@ -199,10 +230,12 @@ class Plan:
             },
             "tiers": {f"{tier.value}_layers": self.layers(tier) for tier in Tier},
             "tile_bytes": self.tile_bytes,
+            "host_share": self.host_share,
             "sweep": {
                 "bytes": self.tiling.n_bytes,
                 "disk_bytes": self.tier_bytes(Tier.DISK),
                 "host_bytes": self.tier_bytes(Tier.HOST),
+                "host_product_bytes": self.host_product_bytes,
                 "cache_bytes": self.moved_cache_bytes,
                 "seconds": self.sweep_seconds,
                 "decode_seconds": self.decode_seconds,
@@ -237,208 +270,3 @@ class Plan:
             f"{option}: {human(budget)} given, needed{others} are {human(peak)} = "
             f"{terms_of(memory_of)}; give at least {-(-peak // 2**20)}MiB{advice}"
         )
-
-
-def make_plan(
-    weights: Weights,
-    machine: Machine,
-    run: RunShape,
-    *,
-    held: Sequence[RunShape] = (),
-    least_pool: int = 0,
-    keeps_layers: bool = True,
-    tilings: dict[int | None, Tiling] | None = None,
-    draft: Weights | None = None,
-) -> Plan:
-    """The plan of the fastest forward pass that fits: tiles, chunk of rows, tiers.
-
-    `held`: other live runs. `least_pool`: the rows that the pools have. `tilings`: existing ones of
-    this model by the tile size that was asked for, to reuse; new ones are added. `draft`: the
-    weights of a draft model, which the device holds too. Prompts are split over several forward
-    passes, and pools are in host memory, only where nothing fits otherwise: whichever takes less
-    time. If nothing fits at all, the plan that needs least memory (`fits` is False; `check`
-    refuses).
-    """
-    tilings = {} if tilings is None else tilings
-
-    def bare(tile_bytes, limits):
-        tiling = tiling_of(tilings, weights, machine, tile_bytes)
-        return bare_plan(weights, machine, tiling, run, held, limits, least_pool, draft)
-
-    def fastest(rows, cache):
-        """The plan of the fastest forward pass by these limits; None where none fits."""
-        best = None
-        for tile_bytes in TILE_BYTES:
-            of_chunks = (bare(tile_bytes, Limits(most, rows, cache)) for most in chunk_rows)
-            # Smaller chunks only cost dispatches.
-            found = next((plan for plan in of_chunks if plan.fits), None)
-            if found is None:
-                continue
-            plan = _with_tiers(found) if keeps_layers else found
-            if best is None or plan.cautious_seconds < best.cautious_seconds:
-                best = plan
-            elif plan.chunk <= best.chunk:
-                break  # smaller tiles leave more memory for kept tiles; that no longer pays here
-        return best
-
-    smallest, candidates = None, []
-    chunk_rows = chunk_limits(run, *held)
-    for rows in row_limits(run, *held):
-        for cache in (Tier.DEVICE, Tier.HOST):
-            # Whole layers, or the smallest tiles, need least memory.
-            limits = Limits(chunk_rows[-1], rows, cache)
-            least = [bare(tile_bytes, limits) for tile_bytes in (TILE_BYTES[0], TILE_BYTES[-1])]
-            smallest = min(filter(None, (smallest, *least)), key=lambda p: p.device_peak_bytes)
-            best = fastest(rows, cache) if any(plan.fits for plan in least) else None
-            if best is not None and (rows, cache) == (None, Tier.DEVICE):
-                return best
-            candidates += [] if best is None else [best]
-    return min(candidates, key=lambda plan: run_seconds(plan, run), default=smallest)
-
-
-def tiling_of(
-    tilings: dict[int | None, Tiling], weights: Weights, machine: Machine, tile_bytes: int | None
-) -> Tiling:
-    """The tiling of this tile size: of `tilings`, to which it is added where it is not there."""
-    if tile_bytes not in tilings:
-        tilings[tile_bytes] = cut(weights, tile_bytes, platform=machine.platform)
-    return tilings[tile_bytes]
-
-
-def run_seconds(plan: Plan, run: RunShape) -> float:
-    """About the seconds of all forward passes of a run."""
-    return (plan.shapes.prefills - 1 + max(1, run.sweeps)) * plan.cautious_seconds
-
-
-def refit(
-    plan: Plan,
-    weights: Weights,
-    run: RunShape,
-    *,
-    held: Sequence[RunShape] = (),
-    least_pool: int = 0,
-    draft: Weights | None = None,
-) -> Plan:
-    """The plan of another run with the same tiles and tiers; it may not fit."""
-    for rows in row_limits(run, *held):
-        for cache in (Tier.DEVICE, Tier.HOST):
-            for most in chunk_limits(run, *held):
-                limits, on = Limits(most, rows, cache), plan.machine
-                bare = bare_plan(weights, on, plan.tiling, run, held, limits, least_pool, draft)
-                same = _with_kept(bare, plan.tiers)
-                if same.fits:
-                    return same
-    return same
-
-
-def fitting(plan_of: Callable[[RunShape], Plan], shape: RunShape) -> Plan:
-    """The plan of a run with as many guessed tokens as fit: those of `shape`, else half as many,
-    and so on; if none fit, the plan without any. How many they are is in `plan.shapes.nodes`."""
-    while True:
-        plan = plan_of(shape)
-        if plan.fits or shape.nodes == 0:
-            return plan
-        half = shape.nodes // 2
-        shape = replace(shape, nodes=half if half >= shape.batch else 0)
-
-
-def bare_plan(
-    weights: Weights,
-    machine: Machine,
-    tiling: Tiling,
-    run: RunShape,
-    held: Sequence[RunShape],
-    limits: Limits,
-    least_pool: int = 0,
-    draft: Weights | None = None,
-) -> Plan:
-    """The plan of a tiling that needs least memory: no tile stays."""
-    ahead = min(machine.kind.ahead, len(tiling.shapes))
-    ring = ahead + READING
-    shapes = [each.shapes(limits.chunk, limits.rows) for each in (run, *held)]
-    load = together(shapes, limits.chunk)
-    needs = [
-        *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
-        *memory.run_needs(
-            weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
-        ),
-    ]
-    if draft is not None:
-        pool = max(pool_rows(load.entries), least_pool)
-        needs.append(draft_need(draft, machine, load, pool=pool))
-    device = device_memory(machine.device_budget, needs)
-    if machine.kind.has_link:
-        # Page tables of pools in host memory: see CACHE_PINNED.
-        least = sum(need.host for need in needs if need.term == "cache") // CACHE_PINNED
-        needs.append(Need("cache", device=max(0, least - total(device))))
-        device = device_memory(machine.device_budget, needs)
-    else:
-        # Device memory is host memory; the slots are counted once.
-        needs.append(Need("resident", host=total(device) - device.slots_bytes))
-    return Plan(
-        machine=machine,
-        device=device,
-        host=host_memory(machine.host_budget, needs),
-        tiling=tiling,
-        tiers=(Tier.DISK,) * len(tiling.shapes),
-        ring=ring,
-        ahead=ahead,
-        shapes=shapes[0],
-        load=load,
-        rows=limits.rows,
-        cache=limits.cache,
-        model_bytes=weights.stored_bytes,
-        published_bytes=weights.published_bytes,
-        n_layers=weights.cfg.num_hidden_layers,
-        n_held=len(held),
-    )
-
-
-def _with_tiers(plan: Plan) -> Plan:
-    """Keeps tiles in the rest of the budgets: first on a GPU, then in host memory.
-
-    Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
-    time throughout.
-    """
-    tiling = plan.tiling
-    room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    kept = _spread(tiling.device_sizes, room if plan.machine.kind.has_link else 0)
-    rest = [index for index, keep in enumerate(kept) if not keep]
-    room = plan.host.budget_bytes - plan.host_peak_bytes
-    in_host = _spread([tiling.sizes[index] + tiling.slack for index in rest], room)
-    tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
-    for index, keep in zip(rest, in_host, strict=True):
-        if keep:
-            tiers[index] = Tier.HOST
-    return _with_kept(plan, tuple(tiers))
-
-
-def _with_kept(plan, tiers):
-    """A bare plan with these tiers, and the tiles that they keep added to its sums."""
-    (kept,) = memory.kept_needs(plan.tiling, tiers)
-    device, host = plan.device, plan.host
-    return replace(
-        plan,
-        tiers=tiers,
-        device=replace(device, resident_bytes=device.resident_bytes + kept.device),
-        host=replace(host, resident_bytes=host.resident_bytes + kept.host),
-    )
-
-
-def _spread(sizes: Sequence[int], room: int) -> list[bool]:
-    """Which of `sizes` to keep within `room` bytes, spread evenly over the list."""
-    whole = sum(sizes)
-    if room >= whole:
-        return [True] * len(sizes)
-    if room < min(sizes, default=0):
-        return [False] * len(sizes)
-    kept, used, passed = [], 0, 0
-    for size in sizes:
-        passed += size
-        # Keep this tile if the kept bytes are behind the proportional share by half of it or more.
-        with_it = used + size
-        keep = with_it <= room and with_it <= room * passed / whole + size / 2
-        kept.append(keep)
-        if keep:
-            used = with_it
-    return kept

@@ -1,4 +1,4 @@
-"""Cuts a model into tiles, the units that are streamed, from its config alone.
+"""Tiles, the units that are streamed, and their sums.
 
 A range of output rows of a matrix is consecutive bytes on disk, on the host and on the device, and
 `x @ W[rows].T` is exact. So a layer may be cut into any number of row tiles, without partial sums.
@@ -16,17 +16,10 @@ from functools import cached_property
 
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.registry import encoding, piece_name
-from jlayer.families.base import Group, LayerKind, Stage
-from jlayer.families.registry import (
-    family_of,
-    head_leaf,
-    head_stage,
-    layer_kinds,
-    layer_tensor_name,
-    published_tensors,
-)
-from jlayer.plan.joined import Joined, joined
-from jlayer.spec import ALIGNMENT, STORED_BYTES, Leaf, ModelConfig, Place
+from jlayer.families.base import LayerKind, Stage
+from jlayer.families.registry import family_of, layer_tensor_name, published_tensors
+from jlayer.plan.joined import Joined
+from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig
 
 
 class Tier(Enum):
@@ -119,7 +112,8 @@ class Tile:
 
     `kind`: of its layer; None for the head. `stage`: the stage whose rows it has; None for a whole
     layer. `begins_stage`, `ends_stage`: whether it has the first and last rows of its stage.
-    `joined`: its layout if it crosses the link as one array.
+    `joined`: its layout if it crosses the link as one array. `for_host`: whether its rows are set
+    apart for the host's cores.
     """
 
     name: str
@@ -130,6 +124,7 @@ class Tile:
     begins_stage: bool = True
     ends_stage: bool = True
     joined: Joined | None = None
+    for_host: bool = False
 
     @cached_property
     def n_bytes(self) -> int:
@@ -187,8 +182,8 @@ class Tiling:
     """All tiles of a forward pass in order, and their sums.
 
     Layers of one kind and encoding have equal tiles, so only one of them is cut. `alike`: for each
-    layer, the tiles of the layer that was cut for it. `wanted`: the tile size that was asked for.
-    `dtype`: the compute dtype; `platform`: of the device.
+    layer, the tiles of the layer that was cut for it. `cut_as`: the tile size that was asked for,
+    and the shares of rows for the host. `dtype`: the compute dtype; `platform`: of the device.
     """
 
     def __init__(
@@ -197,11 +192,11 @@ class Tiling:
         alike: Sequence[tuple[Tile, ...]],
         head: tuple[Tile, ...],
         *,
-        wanted: int | None,
+        cut_as: tuple[int | None, tuple],
         dtype: str,
         platform: str,
     ):
-        self.wanted, self._dtype, self._platform = wanted, dtype, platform
+        self.cut_as, self._dtype, self._platform = cut_as, dtype, platform
         self._cfg, self._alike, self._head = cfg, alike, head
 
     @cached_property
@@ -242,7 +237,7 @@ class Tiling:
         groups = [(tiles, n_layers[key]) for key, tiles in layers.items()]
         for tiles, n in (*groups, (self._head, 1)):
             for tile in tiles:
-                key = (tile.signature, tile.ends_stage)
+                key = (tile.signature, tile.ends_stage, tile.for_host)
                 first.setdefault(key, tile)
                 count[key] += n
         return tuple((first[key], n) for key, n in count.items())
@@ -282,125 +277,6 @@ class Tiling:
         )
 
 
-def cut(weights: Weights, tile_bytes: int | None, *, platform: str) -> Tiling:
-    """Cuts a forward pass into tiles of at most about `tile_bytes`; None: whole layers."""
-    cfg, tiles_of, alike = weights.cfg, {}, []
-    for layer, kind in enumerate(layer_kinds(cfg)):
-        forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
-        if (kind.name, forms) not in tiles_of:
-            tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform)
-            tiles_of[kind.name, forms] = tuple(tiles)
-        alike.append(tiles_of[kind.name, forms])
-    head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform)
-    return Tiling(
-        cfg, alike, tuple(head), wanted=tile_bytes, dtype=weights.dtype, platform=platform
-    )
-
-
-def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
-    """The leaves of a layer that stay on the device."""
-    kind = layer_kinds(weights.cfg)[layer]
-    return tuple(
-        part for leaf in kind.kept_in(Place.DEVICE) for part in _parts(weights, leaf, layer)
-    )
-
-
-def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
-    """A whole leaf as parts, one for each piece of its encoding, the largest first."""
-    form, shape = weights.form_of(tensor), leaf.shape(weights.cfg)
-    return [
-        Part(
-            leaf=piece_name(leaf.name, piece),
-            tensor=piece_name(tensor, piece),
-            dtype=dtype,
-            shape=piece_shape,
-            matrix=leaf.name,
-            piece=piece,
-            form=form,
-            width=shape[-1],
-        )
-        for piece, (dtype, piece_shape) in encoding(form).pieces(shape).items()
-    ]
-
-
-def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
-    """Splits rows into the fewest, nearly equal ranges of at most `tile_bytes` (or one row).
-
-    Returns (first row, number of rows) of each. `row_bytes`: bytes of a row of each array. If there
-    are enough rows, a range is a whole number of disk blocks, so an aligned matrix is read directly
-    into its slot.
-    """
-    most = max(1, tile_bytes // sum(row_bytes))
-    height = -(-n_rows // -(-n_rows // most))
-    unit = ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT)
-    if height >= unit:
-        up = -(-height // unit) * unit
-        height = up if up <= most else height // unit * unit
-    return [(row, min(height, n_rows - row)) for row in range(0, n_rows, height)]
-
-
-def _layer_tiles(weights, kind, layer, tile_bytes, platform):
-    if tile_bytes is None:
-        streamed = kind.kept_in(Place.TILE)
-        parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
-        return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
-    tiles = []
-    for stage in kind.stages:
-        chosen = _packed(weights, kind, stage, layer, tile_bytes)
-        for index, parts in enumerate(chosen):
-            name = f"layer {layer} {stage.name} {index + 1}/{len(chosen)}"
-            ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
-            tiles.append(_tile(name, kind, stage, layer, tuple(parts), platform=platform, **ends))
-    return tiles
-
-
-def _tile(name, kind, stage, layer, parts, *, platform, **ends):
-    is_plain = all(part.encoding.is_plain for part in parts)
-    layout = joined([part.n_bytes for part in parts], is_plain=is_plain, platform=platform)
-    return Tile(name, kind, stage, layer, parts, joined=layout, **ends)
-
-
-def _packed(weights, kind, stage, layer, tile_bytes):
-    """The parts of each tile of a stage: row ranges of one group after another.
-
-    Ranges of different groups share a tile if both fit.
-    """
-    packed, room = [], 0
-    for group in stage.groups:
-        leaves = [kind.leaf(name) for name in group.leaves]
-        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer)]
-        row_bytes = [part.n_bytes // part.shape[0] for part in whole]
-        for first, n_rows in row_ranges(whole[0].shape[0], row_bytes, tile_bytes):
-            size = n_rows * sum(row_bytes)
-            parts = _rows(weights, kind, group, layer, first, n_rows)
-            if packed and size <= room and not _holds(packed[-1], group):
-                packed[-1] += parts
-                room -= size
-            else:
-                packed.append(parts)
-                room = tile_bytes - size
-    return packed
-
-
-def _holds(parts, group: Group):
-    """Whether the parts include rows of a group. A tile has only one range of each matrix."""
-    return any(part.matrix in group.leaves for part in parts)
-
-
-def _rows(weights, kind, group, layer, first, n_rows):
-    """A range of rows of a group's matrices and their biases."""
-    return [
-        replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
-        for matrix in group.leaves
-        for leaf in kind.with_bias(matrix)
-        for whole in _parts(weights, leaf, layer)
-    ]
-
-
-def _parts(weights, leaf, layer):
-    return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer), weights)
-
-
 def _for_layer(cfg, tiles, layer):
     """The tiles of a layer, derived from the equal tiles of another layer."""
     if layer == tiles[0].layer:
@@ -421,26 +297,4 @@ def _for_layer(cfg, tiles, layer):
             ),
         )
         for tile in tiles
-    ]
-
-
-def _head_tiles(weights, tile_bytes, platform):
-    leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
-    whole = parts_of(leaf, leaf.published, weights)
-    row_bytes = [part.n_bytes // part.shape[0] for part in whole]
-    ranges = row_ranges(whole[0].shape[0], row_bytes, tile_bytes)
-    return [
-        _tile(
-            f"head {index + 1}/{len(ranges)}",
-            None,
-            stage,
-            None,
-            tuple(
-                replace(part, shape=(n_rows, *part.shape[1:]), first_row=first) for part in whole
-            ),
-            platform=platform,
-            begins_stage=index == 0,
-            ends_stage=index == len(ranges) - 1,
-        )
-        for index, (first, n_rows) in enumerate(ranges)
     ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from jlayer.plan.hosting import EXCHANGE_S, count_stages, seconds_on_host
 from jlayer.plan.machine import (
     CPU_DECODED_WEIGHTS,
     DECODED_BYTES,
@@ -24,9 +25,12 @@ def bytes_seconds(
     *,
     n_chunks: int,
     cache_bytes: int = 0,
+    hosted: frozenset[int] = frozenset(),
+    rows: int = 1,
 ) -> float:
-    """Seconds for the bytes: the slowest of disk, link and arithmetic. `cache_bytes`: of pools that
-    cross the link too."""
+    """Seconds for the bytes: the slowest of disk, link, arithmetic and the host's cores.
+    `cache_bytes`: of pools that cross the link too. `hosted`: the tiles that the cores multiply, by
+    `rows` columns."""
     counts = Counter(tiers)
     passing = [Tier.DISK, Tier.HOST]
     n_bytes = dict.fromkeys(Tier, 0)
@@ -36,11 +40,17 @@ def bytes_seconds(
     if not machine.kind.has_link:
         # Nothing crosses a link. Every weight is multiplied in memory instead.
         gaps = len(tiling.shapes) * LINK_GAP_S
-        return max(disk_s, _cpu_arithmetic(machine, tiling) + gaps)
-    moved = sum(n_bytes[tier] for tier in passing) + cache_bytes
-    gaps = sum(counts[tier] for tier in passing) * LINK_GAP_S
+        host_s = _host_seconds(machine, tiling, hosted, rows)
+        return max(disk_s, _cpu_arithmetic(machine, tiling, hosted) + host_s + gaps)
+    of_host = sum(tiling.sizes[index] for index in hosted)
+    moved = sum(n_bytes[tier] for tier in passing) - of_host + cache_bytes
+    gaps = (sum(counts[tier] for tier in passing) - len(hosted)) * LINK_GAP_S
     arithmetic = n_chunks * sum(_work_bytes(tile) * n for tile, n in tiling.distinct)
-    return max(disk_s, moved / machine.bytes_per_s + gaps, arithmetic / GPU_ARITHMETIC)
+    speed = machine.bytes_per_s
+    if hosted and machine.host is not None:
+        speed = machine.host.link or speed
+    host_s = _host_seconds(machine, tiling, hosted, rows)
+    return max(disk_s, moved / speed + gaps, host_s, arithmetic / GPU_ARITHMETIC)
 
 
 def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
@@ -58,11 +68,24 @@ def plain_seconds(machine: Machine, plain_bytes: int) -> float:
     return max(plain_bytes / machine.bytes_per_s, from_disk / machine.disk_speed)
 
 
-def _cpu_arithmetic(machine, tiling):
-    """Seconds to multiply all weights in memory: plain ones and scales at the speed of their bytes,
-    decoded ones each by itself."""
+def _host_seconds(machine, tiling, hosted, rows):
+    """Seconds of the host's cores for these tiles, exchanges included; unknown speeds count
+    nothing."""
+    if not hosted or machine.host is None:
+        return 0.0
+    exchange_s = EXCHANGE_S if machine.kind.has_link else 0.0
+    n_stages = count_stages(tiling, sorted(hosted))
+    return seconds_on_host(machine.host, tiling, sorted(hosted), rows) + n_stages * exchange_s
+
+
+def _cpu_arithmetic(machine, tiling, hosted):
+    """Seconds to multiply the weights in memory that XLA multiplies: plain ones and scales at the
+    speed of their bytes, decoded ones each by itself."""
     n_bytes = n_decoded = 0
+    # All tiles that are set apart for the host are `hosted`, or none of them.
     for tile, n in tiling.distinct:
+        if hosted and tile.for_host:
+            continue
         for part in tile.parts:
             if part.encoding.is_plain or not part.n_weights:
                 n_bytes += n * part.n_bytes

@@ -8,7 +8,8 @@ import numpy as np
 
 from jlayer.checkpoint.store import Store
 from jlayer.families.registry import family_of
-from jlayer.plan.tiles import Part, Weights, parts_of
+from jlayer.plan.cutting import parts_of
+from jlayer.plan.tiles import Part, Weights
 from jlayer.streaming.direct import RowReader
 
 

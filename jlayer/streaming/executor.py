@@ -1,7 +1,8 @@
 """Executes the schedule: here the path of a token and the path of a weight cross.
 
 Handles tiles, slots and steps, not models or tokens. The caller passes a function that uses a
-tile's weights: (tile, arrays) -> an output that can be waited for.
+tile's weights: (tile, arrays) -> an output that can be waited for. Another one has the host's cores
+multiply a tile where it lies, in the background.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -20,106 +20,18 @@ import numpy as np
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
-from jlayer.interrupts import check, deferred
+from jlayer.interrupts import deferred
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import Reader, aligned_span, is_moved
 from jlayer.streaming.place import VIEW_ALIGNMENT, place
 from jlayer.streaming.schedule import Free, Put, PutCache, Read, Run, Take, sweeps
-from jlayer.streaming.slots import HostMemory, raw_view, slot_bytes_for, split_room, view
+from jlayer.streaming.slots import HostMemory, apart, raw_view, slot_bytes_for, split_room, view
+from jlayer.streaming.watch import Totals, Watch
 
 PATIENCE_S = 1.0  # `on_stall` is called if the executor waits longer than this for a read
 READERS = 2  # reads in flight: with one, the disk is idle between two requests
-
-
-@dataclass
-class Watch:
-    """Callbacks for observers; each may be None.
-
-    `on_step` (step, tile): before every step. `on_taken` (step, result): after every step, with its
-    result (of a Read a Future, of a Put arrays, of a Run its output, of a Free None). `on_stall`
-    (tile, seconds): again and again while a read is late. `on_phase` (words): a phase of opening
-    begins. `on_compile` (label): before a program is compiled, and (None) after it. `on_draft`
-    (begin, end): tokens were guessed for the next forward pass, from and to these seconds of
-    `time.perf_counter`.
-    """
-
-    on_step: Callable | None = None
-    on_taken: Callable | None = None
-    on_stall: Callable | None = None
-    on_phase: Callable | None = None
-    on_compile: Callable | None = None
-    on_draft: Callable | None = None
-
-    def phase(self, words: str):
-        """Announces a phase of opening; signals are handled here."""
-        check()
-        if self.on_phase:
-            self.on_phase(words)
-
-    @contextmanager
-    def compiling(self, label: str):
-        """Announces that a program is compiled inside the `with`."""
-        if self.on_compile:
-            self.on_compile(label)
-        try:
-            yield
-        finally:
-            if self.on_compile:
-                self.on_compile(None)
-
-    @contextmanager
-    def drafting(self):
-        """Announces that tokens were guessed inside the `with`, once they are."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.on_draft:
-                self.on_draft(began, time.perf_counter())
-
-    @contextmanager
-    def also(
-        self,
-        on_step: Callable,
-        on_taken: Callable | None = None,
-        on_draft: Callable | None = None,
-    ):
-        """Calls these too, after the present callbacks, inside the `with`."""
-        before = self.on_step, self.on_taken, self.on_draft
-        self.on_step = _both(self.on_step, on_step)
-        self.on_taken = _both(self.on_taken, on_taken)
-        self.on_draft = _both(self.on_draft, on_draft)
-        try:
-            yield
-        finally:
-            self.on_step, self.on_taken, self.on_draft = before
-
-
-@dataclass
-class Totals:
-    """Sums of all sweeps so far, in bytes and seconds.
-
-    `bounced_bytes`: copied again in host memory to fix their alignment. `stall_s`: time that the
-    executor waited for weights. `most_live_*`: the most weights on the device at a time, without
-    those that stay there.
-    """
-
-    read_bytes: int = 0
-    put_bytes: int = 0
-    bounced_bytes: int = 0
-    sweeps: int = 0
-    stall_s: float = 0.0
-    most_live_tiles: int = 0
-    most_live_bytes: int = 0
-
-    def since(self, before: Totals) -> dict[str, float]:
-        """The difference to an earlier copy, of the fields in ADDED."""
-        return {name: getattr(self, name) - getattr(before, name) for name in ADDED}
-
-
-ADDED = ("read_bytes", "put_bytes", "bounced_bytes", "stall_s")
 
 
 class CachesOnHost(Protocol):
@@ -130,6 +42,13 @@ class CachesOnHost(Protocol):
 
     def take(self, layer: int) -> None:
         """Begins to bring back what was written to it, and drops it from the device."""
+
+
+class Waitable(Protocol):
+    """What the host's cores are at."""
+
+    def wait(self) -> None:
+        """Returns once the tile's memory is not read any more."""
 
 
 class Executor:
@@ -173,9 +92,12 @@ class Executor:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
         self._reads: dict[int, Future] = {}  # tile -> its unfinished read
         self._in_host: dict[int, object] = {}  # tile of the host tier -> its arrays in its room
+        self._apart: dict[int, dict] = {}  # the same, as arrays by leaf, of tiles multiplied there
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
         self._passing: set[int] = set()  # the tiles on the device that do not stay
         self._outputs: dict[int, object] = {}  # passing tile -> the output of its run
+        self._hosted: frozenset[int] = frozenset()  # the tiles that the host's cores multiply
+        self._multiplying: list[Waitable] = []  # of this sweep
         self._last_output = None
         self._lists = None  # the next lists of steps; None: no read or put is in progress
         self._refusal: JlayerError | None = None
@@ -189,6 +111,7 @@ class Executor:
         for tile, tier in enumerate(tiers):
             if tier is not Tier.HOST:
                 self._in_host.pop(tile, None)
+                self._apart.pop(tile, None)
                 self._memory.drop_room(tile)
         self._tiers, self._attending = tiers, attending
 
@@ -205,8 +128,12 @@ class Executor:
     def reads_directly(self) -> bool:
         return self._reader.reads_directly
 
-    def fill(self):
-        """Starts the reads and puts that come before the first sweep, unless already started."""
+    def fill(self, hosted: frozenset[int] = frozenset()):
+        """Starts the reads and puts that come before the first sweep, unless already started.
+        `hosted`: see `sweep`."""
+        if hosted != self._hosted:
+            self._abandon()
+            self._hosted = hosted
         if self._lists is None:
             self._reader.resume()
             self._lists = sweeps(
@@ -215,18 +142,29 @@ class Executor:
                 ahead=self._ahead,
                 in_place=tuple(self._in_host),
                 attending=self._attending,
+                hosted=self._hosted,
             )
             with self._safely() as signals:
                 self._interpret(next(self._lists), None, signals)
 
-    def sweep(self, run: Callable[[Tile, object], object], caches: CachesOnHost | None = None):
+    def sweep(
+        self,
+        run: Callable[[Tile, object], object],
+        caches: CachesOnHost | None = None,
+        *,
+        multiply: Callable[[Tile, dict, bool], Waitable] | None = None,
+        hosted: frozenset[int] = frozenset(),
+    ):
         """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
-        are in host memory, for the steps that move them; without it they stay there.
+        are in host memory, for the steps that move them; without it they stay there. `hosted`: the
+        tiles that `multiply` (tile, arrays by leaf, whether they stay there) uses instead, as they
+        lie in host memory.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
-        self.fill()
-        self._caches = caches
+        self.fill(hosted)
+        self._caches, self._multiply = caches, multiply
+        self._multiplying.clear()
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
             self._reader.check_unchanged()
@@ -284,6 +222,9 @@ class Executor:
                 self._on_device[tile] = self._put(tile, signals)
                 self._note_passing(tile)
                 return self._on_device[tile]
+            case Run(tile, "host"):
+                self._outputs[tile] = self._run_on_host(tile, signals)
+                return self._outputs[tile]
             case Run(tile):
                 self._last_output = run(self.tiles[tile], self._on_device[tile])
                 if self._tiers[tile] is not Tier.DEVICE:
@@ -299,7 +240,11 @@ class Executor:
                 jax.block_until_ready(self._on_device[tile])
             case Free(tile, _, after):
                 # Wait for the output, not the transfer: on the CPU the slot itself is the weight.
-                jax.block_until_ready(self._outputs.pop(after))
+                output = self._outputs.pop(after)
+                if tile in self._hosted:
+                    output.wait()
+                    return
+                jax.block_until_ready(output)
                 del self._on_device[tile]
                 self._passing.remove(tile)
 
@@ -341,11 +286,30 @@ class Executor:
                 raw = raw_view(pieces[placed.segment], shifts[placed.segment], placed)
                 self._checks.add(part.tensor, raw, n_rows=part.shape[0], first_row=part.first_row)
 
-    def _put(self, tile, signals):
+    def _on_host(self, tile, signals):
+        """What is there of a tile in host memory, once it has been read."""
         views = self._await_read(tile, signals) if tile in self._reads else self._in_host[tile]
         if self._tiers[tile] is Tier.HOST:
             self._in_host[tile] = views
-        elif self._tiers[tile] is Tier.DEVICE and not self._has_link:
+        return views
+
+    def _run_on_host(self, tile, signals):
+        views = self._on_host(tile, signals)
+        self.totals.host_product_bytes += self.tiles[tile].n_bytes
+        is_kept = self._tiers[tile] is Tier.HOST
+        if not is_kept:
+            found = apart(self.tiles[tile], views)
+        elif tile not in self._apart:
+            found = self._apart[tile] = apart(self.tiles[tile], views)
+        else:
+            found = self._apart[tile]
+        result = self._multiply(self.tiles[tile], found, is_kept)
+        self._multiplying.append(result)
+        return result
+
+    def _put(self, tile, signals):
+        views = self._on_host(tile, signals)
+        if self._tiers[tile] is Tier.DEVICE and not self._has_link:
             # Without a link the arrays would be views of the slot, which is written again.
             views = {leaf: array.copy() for leaf, array in views.items()}
         self.totals.put_bytes += self.tiles[tile].n_bytes
@@ -387,6 +351,9 @@ class Executor:
             read.cancel() or read.exception()
         # Dispatched runs may still use a slot: wait before a slot is written again. Their failure
         # is already being reported.
+        for result in self._multiplying:
+            result.wait()
+        self._multiplying.clear()
         with suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready((self._last_output, list(self._on_device.values())))
         self._reads.clear()
@@ -404,20 +371,9 @@ class Executor:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
         self._in_host.clear()
+        self._apart.clear()
         self._memory.close()
         self._pool = None
-
-
-def _both(first, second):
-    """A callback that calls both, of those that are there."""
-    if first is None or second is None:
-        return first or second
-
-    def both(*args):
-        first(*args)
-        second(*args)
-
-    return both
 
 
 def _unit(layout):

@@ -20,7 +20,7 @@ import jax
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.schedule import Free, Put, Read, Run
 
-LANES = ("read", "put", "run", "free")
+LANES = ("read", "put", "host", "run", "free")
 DRAFT = "draft"  # a lane without tiles: guessing tokens, ahead of a sweep
 KEPT_SWEEPS = 2
 
@@ -130,6 +130,10 @@ class Recorder:
                 state.put = _Mark(tile, self._asked, after=state.read)
                 self._await("put", state, state.put, result)
                 state.read = None
+            case Run(tile, "host"):
+                mark = _Mark(tile, self._asked, after=state.read)
+                result.add_done_callback(partial(self._note_host, mark))
+                state.read = None
             case Run(tile):
                 self._await("run", state, _Mark(tile, self._asked, after=state.put), result)
             case Free(tile):
@@ -146,6 +150,11 @@ class Recorder:
         worker = threading.current_thread().name.rpartition("_")[2]
         mark.row = int(worker) if worker.isdigit() else None
         self._marks["read"].append(mark)
+
+    def _note_host(self, mark, future):
+        """Called in the thread of the host's products."""
+        mark.ended = self._end = time.perf_counter()
+        self._marks["host"].append(mark)
 
     def _await(self, lane, state, mark, result):
         # A result that is ready (a put on a CPU always is) is noted here, unless an earlier one is

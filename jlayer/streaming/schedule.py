@@ -5,6 +5,9 @@ stays on the device and another in host memory; the others pass through a ring o
 every sweep. Reads run ahead while the ring has free slots, puts while the device has room. While a
 tile runs, the next tiles are being read and put; after the last tile follow those of the next
 sweep. The first sweep also fills the fixed sets.
+
+Some tiles may be multiplied where they lie, by the host's cores, beside the device: these are read
+as the others are, and never put.
 """
 
 from __future__ import annotations
@@ -38,15 +41,17 @@ class Put:
 
 @dataclass(frozen=True)
 class Run:
-    """Call the compiled functions that use the tile's weights on the device."""
+    """Call the compiled functions that use the tile's weights on the device; or, `on` the "host",
+    let its cores multiply them where they lie, in the background."""
 
     tile: int
+    on: str = "device"
 
 
 @dataclass(frozen=True)
 class Free:
-    """Wait for the run of tile `after`, which used this tile; then drop the tile from the device
-    and release its slot.
+    """Wait for the run of tile `after`, which used this tile; then drop the tile from the device,
+    if it was there, and release its slot.
 
     If `after` is None, the tile stays on the device: wait for its transfer, then release the slot.
     """
@@ -81,15 +86,19 @@ def sweeps(
     ahead: int,
     in_place: Collection[int] = (),
     attending: Sequence[int] = (),
+    hosted: Collection[int] = (),
 ) -> Iterator[list[Step]]:
     """Yields the steps before the first sweep, then the steps of each sweep, without end.
 
     `ring`: number of host slots. `ahead`: the most tiles that are put before they run, the running
     one included. `in_place`: tiles of the host tier that are already in host memory. `attending`:
     where caches are in host memory, the tile of each layer whose run uses its cache. There are two
-    caches on the device at a time: one in use, and the next one on its way.
+    caches on the device at a time: one in use, and the next one on its way. `hosted`: the tiles
+    that the host's cores multiply, none of them of the device tier.
     """
-    state = _Stream(tiers, ring=ring, ahead=ahead, in_place=in_place, attending=attending)
+    state = _Stream(
+        tiers, ring=ring, ahead=ahead, in_place=in_place, attending=attending, hosted=hosted
+    )
     yield state.begin()
     while True:
         yield state.sweep()
@@ -98,13 +107,14 @@ def sweeps(
 class _Stream:
     """The state of the stream: the tiles read, put and freed so far, in endless order.
 
-    A move is one trip of a tile to the device; moves are numbered.
+    A move is one trip of a tile to where it is multiplied; moves are numbered.
     """
 
-    def __init__(self, tiers, *, ring, ahead, in_place, attending):
+    def __init__(self, tiers, *, ring, ahead, in_place, attending, hosted):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
         self._passing = [i for i, tier in enumerate(self._tiers) if tier is not Tier.DEVICE]
         self._in_place = frozenset(in_place)
+        self._hosted = frozenset(hosted)
         # Tile that uses a cache -> the next one that does; None: the first one.
         self._next_cache = dict(pairwise((None, *attending)))
         self._attending = frozenset(attending)
@@ -114,6 +124,7 @@ class _Stream:
         self._to_read: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet read
         self._to_put: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet put
         self._on_device: deque[tuple[int, int]] = deque()  # (move, tile) put, not yet freed
+        self._on_host: deque[tuple[int, int]] = deque()  # (move, tile) of the host, not yet run
 
     def _all_moves(self) -> Iterator[tuple[int, int, bool]]:
         """Yields (number, tile, whether it is read) of every move, in order."""
@@ -143,14 +154,24 @@ class _Stream:
         return steps
 
     def sweep(self):
-        steps = self._put_cache(None)
-        for tile, tier in enumerate(self._tiers):
-            if tier is Tier.DEVICE:
+        steps, tile = self._put_cache(None), 0
+        while tile < len(self._tiers):
+            if tile in self._hosted:
+                steps += self._run_on_host(tile)
+                tile += 1
+                continue
+            if self._tiers[tile] is Tier.DEVICE:
                 steps += self._run(tile)
+                tile += 1
                 continue
             if not self._on_device or self._on_device[0][1] != tile:
                 steps += self._put_ahead(1)  # in a ring of one slot it could not be put earlier
             steps += self._run(tile)
+            after = tile + 1
+            # The host's cores begin before anything waits for this tile.
+            while after in self._hosted and self._tiers[after] is Tier.HOST:
+                steps += self._run_on_host(after)
+                after += 1
             steps += self._put_ahead(self._ahead)
             number, _ = self._on_device.popleft()
             slot = self._slots.pop(number)
@@ -158,12 +179,30 @@ class _Stream:
             if slot is not None:
                 self._free.append(slot)
             steps += self._read_ahead()
+            tile = after
         return steps
 
-    def _run(self, tile):
+    def _run(self, tile, on="device"):
         if tile not in self._attending:
-            return [Run(tile)]
-        return [Run(tile), Take(tile), *self._put_cache(tile)]
+            return [Run(tile, on)]
+        return [Run(tile, on), Take(tile), *self._put_cache(tile)]
+
+    def _run_on_host(self, tile):
+        """The run of a tile where it lies; what was in a slot is freed after it."""
+        steps = []
+        while not self._on_host:
+            self._next()
+        number, queued = self._on_host[0]
+        assert queued == tile, "moves are in order"
+        if number not in self._slots:  # in a ring of few slots it could not be read earlier
+            steps += self._read_ahead()
+        self._on_host.popleft()
+        slot = self._slots.pop(number)
+        steps += self._run(tile, "host")
+        if slot is not None:
+            steps.append(Free(tile, slot, after=tile))
+            self._free.append(slot)
+        return steps + self._read_ahead()
 
     def _put_cache(self, after):
         """The step for the cache that is used next after that of tile `after`."""
@@ -176,12 +215,19 @@ class _Stream:
         if move is None:
             return False
         number, tile, is_read = move
-        self._to_put.append((number, tile))
+        (self._on_host if tile in self._hosted else self._to_put).append((number, tile))
         if is_read:
             self._to_read.append((number, tile))
         else:
             self._slots[number] = None
         return True
+
+    def _queue_a_put(self):
+        """Queues moves until one is a put; less than a sweep ahead."""
+        while not self._to_put and self._n_under_way < len(self._passing):
+            if not self._next():
+                return False
+        return bool(self._to_put)
 
     def _read_ahead(self):
         """Reads while the ring has free slots, in order: no read overtakes an earlier one."""
@@ -199,16 +245,20 @@ class _Stream:
     def _look_for_a_read(self):
         """Queues moves until one needs a read; less than a sweep ahead, so that no tile is moved
         twice at a time."""
-        while not self._to_read and len(self._to_put) + len(self._on_device) < len(self._passing):
+        while not self._to_read and self._n_under_way < len(self._passing):
             if not self._next():
                 return False
         return bool(self._to_read)
 
+    @property
+    def _n_under_way(self):
+        return len(self._to_put) + len(self._on_device) + len(self._on_host)
+
     def _put_ahead(self, limit):
         """Puts until `limit` tiles are on the device, or until the next tile has no slot yet."""
         steps = []
-        limit = min(limit, len(self._passing))
-        while len(self._on_device) < limit and (self._to_put or self._next()):
+        limit = min(limit, len(self._passing) - len(self._hosted))
+        while len(self._on_device) < limit and (self._to_put or self._queue_a_put()):
             number, tile = self._to_put[0]
             if number not in self._slots:
                 steps += self._read_ahead()

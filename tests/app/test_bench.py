@@ -10,7 +10,7 @@ from jlayer.app.verbs.bench import conclude
 from jlayer.config import model_config
 from jlayer.measure import bench as measuring
 from jlayer.plan.machine import Machine
-from jlayer.plan.plan import make_plan
+from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
 from tests.tiny import TINY

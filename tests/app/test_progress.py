@@ -8,8 +8,8 @@ import pytest
 
 from jlayer.api import AutoModel, generate
 from jlayer.app import progress
-from jlayer.streaming.executor import Watch
 from jlayer.streaming.schedule import Free, Read, Run
+from jlayer.streaming.watch import Watch
 
 
 def tile(layer, *, n_bytes=1000):

@@ -19,7 +19,7 @@ import sys, time
 from types import SimpleNamespace
 from jlayer.app import progress, status
 from jlayer.app.running import write_text
-from jlayer.streaming.executor import Watch
+from jlayer.streaming.watch import Watch
 from jlayer.streaming.schedule import Run
 
 progress.PATIENCE_S = progress.View.refresh_s = 0.001

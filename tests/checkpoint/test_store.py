@@ -11,7 +11,8 @@ import pytest
 from jlayer.checkpoint.layout import SEAL, seal
 from jlayer.checkpoint.store import Segment, Store
 from jlayer.errors import CheckpointError
-from jlayer.plan.tiles import Weights, cut
+from jlayer.plan.cutting import cut
+from jlayer.plan.tiles import Weights
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import Reader, aligned_span, disk_speed
 from jlayer.streaming.embedding import Embedding

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jlayer import AutoModel
-from jlayer.plan.plan import make_plan
+from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from tests.engine import drop_in

@@ -26,7 +26,7 @@ from jlayer.model.cache import Rows
 from jlayer.plan.draft import draft_bytes, draft_need
 from jlayer.plan.memory import cache_bytes
 from jlayer.plan.shapes import RunShape, pool_rows
-from jlayer.streaming.executor import Watch
+from jlayer.streaming.watch import Watch
 from tests import made_up
 from tests.engine.test_engine import opened
 from tests.plan.models import machine

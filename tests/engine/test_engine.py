@@ -11,7 +11,7 @@ import pytest
 import jlayer
 from jlayer import AutoModel, DoesNotFitError, UsageError
 from jlayer.convert import convert_checkpoint
-from jlayer.plan.plan import make_plan
+from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier
 from jlayer.spec import Leaf
@@ -293,7 +293,7 @@ def test_an_executor_that_cannot_be_made_leaves_the_live_runs_as_they_were(fable
         tokens = list(next(streams).token_ids)
         monkeypatch.setattr("jlayer.engine.engine.OTHER_TILES_S", -1e9)
         monkeypatch.setattr("jlayer.engine.engine.NEARLY", 0.0)
-        monkeypatch.setattr("jlayer.plan.plan.TILE_BYTES", (100_000,))
+        monkeypatch.setattr("jlayer.plan.making.TILE_BYTES", (100_000,))
         with monkeypatch.context() as broken:
             broken.setattr(
                 "jlayer.engine.engine.Executor",

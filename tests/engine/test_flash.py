@@ -6,7 +6,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jlayer import AutoModel
 from jlayer.engine import programs
-from jlayer.plan import plan as plans
+from jlayer.plan import making as plans
 from tests.model.test_attention import stand_in
 
 

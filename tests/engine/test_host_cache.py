@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jlayer
-from jlayer.plan.plan import make_plan
+from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.schedule import PutCache, Run, Take

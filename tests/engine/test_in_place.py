@@ -14,7 +14,7 @@ from jlayer.app.cli import main
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
-from jlayer.plan import plan
+from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
 from jlayer.streaming.place import VIEW_ALIGNMENT
 from jlayer.streaming.schedule import Put, Read
@@ -108,7 +108,7 @@ def test_in_place_is_token_for_token_as_converted(tmp_path, converted, kind):
 
 def test_in_tiles_too(tmp_path, converted, monkeypatch):
     source = made("at-8", tmp_path)
-    monkeypatch.setattr(plan, "TILE_BYTES", (3_000,))
+    monkeypatch.setattr(making, "TILE_BYTES", (3_000,))
     logits, tokens, _ = converted(source, "in tiles")
     found = run(source)
     assert np.array_equal(found[0], logits)
@@ -120,7 +120,7 @@ def test_in_tiles_too(tmp_path, converted, monkeypatch):
 def test_jax_takes_every_part_where_it_was_read_without_a_copy(
     tmp_path, monkeypatch, kind, tile_bytes
 ):
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     source, expected, reads, seen = made(kind, tmp_path), {}, {}, []
     for path in source.glob("*.safetensors"):
         expected |= tensors_of(path)

@@ -291,6 +291,7 @@ def test_prompts_ride_along_with_the_rest_of_a_chunk(tiny_model):
     decodes.close(), prompt.close()
 
 
+@pytest.mark.slow
 def test_every_budget_in_which_a_run_fits_has_room_for_lists_of_it(fable):
     """Down to the smallest: what does not fit at once comes in portions."""
     prompts = [[*PROMPT[:20], n] for n in range(3, 7)]

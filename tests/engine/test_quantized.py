@@ -21,7 +21,7 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.engine import engine
 from jlayer.errors import CheckpointError
 from jlayer.model.products import Encoded, dequantize, product
-from jlayer.plan import plan
+from jlayer.plan import making
 from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
@@ -122,7 +122,7 @@ def whole(layered):
 @pytest.mark.parametrize(("tile_bytes", "keeps_layers"), [(6_000, True), (1_500, False)])
 def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_bytes, keeps_layers):
     expected, tokens = whole
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=keeps_layers) as model:
         assert len(model.plan.tiles) > 12
         assert model.generate(IDS, max_new_tokens=6, do_sample=False) == tokens
@@ -138,7 +138,7 @@ def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_b
 @pytest.mark.parametrize("tile_bytes", [None, 6_000, 1_500])
 def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, tile_bytes):
     """As on a GPU; most arrays begin where no disk block does."""
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu", keeps_layers=False) as model:
         expected = model.logits(IDS)
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
@@ -152,11 +152,11 @@ def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, t
 
 def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
     _, expected = whole
-    monkeypatch.setattr(plan, "TILE_BYTES", (1_500,))
+    monkeypatch.setattr(making, "TILE_BYTES", (1_500,))
     kinds = list(Tier)
 
     def mixed(*args, **options):
-        made = plan.make_plan(*args, **options)
+        made = making.make_plan(*args, **options)
         return replace(made, tiers=tuple(kinds[i % 3] for i in range(len(made.tiles))))
 
     monkeypatch.setattr(engine, "make_plan", mixed)
@@ -168,7 +168,7 @@ def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
 @pytest.mark.parametrize("tile_bytes", [None, 6_000])
 def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
     """The same programs with weights that were loaded whole, without slots, readers or schedule."""
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         streamed = model.logits(IDS)
         forward = model.engine.start(RunShape(1, len(IDS), len(IDS), all_logits=True))
@@ -193,7 +193,7 @@ def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
 def test_the_smallest_accepted_budget_holds_the_blocks_too(layered):
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
-        smallest = plan.make_plan(
+        smallest = making.make_plan(
             model.engine.weights,
             replace(model.plan.machine, device_budget=1),
             RunShape(1, len(IDS), len(IDS) + 4),

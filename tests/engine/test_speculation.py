@@ -279,6 +279,7 @@ hiding = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=25, derandomize=True)
 @given(**hiding)
 def test_right_tokens_are_found_wherever_they_are_hidden(model, plain, **case):

@@ -15,7 +15,7 @@ from jlayer.checkpoint.safetensors import read_header
 from jlayer.measure import bench as bench_module
 from jlayer.measure.bench import Bench
 from jlayer.measure.machine import RawDisk, card, summary
-from jlayer.plan import plan
+from jlayer.plan import making
 from jlayer.plan.tiles import Tier
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
@@ -134,7 +134,7 @@ def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny, monkeyp
 
 @pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])
 def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, quick, tile_bytes):
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     monkeypatch.setattr(bench_module, "SIZES", (1, 9))  # so that fewer programs are compiled
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         before = set(threading.enumerate())

@@ -15,7 +15,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.errors import UsageError
 from jlayer.measure import evaluate
 from jlayer.measure.evaluate import compare, perplexity, windows
-from jlayer.plan import plan
+from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
 from tests.conftest import BUNDLED
 
@@ -88,7 +88,7 @@ def test_perplexity_is_that_of_transformers(float32, ids, length, stride):
 def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
     fable, ids, monkeypatch, tile_bytes
 ):
-    monkeypatch.setattr(plan, "TILE_BYTES", (tile_bytes,))
+    monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:
         expected = [
             nll
@@ -139,7 +139,7 @@ def test_as_many_windows_a_sweep_as_the_promises_allow(fable, ids):
     with AutoModel.from_pretrained(fable, device="cpu") as model:
         found = perplexity(model, ids[:128], length=16)
         assert found.windows_a_sweep == found.n_windows == 8
-        needed = plan.make_plan(
+        needed = making.make_plan(
             model.engine.weights,
             replace(model.plan.machine, device_budget=1),
             RunShape(8, 16, 16, all_logits=True),

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from jlayer.encodings.registry import SCHEMES
 from jlayer.plan.machine import PLATFORMS, Machine
-from jlayer.plan.plan import Plan, make_plan
+from jlayer.plan.making import make_plan
+from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
 from jlayer.spec import ModelConfig, Rope

@@ -11,7 +11,7 @@ from jlayer.errors import DoesNotFitError
 from jlayer.families.registry import published_tensors
 from jlayer.plan.draft import draft_bytes, draft_forms
 from jlayer.plan.lanes import most_lanes
-from jlayer.plan.plan import fitting, make_plan, refit
+from jlayer.plan.making import fitting, make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, SMALL_8B, machine, plan_of, weights_of

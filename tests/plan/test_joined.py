@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from jlayer.checkpoint.store import Segment
 from jlayer.encodings.registry import SCHEMES
+from jlayer.plan.cutting import cut
 from jlayer.plan.joined import MOST_BYTES, joined
-from jlayer.plan.tiles import cut
 from jlayer.spec import ALIGNMENT
 from jlayer.streaming.direct import aligned_span
 from tests.plan.models import SMALL, weights_of

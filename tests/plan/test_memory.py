@@ -8,9 +8,10 @@ from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.programs import Programs, Size
+from jlayer.engine.sweep import divided
+from jlayer.plan.cutting import cut
 from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
-from jlayer.plan.tiles import cut
 from tests.plan.models import LLAMA_70B, SMALL, machine, plan_of, weights_of
 
 
@@ -106,13 +107,7 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula_and_near_it(
 def compile_all(programs, tiling, size, *, with_head):
     """Compiles what a chunk goes through. A plain head has no temporaries of its own: it is left
     out, to save its time."""
-    widths = {}
-    for tile in tiling.tiles:
-        if tile.stage is not None and tile.kind is not None:
-            own = widths.setdefault((tile.layer, tile.stage.name), {})
-            for name, width in tile.products().items():
-                own[name] = (*own.get(name, ()), width)
+    shapes = divided(tiling.tiles, frozenset())
     for tile in tiling.tiles:
         if tile.kind is not None or with_head:
-            key = (tile.layer, tile.stage and tile.stage.name)
-            programs.calls(tile, size, widths=widths.get(key, {}), wanted=size.rows)
+            programs.calls(tile, size, shape=shapes.shape(tile), wanted=size.rows)

@@ -15,9 +15,9 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.programs import struct_of
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.lanes import MOST_LANES, most_lanes
+from jlayer.plan.making import make_plan, refit
 from jlayer.plan.memory import GUESSING_BYTES, fixed_needs, kept_needs, run_needs
 from jlayer.plan.need import Need
-from jlayer.plan.plan import make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows, rows_for
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, LLAMA_405B, SMALL_8B, machine, plan_of, weights_of

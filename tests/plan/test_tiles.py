@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jlayer.encodings.registry import ENCODINGS, encoding, piece_name
 from jlayer.families.registry import FAMILIES, head_leaf, layer_kinds, layer_tensor_name
-from jlayer.plan.tiles import Weights, cut, row_ranges
+from jlayer.plan.cutting import cut, row_ranges
+from jlayer.plan.tiles import Weights
 from jlayer.spec import ALIGNMENT, Place
 from tests import made_up
 from tests.plan.models import SMALL

@@ -16,7 +16,7 @@ from jlayer import AutoModel, generate
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.device import gpu_memory, link_speed
-from jlayer.plan import plan as plans
+from jlayer.plan import making as plans
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
 
@@ -59,6 +59,22 @@ def test_float32(layered, monkeypatch, tile_bytes):
     worst = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"float32: largest difference {worst:.2e} of max|logit|")
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_the_hosts_cores_beside_the_device(layered, monkeypatch, share):
+    """In float32 the same logits and tokens; in bfloat16 no further from the exact ones than the
+    reference is."""
+    monkeypatch.setattr(plans, "TILE_BYTES", (100_000,))
+    exact, rough = reference_logits(torch.float64), reference_logits(torch.bfloat16)
+    expected, options = reference_logits(torch.float32), {"device": "gpu", "device_memory": "4GiB"}
+    with AutoModel.from_pretrained(layered, dtype="float32", host_share=share, **options) as model:
+        assert model.plan.host_share > 0
+        found = model.logits(IDS)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    with AutoModel.from_pretrained(layered, host_share=share, **options) as model:
+        ours = np.sqrt(np.square(model.logits(IDS) - exact).mean())
+    assert ours <= 1.2 * np.sqrt(np.square(rough - exact).mean())
 
 
 @pytest.mark.parametrize("tile_bytes", [None, 100_000], ids=["whole", "tiles"])

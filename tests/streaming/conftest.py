@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jlayer.engine import engine
-from jlayer.plan import plan as plans
+from jlayer.plan import making as plans
 from jlayer.plan.tiles import Tier
 
 
@@ -35,6 +35,7 @@ def tiers_in_turn(monkeypatch):
                 weights, machine, run, keeps_layers=False, tilings=tilings, **options
             )
             mixed = (tiers[i % len(tiers)] for i in range(len(bare.tiles)))
+            options.pop("shares", None)
             return placed(bare, weights, run, mixed, **options)
 
         monkeypatch.setattr(engine, "make_plan", make_plan)

@@ -21,7 +21,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.engine import engine
 from jlayer.engine.programs import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
-from jlayer.plan.plan import make_plan
+from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming import executor

@@ -16,8 +16,9 @@ from jlayer.engine.sweep import Sweeper
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.embedding import Embedding
-from jlayer.streaming.executor import Executor, Totals, Watch
+from jlayer.streaming.executor import Executor
 from jlayer.streaming.schedule import Read
+from jlayer.streaming.watch import Totals, Watch
 from tests.streaming.conftest import set_tile_bytes
 
 IDS = [5, 17, 99, 3, 64, 128, 1]

@@ -1,7 +1,7 @@
 """Properties of the schedule: what may never happen to a slot, whatever stays where."""
 
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,14 +15,21 @@ plans = st.tuples(
     st.integers(1, 7),
     st.integers(1, 5),
     st.sets(st.integers(0, 24)),
+    st.sets(st.integers(0, 24)),  # multiplied by the host, where not on the device
 )
 
 
 def steps_of(plan):
     """(steps before the first sweep, steps of each sweep)."""
-    tiers, ring, ahead, in_place = plan
-    begin, *rest = islice(sweeps(tiers, ring=ring, ahead=ahead, in_place=in_place), N_SWEEPS + 1)
+    tiers, ring, ahead, in_place, _ = plan
+    lists = sweeps(tiers, ring=ring, ahead=ahead, in_place=in_place, hosted=hosted_in(plan))
+    begin, *rest = islice(lists, N_SWEEPS + 1)
     return begin, rest
+
+
+def hosted_in(plan):
+    tiers, *_, hosted = plan
+    return {i for i in hosted if i < len(tiers) and tiers[i] is not Tier.DEVICE}
 
 
 def flat(plan):
@@ -48,7 +55,8 @@ def test_a_slot_is_written_only_after_what_it_held_was_freed(plan):
 
 @given(plans)
 def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
-    tiers, _, _, in_place = plan
+    tiers, _, _, in_place, _ = plan
+    hosted = hosted_in(plan)
     in_host = {i for i in in_place if i < len(tiers) and tiers[i] is Tier.HOST}
     on_device, under_way, ran = set(), set(), set()
     for step in flat(plan):
@@ -63,26 +71,29 @@ def test_a_tile_is_read_before_it_is_put_and_put_before_it_runs(plan):
                 assert tile not in on_device
                 under_way.discard(tile)
                 on_device.add(tile)
-            case Run(tile):
-                assert tile in on_device
+            case Run(tile, on):
+                assert on == ("host" if tile in hosted else "device")
+                assert tile in (on_device if on == "device" else under_way | in_host)
                 ran.add(tile)
             case Free(tile, _, after):
                 assert (after is None) == (tiers[tile] is Tier.DEVICE)
                 if after is not None:
                     assert after in ran
-                    on_device.remove(tile)
+                    (under_way if tile in hosted else on_device).remove(tile)
                     ran.remove(after)
 
 
 @given(plans)
 def test_a_free_names_a_run_that_came_before_it_and_used_what_was_put(plan):
     """Between the put of a tile and its free; nothing is freed twice, or left for good."""
-    tiers, *_ = plan
+    tiers, hosted = plan[0], hosted_in(plan)
     since_put = {}  # tile on the device and passing -> the runs since it came there
     freed = Counter()
     for step in flat(plan):
         match step:
             case Put(tile, _) if tiers[tile] is not Tier.DEVICE:
+                since_put[tile] = []
+            case Read(tile, int()) if tile in hosted:
                 since_put[tile] = []
             case Run(tile):
                 for runs in since_put.values():
@@ -94,7 +105,9 @@ def test_a_free_names_a_run_that_came_before_it_and_used_what_was_put(plan):
             case Free(_, slot, after):
                 assert after is None
                 assert slot is not None
-    assert all(freed[i] == N_SWEEPS for i, tier in enumerate(tiers) if tier is not Tier.DEVICE)
+    for tile, tier in enumerate(tiers):
+        has_none = tier is Tier.DEVICE or (tier is Tier.HOST and tile in hosted)
+        assert freed[tile] == (0 if has_none else N_SWEEPS)
 
 
 @given(plans)
@@ -107,9 +120,12 @@ def test_every_sweep_runs_every_tile_once_in_order(plan):
 
 @given(plans)
 def test_what_passes_on_the_device_never_exceeds_what_was_planned(plan):
-    tiers, _, ahead, _ = plan
-    passing = 0
+    tiers, _, ahead, _, _ = plan
+    hosted, passing = hosted_in(plan), 0
     for step in flat(plan):
+        assert not (isinstance(step, Put) and step.tile in hosted)
+        if step.tile in hosted:
+            continue
         if tiers[step.tile] is not Tier.DEVICE:
             passing += isinstance(step, Put) - isinstance(step, Free)
         assert 0 <= passing <= ahead
@@ -117,7 +133,7 @@ def test_what_passes_on_the_device_never_exceeds_what_was_planned(plan):
 
 @given(plans)
 def test_what_stays_is_read_once_and_the_rest_every_sweep(plan):
-    tiers, _, _, in_place = plan
+    tiers, _, _, in_place, _ = plan
     _, rest = steps_of(plan)
     steady = Counter(step.tile for step in rest[-1] if isinstance(step, Read))
     all_reads = Counter(step.tile for step in flat(plan) if isinstance(step, Read))
@@ -136,7 +152,7 @@ def test_order_wraps(n_tiles, spare, ahead):
     """A sweep ends with the next one's first tiles put, and every slot that is left being read."""
     ahead = min(ahead, n_tiles - 1)
     ring = ahead + spare
-    plan = ([Tier.DISK] * n_tiles, ring, ahead, ())
+    plan = ([Tier.DISK] * n_tiles, ring, ahead, (), ())
     begin, rest = steps_of(plan)
     reads = sum(isinstance(step, Read) for step in begin)
     frees = 0
@@ -151,9 +167,19 @@ def test_order_wraps(n_tiles, spare, ahead):
 @given(st.integers(3, 25), st.integers(2, 4))
 def test_the_next_tiles_are_on_their_way_before_a_sweep_waits_for_one(n_tiles, ahead):
     ahead = min(ahead, n_tiles)
-    order = flat(([Tier.HOST] * n_tiles, 0, ahead, range(n_tiles)))
+    order = flat(([Tier.HOST] * n_tiles, 0, ahead, range(n_tiles), ()))
     on_device = 0
     for step in order:
         on_device += isinstance(step, Put) - isinstance(step, Free)
         if isinstance(step, Free):
             assert on_device == ahead - 1  # all but the one that leaves
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=25), st.integers(2, 4))
+def test_the_host_begins_before_anything_waits_for_the_tile_before(sides, ahead):
+    """What the host multiplies comes right after the run before it, ahead of its free."""
+    hosted = {tile for tile, on_host in enumerate(sides) if on_host}
+    order = flat(([Tier.HOST] * len(sides), 0, ahead, range(len(sides)), hosted))
+    for before, step in pairwise(order):
+        if isinstance(step, Run) and step.on == "host" and step.tile:
+            assert before == Run(step.tile - 1, "host" if step.tile - 1 in hosted else "device")

@@ -20,9 +20,9 @@ from jlayer.app import options, progress
 from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import is_terminal, tell
-from jlayer.config import RunConfig
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
+from jlayer.run_config import RunConfig
 
 
 def add_arguments(parser):

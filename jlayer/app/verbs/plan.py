@@ -18,17 +18,20 @@ from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, quantization_of
 from jlayer.checkpoint.source import names_in
-from jlayer.config import RunConfig, model_config, planned_dtype, read_config
+from jlayer.config import model_config, planned_dtype, read_config
+from jlayer.cores.native import missing
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
 from jlayer.interrupts import released
 from jlayer.plan.lanes import MOST_LANES, most_lanes
-from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine
+from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds
+from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.need import memory_name
-from jlayer.plan.plan import Plan, make_plan
+from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
+from jlayer.run_config import RunConfig
 from jlayer.sizes import human, parse_bytes
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
@@ -67,6 +70,7 @@ def run(args) -> dict:
         dtype=args.dtype,
         device=args.device,
         context=args.context,
+        host_share=args.host_share,
     )
     if args.context > cfg.max_position_embeddings:
         raise UsageError(
@@ -84,10 +88,17 @@ def run(args) -> dict:
         link_speed=_speed(args.link_speed, "--link-speed"),
         cores=len(os.sched_getaffinity(0)),
     )
+    # A run measures the cores; what this machine has says nothing of the one that is planned for.
+    if run.host_share or not (machine.kind.has_link or missing()):
+        machine = replace(machine, host=expected_speeds(machine))
     weights = _weights(cfg, quantization, run.dtype)
     shape = RunShape(args.batch, args.context, args.context)
     tilings: dict = {}
-    plan = make_plan(weights, machine, shape, tilings=tilings, draft=draft)
+
+    def plan_of(shares):
+        return make_plan(weights, machine, shape, tilings=tilings, draft=draft, shares=shares)
+
+    plan = with_host(plan_of, matrix_forms(weights), run.host_share, machine.host)
     lanes = lanes_of(weights, machine, shape, plan, tilings, draft)
     if not args.json:
         kept = quantization and described(quantization, cfg)
@@ -273,6 +284,7 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
         f"tiles           {plan.n_tiles} a pass, of up to {human(plan.tile_bytes)}",
         f"forward pass    {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
         f"of it from disk; about {time_words(plan.sweep_seconds)}" + _tokens(plan),
+        *_cores_lines(plan),
         *_lanes_lines(lanes),
     ]
     if plan.put_bytes == 0:
@@ -283,9 +295,17 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
 
 def _tokens(plan):
     """How many tokens the time of a forward pass is for."""
-    if plan.n_chunks > 1:
+    if plan.n_chunks > 1 or plan.host_product_bytes:
         return f" with {plan.shapes.n_rows} tokens of prompts"
     return ", one token or 64" if plan.machine.kind.has_link else " for one token"
+
+
+def _cores_lines(plan):
+    """A line on what the host's cores multiply, if they do."""
+    if not plan.host_product_bytes:
+        return []
+    each = f"multiply {human(plan.host_product_bytes)} of it where they lie, at a token for each"
+    return [f"host's cores    {each} lane ({plan.host_share:.0%})"]
 
 
 def _lanes_lines(lanes):

@@ -1,0 +1,308 @@
+"""`Cores`: the product of some columns with rows of matrices, on all cores of the host."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlayer.cores import decode, kernels
+from jlayer.cores.crew import Crew
+from jlayer.cores.jobs import FIELDS, address, aligned
+from jlayer.cores.native import Compiler, missing
+from jlayer.cores.sharing import SPIN_S
+from jlayer.cores.topology import topology
+from jlayer.encodings.grouped import SCALE
+from jlayer.encodings.registry import encoding
+from jlayer.errors import UsageError
+
+# What a thread takes at a time: at least so many bytes (it then streams from memory), and small
+# enough that each thread takes several times, so that unequal cores balance.
+LEAST_BYTES, TURNS = 64 << 10, 12
+# Rows are taken by the most that a kernel has, so that no row is computed twice inside a matrix.
+ROWS = kernels.MOST_ROWS
+# Bytes (for four columns) that one core multiplies in the time in which another one wakes up.
+WORTH_WAKING = 1 << 20
+# From so many columns on, so many rows at least share each part of the columns while it is near.
+MANY_COLUMNS, MANY_ROWS = 8, 64
+# Packed bytes that are multiplied by all columns before the next: they stay in a core's own cache.
+CHUNK_BYTES = 128 << 10
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Some rows of a matrix where they lie.
+
+    `form`: the name of an encoding. `pieces`: by name as the encoding has them, rows contiguous,
+    of any alignment. `width`: the inputs.
+    """
+
+    form: str
+    pieces: Mapping[str, np.ndarray]
+    width: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.main.shape[0]
+
+    @property
+    def main(self) -> np.ndarray:
+        return self.pieces[encoding(self.form).main]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces.values())
+
+
+class Cores:
+    """Threads that multiply; thread-safe, one product at a time. `close` ends them.
+
+    `n_threads`: as `topology` finds by default. `features`: LLVM's names of what the processor
+    should be taken not to have ("-avx512f"), for tests; `native=False`: numpy alone. `spin_s`: how
+    long a thread without work watches for some before it sleeps.
+    """
+
+    def __init__(
+        self,
+        n_threads: int | None = None,
+        *,
+        native: bool | None = None,
+        features: str = "",
+        spin_s: float = SPIN_S,
+    ):
+        self._spin_s = spin_s
+        self.n_threads = topology().threads if n_threads is None else n_threads
+        self.is_native = missing() is None if native is None else native
+        self._code = _code(features) if self.is_native else None
+        self._is_closed = False
+        self._begin()
+
+    def multiply(self, matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
+        """x float32 [C, in] -> float32 [C, rows] of each; all matrices have this width.
+
+        Runs without the interpreter's lock. The results are fresh. After `close` it raises
+        UsageError.
+        """
+        n_columns = x.shape[0]
+        results = _results([m.n_rows for m in matrices], padded_columns(n_columns))
+        self.begin(self.jobs(matrices, n_columns), x, results).finish()
+        return [y[:n_columns] for y in results]
+
+    def jobs(self, matrices: Sequence[Matrix], n_columns: int) -> Jobs:
+        """What the products of these matrices with so many columns need to know: it can be used
+        again and again."""
+        assert len({matrix.width for matrix in matrices}) <= 1, "they have one input"
+        for matrix in matrices:
+            _check(matrix)
+        native = [self.is_native and kernels.is_native(m.form, m.width) for m in matrices]
+        shared = [m for m, is_native in zip(matrices, native, strict=True) if is_native]
+        table, n_blocks = self._table(shared, padded_columns(n_columns)) if n_columns else (None, 0)
+        work = sum(m.n_bytes for m in shared) * max(1, n_columns // 4)
+        is_short = work < WORTH_WAKING
+        return Jobs(tuple(matrices), tuple(native), n_columns, table, n_blocks, is_short)
+
+    def begin(self, jobs: Jobs, x: np.ndarray, results: Sequence[np.ndarray]) -> Product:
+        """Begins to multiply, in other threads: x float32 [C, in] -> `results`, float32
+        [`padded_columns` of C, rows] of each matrix, whose rows are contiguous; what is beyond C is
+        overwritten. All is there once the product's `finish` returns, which must be called; until
+        then no other product begins. Raises UsageError after `close`.
+        """
+        assert x.dtype == np.float32, x.dtype
+        assert x.shape[0] == jobs.n_columns, (x.shape, jobs.n_columns)
+        if self._pid != os.getpid():
+            self._begin()
+        self._refuse_closed()
+        for matrix, is_native, y in zip(jobs.matrices, jobs.native, results, strict=True):
+            assert x.shape[1] == matrix.width, (x.shape, matrix.width)
+            assert y.shape == (padded_columns(jobs.n_columns), matrix.n_rows), y.shape
+            if not is_native:
+                y[: jobs.n_columns] = decode.product(x, matrix.form, matrix.pieces, matrix.width)
+        ys = [y for y, is_native in zip(results, jobs.native, strict=True) if is_native]
+        if not ys or not jobs.n_columns:
+            return Product()
+        x = _on_cache_lines(x)
+        table = jobs.table.copy()
+        table[:, _FIELD["x"]], table[:, _FIELD["x_stride"]] = address(x), x.strides[0]
+        table[:, _FIELD["y"]] = [address(y) for y in ys]
+        table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
+        self._lock.acquire()
+        try:
+            self._refuse_closed()
+            self._crew.begin(table, jobs.n_blocks, is_short=jobs.is_short)
+        except BaseException:
+            self._lock.release()
+            raise
+        return Product(self._crew, self._lock, (table, x, jobs, results))
+
+    def wake(self) -> None:
+        """Wakes the threads for products that are about to come."""
+        if self.is_native and self._pid == os.getpid() and not self._is_closed:
+            self._crew.wake()
+
+    def close(self) -> None:
+        """Ends the threads; waits for a product that runs. Closing twice is fine."""
+        if self._pid != os.getpid():  # the child of a fork has none of them
+            self._begin()
+        with self._lock:
+            self._is_closed = True
+            self._stop()
+
+    def __enter__(self) -> Cores:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _begin(self):
+        """A crew of this process: the child of a fork has none of its parent's threads."""
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._crew = Crew(self.n_threads, self._spin_s)
+        # Also when this object is collected, and before the interpreter ends.
+        self._stop = weakref.finalize(self, _stop, self._crew, self._pid)
+
+    def _refuse_closed(self):
+        if self._is_closed:
+            raise UsageError("these cores are closed: make new ones with Cores()")
+
+    def _table(self, matrices, n_columns):
+        """(the list of jobs, without x and y; the number of blocks)"""
+        jobs, block = [], 0
+        total = sum(m.n_bytes for m in matrices)
+        block_bytes = max(LEAST_BYTES, total // (self.n_threads * TURNS))
+        for matrix in matrices:
+            rows, main = matrix.n_rows, matrix.main
+            scale = matrix.pieces.get(SCALE, main)
+            row_bytes = max(1, matrix.n_bytes // max(1, rows))
+            steps = self._code.steps(matrix.form, n_columns)
+            job = dict.fromkeys(FIELDS, 0)
+            job |= {"n_steps": len(steps), "steps": address(steps), "rows": rows}
+            length = kernels.length(matrix.form, matrix.width)
+            part = min(length, kernels.part(matrix.form, n_columns))
+            job |= {"length": length, "part": part}
+            least_rows = MANY_ROWS if n_columns >= MANY_COLUMNS else ROWS
+            job["block_rows"] = max(least_rows, -(-block_bytes // row_bytes // ROWS) * ROWS)
+            near_rows = CHUNK_BYTES * length // (row_bytes * part) // ROWS * ROWS
+            job["chunk_rows"] = max(ROWS, near_rows) if part < length else job["block_rows"]
+            job["first_block"], block = block, block + -(-rows // job["block_rows"])
+            job["end_block"] = block
+            job |= {"main": address(main), "main_stride": main.strides[0]}
+            job |= {"scale": address(scale), "scale_stride": scale.strides[0]}
+            jobs.append([job[field] for field in FIELDS])
+        return np.array(jobs, np.int64).reshape(-1, len(FIELDS)), block
+
+
+_FIELD = {name: number for number, name in enumerate(FIELDS)}
+
+
+def padded_columns(n_columns: int) -> int:
+    """The columns that are multiplied: a column of zeros joins where it is sooner done than kernels
+    for two columns and for one: 3, 7."""
+    return n_columns + (n_columns % 4 == 3)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """See `Cores.jobs`. It keeps the matrices alive."""
+
+    matrices: tuple[Matrix, ...]
+    native: tuple[bool, ...]
+    n_columns: int
+    table: np.ndarray | None
+    n_blocks: int
+    is_short: bool
+
+
+class Product:
+    """A product that was begun."""
+
+    def __init__(self, crew: Crew | None = None, lock=None, kept=()):
+        self._crew, self._lock, self._kept = crew, lock, kept
+
+    def finish(self) -> None:
+        """Works too, without the interpreter's lock, until it is done; once is enough."""
+        if self._crew is None:
+            return
+        crew, self._crew = self._crew, None
+        try:
+            crew.finish()
+        finally:
+            self._kept = ()
+            self._lock.release()
+
+
+class _Code:
+    """Kernels, compiled when they are first needed."""
+
+    def __init__(self, features):
+        self._compiler, self._kernels, self._steps = Compiler(features), {}, {}
+        self._lock = threading.Lock()
+
+    def steps(self, form, n_columns):
+        """The kernels for so many columns [n, 2]: the address, and the first column. Kept."""
+        if (form, n_columns) not in self._steps:
+            found, column = [], 0
+            for size in sorted(kernels.BLOCKS[self._compiler.has_avx512], reverse=True):
+                while n_columns - column >= size:
+                    found.append((self._kernel(form, size), column))
+                    column += size
+            self._steps[form, n_columns] = np.array(found, np.int64)
+        return self._steps[form, n_columns]
+
+    def _kernel(self, form, n_columns):
+        with self._lock:
+            if (form, n_columns) not in self._kernels:
+                text = kernels.kernel(form, n_columns, has_avx512=self._compiler.has_avx512)
+                (found,) = self._compiler.compiled(text, kernels.NAME)
+                self._kernels[form, n_columns] = found
+            return self._kernels[form, n_columns]
+
+
+_CODES: dict[str, _Code] = {}  # by features: the code is never freed, so all share it
+
+
+def _code(features):
+    return _CODES.setdefault(features, _Code(features))
+
+
+def _stop(crew, pid):
+    if pid == os.getpid():
+        crew.stop()
+
+
+def _check(matrix):
+    shape = (matrix.n_rows, matrix.width)
+    for name, (dtype, piece_shape) in encoding(matrix.form).pieces(shape).items():
+        found = matrix.pieces[name]
+        assert found.shape == piece_shape, (name, found.shape, piece_shape)
+        assert found.dtype == dtype, (name, found.dtype, dtype)
+        assert found.flags.c_contiguous, name
+
+
+def _on_cache_lines(x):
+    """x with every 16 inputs on one cache line, and columns that do not push each other out.
+
+    Lines at a multiple of 4096 bytes of each other share the same few places of a core's cache. The
+    next column begins half of that further: int4 uses 2 KiB from each of two places of a column.
+    """
+    n_columns, width = x.shape
+    if n_columns == 1 and x.flags.c_contiguous and address(x) % 64 == 0:
+        return x
+    n_wanted, n_columns = n_columns, padded_columns(n_columns)
+    stride = (-(-width // 1024) * 1024 + 512 if width >= 1024 else -(-width // 16) * 16) + 16
+    copy = aligned(4 * n_columns * stride).view(np.float32).reshape(n_columns, stride)[:, :width]
+    copy[:n_wanted], copy[n_wanted:] = x, 0
+    return copy
+
+
+def _results(rows, n_columns):
+    """An array [C, rows] for each, all in one piece of memory."""
+    starts = np.cumsum([0, *(-(-n * n_columns // 16) * 16 for n in rows)])
+    memory = aligned(4 * int(starts[-1])).view(np.float32)
+    return [
+        memory[start : start + n * n_columns].reshape(n_columns, n)
+        for start, n in zip(starts, rows, strict=False)
+    ]

@@ -1,0 +1,59 @@
+"""Matrices decoded and multiplied by numpy: for widths and machines without a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.grouped import SCALE, Q
+from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
+from jlayer.encodings.int8 import INT8
+
+# The most decoded bytes at a time: they stay in a core's cache.
+BLOCK_BYTES = 1 << 20
+
+
+def scale_values() -> np.ndarray:
+    """The scale that each of the 256 bytes of int4 stands for, float32."""
+    bits = np.arange(256, dtype=np.uint32)
+    magnitude = ((bits & 127) << FLOAT_SHIFT) + np.uint32(SCALE_OFFSET)
+    return (magnitude | (bits >> 7) << 31).view(np.float32)
+
+
+def levels() -> np.ndarray:
+    """The number that each half byte of int4 stands for, before its scale, float32 [16]."""
+    u = np.arange(16, dtype=np.float32) - ZERO
+    return u * (1 + u * u * np.float32(CUBE))
+
+
+_SCALES, _LEVELS = scale_values(), levels()
+
+
+def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+    """The weights [rows, width], float32."""
+    if form not in (INT4.name, INT8.name):
+        return pieces[WHOLE].astype(np.float32)
+    q, scale = pieces[Q], pieces[SCALE]
+    if form == INT8.name:
+        return q * _spread(scale.astype(np.float32), INT8.group, width)
+    codes = np.concatenate([q & 15, q >> 4], axis=1)[:, :width]
+    return _LEVELS[codes] * _spread(_SCALES[scale], INT4.group, width)
+
+
+def product(x: np.ndarray, form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+    """x float32 [C, in] -> float32 [C, rows], decoding some rows at a time."""
+    n_rows = next(iter(pieces.values())).shape[0]
+    y = np.empty((x.shape[0], n_rows), np.float32)
+    step = max(1, BLOCK_BYTES // (4 * width))
+    for first in range(0, n_rows, step):
+        rows = slice(first, first + step)
+        some = {name: piece[rows] for name, piece in pieces.items()}
+        y[:, rows] = x @ decoded(form, some, width).T
+    return y
+
+
+def _spread(factors, group, width):
+    """Repeats each group's factor for its inputs: [rows, groups] -> [rows, width]."""
+    return np.repeat(factors, group, axis=1)[:, :width]

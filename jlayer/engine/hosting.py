@@ -1,0 +1,208 @@
+"""Products of the host's own cores, beside the device: of the rows that lie in host memory.
+
+The input of a stage comes down once, for all tiles of the stage that the host multiplies; their
+products are written where the device's programs read them. Meanwhile the device's rows cross the
+link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jlayer.cores.cores import Cores, Jobs, Matrix, padded_columns
+from jlayer.families.base import Stage, bias_name
+from jlayer.plan.tiles import Tile
+from jlayer.streaming.landing import Landing, Landings
+
+
+class Host:
+    """The host's cores, and the memory that their products are read from."""
+
+    def __init__(self, cores: Cores, device: jax.Device):
+        self.cores, self._landings = cores, Landings(device)
+        self._jobs: dict[tuple, tuple] = {}  # (columns, ids of views) -> (jobs, the tiles)
+        self._running: HostedStage | None = None
+
+    def begin(self, stage: Stage, xs, real, heights: Mapping[str, int]) -> HostedStage:
+        """Begins a stage; see `HostedStage`."""
+        self._running = HostedStage(self, stage, xs, real, heights)
+        return self._running
+
+    def fetch(self, key, array: jax.Array) -> np.ndarray:
+        """See `Landings.fetch`."""
+        return self._landings.fetch(key, array)
+
+    def landing(self, stage: Stage, n_rows: int, width: int) -> Landing:
+        return self._landings.of(stage.name, n_rows, width)
+
+    def jobs_of(self, tiles: Sequence[HostedTile], n_columns: int) -> Jobs:
+        """The list of jobs for some tiles; if they stay where they are, it is kept for the next
+        pass."""
+        key = (n_columns, *(id(tile.views) for tile in tiles))
+        if key in self._jobs:
+            return self._jobs[key][0]
+        lists = [matrices_of(tile.tile, tile.views) for tile in tiles]
+        matrices = [matrix for found in lists for matrix in found.values()]
+        jobs = self.cores.jobs(matrices, n_columns)
+        if all(tile.is_kept for tile in tiles):
+            self._jobs[key] = jobs, tuple(tiles)  # the ids are those of living arrays
+        return jobs
+
+    @property
+    def n_kept(self) -> int:
+        """How many lists of jobs are kept."""
+        return len(self._jobs)
+
+    def forget(self) -> None:
+        """Drops what is kept of tiles: they may be dropped now."""
+        self._jobs.clear()
+
+    def settle(self) -> None:
+        """Waits for what was begun: nothing reads the weights after it."""
+        if self._running is not None:
+            self._running.settle()
+            self._running = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of host memory that products are written to."""
+        return self._landings.n_bytes
+
+    def close(self) -> None:
+        self.settle()
+        self.cores.close()
+        self._landings.close()
+
+
+@dataclass(frozen=True)
+class HostedTile:
+    """A tile, its arrays by leaf, and whether these stay where they are after the pass."""
+
+    tile: Tile
+    views: Mapping[str, np.ndarray]
+    is_kept: bool
+
+
+class HostedStage:
+    """The rows of a stage that the host multiplies.
+
+    `xs`: the input [R, in] of each chunk, on the device; `real`: the rows of each that are not
+    padding. `heights`: matrix -> its rows on the host. The products of all chunks' real rows, C of
+    them, are written to a landing float32 [padded C, sum of `heights`], the rows of one matrix
+    after another.
+    """
+
+    def __init__(self, host: Host, stage: Stage, xs, real, heights: Mapping[str, int]):
+        self._host, self._xs, self._real = host, xs, real
+        self.n_columns = sum(map(len, real))
+        self._landing = host.landing(stage, landing_rows(self.n_columns), sum(heights.values()))
+        firsts = np.cumsum([0, *heights.values()]).tolist()
+        self._firsts = dict(zip(heights, firsts, strict=False))
+        self._x: np.ndarray | None = None
+        self._waiting: list[HostedTile] = []  # not begun yet
+        self._begun: list[HostedTile] = []
+        self._product = None
+
+    def add(self, tile: Tile, views: Mapping[str, np.ndarray], *, is_kept: bool) -> Hosted:
+        """Notes a tile, whose arrays by leaf are `views`; `begin` multiplies it. `is_kept`: they
+        stay where they are."""
+        self._waiting.append(HostedTile(tile, views, is_kept))
+        return Hosted(self)
+
+    def begin(self) -> None:
+        """Begins to multiply the tiles that were added, in the background."""
+        if not self._waiting:
+            return
+        self._end_product()
+        self._begun, self._waiting = self._waiting, []
+        if self.n_columns:
+            jobs = self._host.jobs_of(self._begun, self.n_columns)
+            n_rows = padded_columns(self.n_columns)
+            results = [p for t in self._begun for p in self._places(t.tile, n_rows).values()]
+            self._product = self._host.cores.begin(jobs, self._input(), results)
+
+    def settle(self) -> None:
+        """Begins what was not begun, and waits until all products are written."""
+        self.begin()
+        self._end_product()
+
+    def on_device(self) -> jax.Array:
+        """The landing, for a program; after `settle`."""
+        return self._landing.on_device()
+
+    def logits(self, tile: Tile) -> np.ndarray:
+        """A copy of what was written for a tile of the head: float32 [C, rows]."""
+        (place,) = self._places(tile).values()
+        return place.copy()
+
+    def _end_product(self):
+        if self._product is None:
+            return
+        self._product.finish()
+        self._product = None
+        for one in self._begun:
+            for name, place in self._places(one.tile).items():
+                if (bias := one.views.get(bias_name(name))) is not None:
+                    place += bias.astype(np.float32)
+        self._begun = []
+
+    def _places(self, tile, n_rows=None):
+        """Matrix -> where the products of the tile's rows are written, [C, rows]."""
+        n_rows = self.n_columns if n_rows is None else n_rows
+        first_rows = {part.matrix: part.first_row for part in tile.parts}
+        places = {}
+        for name, height in tile.heights.items():
+            begin = self._firsts[name] + first_rows[name]
+            places[name] = self._landing.memory[:n_rows, begin : begin + height]
+        return places
+
+    def _input(self):
+        """The real rows of all chunks, float32 [C, in]."""
+        if self._x is None:
+            rows = [
+                self._host.fetch(number, x)[real]
+                for number, (x, real) in enumerate(zip(self._xs, self._real, strict=True))
+            ]
+            self._x = (rows[0] if len(rows) == 1 else np.concatenate(rows)).astype(np.float32)
+            self._xs = ()
+        return self._x
+
+
+class Hosted:
+    """What a tile's run gives to wait for."""
+
+    def __init__(self, stage: HostedStage):
+        self._stage = stage
+
+    def wait(self) -> None:
+        self._stage.settle()
+
+
+def landing_rows(n_columns: int) -> int:
+    """The rows of a landing for so many products: few sizes, since programs are compiled for it."""
+    return max(2, 1 << (n_columns - 1).bit_length()) if n_columns else 2
+
+
+def matrices_of(tile: Tile, views: Mapping[str, np.ndarray]) -> dict[str, Matrix]:
+    """The matrices of a tile, whose arrays by leaf are `views`."""
+    pieces: dict[str, dict] = {}
+    of = {}
+    for part in tile.parts:
+        if len(part.shape) == 2:
+            pieces.setdefault(part.matrix, {})[part.piece] = views[part.leaf]
+            of[part.matrix] = part
+    return {name: Matrix(of[name].form, found, of[name].width) for name, found in pieces.items()}
+
+
+def hosted_heights(tiles: Sequence[Tile], stage: Stage) -> dict[str, int]:
+    """Matrix -> the number of its rows in these tiles of a stage, in the stage's order."""
+    heights: dict[str, int] = {}
+    for leaf in stage.leaves:
+        rows = sum(tile.heights.get(leaf, 0) for tile in tiles)
+        if rows:
+            heights[leaf] = rows
+    return heights

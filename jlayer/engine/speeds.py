@@ -1,0 +1,106 @@
+"""How fast the host's own cores multiply weights, measured beside a busy link."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from itertools import cycle
+from statistics import median
+
+import jax
+import numpy as np
+
+from jlayer.cores.cores import Cores, Matrix
+from jlayer.encodings.registry import encoding
+from jlayer.interrupts import check
+from jlayer.plan.machine import PLATFORMS, HostSpeeds, platform_of
+from jlayer.streaming.slots import HostMemory
+
+COLUMNS = (1, 4, 16, 64)
+ENOUGH_S, LEAST = 0.03, 3  # of measuring one number of columns
+FEW_COLUMNS = 2  # up to so many, half of the matrices are multiplied at once; of more, fewer
+WIDTH = 4096  # inputs of a row: as many as a model's
+MATRIX_BYTES = 16 << 20
+MATRICES = 8  # together larger than a cache
+LINK_BYTES = 64 << 20
+PATTERN = 0x11  # small numbers in every form, none of them zero or subnormal
+
+
+def host_speeds(cores: Cores, forms: Sequence[str], device: jax.Device) -> HostSpeeds:
+    """Measures bytes/s of the products, by form and columns, and of the link meanwhile."""
+    with _BusyLink(device) as link:
+        measured = tuple((form, _by_columns(cores, form)) for form in forms)
+    return HostSpeeds(measured, link.speed)
+
+
+def _by_columns(cores, form):
+    memory = HostMemory(1, 0, pin=False)  # as weights lie, in large pages
+    matrices = [_matrix(form, memory.room(n, MATRIX_BYTES)) for n in range(MATRICES)]
+    return tuple((columns, _speed(cores, matrices, columns)) for columns in COLUMNS)
+
+
+def _matrix(form, room):
+    room[:] = PATTERN
+    n_rows = MATRIX_BYTES // encoding(form).n_bytes((1, WIDTH))
+    pieces, at = {}, 0
+    for name, (dtype, shape) in encoding(form).pieces((n_rows, WIDTH)).items():
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        pieces[name] = room[at : at + n_bytes].view(dtype).reshape(shape)
+        at += n_bytes
+    return Matrix(form, pieces, WIDTH)
+
+
+def _speed(cores, matrices, columns):
+    """Bytes/s of products of several matrices at once, as those of a stage are: the median. The
+    first product is left out: it compiles."""
+    x = np.ones((columns, WIDTH), np.float32)
+    cores.multiply(matrices[:1], x)
+    found, began = [], time.perf_counter()
+    some = cycle(_batches(matrices, max(1, len(matrices) // max(2, columns // FEW_COLUMNS))))
+    while len(found) < LEAST or time.perf_counter() - began < ENOUGH_S:
+        check()
+        now, at = next(some), time.perf_counter()
+        cores.multiply(now, x)
+        found.append(sum(m.n_bytes for m in now) / (time.perf_counter() - at))
+    return median(found)
+
+
+def _batches(matrices, size):
+    return [matrices[at : at + size] for at in range(0, len(matrices), size)]
+
+
+class _BusyLink:
+    """Moves bytes to the device inside the `with`, where there is a link; then `speed` is how
+    fast."""
+
+    def __init__(self, device: jax.Device):
+        self.speed: float | None = None
+        self._device = device
+        self._has_link = PLATFORMS[platform_of(device.platform)].has_link
+        self._ends = threading.Event()
+
+    def __enter__(self):
+        if self._has_link:
+            self._thread = threading.Thread(target=self._move, name="jlayer-link")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ends.set()
+        if self._has_link:
+            self._thread.join()
+
+    def _move(self):
+        pinned = HostMemory(1, LINK_BYTES, pin=True)
+        count, began, before = 0, time.perf_counter(), None
+        try:
+            while not self._ends.is_set():
+                moved = jax.device_put(pinned.slot(0), self._device)
+                if before is not None:
+                    before.block_until_ready()  # two are on their way at a time
+                before, count = moved, count + 1
+            jax.block_until_ready(before)
+            self.speed = count * LINK_BYTES / (time.perf_counter() - began)
+        finally:
+            pinned.close()

@@ -1,0 +1,202 @@
+"""Cuts a model into tiles, from its config alone.
+
+The first rows of a stage may be set apart: those that the host's cores multiply where they lie,
+while the others cross the link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jlayer.encodings.registry import encoding, piece_name
+from jlayer.families.base import Group
+from jlayer.families.registry import head_leaf, head_stage, layer_kinds, layer_tensor_name
+from jlayer.plan.joined import joined
+from jlayer.plan.tiles import Part, Tile, Tiling, Weights
+from jlayer.spec import ALIGNMENT, Leaf, Place
+
+
+def cut(
+    weights: Weights,
+    tile_bytes: int | None,
+    *,
+    platform: str,
+    shares: tuple[tuple[str, float], ...] = (),
+) -> Tiling:
+    """Cuts a forward pass into tiles of at most about `tile_bytes`; None: whole layers.
+
+    `shares`: (encoding, the share of the rows of its matrices that is set apart for the host's
+    cores); whole layers have no such rows.
+    """
+    assert tile_bytes is not None or not shares, "a whole layer is multiplied in one place"
+    cfg, tiles_of, alike = weights.cfg, {}, []
+    share_of = dict(shares)
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
+        if (kind.name, forms) not in tiles_of:
+            tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of)
+            tiles_of[kind.name, forms] = tuple(tiles)
+        alike.append(tiles_of[kind.name, forms])
+    head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform, share_of)
+    return Tiling(
+        cfg,
+        alike,
+        tuple(head),
+        cut_as=(tile_bytes, shares),
+        dtype=weights.dtype,
+        platform=platform,
+    )
+
+
+def device_parts(weights: Weights, layer: int) -> tuple[Part, ...]:
+    """The leaves of a layer that stay on the device."""
+    kind = layer_kinds(weights.cfg)[layer]
+    return tuple(
+        part for leaf in kind.kept_in(Place.DEVICE) for part in _parts(weights, leaf, layer)
+    )
+
+
+def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
+    """A whole leaf as parts, one for each piece of its encoding, the largest first."""
+    form, shape = weights.form_of(tensor), leaf.shape(weights.cfg)
+    return [
+        Part(
+            leaf=piece_name(leaf.name, piece),
+            tensor=piece_name(tensor, piece),
+            dtype=dtype,
+            shape=piece_shape,
+            matrix=leaf.name,
+            piece=piece,
+            form=form,
+            width=shape[-1],
+        )
+        for piece, (dtype, piece_shape) in encoding(form).pieces(shape).items()
+    ]
+
+
+def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
+    """Splits rows into the fewest, nearly equal ranges of at most `tile_bytes` (or one row).
+
+    Returns (first row, number of rows) of each. `row_bytes`: bytes of a row of each array. If there
+    are enough rows, a range is a whole number of disk blocks, so an aligned matrix is read directly
+    into its slot.
+    """
+    most = max(1, tile_bytes // sum(row_bytes))
+    height = -(-n_rows // -(-n_rows // most))
+    unit = ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT)
+    if height >= unit:
+        up = -(-height // unit) * unit
+        height = up if up <= most else height // unit * unit
+    return [(row, min(height, n_rows - row)) for row in range(0, n_rows, height)]
+
+
+def host_rows(n_rows: int, row_bytes: Sequence[int], share: float) -> int:
+    """About `share` of `n_rows` rows: a whole number of disk blocks, unless it is all or none."""
+    count = round(n_rows * share)
+    unit = ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT)
+    if share >= 1 or n_rows < 2 * unit:
+        return count
+    return min(n_rows, round(count / unit) * unit)
+
+
+def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
+    if tile_bytes is None:
+        streamed = kind.kept_in(Place.TILE)
+        parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
+        return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
+    tiles = []
+    for stage in kind.stages:
+        chosen = [
+            (on_host, parts)
+            for on_host in (True, False)
+            for parts in _packed(weights, kind, stage, layer, tile_bytes, share_of, on_host)
+        ]
+        for index, (on_host, parts) in enumerate(chosen):
+            name = f"layer {layer} {stage.name} {index + 1}/{len(chosen)}"
+            ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
+            tile = _tile(name, kind, stage, layer, tuple(parts), platform=platform, **ends)
+            tiles.append(replace(tile, for_host=on_host))
+    return tiles
+
+
+def _tile(name, kind, stage, layer, parts, *, platform, **ends):
+    is_plain = all(part.encoding.is_plain for part in parts)
+    layout = joined([part.n_bytes for part in parts], is_plain=is_plain, platform=platform)
+    return Tile(name, kind, stage, layer, parts, joined=layout, **ends)
+
+
+def _packed(weights, kind, stage, layer, tile_bytes, share_of, on_host):
+    """The parts of each tile of a stage, of the rows for the host or of the others: row ranges of
+    one group after another.
+
+    Ranges of different groups share a tile if both fit.
+    """
+    packed, room = [], 0
+    for group in stage.groups:
+        leaves = [kind.leaf(name) for name in group.leaves]
+        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer)]
+        row_bytes = [part.n_bytes // part.shape[0] for part in whole]
+        for first, n_rows in _ranges(whole, row_bytes, tile_bytes, share_of, on_host):
+            size = n_rows * sum(row_bytes)
+            parts = _rows(weights, kind, group, layer, first, n_rows)
+            if packed and size <= room and not _holds(packed[-1], group):
+                packed[-1] += parts
+                room -= size
+            else:
+                packed.append(parts)
+                room = tile_bytes - size
+    return packed
+
+
+def _ranges(whole: Sequence[Part], row_bytes, tile_bytes, share_of, on_host):
+    """(first row, number of rows) of each range of matrices of the same height, for one side."""
+    n_rows = whole[0].shape[0]
+    share = min(share_of.get(part.form, 0.0) for part in whole)
+    first = host_rows(n_rows, row_bytes, share)
+    begin, count = (0, first) if on_host else (first, n_rows - first)
+    if not count:
+        return []
+    ranges = row_ranges(count, row_bytes, tile_bytes)
+    return [(begin + row, n) for row, n in ranges]
+
+
+def _holds(parts, group: Group):
+    """Whether the parts include rows of a group. A tile has only one range of each matrix."""
+    return any(part.matrix in group.leaves for part in parts)
+
+
+def _rows(weights, kind, group, layer, first, n_rows):
+    """A range of rows of a group's matrices and their biases."""
+    return [
+        replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
+        for matrix in group.leaves
+        for leaf in kind.with_bias(matrix)
+        for whole in _parts(weights, leaf, layer)
+    ]
+
+
+def _parts(weights, leaf, layer):
+    return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer), weights)
+
+
+def _head_tiles(weights, tile_bytes, platform, share_of):
+    leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
+    whole = parts_of(leaf, leaf.published, weights)
+    row_bytes = [part.n_bytes // part.shape[0] for part in whole]
+    ranges = [
+        (on_host, *found)
+        for on_host in (True, False)
+        for found in _ranges(whole, row_bytes, tile_bytes, share_of, on_host)
+    ]
+    tiles = []
+    for index, (on_host, first, n_rows) in enumerate(ranges):
+        parts = tuple(
+            replace(part, shape=(n_rows, *part.shape[1:]), first_row=first) for part in whole
+        )
+        ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
+        name = f"head {index + 1}/{len(ranges)}"
+        tile = _tile(name, None, stage, None, parts, platform=platform, **ends)
+        tiles.append(replace(tile, for_host=on_host))
+    return tiles

@@ -1,0 +1,127 @@
+"""Which rows the host's cores multiply where they lie, beside the device: `host_share`.
+
+Of a stage's rows a first part is set apart for the host when the model is cut. How many of its
+tiles the host multiplies depends on the rows of the forward pass: the more there are, the longer it
+takes for the same bytes, while the link takes as long as ever. Both end at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from jlayer.encodings.registry import encoding
+from jlayer.plan.machine import CPU_DECODED_WEIGHTS, HostSpeeds
+from jlayer.plan.tiles import Tier, Tiling
+
+# Time of a stage's exchange with the host: its input comes down, its products go up.
+EXCHANGE_S = 300e-6
+# A share is taken where a forward pass is shorter by this factor.
+WORTH = 0.95
+# (encoding, share of the rows of its matrices)
+Shares = tuple[tuple[str, float], ...]
+
+
+def form_names(tiling: Tiling) -> tuple[str, ...]:
+    """The encodings of the matrices, in order of their names."""
+    return tuple(
+        sorted({p.form for tile, _ in tiling.distinct for p in tile.parts if len(p.shape) == 2})
+    )
+
+
+def seconds_on_host(speeds: HostSpeeds, tiling: Tiling, tiles: Sequence[int], rows: int) -> float:
+    """Seconds for the host's cores to multiply these tiles by `rows` columns."""
+    n_bytes: dict[str, int] = {}
+    for index in tiles:
+        for part in tiling.shapes[index].parts:
+            n_bytes[part.form] = n_bytes.get(part.form, 0) + part.n_bytes
+    known = dict(speeds.forms)
+    return sum(
+        size * speeds.seconds_a_byte(form, rows) for form, size in n_bytes.items() if form in known
+    )
+
+
+def auto_shares(
+    speeds: HostSpeeds, forms: Sequence[str], *, passing: int, resident: int, rows: int
+) -> Shares:
+    """The shares at which host and link take equally long, for forward passes of `rows` rows.
+
+    `passing`: bytes of the tiles that are not on the device; `resident`: of those that are: they
+    are of the rows that are left to the device.
+    """
+    shares = []
+    for form in forms:
+        if form not in dict(speeds.forms):
+            continue
+        if speeds.link is None:
+            shares.append((form, 0.0 if encoding(form).is_plain else 1.0))
+            continue
+        host, link = 1 / speeds.seconds_a_byte(form, rows), speeds.link
+        of_passing = host / (host + link)
+        shares.append((form, of_passing * passing / (passing + resident)))
+    return tuple((form, share) for form, share in shares if share > 0)
+
+
+def hosted_tiles(
+    tiling: Tiling,
+    tiers: Sequence[Tier],
+    speeds: HostSpeeds | None,
+    *,
+    rows: int,
+    always: bool,
+) -> frozenset[int]:
+    """The tiles that the host multiplies in a forward pass of `rows` rows. `always`: all that were
+    set apart for it."""
+    apart = [
+        index
+        for index, tile in enumerate(tiling.shapes)
+        if tile.for_host and tiers[index] is not Tier.DEVICE
+    ]
+    if always or not apart:
+        return frozenset(apart)
+    if speeds is None:
+        return frozenset()
+    on_host = seconds_on_host(speeds, tiling, apart, rows)
+    if speeds.link is None:
+        # XLA writes the weights out first, which takes as long for any number of rows.
+        decoded = sum(part.n_weights for index in apart for part in tiling.shapes[index].parts)
+        return frozenset(apart if on_host < decoded / CPU_DECODED_WEIGHTS else ())
+    passing = sum(
+        size
+        for size, tier in zip(tiling.device_sizes, tiers, strict=True)
+        if tier is not Tier.DEVICE
+    )
+    crossing = sum(tiling.sizes[index] for index in apart) / speeds.link
+    alone = passing / speeds.link
+    share = min(1.0, alone / (on_host + crossing))
+    with_host = max(alone - share * crossing, share * on_host)
+    with_host += EXCHANGE_S * count_stages(tiling, apart)
+    if with_host > WORTH * alone:
+        return frozenset()
+    return frozenset(_some_of_each_stage(tiling, apart, share))
+
+
+def _some_of_each_stage(tiling, apart, share):
+    """Of the tiles of each stage that are `apart`, the first ones, about this share."""
+    chosen, of_stage = [], []
+    for at, index in enumerate(apart):
+        of_stage.append(index)
+        is_last = at + 1 == len(apart) or not _follows(tiling, index, apart[at + 1])
+        if is_last:
+            chosen += of_stage[: round(share * len(of_stage))]
+            of_stage = []
+    return chosen
+
+
+def count_stages(tiling: Tiling, apart: Sequence[int]) -> int:
+    """The number of stages that these tiles are of, given in order."""
+    if not apart:
+        return 0
+    pairs = pairwise(apart)
+    return 1 + sum(not _follows(tiling, one, other) for one, other in pairs)
+
+
+def _follows(tiling, index, other):
+    """Whether a tile is of the same stage of the same layer: the tiles of a stage stand together,
+    and the first of them begins it."""
+    return other == index + 1 and not tiling.shapes[other].begins_stage

@@ -1,0 +1,277 @@
+"""Makes plans: the fastest forward pass that fits the budgets.
+
+Pure and without JAX, so `jlayer plan` works from a config alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from jlayer.families.registry import family_of, head_leaf, published_tensors
+from jlayer.plan import hosting, memory
+from jlayer.plan.cutting import cut
+from jlayer.plan.draft import draft_need
+from jlayer.plan.limits import Limits, chunk_limits, row_limits
+from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
+from jlayer.plan.need import Need, device_memory, host_memory, total
+from jlayer.plan.plan import Plan
+from jlayer.plan.shapes import RunShape, pool_rows, together
+from jlayer.plan.tiles import Tier, Tiling, Weights
+
+# None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
+TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
+# Device memory left free when tiles that stay fill the rest.
+RESERVE_BYTES = 96 << 20
+
+
+def with_host(
+    plan_of: Callable[[hosting.Shares], Plan],
+    forms: Sequence[str],
+    host_share: float | None,
+    speeds: HostSpeeds | None,
+) -> Plan:
+    """The best of the plans in which the host's cores multiply a share of the rows, or none.
+
+    `plan_of(shares)`: the plan with these shares. `forms`: the encodings of the model's matrices.
+    `host_share`: as the user asked for it, for every forward pass; None: as the speeds have it,
+    where it pays.
+    """
+    if host_share is not None:
+        shares = tuple((form, host_share) for form in forms) if host_share > 0 else ()
+        return replace(plan_of(shares), always_hosted=bool(shares))
+    alone = plan_of(())
+    if speeds is None or not alone.fits:
+        return alone
+    resident = alone.tier_bytes(Tier.DEVICE)
+    passing = alone.tiling.n_bytes - resident
+    shares = hosting.auto_shares(
+        speeds, forms, passing=passing, resident=resident, rows=alone.load.batch
+    )
+    both = plan_of(shares) if shares and passing else alone
+    pays = both.fits and both.decode_seconds < hosting.WORTH * alone.decode_seconds
+    return both if pays else alone
+
+
+def matrix_forms(weights: Weights) -> tuple[str, ...]:
+    """The encodings of the matrices that are streamed, in order of their names."""
+    table = {family_of(weights.cfg).embedding.published} - {head_leaf(weights.cfg).published}
+    shapes = published_tensors(weights.cfg)
+    names = [name for name, shape in shapes.items() if len(shape) == 2 and name not in table]
+    return tuple(sorted({weights.form_of(name) for name in names}))
+
+
+def make_plan(
+    weights: Weights,
+    machine: Machine,
+    run: RunShape,
+    *,
+    held: Sequence[RunShape] = (),
+    least_pool: int = 0,
+    keeps_layers: bool = True,
+    tilings: dict[tuple, Tiling] | None = None,
+    draft: Weights | None = None,
+    shares: hosting.Shares = (),
+) -> Plan:
+    """The plan of the fastest forward pass that fits: tiles, chunk of rows, tiers.
+
+    `held`: other live runs. `least_pool`: the rows that the pools have. `tilings`: existing ones of
+    this model by how they were cut, to reuse; new ones are added. `draft`: the weights of a draft
+    model, which the device holds too. `shares`: of the rows that are set apart for the host's
+    cores; see `hosting`. Prompts are split over several forward
+    passes, and pools are in host memory, only where nothing fits otherwise: whichever takes less
+    time. If nothing fits at all, the plan that needs least memory (`fits` is False; `check`
+    refuses).
+    """
+    tilings = {} if tilings is None else tilings
+    # A whole layer is multiplied in one place.
+    tile_sizes = tuple(size for size in TILE_BYTES if size is not None or not shares)
+
+    def bare(tile_bytes, limits):
+        tiling = tiling_of(tilings, weights, machine, tile_bytes, shares)
+        return bare_plan(weights, machine, tiling, run, held, limits, least_pool, draft)
+
+    def fastest(rows, cache):
+        """The plan of the fastest forward pass by these limits; None where none fits."""
+        best = None
+        for tile_bytes in tile_sizes:
+            of_chunks = (bare(tile_bytes, Limits(most, rows, cache)) for most in chunk_rows)
+            # Smaller chunks only cost dispatches.
+            found = next((plan for plan in of_chunks if plan.fits), None)
+            if found is None:
+                continue
+            plan = _with_tiers(found) if keeps_layers else found
+            if best is None or plan.cautious_seconds < best.cautious_seconds:
+                best = plan
+            elif plan.chunk <= best.chunk:
+                break  # smaller tiles leave more memory for kept tiles; that no longer pays here
+        return best
+
+    smallest, candidates = None, []
+    chunk_rows = chunk_limits(run, *held)
+    for rows in row_limits(run, *held):
+        for cache in (Tier.DEVICE, Tier.HOST):
+            # Whole layers, or the smallest tiles, need least memory.
+            limits = Limits(chunk_rows[-1], rows, cache)
+            least = [bare(tile_bytes, limits) for tile_bytes in (tile_sizes[0], tile_sizes[-1])]
+            smallest = min(filter(None, (smallest, *least)), key=lambda p: p.device_peak_bytes)
+            best = fastest(rows, cache) if any(plan.fits for plan in least) else None
+            if best is not None and (rows, cache) == (None, Tier.DEVICE):
+                return best
+            candidates += [] if best is None else [best]
+    return min(candidates, key=lambda plan: run_seconds(plan, run), default=smallest)
+
+
+def tiling_of(
+    tilings: dict[tuple, Tiling],
+    weights: Weights,
+    machine: Machine,
+    tile_bytes: int | None,
+    shares: hosting.Shares = (),
+) -> Tiling:
+    """The tiling that is cut like this: of `tilings`, to which it is added if it is not there."""
+    if (tile_bytes, shares) not in tilings:
+        tiling = cut(weights, tile_bytes, platform=machine.platform, shares=shares)
+        tilings[tiling.cut_as] = tiling
+    return tilings[tile_bytes, shares]
+
+
+def run_seconds(plan: Plan, run: RunShape) -> float:
+    """About the seconds of all forward passes of a run."""
+    return (plan.shapes.prefills - 1 + max(1, run.sweeps)) * plan.cautious_seconds
+
+
+def refit(
+    plan: Plan,
+    weights: Weights,
+    run: RunShape,
+    *,
+    held: Sequence[RunShape] = (),
+    least_pool: int = 0,
+    draft: Weights | None = None,
+) -> Plan:
+    """The plan of another run with the same tiles and tiers; it may not fit."""
+    for rows in row_limits(run, *held):
+        for cache in (Tier.DEVICE, Tier.HOST):
+            for most in chunk_limits(run, *held):
+                limits, on = Limits(most, rows, cache), plan.machine
+                bare = bare_plan(weights, on, plan.tiling, run, held, limits, least_pool, draft)
+                same = replace(_with_kept(bare, plan.tiers), always_hosted=plan.always_hosted)
+                if same.fits:
+                    return same
+    return same
+
+
+def fitting(plan_of: Callable[[RunShape], Plan], shape: RunShape) -> Plan:
+    """The plan of a run with as many guessed tokens as fit: those of `shape`, else half as many,
+    and so on; if none fit, the plan without any. How many they are is in `plan.shapes.nodes`."""
+    while True:
+        plan = plan_of(shape)
+        if plan.fits or shape.nodes == 0:
+            return plan
+        half = shape.nodes // 2
+        shape = replace(shape, nodes=half if half >= shape.batch else 0)
+
+
+def bare_plan(
+    weights: Weights,
+    machine: Machine,
+    tiling: Tiling,
+    run: RunShape,
+    held: Sequence[RunShape],
+    limits: Limits,
+    least_pool: int = 0,
+    draft: Weights | None = None,
+) -> Plan:
+    """The plan of a tiling that needs least memory: no tile stays."""
+    ahead = min(machine.kind.ahead, len(tiling.shapes))
+    ring = ahead + READING
+    shapes = [each.shapes(limits.chunk, limits.rows) for each in (run, *held)]
+    load = together(shapes, limits.chunk)
+    needs = [
+        *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
+        *memory.run_needs(
+            weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
+        ),
+    ]
+    if draft is not None:
+        pool = max(pool_rows(load.entries), least_pool)
+        needs.append(draft_need(draft, machine, load, pool=pool))
+    device = device_memory(machine.device_budget, needs)
+    if machine.kind.has_link:
+        # Page tables of pools in host memory: see CACHE_PINNED.
+        least = sum(need.host for need in needs if need.term == "cache") // CACHE_PINNED
+        needs.append(Need("cache", device=max(0, least - total(device))))
+        device = device_memory(machine.device_budget, needs)
+    else:
+        # Device memory is host memory; the slots are counted once.
+        needs.append(Need("resident", host=total(device) - device.slots_bytes))
+    return Plan(
+        machine=machine,
+        device=device,
+        host=host_memory(machine.host_budget, needs),
+        tiling=tiling,
+        tiers=(Tier.DISK,) * len(tiling.shapes),
+        ring=ring,
+        ahead=ahead,
+        shapes=shapes[0],
+        load=load,
+        rows=limits.rows,
+        cache=limits.cache,
+        model_bytes=weights.stored_bytes,
+        published_bytes=weights.published_bytes,
+        n_layers=weights.cfg.num_hidden_layers,
+        n_held=len(held),
+    )
+
+
+def _with_tiers(plan: Plan) -> Plan:
+    """Keeps tiles in the rest of the budgets: first on a GPU, then in host memory.
+
+    Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
+    time throughout.
+    """
+    tiling = plan.tiling
+    room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
+    room = room if plan.machine.kind.has_link else 0
+    kept = _spread([0 if t.for_host else t.device_bytes for t in tiling.shapes], room)
+    kept = [keep and not t.for_host for keep, t in zip(kept, tiling.shapes, strict=True)]
+    rest = [index for index, keep in enumerate(kept) if not keep]
+    room = plan.host.budget_bytes - plan.host_peak_bytes
+    in_host = _spread([tiling.sizes[index] + tiling.slack for index in rest], room)
+    tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
+    for index, keep in zip(rest, in_host, strict=True):
+        if keep:
+            tiers[index] = Tier.HOST
+    return _with_kept(plan, tuple(tiers))
+
+
+def _with_kept(plan, tiers):
+    """A bare plan with these tiers, and the tiles that they keep added to its sums."""
+    (kept,) = memory.kept_needs(plan.tiling, tiers)
+    device, host = plan.device, plan.host
+    return replace(
+        plan,
+        tiers=tiers,
+        device=replace(device, resident_bytes=device.resident_bytes + kept.device),
+        host=replace(host, resident_bytes=host.resident_bytes + kept.host),
+    )
+
+
+def _spread(sizes: Sequence[int], room: int) -> list[bool]:
+    """Which of `sizes` to keep within `room` bytes, spread evenly over the list."""
+    whole = sum(sizes)
+    if room >= whole:
+        return [True] * len(sizes)
+    if room < min(sizes, default=0):
+        return [False] * len(sizes)
+    kept, used, passed = [], 0, 0
+    for size in sizes:
+        passed += size
+        # Keep this tile if the kept bytes are behind the proportional share by half of it or more.
+        with_it = used + size
+        keep = with_it <= room and with_it <= room * passed / whole + size / 2
+        kept.append(keep)
+        if keep:
+            used = with_it
+    return kept

@@ -1,0 +1,78 @@
+"""The options of a run, parsed into RunConfig."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+from jlayer.config import parse_choice, unknown_name
+from jlayer.errors import UsageError
+from jlayer.sizes import parse_bytes
+from jlayer.spec import ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The options of a run. Memory in bytes; None: a default that depends on the machine."""
+
+    device_memory: int | None = None
+    host_memory: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    context: int | None = None
+    keeps_layers: bool = True  # False: every forward pass reads all layers from disk
+    host_share: float | None = None  # of the rows in host memory, multiplied there; None: auto
+    draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
+    follow_links: bool = False  # what links in a published folder lead to outside of it is taken
+
+    @classmethod
+    def from_options(cls, **options) -> RunConfig:
+        """Parses options as a user writes them ("4GiB", "bfloat16").
+
+        Raises UsageError; for an unknown name, with the closest known one.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UsageError(unknown_name("option", name, known))
+        for name in ("device_memory", "host_memory"):
+            if options.get(name) is not None:
+                options[name] = parse_bytes(options[name], option=name)
+        if options.get("dtype") is not None:
+            options["dtype"] = parse_choice(
+                str(options["dtype"]), tuple(ITEM_BYTES), option="dtype"
+            )
+        if options.get("device") is not None:
+            options["device"] = parse_choice(options["device"], ("cpu", "gpu"), option="device")
+        for name in ("keeps_layers", "follow_links"):
+            if type(options.get(name, True)) is not bool:
+                raise UsageError(f"{name}: found {options[name]!r}, expected a bool")
+        if options.get("host_share") is not None:
+            options["host_share"] = _share(options["host_share"])
+        if options.get("draft") is not None:
+            options["draft"] = _path(options["draft"], option="draft")
+        context = options.get("context")
+        if context is not None and (type(context) is not int or context < 1):
+            raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
+        return cls(**options)
+
+
+def _share(value):
+    """A share from 0 to 1; None for "auto"."""
+    if value == "auto":
+        return None
+    try:
+        share = float(value) if not isinstance(value, bool) else -1.0
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(
+            f"host_share: found {value!r:.80}, expected auto, or a share from 0 to 1, such as 0.7"
+        )
+    return share
+
+
+def _path(value, *, option):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UsageError(f"{option}: found {value!r:.80}, expected a folder or a hub id")
+    return os.fspath(value)

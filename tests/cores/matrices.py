@@ -1,0 +1,41 @@
+"""Random matrices of every form, and what their products should be."""
+
+import ml_dtypes
+import numpy as np
+
+from jlayer.cores.cores import Matrix
+from jlayer.cores.decode import decoded
+from jlayer.encodings.registry import encoding
+
+FORMS = ("int4", "int8", "bfloat16", "float16", "float32")
+# Products are summed in float32 in a few dozen chains: the error against the sum of magnitudes.
+TOLERANCE = 1e-6
+
+
+def matrix(form, rows, width, *, seed=0, offset=0):
+    """Every byte of it is random; pieces begin `offset` bytes into their memory, and are
+    read-only."""
+    rng, pieces = np.random.default_rng(seed), {}
+    for name, (dtype, shape) in encoding(form).pieces((rows, width)).items():
+        dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        if dtype.itemsize == 1:
+            numbers = rng.integers(0, 256, shape, dtype=np.uint8).view(dtype)
+        else:
+            numbers = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+        memory = np.zeros(numbers.nbytes + offset, np.uint8)
+        memory[offset:] = numbers.reshape(-1).view(np.uint8)
+        memory.flags.writeable = False
+        pieces[name] = memory[offset:].view(dtype).reshape(shape)
+    return Matrix(form, pieces, width)
+
+
+def inputs(n_columns, width, seed=1):
+    return np.random.default_rng(seed).standard_normal((n_columns, width), dtype=np.float32)
+
+
+def assert_is_product(y, x, matrix):
+    weights = decoded(matrix.form, matrix.pieces, matrix.width).astype(np.float64)
+    assert y.dtype == np.float32
+    assert y.shape == (len(x), matrix.n_rows)
+    bound = np.abs(x).astype(np.float64) @ np.abs(weights).T
+    assert (np.abs(y - x @ weights.T) <= TOLERANCE * bound).all()
