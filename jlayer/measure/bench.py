@@ -24,6 +24,7 @@ from jlayer.measure.machine import (
     memory_speeds,
     summary,
 )
+from jlayer.plan.hosting import seconds_on_host
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 
@@ -194,8 +195,13 @@ class Bench:
         limits = {}
         if self.disk_bytes:
             limits["disk"] = self.disk_bytes * len(disk_speeds) / sum(disk_speeds)
+        hosted = frozenset() if n_tokens == STREAM else self.plan.hosted(n_tokens)
+        of_host = sum(self.plan.tiling.sizes[index] for index in hosted)
         if self.has_link:
-            limits["link"] = self.plan.put_bytes / median(self.speeds["link"])
+            limits["link"] = (self.plan.put_bytes - of_host) / median(self.speeds["link"])
+        if hosted and self.plan.machine.host is not None:
+            host, tiles = self.plan.machine.host, sorted(hosted)
+            limits["cores"] = seconds_on_host(host, self.plan.tiling, tiles, n_tokens)
         if n_tokens != STREAM:
             limits |= self._arithmetic(self.sweep_bytes, self.sweep_weights, n_tokens)
         return limits

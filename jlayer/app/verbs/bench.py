@@ -33,7 +33,9 @@ OF = {
     "link": "of the raw link",
     "memory": "of raw memory",
     "arithmetic": "of raw arithmetic",
+    "cores": "of the cores' speed",
 }
+MOVING = ("disk", "link", "cores")  # what takes as long as there are bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,9 +242,10 @@ def conclude(found: dict, plan) -> dict:
     rows = {row["tokens"]: row for row in found["sweeps"]}
     row, alone = rows[1], found["blocks"][0]
     took = row["seconds"]["median"]
-    parts = {name: row["limits_s"][name] for name in ("disk", "link") if name in row["limits_s"]}
+    parts = {name: row["limits_s"][name] for name in MOVING if name in row["limits_s"]}
     # The shortest of several: other work on the machine only makes it longer.
-    parts["programs"] = alone["seconds"]["min"] * row["bytes"] / alone["bytes"]
+    n_bytes = row["bytes"] - plan.host_product_bytes  # what the host multiplies is not the device's
+    parts["programs"] = alone["seconds"]["min"] * n_bytes / alone["bytes"]
     parts = {name: min(part, took) for name, part in parts.items()}
     limit = max(parts, key=parts.get)
     if parts[limit] < EXPLAINS * took:
@@ -263,7 +266,8 @@ def remedies_for(parts: dict, row: dict, plan) -> dict:
     def after(**changed):
         return max((parts | changed).values())
 
-    found = {"faster memory and more cores": after(programs=parts["programs"] / 2)}
+    faster = {name: parts[name] / 2 for name in ("programs", "cores") if name in parts}
+    found = {"faster memory and more cores": after(**faster)}
     weight_bits = 8 * row["bytes"] / row["weights"]
     if "disk" in parts:
         more = human(plan.tier_bytes(Tier.DISK))
@@ -274,7 +278,7 @@ def remedies_for(parts: dict, row: dict, plan) -> dict:
         found[f"{more} more device memory"] = after(link=parts["link"] / 2)
     if weight_bits > 2 * QUANTIZED_BITS:
         smaller = QUANTIZED_BITS / weight_bits
-        fewer = {name: parts[name] * smaller for name in ("disk", "link") if name in parts}
+        fewer = {name: parts[name] * smaller for name in MOVING if name in parts}
         found["quantizing the weights to 4 bits"] = after(**fewer)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -287,7 +291,12 @@ def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
             f"{n_tiles} steps a forward pass, {time_words(took / n_tiles)} each; what would "
             "help most is a larger model, or more tokens a forward pass."
         )
-    names = {"disk": "The disk", "link": "The link to the device", "programs": "The arithmetic"}
+    names = {
+        "disk": "The disk",
+        "link": "The link to the device",
+        "cores": "The host's cores, which multiply where the weights lie,",
+        "programs": "The arithmetic",
+    }
     best, then = next(iter(remedies.items()))
     more = (
         f"; and 64 tokens take only {many:.2f} times as long as one, so that several prompts at a "
