@@ -61,10 +61,10 @@ class Host:
         """Drops what is kept of tiles: they may be dropped now."""
         self._jobs.clear()
 
-    def settle(self) -> None:
-        """Waits for what was begun: nothing reads the weights after it."""
+    def leave(self) -> None:
+        """Ends the stage under way, if its pass was given up: nothing reads weights after it."""
         if self._running is not None:
-            self._running.settle()
+            self._running.leave()
             self._running = None
 
     @property
@@ -73,7 +73,7 @@ class Host:
         return self._landings.n_bytes
 
     def close(self) -> None:
-        self.settle()
+        self.leave()
         self.cores.close()
         self._landings.close()
 
@@ -130,6 +130,13 @@ class HostedStage:
         self.begin()
         self._end_product()
 
+    def leave(self) -> None:
+        """Begins nothing more, and waits for what was begun; the products are of no use."""
+        self._waiting.clear()
+        if self._product is not None:
+            self._product.finish()
+            self._product = None
+
     def on_device(self) -> jax.Array:
         """The landing, for a program; after `settle`."""
         return self._landing.on_device()
@@ -180,6 +187,9 @@ class Hosted:
 
     def wait(self) -> None:
         self._stage.settle()
+
+    def leave(self) -> None:
+        self._stage.leave()
 
 
 def landing_rows(n_columns: int) -> int:

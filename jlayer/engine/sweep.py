@@ -162,7 +162,7 @@ class Sweeper:
         finally:
             self._stage = None
             if self._host is not None:
-                self._host.settle()
+                self._host.leave()
         self._embedding.settle()
 
     def begin(self, parts: Sequence[Part]) -> list[Chunk]:

@@ -48,7 +48,10 @@ class Waitable(Protocol):
     """What the host's cores are at."""
 
     def wait(self) -> None:
-        """Returns once the tile's memory is not read any more."""
+        """Returns once the tile is multiplied, and its memory is not read any more."""
+
+    def leave(self) -> None:
+        """The same for a pass that is given up: it need not be multiplied."""
 
 
 class Executor:
@@ -352,7 +355,7 @@ class Executor:
         # Dispatched runs may still use a slot: wait before a slot is written again. Their failure
         # is already being reported.
         for result in self._multiplying:
-            result.wait()
+            result.leave()
         self._multiplying.clear()
         with suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready((self._last_output, list(self._on_device.values())))
