@@ -94,6 +94,7 @@ def test_a_plan_that_changes_under_a_stream_does_not_end_it(fable):
     assert len(kept) > 1, "the plan never changed: the budget proves nothing"
 
 
+@pytest.mark.slow
 def test_all_live_caches_are_within_the_budget(fable):
     """24 live streams were 10 MB on the device where 2.7 were promised: only one was counted.
 

@@ -116,7 +116,9 @@ class Orders:
         assert is_idle(model)
 
 
-@pytest.fixture(scope="module", params=["tiny_model", "fable_model"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("tiny_model", marks=pytest.mark.slow), "fable_model"]
+)
 def orders(request):
     return Orders(request.getfixturevalue(request.param))
 

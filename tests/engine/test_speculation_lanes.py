@@ -45,6 +45,7 @@ def slow(value):
     return [pytest.param(value, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [*slow("draft"), "auto"])
 def test_prompts_together_are_what_each_is_alone(model, plain, mode):
     options = {"max_new_tokens": 16, "temperature": 0.7, **SEED}

@@ -157,6 +157,7 @@ def test_each_term_of_a_plan_is_the_sum_of_the_needs_under_it(stored, platform, 
     assert printed["host"]["peak_bytes"] == plan.host_peak_bytes
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(held=held_runs.filter(bool))
 def test_runs_that_are_alive_add_their_entries_and_share_the_rest(held):
