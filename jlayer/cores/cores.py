@@ -138,11 +138,6 @@ class Cores:
             raise
         return Product(self._crew, self._lock, (table, x, jobs, results))
 
-    def wake(self) -> None:
-        """Wakes the threads for products that are about to come."""
-        if self.is_native and self._pid == os.getpid() and not self._is_closed:
-            self._crew.wake()
-
     def close(self) -> None:
         """Ends the threads; waits for a product that runs. Closing twice is fine."""
         if self._pid != os.getpid():  # the child of a fork has none of them

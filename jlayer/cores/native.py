@@ -6,7 +6,7 @@ import platform
 import threading
 from functools import cache
 
-INSTALL = 'pip install "jlayer[cores]"'
+INSTALL = 'pip install "llvmlite>=0.45"'
 # The kernel's number of futex(2), which the threads sleep with.
 FUTEX = {"x86_64": 202, "aarch64": 98}
 

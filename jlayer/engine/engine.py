@@ -159,6 +159,8 @@ class Engine:
             if why := missing():
                 self.notes = (f"the host's cores do not help to multiply: {why}",)
                 return alone
+        elif why := missing():
+            self.notes = (f"the host's share is multiplied by numpy, which is slow: {why}",)
         self.host = Host(_cores(self._machine), self.device)
         self.watch.phase("measuring the cores")
         measured = host_speeds(self.host.cores, matrix_forms(self.weights), self.device)

@@ -22,13 +22,6 @@ WORTH = 0.95
 Shares = tuple[tuple[str, float], ...]
 
 
-def form_names(tiling: Tiling) -> tuple[str, ...]:
-    """The encodings of the matrices, in order of their names."""
-    return tuple(
-        sorted({p.form for tile, _ in tiling.distinct for p in tile.parts if len(p.shape) == 2})
-    )
-
-
 def seconds_on_host(speeds: HostSpeeds, tiling: Tiling, tiles: Sequence[int], rows: int) -> float:
     """Seconds for the host's cores to multiply these tiles by `rows` columns."""
     n_bytes: dict[str, int] = {}

@@ -210,7 +210,7 @@ class Plan:
         return (
             "quantized weights are decoded on one core of this CPU: about "
             f"{self.decode_seconds:.2g} s a token, where the unquantized model would take about "
-            f'{plain:.2g} s; install kernels for its cores (pip install "jlayer[cores]"), or run '
+            f'{plain:.2g} s; install kernels for its cores (pip install "llvmlite>=0.45"), or run '
             "the unquantized folder, if speed matters",
         )
 

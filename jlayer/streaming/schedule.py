@@ -190,7 +190,7 @@ class _Stream:
     def _run_on_host(self, tile):
         """The run of a tile where it lies; what was in a slot is freed after it."""
         steps = []
-        while not self._on_host:
+        if not self._on_host:
             self._next()
         number, queued = self._on_host[0]
         assert queued == tile, "moves are in order"

@@ -167,6 +167,9 @@ def test_without_kernels_auto_leaves_the_cores_alone(int4, monkeypatch):
         assert model.plan.host_share == 0
         assert model.plan.machine.host is None
         assert any("llvmlite is not there" in note for note in model.notes)
+    with opened(int4, 0.5) as model:  # asked for, so it is done
+        assert model.plan.host_share > 0
+        assert any("by numpy" in note and "is not there" in note for note in model.notes)
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_running(int4, monkeypatch):

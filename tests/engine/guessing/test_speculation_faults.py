@@ -18,33 +18,13 @@ from jlayer.engine.draft import DraftModel
 from jlayer.engine.growing import Grower
 from jlayer.engine.lane import Lane
 from jlayer.engine.speculation import Speculation
-from tests.engine import guesses
-from tests.engine.guesses import PROMPT, Made, Plain, is_whole, tiny_pair
+from tests.engine.guesses import PROMPT, Made, is_whole
+from tests.engine.guessing.test_speculation import chain
 from tests.engine.lanes import Run, check_rows, raises_at, within
 from tests.engine.test_engine import opened
-from tests.engine.test_speculation import chain
 
 OPTIONS = {"max_new_tokens": 9, "temperature": 0.7, "seed": 5}
 GUESSES = {"speculate": "auto", "draft_tokens": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        guesses.few_shapes(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with tiny_pair(tmp_path_factory.mktemp("pair")) as model:
-        yield model
-        assert is_whole(model)
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return Plain(model)
 
 
 # Interrupts

@@ -7,32 +7,13 @@ import numpy as np
 import pytest
 
 import jlayer
-from tests.engine import guesses
 from tests.engine.guesses import PROMPT, Made, Plain, is_whole, noisy_copy, tiny_pair
+from tests.engine.guessing.test_speculation import chain, hidden
 from tests.engine.lanes import Run, check_rows, limited
 from tests.engine.test_engine import opened
-from tests.engine.test_speculation import chain, hidden
 from tests.tiny import tiny_llama
 
 SEED = {"seed": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        guesses.few_shapes(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with tiny_pair(tmp_path_factory.mktemp("pair")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return Plain(model)
 
 
 # Several lanes

@@ -9,31 +9,11 @@ from hypothesis import strategies as st
 import jlayer
 from jlayer.convert import convert_checkpoint
 from tests.conftest import BUNDLED
-from tests.engine import guesses
-from tests.engine.guesses import PROMPT, Made, Plain, is_whole, n_passes, tiny_pair
+from tests.engine.guesses import PROMPT, Made, Plain, is_whole, n_passes
 from tests.engine.test_engine import opened
 
 MODES = ["auto", "lookup", "draft"]
 SEED = {"seed": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        guesses.few_shapes(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random model, and a draft that is often right."""
-    with tiny_pair(tmp_path_factory.mktemp("pair")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return Plain(model)
 
 
 @pytest.fixture(scope="module")
