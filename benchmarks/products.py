@@ -3,6 +3,7 @@ and number of columns, beside the memory's own speed and XLA's product in bfloat
 
     python benchmarks/products.py
     python benchmarks/products.py --forms int4,int8 --columns 1,8 --threads 8 --repeats 9
+    python benchmarks/products.py --dtype float32
 
 The matrices are those of a 70B layer, at least `--gib` of each form, one after another, so that all
 come from memory. The last line is one JSON object.
@@ -81,7 +82,7 @@ def read_speeds(all_matrices, n_threads: int, repeats: int) -> list[float]:
 def xla_speeds(all_matrices, n_columns: int, repeats: int) -> list[float]:
     cpu = jax.devices("cpu")[0]  # where there is a GPU too, it is the default
     weights = [jax.device_put(m.pieces[""], cpu) for m in all_matrices]
-    inputs = [columns(n_columns, m.width).astype(ml_dtypes.bfloat16) for m in all_matrices]
+    inputs = [columns(n_columns, m.width, "bfloat16") for m in all_matrices]
     inputs = [jax.device_put(x, cpu) for x in inputs]
     compiled = jax.jit(product)
 
@@ -92,8 +93,9 @@ def xla_speeds(all_matrices, n_columns: int, repeats: int) -> list[float]:
     return speeds(work, sum(m.n_bytes for m in all_matrices), repeats)
 
 
-def columns(n_columns, width):
-    return np.random.default_rng(1).standard_normal((n_columns, width), dtype=np.float32)
+def columns(n_columns, width, dtype):
+    x = np.random.default_rng(1).standard_normal((n_columns, width), dtype=np.float32)
+    return x.astype(getattr(ml_dtypes, dtype, dtype))
 
 
 def line(name, n_columns, found, ceiling):
@@ -120,7 +122,7 @@ def measured(args) -> dict:
             line(f"read {form}", 0, reading, ceiling)
             results[form] = {"read": common.summary(reading)}
             for n_columns in map(int, args.columns.split(",")):
-                xs = {width: columns(n_columns, width) for _, width in SHAPES}
+                xs = {width: columns(n_columns, width, args.dtype) for _, width in SHAPES}
 
                 def work(some=some, xs=xs):
                     for matrix in some:
@@ -134,7 +136,12 @@ def measured(args) -> dict:
                     line("XLA bfloat16", n_columns, found, ceiling)
                     results.setdefault("xla_bfloat16", {})[n_columns] = common.summary(found)
         gains(results, args)
-        return {"card": card, "threads": cores.n_threads, "bytes_per_s": results}
+        return {
+            "card": card,
+            "threads": cores.n_threads,
+            "dtype": args.dtype,
+            "bytes_per_s": results,
+        }
 
 
 def gains(results, args):
@@ -151,6 +158,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--forms", default="bfloat16,int8,int4")
     parser.add_argument("--columns", default="1,2,4,8,16,64")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the columns"
+    )
     parser.add_argument("--threads", type=int, default=None, help="default: as the machine has")
     parser.add_argument("--gib", type=float, default=1)
     parser.add_argument("--repeats", type=int, default=5)

@@ -8,15 +8,18 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
-from jlayer.cores import decode, kernels
+from jlayer.cores import decode, kernels, wide
 from jlayer.cores.crew import Crew
 from jlayer.cores.jobs import FIELDS, address, aligned
 from jlayer.cores.native import Compiler, missing
 from jlayer.cores.sharing import SPIN_S
 from jlayer.cores.topology import topology
 from jlayer.encodings.grouped import SCALE
+from jlayer.encodings.int4 import INT4
+from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import encoding
 from jlayer.errors import UsageError
 
@@ -29,6 +32,10 @@ ROWS = kernels.MOST_ROWS
 WORTH_WAKING = 1 << 20
 # From so many columns on, so many rows at least share each part of the columns while it is near.
 MANY_COLUMNS, MANY_ROWS = 8, 64
+# From so many bfloat16 columns on, rows are decoded once for all of them: with AMX by form, where
+# measured, and without.
+WIDE_COLUMNS = {True: {"bfloat16": 2, INT4.name: 4, INT8.name: 6}, False: {}}
+WIDE_ANYWAY = 16
 # Packed bytes that are multiplied by all columns before the next: they stay in a core's own cache.
 CHUNK_BYTES = 128 << 10
 
@@ -82,36 +89,38 @@ class Cores:
         self._begin()
 
     def multiply(self, matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
-        """x float32 [C, in] -> float32 [C, rows] of each; all matrices have this width.
+        """x float32 or bfloat16 [C, in] -> float32 [C, rows] of each; all matrices have this width.
 
         Runs without the interpreter's lock. The results are fresh. After `close` it raises
         UsageError.
         """
         n_columns = x.shape[0]
         results = _results([m.n_rows for m in matrices], padded_columns(n_columns))
-        self.begin(self.jobs(matrices, n_columns), x, results).finish()
+        self.begin(self.jobs(matrices, n_columns, x.dtype), x, results).finish()
         return [y[:n_columns] for y in results]
 
-    def jobs(self, matrices: Sequence[Matrix], n_columns: int) -> Jobs:
-        """What the products of these matrices with so many columns need to know: it can be used
-        again and again."""
+    def jobs(self, matrices: Sequence[Matrix], n_columns: int, dtype=np.float32) -> Jobs:
+        """What the products of these matrices with so many columns of a dtype need to know: it can
+        be used again and again."""
         assert len({matrix.width for matrix in matrices}) <= 1, "they have one input"
         for matrix in matrices:
             _check(matrix)
         native = [self.is_native and kernels.is_native(m.form, m.width) for m in matrices]
         shared = [m for m, is_native in zip(matrices, native, strict=True) if is_native]
-        table, n_blocks = self._table(shared, padded_columns(n_columns)) if n_columns else (None, 0)
+        is_wide = tuple(self._is_wide(matrix, n_columns, dtype) for matrix in shared)
+        table, n_blocks = self._table(shared, is_wide, n_columns) if n_columns else (None, 0)
         work = sum(m.n_bytes for m in shared) * max(1, n_columns // 4)
         is_short = work < WORTH_WAKING
-        return Jobs(tuple(matrices), tuple(native), n_columns, table, n_blocks, is_short)
+        return Jobs(tuple(matrices), tuple(native), is_wide, n_columns, table, n_blocks, is_short)
 
     def begin(self, jobs: Jobs, x: np.ndarray, results: Sequence[np.ndarray]) -> Product:
-        """Begins to multiply, in other threads: x float32 [C, in] -> `results`, float32
-        [`padded_columns` of C, rows] of each matrix, whose rows are contiguous; what is beyond C is
-        overwritten. All is there once the product's `finish` returns, which must be called; until
-        then no other product begins. Raises UsageError after `close`.
+        """Begins to multiply, in other threads: x float32 or bfloat16 [C, in], of the dtype of the
+        jobs -> `results`, float32 [`padded_columns` of C, rows] of each matrix, whose rows are
+        contiguous; what is beyond C may be overwritten. All is there once the product's `finish`
+        returns, which must be called; until then no other product begins. Raises UsageError after
+        `close`.
         """
-        assert x.dtype == np.float32, x.dtype
+        assert x.dtype in (np.float32, ml_dtypes.bfloat16), x.dtype
         assert x.shape[0] == jobs.n_columns, (x.shape, jobs.n_columns)
         if self._pid != os.getpid():
             self._begin()
@@ -120,13 +129,21 @@ class Cores:
             assert x.shape[1] == matrix.width, (x.shape, matrix.width)
             assert y.shape == (padded_columns(jobs.n_columns), matrix.n_rows), y.shape
             if not is_native:
-                y[: jobs.n_columns] = decode.product(x, matrix.form, matrix.pieces, matrix.width)
+                y[: jobs.n_columns] = decode.product(
+                    x.astype(np.float32), matrix.form, matrix.pieces, matrix.width
+                )
         ys = [y for y, is_native in zip(results, jobs.native, strict=True) if is_native]
         if not ys or not jobs.n_columns:
             return Product()
-        x = _on_cache_lines(x)
         table = jobs.table.copy()
-        table[:, _FIELD["x"]], table[:, _FIELD["x_stride"]] = address(x), x.strides[0]
+        is_wide, kept = np.array(jobs.is_wide), []
+        if is_wide.any():
+            kept.append(wide.packed(x))
+            table[is_wide, _FIELD["x"]] = address(kept[-1])
+        if not is_wide.all():
+            kept.append(_on_cache_lines(x.astype(np.float32, copy=False)))
+            table[~is_wide, _FIELD["x"]] = address(kept[-1])
+            table[~is_wide, _FIELD["x_stride"]] = kept[-1].strides[0]
         table[:, _FIELD["y"]] = [address(y) for y in ys]
         table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
         self._lock.acquire()
@@ -136,7 +153,7 @@ class Cores:
         except BaseException:
             self._lock.release()
             raise
-        return Product(self._crew, self._lock, (table, x, jobs, results))
+        return Product(self._crew, self._lock, (table, kept, jobs, results))
 
     def close(self) -> None:
         """Ends the threads; waits for a product that runs. Closing twice is fine."""
@@ -163,23 +180,33 @@ class Cores:
         if self._is_closed:
             raise UsageError("these cores are closed: make new ones with Cores()")
 
-    def _table(self, matrices, n_columns):
+    def _is_wide(self, matrix, n_columns, dtype):
+        """Whether all columns are multiplied at a time by rows that are decoded once."""
+        if dtype != ml_dtypes.bfloat16 or not self._code.has_wide:
+            return False
+        least = WIDE_COLUMNS[self._code.has_amx].get(matrix.form, WIDE_ANYWAY)
+        is_native = wide.is_native(matrix.form, matrix.n_rows, matrix.width)
+        return is_native and n_columns >= least
+
+    def _table(self, matrices, is_wide, n_columns):
         """(the list of jobs, without x and y; the number of blocks)"""
         jobs, block = [], 0
         total = sum(m.n_bytes for m in matrices)
         block_bytes = max(LEAST_BYTES, total // (self.n_threads * TURNS))
-        for matrix in matrices:
+        for matrix, is_wide_one in zip(matrices, is_wide, strict=True):
             rows, main = matrix.n_rows, matrix.main
             scale = matrix.pieces.get(SCALE, main)
             row_bytes = max(1, matrix.n_bytes // max(1, rows))
-            steps = self._code.steps(matrix.form, n_columns)
+            columns = n_columns if is_wide_one else padded_columns(n_columns)
+            steps = self._code.steps(matrix.form, columns, is_wide_one)
             job = dict.fromkeys(FIELDS, 0)
             job |= {"n_steps": len(steps), "steps": address(steps), "rows": rows}
             length = kernels.length(matrix.form, matrix.width)
-            part = min(length, kernels.part(matrix.form, n_columns))
-            job |= {"length": length, "part": part}
-            least_rows = MANY_ROWS if n_columns >= MANY_COLUMNS else ROWS
-            job["block_rows"] = max(least_rows, -(-block_bytes // row_bytes // ROWS) * ROWS)
+            part = length if is_wide_one else min(length, kernels.part(matrix.form, columns))
+            job |= {"length": length, "part": part, "columns": columns}
+            at_once = wide.ROWS if is_wide_one else ROWS
+            least_rows = MANY_ROWS if columns >= MANY_COLUMNS else at_once
+            job["block_rows"] = max(least_rows, -(-block_bytes // row_bytes // at_once) * at_once)
             near_rows = CHUNK_BYTES * length // (row_bytes * part) // ROWS * ROWS
             job["chunk_rows"] = max(ROWS, near_rows) if part < length else job["block_rows"]
             job["first_block"], block = block, block + -(-rows // job["block_rows"])
@@ -205,6 +232,7 @@ class Jobs:
 
     matrices: tuple[Matrix, ...]
     native: tuple[bool, ...]
+    is_wide: tuple[bool, ...]  # of those that are native
     n_columns: int
     table: np.ndarray | None
     n_blocks: int
@@ -236,24 +264,46 @@ class _Code:
         self._compiler, self._kernels, self._steps = Compiler(features), {}, {}
         self._lock = threading.Lock()
 
-    def steps(self, form, n_columns):
+    @property
+    def has_wide(self):
+        return self._compiler.has_bfloat16
+
+    @property
+    def has_amx(self):
+        return self._compiler.has_amx
+
+    def steps(self, form, n_columns, is_wide):
         """The kernels for so many columns [n, 2]: the address, and the first column. Kept."""
-        if (form, n_columns) not in self._steps:
+        key = (form, n_columns, is_wide)
+        if key not in self._steps and is_wide:
+            found = [(self._wide(form, n), column) for n, column in wide.steps(n_columns)]
+            self._steps[key] = np.array(found, np.int64)
+        elif key not in self._steps:
             found, column = [], 0
             for size in sorted(kernels.BLOCKS[self._compiler.has_avx512], reverse=True):
                 while n_columns - column >= size:
                     found.append((self._kernel(form, size), column))
                     column += size
-            self._steps[form, n_columns] = np.array(found, np.int64)
-        return self._steps[form, n_columns]
+            self._steps[key] = np.array(found, np.int64)
+        return self._steps[key]
+
+    def _wide(self, form, n_groups):
+        has_amx = self._compiler.has_amx
+        return self._compiled(
+            (form, "wide", n_groups), lambda: wide.kernel(form, n_groups, has_amx=has_amx)
+        )
 
     def _kernel(self, form, n_columns):
+        has_avx512 = self._compiler.has_avx512
+        return self._compiled(
+            (form, n_columns), lambda: kernels.kernel(form, n_columns, has_avx512=has_avx512)
+        )
+
+    def _compiled(self, key, text):
         with self._lock:
-            if (form, n_columns) not in self._kernels:
-                text = kernels.kernel(form, n_columns, has_avx512=self._compiler.has_avx512)
-                (found,) = self._compiler.compiled(text, kernels.NAME)
-                self._kernels[form, n_columns] = found
-            return self._kernels[form, n_columns]
+            if key not in self._kernels:
+                (self._kernels[key],) = self._compiler.compiled(text(), kernels.NAME)
+            return self._kernels[key]
 
 
 _CODES: dict[str, _Code] = {}  # by features: the code is never freed, so all share it

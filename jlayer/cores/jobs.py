@@ -11,7 +11,7 @@ FIELDS = (
     *("length", "part"),  # inputs of a row as a kernel counts, and those that it takes at a time
     *("n_steps", "steps"),  # how many, and the address of the first
     *("main", "main_stride", "scale", "scale_stride"),
-    *("x", "x_stride"),
+    *("x", "x_stride", "columns"),  # packed columns are counted, and have no stride
     *("y", "y_stride"),  # of a column
 )
 JOB_BYTES = 8 * len(FIELDS)

@@ -104,10 +104,9 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
         for place, old, new in zip(places, before, totals, strict=True):
             old = code.let(f"select i1 {is_first}, float 0.0, float {old}")
             code.do(f"store float {code.math('fadd', old, new, 'float')}, ptr {place}, align 4")
-        return []
 
     code.loop("%first", "%end", n_rows, rows_from)
-    return DECLARATIONS + _tables() + code.text()
+    return DECLARATIONS + tables() + code.text()
 
 
 def length(form: str, width: int) -> int:
@@ -188,7 +187,7 @@ def _int8(block, start, stop):
 
     def scales_at(item):
         at = code.math("shl", code.math("lshr", item, 7), 1)
-        return [code.spread(_bfloat16(code, scale, at)) for scale in block.scales]
+        return [code.spread(bfloat16(code, scale, at)) for scale in block.scales]
 
     def group(item, sums):
         for line in range(0, INT8.group, 64):
@@ -220,7 +219,8 @@ def _int8(block, start, stop):
 SCALED_LATE = 2
 
 
-def _bfloat16(code, pointer, at):
+def bfloat16(code: Function, pointer: str, at: str) -> str:
+    """A bfloat16 in memory as a float."""
     raw = code.let(f"zext i16 {code.load('i16', pointer, at)} to i32")
     return code.let(f"bitcast i32 {code.math('shl', raw, 16, 'i32')} to float")
 
@@ -314,7 +314,8 @@ def _hex(number):
     return "0x" + struct.pack(">d", float(number)).hex().upper()
 
 
-def _tables():
+def tables() -> str:
+    """What int4's half bytes and scales stand for, as constants of a module."""
     lines = []
     for name, values in (("levels", levels()), ("scales", scale_values())):
         words = ", ".join(f"float {_hex(value)}" for value in values)

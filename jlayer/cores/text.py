@@ -39,6 +39,21 @@ class Function:
     def load(self, kind: str, pointer: str, n_bytes: str | int = 0, *, align: int = 1) -> str:
         return self.let(f"load {kind}, ptr {self.at(pointer, n_bytes)}, align {align}")
 
+    def store(self, kind: str, value: str, pointer: str) -> None:
+        """To a place that lies on a cache line."""
+        self.do(f"store {kind} {value}, ptr {pointer}, align 64")
+
+    def load_tile(self, number: int, pointer: str, stride: str | int = 64) -> None:
+        """16 lines of 64 bytes into a tile register. `stride`: bytes from a line to the next."""
+        self.do(f"call void @llvm.x86.tileloadd64(i8 {number}, ptr {pointer}, i64 {stride})")
+
+    def store_tile(self, number: int, pointer: str) -> None:
+        self.do(f"call void @llvm.x86.tilestored64(i8 {number}, ptr {pointer}, i64 64)")
+
+    def add_tiles(self, sums: int, weights: int, columns: int) -> None:
+        """Adds the products of two tile registers to one."""
+        self.do(f"call void @llvm.x86.tdpbf16ps(i8 {sums}, i8 {weights}, i8 {columns})")
+
     def math(self, operation: str, left: str | int, right: str | int, kind: str = "i64") -> str:
         return self.let(f"{operation} {kind} {left}, {right}")
 
@@ -47,11 +62,27 @@ class Function:
         arguments = ", ".join(f"{FLOATS} {value}" for value in (a, b, c))
         return self.let(f"call {FLOATS} @llvm.fma.v{LANES}f32({arguments})")
 
-    def spread(self, value: str) -> str:
-        """A float in all lanes."""
-        one = self.let(f"insertelement {FLOATS} poison, float {value}, i32 0")
+    def spread(self, value: str, kind: str = "float") -> str:
+        """A number in all lanes."""
+        lanes = f"<{LANES} x {kind}>"
+        one = self.let(f"insertelement {lanes} poison, {kind} {value}, i32 0")
         zeros = f"{INTS} zeroinitializer"
-        return self.let(f"shufflevector {FLOATS} {one}, {FLOATS} poison, {zeros}")
+        return self.let(f"shufflevector {lanes} {one}, {lanes} poison, {zeros}")
+
+    def turned(self, vectors: Sequence[str]) -> list[str]:
+        """Rows become columns, of 16 vectors: four times the first half's lanes go between those of
+        the second half."""
+        vectors, half = list(vectors), LANES // 2
+        while half:
+            mixed = []
+            for a, b in zip(vectors[: LANES // 2], vectors[LANES // 2 :], strict=True):
+                for first in (0, LANES // 2):
+                    pairs = ((lane, lane + LANES) for lane in range(first, first + LANES // 2))
+                    lanes = ", ".join(f"i32 {lane}" for pair in pairs for lane in pair)
+                    words = f"{FLOATS} {a}, {FLOATS} {b}, {INTS} <{lanes}>"
+                    mixed.append(self.let(f"shufflevector {words}"))
+            vectors, half = mixed, half // 2
+        return vectors
 
     def totals(self, vectors: Sequence[str]) -> list[str]:
         """The sum of the lanes of each of 16 vectors or a smaller power of two, as floats.
@@ -79,20 +110,21 @@ class Function:
     def smaller(self, left: str | int, right: str | int) -> str:
         return self.let(f"call i64 @llvm.smin.i64(i64 {left}, i64 {right})")
 
-    def prefetch(self, pointer: str, n_bytes: str | int) -> None:
-        self.do(
-            f"call void @llvm.prefetch.p0(ptr {self.at(pointer, n_bytes)}, i32 0, i32 3, i32 1)"
-        )
+    def prefetch(self, pointer: str, n_bytes: str | int, *, locality: int = 3) -> None:
+        """`locality`: 3 brings a line into the nearest cache, 2 into the next one."""
+        place = self.at(pointer, n_bytes)
+        self.do(f"call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 {locality}, i32 1)")
 
     def loop(
         self,
         first: str | int,
         end: str | int,
         step: int,
-        body: Callable[[str, list[str]], list[str]],
+        body: Callable[[str, list[str]], list[str] | None],
         carried: Sequence[str] = (),
     ) -> list[str]:
-        """For i from `first` while i < `end`: body(i, vectors) -> the vectors for the next turn.
+        """For i from `first` while i < `end`: body(i, vectors) -> the vectors for the next turn, if
+        there are some.
 
         `carried`: the vectors at first. Returns those after the last turn.
         """
@@ -103,7 +135,7 @@ class Function:
         self.do(f"br label %{head}")
         place = len(self._lines)
         self._begin(inside)
-        results = body(index, values)
+        results = body(index, values) or ()
         self.do(f"{following} = add i64 {index}, {step}")
         latch = self._block
         self.do(f"br label %{head}")

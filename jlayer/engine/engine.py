@@ -163,7 +163,8 @@ class Engine:
             self.notes = (f"the host's share is multiplied by numpy, which is slow: {why}",)
         self.host = Host(_cores(self._machine), self.device)
         self.watch.phase("measuring the cores")
-        measured = host_speeds(self.host.cores, matrix_forms(self.weights), self.device)
+        forms = matrix_forms(self.weights)
+        measured = host_speeds(self.host.cores, forms, self.device, dtype=self.dtype)
         self._machine = replace(self._machine, host=measured)
         return self.plan_for(shape)
 

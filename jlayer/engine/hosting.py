@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from jlayer.cores.cores import Cores, Jobs, Matrix, padded_columns
@@ -24,7 +25,7 @@ class Host:
 
     def __init__(self, cores: Cores, device: jax.Device):
         self.cores, self._landings = cores, Landings(device)
-        self._jobs: dict[tuple, tuple] = {}  # (columns, ids of views) -> (jobs, the tiles)
+        self._jobs: dict[tuple, tuple] = {}  # (dtype, columns, ids of views) -> (jobs, tiles)
         self._running: HostedStage | None = None
 
     def begin(self, stage: Stage, xs, real, heights: Mapping[str, int]) -> HostedStage:
@@ -39,15 +40,15 @@ class Host:
     def landing(self, stage: Stage, n_rows: int, width: int) -> Landing:
         return self._landings.of(stage.name, n_rows, width)
 
-    def jobs_of(self, tiles: Sequence[HostedTile], n_columns: int) -> Jobs:
-        """The list of jobs for some tiles; if they stay where they are, it is kept for the next
-        pass."""
-        key = (n_columns, *(id(tile.views) for tile in tiles))
+    def jobs_of(self, tiles: Sequence[HostedTile], x: np.ndarray) -> Jobs:
+        """The list of jobs for some tiles and columns like `x`; if they stay where they are, it is
+        kept for the next pass."""
+        key = (x.dtype, len(x), *(id(tile.views) for tile in tiles))
         if key in self._jobs:
             return self._jobs[key][0]
         lists = [matrices_of(tile.tile, tile.views) for tile in tiles]
         matrices = [matrix for found in lists for matrix in found.values()]
-        jobs = self.cores.jobs(matrices, n_columns)
+        jobs = self.cores.jobs(matrices, len(x), x.dtype)
         if all(tile.is_kept for tile in tiles):
             self._jobs[key] = jobs, tuple(tiles)  # the ids are those of living arrays
         return jobs
@@ -120,10 +121,11 @@ class HostedStage:
         self._end_product()
         self._begun, self._waiting = self._waiting, []
         if self.n_columns:
-            jobs = self._host.jobs_of(self._begun, self.n_columns)
+            x = self._input()
+            jobs = self._host.jobs_of(self._begun, x)
             n_rows = padded_columns(self.n_columns)
             results = [p for t in self._begun for p in self._places(t.tile, n_rows).values()]
-            self._product = self._host.cores.begin(jobs, self._input(), results)
+            self._product = self._host.cores.begin(jobs, x, results)
 
     def settle(self) -> None:
         """Begins what was not begun, and waits until all products are written."""
@@ -168,13 +170,14 @@ class HostedStage:
         return places
 
     def _input(self):
-        """The real rows of all chunks, float32 [C, in]."""
+        """The real rows of all chunks [C, in]: bfloat16 as it is, else float32."""
         if self._x is None:
             rows = [
                 self._host.fetch(number, x)[real]
                 for number, (x, real) in enumerate(zip(self._xs, self._real, strict=True))
             ]
-            self._x = (rows[0] if len(rows) == 1 else np.concatenate(rows)).astype(np.float32)
+            x = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            self._x = x if x.dtype == ml_dtypes.bfloat16 else x.astype(np.float32)
             self._xs = ()
         return self._x
 

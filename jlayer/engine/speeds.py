@@ -9,6 +9,7 @@ from itertools import cycle
 from statistics import median
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlayer.cores.cores import Cores, Matrix
@@ -27,17 +28,20 @@ LINK_BYTES = 64 << 20
 PATTERN = 0x11  # small numbers in every form, none of them zero or subnormal
 
 
-def host_speeds(cores: Cores, forms: Sequence[str], device: jax.Device) -> HostSpeeds:
-    """Measures bytes/s of the products, by form and columns, and of the link meanwhile."""
+def host_speeds(
+    cores: Cores, forms: Sequence[str], device: jax.Device, *, dtype: str
+) -> HostSpeeds:
+    """Measures bytes/s of the products, by form and columns, and of the link meanwhile. `dtype`: of
+    the columns."""
     with _BusyLink(device) as link:
-        measured = tuple((form, _by_columns(cores, form)) for form in forms)
+        measured = tuple((form, _by_columns(cores, form, dtype)) for form in forms)
     return HostSpeeds(measured, link.speed)
 
 
-def _by_columns(cores, form):
+def _by_columns(cores, form, dtype):
     memory = HostMemory(1, 0, pin=False)  # as weights lie, in large pages
     matrices = [_matrix(form, memory.room(n, MATRIX_BYTES)) for n in range(MATRICES)]
-    return tuple((columns, _speed(cores, matrices, columns)) for columns in COLUMNS)
+    return tuple((columns, _speed(cores, matrices, columns, dtype)) for columns in COLUMNS)
 
 
 def _matrix(form, room):
@@ -51,10 +55,10 @@ def _matrix(form, room):
     return Matrix(form, pieces, WIDTH)
 
 
-def _speed(cores, matrices, columns):
+def _speed(cores, matrices, columns, dtype):
     """Bytes/s of products of several matrices at once, as those of a stage are: the median. The
     first product is left out: it compiles."""
-    x = np.ones((columns, WIDTH), np.float32)
+    x = np.ones((columns, WIDTH), jnp.bfloat16 if dtype == "bfloat16" else np.float32)
     cores.multiply(matrices[:1], x)
     found, began = [], time.perf_counter()
     some = cycle(_batches(matrices, max(1, len(matrices) // max(2, columns // FEW_COLUMNS))))

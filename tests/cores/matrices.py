@@ -33,9 +33,12 @@ def inputs(n_columns, width, seed=1):
     return np.random.default_rng(seed).standard_normal((n_columns, width), dtype=np.float32)
 
 
-def assert_is_product(y, x, matrix):
-    weights = decoded(matrix.form, matrix.pieces, matrix.width).astype(np.float64)
+def assert_is_product(y, x, matrix, *, rounded=False):
+    """`rounded`: each decoded weight is rounded to bfloat16."""
+    weights = decoded(matrix.form, matrix.pieces, matrix.width)
+    weights = (weights.astype(ml_dtypes.bfloat16) if rounded else weights).astype(np.float64)
+    x = x.astype(np.float64)
     assert y.dtype == np.float32
     assert y.shape == (len(x), matrix.n_rows)
-    bound = np.abs(x).astype(np.float64) @ np.abs(weights).T
+    bound = np.abs(x) @ np.abs(weights).T
     assert (np.abs(y - x @ weights.T) <= TOLERANCE * bound).all()

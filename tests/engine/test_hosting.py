@@ -139,8 +139,8 @@ def measured_as(monkeypatch, speed):
     """Speeds are taken to be this, once they were measured. -> a list of what was measured."""
     seen, measure = [], engine.host_speeds
 
-    def host_speeds(*given):
-        seen.append(measure(*given))
+    def host_speeds(*given, dtype):
+        seen.append(measure(*given, dtype=dtype))
         forms = tuple((form, ((1, speed), (64, speed))) for form, _ in seen[-1].forms)
         return replace(seen[-1], forms=forms)
 

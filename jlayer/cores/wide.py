@@ -1,0 +1,447 @@
+"""Kernels for many columns: rows are decoded to bfloat16 once, and multiplied by all columns.
+
+The columns are bfloat16 too, as the device gives them, so a weight is rounded as a program of the
+device rounds it. Weights become tiles of 16 rows and 32 inputs. Their products with 16 columns at a
+time are those of Intel's AMX, a tile of sums in one instruction, or of AVX-512's dot products of
+pairs.
+
+The columns are packed: [groups of 16 columns, pairs of inputs, 16, 2], zeros beyond the last one.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from jlayer.cores.decode import levels, scale_values
+from jlayer.cores.jobs import aligned, offset
+from jlayer.cores.kernels import ITEM, NAME, bfloat16, tables
+from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
+from jlayer.encodings.int4 import INT4
+from jlayer.encodings.int8 import INT8
+
+FORMS = ("bfloat16", INT8.name, INT4.name)
+# Rows of a tile of weights, and of sums; columns of a tile of sums; inputs of a tile of weights.
+TILE_ROWS = COLUMNS = 16
+TILE_INPUTS = 32
+TILE_BYTES = 1024
+# Groups of columns of one call: as many sums as there are registers for, of two tiles of rows for
+# up to FEW_GROUPS, else of one.
+MOST_GROUPS, FEW_GROUPS = 4, 2
+# A kernel takes so many rows at a time: at least these must be there.
+ROWS = 2 * TILE_ROWS
+# Inputs that PART_ROWS rows go through before the next inputs, for more groups: so the columns'
+# part stays near. Dot products decode so many inputs at a time.
+PART, PART_ROWS = 512, 128
+WHOLE = 1 << 40
+# Bytes of a row that are asked for ahead.
+AHEAD = 1024
+# Sums that the dot products of pairs keep in registers: rows times groups of columns.
+DOT_SUMS = 16
+PAIRS, SHORTS = f"<{2 * LANES} x bfloat>", f"<{2 * LANES} x i16>"
+
+
+def is_native(form: str, n_rows: int, width: int) -> bool:
+    """Whether there is a kernel for a matrix."""
+    step = 2 * TILE_INPUTS if form == INT4.name else TILE_INPUTS
+    return form in FORMS and n_rows >= ROWS and width % step == 0
+
+
+def steps(n_columns: int) -> list[tuple[int, int]]:
+    """How so many columns are multiplied: (groups of a call, its first column)."""
+    groups = -(-n_columns // COLUMNS)
+    firsts = range(0, groups, MOST_GROUPS)
+    return [(min(MOST_GROUPS, groups - first), COLUMNS * first) for first in firsts]
+
+
+def packed(x: np.ndarray) -> np.ndarray:
+    """x bfloat16 [C, in] -> bfloat16 [groups, in / 2, 16, 2]."""
+    assert x.dtype == ml_dtypes.bfloat16, x.dtype
+    n_columns, width = x.shape
+    groups = -(-n_columns // COLUMNS)
+    pairs = np.ascontiguousarray(x).view(np.uint32)
+    found = aligned(4 * groups * width // 2 * COLUMNS).view(np.uint32)
+    found = found.reshape(groups, width // 2, COLUMNS)
+    for group in range(groups):
+        some = pairs[group * COLUMNS : (group + 1) * COLUMNS]
+        found[group, :, : len(some)] = some.T
+        found[group, :, len(some) :] = 0
+    return found.view(ml_dtypes.bfloat16).reshape(groups, width // 2, COLUMNS, 2)
+
+
+def kernel(form: str, n_groups: int, *, has_amx: bool) -> str:
+    """The module with the kernel of a form for so many groups of columns."""
+    arguments = ("first", "end", "column", "start")
+    code = Function(NAME, [("ptr", "job"), *(("i64", name) for name in arguments)])
+    found = (_Tiles if has_amx else _Dots)(code, form, n_groups)
+    return DECLARATIONS + WIDE_DECLARATIONS + tables() + _rounded() + found.text()
+
+
+class _Wide:
+    """A kernel as it is written.
+
+    `n_tiles`: tiles of rows at a time. `part`: inputs that `block_rows` rows go through before the
+    next inputs. Both are of this way to multiply, `_add`.
+    """
+
+    n_tiles: int
+    part: int
+    block_rows: int
+
+    def __init__(self, code: Function, form: str, n_groups: int):
+        self.code, self.form, self.n_groups = code, form, n_groups
+        self.item_bytes = ITEM.get(form, 1)
+        self.main, self.main_stride = self.field("main", "ptr"), self.field("main_stride")
+        self.scale, self.scale_stride = self.field("scale", "ptr"), self.field("scale_stride")
+        self.length = self.field("length")
+        # int4 walks the two halves of a row side by side.
+        self.n_halves = 2 if form == INT4.name else 1
+        self.group_bytes = code.math("mul", self.length, 2 * COLUMNS * self.n_halves)
+        group = code.math("mul", code.math("lshr", "%column", 4), self.group_bytes)
+        x = code.at(self.field("x", "ptr"), group)
+        self.xs = [code.at(x, code.math("mul", self.group_bytes, n)) for n in range(n_groups)]
+
+    def field(self, name: str, kind: str = "i64") -> str:
+        """A field of the job."""
+        return self.code.load(kind, "%job", offset(name), align=8)
+
+    def room(self, n_bytes: int) -> str:
+        """Memory of this call."""
+        return self.code.let(f"alloca [{n_bytes} x i8], align 64")
+
+    def text(self) -> str:
+        """The function."""
+        code = self.code
+        self.sums = self.room(self.block_rows * COLUMNS * self.n_groups * 4)
+        self.turned = self.room(TILE_BYTES)
+        self.columns = code.smaller(
+            code.math("sub", self.field("columns"), "%column"), COLUMNS * self.n_groups
+        )
+        # The last rows of a matrix are taken together with some before them, which are then
+        # computed twice: the same numbers are written again.
+        self.last = code.math("sub", self.field("rows"), self.n_tiles * TILE_ROWS)
+        self._begin()
+        code.loop("%first", "%end", self.block_rows, self._block)
+        self._end()
+        return code.text()
+
+    def _begin(self):
+        pass
+
+    def _end(self):
+        pass
+
+    def _block(self, first, _):
+        """All products of the rows from `first` on."""
+        code, rows = self.code, self.n_tiles * TILE_ROWS
+        end = code.smaller(code.math("add", first, self.block_rows), "%end")
+        zero = f"store {FLOATS} zeroinitializer, ptr"
+        n_bytes = self.block_rows * COLUMNS * self.n_groups * 4
+        code.loop(0, n_bytes, 64, lambda at, _: code.do(f"{zero} {code.at(self.sums, at)}"))
+
+        def tile(row):
+            """(its first row, its sums)"""
+            at = code.math("mul", code.math("sub", row, first), COLUMNS * self.n_groups * 4)
+            return code.smaller(row, self.last), code.at(self.sums, at)
+
+        def part(start, _):
+            stop = code.smaller(code.math("add", start, self.part), self.length)
+
+            def some(row, _):
+                here, sums = tile(row)
+                # The rows that follow go through the same part, or these begin with the next one.
+                follow = code.math("add", row, rows)
+                is_last = code.let(f"icmp sge i64 {follow}, {end}")
+                down = code.let(f"select i1 {is_last}, i64 {first}, i64 {follow}")
+                down = code.math("mul", code.math("sub", down, here), self.main_stride)
+                right = code.let(f"select i1 {is_last}, i64 {self.part * self.item_bytes}, i64 0")
+                self._add(here, start, stop, sums, code.math("add", down, right))
+
+            code.loop(first, end, rows, some)
+
+        code.loop(0, self.length, self.part, part)
+        code.loop(first, end, rows, lambda row, _: self._write(*tile(row)))
+
+    def decode(self, row: str, item: str, ahead: str, places) -> None:
+        """Writes the tiles of 32 inputs (of each half) from `item` on, of the rows from `row` on.
+        `places`: of each half's tiles. `ahead`: bytes to what is asked for meanwhile."""
+        code = self.code
+        source = code.at(self.main, code.math("mul", row, self.main_stride))
+        source = code.at(source, code.math("mul", item, self.item_bytes))
+        scale = code.at(self.scale, code.math("mul", row, self.scale_stride))
+        decoded = {INT8.name: self._int8, INT4.name: self._int4}.get(self.form, self._plain)
+        for number in range(self.n_tiles * TILE_ROWS):
+            code.prefetch(source, ahead, locality=2)
+            decoded(source, scale, item, [code.at(place, 64 * number) for place in places])
+            source = code.at(source, self.main_stride)
+            scale = code.at(scale, self.scale_stride)
+
+    def _plain(self, source, scale, item, lines):
+        self.code.store(INTS, self.code.load(INTS, source), *lines)
+
+    def _int8(self, source, scale, item, lines):
+        code = self.code
+        factor = bfloat16(code, scale, code.math("shl", code.math("lshr", item, 7), 1))
+        factor = code.spread(factor)
+        found = []
+        for half in range(2):
+            raw = code.load(f"<{LANES} x i8>", source, half * LANES)
+            wide = code.let(f"sext <{LANES} x i8> {raw} to {INTS}")
+            number = code.let(f"sitofp {INTS} {wide} to {FLOATS}")
+            found.append(code.math("fmul", number, factor, FLOATS))
+        low, high = found
+        words = f"{FLOATS} {high}, {FLOATS} {low}"
+        pairs = code.let(f"call {PAIRS} @llvm.x86.avx512bf16.cvtne2ps2bf16.512({words})")
+        code.store(PAIRS, pairs, *lines)
+
+    def _int4(self, source, scale, item, lines):
+        """32 bytes: a group of the first half of the inputs, and one of the second."""
+        code = self.code
+        raw = code.load(f"<{2 * LANES} x i8>", source)
+        codes = code.let(f"zext <{2 * LANES} x i8> {raw} to {SHORTS}")
+        fours = f"<{', '.join(['i16 4'] * 2 * LANES)}>"
+        number = code.math("lshr", item, 5)
+        other = code.math("add", number, code.math("lshr", self.length, 5))
+        fifteens = f"<{', '.join(['i16 15'] * 2 * LANES)}>"
+        low = code.math("and", codes, fifteens, SHORTS)
+        half_shorts = f"<{LANES} x i16>"
+        numbers = [str(lane) if lane < LANES else "poison" for lane in range(2 * LANES)]
+        lanes = ", ".join(f"i32 {number}" for number in numbers)
+        for half, (group, line) in enumerate(zip((number, other), lines, strict=True)):
+            byte = code.let(f"zext i8 {code.load('i8', scale, group)} to i64")
+            table = code.load(half_shorts, "@rounded", code.math("shl", byte, 5), align=32)
+            table = code.let(
+                f"shufflevector {half_shorts} {table}, {half_shorts} poison, "
+                f"<{2 * LANES} x i32> <{lanes}>"
+            )
+            of_half = code.math("lshr", codes, fours, SHORTS) if half else low
+            words = f"{SHORTS} {table}, {SHORTS} {of_half}"
+            found = code.let(f"call {SHORTS} @llvm.x86.avx512.permvar.hi.512({words})")
+            code.store(SHORTS, found, line)
+
+    def _add(self, row, start, stop, sums, follows):
+        """Adds the products of some inputs of the tiles' rows with all columns to the sums.
+        `follows`: bytes from an input to the one that comes after this part."""
+        raise NotImplementedError
+
+    def in_columns(self, item: str, half: int) -> str:
+        """Bytes from the begin of a group of packed columns to an input of a half."""
+        inputs = self.code.math("add", item, self.code.math("mul", self.length, half))
+        return self.code.math("shl", inputs, 5)
+
+    def _write(self, row, sums):
+        """Writes the sums of some rows where the products belong, a column after another. Sums are
+        [groups, tiles of rows, 16, 16]."""
+        code = self.code
+        y, y_stride = self.field("y", "ptr"), self.field("y_stride")
+        y = code.at(y, code.math("mul", "%column", y_stride))
+        for group in range(self.n_groups):
+            left = code.math("sub", self.columns, COLUMNS * group)
+            columns = code.smaller(left, COLUMNS)
+            of_group = code.at(y, code.math("mul", y_stride, COLUMNS * group))
+            for tile in range(self.n_tiles):
+                found = code.at(sums, (group * self.n_tiles + tile) * TILE_BYTES)
+                rows = [code.load(FLOATS, found, 64 * n, align=64) for n in range(TILE_ROWS)]
+                for column, some in enumerate(code.turned(rows)):
+                    code.store(FLOATS, some, code.at(self.turned, 64 * column))
+                target = code.math("shl", code.math("add", row, tile * TILE_ROWS), 2)
+                target = code.at(of_group, target)
+
+                def write(column, _, target=target):
+                    value = code.load(FLOATS, self.turned, code.math("shl", column, 6), align=64)
+                    place = code.at(target, code.math("mul", column, y_stride))
+                    code.do(f"store {FLOATS} {value}, ptr {place}, align 4")
+
+                code.loop(0, columns, 1, write)
+
+
+class _Tiles(_Wide):
+    """By AMX. Of the eight tile registers up to four are sums; the others are one or two tiles of
+    weights and some of columns."""
+
+    def __init__(self, code, form, n_groups):
+        super().__init__(code, form, n_groups)
+        is_few = n_groups <= FEW_GROUPS
+        self.n_tiles = 2 if is_few else 1
+        self.part = WHOLE if is_few else PART // self.n_halves
+        self.block_rows = self.n_tiles * TILE_ROWS if is_few else PART_ROWS
+
+    def _begin(self):
+        code = self.code
+        self.tiles = self.room(2 * self.n_halves * self.n_tiles * TILE_BYTES)
+        self.before = self.room(64)  # a library may rely on what it has configured in this thread
+        code.do(f"call void @llvm.x86.sttilecfg(ptr {self.before})")
+        code.do("call void @llvm.x86.ldtilecfg(ptr @config)")
+
+    def _end(self):
+        self.code.do(f"call void @llvm.x86.ldtilecfg(ptr {self.before})")
+
+    def _add(self, row, start, stop, sums, follows):
+        code = self.code
+        places = [code.at(sums, n * TILE_BYTES) for n in range(self.n_groups * self.n_tiles)]
+        for number, place in enumerate(places):
+            code.load_tile(number, place)
+        rows = self._plain_rows if self.form in ITEM else self._decoded_rows
+        rows(row, start, stop, follows)
+        for number, place in enumerate(places):
+            code.store_tile(number, place)
+
+    def _ahead(self, item, follows):
+        """Bytes from an item to what is asked for meanwhile: of the same row, or of the rows that
+        follow."""
+        code = self.code
+        if self.part != WHOLE:
+            return follows
+        row_bytes = code.math("mul", self.length, self.item_bytes)
+        at = code.math("add", code.math("mul", item, self.item_bytes), AHEAD)
+        is_there = code.let(f"icmp slt i64 {at}, {row_bytes}")
+        rows = code.math("mul", self.main_stride, self.n_tiles * TILE_ROWS)
+        rows = code.math("sub", code.math("add", rows, AHEAD), row_bytes)
+        return code.let(f"select i1 {is_there}, i64 {AHEAD}, i64 {rows}")
+
+    def _plain_rows(self, row, start, stop, follows):
+        """Weights in bfloat16 go from where they lie into the tile registers."""
+        code = self.code
+        row = code.at(self.main, code.math("mul", row, self.main_stride))
+        starts = [code.math("mul", self.main_stride, TILE_ROWS * n) for n in range(self.n_tiles)]
+
+        def step(item, _):
+            source = code.at(row, code.math("mul", item, self.item_bytes))
+            ahead = self._ahead(item, follows)
+            for number in range(self.n_tiles * TILE_ROWS):
+                more = code.math("mul", self.main_stride, number)
+                code.prefetch(source, code.math("add", more, ahead), locality=2)
+            tiles = [code.at(source, at) for at in starts]
+            self._multiply(tiles, self.main_stride, self.in_columns(item, 0))
+
+        code.loop(start, stop, TILE_INPUTS, step)
+
+    def _decoded_rows(self, row, start, stop, follows):
+        """Tiles are decoded a step ahead of those that are multiplied."""
+        code, half_bytes = self.code, self.n_tiles * TILE_BYTES
+
+        def places(item):
+            turn = code.math("and", code.math("lshr", item, 5), 1)
+            place = code.at(self.tiles, code.math("mul", turn, self.n_halves * half_bytes))
+            return [code.at(place, half * half_bytes) for half in range(self.n_halves)]
+
+        def step(item, _):
+            before = code.math("sub", item, TILE_INPUTS)
+
+            def multiply(*_):
+                for half, place in enumerate(places(before)):
+                    tiles = [code.at(place, n * TILE_BYTES) for n in range(self.n_tiles)]
+                    self._multiply(tiles, 64, self.in_columns(before, half))
+
+            def decode(*_):
+                self.decode(row, item, self._ahead(item, follows), places(item))
+
+            self._once_if(f"sgt i64 {item}, {start}", multiply)
+            self._once_if(f"slt i64 {item}, {stop}", decode)
+
+        code.loop(start, code.math("add", stop, 1), TILE_INPUTS, step)
+
+    def _once_if(self, comparison, body):
+        code = self.code
+        yes = code.let(f"icmp {comparison}")
+        code.loop(0, code.let(f"zext i1 {yes} to i64"), 1, body)
+
+    def _multiply(self, tiles, stride, in_columns):
+        """One step: 32 inputs of the tiles' rows, times all columns."""
+        code, first = self.code, self.n_groups * self.n_tiles
+        for number, tile in enumerate(tiles):
+            code.load_tile(first + number, tile, stride)
+        free = first + self.n_tiles
+        for group, x in enumerate(self.xs):
+            of_columns = free + group % (8 - free)
+            code.load_tile(of_columns, code.at(x, in_columns))
+            for number in range(self.n_tiles):
+                code.add_tiles(group * self.n_tiles + number, first + number, of_columns)
+
+
+class _Dots(_Wide):
+    """By dot products of pairs: lanes are columns. Some inputs of 16 rows are decoded first."""
+
+    def __init__(self, code, form, n_groups):
+        super().__init__(code, form, n_groups)
+        self.n_tiles, self.block_rows = 1, TILE_ROWS
+        self.part = PART // self.n_halves
+
+    def _begin(self):
+        self.tiles = self.room(PART // TILE_INPUTS * TILE_BYTES)
+
+    def _add(self, row, start, stop, sums, follows):
+        code = self.code
+        n_bytes = code.math("shl", code.math("sub", stop, start), 5)
+        halves = [self.part // TILE_INPUTS * TILE_BYTES * half for half in range(self.n_halves)]
+
+        def decode(item, _):
+            at = code.math("shl", code.math("sub", item, start), 5)
+            places = [code.at(self.tiles, code.math("add", at, half)) for half in halves]
+            self.decode(row, item, follows, places)
+
+        code.loop(start, stop, TILE_INPUTS, decode)
+        for first in range(0, self.n_groups, 2):
+            some = range(first, min(first + 2, self.n_groups))
+            step = DOT_SUMS // len(some)
+
+            def rows(number, _, some=some, step=step):
+                line = code.math("shl", number, 6)
+                places = [
+                    code.at(code.at(sums, line), group * TILE_BYTES + 64 * n)
+                    for group in some
+                    for n in range(step)
+                ]
+                found = [code.load(FLOATS, place, align=64) for place in places]
+                for half, at in enumerate(halves):
+                    weights = code.at(self.tiles, code.math("add", line, at))
+                    in_columns = self.in_columns(start, half)
+                    columns = [code.at(self.xs[group], in_columns) for group in some]
+                    found = self._dots(found, weights, columns, n_bytes)
+                for place, value in zip(places, found, strict=True):
+                    code.store(FLOATS, value, place)
+
+            code.loop(0, TILE_ROWS, step, rows)
+
+    def _dots(self, found, weights, columns, n_bytes):
+        """The sums of some rows and groups after the products of all tiles of a half."""
+        code, n_rows = self.code, len(found) // len(columns)
+
+        def step(at, found):
+            found, tile = list(found), code.at(weights, at)
+            for pair in range(TILE_INPUTS // 2):
+                here = code.math("add", at, 64 * pair)
+                inputs = [code.load(PAIRS, some, here, align=64) for some in columns]
+                for row in range(n_rows):
+                    both = code.spread(code.load("float", tile, 64 * row + 4 * pair, align=4))
+                    both = code.let(f"bitcast {FLOATS} {both} to {PAIRS}")
+                    for number, some in enumerate(inputs):
+                        at_sum = number * n_rows + row
+                        words = f"{FLOATS} {found[at_sum]}, {PAIRS} {some}, {PAIRS} {both}"
+                        dots = f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({words})"
+                        found[at_sum] = code.let(dots)
+            return found
+
+        return code.loop(0, n_bytes, TILE_BYTES, step, found)
+
+
+def _rounded():
+    """What the half bytes of int4 stand for at each scale, as bfloat16 [256, 16]."""
+    values = (levels() * scale_values()[:, None]).astype(ml_dtypes.bfloat16).view(np.uint16)
+    words = ", ".join(f"i16 {value}" for value in values.reshape(-1))
+    return f"@rounded = private constant [{values.size} x i16] [{words}], align 64\n"
+
+
+# All eight tiles have 16 rows of 64 bytes: palette 1, 15 bytes of no use, bytes of a row, rows.
+_CONFIG = ", ".join(f"i8 {n}" for n in [1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+WIDE_DECLARATIONS = f"""
+@config = private constant [64 x i8] [{_CONFIG}], align 64
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.sttilecfg(ptr)
+declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tilestored64(i8, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
+declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {PAIRS}, {PAIRS})
+declare {PAIRS} @llvm.x86.avx512bf16.cvtne2ps2bf16.512({FLOATS}, {FLOATS})
+declare {SHORTS} @llvm.x86.avx512.permvar.hi.512({SHORTS}, {SHORTS})
+"""

@@ -1,0 +1,124 @@
+"""Products of many bfloat16 columns: rows are decoded once, rounded as a device rounds them."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jlayer.cores import cores as module
+from jlayer.cores import wide
+from jlayer.cores.cores import Cores
+from jlayer.cores.native import Compiler, missing
+from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+BFLOAT16 = ml_dtypes.bfloat16
+# Some rows more than are taken at a time, widths of less than a part, of some and of all but a few.
+SHAPES = ((32, 64), (33, 192), (131, 2112), (259, 1024))
+# One group of 16, more of them than one call takes, and some more.
+COLUMNS = (1, 5, 16, 17, 40, 64, 130)
+# How many-column kernels may multiply: as this processor can, or without Intel's tiles.
+WITHOUT_TILES = "-amx-tile"
+
+
+def has_wide():
+    return missing() is None and Compiler().has_bfloat16
+
+
+needs_wide = pytest.mark.skipif(not has_wide(), reason="no AVX-512 with bfloat16")
+
+
+@pytest.fixture(scope="module", params=("", WITHOUT_TILES))
+def cores(request):
+    with Cores(2, features=request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def any_columns(monkeypatch):
+    """Any number of columns counts as many."""
+    monkeypatch.setattr(module, "WIDE_COLUMNS", {True: {}, False: {}})
+    monkeypatch.setattr(module, "WIDE_ANYWAY", 1)
+
+
+def columns(n_columns, width):
+    return inputs(n_columns, width).astype(BFLOAT16)
+
+
+@needs_wide
+@pytest.mark.parametrize("n_columns", COLUMNS)
+@pytest.mark.parametrize("form", wide.FORMS)
+def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_columns):
+    for rows, width in SHAPES:
+        some, x = matrix(form, rows, width, offset=3), columns(n_columns, width)
+        assert cores.jobs([some], n_columns, x.dtype).is_wide == (True,)
+        (y,) = cores.multiply([some], x)
+        assert_is_product(y, x, some, rounded=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_of_bfloat16_are_multiplied_everywhere(form):
+    """Also where there are few rows or columns, no such kernel, and no kernel at all."""
+    x = columns(20, 130)
+    for native in (True, False):
+        with Cores(2, native=native) as cores:
+            for width in (96, 130):
+                some = matrix(form, 9, width)
+                assert_is_product(cores.multiply([some], x[:, :width])[0], x[:, :width], some)
+
+
+@needs_wide
+def test_matrices_of_many_kinds_in_one_product(cores, any_columns):
+    """Each takes the columns as its kernel wants them."""
+    some = [
+        matrix(form, rows, 192, seed=number)
+        for number, (form, rows) in enumerate([("int4", 70), ("float16", 70), ("int8", 3)] * 2)
+    ]
+    x = columns(18, 192)
+    jobs = cores.jobs(some, 18, x.dtype)
+    assert jobs.is_wide == (True, False, False) * 2
+    for y, one, is_wide in zip(cores.multiply(some, x), some, jobs.is_wide, strict=True):
+        assert_is_product(y, x, one, rounded=is_wide)
+
+
+@needs_wide
+def test_results_beside_are_left_alone(cores, any_columns):
+    """Rows before and after, and columns beyond."""
+    some, x = matrix("int8", 45, 96), columns(17, 96)
+    memory = np.full((19, 80), 7, np.float32)
+    cores.begin(cores.jobs([some], 17, x.dtype), x, [memory[:17, 20:65]]).finish()
+    assert_is_product(memory[:17, 20:65], x, some, rounded=True)
+    memory[:17, 20:65] = 7
+    assert (memory == 7).all()
+
+
+@needs_wide
+def test_few_columns_and_columns_in_float32_take_the_other_kernels(cores):
+    some = matrix("int8", 64, 96)
+    for x in (columns(2, 96), inputs(33, 96)):
+        assert cores.jobs([some], len(x), x.dtype).is_wide == (False,)
+        assert_is_product(cores.multiply([some], x)[0], x, some)
+    assert cores.jobs([some], 33, BFLOAT16).is_wide == (True,)
+
+
+def test_shapes_with_a_kernel():
+    assert wide.is_native("int4", 32, 128)
+    assert not wide.is_native("int4", 32, 96)
+    assert wide.is_native("int8", 32, 96)
+    assert not wide.is_native("int8", 31, 96)
+    assert not wide.is_native("bfloat16", 32, 80)
+    assert not wide.is_native("float16", 32, 96)
+
+
+def test_packed_columns():
+    x = columns(18, 4)
+    packed = wide.packed(x)
+    assert packed.shape == (2, 2, 16, 2)
+    flat = packed.transpose(0, 2, 1, 3).reshape(32, 4)
+    assert (flat[:18] == x).all()
+    assert (flat[18:] == 0).all()
+
+
+def test_steps_take_up_to_four_groups_of_columns():
+    assert wide.steps(1) == [(1, 0)]
+    assert wide.steps(64) == [(4, 0)]
+    assert wide.steps(97) == [(4, 0), (3, 64)]
