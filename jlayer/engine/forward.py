@@ -134,10 +134,10 @@ class Forward:
     ) -> list[Chunk]:
         """Embeds the rows of a forward pass: the chunks for the first layer, on the device. The
         entries are committed."""
-        with self._entered():
-            parts = self._parts(ids, starts, all_logits)
-            self._commit(parts[1])
-            return self._engine.sweeper.begin(parts[0])
+        with self._entered() as executor:
+            parts, new = self._parts(ids, starts, all_logits)
+            self._commit(new)
+            return self._engine.sweeper.begin(executor, parts)
 
     def advance(self, tile: Tile, arrays, passing: Sequence[Chunk]) -> list:
         """Moves every chunk through a tile; see `Sweeper.advance`."""

@@ -1,12 +1,15 @@
 """Compiles and counts programs: one for each input shape, before the first weight is on the device.
 
-The work at a tile is a list of Calls: compiled functions, with the values that each reads and
-gives. The lists are made from the family's tables of stages; the input shapes are in `plan.shapes`.
+The work at a tile is one Call: a compiled program, with the values that it reads and gives. What
+follows one another without a weight in between is in one program, since each call costs time: the
+rows of a stage's last tile, the function that ends the stage, and the one that makes the next
+stage's input. The programs are made from the family's tables of stages; the input shapes are in
+`plan.shapes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.engine.device import has_flash
+from jlayer.engine.division import StageShape
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import family_of
 from jlayer.interrupts import deferred
@@ -74,30 +78,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Call:
-    """A compiled function at a tile.
+    """A compiled program at a tile.
 
-    Its arguments are a dict of the values that it `reads` (names of the flow, "weights", "whole",
-    "products", "hosted") and a dict of those whose memory it reuses (the cache, or nothing). It
-    returns a dict of the values that it gives. `ends_stage`: whether it is the stage's `finish`.
+    Its arguments are a dict of what it reads and a dict of what it reuses the memory of (the cache,
+    or nothing). It reads the values `reads` of a chunk, "weights" if it `uses_weights`, and the
+    leaves `whole` and `next_whole`, of the tile's layer and of the one whose stage is next. It
+    returns a dict of the values that it gives. `ends_stage`: whether the stage's `finish` is in it.
     """
 
     program: Callable
     reads: tuple[str, ...]
+    uses_weights: bool = True
     whole: tuple[str, ...] = ()
+    next_whole: tuple[str, ...] = ()
     uses_cache: bool = False
     ends_stage: bool = False
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """How a stage's rows are divided in a forward pass.
-
-    `widths`: product -> its rows in each tile that the device multiplies. `hosted`: matrix -> its
-    rows that the host multiplies.
-    """
-
-    widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    hosted: tuple[tuple[str, int], ...] = ()
 
 
 class Programs:
@@ -114,7 +109,7 @@ class Programs:
         self.flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
         self._compiled: dict = {}
 
-    def calls(
+    def call_at(
         self,
         tile: Tile,
         size: Size,
@@ -123,41 +118,42 @@ class Programs:
         wanted: int,
         on_host: bool = False,
         landing: int = 0,
-    ) -> tuple[Call, ...]:
-        """The calls for a chunk of this size at a tile.
+    ) -> Call | None:
+        """The call for a chunk of this size at a tile; None if there is nothing to do.
 
         `shape`: of the tile's stage. `wanted`: how many rows the head reads, padding included; 0:
         no call. `on_host`: the host's cores multiply the tile; the head gives its input then.
         `landing`: the rows of what they multiplied, of all chunks.
         """
         if tile.stage is None:
-            return (self._layer(tile, size),)
+            return self._layer(tile, size)
         if tile.stage.logits:
             head = self._head_input if on_host else self._head
-            return (head(tile, size, wanted),) if wanted else ()
-        calls = []
-        if tile.begins_stage and tile.stage.input:
-            calls.append(self._function(tile, size, tile.stage.input))
-        if not on_host:
-            calls.append(self._rows(tile, size))
+            return head(tile, size, wanted) if wanted else None
         if tile.ends_stage:
-            calls.append(self._function(tile, size, tile.stage.finish, shape, landing))
-        return tuple(calls)
+            return self._end(tile, size, shape, on_host=on_host, landing=landing)
+        return None if on_host else self._rows(tile, size)
 
-    def embed(self, parts: list[Part], *, n_rows: int) -> Callable:
-        """The program (rows of the embedding [R, ...] by leaf) -> hidden [R, D]."""
-        width = self.cfg.hidden_size
+    def embed(self, parts: list[Part], first: Tile, *, n_rows: int) -> Callable:
+        """The program {rows of the embedding [R, ...] by leaf, whole leaves of `first`} -> hidden
+        [R, D], and the input x of the first stage. `first`: the first tile."""
+        width, wanted = self.cfg.hidden_size, first.stage and first.stage.input
 
-        def function(rows):
-            (weights,) = self._join(parts, rows).values()
+        def function(given):
+            (weights,) = self._join(parts, given["rows"]).values()
             if isinstance(weights, Encoded):
                 weights = dequantize(weights, width)
-            return weights.astype(self.dtype)
+            flow = {"hidden": weights.astype(self.dtype)}
+            if wanted:
+                flow |= call(wanted, flow, given.get("whole", {}), cfg=self.cfg)
+            return flow
 
-        args = {
+        rows = {
             part.leaf: jax.ShapeDtypeStruct((n_rows, part.shape[1]), part.dtype) for part in parts
         }
-        return self.get(f"embed {n_rows}", (), function, (args,))
+        given = {"rows": rows}
+        given |= self._whole("whole", self._device_leaves(first), wanted.whole if wanted else ())
+        return self.get(f"embed {n_rows}", (wanted,), function, (given,))
 
     def empty_cache(self, kind: LayerKind, *, n_rows: int) -> Callable:
         """The program () -> an empty pool of a layer, allocated on the device."""
@@ -222,18 +218,19 @@ class Programs:
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
 
         def function(given, consumed):
-            layer = self._weights(tile, given["weights"]) | given["whole"]
+            layer = self._weights(tile, given["weights"]) | given.get("whole", {})
             rows = given["rows"].replace(flash=self.flash)
             hidden, cache = block(tile.kind)(
                 layer, given["hidden"], consumed["cache"], rows, self.cfg
             )
             return {"hidden": hidden, "cache": cache}
 
-        given = {"weights": struct_of(tile), "whole": self._whole(tile, whole)}
-        given |= self._flow(tile, size, ("hidden", "rows"))
+        reads = ("hidden", "rows")
+        given = {"weights": struct_of(tile)} | self._flow(tile, size, reads)
+        given |= self._whole("whole", self._device_leaves(tile), whole)
         label = f"block {size.rows} {size.attends}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
-        return Call(program, tuple(given), whole, uses_cache=True)
+        return Call(program, reads, whole=whole, uses_cache=True)
 
     def _rows(self, tile, size):
         """Some rows of a stage's matrices: (x [R, in], weights) -> products [R, heights]."""
@@ -242,51 +239,80 @@ class Programs:
             weights = self._weights(tile, given["weights"])
             return {"products": multiply(tile.stage, given["x"], weights, cfg=self.cfg)}
 
-        width = tile.parts[0].width
-        given = {"weights": struct_of(tile), "x": self._struct(size, width)}
-        heights = "+".join(map(str, tile.heights.values()))
-        label = f"{tile.stage.name} {heights} {size.rows}"
+        given = {"weights": struct_of(tile)} | self._flow(tile, size, ("x",))
+        label = f"{tile.stage.name} {_heights(tile)} {size.rows}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, ("weights", "x"))
+        return Call(program, ("x",))
 
-    def _function(self, tile, size, wanted: Function, shape=None, landing=0):
-        """The `input` or, with a `shape`, the `finish` function of a stage: (products, hosted,
-        whole, flow) -> results."""
-        hosted = dict(shape.hosted) if shape else {}
+    def _end(self, tile, size, shape, *, on_host, landing):
+        """The end of a stage, at its last tile: its rows, unless they are `on_host`; `finish`, with
+        the products of all tiles; and the input of the next stage, if a function makes it."""
+        stage, following = tile.stage, shape.next_input
+        finish, hosted = stage.finish, dict(shape.hosted)
 
         def function(given, consumed):
             flow = given | consumed
             if "rows" in flow:
                 flow["rows"] = flow["rows"].replace(flash=self.flash)
-            products = dict(given.get("products", {}))
-            if hosted:
-                found, row_of = given["hosted"]["products"], given["hosted"]["row_of"]
-                raw = found.at[row_of].get(mode="fill", fill_value=0)
-                of_host = hosted_products(tile.stage, raw, hosted, dtype=self.dtype, cfg=self.cfg)
-                for name, part in of_host.items():
-                    products[name] = [part, *products.get(name, ())]
-            return call(wanted, flow, given.get("whole", {}), products, cfg=self.cfg)
+            products = {name: [*parts] for name, parts in given.get("products", {}).items()}
+            for name, part in self._of_host(stage, given.get("hosted"), hosted).items():
+                products[name] = [part, *products.get(name, ())]
+            if not on_host:
+                weights = self._weights(tile, given["weights"])
+                for name, part in multiply(stage, flow["x"], weights, cfg=self.cfg).items():
+                    products.setdefault(name, []).append(part)
+            results = call(finish, flow, given.get("whole", {}), products, cfg=self.cfg)
+            if following:
+                whole = given.get("next_whole", {})
+                results |= call(following, flow | results, whole, cfg=self.cfg)
+            return results
 
-        uses_cache = "cache" in wanted.reads
-        given = self._flow(tile, size, [name for name in wanted.reads if name != "cache"])
-        if wanted.whole:
-            given["whole"] = self._whole(tile, wanted.whole)
-        if shape and shape.widths:
-            given["products"] = {
-                name: [self._struct(size, width) for width in parts] for name, parts in shape.widths
-            }
-        if hosted:
-            given["hosted"] = {
-                "products": jax.ShapeDtypeStruct((landing, sum(hosted.values())), "float32"),
+        functions = [each for each in (finish, following) if each]
+        reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
+        chunk = self._flow(tile, size, reads - {"cache"} | (set() if on_host else {"x"}))
+        chunk |= self._products(tile, size, shape, on_host, landing)
+        given = chunk | ({} if on_host else {"weights": struct_of(tile)})
+        given |= self._whole("whole", self._device_leaves(tile), finish.whole)
+        given |= self._whole("next_whole", shape.next_whole, next_whole)
+        names = [stage.name, "end" if on_host else _heights(tile), str(size.rows)]
+        names += [each.name for each in functions]
+        names += [size.attends] if reads & {"cache", "rows"} else []
+        names += [f"hosted {landing}"] if hosted else []
+        uses_cache = "cache" in reads
+        consumed = self._cache(tile, size) if uses_cache else {}
+        program = self.get(" ".join(names), (tile.signature, shape), function, (given, consumed))
+        return Call(
+            program,
+            tuple(chunk),
+            uses_weights=not on_host,
+            whole=finish.whole,
+            next_whole=next_whole,
+            uses_cache=uses_cache,
+            ends_stage=True,
+        )
+
+    def _products(self, tile, size, shape, on_host, landing):
+        """The shapes of a stage's products that are there before its last tile, and of those of
+        the host."""
+        own, found = () if on_host else tile.products(), {}
+        for name, widths in shape.widths:
+            if before := widths[:-1] if name in own else widths:
+                parts = [self._struct(size, width) for width in before]
+                found.setdefault("products", {})[name] = parts
+        if shape.hosted:
+            width = sum(height for _, height in shape.hosted)
+            found["hosted"] = {
+                "products": jax.ShapeDtypeStruct((landing, width), "float32"),
                 "row_of": jax.ShapeDtypeStruct((size.rows,), "int32"),
             }
-        consumed = self._cache(tile, size) if uses_cache else {}
-        sees_lanes = uses_cache or "rows" in wanted.reads
-        label = f"{wanted.name} {size.rows}" + (f" {size.attends}" if sees_lanes else "")
-        label += f" hosted {landing}" if hosted else ""
-        key = (tile.kind.name, tile.stage.name, shape)
-        program = self.get(label, key, function, (given, consumed))
-        return Call(program, tuple(given), wanted.whole, uses_cache, ends_stage=shape is not None)
+        return found
+
+    def _of_host(self, stage, given, heights):
+        """Inside a program: the products of the host's cores, by name."""
+        if not heights:
+            return {}
+        raw = given["products"].at[given["row_of"]].get(mode="fill", fill_value=0)
+        return hosted_products(stage, raw, heights, dtype=self.dtype, cfg=self.cfg)
 
     def _head(self, tile, size, n_wanted):
         """Some rows of the head: (weights, whole, hidden, wanted [W]) -> float32 logits [W, v] of
@@ -301,7 +327,7 @@ class Programs:
         given = {"weights": struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, tuple(given), tile.stage.input.whole)
+        return Call(program, ("hidden", "wanted"), whole=tile.stage.input.whole)
 
     def _head_input(self, tile, size, n_wanted):
         """(whole, hidden, wanted [W]) -> the head's input x [W, D] of the wanted rows."""
@@ -312,16 +338,17 @@ class Programs:
         given = self._wanted_given(tile, size, n_wanted)
         label = f"head input {size.rows} wanted {n_wanted}"
         program = self.get(label, (), function, (given, {}))
-        return Call(program, tuple(given), tile.stage.input.whole)
+        whole = tile.stage.input.whole
+        return Call(program, ("hidden", "wanted"), uses_weights=False, whole=whole)
 
     def _wanted_input(self, tile, given):
         """Inside a program: the input of the head, of the wanted rows."""
         flow = {"hidden": given["hidden"].at[given["wanted"]].get(mode="clip")}
-        return call(tile.stage.input, flow, given["whole"], cfg=self.cfg)["x"]
+        return call(tile.stage.input, flow, given.get("whole", {}), cfg=self.cfg)["x"]
 
     def _wanted_given(self, tile, size, n_wanted):
-        given = {"whole": self._whole(tile, tile.stage.input.whole)}
-        given |= self._flow(tile, size, ("hidden",))
+        given = self._flow(tile, size, ("hidden",))
+        given |= self._whole("whole", self._device_leaves(tile), tile.stage.input.whole)
         return given | {"wanted": jax.ShapeDtypeStruct((n_wanted,), "int32")}
 
     def _weights(self, tile, put):
@@ -372,11 +399,11 @@ class Programs:
         }
         return {name: shapes[name]() for name in names}
 
-    def _whole(self, tile, names):
-        leaves = {leaf.name: leaf for leaf in self._device_leaves(tile)}
-        return {
-            name: jax.ShapeDtypeStruct(leaves[name].shape(self.cfg), self.dtype) for name in names
-        }
+    def _whole(self, key, leaves, names):
+        """Under this key, if any are named, the shapes of leaves that are used uncut, by name."""
+        shapes = {leaf.name: leaf.shape(self.cfg) for leaf in leaves}
+        found = {name: jax.ShapeDtypeStruct(shapes[name], self.dtype) for name in names}
+        return {key: found} if found else {}
 
     def _device_leaves(self, tile) -> tuple[Leaf, ...]:
         if tile.kind is None:
@@ -389,6 +416,20 @@ class Programs:
 
     def _struct(self, size, width):
         return jax.ShapeDtypeStruct((size.rows, width), self.dtype)
+
+
+def _heights(tile):
+    """The heights of a tile's matrices, for a label."""
+    return "+".join(map(str, tile.heights.values()))
+
+
+def _reads(functions: Sequence[Function]) -> set[str]:
+    """What these functions, one after another, read that none of them gives."""
+    reads, given = set(), set()
+    for function in functions:
+        reads |= set(function.reads) - given
+        given |= set(function.gives)
+    return reads
 
 
 def struct_of(tile: Tile):

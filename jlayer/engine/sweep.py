@@ -6,7 +6,7 @@ Which rows these are, and what follows from their logits, is for others to know.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 
 from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
-from jlayer.engine.hosting import Host, HostedStage, hosted_heights, landing_rows
+from jlayer.engine.division import Division, divided
+from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.outgoing import Outgoing
-from jlayer.engine.programs import Programs, StageShape
+from jlayer.engine.programs import Call, Programs, Size
 from jlayer.engine.residents import Residents
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import Tile
@@ -27,39 +28,40 @@ from jlayer.streaming.executor import Executor
 Take = Callable[[np.ndarray, np.ndarray, int], None]
 
 
+@dataclass(frozen=True)
+class BoundCall:
+    """A call at a tile, with the leaves that it reads at every chunk."""
+
+    call: Call
+    leaves: dict[str, dict[str, jax.Array]]
+
+
 @dataclass
 class Chunk:
     """Some rows between two tiles.
 
-    `flow`: the values that stages pass on (hidden [R, D], rows, a stage's input x). `products`:
-    those of the current stage, by name, as lists of the parts of row ranges. `row_of`: [R], which
-    row of what the host multiplied is whose.
+    `flow`: the values that stages pass on (hidden [R, D], rows, a stage's input x), those of the
+    current stage (`products`, by name, as lists of the parts of row ranges; `hosted`), and which
+    rows the head reads (`wanted`). `row_of`: [R], which row of what the host multiplied is whose.
+    `calls`: by the id of a tile; there is none where nothing is to be done.
     """
 
     part: Part
     flow: dict
-    wanted: jax.Array
     row_of: jax.Array
-    products: dict[str, list[jax.Array]] = field(default_factory=dict)
+    calls: dict[int, BoundCall]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the chunk on the device now."""
-        return sum(array.nbytes for array in jax.tree.leaves((self.flow, self.products)))
+        """Bytes of the chunk on the device now, but for what was put when the pass began."""
+        flow = self.flow
+        held = sum(flow[name].nbytes for name in ("hidden", "x") if name in flow)
+        products = flow.get("products", {}).values()
+        return held + sum(part.nbytes for parts in products for part in parts)
 
 
-@dataclass(frozen=True)
-class Division:
-    """What follows from which tiles the host multiplies, for all stages: see `StageShape`."""
-
-    hosted: frozenset[int]
-    tiles: frozenset[int]  # by id, the tiles of `hosted`
-    shapes: dict  # (layer, stage) -> its shape
-    heights: dict  # (layer, stage) -> matrix -> its rows on the host; the head's too
-    last: frozenset[int]  # by id, the last tile of each stage that the host multiplies
-
-    def shape(self, tile: Tile) -> StageShape:
-        return self.shapes.get(_stage_key(tile), NO_SHAPE)
+# What a chunk has no more when a stage has ended, unless its end gives it anew.
+OF_STAGE = ("x", "products", "hosted")
 
 
 class Sweeper:
@@ -81,11 +83,11 @@ class Sweeper:
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
         self.most_activation_bytes = 0
-        self._tiles: tuple[Tile, ...] = ()  # the tiles of the next two tables
+        self._tiles: tuple[Tile, ...] = ()  # the tiles of the next three tables
         self._divisions: dict[frozenset[int], Division] = {}
-        self._ready: dict = {}  # (tile, size, wanted, hosted) -> its calls, looked up in a sweep
+        self._calls: dict[tuple, dict[int, BoundCall]] = {}  # see `_calls_of`
+        self._held: dict[tuple, int] = {}  # shape of a pass -> the most bytes that its chunks hold
         self._stage: HostedStage | None = None  # that the host is at
-        self._landing = 0  # the rows of what the host multiplies in this pass
 
     def compile(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Compiles all programs of a forward pass of chunks like these."""
@@ -99,12 +101,11 @@ class Sweeper:
         division = self._divide(executor.tiles, hosted)
         shapes = {(part.size, part.n_wanted) for part in parts}
         for n_rows in {size.rows for size, _ in shapes}:
-            self.programs.embed(self._embedding.parts, n_rows=n_rows)
+            self._embed_program(n_rows)
             self._caches.compile(n_rows)
         landing = landing_rows(count_rows(parts))
         for size, n_wanted in sorted(shapes, key=str):
-            for tile in executor.tiles:
-                self._calls(tile, size, n_wanted, division, landing)
+            self._calls_of(size, n_wanted, division, landing)
         return division
 
     def run(
@@ -124,20 +125,22 @@ class Sweeper:
         """
         n_rows = count_rows(parts)
         hosted = frozenset() if advance else self._hosted(n_rows)
-        division, self._landing = self._compile(executor, parts, hosted), landing_rows(n_rows)
-        outgoing = Outgoing(take)
+        division = self._compile(executor, parts, hosted)
+        outgoing, most_held = Outgoing(take), 0
+        shape = (hosted, *((part.size, part.n_wanted) for part in parts))
+        is_known = shape in self._held
 
         def run(tile, arrays):
+            nonlocal most_held
             check()
-            if advance:
-                outputs = advance(tile, arrays, passing)
-            else:
-                outputs = self.advance(tile, arrays, passing, division)
+            outputs = (advance or self.advance)(tile, arrays, passing)
             if tile.kind is None:
                 for output, chunk in zip(outputs, passing, strict=True):
                     if chunk.part.n_wanted:
                         outgoing.add(output, chunk.part.places, tile.parts[0].first_row)
-            self._note_activations(passing, outgoing)
+            if not is_known:
+                held = outgoing.device_bytes + sum(chunk.n_bytes for chunk in passing)
+                most_held = max(most_held, held)
             return outputs
 
         def multiply(tile, views, is_kept):
@@ -151,11 +154,13 @@ class Sweeper:
 
         caches = self._caches
         try:
-            passing = self.begin(parts)
+            passing = self._begin(parts, division)
             caches.begin([(chunk.flow["rows"].write, chunk.part.rows.write) for chunk in passing])
             executor.sweep(run, caches, multiply=multiply, hosted=hosted)
             outgoing.finish()
             caches.finish()
+            held = _tables_bytes(passing) + self._held.setdefault(shape, most_held)
+            self.most_activation_bytes = max(self.most_activation_bytes, held)
         except BaseException:
             caches.give_up()
             raise
@@ -165,8 +170,11 @@ class Sweeper:
                 self._host.leave()
         self._embedding.settle()
 
-    def begin(self, parts: Sequence[Part]) -> list[Chunk]:
-        """Embeds the rows of a forward pass: the chunks for the first layer, on the device."""
+    def begin(self, executor: Executor, parts: Sequence[Part]) -> list[Chunk]:
+        """Embeds the rows of a forward pass on the device: the chunks for the first tile."""
+        return self._begin(parts, self._compile(executor, parts, frozenset()))
+
+    def _begin(self, parts, division):
         self._caches.ready()
         known: dict = {}
 
@@ -177,6 +185,7 @@ class Sweeper:
                 known[key] = jax.device_put(array, self.programs.device)
             return known[key]
 
+        landing = landing_rows(count_rows(parts))
         chunks, first = [], 0
         for part in parts:
             row_of = np.full(part.size.rows, NO_ROW, np.int32)
@@ -184,43 +193,43 @@ class Sweeper:
             first += len(part.real)
             padded = np.zeros(part.n_wanted, np.int32)
             padded[: len(part.wanted)] = part.wanted
-            flow = {"hidden": self._embed(part.tokens), "rows": jax.tree.map(put, part.rows)}
-            chunks.append(Chunk(part, flow, put(padded), put(row_of)))
+            flow = {"rows": jax.tree.map(put, part.rows), "wanted": put(padded)}
+            calls = self._calls_of(part.size, part.n_wanted, division, landing)
+            chunks.append(Chunk(part, flow | self._embed(part.tokens), put(row_of), calls))
         return chunks
 
-    def advance(
-        self, tile: Tile, arrays, passing: Sequence[Chunk], division: Division | None = None
-    ) -> list:
+    def advance(self, tile: Tile, arrays, passing: Sequence[Chunk]) -> list:
         """Moves every chunk through a tile on the device.
 
-        Returns the last output of each chunk, to wait for; at a tile of the head its logits.
+        Returns an output of each chunk, to wait for; at a tile of the head its logits.
         """
-        division = division or self._divide(self._tiles, frozenset())
         if tile.ends_stage:
-            self._bring_hosted(tile, passing, division)
-        return [self._advance(tile, arrays, chunk, division) for chunk in passing]
+            self._bring_hosted(tile, passing)
+        return [self._advance(tile, arrays, chunk) for chunk in passing]
 
     def _begin_on_host(self, tile, views, is_kept, passing, division):
         """Has the host multiply a tile where it lies, once all of the stage are known -> what can
         be waited for. Ends the stage where the tile is its last."""
+        is_head = tile.kind is None
         if self._stage is None:
-            for chunk in passing:
-                self._advance(tile, None, chunk, division, ends=False)
-            xs, real = _inputs(passing, of_head=tile.kind is None)
-            heights = division.heights[_stage_key(tile)]
-            self._stage = self._host.begin(tile.stage, xs, real, heights)
+            if is_head:
+                for chunk in passing:
+                    self._advance(tile, None, chunk)
+            xs, real = _inputs(passing, of_head=is_head)
+            self._stage = self._host.begin(tile.stage, xs, real, division.heights_of(tile))
         result = self._stage.add(tile, views, is_kept=is_kept)
         if id(tile) in division.last:
             self._stage.begin()
-        if tile.ends_stage and tile.kind is not None:
-            self._bring_hosted(tile, passing, division)
+        if tile.ends_stage and not is_head:
+            self._bring_hosted(tile, passing)
             for chunk in passing:
-                self._advance(tile, None, chunk, division, begins=False)
+                self._advance(tile, None, chunk)
         return result
 
-    def _bring_hosted(self, tile, passing, division):
-        """At the end of a stage: waits for the products of the host, which programs then read."""
-        if not division.shape(tile).hosted:
+    def _bring_hosted(self, tile, passing):
+        """At the end of a stage: waits for the products of the host, which programs then read.
+        Those of the head are fetched as they are."""
+        if self._stage is None or tile.kind is None:
             return
         stage, self._stage = self._stage, None
         stage.settle()
@@ -253,109 +262,99 @@ class Sweeper:
     def _divide(self, tiles, hosted) -> Division:
         """The division of these tiles; drops all tables if the tiles have changed."""
         if tiles is not self._tiles:
-            self._tiles, self._divisions, self._ready = tiles, {}, {}
+            self._tiles, self._divisions, self._calls, self._held = tiles, {}, {}, {}
         if hosted not in self._divisions:
             self._divisions[hosted] = divided(tiles, hosted)
         return self._divisions[hosted]
 
-    def _advance(self, tile, arrays, chunk, division, *, begins=True, ends=True):
-        """`begins`, `ends`: whether the calls at the begin and the end of the stage are made, of a
-        tile that the host multiplies."""
-        output, layers = None, self._caches.layers
-        for call in self._calls(
-            tile, chunk.part.size, chunk.part.n_wanted, division, self._landing
-        ):
-            if not (ends if call.ends_stage else begins):
-                continue
-            given = {name: chunk.flow[name] for name in call.reads if name in chunk.flow}
-            if "weights" in call.reads:
-                given["weights"] = arrays
-            if "wanted" in call.reads:
-                given["wanted"] = chunk.wanted
-            if "whole" in call.reads:
-                leaves = self._residents.of(tile.layer)
-                given["whole"] = {name: leaves[name] for name in call.whole}
-            if "products" in call.reads:
-                given["products"], chunk.products = chunk.products, {}
-            if call.ends_stage:  # its function may give the next stage's x
-                chunk.flow.pop("x")
-                chunk.flow.pop("hosted", None)
-            if call.uses_cache and layers[tile.layer] is None:  # without an executor's steps
+    def _advance(self, tile, arrays, chunk):
+        """Moves a chunk through a tile -> something to wait for, or the head's logits; None where
+        nothing is done."""
+        bound = chunk.calls.get(id(tile))
+        if bound is None:
+            return None
+        call, flow, consumed = bound.call, chunk.flow, {}
+        given = bound.leaves | {name: flow[name] for name in call.reads}
+        if call.uses_weights:
+            given["weights"] = arrays
+        if call.uses_cache:
+            layers = self._caches.layers
+            if layers[tile.layer] is None:  # without an executor's steps
                 self._caches.put(tile.layer)
-            consumed = {"cache": layers[tile.layer]} if call.uses_cache else {}
-            results = call.program(given, consumed)
-            if call.uses_cache:
-                layers[tile.layer] = results.pop("cache")
-            for name, part in results.pop("products", {}).items():
-                chunk.products.setdefault(name, []).append(part)
-                output = part
-            output = results.pop("logits", output)
-            chunk.flow |= results
-            output = output if output is not None else chunk.flow["hidden"]
-        return output
+            consumed["cache"] = layers[tile.layer]
+        results = call.program(given, consumed)
+        if call.uses_cache:
+            layers[tile.layer] = results.pop("cache")
+        if "logits" in results:
+            return results["logits"]
+        if "products" in results:
+            parts = flow.setdefault("products", {})
+            for name, part in results["products"].items():
+                parts.setdefault(name, []).append(part)
+            return part
+        if call.ends_stage:
+            for name in OF_STAGE:
+                flow.pop(name, None)
+        flow |= results
+        return next(iter(results.values()))
 
-    def _calls(self, tile, size, n_wanted, division, landing):
-        """The calls for a chunk at a tile. Only the head needs `n_wanted`. `landing`: the rows of
-        what the host multiplied."""
-        wanted = n_wanted if tile.kind is None else 0
-        landing = landing if division.hosted else 0
-        key = (id(tile), size, wanted, division.hosted, landing)
-        if key not in self._ready:
-            shape, on_host = division.shape(tile), id(tile) in division.tiles
-            self._ready[key] = self.programs.calls(
-                tile, size, shape=shape, wanted=wanted, on_host=on_host, landing=landing
+    def _calls_of(self, size: Size, n_wanted: int, division: Division, landing: int):
+        """What is done with a chunk of this size, by the id of the tile. `landing`: the rows of
+        what the host multiplied. Only the head needs `n_wanted`."""
+        key = (size, division.hosted, landing if division.hosted else 0)
+        if key not in self._calls:
+            of_layers = (tile for tile in self._tiles if tile.kind is not None)
+            self._calls[key] = self._make_calls(of_layers, size, 0, division, landing)
+        whole = (*key, n_wanted)
+        if whole not in self._calls:
+            of_head = (tile for tile in self._tiles if tile.kind is None)
+            calls = self._make_calls(of_head, size, n_wanted, division, landing)
+            self._calls[whole] = self._calls[key] | calls
+        return self._calls[whole]
+
+    def _make_calls(self, tiles, size, n_wanted, division, landing):
+        calls = {}
+        for tile in tiles:
+            call = self.programs.call_at(
+                tile,
+                size,
+                shape=division.shape(tile),
+                wanted=n_wanted,
+                on_host=id(tile) in division.tiles,
+                landing=landing,
             )
-        return self._ready[key]
+            if call is not None:
+                calls[id(tile)] = BoundCall(call, self._leaves_of(tile, call))
+        return calls
+
+    def _leaves_of(self, tile, call):
+        """The leaves that a call at a tile reads uncut."""
+        own = self._whole("whole", tile.layer, call.whole)
+        if not call.next_whole:
+            return own
+        return own | self._whole("next_whole", tile.layer + tile.ends_layer, call.next_whole)
+
+    def _whole(self, key, layer, names):
+        """Under this key, if any are named, leaves of a layer by name; layer None: of the head."""
+        leaves = self._residents.of(layer)
+        return {key: {name: leaves[name] for name in names}} if names else {}
 
     def _embed(self, tokens):
-        """tokens [R] -> [R, D] on the device, in the compute dtype; padding gets any row."""
+        """tokens [R] -> hidden [R, D] on the device, in the compute dtype, and the first stage's
+        input; padding gets any row."""
         real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
         ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
         rows = {leaf: unique[row_of] for leaf, unique in self._embedding.read(ids).items()}
-        program = self.programs.embed(self._embedding.parts, n_rows=len(tokens))
-        return program(jax.device_put(rows, self.programs.device))
+        first, rows = self._tiles[0], jax.device_put(rows, self.programs.device)
+        wanted = first.stage and first.stage.input
+        whole = self._whole("whole", first.layer, wanted.whole if wanted else ())
+        return self._embed_program(len(tokens))({"rows": rows} | whole)
 
-    def _note_activations(self, passing, outgoing):
-        shared = {id(leaf): leaf for chunk in passing for leaf in jax.tree.leaves(chunk.flow)}
-        held = sum(leaf.nbytes for leaf in shared.values()) + outgoing.device_bytes
-        held += sum(part.nbytes for chunk in passing for part in jax.tree.leaves(chunk.products))
-        self.most_activation_bytes = max(self.most_activation_bytes, held)
-
-
-def _stage_key(tile):
-    return (tile.layer, tile.stage and tile.stage.name)
+    def _embed_program(self, n_rows):
+        return self.programs.embed(self._embedding.parts, self._tiles[0], n_rows=n_rows)
 
 
-NO_SHAPE = StageShape()
 NO_ROW = 1 << 30  # of padding: it reads zeros
-
-
-def divided(tiles: Sequence[Tile], hosted: frozenset[int]) -> Division:
-    """The division of tiles; widths and heights are in their order."""
-    widths: dict = {}
-    of_host: dict = {}
-    for index, tile in enumerate(tiles):
-        if tile.stage is None:
-            continue
-        if index in hosted:
-            of_host.setdefault(_stage_key(tile), []).append(tile)
-        elif tile.stage.finish:
-            of_stage = widths.setdefault(_stage_key(tile), {})
-            for name, width in tile.products().items():
-                of_stage[name] = (*of_stage.get(name, ()), width)
-    stages = {_stage_key(tile): tile.stage for tile in tiles if tile.stage is not None}
-    heights = {key: hosted_heights(found, stages[key]) for key, found in of_host.items()}
-    shapes = {
-        key: StageShape(
-            widths=tuple(widths.get(key, {}).items()),
-            hosted=tuple(heights.get(key, {}).items()),
-        )
-        for key, stage in stages.items()
-        if stage.finish
-    }
-    ids = frozenset(id(tiles[index]) for index in hosted)
-    last = frozenset(id(found[-1]) for found in of_host.values())
-    return Division(hosted, ids, shapes, heights, last)
 
 
 def count_rows(parts: Sequence[Part]) -> int:
@@ -382,3 +381,9 @@ def _is_finite(chunk):
     """Whether the hidden states of real rows are finite; padding may hold anything."""
     real = chunk.part.tokens >= 0
     return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())
+
+
+def _tables_bytes(passing):
+    """Bytes of what attention knows of all rows; chunks share some of it."""
+    leaves = {id(leaf): leaf for chunk in passing for leaf in jax.tree.leaves(chunk.flow["rows"])}
+    return sum(leaf.nbytes for leaf in leaves.values())

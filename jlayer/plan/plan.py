@@ -156,16 +156,12 @@ class Plan:
     def narrow_seconds(self, n_rows: int) -> float:
         """The predicted time of a forward pass of so few rows, in as many chunks as one with a
         token for each lane."""
-        n_chunks = self.load.n_decode_chunks
+        n_chunks, hosted = self.load.n_decode_chunks, self.hosted(n_rows)
         bytes_s = time.bytes_seconds(
-            self.machine,
-            self.tiling,
-            self.tiers,
-            n_chunks=n_chunks,
-            hosted=self.hosted(n_rows),
-            rows=n_rows,
+            self.machine, self.tiling, self.tiers, n_chunks=n_chunks, hosted=hosted, rows=n_rows
         )
-        return max(bytes_s, time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks))
+        steps_s = time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks, hosted=hosted)
+        return max(bytes_s, steps_s)
 
     @cached_property
     def _bytes_s(self):
@@ -181,7 +177,12 @@ class Plan:
 
     @cached_property
     def _steps_s(self):
-        return time.steps_seconds(self.machine, self.tiling, n_chunks=self.n_chunks)
+        return time.steps_seconds(
+            self.machine,
+            self.tiling,
+            n_chunks=self.n_chunks,
+            hosted=self.hosted(self.load.n_rows),
+        )
 
     def layers(self, tier: Tier) -> int:
         """The bytes of a tier in whole layers; the three tiers add up to all layers."""

@@ -53,12 +53,26 @@ def bytes_seconds(
     return max(disk_s, moved / speed + gaps, host_s, arithmetic / GPU_ARITHMETIC)
 
 
-def steps_seconds(machine: Machine, tiling: Tiling, *, n_chunks: int) -> float:
-    """Seconds of Python and the driver for the steps, independent of the bytes."""
-    kind, distinct = machine.kind, tiling.distinct
-    n_arrays = sum(tile.n_arrays * n for tile, n in distinct)
-    n_programs = sum(_programs(tile) * n for tile, n in distinct) * n_chunks
+def steps_seconds(
+    machine: Machine, tiling: Tiling, *, n_chunks: int, hosted: frozenset[int] = frozenset()
+) -> float:
+    """Seconds of Python and the driver for the steps, independent of the bytes. `hosted`: the tiles
+    that the cores multiply."""
+    kind = machine.kind
+    n_arrays = sum(tile.n_arrays * n for tile, n in tiling.distinct)
+    n_arrays -= sum(tiling.shapes[index].n_arrays for index in hosted)
+    n_programs = count_programs(tiling, hosted) * n_chunks
     return len(tiling.shapes) * kind.step_s + n_arrays * kind.array_s + n_programs * kind.program_s
+
+
+def count_programs(tiling: Tiling, hosted: frozenset[int] = frozenset()) -> int:
+    """The programs that are called for a chunk in a forward pass, if the head reads some of its
+    rows: one that embeds, and one at each tile. Where the host's cores multiply the tile, there is
+    one only to end a stage, and one for the input of the head."""
+    of_host = [tiling.shapes[index] for index in hosted]
+    n_ends = sum(tile.kind is not None and tile.ends_stage for tile in of_host)
+    has_head = any(tile.kind is None for tile in of_host)
+    return 1 + len(tiling.shapes) - len(of_host) + n_ends + has_head
 
 
 def plain_seconds(machine: Machine, plain_bytes: int) -> float:
@@ -102,11 +116,3 @@ def _work_bytes(tile: Tile) -> int:
         else DECODED_BYTES * part.n_weights
         for part in tile.parts
     )
-
-
-def _programs(tile: Tile) -> int:
-    """Programs per chunk at a tile: one for its rows; at the end of a stage, one for `finish` and
-    one if the stage computes its own input."""
-    if tile.stage is None or tile.stage.finish is None:
-        return 1
-    return 1 + tile.ends_stage * (1 + (tile.stage.input is not None))

@@ -10,6 +10,7 @@ from jlayer.plan.machine import HostSpeeds, expected_speeds
 from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
+from jlayer.plan.time import count_programs, steps_seconds
 from tests.plan.models import LLAMA_70B, SMALL, weights_of
 from tests.plan.models import machine as machine_of
 
@@ -135,3 +136,18 @@ def test_on_a_cpu_quantized_weights_are_the_cores():
     assert plan.decode_seconds < 0.1 * plan_of(()).decode_seconds
     assert not plan.notes
     assert "llvmlite" in plan_of(()).notes[0]
+
+
+def test_what_the_host_multiplies_is_neither_put_nor_called_for():
+    """Of each stage the host has the first tiles, and the device the last: that one ends it."""
+    tiling = cut(weights_of(SMALL), MIB // 8, platform="gpu", shares=(("bfloat16", 0.5),))
+    on, apart = machine_of(), [n for n, tile in enumerate(tiling.shapes) if tile.for_host]
+    layers = frozenset(n for n in apart if tiling.shapes[n].kind is not None)
+    kind, n_chunks = on.kind, 3
+    alone = steps_seconds(on, tiling, n_chunks=n_chunks)
+    beside = steps_seconds(on, tiling, n_chunks=n_chunks, hosted=layers)
+    arrays = sum(tiling.shapes[n].n_arrays for n in layers)
+    spared = arrays * kind.array_s + len(layers) * n_chunks * kind.program_s
+    assert alone - beside == pytest.approx(spared)
+    assert count_programs(tiling) == len(tiling.shapes) + 1
+    assert count_programs(tiling, frozenset(apart)) == len(tiling.shapes) - len(apart) + 2

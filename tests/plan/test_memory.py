@@ -6,9 +6,9 @@ import pytest
 
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
+from jlayer.engine.division import divided
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.programs import Programs, Size
-from jlayer.engine.sweep import divided
 from jlayer.plan.cutting import cut
 from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
@@ -104,10 +104,37 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula_and_near_it(
     assert found <= bound <= MOST_ABOVE[case] * found
 
 
-def compile_all(programs, tiling, size, *, with_head):
+@pytest.mark.parametrize("tokens", [2, 512])
+@pytest.mark.parametrize("stored", ["int4", "bfloat16"])
+def test_programs_that_read_the_hosts_products_stay_within_the_formula(
+    tokens, stored, monkeypatch, without_machine_code_optimised
+):
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)
+    weights = weights_of(SMALL, stored=stored, dtype="bfloat16")
+    tiling = cut(weights, 100_000, platform="cpu", shares=((stored, 0.5),))
+    programs = Programs(SMALL, dtype="bfloat16", device=jax.devices("cpu")[0])
+    hosted = frozenset(n for n, tile in enumerate(tiling.tiles) if tile.for_host)
+    compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False, hosted=hosted)
+    assert any("hosted" in label for label in programs.compiles)
+    shapes = Shapes(1, (64,), 64, tokens, tokens)
+    found, bound = (
+        programs.temporary_bytes,
+        temporary_bytes(weights, shapes, tiling, platform="cpu"),
+    )
+    assert found <= bound <= MOST_ABOVE["tiles"] * found
+
+
+def compile_all(programs, tiling, size, *, with_head, hosted=frozenset()):
     """Compiles what a chunk goes through. A plain head has no temporaries of its own: it is left
     out, to save its time."""
-    shapes = divided(tiling.tiles, frozenset())
+    division = divided(tiling.tiles, hosted)
     for tile in tiling.tiles:
         if tile.kind is not None or with_head:
-            programs.calls(tile, size, shape=shapes.shape(tile), wanted=size.rows)
+            programs.call_at(
+                tile,
+                size,
+                shape=division.shape(tile),
+                wanted=size.rows,
+                on_host=id(tile) in division.tiles,
+                landing=size.rows,
+            )
