@@ -109,7 +109,7 @@ class Programs:
         self.flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
         self._compiled: dict = {}
 
-    def call_at(
+    def calls_at(
         self,
         tile: Tile,
         size: Size,
@@ -118,21 +118,25 @@ class Programs:
         wanted: int,
         on_host: bool = False,
         landing: int = 0,
-    ) -> Call | None:
-        """The call for a chunk of this size at a tile; None if there is nothing to do.
+    ) -> tuple[Call, ...]:
+        """The calls for a chunk of this size at a tile: one or none; two at the last tile of a
+        stage of which the host multiplies some rows, so that the device's rows do not wait for it.
 
         `shape`: of the tile's stage. `wanted`: how many rows the head reads, padding included; 0:
         no call. `on_host`: the host's cores multiply the tile; the head gives its input then.
         `landing`: the rows of what they multiplied, of all chunks.
         """
         if tile.stage is None:
-            return self._layer(tile, size)
+            return (self._layer(tile, size),)
         if tile.stage.logits:
             head = self._head_input if on_host else self._head
-            return head(tile, size, wanted) if wanted else None
-        if tile.ends_stage:
-            return self._end(tile, size, shape, on_host=on_host, landing=landing)
-        return None if on_host else self._rows(tile, size)
+            return (head(tile, size, wanted),) if wanted else ()
+        if not tile.ends_stage:
+            return () if on_host else (self._rows(tile, size),)
+        if not shape.hosted:
+            return (self._end(tile, size, shape),)
+        end = self._end(tile, size, shape, with_rows=False, landing=landing)
+        return (end,) if on_host else (self._rows(tile, size), end)
 
     def embed(self, parts: list[Part], first: Tile, *, n_rows: int) -> Callable:
         """The program {rows of the embedding [R, ...] by leaf, whole leaves of `first`} -> hidden
@@ -244,9 +248,9 @@ class Programs:
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, ("x",))
 
-    def _end(self, tile, size, shape, *, on_host, landing):
-        """The end of a stage, at its last tile: its rows, unless they are `on_host`; `finish`, with
-        the products of all tiles; and the input of the next stage, if a function makes it."""
+    def _end(self, tile, size, shape, *, with_rows=True, landing=0):
+        """The end of a stage, at its last tile: its rows, if it is `with_rows`; `finish`, with the
+        products of all tiles; and the input of the next stage, if a function makes it."""
         stage, following = tile.stage, shape.next_input
         finish, hosted = stage.finish, dict(shape.hosted)
 
@@ -257,7 +261,7 @@ class Programs:
             products = {name: [*parts] for name, parts in given.get("products", {}).items()}
             for name, part in self._of_host(stage, given.get("hosted"), hosted).items():
                 products[name] = [part, *products.get(name, ())]
-            if not on_host:
+            if with_rows:
                 weights = self._weights(tile, given["weights"])
                 for name, part in multiply(stage, flow["x"], weights, cfg=self.cfg).items():
                     products.setdefault(name, []).append(part)
@@ -269,32 +273,33 @@ class Programs:
 
         functions = [each for each in (finish, following) if each]
         reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
-        chunk = self._flow(tile, size, reads - {"cache"} | (set() if on_host else {"x"}))
-        chunk |= self._products(tile, size, shape, on_host, landing)
-        given = chunk | ({} if on_host else {"weights": struct_of(tile)})
+        chunk = self._flow(tile, size, reads - {"cache"} | ({"x"} if with_rows else set()))
+        chunk |= self._products(tile, size, shape, with_rows, landing)
+        given = chunk | ({"weights": struct_of(tile)} if with_rows else {})
         given |= self._whole("whole", self._device_leaves(tile), finish.whole)
         given |= self._whole("next_whole", shape.next_whole, next_whole)
-        names = [stage.name, "end" if on_host else _heights(tile), str(size.rows)]
+        names = [stage.name, _heights(tile) if with_rows else "end", str(size.rows)]
         names += [each.name for each in functions]
         names += [size.attends] if reads & {"cache", "rows"} else []
         names += [f"hosted {landing}"] if hosted else []
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
-        program = self.get(" ".join(names), (tile.signature, shape), function, (given, consumed))
+        key = (tile.signature if with_rows else (tile.kind.name, stage.name), shape)
+        program = self.get(" ".join(names), key, function, (given, consumed))
         return Call(
             program,
             tuple(chunk),
-            uses_weights=not on_host,
+            uses_weights=with_rows,
             whole=finish.whole,
             next_whole=next_whole,
             uses_cache=uses_cache,
             ends_stage=True,
         )
 
-    def _products(self, tile, size, shape, on_host, landing):
+    def _products(self, tile, size, shape, with_rows, landing):
         """The shapes of a stage's products that are there before its last tile, and of those of
         the host."""
-        own, found = () if on_host else tile.products(), {}
+        own, found = tile.products() if with_rows else (), {}
         for name, widths in shape.widths:
             if before := widths[:-1] if name in own else widths:
                 parts = [self._struct(size, width) for width in before]

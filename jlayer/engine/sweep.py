@@ -43,13 +43,13 @@ class Chunk:
     `flow`: the values that stages pass on (hidden [R, D], rows, a stage's input x), those of the
     current stage (`products`, by name, as lists of the parts of row ranges; `hosted`), and which
     rows the head reads (`wanted`). `row_of`: [R], which row of what the host multiplied is whose.
-    `calls`: by the id of a tile; there is none where nothing is to be done.
+    `calls`: by the id of a tile; there are none where nothing is to be done.
     """
 
     part: Part
     flow: dict
     row_of: jax.Array
-    calls: dict[int, BoundCall]
+    calls: dict[int, tuple[BoundCall, ...]]
 
     @property
     def n_bytes(self) -> int:
@@ -85,7 +85,7 @@ class Sweeper:
         self.most_activation_bytes = 0
         self._tiles: tuple[Tile, ...] = ()  # the tiles of the next three tables
         self._divisions: dict[frozenset[int], Division] = {}
-        self._calls: dict[tuple, dict[int, BoundCall]] = {}  # see `_calls_of`
+        self._calls: dict[tuple, dict[int, tuple]] = {}  # see `_calls_of`
         self._held: dict[tuple, int] = {}  # shape of a pass -> the most bytes that its chunks hold
         self._stage: HostedStage | None = None  # that the host is at
 
@@ -203,9 +203,21 @@ class Sweeper:
 
         Returns an output of each chunk, to wait for; at a tile of the head its logits.
         """
-        if tile.ends_stage:
-            self._bring_hosted(tile, passing)
-        return [self._advance(tile, arrays, chunk) for chunk in passing]
+        calls = [chunk.calls[id(tile)] for chunk in passing]
+        found = [
+            self._call(tile, arrays, chunk, of_chunk[0]) if of_chunk else None
+            for chunk, of_chunk in zip(passing, calls, strict=True)
+        ]
+        self._end_stage(tile, passing)
+        return found
+
+    def _end_stage(self, tile, passing):
+        """Ends a stage of which the host multiplies some rows, at its last tile."""
+        if self._stage is None or tile.kind is None or not tile.ends_stage:
+            return
+        self._bring_hosted(passing)
+        for chunk in passing:
+            self._call(tile, None, chunk, chunk.calls[id(tile)][-1])
 
     def _begin_on_host(self, tile, views, is_kept, passing, division):
         """Has the host multiply a tile where it lies, once all of the stage are known -> what can
@@ -213,24 +225,17 @@ class Sweeper:
         is_head = tile.kind is None
         if self._stage is None:
             if is_head:
-                for chunk in passing:
-                    self._advance(tile, None, chunk)
+                self.advance(tile, None, passing)
             xs, real = _inputs(passing, of_head=is_head)
             self._stage = self._host.begin(tile.stage, xs, real, division.heights_of(tile))
         result = self._stage.add(tile, views, is_kept=is_kept)
         if id(tile) in division.last:
             self._stage.begin()
-        if tile.ends_stage and not is_head:
-            self._bring_hosted(tile, passing)
-            for chunk in passing:
-                self._advance(tile, None, chunk)
+        self._end_stage(tile, passing)
         return result
 
-    def _bring_hosted(self, tile, passing):
-        """At the end of a stage: waits for the products of the host, which programs then read.
-        Those of the head are fetched as they are."""
-        if self._stage is None or tile.kind is None:
-            return
+    def _bring_hosted(self, passing):
+        """Waits for the products of the host, which programs then read."""
         stage, self._stage = self._stage, None
         stage.settle()
         products = stage.on_device()
@@ -267,12 +272,8 @@ class Sweeper:
             self._divisions[hosted] = divided(tiles, hosted)
         return self._divisions[hosted]
 
-    def _advance(self, tile, arrays, chunk):
-        """Moves a chunk through a tile -> something to wait for, or the head's logits; None where
-        nothing is done."""
-        bound = chunk.calls.get(id(tile))
-        if bound is None:
-            return None
+    def _call(self, tile, arrays, chunk, bound):
+        """Makes a call for a chunk at a tile -> something to wait for, or the head's logits."""
         call, flow, consumed = bound.call, chunk.flow, {}
         given = bound.leaves | {name: flow[name] for name in call.reads}
         if call.uses_weights:
@@ -315,7 +316,7 @@ class Sweeper:
     def _make_calls(self, tiles, size, n_wanted, division, landing):
         calls = {}
         for tile in tiles:
-            call = self.programs.call_at(
+            found = self.programs.calls_at(
                 tile,
                 size,
                 shape=division.shape(tile),
@@ -323,8 +324,7 @@ class Sweeper:
                 on_host=id(tile) in division.tiles,
                 landing=landing,
             )
-            if call is not None:
-                calls[id(tile)] = BoundCall(call, self._leaves_of(tile, call))
+            calls[id(tile)] = tuple(BoundCall(call, self._leaves_of(tile, call)) for call in found)
         return calls
 
     def _leaves_of(self, tile, call):

@@ -67,12 +67,9 @@ def steps_seconds(
 
 def count_programs(tiling: Tiling, hosted: frozenset[int] = frozenset()) -> int:
     """The programs that are called for a chunk in a forward pass, if the head reads some of its
-    rows: one that embeds, and one at each tile. Where the host's cores multiply the tile, there is
-    one only to end a stage, and one for the input of the head."""
-    of_host = [tiling.shapes[index] for index in hosted]
-    n_ends = sum(tile.kind is not None and tile.ends_stage for tile in of_host)
-    has_head = any(tile.kind is None for tile in of_host)
-    return 1 + len(tiling.shapes) - len(of_host) + n_ends + has_head
+    rows: one that embeds, and one at each tile that the device multiplies. Where the host's cores
+    multiply some, there is one to end each stage, or for the input of the head."""
+    return 1 + len(tiling.shapes) - len(hosted) + count_stages(tiling, sorted(hosted))
 
 
 def plain_seconds(machine: Machine, plain_bytes: int) -> float:

@@ -130,7 +130,7 @@ def compile_all(programs, tiling, size, *, with_head, hosted=frozenset()):
     division = divided(tiling.tiles, hosted)
     for tile in tiling.tiles:
         if tile.kind is not None or with_head:
-            programs.call_at(
+            programs.calls_at(
                 tile,
                 size,
                 shape=division.shape(tile),
