@@ -106,6 +106,8 @@ TESTED = {
     'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" --host-share 0.5': Here(),
     "python benchmarks/shares.py path/to/Llama-3-70B-jlayer --device-memory 1536MiB "
     "--shares 0,auto --tokens 1,2,8": By("tests/measure/test_shares.py"),
+    "python benchmarks/opening.py path/to/Llama-3-70B-int4 --device-memory 1536MiB "
+    "--rounds 3 --json opening.json": By("tests/measure/test_opening.py"),
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),

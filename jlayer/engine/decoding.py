@@ -317,7 +317,9 @@ class Decoding:
     def _steps(self):
         clock, scheduler = Clock(), self._engine.scheduler
         scheduler.join(self.lanes)
-        scheduler.prepare()
+        filled = scheduler.prepare()
+        self.stats.load_read_bytes += filled["read_bytes"]
+        self.stats.load_cached_bytes += filled["cached_bytes"]
         self.stats.load_s += clock.lap()
         while True:
             scheduler.advance(self.lanes, once=bool(self._waiting))

@@ -27,7 +27,7 @@ from jlayer.engine.forward import Forward
 from jlayer.engine.hosting import Host
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
-from jlayer.engine.report import Clock, anonymous_bytes, available_bytes
+from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.speeds import host_speeds
@@ -39,6 +39,7 @@ from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier, Weights
 from jlayer.run_config import RunConfig
+from jlayer.streaming.cached import page_cache_use
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -87,6 +88,11 @@ class Engine:
         self.embedding = Embedding(self.store, self.weights)
         self.watch.phase("reading norms and biases")
         try:
+            self._page_cache = page_cache_use(
+                run.keeps_layers,
+                kept_bytes=self.store.weight_bytes - self.plan.tier_bytes(Tier.DISK),
+                free_bytes=free_beside(self.plan.host_peak_bytes),
+            )
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.device)
             if self.draft is not None:
@@ -175,7 +181,7 @@ class Engine:
         for name in [] if self.cfg.tie_word_embeddings else self.embedding.tensors:
             if name in expected:
                 table = Checks({name: expected.pop(name)})
-                self.embedding.begin_whole(name, partial(table.add, name))
+                self.embedding.begin_whole(name, partial(table.add, name), self._page_cache)
         return Checks(expected)
 
     def plan_for(self, shape: RunShape, *, alone: bool = False) -> Plan:
@@ -300,14 +306,13 @@ class Engine:
             watch=self.watch,
             checks=self._checks,
             attending=plan.attending,
+            page_cache=self._page_cache,
         )
 
     def _check_context(self):
-        limit = self.cfg.max_position_embeddings
-        if self.run.context and self.run.context > limit:
-            raise UsageError(
-                f"context: {self.run.context} tokens, the model's own limit is {limit}"
-            )
+        limit, context = self.cfg.max_position_embeddings, self.run.context
+        if context and context > limit:
+            raise UsageError(f"context: {context} tokens, the model's own limit is {limit}")
 
     def check_ids(self, ids: list[int], *, begin: int | None = None) -> None:
         """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary. `begin`: the

@@ -13,6 +13,8 @@ class Stats:
     """The figures of one generation, as `generate --json` prints them, in bytes and seconds."""
 
     load_s: float = 0.0
+    load_read_bytes: int = 0  # in that time: of what stays on the device
+    load_cached_bytes: int = 0  # those of them that lay in the page cache
     prefill_s: float = 0.0
     decode_s: float = 0.0
     sweeps: int = 0
@@ -32,6 +34,11 @@ class Stats:
     sharpness: float | None = None
 
     @property
+    def first_token_s(self) -> float:
+        """From opening the model to the first token; 0 before it."""
+        return self.load_s + self.prefill_s if self.new_tokens else 0.0
+
+    @property
     def tokens_per_sweep(self) -> float:
         """New tokens divided by decode sweeps; 0 if there was only prefill, which gives the first
         token."""
@@ -46,7 +53,10 @@ class Stats:
     def as_dict(self) -> dict:
         return {
             "load_s": round(self.load_s, 4),
+            "load_read_bytes": self.load_read_bytes,
+            "load_cached_bytes": self.load_cached_bytes,
             "prefill_s": round(self.prefill_s, 4),
+            "first_token_s": round(self.first_token_s, 4),
             "decode_s": round(self.decode_s, 4),
             "sweeps": self.sweeps,
             "decode_sweeps": self.decode_sweeps,
@@ -136,6 +146,11 @@ def anonymous_bytes() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) << 10
     return 0
+
+
+def free_beside(peak_bytes: int) -> int:
+    """Memory that stays free once this process has taken all that it may: `peak_bytes`."""
+    return available_bytes() - max(0, peak_bytes - anonymous_bytes())
 
 
 def available_bytes() -> int:

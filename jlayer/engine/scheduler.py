@@ -50,9 +50,12 @@ class Scheduler:
             self._lanes = [lane for lane in self._lanes if not lane.has_left] + list(lanes)
             self._changed.notify_all()
 
-    def prepare(self) -> None:
-        """Compiles the programs for the next pass and those after it, and begins to read."""
+    def prepare(self) -> dict[str, float]:
+        """Begins to read, compiles the programs for the next pass and those after it, and fills the
+        device. Returns what was moved, see `Totals.since`."""
         with self._engine.turn() as executor:
+            before = replace(self._engine.totals)
+            executor.read_early()
             plan, lanes = self._engine.plan, self._alive()
             share = self._speculation.prepare(lanes, plan)
             first = [
@@ -64,6 +67,7 @@ class Scheduler:
             sweeper.compile(executor, parts)
             sweeper.compile(executor, self._arrange(later))
             sweeper.fill(executor, parts)
+            return self._engine.totals.since(before)
 
     def advance(self, lanes: Sequence[Lane], *, once: bool = False) -> None:
         """Waits until one of the lanes has a step that was not read or an error, or all have ended;

@@ -10,6 +10,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.families.registry import family_of
 from jlayer.plan.cutting import parts_of
 from jlayer.plan.tiles import Part, Weights
+from jlayer.streaming.cached import PageCache
 from jlayer.streaming.direct import RowReader
 
 
@@ -45,9 +46,9 @@ class Embedding:
             for part in self.parts
         }
 
-    def begin_whole(self, tensor: str, take: Callable[..., None]) -> None:
+    def begin_whole(self, tensor: str, take: Callable[..., None], page_cache: PageCache) -> None:
         """Starts reading the whole of one of `tensors`; see `RowReader.begin_whole`."""
-        self._readers[tensor].begin_whole(take)
+        self._readers[tensor].begin_whole(take, page_cache)
 
     def settle(self) -> None:
         """Waits for the reads that `begin_whole` started; raises their errors."""

@@ -8,8 +8,9 @@ multiply a tile where it lies, in the background.
 from __future__ import annotations
 
 import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -24,14 +25,14 @@ from jlayer.interrupts import deferred
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.spec import ALIGNMENT
-from jlayer.streaming.direct import Reader, aligned_span, is_moved
+from jlayer.streaming.cached import PageCache
+from jlayer.streaming.direct import Reader, aligned_span, is_moved, n_readers
 from jlayer.streaming.place import VIEW_ALIGNMENT, place
 from jlayer.streaming.schedule import Free, Put, PutCache, Read, Run, Take, sweeps
 from jlayer.streaming.slots import HostMemory, apart, raw_view, slot_bytes_for, split_room, view
 from jlayer.streaming.watch import Totals, Watch
 
 PATIENCE_S = 1.0  # `on_stall` is called if the executor waits longer than this for a read
-READERS = 2  # reads in flight: with one, the disk is idle between two requests
 
 
 class CachesOnHost(Protocol):
@@ -59,7 +60,8 @@ class Executor:
 
     `tiers`: where each tile is kept. `ring`: number of host slots. `ahead`: tiles on the device at
     a time besides those that stay there. `attending`: see `schedule.sweeps`. A tile that is read
-    for the first time is checked against `checks`, in the reader thread.
+    for the first time is checked against `checks`, in a reader thread. `page_cache`: how it is
+    used; what is read in every sweep is never left there.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Executor:
         watch: Watch,
         checks: Checks,
         attending: tuple[int, ...] = (),
+        page_cache: PageCache = PageCache.TAKE,
     ):
         self.tiles = tiles
         self.device = device
@@ -91,9 +94,13 @@ class Executor:
         ]
         self._memory = HostMemory(ring, max(self._sizes), pin=self._has_link)
         files = {segment.file for segments, _ in self._placed for segment in segments}
-        self._reader = Reader(files, store.identities)
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="jlayer-reader")
+        self._reader = Reader(files, store.identities, page_cache=page_cache)
+        self._pool = ThreadPoolExecutor(n_readers(), thread_name_prefix="jlayer-reader")
         self._reads: dict[int, Future] = {}  # tile -> its unfinished read
+        self._cached_bytes: dict[int, int] = {}  # tile -> those of its read
+        self._early: dict[int, Future] = {}  # the same, of reads that began before `fill`
+        self._to_read_early: Iterator[int] = iter(())
+        self._early_lock = threading.Lock()
         self._in_host: dict[int, object] = {}  # tile of the host tier -> its arrays in its room
         self._apart: dict[int, dict] = {}  # the same, as arrays by leaf, of tiles multiplied there
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
@@ -131,14 +138,49 @@ class Executor:
     def reads_directly(self) -> bool:
         return self._reader.reads_directly
 
+    def read_early(self) -> None:
+        """Starts reading what will stay in host memory, until `fill`: nothing is put on the device
+        yet, so programs can be compiled meanwhile."""
+        if self._lists is not None or self._early:
+            return
+        self._reader.resume()
+        self._to_read_early = iter(
+            [
+                tile
+                for tile, tier in enumerate(self._tiers)
+                if tier is Tier.HOST and tile not in self._in_host
+            ]
+        )
+        for _ in range(n_readers()):
+            self._read_next()
+
+    def _read_next(self, before: Future | None = None):
+        """Starts the next early read, unless the one before it failed or there is none."""
+        if before is not None and (before.cancelled() or before.exception()):
+            return
+        with self._early_lock:
+            tile = next(self._to_read_early, None)
+            if tile is None:
+                return
+            read = self._early[tile] = self._pool.submit(self.read_tile, tile, None)
+        read.add_done_callback(self._read_next)
+
+    def _end_early(self):
+        """Starts no more early reads; returns those that were not asked for yet."""
+        with self._early_lock:
+            self._to_read_early = iter(())
+            return list(self._early.values())
+
     def fill(self, hosted: frozenset[int] = frozenset()):
         """Starts the reads and puts that come before the first sweep, unless already started.
         `hosted`: see `sweep`."""
         if hosted != self._hosted:
-            self._abandon()
+            if self._lists is not None:
+                self._abandon()
             self._hosted = hosted
         if self._lists is None:
             self._reader.resume()
+            self._end_early()
             self._lists = sweeps(
                 self._tiers,
                 ring=self._ring,
@@ -252,7 +294,12 @@ class Executor:
                 self._passing.remove(tile)
 
     def _read(self, tile, slot):
-        """In a reader thread: fills a slot or the tile's own room.
+        """In a reader thread: `read_tile`, unless that began early."""
+        early = self._early.pop(tile, None)
+        return self.read_tile(tile, slot) if early is None else early.result()
+
+    def read_tile(self, tile, slot):
+        """In a reader thread: fills a slot or, if None, the tile's own room.
 
         Returns what to put: views of the parts by leaf, or one array of bytes for a joined tile.
         """
@@ -264,10 +311,12 @@ class Executor:
                 else self._memory.slot(slot)
             )
             pieces = split_room(memory, segments, layout and layout.offsets)
-            shifts = [
-                self._reader.read(segment, piece, _unit(layout))
-                for segment, piece in zip(segments, pieces, strict=True)
-            ]
+            with self._reader.turn(fills=self._tiers[tile] is not Tier.DISK) as turn:
+                shifts = [
+                    self._reader.read(segment, piece, _unit(layout), turn)
+                    for segment, piece in zip(segments, pieces, strict=True)
+                ]
+            self._cached_bytes[tile] = turn.cached_bytes
             if tile not in self._checked:
                 self._check(pieces, shifts, places)
                 self._checked.add(tile)
@@ -332,6 +381,7 @@ class Executor:
         views = read.result()
         (segments, _), unit = self._placed[tile], _unit(self.tiles[tile].joined)
         self.totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
+        self.totals.cached_bytes += self._cached_bytes.pop(tile)
         self.totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each, unit))
         return views
 
@@ -350,8 +400,9 @@ class Executor:
 
     def _abandon(self):
         self._reader.stop()
-        for read in self._reads.values():
+        for read in [*self._reads.values(), *self._end_early()]:
             read.cancel() or read.exception()
+        self._early.clear()
         # Dispatched runs may still use a slot: wait before a slot is written again. Their failure
         # is already being reported.
         for result in self._multiplying:

@@ -35,7 +35,9 @@ def slot_bytes_for(segments: tuple[Segment, ...]) -> int:
 
 
 class HostMemory:
-    """`ring` slots of `slot_bytes` each, allocated and touched at once; rooms are made on demand.
+    """`ring` slots of `slot_bytes` each, and rooms. Each is allocated, touched and pinned when it
+    is first asked for, by the thread that will read into it: others read meanwhile, and what is
+    never used costs nothing.
 
     `pin` registers all memory with the CUDA driver, so that transfers run in the background, at
     the full speed of the link and without a copy.
@@ -44,20 +46,21 @@ class HostMemory:
     def __init__(self, ring: int, slot_bytes: int, *, pin: bool):
         self._driver = _Driver() if pin else None
         self._slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-        whole = self._allocate(ring * self._slot_bytes)
-        self._slots = [
-            whole[i * self._slot_bytes : (i + 1) * self._slot_bytes] for i in range(ring)
-        ]
+        self._ring = ring
+        self._slots: dict[int, np.ndarray] = {}
         self._rooms: dict[Hashable, np.ndarray] = {}
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all slots and rooms."""
-        return len(self._slots) * self._slot_bytes + sum(
-            room.nbytes for room in self._rooms.values()
-        )
+        """Bytes of all slots and rooms that were made."""
+        made = [*self._slots.values(), *self._rooms.values()]
+        return sum(each.nbytes for each in made)
 
     def slot(self, number: int) -> np.ndarray:
+        """A slot of the ring. One thread at a time may ask for the same one, or room."""
+        assert 0 <= number < self._ring
+        if number not in self._slots:
+            self._slots[number] = self._allocate(self._slot_bytes)
         return self._slots[number]
 
     def room(self, key: Hashable, n_bytes: int) -> np.ndarray:

@@ -78,13 +78,14 @@ class Watch:
 class Totals:
     """Sums of all sweeps so far, in bytes and seconds.
 
-    `bounced_bytes`: copied again in host memory to fix their alignment. `host_product_bytes`: of
-    weights that the host's cores multiplied where they lie. `stall_s`: time that the
-    executor waited for weights. `most_live_*`: the most weights on the device at a time, without
-    those that stay there.
+    `cached_bytes`: those of `read_bytes` that lay in the page cache. `bounced_bytes`: copied again
+    in host memory to fix their alignment. `host_product_bytes`: of weights that the host's cores
+    multiplied where they lie. `stall_s`: time that the executor waited for weights. `most_live_*`:
+    the most weights on the device at a time, without those that stay there.
     """
 
     read_bytes: int = 0
+    cached_bytes: int = 0
     put_bytes: int = 0
     bounced_bytes: int = 0
     host_product_bytes: int = 0
@@ -98,7 +99,14 @@ class Totals:
         return {name: getattr(self, name) - getattr(before, name) for name in ADDED}
 
 
-ADDED = ("read_bytes", "put_bytes", "bounced_bytes", "host_product_bytes", "stall_s")
+ADDED = (
+    "read_bytes",
+    "cached_bytes",
+    "put_bytes",
+    "bounced_bytes",
+    "host_product_bytes",
+    "stall_s",
+)
 
 
 def _both(first, second):

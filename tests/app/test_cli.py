@@ -39,6 +39,7 @@ def test_json_is_one_object_with_what_the_contract_names(fable, capsys):
     assert set(found["stats"]) >= {
         *("load_s", "prefill_s", "decode_s", "sweeps", "tokens_per_sweep", "tokens_per_s"),
         *("sweep_bytes", "read_bytes", "put_bytes", "bounced_bytes", "stall_s", "compiles"),
+        *("first_token_s", "cached_bytes", "load_read_bytes", "load_cached_bytes"),
     }
     assert set(found["memory"]) >= {
         *("device_budget_bytes", "device_peak_bytes", "host_budget_bytes", "host_peak_bytes"),

@@ -95,10 +95,10 @@ def test_guessing_has_a_lane_between_two_sweeps(fable):
 def test_a_slow_read_is_as_long_in_the_picture_as_it_was(tiny, monkeypatch):
     real = os.preadv
 
-    def slow(fd, buffers, offset):
+    def slow(fd, buffers, offset, *flags):
         if threading.current_thread().name.startswith("jlayer-reader"):
             time.sleep(0.03)
-        return real(fd, buffers, offset)
+        return real(fd, buffers, offset, *flags)
 
     monkeypatch.setattr(os, "preadv", slow)
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:

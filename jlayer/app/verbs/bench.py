@@ -113,6 +113,10 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     found["first_sweep_s"] = bench.first_sweep()
     took = time_words(found["first_sweep_s"])
     say(f"{'first forward pass':<28}{took:>10}{'':14}fills the kept layers")
+    found["load_s"] = model.engine.load_s
+    found["first_token_s"] = found["load_s"] + found["first_sweep_s"]  # without compiling
+    found["cached_bytes"] = model.engine.totals.cached_bytes
+    say(opening_line(found, read_bytes=model.engine.totals.read_bytes))
     found["sweeps"] = bench.measure_sweeps()
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     if "disk" in found["raw"]:
@@ -130,6 +134,15 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
         say(draft_lines(found["draft"]))
     say(f"\n{found['conclusion']}")
     return found
+
+
+def opening_line(found: dict, *, read_bytes: int) -> str:
+    """The seconds to open and to the first token, and how much came from the page cache."""
+    share = found["cached_bytes"] / max(1, read_bytes)
+    return (
+        f"{'first token':<28}{time_words(found['first_token_s']):>10}{'':14}"
+        f"opened in {time_words(found['load_s'])}; {share:.0%} of the reads from the page cache"
+    )
 
 
 def measure_draft(model) -> dict:
