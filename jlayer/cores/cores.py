@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import threading
 import weakref
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from jlayer.cores import decode, kernels, wide
+from jlayer.cores import decode, kernels, packing, wide
 from jlayer.cores.crew import Crew
 from jlayer.cores.jobs import FIELDS, address, aligned
 from jlayer.cores.native import Compiler, missing
@@ -84,8 +86,8 @@ class Cores:
         self._spin_s = spin_s
         self.n_threads = topology().threads if n_threads is None else n_threads
         self.is_native = missing() is None if native is None else native
-        self._code = _code(features) if self.is_native else None
-        self._is_closed = False
+        self.code = _code(features) if self.is_native else None
+        self._is_closed, self._rooms = False, {}
         self._begin()
 
     def multiply(self, matrices: Sequence[Matrix], x: np.ndarray) -> list[np.ndarray]:
@@ -135,25 +137,41 @@ class Cores:
         ys = [y for y, is_native in zip(results, jobs.native, strict=True) if is_native]
         if not ys or not jobs.n_columns:
             return Product()
-        table = jobs.table.copy()
-        is_wide, kept = np.array(jobs.is_wide), []
-        if is_wide.any():
-            kept.append(wide.packed(x))
-            table[is_wide, _FIELD["x"]] = address(kept[-1])
-        if not is_wide.all():
-            kept.append(_on_cache_lines(x.astype(np.float32, copy=False)))
-            table[~is_wide, _FIELD["x"]] = address(kept[-1])
-            table[~is_wide, _FIELD["x_stride"]] = kept[-1].strides[0]
-        table[:, _FIELD["y"]] = [address(y) for y in ys]
-        table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
         self._lock.acquire()
         try:
             self._refuse_closed()
+            table = jobs.table.copy()
+            self._place_columns(table, np.array(jobs.is_wide), x)
+            table[:, _FIELD["y"]] = [address(y) for y in ys]
+            table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
             self._crew.begin(table, jobs.n_blocks, is_short=jobs.is_short)
         except BaseException:
             self._lock.release()
             raise
-        return Product(self._crew, self._lock, (table, kept, jobs, results))
+        return Product(self._crew, self._lock, (table, jobs, results))
+
+    def _place_columns(self, table, is_wide, x):
+        """Writes into the list of jobs where the columns are, as the kernels of each take them.
+        They are copied to memory that stays: fresh memory takes longer than to multiply."""
+        if is_wide.any():
+            n_bytes = 2 * math.prod(packing.packed_shape(*x.shape))
+            packed = self._room("packed", n_bytes)
+            self.code.pack(x, packed)
+            table[is_wide, _FIELD["x"]] = address(packed)
+        if not is_wide.all():
+            stride = _stride(x.shape[1])
+            n_columns = padded_columns(x.shape[0])
+            room = self._room("columns", 4 * n_columns * stride).view(np.float32)
+            room = room[: n_columns * stride].reshape(n_columns, stride)
+            room[: len(x), : x.shape[1]], room[len(x) :] = x, 0
+            table[~is_wide, _FIELD["x"]] = address(room)
+            table[~is_wide, _FIELD["x_stride"]] = room.strides[0]
+
+    def _room(self, name, n_bytes):
+        """Memory of these threads, for one product after another."""
+        if name not in self._rooms or self._rooms[name].nbytes < n_bytes:
+            self._rooms[name] = aligned(n_bytes)
+        return self._rooms[name]
 
     def close(self) -> None:
         """Ends the threads; waits for a product that runs. Closing twice is fine."""
@@ -182,9 +200,9 @@ class Cores:
 
     def _is_wide(self, matrix, n_columns, dtype):
         """Whether all columns are multiplied at a time by rows that are decoded once."""
-        if dtype != ml_dtypes.bfloat16 or not self._code.has_wide:
+        if dtype != ml_dtypes.bfloat16 or not self.code.has_wide:
             return False
-        least = WIDE_COLUMNS[self._code.has_amx].get(matrix.form, WIDE_ANYWAY)
+        least = WIDE_COLUMNS[self.code.has_amx].get(matrix.form, WIDE_ANYWAY)
         is_native = wide.is_native(matrix.form, matrix.n_rows, matrix.width)
         return is_native and n_columns >= least
 
@@ -198,7 +216,7 @@ class Cores:
             scale = matrix.pieces.get(SCALE, main)
             row_bytes = max(1, matrix.n_bytes // max(1, rows))
             columns = n_columns if is_wide_one else padded_columns(n_columns)
-            steps = self._code.steps(matrix.form, columns, is_wide_one)
+            steps = self.code.steps(matrix.form, columns, is_wide_one)
             job = dict.fromkeys(FIELDS, 0)
             job |= {"n_steps": len(steps), "steps": address(steps), "rows": rows}
             length = kernels.length(matrix.form, matrix.width)
@@ -262,6 +280,7 @@ class _Code:
 
     def __init__(self, features):
         self._compiler, self._kernels, self._steps = Compiler(features), {}, {}
+        self._pack = None  # compiled when it is first needed, as the kernels are
         self._lock = threading.Lock()
 
     @property
@@ -271,6 +290,13 @@ class _Code:
     @property
     def has_amx(self):
         return self._compiler.has_amx
+
+    def pack(self, x, room):
+        """Writes columns bfloat16 [C, in] to `room` as kernels for many take them."""
+        x = np.ascontiguousarray(x)
+        if self._pack is None:
+            self._pack = _PACK(self._compiled(packing.NAME, packing.module, packing.NAME))
+        self._pack(address(x), address(room), x.strides[0], x.shape[0], x.shape[1] // 2)
 
     def steps(self, form, n_columns, is_wide):
         """The kernels for so many columns [n, 2]: the address, and the first column. Kept."""
@@ -299,13 +325,14 @@ class _Code:
             (form, n_columns), lambda: kernels.kernel(form, n_columns, has_avx512=has_avx512)
         )
 
-    def _compiled(self, key, text):
+    def _compiled(self, key, text, name=kernels.NAME):
         with self._lock:
             if key not in self._kernels:
-                (self._kernels[key],) = self._compiler.compiled(text(), kernels.NAME)
+                (self._kernels[key],) = self._compiler.compiled(text(), name)
             return self._kernels[key]
 
 
+_PACK = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3)
 _CODES: dict[str, _Code] = {}  # by features: the code is never freed, so all share it
 
 
@@ -327,20 +354,14 @@ def _check(matrix):
         assert found.flags.c_contiguous, name
 
 
-def _on_cache_lines(x):
-    """x with every 16 inputs on one cache line, and columns that do not push each other out.
+def _stride(width):
+    """Inputs from one column to the next, so that every 16 inputs are on one cache line and columns
+    do not push each other out.
 
     Lines at a multiple of 4096 bytes of each other share the same few places of a core's cache. The
     next column begins half of that further: int4 uses 2 KiB from each of two places of a column.
     """
-    n_columns, width = x.shape
-    if n_columns == 1 and x.flags.c_contiguous and address(x) % 64 == 0:
-        return x
-    n_wanted, n_columns = n_columns, padded_columns(n_columns)
-    stride = (-(-width // 1024) * 1024 + 512 if width >= 1024 else -(-width // 16) * 16) + 16
-    copy = aligned(4 * n_columns * stride).view(np.float32).reshape(n_columns, stride)[:, :width]
-    copy[:n_wanted], copy[n_wanted:] = x, 0
-    return copy
+    return (-(-width // 1024) * 1024 + 512 if width >= 1024 else -(-width // 16) * 16) + 16
 
 
 def _results(rows, n_columns):

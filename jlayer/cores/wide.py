@@ -5,7 +5,7 @@ device rounds it. Weights become tiles of 16 rows and 32 inputs. Their products 
 time are those of Intel's AMX, a tile of sums in one instruction, or of AVX-512's dot products of
 pairs.
 
-The columns are packed: [groups of 16 columns, pairs of inputs, 16, 2], zeros beyond the last one.
+The columns are packed: see `packing`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.cores.decode import levels, scale_values
-from jlayer.cores.jobs import aligned, offset
+from jlayer.cores.jobs import offset
 from jlayer.cores.kernels import ITEM, NAME, bfloat16, tables
+from jlayer.cores.packing import COLUMNS
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 
 FORMS = ("bfloat16", INT8.name, INT4.name)
-# Rows of a tile of weights, and of sums; columns of a tile of sums; inputs of a tile of weights.
-TILE_ROWS = COLUMNS = 16
+# Rows of a tile of weights, and of sums; inputs of a tile of weights.
+TILE_ROWS = 16
 TILE_INPUTS = 32
 TILE_BYTES = 1024
 # Groups of columns of one call: as many sums as there are registers for, of two tiles of rows for
@@ -52,21 +53,6 @@ def steps(n_columns: int) -> list[tuple[int, int]]:
     groups = -(-n_columns // COLUMNS)
     firsts = range(0, groups, MOST_GROUPS)
     return [(min(MOST_GROUPS, groups - first), COLUMNS * first) for first in firsts]
-
-
-def packed(x: np.ndarray) -> np.ndarray:
-    """x bfloat16 [C, in] -> bfloat16 [groups, in / 2, 16, 2]."""
-    assert x.dtype == ml_dtypes.bfloat16, x.dtype
-    n_columns, width = x.shape
-    groups = -(-n_columns // COLUMNS)
-    pairs = np.ascontiguousarray(x).view(np.uint32)
-    found = aligned(4 * groups * width // 2 * COLUMNS).view(np.uint32)
-    found = found.reshape(groups, width // 2, COLUMNS)
-    for group in range(groups):
-        some = pairs[group * COLUMNS : (group + 1) * COLUMNS]
-        found[group, :, : len(some)] = some.T
-        found[group, :, len(some) :] = 0
-    return found.view(ml_dtypes.bfloat16).reshape(groups, width // 2, COLUMNS, 2)
 
 
 def kernel(form: str, n_groups: int, *, has_amx: bool) -> str:

@@ -15,16 +15,14 @@ from functools import partial
 
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
-from jlayer.cores.cores import Cores
 from jlayer.cores.native import missing
-from jlayer.cores.topology import topology
 from jlayer.engine import device as devices
 from jlayer.engine import residents
 from jlayer.engine.caches import Caches
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
-from jlayer.engine.hosting import Host
+from jlayer.engine.hosting import Host, cores_beside
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
@@ -167,7 +165,7 @@ class Engine:
                 return alone
         elif why := missing():
             self.notes = (f"the host's share is multiplied by numpy, which is slow: {why}",)
-        self.host = Host(_cores(self._machine), self.device)
+        self.host = Host(cores_beside(self._machine), self.device)
         self.watch.phase("measuring the cores")
         forms = matrix_forms(self.weights)
         measured = host_speeds(self.host.cores, forms, self.device, dtype=self.dtype)
@@ -420,22 +418,6 @@ class Engine:
             self.caches.close()
             if self.host is not None:
                 self.host.close()
-
-
-# Between two stages the device needs longer than threads take to fall asleep, and waking them takes
-# as long again. On a CPU they are in the way of XLA's own.
-SPIN_BESIDE_A_DEVICE_S = 3e-3
-# Of many cores some are left to the driver's threads and to Python, which steers the device (16
-# cores, an H100: passes of 69 ms with 12 threads, of 82 ms with 15).
-LEFT_BESIDE_A_DEVICE, MANY_THREADS = 3, 8
-
-
-def _cores(machine):
-    threads = topology().threads
-    if not machine.kind.has_link:
-        return Cores(threads)
-    left = LEFT_BESIDE_A_DEVICE if threads > MANY_THREADS else 0
-    return Cores(threads - left, spin_s=SPIN_BESIDE_A_DEVICE_S)
 
 
 def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:

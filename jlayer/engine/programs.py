@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
+from jlayer.engine.compiles import backend_compiles
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
 from jlayer.families.base import Function, LayerKind
@@ -28,22 +29,6 @@ from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place
 from jlayer.streaming.watch import Watch
-
-_backend_compiles = 0
-
-
-def _count_compiles(event, duration, **_):
-    global _backend_compiles
-    if event.endswith("backend_compile_duration"):
-        _backend_compiles += 1
-
-
-jax.monitoring.register_event_duration_secs_listener(_count_compiles)
-
-
-def backend_compiles() -> int:
-    """The number of programs that XLA has compiled in this process so far, ours or not."""
-    return _backend_compiles
 
 
 @dataclass(frozen=True)

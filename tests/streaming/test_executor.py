@@ -19,7 +19,7 @@ from jlayer import AutoModel
 from jlayer.checkpoint import safetensors as header
 from jlayer.convert import convert_checkpoint
 from jlayer.engine import engine
-from jlayer.engine.programs import backend_compiles
+from jlayer.engine.compiles import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
