@@ -20,7 +20,9 @@ from jlayer.streaming.slots import HostMemory
 
 COLUMNS = (1, 4, 16, 64)
 ENOUGH_S, LEAST = 0.03, 3  # of measuring one number of columns
-FEW_COLUMNS = 2  # up to so many, half of the matrices are multiplied at once; of more, fewer
+# Of few columns half of the matrices are multiplied at once, as many bytes as a stage may have; of
+# so many, one.
+MANY_COLUMNS = 64
 WIDTH = 4096  # inputs of a row: as many as a model's
 MATRIX_BYTES = 16 << 20
 MATRICES = 8  # together larger than a cache
@@ -61,7 +63,8 @@ def _speed(cores, matrices, columns, dtype):
     x = np.ones((columns, WIDTH), jnp.bfloat16 if dtype == "bfloat16" else np.float32)
     cores.multiply(matrices[:1], x)
     found, began = [], time.perf_counter()
-    some = cycle(_batches(matrices, max(1, len(matrices) // max(2, columns // FEW_COLUMNS))))
+    at_once = 1 if columns >= MANY_COLUMNS else len(matrices) // 2
+    some = cycle(_batches(matrices, at_once))
     while len(found) < LEAST or time.perf_counter() - began < ENOUGH_S:
         check()
         now, at = next(some), time.perf_counter()

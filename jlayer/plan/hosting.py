@@ -35,12 +35,19 @@ def seconds_on_host(speeds: HostSpeeds, tiling: Tiling, tiles: Sequence[int], ro
 
 
 def auto_shares(
-    speeds: HostSpeeds, forms: Sequence[str], *, passing: int, resident: int, rows: int
+    speeds: HostSpeeds,
+    forms: Sequence[str],
+    *,
+    passing: int,
+    resident: int,
+    rows: int,
+    n_stages: int,
 ) -> Shares:
     """The shares at which host and link take equally long, for forward passes of `rows` rows.
 
     `passing`: bytes of the tiles that are not on the device; `resident`: of those that are: they
-    are of the rows that are left to the device.
+    are of the rows that are left to the device. `n_stages`: so many times the host waits for its
+    input.
     """
     shares = []
     for form in forms:
@@ -49,10 +56,19 @@ def auto_shares(
         if speeds.link is None:
             shares.append((form, 0.0 if encoding(form).is_plain else 1.0))
             continue
-        host, link = 1 / speeds.seconds_a_byte(form, rows), speeds.link
-        of_passing = host / (host + link)
+        on_host, crossing = passing * speeds.seconds_a_byte(form, rows), passing / speeds.link
+        of_passing = balanced(on_host, crossing, crossing, EXCHANGE_S * n_stages)
         shares.append((form, of_passing * passing / (passing + resident)))
     return tuple((form, share) for form, share in shares if share > 0)
+
+
+def balanced(on_host: float, crossing: float, alone: float, exchange: float) -> float:
+    """The share of some tiles at which host and link take equally long, 0 to 1.
+
+    Seconds: for the host to multiply all of them; for all of them to cross the link; for the link
+    without the host, other tiles included; and of the host's exchanges with the device.
+    """
+    return min(1.0, max(0.0, (alone - exchange) / (on_host + crossing)))
 
 
 def hosted_tiles(
@@ -85,10 +101,9 @@ def hosted_tiles(
         if tier is not Tier.DEVICE
     )
     crossing = sum(tiling.sizes[index] for index in apart) / speeds.link
-    alone = passing / speeds.link
-    share = min(1.0, alone / (on_host + crossing))
-    with_host = max(alone - share * crossing, share * on_host)
-    with_host += EXCHANGE_S * count_stages(tiling, apart)
+    alone, exchange = passing / speeds.link, EXCHANGE_S * count_stages(tiling, apart)
+    share = balanced(on_host, crossing, alone, exchange)
+    with_host = max(alone - share * crossing, share * on_host + exchange)
     if with_host > WORTH * alone:
         return frozenset()
     return frozenset(_some_of_each_stage(tiling, apart, share))
@@ -112,6 +127,13 @@ def count_stages(tiling: Tiling, apart: Sequence[int]) -> int:
         return 0
     pairs = pairwise(apart)
     return 1 + sum(not _follows(tiling, one, other) for one, other in pairs)
+
+
+def all_stages(tiling: Tiling) -> int:
+    """The number of stages of a model, the head's included."""
+    return sum(
+        len(tile.kind.stages) if tile.stage is None else tile.begins_stage for tile in tiling.shapes
+    )
 
 
 def _follows(tiling, index, other):

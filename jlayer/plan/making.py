@@ -41,14 +41,19 @@ def with_host(
         shares = tuple((form, host_share) for form in forms) if host_share > 0 else ()
         return replace(plan_of(shares), always_hosted=bool(shares))
     alone = plan_of(())
-    if speeds is None or not alone.fits:
-        return alone
     resident = alone.tier_bytes(Tier.DEVICE)
     passing = alone.tiling.n_bytes - resident
+    if speeds is None or not alone.fits or not passing:
+        return alone
     shares = hosting.auto_shares(
-        speeds, forms, passing=passing, resident=resident, rows=alone.load.batch
+        speeds,
+        forms,
+        passing=passing,
+        resident=resident,
+        rows=alone.load.batch,
+        n_stages=hosting.all_stages(alone.tiling),
     )
-    both = plan_of(shares) if shares and passing else alone
+    both = plan_of(shares) if shares else alone
     pays = both.fits and both.decode_seconds < hosting.WORTH * alone.decode_seconds
     return both if pays else alone
 
