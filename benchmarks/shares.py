@@ -1,7 +1,7 @@
 """Forward passes whose rows are divided between the host's cores and the device, beside what cores
 and link move when both are kept busy, in one run.
 
-    python benchmarks/shares.py FOLDER --device-memory 1536MiB --shares 0,auto --tokens 1,2,8,16,64
+    python benchmarks/shares.py FOLDER --device-memory 1536MiB --shares auto,0 --tokens 1,2,8,16,64
 
 `--form` names the encoding that the cores' own speed is measured with. The last line is one JSON
 object.
@@ -41,9 +41,11 @@ def matrices(form: str, count: int, width: int = 8192):
     return found
 
 
-def ceilings(form: str, columns: list[int], device) -> dict:
-    """Bytes a second of the cores alone, the link alone, and of both at the same time."""
+def ceilings(form: str, columns: list[int], device, *, n_threads: int, dtype: str) -> dict:
+    """Bytes a second of the cores alone, the link alone, and of both at the same time. `dtype`: of
+    the columns."""
     import jax
+    import jax.numpy as jnp
 
     from jlayer.cores.cores import Cores
     from jlayer.streaming.slots import HostMemory
@@ -75,11 +77,12 @@ def ceilings(form: str, columns: list[int], device) -> dict:
 
     if has_link:
         _, found["link_alone"] = with_link(lambda: time.sleep(MEASURED_S))
-    with Cores() as cores:
+    with Cores(n_threads) as cores:
         found["threads"] = cores.n_threads
 
         def cores_speed(n):
-            x, n_bytes = np.ones((n, some[0].width), np.float32), 0
+            kind, n_bytes = jnp.bfloat16 if dtype == "bfloat16" else np.float32, 0
+            x = np.ones((n, some[0].width), kind)
             cores.multiply(some[:1], x)
             began = time.perf_counter()
             while time.perf_counter() - began < MEASURED_S:
@@ -145,6 +148,7 @@ def main():
     parser.add_argument("--tokens", default="1,2,8,16,64")
     parser.add_argument("--form", help="bfloat16, int4, ...: measure the ceiling with it")
     parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1, help="of all shares in turn")
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
     args = parser.parse_args()
     tokens = [int(n) for n in args.tokens.split(",")]
@@ -152,7 +156,7 @@ def main():
     with common.GpuWatch() as watch, common.AnonymousWatch() as anonymous:
         from jlayer import AutoModel
 
-        for share in args.shares.split(","):
+        for share in args.shares.split(",") * args.rounds:
             began = time.perf_counter()
             with AutoModel.from_pretrained(
                 args.folder,
@@ -163,8 +167,15 @@ def main():
                 keeps_layers=not args.disk,
             ) as model:
                 open_s = time.perf_counter() - began
-                if args.form and "ceiling" not in result:
-                    result["ceiling"] = ceilings(args.form, tokens, model.engine.device)
+                host = model.engine.host
+                if args.form and host and "ceiling" not in result:
+                    result["ceiling"] = ceilings(
+                        args.form,
+                        tokens,
+                        model.engine.device,
+                        n_threads=host.cores.n_threads,
+                        dtype=model.dtype,
+                    )
                 own = {"share": share, "open_s": open_s, "passes": []}
                 own["speeds"] = str(model.plan.machine.host)
                 common.say(f"share {share}: opened in {open_s:.1f} s, {own['speeds']}")
@@ -175,6 +186,8 @@ def main():
                 own["plan"], own["memory"] = model.plan.as_dict(), model.engine.memory()
                 own["compiles"] = len(model.engine.compiles)
                 result["shares"].append(own)
+    result["to_first"] = to_first(result["shares"])
+    common.say(f"seconds to those of the first share, by tokens: {result['to_first']}")
     result["anonymous_peak_bytes"] = anonymous.peak_bytes
     result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
     common.say(
@@ -182,6 +195,20 @@ def main():
         f"{anonymous.peak_bytes >> 20} MiB"
     )
     common.last_line(result)
+
+
+def to_first(shares: list[dict]) -> dict:
+    """Share -> tokens -> the median of its rounds over that of the first share."""
+    seconds: dict = {}
+    for own in shares:
+        for row in own["passes"]:
+            of_share = seconds.setdefault(own["share"], {})
+            of_share.setdefault(row["tokens"], []).append(row["pass_s"]["median"])
+    first = next(iter(seconds.values()))
+    return {
+        share: {n: round(median(found[n]) / median(first[n]), 3) for n in first}
+        for share, found in list(seconds.items())[1:]
+    }
 
 
 def _line(row, result):
