@@ -28,6 +28,7 @@ from jlayer.spec import ALIGNMENT
 from jlayer.streaming.cached import PageCache
 from jlayer.streaming.direct import Reader, aligned_span, is_moved, n_readers
 from jlayer.streaming.place import VIEW_ALIGNMENT, place
+from jlayer.streaming.putting import putter
 from jlayer.streaming.schedule import Free, Put, PutCache, Read, Run, Take, sweeps
 from jlayer.streaming.slots import HostMemory, apart, raw_view, slot_bytes_for, split_room, view
 from jlayer.streaming.watch import Totals, Watch
@@ -82,6 +83,7 @@ class Executor:
         self.tiles = tiles
         self.device = device
         self._has_link = PLATFORMS[platform_of(device.platform)].has_link
+        self._put_on_device = putter(device, has_link=self._has_link)
         self.totals, self._watch = totals, watch
         self._checks, self._checked = checks, set()
         checks.restart()
@@ -365,7 +367,7 @@ class Executor:
             # Without a link the arrays would be views of the slot, which is written again.
             views = {leaf: array.copy() for leaf, array in views.items()}
         self.totals.put_bytes += self.tiles[tile].n_bytes
-        return jax.device_put(views, self.device)
+        return self._put_on_device(views)
 
     def _await_read(self, tile, signals):
         read = self._reads[tile]

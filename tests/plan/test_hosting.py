@@ -81,9 +81,7 @@ def planned(host, *, tokens=1, share=None, budget=1536 * MIB):
 
 
 def test_host_and_link_take_equally_long():
-    found = auto_shares(
-        speeds(100e9), ["bfloat16"], passing=10**9, resident=0, rows=1, n_stages=10
-    )
+    found = auto_shares(speeds(100e9), ["bfloat16"], passing=10**9, resident=0, rows=1, n_stages=10)
     # The host has the rest of the link's time when it has its input.
     share = (1e9 / 50e9 - 10 * EXCHANGE_S) / (1e9 / 50e9 + 1e9 / 100e9)
     assert found == (("bfloat16", pytest.approx(share)),)
