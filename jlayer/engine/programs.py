@@ -10,18 +10,18 @@ stage's input. The programs are made from the family's tables of stages; the inp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
-from jlayer.engine.compiles import backend_compiles
+from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import family_of
-from jlayer.interrupts import deferred
 from jlayer.model.cache import Rows, cache_struct, empty_cache, rows_struct
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, multiply
@@ -87,12 +87,9 @@ class Programs:
         self, cfg: ModelConfig, *, dtype: str, device: jax.Device, watch: Watch | None = None
     ):
         self.cfg, self.dtype, self.device = cfg, dtype, device
-        self._watch = watch or Watch()
-        self.compiles: dict[str, int] = {}
-        self.temporary_bytes = 0  # of the program with the most so far, as XLA reports
+        self._compiler = Compiler(device, watch or Watch())
         self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
         self.flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
-        self._compiled: dict = {}
 
     def calls_at(
         self,
@@ -360,25 +357,23 @@ class Programs:
 
         With two arguments it reuses the memory of the second.
         """
-        if (label, key) not in self._compiled:
-            with deferred(), self._watch.compiling(label):
-                self._compiled[label, key] = self._compile(
-                    label, function, args, consumed=(1,) if reuses and len(args) == 2 else ()
-                )
-        return self._compiled[label, key]
+        return self._compiler.get(label, key, function, args, reuses=reuses)
 
-    def _compile(self, label, function, args, *, consumed):
-        before = backend_compiles()
-        sharding = jax.sharding.SingleDeviceSharding(self.device)
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
-        )
-        jitted = jax.jit(function, donate_argnums=consumed, out_shardings=sharding)
-        program = jitted.lower(*placed).compile()
-        temporary = program.memory_analysis().temp_size_in_bytes
-        self.temporary_bytes = max(self.temporary_bytes, temporary)
-        self.compiles[label] = self.compiles.get(label, 0) + backend_compiles() - before
-        return program
+    @contextmanager
+    def together(self):
+        """Inside the `with` programs that are asked for are only begun to be compiled, several at a
+        time; after it they are there."""
+        with self._compiler.together():
+            yield
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        return self._compiler.compiles
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Of the program with the most so far, as XLA reports."""
+        return self._compiler.temporary_bytes
 
     def _flow(self, tile, size, names):
         """The shapes of values of the flow, by name."""

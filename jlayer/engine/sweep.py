@@ -83,10 +83,11 @@ class Sweeper:
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
         self.most_activation_bytes = 0
-        self._tiles: tuple[Tile, ...] = ()  # the tiles of the next three tables
+        self._tiles: tuple[Tile, ...] = ()  # the tiles of the next four tables
         self._divisions: dict[frozenset[int], Division] = {}
         self._calls: dict[tuple, dict[int, tuple]] = {}  # see `_calls_of`
         self._held: dict[tuple, int] = {}  # shape of a pass -> the most bytes that its chunks hold
+        self._prepared: set[tuple] = set()  # shapes of passes whose programs are there
         self._stage: HostedStage | None = None  # that the host is at
 
     def compile(self, executor: Executor, parts: Sequence[Part]) -> None:
@@ -99,13 +100,18 @@ class Sweeper:
 
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
-        shapes = {(part.size, part.n_wanted) for part in parts}
-        for n_rows in {size.rows for size, _ in shapes}:
-            self._embed_program(n_rows)
-            self._caches.compile(n_rows)
+        shapes = frozenset((part.size, part.n_wanted) for part in parts)
         landing = landing_rows(count_rows(parts))
-        for size, n_wanted in sorted(shapes, key=str):
-            self._calls_of(size, n_wanted, division, landing)
+        key = (shapes, hosted, landing, self._caches.n_rows, self._caches.tier)
+        if key not in self._prepared:
+            with self.programs.together():
+                for n_rows in {size.rows for size, _ in shapes}:
+                    self._embed_program(n_rows)
+                    self._caches.compile(n_rows)
+                for size, n_wanted in sorted(shapes, key=str):
+                    for tile in self._tiles:
+                        self._calls_at(tile, size, n_wanted, division, landing)
+            self._prepared.add(key)
         return division
 
     def run(
@@ -268,6 +274,7 @@ class Sweeper:
         """The division of these tiles; drops all tables if the tiles have changed."""
         if tiles is not self._tiles:
             self._tiles, self._divisions, self._calls, self._held = tiles, {}, {}, {}
+            self._prepared.clear()
         if hosted not in self._divisions:
             self._divisions[hosted] = divided(tiles, hosted)
         return self._divisions[hosted]
@@ -316,16 +323,19 @@ class Sweeper:
     def _make_calls(self, tiles, size, n_wanted, division, landing):
         calls = {}
         for tile in tiles:
-            found = self.programs.calls_at(
-                tile,
-                size,
-                shape=division.shape(tile),
-                wanted=n_wanted,
-                on_host=id(tile) in division.tiles,
-                landing=landing,
-            )
+            found = self._calls_at(tile, size, n_wanted, division, landing)
             calls[id(tile)] = tuple(BoundCall(call, self._leaves_of(tile, call)) for call in found)
         return calls
+
+    def _calls_at(self, tile, size, n_wanted, division, landing):
+        return self.programs.calls_at(
+            tile,
+            size,
+            shape=division.shape(tile),
+            wanted=0 if tile.kind is not None else n_wanted,
+            on_host=id(tile) in division.tiles,
+            landing=landing if division.hosted else 0,
+        )
 
     def _leaves_of(self, tile, call):
         """The leaves that a call at a tile reads uncut."""

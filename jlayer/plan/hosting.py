@@ -14,8 +14,12 @@ from jlayer.encodings.registry import encoding
 from jlayer.plan.machine import CPU_DECODED_WEIGHTS, HostSpeeds
 from jlayer.plan.tiles import Tier, Tiling
 
-# Time of a stage's exchange with the host: its input comes down, its products go up.
-EXCHANGE_S = 300e-6
+# Time of a stage's exchange with the host, in which its cores rest: the program that ends the stage
+# before is called, the input comes down and is packed (an H100, 16 cores).
+EXCHANGE_S = 550e-6
+# Shares are multiples of this: a little more or less of measured speed gives the same tiles, whose
+# programs a later start finds compiled.
+STEP = 1 / 16
 # A share is taken where a forward pass is shorter by this factor.
 WORTH = 0.95
 # (encoding, share of the rows of its matrices)
@@ -58,7 +62,8 @@ def auto_shares(
             continue
         on_host, crossing = passing * speeds.seconds_a_byte(form, rows), passing / speeds.link
         of_passing = balanced(on_host, crossing, crossing, EXCHANGE_S * n_stages)
-        shares.append((form, of_passing * passing / (passing + resident)))
+        share = of_passing * passing / (passing + resident)
+        shares.append((form, STEP * round(share / STEP)))
     return tuple((form, share) for form, share in shares if share > 0)
 
 
