@@ -31,11 +31,16 @@ PATTERN = 0x11  # small numbers in every form, none of them zero or subnormal
 
 
 def host_speeds(
-    cores: Cores, forms: Sequence[str], device: jax.Device, *, dtype: str
+    cores: Cores,
+    forms: Sequence[str],
+    device: jax.Device,
+    *,
+    dtype: str,
+    link_is_busy: bool = True,
 ) -> HostSpeeds:
     """Measures bytes/s of the products, by form and columns, and of the link meanwhile. `dtype`: of
-    the columns."""
-    with _BusyLink(device) as link:
+    the columns. `link_is_busy`: whether it moves bytes all the time; else the cores are alone."""
+    with _BusyLink(device, moves=link_is_busy) as link:
         measured = tuple((form, _by_columns(cores, form, dtype)) for form in forms)
     return HostSpeeds(measured, link.speed)
 
@@ -78,13 +83,13 @@ def _batches(matrices, size):
 
 
 class _BusyLink:
-    """Moves bytes to the device inside the `with`, where there is a link; then `speed` is how
-    fast."""
+    """Moves bytes to the device inside the `with`, where there is a link; then `speed` is how fast.
+    `moves=False`: nothing moves."""
 
-    def __init__(self, device: jax.Device):
+    def __init__(self, device: jax.Device, *, moves: bool):
         self.speed: float | None = None
         self._device = device
-        self._has_link = PLATFORMS[platform_of(device.platform)].has_link
+        self._has_link = moves and PLATFORMS[platform_of(device.platform)].has_link
         self._ends = threading.Event()
 
     def __enter__(self):

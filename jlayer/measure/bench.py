@@ -16,6 +16,7 @@ from jlayer.api import Model
 from jlayer.engine.programs import struct_of
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.interrupts import check
+from jlayer.measure.cores import CoresMeasured, measure_cores
 from jlayer.measure.machine import (
     RawDisk,
     arithmetic_speeds,
@@ -24,7 +25,10 @@ from jlayer.measure.machine import (
     memory_speeds,
     summary,
 )
+from jlayer.measure.together import together
 from jlayer.plan.hosting import seconds_on_host
+from jlayer.plan.machine import HostSpeeds
+from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 
@@ -43,8 +47,9 @@ class Bench:
     """The benchmark of an opened model.
 
     `speeds`: lists of the machine's speeds: "disk", "link", "memory" (bytes/s), "arithmetic"
-    (operations/s). Creating it makes the plan of the longest sweep, which serves all sizes, and
-    measures nothing. Raises DoesNotFitError.
+    (operations/s). `cores`: of the host's cores, where they multiply or could. Creating it makes
+    the plan of the longest sweep, which serves all sizes, and measures nothing. Raises
+    DoesNotFitError.
     """
 
     def __init__(self, model: Model):
@@ -52,22 +57,47 @@ class Bench:
         self.sizes = tuple(n for n in SIZES if n <= engine.context_limit)
         longest = self.sizes[-1]
         context = max(longest, engine.run.context or 0)
-        self.forward = engine.start(RunShape(1, longest, context, sweeps=MOST_ROUNDS * IN_A_ROW))
+        self._shape = RunShape(1, longest, context, sweeps=MOST_ROUNDS * IN_A_ROW)
+        self.forward = engine.start(self._shape)
         self.plan = self.forward.plan
         self.sweep_bytes = self.plan.tiling.n_bytes
         self.disk_bytes = self.plan.tier_bytes(Tier.DISK)
         self.has_link = self.plan.machine.kind.has_link  # a CPU multiplies where weights are
         self.layer_weights, self.sweep_weights = _count_weights(engine.cfg)
         self.speeds: dict[str, list[float]] = {}
+        self.cores: CoresMeasured | None = None
 
     def measure_machine(self):
-        """Measures link, memory and arithmetic, while no weights move or are on the device."""
+        """Measures link, memory, arithmetic and the host's cores, while no weights move or are on
+        the device."""
         self.forward.settle()
         device = self.engine.device
         if self.has_link:
             self.speeds["link"] = link_speeds(device)
         self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.sweep_bytes))
         self.speeds["arithmetic"] = arithmetic_speeds(device, self.engine.dtype)
+        self.cores = measure_cores(self.engine, self.plan)
+
+    @property
+    def host_speeds(self) -> HostSpeeds | None:
+        """The speeds of the host's cores: as measured here, else at opening."""
+        return self.plan.machine.host if self.cores is None else self.cores.beside
+
+    def fits_with(self, host_share: float) -> bool:
+        """Whether the budgets hold these sweeps where the user asks for this share."""
+        engine, forms = self.engine, matrix_forms(self.engine.weights)
+
+        def plan_of(shares):
+            return make_plan(
+                engine.weights,
+                self.plan.machine,
+                self._shape,
+                keeps_layers=engine.run.keeps_layers,
+                draft=None if engine.draft is None else engine.draft.weights,
+                shares=shares,
+            )
+
+        return with_host(plan_of, forms, host_share, None).fits
 
     def measure_blocks(self) -> list[dict]:
         """Times one layer alone, with its weights on the device, for each size."""
@@ -149,9 +179,21 @@ class Bench:
             {
                 "weights": self.sweep_weights,
                 **_row(n, self.sweep_bytes, seconds[n], limits[n]),
+                **self._together(n, seconds[n]),
             }
             for n in sizes
         ]
+
+    def _together(self, n_tokens, seconds):
+        """The least seconds of a sweep whose passing bytes are divided at best between link and
+        cores, and the share of it; nothing where the host does not multiply."""
+        if n_tokens == STREAM or self.engine.host is None:
+            return {}
+        both = together(self.plan, self.host_speeds, n_tokens)
+        if both is None:
+            return {}
+        share = summary([both.least_s / each for each in seconds])
+        return {"together_s": both.least_s, "together_share": share}
 
     def _time_sweeps(self, n_tokens, *, from_disk):
         """Seconds of one sweep. From disk: the mean of some in a row, after one that is not timed.
@@ -199,9 +241,8 @@ class Bench:
         of_host = sum(self.plan.tiling.sizes[index] for index in hosted)
         if self.has_link:
             limits["link"] = (self.plan.put_bytes - of_host) / median(self.speeds["link"])
-        if hosted and self.plan.machine.host is not None:
-            host, tiles = self.plan.machine.host, sorted(hosted)
-            limits["cores"] = seconds_on_host(host, self.plan.tiling, tiles, n_tokens)
+        if hosted and (host := self.host_speeds) is not None:
+            limits["cores"] = seconds_on_host(host, self.plan.tiling, sorted(hosted), n_tokens)
         if n_tokens != STREAM:
             limits |= self._arithmetic(self.sweep_bytes, self.sweep_weights, n_tokens)
         return limits

@@ -1,19 +1,16 @@
-"""The verb `bench`: what it prints in which order, and the sentence at its end."""
+"""The verb `bench`: what it prints in which order."""
 
 import json
-import re
+from dataclasses import replace
 
 import pytest
 
 from jlayer.app.cli import main
-from jlayer.app.verbs.bench import conclude
-from jlayer.config import model_config
+from jlayer.app.verbs.bench import cores_lines, row_line
 from jlayer.measure import bench as measuring
-from jlayer.plan.machine import Machine
-from jlayer.plan.making import make_plan
-from jlayer.plan.shapes import RunShape
-from jlayer.plan.tiles import Weights
-from tests.tiny import TINY
+from jlayer.measure.cores import CoresMeasured
+from jlayer.plan.machine import HostSpeeds
+from jlayer.sizes import human
 
 
 @pytest.fixture
@@ -59,6 +56,88 @@ def test_without_ref_the_bundled_model_streams_from_disk(quick, capsys):
     assert set(found["raw"]) == {"disk", "memory", "arithmetic"}
 
 
+def test_the_cores_are_measured_where_they_multiply(fable, quick, capsys, monkeypatch):
+    for speeds in ("memory_speeds", "arithmetic_speeds"):
+        monkeypatch.setattr(measuring, speeds, lambda *_: [1e12])
+    monkeypatch.setattr(measuring, "SIZES", (1, 4))
+    words = ["bench", str(fable), "--device", "cpu", "--host-share", "0.6"]
+    assert main(words) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    moves = {line.split()[0]: line for line in lines[: lines.index("")]}
+    assert "(measured at opening)" in moves["cores"]
+    of_host = found["plan"]["sweep"]["host_product_bytes"]
+    assert f" {human(of_host)} at " in moves["cores"]
+    assert f" {human(found['plan']['sweep']['bytes'] - of_host)} at " in moves["CPU"]
+    cores = found["cores"]
+    assert (cores["encoding"], cores["threads"] > 0) == ("bfloat16", True)
+    assert [row["tokens"] for row in cores["speeds"]] == [1, 4, 16, 64]
+    assert all(set(row) == {"tokens", "alone_bytes_per_s"} for row in cores["speeds"])  # no link
+    said = [line for line in lines if line.startswith("cores ")]
+    assert [line.split()[1:3] for line in said] == [
+        ["1", "token"],
+        ["4", "tokens"],
+        ["16", "tokens"],
+        ["64", "tokens"],
+    ]
+    assert all(line.endswith("B/s  bfloat16") for line in said)
+    assert all("cores" in row["limits_s"] for row in found["sweeps"])
+    assert not any("together_s" in row for row in found["sweeps"])
+    assert found["advised_host_share"] is None
+
+
+def test_with_a_link_it_says_what_both_move_and_which_share_would_help(
+    fable, quick, capsys, monkeypatch
+):
+    """A link of 100 MB/s and cores of 1 GB/s are made up, and the seconds of a pass."""
+    for found in ("memory_speeds", "arithmetic_speeds", "link_speeds"):
+        monkeypatch.setattr(measuring, found, lambda *_: [1e8])
+    speeds = HostSpeeds((("bfloat16", ((1, 1e9), (64, 1e9))),), 1e8)
+    cores = CoresMeasured("bfloat16", 2, replace(speeds, link=None), speeds)
+    monkeypatch.setattr(measuring, "measure_cores", lambda *_: cores)
+    monkeypatch.setattr(measuring, "SIZES", (1, 4))
+    monkeypatch.setattr(measuring.Bench, "time_in_a_row", lambda *_: 0.06)
+    measure = measuring.Bench.measure_machine
+
+    def with_link(self):
+        self.has_link = True
+        measure(self)
+
+    monkeypatch.setattr(measuring.Bench, "measure_machine", with_link)
+    words = ["--device", "cpu", "--host-share", "0.2", "--from-disk"]
+    assert main(["bench", str(fable), *words]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    (one,) = [line for line in lines if line.startswith("cores             1 token ")]
+    assert one.endswith("bfloat16; 1 GB/s beside the link, which moves 100 MB/s: together 1.1 GB/s")
+    n_bytes = found["plan"]["sweep"]["bytes"]
+    for row in found["sweeps"][1:]:
+        assert row["together_s"] == pytest.approx(n_bytes / 1.1e9)
+    least = f"{n_bytes / 1.1e9 / 0.06:.2f} of cores and link together"
+    assert sum(line.endswith(least) for line in lines) == 2
+    assert found["limit"] == "link"
+    assert found["advised_host_share"] == pytest.approx(0.8, abs=0.05)
+    assert f"--host-share {found['advised_host_share']:g}" in found["conclusion"]
+
+
+def test_a_line_of_the_cores_names_the_link_beside_them():
+    row = {"tokens": 1, "alone_bytes_per_s": 74.6e9, "beside_bytes_per_s": 71.2e9}
+    row |= {"link_bytes_per_s": 48.7e9, "together_bytes_per_s": 119.9e9}
+    assert cores_lines({"encoding": "int4", "threads": 13, "speeds": [row]}) == (
+        "cores             1 token                74.6 GB/s  int4; 71.2 GB/s beside the link, "
+        "which moves 48.7 GB/s: together 120 GB/s"
+    )
+
+
+def test_a_line_names_the_share_of_both():
+    seconds = {"median": 0.07, "min": 0.07, "max": 0.07, "n": 1}
+    share = {"median": 0.9, "min": 0.9, "max": 0.9, "n": 1}
+    row = {"tokens": 2, "seconds": seconds, "share": share, "limit": "cores", "bytes_per_s": 7e10}
+    assert row_line("forward pass", row).endswith("of the cores' speed (0.90 to 0.90, 1 times)")
+    row["together_share"] = share | {"median": 0.92}
+    assert row_line("forward pass", row).endswith("times), 0.92 of cores and link together")
+
+
 @pytest.mark.slow
 def test_a_draft_model_is_measured_too_and_what_is_assumed_says_so(
     fable, quick, capsys, monkeypatch
@@ -78,44 +157,3 @@ def test_a_draft_model_is_measured_too_and_what_is_assumed_says_so(
     guesses = found["assumed_best_rows"] - 1
     assert (f"about {guesses} guesses" if guesses else "no guesses") in said
     assert lines[-1] == json.loads(last)["conclusion"]
-
-
-def found(took, *, block=0.001, bits=16, took_64=None, **limits):
-    """Figures of a model of ten layers."""
-
-    def row(tokens, seconds):
-        return {
-            "tokens": tokens,
-            "bytes": 1000,
-            "weights": 1000 * 8 / bits,
-            "seconds": {"median": seconds, "min": seconds},
-            "limits_s": limits,
-        }
-
-    alone = {"tokens": 1, "bytes": 100, "seconds": {"min": block}}
-    return {"blocks": [alone], "sweeps": [row(1, took), row(64, took_64 or 9 * took)]}
-
-
-@pytest.mark.parametrize(
-    ("figures", "limit", "said"),
-    [
-        (found(2.0, disk=1.9, link=0.5), "disk", r"The disk limits.* 1.9 s of the 2 s of a for"),
-        (found(2.0, disk=1.9, link=0.5), "disk", r"B more host memory \(about 500 ms a for"),
-        (found(2.0, disk=1.9, link=1.8), "disk", r"quantizing the weights to 4 bits \(about 534"),
-        (found(2.0, disk=1.9, link=1.8, bits=4.5), "disk", "more host memory"),
-        (found(2.0, link=1.9), "link", r"The link to the device.*quantizing .*\(about 534 ms"),
-        (found(2.0, link=1.9, bits=4.5), "link", r"more device memory \(about 950 ms"),
-        (found(2.0, took_64=2.02, link=1.9), "link", "64 tokens take only 1.01 times as long"),
-        (found(2.0, block=0.19, disk=1.0), "programs", "faster memory and more cores"),
-        (found(2.0, block=0.19, disk=9.0), "disk", "2 s of the 2 s of a forward"),
-        (found(2.0, disk=1.0, link=0.5), "steps", "so small a model, but its 4 steps a forward"),
-    ],
-)
-def test_the_sentence_names_the_limit_and_the_best_remedy(figures, limit, said):
-    cfg = model_config({"model_type": "llama", "torch_dtype": "bfloat16", **TINY}, where="test")
-    machine = Machine("gpu", 4 << 30, 4 << 30, 0)
-    weights = Weights(cfg, lambda _: "bfloat16", "bfloat16")
-    plan = make_plan(weights, machine, RunShape(), keeps_layers=False)
-    drawn = conclude(figures, plan)
-    assert drawn["limit"] == limit
-    assert re.search(said, drawn["conclusion"]), drawn["conclusion"]

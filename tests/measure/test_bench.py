@@ -5,6 +5,7 @@ import math
 import os
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,10 @@ from jlayer import AutoModel
 from jlayer.checkpoint.safetensors import read_header
 from jlayer.measure import bench as bench_module
 from jlayer.measure.bench import Bench
+from jlayer.measure.cores import CoresMeasured
 from jlayer.measure.machine import RawDisk, card, summary
 from jlayer.plan import making
+from jlayer.plan.machine import HostSpeeds
 from jlayer.plan.tiles import Tier
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
@@ -130,6 +133,47 @@ def test_the_ceiling_is_the_longest_of_what_a_sweep_passes_through(tiny, monkeyp
     )
     assert rows[64]["limit"] == "disk"
     assert set(rows[0]["limits_s"]) == {"disk", "link"}
+    assert not any("together_s" in row for row in rows.values())  # no cores multiply
+
+
+@pytest.mark.parametrize("share", [0, 0.6, 1])
+def test_a_sweep_is_compared_with_cores_and_link_together(tiny, monkeypatch, quick, share):
+    """With a link that is made up: all that passes, over both speeds."""
+    now = 0.0
+    monkeypatch.setattr(bench_module, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def sweep(n_tokens):
+        nonlocal now
+        now += 2.0
+
+    with AutoModel.from_pretrained(tiny, device="cpu", dtype="float32", host_share=share) as model:
+        bench = Bench(model)
+        speeds = HostSpeeds((("float32", ((1, 3e3), (64, 1e3))),), 2e3)
+        bench.cores = CoresMeasured("float32", 2, speeds, speeds)
+        bench.speeds |= SPEEDS | {"link": [1e9]}
+        bench.has_link = True
+        bench.sweep = sweep
+        rows = {row["tokens"]: row for row in bench.measure_sweeps()}
+        n_bytes = bench.plan.put_bytes
+    hosted = bench.plan.host_product_bytes
+    if not share:  # they were measured to advise a share
+        assert not any("together_s" in row or "cores" in row["limits_s"] for row in rows.values())
+        return
+    assert "together_s" not in rows[0]  # nothing is multiplied
+    for n_tokens, speed in ((1, 5e3), (64, 3e3), (512, 2125)):
+        least = n_bytes / speed
+        assert rows[n_tokens]["together_s"] == pytest.approx(least)
+        assert rows[n_tokens]["together_share"]["median"] == pytest.approx(least / 2)
+    assert rows[1]["limits_s"]["cores"] == pytest.approx(hosted / 3e3)  # as it was measured here
+
+
+def test_the_share_that_is_advised_can_be_had(tiny):
+    with AutoModel.from_pretrained(tiny, device="cpu") as model:
+        bench = Bench(model)
+        assert bench.fits_with(0.5)
+        small = replace(bench.plan.machine, host_budget=1 << 20)
+        bench.plan = replace(bench.plan, machine=small)
+        assert not bench.fits_with(0.5)
 
 
 @pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])

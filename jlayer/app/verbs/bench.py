@@ -1,9 +1,10 @@
 """Measure a model on this machine: each stage alone against its limit, then whole forward passes.
 
 The predicted limit of a forward pass is printed before anything is measured. Then: the disk and the
-link alone, one layer alone at 1, 64 and 512 tokens, and whole forward passes. The disk is measured
-again between the passes, so that a disk whose speed drifts does not falsify the shares. Without
-MODEL the bundled model is streamed from disk.
+link alone, the host's cores alone and beside the link where they multiply, one layer alone at 1, 64
+and 512 tokens, and whole forward passes. The disk is measured again between the passes, so that a
+disk whose speed drifts does not falsify the shares. Without MODEL the bundled model is streamed
+from disk.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from jlayer.app import options, progress
 from jlayer.app import picture as timeline
 from jlayer.app.bundled import BUNDLED, converted_bundled
 from jlayer.app.inputs import name_of
+from jlayer.app.remedies import Helpers, conclude
 from jlayer.app.running import opened, write_text
 from jlayer.app.streams import is_terminal, takes_utf8, tell
 from jlayer.app.words import time_words
 from jlayer.interrupts import check
+from jlayer.plan.hosting import seconds_on_host
 from jlayer.plan.machine import DEFAULT_DISK
 from jlayer.sizes import human, parse_bytes
 from jlayer.streaming.schedule import Tier
 
-QUANTIZED_BITS = 4.5  # a weight in the smallest format, with its scales
-# Where the longest part is below this share of a sweep, the overhead of the steps is the limit.
-EXPLAINS = 0.6
 OF = {
     "disk": "of the raw disk",
     "link": "of the raw link",
@@ -35,7 +35,6 @@ OF = {
     "arithmetic": "of raw arithmetic",
     "cores": "of the cores' speed",
 }
-MOVING = ("disk", "link", "cores")  # what takes as long as there are bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +107,9 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     for name, speeds in found["raw"].items():
         say(raw_line(name, speeds))
+    if bench.cores is not None:
+        found["cores"] = bench.cores.as_dict()
+        say(cores_lines(found["cores"]))
     for row in found["blocks"]:
         say(row_line("one layer alone", row))
     found["first_sweep_s"] = bench.first_sweep()
@@ -124,7 +126,7 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     for row in found["sweeps"]:
         say(row_line("forward pass" if row["tokens"] else "weights alone", row))
     found["memory"] = model.engine.memory()
-    found |= conclude(found, model.plan)
+    found |= conclude(found, model.plan, _helpers(bench))
     with timeline.recorded(model, picture, name):
         for _ in range(3 if picture else 0):  # the first has tiles that were read ahead
             bench.sweep(1)
@@ -134,6 +136,19 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
         say(draft_lines(found["draft"]))
     say(f"\n{found['conclusion']}")
     return found
+
+
+def _helpers(bench):
+    """What the closing sentence may say of the host's cores."""
+    from jlayer.cores.native import INSTALL, missing
+
+    why = missing() if bench.has_link else None
+    return Helpers(
+        speeds=bench.host_speeds,
+        asked=bench.engine.run.host_share,
+        fits=bench.fits_with,
+        install=why if why and INSTALL in why else None,
+    )
 
 
 def opening_line(found: dict, *, read_bytes: int) -> str:
@@ -215,17 +230,23 @@ def ceiling_lines(model) -> str:
 
 
 def _expected(plan):
-    """(what, bytes of a sweep, bytes a second, source of that speed) of disk, CPU and link."""
+    """(what, bytes of a sweep, bytes a second, source of that speed) of disk, link or CPU, and
+    cores."""
     machine, disk_bytes = plan.machine, plan.tier_bytes(Tier.DISK)
     if disk_bytes:
         how = "(typical)" if machine.disk_speed == DEFAULT_DISK else "(measured at opening)"
         yield "disk", disk_bytes, machine.disk_speed, how
+    of_host = plan.host_product_bytes
     if not machine.kind.has_link:
-        n_bytes = sum(tile.n_bytes for tile in plan.tiles)
+        n_bytes = plan.tiling.n_bytes - of_host
         yield "CPU", n_bytes, machine.bytes_per_s, "(typical of one token)"
     else:
         how = "(measured at opening)" if machine.link_speed else "(typical)"
-        yield "link", plan.put_bytes, machine.bytes_per_s, how
+        yield "link", plan.put_bytes - of_host, machine.bytes_per_s, how
+    if of_host and machine.host is not None:
+        tiles = sorted(plan.hosted(plan.load.batch))
+        speed = of_host / seconds_on_host(machine.host, plan.tiling, tiles, plan.load.batch)
+        yield "cores", of_host, speed, "(measured at opening)"
 
 
 def raw_line(name: str, speeds: dict) -> str:
@@ -236,92 +257,36 @@ def raw_line(name: str, speeds: dict) -> str:
     return f"{names.get(name, 'raw arithmetic'):<18}{'':20}{form(speeds['median']):>12}  {spread}"
 
 
+def cores_lines(cores: dict) -> str:
+    """The cores' speed by tokens: alone, and with the link's where there is one."""
+    lines = []
+    for row in cores["speeds"]:
+        tokens, alone = _tokens(row["tokens"]), rate(row["alone_bytes_per_s"])
+        line = f"{'cores':<18}{tokens:<20}{alone:>12}  {cores['encoding']}"
+        if "link_bytes_per_s" in row:
+            beside, link = rate(row["beside_bytes_per_s"]), rate(row["link_bytes_per_s"])
+            line += f"; {beside} beside the link, which moves {link}: "
+            line += f"together {rate(row['together_bytes_per_s'])}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _tokens(count):
+    return f"{count} token{'s' * (count != 1)}"
+
+
 def row_line(title: str, row: dict) -> str:
     """A measured time and its share of the limit."""
-    tokens = f"{row['tokens']} token{'s' * (row['tokens'] != 1)}" if row["tokens"] else ""
+    tokens = _tokens(row["tokens"]) if row["tokens"] else ""
     share, limit = row["share"], OF[row["limit"]]
-    return (
+    line = (
         f"{title:<18}{tokens:<10}{time_words(row['seconds']['median']):>10}"
         f"{rate(row['bytes_per_s']):>12}  {share['median']:.2f} {limit} "
         f"({share['min']:.2f} to {share['max']:.2f}, {share['n']} times)"
     )
-
-
-def conclude(found: dict, plan) -> dict:
-    """What limits a sweep of one token, and what would help most, in one sentence.
-
-    The time of a sweep after each remedy is computed from the same parts.
-    """
-    rows = {row["tokens"]: row for row in found["sweeps"]}
-    row, alone = rows[1], found["blocks"][0]
-    took = row["seconds"]["median"]
-    parts = {name: row["limits_s"][name] for name in MOVING if name in row["limits_s"]}
-    # The shortest of several: other work on the machine only makes it longer.
-    n_bytes = row["bytes"] - plan.host_product_bytes  # what the host multiplies is not the device's
-    parts["programs"] = alone["seconds"]["min"] * n_bytes / alone["bytes"]
-    parts = {name: min(part, took) for name, part in parts.items()}
-    limit = max(parts, key=parts.get)
-    if parts[limit] < EXPLAINS * took:
-        limit = "steps"
-    remedies = {} if limit == "steps" else remedies_for(parts, row, plan)
-    many = rows[64]["seconds"]["median"] / took if 64 in rows else None
-    return {
-        "limit": limit,
-        "parts_s": parts,
-        "remedies_s": remedies,
-        "conclusion": sentence(limit, parts, took, remedies, n_tiles=plan.n_tiles, many=many),
-    }
-
-
-def remedies_for(parts: dict, row: dict, plan) -> dict:
-    """Remedy -> the least seconds of a sweep after it; the best first."""
-
-    def after(**changed):
-        return max((parts | changed).values())
-
-    faster = {name: parts[name] / 2 for name in ("programs", "cores") if name in parts}
-    found = {"faster memory and more cores": after(**faster)}
-    weight_bits = 8 * row["bytes"] / row["weights"]
-    if "disk" in parts:
-        more = human(plan.tier_bytes(Tier.DISK))
-        found[f"{more} more host memory"] = after(disk=0)
-        found["a disk twice as fast"] = after(disk=parts["disk"] / 2)
-    if "link" in parts:
-        more = human(plan.put_bytes // 2)
-        found[f"{more} more device memory"] = after(link=parts["link"] / 2)
-    if weight_bits > 2 * QUANTIZED_BITS:
-        smaller = QUANTIZED_BITS / weight_bits
-        fewer = {name: parts[name] * smaller for name in MOVING if name in parts}
-        found["quantizing the weights to 4 bits"] = after(**fewer)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def sentence(limit, parts, took, remedies, *, n_tiles, many) -> str:
-    """`many`: the time of a sweep of 64 tokens over that of one token; None where not measured."""
-    if limit == "steps":
-        return (
-            "Neither disk, link nor arithmetic limits this machine with so small a model, but its "
-            f"{n_tiles} steps a forward pass, {time_words(took / n_tiles)} each; what would "
-            "help most is a larger model, or more tokens a forward pass."
-        )
-    names = {
-        "disk": "The disk",
-        "link": "The link to the device",
-        "cores": "The host's cores, which multiply where the weights lie,",
-        "programs": "The arithmetic",
-    }
-    best, then = next(iter(remedies.items()))
-    more = (
-        f"; and 64 tokens take only {many:.2f} times as long as one, so that several prompts at a "
-        "time are nearly free"
-        if many is not None and many < 1.2
-        else ""
-    )
-    return (
-        f"{names[limit]} limits this machine, {time_words(parts[limit])} of the "
-        f"{time_words(took)} of a forward pass; what would help most is {best} (about "
-        f"{time_words(then)} a forward pass){more}."
-    )
+    if "together_share" in row:
+        line += f", {row['together_share']['median']:.2f} of cores and link together"
+    return line
 
 
 def rate(value: float) -> str:
