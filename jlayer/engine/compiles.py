@@ -43,8 +43,8 @@ def _compiled_here():
 class Compiler:
     """Compiled programs for one device, by label and key.
 
-    `at_a_time`: how many are compiled at a time. `compiles`: how many by label. `temporary_bytes`: of the program with the most so far, as XLA
-    reports.
+    `at_a_time`: how many are compiled at a time. `compiles`: how many were, by label.
+    `temporary_bytes`: of the program with the most so far, as XLA reports.
     """
 
     def __init__(self, device: jax.Device, watch: Watch, *, at_a_time: int | None = None):
