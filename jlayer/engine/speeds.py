@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 from statistics import median
 
 import jax
@@ -19,7 +19,7 @@ from jlayer.plan.machine import PLATFORMS, HostSpeeds, platform_of
 from jlayer.streaming.slots import HostMemory
 
 COLUMNS = (1, 4, 16, 64)
-ENOUGH_S, LEAST = 0.03, 3  # of measuring one number of columns
+ENOUGH_S, LEAST = 0.03, 5  # of measuring one number of columns
 # Of few columns half of the matrices are multiplied at once, as many bytes as a stage may have; of
 # so many, one.
 MANY_COLUMNS = 64
@@ -48,7 +48,16 @@ def host_speeds(
 def _by_columns(cores, form, dtype):
     memory = HostMemory(1, 0, pin=False)  # as weights lie, in large pages
     matrices = [_matrix(form, memory.room(n, MATRIX_BYTES)) for n in range(MATRICES)]
-    return tuple((columns, _speed(cores, matrices, columns, dtype)) for columns in COLUMNS)
+    return no_slower_than_more(
+        [(columns, _speed(cores, matrices, columns, dtype)) for columns in COLUMNS]
+    )
+
+
+def no_slower_than_more(speeds: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """(columns, bytes/s), from few to many, where few are no slower than more: they could be
+    multiplied as those are, so something else was in the way of what was measured."""
+    best = list(accumulate((speed for _, speed in reversed(speeds)), max))[::-1]
+    return tuple((columns, speed) for (columns, _), speed in zip(speeds, best, strict=True))
 
 
 def _matrix(form, room):

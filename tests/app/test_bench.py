@@ -8,6 +8,7 @@ import pytest
 from jlayer.app.cli import main
 from jlayer.app.verbs.bench import cores_lines, row_line
 from jlayer.measure import bench as measuring
+from jlayer.measure import together
 from jlayer.measure.cores import CoresMeasured
 from jlayer.plan.machine import HostSpeeds
 from jlayer.sizes import human
@@ -89,7 +90,8 @@ def test_the_cores_are_measured_where_they_multiply(fable, quick, capsys, monkey
 def test_with_a_link_it_says_what_both_move_and_which_share_would_help(
     fable, quick, capsys, monkeypatch
 ):
-    """A link of 100 MB/s and cores of 1 GB/s are made up, and the seconds of a pass."""
+    """A link of 100 MB/s and cores of 1 GB/s are made up, exchanges, and the seconds of a pass."""
+    monkeypatch.setattr(together, "EXCHANGE_S", 300e-6)
     for found in ("memory_speeds", "arithmetic_speeds", "link_speeds"):
         monkeypatch.setattr(measuring, found, lambda *_: [1e8])
     speeds = HostSpeeds((("bfloat16", ((1, 1e9), (64, 1e9))),), 1e8)

@@ -9,6 +9,7 @@ import pytest
 from jlayer.app.remedies import Helpers, conclude
 from jlayer.config import model_config
 from jlayer.cores.native import INSTALL
+from jlayer.measure import together as measuring
 from jlayer.measure.together import together
 from jlayer.plan.machine import HostSpeeds, Machine
 from jlayer.plan.making import make_plan, matrix_forms, with_host
@@ -16,6 +17,12 @@ from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier, Weights
 from tests.plan.models import LLAMA_70B, machine, weights_of
 from tests.tiny import TINY
+
+
+@pytest.fixture(autouse=True)
+def exchange(monkeypatch):
+    """The seconds here are worked out with exchanges of 0.3 ms."""
+    monkeypatch.setattr(measuring, "EXCHANGE_S", 300e-6)
 
 
 def found(took, *, block=0.001, bits=16, took_64=None, **limits):

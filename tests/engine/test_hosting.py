@@ -10,6 +10,7 @@ from jlayer import AutoModel, generate
 from jlayer.convert import convert_checkpoint
 from jlayer.cores.cores import Cores
 from jlayer.engine import engine
+from jlayer.engine.speeds import no_slower_than_more
 from jlayer.errors import CheckpointError
 from jlayer.plan import hosting, making, time
 from jlayer.plan.tiles import Tier
@@ -223,3 +224,9 @@ def test_what_moves_to_another_tier_is_let_go(int4):
         assert rooms < plan.tiling.n_bytes
         assert np.array_equal(model.logits(IDS), expected)
         assert model.engine.totals.read_bytes > held
+
+
+def test_few_columns_are_no_slower_than_more():
+    """A product of few that was disturbed does not leave all rows to the device."""
+    measured = [(1, 10.0), (4, 50.0), (16, 58.0), (64, 14.0)]
+    assert no_slower_than_more(measured) == ((1, 58.0), (4, 58.0), (16, 58.0), (64, 14.0))
