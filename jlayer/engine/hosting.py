@@ -93,6 +93,7 @@ class Host:
 
     def close(self) -> None:
         self.leave()
+        self.forget()
         self.cores.close()
         self._landings.close()
 

@@ -230,3 +230,11 @@ def test_few_columns_are_no_slower_than_more():
     """A product of few that was disturbed does not leave all rows to the device."""
     measured = [(1, 10.0), (4, 50.0), (16, 58.0), (64, 14.0)]
     assert no_slower_than_more(measured) == ((1, 58.0), (4, 58.0), (16, 58.0), (64, 14.0))
+
+
+def test_a_closed_model_lets_go_of_its_weights(int4):
+    """The lists of jobs would keep them alive as long as somebody has the model."""
+    with opened(int4, 0.6, dtype="float32") as model:
+        model.logits(IDS)
+        assert model.engine.host.n_kept > 0
+    assert model.engine.host.n_kept == 0
