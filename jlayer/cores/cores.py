@@ -98,57 +98,71 @@ class Cores:
         """
         n_columns = x.shape[0]
         results = _results([m.n_rows for m in matrices], padded_columns(n_columns))
-        self.begin(self.jobs(matrices, n_columns, x.dtype), x, results).finish()
+        self.begin(self.jobs(matrices, results, n_columns, x.dtype), x).finish()
         return [y[:n_columns] for y in results]
 
-    def jobs(self, matrices: Sequence[Matrix], n_columns: int, dtype=np.float32) -> Jobs:
-        """What the products of these matrices with so many columns of a dtype need to know: it can
-        be used again and again."""
+    def jobs(
+        self,
+        matrices: Sequence[Matrix],
+        results: Sequence[np.ndarray],
+        n_columns: int,
+        dtype=np.float32,
+    ) -> Jobs:
+        """What the products of these matrices with C = `n_columns` columns of a dtype need to know:
+        it can be used again and again.
+
+        `results`: float32 [`padded_columns` of C, rows] of each matrix, whose rows are contiguous:
+        there the products are written; what is beyond C may be overwritten.
+        """
         assert len({matrix.width for matrix in matrices}) <= 1, "they have one input"
-        for matrix in matrices:
+        for matrix, y in zip(matrices, results, strict=True):
             _check(matrix)
+            assert y.shape == (padded_columns(n_columns), matrix.n_rows), y.shape
         native = [self.is_native and kernels.is_native(m.form, m.width) for m in matrices]
         shared = [m for m, is_native in zip(matrices, native, strict=True) if is_native]
         is_wide = tuple(self._is_wide(matrix, n_columns, dtype) for matrix in shared)
-        table, n_blocks = self._table(shared, is_wide, n_columns) if n_columns else (None, 0)
+        ys = [y for y, is_native in zip(results, native, strict=True) if is_native]
+        table, n_blocks = None, 0
+        if n_columns and shared:
+            table, n_blocks = self._table(shared, is_wide, n_columns)
+            table[:, _FIELD["y"]] = [address(y) for y in ys]
+            table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
         work = sum(m.n_bytes for m in shared) * max(1, n_columns // 4)
         is_short = work < WORTH_WAKING
-        return Jobs(tuple(matrices), tuple(native), is_wide, n_columns, table, n_blocks, is_short)
+        others = tuple(
+            (matrix, y)
+            for matrix, y, is_native in zip(matrices, results, native, strict=True)
+            if not is_native
+        )
+        width = matrices[0].width if matrices else 0
+        kept, wide_ones = (tuple(matrices), tuple(results)), np.array(is_wide, bool)
+        return Jobs(n_columns, width, table, n_blocks, is_short, wide_ones, others, kept)
 
-    def begin(self, jobs: Jobs, x: np.ndarray, results: Sequence[np.ndarray]) -> Product:
-        """Begins to multiply, in other threads: x float32 or bfloat16 [C, in], of the dtype of the
-        jobs -> `results`, float32 [`padded_columns` of C, rows] of each matrix, whose rows are
-        contiguous; what is beyond C may be overwritten. All is there once the product's `finish`
-        returns, which must be called; until then no other product begins. Raises UsageError after
-        `close`.
+    def begin(self, jobs: Jobs, x: np.ndarray) -> Product:
+        """Begins to multiply, in other threads: x float32 or bfloat16 [C, in], of the number and
+        the dtype of the jobs. All is written once the product's `finish` returns, which must be
+        called; until then no other product begins. Raises UsageError after `close`.
         """
         assert x.dtype in (np.float32, ml_dtypes.bfloat16), x.dtype
-        assert x.shape[0] == jobs.n_columns, (x.shape, jobs.n_columns)
+        assert x.shape == (jobs.n_columns, jobs.width), (x.shape, jobs.n_columns, jobs.width)
         if self._pid != os.getpid():
             self._begin()
         self._refuse_closed()
-        for matrix, is_native, y in zip(jobs.matrices, jobs.native, results, strict=True):
-            assert x.shape[1] == matrix.width, (x.shape, matrix.width)
-            assert y.shape == (padded_columns(jobs.n_columns), matrix.n_rows), y.shape
-            if not is_native:
-                y[: jobs.n_columns] = decode.product(
-                    x.astype(np.float32), matrix.form, matrix.pieces, matrix.width
-                )
-        ys = [y for y, is_native in zip(results, jobs.native, strict=True) if is_native]
-        if not ys or not jobs.n_columns:
+        for matrix, y in jobs.others:
+            x32 = x.astype(np.float32)
+            y[: jobs.n_columns] = decode.product(x32, matrix.form, matrix.pieces, matrix.width)
+        if jobs.table is None:
             return Product()
         self._lock.acquire()
         try:
             self._refuse_closed()
             table = jobs.table.copy()
-            self._place_columns(table, np.array(jobs.is_wide), x)
-            table[:, _FIELD["y"]] = [address(y) for y in ys]
-            table[:, _FIELD["y_stride"]] = [y.strides[0] for y in ys]
+            self._place_columns(table, jobs.is_wide, x)
             self._crew.begin(table, jobs.n_blocks, is_short=jobs.is_short)
         except BaseException:
             self._lock.release()
             raise
-        return Product(self._crew, self._lock, (table, jobs, results))
+        return Product(self._crew, self._lock, (table, jobs))
 
     def _place_columns(self, table, is_wide, x):
         """Writes into the list of jobs where the columns are, as the kernels of each take them.
@@ -246,15 +260,21 @@ def padded_columns(n_columns: int) -> int:
 
 @dataclass(frozen=True)
 class Jobs:
-    """See `Cores.jobs`. It keeps the matrices alive."""
+    """See `Cores.jobs`.
 
-    matrices: tuple[Matrix, ...]
-    native: tuple[bool, ...]
-    is_wide: tuple[bool, ...]  # of those that are native
+    `table`: the list of jobs of the matrices that have a kernel, None without one; `is_wide`: which
+    of them multiply many columns at a time. `others`: (matrix, its result) without a kernel.
+    `kept`: what the table points into.
+    """
+
     n_columns: int
+    width: int
     table: np.ndarray | None
     n_blocks: int
     is_short: bool
+    is_wide: np.ndarray
+    others: tuple[tuple[Matrix, np.ndarray], ...]
+    kept: tuple
 
 
 class Product:

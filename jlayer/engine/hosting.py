@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import jax
 import ml_dtypes
@@ -43,7 +44,7 @@ class Host:
 
     def __init__(self, cores: Cores, device: jax.Device):
         self.cores, self._landings = cores, Landings(device)
-        self._jobs: dict[tuple, tuple] = {}  # (dtype, columns, ids of views) -> (jobs, tiles)
+        self._jobs: dict[tuple, tuple] = {}  # see `jobs_of`
         self._running: HostedStage | None = None
 
     def begin(self, stage: Stage, xs, real, heights: Mapping[str, int]) -> HostedStage:
@@ -58,17 +59,18 @@ class Host:
     def landing(self, stage: Stage, n_rows: int, width: int) -> Landing:
         return self._landings.of(stage.name, n_rows, width)
 
-    def jobs_of(self, tiles: Sequence[HostedTile], x: np.ndarray) -> Jobs:
-        """The list of jobs for some tiles and columns like `x`; if they stay where they are, it is
-        kept for the next pass."""
-        key = (x.dtype, len(x), *(id(tile.views) for tile in tiles))
+    def jobs_of(self, tiles: Sequence[HostedTile], x: np.ndarray, landing, places) -> Jobs:
+        """The list of jobs for some tiles and columns like `x`, whose products belong to `places()`
+        in a landing; if the tiles stay where they are, it is kept for the next pass."""
+        key = (x.dtype, len(x), id(landing), *[id(tile.views) for tile in tiles])
         if key in self._jobs:
             return self._jobs[key][0]
         lists = [matrices_of(tile.tile, tile.views) for tile in tiles]
         matrices = [matrix for found in lists for matrix in found.values()]
-        jobs = self.cores.jobs(matrices, len(x), x.dtype)
+        jobs = self.cores.jobs(matrices, places(), len(x), x.dtype)
         if all(tile.is_kept for tile in tiles):
-            self._jobs[key] = jobs, tuple(tiles)  # the ids are those of living arrays
+            # The ids are those of living objects.
+            self._jobs[key] = jobs, landing, tuple(tiles)
         return jobs
 
     @property
@@ -120,7 +122,7 @@ class HostedStage:
         self._host, self._xs, self._real = host, xs, real
         self.n_columns = sum(map(len, real))
         self._landing = host.landing(stage, landing_rows(self.n_columns), sum(heights.values()))
-        firsts = np.cumsum([0, *heights.values()]).tolist()
+        firsts = accumulate(heights.values(), initial=0)
         self._firsts = dict(zip(heights, firsts, strict=False))
         self._x: np.ndarray | None = None
         self._waiting: list[HostedTile] = []  # not begun yet
@@ -141,10 +143,8 @@ class HostedStage:
         self._begun, self._waiting = self._waiting, []
         if self.n_columns:
             x = self._input()
-            jobs = self._host.jobs_of(self._begun, x)
-            n_rows = padded_columns(self.n_columns)
-            results = [p for t in self._begun for p in self._places(t.tile, n_rows).values()]
-            self._product = self._host.cores.begin(jobs, x, results)
+            jobs = self._host.jobs_of(self._begun, x, self._landing, self._all_places)
+            self._product = self._host.cores.begin(jobs, x)
 
     def settle(self) -> None:
         """Begins what was not begun, and waits until all products are written."""
@@ -173,10 +173,17 @@ class HostedStage:
         self._product.finish()
         self._product = None
         for one in self._begun:
-            for name, place in self._places(one.tile).items():
-                if (bias := one.views.get(bias_name(name))) is not None:
-                    place += bias.astype(np.float32)
+            biases = {name: one.views.get(bias_name(name)) for name in one.tile.heights}
+            if any(bias is not None for bias in biases.values()):
+                for name, place in self._places(one.tile).items():
+                    if biases[name] is not None:
+                        place += biases[name].astype(np.float32)
         self._begun = []
+
+    def _all_places(self):
+        """Where the products of what was begun are written, padding included."""
+        n_rows = padded_columns(self.n_columns)
+        return [p for one in self._begun for p in self._places(one.tile, n_rows).values()]
 
     def _places(self, tile, n_rows=None):
         """Matrix -> where the products of the tile's rows are written, [C, rows]."""

@@ -8,7 +8,7 @@ import pytest
 
 from jlayer.cores import cores as module
 from jlayer.cores import wide
-from jlayer.cores.cores import Cores
+from jlayer.cores.cores import Cores, padded_columns
 from jlayer.cores.jobs import aligned
 from jlayer.cores.native import Compiler, missing
 from jlayer.cores.packing import packed_shape
@@ -44,6 +44,12 @@ def any_columns(monkeypatch):
     monkeypatch.setattr(module, "WIDE_ANYWAY", 1)
 
 
+def is_wide(cores, matrices, x):
+    """Which of the matrices are multiplied by all columns at a time."""
+    results = [np.empty((padded_columns(len(x)), one.n_rows), np.float32) for one in matrices]
+    return cores.jobs(matrices, results, len(x), x.dtype).is_wide.tolist()
+
+
 def columns(n_columns, width):
     return inputs(n_columns, width).astype(BFLOAT16)
 
@@ -54,7 +60,7 @@ def columns(n_columns, width):
 def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_columns):
     for rows, width in SHAPES:
         some, x = matrix(form, rows, width, offset=3), columns(n_columns, width)
-        assert cores.jobs([some], n_columns, x.dtype).is_wide == (True,)
+        assert is_wide(cores, [some], x) == [True]
         (y,) = cores.multiply([some], x)
         assert_is_product(y, x, some, rounded=True)
 
@@ -78,10 +84,10 @@ def test_matrices_of_many_kinds_in_one_product(cores, any_columns):
         for number, (form, rows) in enumerate([("int4", 70), ("float16", 70), ("int8", 3)] * 2)
     ]
     x = columns(18, 192)
-    jobs = cores.jobs(some, 18, x.dtype)
-    assert jobs.is_wide == (True, False, False) * 2
-    for y, one, is_wide in zip(cores.multiply(some, x), some, jobs.is_wide, strict=True):
-        assert_is_product(y, x, one, rounded=is_wide)
+    kinds = is_wide(cores, some, x)
+    assert kinds == [True, False, False] * 2
+    for y, one, kind in zip(cores.multiply(some, x), some, kinds, strict=True):
+        assert_is_product(y, x, one, rounded=kind)
 
 
 @needs_wide
@@ -89,7 +95,7 @@ def test_results_beside_are_left_alone(cores, any_columns):
     """Rows before and after, and columns beyond."""
     some, x = matrix("int8", 45, 96), columns(17, 96)
     memory = np.full((19, 80), 7, np.float32)
-    cores.begin(cores.jobs([some], 17, x.dtype), x, [memory[:17, 20:65]]).finish()
+    cores.begin(cores.jobs([some], [memory[:17, 20:65]], 17, x.dtype), x).finish()
     assert_is_product(memory[:17, 20:65], x, some, rounded=True)
     memory[:17, 20:65] = 7
     assert (memory == 7).all()
@@ -99,9 +105,9 @@ def test_results_beside_are_left_alone(cores, any_columns):
 def test_few_columns_and_columns_in_float32_take_the_other_kernels(cores):
     some = matrix("int8", 64, 96)
     for x in (columns(2, 96), inputs(33, 96)):
-        assert cores.jobs([some], len(x), x.dtype).is_wide == (False,)
+        assert is_wide(cores, [some], x) == [False]
         assert_is_product(cores.multiply([some], x)[0], x, some)
-    assert cores.jobs([some], 33, BFLOAT16).is_wide == (True,)
+    assert is_wide(cores, [some], columns(33, 96)) == [True]
 
 
 def test_shapes_with_a_kernel():

@@ -195,11 +195,8 @@ def test_values_that_are_not_finite_are_found_on_the_host_too(int4, monkeypatch)
     """The first layer is named, though the host multiplied its rows."""
     begin = Cores.begin
 
-    def spoilt(self, jobs, x, results):
-        product = begin(self, jobs, x, results)
-        product.finish()
-        results[0][:] = np.nan
-        return product
+    def spoilt(self, jobs, x):
+        return begin(self, jobs, np.full_like(x, np.nan))
 
     with opened(int4, 1, dtype="float32") as model:
         monkeypatch.setattr(Cores, "begin", spoilt)
