@@ -172,6 +172,7 @@ def test_on_a_cpu_the_host_has_the_device_s_sum_in_it_as_the_page_says(capsys):
     assert "On a CPU, that of `host` has the sum of `device` in it, without its slots" in row
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_another(mine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # for what they read and write
     for bound in ("LEAST_ROUNDS", "MOST_ROUNDS"):

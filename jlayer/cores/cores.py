@@ -134,7 +134,7 @@ class Cores:
             for matrix, y, is_native in zip(matrices, results, native, strict=True)
             if not is_native
         )
-        width = matrices[0].width if matrices else 0
+        width = matrices[0].width if matrices else None
         kept, wide_ones = (tuple(matrices), tuple(results)), np.array(is_wide, bool)
         return Jobs(n_columns, width, table, n_blocks, is_short, wide_ones, others, kept)
 
@@ -144,7 +144,7 @@ class Cores:
         called; until then no other product begins. Raises UsageError after `close`.
         """
         assert x.dtype in (np.float32, ml_dtypes.bfloat16), x.dtype
-        assert x.shape == (jobs.n_columns, jobs.width), (x.shape, jobs.n_columns, jobs.width)
+        assert x.shape == (jobs.n_columns, jobs.width or x.shape[1]), (x.shape, jobs)
         if self._pid != os.getpid():
             self._begin()
         self._refuse_closed()
@@ -268,7 +268,7 @@ class Jobs:
     """
 
     n_columns: int
-    width: int
+    width: int | None  # without a matrix any
     table: np.ndarray | None
     n_blocks: int
     is_short: bool

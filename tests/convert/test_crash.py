@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.convert_torture import CAMPAIGNS
 from tests.conftest import REPOSITORY
 
 
+@pytest.mark.slow
 def test_every_conversion_that_is_disturbed_ends_as_one_that_is_not(tmp_path):
     home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path  # in memory: syncs cost time
     script = REPOSITORY / "benchmarks" / "convert_torture.py"

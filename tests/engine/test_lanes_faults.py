@@ -203,6 +203,7 @@ def small_tiles(tiny, monkeypatch):
         assert model.engine.caches.n_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1], ids=["of prompts", "of next tokens"])
 def test_an_interrupt_at_any_step_of_a_pass_changes_nothing(small_tiles, after):
     model, want = small_tiles

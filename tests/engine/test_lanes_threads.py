@@ -210,6 +210,7 @@ def random_calls(model, seed, stop):
             raise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closes", [True, False], ids=["closed meanwhile", "left idle"])
 def test_eight_threads_at_random(fable, closes):
     model = opened(fable)

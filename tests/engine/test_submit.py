@@ -142,6 +142,7 @@ def test_what_does_not_fit_beside_the_others_begins_as_they_end(fable, room_for)
             model.submit([5] * 500, max_new_tokens=500, temperature=0)
 
 
+@pytest.mark.slow
 def test_a_list_that_does_not_fit_at_once_is_generated_in_portions(fable, room_for):
     prompts = [[5 + n, 9, 12] for n in range(8)]
     options = {"max_new_tokens": 60, "temperature": 0}

@@ -93,6 +93,7 @@ def logits_by_blocks(folder):
 TILED, CACHED = 1e-6, 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [None, 3_000, 1])
 def test_tiles_of_any_size_are_the_blocks(stored, monkeypatch, tile_bytes):
     folder, expected = stored

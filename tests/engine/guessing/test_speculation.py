@@ -101,6 +101,7 @@ OPTIONS = {
 LIKE_OTHERS = ("top p", "min p", "repetition", "of the prompt", "three", "special stop", "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
