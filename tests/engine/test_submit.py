@@ -130,6 +130,7 @@ def cuts_small(monkeypatch):
     set_tile_bytes(monkeypatch, 3_000)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_beside_the_others_begins_as_they_end(fable, room_for):
     room = room_for(2, 105)
     with opened(fable, **room) as model:

@@ -94,6 +94,7 @@ def tokenized(model, i, call):
 DOORS = [generated, streamed, batched, as_transformers, scored, chatted, tokenized]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_threads_get_what_each_gets_alone(model, door):
     alone = {(i, c): door(model, i, c) for i in range(N_THREADS) for c in range(N_CALLS)}

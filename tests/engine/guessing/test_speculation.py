@@ -115,6 +115,7 @@ def test_every_option_acts_as_in_plain_decoding(fable_model, fable_plain, name):
     assert is_whole(fable_model)
 
 
+@pytest.mark.slow
 def test_options_act_in_the_middle_of_what_was_accepted(fable_model, fable_plain, monkeypatch):
     """Every end that a text can have, at every place of a tree that was right to the end."""
     prompt = fable_model.text.encode("The")[-1:]  # a single one: the tree has room beside it

@@ -37,6 +37,7 @@ def test_prompts_together_are_what_each_is_alone(model, plain, mode):
     assert is_whole(model)
 
 
+@pytest.mark.slow
 def test_sequences_of_a_prompt_are_what_they_are_without_guesses(model, plain):
     for n_prompt in (1, 17):
         options = {"max_new_tokens": 12, "temperature": 1, "num_return_sequences": 3, **SEED}
@@ -125,6 +126,7 @@ def long_model(tmp_path_factory):
         yield model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [*slow(504), 513])
 def test_a_tree_at_the_end_of_the_largest_chunk(long_model, length):
     plain = Plain(long_model)
