@@ -15,7 +15,7 @@ import numpy as np
 
 from jlayer.cores.decode import levels, scale_values
 from jlayer.cores.jobs import offset
-from jlayer.cores.kernels import ITEM, NAME, bfloat16, tables
+from jlayer.cores.kernels import ITEM, NAME, bfloat16
 from jlayer.cores.packing import COLUMNS
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
 from jlayer.encodings.int4 import INT4
@@ -60,14 +60,16 @@ def kernel(form: str, n_groups: int, *, has_amx: bool) -> str:
     arguments = ("first", "end", "column", "start")
     code = Function(NAME, [("ptr", "job"), *(("i64", name) for name in arguments)])
     found = (_Tiles if has_amx else _Dots)(code, form, n_groups)
-    return DECLARATIONS + WIDE_DECLARATIONS + tables() + _rounded() + found.text()
+    return DECLARATIONS + WIDE_DECLARATIONS + _rounded() + found.text()
 
 
 class _Wide:
     """A kernel as it is written.
 
     `n_tiles`: tiles of rows at a time. `part`: inputs that `block_rows` rows go through before the
-    next inputs. Both are of this way to multiply, `_add`.
+    next inputs. They are those of a way to multiply, which has `_add(row, start, stop, sums,
+    follows)`: it adds the products of some inputs of the tiles' rows with all columns to the sums.
+    `follows`: bytes from an input to the one that comes after this part.
     """
 
     n_tiles: int
@@ -204,11 +206,6 @@ class _Wide:
             words = f"{SHORTS} {table}, {SHORTS} {of_half}"
             found = code.let(f"call {SHORTS} @llvm.x86.avx512.permvar.hi.512({words})")
             code.store(SHORTS, found, line)
-
-    def _add(self, row, start, stop, sums, follows):
-        """Adds the products of some inputs of the tiles' rows with all columns to the sums.
-        `follows`: bytes from an input to the one that comes after this part."""
-        raise NotImplementedError
 
     def in_columns(self, item: str, half: int) -> str:
         """Bytes from the begin of a group of packed columns to an input of a half."""

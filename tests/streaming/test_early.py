@@ -37,6 +37,18 @@ def wait_for(is_so, seconds=20):
     assert is_so()
 
 
+def interrupt_compiling(model, watch, begun):
+    """Generates, and is interrupted at the first program, once reading has `begun`."""
+
+    def compiling(label):
+        begun.wait(20)
+        raise KeyboardInterrupt
+
+    watch.on_compile = compiling
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS, **TOKENS)
+
+
 @pytest.mark.parametrize("share", [0, 1])
 def test_all_that_stays_is_read_before_the_programs_are_compiled(
     tiny, cuts, tiers_in_turn, reads, share
@@ -97,16 +109,10 @@ def test_before_tiles_change_places_early_reads_end(tiny, cuts, tiers_in_turn, m
             time.sleep(0.05)
             now.remove(tile)
 
-    def compiling(label):
-        begun.wait(20)
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(Executor, "read_tile", slow)
     watch = Watch()
     with AutoModel.from_pretrained(tiny, device="cpu", watch=watch) as model:
-        watch.on_compile = compiling
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(IDS, **TOKENS)
+        interrupt_compiling(model, watch, begun)
         watch.on_compile = None
         with model.engine.turn() as executor:
             assert now
@@ -131,16 +137,10 @@ def test_a_model_that_is_closed_while_it_is_read_leaves_no_thread(
         time.sleep(0.02)
         return real(executor, tile, slot)
 
-    def compiling(label):
-        begun.wait(20)
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(Executor, "read_tile", slow)
     watch = Watch()
     with AutoModel.from_pretrained(tiny, device="cpu", watch=watch) as model:
-        watch.on_compile = compiling
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(IDS, **TOKENS)
+        interrupt_compiling(model, watch, begun)
         n_tiles = len(model.plan.tiles)
         began = time.monotonic()
     assert time.monotonic() - began < 0.02 * n_tiles  # not after all of them
