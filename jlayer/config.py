@@ -10,44 +10,20 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
+from dataclasses import replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.families.fields import Fields
 from jlayer.families.registry import FAMILIES, is_of_another_model
-from jlayer.spec import ITEM_BYTES, ModelConfig, Rope
+from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import read_json_object
 
-# No published model comes near these limits. A larger value means damage or an attack, and is
-# refused before any allocation.
-LIMITS = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 14,
-    "max_position_embeddings": (1 << 31) - 1,
-}
 # Marks a config.json whose folder jlayer quantized; its scheme stands beside it. There is no
 # "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
 # initialises the matrices at random.
 OWN_QUANTIZATION = {"by": "jlayer"}
-ROPE_TYPES = ("default", "linear", "llama3")
-# Published names of activations, and ours.
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 # Published names of dtypes that are not torch's first name for them.
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-# Keys of "layer_types" that limit what a layer attends to -> the key that says how far.
-_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-# Keys that make another model of a llama in transformers -> the values at which they do not.
-# (transformers reads another file than config.json where configuration_files names one.)
-_NEUTRAL = {
-    "is_causal": (True,),
-    "per_layer_config": (None, {}),
-    "kv_sharing_modes": (None,),
-    "configuration_files": (None, []),
-}
 # Keys by which a quantization_config without "quant_method" is known.
 _METHOD_BY_KEY = {
     "load_in_4bit": "bitsandbytes",
@@ -77,74 +53,13 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     """
     family = _family(raw, where)
     _refuse_quantized(raw, where)
-    for field, values in _NEUTRAL.items():
-        if field in raw and raw[field] not in values:
-            raise UnsupportedModelError(
-                f"{where}: {field} is {raw[field]!a:.80}, supported: {values[-1]!r}, or none at all"
-            )
-    given = {key: value for key, value in raw.items() if value is not None}
-    heads = _integer(raw, "num_attention_heads", where)
-    kv_heads = _integer(given, "num_key_value_heads", where, default=heads)
-    hidden = _integer(raw, "hidden_size", where)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads is {heads}, "
-            f"not a multiple of num_key_value_heads {kv_heads}"
-        )
-    if "head_dim" not in given and hidden % heads:
-        raise CheckpointError(
-            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
-            "and head_dim is not given"
-        )
-    head_dim = _integer(given, "head_dim", where, default=hidden // heads)
-    if head_dim % 2:
-        raise CheckpointError(
-            f"{where}: head_dim is {head_dim} (hidden_size {hidden}, heads {heads}); "
-            "rotary embedding needs an even one"
-        )
-    attention_bias = _boolean(raw, "attention_bias", where)
-    longest = _integer(raw, "max_position_embeddings", where, default=2048)
-    return ModelConfig(
-        model_type=family.model_type,
-        vocab_size=_integer(raw, "vocab_size", where),
-        hidden_size=hidden,
-        intermediate_size=_integer(raw, "intermediate_size", where),
-        num_hidden_layers=_integer(raw, "num_hidden_layers", where),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=min(longest, window_of(raw, where=where) or longest),
-        rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
-        rope=_rope(raw, where, longest),
-        attention_bias=attention_bias,
-        attention_out_bias=attention_bias,
-        mlp_bias=_boolean(raw, "mlp_bias", where),
-        tie_word_embeddings=_boolean(raw, "tie_word_embeddings", where),
-        hidden_act=ACTIVATIONS[_choice(raw, "hidden_act", where, ACTIVATIONS, default="silu")],
-        dtype=_dtype(raw, where),
-    )
+    fields = Fields({**raw, "model_type": family.model_type}, where)
+    return replace(family.read(fields), dtype=_dtype(raw, where))
 
 
-def window_of(raw: dict, *, where: str) -> int | None:
-    """How many tokens a config lets its layers attend to; None where it sets no window.
-
-    A llama attends to all tokens. Where its config names a window nevertheless, transformers cuts
-    its cache to it, but not its attention mask: beyond the window its own result depends on how the
-    prompt was cut. Within the window all agree, so that is as far as such a model runs.
-    """
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        fields = _WINDOWS.values()
-    elif isinstance(kinds, list) and set(map(str, kinds)) <= {"full_attention", *_WINDOWS}:
-        fields = [_WINDOWS[kind] for kind in _WINDOWS if kind in kinds]
-    else:
-        raise UnsupportedModelError(
-            f"{where}: layer_types is {str(kinds)[:200]!a}, supported: full_attention, "
-            f"{', '.join(_WINDOWS)}"
-        )
-    limit = LIMITS["max_position_embeddings"]
-    needed = [field for field in fields if kinds is not None or raw.get(field) is not None]
-    return min((_integer(raw, field, where, limit=limit) for field in needed), default=None)
+def config_notes(raw: dict, cfg: ModelConfig, *, where: str) -> tuple[str, ...]:
+    """What to tell the user of a config that was read as `cfg`."""
+    return _family(raw, where).notes(Fields(raw, where), cfg)
 
 
 def planned_dtype(cfg: ModelConfig, asked: str | None) -> str:
@@ -260,119 +175,6 @@ def _method(said):
     said = said if isinstance(said, dict) else {"quant_method": said}
     by_key = (method for key, method in _METHOD_BY_KEY.items() if key in said)
     return str(said.get("quant_method") or next(by_key, "a method that is not named"))
-
-
-def _rope(raw, where, longest):
-    """As transformers reads it: `rope_scaling` counts alone where it says anything, else
-    `rope_parameters`; what stands in there goes before the same key beside it."""
-    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    said = raw.get(field) or {}
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{where}: {field} is {said!r}, expected an object or null")
-    where = f"{where}: {field}"
-    if any(isinstance(value, dict) for value in said.values()):
-        raise UnsupportedModelError(
-            f"{where} differs by kind of layer ({', '.join(map(ascii, said))}); expected one "
-            "rope_type and rope_theta for all layers"
-        )
-    beside = {key: raw[key] for key in ("rope_theta",) if key in raw}
-    said = {"rope_theta": Rope.theta, **beside, **said}
-    theta = _positive(said, "rope_theta", where)
-    kind = said.get("rope_type", said.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"{where}: type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    if kind == "default":  # for which transformers turns whole heads, whatever a config says
-        return Rope(theta=theta)
-    _refuse_partial(raw, said, where)
-    factor = _positive(said, "factor", where)
-    if kind == "linear":
-        return Rope(theta=theta, type=kind, factor=factor)
-    low = _positive(said, "low_freq_factor", where)
-    high = _positive(said, "high_freq_factor", where)
-    if not high > low:
-        raise CheckpointError(
-            f"{where}: high_freq_factor is {high}, expected more than low_freq_factor {low}"
-        )
-    return Rope(
-        theta=theta,
-        type=kind,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=_original_length(raw, said, where, longest),
-    )
-
-
-def _original_length(raw, said, where, longest):
-    """The context before scaling; here the key beside goes first (transformers does so for Phi 3),
-    and what stands nowhere is the context itself."""
-    field = "original_max_position_embeddings"
-    holder = raw if field in raw else said
-    return _integer(holder, field, where, default=longest, limit=LIMITS["max_position_embeddings"])
-
-
-def _refuse_partial(raw, said, where):
-    field = "partial_rotary_factor"
-    factor = said[field] if field in said else raw.get(field)
-    if (field in said or factor is not None) and (isinstance(factor, bool) or factor != 1):
-        raise UnsupportedModelError(f"{where}: {field} is {factor!r}, supported: 1")
-
-
-def as_integer(value):
-    """A float that is a whole number as an int, since some programs write 4096.0; all else as it
-    is."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def _integer(raw, field, where, *, default=None, limit=None):
-    """`default` where the key is absent. A float is taken where it is a whole number."""
-    value = raw.get(field)
-    if field not in raw and default is not None:
-        return default
-    limit = limit or LIMITS[field]
-    whole = as_integer(value)
-    if type(whole) is not int or not 1 <= whole <= limit:
-        raise CheckpointError(
-            f"{where}: {field} is {_shown(raw, field)}, expected an integer from 1 to {limit}"
-        )
-    return whole
-
-
-def _positive(raw, field, where, *, default=None):
-    value = raw.get(field)
-    if field not in raw and default is not None:
-        return default
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(
-            f"{where}: {field} is {_shown(raw, field)}, expected a positive number"
-        )
-    return float(value)
-
-
-def _shown(raw, field):
-    if field not in raw:
-        return "missing"
-    return "null" if raw[field] is None else repr(raw[field])
-
-
-def _boolean(raw, field, where):
-    value = raw.get(field)
-    if value is None:
-        return False
-    if type(value) is not bool:
-        raise CheckpointError(f"{where}: {field} is {value!r}, expected true or false")
-    return value
-
-
-def _choice(raw, field, where, known, *, default):
-    value = raw.get(field, default)
-    if value not in known:
-        raise UnsupportedModelError(
-            f"{where}: {field} {value!r} is not supported; supported: {', '.join(known)}"
-        )
-    return value
 
 
 def _dtype(raw, where):

@@ -29,7 +29,13 @@ ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base and scaling. The last three fields are used by type `llama3` only."""
+    """Rotary embedding: base, scaling, and which elements of a head it turns.
+
+    `partial`: the part of a head that is turned. `interleaved`: element 2i is paired with 2i + 1,
+    else i with i + H/2. `attention_factor`: multiplies cos and sin. The other fields belong to a
+    type of scaling: `low_freq_factor`, `high_freq_factor` to llama3; `beta_fast`, `beta_slow`,
+    `truncate` to yarn; `short_factor`, `long_factor` to longrope.
+    """
 
     theta: float = 10000.0
     type: str = "default"
@@ -37,13 +43,127 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    partial: float = 1.0
+    interleaved: bool = False
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def switches_at(self) -> int | None:
+        """The most tokens of a text that are turned by `short_factor`; None: nothing switches."""
+        return self.original_max_position_embeddings if self.type == "longrope" else None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's form. `kind`: "rms", or "layer" (the mean is subtracted first). `plus_one`: the gain
+    is 1 + weight. `rounds_first`: what is normed is rounded before it is multiplied by the gain.
+    `has_weight`, `has_bias`: what is stored of it."""
+
+    eps: float = 1e-6
+    kind: str = "rms"
+    plus_one: bool = False
+    rounds_first: bool = True
+    has_weight: bool = True
+    has_bias: bool = False
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of queries and keys. `over`: what one of them is taken over: "head" (one weight [H] for
+    all heads), "each" (a weight [N, H]), "flat" (all heads joined, a weight [N*H]). `q`, `k`: their
+    leaves. `after_rope`: they follow the rotary embedding."""
+
+    norm: Norm
+    q: tuple[str, ...] = ("q_norm",)
+    k: tuple[str, ...] = ("k_norm",)
+    over: str = "head"
+    after_rope: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of some layers of a model.
+
+    `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become
+    cap * tanh(s / cap). `window`: a token sees so many, itself among them; None: all before it.
+    `clip`: queries, keys and values are cut to [-clip, clip]. `value_norm`: of values, without a
+    weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
+    the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    name: str = "decoder"
+    scale: float = 1.0
+    cap: float | None = None
+    window: int | None = None
+    head_norms: HeadNorms | None = None
+    clip: float | None = None
+    value_norm: Norm | None = None
+    keys_are_values: bool = False
+    grows: tuple[float, int] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its committed part is no more than a softmax over the first entries of a lane."""
+        return self.cap is None and self.window is None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """An MLP's form. "gated": activation(gate) * up; "fused": the same, both in one matrix, the
+    gate first; "plain": activation(up)."""
+
+    form: str = "gated"
+    activation: str = "silu"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    module: str = "mlp"
+
+
+@dataclass(frozen=True)
+class Places:
+    """The published names of a layer's norms, by place; None: there is none. Those after a branch
+    are taken of its output, before it is added."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A factor. `is_rounded`: it is rounded to the compute dtype before it multiplies."""
+
+    value: float = 1.0
+    is_rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What becomes of the products of the head: times `scale`, then cap * tanh(logits / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's configuration, under the published names.
+    """A model's configuration. Hashable, since plans and programs are kept by it.
 
-    Hashable, since it is a static argument of every compiled function.
+    `attentions`: each form of attention in the model; `layer_types`: of each layer the name of its
+    own, () where there is one form only. `is_parallel`: attention and MLP have the same input, and
+    are added together. `layer_scalar`: a layer's output is multiplied by a number of its own.
+    `qkv_is_fused`: queries, keys and values are one matrix.
     """
 
     model_type: str
@@ -51,18 +171,28 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: Rope
-    attention_bias: bool
-    attention_out_bias: bool
-    mlp_bias: bool
-    tie_word_embeddings: bool
-    hidden_act: str
-    dtype: str | None
+    attentions: tuple[Attention, ...]
+    tie_word_embeddings: bool = False
+    dtype: str | None = None
+    layer_types: tuple[str, ...] = ()
+    norm: Norm = Norm()
+    places: Places = Places()
+    mlp: Mlp = Mlp()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qkv_is_fused: bool = False
+    is_parallel: bool = False
+    embedding_scale: Scale = Scale()
+    residual_scale: float = 1.0
+    layer_scalar: bool = False
+    logits: Logits = Logits()
+
+    @property
+    def attention(self) -> Attention:
+        """The first form; the only one of most models."""
+        return self.attentions[0]
 
 
 class Place(Enum):
@@ -94,9 +224,9 @@ PLACE_OF = {
 class Leaf:
     """One weight tensor.
 
-    `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: keys of
-    `axis_sizes`. `of`: the matrix that a bias belongs to. `switch`: the config field that must be
-    true for the leaf to exist.
+    `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: in words; the
+    sizes of those of one kind of layer are in `sizes`, the others in `axis_sizes`. `of`: the matrix
+    that a bias belongs to.
     """
 
     name: str
@@ -104,10 +234,10 @@ class Leaf:
     axes: tuple[str, ...]
     role: Role = Role.MATRIX
     of: str | None = None
-    switch: str | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
-        sizes = axis_sizes(cfg)
+        sizes = axis_sizes(cfg) | dict(self.sizes)
         return tuple(sizes[axis] for axis in self.axes)
 
     @property
@@ -116,15 +246,15 @@ class Leaf:
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
-    """Axis name -> size. `heads` is N*H and `kv_heads` is K*H: published projections join both
-    axes."""
-    return {
-        "width": cfg.hidden_size,
-        "mlp": cfg.intermediate_size,
-        "heads": cfg.num_attention_heads * cfg.head_dim,
-        "kv_heads": cfg.num_key_value_heads * cfg.head_dim,
-        "vocab": cfg.vocab_size,
-    }
+    """Axis name -> size, of the axes that all layers share."""
+    return {"width": cfg.hidden_size, "mlp": cfg.intermediate_size, "vocab": cfg.vocab_size}
+
+
+def head_sizes(attention: Attention) -> dict[str, int]:
+    """Axis name -> size, of a kind of layer. `heads` is N*H and `kv_heads` is K*H: published
+    projections join both axes."""
+    n, k, h = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    return {"heads": n * h, "kv_heads": k * h, "qkv": (n + 2 * k) * h, "head": h, "n": n, "k": k}
 
 
 # Attention takes as many lanes and cached entries at a time as stay within these bytes: of scores,
@@ -151,7 +281,7 @@ class Pieces:
 
 
 def attention_pieces(
-    cfg: ModelConfig, *, lanes: int, tokens: int, capacity: int, flash: bool = False
+    attention: Attention, *, lanes: int, tokens: int, capacity: int, flash: bool = False
 ) -> Pieces:
     """The fewest pieces that stay within SCORE_BYTES and GATHERED_BYTES, fewer lanes first.
 
@@ -159,10 +289,10 @@ def attention_pieces(
     `flash`: the device has flash attention, which keeps no scores. A single row for each lane does
     without: it is faster so (H200, one lane with 8192 entries: 0.05 ms against 0.08 at best).
     """
-    score = 4 * cfg.num_attention_heads * tokens
+    score = 4 * attention.n_heads * tokens
     # With flash attention the numbers have 16 bits. A CPU makes float32 of such.
-    gathered = 2 * (2 if flash else 4) * cfg.num_key_value_heads * cfg.head_dim
-    flash = flash and tokens > 1
+    gathered = 2 * (2 if flash else 4) * attention.n_kv_heads * attention.head_dim
+    flash = flash and tokens > 1 and attention.is_plain
 
     def fits(at_once, entries):
         return (flash or at_once * entries * score <= SCORE_BYTES) and (
@@ -178,8 +308,8 @@ def attention_pieces(
         fresh *= 2
     if not flash:
         return Pieces(at_once, committed, fresh)
-    rows = tokens * (cfg.num_attention_heads // cfg.num_key_value_heads)
-    blocks = at_once * cfg.num_key_value_heads * -(-rows // FLASH_ROWS)
+    rows = tokens * (attention.n_heads // attention.n_kv_heads)
+    blocks = at_once * attention.n_kv_heads * -(-rows // FLASH_ROWS)
     entries, splits = capacity // committed, 1
     while (
         entries % (2 * splits) == 0

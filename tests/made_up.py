@@ -11,70 +11,70 @@ import numpy as np
 
 from jlayer.config import model_config
 from jlayer.families.base import Family, Function, LayerKind, Stage, one
-from jlayer.families.llama import DECODER, LLAMA
+from jlayer.families.decoder import decoder, norm_at
+from jlayer.families.llama import LLAMA
 from jlayer.families.registry import published_tensors
-from jlayer.spec import Leaf, ModelConfig, Role
+from jlayer.spec import Leaf, ModelConfig, Role, head_sizes
 from tests.tiny import TINY
 
 NAME = "made_up"
-_QKV, _O, _GATE_UP, _DOWN = DECODER.stages
 
-# An MLP without a gate or an activation.
-GATELESS = replace(
-    DECODER,
-    name="gateless",
-    leaves=tuple(leaf for leaf in DECODER.leaves if "gate" not in leaf.name),
-    stages=(
-        _QKV,
-        _O,
-        Stage("up", groups=(one("up_proj"),), finish=Function("pass_on", (), ("x",))),
-        _DOWN,
-    ),
-)
-# The MLP before attention: other stages make the input of the first and use the cache last.
-MLP_FIRST = LayerKind(
-    "mlp_first",
-    leaves=DECODER.leaves,
-    stages=(
-        replace(_GATE_UP, input=_QKV.input),
-        replace(_DOWN, finish=_O.finish),
-        replace(_QKV, input=None),
-        replace(_O, finish=_DOWN.finish),
-    ),
-)
+
+def _gateless(kind: LayerKind) -> LayerKind:
+    """An MLP without a gate or an activation."""
+    qkv, o, _, down = kind.stages
+    up = Stage("up", groups=(one("up_proj"),), finish=Function("pass_on", (), ("x",)))
+    return replace(
+        kind,
+        name="gateless",
+        leaves=tuple(leaf for leaf in kind.leaves if "gate" not in leaf.name),
+        stages=(qkv, o, up, down),
+    )
+
+
+def _mlp_first(kind: LayerKind) -> LayerKind:
+    """The MLP before attention: other stages make the input of the first and use the cache last."""
+    qkv, o, gate_up, down = kind.stages
+    return replace(
+        kind,
+        name="mlp_first",
+        stages=(
+            replace(gate_up, input=qkv.input),
+            replace(down, finish=o.finish),
+            replace(qkv, input=None),
+            replace(o, finish=down.finish),
+        ),
+    )
 
 
 def kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
     """Each kind in turn. The second and third have the same leaves, in another order of stages."""
-    all_kinds = [kind.for_config(cfg) for kind in (GATELESS, MLP_FIRST, DECODER)]
+    plain = decoder(cfg, cfg.attention)
+    all_kinds = (_gateless(plain), _mlp_first(plain), plain)
     return tuple(all_kinds[layer % 3] for layer in range(cfg.num_hidden_layers))
 
 
-FAMILY = Family(NAME, "MadeUpForCausalLM", kinds, head_input=LLAMA.head_input)
-
-# A norm of what attention gives, before it is projected: a stage whose input is made of what the
-# stage before has left.
-SUB_NORM = replace(
-    DECODER,
-    name="sub_norm",
-    leaves=(
-        *DECODER.leaves,
-        Leaf("sub_norm", "self_attn.sub_norm.weight", ("heads",), Role.NORM),
-    ),
-    stages=(
-        _QKV,
-        replace(_O, input=Function("normed", ("x",), ("x",), whole=("sub_norm",))),
-        _GATE_UP,
-        _DOWN,
-    ),
-)
+FAMILY = Family(NAME, "MadeUpForCausalLM", LLAMA.read, kinds)
 
 
 def _sub_norm_kinds(cfg):
-    return (SUB_NORM.for_config(cfg),) * cfg.num_hidden_layers
+    """A norm of what attention gives, before it is projected: a stage whose input is made of what
+    the stage before has left."""
+    kind = decoder(cfg, cfg.attention)
+    qkv, o, gate_up, down = kind.stages
+    norm = Leaf(
+        *("sub_norm", "self_attn.sub_norm.weight", ("heads",), Role.NORM),
+        sizes=tuple(head_sizes(cfg.attention).items()),
+    )
+    how = norm_at(cfg.norm, "sub_norm")
+    sub = replace(o, input=Function("normed", ("x",), ("x",), ("sub_norm",), how))
+    found = replace(
+        kind, name="sub_norm", leaves=(*kind.leaves, norm), stages=(qkv, sub, gate_up, down)
+    )
+    return (found,) * cfg.num_hidden_layers
 
 
-SUB_NORM_FAMILY = Family("sub_norm", "SubNormForCausalLM", _sub_norm_kinds, LLAMA.head_input)
+SUB_NORM_FAMILY = Family("sub_norm", "SubNormForCausalLM", LLAMA.read, _sub_norm_kinds)
 FAMILIES = {family.model_type: family for family in (FAMILY, SUB_NORM_FAMILY)}
 
 

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from jlayer.config import LIMITS, as_integer
 from jlayer.convert.sources.files import TensorInfo
 from jlayer.convert.sources.joined import Parts
 from jlayer.convert.sources.names import META, find_row, find_source
 from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.fields import LIMITS, as_integer
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.tokenizer_files import (
     LLAMA3_BEGIN,

@@ -244,4 +244,4 @@ def _check_parts(folder, cfg, tables, allow_extra, notes):
     ]
     if wrong:
         raise CheckpointError(f"{folder}: {'; '.join(wrong)}")
-    return JoinedSource(infos, parts, head_dim=cfg.head_dim)
+    return JoinedSource(infos, parts, head_dim=cfg.attention.head_dim)

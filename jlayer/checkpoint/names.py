@@ -71,7 +71,8 @@ def names_in_use(cfg: ModelConfig, tables: Iterable[Iterable[str]], *, where: st
 
     Raises CheckpointError where it holds several models.
     """
-    norm = next(leaf for leaf in layer_kinds(cfg)[0].leaves if leaf.role is Role.NORM)
+    leaves = layer_kinds(cfg)[0].leaves
+    norm = next((leaf for leaf in leaves if leaf.role is Role.NORM), leaves[0])
     first = layer_tensor_name(cfg, norm, 0).removeprefix(BODY)
     ends = {first, _stacked(first)}
     leads = {

@@ -11,7 +11,7 @@ from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import SCHEMES, piece_name
-from jlayer.families.registry import layer_of
+from jlayer.families.registry import is_matrix, layer_of
 
 # INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
 # layers, scales and matrices at int8 included. STANDS_OUT: a matrix may stay at int8 if its error
@@ -30,7 +30,7 @@ class Quantization:
 
     def scheme_of(self, tensor: str, shape: tuple[int, ...]) -> Grouped | None:
         """The encoding of a published tensor; None: stored as published."""
-        if len(shape) != 2:
+        if not is_matrix(tensor, shape):
             return None
         if layer_of(tensor) is None or tensor in self.at_int8:
             return INT8
@@ -103,7 +103,7 @@ def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
     return {
         name: shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and layer_of(name) is not None
+        if is_matrix(name, shape) and layer_of(name) is not None
     }
 
 

@@ -20,7 +20,7 @@ from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
 from jlayer.checkpoint.sides import side_names
-from jlayer.config import model_config, quantized_by, window_of
+from jlayer.config import config_notes, model_config, quantized_by
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.spec import ModelConfig
 from jlayer.strict import (
@@ -164,13 +164,8 @@ def read_published_config(folder: str, notes: list[str]) -> tuple[bytes, ModelCo
     config = regular_file(folder, CONFIG)
     config_bytes = read_small_file(config.real)
     raw = parse_json_object(config_bytes, what=config.path)
-    cfg, window = model_config(raw, where=config.path), window_of(raw, where=config.path)
-    if window is not None and window == cfg.max_position_embeddings:
-        notes.append(
-            f"{config.path}: sets a window of {window} tokens, which no {cfg.model_type} has; it "
-            f"runs up to {window} tokens, where that changes nothing (set the window to null to "
-            "attend to all)"
-        )
+    cfg = model_config(raw, where=config.path)
+    notes += config_notes(raw, cfg, where=config.path)
     return config_bytes, cfg
 
 

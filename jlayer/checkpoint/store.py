@@ -30,8 +30,8 @@ from jlayer.checkpoint.source import Identity, identity_of, names_in, open_publi
 from jlayer.config import read_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import CheckpointError
-from jlayer.families.base import EMBEDDING, FINAL_NORM
-from jlayer.families.registry import published_tensors
+from jlayer.families.base import EMBEDDING
+from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
 from jlayer.spec import ModelConfig
 from jlayer.strict import regular_status
 
@@ -111,8 +111,9 @@ class Store:
     @property
     def float_dtype(self) -> str:
         """The dtype of tensors that are not quantized: the default compute dtype."""
-        table = self.form_of(EMBEDDING.published)
-        return self.form_of(FINAL_NORM.published) if table in SCHEMES else table
+        names = (EMBEDDING.published, *(leaf.published for leaf in final_norm_leaves(self.cfg)))
+        forms = [self.form_of(name) for name in (*names, *self.vectors)]
+        return next((form for form in forms if form not in SCHEMES), self.cfg.dtype or "bfloat16")
 
     def segment_of(self, tensor: str) -> Segment:
         file, entry = self._where[tensor]
@@ -140,8 +141,9 @@ class Store:
 
     @property
     def vectors(self) -> list[str]:
-        """The tensors of one dimension: norms and biases."""
-        return [name for name, (_, entry) in self._where.items() if len(entry.shape) == 1]
+        """The tensors that are no matrices: norms and biases."""
+        shapes = published_tensors(self.cfg)
+        return [name for name, shape in shapes.items() if not is_matrix(name, shape)]
 
     def rows_segment(self, tensor: str, *, first_row: int, n_bytes: int) -> Segment:
         """The bytes of consecutive rows of a tensor."""

@@ -142,14 +142,16 @@ def _part(pane: Pane, entries, firsts, pool):
 @dataclass(frozen=True)
 class Growth:
     """Some nodes of a lane's tree that grows chunk by chunk: their `tokens`, `positions` and `new`
-    pool rows. `fresh`: the pool rows of all nodes that are there after them; `seen`, bool
-    [nodes, fresh]: which of these are a node's ancestors, or itself."""
+    pool rows. `fresh`: the pool rows of all nodes that are there after them, and
+    `fresh_positions`; `seen`, bool [nodes, fresh]: which of these are a node's ancestors, or
+    itself."""
 
     tokens: Sequence[int]
     positions: Sequence[int]
     new: np.ndarray
     committed: np.ndarray
     fresh: np.ndarray
+    fresh_positions: np.ndarray
     seen: np.ndarray
 
 
@@ -166,6 +168,7 @@ def arrange_growth(
     table = np.full((lanes, capacity), pool, np.int32)
     length = np.zeros(lanes, np.int32)
     listed = np.full((lanes, fresh), pool, np.int32)
+    places = np.zeros((lanes, fresh), np.int32)
     # A row that is padding sees something, since it would divide by zero.
     seen = np.zeros((lanes, tokens, fresh), bool)
     seen[:, :, 0] = True
@@ -177,14 +180,21 @@ def arrange_growth(
         length[number] = len(growth.committed)
         table[number, : length[number]] = growth.committed
         listed[number, :n_fresh] = growth.fresh
+        places[number, :n_fresh] = growth.fresh_positions
         seen[number, :count] = False
         seen[number, :count, :n_fresh] = growth.seen
         wanted += range(at, at + count)
     rows = Rows(
-        positions=positions, write=written, table=table, length=length, seen=seen, fresh=listed
+        positions=positions,
+        write=written,
+        table=table,
+        length=length,
+        seen=seen,
+        fresh=listed,
+        fresh_positions=places,
     )
-    places = np.arange(len(wanted), dtype=np.int32)
-    return Part(size, padded, rows, np.array(wanted, np.int32), places)
+    in_order = np.arange(len(wanted), dtype=np.int32)
+    return Part(size, padded, rows, np.array(wanted, np.int32), in_order)
 
 
 def lineage(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

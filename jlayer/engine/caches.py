@@ -114,8 +114,8 @@ class Caches:
             self._drop_room(layer)
 
     def _struct(self, layer):
-        cfg, dtype = self._programs.cfg, self._programs.dtype
-        return cache_struct(self._kinds[layer].cache, cfg, n_rows=self.n_rows, dtype=dtype)
+        dtype = self._programs.dtype
+        return cache_struct(self._kinds[layer].cache, n_rows=self.n_rows, dtype=dtype)
 
     def _make_room(self, layer, struct) -> LayerCache:
         """Arrays in memory of their own, pinned where there is a link."""

@@ -159,7 +159,7 @@ class DraftModel:
                 given["model"],
                 known["ids"],
                 pools,
-                known["rows"].replace(flash=self._programs.flash),
+                known["rows"].replace(flash=self._programs.flash(one_kind(self.cfg))),
                 known["wanted"],
                 cfg=self.cfg,
                 dtype=self.dtype,
@@ -202,7 +202,7 @@ class DraftModel:
     def _struct(self, n_rows):
         """The shapes of the pools of all layers, one after another."""
         kind, n_layers = one_kind(self.cfg), self.cfg.num_hidden_layers
-        return cache_struct(kind.cache, self.cfg, n_rows=n_layers * n_rows, dtype=self.dtype)
+        return cache_struct(kind.cache, n_rows=n_layers * n_rows, dtype=self.dtype)
 
 
 def _n_wanted(part):

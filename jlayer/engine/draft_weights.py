@@ -14,7 +14,12 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import encoding
-from jlayer.families.registry import family_of, head_leaf, layer_tensor_name
+from jlayer.families.registry import (
+    family_of,
+    final_norm_leaves,
+    head_leaf,
+    layer_tensor_name,
+)
 from jlayer.interrupts import check
 from jlayer.model.products import ScaledRows, weight
 from jlayer.model.whole import WholeModel, one_kind, to_bits
@@ -46,12 +51,11 @@ def load(store: Store, weights: Weights, device: jax.Device) -> WholeModel:
                 found = jax.tree.map(to_bits, matrix(leaf, layer_tensor_name(cfg, leaf, layer)))
                 stack = _placed(stack, found, layer, cfg.num_hidden_layers)
             layers[leaf.name] = stack
-        family = family_of(cfg)
-        table, head = family.embedding, head_leaf(cfg)
+        table, head = family_of(cfg).embedding, head_leaf(cfg)
         return WholeModel(
             table=matrix(table, table.published),
             layers=layers,
-            final={family.final_norm.name: matrix(family.final_norm, family.final_norm.published)},
+            final={leaf.name: matrix(leaf, leaf.published) for leaf in final_norm_leaves(cfg)},
             head=None if head is table else matrix(head, head.published),
         )
     finally:

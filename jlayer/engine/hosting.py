@@ -18,6 +18,7 @@ import numpy as np
 from jlayer.cores.cores import Cores, Jobs, Matrix, padded_columns
 from jlayer.cores.topology import topology
 from jlayer.families.base import Stage, bias_name
+from jlayer.model.ops import final_logits
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.landing import Landing, Landings
@@ -165,7 +166,7 @@ class HostedStage:
     def logits(self, tile: Tile) -> np.ndarray:
         """A copy of what was written for a tile of the head: float32 [C, rows]."""
         (place,) = self._places(tile).values()
-        return place.copy()
+        return final_logits(place.copy(), tile.stage.logits, np.tanh)
 
     def _end_product(self):
         if self._product is None:

@@ -21,8 +21,9 @@ from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
 from jlayer.families.base import Function, LayerKind
-from jlayer.families.registry import family_of
+from jlayer.families.registry import final_norm_leaves
 from jlayer.model.cache import Rows, cache_struct, empty_cache, rows_struct
+from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, multiply
 from jlayer.plan.machine import platform_of
@@ -89,7 +90,6 @@ class Programs:
         self.cfg, self.dtype, self.device = cfg, dtype, device
         self._compiler = Compiler(device, watch or Watch())
         self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
-        self.flash = has_flash(device, head_dim=cfg.head_dim, dtype=dtype)
 
     def calls_at(
         self,
@@ -129,9 +129,9 @@ class Programs:
             (weights,) = self._join(parts, given["rows"]).values()
             if isinstance(weights, Encoded):
                 weights = dequantize(weights, width)
-            flow = {"hidden": weights.astype(self.dtype)}
+            flow = {"hidden": scaled(weights.astype(self.dtype), self.cfg.embedding_scale)}
             if wanted:
-                flow |= call(wanted, flow, given.get("whole", {}), cfg=self.cfg)
+                flow |= call(wanted, flow, given.get("whole", {}))
             return flow
 
         rows = {
@@ -145,7 +145,7 @@ class Programs:
         """The program () -> an empty pool of a layer, allocated on the device."""
 
         def make():
-            return empty_cache(kind.cache, self.cfg, n_rows=n_rows, dtype=self.dtype)
+            return empty_cache(kind.cache, n_rows=n_rows, dtype=self.dtype)
 
         return self.get(f"pool {n_rows}", (kind.cache,), make, ())
 
@@ -158,7 +158,7 @@ class Programs:
                 cache,
             )
 
-        struct = cache_struct(kind.cache, self.cfg, n_rows=before, dtype=self.dtype)
+        struct = cache_struct(kind.cache, n_rows=before, dtype=self.dtype)
         return self.get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
 
     def written_rows(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
@@ -167,7 +167,7 @@ class Programs:
         def rows_of(cache, rows):
             return jax.tree.map(lambda entry: entry.at[rows].get(mode="clip"), cache)
 
-        struct = cache_struct(kind.cache, self.cfg, n_rows=pool, dtype=self.dtype)
+        struct = cache_struct(kind.cache, n_rows=pool, dtype=self.dtype)
         rows = jax.ShapeDtypeStruct((n_rows,), "int32")
         label = f"written rows {n_rows} of {pool}"
         return self.get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
@@ -205,10 +205,8 @@ class Programs:
 
         def function(given, consumed):
             layer = self._weights(tile, given["weights"]) | given.get("whole", {})
-            rows = given["rows"].replace(flash=self.flash)
-            hidden, cache = block(tile.kind)(
-                layer, given["hidden"], consumed["cache"], rows, self.cfg
-            )
+            rows = given["rows"].replace(flash=self.flash(tile.kind))
+            hidden, cache = block(tile.kind)(layer, given["hidden"], consumed["cache"], rows)
             return {"hidden": hidden, "cache": cache}
 
         reads = ("hidden", "rows")
@@ -223,7 +221,7 @@ class Programs:
 
         def function(given, consumed):
             weights = self._weights(tile, given["weights"])
-            return {"products": multiply(tile.stage, given["x"], weights, cfg=self.cfg)}
+            return {"products": multiply(tile.stage, given["x"], weights)}
 
         given = {"weights": struct_of(tile)} | self._flow(tile, size, ("x",))
         label = f"{tile.stage.name} {_heights(tile)} {size.rows}"
@@ -239,18 +237,18 @@ class Programs:
         def function(given, consumed):
             flow = given | consumed
             if "rows" in flow:
-                flow["rows"] = flow["rows"].replace(flash=self.flash)
+                flow["rows"] = flow["rows"].replace(flash=self.flash(tile.kind))
             products = {name: [*parts] for name, parts in given.get("products", {}).items()}
             for name, part in self._of_host(stage, given.get("hosted"), hosted).items():
                 products[name] = [part, *products.get(name, ())]
             if with_rows:
                 weights = self._weights(tile, given["weights"])
-                for name, part in multiply(stage, flow["x"], weights, cfg=self.cfg).items():
+                for name, part in multiply(stage, flow["x"], weights).items():
                     products.setdefault(name, []).append(part)
-            results = call(finish, flow, given.get("whole", {}), products, cfg=self.cfg)
+            results = call(finish, flow, given.get("whole", {}), products)
             if following:
                 whole = given.get("next_whole", {})
-                results |= call(following, flow | results, whole, cfg=self.cfg)
+                results |= call(following, flow | results, whole)
             return results
 
         functions = [each for each in (finish, following) if each]
@@ -299,7 +297,7 @@ class Programs:
         if not heights:
             return {}
         raw = given["products"].at[given["row_of"]].get(mode="fill", fill_value=0)
-        return hosted_products(stage, raw, heights, dtype=self.dtype, cfg=self.cfg)
+        return hosted_products(stage, raw, heights, dtype=self.dtype)
 
     def _head(self, tile, size, n_wanted):
         """Some rows of the head: (weights, whole, hidden, wanted [W]) -> float32 logits [W, v] of
@@ -308,7 +306,7 @@ class Programs:
         def function(given, consumed):
             weights = self._weights(tile, given["weights"])
             x = self._wanted_input(tile, given)
-            (logits,) = multiply(tile.stage, x, weights, cfg=self.cfg).values()
+            (logits,) = multiply(tile.stage, x, weights).values()
             return {"logits": logits}
 
         given = {"weights": struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
@@ -331,7 +329,7 @@ class Programs:
     def _wanted_input(self, tile, given):
         """Inside a program: the input of the head, of the wanted rows."""
         flow = {"hidden": given["hidden"].at[given["wanted"]].get(mode="clip")}
-        return call(tile.stage.input, flow, given.get("whole", {}), cfg=self.cfg)["x"]
+        return call(tile.stage.input, flow, given.get("whole", {}))["x"]
 
     def _wanted_given(self, tile, size, n_wanted):
         given = self._flow(tile, size, ("hidden",))
@@ -358,6 +356,12 @@ class Programs:
         With two arguments it reuses the memory of the second.
         """
         return self._compiler.get(label, key, function, args, reuses=reuses)
+
+    def flash(self, kind: LayerKind) -> bool:
+        """Whether the device has flash attention for layers of this kind."""
+        attention = kind.attention
+        is_there = has_flash(self.device, head_dim=attention.head_dim, dtype=self.dtype)
+        return is_there and attention.is_plain
 
     @contextmanager
     def together(self):
@@ -392,11 +396,11 @@ class Programs:
 
     def _device_leaves(self, tile) -> tuple[Leaf, ...]:
         if tile.kind is None:
-            return (family_of(self.cfg).final_norm,)
+            return final_norm_leaves(self.cfg)
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        struct = cache_struct(tile.kind.cache, self.cfg, n_rows=size.pool, dtype=self.dtype)
+        struct = cache_struct(tile.kind.cache, n_rows=size.pool, dtype=self.dtype)
         return {"cache": struct}
 
     def _struct(self, size, width):

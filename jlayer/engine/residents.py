@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jlayer.checkpoint.digest import Checks
+from jlayer.checkpoint.digest import Checks, rows_of
 from jlayer.checkpoint.store import Store
-from jlayer.families.registry import family_of
+from jlayer.families.registry import final_norm_leaves, published_tensors
 from jlayer.plan.cutting import device_parts, parts_of
 from jlayer.plan.tiles import Weights
 from jlayer.streaming.direct import RowReader
@@ -37,26 +37,31 @@ def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> 
     All vectors are checked here, including biases, which are streamed. Raises CheckpointError or
     StorageError.
     """
-    vectors = {name: _read_vector(store, name, checks) for name in store.vectors}
-    norm = family_of(weights.cfg).final_norm
+    shapes = published_tensors(weights.cfg)
+    vectors = {name: _read_vector(store, name, shapes[name], checks) for name in store.vectors}
 
     def put(part):
-        return jax.device_put(vectors[part.tensor].astype(weights.dtype), device)
+        vector = vectors[part.tensor].reshape(part.shape)
+        return jax.device_put(vector.astype(weights.dtype), device)
 
     layers = [
         {part.leaf: put(part) for part in device_parts(weights, layer)}
         for layer in range(weights.cfg.num_hidden_layers)
     ]
-    final = {part.leaf: put(part) for part in parts_of(norm, norm.published, weights)}
+    final = {
+        part.leaf: put(part)
+        for leaf in final_norm_leaves(weights.cfg)
+        for part in parts_of(leaf, leaf.published, weights)
+    }
     return Residents(layers, final)
 
 
-def _read_vector(store, name, checks):
+def _read_vector(store, name, shape, checks):
     segment = store.segment_of(name)
     rows = RowReader(segment, n_rows=1, identity=store.identities[segment.file])
     try:
         (raw,) = rows.read(np.zeros(1, np.int64))
     finally:
         rows.close()
-    checks.add(name, raw, n_rows=1)
+    checks.add(name, raw, n_rows=rows_of(shape))
     return raw.view(np.dtype(store.form_of(name))).copy()

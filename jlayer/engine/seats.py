@@ -96,6 +96,7 @@ class Seat:
             new=new,
             committed=self.rows,
             fresh=np.array(self.taken, np.int32),
+            fresh_positions=len(self.lane.history) - 1 + tree.depths[self.expanded],
             seen=seen[before:],
         )
 

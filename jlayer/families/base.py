@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
-from jlayer.spec import Leaf, ModelConfig, Place, Role
+from jlayer.families.fields import Fields
+from jlayer.spec import Attention, Leaf, Logits, ModelConfig, Norm, Place, Role
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden  [R, D]  the residual stream
@@ -35,14 +36,50 @@ HEAD = Leaf("lm_head", "lm_head.weight", ("vocab", "width"))
 class Function:
     """A pure function of `model.stages`, by name.
 
-    It is called as `function(products, *whole, *reads, cfg=cfg)`: the stage's products by name, the
-    leaves in `whole` uncut, the values in `reads`. It returns the values in `gives`, in that order.
+    It is called as `function(products, whole, *reads, how=how)`: the stage's products by name, the
+    leaves in `whole` uncut by name, the values in `reads`. `how`: the form of what it does, plain
+    data. It returns the values in `gives`, in that order.
     """
 
     name: str
     reads: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    how: object = None
+
+
+@dataclass(frozen=True)
+class NormAt:
+    """A norm with the names of its leaves; one that the norm has not is None."""
+
+    norm: Norm
+    weight: str | None = None
+    bias: str | None = None
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.weight, self.bias) if name)
+
+
+@dataclass(frozen=True)
+class Join:
+    """How the output of a branch is added to the residual stream, for `model.stages`.
+
+    The output is normed by `after`, multiplied by `scale` and added; the sum is multiplied by the
+    leaf `scalar`. `following`: the norm that gives the next stage its input; it is taken of what
+    was there before the sum if `is_parallel`.
+    """
+
+    after: NormAt | None = None
+    scale: float = 1.0
+    scalar: str | None = None
+    following: NormAt | None = None
+    is_parallel: bool = False
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        norms = [norm.leaves for norm in (self.after, self.following) if norm]
+        return (*(leaf for leaves in norms for leaf in leaves), *filter(None, (self.scalar,)))
 
 
 @dataclass(frozen=True)
@@ -50,12 +87,14 @@ class Group:
     """Matrices with the same number of rows, whose products are combined row by row.
 
     A tile holds the same rows of each matrix. `combine` names the pure function of
-    `model.stages` that combines the products; None for a single matrix. `product` names the result.
+    `model.stages` that combines the products, and `how` is its form; None for a single matrix.
+    `product` names the result.
     """
 
     product: str
     leaves: tuple[str, ...]
     combine: str | None = None
+    how: object = None
 
 
 def bias_name(matrix: str) -> str:
@@ -73,15 +112,15 @@ class Stage:
     """Matrices that multiply one input, and the function that uses their products.
 
     `input` computes the input `x`; None: the previous stage gave it. `finish` is called once the
-    products of all rows are there; None: the products are the result. `logits`: products stay in
-    float32 and go to the host.
+    products of all rows are there; None: the products are the result. `logits`: what becomes of
+    products that stay in float32 and go to the host; None: they are no logits.
     """
 
     name: str
     groups: tuple[Group, ...]
     input: Function | None = None
     finish: Function | None = None
-    logits: bool = False
+    logits: Logits | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -91,34 +130,41 @@ class Stage:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The cache of a layer. Kind `rows`: a key and a value for every token, each in a pool row."""
+    """The cache of a layer. Kind `rows`: a key and a value for every token, each in a pool row, of
+    `n_heads` heads of `head_dim` numbers."""
 
+    n_heads: int
+    head_dim: int
     kind: str = "rows"
 
-    def entry_shapes(self, cfg: ModelConfig, *, n_rows: int) -> dict[str, tuple]:
+    def entry_shapes(self, *, n_rows: int) -> dict[str, tuple]:
         """The arrays of one layer's pool, by name: k and v [P, K, H]."""
-        shape = (n_rows, cfg.num_key_value_heads, cfg.head_dim)
+        shape = (n_rows, self.n_heads, self.head_dim)
         return {"k": shape, "v": shape}
 
-    def n_elements(self, cfg: ModelConfig, *, n_rows: int) -> int:
-        return sum(map(math.prod, self.entry_shapes(cfg, n_rows=n_rows).values()))
+    def n_elements(self, *, n_rows: int) -> int:
+        return sum(map(math.prod, self.entry_shapes(n_rows=n_rows).values()))
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: its leaves, and the stages that use them."""
+    """A kind of layer: its leaves, the stages that use them, and its attention."""
 
     name: str
     leaves: tuple[Leaf, ...]
     stages: tuple[Stage, ...]
-    cache: CacheSpec = field(default_factory=CacheSpec)
+    attention: Attention
 
     @cached_property
     def _hash(self):
-        return hash((self.name, self.leaves, self.stages, self.cache))
+        return hash((self.name, self.leaves, self.stages, self.attention))
 
     def __hash__(self) -> int:
         return self._hash  # a plan looks at the kinds of all layers thousands of times
+
+    @property
+    def cache(self) -> CacheSpec:
+        return CacheSpec(self.attention.n_kv_heads, self.attention.head_dim)
 
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)
@@ -131,27 +177,24 @@ class LayerKind:
     def kept_in(self, place: Place) -> tuple[Leaf, ...]:
         return tuple(leaf for leaf in self.leaves if leaf.place is place)
 
-    def for_config(self, cfg: ModelConfig) -> LayerKind:
-        """The same kind, without the leaves that this model does not have."""
-        leaves = tuple(leaf for leaf in self.leaves if not leaf.switch or getattr(cfg, leaf.switch))
-        return LayerKind(self.name, leaves, self.stages, self.cache)
-
 
 @dataclass(frozen=True)
 class Family:
     """One architecture.
 
-    `kinds(cfg)`: the kind of each layer. `head_input`: computes the head's input from the last
-    hidden states. `dropped`: patterns of published names that hold no weights (computed tables) and
-    are ignored.
+    `read(fields)`: the configuration in a config.json. `kinds(cfg)`: the kind of each layer.
+    `architecture`: the name that transformers saves it under. `dropped`: patterns of published
+    names that hold no weights (computed tables) and are ignored; `left_out`: of those that hold
+    weights of other parts than the text's. `notes(fields, cfg)`: what to tell the user of a config.
     """
 
     model_type: str
     architecture: str
+    read: Callable[[Fields], ModelConfig]
     kinds: Callable[[ModelConfig], tuple[LayerKind, ...]]
-    head_input: Function
     dropped: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    notes: Callable[[Fields, ModelConfig], tuple[str, ...]] = lambda fields, cfg: ()
     embedding: Leaf = EMBEDDING
-    final_norm: Leaf = FINAL_NORM
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

@@ -7,12 +7,17 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from jlayer.families.base import LAYER_PREFIX, Family, LayerKind, Stage, one
-from jlayer.families.llama import LLAMA
+from jlayer.families import cohere, gemma, glm, layer_norms, llama, olmo, phi
+from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
+from jlayer.families.decoder import final_norm, norm_leaves
 from jlayer.spec import Leaf, ModelConfig
 
-# A new family is a file beside this one, and a line here.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+# A new family is a row in a file beside this one; a new file is a line here.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms)
+    for family in rows.FAMILIES
+}
 
 # How the architectures of other published models begin, in lower case.
 _OTHERS = (
@@ -52,11 +57,16 @@ def counted_kinds(cfg: ModelConfig) -> tuple[tuple[LayerKind, int], ...]:
     return tuple(Counter(layer_kinds(cfg)).items())
 
 
+def final_norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
+    """The leaves of the norm before the head."""
+    name = FINAL_NORM.published.removesuffix("norm.weight")
+    return norm_leaves(cfg.norm, FINAL_NORM.name, name)
+
+
 def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     """The leaves after the layers: the final norm and, unless tied to the embedding, the head."""
-    family = family_of(cfg)
-    head = () if cfg.tie_word_embeddings else (family.head_matrix,)
-    return (family.final_norm, *head)
+    head = () if cfg.tie_word_embeddings else (family_of(cfg).head_matrix,)
+    return (*final_norm_leaves(cfg), *head)
 
 
 def head_leaf(cfg: ModelConfig) -> Leaf:
@@ -69,7 +79,13 @@ def head_leaf(cfg: ModelConfig) -> Leaf:
 def head_stage(cfg: ModelConfig) -> Stage:
     """The stage after the last layer; its products are the logits."""
     groups = (one(head_leaf(cfg).name),)
-    return Stage("head", groups, input=family_of(cfg).head_input, logits=True)
+    return Stage("head", groups, input=head_input(cfg), logits=cfg.logits)
+
+
+def head_input(cfg: ModelConfig) -> Function:
+    """The function that computes the head's input from the last hidden states."""
+    norm = final_norm(cfg)
+    return Function("normed", ("hidden",), ("x",), norm.leaves, norm)
 
 
 def layer_tensor_name(cfg: ModelConfig, leaf: Leaf, layer: int) -> str:
@@ -86,6 +102,12 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for leaf in final_leaves(cfg):
         shapes[leaf.published] = leaf.shape(cfg)
     return shapes
+
+
+def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a published tensor is multiplied, or its rows are looked up: it has two axes, and is
+    no norm (Cohere's norms of heads have two as well)."""
+    return len(shape) == 2 and not tensor_name.endswith("norm.weight")
 
 
 def layer_of(tensor_name: str) -> int | None:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlayer.model.cache import LayerCache, Rows, gathered
+from jlayer.model.ops import capped
 from jlayer.model.products import exact_for
-from jlayer.spec import ModelConfig, attention_pieces
+from jlayer.spec import Attention, attention_pieces
 
 
 @struct.dataclass
@@ -30,7 +31,7 @@ class Mixed:
     top: jax.Array  # [B, K, G, T]
 
 
-def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
+def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
     """q [R, N, H] and k, v [R, K, H] of a chunk's rows -> [R, N*H].
 
     Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
@@ -41,7 +42,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
     # lane's overflow would spoil others. So padding is zeros, here and in `gathered`.
     real = (rows.write < cache.k.shape[0])[:, None, None]
     k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
-    pieces = attention_pieces(cfg, lanes=b, tokens=t, capacity=s, flash=rows.flash)
+    pieces = attention_pieces(how, lanes=b, tokens=t, capacity=s, flash=rows.flash)
 
     def pane(of_rows):
         return of_rows[: b * t].reshape(b // pieces.lanes, pieces.lanes, t, *of_rows.shape[1:])
@@ -50,13 +51,18 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
         return given.reshape(b // pieces.lanes, pieces.lanes, *given.shape[1:])
 
     def attend(group):
-        return _attend(*group, cache=cache, pieces=pieces)
+        return _attend(*group, cache=cache, pieces=pieces, how=how)
 
     if rows.fresh is None:
         own = (pane(k), pane(v))
     else:
         own = tuple(lanes(gathered(entry, rows.fresh, q.dtype)) for entry in (cache.k, cache.v))
-    given = (pane(q), *own, lanes(rows.table), lanes(rows.length), lanes(rows.seen))
+    positions = pane(rows.positions)
+    seen = lanes(rows.seen)
+    if how.window is not None:
+        of_own = positions if rows.fresh is None else lanes(rows.fresh_positions)
+        seen = seen & (positions[..., :, None] - of_own[..., None, :] < how.window)
+    given = (pane(q), *own, lanes(rows.table), lanes(rows.length), seen, positions)
     if pieces.lanes == b:
         mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
     else:
@@ -65,7 +71,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, cfg: ModelConfig):
     return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
 
-def _attend(q, k, v, table, length, seen, *, cache, pieces):
+def _attend(q, k, v, table, length, seen, positions, *, cache, pieces, how):
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
 
@@ -74,7 +80,7 @@ def _attend(q, k, v, table, length, seen, *, cache, pieces):
         # As for padding: a guess without numbers would spoil others beside it. It spoils those
         # that see it.
         finite = jnp.isfinite(v)
-        more = attend_to(grouped, k, jnp.where(finite, v, 0), seen)
+        more = attend_to(grouped, k, jnp.where(finite, v, 0), seen, how)
         spoilt = (seen & ~finite.all(axis=(2, 3))[:, None]).any(axis=2)[:, None, None, :, None]
         return merge(state, more.replace(values=jnp.where(spoilt, jnp.nan, more.values))), None
 
@@ -82,11 +88,13 @@ def _attend(q, k, v, table, length, seen, *, cache, pieces):
         table, first = piece
         k, v = (gathered(entry, table, q.dtype) for entry in (cache.k, cache.v))
         if pieces.splits:
-            more = flash_attend_to(grouped, k, v, length - first, splits=pieces.splits)
+            more = flash_attend_to(grouped, k, v, length - first, splits=pieces.splits, how=how)
         else:
             places = first + jnp.arange(table.shape[1], dtype=jnp.int32)
             seen = (places[None] < length[:, None])[:, None]
-            more = attend_to(grouped, k, v, seen)
+            if how.window is not None:
+                seen = seen & (positions[:, :, None] - places[None, None] < how.window)
+            more = attend_to(grouped, k, v, seen, how)
         return merge(state, more), None
 
     of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
@@ -118,7 +126,7 @@ def nothing(grouped) -> Mixed:
     return Mixed(jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape, jnp.float32), lowest)
 
 
-def attend_to(grouped, k, v, seen) -> Mixed:
+def attend_to(grouped, k, v, seen, how: Attention) -> Mixed:
     """Attention of queries [B, K, G, T, H] over entries k, v [B, S, K, H]; `seen` [B, T or 1, S]
     tells which of them a query sees."""
     scores = jnp.einsum(
@@ -127,7 +135,8 @@ def attend_to(grouped, k, v, seen) -> Mixed:
         k,
         precision=exact_for(grouped.dtype),
         preferred_element_type=jnp.float32,
-    ) * (grouped.shape[-1] ** -0.5)
+    )
+    scores = capped(scores * how.scale, how.cap)
     seen = seen[:, None, None]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     top = scores.max(axis=-1)
@@ -143,7 +152,7 @@ def attend_to(grouped, k, v, seen) -> Mixed:
     return Mixed(values, weights.sum(axis=-1), top)
 
 
-def flash_attend_to(grouped, k, v, length, *, splits: int) -> Mixed:
+def flash_attend_to(grouped, k, v, length, *, splits: int, how: Attention) -> Mixed:
     """Attention of queries [B, K, G, T, H] over the first `length` [B] entries of k, v
     [B, S, K, H], by cuDNN; all of 16 bits. A length may also be negative, or more than S.
 
@@ -166,7 +175,7 @@ def flash_attend_to(grouped, k, v, length, *, splits: int) -> Mixed:
         q_seqlen=jnp.full((b * splits,), g * t, jnp.int32),
         # What cuDNN gives for no entries is not said.
         kv_seqlen=jnp.maximum(length, 1).reshape(-1),
-        scale=h**-0.5,
+        scale=how.scale,
         mask_type=MaskType.PADDING,
         return_residual=True,
     )

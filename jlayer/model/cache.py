@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlayer.families.base import CacheSpec
-from jlayer.spec import ModelConfig
 
 KEPT_AS = {"bfloat16": "uint16", "float16": "uint16"}
 
@@ -34,9 +33,11 @@ class Rows:
     The first B*T rows are a pane: B lanes with T rows each. A row of lane b sees the first
     `length[b]` entries of the lane's table, and the rows of its lane that `seen` marks: its
     ancestors in the chunk, and itself. `fresh`: where the ancestors came in earlier chunks of one
-    tree, the pool rows of the tree so far, this chunk's own among them: `seen` is over these then.
-    `flash`: whether the device has flash attention for the
-    compute dtype and the head size. It is no array: a program is compiled for it.
+    tree, the pool rows of the tree so far, this chunk's own among them, and `fresh_positions` their
+    positions: `seen` is over these then. `is_long`: whether a row's text is longer than the length
+    at which its model's rotary embedding switches; None where none does. `flash`: whether the
+    device has flash attention for the compute dtype and the head size. It is no array: a program
+    is compiled for it.
     """
 
     positions: jax.Array  # [R]
@@ -45,12 +46,14 @@ class Rows:
     length: jax.Array  # [B]
     seen: jax.Array  # [B, T, T], or [B, T, M] with `fresh`; bool
     fresh: jax.Array | None = None  # [B, M] pool rows; beyond the pool: none
+    fresh_positions: jax.Array | None = None  # [B, M]
+    is_long: jax.Array | None = None  # [R] bool
     flash: bool = struct.field(pytree_node=False, default=False)
 
 
-def cache_struct(spec: CacheSpec, cfg: ModelConfig, *, n_rows: int, dtype: str) -> LayerCache:
+def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
     """The shapes of a layer's pool, for compiling; `n_rows` is P."""
-    shapes, kept = spec.entry_shapes(cfg, n_rows=n_rows), KEPT_AS.get(dtype, dtype)
+    shapes, kept = spec.entry_shapes(n_rows=n_rows), KEPT_AS.get(dtype, dtype)
     return LayerCache(**{name: jax.ShapeDtypeStruct(shape, kept) for name, shape in shapes.items()})
 
 
@@ -65,12 +68,13 @@ def rows_struct(
         length=jax.ShapeDtypeStruct((lanes,), "int32"),
         seen=jax.ShapeDtypeStruct((lanes, tokens, fresh or tokens), "bool"),
         fresh=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
+        fresh_positions=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
     )
 
 
-def empty_cache(spec: CacheSpec, cfg: ModelConfig, *, n_rows: int, dtype: str) -> LayerCache:
+def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
     """A layer's pool of zeros."""
-    shapes = cache_struct(spec, cfg, n_rows=n_rows, dtype=dtype)
+    shapes = cache_struct(spec, n_rows=n_rows, dtype=dtype)
     return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), shapes)
 
 

@@ -11,36 +11,36 @@ from functools import lru_cache
 
 import jax.numpy as jnp
 
-from jlayer.families.base import Function, LayerKind, Stage, bias_name
+from jlayer.families.base import Function, Join, LayerKind, NormAt, Stage, bias_name
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
-from jlayer.model.ops import gated, linear, rms_norm, rotate
+from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
 from jlayer.model.products import product
-from jlayer.spec import ModelConfig
+from jlayer.spec import Attention, Mlp, Scale
 
 
 @lru_cache(maxsize=64)
 def block(kind: LayerKind) -> Callable:
     """The pure function of one decoder layer of this kind.
 
-    (layer, hidden [R, D], cache, rows, cfg) -> (hidden [R, D], cache with these R tokens).
+    (layer, hidden [R, D], cache, rows) -> (hidden [R, D], cache with these R tokens).
     `layer`: weights by leaf, in the published layout; a projection is [out, in].
     Compiled once, it serves every layer of the kind.
     """
 
-    def layer_of_this_kind(layer, hidden, cache, rows, cfg: ModelConfig):
+    def layer_of_this_kind(layer, hidden, cache, rows):
         flow = {"hidden": hidden, "cache": cache, "rows": rows}
         for stage in kind.stages:
             if stage.input:
-                flow |= call(stage.input, flow, layer, cfg=cfg)
-            products = multiply(stage, flow.pop("x"), layer, cfg=cfg)
-            flow |= call(stage.finish, flow, layer, products, cfg=cfg)
+                flow |= call(stage.input, flow, layer)
+            products = multiply(stage, flow.pop("x"), layer)
+            flow |= call(stage.finish, flow, layer, products)
         return flow["hidden"], flow["cache"]
 
     return layer_of_this_kind
 
 
-def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
+def multiply(stage: Stage, x, weights: Mapping) -> dict:
     """x [R, in] times some rows of a stage's matrices -> products [R, rows] by name.
 
     `weights`: by leaf, the same rows of each matrix of a group, and of its bias. A group whose
@@ -51,11 +51,11 @@ def multiply(stage: Stage, x, weights: Mapping, *, cfg: ModelConfig) -> dict:
         if group.leaves[0] not in weights:
             continue
         parts = [_linear(stage, x, weights, leaf) for leaf in group.leaves]
-        products[group.product] = COMBINE[group.combine](*parts, cfg=cfg)
+        products[group.product] = COMBINE[group.combine](*parts, how=group.how)
     return products
 
 
-def hosted_products(stage: Stage, raw, heights: Mapping[str, int], *, dtype, cfg) -> dict:
+def hosted_products(stage: Stage, raw, heights: Mapping[str, int], *, dtype) -> dict:
     """raw float32 [R, sum of `heights`], what the host multiplied -> products [R, rows] by name, as
     `multiply` gives them. `heights`: matrix -> its columns of `raw`, one matrix after another."""
     parts, at = {}, 0
@@ -63,23 +63,25 @@ def hosted_products(stage: Stage, raw, heights: Mapping[str, int], *, dtype, cfg
         parts[name] = raw[:, at : at + height].astype(dtype)
         at += height
     return {
-        group.product: COMBINE[group.combine](*(parts[leaf] for leaf in group.leaves), cfg=cfg)
+        group.product: COMBINE[group.combine](
+            *(parts[leaf] for leaf in group.leaves), how=group.how
+        )
         for group in stage.groups
         if group.leaves[0] in parts
     }
 
 
 def call(
-    function: Function, flow: Mapping, weights: Mapping, products: Mapping | None = None, *, cfg
+    function: Function, flow: Mapping, weights: Mapping, products: Mapping | None = None
 ) -> dict:
     """The results of a stage's function, by name.
 
     A product may be a list: the parts of its row ranges, which are joined first.
     """
     joined = {name: join(parts) for name, parts in (products or {}).items()}
-    whole = [weights[leaf] for leaf in function.whole]
+    whole = {leaf: weights[leaf] for leaf in function.whole}
     reads = [flow[name] for name in function.reads]
-    results = FUNCTIONS[function.name](joined, *whole, *reads, cfg=cfg)
+    results = FUNCTIONS[function.name](joined, whole, *reads, how=function.how)
     return dict(zip(function.gives, results, strict=True))
 
 
@@ -92,65 +94,120 @@ def join(parts):
 
 def _linear(stage, x, weights, leaf):
     if stage.logits:
-        return product(x, weights[leaf])
+        return final_logits(product(x, weights[leaf]), stage.logits)
     return linear(x, weights[leaf], weights.get(bias_name(leaf)))
 
 
-def _normed(products, norm, hidden, *, cfg):
-    """hidden [R, D] -> its norm [R, D], the input of a stage."""
-    return (rms_norm(hidden, norm, eps=cfg.rms_norm_eps),)
+def _norm(x, whole, how: NormAt | None):
+    if how is None:
+        return x
+    return normed(x, how.norm, whole.get(how.weight), whole.get(how.bias))
 
 
-def _attend(products, cache, rows, *, cfg):
+def _normed(products, whole, hidden, *, how):
+    """hidden [R, D] -> its norm [R, D], the input of a stage; itself where there is no norm."""
+    return (_norm(hidden, whole, how),)
+
+
+def _attend(products, whole, cache, rows, *, how: Attention):
     """Projected q [R, N*H], k and v [R, K*H] -> ([R, N*H], the cache with k and v).
 
     q and k get the rotary embedding. Attention takes the rows' own k and v as they are here, and
     those of earlier rows from the cache.
     """
-
-    def heads(name):
-        return products[name].reshape(products[name].shape[0], -1, cfg.head_dim)
-
-    q, k = (rotate(heads(name), rows.positions, cfg) for name in ("q_proj", "k_proj"))
-    v = heads("v_proj")
+    q, k, v = _queries_keys_values(products, whole, how)
+    norms = how.head_norms
+    if norms and not norms.after_rope:
+        q, k = _head_norm(q, norms.q, whole, norms), _head_norm(k, norms.k, whole, norms)
+    if how.rope:
+        q, k = (rotate(each, rows.positions, how.rope, rows.is_long) for each in (q, k))
+    if norms and norms.after_rope:
+        q, k = _head_norm(q, norms.q, whole, norms), _head_norm(k, norms.k, whole, norms)
+    if how.grows:
+        beta, length = how.grows
+        turns = jnp.floor(rows.positions.astype(jnp.float32) / length)
+        factor = 1 + beta * jnp.log(1 + turns)
+        q = (q.astype(jnp.float32) * factor[:, None, None]).astype(q.dtype)
+    if how.value_norm:
+        v = normed(v, how.value_norm)
     # Written first: so the cache's memory is reused, and no copy of it is made.
     cache = write(cache, k, v, rows)
-    return attention(q, k, v, cache, rows, cfg), cache
+    return attention(q, k, v, cache, rows, how), cache
 
 
-def _add_and_norm(products, norm, hidden, *, cfg):
-    """Adds a branch's output [R, D] to hidden [R, D] -> (hidden, its norm)."""
-    (output,) = products.values()
-    hidden = hidden + output
-    return hidden, rms_norm(hidden, norm, eps=cfg.rms_norm_eps)
+def _queries_keys_values(products, whole, how):
+    """q [R, N, H], k and v [R, K, H], from one matrix or several."""
+    n, kv, h = how.n_heads, how.n_kv_heads, how.head_dim
+    if "qkv_proj" in products:
+        parts = jnp.split(products["qkv_proj"], [n * h, (n + kv) * h], axis=-1)
+    else:
+        names = ("q_proj", "k_proj", "k_proj" if how.keys_are_values else "v_proj")
+        parts = [products[name] for name in names]
+    if how.clip:
+        parts = [jnp.clip(part, -how.clip, how.clip) for part in parts]
+    norms = how.head_norms
+    if norms and norms.over == "flat":
+        leaves = (norms.q, norms.k)
+        parts[:2] = [
+            normed(part, norms.norm, whole[name])
+            for part, (name,) in zip(parts, leaves, strict=False)
+        ]
+    return [part.reshape(part.shape[0], -1, h) for part in parts]
 
 
-def _add(products, hidden, *, cfg):
+def _head_norm(x, names, whole, norms):
+    """x [R, heads, H] normed head by head."""
+    if norms.over == "flat":
+        return x  # before it was split
+    if not norms.norm.has_weight:
+        return normed(x, norms.norm)
+    weights = [whole[name] for name in names]
+    return normed(x, norms.norm, weights[0] if len(weights) == 1 else jnp.stack(weights))
+
+
+def _join(products, whole, hidden, *, how: Join):
     """Adds a branch's output [R, D] to hidden [R, D]."""
     (output,) = products.values()
-    return (hidden + output,)
+    output = _norm(output, whole, how.after)
+    hidden = hidden + scaled(output, Scale(how.scale))
+    return (hidden * whole[how.scalar].astype(hidden.dtype)[None] if how.scalar else hidden,)
 
 
-def _pass_on(products, *, cfg):
+def _join_and_norm(products, whole, hidden, *, how: Join):
+    """Adds a branch's output [R, D] to hidden [R, D] -> (hidden, the next stage's input)."""
+    (joined,) = _join(products, whole, hidden, how=how)
+    return joined, _norm(hidden if how.is_parallel else joined, whole, how.following)
+
+
+def _pass_on(products, whole, *, how):
     """Passes the only product on as the input of the next stage."""
     (output,) = products.values()
     return (output,)
 
 
-def _only(product, *, cfg):
+def _activate(products, whole, *, how: Mlp):
+    """The inner activation of an MLP whose gate is not a matrix of its own, or that has none."""
+    (inner,) = products.values()
+    if how.form == "plain":
+        return (ACTIVATION[how.activation](inner),)
+    return (gated(*jnp.split(inner, 2, axis=-1), activation=how.activation),)
+
+
+def _only(product, *, how):
     return product
 
 
-def _gated(gate, up, *, cfg):
-    return gated(gate, up, activation=cfg.hidden_act)
+def _gated(gate, up, *, how):
+    return gated(gate, up, activation=how)
 
 
 # The functions that the tables of `families` name.
 FUNCTIONS = {
     "normed": _normed,
     "attend": _attend,
-    "add_and_norm": _add_and_norm,
-    "add": _add,
+    "join": _join,
+    "join_and_norm": _join_and_norm,
     "pass_on": _pass_on,
+    "activate": _activate,
 }
 COMBINE = {None: _only, "gated": _gated}

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from jlayer.families.base import LayerKind
-from jlayer.families.registry import family_of, layer_kinds
+from jlayer.families.registry import head_input, layer_kinds
 from jlayer.model.cache import LayerCache, Rows
+from jlayer.model.ops import final_logits, scaled
 from jlayer.model.products import embedded, product
 from jlayer.model.stages import block, call
 from jlayer.spec import ModelConfig
@@ -56,20 +57,22 @@ def likeliest(
     """
     kind = one_kind(cfg)
     hidden = embedded(model.table, ids, width=cfg.hidden_size, dtype=dtype)
+    hidden = scaled(hidden, cfg.embedding_scale)
     size = pools.k.shape[0] // cfg.num_hidden_layers
 
     def layer(carry, given):
         hidden, pools = carry
         bits, number = given
         weights = jax.tree.map(from_bits, bits)
-        hidden, pools = block(kind)(weights, hidden, pools, _of_layer(rows, number, size, cfg), cfg)
+        hidden, pools = block(kind)(weights, hidden, pools, _of_layer(rows, number, size, cfg))
         return (hidden, pools), None
 
     numbers = jnp.arange(cfg.num_hidden_layers, dtype=jnp.int32)
     (hidden, pools), _ = jax.lax.scan(layer, (hidden, pools), (model.layers, numbers))
     flow = {"hidden": hidden.at[wanted].get(mode="clip")}
-    flow |= call(family_of(cfg).head_input, flow, model.final, cfg=cfg)
-    logits = product(flow["x"], model.table if model.head is None else model.head)
+    flow |= call(head_input(cfg), flow, model.final)
+    products = product(flow["x"], model.table if model.head is None else model.head)
+    logits = final_logits(products, cfg.logits)
     values, found = largest(logits[:, :most_ids], most)
     return found, values, pools
 

@@ -11,8 +11,8 @@ from jlayer.families.registry import head_leaf, layer_kinds, layer_of, published
 from jlayer.plan.machine import Machine
 from jlayer.plan.memory import (
     activation_bytes,
-    attention_temporary_bytes,
     cache_bytes,
+    most_attention_bytes,
     widest_product,
 )
 from jlayer.plan.need import Need
@@ -86,7 +86,7 @@ def _row_bytes(cfg: ModelConfig, load, rows, *, item_bytes, platform):
     numbers += wanted * LOGITS_COPIES * (cfg.vocab_size + LOGITS_BLOCK)
     return (
         4 * numbers
-        + attention_temporary_bytes(cfg, shapes, platform=platform)
+        + most_attention_bytes(cfg, shapes, platform=platform)
         + activation_bytes(cfg, shapes, item_bytes=item_bytes, whole=True)
     )
 
@@ -97,7 +97,7 @@ def _layer_bytes(cfg, forms: Mapping[str, int], pool, *, item_bytes):
     for name, n_bytes in forms.items():
         if (layer := layer_of(name)) is not None:
             sizes[layer] += n_bytes
-    entries = (kind.cache.n_elements(cfg, n_rows=pool) for kind in layer_kinds(cfg))
+    entries = (kind.cache.n_elements(n_rows=pool) for kind in layer_kinds(cfg))
     return max(sizes.values()) + item_bytes * max(entries)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from jlayer.families.registry import family_of, head_leaf, published_tensors
+from jlayer.families.registry import family_of, head_leaf, is_matrix, published_tensors
 from jlayer.plan import hosting, memory
 from jlayer.plan.cutting import cut
 from jlayer.plan.draft import draft_need
@@ -62,7 +62,7 @@ def matrix_forms(weights: Weights) -> tuple[str, ...]:
     """The encodings of the matrices that are streamed, in order of their names."""
     table = {family_of(weights.cfg).embedding.published} - {head_leaf(weights.cfg).published}
     shapes = published_tensors(weights.cfg)
-    names = [name for name, shape in shapes.items() if len(shape) == 2 and name not in table]
+    names = [name for name in shapes if is_matrix(name, shapes[name]) and name not in table]
     return tuple(sorted({weights.form_of(name) for name in names}))
 
 

@@ -6,15 +6,24 @@ XLA's own figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from jlayer.families.registry import counted_kinds, family_of
+from jlayer.families.registry import counted_kinds, final_norm_leaves
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import CHUNK_ROWS, Shapes, pool_rows, power_of_two, rows_for
 from jlayer.plan.tiles import Tier, Tiling, Weights
-from jlayer.spec import ALIGNMENT, ITEM_BYTES, ModelConfig, Place, attention_pieces, axis_sizes
+from jlayer.spec import (
+    ALIGNMENT,
+    ITEM_BYTES,
+    Attention,
+    ModelConfig,
+    Place,
+    attention_pieces,
+    head_sizes,
+)
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
 OUTGOING = 3
@@ -104,18 +113,20 @@ def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
 def resident_bytes(weights: Weights) -> int:
     """Bytes of the small leaves that stay on the device, in the compute dtype."""
     cfg = weights.cfg
-    sizes = axis_sizes(cfg)
-    numbers = sizes[family_of(cfg).final_norm.axes[0]]
+    numbers = _numbers(final_norm_leaves(cfg), cfg)
     for kind, n_layers in counted_kinds(cfg):
-        numbers += n_layers * sum(sizes[leaf.axes[0]] for leaf in kind.kept_in(Place.DEVICE))
+        numbers += n_layers * _numbers(kind.kept_in(Place.DEVICE), cfg)
     return numbers * ITEM_BYTES[weights.dtype]
+
+
+def _numbers(leaves, cfg):
+    return sum(math.prod(leaf.shape(cfg)) for leaf in leaves)
 
 
 def cache_bytes(cfg: ModelConfig, n_rows: int, *, item_bytes: int) -> int:
     """Bytes of the pools of all layers, of `n_rows` rows each."""
     return item_bytes * sum(
-        kind.cache.n_elements(cfg, n_rows=n_rows) * n_layers
-        for kind, n_layers in counted_kinds(cfg)
+        kind.cache.n_elements(n_rows=n_rows) * n_layers for kind, n_layers in counted_kinds(cfg)
     )
 
 
@@ -129,7 +140,7 @@ def _cache_need(cfg, tier, pool, n_rows, *, item_bytes):
     whole = cache_bytes(cfg, pool, item_bytes=item_bytes)
     if tier is Tier.DEVICE:
         return Need("cache", device=whole)
-    largest = max(kind.cache.n_elements(cfg, n_rows=1) for kind in _kinds(cfg)) * item_bytes
+    largest = max(kind.cache.n_elements(n_rows=1) for kind in _kinds(cfg)) * item_bytes
     on_host = whole + cfg.num_hidden_layers * 2 * ALIGNMENT
     return Need(
         "cache",
@@ -210,7 +221,7 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     matrices that are decoded, or cast to the compute dtype, before the product.
     """
     cfg = weights.cfg
-    from_attention = attention_temporary_bytes(cfg, shapes, platform=platform)
+    from_attention = most_attention_bytes(cfg, shapes, platform=platform)
     n_rows = shapes.chunk
     decoded = tiling.decoded_bytes
     if tiling.is_whole:
@@ -223,17 +234,24 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     return max(decoded + product, from_attention, 4 * 4 * n_rows * widest)
 
 
-def attention_temporary_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
+def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
+    """Bytes of the temporaries of attention, of the kind of layers that takes most."""
+    return max(
+        attention_temporary_bytes(kind.attention, shapes, platform=platform) for kind in _kinds(cfg)
+    )
+
+
+def attention_temporary_bytes(attention: Attention, shapes: Shapes, *, platform: str) -> int:
     """Bytes of attention's temporaries: the largest of all panes that a chunk may be. A plan does
     not know the card: with or without flash attention, whichever takes more."""
     lanes = power_of_two(shapes.batch)
-    return _most_pane_bytes(cfg, shapes.chunk, lanes, shapes.capacities, platform)
+    return _most_pane_bytes(attention, shapes.chunk, lanes, shapes.capacities, platform)
 
 
 @lru_cache(maxsize=1024)
-def _most_pane_bytes(cfg, chunk, lanes, capacities, platform):
+def _most_pane_bytes(attention: Attention, chunk, lanes, capacities, platform):
     return max(
-        _pane_bytes(cfg, chunk, min(chunk // tokens, lanes), tokens, capacity, flash=flash)
+        _pane_bytes(attention, chunk, min(chunk // tokens, lanes), tokens, capacity, flash=flash)
         for tokens in (1, *CHUNK_ROWS)
         if tokens <= chunk
         for capacity in capacities
@@ -241,7 +259,7 @@ def _most_pane_bytes(cfg, chunk, lanes, capacities, platform):
     )
 
 
-def _pane_bytes(cfg, n_rows, lanes, tokens, capacity, *, flash):
+def _pane_bytes(attention, n_rows, lanes, tokens, capacity, *, flash):
     """For all rows the heads. For one piece of the lanes and entries the scores, float32 (before
     and after the exponential, masked, and in the compute dtype), and the gathered keys and values,
     which may be cast to float32.
@@ -249,10 +267,10 @@ def _pane_bytes(cfg, n_rows, lanes, tokens, capacity, *, flash):
     With flash attention these stay as they are; there are scores of the chunk's own entries only,
     which are gone before others are gathered. Its splits have queries and mixed values of 16 bits,
     and the latter as float32."""
-    sizes = axis_sizes(cfg)
-    pieces = attention_pieces(cfg, lanes=lanes, tokens=tokens, capacity=capacity, flash=flash)
+    sizes = head_sizes(attention)
+    pieces = attention_pieces(attention, lanes=lanes, tokens=tokens, capacity=capacity, flash=flash)
     committed, fresh = capacity // pieces.committed, tokens // pieces.fresh
-    score = 4 * pieces.lanes * cfg.num_attention_heads * tokens
+    score = 4 * pieces.lanes * attention.n_heads * tokens
     gathered = 2 * (2 if pieces.splits else 4) * pieces.lanes * committed * sizes["kv_heads"]
     values = pieces.lanes * tokens * sizes["heads"]
     heads = 4 * 4 * n_rows * (sizes["heads"] + sizes["kv_heads"])

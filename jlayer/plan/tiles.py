@@ -17,7 +17,7 @@ from functools import cached_property
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
-from jlayer.families.registry import family_of, layer_tensor_name, published_tensors
+from jlayer.families.registry import layer_tensor_name, published_tensors
 from jlayer.plan.joined import Joined
 from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig
 
@@ -53,11 +53,12 @@ class Weights:
 
     @cached_property
     def published_bytes(self) -> int:
-        """Bytes of all tensors before quantizing, if any; the final norm has the published
-        dtype."""
-        plain = self.form_of(family_of(self.cfg).final_norm.published)
+        """Bytes of all tensors before quantizing, if any; the last that is not quantized has the
+        published dtype."""
         shapes = published_tensors(self.cfg)
-        forms = map(self.form_of, shapes)
+        forms = [self.form_of(name) for name in shapes]
+        vectors = (form for form in reversed(forms) if encoding(form).is_plain)
+        plain = next(vectors, self.cfg.dtype or "bfloat16")
         return sum(
             encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
             for form, shape in zip(forms, shapes.values(), strict=True)

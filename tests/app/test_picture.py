@@ -9,10 +9,11 @@ import pytest
 from jlayer.app import picture
 from jlayer.app.cli import main
 from jlayer.errors import StorageError, UsageError
-from jlayer.families.llama import DECODER
+from jlayer.families.registry import layer_kinds
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.record import Span, Timeline
 from tests.conftest import BUNDLED
+from tests.plan.models import SMALL
 
 PNG = b"\x89PNG\r\n\x1a\n"
 GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
@@ -20,7 +21,7 @@ GENERATE = ["-p", "Once upon a time", "--device", "cpu", "-n", "3"]
 
 def timeline(n_tiles=3, tiers=(Tier.DISK, Tier.HOST)):
     """Two sweeps of `n_tiles` layers; every 10 ms a layer is read, all the time, and one runs."""
-    tiles = tuple(Tile(f"layer {i}", DECODER, None, i, ()) for i in range(n_tiles))
+    tiles = tuple(Tile(f"layer {i}", layer_kinds(SMALL)[0], None, i, ()) for i in range(n_tiles))
     spans = []
     for number in range(2 * n_tiles):
         at, tile = number / 100, number % n_tiles

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,16 @@ from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, Rows, rows_struct
 from jlayer.plan.memory import attention_temporary_bytes
 from jlayer.plan.shapes import RunShape
-from jlayer.spec import Pieces, attention_pieces
-from tests.plan.models import SMALL
+from jlayer.spec import Attention, Pieces, attention_pieces
 
-CFG = replace(SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+
+def attention_of(n_heads, n_kv_heads, head_dim):
+    """Plain attention of these sizes."""
+    scale = head_dim**-0.5
+    return Attention(n_heads, n_kv_heads, head_dim, rope=None, scale=scale)
+
+
+CFG = attention_of(6, 2, 8)
 # Rows in a chunk beyond those of the pane.
 PADDING = 3
 
@@ -36,7 +41,7 @@ def random_case(lanes, tokens, capacity, lengths, *, cfg=CFG, dtype="float32", s
     def normal(*shape):
         return rng.normal(0, 1, shape).astype(np.float32)
 
-    heads, kv = (cfg.num_attention_heads, cfg.head_dim), (cfg.num_key_value_heads, cfg.head_dim)
+    heads, kv = (cfg.n_heads, cfg.head_dim), (cfg.n_kv_heads, cfg.head_dim)
     pool = [normal(n_pool, *kv) for _ in range(2)]
     listed = np.concatenate([table[lane, :n] for lane, n in enumerate(length)])
     for entries in pool:
@@ -63,15 +68,15 @@ def dense(q, k, v, cache, rows, cfg=CFG):
         np.asarray(each.astype(jnp.float32), np.float64) for each in (q, k, v, cache.k, cache.v)
     )
     lanes, tokens, _ = rows.seen.shape
-    group = cfg.num_attention_heads // cfg.num_key_value_heads
-    out = np.zeros((lanes * tokens, cfg.num_attention_heads, cfg.head_dim))
+    group = cfg.n_heads // cfg.n_kv_heads
+    out = np.zeros((lanes * tokens, cfg.n_heads, cfg.head_dim))
     for lane, row in np.ndindex(lanes, tokens):
         entries = rows.table[lane, : rows.length[lane]]
         own = lane * tokens + np.flatnonzero(rows.seen[lane, row])
         keys, values = (
             np.concatenate([pool[entries], new[own]]) for pool, new in ((of_k, k), (of_v, v))
         )
-        for head in range(cfg.num_attention_heads):
+        for head in range(cfg.n_heads):
             mine = lane * tokens + row, head
             scores = keys[:, head // group] @ q[mine] / np.sqrt(cfg.head_dim)
             weights = np.exp(scores - scores.max())
@@ -208,7 +213,7 @@ def test_flash_is_folded_split_and_merged_exactly(shape, blocks, bounds, monkeyp
 
 
 def test_flash_is_for_several_rows_and_splits_the_entries_of_few_lanes():
-    llama = replace(SMALL, num_attention_heads=64, num_key_value_heads=8, head_dim=128)
+    llama = attention_of(64, 8, 128)
 
     def pieces(lanes, tokens, capacity):
         return attention_pieces(llama, lanes=lanes, tokens=tokens, capacity=capacity, flash=True)
@@ -243,9 +248,7 @@ def on_the_card(request):
     n_heads, n_kv_heads, head_dim = request.param
     if not has_flash(jax.devices()[0], head_dim=head_dim, dtype="bfloat16"):
         pytest.skip("this card has no flash attention, or JAX found no cuDNN that has it")
-    return replace(
-        SMALL, num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim
-    )
+    return attention_of(n_heads, n_kv_heads, head_dim)
 
 
 @pytest.mark.gpu
@@ -276,9 +279,9 @@ def test_temporaries_on_the_card_stay_within_the_plan(on_the_card, flash):
         q, kv, pool = (
             jax.ShapeDtypeStruct((n, heads, cfg.head_dim), "bfloat16")
             for n, heads in (
-                (lanes * tokens, cfg.num_attention_heads),
-                (lanes * tokens, cfg.num_key_value_heads),
-                (lanes * capacity, cfg.num_key_value_heads),
+                (lanes * tokens, cfg.n_heads),
+                (lanes * tokens, cfg.n_kv_heads),
+                (lanes * capacity, cfg.n_kv_heads),
             )
         )
         program = jax.jit(attention, static_argnums=5)

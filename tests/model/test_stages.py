@@ -12,7 +12,7 @@ import pytest
 from jlayer.families.registry import FAMILIES, layer_kinds
 from jlayer.model.attention import attention
 from jlayer.model.cache import empty_cache, write
-from jlayer.model.ops import gated, linear, rms_norm, rotate
+from jlayer.model.ops import gated, linear, normed, rotate
 from jlayer.model.stages import block, join
 from tests import made_up
 from tests.chain import chain
@@ -42,37 +42,38 @@ def random_hidden(cfg):
     return jnp.asarray(rng.normal(0, 1, (TOKENS, cfg.hidden_size)), jnp.float32)
 
 
-def empty(kind, cfg):
-    return empty_cache(kind.cache, cfg, n_rows=CAPACITY, dtype="float32")
+def empty(kind):
+    return empty_cache(kind.cache, n_rows=CAPACITY, dtype="float32")
 
 
 def attend_by_hand(layer, x, cache, cfg):
     def projected(name):
         y = linear(x, layer[name], layer[f"{name}_bias"])
-        return y.reshape(TOKENS, -1, cfg.head_dim)
+        return y.reshape(TOKENS, -1, cfg.attention.head_dim)
 
-    q, k = (rotate(projected(name), ROWS.positions, cfg) for name in ("q_proj", "k_proj"))
+    rope = cfg.attention.rope
+    q, k = (rotate(projected(name), ROWS.positions, rope) for name in ("q_proj", "k_proj"))
     v = projected("v_proj")
     cache = write(cache, k, v, ROWS)
-    x = attention(q, k, v, cache, ROWS, cfg)
+    x = attention(q, k, v, cache, ROWS, cfg.attention)
     return linear(x, layer["o_proj"], layer["o_proj_bias"]), cache
 
 
 def gateless_by_hand(layer, hidden, cache, cfg):
-    x = rms_norm(hidden, layer["input_layernorm"], eps=cfg.rms_norm_eps)
+    x = normed(hidden, cfg.norm, layer["input_layernorm"])
     attended, cache = attend_by_hand(layer, x, cache, cfg)
     hidden = hidden + attended
-    x = rms_norm(hidden, layer["post_attention_layernorm"], eps=cfg.rms_norm_eps)
+    x = normed(hidden, cfg.norm, layer["post_attention_layernorm"])
     x = linear(x, layer["up_proj"], layer["up_proj_bias"])
     return hidden + linear(x, layer["down_proj"], layer["down_proj_bias"]), cache
 
 
 def mlp_first_by_hand(layer, hidden, cache, cfg):
-    x = rms_norm(hidden, layer["input_layernorm"], eps=cfg.rms_norm_eps)
+    x = normed(hidden, cfg.norm, layer["input_layernorm"])
     gate, up = (linear(x, layer[n], layer[f"{n}_bias"]) for n in ("gate_proj", "up_proj"))
     x = gated(gate, up, activation="silu")
     hidden = hidden + linear(x, layer["down_proj"], layer["down_proj_bias"])
-    x = rms_norm(hidden, layer["post_attention_layernorm"], eps=cfg.rms_norm_eps)
+    x = normed(hidden, cfg.norm, layer["post_attention_layernorm"])
     attended, cache = attend_by_hand(layer, x, cache, cfg)
     return hidden + attended, cache
 
@@ -83,8 +84,8 @@ def mlp_first_by_hand(layer, hidden, cache, cfg):
 def test_block_does_what_the_table_of_stages_says(cfg, number, by_hand):
     kind = layer_kinds(cfg)[number]
     layer, hidden = random_layer(kind, cfg), random_hidden(cfg)
-    found = jax.jit(block(kind), static_argnums=4)(layer, hidden, empty(kind, cfg), ROWS, cfg)
-    expected = jax.jit(by_hand, static_argnums=3)(layer, hidden, empty(kind, cfg), cfg)
+    found = jax.jit(block(kind))(layer, hidden, empty(kind), ROWS)
+    expected = jax.jit(by_hand, static_argnums=3)(layer, hidden, empty(kind), cfg)
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 
@@ -99,11 +100,11 @@ def test_block_compiled_once_for_a_kind_serves_any_number_of_layers(cfg, n_layer
             traces[of.name] += 1
             return block(of)(*given)
 
-        compiled.setdefault(kind, jax.jit(counting, static_argnums=4))
+        compiled.setdefault(kind, jax.jit(counting))
     hidden, layers = random_hidden(cfg), {}
     for number, kind in enumerate(layer_kinds(cfg)):
         layer = layers.setdefault(kind, random_layer(kind, cfg, seed=number))
-        hidden, _ = compiled[kind](layer, hidden, empty(kind, cfg), ROWS, cfg)
+        hidden, _ = compiled[kind](layer, hidden, empty(kind), ROWS)
         hidden /= jnp.abs(hidden).max()  # 80 random layers would overflow
     assert np.isfinite(hidden).all()
     assert traces == {"gateless": 1, "mlp_first": 1, "decoder": 1}

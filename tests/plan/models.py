@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from jlayer.config import model_config
 from jlayer.encodings.registry import SCHEMES
 from jlayer.plan.machine import PLATFORMS, Machine
 from jlayer.plan.making import make_plan
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
-from jlayer.spec import ModelConfig, Rope
+from jlayer.spec import ModelConfig
 
-LLAMA_70B = ModelConfig(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope=Rope(),
-    attention_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=False,
-    hidden_act="silu",
-    dtype="bfloat16",
-)
-LLAMA_405B = replace(
-    LLAMA_70B,
+_LLAMA_70B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+
+
+def llama(**sizes) -> ModelConfig:
+    """A llama of these sizes, else those of Llama 3 70B."""
+    return model_config({**_LLAMA_70B, **sizes}, where="here")
+
+
+LLAMA_70B = llama()
+LLAMA_405B = llama(
     hidden_size=16384,
     intermediate_size=53248,
     num_hidden_layers=126,
     num_attention_heads=128,
 )
 # The width of an 8B model, with 8 layers.
-SMALL_8B = replace(
-    LLAMA_70B,
+SMALL_8B = llama(
     hidden_size=4096,
     intermediate_size=14336,
     num_hidden_layers=8,
     num_attention_heads=32,
 )
 # Small enough to compile programs for.
-SMALL = replace(
-    LLAMA_70B,
+SMALL = llama(
     vocab_size=1000,
     hidden_size=256,
     intermediate_size=704,

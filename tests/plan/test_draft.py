@@ -14,10 +14,9 @@ from jlayer.plan.lanes import most_lanes
 from jlayer.plan.making import fitting, make_plan, refit
 from jlayer.plan.shapes import RunShape, pool_rows
 from jlayer.plan.tiles import Tier
-from tests.plan.models import LLAMA_70B, SMALL_8B, machine, plan_of, weights_of
+from tests.plan.models import LLAMA_70B, SMALL_8B, llama, machine, plan_of, weights_of
 
-TINY = replace(
-    LLAMA_70B,
+TINY = llama(
     vocab_size=1000,
     hidden_size=96,
     intermediate_size=200,
@@ -27,8 +26,7 @@ TINY = replace(
     head_dim=24,
 )
 # The shapes of Llama 3.2 1B, whose head is its table.
-DRAFT_1B = replace(
-    LLAMA_70B,
+DRAFT_1B = llama(
     hidden_size=2048,
     intermediate_size=8192,
     num_hidden_layers=16,

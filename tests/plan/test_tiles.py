@@ -36,7 +36,8 @@ def any_weights(draw):
         intermediate_size=40,
         num_hidden_layers=draw(st.integers(1, 4)),
         vocab_size=133,
-        attention_bias=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
     )

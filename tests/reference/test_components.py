@@ -11,7 +11,7 @@ from jlayer.model import ops, products
 from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, empty_cache, write
 from jlayer.model.stages import block
-from jlayer.spec import Rope
+from jlayer.spec import Norm, Rope
 from tests.chain import chain
 from tests.reference.conftest import STYLES
 from tests.tiny import TINY
@@ -79,7 +79,7 @@ def test_the_cpu_multiplies_few_columns_with_the_weight_on_the_left():
 def test_rms_norm(size, eps):
     norm = randomise(llama.LlamaRMSNorm(24, eps=eps))
     x = torch.randn(BATCH, TOKENS, 24) * size
-    close(ops.rms_norm(x.numpy(), norm.weight.detach().numpy(), eps=eps), norm(x))
+    close(ops.normed(x.numpy(), Norm(eps), norm.weight.detach().numpy()), norm(x))
 
 
 def test_rms_norm_scales_after_rounding():
@@ -88,8 +88,9 @@ def test_rms_norm_scales_after_rounding():
     norm = llama.LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
     norm.weight.data = weight
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    found = ops.rms_norm(
-        x.float().numpy().astype("bfloat16"), weight.float().numpy().astype("bfloat16"), eps=1e-5
+    found = ops.normed(
+        *(x.float().numpy().astype("bfloat16"), Norm(1e-5)),
+        weight.float().numpy().astype("bfloat16"),
     )
     assert np.array_equal(np.asarray(found).astype(np.float32), norm(x).float().detach().numpy())
 
@@ -105,14 +106,14 @@ def test_rope_frequencies_of_published_shapes_agree_to_the_last_bit(name, head_d
         }
     config = reference_config(style)
     expected = llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
-    found = ops.rope_frequencies(ours(config).rope, head_dim)
+    found = ops.rope_frequencies(ours(config).attention.rope, head_dim)
     # Equal here; another machine's library may round a power otherwise. More shows at long
     # positions.
     assert np.abs(found.view(np.int32) - expected.view(np.int32)).max() <= 1
 
 
 def test_llama3_scaling_reaches_all_three_ranges():
-    rope = ours(reference_config(STYLES["llama3.1"])).rope
+    rope = ours(reference_config(STYLES["llama3.1"])).attention.rope
     plain = ops.rope_frequencies(Rope(theta=rope.theta), 10)
     ratio = ops.rope_frequencies(rope, 10) / plain
     assert np.isclose(ratio.max(), 1)
@@ -126,7 +127,7 @@ def test_rotation(style):
     q = torch.randn(BATCH, TOKENS, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(POSITIONS))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    found = ops.rotate(q.flatten(0, 1).numpy(), POSITIONS.reshape(-1), ours(config))
+    found = ops.rotate(q.flatten(0, 1).numpy(), POSITIONS.reshape(-1), ours(config).attention.rope)
     close(found, expected.transpose(1, 2).flatten(0, 1))
 
 
@@ -136,7 +137,7 @@ def test_rotation_at_the_far_end_of_a_long_context():
     q = torch.randn(1, 3, 6, 10)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, torch.tensor(positions))
     expected, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos, sin)
-    found = ops.rotate(q[0].numpy(), positions[0], ours(config))
+    found = ops.rotate(q[0].numpy(), positions[0], ours(config).attention.rope)
     close(found, expected.transpose(1, 2)[0])
 
 
@@ -146,12 +147,10 @@ def test_rotation_at_the_far_end_of_a_long_context():
 def test_attention_over_a_pool_with_more_room_than_tokens(style, n_before):
     """Some of the tokens came before: they are in rows of the pool, the others in this chunk."""
     config = reference_config(style)
-    cfg = ours(config)
-    q, k, v = (
-        torch.randn(1, TOKENS, n, 10) for n in (6, cfg.num_key_value_heads, cfg.num_key_value_heads)
-    )
+    how = ours(config).attention
+    q, k, v = (torch.randn(1, TOKENS, n, 10) for n in (6, how.n_kv_heads, how.n_kv_heads))
     room = jnp.full(
-        (16, cfg.num_key_value_heads, 10), 1e3, jnp.float32
+        (16, how.n_kv_heads, 10), 1e3, jnp.float32
     )  # what no table lists must not be seen
     pool_rows = np.array([9, 2, 14, 5, 0, 3, 7], np.int32)
     before = chain(TOKENS, capacity=16).replace(write=pool_rows)
@@ -165,7 +164,7 @@ def test_attention_over_a_pool_with_more_room_than_tokens(style, n_before):
         table=table,
         length=np.array([n_before], np.int32),
     )
-    repeats = 6 // cfg.num_key_value_heads
+    repeats = 6 // how.n_kv_heads
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2).repeat_interleave(repeats, 1),
@@ -174,7 +173,7 @@ def test_attention_over_a_pool_with_more_room_than_tokens(style, n_before):
     )
     own = [each[0, n_before:].numpy() for each in (q, k, v)]
     close(
-        jax.jit(attention, static_argnums=5)(*own, pool, rows, cfg),
+        jax.jit(attention, static_argnums=5)(*own, pool, rows, how),
         expected.transpose(1, 2).reshape(TOKENS, 60)[n_before:],
     )
 
@@ -197,11 +196,9 @@ def test_block_is_the_reference_decoder_layer(style):
     }
     (kind,) = layer_kinds(cfg)
     assert weights.keys() == {leaf.name for leaf in kind.leaves}
-    empty = empty_cache(kind.cache, cfg, n_rows=64, dtype="float32")
+    empty = empty_cache(kind.cache, n_rows=64, dtype="float32")
     # Compiled, as it runs; step by step, JAX would make a program of each operation.
-    found, _ = jax.jit(block(kind), static_argnums=4)(
-        weights, x[0].numpy(), empty, chain(TOKENS), cfg
-    )
+    found, _ = jax.jit(block(kind))(weights, x[0].numpy(), empty, chain(TOKENS))
     close(found, expected[0])
 
 

@@ -65,10 +65,12 @@ def assert_as_in_the_reference(changes, folder):
         return None
     assert not isinstance(cfg, str), f"{changes}: refused here alone: {cfg}"
     config, frequencies = expected
-    found = rope_frequencies(cfg.rope, cfg.head_dim)
+    found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
     np.testing.assert_allclose(found, frequencies, rtol=5e-7)  # the last bit of float32
-    for field in ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"):
-        assert getattr(cfg, field) == getattr(config, field), field
+    assert cfg.attention.n_kv_heads == config.num_key_value_heads
+    assert cfg.attention.head_dim == config.head_dim
+    assert cfg.norm.eps == config.rms_norm_eps
+    assert cfg.tie_word_embeddings == config.tie_word_embeddings
     return cfg
 
 

@@ -140,9 +140,11 @@ def test_a_real_file_is_read_as_transformers_reads_it_or_refused_by_name(tmp_pat
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         assert getattr(cfg, field) == getattr(config, field)
-    for field in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
-        assert getattr(cfg, field) == getattr(config, field)
-    assert cfg.rope.theta == config.rope_parameters["rope_theta"]
-    assert cfg.rope.type == config.rope_parameters["rope_type"]
+    how = cfg.attention
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert (how.n_heads, how.n_kv_heads, how.head_dim) == sizes
+    assert cfg.norm.eps == config.rms_norm_eps
+    assert how.rope.theta == config.rope_parameters["rope_theta"]
+    assert how.rope.type == config.rope_parameters["rope_type"]
     assert cfg.tie_word_embeddings is config.tie_word_embeddings
     assert f"torch.{cfg.dtype}" == str(config.dtype)

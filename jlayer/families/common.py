@@ -1,0 +1,185 @@
+"""What the families read of a config.json in the same way: sizes, kinds of layers, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.fields import Fields
+from jlayer.spec import Attention, HeadNorms, Mlp, ModelConfig, Norm, Rope
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Published names of activations, and ours.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+# Keys that change a model of any family in transformers -> the values at which they do not.
+# (transformers reads another file than config.json where configuration_files names one.)
+_NEUTRAL = {
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "kv_sharing_modes": (None,),
+    "configuration_files": (None, []),
+    "use_bidirectional_attention": (None, "vision", False),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that all layers share, and the most positions."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    longest: int
+
+
+def read_sizes(
+    fields: Fields,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    longest: int = 2048,
+) -> Sizes:
+    """`kv_heads`, `head_dim`: of the family, where the file is silent; None: as many heads of keys
+    and values as of queries, and the width divided by the heads. Raises CheckpointError."""
+    where = fields.where
+    heads = fields.integer("num_attention_heads")
+    default = kv_heads if kv_heads and "num_key_value_heads" not in fields.raw else heads
+    found = fields.integer("num_key_value_heads", default=default, null_is_absent=True)
+    hidden = fields.integer("hidden_size")
+    if heads % found:
+        raise CheckpointError(
+            f"{where}: num_attention_heads is {heads}, "
+            f"not a multiple of num_key_value_heads {found}"
+        )
+    if head_dim is None and not fields.has("head_dim") and hidden % heads:
+        raise CheckpointError(
+            f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
+            "and head_dim is not given"
+        )
+    if head_dim is None or "head_dim" in fields.raw:
+        head_dim = fields.integer("head_dim", default=hidden // heads, null_is_absent=True)
+    if head_dim % 2:
+        raise CheckpointError(
+            f"{where}: head_dim is {head_dim} (hidden_size {hidden}, heads {heads}); "
+            "rotary embedding needs an even one"
+        )
+    return Sizes(heads, found, head_dim, fields.integer("max_position_embeddings", default=longest))
+
+
+def attention(sizes: Sizes, rope: Rope | None, **switches) -> Attention:
+    """The attention of a family with these switches; its scale is H^-1/2 unless they say so."""
+    head_dim = switches.pop("head_dim", sizes.head_dim)
+    given = {"n_heads": sizes.heads, "n_kv_heads": sizes.kv_heads, "scale": head_dim**-0.5}
+    return Attention(**{**given, "head_dim": head_dim, "rope": rope, **switches})
+
+
+def config(
+    fields: Fields,
+    sizes: Sizes,
+    attentions: Sequence[Attention],
+    *,
+    layer_types: Sequence[str] = (),
+    tied: bool = False,
+    activation: str = "silu",
+    activation_key: str = "hidden_act",
+    norm: Norm | None = None,
+    mlp: Mlp | None = None,
+    **switches,
+) -> ModelConfig:
+    """A ModelConfig with these switches. `layer_types`: of each layer the name of its attention;
+    forms that no layer has are dropped. `tied`, `activation`: where the file is silent. `norm`:
+    None: an RMS norm with `rms_norm_eps`; `mlp`: None: a gated one. Raises CheckpointError or
+    UnsupportedModelError."""
+    for name, values in _NEUTRAL.items():
+        fields.refuse_unless(name, *values)
+    n_layers = fields.integer("num_hidden_layers")
+    used = tuple(one for one in attentions if not layer_types or one.name in layer_types)
+    if len(used) == 1 and layer_types:
+        layer_types = ()
+    act = fields.choice(activation_key, ACTIVATIONS, default=activation)
+    return ModelConfig(
+        model_type=str(fields.raw.get("model_type") or "llama"),
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=n_layers,
+        max_position_embeddings=switches.pop("longest", sizes.longest),
+        attentions=used,
+        layer_types=tuple(layer_types),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=tied),
+        norm=norm or rms_norm(fields),
+        mlp=replace(mlp or Mlp(), activation=act),
+        **switches,
+    )
+
+
+def rms_norm(fields: Fields, *, eps: float = 1e-6, key: str = "rms_norm_eps", **form) -> Norm:
+    """`eps`: where the file is silent."""
+    return Norm(eps=fields.positive(key, default=eps), **form)
+
+
+def head_norms(norm: Norm, **form) -> HeadNorms:
+    return HeadNorms(norm, **form)
+
+
+def layer_types(
+    fields: Fields, known: Sequence[str] = (FULL, SLIDING), *, default: Sequence[str]
+) -> tuple[str, ...]:
+    """The type of each layer, from `layer_types` or else `default`. Raises CheckpointError or
+    UnsupportedModelError."""
+    n_layers, found = fields.integer("num_hidden_layers"), fields.raw.get("layer_types")
+    if found is None:
+        return tuple(default)
+    if not isinstance(found, list) or not {str(one) for one in found} <= set(known):
+        raise UnsupportedModelError(
+            f"{fields.where}: layer_types is {str(found)[:200]!a}, supported: {', '.join(known)}"
+        )
+    if len(found) != n_layers:
+        raise CheckpointError(
+            f"{fields.where}: layer_types has {len(found)} entries, "
+            f"expected num_hidden_layers {n_layers}"
+        )
+    return tuple(found)
+
+
+def every(n_layers: int, period: int, *, usual: str = SLIDING, last: str = FULL) -> tuple[str, ...]:
+    """Types of layers of which each `period`-th differs."""
+    return tuple(last if (n + 1) % period == 0 else usual for n in range(n_layers))
+
+
+def window(
+    fields: Fields, key: str = "sliding_window", *, default: int | None = None
+) -> int | None:
+    """The window of a model's sliding layers: null is none, an absent key is `default`."""
+    if key not in fields.raw:
+        return default
+    return fields.integer(key) if fields.has(key) else None
+
+
+def forms(full: Attention, window: int | None) -> tuple[Attention, ...]:
+    """The attention of full layers, and the same with a window, by their published names."""
+    sliding = replace(full, name=SLIDING, window=window)
+    return (replace(full, name=FULL), sliding)
+
+
+def text_part(fields: Fields, model_type: str) -> Fields:
+    """The text's part of a multimodal config: its own section, with what stands outside where that
+    is silent."""
+    section = fields.section("text_config")
+    outside = {
+        key: fields.raw[key]
+        for key in ("tie_word_embeddings", "dtype", "torch_dtype")
+        if key in fields.raw and key not in section.raw
+    }
+    merged: Mapping = {**section.raw, **outside, "model_type": model_type}
+    return Fields(merged, section.where)

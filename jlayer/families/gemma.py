@@ -1,0 +1,224 @@
+"""Gemma: gains of 1 + weight, norms around both branches, and a scaled embedding as the head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from jlayer.families.base import Family
+from jlayer.families.common import (
+    FULL,
+    SLIDING,
+    attention,
+    config,
+    every,
+    forms,
+    head_norms,
+    layer_types,
+    read_sizes,
+    rms_norm,
+    text_part,
+    window,
+)
+from jlayer.families.decoder import decoder_kinds
+from jlayer.families.fields import LIMITS, Fields
+from jlayer.families.rope import read_rope
+from jlayer.spec import Logits, ModelConfig, Places, Scale
+
+_FOUR_NORMS = Places(
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+# Parts of multimodal checkpoints that a text has no use for.
+OTHER_PARTS = (
+    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*",
+)
+
+
+def _common(fields, *, key, **switches):
+    """What all have in common. `key`: of the activation."""
+    bias = fields.boolean("attention_bias")
+    return {
+        "tied": True,
+        "activation": "gelu_pytorch_tanh",
+        "activation_key": key,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "embedding_scale": Scale(math.sqrt(fields.integer("hidden_size")), is_rounded=True),
+        **switches,
+    }
+
+
+def _norm(fields, **form):
+    return rms_norm(fields, **{"plus_one": True, "rounds_first": False, **form})
+
+
+def _gemma(fields: Fields) -> ModelConfig:
+    """Its releases say "gelu" and mean the approximation by tanh, as transformers knows."""
+    sizes = read_sizes(fields, kv_heads=16, head_dim=256, longest=8192)
+    if fields.raw.get("hidden_act") == "gelu":
+        fields = replace(fields, raw={**fields.raw, "hidden_act": "gelu_pytorch_tanh"})
+    how = attention(sizes, read_rope(fields, longest=sizes.longest))
+    common = _common(fields, key="hidden_act", norm=_norm(fields))
+    return config(fields, sizes, [how], **common)
+
+
+def _gemma2(fields: Fields) -> ModelConfig:
+    sizes = read_sizes(fields, kv_heads=4, head_dim=256, longest=8192)
+    types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), 2))
+    full = attention(
+        sizes,
+        read_rope(fields, longest=sizes.longest),
+        scale=fields.positive("query_pre_attn_scalar", default=256.0) ** -0.5,
+        cap=fields.positive_or_none("attn_logit_softcapping", default=50.0),
+    )
+    return config(
+        fields,
+        sizes,
+        forms(full, window(fields, default=4096)),
+        layer_types=types,
+        logits=Logits(cap=fields.positive_or_none("final_logit_softcapping", default=30.0)),
+        places=_FOUR_NORMS,
+        **_common(fields, key="hidden_activation", norm=_norm(fields)),
+    )
+
+
+def _by_type(fields, *, full: dict, sliding: dict):
+    """The config with `rope_parameters` for both types of layers, as transformers fills it in:
+    `rope_scaling` and `rope_theta` are of the full ones, `rope_local_base_freq` of the others."""
+    said = dict(fields.section("rope_parameters").raw)
+    found = {FULL: dict(said.get(FULL) or {}), SLIDING: dict(said.get(SLIDING) or {})}
+    found[FULL] |= fields.section("rope_scaling").raw
+    theta = fields.raw.get("rope_theta", full["rope_theta"])
+    local = fields.raw.get("rope_local_base_freq", sliding["rope_theta"])
+    found[FULL] = {**full, "rope_theta": theta, **found[FULL]}
+    found[SLIDING] = {**sliding, "rope_theta": local, **found[SLIDING]}
+    beside = ("rope_scaling", "rope_theta")
+    raw = {key: value for key, value in fields.raw.items() if key not in beside}
+    return replace(fields, raw={**raw, "rope_parameters": found})
+
+
+def _gemma3(fields: Fields) -> ModelConfig:
+    """Five layers with a window, whose rotary embedding has a base of its own, to a full one."""
+    sizes = read_sizes(fields, kv_heads=4, head_dim=256, longest=131072)
+    period = fields.integer("sliding_window_pattern", default=6)
+    types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), period))
+    norm = _norm(fields)
+    fields = _by_type(fields, full={"rope_theta": 1e6}, sliding={"rope_theta": 1e4})
+    full, sliding = forms(
+        attention(
+            sizes,
+            None,
+            scale=fields.positive("query_pre_attn_scalar", default=256.0) ** -0.5,
+            cap=fields.positive_or_none("attn_logit_softcapping"),
+            head_norms=head_norms(norm),
+        ),
+        window(fields, default=4096),
+    )
+    return config(
+        fields,
+        sizes,
+        [_turned(fields, sizes, one, partial=None) for one in (full, sliding)],
+        layer_types=types,
+        logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
+        places=_FOUR_NORMS,
+        **_common(fields, key="hidden_activation", norm=norm),
+    )
+
+
+def _turned(fields, sizes, how, *, partial):
+    rope = read_rope(fields, longest=sizes.longest, layer_type=how.name, partial=partial)
+    return replace(how, rope=rope)
+
+
+# What makes another model of a dense gemma 4: experts, embeddings for each layer, shared caches.
+_DENSE = {
+    "enable_moe_block": (None, False),
+    "hidden_size_per_layer_input": (None, 0),
+    "num_kv_shared_layers": (None, 0),
+    "use_double_wide_mlp": (None, False),
+}
+
+
+def _own_sizes(fields, sizes, types, *, shared):
+    """(the fields without what is read here, the sizes of full layers): from `per_layer_config`, as
+    transformers saves them, or from keys of their own, as they are published."""
+    written = fields.section("per_layer_config").raw
+    if not written:
+        key = "num_global_key_value_heads"
+        own_heads = fields.integer(key, default=sizes.kv_heads, null_is_absent=True)
+        head_dim = fields.integer("global_head_dim", default=512, limit=LIMITS["head_dim"])
+        heads = own_heads if shared else sizes.kv_heads
+        return fields, replace(sizes, head_dim=head_dim, kv_heads=heads)
+    full = [number for number, name in enumerate(types) if name == FULL]
+    one = next(iter(written.values()))
+    if sorted(map(str, written)) != sorted(f"{n:0{len(max(written))}}" for n in full) or any(
+        other != one for other in written.values()
+    ):
+        return fields, sizes  # refused as layers of their own
+    said = Fields(one, f"{fields.where}: per_layer_config")
+    for name in set(one) - {"head_dim", "num_key_value_heads"}:
+        said.refuse_unless(name, None)
+    raw = {key: value for key, value in fields.raw.items() if key != "per_layer_config"}
+    return replace(fields, raw=raw), replace(
+        sizes,
+        head_dim=said.integer("head_dim", default=sizes.head_dim),
+        kv_heads=said.integer("num_key_value_heads", default=sizes.kv_heads),
+    )
+
+
+def _gemma4(fields: Fields) -> ModelConfig:
+    """Full layers have larger heads, fewer of keys, and values that are the keys' own product."""
+    for name, values in _DENSE.items():
+        fields.refuse_unless(name, *values)
+    if "hidden_size_per_layer_input" not in fields.raw:
+        Fields({"hidden_size_per_layer_input": 256}, fields.where).refuse_unless(
+            "hidden_size_per_layer_input", None, 0
+        )
+    sizes = read_sizes(fields, kv_heads=4, head_dim=256, longest=131072)
+    types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), 6))
+    types = (*types[:-1], FULL)  # as transformers has it, whatever the file says
+    norm = _norm(fields, plus_one=False)
+    fields = _by_type(
+        fields,
+        full={"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        sliding={"rope_theta": 1e4},
+    )
+    shared = fields.boolean("attention_k_eq_v")
+    fields, own = _own_sizes(fields, sizes, types, shared=shared)
+    switches = {
+        "scale": 1.0,
+        "head_norms": head_norms(norm),
+        "value_norm": replace(norm, has_weight=False),
+    }
+    sliding = attention(sizes, None, name=SLIDING, window=window(fields, default=512), **switches)
+    full = attention(own, None, name=FULL, keys_are_values=shared, **switches)
+    return config(
+        fields,
+        sizes,
+        [_turned(fields, sizes, full, partial=1.0), _turned(fields, sizes, sliding, partial=None)],
+        layer_types=types,
+        logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
+        places=_FOUR_NORMS,
+        layer_scalar=True,
+        **_common(fields, key="hidden_activation", norm=norm),
+    )
+
+
+def _text_of(read, model_type):
+    """Reads the text's part of a multimodal config."""
+
+    def reading(fields: Fields) -> ModelConfig:
+        return read(text_part(fields, model_type))
+
+    return reading
+
+
+FAMILIES = (
+    Family("gemma", "GemmaForCausalLM", _gemma, decoder_kinds),
+    Family("gemma2", "Gemma2ForCausalLM", _gemma2, decoder_kinds),
+    Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, decoder_kinds),
+    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, decoder_kinds),
+)
