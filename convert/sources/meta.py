@@ -245,13 +245,21 @@ _65B = (8192, 64, 256)
 
 def differences(config: ModelConfig, derived: ModelConfig) -> list[str]:
     """The fields in which a config.json differs from what params.json and the weights give."""
-    names = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
-    )
-    pairs = [(name, getattr(config, name), getattr(derived, name)) for name in names]
-    pairs.append(("rope_theta", config.rope.theta, derived.rope.theta))
-    return [f"{name} {there}, not {here}" for name, there, here in pairs if there != here]
+    both = zip(_compared(config).items(), _compared(derived).values(), strict=True)
+    return [f"{name} {there}, not {here}" for (name, there), here in both if there != here]
+
+
+def _compared(cfg):
+    """Fields by their published names."""
+    how = cfg.attention
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {name: getattr(cfg, name) for name in names} | {
+        "num_attention_heads": how.n_heads,
+        "num_key_value_heads": how.n_kv_heads,
+        "head_dim": how.head_dim,
+        "rms_norm_eps": cfg.norm.eps,
+        "rope_theta": how.rope.theta,
+    }
 
 
 def special_ids(raw: bytes, *, vocab_size: int, where: str) -> dict:

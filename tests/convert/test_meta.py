@@ -350,7 +350,7 @@ def test_what_was_assumed_is_told(meta_of, tmp_path):
     assert any("131072" in note for note in notes)
     assert any("scaled; 8 is taken" in note for note in notes)
     assert any("tokenizer.model" in note for note in notes)
-    assert read_config(tmp_path / "out").rope.factor == 8.0
+    assert read_config(tmp_path / "out").attention.rope.factor == 8.0
 
 
 def test_a_config_beside_it_decides(originals, meta_of, tmp_path):
