@@ -194,6 +194,13 @@ class ModelConfig:
         """The first form; the only one of most models."""
         return self.attentions[0]
 
+    @property
+    def switches_at(self) -> int | None:
+        """The most tokens of a text with the rotary embedding of short texts; None: all have the
+        same."""
+        found = (how.rope.switches_at for how in self.attentions if how.rope)
+        return min(filter(None, found), default=None)
+
 
 class Place(Enum):
     """How a leaf gets to where it is used."""

@@ -13,9 +13,17 @@ from functools import cached_property
 
 import numpy as np
 
-from jlayer.engine.programs import Size
-from jlayer.model.cache import Rows
-from jlayer.plan.shapes import CHUNK_ROWS, Pane, pack, power_of_two, rows_for
+from jlayer.engine.pool import Window
+from jlayer.engine.size import Size
+from jlayer.model.cache import Rows, View
+from jlayer.plan.shapes import (
+    CHUNK_ROWS,
+    Pane,
+    pack,
+    power_of_two,
+    rows_for,
+    window_capacity,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Entry:
     `committed`. `new`: the pool rows that they are written to. `parents`: for each row the number
     of its parent, an earlier one, or -1; None: a chain. `capacity`: of the lane's table. `after`:
     how many other entries of the pass, one after another, must have been written before. `wanted`:
-    of so many of its last rows the logits are wanted.
+    of so many of its last rows the logits are wanted. `is_long`: whether its text is longer than
+    the length at which the model's rotary embedding switches.
     """
 
     tokens: Sequence[int]
@@ -36,6 +45,7 @@ class Entry:
     wanted: int = 1
     parents: tuple[int, ...] | None = None
     after: int = 0
+    is_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,13 @@ def arrange(
     pool: int,
     most: int = CHUNK_ROWS[-1],
     n_rows: int | None = None,
+    windows: Sequence[Window] = (),
+    switches: bool = False,
 ) -> list[Part]:
     """The chunks of a forward pass, of at most `most` rows each, in the order in which they run.
-    `n_rows`: the most rows of the pass, if lanes that share chunks would take more.
+    `n_rows`: the most rows of the pass, if lanes that share chunks would take more. `pool`: the
+    rows of the pools; `windows`: of layers with a window. `switches`: whether the rotary embedding
+    does for long texts.
 
     The wanted rows are numbered entry by entry. Rows of a tree must be in one chunk, unless they
     are its trunk: so a pass has at most `most` rows below the first branch.
@@ -89,7 +103,7 @@ def arrange(
     if n_rows is not None and sum(pane.n_rows for some in panes for pane in some) > n_rows:
         panes = [pack(some, most, shared=0, whole=trees) for some, trees in pairs]
     return [
-        _part(pane, [entries[n] for n in numbers], firsts[numbers], pool)
+        _part(pane, [entries[n] for n in numbers], firsts[numbers], pool, windows, switches)
         for numbers, some in zip(ranks, panes, strict=True)
         for pane in some
     ]
@@ -105,9 +119,17 @@ def whole_lanes(entries: Sequence[Entry], most: int) -> list[int]:
     ]
 
 
-def _part(pane: Pane, entries, firsts, pool):
+def _part(pane: Pane, entries, firsts, pool, windows, switches):
     capacity = max(entries[member.lane].capacity for member in pane.members)
-    size = Size(pane.n_rows, pane.lanes, pane.tokens, capacity, pool)
+    size = Size(
+        *(pane.n_rows, pane.lanes, pane.tokens, capacity, pool),
+        windows=tuple(
+            (window.size, window_capacity(window.size, capacity), window.n_rows)
+            for window in windows
+        ),
+        switches=switches,
+    )
+    is_long = np.zeros(size.rows, bool)
     tokens = np.full(size.rows, -1, np.int32)
     positions = np.zeros(size.rows, np.int32)
     written = np.full(size.rows, pool, np.int32)
@@ -120,7 +142,7 @@ def _part(pane: Pane, entries, firsts, pool):
         n_committed, at = len(entry.committed), number * pane.tokens
         own = slice(at, at + member.count)
         tokens[own] = entry.tokens[first:end]
-        written[own] = entry.new[first:end]
+        written[own], is_long[own] = entry.new[first:end], entry.is_long
         length[number] = n_committed + first
         table[number, :n_committed] = entry.committed
         table[number, n_committed : n_committed + first] = entry.new[:first]
@@ -135,8 +157,36 @@ def _part(pane: Pane, entries, firsts, pool):
         place = firsts[member.lane] + from_row - (len(entry.tokens) - entry.wanted)
         wanted += range(at + from_row - first, at + member.count)
         places += range(place, place + end - from_row)
-    rows = Rows(positions=positions, write=written, table=table, length=length, seen=seen)
+    rows = Rows(
+        positions=positions,
+        write=written,
+        table=table,
+        length=length,
+        seen=seen,
+        windows={window.size: _view(pane, entries, size, window) for window in windows},
+        is_long=is_long if switches else None,
+    )
     return Part(size, tokens, rows, np.array(wanted, np.int32), np.array(places, np.int32))
+
+
+def _view(pane, entries, size, window) -> View:
+    """The rows of a chunk in the pools of layers with a window: a lane's table holds what the first
+    of its rows sees, and the others see no earlier ones."""
+    capacity, pool = size.cache_of(window.size)
+    written = np.full(size.rows, pool, np.int32)
+    table = np.full((pane.lanes, capacity), pool, np.int32)
+    length, begins = (np.zeros(pane.lanes, np.int32) for _ in range(2))
+    for number, member in enumerate(pane.members):
+        entry, first, end = entries[member.lane], member.first, member.first + member.count
+        at = number * pane.tokens
+        written[at : at + member.count] = window.places[entry.new[first:end]]
+        n_before = len(entry.committed) + first
+        begin = max(0, n_before - window.n_behind)
+        n_new = min(first, window.n_behind)
+        earlier = np.concatenate([entry.committed[begin:], entry.new[first - n_new : first]])
+        begins[number], length[number] = begin, n_before - begin
+        table[number, : length[number]] = window.places[earlier[len(earlier) - length[number] :]]
+    return View(written, table, length, begins)
 
 
 @dataclass(frozen=True)
@@ -151,7 +201,7 @@ class Growth:
     new: np.ndarray
     committed: np.ndarray
     fresh: np.ndarray
-    fresh_positions: np.ndarray
+    fresh_positions: Sequence[int]
     seen: np.ndarray
 
 

@@ -18,18 +18,19 @@ import numpy as np
 from jlayer.engine.pool import Pool, Table
 from jlayer.engine.programs import Programs
 from jlayer.errors import StorageError
-from jlayer.families.registry import layer_kinds
-from jlayer.model.cache import LayerCache, cache_struct
+from jlayer.families.registry import layer_kinds, windows_of
+from jlayer.model.cache import LayerCache, Rows, cache_struct
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.memory import POOLS_ON_DEVICE
+from jlayer.plan.shapes import PoolSizes
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.executor import first_line
 from jlayer.streaming.slots import HostMemory
 
 
 class Caches:
-    """A pool for each layer, of one size. Made with the first lane, grown between forward passes,
-    and dropped with the last lane.
+    """A pool for each layer, of one size for all layers that see as much. Made with the first lane,
+    grown between forward passes, and dropped with the last lane.
 
     `layers`: the pools that are on the device, by layer; None for one that is in host memory.
     """
@@ -39,12 +40,13 @@ class Caches:
         self._programs, self._tables = programs, tables
         self._kinds = layer_kinds(programs.cfg)
         self._has_link = PLATFORMS[platform_of(programs.device.platform)].has_link
-        self.pool = Pool()
+        self._windows = windows_of(programs.cfg)
+        self.pool = Pool(self._windows)
         self.tier = Tier.DEVICE
         self.layers: list[LayerCache | None] = []
         self._rooms: list[LayerCache | None] = []  # numpy arrays in host memory, by layer
         self._memory: HostMemory | None = None
-        self._written: Sequence[tuple[jax.Array, np.ndarray]] = ()
+        self._written: Sequence[tuple[Rows, Rows]] = ()
         self._coming: deque = deque()  # (layer, rows of the pool, their entries on the way back)
 
     @property
@@ -58,16 +60,23 @@ class Caches:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._rooms))
 
     @property
-    def n_rows(self) -> int:
-        """The rows that each pool has, or is about to have."""
-        return self.pool.n_rows
+    def sizes(self) -> PoolSizes:
+        """The rows that the pools have, or are about to have."""
+        return self.pool.sizes
 
-    def reserve(self, n_rows: int, tier: Tier = Tier.DEVICE) -> None:
-        """Makes room for `n_rows` rows in all, in this tier. Memory is allocated, and entries are
+    def reserve(self, sizes: PoolSizes, tier: Tier = Tier.DEVICE) -> None:
+        """Makes room for so many rows in all, in this tier. Memory is allocated, and entries are
         moved, before the next pass."""
-        if n_rows > self.pool.n_rows:
-            self.pool.grow(n_rows)
+        self.pool.grow(sizes)
         self.tier = tier
+
+    def make_room(self, more: Sequence[np.ndarray] = ()) -> None:
+        """Ahead of a forward pass: the pools of layers with a window keep what the next tokens of
+        all lanes see, and those of `more` sequences of rows."""
+        self.pool.keep([*(table.rows for table in self._tables()), *more])
+
+    def _n_rows(self, layer):
+        return self.sizes.of(self._kinds[layer].cache.window, self._windows)
 
     def ready(self) -> None:
         """Allocates what was reserved: one layer after another, so that only one is there twice.
@@ -90,7 +99,7 @@ class Caches:
     def _keep_on_host(self, layer):
         struct = self._struct(layer)
         old = self._rooms[layer] or self.layers[layer]
-        if old is self._rooms[layer] and old is not None and _n_rows(old) == self.n_rows:
+        if old is self._rooms[layer] and old is not None and _n_rows(old) == self._n_rows(layer):
             self.layers[layer] = None
             return
         room = self._make_room(layer, struct)
@@ -105,17 +114,17 @@ class Caches:
         if cache is None and room is not None:
             cache = self._put(room)
         if cache is None:
-            cache = self._programs.empty_cache(kind, n_rows=self.n_rows)()
-        if _n_rows(cache) != self.n_rows:
-            grow = self._programs.grown_cache(kind, before=_n_rows(cache), n_rows=self.n_rows)
-            cache = grow(cache)
+            cache = self._programs.empty_cache(kind, n_rows=self._n_rows(layer))()
+        if _n_rows(cache) != self._n_rows(layer):
+            before, n_rows = _n_rows(cache), self._n_rows(layer)
+            cache = self._programs.grown_cache(kind, before=before, n_rows=n_rows)(cache)
         if cache is not self.layers[layer]:
             self.layers[layer] = jax.block_until_ready(cache)
             self._drop_room(layer)
 
     def _struct(self, layer):
         dtype = self._programs.dtype
-        return cache_struct(self._kinds[layer].cache, n_rows=self.n_rows, dtype=dtype)
+        return cache_struct(self._kinds[layer].cache, n_rows=self._n_rows(layer), dtype=dtype)
 
     def _make_room(self, layer, struct) -> LayerCache:
         """Arrays in memory of their own, pinned where there is a link."""
@@ -123,7 +132,7 @@ class Caches:
             self._memory = HostMemory(1, 1, pin=self._has_link)
         leaves, tree = jax.tree.flatten(struct)
         sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
-        room = self._memory.room((layer, self.n_rows), sum(sizes))
+        room = self._memory.room((layer, self._n_rows(layer)), sum(sizes))
         firsts = accumulate(sizes, initial=0)
         return jax.tree.unflatten(
             tree,
@@ -148,12 +157,12 @@ class Caches:
 
     def compile(self, n_rows: int) -> None:
         """Compiles what a chunk of so many rows needs, ahead of it."""
-        for kind in set(self._kinds) if self.tier is Tier.HOST else ():
-            self._programs.written_rows(kind, pool=self.n_rows, n_rows=n_rows)
+        for layer in range(len(self._kinds)) if self.tier is Tier.HOST else ():
+            kind, pool = self._kinds[layer], self._n_rows(layer)
+            self._programs.written_rows(kind, pool=pool, n_rows=n_rows)
 
-    def begin(self, written: Sequence[tuple[jax.Array, np.ndarray]]) -> None:
-        """A forward pass begins, whose chunks write to these rows: on the device, padded, and on
-        the host."""
+    def begin(self, written: Sequence[tuple[Rows, Rows]]) -> None:
+        """A forward pass begins, whose chunks have these rows: on the device, and on the host."""
         self._written = written
 
     def put(self, layer: int) -> int:
@@ -166,11 +175,13 @@ class Caches:
     def take(self, layer: int) -> None:
         """Begins to bring back the rows that were written, and drops the pool from the device."""
         cache, self.layers[layer] = self.layers[layer], None
-        for on_device, rows in self._written:
+        kind = self._kinds[layer]
+        for on_device, on_host in self._written:
+            written, rows = (each.view(kind.cache.window).write for each in (on_device, on_host))
             program = self._programs.written_rows(
-                self._kinds[layer], pool=self.n_rows, n_rows=len(on_device)
+                kind, pool=self._n_rows(layer), n_rows=len(written)
             )
-            entries = program(cache, on_device)
+            entries = program(cache, written)
             for leaf in jax.tree.leaves(entries):
                 leaf.copy_to_host_async()
             self._coming.append((layer, rows, entries))
@@ -186,7 +197,7 @@ class Caches:
         n_left *= max(1, len(self._written))
         while len(self._coming) > n_left:
             layer, rows, entries = self._coming.popleft()
-            is_real = rows < self.n_rows
+            is_real = rows < self._n_rows(layer)
             pairs = zip(jax.tree.leaves(self._rooms[layer]), jax.tree.leaves(entries), strict=True)
             for room, new in pairs:
                 room[rows[is_real]] = np.asarray(new)[is_real]
@@ -216,7 +227,7 @@ class Caches:
         """Frees all memory; no lane may be left."""
         assert self.pool.n_free == self.pool.n_rows
         self._free()
-        self.pool = Pool()
+        self.pool = Pool(self._windows)
 
     def close(self) -> None:
         """Unpins host memory; the caches cannot be used afterwards."""

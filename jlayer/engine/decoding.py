@@ -123,6 +123,7 @@ class Decoding:
                             most_unread=most_unread,
                             text=text,
                             stops=self._stops(row, stop_text),
+                            switches_at=engine.cfg.switches_at,
                         )
                         for number in range(options.num_return_sequences)
                     ],

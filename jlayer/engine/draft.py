@@ -175,7 +175,7 @@ class DraftModel:
             ),
             "small": jax.ShapeDtypeStruct((packed_bytes(small),), "uint8"),
         }
-        label = f"draft {size.rows} {size.attends} wanted {n_wanted}"
+        label = f"draft {size.rows} {size.attends()} wanted {n_wanted}"
         return self._programs.get(label, (), function, (given, self._struct(size.pool)))
 
     def _reserve(self, n_rows):

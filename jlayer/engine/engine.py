@@ -31,10 +31,11 @@ from jlayer.engine.speculation import Speculation
 from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.families.registry import windows_of
 from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
 from jlayer.plan.making import fitting, make_plan, matrix_forms, refit, with_host
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import RunShape, pool_rows
+from jlayer.plan.shapes import RunShape, pool_sizes
 from jlayer.plan.tiles import Tier, Weights
 from jlayer.run_config import RunConfig
 from jlayer.streaming.cached import page_cache_use
@@ -200,9 +201,9 @@ class Engine:
         return None
 
     def _plan_for(self, shape, *, alone):
-        held, least_pool = self._ledger.alive, self.caches.n_rows
+        held, least_pool = self._ledger.alive, self.caches.sizes
         if alone:
-            held, least_pool = (), 0
+            held, least_pool = (), None
         tilings = {}
         if self._executor is not None:
             same = refit(
@@ -260,7 +261,7 @@ class Engine:
             shape = replace(shape, nodes=plan.shapes.nodes)
             ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
             self._stream_as(plan)
-            self.caches.reserve(pool_rows(plan.load.entries), plan.cache)
+            self.caches.reserve(pool_sizes(plan.load, windows_of(self.cfg)), plan.cache)
             self._ledger.enter(ticket)
             return ticket
 

@@ -75,8 +75,11 @@ class Forward:
         before: for measurements."""
         with self._entered():
             for table in self._tables:
-                if len(table) < n_positions:
-                    table.append(self._engine.caches.pool.take(n_positions - len(table)))
+                n_more = n_positions - len(table)
+                if n_more > 0:
+                    pool = self._engine.caches.pool
+                    most = max((window.n_behind for window in pool.windows), default=0)
+                    table.append(pool.take(n_more, n_seen=most))
 
     def sweep(
         self, ids: Sequence[list[int]], starts: Sequence[int], *, all_logits: bool = False
@@ -111,10 +114,14 @@ class Forward:
 
         with self._entered() as executor:
             pool = engine.caches.pool
+            engine.caches.make_room()
             new = pool.take(len(tokens))
             try:
-                entry = Entry(tokens, table.rows, new, self._capacity, len(tokens), tuple(parents))
-                parts = arrange([entry], pool=pool.n_rows, most=engine.plan.chunk)
+                entry = Entry(
+                    *(tokens, table.rows, new, self._capacity, len(tokens), tuple(parents)),
+                    is_long=self._is_long(len(table) + 1),
+                )
+                parts = self._arrange([entry])
                 engine.sweeper.run(executor, parts, take)
             finally:
                 pool.release(new)
@@ -168,16 +175,43 @@ class Forward:
     def _parts(self, ids, starts, all_logits):
         """(the chunks of a forward pass, the pool rows that it writes to)."""
         pool = self._engine.caches.pool
-        for table, start in zip(self._tables, starts, strict=False):
+        for table, start, tokens in zip(self._tables, starts, ids, strict=False):
+            if start and self._is_long(start + len(tokens)) and not self._is_long(start):
+                raise UsageError(
+                    f"a text of more than {self._engine.cfg.switches_at} tokens has another rotary "
+                    "embedding: compute all of it anew, from its first token"
+                )
             table.cut(start)
-            if len(table) < start:
-                raise StorageError("the cache was lost when the device failed; start again")
+            if len(table) < start or not pool.holds(table.rows):
+                raise StorageError(
+                    "the cache was lost when the device failed, or with what a window has passed; "
+                    "start again from the first token"
+                )
+        self._engine.caches.make_room()
         new = [pool.take(len(tokens)) for tokens in ids]
         entries = [
-            Entry(tokens, table.rows, rows, self._capacity, wanted=len(tokens) if all_logits else 1)
+            Entry(
+                *(tokens, table.rows, rows, self._capacity),
+                wanted=len(tokens) if all_logits else 1,
+                is_long=self._is_long(len(table) + len(tokens)),
+            )
             for tokens, table, rows in zip(ids, self._tables, new, strict=False)
         ]
-        return arrange(entries, pool=pool.n_rows, most=self._engine.plan.chunk), new
+        return self._arrange(entries), new
+
+    def _is_long(self, n_tokens):
+        limit = self._engine.cfg.switches_at
+        return limit is not None and n_tokens > limit
+
+    def _arrange(self, entries):
+        pool, engine = self._engine.caches.pool, self._engine
+        return arrange(
+            entries,
+            pool=pool.n_rows,
+            most=engine.plan.chunk,
+            windows=pool.windows,
+            switches=engine.cfg.switches_at is not None,
+        )
 
     def _commit(self, new):
         for table, rows in zip(self._tables, new, strict=False):
@@ -193,5 +227,4 @@ class Forward:
             self._capacity,
             wanted=n_tokens if all_logits else 1,
         )
-        pool = self._engine.caches.pool.n_rows
-        return arrange([entry] * len(self._tables), pool=pool, most=self._engine.plan.chunk)
+        return self._arrange([entry] * len(self._tables))

@@ -71,7 +71,8 @@ class Grower:
             for part in arrange(entries, pool=n_rows, most=plan.chunk)
         ]
         if share:
-            one = Growth([0], [0], np.zeros(1, np.int32), NOTHING, NOTHING, np.zeros((1, 0), bool))
+            none = np.zeros((1, 0), bool)
+            one = Growth([0], [0], np.zeros(1, np.int32), NOTHING, NOTHING, NOTHING, none)
             parts.append(_arrange_step([one] * len(lanes), lanes, share, n_rows))
         for part in parts:
             self._draft.compile(part)

@@ -45,10 +45,11 @@ class Lane:
         most_unread: int | None = 1,
         text=None,
         stops: StopStrings | None = None,
+        switches_at: int | None = None,
     ):
         """`account`: of its run. `most_unread`: with so many steps unread
         it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
-        else ends the sequence."""
+        else ends the sequence. `switches_at`: see `ModelConfig.switches_at`."""
         prompt = row.ids
         self.history = list(prompt)
         self.n_prompt = len(prompt)
@@ -60,6 +61,7 @@ class Lane:
         self.error: Exception | None = None
         self.has_left = False
         self.last_pass = -1  # of the scheduler's passes, in which it rode
+        self._switches_at, self.is_long = switches_at, False
         self._most_unread = most_unread
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.choices: list[Choice] = []
@@ -75,6 +77,22 @@ class Lane:
     def board(self, table: Table, capacity: int) -> None:
         """Admits it; `capacity`: of its table."""
         self.table, self.capacity = table, capacity
+
+    def switch(self) -> None:
+        """Where its text has grown longer than the rotary embedding of short ones is for, all of it
+        is computed anew with that of long ones, as transformers does."""
+        is_long = self._switches_at is not None and len(self.history) > self._switches_at
+        if is_long and not self.is_long:
+            self.table.cut(0)
+        self.is_long = is_long
+
+    @property
+    def deepest(self) -> int:
+        """The most tokens that may be guessed after its history: its end, and what turns as the
+        tokens before do."""
+        if self._switches_at is None or self.is_long:
+            return self.n_left - 1
+        return min(self.n_left - 1, max(0, self._switches_at - len(self.history)))
 
     @property
     def is_alive(self) -> bool:

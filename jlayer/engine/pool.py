@@ -4,21 +4,75 @@ lane.
 One numbering holds for the pools of all layers. To accept tokens is to append their rows to a
 table, to reject them is to release the rows: nothing moves on the device. Lanes that begin alike
 list the same rows.
+
+Layers with a window have smaller pools. Only a row that some lane can still see has a place in
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jlayer.plan.shapes import PoolSizes
+
+NO_PLACE = -1
+
+
+class Window:
+    """The places of rows in the pools of layers that see the last `size` tokens."""
+
+    def __init__(self, size: int):
+        self.size, self.n_rows = size, 0
+        self.places = np.zeros(0, np.int32)  # of each row of the numbering; NO_PLACE: none
+        self._free: list[int] = []
+
+    @property
+    def n_behind(self) -> int:
+        """How many tokens before it a token sees."""
+        return self.size - 1
+
+    def grow(self, n_numbered: int, n_rows: int) -> None:
+        """`n_numbered`: the rows that are numbered in all; `n_rows`: those that have a place."""
+        more = n_numbered - len(self.places)
+        self.places = np.concatenate([self.places, np.full(more, NO_PLACE, np.int32)])
+        self._free = [*range(n_rows - 1, self.n_rows - 1, -1), *self._free]
+        self.n_rows = max(n_rows, self.n_rows)
+
+    def take(self, rows: np.ndarray) -> None:
+        assert len(rows) <= len(self._free), "what a pass writes is planned, beside what lanes see"
+        self.places[rows] = [self._free.pop() for _ in rows]
+
+    def release(self, rows: np.ndarray) -> None:
+        held = rows[self.places[rows] != NO_PLACE]
+        self._free += self.places[held][::-1].tolist()
+        self.places[held] = NO_PLACE
+
+    def keep(self, sequences: Iterable[np.ndarray]) -> None:
+        """Releases the places of all rows but those that the next token of one of these sequences
+        of rows can see."""
+        is_seen = np.zeros(len(self.places), bool)
+        for rows in sequences:
+            is_seen[rows[max(0, len(rows) - self.n_behind) :]] = True
+        self.release(np.flatnonzero(~is_seen & (self.places != NO_PLACE)))
+
+    def holds(self, rows: np.ndarray) -> bool:
+        """Whether all that the next token of a sequence of rows can see has its place."""
+        seen = rows[max(0, len(rows) - self.n_behind) :]
+        return bool((self.places[seen] != NO_PLACE).all())
+
 
 class Pool:
-    """The rows of a pool: how many tables list each. Rows that none lists are free."""
+    """The rows of a pool: how many tables list each. Rows that none lists are free.
 
-    def __init__(self):
+    `windows`: the sizes of the windows that some layers have.
+    """
+
+    def __init__(self, windows: Sequence[int] = ()):
         self._uses = np.zeros(0, np.int32)
         self._free: list[int] = []  # the next one to be taken last
+        self.windows = tuple(map(Window, windows))
 
     @property
     def n_rows(self) -> int:
@@ -28,18 +82,27 @@ class Pool:
     def n_free(self) -> int:
         return len(self._free)
 
-    def grow(self, n_rows: int) -> None:
-        """Adds free rows, up to `n_rows` in all."""
-        more = range(n_rows - 1, self.n_rows - 1, -1)
+    @property
+    def sizes(self) -> PoolSizes:
+        return PoolSizes(self.n_rows, tuple(window.n_rows for window in self.windows))
+
+    def grow(self, sizes: PoolSizes) -> None:
+        """Adds free rows, up to so many in all."""
+        more = range(sizes.n_rows - 1, self.n_rows - 1, -1)
         self._free = [*more, *self._free]
         self._uses = np.concatenate([self._uses, np.zeros(len(more), np.int32)])
+        for window, n_rows in zip(self.windows, sizes.windows, strict=True):
+            window.grow(self.n_rows, n_rows)
 
-    def take(self, count: int) -> np.ndarray:
-        """`count` free rows, int32, each used once from now on."""
+    def take(self, count: int, *, n_seen: int | None = None) -> np.ndarray:
+        """`count` free rows, int32, each used once from now on. `n_seen`: only the last so many
+        will be seen by a layer with a window; None: all."""
         assert count <= self.n_free, "runs are admitted by their entries, and cannot use more"
         rows = np.array(self._free[len(self._free) - count :][::-1], np.int32)
         del self._free[len(self._free) - count :]
         self._uses[rows] = 1
+        for window in self.windows:
+            window.take(rows[0 if n_seen is None else max(0, count - n_seen) :])
         return rows
 
     def share(self, rows: np.ndarray) -> None:
@@ -49,7 +112,19 @@ class Pool:
     def release(self, rows: np.ndarray) -> None:
         """Counts one use less; a row without any is free."""
         self._uses[rows] -= 1
-        self._free += rows[self._uses[rows] == 0][::-1].tolist()
+        free = rows[self._uses[rows] == 0]
+        self._free += free[::-1].tolist()
+        for window in self.windows:
+            window.release(free)
+
+    def keep(self, sequences: Sequence[np.ndarray]) -> None:
+        """Makes room in the pools of layers with a window: see `Window.keep`."""
+        for window in self.windows:
+            window.keep(sequences)
+
+    def holds(self, rows: np.ndarray) -> bool:
+        """Whether a sequence of rows can be continued: every layer still has what is seen."""
+        return all(window.holds(rows) for window in self.windows)
 
 
 class Table:

@@ -20,9 +20,10 @@ from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
+from jlayer.engine.size import Size
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import final_norm_leaves
-from jlayer.model.cache import Rows, cache_struct, empty_cache, rows_struct
+from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, multiply
@@ -30,36 +31,6 @@ from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place
 from jlayer.streaming.watch import Watch
-
-
-@dataclass(frozen=True)
-class Size:
-    """The shape of a chunk: `rows`, of which the first are a pane of `lanes` times `tokens`; tables
-    of `capacity` entries, and pools of `pool` rows. `fresh`: see `model.cache.Rows`."""
-
-    rows: int
-    lanes: int
-    tokens: int
-    capacity: int
-    pool: int
-    fresh: int | None = None
-
-    @property
-    def attends(self) -> str:
-        """What the programs that use the cache are compiled for, as a label."""
-        fresh = f" fresh {self.fresh}" if self.fresh else ""
-        return f"{self.lanes}x{self.tokens} cache {self.capacity} of {self.pool}{fresh}"
-
-    @property
-    def rows_struct(self) -> Rows:
-        """The shapes of its rows, as attention needs them."""
-        return rows_struct(
-            n_rows=self.rows,
-            lanes=self.lanes,
-            tokens=self.tokens,
-            capacity=self.capacity,
-            fresh=self.fresh,
-        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +183,7 @@ class Programs:
         reads = ("hidden", "rows")
         given = {"weights": struct_of(tile)} | self._flow(tile, size, reads)
         given |= self._whole("whole", self._device_leaves(tile), whole)
-        label = f"block {size.rows} {size.attends}"
+        label = f"block {size.rows} {size.attends(tile.kind.cache.window)}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, reads, whole=whole, uses_cache=True)
 
@@ -260,7 +231,8 @@ class Programs:
         given |= self._whole("next_whole", shape.next_whole, next_whole)
         names = [stage.name, _heights(tile) if with_rows else "end", str(size.rows)]
         names += [each.name for each in functions]
-        names += [size.attends] if reads & {"cache", "rows"} else []
+        window = tile.kind.cache.window
+        names += [size.attends(window)] if reads & {"cache", "rows"} else []
         names += [f"hosted {landing}"] if hosted else []
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
@@ -400,8 +372,9 @@ class Programs:
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        struct = cache_struct(tile.kind.cache, n_rows=size.pool, dtype=self.dtype)
-        return {"cache": struct}
+        spec = tile.kind.cache
+        _, n_rows = size.cache_of(spec.window)
+        return {"cache": cache_struct(spec, n_rows=n_rows, dtype=self.dtype)}
 
     def _struct(self, size, width):
         return jax.ShapeDtypeStruct((size.rows, width), self.dtype)

@@ -73,6 +73,7 @@ class Rider:
             wanted=self.wanted,
             parents=parents,
             after=self.after,
+            is_long=lane.is_long,
         )
 
     def take_rows(self, pool: Pool) -> np.ndarray:
@@ -92,9 +93,11 @@ class Rider:
             pool.release(np.concatenate([self.gained, self.guessed]))
 
 
-def choose_riders(lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan) -> list[Rider]:
+def choose_riders(
+    lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan, pool: Pool
+) -> list[Rider]:
     """Which of `lanes` ride in the next pass, and with how many tokens. `everybody`: whose entries
-    may be shared.
+    may be shared, of those in `pool`.
 
     Next tokens come first, of lanes that have waited longest. Beside them prompts fill the rest
     of a chunk, or half of one if that is more.
@@ -115,7 +118,7 @@ def choose_riders(lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan) 
         riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
     room = max(plan.chunk - len(riders), plan.chunk // 2) if riders else plan.load.n_rows
     for lane in [lane for lane in lanes if lane.n_pending > 1]:
-        rider = _with_source(lane, riders, everybody)
+        rider = _with_source(lane, riders, everybody, pool)
         if rider is None:
             continue
         n_tokens = min(rider.end - rider.first, room)
@@ -130,7 +133,7 @@ def choose_riders(lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan) 
     return riders
 
 
-def _with_source(lane, riders, everybody) -> Rider | None:
+def _with_source(lane, riders, everybody, pool) -> Rider | None:
     """The rider of a lane whose prompt is not done. A lane without entries takes those of
     another that begins alike, be they there or on their way in this pass. None: it waits for
     one that is still on its way through what they share.
@@ -152,6 +155,8 @@ def _with_source(lane, riders, everybody) -> Rider | None:
         other = rider.lane
         n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
         n_shared = min(n_alike, rider.end)
+        if other.is_long != lane.is_long or not pool.holds(other.table.rows[:n_shared]):
+            continue
         if other.is_alive and other.is_hungry and other.n_pending > 1:
             n_promised = max(n_promised, n_alike)
         if n_shared >= max(LEAST_SHARED, best.first + 1):

@@ -60,7 +60,7 @@ class Scheduler:
             share = self._speculation.prepare(lanes, plan)
             first = [
                 _stand_in(rider.end - rider.first, rider.lane.capacity, rider.after)
-                for rider in choose_riders(lanes, self._lanes, plan)
+                for rider in choose_riders(lanes, self._lanes, plan, self._engine.caches.pool)
             ]
             later = [_stand_in(1 + share, lane.capacity, n_nodes=share) for lane in lanes]
             sweeper, parts = self._engine.sweeper, self._arrange(first)
@@ -122,7 +122,9 @@ class Scheduler:
         engine = self._engine
         with engine.turn() as executor:
             lanes = [lane for lane in self._alive() if lane.is_hungry]
-            riders = choose_riders(lanes, self._lanes, engine.plan)
+            for lane in lanes:
+                lane.switch()
+            riders = choose_riders(lanes, self._lanes, engine.plan, engine.caches.pool)
             if not riders:
                 return False
             clock, before, speculation = Clock(), replace(engine.totals), self._speculation
@@ -132,6 +134,7 @@ class Scheduler:
                     raise _NobodyLeft
 
             try:
+                engine.caches.make_room(list(_waited_for(self._alive())))
                 for rider in riders:
                     speculation.forget(rider.take_rows(engine.caches.pool))
                 speculation.guess(riders, engine.plan)
@@ -192,8 +195,15 @@ class Scheduler:
         pool.release(np.delete(rider.guessed, accepted))
 
     def _arrange(self, entries):
-        plan, pool = self._engine.plan, self._engine.caches.pool.n_rows
-        return arrange(entries, pool=pool, most=plan.chunk, n_rows=plan.load.n_rows)
+        plan, pool = self._engine.plan, self._engine.caches.pool
+        return arrange(
+            entries,
+            pool=pool.n_rows,
+            most=plan.chunk,
+            n_rows=plan.load.n_rows,
+            windows=pool.windows,
+            switches=self._engine.cfg.switches_at is not None,
+        )
 
     def _draw(self, executor, riders, logits, parts):
         """Draws tokens for every lane whose tokens are all in; a lane that cannot draw fails alone.
@@ -205,6 +215,15 @@ class Scheduler:
         failed = [one for one in drawn if not one.is_finite]
         error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
         return [one if one.is_finite else replace(one, error=error) for one in drawn]
+
+
+def _waited_for(lanes):
+    """Of lanes that other sequences of one prompt will begin like: the rows of this prompt, which
+    the memory of these sequences is planned by."""
+    for lane in lanes:
+        if not len(lane.table):
+            siblings = [one for one in lanes if one.is_sibling(lane) and len(one.table)]
+            yield from (one.table.rows[: one.n_prompt - 1] for one in siblings)
 
 
 def _has_news(lanes):

@@ -151,7 +151,7 @@ class Speculation:
             self._index(lane, WITH_DRAFT if drafts else ALONE) if looks_up else None,
             self.others if looks_up else None,
             np.concatenate([lane.table.rows, rider.gained]),
-            deepest=lane.n_left - 1,
+            deepest=lane.deepest,
             drafts=drafts,
         )
 
@@ -209,7 +209,7 @@ class Speculation:
 
 def _may_guess(lane):
     """Whether guesses could help the lane: it goes on after its next token."""
-    return lane.options.speculate != "off" and lane.n_left > 1
+    return lane.options.speculate != "off" and lane.deepest > 0
 
 
 def _within_chunk(rider, share, chunk):

@@ -17,8 +17,9 @@ from jlayer.engine.caches import Caches
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.outgoing import Outgoing
-from jlayer.engine.programs import Call, Programs, Size
+from jlayer.engine.programs import Call, Programs
 from jlayer.engine.residents import Residents
+from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
@@ -102,7 +103,7 @@ class Sweeper:
         division = self._divide(executor.tiles, hosted)
         shapes = frozenset((part.size, part.n_wanted) for part in parts)
         landing = landing_rows(count_rows(parts))
-        key = (shapes, hosted, landing, self._caches.n_rows, self._caches.tier)
+        key = (shapes, hosted, landing, self._caches.sizes, self._caches.tier)
         if key not in self._prepared:
             with self.programs.together():
                 for n_rows in {size.rows for size, _ in shapes}:
@@ -161,7 +162,7 @@ class Sweeper:
         caches = self._caches
         try:
             passing = self._begin(parts, division)
-            caches.begin([(chunk.flow["rows"].write, chunk.part.rows.write) for chunk in passing])
+            caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
             executor.sweep(run, caches, multiply=multiply, hosted=hosted)
             outgoing.finish()
             caches.finish()

@@ -131,11 +131,12 @@ class Stage:
 @dataclass(frozen=True)
 class CacheSpec:
     """The cache of a layer. Kind `rows`: a key and a value for every token, each in a pool row, of
-    `n_heads` heads of `head_dim` numbers."""
+    `n_heads` heads of `head_dim` numbers. `window`: a token sees so many, itself among them."""
 
     n_heads: int
     head_dim: int
     kind: str = "rows"
+    window: int | None = None
 
     def entry_shapes(self, *, n_rows: int) -> dict[str, tuple]:
         """The arrays of one layer's pool, by name: k and v [P, K, H]."""
@@ -164,7 +165,8 @@ class LayerKind:
 
     @property
     def cache(self) -> CacheSpec:
-        return CacheSpec(self.attention.n_kv_heads, self.attention.head_dim)
+        how = self.attention
+        return CacheSpec(how.n_kv_heads, how.head_dim, window=how.window)
 
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)

@@ -103,7 +103,12 @@ def config(
     for name, values in _NEUTRAL.items():
         fields.refuse_unless(name, *values)
     n_layers = fields.integer("num_hidden_layers")
-    used = tuple(one for one in attentions if not layer_types or one.name in layer_types)
+    used = tuple(
+        # A window that no text is longer than is none.
+        replace(one, window=None) if one.window and one.window >= sizes.longest else one
+        for one in attentions
+        if not layer_types or one.name in layer_types
+    )
     if len(used) == 1 and layer_types:
         layer_types = ()
     act = fields.choice(activation_key, ACTIVATIONS, default=activation)

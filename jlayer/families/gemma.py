@@ -112,15 +112,14 @@ def _gemma3(fields: Fields) -> ModelConfig:
             sizes,
             None,
             scale=fields.positive("query_pre_attn_scalar", default=256.0) ** -0.5,
-            cap=fields.positive_or_none("attn_logit_softcapping"),
-            head_norms=head_norms(norm),
+            head_norms=head_norms(norm),  # a cap of scores is set, but transformers uses none
         ),
         window(fields, default=4096),
     )
     return config(
         fields,
         sizes,
-        [_turned(fields, sizes, one, partial=None) for one in (full, sliding)],
+        [_turned(fields, sizes, one) for one in (full, sliding)],
         layer_types=types,
         logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
         places=_FOUR_NORMS,
@@ -128,8 +127,8 @@ def _gemma3(fields: Fields) -> ModelConfig:
     )
 
 
-def _turned(fields, sizes, how, *, partial):
-    rope = read_rope(fields, longest=sizes.longest, layer_type=how.name, partial=partial)
+def _turned(fields, sizes, how):
+    rope = read_rope(fields, longest=sizes.longest, layer_type=how.name)
     return replace(how, rope=rope)
 
 
@@ -198,7 +197,7 @@ def _gemma4(fields: Fields) -> ModelConfig:
     return config(
         fields,
         sizes,
-        [_turned(fields, sizes, full, partial=1.0), _turned(fields, sizes, sliding, partial=None)],
+        [_turned(fields, sizes, one) for one in (full, sliding)],
         layer_types=types,
         logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
         places=_FOUR_NORMS,

@@ -78,7 +78,10 @@ def _llama_notes(fields: Fields, cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def _mistral(fields: Fields, **switches) -> ModelConfig:
-    """A window in all layers: where the key is absent, of the length that its first model had."""
+    """A window in all layers: where the key is absent, of the length that its first model had. With
+    types of layers it is what transformers runs for it, a Ministral."""
+    if fields.has("layer_types"):
+        return _ministral(fields)
     sizes = read_sizes(fields, kv_heads=8, longest=131072)
     how = attention(sizes, read_rope(fields, longest=sizes.longest), **switches)
     return config(fields, sizes, [replace(how, window=window(fields, default=4096))])
@@ -113,7 +116,7 @@ def _ministral3(fields: Fields) -> ModelConfig:
     sizes = read_sizes(fields, kv_heads=8, head_dim=128, longest=262144)
     rope = read_rope(fields, longest=sizes.longest, theta=1e6)
     said = fields.section("rope_scaling" if fields.has("rope_scaling") else "rope_parameters")
-    beta = said.positive_or_none("llama_4_scaling_beta")
+    beta = said.raw.get("llama_4_scaling_beta") and said.positive("llama_4_scaling_beta")
     grows = beta and (beta, said.integer("original_max_position_embeddings"))
     how = attention(sizes, rope, window=window(fields), grows=grows)
     return config(fields, sizes, [how], norm=rms_norm(fields, eps=1e-5))

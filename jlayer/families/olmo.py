@@ -55,10 +55,11 @@ def _olmo3(fields: Fields) -> ModelConfig:
     norm = rms_norm(fields, eps=1e-5, rounds_first=False)
     plain = attention(sizes, None, head_norms=head_norms(norm, over="flat"))
     said = fields.section("rope_parameters").raw
+    # A `rope_theta` beside them is that of full layers alone, as transformers takes it.
     theta = fields.raw.get("rope_theta", 5e5)
     parameters = {
         FULL: {"rope_theta": theta, **(said.get(FULL) or {}), **fields.section("rope_scaling").raw},
-        SLIDING: {"rope_theta": theta, **(said.get(SLIDING) or {})},
+        SLIDING: {"rope_theta": 5e5, **(said.get(SLIDING) or {})},
     }
     fields = replace(
         fields, raw={**fields.raw, "rope_scaling": None, "rope_parameters": parameters}
@@ -77,8 +78,10 @@ def _exaone4(fields: Fields) -> ModelConfig:
     sizes = read_sizes(fields)
     width = window(fields, default=4096)
     n_layers = fields.integer("num_hidden_layers")
-    period = fields.integer("sliding_window_pattern", default=4) if width else None
-    types = layer_types(fields, default=every(n_layers, period) if period else [FULL] * n_layers)
+    default = [FULL] * n_layers
+    if width and not fields.has("layer_types"):
+        default = every(n_layers, fields.integer("sliding_window_pattern", default=4))
+    types = layer_types(fields, default=default)
     norm = rms_norm(fields, eps=1e-5)
     rope = read_rope(fields, longest=sizes.longest)
     full, sliding = forms(attention(sizes, rope, head_norms=head_norms(norm)), width)

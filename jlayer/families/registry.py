@@ -57,6 +57,13 @@ def counted_kinds(cfg: ModelConfig) -> tuple[tuple[LayerKind, int], ...]:
     return tuple(Counter(layer_kinds(cfg)).items())
 
 
+@lru_cache(maxsize=64)
+def windows_of(cfg: ModelConfig) -> tuple[int, ...]:
+    """The windows that some layers have, each once."""
+    found = {kind.cache.window for kind, _ in counted_kinds(cfg)} - {None}
+    return tuple(sorted(found))
+
+
 def final_norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     """The leaves of the norm before the head."""
     name = FINAL_NORM.published.removesuffix("norm.weight")

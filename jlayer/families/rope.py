@@ -42,7 +42,10 @@ def read_rope(
                 f"{said.where} differs by kind of layer ({', '.join(map(ascii, said.raw))}); "
                 "expected one rope_type and rope_theta for all layers"
             )
+        # Here transformers looks for it outside of what is said for the layers.
+        outer = {"truncate": said.raw.get("truncate")}
         said = said.section(layer_type)
+        said = Fields({**said.raw, **outer}, said.where)
     beside = {key: fields.raw[key] for key in ("rope_theta",) if key in fields.raw}
     if fields.raw.get(PARTIAL) is not None:
         beside[PARTIAL] = fields.raw[PARTIAL]
@@ -74,7 +77,7 @@ def _partial(said, kind, turns_whole):
     which transformers ignores it."""
     if turns_whole and kind == "default":
         return 1.0
-    value = said.raw[PARTIAL]
+    value, turns_whole = said.raw[PARTIAL], turns_whole and kind != "proportional"
     if type(value) not in (int, float) or not 0 < value <= 1 or (turns_whole and value != 1):
         expected = "1" if turns_whole else "above 0, and up to 1"
         raise UnsupportedModelError(f"{said.where}: {PARTIAL} is {value!r}, supported: {expected}")

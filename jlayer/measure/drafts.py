@@ -104,6 +104,7 @@ class DraftBench:
             new,
             committed,
             new,
+            np.full(count, len(committed), np.int32),
             np.eye(count, dtype=bool),
         )
         return arrange_growth(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jlayer.model.cache import LayerCache, Rows, gathered
+from jlayer.model.cache import LayerCache, Rows, View, gathered
 from jlayer.model.ops import capped
 from jlayer.model.products import exact_for
 from jlayer.spec import Attention, attention_pieces
@@ -37,10 +37,11 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
     Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
     are padding and give zeros.
     """
-    (b, s), t = rows.table.shape, rows.seen.shape[1]
+    view = rows.view(how.window)
+    (b, s), t = view.table.shape, rows.seen.shape[1]
     # What nobody sees has the weight 0, and 0 times a value that is not finite is none either: one
     # lane's overflow would spoil others. So padding is zeros, here and in `gathered`.
-    real = (rows.write < cache.k.shape[0])[:, None, None]
+    real = (view.write < cache.k.shape[0])[:, None, None]
     k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
     pieces = attention_pieces(how, lanes=b, tokens=t, capacity=s, flash=rows.flash)
 
@@ -57,12 +58,15 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
         own = (pane(k), pane(v))
     else:
         own = tuple(lanes(gathered(entry, rows.fresh, q.dtype)) for entry in (cache.k, cache.v))
-    positions = pane(rows.positions)
-    seen = lanes(rows.seen)
+    positions, seen = pane(rows.positions), lanes(rows.seen)
+    # Where the lanes' entries begin, as the rows see it: a position less that of the first entry.
+    places = positions
+    if isinstance(view, View):
+        places = positions - lanes(view.first)[..., None]
     if how.window is not None:
         of_own = positions if rows.fresh is None else lanes(rows.fresh_positions)
         seen = seen & (positions[..., :, None] - of_own[..., None, :] < how.window)
-    given = (pane(q), *own, lanes(rows.table), lanes(rows.length), seen, positions)
+    given = (pane(q), *own, lanes(view.table), lanes(view.length), seen, places)
     if pieces.lanes == b:
         mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
     else:
@@ -71,7 +75,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
     return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
 
-def _attend(q, k, v, table, length, seen, positions, *, cache, pieces, how):
+def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how):
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
 
@@ -90,10 +94,10 @@ def _attend(q, k, v, table, length, seen, positions, *, cache, pieces, how):
         if pieces.splits:
             more = flash_attend_to(grouped, k, v, length - first, splits=pieces.splits, how=how)
         else:
-            places = first + jnp.arange(table.shape[1], dtype=jnp.int32)
-            seen = (places[None] < length[:, None])[:, None]
+            entries = first + jnp.arange(table.shape[1], dtype=jnp.int32)
+            seen = (entries[None] < length[:, None])[:, None]
             if how.window is not None:
-                seen = seen & (positions[:, :, None] - places[None, None] < how.window)
+                seen = seen & (places[:, :, None] - entries[None, None] < how.window)
             more = attend_to(grouped, k, v, seen, how)
         return merge(state, more), None
 

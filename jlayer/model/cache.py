@@ -9,6 +9,9 @@ the whole pool to float32 and back to write one row (a pool of 4,096 rows: 2.3 m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -27,6 +30,17 @@ class LayerCache:
 
 
 @struct.dataclass
+class View:
+    """A chunk's rows in the pools of layers with a window, all int32: as in `Rows`, but for
+    `first`: the position of the first entry in each lane's table."""
+
+    write: jax.Array  # [R]
+    table: jax.Array  # [B, S]
+    length: jax.Array  # [B]
+    first: jax.Array  # [B]
+
+
+@struct.dataclass
 class Rows:
     """What attention needs to know of a chunk's rows, all int32 but `seen`.
 
@@ -35,9 +49,10 @@ class Rows:
     ancestors in the chunk, and itself. `fresh`: where the ancestors came in earlier chunks of one
     tree, the pool rows of the tree so far, this chunk's own among them, and `fresh_positions` their
     positions: `seen` is over these then. `is_long`: whether a row's text is longer than the length
-    at which its model's rotary embedding switches; None where none does. `flash`: whether the
-    device has flash attention for the compute dtype and the head size. It is no array: a program
-    is compiled for it.
+    at which its model's rotary embedding switches; None where none does. `windows`: the rows in the
+    pools of layers with a window that have fewer rows, by window. `flash`: whether the device has
+    flash attention for the compute dtype and the head size. It is no array: a program is compiled
+    for it.
     """
 
     positions: jax.Array  # [R]
@@ -48,7 +63,12 @@ class Rows:
     fresh: jax.Array | None = None  # [B, M] pool rows; beyond the pool: none
     fresh_positions: jax.Array | None = None  # [B, M]
     is_long: jax.Array | None = None  # [R] bool
+    windows: dict[int, View] = struct.field(default_factory=dict)
     flash: bool = struct.field(pytree_node=False, default=False)
+
+    def view(self, window: int | None) -> Rows | View:
+        """These rows in the pools of layers with this window."""
+        return self.windows.get(window, self)
 
 
 def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
@@ -58,14 +78,31 @@ def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
 
 
 def rows_struct(
-    *, n_rows: int, lanes: int, tokens: int, capacity: int, fresh: int | None = None
+    *,
+    n_rows: int,
+    lanes: int,
+    tokens: int,
+    capacity: int,
+    fresh: int | None = None,
+    windows: Mapping[int, int] = MappingProxyType({}),
+    switches: bool = False,
 ) -> Rows:
-    """The shapes of a chunk's `Rows`: R, B, T and S, and M where there are `fresh` rows."""
+    """The shapes of a chunk's `Rows`: R, B, T and S, and M where there are `fresh` rows. `windows`:
+    the S of each window. `switches`: whether the rotary embedding does, for long texts."""
+
+    def numbers(*shape):
+        return jax.ShapeDtypeStruct(shape, "int32")
+
     return Rows(
-        positions=jax.ShapeDtypeStruct((n_rows,), "int32"),
-        write=jax.ShapeDtypeStruct((n_rows,), "int32"),
-        table=jax.ShapeDtypeStruct((lanes, capacity), "int32"),
-        length=jax.ShapeDtypeStruct((lanes,), "int32"),
+        positions=numbers(n_rows),
+        write=numbers(n_rows),
+        table=numbers(lanes, capacity),
+        length=numbers(lanes),
+        windows={
+            size: View(numbers(n_rows), numbers(lanes, own), numbers(lanes), numbers(lanes))
+            for size, own in windows.items()
+        },
+        is_long=jax.ShapeDtypeStruct((n_rows,), "bool") if switches else None,
         seen=jax.ShapeDtypeStruct((lanes, tokens, fresh or tokens), "bool"),
         fresh=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
         fresh_positions=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
@@ -78,7 +115,7 @@ def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
     return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), shapes)
 
 
-def write(cache: LayerCache, k, v, rows: Rows) -> LayerCache:
+def write(cache: LayerCache, k, v, rows: Rows | View) -> LayerCache:
     """The pool with k, v [R, K, H] in the rows that `rows.write` says; padding is dropped."""
 
     def written(entry, new):

@@ -131,7 +131,7 @@ def _attend(products, whole, cache, rows, *, how: Attention):
     if how.value_norm:
         v = normed(v, how.value_norm)
     # Written first: so the cache's memory is reused, and no copy of it is made.
-    cache = write(cache, k, v, rows)
+    cache = write(cache, k, v, rows.view(how.window))
     return attention(q, k, v, cache, rows, how), cache
 
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from jlayer.families.registry import family_of, head_leaf, is_matrix, published_tensors
+from jlayer.families.registry import (
+    family_of,
+    head_leaf,
+    is_matrix,
+    published_tensors,
+    windows_of,
+)
 from jlayer.plan import hosting, memory
 from jlayer.plan.cutting import cut
 from jlayer.plan.draft import draft_need
@@ -16,7 +22,7 @@ from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import RunShape, pool_rows, together
+from jlayer.plan.shapes import PoolSizes, RunShape, pool_sizes, together
 from jlayer.plan.tiles import Tier, Tiling, Weights
 
 # None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
@@ -72,7 +78,7 @@ def make_plan(
     run: RunShape,
     *,
     held: Sequence[RunShape] = (),
-    least_pool: int = 0,
+    least_pool: PoolSizes | None = None,
     keeps_layers: bool = True,
     tilings: dict[tuple, Tiling] | None = None,
     draft: Weights | None = None,
@@ -152,7 +158,7 @@ def refit(
     run: RunShape,
     *,
     held: Sequence[RunShape] = (),
-    least_pool: int = 0,
+    least_pool: PoolSizes | None = None,
     draft: Weights | None = None,
 ) -> Plan:
     """The plan of another run with the same tiles and tiers; it may not fit."""
@@ -185,7 +191,7 @@ def bare_plan(
     run: RunShape,
     held: Sequence[RunShape],
     limits: Limits,
-    least_pool: int = 0,
+    least_pool: PoolSizes | None = None,
     draft: Weights | None = None,
 ) -> Plan:
     """The plan of a tiling that needs least memory: no tile stays."""
@@ -200,7 +206,7 @@ def bare_plan(
         ),
     ]
     if draft is not None:
-        pool = max(pool_rows(load.entries), least_pool)
+        pool = pool_sizes(load, windows_of(weights.cfg), least_pool).n_rows
         needs.append(draft_need(draft, machine, load, pool=pool))
     device = device_memory(machine.device_budget, needs)
     if machine.kind.has_link:

@@ -10,10 +10,18 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from jlayer.families.registry import counted_kinds, final_norm_leaves
+from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
-from jlayer.plan.shapes import CHUNK_ROWS, Shapes, pool_rows, power_of_two, rows_for
+from jlayer.plan.shapes import (
+    CHUNK_ROWS,
+    PoolSizes,
+    Shapes,
+    pool_sizes,
+    power_of_two,
+    rows_for,
+    window_capacity,
+)
 from jlayer.plan.tiles import Tier, Tiling, Weights
 from jlayer.spec import (
     ALIGNMENT,
@@ -58,16 +66,16 @@ def run_needs(
     load: Shapes,
     *,
     cache: Tier = Tier.DEVICE,
-    least_pool: int = 0,
+    least_pool: PoolSizes | None = None,
 ) -> list[Need]:
     """The needs of runs that are alive together and share forward passes: `load`.
 
     `cache`: where the pools are. `least_pool`: the rows that they have already.
     """
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
-    n_rows = max(pool_rows(load.entries), least_pool)
+    pools = pool_sizes(load, windows_of(cfg), least_pool)
     return [
-        _cache_need(cfg, cache, n_rows, load.n_rows, item_bytes=item),
+        _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item),
         Need(
             "activation",
             device=activation_bytes(cfg, load, item_bytes=item, whole=tiling.is_whole)
@@ -123,29 +131,37 @@ def _numbers(leaves, cfg):
     return sum(math.prod(leaf.shape(cfg)) for leaf in leaves)
 
 
-def cache_bytes(cfg: ModelConfig, n_rows: int, *, item_bytes: int) -> int:
-    """Bytes of the pools of all layers, of `n_rows` rows each."""
-    return item_bytes * sum(
-        kind.cache.n_elements(n_rows=n_rows) * n_layers for kind, n_layers in counted_kinds(cfg)
+def cache_bytes(cfg: ModelConfig, pools: PoolSizes | int, *, item_bytes: int) -> int:
+    """Bytes of the pools of all layers, of these sizes; of one size for all if it is a number."""
+    return sum(
+        _pool_bytes(cfg, kind, pools, item_bytes) * n_layers
+        for kind, n_layers in counted_kinds(cfg)
     )
+
+
+def _pool_bytes(cfg, kind, pools, item_bytes):
+    is_number = isinstance(pools, int)
+    n_rows = pools if is_number else pools.of(kind.cache.window, windows_of(cfg))
+    return item_bytes * kind.cache.n_elements(n_rows=n_rows)
 
 
 # Pools in host memory come to the device one after another: one is used, the next is on its way.
 POOLS_ON_DEVICE = 2
 
 
-def _cache_need(cfg, tier, pool, n_rows, *, item_bytes):
+def _cache_need(cfg, tier, pools, n_rows, *, item_bytes):
     """The pools. In host memory each has a page of slack, and what a forward pass writes comes back
     from two layers at a time."""
-    whole = cache_bytes(cfg, pool, item_bytes=item_bytes)
+    whole = cache_bytes(cfg, pools, item_bytes=item_bytes)
     if tier is Tier.DEVICE:
         return Need("cache", device=whole)
-    largest = max(kind.cache.n_elements(n_rows=1) for kind in _kinds(cfg)) * item_bytes
+    largest = max(_pool_bytes(cfg, kind, pools, item_bytes) for kind in _kinds(cfg))
+    written = n_rows * max(_pool_bytes(cfg, kind, 1, item_bytes) for kind in _kinds(cfg))
     on_host = whole + cfg.num_hidden_layers * 2 * ALIGNMENT
     return Need(
         "cache",
-        device=POOLS_ON_DEVICE * largest * (pool + n_rows),
-        host=on_host + POOLS_ON_DEVICE * largest * n_rows,
+        device=POOLS_ON_DEVICE * (largest + written),
+        host=on_host + POOLS_ON_DEVICE * written,
     )
 
 
@@ -156,7 +172,7 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     of all rows, and the joined products of one chunk.
     """
     width, n_rows = cfg.hidden_size, shapes.n_rows
-    tables = _tables_bytes(shapes)
+    tables = _tables_bytes(shapes, windows_of(cfg))
     if whole:
         return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + _widest_stage(cfg)
@@ -164,11 +180,13 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     return n_rows * each * item_bytes + tables + joined
 
 
-def _tables_bytes(shapes):
+def _tables_bytes(shapes, windows):
     """Bytes of what attention knows of each row: see `model.cache.Rows`. Lanes are padded to a
     power of two; the rows of a chunk see each other by a matrix for each lane."""
-    tables = 2 * shapes.batch * (shapes.capacity + 1) * 4
-    return 2 * 4 * shapes.n_rows + tables + 2 * shapes.chunk**2
+    sizes = [window_capacity(size, shapes.capacity) + 1 for size in windows]
+    tables = 2 * shapes.batch * (shapes.capacity + 1 + sum(sizes)) * 4
+    each = 2 * 4 + 1 + 4 * len(windows)
+    return each * shapes.n_rows + tables + 2 * shapes.chunk**2
 
 
 @lru_cache(maxsize=64)
@@ -244,8 +262,10 @@ def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> 
 def attention_temporary_bytes(attention: Attention, shapes: Shapes, *, platform: str) -> int:
     """Bytes of attention's temporaries: the largest of all panes that a chunk may be. A plan does
     not know the card: with or without flash attention, whichever takes more."""
-    lanes = power_of_two(shapes.batch)
-    return _most_pane_bytes(attention, shapes.chunk, lanes, shapes.capacities, platform)
+    lanes, capacities = power_of_two(shapes.batch), shapes.capacities
+    if attention.window is not None:
+        capacities = tuple(window_capacity(attention.window, each) for each in capacities)
+    return _most_pane_bytes(attention, shapes.chunk, lanes, capacities, platform)
 
 
 @lru_cache(maxsize=1024)

@@ -259,6 +259,37 @@ def capacity_for(n_positions: int) -> int:
     return capacity
 
 
+@dataclass(frozen=True)
+class PoolSizes:
+    """The rows of the pools: of layers that see everything, and of those with each window of the
+    model."""
+
+    n_rows: int = 0
+    windows: tuple[int, ...] = ()
+
+    def of(self, window: int | None, windows: Sequence[int]) -> int:
+        """Of the layers with this window; `windows`: all that the model has."""
+        return self.n_rows if window is None else self.windows[windows.index(window)]
+
+
+def pool_sizes(load: Shapes, windows: Sequence[int], least: PoolSizes | None = None) -> PoolSizes:
+    """The rows of the pools for these runs, at least as many as there are. The pool of a window has
+    what every lane sees, and what a forward pass writes."""
+    n_rows = pool_rows(load.entries)
+    own = [
+        min(n_rows, pool_rows(load.batch * min(size, load.capacity) + load.n_rows))
+        for size in windows
+    ]
+    if least is None or not least.n_rows:
+        return PoolSizes(n_rows, tuple(own))
+    return PoolSizes(max(n_rows, least.n_rows), tuple(map(max, own, least.windows)))
+
+
+def window_capacity(window: int, capacity: int) -> int:
+    """The entries of a table for layers with a window: what a chunk's rows see of earlier ones."""
+    return min(capacity, capacity_for(window))
+
+
 def pool_rows(entries: int) -> int:
     """The rows of a pool for so many cache entries: steps of an eighth of the power of two below,
     and at least MIN_CAPACITY. So a pool that grows is compiled for few sizes."""

@@ -6,6 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlayer
 from jlayer.drafting.tree import ROOT
+from jlayer.plan.shapes import PoolSizes, pool_sizes
 from tests.engine.test_engine import opened
 from tests.tiny import tiny_llama
 
@@ -16,7 +17,12 @@ POOL = 1024  # rows: of one size, so that few programs are compiled
 def few_shapes(patch):
     """Pools of one size, and nothing timed for long ahead of a run."""
     patch.setattr("jlayer.engine.pace.ENOUGH_S", 0.0)
-    patch.setattr("jlayer.engine.engine.pool_rows", lambda entries: max(POOL, entries))
+    patch.setattr("jlayer.engine.engine.pool_sizes", _at_least)
+
+
+def _at_least(load, windows):
+    found = pool_sizes(load, windows)
+    return PoolSizes(max(POOL, load.entries), found.windows)
 
 
 def noisy_copy(source, folder, *, scale=0.05, seed=0):

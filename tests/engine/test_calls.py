@@ -78,10 +78,10 @@ def test_a_layer_of_llama_takes_one_program_for_each_tile(models, monkeypatch, c
     assert calls == {
         "embed 8": 1,
         "qkv 60+20+20 8 attend 1x8 cache 64 of 64": 3,
-        "o 24 8 add_and_norm": 3,
+        "o 24 8 join_and_norm": 3,
         "gate_up 40+40 8 pass_on": 3,
-        "down 24 8 add normed": 2,
-        "down 24 8 add": 1,
+        "down 24 8 join normed": 2,
+        "down 24 8 join": 1,
         "head 133 8 wanted 8": 1,
     }
 

@@ -20,12 +20,12 @@ from jlayer.engine.draft_weights import scaled_rows
 from jlayer.engine.growing import room_for_tree, step_nodes
 from jlayer.engine.packing import pack, packed_bytes, unpack
 from jlayer.engine.pool import Pool
-from jlayer.engine.programs import Size
 from jlayer.engine.sample import NoiseKey, gumbel, noise, noise_words
+from jlayer.engine.size import Size
 from jlayer.model.cache import Rows
 from jlayer.plan.draft import draft_bytes, draft_need
 from jlayer.plan.memory import cache_bytes
-from jlayer.plan.shapes import RunShape, pool_rows
+from jlayer.plan.shapes import PoolSizes, RunShape, pool_rows
 from jlayer.streaming.watch import Watch
 from tests import made_up
 from tests.engine.test_engine import opened
@@ -64,7 +64,7 @@ class Rounds:
 
     def __init__(self, draft, seed=0, n_texts=2):
         self.draft, self._pool = draft, Pool()
-        self._pool.grow(POOL)
+        self._pool.grow(PoolSizes(POOL))
         self.rng = np.random.default_rng(seed)
         self.texts = [Text(self.rng.integers(3, VOCAB, 11 + n)) for n in range(n_texts)]
         self.n_read = []
@@ -121,7 +121,12 @@ class Rounds:
                 depths.append(len(ancestors))
             tokens = [token for _, token in text.nodes[first:]]
             positions = [len(text.tokens) - 1 + depth for depth in depths]
-            growths.append(Growth(tokens, positions, new, text.rows, text.fresh.copy(), seen))
+            places = [
+                len(text.tokens) - 1 + len(text.ancestors(node)) for node in range(len(text.nodes))
+            ]
+            growths.append(
+                Growth(tokens, positions, new, text.rows, text.fresh.copy(), places, seen)
+            )
         part = arrange_growth(
             growths, tokens=NODES, fresh=16, capacity=CAPACITY, pool=self._pool.n_rows
         )
@@ -207,7 +212,7 @@ def test_a_pool_that_grows_keeps_its_entries_and_one_that_is_dropped_is_read_ane
     with opened(folder) as model:
         rounds = Rounds(loaded(folder))
         rounds.round()
-        rounds._pool.grow(2 * POOL)
+        rounds._pool.grow(PoolSizes(2 * POOL))
         rounds.round()
         assert rounds.n_read == [11, 12, 2, 2]
         assert rounds.draft.n_rows == 2 * POOL
@@ -287,8 +292,8 @@ def test_its_temporaries_are_within_what_is_planned(some_draft, run):
     parts = arrange(prompts, pool=pool, most=load.chunk)
     share = run.nodes // run.batch
     count, room = step_nodes(share, run.batch), room_for_tree(share)
-    growth = Growth([0], [0], none[:0], none, none, np.zeros((1, 0), bool))
-    growth = Growth([0], [0], np.zeros(1, np.int32), none, np.zeros(1, np.int32), np.eye(1) > 0)
+    one = np.zeros(1, np.int32)
+    growth = Growth([0], [0], one, none, one, one, np.eye(1) > 0)
     parts.append(
         arrange_growth([growth] * run.batch, tokens=count, fresh=room, capacity=capacity, pool=pool)
     )

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlayer.engine.pool import Pool, Table
+from jlayer.plan.shapes import PoolSizes
 
 ACTS = ["take", "share", "fail", "cut", "close", "grow"]
 acts = st.lists(
@@ -19,7 +20,7 @@ acts = st.lists(
 @given(acts)
 def test_every_row_is_free_or_counted_once_for_each_table_that_lists_it(acts):
     pool, tables = Pool(), {}
-    pool.grow(40)
+    pool.grow(PoolSizes(40))
     listed: dict[int, list[int]] = {}  # what each table must hold
     for act, one, other, number in acts:
         table = tables.setdefault(one, Table(pool))
@@ -45,7 +46,7 @@ def test_every_row_is_free_or_counted_once_for_each_table_that_lists_it(acts):
             assert table.is_closed
             del tables[one], listed[one]
         elif act == "grow":
-            pool.grow(pool.n_rows + number)
+            pool.grow(PoolSizes(pool.n_rows + number))
         check(pool, tables, listed)
     for one in list(tables):
         tables.pop(one).close()
@@ -69,7 +70,7 @@ def check(pool, tables, listed):
 
 def test_a_row_is_free_only_when_the_last_table_has_given_it_up():
     pool = Pool()
-    pool.grow(8)
+    pool.grow(PoolSizes(8))
     first, second, third = (Table(pool) for _ in range(3))
     first.append(pool.take(5))
     for table in (second, third):
@@ -88,7 +89,7 @@ def test_a_row_is_free_only_when_the_last_table_has_given_it_up():
 
 def test_more_rows_than_are_free_are_never_given():
     pool = Pool()
-    pool.grow(3)
+    pool.grow(PoolSizes(3))
     pool.take(2)
     with pytest.raises(AssertionError):
         pool.take(2)

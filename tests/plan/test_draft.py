@@ -12,7 +12,7 @@ from jlayer.families.registry import published_tensors
 from jlayer.plan.draft import draft_bytes, draft_forms
 from jlayer.plan.lanes import most_lanes
 from jlayer.plan.making import fitting, make_plan, refit
-from jlayer.plan.shapes import RunShape, pool_rows
+from jlayer.plan.shapes import PoolSizes, RunShape, pool_rows
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, SMALL_8B, llama, machine, plan_of, weights_of
 
@@ -92,7 +92,7 @@ def test_a_draft_has_a_pool_row_for_each_of_the_model_s(context, nodes, least):
     """Held against another with twice the layers, which has more of weights and pools alone."""
     on = machine(device_budget=80 << 30)
     run = RunShape(context=context, nodes=nodes)
-    options = {"least_pool": least, "keeps_layers": False}
+    options = {"least_pool": PoolSizes(least), "keeps_layers": False}
     drafts = [weights_of(replace(TINY, num_hidden_layers=n)) for n in (3, 6)]
     one, two = (
         make_plan(weights_of(SMALL_8B), on, run, draft=draft, **options).device.draft_bytes

@@ -8,7 +8,8 @@ from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.division import divided
 from jlayer.engine.outgoing import Outgoing
-from jlayer.engine.programs import Programs, Size
+from jlayer.engine.programs import Programs
+from jlayer.engine.size import Size
 from jlayer.plan.cutting import cut
 from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes

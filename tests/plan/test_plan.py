@@ -18,7 +18,7 @@ from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.making import make_plan, refit
 from jlayer.plan.memory import GUESSING_BYTES, fixed_needs, kept_needs, run_needs
 from jlayer.plan.need import Need
-from jlayer.plan.shapes import RunShape, pool_rows, rows_for
+from jlayer.plan.shapes import PoolSizes, RunShape, pool_rows, rows_for
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, LLAMA_405B, SMALL_8B, machine, plan_of, weights_of
 
@@ -211,10 +211,10 @@ def test_a_tree_is_in_one_chunk_also_where_that_does_not_fit():
 def test_a_pool_that_is_there_is_counted_even_where_less_would_do():
     some = machine(device_budget=60 << 30)
     weights, run = weights_of(SMALL_8B), RunShape(context=100)
-    found = make_plan(weights, some, run, least_pool=4096, keeps_layers=False)
+    found = make_plan(weights, some, run, least_pool=PoolSizes(4096), keeps_layers=False)
     numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
     assert found.device.cache_bytes == 2 * numbers * 4096
-    assert refit(found, weights, run, least_pool=4096) == found
+    assert refit(found, weights, run, least_pool=PoolSizes(4096)) == found
 
 
 def test_pools_in_host_memory_are_limited_by_their_page_tables_on_the_device():

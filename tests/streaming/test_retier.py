@@ -13,7 +13,7 @@ from jlayer.engine import residents
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.caches import Caches
 from jlayer.engine.sweep import Sweeper
-from jlayer.plan.shapes import RunShape
+from jlayer.plan.shapes import PoolSizes, RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -57,7 +57,7 @@ class Streamed:
         )
         self.embedding = Embedding(engine.store, engine.weights)
         self.caches = Caches(engine.programs, tables=list)
-        self.caches.reserve(64)
+        self.caches.reserve(PoolSizes(64))
         leaves = residents.load(engine.store, engine.weights, Checks({}), engine.device)
         self.sweeper = Sweeper(engine.programs, self.embedding, leaves, self.caches)
 

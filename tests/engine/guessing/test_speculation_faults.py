@@ -335,9 +335,9 @@ def test_without_a_draft_a_model_in_memory_does_what_it_does_without_guesses(tin
 @pytest.fixture
 def whole_pools(monkeypatch):
     """Pools of the size that was planned."""
-    from jlayer.plan.shapes import pool_rows
+    from jlayer.plan.shapes import pool_sizes
 
-    monkeypatch.setattr("jlayer.engine.engine.pool_rows", pool_rows)
+    monkeypatch.setattr("jlayer.engine.engine.pool_sizes", pool_sizes)
     monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
 
 

@@ -1,0 +1,144 @@
+"""Every dense family: a tiny random model of each, saved by Transformers, gives its logits here,
+however it is cut and however its tokens come; and with each of its switches changed."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer import AutoModel
+from jlayer.convert import convert_checkpoint
+from jlayer.families.registry import FAMILIES
+from jlayer.plan.shapes import RunShape
+from tests.reference.dense_forms import DENSE, reference_logits, save
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
+N_TOKENS = 40  # several windows, of 5 to 8
+IDS = np.random.default_rng(0).integers(3, 133, (1, N_TOKENS))
+# Token by token, then in pieces that fit neither the windows nor the sizes of chunks.
+PIECES = (1, 1, 2, 7, 3, 11, 15)
+PROMPTS = [IDS[0, :n].tolist() for n in (31, 5, 12, 1)]
+N_NEW = 12
+SWITCHES = [
+    pytest.param(name, change, id=f"{name}-{number}")
+    for name, dense in DENSE.items()
+    for number, change in enumerate(dense.wrong)
+]
+# A cache cannot go on where the rotary embedding of a text changes: see `test_longrope`.
+CROSSES = {"phi4-mini"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """name -> a folder as it is published; each is made once."""
+    made: dict[str, Path] = {}
+
+    def source(name):
+        if name not in made:
+            made[name] = save(tmp_path_factory.mktemp("dense") / name, name)
+        return made[name]
+
+    return source
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def expected_logits(folder):
+    return reference_logits(folder, IDS, torch.float32).numpy()
+
+
+def test_every_family_has_a_model_here():
+    known = {dense.model_type for dense in DENSE.values()}
+    assert {model_type for model_type in FAMILIES if model_type in known} == known
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_logits_of_a_prompt(sources, name):
+    folder = sources(name)
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        assert_close(model.logits(IDS), expected_logits(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DENSE if name not in CROSSES])
+def test_logits_of_every_position_with_a_cache(sources, name, tmp_path):
+    convert_checkpoint(sources(name), tmp_path / "layered")
+    expected = expected_logits(sources(name))
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu") as model:
+        forward = model.engine.start(RunShape(longest=16, context=N_TOKENS, all_logits=True))
+        at = 0
+        for size in PIECES:
+            found = forward.sweep([IDS[0, at : at + size].tolist()], [at], all_logits=True)
+            np.testing.assert_allclose(
+                *(found, expected[:, at : at + size]),
+                rtol=0,
+                atol=TOLERANCE * np.abs(expected).max(),
+            )
+            at += size
+        assert at == N_TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENSE)
+def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path):
+    """In tiles, and as many tokens as a window holds many times over: the tokens that Transformers
+    draws for each prompt by itself."""
+    convert_checkpoint(sources(name), tmp_path / "layered")
+    expected = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
+        least = model.plan.smallest_device_bytes
+        whole = [found.token_ids for found in drawn_here(model)]
+    with AutoModel.from_pretrained(
+        tmp_path / "layered", device="cpu", context=64, device_memory=least
+    ) as model:
+        assert not model.plan.tiling.is_whole
+        assert [found.token_ids for found in drawn_here(model)] == whole == expected
+
+
+def drawn_here(model):
+    options = {"temperature": 0, "max_new_tokens": N_NEW, "ignore_eos": True}
+    options.pop("ignore_eos")
+    return jlayer.generate(model, PROMPTS, eos_token_id=None, **options)
+
+
+def drawn_there(folder, prompt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=N_NEW,
+            pad_token_id=0,
+        )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "change"), SWITCHES)
+def test_every_switch_is_read_and_matters(sources, name, change, tmp_path):
+    shutil.copytree(sources(name), tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    expected = expected_logits(tmp_path / "changed")
+    with AutoModel.from_pretrained(tmp_path / "changed", device="cpu") as model:
+        found = model.logits(IDS)
+    assert_close(found, expected)
+    before = expected_logits(sources(name))
+    assert np.abs(found - before).max() > 1e-3 * np.abs(before).max()
