@@ -4,6 +4,8 @@ Axis legend, used in every shape comment and einsum:
     R rows of a chunk (tokens of any lanes), B lanes of a pane, T rows of each of its lanes,
     S entries of a lane's table, P entries of a pool, D width, F MLP width, N query heads,
     K key/value heads, G = N / K query heads for each key/value head, H head size, V vocabulary.
+    Of a gated DeltaNet: K key heads of H numbers, N value heads of E numbers, G = N / K value heads
+    for each key head, C channels of its convolution, W tokens that one output is made of.
 
 Axes of published tensors are named in words; `axis_sizes` turns a word into a number for one model.
 """
@@ -93,7 +95,9 @@ class Attention:
     cap * tanh(s / cap). `window`: a token sees so many, itself among them; None: all before it.
     `clip`: queries, keys and values are cut to [-clip, clip]. `value_norm`: of values, without a
     weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
-    the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)).
+    the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
+    projection of queries gives each head a gate too, after its query: what the head mixes is
+    multiplied by the gate's sigmoid.
     """
 
     n_heads: int
@@ -109,11 +113,42 @@ class Attention:
     value_norm: Norm | None = None
     keys_are_values: bool = False
     grows: tuple[float, int] | None = None
+    has_gate: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether its committed part is no more than a softmax over the first entries of a lane."""
         return self.cap is None and self.window is None
+
+
+# A gated DeltaNet takes a long chain of rows in blocks of so many.
+DELTA_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The gated DeltaNet (arXiv 2412.06464) that some layers have instead of attention.
+
+    It keeps a state for each lane, of one size however long the text is. `kernel`: the tokens that
+    an output of its convolution is made of, `activation` follows it. `norm`: of each head's output,
+    before the gate. `is_grouped`: what is projected comes in two matrices, whose rows are ordered
+    by key head; else in four. `name`: of the kind of these layers.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    norm: Norm = Norm()
+    activation: str = "silu"
+    is_grouped: bool = False
+    name: str = "linear_attention"
+
+    @property
+    def channels(self) -> int:
+        """The numbers of a token that go through the convolution: queries, keys and values."""
+        return 2 * self.n_key_heads * self.key_dim + self.n_value_heads * self.value_dim
 
 
 @dataclass(frozen=True)
@@ -160,10 +195,11 @@ class Logits:
 class ModelConfig:
     """A model's configuration. Hashable, since plans and programs are kept by it.
 
-    `attentions`: each form of attention in the model; `layer_types`: of each layer the name of its
-    own, () where there is one form only. `is_parallel`: attention and MLP have the same input, and
-    are added together. `layer_scalar`: a layer's output is multiplied by a number of its own.
-    `qkv_is_fused`: queries, keys and values are one matrix.
+    `attentions`: each form of attention in the model; `delta`: what some layers have instead of
+    attention; `layer_types`: of each layer the name of its own, () where there is one form only.
+    `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
+    layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
+    are one matrix.
     """
 
     model_type: str
@@ -176,6 +212,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     dtype: str | None = None
     layer_types: tuple[str, ...] = ()
+    delta: Delta | None = None
     norm: Norm = Norm()
     places: Places = Places()
     mlp: Mlp = Mlp()
@@ -259,9 +296,32 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
 
 def head_sizes(attention: Attention) -> dict[str, int]:
     """Axis name -> size, of a kind of layer. `heads` is N*H and `kv_heads` is K*H: published
-    projections join both axes."""
+    projections join both axes. `queries` is what queries are projected to."""
     n, k, h = attention.n_heads, attention.n_kv_heads, attention.head_dim
-    return {"heads": n * h, "kv_heads": k * h, "qkv": (n + 2 * k) * h, "head": h, "n": n, "k": k}
+    return {
+        "queries": (2 if attention.has_gate else 1) * n * h,
+        "heads": n * h,
+        "kv_heads": k * h,
+        "qkv": (n + 2 * k) * h,
+        "head": h,
+        "n": n,
+        "k": k,
+    }
+
+
+def delta_sizes(delta: Delta) -> dict[str, int]:
+    """Axis name -> size, of a kind of layer with a gated DeltaNet."""
+    values = delta.n_value_heads * delta.value_dim
+    return {
+        "channels": delta.channels,
+        "values": values,
+        "qkvz": delta.channels + values,
+        "value_heads": delta.n_value_heads,
+        "two_value_heads": 2 * delta.n_value_heads,
+        "value": delta.value_dim,
+        "one": 1,
+        "kernel": delta.kernel,
+    }
 
 
 # Attention takes as many lanes and cached entries at a time as stay within these bytes: of scores,

@@ -24,6 +24,7 @@ from jlayer.plan.shapes import (
     rows_for,
     window_capacity,
 )
+from jlayer.spec import DELTA_BLOCK
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Entry:
     of its parent, an earlier one, or -1; None: a chain. `capacity`: of the lane's table. `after`:
     how many other entries of the pass, one after another, must have been written before. `wanted`:
     of so many of its last rows the logits are wanted. `is_long`: whether its text is longer than
-    the length at which the model's rotary embedding switches.
+    the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
+    state before and after its rows that are no guesses, of which there are `n_kept`.
     """
 
     tokens: Sequence[int]
@@ -46,6 +48,9 @@ class Entry:
     parents: tuple[int, ...] | None = None
     after: int = 0
     is_long: bool = False
+    source: int = 0
+    target: int = 0
+    n_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,12 @@ def arrange(
     n_rows: int | None = None,
     windows: Sequence[Window] = (),
     switches: bool = False,
+    slots: int = 0,
 ) -> list[Part]:
     """The chunks of a forward pass, of at most `most` rows each, in the order in which they run.
     `n_rows`: the most rows of the pass, if lanes that share chunks would take more. `pool`: the
     rows of the pools; `windows`: of layers with a window. `switches`: whether the rotary embedding
-    does for long texts.
+    does for long texts. `slots`: of layers with a state.
 
     The wanted rows are numbered entry by entry. Rows of a tree must be in one chunk, unless they
     are its trunk: so a pass has at most `most` rows below the first branch.
@@ -103,7 +109,7 @@ def arrange(
     if n_rows is not None and sum(pane.n_rows for some in panes for pane in some) > n_rows:
         panes = [pack(some, most, shared=0, whole=trees) for some, trees in pairs]
     return [
-        _part(pane, [entries[n] for n in numbers], firsts[numbers], pool, windows, switches)
+        _part(pane, [entries[n] for n in numbers], firsts[numbers], pool, windows, switches, slots)
         for numbers, some in zip(ranks, panes, strict=True)
         for pane in some
     ]
@@ -119,7 +125,7 @@ def whole_lanes(entries: Sequence[Entry], most: int) -> list[int]:
     ]
 
 
-def _part(pane: Pane, entries, firsts, pool, windows, switches):
+def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
     capacity = max(entries[member.lane].capacity for member in pane.members)
     size = Size(
         *(pane.n_rows, pane.lanes, pane.tokens, capacity, pool),
@@ -128,6 +134,11 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches):
             for window in windows
         ),
         switches=switches,
+        slots=slots,
+        # Shorter ones are one block either way: not two programs for them.
+        is_chain=slots > 0
+        and pane.tokens > DELTA_BLOCK
+        and all(entries[member.lane].parents is None for member in pane.members),
     )
     is_long = np.zeros(size.rows, bool)
     tokens = np.full(size.rows, -1, np.int32)
@@ -165,8 +176,22 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches):
         seen=seen,
         windows={window.size: _view(pane, entries, size, window) for window in windows},
         is_long=is_long if switches else None,
+        **(_states(pane, entries, size) if slots else {}),
     )
     return Part(size, tokens, rows, np.array(wanted, np.int32), np.array(places, np.int32))
+
+
+def _states(pane, entries, size) -> dict:
+    """What layers with a state need to know of a chunk's rows: see `Rows`. A lane's later chunks go
+    on from what its first one has written."""
+    source, target = (np.full(pane.lanes, size.slots, np.int32) for _ in range(2))
+    kept = np.zeros((pane.lanes, pane.tokens), bool)
+    for number, member in enumerate(pane.members):
+        entry = entries[member.lane]
+        source[number] = entry.target if member.first else entry.source
+        target[number] = entry.target
+        kept[number, : max(0, min(member.count, entry.n_kept - member.first))] = True
+    return {"source": source, "target": target, "kept": kept, "is_chain": size.is_chain}
 
 
 def _view(pane, entries, size, window) -> View:

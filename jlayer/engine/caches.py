@@ -17,8 +17,9 @@ import numpy as np
 
 from jlayer.engine.pool import Pool, Table
 from jlayer.engine.programs import Programs
+from jlayer.engine.size import Size
 from jlayer.errors import StorageError
-from jlayer.families.registry import layer_kinds, windows_of
+from jlayer.families.registry import has_state, layer_kinds, windows_of
 from jlayer.model.cache import LayerCache, Rows, cache_struct
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.memory import POOLS_ON_DEVICE
@@ -41,7 +42,7 @@ class Caches:
         self._kinds = layer_kinds(programs.cfg)
         self._has_link = PLATFORMS[platform_of(programs.device.platform)].has_link
         self._windows = windows_of(programs.cfg)
-        self.pool = Pool(self._windows)
+        self.pool = self._empty_pool()
         self.tier = Tier.DEVICE
         self.layers: list[LayerCache | None] = []
         self._rooms: list[LayerCache | None] = []  # numpy arrays in host memory, by layer
@@ -76,7 +77,10 @@ class Caches:
         self.pool.keep([*(table.rows for table in self._tables()), *more])
 
     def _n_rows(self, layer):
-        return self.sizes.of(self._kinds[layer].cache.window, self._windows)
+        return self.sizes.of(self._kinds[layer].cache, self._windows)
+
+    def _empty_pool(self):
+        return Pool(self._windows, has_state=has_state(self._programs.cfg))
 
     def ready(self) -> None:
         """Allocates what was reserved: one layer after another, so that only one is there twice.
@@ -155,10 +159,11 @@ class Caches:
 
     # A forward pass with pools in host memory.
 
-    def compile(self, n_rows: int) -> None:
-        """Compiles what a chunk of so many rows needs, ahead of it."""
+    def compile(self, size: Size) -> None:
+        """Compiles what a chunk of this size needs, ahead of it."""
         for layer in range(len(self._kinds)) if self.tier is Tier.HOST else ():
             kind, pool = self._kinds[layer], self._n_rows(layer)
+            (n_rows,) = size.rows_struct.written(kind.cache).shape
             self._programs.written_rows(kind, pool=pool, n_rows=n_rows)
 
     def begin(self, written: Sequence[tuple[Rows, Rows]]) -> None:
@@ -177,7 +182,7 @@ class Caches:
         cache, self.layers[layer] = self.layers[layer], None
         kind = self._kinds[layer]
         for on_device, on_host in self._written:
-            written, rows = (each.view(kind.cache.window).write for each in (on_device, on_host))
+            written, rows = (each.written(kind.cache) for each in (on_device, on_host))
             program = self._programs.written_rows(
                 kind, pool=self._n_rows(layer), n_rows=len(written)
             )
@@ -227,7 +232,7 @@ class Caches:
         """Frees all memory; no lane may be left."""
         assert self.pool.n_free == self.pool.n_rows
         self._free()
-        self.pool = Pool(self._windows)
+        self.pool = self._empty_pool()
 
     def close(self) -> None:
         """Unpins host memory; the caches cannot be used afterwards."""

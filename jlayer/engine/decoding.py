@@ -22,6 +22,7 @@ from jlayer.engine.report import Account, Clock, Stats
 from jlayer.engine.riders import LEAST_SHARED
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.families.registry import has_state
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
 
@@ -184,12 +185,14 @@ class Decoding:
 
     def _shape(self, rows, limits):
         """The shape of a run of these prompts, with at most so many new tokens each. Sequences of
-        one prompt share its entries, but for the last one, whose logits each of them needs."""
+        one prompt share its entries, but for the last one, whose logits each of them needs; none
+        where layers have a state, which cannot be shared."""
         each = self.options.num_return_sequences
         lengths = [len(row.ids) for row in rows]
         entries = 0
         for n_prompt, limit in zip(lengths, limits, strict=True):
-            n_shared = n_prompt - 1 if each > 1 and n_prompt > LEAST_SHARED else 0
+            shares = each > 1 and n_prompt > LEAST_SHARED and not has_state(self._engine.cfg)
+            n_shared = n_prompt - 1 if shares else 0
             entries += n_shared + each * (n_prompt - n_shared + limit)
         batch, sweeps = each * len(rows), max(1, *limits)
         return RunShape(

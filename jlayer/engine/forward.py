@@ -79,7 +79,7 @@ class Forward:
                 if n_more > 0:
                     pool = self._engine.caches.pool
                     most = max((window.n_behind for window in pool.windows), default=0)
-                    table.append(pool.take(n_more, n_seen=most))
+                    table.commit(pool.take(n_more, n_seen=most))
 
     def sweep(
         self, ids: Sequence[list[int]], starts: Sequence[int], *, all_logits: bool = False
@@ -120,6 +120,8 @@ class Forward:
                 entry = Entry(
                     *(tokens, table.rows, new, self._capacity, len(tokens), tuple(parents)),
                     is_long=self._is_long(len(table) + 1),
+                    source=table.source,
+                    target=table.target,
                 )
                 parts = self._arrange([entry])
                 engine.sweeper.run(executor, parts, take)
@@ -182,10 +184,10 @@ class Forward:
                     "embedding: compute all of it anew, from its first token"
                 )
             table.cut(start)
-            if len(table) < start or not pool.holds(table.rows):
+            if len(table) < start or not table.can_go_on:
                 raise StorageError(
-                    "the cache was lost when the device failed, or with what a window has passed; "
-                    "start again from the first token"
+                    "the cache was lost when the device failed, or a layer has kept no more than "
+                    "its window or its state; start again from the first token"
                 )
         self._engine.caches.make_room()
         new = [pool.take(len(tokens)) for tokens in ids]
@@ -194,6 +196,9 @@ class Forward:
                 *(tokens, table.rows, rows, self._capacity),
                 wanted=len(tokens) if all_logits else 1,
                 is_long=self._is_long(len(table) + len(tokens)),
+                source=table.source,
+                target=table.target,
+                n_kept=len(tokens),
             )
             for tokens, table, rows in zip(ids, self._tables, new, strict=False)
         ]
@@ -211,11 +216,12 @@ class Forward:
             most=engine.plan.chunk,
             windows=pool.windows,
             switches=engine.cfg.switches_at is not None,
+            slots=pool.n_slots * pool.has_state,
         )
 
     def _commit(self, new):
         for table, rows in zip(self._tables, new, strict=False):
-            table.append(rows)
+            table.commit(rows)
 
     def _stand_in(self, n_tokens, all_logits):
         """Chunks of the same shapes as those of a pass of `n_tokens` tokens a lane."""

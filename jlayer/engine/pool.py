@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jlayer.plan.shapes import PoolSizes
+from jlayer.plan.shapes import SLOTS, PoolSizes
 
 NO_PLACE = -1
 
@@ -66,13 +66,16 @@ class Window:
 class Pool:
     """The rows of a pool: how many tables list each. Rows that none lists are free.
 
-    `windows`: the sizes of the windows that some layers have.
+    `windows`: the sizes of the windows that some layers have. `has_state`: whether some layers have
+    a state, for which each table has slots; then lanes that begin alike share nothing.
     """
 
-    def __init__(self, windows: Sequence[int] = ()):
+    def __init__(self, windows: Sequence[int] = (), *, has_state: bool = False):
         self._uses = np.zeros(0, np.int32)
         self._free: list[int] = []  # the next one to be taken last
         self.windows = tuple(map(Window, windows))
+        self.has_state, self.n_slots = has_state, 0
+        self._free_slots: list[int] = []
 
     @property
     def n_rows(self) -> int:
@@ -84,7 +87,8 @@ class Pool:
 
     @property
     def sizes(self) -> PoolSizes:
-        return PoolSizes(self.n_rows, tuple(window.n_rows for window in self.windows))
+        windows = tuple(window.n_rows for window in self.windows)
+        return PoolSizes(self.n_rows, windows, self.n_slots)
 
     def grow(self, sizes: PoolSizes) -> None:
         """Adds free rows, up to so many in all."""
@@ -93,6 +97,15 @@ class Pool:
         self._uses = np.concatenate([self._uses, np.zeros(len(more), np.int32)])
         for window, n_rows in zip(self.windows, sizes.windows, strict=True):
             window.grow(self.n_rows, n_rows)
+        self._free_slots = [*range(sizes.slots - 1, self.n_slots - 1, -1), *self._free_slots]
+        self.n_slots = max(self.n_slots, sizes.slots)
+
+    def take_slots(self) -> list[int]:
+        """The slots of a lane; none where no layer has a state."""
+        return [self._free_slots.pop() for _ in range(SLOTS * self.has_state)]
+
+    def release_slots(self, slots: Sequence[int]) -> None:
+        self._free_slots += slots
 
     def take(self, count: int, *, n_seen: int | None = None) -> np.ndarray:
         """`count` free rows, int32, each used once from now on. `n_seen`: only the last so many
@@ -128,12 +141,15 @@ class Pool:
 
 
 class Table:
-    """The pool rows of a lane, by position: those of its committed tokens."""
+    """The pool rows of a lane, by position: those of its committed tokens. Where the model has
+    states, also the slots of its own: the first has its state after these tokens."""
 
     def __init__(self, pool: Pool):
         self._pool = pool
         self._rows = np.zeros(0, np.int32)
         self._length = 0
+        self._slots: list[int] = []
+        self._n_in_state = 0
         self.is_closed = False
 
     def __len__(self) -> int:
@@ -143,6 +159,24 @@ class Table:
     def rows(self) -> np.ndarray:
         """int32 [positions]; a view."""
         return self._rows[: self._length]
+
+    @property
+    def source(self) -> int:
+        """The slot of its state; beyond all slots where it has none yet."""
+        return self._slots[0] if self._slots and self._n_in_state else self._pool.n_slots
+
+    @property
+    def target(self) -> int:
+        """The slot that the next forward pass writes its state to."""
+        if self._pool.has_state and not self._slots:
+            self._slots = self._pool.take_slots()
+        return self._slots[1] if self._slots else self._pool.n_slots
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether every layer still has what the next token sees."""
+        is_whole = not self._pool.has_state or self._n_in_state == self._length
+        return is_whole and self._pool.holds(self.rows)
 
     def append(self, rows: Sequence[int] | np.ndarray) -> None:
         """Adds rows that were taken or shared for this table."""
@@ -154,13 +188,22 @@ class Table:
         self._rows[self._length : length] = rows
         self._length = length
 
+    def commit(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Adds the rows of a forward pass, which has also written the state after them."""
+        self.append(rows)
+        self._slots.reverse()
+        self._n_in_state = self._length
+
     def cut(self, length: int) -> None:
         """Releases the rows from position `length` on."""
         if length < self._length:
             rows, self._length = self._rows[length : self._length], length
             self._pool.release(rows.copy())
+        if not length:
+            self._n_in_state = 0
 
     def close(self) -> None:
         """Releases all rows; it is not used again."""
         self.cut(0)
-        self.is_closed = True
+        self._pool.release_slots(self._slots)
+        self._slots, self.is_closed = [], True

@@ -183,7 +183,7 @@ class Programs:
         reads = ("hidden", "rows")
         given = {"weights": struct_of(tile)} | self._flow(tile, size, reads)
         given |= self._whole("whole", self._device_leaves(tile), whole)
-        label = f"block {size.rows} {size.attends(tile.kind.cache.window)}"
+        label = f"block {size.rows} {size.attends(tile.kind.cache)}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, reads, whole=whole, uses_cache=True)
 
@@ -231,8 +231,7 @@ class Programs:
         given |= self._whole("next_whole", shape.next_whole, next_whole)
         names = [stage.name, _heights(tile) if with_rows else "end", str(size.rows)]
         names += [each.name for each in functions]
-        window = tile.kind.cache.window
-        names += [size.attends(window)] if reads & {"cache", "rows"} else []
+        names += [size.attends(tile.kind.cache)] if reads & {"cache", "rows"} else []
         names += [f"hosted {landing}"] if hosted else []
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
@@ -332,8 +331,9 @@ class Programs:
     def flash(self, kind: LayerKind) -> bool:
         """Whether the device has flash attention for layers of this kind."""
         attention = kind.attention
-        is_there = has_flash(self.device, head_dim=attention.head_dim, dtype=self.dtype)
-        return is_there and attention.is_plain
+        if attention is None or not attention.is_plain:
+            return False
+        return has_flash(self.device, head_dim=attention.head_dim, dtype=self.dtype)
 
     @contextmanager
     def together(self):
@@ -372,9 +372,8 @@ class Programs:
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        spec = tile.kind.cache
-        _, n_rows = size.cache_of(spec.window)
-        return {"cache": cache_struct(spec, n_rows=n_rows, dtype=self.dtype)}
+        n_rows = size.pool_of(tile.kind.cache)
+        return {"cache": cache_struct(tile.kind.cache, n_rows=n_rows, dtype=self.dtype)}
 
     def _struct(self, size, width):
         return jax.ShapeDtypeStruct((size.rows, width), self.dtype)

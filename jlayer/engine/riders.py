@@ -74,6 +74,9 @@ class Rider:
             parents=parents,
             after=self.after,
             is_long=lane.is_long,
+            source=lane.table.source,
+            target=lane.table.target,
+            n_kept=n_own,
         )
 
     def take_rows(self, pool: Pool) -> np.ndarray:
@@ -141,7 +144,7 @@ def _with_source(lane, riders, everybody, pool) -> Rider | None:
     Sequences of one prompt share among themselves first: their memory is planned so."""
     end = len(lane.history)
     best = Rider(lane, len(lane.table), end)
-    if len(lane.table):
+    if len(lane.table) or pool.has_state:
         return best
     known = {id(rider.lane): rider for rider in riders}
     others = [

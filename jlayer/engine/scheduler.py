@@ -171,7 +171,7 @@ class Scheduler:
         pool = self._engine.caches.pool
         with self._changed:
             for rider in riders:
-                rider.lane.table.append(rider.gained)
+                rider.lane.table.commit(rider.gained)
                 rider.lane.last_pass = self.n_passes
             for one in drawn:
                 self._accept(one, pool)
@@ -190,7 +190,8 @@ class Scheduler:
                 lane.fail(drawn.error)
             n_accepted = max(0, n_added - 1)  # the entry of the last one is still to come
             lane.account.guess(rider.n_drafted, len(rider.guessed), n_accepted)
-        accepted = drawn.nodes[:n_accepted]
+        # A state has none of the guesses: those that were right ride once more, as the lane's own.
+        accepted = [] if pool.has_state else drawn.nodes[:n_accepted]
         lane.table.append(rider.guessed[accepted])
         pool.release(np.delete(rider.guessed, accepted))
 
@@ -203,6 +204,7 @@ class Scheduler:
             n_rows=plan.load.n_rows,
             windows=pool.windows,
             switches=self._engine.cfg.switches_at is not None,
+            slots=pool.n_slots * pool.has_state,
         )
 
     def _draw(self, executor, riders, logits, parts):

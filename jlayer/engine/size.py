@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jlayer.families.base import CacheSpec
 from jlayer.model.cache import Rows, rows_struct
 
 
@@ -12,7 +13,8 @@ class Size:
     """The shape of a chunk: `rows`, of which the first are a pane of `lanes` times `tokens`; tables
     of `capacity` entries, and pools of `pool` rows. `fresh`: see `model.cache.Rows`. `windows`: of
     each window (its size, the capacity of its tables, the rows of its pools). `switches`: whether
-    the rotary embedding does for long texts."""
+    the rotary embedding does for long texts. `slots`: of layers with a state; `is_chain`: see
+    `model.cache.Rows`."""
 
     rows: int
     lanes: int
@@ -22,14 +24,24 @@ class Size:
     fresh: int | None = None
     windows: tuple[tuple[int, int, int], ...] = ()
     switches: bool = False
+    slots: int = 0
+    is_chain: bool = False
 
-    def attends(self, window: int | None = None) -> str:
-        """What the programs that use the cache of layers with this window are compiled for, as a
-        label."""
+    def attends(self, cache: CacheSpec | None = None) -> str:
+        """What the programs that use this cache are compiled for, as a label; None: one of all
+        entries."""
+        pane = f"{self.lanes}x{self.tokens}"
+        if cache and cache.kind == "state":
+            return f"{pane} {'chain' if self.is_chain else 'tree'} state of {self.slots}"
         fresh = f" fresh {self.fresh}" if self.fresh else ""
+        window = cache.window if cache else None
         capacity, pool = self.cache_of(window)
         sees = f" window {window}" if window else ""
-        return f"{self.lanes}x{self.tokens} cache {capacity} of {pool}{fresh}{sees}"
+        return f"{pane} cache {capacity} of {pool}{fresh}{sees}"
+
+    def pool_of(self, cache: CacheSpec) -> int:
+        """The rows or slots of the pools of layers with this cache."""
+        return self.slots if cache.kind == "state" else self.cache_of(cache.window)[1]
 
     def cache_of(self, window: int | None) -> tuple[int, int]:
         """(the capacity of tables, the rows of pools) of layers with this window."""
@@ -47,4 +59,6 @@ class Size:
             fresh=self.fresh,
             windows={size: capacity for size, capacity, _ in self.windows},
             switches=self.switches,
+            has_state=self.slots > 0,
+            is_chain=self.is_chain,
         )

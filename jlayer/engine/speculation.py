@@ -29,6 +29,7 @@ from jlayer.engine.seats import Seat
 from jlayer.engine.widths import Widths, pass_rows, shares
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import CHUNK_ROWS, chunks, power_of_two
+from jlayer.spec import DELTA_BLOCK
 
 OTHERS_TOKENS = 1 << 16  # of other answers that are kept
 # Guesses of a tree, where nobody says how many: more than this adds little, and costs memory.
@@ -139,6 +140,8 @@ class Speculation:
             )
 
         share = max(filter(fits, shares(plan.load.nodes // len(wanted))))
+        if self._engine.caches.pool.has_state:  # a tree is one block, whatever stands before it
+            wanted = [rider for rider in wanted if rider.end - rider.first <= DELTA_BLOCK]
         return [(rider, _within_chunk(rider, share, plan.chunk)) for rider in wanted]
 
     def _seat(self, rider, most):

@@ -108,8 +108,8 @@ class Sweeper:
             with self.programs.together():
                 for n_rows in {size.rows for size, _ in shapes}:
                     self._embed_program(n_rows)
-                    self._caches.compile(n_rows)
                 for size, n_wanted in sorted(shapes, key=str):
+                    self._caches.compile(size)
                     for tile in self._tiles:
                         self._calls_at(tile, size, n_wanted, division, landing)
             self._prepared.add(key)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.families.fields import Fields
-from jlayer.spec import Attention, Leaf, Logits, ModelConfig, Norm, Place, Role
+from jlayer.spec import ITEM_BYTES, Attention, Delta, Leaf, Logits, ModelConfig, Norm, Place, Role
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden  [R, D]  the residual stream
 #     x       [R, in] the input of the current stage; dropped when the stage ends
 #     cache   the pool of the layer's cache
-#     rows    positions, and what attention needs to know of each row (`model.cache.Rows`)
+#     rows    positions, and what else a mixer needs to know of each row (`model.cache.Rows`)
 
 # The prefix of the published names of all leaves but the head. A model that was saved without its
 # head has names without it.
@@ -129,44 +129,76 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class CacheSpec:
-    """The cache of a layer. Kind `rows`: a key and a value for every token, each in a pool row, of
-    `n_heads` heads of `head_dim` numbers. `window`: a token sees so many, itself among them."""
+class CacheArray:
+    """One array of a cache: the `shape` of an entry, and its `dtype`; None: the compute dtype."""
 
-    n_heads: int
-    head_dim: int
-    kind: str = "rows"
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The cache of a layer: arrays of entries that are read and written together.
+
+    Kind `rows`: an entry for every token, in a pool row; `window`: a token sees so many, itself
+    among them. Kind `state`: an entry for a lane, in a slot, that is replaced as a whole.
+    """
+
+    kind: str
+    arrays: tuple[CacheArray, ...]
     window: int | None = None
 
     def entry_shapes(self, *, n_rows: int) -> dict[str, tuple]:
-        """The arrays of one layer's pool, by name: k and v [P, K, H]."""
-        shape = (n_rows, self.n_heads, self.head_dim)
-        return {"k": shape, "v": shape}
+        """The arrays of one layer's pool, by name; `n_rows`: its rows or slots."""
+        return {array.name: (n_rows, *array.shape) for array in self.arrays}
 
-    def n_elements(self, *, n_rows: int) -> int:
-        return sum(map(math.prod, self.entry_shapes(n_rows=n_rows).values()))
+    def n_bytes(self, *, n_rows: int, item_bytes: int) -> int:
+        """`item_bytes`: of the compute dtype."""
+        return n_rows * sum(
+            math.prod(array.shape) * ITEM_BYTES.get(array.dtype, item_bytes)
+            for array in self.arrays
+        )
+
+
+def rows_cache(attention: Attention) -> CacheSpec:
+    """A key and a value [K, H] for every token."""
+    shape = (attention.n_kv_heads, attention.head_dim)
+    return CacheSpec("rows", (CacheArray("k", shape), CacheArray("v", shape)), attention.window)
+
+
+def state_cache(delta: Delta) -> CacheSpec:
+    """For a lane the last inputs of the convolution [C, W-1], oldest first, and the state
+    [N, H, E], which is float32 whatever is computed in."""
+    conv = CacheArray("conv", (delta.channels, delta.kernel - 1))
+    shape = (delta.n_value_heads, delta.key_dim, delta.value_dim)
+    return CacheSpec("state", (conv, CacheArray("state", shape, "float32")))
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: its leaves, the stages that use them, and its attention."""
+    """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention, or
+    a gated DeltaNet; the other is None."""
 
     name: str
     leaves: tuple[Leaf, ...]
     stages: tuple[Stage, ...]
-    attention: Attention
+    attention: Attention | None = None
+    delta: Delta | None = None
+
+    def __post_init__(self):
+        assert (self.attention is None) != (self.delta is None), "a layer has one mixer"
 
     @cached_property
     def _hash(self):
-        return hash((self.name, self.leaves, self.stages, self.attention))
+        return hash((self.name, self.leaves, self.stages, self.attention, self.delta))
 
     def __hash__(self) -> int:
         return self._hash  # a plan looks at the kinds of all layers thousands of times
 
-    @property
+    @cached_property
     def cache(self) -> CacheSpec:
-        how = self.attention
-        return CacheSpec(how.n_kv_heads, how.head_dim, window=how.window)
+        return rows_cache(self.attention) if self.attention else state_cache(self.delta)
 
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)

@@ -109,7 +109,7 @@ def config(
         for one in attentions
         if not layer_types or one.name in layer_types
     )
-    if len(used) == 1 and layer_types:
+    if len(set(layer_types)) == 1:
         layer_types = ()
     act = fields.choice(activation_key, ACTIVATIONS, default=activation)
     return ModelConfig(

@@ -70,7 +70,7 @@ def _attention_leaves(cfg, attention):
     if cfg.qkv_is_fused:
         inputs = (matrix("qkv_proj", ("qkv", "width")),)
     else:
-        inputs = (matrix("q_proj", ("heads", "width")), matrix("k_proj", ("kv_heads", "width")))
+        inputs = (matrix("q_proj", ("queries", "width")), matrix("k_proj", ("kv_heads", "width")))
         if not attention.keys_are_values:
             inputs += (matrix("v_proj", ("kv_heads", "width")),)
     places = cfg.places
@@ -126,7 +126,7 @@ def _biases(cfg, attention):
     """The biases of a layer's matrices, in their order."""
     sizes = tuple(head_sizes(attention).items())
     mlp = cfg.mlp
-    inputs = [("qkv_proj", "qkv")] if cfg.qkv_is_fused else [("q_proj", "heads")]
+    inputs = [("qkv_proj", "qkv")] if cfg.qkv_is_fused else [("q_proj", "queries")]
     if not cfg.qkv_is_fused:
         names = ("k_proj",) if attention.keys_are_values else ("k_proj", "v_proj")
         inputs += [(name, "kv_heads") for name in names]

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from jlayer.families import cohere, gemma, glm, layer_norms, llama, olmo, phi
+from jlayer.families import cohere, gemma, glm, layer_norms, llama, olmo, phi, qwen_next
 from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
 from jlayer.families.decoder import final_norm, norm_leaves
 from jlayer.spec import Leaf, ModelConfig
@@ -15,7 +15,7 @@ from jlayer.spec import Leaf, ModelConfig
 # A new family is a row in a file beside this one; a new file is a line here.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms)
+    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next)
     for family in rows.FAMILIES
 }
 
@@ -62,6 +62,12 @@ def windows_of(cfg: ModelConfig) -> tuple[int, ...]:
     """The windows that some layers have, each once."""
     found = {kind.cache.window for kind, _ in counted_kinds(cfg)} - {None}
     return tuple(sorted(found))
+
+
+@lru_cache(maxsize=64)
+def has_state(cfg: ModelConfig) -> bool:
+    """Whether some layers keep a state of a lane, which cannot be cut back."""
+    return any(kind.cache.kind == "state" for kind, _ in counted_kinds(cfg))
 
 
 def final_norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:

@@ -1,7 +1,9 @@
-"""The key/value entries of one layer, for all lanes: a pool of rows. Make, write.
+"""The cache of one layer, for all lanes: a pool of rows, or of slots. Make, read, write.
 
-Which row belongs to which lane and position is not stored here: each lane has a table of its rows,
-which comes with every sweep. A row that no table lists is free, whatever it holds.
+A row holds the key and value of a token. Which row belongs to which lane and position is not stored
+here: each lane has a table of its rows, which comes with every sweep. A row that no table lists is
+free, whatever it holds. A slot holds the state of a lane after some token. A state cannot be cut
+back, so a sweep reads it from one slot and may write to another.
 
 Numbers of 16 bits are kept as their bits: XLA's CPU scatter has no 16-bit floats, so it would cast
 the whole pool to float32 and back to write one row (a pool of 4,096 rows: 2.3 ms against 0.02).
@@ -41,8 +43,16 @@ class View:
 
 
 @struct.dataclass
+class StateCache:
+    """What a gated DeltaNet keeps of the tokens before, by slot; see `read_state`."""
+
+    conv: jax.Array  # [slots, C, W-1] the last inputs of the convolution, oldest first
+    state: jax.Array  # [slots, N, H, E] float32
+
+
+@struct.dataclass
 class Rows:
-    """What attention needs to know of a chunk's rows, all int32 but `seen`.
+    """What a mixer needs to know of a chunk's rows, all int32 but where it says so.
 
     The first B*T rows are a pane: B lanes with T rows each. A row of lane b sees the first
     `length[b]` entries of the lane's table, and the rows of its lane that `seen` marks: its
@@ -53,28 +63,49 @@ class Rows:
     pools of layers with a window that have fewer rows, by window. `flash`: whether the device has
     flash attention for the compute dtype and the head size. It is no array: a program is compiled
     for it.
+
+    The next are there for a model with states. `kept`: the rows that are certain: of each lane none
+    or a chain from its first row on. The others are guesses or padding: they see the kept ones, but
+    do not enter the state. `is_chain`: whether `seen` is the lower triangle for all lanes; long
+    panes take less arithmetic then. It is no array either.
     """
 
     positions: jax.Array  # [R]
     write: jax.Array  # [R] the pool row that each is written to; beyond the pool: none
     table: jax.Array  # [B, S] pool rows; beyond the pool from `length` on
     length: jax.Array  # [B]
-    seen: jax.Array  # [B, T, T], or [B, T, M] with `fresh`; bool
+    seen: jax.Array  # bool [B, T, T], or [B, T, M] with `fresh`
     fresh: jax.Array | None = None  # [B, M] pool rows; beyond the pool: none
     fresh_positions: jax.Array | None = None  # [B, M]
-    is_long: jax.Array | None = None  # [R] bool
+    is_long: jax.Array | None = None  # bool [R]
     windows: dict[int, View] = struct.field(default_factory=dict)
+    source: jax.Array | None = None  # [B] the slot of each lane's state; beyond the pool: zeros
+    target: jax.Array | None = None  # [B] the slot it is written to; beyond the pool: none
+    kept: jax.Array | None = None  # bool [B, T]
     flash: bool = struct.field(pytree_node=False, default=False)
+    is_chain: bool = struct.field(pytree_node=False, default=False)
 
     def view(self, window: int | None) -> Rows | View:
         """These rows in the pools of layers with this window."""
         return self.windows.get(window, self)
 
+    def written(self, spec: CacheSpec) -> jax.Array:
+        """The rows or slots of a layer's pool that are written."""
+        return self.target if spec.kind == "state" else self.view(spec.window).write
 
-def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
-    """The shapes of a layer's pool, for compiling; `n_rows` is P."""
+
+CACHES = {"rows": LayerCache, "state": StateCache}
+
+
+def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache | StateCache:
+    """The shapes of a layer's pool, for compiling; `n_rows`: its rows or slots."""
     shapes, kept = spec.entry_shapes(n_rows=n_rows), KEPT_AS.get(dtype, dtype)
-    return LayerCache(**{name: jax.ShapeDtypeStruct(shape, kept) for name, shape in shapes.items()})
+    return CACHES[spec.kind](
+        **{
+            array.name: jax.ShapeDtypeStruct(shapes[array.name], array.dtype or kept)
+            for array in spec.arrays
+        }
+    )
 
 
 def rows_struct(
@@ -86,13 +117,17 @@ def rows_struct(
     fresh: int | None = None,
     windows: Mapping[int, int] = MappingProxyType({}),
     switches: bool = False,
+    has_state: bool = False,
+    is_chain: bool = False,
 ) -> Rows:
     """The shapes of a chunk's `Rows`: R, B, T and S, and M where there are `fresh` rows. `windows`:
-    the S of each window. `switches`: whether the rotary embedding does, for long texts."""
+    the S of each window. `switches`: whether the rotary embedding does, for long texts.
+    `has_state`: with what a model with states needs; `is_chain`: see `Rows`."""
 
     def numbers(*shape):
         return jax.ShapeDtypeStruct(shape, "int32")
 
+    slots = numbers(lanes) if has_state else None
     return Rows(
         positions=numbers(n_rows),
         write=numbers(n_rows),
@@ -106,10 +141,14 @@ def rows_struct(
         seen=jax.ShapeDtypeStruct((lanes, tokens, fresh or tokens), "bool"),
         fresh=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
         fresh_positions=fresh and jax.ShapeDtypeStruct((lanes, fresh), "int32"),
+        source=slots,
+        target=slots,
+        kept=jax.ShapeDtypeStruct((lanes, tokens), "bool") if has_state else None,
+        is_chain=is_chain,
     )
 
 
-def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
+def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache | StateCache:
     """A layer's pool of zeros."""
     shapes = cache_struct(spec, n_rows=n_rows, dtype=dtype)
     return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), shapes)
@@ -117,17 +156,31 @@ def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache:
 
 def write(cache: LayerCache, k, v, rows: Rows | View) -> LayerCache:
     """The pool with k, v [R, K, H] in the rows that `rows.write` says; padding is dropped."""
-
-    def written(entry, new):
-        if new.dtype != entry.dtype:
-            new = jax.lax.bitcast_convert_type(new, entry.dtype)
-        return entry.at[rows.write].set(new, mode="drop")
-
-    return LayerCache(k=written(cache.k, k), v=written(cache.v, v))
+    k, v = (_written(old, new, rows.write) for old, new in ((cache.k, k), (cache.v, v)))
+    return LayerCache(k=k, v=v)
 
 
-def gathered(entry, table, dtype):
-    """The keys or values of a pool [P, K, H] in the rows of `table` [B, S] -> [B, S, K, H]; zeros
-    for rows beyond the pool."""
-    found = entry.at[table].get(mode="fill", fill_value=0)
+def read_state(cache: StateCache, source, dtype):
+    """The states in the slots `source` [B] -> (conv [B, C, W-1] in `dtype`, state [B, N, H, E]);
+    zeros for slots beyond the pool."""
+    return gathered(cache.conv, source, dtype), gathered(cache.state, source, jnp.float32)
+
+
+def write_state(cache: StateCache, target, conv, state) -> StateCache:
+    """The cache with states, as `read_state` gives them, in the slots `target` [B]; those of slots
+    beyond the pool are dropped."""
+    conv = _written(cache.conv, conv, target)
+    return StateCache(conv=conv, state=_written(cache.state, state, target))
+
+
+def _written(pool, entries, where):
+    if entries.dtype != pool.dtype:
+        entries = jax.lax.bitcast_convert_type(entries, pool.dtype)
+    return pool.at[where].set(entries, mode="drop")
+
+
+def gathered(pool, where, dtype):
+    """The entries of a pool [P, ...] in its rows or slots `where` [...] -> [..., ...]; zeros for
+    those beyond the pool."""
+    found = pool.at[where].get(mode="fill", fill_value=0)
     return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)

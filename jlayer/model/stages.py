@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
 
 from jlayer.families.base import Function, Join, LayerKind, NormAt, Stage, bias_name
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
+from jlayer.model.delta import gated_delta
 from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
 from jlayer.model.products import product
 from jlayer.spec import Attention, Mlp, Scale
@@ -113,8 +115,11 @@ def _attend(products, whole, cache, rows, *, how: Attention):
     """Projected q [R, N*H], k and v [R, K*H] -> ([R, N*H], the cache with k and v).
 
     q and k get the rotary embedding. Attention takes the rows' own k and v as they are here, and
-    those of earlier rows from the cache.
+    those of earlier rows from the cache. Where heads have gates, q is [R, N*2H].
     """
+    gate = None
+    if how.has_gate:
+        products, gate = _gate_apart(products, how)
     q, k, v = _queries_keys_values(products, whole, how)
     norms = how.head_norms
     if norms and not norms.after_rope:
@@ -132,7 +137,18 @@ def _attend(products, whole, cache, rows, *, how: Attention):
         v = normed(v, how.value_norm)
     # Written first: so the cache's memory is reused, and no copy of it is made.
     cache = write(cache, k, v, rows.view(how.window))
-    return attention(q, k, v, cache, rows, how), cache
+    mixed = attention(q, k, v, cache, rows, how)
+    if gate is not None:
+        mixed = mixed * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(mixed.dtype)
+    return mixed, cache
+
+
+def _gate_apart(products, how):
+    """(the products with queries alone, gates [R, N*H]) of queries with a gate after each."""
+    rows = products["q_proj"].shape[0]
+    heads = products["q_proj"].reshape(rows, how.n_heads, -1)
+    q, gate = (half.reshape(rows, -1) for half in jnp.split(heads, 2, axis=-1))
+    return {**products, "q_proj": q}, gate
 
 
 def _queries_keys_values(products, whole, how):
@@ -205,6 +221,7 @@ def _gated(gate, up, *, how):
 FUNCTIONS = {
     "normed": _normed,
     "attend": _attend,
+    "gated_delta": gated_delta,
     "join": _join,
     "join_and_norm": _join_and_norm,
     "pass_on": _pass_on,

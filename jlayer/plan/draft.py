@@ -97,8 +97,9 @@ def _layer_bytes(cfg, forms: Mapping[str, int], pool, *, item_bytes):
     for name, n_bytes in forms.items():
         if (layer := layer_of(name)) is not None:
             sizes[layer] += n_bytes
-    entries = (kind.cache.n_elements(n_rows=pool) for kind in layer_kinds(cfg))
-    return max(sizes.values()) + item_bytes * max(entries)
+    kinds = layer_kinds(cfg)
+    entries = (kind.cache.n_bytes(n_rows=pool, item_bytes=item_bytes) for kind in kinds)
+    return max(sizes.values()) + max(entries)
 
 
 def _decoded_bytes(weights: Weights, platform):

@@ -17,6 +17,7 @@ from jlayer.plan.shapes import (
     CHUNK_ROWS,
     PoolSizes,
     Shapes,
+    lane_rows,
     pool_sizes,
     power_of_two,
     rows_for,
@@ -25,8 +26,10 @@ from jlayer.plan.shapes import (
 from jlayer.plan.tiles import Tier, Tiling, Weights
 from jlayer.spec import (
     ALIGNMENT,
+    DELTA_BLOCK,
     ITEM_BYTES,
     Attention,
+    Delta,
     ModelConfig,
     Place,
     attention_pieces,
@@ -141,8 +144,8 @@ def cache_bytes(cfg: ModelConfig, pools: PoolSizes | int, *, item_bytes: int) ->
 
 def _pool_bytes(cfg, kind, pools, item_bytes):
     is_number = isinstance(pools, int)
-    n_rows = pools if is_number else pools.of(kind.cache.window, windows_of(cfg))
-    return item_bytes * kind.cache.n_elements(n_rows=n_rows)
+    n_rows = pools if is_number else pools.of(kind.cache, windows_of(cfg))
+    return kind.cache.n_bytes(n_rows=n_rows, item_bytes=item_bytes)
 
 
 # Pools in host memory come to the device one after another: one is used, the next is on its way.
@@ -253,10 +256,29 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
 
 
 def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
-    """Bytes of the temporaries of attention, of the kind of layers that takes most."""
+    """Bytes of the temporaries of what mixes tokens, of the kind of layers that takes most."""
     return max(
-        attention_temporary_bytes(kind.attention, shapes, platform=platform) for kind in _kinds(cfg)
+        attention_temporary_bytes(kind.attention, shapes, platform=platform)
+        if kind.attention
+        else delta_temporary_bytes(kind.delta, shapes)
+        for kind in _kinds(cfg)
     )
+
+
+def delta_temporary_bytes(delta: Delta, shapes: Shapes) -> int:
+    """Bytes of the temporaries of a gated DeltaNet, all float32: of every row its inputs and
+    outputs; matrices of the rows of a block with each other, for each value head; and the states.
+
+    Rows that are a chain go block by block; those of a tree are one block, behind at most as many
+    of the lane's own tokens as a block has (`speculation`)."""
+    lanes, rows = power_of_two(shapes.batch), shapes.chunk
+    block = DELTA_BLOCK
+    if shapes.nodes:
+        block = min(rows, rows_for(min(CHUNK_ROWS[-1], DELTA_BLOCK + lane_rows(shapes))))
+    values = delta.n_value_heads * delta.value_dim
+    state = values * delta.key_dim
+    pairs = delta.n_value_heads * rows * min(block, rows)
+    return 4 * (10 * rows * (delta.channels + values) + 10 * pairs + 8 * min(lanes, rows) * state)
 
 
 def attention_temporary_bytes(attention: Attention, shapes: Shapes, *, platform: str) -> int:

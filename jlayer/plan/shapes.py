@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from jlayer.families.base import CacheSpec
+
 # One row is slow on a CPU: XLA then multiplies at a few percent of its speed.
 LEAST_ROWS = 2
 # The rows of a chunk, padded: those that go through a tile at once.
@@ -259,30 +261,39 @@ def capacity_for(n_positions: int) -> int:
     return capacity
 
 
+SLOTS = 2  # of a lane, in layers with a state
+
+
 @dataclass(frozen=True)
 class PoolSizes:
     """The rows of the pools: of layers that see everything, and of those with each window of the
-    model."""
+    model; and the slots of layers with a state."""
 
     n_rows: int = 0
     windows: tuple[int, ...] = ()
+    slots: int = 0
 
-    def of(self, window: int | None, windows: Sequence[int]) -> int:
-        """Of the layers with this window; `windows`: all that the model has."""
-        return self.n_rows if window is None else self.windows[windows.index(window)]
+    def of(self, cache: CacheSpec, windows: Sequence[int]) -> int:
+        """Of layers with this cache; `windows`: all that the model has."""
+        if cache.kind == "state":
+            return self.slots
+        return self.n_rows if cache.window is None else self.windows[windows.index(cache.window)]
 
 
 def pool_sizes(load: Shapes, windows: Sequence[int], least: PoolSizes | None = None) -> PoolSizes:
     """The rows of the pools for these runs, at least as many as there are. The pool of a window has
-    what every lane sees, and what a forward pass writes."""
+    what every lane sees, and what a forward pass writes. A lane has two slots: a pass reads its
+    state from one and writes the next to the other, so that one that fails has changed nothing."""
     n_rows = pool_rows(load.entries)
     own = [
         min(n_rows, pool_rows(load.batch * min(size, load.capacity) + load.n_rows))
         for size in windows
     ]
+    slots = SLOTS * power_of_two(load.batch)
     if least is None or not least.n_rows:
-        return PoolSizes(n_rows, tuple(own))
-    return PoolSizes(max(n_rows, least.n_rows), tuple(map(max, own, least.windows)))
+        return PoolSizes(n_rows, tuple(own), slots)
+    both = tuple(map(max, own, least.windows))
+    return PoolSizes(max(n_rows, least.n_rows), both, max(slots, least.slots))
 
 
 def window_capacity(window: int, capacity: int) -> int:

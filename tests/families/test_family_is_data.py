@@ -13,6 +13,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import encoding, piece_name
+from jlayer.families import qwen_next
 from jlayer.families.base import bias_name
 from jlayer.families.registry import (
     FAMILIES,
@@ -168,9 +169,12 @@ def test_the_made_up_family_differs_from_llama_where_it_counts():
 def all_kinds():
     with pytest.MonkeyPatch.context() as patch:
         add_families(patch)
+        for family in qwen_next.FAMILIES:
+            patch.setitem(FAMILIES, family.model_type, family)
+        others = ("llama", *(family.model_type for family in qwen_next.FAMILIES))
         configs = [
-            made_up.config(model_type=name, attention_bias=True, mlp_bias=True)
-            for name in (*made_up.FAMILIES, "llama")
+            made_up.config(model_type=name, attention_bias=True, mlp_bias=True, num_experts=0)
+            for name in (*made_up.FAMILIES, *others)
         ]
         return [
             pytest.param(kind, id=f"{cfg.model_type}-{kind.name}")

@@ -6,7 +6,7 @@ import os
 from copy import deepcopy
 from dataclasses import dataclass
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ FREE = {**COMMON, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim"
 BOUND = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {**BOUND, "hidden_size": 32}
 HALF = {**FREE, "head_dim": 8}
+
+# A quarter of 8: one pair turns. Two key heads of 5 and six value heads of 7.
+DELTA = {
+    **HALF,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "rms_norm_eps": 1e-2,  # else heads whose outputs nearly cancel are all rounding
+}
 
 WINDOW = {"sliding_window": 6}
 WIDER = {"sliding_window": 7}
@@ -353,6 +363,20 @@ DENSE = {
             {"rope_parameters": rope(100.0, partial_rotary_factor=0.5)},
         ),
     ),
+    "qwen3_5": Dense(
+        "qwen3_5_text",
+        DELTA | {"num_hidden_layers": 4},
+        (
+            {"rope_parameters": rope(partial_rotary_factor=0.5)},
+            {"rope_parameters": rope(1.0, partial_rotary_factor=0.25)},
+            *(EPS, GELU),
+        ),
+    ),
+    "qwen3_next": Dense(
+        "qwen3_next",
+        DELTA | {"layer_types": [LINEAR, FULL, LINEAR], "mlp_only_layers": [0, 1, 2]},
+        ({"rope_parameters": rope(partial_rotary_factor=0.5)}, EPS, GELU),
+    ),
     "nemotron": Dense(
         "nemotron",
         HALF,
@@ -365,7 +389,9 @@ DENSE = {
 }
 
 # Their norms multiply by 1 + weight.
-PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
+PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_next")
+# All but this one.
+GATED_NORM = "linear_attn.norm.weight"
 SPREAD = 0.2
 
 
@@ -389,8 +415,11 @@ def save(
     with torch.no_grad():
         for leaf, tensor in model.state_dict().items():
             is_gain = "norm" in leaf and leaf.endswith(".weight")
-            mean = gain if is_gain else 1.0 if leaf.endswith(".layer_scalar") else 0.0
-            tensor.normal_(mean, SPREAD, generator=generator)
+            is_one = leaf.endswith((".layer_scalar", GATED_NORM))
+            mean = 1.0 if is_one else gain if is_gain else 0.0
+            # Small outputs of the convolution, which are divided by their length, lose digits.
+            spread = 1.0 if leaf.endswith("conv1d.weight") else SPREAD
+            tensor.normal_(mean, spread, generator=generator)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

@@ -15,6 +15,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.families.registry import FAMILIES
 from jlayer.plan.shapes import RunShape
 from tests.reference.dense_forms import DENSE, reference_logits, save
+from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -90,14 +91,17 @@ def test_logits_of_every_position_with_a_cache(sources, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DENSE)
-def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path):
+def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
     """In tiles, and as many tokens as a window holds many times over: the tokens that Transformers
     draws for each prompt by itself."""
     convert_checkpoint(sources(name), tmp_path / "layered")
     expected = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        least = model.plan.smallest_device_bytes
         whole = [found.token_ids for found in drawn_here(model)]
+    set_tile_bytes(monkeypatch, 3000)
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
+        drawn_here(model)
+        least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
     with AutoModel.from_pretrained(
         tmp_path / "layered", device="cpu", context=64, device_memory=least
     ) as model:
@@ -106,9 +110,9 @@ def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_pa
 
 
 def drawn_here(model):
-    options = {"temperature": 0, "max_new_tokens": N_NEW, "ignore_eos": True}
-    options.pop("ignore_eos")
-    return jlayer.generate(model, PROMPTS, eos_token_id=None, **options)
+    return jlayer.generate(
+        model, PROMPTS, temperature=0, max_new_tokens=N_NEW, eos_token_id=None, speculate="off"
+    )
 
 
 def drawn_there(folder, prompt):

@@ -1,0 +1,164 @@
+"""Qwen3-Next and Qwen3.5: three layers with a gated DeltaNet to one with attention, whose heads
+have gates. Dense MLPs alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.base import Family, Function, LayerKind, one
+from jlayer.families.common import (
+    FULL,
+    attention,
+    config,
+    every,
+    head_norms,
+    layer_types,
+    read_sizes,
+    rms_norm,
+)
+from jlayer.families.decoder import decoder, decoder_kinds
+from jlayer.families.fields import LIMITS, Fields
+from jlayer.families.rope import read_rope
+from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, delta_sizes
+
+LINEAR = "linear_attention"
+# Weights that guess the next tokens but one; transformers does not read them either.
+MTP = (r"mtp\..*",)
+
+# The matrices that a gated DeltaNet's input is multiplied by, with the axis of their rows.
+_GROUPED = {"in_proj_qkvz": "qkvz", "in_proj_ba": "two_value_heads"}
+_APART = {
+    "in_proj_qkv": "channels",
+    "in_proj_z": "values",
+    "in_proj_b": "value_heads",
+    "in_proj_a": "value_heads",
+}
+# What it uses uncut: (our name, as published, axes).
+_WHOLE = (
+    ("conv1d", "conv1d.weight", ("channels", "one", "kernel")),
+    ("dt_bias", "dt_bias", ("value_heads",)),
+    ("A_log", "A_log", ("value_heads",)),
+    ("norm", "norm.weight", ("value",)),
+)
+
+
+def _kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    if cfg.delta is None:
+        return decoder_kinds(cfg)
+    full = decoder(cfg, cfg.attention)
+    kinds = {full.name: full, cfg.delta.name: _with_delta(full, cfg.delta)}
+    return tuple(kinds[name] for name in cfg.layer_types)
+
+
+def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
+    """A layer with attention -> the same with a gated DeltaNet in its place."""
+    inputs, sizes = _GROUPED if delta.is_grouped else _APART, tuple(delta_sizes(delta).items())
+
+    def leaf(name, published, axes, role=Role.MATRIX):
+        return Leaf(name, f"linear_attn.{published}", axes, role, sizes=sizes)
+
+    norm, *others = (each for each in full.leaves if not each.published.startswith("self_attn."))
+    leaves = (
+        *(leaf(name, f"{name}.weight", (rows, "width")) for name, rows in inputs.items()),
+        *(leaf(*each, Role.NORM) for each in _WHOLE),
+        leaf("out_proj", "out_proj.weight", ("width", "values")),
+    )
+    qkv, o, *mlp = full.stages
+    used = tuple(name for name, *_ in _WHOLE)
+    finish = Function("gated_delta", ("cache", "rows"), ("x", "cache"), used, delta)
+    first = replace(qkv, name="delta", groups=tuple(map(one, inputs)), finish=finish)
+    return LayerKind(
+        delta.name,
+        leaves=(norm, *leaves, *others),
+        stages=(first, replace(o, name="out", groups=(one("out_proj"),)), *mlp),
+        delta=delta,
+    )
+
+
+def _qwen3_5(fields: Fields, *, kv_heads: int = 4, is_grouped: bool = False) -> ModelConfig:
+    """The positions of a text are one number each: `mrope_section` changes nothing."""
+    sizes = read_sizes(fields, kv_heads=kv_heads, head_dim=256, longest=32768)
+    period = fields.integer("full_attention_interval", default=4)
+    default = every(fields.integer("num_hidden_layers"), period, usual=LINEAR)
+    types = layer_types(fields, (FULL, LINEAR), default=default)
+    if FULL not in types:
+        raise UnsupportedModelError(
+            f"{fields.where}: no layer of layer_types is {FULL}, supported: at least one"
+        )
+    norm = rms_norm(fields, plus_one=True, rounds_first=False)
+    bias = fields.boolean("attention_bias")
+    how = attention(
+        sizes,
+        read_rope(fields, longest=sizes.longest, partial=0.25),
+        name=FULL,
+        head_norms=head_norms(norm),
+        has_gate=True,
+    )
+    cfg = config(fields, sizes, [how], layer_types=types, norm=norm, qkv_bias=bias, out_bias=bias)
+    if LINEAR not in types:
+        return cfg
+    delta = _delta(fields, Norm(norm.eps), cfg.mlp.activation, is_grouped)
+    return replace(cfg, delta=delta)
+
+
+def _delta(fields, norm, activation, is_grouped):
+    heads = {"limit": LIMITS["num_attention_heads"]}
+    size = {"limit": LIMITS["head_dim"]}
+    n_keys = fields.integer("linear_num_key_heads", default=16, **heads)
+    n_values = fields.integer("linear_num_value_heads", default=32, **heads)
+    if n_values % n_keys:
+        raise CheckpointError(
+            f"{fields.where}: linear_num_value_heads is {n_values}, "
+            f"not a multiple of linear_num_key_heads {n_keys}"
+        )
+    kernel = fields.integer("linear_conv_kernel_dim", default=4, limit=64)
+    if kernel == 1:
+        raise UnsupportedModelError(
+            f"{fields.where}: linear_conv_kernel_dim is 1, supported: 2 and more"
+        )
+    return Delta(
+        n_key_heads=n_keys,
+        n_value_heads=n_values,
+        key_dim=fields.integer("linear_key_head_dim", default=128, **size),
+        value_dim=fields.integer("linear_value_head_dim", default=128, **size),
+        kernel=kernel,
+        norm=norm,
+        activation=activation,
+        is_grouped=is_grouped,
+        name=LINEAR,
+    )
+
+
+def _qwen3_next(fields: Fields) -> ModelConfig:
+    """All released ones have experts; with dense layers alone it is Qwen3.5 with other leaves."""
+    _refuse_experts(fields)
+    return _qwen3_5(fields, kv_heads=2, is_grouped=True)
+
+
+def _refuse_experts(fields):
+    """As transformers has it, a layer has experts unless `mlp_only_layers` has its number."""
+    n_experts = fields.raw.get("num_experts", 512)
+    if n_experts == 0:
+        return
+    n_experts = fields.integer("num_experts", default=512)
+    step = fields.integer("decoder_sparse_step", default=1)
+    dense = fields.raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(n) is int for n in dense):
+        raise CheckpointError(
+            f"{fields.where}: mlp_only_layers is {dense!a:.80}, expected a list of numbers"
+        )
+    layers = range(fields.integer("num_hidden_layers"))
+    sparse = [n for n in layers if (n + 1) % step == 0 and n not in dense]
+    if sparse:
+        raise UnsupportedModelError(
+            f"{fields.where}: num_experts is {n_experts}: {len(sparse)} of {len(layers)} layers "
+            "have experts, which are not supported; supported: dense layers alone"
+        )
+
+
+FAMILIES = (
+    Family("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _kinds, dropped=MTP),
+    Family("qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, dropped=MTP),
+)
