@@ -13,8 +13,10 @@ import os
 from dataclasses import replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.families.common import stray_window
 from jlayer.families.fields import Fields
-from jlayer.families.registry import FAMILIES, is_of_another_model
+from jlayer.families.find import find_family, printable
+from jlayer.families.holders import text_only
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import read_json_object
 
@@ -24,6 +26,8 @@ from jlayer.strict import read_json_object
 OWN_QUANTIZATION = {"by": "jlayer"}
 # Published names of dtypes that are not torch's first name for them.
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+# The keys that say how weights are quantized: today's, compressed-tensors' first, and MLX's.
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 # Keys by which a quantization_config without "quant_method" is known.
 _METHOD_BY_KEY = {
     "load_in_4bit": "bitsandbytes",
@@ -51,15 +55,27 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
 
     Raises what `read_config` raises.
     """
-    family = _family(raw, where)
+    raw = text_only(raw, where=where)
+    family = find_family(raw, where=where)
     _refuse_quantized(raw, where)
     fields = Fields({**raw, "model_type": family.model_type}, where)
-    return replace(family.read(fields), dtype=_dtype(raw, where))
+    cfg = family.read(fields)
+    longest = cfg.max_position_embeddings
+    if not family.has_windows:
+        longest = min(longest, stray_window(fields) or longest)
+    return replace(cfg, max_position_embeddings=longest, dtype=_dtype(raw, where))
 
 
 def config_notes(raw: dict, cfg: ModelConfig, *, where: str) -> tuple[str, ...]:
     """What to tell the user of a config that was read as `cfg`."""
-    return _family(raw, where).notes(Fields(raw, where), cfg)
+    raw = text_only(raw, where=where)
+    window = None if find_family(raw, where=where).has_windows else stray_window(Fields(raw, where))
+    if window is None or window != cfg.max_position_embeddings:
+        return ()
+    return (
+        f"{where}: sets a window of {window} tokens, which no {cfg.model_type} has; it runs up to "
+        f"{window} tokens, where that changes nothing (set the window to null to attend to all)",
+    )
 
 
 def planned_dtype(cfg: ModelConfig, asked: str | None) -> str:
@@ -76,11 +92,14 @@ def planned_dtype(cfg: ModelConfig, asked: str | None) -> str:
 
 
 def read_generation_config(folder: str | os.PathLike) -> dict:
-    """The generation options published with a model: generation_config.json, else config.json.
+    """The generation options published with a model: generation_config.json, else config.json, of
+    a multimodal model with what it says of its text.
 
     Raises CheckpointError if that file is not strict JSON.
     """
-    return read_json_object(generation_file(folder))
+    path = generation_file(folder)
+    raw = read_json_object(path)
+    return text_only(raw, where=path) if os.path.basename(path) == "config.json" else raw
 
 
 def generation_file(folder: str | os.PathLike) -> str:
@@ -117,35 +136,6 @@ def unknown_name(kind: str, name: str, known) -> str:
     return f"{kind} {name!r} is not known: {hint}known are {', '.join(sorted(known))}"
 
 
-def _family(raw, where):
-    """By model_type, as transformers chooses; by the architecture alone where there is none.
-
-    Trainers and mergers write many names for the architecture of one model. But the name of another
-    model's is a contradiction: programs that go by it would run another model.
-    """
-    names = raw.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{where}: architectures is {names!r}, expected a list of names")
-    known = {row.architecture.lower(): row for row in FAMILIES.values()}
-    model_type = raw.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if model_type is None and names:
-        family = known.get(names[0].lower())
-    named = [name for name in names if name.lower() not in known]
-    supported = f"supported: {', '.join(row.architecture for row in FAMILIES.values())}"
-    for name in named:
-        if family is None or not name.isprintable() or is_of_another_model(name):
-            beside = f", but model_type is {model_type!r}: remove the wrong one" if family else ""
-            raise UnsupportedModelError(
-                f"{where}: architecture {_plain(name)} is not supported{beside}; {supported}"
-            )
-    if family is None:
-        said = "is missing" if model_type is None else f"{model_type!a} is not supported"
-        raise UnsupportedModelError(f"{where}: model_type {said}; {supported}")
-    return family
-
-
 def own_quantization(raw: dict) -> str | None:
     """The scheme by which jlayer quantized the folder of this config; None if it did not."""
     section = raw.get("quantization_config")
@@ -154,7 +144,7 @@ def own_quantization(raw: dict) -> str | None:
 
 
 def _refuse_quantized(raw, where):
-    field = "quantization_config" if raw.get("quantization_config") else "compression_config"
+    field = next((field for field in _QUANTIZED if raw.get(field)), _QUANTIZED[0])
     said = raw.get(field)
     if said and own_quantization(raw) is None:
         raise UnsupportedModelError(
@@ -166,7 +156,7 @@ def _refuse_quantized(raw, where):
 def quantized_by(method: str) -> str:
     """What to tell whoever has weights that another program has quantized."""
     return (
-        f"weights quantized by {_plain(method)} are not supported; take the model's unquantized "
+        f"weights quantized by {printable(method)} are not supported; take the model's unquantized "
         "checkpoint (jlayer convert --quantize int8 or int4 makes that small)"
     )
 
@@ -188,8 +178,3 @@ def _dtype(raw, where):
         )
     name = value.removeprefix("torch.")
     return DTYPE_ALIASES.get(name, name)
-
-
-def _plain(word):
-    """Text from outside, made printable for a message."""
-    return word if word.isprintable() else ascii(word)

@@ -26,6 +26,7 @@ from jlayer.convert.transform.quantize import Quantizer, whole_rows
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
+from jlayer.families.holders import text_only
 from jlayer.families.registry import published_tensors
 
 _WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
@@ -275,11 +276,13 @@ def config_of(
     config_bytes: bytes, *, dtype: str | None, scheme: str | None, is_tied: bool
 ) -> bytes:
     """The published config with the new dtype and quantization, and without a tie that the weights
-    do not have; the same bytes where nothing changes.
+    do not have; of a multimodal model that of its text, which is all that is written. The same
+    bytes where nothing changes.
 
     Without its quantization other programs would report the matrices as missing.
     """
-    config = json.loads(config_bytes)
+    published = json.loads(config_bytes)
+    config = dict(text_only(published, where=CONFIG))
     stale = [
         key
         for key in ("dtype", "torch_dtype")
@@ -289,7 +292,7 @@ def config_of(
     changes = (dict.fromkeys(stale, dtype) if dtype else {}) | (quantization if scheme else {})
     if config.get("tie_word_embeddings") and not is_tied:
         changes["tie_word_embeddings"] = False
-    if not changes:
+    if not changes and config == published:
         return config_bytes
     config.update(changes)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

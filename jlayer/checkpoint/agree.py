@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
-from jlayer.families.registry import is_dropped, published_tensors
+from jlayer.families.registry import is_dropped, is_of_another_part, published_tensors
+from jlayer.sizes import human
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
 EXTRA = "not of this model"
@@ -120,6 +122,7 @@ def check_tensors(
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}")
     notes += _doubled(found, expected)
+    notes += _left_out(folder, cfg, found)
     return {name: found[name] for name in expected}
 
 
@@ -144,6 +147,20 @@ def listed(names: Iterable[str]) -> str:
     names = [name if name.isprintable() else ascii(name) for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def _left_out(folder, cfg, found):
+    """A note of the parts of a multimodal model that a text has no use for, with their sizes."""
+    parts: dict[str, list[int]] = {}
+    for name, copies in found.items():
+        if is_of_another_part(cfg, name):
+            info = copies[0][1]
+            part = next(word for word in name.split(".") if word not in ("model", "module"))
+            n_bytes = math.prod(info.shape) * ITEM_BYTES.get(info.dtype, 1)
+            parts.setdefault(part, []).append(n_bytes)
+    if parts:
+        sizes = (f"{part} ({len(n)} tensors, {human(sum(n))})" for part, n in parts.items())
+        yield f"{folder}: only the text's part runs; left out: {', '.join(sizes)}"
 
 
 def _refuse_quantized(folder, infos, expected):

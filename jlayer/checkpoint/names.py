@@ -12,7 +12,13 @@ from typing import TypeVar
 
 from jlayer.errors import CheckpointError
 from jlayer.families.base import BODY, HEAD
-from jlayer.families.registry import is_dropped, layer_kinds, layer_tensor_name, published_tensors
+from jlayer.families.registry import (
+    is_dropped,
+    is_of_another_part,
+    layer_kinds,
+    layer_tensor_name,
+    published_tensors,
+)
 from jlayer.spec import ModelConfig, Role
 
 Value = TypeVar("Value")
@@ -80,7 +86,7 @@ def names_in_use(cfg: ModelConfig, tables: Iterable[Iterable[str]], *, where: st
         for table in tables
         for name in table
         for end in ends
-        if name == end or name.endswith(f".{end}")
+        if (name == end or name.endswith(f".{end}")) and not is_of_another_part(cfg, name)
     }
     published = {*published_tensors(cfg), HEAD.published}
     used = frozenset(published | set(map(_stacked, published)))

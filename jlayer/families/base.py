@@ -219,7 +219,9 @@ class Family:
     `read(fields)`: the configuration in a config.json. `kinds(cfg)`: the kind of each layer.
     `architecture`: the name that transformers saves it under. `dropped`: patterns of published
     names that hold no weights (computed tables) and are ignored; `left_out`: of those that hold
-    weights of other parts than the text's. `notes(fields, cfg)`: what to tell the user of a config.
+    weights of other parts than the text's, which are left out with a note. `has_windows`: its
+    layers may have a window; where they have none, one that a config names nevertheless limits the
+    model (`common.stray_window`).
     """
 
     model_type: str
@@ -228,7 +230,7 @@ class Family:
     kinds: Callable[[ModelConfig], tuple[LayerKind, ...]]
     dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    notes: Callable[[Fields, ModelConfig], tuple[str, ...]] = lambda fields, cfg: ()
+    has_windows: bool = True
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

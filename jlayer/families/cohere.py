@@ -39,7 +39,7 @@ def _norm(fields):
 
 
 def _cohere(fields: Fields) -> ModelConfig:
-    sizes = read_sizes(fields, kv_heads=64, longest=8192)
+    sizes = read_sizes(fields, longest=8192)
     rope = read_rope(fields, longest=sizes.longest, theta=5e5, interleaved=True)
     norms = head_norms(_norm(fields), over="each") if fields.boolean("use_qk_norm") else None
     return config(fields, sizes, [attention(sizes, rope, head_norms=norms)], **_common(fields))
@@ -47,7 +47,7 @@ def _cohere(fields: Fields) -> ModelConfig:
 
 def _cohere2(fields: Fields) -> ModelConfig:
     """Three layers with a window to a full one, which has no rotary embedding."""
-    sizes = read_sizes(fields, kv_heads=64, longest=8192)
+    sizes = read_sizes(fields, longest=8192)
     period = fields.integer("sliding_window_pattern", default=4)
     types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), period))
     rope = read_rope(fields, longest=sizes.longest, interleaved=True)
@@ -57,6 +57,6 @@ def _cohere2(fields: Fields) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("cohere", "CohereForCausalLM", _cohere, decoder_kinds),
+    Family("cohere", "CohereForCausalLM", _cohere, decoder_kinds, has_windows=False),
     Family("cohere2", "Cohere2ForCausalLM", _cohere2, decoder_kinds),
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
+from jlayer.families.rope import FULL, SLIDING
 from jlayer.spec import Attention, HeadNorms, Mlp, ModelConfig, Norm, Rope
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 # Published names of activations, and ours.
 ACTIVATIONS = {
     "silu": "silu",
@@ -21,6 +21,14 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+# Types of layers that limit what a layer attends to -> the key that says how far.
+_WINDOWS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Parts of multimodal checkpoints, and layers that guess further tokens: a text has no use for them.
+OTHER_PARTS = (
+    r"(.+\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision"
+    r"|embed_audio)\..+",
+    r"(model\.)?mtp\..+",
+)
 # Keys that change a model of any family in transformers -> the values at which they do not.
 # (transformers reads another file than config.json where configuration_files names one.)
 _NEUTRAL = {
@@ -40,6 +48,15 @@ class Sizes:
     kv_heads: int
     head_dim: int
     longest: int
+
+    def check_shared_out(self, fields: Fields) -> None:
+        """Raises CheckpointError unless the heads share out the width."""
+        width = fields.integer("hidden_size")
+        if self.heads * self.head_dim != width:
+            raise CheckpointError(
+                f"{fields.where}: head_dim is {self.head_dim}, expected hidden_size {width} "
+                f"divided by num_attention_heads {self.heads}"
+            )
 
 
 def read_sizes(
@@ -102,13 +119,15 @@ def config(
     UnsupportedModelError."""
     for name, values in _NEUTRAL.items():
         fields.refuse_unless(name, *values)
-    n_layers = fields.integer("num_hidden_layers")
+    _check_length(fields)
     used = tuple(
         # A window that no text is longer than is none.
         replace(one, window=None) if one.window and one.window >= sizes.longest else one
         for one in attentions
         if not layer_types or one.name in layer_types
     )
+    for one in used:
+        _check(fields, one)
     if len(set(layer_types)) == 1:
         layer_types = ()
     act = fields.choice(activation_key, ACTIVATIONS, default=activation)
@@ -117,7 +136,7 @@ def config(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=fields.integer("hidden_size"),
         intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=n_layers,
+        num_hidden_layers=fields.integer("num_hidden_layers"),
         max_position_embeddings=switches.pop("longest", sizes.longest),
         attentions=used,
         layer_types=tuple(layer_types),
@@ -126,6 +145,21 @@ def config(
         mlp=replace(mlp or Mlp(), activation=act),
         **switches,
     )
+
+
+def _check(fields, one):
+    if one.name == SLIDING and one.window is None:
+        raise CheckpointError(
+            f"{fields.where}: layer_types has {SLIDING}, but sliding_window is not set; expected "
+            "the number of tokens that such a layer attends to"
+        )
+    factors = one.rope and (one.rope.short_factor, one.rope.long_factor)
+    n_pairs = int(one.head_dim * one.rope.partial) // 2 if factors else 0
+    if factors and one.rope.type == "longrope" and set(map(len, factors)) != {n_pairs}:
+        raise CheckpointError(
+            f"{fields.where}: short_factor and long_factor have {len(factors[0])} and "
+            f"{len(factors[1])} entries, expected {n_pairs}, one for each pair that is turned"
+        )
 
 
 def rms_norm(fields: Fields, *, eps: float = 1e-6, key: str = "rms_norm_eps", **form) -> Norm:
@@ -142,19 +176,25 @@ def layer_types(
 ) -> tuple[str, ...]:
     """The type of each layer, from `layer_types` or else `default`. Raises CheckpointError or
     UnsupportedModelError."""
-    n_layers, found = fields.integer("num_hidden_layers"), fields.raw.get("layer_types")
+    found = fields.raw.get("layer_types")
     if found is None:
         return tuple(default)
     if not isinstance(found, list) or not {str(one) for one in found} <= set(known):
         raise UnsupportedModelError(
             f"{fields.where}: layer_types is {str(found)[:200]!a}, supported: {', '.join(known)}"
         )
-    if len(found) != n_layers:
+    _check_length(fields)
+    return tuple(found)
+
+
+def _check_length(fields):
+    """Transformers looks at it in every family, also in those that have no types."""
+    n_layers, found = fields.integer("num_hidden_layers"), fields.raw.get("layer_types")
+    if isinstance(found, list) and len(found) != n_layers:
         raise CheckpointError(
             f"{fields.where}: layer_types has {len(found)} entries, "
             f"expected num_hidden_layers {n_layers}"
         )
-    return tuple(found)
 
 
 def every(n_layers: int, period: int, *, usual: str = SLIDING, last: str = FULL) -> tuple[str, ...]:
@@ -171,20 +211,25 @@ def window(
     return fields.integer(key) if fields.has(key) else None
 
 
+def stray_window(fields: Fields) -> int | None:
+    """How many tokens a config lets the layers of a family attend to that has no windows; None
+    where it sets none.
+
+    Such a model attends to all tokens. Where its config names a window nevertheless, transformers
+    cuts its cache to it, but not its attention mask: beyond the window its own result depends on
+    how the prompt was cut. Within the window all agree, so that is as far as such a model runs.
+    """
+    kinds = fields.raw.get("layer_types")
+    if kinds is None:
+        names = _WINDOWS.values()
+    else:
+        kinds = layer_types(fields, (FULL, *_WINDOWS), default=())
+        names = [_WINDOWS[kind] for kind in _WINDOWS if kind in kinds]
+    needed = [name for name in names if kinds is not None or fields.has(name)]
+    return min(map(fields.integer, needed), default=None)
+
+
 def forms(full: Attention, window: int | None) -> tuple[Attention, ...]:
     """The attention of full layers, and the same with a window, by their published names."""
     sliding = replace(full, name=SLIDING, window=window)
     return (replace(full, name=FULL), sliding)
-
-
-def text_part(fields: Fields, model_type: str) -> Fields:
-    """The text's part of a multimodal config: its own section, with what stands outside where that
-    is silent."""
-    section = fields.section("text_config")
-    outside = {
-        key: fields.raw[key]
-        for key in ("tie_word_embeddings", "dtype", "torch_dtype")
-        if key in fields.raw and key not in section.raw
-    }
-    merged: Mapping = {**section.raw, **outside, "model_type": model_type}
-    return Fields(merged, section.where)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 
@@ -38,8 +38,19 @@ class Fields:
     where it is null.
     """
 
-    raw: Mapping
+    raw: dict
     where: str
+
+    def changed(self, changes: Mapping, *, without: Iterable[str] = ()) -> Fields:
+        """The same with other values of some keys, and without others."""
+        raw = self.raw | changes
+        for name in without:
+            raw.pop(name, None)
+        return replace(self, raw=raw)
+
+    def filled(self, defaults: Mapping) -> Fields:
+        """The same with these values of keys that are absent."""
+        return self.changed({k: v for k, v in defaults.items() if k not in self.raw})
 
     def has(self, name: str) -> bool:
         """Whether the key is there with a value."""
@@ -85,11 +96,12 @@ class Fields:
         return self.positive(name) if self.has(name) else None
 
     def boolean(self, name: str, *, default: bool = False) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
+        """Also null is refused, as transformers does: what it would mean differs by family."""
+        value = self.raw.get(name, default)
         if type(value) is not bool:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, expected true or false")
+            raise CheckpointError(
+                f"{self.where}: {name} is {self._shown(name)}, expected true or false"
+            )
         return value
 
     def choice(self, name: str, known: Mapping[str, str], *, default: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family
 from jlayer.families.common import (
     FULL,
+    OTHER_PARTS,
     SLIDING,
     attention,
     config,
@@ -17,12 +19,11 @@ from jlayer.families.common import (
     layer_types,
     read_sizes,
     rms_norm,
-    text_part,
     window,
 )
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import LIMITS, Fields
-from jlayer.families.rope import read_rope
+from jlayer.families.rope import by_type, read_rope
 from jlayer.spec import Logits, ModelConfig, Places, Scale
 
 _FOUR_NORMS = Places(
@@ -30,10 +31,6 @@ _FOUR_NORMS = Places(
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
-)
-# Parts of multimodal checkpoints that a text has no use for.
-OTHER_PARTS = (
-    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*",
 )
 
 
@@ -59,7 +56,7 @@ def _gemma(fields: Fields) -> ModelConfig:
     """Its releases say "gelu" and mean the approximation by tanh, as transformers knows."""
     sizes = read_sizes(fields, kv_heads=16, head_dim=256, longest=8192)
     if fields.raw.get("hidden_act") == "gelu":
-        fields = replace(fields, raw={**fields.raw, "hidden_act": "gelu_pytorch_tanh"})
+        fields = fields.changed({"hidden_act": "gelu_pytorch_tanh"})
     how = attention(sizes, read_rope(fields, longest=sizes.longest))
     common = _common(fields, key="hidden_act", norm=_norm(fields))
     return config(fields, sizes, [how], **common)
@@ -85,28 +82,15 @@ def _gemma2(fields: Fields) -> ModelConfig:
     )
 
 
-def _by_type(fields, *, full: dict, sliding: dict):
-    """The config with `rope_parameters` for both types of layers, as transformers fills it in:
-    `rope_scaling` and `rope_theta` are of the full ones, `rope_local_base_freq` of the others."""
-    said = dict(fields.section("rope_parameters").raw)
-    found = {FULL: dict(said.get(FULL) or {}), SLIDING: dict(said.get(SLIDING) or {})}
-    found[FULL] |= fields.section("rope_scaling").raw
-    theta = fields.raw.get("rope_theta", full["rope_theta"])
-    local = fields.raw.get("rope_local_base_freq", sliding["rope_theta"])
-    found[FULL] = {**full, "rope_theta": theta, **found[FULL]}
-    found[SLIDING] = {**sliding, "rope_theta": local, **found[SLIDING]}
-    beside = ("rope_scaling", "rope_theta")
-    raw = {key: value for key, value in fields.raw.items() if key not in beside}
-    return replace(fields, raw={**raw, "rope_parameters": found})
-
-
 def _gemma3(fields: Fields) -> ModelConfig:
-    """Five layers with a window, whose rotary embedding has a base of its own, to a full one."""
+    """Five layers with a window, whose rotary embedding has a base of its own, to a full one. Its
+    first files leave out even sizes."""
+    fields = fields.filled({"vocab_size": 262_208, "num_attention_heads": 8})
     sizes = read_sizes(fields, kv_heads=4, head_dim=256, longest=131072)
     period = fields.integer("sliding_window_pattern", default=6)
     types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), period))
     norm = _norm(fields)
-    fields = _by_type(fields, full={"rope_theta": 1e6}, sliding={"rope_theta": 1e4})
+    fields = by_type(fields, full=1e6, sliding=1e4, sliding_key="rope_local_base_freq")
     full, sliding = forms(
         attention(
             sizes,
@@ -132,9 +116,14 @@ def _turned(fields, sizes, how):
     return replace(how, rope=rope)
 
 
+_GEMMA4_ROPES = {
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+# Keys of other families, which transformers does not read of a gemma 4.
+_UNREAD = ("rope_theta", "partial_rotary_factor")
 # What makes another model of a dense gemma 4: experts, embeddings for each layer, shared caches.
 _DENSE = {
-    "enable_moe_block": (None, False),
     "hidden_size_per_layer_input": (None, 0),
     "num_kv_shared_layers": (None, 0),
     "use_double_wide_mlp": (None, False),
@@ -160,8 +149,7 @@ def _own_sizes(fields, sizes, types, *, shared):
     said = Fields(one, f"{fields.where}: per_layer_config")
     for name in set(one) - {"head_dim", "num_key_value_heads"}:
         said.refuse_unless(name, None)
-    raw = {key: value for key, value in fields.raw.items() if key != "per_layer_config"}
-    return replace(fields, raw=raw), replace(
+    return fields.changed({}, without=["per_layer_config"]), replace(
         sizes,
         head_dim=said.integer("head_dim", default=sizes.head_dim),
         kv_heads=said.integer("num_key_value_heads", default=sizes.kv_heads),
@@ -170,6 +158,11 @@ def _own_sizes(fields, sizes, types, *, shared):
 
 def _gemma4(fields: Fields) -> ModelConfig:
     """Full layers have larger heads, fewer of keys, and values that are the keys' own product."""
+    fields = fields.filled({"vocab_size": 262_144, "num_attention_heads": 8})
+    if fields.boolean("enable_moe_block"):
+        raise UnsupportedModelError(
+            f"{fields.where}: enable_moe_block is true: models with experts are not supported"
+        )
     for name, values in _DENSE.items():
         fields.refuse_unless(name, *values)
     if "hidden_size_per_layer_input" not in fields.raw:
@@ -180,11 +173,14 @@ def _gemma4(fields: Fields) -> ModelConfig:
     types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), 6))
     types = (*types[:-1], FULL)  # as transformers has it, whatever the file says
     norm = _norm(fields, plus_one=False)
-    fields = _by_type(
-        fields,
-        full={"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-        sliding={"rope_theta": 1e4},
-    )
+    fields.refuse_unless("rope_scaling", None)
+    ropes = fields.section("rope_parameters").raw or _GEMMA4_ROPES
+    if not {FULL, SLIDING} <= set(ropes):
+        raise CheckpointError(
+            f"{fields.where}: rope_parameters has {', '.join(map(ascii, ropes))}, expected {FULL} "
+            f"and {SLIDING}"
+        )
+    fields = fields.changed({"rope_parameters": ropes}, without=_UNREAD)
     shared = fields.boolean("attention_k_eq_v")
     fields, own = _own_sizes(fields, sizes, types, shared=shared)
     switches = {
@@ -192,7 +188,8 @@ def _gemma4(fields: Fields) -> ModelConfig:
         "head_norms": head_norms(norm),
         "value_norm": replace(norm, has_weight=False),
     }
-    sliding = attention(sizes, None, name=SLIDING, window=window(fields, default=512), **switches)
+    width = fields.integer("sliding_window", default=512)
+    sliding = attention(sizes, None, name=SLIDING, window=width, **switches)
     full = attention(own, None, name=FULL, keys_are_values=shared, **switches)
     return config(
         fields,
@@ -206,18 +203,9 @@ def _gemma4(fields: Fields) -> ModelConfig:
     )
 
 
-def _text_of(read, model_type):
-    """Reads the text's part of a multimodal config."""
-
-    def reading(fields: Fields) -> ModelConfig:
-        return read(text_part(fields, model_type))
-
-    return reading
-
-
 FAMILIES = (
-    Family("gemma", "GemmaForCausalLM", _gemma, decoder_kinds),
+    Family("gemma", "GemmaForCausalLM", _gemma, decoder_kinds, has_windows=False),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, decoder_kinds),
-    Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, decoder_kinds),
-    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, decoder_kinds),
+    Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, decoder_kinds, left_out=OTHER_PARTS),
+    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, decoder_kinds, left_out=OTHER_PARTS),
 )

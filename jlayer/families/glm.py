@@ -36,6 +36,6 @@ def _glm4(fields: Fields) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("glm", "GlmForCausalLM", _glm, decoder_kinds),
-    Family("glm4", "Glm4ForCausalLM", _glm4, decoder_kinds),
+    Family("glm", "GlmForCausalLM", _glm, decoder_kinds, has_windows=False),
+    Family("glm4", "Glm4ForCausalLM", _glm4, decoder_kinds, has_windows=False),
 )

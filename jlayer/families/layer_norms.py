@@ -35,7 +35,8 @@ def _starcoder2(fields: Fields) -> ModelConfig:
 
 def _stablelm(fields: Fields) -> ModelConfig:
     """A norm for each head, in a leaf of its own; attention and MLP may be side by side."""
-    sizes = read_sizes(fields, longest=4096)
+    sizes = read_sizes(fields, kv_heads=32, longest=4096)
+    sizes.check_shared_out(fields)
     rope = read_rope(fields, longest=sizes.longest, partial=0.25)
     norm = _norm(fields, "layer_norm_eps")
     norms = None
@@ -60,6 +61,7 @@ def _stablelm(fields: Fields) -> ModelConfig:
 
 def _nemotron(fields: Fields) -> ModelConfig:
     """Gains of 1 + weight; an MLP without a gate: relu squared."""
+    fields.integer("num_key_value_heads")  # transformers has no default that runs
     sizes = read_sizes(fields, longest=4096)
     rope = read_rope(fields, longest=sizes.longest, partial=0.5)
     bias = fields.boolean("attention_bias")
@@ -78,6 +80,6 @@ def _nemotron(fields: Fields) -> ModelConfig:
 
 FAMILIES = (
     Family("starcoder2", "Starcoder2ForCausalLM", _starcoder2, decoder_kinds),
-    Family("stablelm", "StableLmForCausalLM", _stablelm, decoder_kinds),
-    Family("nemotron", "NemotronForCausalLM", _nemotron, decoder_kinds),
+    Family("stablelm", "StableLmForCausalLM", _stablelm, decoder_kinds, has_windows=False),
+    Family("nemotron", "NemotronForCausalLM", _nemotron, decoder_kinds, has_windows=False),
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.errors import CheckpointError
 from jlayer.families.base import Family
 from jlayer.families.common import (
     FULL,
+    OTHER_PARTS,
     SLIDING,
     attention,
     config,
@@ -23,8 +24,6 @@ from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
 from jlayer.spec import Logits, Mlp, ModelConfig, Rope, Scale
 
-# Keys of "layer_types" that limit what a layer attends to -> the key that says how far.
-_WINDOWS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
 # Computed tables that old checkpoints hold.
 TABLES = (
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)(_cached)?)",
@@ -38,56 +37,24 @@ def _llama(fields: Fields) -> ModelConfig:
         fields,
         sizes,
         [attention(sizes, read_rope(fields, longest=sizes.longest))],
-        longest=min(sizes.longest, window_of_llama(fields) or sizes.longest),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=fields.boolean("mlp_bias"),
     )
 
 
-def window_of_llama(fields: Fields) -> int | None:
-    """How many tokens a llama's config lets its layers attend to; None where it sets no window.
-
-    A llama attends to all tokens. Where its config names a window nevertheless, transformers cuts
-    its cache to it, but not its attention mask: beyond the window its own result depends on how the
-    prompt was cut. Within the window all agree, so that is as far as such a model runs.
-    """
-    kinds = fields.raw.get("layer_types")
-    if kinds is None:
-        names = _WINDOWS.values()
-    elif isinstance(kinds, list) and set(map(str, kinds)) <= {FULL, *_WINDOWS}:
-        names = [_WINDOWS[kind] for kind in _WINDOWS if kind in kinds]
-    else:
-        raise UnsupportedModelError(
-            f"{fields.where}: layer_types is {str(kinds)[:200]!a}, supported: {FULL}, "
-            f"{', '.join(_WINDOWS)}"
-        )
-    needed = [name for name in names if kinds is not None or fields.has(name)]
-    return min(map(fields.integer, needed), default=None)
-
-
-def _llama_notes(fields: Fields, cfg: ModelConfig) -> tuple[str, ...]:
-    window = window_of_llama(fields)
-    if window is None or window != cfg.max_position_embeddings:
-        return ()
-    return (
-        f"{fields.where}: sets a window of {window} tokens, which no {cfg.model_type} has; it "
-        f"runs up to {window} tokens, where that changes nothing (set the window to null to "
-        "attend to all)",
-    )
-
-
-def _mistral(fields: Fields, **switches) -> ModelConfig:
-    """A window in all layers: where the key is absent, of the length that its first model had. With
-    types of layers it is what transformers runs for it, a Ministral."""
-    if fields.has("layer_types"):
+def _mistral(fields: Fields) -> ModelConfig:
+    """A window in all layers: where the key is absent, of the length that its first model had.
+    With `layer_types` it is what transformers calls ministral."""
+    if "layer_types" in fields.raw:
         return _ministral(fields)
     sizes = read_sizes(fields, kv_heads=8, longest=131072)
-    how = attention(sizes, read_rope(fields, longest=sizes.longest), **switches)
+    how = attention(sizes, read_rope(fields, longest=sizes.longest))
     return config(fields, sizes, [replace(how, window=window(fields, default=4096))])
 
 
 def _ministral(fields: Fields) -> ModelConfig:
+    fields.integer("head_dim")  # transformers has no default that runs
     sizes = read_sizes(fields, kv_heads=8, longest=131072)
     width = window(fields, default=4096)
     n_layers = fields.integer("num_hidden_layers")
@@ -112,9 +79,9 @@ _MINISTRAL3_ROPE = {
 def _ministral3(fields: Fields) -> ModelConfig:
     """Queries grow with their position, as in Llama 4."""
     if not fields.has("rope_parameters") and not fields.has("rope_scaling"):
-        fields = replace(fields, raw={**fields.raw, "rope_parameters": _MINISTRAL3_ROPE})
+        fields = fields.changed({"rope_parameters": _MINISTRAL3_ROPE})
     sizes = read_sizes(fields, kv_heads=8, head_dim=128, longest=262144)
-    rope = read_rope(fields, longest=sizes.longest, theta=1e6)
+    rope = read_rope(fields, longest=sizes.longest)
     said = fields.section("rope_scaling" if fields.has("rope_scaling") else "rope_parameters")
     beta = said.raw.get("llama_4_scaling_beta") and said.positive("llama_4_scaling_beta")
     grows = beta and (beta, said.integer("original_max_position_embeddings"))
@@ -125,7 +92,8 @@ def _ministral3(fields: Fields) -> ModelConfig:
 def _qwen(fields: Fields, *, head_dim: int | None = None, **of_heads) -> ModelConfig:
     """The layers from `max_window_layers` on have a window, if it is used at all."""
     sizes = read_sizes(fields, kv_heads=32, head_dim=head_dim, longest=32768)
-    width = window(fields) if fields.boolean("use_sliding_window") else None
+    width = window(fields, default=4096)
+    width = width if fields.boolean("use_sliding_window") else None
     n_layers = fields.integer("num_hidden_layers")
     first = fields.raw.get("max_window_layers", 28)
     slides = [width is not None and type(first) is int and n >= first for n in range(n_layers)]
@@ -166,8 +134,8 @@ def _smollm3(fields: Fields) -> ModelConfig:
         raise CheckpointError(
             f"{fields.where}: no_rope_layers is {turned!a:.80}, expected a 0 or 1 for each layer"
         )
-    width = window(fields) if fields.boolean("use_sliding_window") else None
-    slides = [SLIDING if width and not has_rope else FULL for has_rope in turned]
+    width, is_used = window(fields), fields.boolean("use_sliding_window")
+    slides = [SLIDING if is_used and width and not has_rope else FULL for has_rope in turned]
     types = layer_types(fields, default=slides)
     rope = read_rope(fields, longest=sizes.longest, theta=2e6)
     kinds = [
@@ -245,7 +213,9 @@ def _ernie(fields: Fields) -> ModelConfig:
 
 
 def _helium(fields: Fields) -> ModelConfig:
+    """The output's matrix is square, whatever the size of a head."""
     sizes = read_sizes(fields, kv_heads=20, head_dim=128, longest=4096)
+    sizes.check_shared_out(fields)
     rope = read_rope(fields, longest=sizes.longest, theta=1e5, interleaved=True)
     return config(
         fields,
@@ -259,6 +229,7 @@ def _helium(fields: Fields) -> ModelConfig:
 
 def _hunyuan(fields: Fields) -> ModelConfig:
     """Norms of queries and keys after the rotary embedding; `alpha` stretches its base (NTK)."""
+    fields.integer("head_dim")  # transformers has no default that runs
     sizes = read_sizes(fields)
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     said = fields.section(name)
@@ -267,7 +238,7 @@ def _hunyuan(fields: Fields) -> ModelConfig:
         theta = said.raw.get("rope_theta", fields.raw.get("rope_theta", Rope.theta))
         stretched = theta * alpha ** (sizes.head_dim / (sizes.head_dim - 2))
         plain = {"rope_type": "default", "rope_theta": stretched}
-        fields = replace(fields, raw={**fields.raw, name: plain})
+        fields = fields.changed({name: plain})
     rope = read_rope(fields, longest=sizes.longest)
     norm = rms_norm(fields, eps=1e-5)
     names = {"q": ("query_layernorm",), "k": ("key_layernorm",), "after_rope": True}
@@ -286,19 +257,19 @@ def _row(model_type, architecture, read, **more) -> Family:
     return Family(model_type, architecture, read, decoder_kinds, dropped=TABLES, **more)
 
 
-LLAMA = _row("llama", "LlamaForCausalLM", _llama, notes=_llama_notes)
+LLAMA = _row("llama", "LlamaForCausalLM", _llama, has_windows=False)
 FAMILIES = (
     LLAMA,
-    _row("mistral", "MistralForCausalLM", _mistral),
-    _row("ministral", "MinistralForCausalLM", _ministral),
-    _row("ministral3", "Ministral3ForCausalLM", _ministral3),
+    _row("mistral", "MistralForCausalLM", _mistral, left_out=OTHER_PARTS),
+    _row("ministral", "MinistralForCausalLM", _ministral, left_out=OTHER_PARTS),
+    _row("ministral3", "Ministral3ForCausalLM", _ministral3, left_out=OTHER_PARTS),
     _row("qwen2", "Qwen2ForCausalLM", _qwen),
     _row("qwen3", "Qwen3ForCausalLM", _qwen3),
-    _row("seed_oss", "SeedOssForCausalLM", _seed_oss),
+    _row("seed_oss", "SeedOssForCausalLM", _seed_oss, has_windows=False),
     _row("smollm3", "SmolLM3ForCausalLM", _smollm3),
-    _row("arcee", "ArceeForCausalLM", _arcee),
-    _row("granite", "GraniteForCausalLM", _granite),
-    _row("ernie4_5", "Ernie4_5ForCausalLM", _ernie),
-    _row("helium", "HeliumForCausalLM", _helium),
-    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _hunyuan),
+    _row("arcee", "ArceeForCausalLM", _arcee, has_windows=False),
+    _row("granite", "GraniteForCausalLM", _granite, has_windows=False),
+    _row("ernie4_5", "Ernie4_5ForCausalLM", _ernie, has_windows=False),
+    _row("helium", "HeliumForCausalLM", _helium, has_windows=False),
+    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _hunyuan, has_windows=False),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jlayer.errors import CheckpointError
 from jlayer.families.base import Family
 from jlayer.families.common import (
     FULL,
-    SLIDING,
     attention,
     config,
     every,
@@ -20,7 +20,7 @@ from jlayer.families.common import (
 )
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
-from jlayer.families.rope import read_rope
+from jlayer.families.rope import by_type, read_rope
 from jlayer.spec import ModelConfig, Norm, Places
 
 _AFTER = Places(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -54,16 +54,7 @@ def _olmo3(fields: Fields) -> ModelConfig:
     types = layer_types(fields, default=every(fields.integer("num_hidden_layers"), 4))
     norm = rms_norm(fields, eps=1e-5, rounds_first=False)
     plain = attention(sizes, None, head_norms=head_norms(norm, over="flat"))
-    said = fields.section("rope_parameters").raw
-    # A `rope_theta` beside them is that of full layers alone, as transformers takes it.
-    theta = fields.raw.get("rope_theta", 5e5)
-    parameters = {
-        FULL: {"rope_theta": theta, **(said.get(FULL) or {}), **fields.section("rope_scaling").raw},
-        SLIDING: {"rope_theta": 5e5, **(said.get(SLIDING) or {})},
-    }
-    fields = replace(
-        fields, raw={**fields.raw, "rope_scaling": None, "rope_parameters": parameters}
-    )
+    fields = by_type(fields, full=5e5, sliding=5e5)
     kinds = [
         replace(one, rope=read_rope(fields, longest=sizes.longest, layer_type=one.name))
         for one in forms(plain, window(fields, default=4096))
@@ -75,11 +66,17 @@ def _olmo3(fields: Fields) -> ModelConfig:
 
 def _exaone4(fields: Fields) -> ModelConfig:
     """Full layers have no rotary embedding, if there are others."""
-    sizes = read_sizes(fields)
+    sizes = read_sizes(fields, kv_heads=32)
     width = window(fields, default=4096)
     n_layers = fields.integer("num_hidden_layers")
+    if width is None and not fields.has("layer_types"):
+        raise CheckpointError(
+            f"{fields.where}: sliding_window is null and layer_types is missing; transformers "
+            "cannot tell the types of the layers then (full_attention for each, if all attend to "
+            "all tokens)"
+        )
     default = [FULL] * n_layers
-    if width and not fields.has("layer_types"):
+    if not fields.has("layer_types"):
         default = every(n_layers, fields.integer("sliding_window_pattern", default=4))
     types = layer_types(fields, default=default)
     norm = rms_norm(fields, eps=1e-5)
@@ -90,8 +87,8 @@ def _exaone4(fields: Fields) -> ModelConfig:
 
 
 FAMILIES = (
-    Family("olmo", "OlmoForCausalLM", _olmo, decoder_kinds),
-    Family("olmo2", "Olmo2ForCausalLM", _olmo2, decoder_kinds),
+    Family("olmo", "OlmoForCausalLM", _olmo, decoder_kinds, has_windows=False),
+    Family("olmo2", "Olmo2ForCausalLM", _olmo2, decoder_kinds, has_windows=False),
     Family("olmo3", "Olmo3ForCausalLM", _olmo3, decoder_kinds),
     Family("exaone4", "Exaone4ForCausalLM", _exaone4, decoder_kinds),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from jlayer.families.base import Family
 from jlayer.families.common import attention, config, read_sizes, rms_norm, window
 from jlayer.families.decoder import decoder_kinds
@@ -13,15 +11,16 @@ from jlayer.spec import Mlp, ModelConfig
 
 
 def _phi3(fields: Fields) -> ModelConfig:
-    """What older files call "yarn" is LongRoPE."""
+    """What older files call "su" or "yarn" is LongRoPE."""
     sizes = read_sizes(fields, longest=4096)
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     said = dict(fields.section(name).raw)
-    if said.get("rope_type", said.get("type")) == "yarn":
-        fields = replace(fields, raw={**fields.raw, name: {**said, "rope_type": "longrope"}})
+    if said.get("rope_type", said.get("type")) in ("su", "yarn"):
+        fields = fields.changed({name: {**said, "rope_type": "longrope"}})
     if "original_max_position_embeddings" not in fields.raw:
-        fields = replace(fields, raw={**fields.raw, "original_max_position_embeddings": 4096})
-    rope = read_rope(fields, longest=sizes.longest, partial=1.0)
+        fields = fields.changed({"original_max_position_embeddings": 4096})
+    types = ("default", "longrope")
+    rope = read_rope(fields, longest=sizes.longest, partial=1.0, types=types)
     return config(
         fields,
         sizes,

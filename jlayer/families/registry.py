@@ -19,25 +19,8 @@ FAMILIES: dict[str, Family] = {
     for family in rows.FAMILIES
 }
 
-# How the architectures of other published models begin, in lower case.
-_OTHERS = (
-    *("apertus", "arcee", "arctic", "baichuan", "bert", "bitnet", "bloom", "chatglm", "codegen"),
-    *("cohere", "dbrx", "deci", "deepseek", "ernie", "exaone", "falcon", "gemma", "glm", "gpt"),
-    *("granite", "grok", "helium", "hunyuan", "internlm", "jamba", "jais", "kimi", "lfm", "mamba"),
-    *("minicpm", "minimax", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "optfor"),
-    *("orion", "persimmon", "phi", "qwen", "rwkv", "seedoss", "smollm3", "solar", "stablelm"),
-    *("starcoder", "t5", "xglm", "xverse", "zamba"),
-)
-
 _BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
 _LAYER_NAME = re.compile(rf"{_BEFORE}(0|[1-9][0-9]{{0,8}}){_AFTER}(.+)", re.DOTALL)
-
-
-def is_of_another_model(architecture: str) -> bool:
-    """Whether the name of an architecture is that of a published model which is not known here."""
-    name = architecture.lower()
-    ours = any(model_type in name for model_type in FAMILIES)
-    return not ours and name.startswith(_OTHERS)
 
 
 def family_of(cfg: ModelConfig) -> Family:
@@ -130,12 +113,18 @@ def layer_of(tensor_name: str) -> int | None:
 
 
 def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
-    """Whether a published tensor is ignored on purpose: a computed table, or a copy of a tied
-    head."""
+    """Whether a published tensor is ignored on purpose: a computed table, a copy of a tied head, or
+    of another part than the text's."""
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True
-    return _any_of(family.dropped).fullmatch(tensor_name) is not None
+    return _any_of((*family.dropped, *family.left_out)).fullmatch(tensor_name) is not None
+
+
+def is_of_another_part(cfg: ModelConfig, tensor_name: str) -> bool:
+    """Whether a published tensor holds weights of a multimodal model that its text has no use
+    for."""
+    return _any_of(family_of(cfg).left_out).fullmatch(tensor_name) is not None
 
 
 @lru_cache(maxsize=64)

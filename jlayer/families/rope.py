@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
@@ -11,8 +11,8 @@ from jlayer.spec import Rope
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 PARTIAL = "partial_rotary_factor"
-# What older files call a type.
-_ALIASES = {"su": "longrope"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+_BY_TYPE = ("rope_scaling", "rope_theta")
 # Types whose scaling begins at the length that a model was trained for.
 _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
@@ -24,14 +24,15 @@ def read_rope(
     theta: float | None = Rope.theta,
     partial: float | None = None,
     layer_type: str | None = None,
+    types: Sequence[str] = ROPE_TYPES,
     **fixed,
 ) -> Rope:
     """The rotary embedding of a model, or of its layers of one type.
 
     `rope_scaling` counts alone where it says anything, else `rope_parameters`; what stands in there
     goes before the same key beside it. `theta`, `partial`: of the family, where the file is silent;
-    `partial` None: the family turns whole heads. `fixed`: fields of `Rope` that the family fixes.
-    Raises CheckpointError or UnsupportedModelError.
+    `partial` None: the family turns whole heads. `types`: those that the family has. `fixed`:
+    fields of `Rope` that the family fixes. Raises CheckpointError or UnsupportedModelError.
     """
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     said = fields.section(name)
@@ -47,20 +48,43 @@ def read_rope(
         said = said.section(layer_type)
         said = Fields({**said.raw, **outer}, said.where)
     beside = {key: fields.raw[key] for key in ("rope_theta",) if key in fields.raw}
-    if fields.raw.get(PARTIAL) is not None:
+    if fields.has(PARTIAL) or (partial is not None and PARTIAL in fields.raw):
         beside[PARTIAL] = fields.raw[PARTIAL]
     defaults = {"rope_theta": theta, PARTIAL: partial or 1.0}
     said = Fields({**defaults, **beside, **said.raw}, said.where)
-    return _of_type(said, fields, longest=longest, fixed=fixed, turns_whole=partial is None)
-
-
-def _of_type(said, fields, *, longest, fixed, turns_whole):
     kind = said.raw.get("rope_type", said.raw.get("type", "default"))
-    kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
-    if kind not in ROPE_TYPES:
+    if kind not in types:
         raise UnsupportedModelError(
-            f"{said.where}: type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            f"{said.where}: type {kind!r} is not supported; supported: {', '.join(types)}"
         )
+    return _of_type(kind, said, fields, longest=longest, fixed=fixed, turns_whole=partial is None)
+
+
+def by_type(
+    fields: Fields, *, full: float, sliding: float, sliding_key: str | None = None
+) -> Fields:
+    """The config of a family with a rotary embedding for each type of layers, with
+    `rope_parameters` for both, as transformers fills it in.
+
+    `rope_scaling` and `rope_theta` are of the full layers; `full`, `sliding`: theta, where the file
+    is silent; `sliding_key`: says it for the others. Without `rope_parameters` a `type` counts only
+    under its new name, `rope_type`. Raises CheckpointError.
+    """
+    said = fields.section("rope_parameters")
+    start = {} if fields.has("rope_parameters") else {"rope_type": "default"}
+    thetas = {
+        FULL: fields.raw.get("rope_theta", full),
+        SLIDING: fields.raw.get(sliding_key, sliding),
+    }
+    found = {
+        name: {"rope_theta": theta, **start, **said.section(name).raw}
+        for name, theta in thetas.items()
+    }
+    found[FULL] |= fields.section("rope_scaling").raw
+    return fields.changed({"rope_parameters": found}, without=_BY_TYPE)
+
+
+def _of_type(kind, said, fields, *, longest, fixed, turns_whole):
     common = {
         "theta": said.positive("rope_theta"),
         "type": kind,
@@ -111,9 +135,11 @@ def _llama3(said, common, longest):
 
 
 def _yarn(said, common, longest):
-    """YaRN (arXiv 2309.00071), with the attention factor of its section 3.4."""
+    """YaRN (arXiv 2309.00071), with the attention factor of its section 3.4. A factor that is null
+    is that of the lengths; one that is absent is refused, as in transformers."""
     original = common["original_max_position_embeddings"]
-    factor = said.positive("factor", default=longest / original, null_is_absent=True)
+    is_null = "factor" in said.raw and said.raw["factor"] is None
+    factor = longest / original if is_null else said.positive("factor")
 
     def grown(by):
         return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0

@@ -4,8 +4,9 @@ without those that no model depends on. Sizes are those of the source; the tests
 
 from tests.reference.forms_in_llamas_keys import OTHERS
 from tests.reference.forms_of_llama import LLAMAS
+from tests.reference.forms_of_others import OTHER_FAMILIES
 from tests.reference.forms_refused import REFUSED
 
-RUN = LLAMAS | OTHERS
+RUN = LLAMAS | OTHERS | OTHER_FAMILIES
 
 __all__ = ["REFUSED", "RUN"]

