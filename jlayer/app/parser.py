@@ -33,6 +33,7 @@ MEANT = {
     "--stop": "-r --reverse-prompt --stop-strings --stop-sequences",
     "--num-return-sequences": "--num-samples --n-samples --best-of",
     "--chat": "-cnv --conversation --apply-chat-template",
+    "--template-var": "--chat-template-kwargs --chat-template-args --chat-template-config",
     "--quantize": "-q --q-bits --bits --load-in-8bit --load-in-4bit",
     "--draft": "-md --model-draft --draft-model --assistant-model --speculative-model",
     "--draft-tokens": "--draft-max --draft-n --num-draft-tokens --num-speculative-tokens "

@@ -6,9 +6,7 @@ of its text are real is decided with `marks`. Ids are left to `tokenizer`.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import read_json_object, read_small_file
 from jlayer.text import sandbox
+from jlayer.text.inputs import OpenEnd, plain_inputs, plain_variables, without_marks_beyond
 from jlayer.text.marks import (
     ControlTokens,
     Rendered,
@@ -29,10 +28,6 @@ from jlayer.text.marks import (
     user_parts,
 )
 
-_ROLE = re.compile(r"[\w .:@/-]{1,64}")
-# Names under which a message's reasoning is passed; templates read the first (transformers).
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
 
 def chat_messages(prompt, *, chat: bool, system: str | None) -> list[dict] | None:
     """The messages that a prompt stands for, or None where it is plain text."""
@@ -45,12 +40,15 @@ def chat_messages(prompt, *, chat: bool, system: str | None) -> list[dict] | Non
 
 # Which template
 
+# In the order in which transformers' processors take them.
+_OF_PROCESSORS = ("processor_config.json", "chat_template.json")
+
 
 def read_templates(folder: str | os.PathLike, tokenizer_config: Mapping) -> dict[str, str]:
     """Name → source of every chat template in `folder`, the usual one under "default".
 
-    chat_template.jinja (with additional_chat_templates/*.jinja) goes before tokenizer_config.json
-    and this before chat_template.json, as in transformers.
+    chat_template.jinja (with additional_chat_templates/*.jinja) goes before tokenizer_config.json,
+    as in transformers, and this before what its processors read of multimodal models.
     Raises CheckpointError where one is not text.
     """
     folder = Path(folder)
@@ -61,9 +59,9 @@ def read_templates(folder: str | os.PathLike, tokenizer_config: Mapping) -> dict
     for path in sorted(more.glob("*.jinja")) if more.is_dir() else ():
         found[path.stem] = _read_text(path)
     raw, where = tokenizer_config.get("chat_template"), "tokenizer_config.json"
-    if not found and raw is None and (folder / "chat_template.json").exists():
-        where = "chat_template.json"
-        raw = read_json_object(folder / where).get("chat_template")
+    for other in _OF_PROCESSORS:
+        if not found and raw is None and (folder / other).exists():
+            where, raw = other, read_json_object(folder / other).get("chat_template")
     return found or _named_templates(raw, f"{folder / where}: chat_template")
 
 
@@ -101,13 +99,14 @@ def _read_text(path):
 
 
 def _named_templates(raw, where):
-    """One template, or a list of {"name", "template"}."""
+    """One template, a list of {"name", "template"}, or an object of templates by name."""
     if raw is None:
         return {}
     if isinstance(raw, str):
         return {"default": raw}
     try:
-        found = {row["name"]: row["template"] for row in raw}
+        by_name = isinstance(raw, Mapping)
+        found = dict(raw) if by_name else {row["name"]: row["template"] for row in raw}
         "".join([*found, *found.values()])
     except (TypeError, KeyError):
         raise CheckpointError(
@@ -118,12 +117,19 @@ def _named_templates(raw, where):
 
 # Messages → text
 
+# What some templates cannot do without.
+_PLAIN_INPUTS = {
+    "tools": [{"type": "function", "function": {"name": "x", "description": "x"}}],
+    "documents": [{"title": "x", "text": "x"}],
+}
+
 
 def render_chat(
     template: str,
     messages: Sequence[Mapping],
     *,
-    add_generation_prompt: bool = True,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str = False,
     tools: Sequence[Mapping] | None = None,
     documents: Sequence[Mapping] | None = None,
     tokens: Mapping[str, str] | None = None,
@@ -133,28 +139,63 @@ def render_chat(
 ) -> Rendered:
     """The text of `messages`, and which of its control tokens the template wrote.
 
-    `tokens`: the tokenizer's named tokens (bos_token and so on). Control tokens are all `special`
-    tokens, and those of the `added` tokens that stand in the template's source. `options`: further
-    variables. Where a template looks into the content, marks can change its text; weaker marks are
-    tried then, and without any that work, text that holds a special token is refused.
-    Raises UsageError (messages that are none, or that the template refuses) or CheckpointError (a
-    template that is damaged, forbidden things, or without end).
+    `add_generation_prompt`: end with the beginning of an answer, which is usual.
+    `continue_final_message`: end within the last message instead, after its content, or after what
+    it has under another key. `tokens`: the tokenizer's named tokens (bos_token and so on). Control
+    tokens are all `special` tokens, and those of the `added` tokens that stand in the template's
+    source. `options`: further variables. Where a template looks into the content, marks can change
+    its text; weaker marks are tried then, and without any that work, text that holds a special
+    token is refused.
+    Raises UsageError (messages, tools or variables that are none, or that the template refuses) or
+    CheckpointError (a template that is damaged, forbidden things, or without end).
     """
-    plain = _plain_inputs(messages, tools=tools, documents=documents)
-    options = _plain(dict(options or {}), "template options")
+    plain = plain_inputs(messages, tools=tools, documents=documents)
+    options = plain_variables(options)
+    end = OpenEnd.of(plain, continue_final_message, template)
+    if add_generation_prompt and end is not None:
+        raise UsageError(
+            "continue_final_message: with add_generation_prompt a new message begins; give one of "
+            "the two"
+        )
     special = frozenset(special)
     control = special | {token for token in added if token in template and not token.isspace()}
     _refuse_control_tokens([*strings_of(options, keys=True), *keys_of(plain)], special)
     marks = unused_characters((template, plain, options))
-    rest = {"add_generation_prompt": add_generation_prompt, **(tokens or {}), **options}
+    begins = end is None if add_generation_prompt is None else bool(add_generation_prompt)
+    rest = {"add_generation_prompt": begins, **(tokens or {})}
     markings = _markings(marks, control, special)
-    variants = [plain | rest, *(mapped(plain, mark) | rest for mark, _ in markings)]
-    text, marked, which = sandbox.render(template, variants, marks)
+    variants = [mapped(plain, mark) | rest | options for mark, _ in markings]
+    variants = [plain | rest | options, *variants]
+    if end is not None:
+        variants = [end.tagged(variables) for variables in variants]
+    text, marked, which = _rendered(template, variants, marks, usual=rest)
+    if end is not None:
+        n = end.length(text)
+        text = text[:n]
+        marked = None if marked is None else without_marks_beyond(marked, n, marks)
     if marked is not None:
         known = markings[which][1]
         return Rendered(text, control_parts(user_parts(marked, marks), known), known)
     _refuse_parts_of_control_tokens(plain, special)
     return Rendered(text, control_parts([(text, False)], control), control)
+
+
+def _rendered(template, variants, marks, *, usual):
+    """What the template gives. Where it fails, a plain chat tells whose fault that is."""
+    try:
+        return sandbox.render(template, variants, marks)
+    except sandbox.Failed as error:
+        for more in ({}, _PLAIN_INPUTS):
+            plain = plain_inputs([{"role": "user", "content": "x"}], **more)
+            try:
+                sandbox.render(template, [plain | usual], marks)
+            except (CheckpointError, UsageError):
+                continue
+            raise UsageError(
+                f"{error}; it works with plain ones, so these messages, tools, documents or "
+                "variables have not the form that it reads"
+            ) from None
+        raise
 
 
 def _markings(marks, control, special):
@@ -183,44 +224,3 @@ def _refuse_parts_of_control_tokens(plain, special):
                 f"message text {string[:60]!r} holds (part of) a special token, and this template "
                 "changes text so that it cannot be kept apart; take it out"
             )
-
-
-# Inputs become plain JSON values, since a template could call the methods of anything else.
-
-
-def _plain_inputs(messages, *, tools, documents):
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise UsageError("messages: expected a non-empty list of {'role': ..., 'content': ...}")
-    return {
-        "messages": [_message(found, f"messages[{i}]") for i, found in enumerate(messages)],
-        "tools": _plain(tools, "tools"),
-        "documents": _plain(documents, "documents"),
-    }
-
-
-def _message(message, where):
-    if not isinstance(message, Mapping):
-        raise UsageError(f"{where}: found a {type(message).__name__}, expected a mapping")
-    # None is dropped, as transformers does: APIs send it, and templates print it as "None".
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise UsageError(f"{where}: role is {role!r}, expected a plain word such as 'user'")
-    message = _plain(message, where)
-    reasoning = next((message[name] for name in _REASONING if name in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _plain(value, where):
-    """`value` as JSON holds it; raises UsageError where it cannot."""
-    try:
-        plain = json.loads(json.dumps(value, allow_nan=False))
-        for string in strings_of(plain, keys=True):
-            string.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: not valid Unicode ({error.reason})") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: {error}; expected text, numbers, lists and mappings") from None
-    return plain

@@ -16,6 +16,10 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen 3.5's takes combining marks (\p{M}) for parts of a word.
+_QWEN3_5_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"\s\p{L}\p{N}", r"\s\p{L}\p{M}\p{N}"
+)
 _INFILL = {
     "prefix_token": "▁<PRE>",
     "middle_token": "▁<MID>",
@@ -33,7 +37,8 @@ class TokenizerClass:
     model: attributes of the BPE model. named, extra: its tokens where the files name none.
     flags: add_bos_token and add_eos_token where the files have none.
     goes_by_flags: BOS and EOS follow from the flags even if the file has a post-processor.
-    makes_special: its named and extra tokens are special whatever the files say.
+    makes_special: its named and extra tokens are special whatever the files say; keeps_flags: how
+    they take spaces beside them stays as the files say.
     yields_to_bytes: a byte-level file is taken as it is; Llama 3's often name Llama 2's class.
     """
 
@@ -46,6 +51,7 @@ class TokenizerClass:
     flags: Mapping[str, bool] = field(default_factory=dict)
     goes_by_flags: bool = False
     makes_special: bool = False
+    keeps_flags: bool = False
     yields_to_bytes: bool = False
 
     @property
@@ -96,9 +102,18 @@ def _bytes(settings, *, use_regex=True):
     }
 
 
-def _qwen2_words(settings):
-    split = {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated"}
-    words = [split | {"invert": False}, _bytes(settings, use_regex=False)]
+def _words(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+
+    def of(settings):
+        words = [split | {"invert": False}, _bytes(settings, use_regex=False)]
+        return {"type": "Sequence", "pretokenizers": words}
+
+    return of
+
+
+def _digits_and_words(settings):
+    words = [{"type": "Digits", "individual_digits": True}, _bytes(settings)]
     return {"type": "Sequence", "pretokenizers": words}
 
 
@@ -106,6 +121,7 @@ _BYTE_PIECES = {"unk_token": None, "fuse_unk": True, "byte_fallback": True}
 _BYTE_LEVEL = {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
 _SENTENCE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _ONE_END = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
+_QWEN = {"eos_token": _END, "unk_token": _END, "pad_token": _END}
 _NFC = {"type": "NFC"}
 
 CLASSES = {
@@ -142,7 +158,10 @@ CLASSES = {
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         model=_BYTE_PIECES | {"unk_token": "<unk>"},
     ),
-    "GPT2Tokenizer": TokenizerClass(_bytes, _bytes, named=_ONE_END, model=_BYTE_LEVEL),
+    **dict.fromkeys(
+        ("GPT2Tokenizer", "CodeGenTokenizer"),
+        TokenizerClass(_bytes, _bytes, named=_ONE_END, model=_BYTE_LEVEL),
+    ),
     "GPTNeoXTokenizer": TokenizerClass(
         _bytes,
         _bytes,
@@ -152,12 +171,32 @@ CLASSES = {
         goes_by_flags=True,
     ),
     "Qwen2Tokenizer": TokenizerClass(
-        _qwen2_words,
+        _words(_QWEN2_SPLIT),
         _bytes,
-        named={"eos_token": _END, "unk_token": _END, "pad_token": _END},
+        named=_QWEN,
         normalizer=_NFC,
         model=_BYTE_LEVEL,
         makes_special=True,
+    ),
+    "Qwen3_5Tokenizer": TokenizerClass(
+        _words(_QWEN3_5_SPLIT), _bytes, named=_QWEN, normalizer=_NFC, model=_BYTE_LEVEL
+    ),
+    "CohereTokenizer": TokenizerClass(
+        _digits_and_words,
+        _bytes,
+        named={
+            "bos_token": "<BOS_TOKEN>",
+            "eos_token": "<|END_OF_TURN_TOKEN|>",
+            "unk_token": "<UNK>",
+            "sep_token": "<SEP>",
+            "pad_token": "<PAD>",
+            "cls_token": "<CLS>",
+            "mask_token": "<MASK_TOKEN>",
+        },
+        normalizer=_NFC,
+        model=_BYTE_LEVEL,
+        makes_special=True,
+        keeps_flags=True,
     ),
 }
 

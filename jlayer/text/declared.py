@@ -14,6 +14,8 @@ from pathlib import Path
 
 from jlayer.errors import CheckpointError
 from jlayer.strict import read_json_object
+from jlayer.text.model_class import class_of_model
+from jlayer.text.tekken import is_to_be_mended
 
 CONFIG, NAMES_FILE, TOKENS_FILE = (
     "tokenizer_config.json",
@@ -39,7 +41,8 @@ class Defaults:
     replaces its parts (`classes`) needs them as added tokens.
     matches_raw_text: tokens are looked for in the text before it is normalized.
     goes_by_flags: BOS and EOS follow from the flags even if there is a post-processor.
-    makes_special: named and extra tokens are special whatever the files say.
+    makes_special: named and extra tokens are special whatever the files say; keeps_flags: how they
+    take spaces beside them stays as the files say.
     is_tiktoken: no class replaces how the tokenizer splits text.
     """
 
@@ -51,6 +54,7 @@ class Defaults:
     matches_raw_text: bool = False
     goes_by_flags: bool = False
     makes_special: bool = False
+    keeps_flags: bool = False
     is_tiktoken: bool = False
 
 
@@ -64,7 +68,8 @@ class Declared:
     tokens_where: the file that says so, for messages.
     is_complete: added_tokens_decoder is there, so `tokens` are all that there are.
     has_settings: there is a file with settings, so the folder is not one of Meta's own.
-    tokenizer_class: without "Fast"; empty where no file names one.
+    tokenizer_class: the one that counts (`model_class`), without "Fast".
+    is_to_be_mended: see `tekken`.
     """
 
     settings: Mapping[str, object]
@@ -74,6 +79,7 @@ class Declared:
     is_complete: bool
     has_settings: bool
     tokenizer_class: str
+    is_to_be_mended: bool
     where: str
 
     def named_tokens(
@@ -141,9 +147,8 @@ def read_declared(folder: Path) -> Declared:
     source = CONFIG if is_complete else TOKENS_FILE
     rows = config["added_tokens_decoder"] if is_complete else _object(folder / TOKENS_FILE)
     where = f"{folder / source}"
-    tokenizer_class = config.get("tokenizer_class")
-    if not tokenizer_class:
-        tokenizer_class = _object(folder / "config.json").get("tokenizer_class")
+    model = _object(folder / "config.json")
+    tokenizer_class = config.get("tokenizer_class") or model.get("tokenizer_class")
     return Declared(
         settings=settings,
         more_names=more_names,
@@ -151,7 +156,12 @@ def read_declared(folder: Path) -> Declared:
         tokens_where=where,
         is_complete=is_complete,
         has_settings=bool(tokenizer_class) or any((folder / name).exists() for name in _SETTINGS),
-        tokenizer_class=str(tokenizer_class or "").removesuffix("Fast"),
+        tokenizer_class=class_of_model(
+            str(model.get("model_type")),
+            str(tokenizer_class or "").removesuffix("Fast"),
+            has_code="auto_map" in config,
+        ),
+        is_to_be_mended=is_to_be_mended(config, model),
         where=f"{folder / CONFIG}",
     )
 

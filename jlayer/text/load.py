@@ -14,6 +14,7 @@ from jlayer.text.classes import CLASSES, SPACE, rebuilt, replaces_parts
 from jlayer.text.declared import FLAGS, Declared, Defaults, text_of
 from jlayer.text.sentencepiece import from_sentencepiece
 from jlayer.text.special_tokens import add_tokens, check_ids, mark_special
+from jlayer.text.tekken import mend
 from jlayer.text.tiktoken import from_tiktoken
 from jlayer.tokenizer_files import is_tiktoken
 
@@ -59,6 +60,8 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
     if own.matches_raw_text:
         tokens = {token_id: _raw(token) for token_id, token in tokens.items()}
     named = _add_declared(library, declared, own, tokens)
+    if declared.is_to_be_mended:
+        mend(library)
     flags = {**own.flags, **declared.settings}
     by_flags = own.goes_by_flags or any(flag in flags for flag in FLAGS)
     if by_flags or library.post_processor is None:
@@ -116,6 +119,7 @@ def _with_class(own, own_class):
         flags={**own.flags, **own_class.flags},
         goes_by_flags=own_class.goes_by_flags,
         makes_special=own_class.makes_special,
+        keeps_flags=own_class.keeps_flags,
     )
 
 
@@ -124,7 +128,7 @@ def _add_declared(library, declared, own, tokens):
     named, extra = declared.named_tokens(own.named, tokens), declared.extra_tokens(own)
     add_tokens(library, tokens, named.values(), extra)
     if own.makes_special:
-        mark_special(library, [*named.values(), *extra])
+        mark_special(library, [*named.values(), *extra], keeps_flags=own.keeps_flags)
     check_ids(library, declared.tokens, where=declared.tokens_where)
     library.encode_special_tokens = bool(declared.settings.get("split_special_tokens"))
     return {name: text_of(token) for name, token in named.items()}

@@ -33,6 +33,12 @@ _ROOT = Path(__file__).parents[2]
 Answer = tuple[str, str | None, int | None]
 
 
+class Failed(CheckpointError):
+    """The template met an error of its own; it may be that it was given what it does not take."""
+
+
+_KINDS = {"refused": UsageError, "missing": UsageError, "failed": Failed}
+
 # This process
 
 
@@ -91,8 +97,7 @@ def _absolute(entries):
 def read_answer(found: Mapping) -> Answer:
     """What `render_variants` gave, or the error that it stands for."""
     if "error" in found:
-        kind = UsageError if found["error"] in ("refused", "missing") else CheckpointError
-        raise kind(f"chat template: {found['message']}")
+        raise _KINDS.get(found["error"], CheckpointError)(f"chat template: {found['message']}")
     return found["text"], found["marked"], found["which"]
 
 

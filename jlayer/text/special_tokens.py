@@ -35,12 +35,20 @@ def add_tokens(tokenizer, tokens: Mapping[int, object], names: Iterable, extra: 
     tokenizer.add_tokens(new)  # in one call: each builds the search for all tokens anew
 
 
-def mark_special(tokenizer, tokens: Iterable) -> None:
-    """Makes `tokens`, text or AddedToken, special tokens that are found exactly as written."""
+def mark_special(tokenizer, tokens: Iterable, *, keeps_flags: bool = False) -> None:
+    """Makes `tokens`, text or AddedToken, special tokens that are found exactly as written, or
+    with `keeps_flags` in the way that an AddedToken says."""
     from tokenizers import AddedToken
 
-    texts = dict.fromkeys(map(text_of, tokens))
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    texts = {text_of(token): token for token in tokens}
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(text, special=True, normalized=False)
+            if isinstance(token, str) or not keeps_flags
+            else token
+            for text, token in texts.items()
+        ]
+    )
 
 
 def check_ids(tokenizer, tokens: Mapping[int, object], *, where: str) -> None:

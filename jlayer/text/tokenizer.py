@@ -43,7 +43,9 @@ class Tokenizer:
         self.cleans_up = loaded.cleans_up
         self._doubles_first_space = loaded.doubles_first_space
         added = library.get_added_tokens_decoder()
-        self.special_tokens = {str(t.content): i for i, t in added.items() if t.special}
+        self.special_tokens = {
+            str(t.content): i for i, t in added.items() if t.special or _is_left_out(library, i)
+        }
         self._added_tokens = {str(t.content): i for i, t in added.items()}
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
@@ -103,10 +105,10 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping], **options) -> list[int]:
         """Ids of `messages` in the model's chat format, with BOS only if the template writes it.
 
-        `options`: add_generation_prompt (True), tools, documents, chat_template (a name or a
-        source), and whatever else the template reads. Special tokens that the template writes are
-        real; the same words in a message stay text. For messages without such words the ids are
-        those of the rendered text.
+        `options`: add_generation_prompt (True), continue_final_message (False), tools, documents,
+        chat_template (a name or a source), and whatever else the template reads. Special tokens
+        that the template writes are real; the same words in a message stay text. For messages
+        without such words the ids are those of the rendered text.
         Raises UsageError (messages that the template refuses) or CheckpointError (a bad template).
         """
         rendered = self._rendered(messages, **options)
@@ -139,7 +141,8 @@ class Tokenizer:
         self,
         messages,
         *,
-        add_generation_prompt=True,
+        add_generation_prompt=None,
+        continue_final_message=False,
         tools=None,
         documents=None,
         chat_template=None,
@@ -150,6 +153,7 @@ class Tokenizer:
             source,
             messages,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
             tokens=self.named_tokens,
@@ -165,6 +169,13 @@ class Tokenizer:
     def _id_of(self, name):
         token = self.named_tokens.get(name)
         return None if token is None else self.library.token_to_id(token)
+
+
+def _is_left_out(library, token_id):
+    """Whether decoding leaves a token out although it is not marked as special: so it is where one
+    file says that it is special, and another that it is not."""
+    shown, hidden = (library.decode([token_id], skip_special_tokens=skip) for skip in (False, True))
+    return bool(shown) and not hidden
 
 
 def _check_text(text):

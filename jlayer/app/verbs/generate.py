@@ -6,6 +6,8 @@ text, it is read from stdin. The newline at the end of a file or of stdin is not
 
 from __future__ import annotations
 
+import json
+
 from jlayer.app import options
 from jlayer.app import picture as timeline
 from jlayer.app.inputs import (
@@ -46,7 +48,7 @@ SAMPLING = {
     "draft_tokens": (int, "the most guessed tokens in a forward pass (default: as many as pay)"),
     "seed": (int, "the same seed gives the same text on every machine"),
 }
-TEMPLATE = "--chat-template"
+TEMPLATE, VARIABLE = "--chat-template", "--template-var"
 MISSING = (
     "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
     "--prompt-file F, or pipe it in"
@@ -78,6 +80,14 @@ def add_arguments(parser):
     chat.add_argument("--chat", action="store_true", help="put the prompt in the model's format")
     chat.add_argument("--system", metavar="S", help="a system message before it; implies --chat")
     chat.add_argument(TEMPLATE, metavar="F", help="a file with another template; implies --chat")
+    chat.add_argument(
+        VARIABLE,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="a value that the template reads, such as enable_thinking=false, or tools or documents"
+        " with a list; may be repeated; implies --chat",
+    )
     chat.add_argument(
         "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
     )
@@ -135,16 +145,49 @@ def chat_form(args) -> dict:
         template = read_text(path, option=TEMPLATE)
         if "{" not in template:
             raise UsageError(f"{TEMPLATE}: {path} holds no template: nothing in {{braces}}")
+    variables = template_variables(args.template_var)
+    if args.prompt_ids is not None and (path is not None or variables):
+        option = VARIABLE if path is None else TEMPLATE
+        raise UsageError(f"{option}: is for chats, and --prompt-ids go to the model as they are")
     return {
-        "chat": args.chat or system is not None or template is not None,
+        "chat": args.chat or system is not None or template is not None or bool(variables),
         "system": None if system is None else argument_text(system, option="--system"),
         "chat_template": template,
+        "chat_template_kwargs": variables or None,
     }
+
+
+def template_variables(words: list[str]) -> dict:
+    """NAME=JSON, as often as it is given -> values by name."""
+    found = {}
+    for word in words:
+        name, equals, raw = argument_text(word, option=VARIABLE).partition("=")
+        where = f"{VARIABLE} {name}" if equals else f"{VARIABLE}: found {word!r:.60}"
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{where}: expected NAME=JSON, such as enable_thinking=false")
+        if name in found:
+            raise UsageError(f"{where}: given twice")
+        try:
+            found[name] = json.loads(raw, object_pairs_hook=_without_doubles)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{where}: {raw!r:.60} is not JSON ({error}); expected true, false, a number, text "
+                "in double quotes ('\"high\"'), a list or an object"
+            ) from None
+    return found
+
+
+def _without_doubles(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
 
 
 def show_prompt(args, prompt, form) -> dict:
     """The prompt as text and ids, without opening the weights."""
     from jlayer.text.chat import chat_messages
+    from jlayer.text.inputs import plain_variables
     from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
 
     folder = folder_of(args.ref, weights=Weights.NONE, offline=args.offline)
@@ -154,7 +197,8 @@ def show_prompt(args, prompt, form) -> dict:
     if isinstance(prompt, list):
         text, ids = tokenizer.decode(prompt, skip_special_tokens=False), prompt
     else:
-        template = {"chat_template": form.pop("chat_template")}
+        variables = form.pop("chat_template_kwargs") or {}
+        template = {"chat_template": form.pop("chat_template"), **plain_variables(variables)}
         messages = chat_messages(prompt, **form)
         if messages is None:
             text, ids = prompt, tokenizer.encode(prompt)
