@@ -31,12 +31,13 @@ class Size:
         """What the programs that use this cache are compiled for, as a label; None: one of all
         entries."""
         pane = f"{self.lanes}x{self.tokens}"
+        beside = f" beside {self.capacity}"  # the table of all entries comes along
         if cache and cache.kind == "state":
-            return f"{pane} {'chain' if self.is_chain else 'tree'} state of {self.slots}"
+            return f"{pane} {'chain' if self.is_chain else 'tree'} state of {self.slots}{beside}"
         fresh = f" fresh {self.fresh}" if self.fresh else ""
         window = cache.window if cache else None
         capacity, pool = self.cache_of(window)
-        sees = f" window {window}" if window else ""
+        sees = f" window {window}{beside}" if window else ""
         return f"{pane} cache {capacity} of {pool}{fresh}{sees}"
 
     def pool_of(self, cache: CacheSpec) -> int:
