@@ -9,7 +9,7 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.engine import engine
-from jlayer.plan.making import make_plan
+from jlayer.plan.making import make_plan, refit
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from tests.engine.lanes import GREEDY, Run
@@ -116,10 +116,12 @@ def test_a_pass_that_fails_has_changed_no_state(model, plain, monkeypatch):
 
 
 def test_states_in_host_memory_come_and_go(qwen, plain, monkeypatch):
-    def on_host(*given, **options):
-        return replace(make_plan(*given, **options), cache=Tier.HOST)
+    for name, made in (("make_plan", make_plan), ("refit", refit)):
 
-    monkeypatch.setattr(engine, "make_plan", on_host)
+        def on_host(*given, made=made, **options):
+            return replace(made(*given, **options), cache=Tier.HOST)
+
+        monkeypatch.setattr(engine, name, on_host)
     with AutoModel.from_pretrained(qwen, device="cpu", dtype="float32") as opened:
         found = jlayer.generate(opened, PROMPT, speculate="lookup", draft_tokens=7, **OPTIONS)
         assert opened.engine.plan.cache is Tier.HOST
