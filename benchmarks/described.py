@@ -1,8 +1,8 @@
 """The generated parts of README.md and docs/ that come from the code itself.
 
-The command line comes from the argument parsers, the table of cards from `jlayer plan`, the map of
-files from each module's docstring, and the table of packages from pyproject.toml and the imports.
-table.py writes them into the pages.
+The command line comes from the argument parsers, the table of cards from `jlayer plan`, the table
+of models from their registry, the map of files from each module's docstring, and the table of
+packages from pyproject.toml and the imports. table.py writes them into the pages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+from jlayer import catalogue
 from jlayer.app.cli import main
+from jlayer.families.holders import HOLDERS
+from jlayer.families.registry import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("jlayer", "convert")
@@ -80,6 +83,44 @@ PURPOSES = {
     "sentencepiece": "reference for our reading of `tokenizer.model`",
     "tiktoken": "reference for our reading of `tokenizer.model`",
 }
+# Which models have a type. A type without a line here is an error.
+MODELS = {
+    "arcee": "AFM 4.5B",
+    "cohere": "Command R and R+, Aya",
+    "cohere2": "Command R7B, Command A",
+    "ernie4_5": "ERNIE 4.5 0.3B",
+    "exaone4": "EXAONE 4.0",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 4B, 12B and 27B",
+    "gemma3_text": "Gemma 3 270M and 1B",
+    "gemma4": "Gemma 4 31B",
+    "gemma4_text": "the text of a dense Gemma 4",
+    "glm": "GLM-4 9B",
+    "glm4": "GLM-4-0414 9B and 32B",
+    "granite": "Granite 3, dense",
+    "helium": "Helium 1 2B",
+    "hunyuan_v1_dense": "Hunyuan 0.5B to 7B",
+    "llama": "Llama 1 to 3.3, and many in its form: Yi, SmolLM 2, Falcon 3",
+    "ministral": "a Mistral whose layers differ in their window",
+    "ministral3": "the text of Ministral 3",
+    "mistral": "Mistral 7B, Nemo, Small",
+    "mistral3": "Mistral Small 3.1 and 3.2, Ministral 3",
+    "nemotron": "Nemotron 3 8B, Minitron",
+    "olmo": "OLMo 1",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "phi3": "Phi 3 and 3.5 mini, Phi 4",
+    "qwen2": "Qwen 2 and 2.5, QwQ",
+    "qwen3": "Qwen 3, dense",
+    "qwen3_5": "Qwen 3.5, 3.6 and 3.8, dense",
+    "qwen3_5_text": "the text of a dense Qwen 3.5",
+    "qwen3_next": "a Qwen3-Next without experts (the released ones have them)",
+    "seed_oss": "Seed-OSS 36B",
+    "smollm3": "SmolLM 3",
+    "stablelm": "StableLM 3B and 2",
+    "starcoder2": "StarCoder 2",
+}
 MODULE_OF = {"orbax-checkpoint": "orbax"}  # where a package is imported under another name
 
 
@@ -95,6 +136,7 @@ def blocks() -> dict[str, str]:
         "cards": cards(),
         "command-line": command_line(),
         "files": files(),
+        "models": models(),
         "packages": packages(),
     }
 
@@ -122,6 +164,22 @@ def cards() -> str:
         )
     speeds = [f"s/token, disk {speed.replace('GB', ' GB')}" for speed in DISKS]
     return table(["machine", "model", "GPU memory", "host memory", *speeds], rows)
+
+
+def models() -> str:
+    """The model types that run, with their architectures, and names that `jlayer plan` knows."""
+    known = defaultdict(list)
+    for name in catalogue.names("models"):
+        known[json.loads(catalogue.model_json(name))["model_type"]].append(f"`{name}`")
+    held = {name: holder.architecture for name, holder in HOLDERS.items()}
+    rows = {name: family.architecture for name, family in FAMILIES.items()} | held
+    return table(
+        ["`model_type`", "architecture", "models", "known to `jlayer plan`"],
+        [
+            [f"`{name}`", f"`{rows[name]}`", MODELS[name], ", ".join(known[name])]
+            for name in sorted(rows)
+        ],
+    )
 
 
 def _figures(seconds):

@@ -121,10 +121,6 @@ class Attention:
         return self.cap is None and self.window is None
 
 
-# A gated DeltaNet takes a long chain of rows in blocks of so many.
-DELTA_BLOCK = 64
-
-
 @dataclass(frozen=True)
 class Delta:
     """The gated DeltaNet (arXiv 2412.06464) that some layers have instead of attention.
@@ -333,6 +329,30 @@ GATHERED_BYTES = 64 << 20
 # card (H200: 64 rows and 8192 entries take 0.17 ms in 32 blocks, 0.09 in 128, 0.14 in 512).
 FLASH_ROWS = 128
 FLASH_BLOCKS = 128
+
+
+# A gated DeltaNet takes so many rows of a long chain at once.
+DELTA_BLOCK = 64
+
+
+def delta_block(tokens: int, *, is_chain: bool) -> int:
+    """How many of a lane's rows a gated DeltaNet takes at once: all of a tree, since a branch may
+    begin anywhere in it."""
+    is_cut = is_chain and tokens > DELTA_BLOCK and tokens % DELTA_BLOCK == 0
+    return DELTA_BLOCK if is_cut else tokens
+
+
+def delta_bytes(delta: Delta, *, lanes: int, tokens: int, is_chain: bool) -> int:
+    """Bytes of a gated DeltaNet's temporaries, float32: states, as they are read (of two lanes at
+    least), as they go on and as they are written; for each pair of rows that are taken at once the
+    decay between them, and their products; for each row what is convolved, and what the heads'
+    values become."""
+    heads, block = delta.n_value_heads, delta_block(tokens, is_chain=is_chain)
+    state = heads * delta.key_dim * delta.value_dim
+    states = (3 if block == tokens else 4) * max(lanes, 2) * state
+    pairs = 4 * lanes * heads * block**2
+    rows = lanes * tokens * (4 * delta.channels + 5 * heads * delta.value_dim)
+    return 4 * (states + pairs + rows)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ _OUTER = (
 @dataclass(frozen=True)
 class Holder:
     """A model with a text model in it. `texts`: the types that this may have, the first where its
-    section is silent."""
+    section is silent. `tied`: whether the head is the embedding where nothing is said."""
 
     model_type: str
     architecture: str
     texts: tuple[str, ...]
+    tied: bool = True
 
 
 HOLDERS = {
@@ -36,6 +37,7 @@ HOLDERS = {
             *("mistral3", "Mistral3ForConditionalGeneration"),
             ("mistral", "ministral", "ministral3"),
         ),
+        Holder("qwen3_5", "Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
     )
 }
 
@@ -63,6 +65,7 @@ def text_only(raw: dict, *, where: str) -> dict:
             f"{holder.model_type}, supported: {', '.join(holder.texts)}"
         )
     _refuse_another(raw, holder, where)
+    tied = Fields(raw, where).boolean("tie_word_embeddings", default=holder.tied)
     outer = {key: raw[key] for key in _OUTER if raw.get(key) is not None}
     own = {
         key: value for key, value in section.raw.items() if value is not None or key not in outer
@@ -72,7 +75,9 @@ def text_only(raw: dict, *, where: str) -> dict:
         **own,
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
-        "tie_word_embeddings": Fields(raw, where).boolean("tie_word_embeddings", default=True),
+        "tie_word_embeddings": Fields(raw, where).boolean(
+            "tie_word_embeddings", default=holder.tied
+        ),
     }
 
 

@@ -9,6 +9,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family, Function, LayerKind, one
 from jlayer.families.common import (
     FULL,
+    OTHER_PARTS,
     attention,
     config,
     every,
@@ -160,5 +161,7 @@ def _refuse_experts(fields):
 
 FAMILIES = (
     Family("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _kinds, dropped=MTP),
-    Family("qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, dropped=MTP),
+    Family(
+        "qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, dropped=MTP, left_out=OTHER_PARTS
+    ),
 )

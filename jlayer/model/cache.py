@@ -163,7 +163,13 @@ def write(cache: LayerCache, k, v, rows: Rows | View) -> LayerCache:
 def read_state(cache: StateCache, source, dtype):
     """The states in the slots `source` [B] -> (conv [B, C, W-1] in `dtype`, state [B, N, H, E]);
     zeros for slots beyond the pool."""
-    return gathered(cache.conv, source, dtype), gathered(cache.state, source, jnp.float32)
+    lanes = len(source)
+    if lanes == 1:
+        # XLA makes a slice of a single entry, which it takes anew for whatever reads it: then it
+        # must copy the whole pool before it writes to it (a pool of 64 states of 2 MiB: 134 MiB).
+        source = jnp.pad(source, (0, 1), constant_values=len(cache.state))
+    conv, state = gathered(cache.conv, source, dtype), gathered(cache.state, source, jnp.float32)
+    return conv[:lanes], state[:lanes]
 
 
 def write_state(cache: StateCache, target, conv, state) -> StateCache:

@@ -27,12 +27,10 @@ import jax.numpy as jnp
 
 from jlayer.model.cache import Rows, StateCache, read_state, write_state
 from jlayer.model.ops import ACTIVATION, normed
-from jlayer.spec import DELTA_BLOCK, Delta
+from jlayer.spec import DELTA_BLOCK, Delta, delta_block
 
 # Of the norm of queries and keys: a constant of the reference, no field of config.json.
 EPS = 1e-6
-# Rows of a long chain that are taken at once; the state goes from one block to the next.
-BLOCK = DELTA_BLOCK
 # Nothing is left in float32 of what exp(LEAST) multiplies.
 LEAST = -100.0
 # See `_in_parts`. 512 rows of LEAST are 2^21.6 of these steps; float32 counts up to 2^24.
@@ -195,7 +193,7 @@ def delta_rule(q, k, v, g, beta, state, seen, kept, *, is_chain: bool = False):
     grouped = state.reshape(b, n_key_heads, -1, *state.shape[2:])
     if t == 1:
         out, after = _step(q, k, v, g, beta, grouped, kept)
-    elif is_chain and t > BLOCK and t % BLOCK == 0:
+    elif delta_block(t, is_chain=is_chain) < t:
         out, after = _chain(q, k, v, g, beta, grouped, kept)
     else:
         out, state_after = _block(q, k, v, g, beta, grouped, seen)
@@ -223,11 +221,12 @@ def _step(q, k, v, g, beta, state, kept):
 def _chain(q, k, v, g, beta, state, kept):
     """A long chain, block after block. Rows that are not kept have outputs too, so a state goes on
     with all rows, and another stops at the last that is kept."""
-    seen = jnp.tri(BLOCK, dtype=bool)[None]
-    seen = jnp.broadcast_to(seen, (k.shape[0], BLOCK, BLOCK))
+    size = DELTA_BLOCK
+    seen = jnp.tri(size, dtype=bool)[None]
+    seen = jnp.broadcast_to(seen, (k.shape[0], size, size))
 
     def blocks(x, axis):
-        cut = x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
+        cut = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(cut, axis, 0)
 
     def step(states, given):
@@ -282,6 +281,7 @@ def _in_parts(g):
 def _between(sums, of_ancestors, seen):
     """What is left in rows [B, T] of what their ancestors [B, S] wrote -> [B, K, G, T, S]; 0 where
     a row does not see the other. From sums of g, in parts: [2, B, K, G, T] and [2, B, K, G, S]."""
-    between = (sums[..., None] - of_ancestors[..., None, :]).sum(axis=0)
+    parts = zip(sums, of_ancestors, strict=True)
+    between = sum(of_row[..., None] - of_other[..., None, :] for of_row, of_other in parts)
     # Masked before the exponential, which is infinite between rows of other branches.
     return jnp.exp(jnp.where(seen[:, None, None], between, -jnp.inf))

@@ -33,6 +33,7 @@ from jlayer.spec import (
     ModelConfig,
     Place,
     attention_pieces,
+    delta_bytes,
     head_sizes,
 )
 
@@ -266,19 +267,18 @@ def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> 
 
 
 def delta_temporary_bytes(delta: Delta, shapes: Shapes) -> int:
-    """Bytes of the temporaries of a gated DeltaNet, all float32: of every row its inputs and
-    outputs; matrices of the rows of a block with each other, for each value head; and the states.
-
-    Rows that are a chain go block by block; those of a tree are one block, behind at most as many
-    of the lane's own tokens as a block has (`speculation`)."""
-    lanes, rows = power_of_two(shapes.batch), shapes.chunk
-    block = DELTA_BLOCK
-    if shapes.nodes:
-        block = min(rows, rows_for(min(CHUNK_ROWS[-1], DELTA_BLOCK + lane_rows(shapes))))
-    values = delta.n_value_heads * delta.value_dim
-    state = values * delta.key_dim
-    pairs = delta.n_value_heads * rows * min(block, rows)
-    return 4 * (10 * rows * (delta.channels + values) + 10 * pairs + 8 * min(lanes, rows) * state)
+    """Bytes of the temporaries of a gated DeltaNet: the largest of all panes that a chunk may be.
+    A tree is behind no more of the lane's own tokens than a block has (`speculation`)."""
+    lanes = power_of_two(shapes.batch)
+    longest = min(shapes.chunk, rows_for(min(CHUNK_ROWS[-1], DELTA_BLOCK + lane_rows(shapes))))
+    return max(
+        delta_bytes(
+            delta, lanes=min(shapes.chunk // tokens, lanes), tokens=tokens, is_chain=is_chain
+        )
+        for tokens in (1, *CHUNK_ROWS)
+        for is_chain in (True, False)
+        if tokens <= (shapes.chunk if is_chain or not shapes.nodes else longest)
+    )
 
 
 def attention_temporary_bytes(attention: Attention, shapes: Shapes, *, platform: str) -> int:

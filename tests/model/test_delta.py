@@ -11,7 +11,6 @@ from jlayer.engine.batch import lineage
 from jlayer.families.base import state_cache
 from jlayer.model.cache import Rows, cache_struct, empty_cache, read_state, write_state
 from jlayer.model.delta import (
-    BLOCK,
     convolved,
     decay,
     delta_rule,
@@ -19,7 +18,8 @@ from jlayer.model.delta import (
     last_inputs,
     parents_of,
 )
-from jlayer.spec import Delta
+from jlayer.spec import DELTA_BLOCK as BLOCK
+from jlayer.spec import Delta, delta_bytes
 
 # No two axes are equal: 2 key heads of 5, 6 value heads of 7, so 62 channels.
 HOW = Delta(n_key_heads=2, n_value_heads=6, key_dim=5, value_dim=7, kernel=4)
@@ -350,6 +350,28 @@ def test_a_lane_without_kept_rows_keeps_its_state():
         _, after = mixed(products, whole, cache, rows, how=HOW)
         np.testing.assert_array_equal(after.state[4], cache.state[3])
         np.testing.assert_array_equal(after.conv[4], cache.conv[3])
+
+
+@pytest.mark.parametrize(
+    ("lanes", "n_tokens", "is_chain"),
+    [(1, 1, False), (4, 1, False), (1, 8, False), (2, 64, False), (1, 128, True), (1, 128, False)],
+)
+def test_temporaries_are_within_their_sum_and_the_pool_is_not_copied(lanes, n_tokens, is_chain):
+    how = Delta(n_key_heads=2, n_value_heads=6, key_dim=40, value_dim=64, kernel=4)
+    tree = np.broadcast_to(np.tri(n_tokens, dtype=bool), (lanes, n_tokens, n_tokens))
+    rows = rows_of([chain(1)], source=[0] * lanes, target=[0] * lanes, kept=[()])
+    rows = rows.replace(seen=tree, kept=tree[:, -1], is_chain=is_chain)
+    given = (random_products(lanes * n_tokens, how), random_whole(how))
+    cache = cache_struct(state_cache(how), n_rows=500, dtype="float32")
+    program = jax.jit(
+        lambda cache, products, whole, rows: gated_delta(products, whole, cache, rows, how=how),
+        donate_argnums=0,
+    )
+    compiled = program.lower(cache, *given, rows).compile()
+    found = compiled.memory_analysis().temp_size_in_bytes
+    expected = delta_bytes(how, lanes=lanes, tokens=n_tokens, is_chain=is_chain)
+    assert found <= expected < 3 * found
+    assert expected < sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(cache))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

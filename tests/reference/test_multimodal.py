@@ -94,7 +94,35 @@ MODELS = {
         {"image_token_id": 131, "video_token_id": 130, "audio_token_id": 129},
     ),
 }
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "rms_norm_eps": 1e-2,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 24,
+    "num_position_embeddings": 16,
+}
+MODELS["qwen3_5"] = (
+    "qwen3_5",
+    {**DELTA, "head_dim": 8, "num_hidden_layers": 4},
+    QWEN_VISION,
+    {
+        "image_token_id": 131,
+        "video_token_id": 130,
+        "vision_start_token_id": 129,
+        "vision_end_token_id": 128,
+    },
+)
 OF_THE_TEXT = {
+    "qwen3_5": "Qwen3_5ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "gemma3-untied": "Gemma3ForCausalLM",
     "mistral3": "MistralForCausalLM",
