@@ -75,9 +75,7 @@ def text_only(raw: dict, *, where: str) -> dict:
         **own,
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
-        "tie_word_embeddings": Fields(raw, where).boolean(
-            "tie_word_embeddings", default=holder.tied
-        ),
+        "tie_word_embeddings": tied,
     }
 
 

@@ -205,6 +205,16 @@ def test_a_conversion_of_it_is_unchanged_when_it_is_run_again(tmp_path, saved):
     assert convert_checkpoint(source, target).status == "unchanged"
 
 
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_its_source_may_be_deleted_and_the_same_command_run_again(tmp_path, saved, scheme):
+    folder, target = shutil.copytree(saved("gemma3")[0], tmp_path / "source"), tmp_path / "target"
+    for status in ("converted", "unchanged"):
+        summary = convert_checkpoint(folder, target, delete_source=True, quantize=scheme)
+        assert summary.status == status
+        assert not (folder / "model.safetensors").exists()
+    assert config_of(target)["model_type"] == "gemma3_text"
+
+
 def test_what_is_left_out_is_told_once_with_its_size(tmp_path, saved):
     source, _ = saved("gemma3")
     stored = read_tensors(source)
