@@ -2,6 +2,9 @@
 published one in between; or the same weights as published shards.
 
     python benchmarks/make_model.py OUT --shape 70b --layers 20 [--quantize int4 | --published]
+    python benchmarks/make_model.py OUT --shape qwen2.5-72b-instruct --layers 8
+
+A shape is one of Llama's sizes, a known model (configs/models), or the path of a config.json.
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
@@ -23,6 +26,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jlayer.catalogue import model_json
 from jlayer.checkpoint.digest import TensorDigest
 from jlayer.checkpoint.layout import (
     INDEX,
@@ -41,6 +45,7 @@ from jlayer.convert.transform.packed import LEVELS, decode_scales
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import SCHEMES, split_piece
 from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.holders import text_only
 from jlayer.families.registry import published_tensors
 
 # hidden, heads, key/value heads, mlp, vocabulary
@@ -58,6 +63,12 @@ TIED = {"1b"}
 
 
 def config(shape: str, layers: int) -> dict:
+    """The config.json of a shape, cut to so many layers."""
+    if shape not in SHAPES:
+        text = Path(shape).read_bytes() if shape.endswith(".json") else model_json(shape)
+        raw = text_only(json.loads(text), where=shape)
+        types = {"layer_types": raw["layer_types"][:layers]} if raw.get("layer_types") else {}
+        return {**raw, **types, "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
     hidden, heads, kv_heads, mlp, vocab = SHAPES[shape]
     head_dim = 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads
     return {
@@ -106,7 +117,7 @@ def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> No
         files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest(), {}, {})
     fingerprint = hashlib.sha256(text + shape.encode()).hexdigest()
     (folder / MANIFEST).write_bytes(
-        encode_manifest(Manifest("llama", fingerprint, files, quantization))
+        encode_manifest(Manifest(cfg.model_type, fingerprint, files, quantization))
     )
 
 
@@ -217,7 +228,7 @@ def _rows_apart(noise, shape, *, shift):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--shape", required=True)
     parser.add_argument("--layers", type=int, required=True)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--published", action="store_true", help="shards, not layers")

@@ -24,8 +24,6 @@ from jlayer.families.rope import read_rope
 from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, delta_sizes
 
 LINEAR = "linear_attention"
-# Weights that guess the next tokens but one; transformers does not read them either.
-MTP = (r"mtp\..*",)
 
 # The matrices that a gated DeltaNet's input is multiplied by, with the axis of their rows.
 _GROUPED = {"in_proj_qkvz": "qkvz", "in_proj_ba": "two_value_heads"}
@@ -160,8 +158,6 @@ def _refuse_experts(fields):
 
 
 FAMILIES = (
-    Family("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _kinds, dropped=MTP),
-    Family(
-        "qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, dropped=MTP, left_out=OTHER_PARTS
-    ),
+    Family("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _kinds, left_out=OTHER_PARTS),
+    Family("qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, left_out=OTHER_PARTS),
 )

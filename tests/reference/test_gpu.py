@@ -19,6 +19,7 @@ from jlayer.engine.device import gpu_memory, link_speed
 from jlayer.plan import making as plans
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
+from tests.reference import dense_forms
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -105,6 +106,48 @@ def test_quantized(tmp_path, monkeypatch, scheme, tile_bytes):
     worst = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"{scheme}: largest difference {worst:.2e} of max|logit|")
     assert worst <= 1e-5
+
+
+# One of each: norms, windows, caps, parts of heads that turn, fused matrices, states.
+FAMILIES = [
+    *("gemma2", "gemma3", "gemma4", "phi4-mini", "olmo2", "cohere-qk", "glm4", "smollm3"),
+    *("stablelm-qk", "nemotron", "qwen3-sliding", "granite", "qwen3_5", "qwen3_next"),
+]
+FAMILY_IDS = np.random.default_rng(0).integers(3, 133, (1, 40))
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiles"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(tmp_path, monkeypatch, name, tile_bytes):
+    """As near to float64 as the reference is, or to 1e-5 of the largest logit."""
+    dense_forms.save(tmp_path, name)
+    exact, rough = (
+        dense_forms.reference_logits(tmp_path, FAMILY_IDS, dtype).double().numpy()
+        for dtype in (torch.float64, torch.float32)
+    )
+    monkeypatch.setattr(plans, "TILE_BYTES", (tile_bytes,))
+    with AutoModel.from_pretrained(tmp_path, device="gpu", dtype="float32") as model:
+        found = model.logits(FAMILY_IDS)
+        memory = model.engine.memory()
+    most = np.abs(exact).max()
+    worst, own = (np.abs(one - exact).max() / most for one in (found, rough))
+    print(f"{name}: largest difference {worst:.2e} of max|logit|, the reference's own {own:.2e}")
+    assert worst <= max(1e-5, 2 * own)
+    assert memory["device_peak_bytes"] <= memory["device_budget_bytes"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_guesses_of_families_change_no_token(tmp_path, name):
+    dense_forms.save(tmp_path, name)
+    prompt = np.resize(FAMILY_IDS[0, :9], 100).tolist()
+    options = {"max_new_tokens": 40, "temperature": 0, "eos_token_id": None}
+    with AutoModel.from_pretrained(tmp_path, device="gpu", dtype="float32") as model:
+        plain = generate(model, [prompt, prompt[:30]], speculate="off", **options)
+        found = generate(
+            model, [prompt, prompt[:30]], speculate="lookup", draft_tokens=7, **options
+        )
+    assert [one.token_ids for one in found] == [one.token_ids for one in plain]
+    assert found[0].stats["drafted"]
 
 
 def test_the_predicted_link_is_within_the_links_reach():
