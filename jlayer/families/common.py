@@ -120,14 +120,14 @@ def config(
     for name, values in _NEUTRAL.items():
         fields.refuse_unless(name, *values)
     _check_length(fields)
+    used = [one for one in attentions if not layer_types or one.name in layer_types]
+    for one in used:
+        _check(fields, one)
     used = tuple(
         # A window that no text is longer than is none.
         replace(one, window=None) if one.window and one.window >= sizes.longest else one
-        for one in attentions
-        if not layer_types or one.name in layer_types
+        for one in used
     )
-    for one in used:
-        _check(fields, one)
     if len(set(layer_types)) == 1:
         layer_types = ()
     act = fields.choice(activation_key, ACTIVATIONS, default=activation)

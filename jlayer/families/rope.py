@@ -44,7 +44,7 @@ def read_rope(
                 "expected one rope_type and rope_theta for all layers"
             )
         # Here transformers looks for it outside of what is said for the layers.
-        outer = {"truncate": said.raw.get("truncate")}
+        outer = {"truncate": said.raw.get("truncate", True)}
         said = said.section(layer_type)
         said = Fields({**said.raw, **outer}, said.where)
     beside = {key: fields.raw[key] for key in ("rope_theta",) if key in fields.raw}

@@ -24,7 +24,7 @@ REFUSALS = (
     *(TypeError, KeyError, ValueError, ZeroDivisionError, AttributeError, IndexError),
     *(NotImplementedError, AssertionError, RuntimeError, StrictDataclassError),
 )
-SLIDING = "sliding_attention"
+SLIDING, LINEAR = "sliding_attention", "linear_attention"
 # Families without types of layers, all of whose layers have the config's window.
 WINDOW_IN_ALL = ("mistral", "ministral3", "phi3", "starcoder2")
 # Which layers turn queries and keys, where not all do.
@@ -77,12 +77,16 @@ def facts_there(raw, folder):
         ]
     except REFUSALS:
         return None
+    if not all(
+        hasattr(layer, "self_attn") or hasattr(layer, "linear_attn") for layer in body.layers
+    ):
+        return None  # of a type that it has not
     types = own("layer_types", None) or [None] * config.num_hidden_layers
     layers = [
-        _layer_there(config, each.self_attn, *one)
-        for each, *one in zip(body.layers, types, strict=True)
+        _layer_there(config, layer, layer_type)
+        for layer, layer_type in zip(body.layers, types, strict=True)
     ]
-    windows = [window for _, _, window, _ in layers]
+    windows = [window for *_, window in layers]
     if SLIDING in types and config.sliding_window is None:
         return None  # its mask cannot be made
     # The cache of a family without windows is cut nevertheless, where its config names one.
@@ -104,24 +108,31 @@ def facts_there(raw, folder):
         "activation": _activation_there(body.layers[0].mlp),
         "scale of logits": own("logit_scale", 1) / own("logits_scaling", 1),
         "cap of logits": own("final_logit_softcapping", None),
-        "cap of scores": own("attn_logit_softcapping", None),
+        # Gemma 3 has the key, and its attention does not look at it.
+        "cap of scores": (config.model_type == "gemma2" and config.attn_logit_softcapping) or None,
         "clip": own("clip_qkv", None),
         "residual": own("residual_multiplier", 1.0),
         "layers": layers,
     }
-    return said, [_frequencies_there(rotary, name) for name in types]
+    return said, [name != LINEAR and _frequencies_there(rotary, name) for name in types]
 
 
 def _activation_there(mlp):
-    function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or mlp.act
-    return ACTIVATIONS[type(function).__name__]
+    names = ("act_fn", "activation_fn", "act")
+    function = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)
+    return ACTIVATIONS.get(type(function).__name__)  # None of experts
 
 
-def _layer_there(config, attention, layer_type):
+def _layer_there(config, layer, layer_type):
+    if layer_type == LINEAR:
+        return LINEAR, None
+    attention = layer.self_attn
     slides = layer_type == SLIDING or (layer_type is None and config.model_type in WINDOW_IN_ALL)
     is_turned = IS_TURNED.get(config.model_type, lambda layer: True)(attention)
     window = config.sliding_window if slides else None
-    return attention.head_dim, round(float(attention.scaling), 9), window, is_turned
+    if window is not None and window >= config.max_position_embeddings:
+        window = None  # no text is longer
+    return attention.head_dim, round(float(attention.scaling), 9), is_turned, window
 
 
 def _frequencies_there(rotary, layer_type):
@@ -137,8 +148,10 @@ def facts_here(raw):
     except CheckpointError as error:
         return str(error)
     forms = {form.name: form for form in cfg.attentions}
-    layers = [forms[name] for name in cfg.layer_types] or [cfg.attention] * cfg.num_hidden_layers
+    layers = [forms.get(name) for name in cfg.layer_types]
+    layers = layers or [cfg.attention] * cfg.num_hidden_layers
     norms = [cfg.norm, *(form.head_norms.norm for form in cfg.attentions if form.head_norms)]
+    norms += [cfg.delta.norm] if cfg.delta else []
     said = {
         "tensors": published_tensors(cfg),
         "eps": {norm.eps for norm in norms},
@@ -152,11 +165,14 @@ def facts_here(raw):
         "clip": cfg.attention.clip,
         "residual": cfg.residual_scale,
         "layers": [
-            (one.head_dim, round(one.scale, 9), one.window, one.rope is not None) for one in layers
+            (one.head_dim, round(one.scale, 9), one.rope is not None, one.window)
+            if one
+            else (LINEAR, None)
+            for one in layers
         ],
     }
     return said, [
-        one.rope and (rope_frequencies(one.rope, one.head_dim), one.rope.attention_factor)
+        one and one.rope and (rope_frequencies(one.rope, one.head_dim), one.rope.attention_factor)
         for one in layers
     ]
 
@@ -176,7 +192,7 @@ def differences(raw, folder):
         if said_here[name] != said_there[name]
     ]
     for number, (ours, theirs) in enumerate(zip(turned_here, turned_there, strict=True)):
-        if ours is not None and not _same(ours, theirs):
+        if ours and not _same(ours, theirs):
             lines.append(f"layer {number}: turned by {ours} here, {theirs} there")
     return lines
 

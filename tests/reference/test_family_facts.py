@@ -27,6 +27,7 @@ GIVEN = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 4},
+    "qwen3_next": {"num_experts": 0},
 }
 
 
@@ -141,6 +142,7 @@ OURS_ALONE = {
     "parameters-of-full-layers": "differs by kind of layer",
     "partial": "partial_rotary_factor is 0.5",
     "partial-null": "partial_rotary_factor is None",
+    "types": "supported: full_attention, linear_attention",
     "types-of-another-family": "layer_types",
 }
 # What some families of Transformers refuse, and we take: a null of a size is as in a llama (the
@@ -180,6 +182,8 @@ def test_sizes_that_published_files_leave_out(tmp_path, model_type):
 REFUSED = {  # Transformers makes them, and what it makes does not run, or is another model
     "gemma4_text": "hidden_size_per_layer_input is 256, supported: 0, or none at all",
     "helium": "head_dim is 128, expected hidden_size 2560 divided by num_attention_heads 320",
+    "qwen3_next": "num_experts is 512: 7 of 7 layers have experts, which are not supported; "
+    "supported: dense layers alone",
 }
 
 
