@@ -54,7 +54,10 @@ def main():
     capacity = capacity_for(context + 64)
     for rows in map(int, options.rows.split(",")):
         new = np.arange(context, context + rows, dtype=np.int32)
-        growth = Growth([1] * rows, [context] * rows, new, committed, new, np.eye(rows, dtype=bool))
+        growth = Growth(
+            *([1] * rows, [context] * rows, new, committed, new, [context] * rows),
+            np.eye(rows, dtype=bool),
+        )
         part = arrange_growth(
             [growth], tokens=rows, fresh=options.fresh, capacity=capacity, pool=pool
         )

@@ -15,6 +15,7 @@ from jlayer.streaming.watch import Watch
 
 # Programs for a GPU that are compiled at a time, each on a core: a program takes 0.1 to 1 s.
 AT_A_TIME = 4
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 _counted, _total, _lock = threading.local(), 0, threading.Lock()
 
@@ -52,7 +53,7 @@ class Compiler:
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0
         self._programs: dict[tuple, Callable] = {}
-        self._waiting: dict[tuple, Future] = {}
+        self._waiting: dict[tuple, tuple[Future, object]] = {}  # and what is compiled
         self._pool: ThreadPoolExecutor | None = None
         self._at_a_time = at_a_time or _at_a_time(device)
 
@@ -67,15 +68,19 @@ class Compiler:
             with deferred(), self._watch.compiling(label):
                 lowered = self._lower(function, args, reuses=reuses)
                 if self._pool is None:
-                    self._keep(name, *_compiled(lowered))
+                    self._keep(name, *compiled(lowered))
                 else:
-                    self._waiting[name] = self._pool.submit(_compiled, lowered)
+                    self._waiting[name] = (self._pool.submit(compiled, lowered), lowered)
         return self._programs.get(name)
 
     @contextmanager
     def together(self):
         """Compiles what is asked for inside the `with` in several threads; it is there after it.
-        Raises what the first of them raises that fails."""
+        Raises what the first of them raises that fails.
+
+        XLA tries a program's kernels on the device while it compiles. Where memory is short, there
+        is room for those of one program, but not of several: these are compiled once more, alone.
+        """
         if self._at_a_time == 1:
             yield
             return
@@ -83,12 +88,21 @@ class Compiler:
             self._pool = pool
             try:
                 yield
-                for name, future in self._waiting.items():
+                alone = []
+                for name, (future, lowered) in self._waiting.items():
                     with deferred(), self._watch.compiling(name[0]):
-                        self._keep(name, *future.result())
+                        try:
+                            self._keep(name, *future.result())
+                        except jax.errors.JaxRuntimeError as error:
+                            if OUT_OF_MEMORY not in str(error):
+                                raise
+                            alone.append((name, lowered))
+                for name, lowered in alone:
+                    with deferred(), self._watch.compiling(name[0]):
+                        self._keep(name, *compiled(lowered))
             finally:
                 self._pool = None
-                for future in self._waiting.values():
+                for future, _ in self._waiting.values():
                     future.cancel()
                 self._waiting.clear()
 
@@ -112,7 +126,7 @@ def _at_a_time(device):
     return 1 if device.platform == "cpu" else min(AT_A_TIME, len(os.sched_getaffinity(0)))
 
 
-def _compiled(lowered):
+def compiled(lowered):
     """(the program, how many XLA compiled for it)"""
     before = _compiled_here()
     return lowered.compile(), _compiled_here() - before

@@ -107,6 +107,5 @@ def _ids(text, folder, prompt, *, chat, system, template):
 
 def _refuse_unread(template):
     for name in template:
-        raise UsageError(
-            f"{name}: is for chats, and this prompt is none; give messages, or chat=True"
-        )
+        found = f"{name}: is for chats, and this prompt is none; "
+        raise UsageError(f"{found}give messages, or chat=True", command_line=f"{found}add --chat")

@@ -9,7 +9,8 @@ from __future__ import annotations
 FILE_AS_IT_IS = "TokenizersBackend"  # no class of its own: tokenizer.json says everything
 # model_type of config.json -> the class that transformers has for it. Others have none.
 CLASS_OF = {
-    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_next"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), "Qwen3_5Tokenizer"),
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), "GemmaTokenizer"
     ),
@@ -23,7 +24,7 @@ CLASS_OF = {
     **dict.fromkeys(("nemotron", "olmo2", "olmo3", "phi3", "stablelm"), FILE_AS_IT_IS),
 }
 # Where the published files often name a wrong class, so that the one above counts.
-OVERRULED = frozenset({"ernie4_5", "nemotron", "phi3", "qwen2"})
+OVERRULED = frozenset({"ernie4_5", "nemotron", "phi3", "qwen2", "qwen3_5"})
 
 
 def class_of_model(model_type: str, named: str, *, has_code: bool) -> str:

@@ -1,9 +1,12 @@
 """Programs that are compiled several at a time are the same, are counted once, and fail as one."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
 
+from jlayer.engine import compiles
 from jlayer.engine.compiles import Compiler, backend_compiles
 from jlayer.streaming.watch import Watch
 
@@ -33,6 +36,35 @@ def test_programs_asked_for_together_are_there_afterwards(compiler):
         program = compiler.get(f"times {factor % 2}", factor, None, None, reuses=False)
         assert (np.asarray(program(ones)) == factor).all()
     assert backend_compiles() - before == 3
+
+
+@pytest.mark.parametrize("word", ["RESOURCE_EXHAUSTED", "INTERNAL"])
+def test_one_that_has_no_room_beside_others_is_compiled_alone(monkeypatch, word):
+    """Kernels are tried on the device while programs are compiled."""
+    (device,) = jax.devices("cpu")[:1]
+    compiler, failed = Compiler(device, Watch(), at_a_time=4), []
+
+    def compiled(lowered):
+        if threading.current_thread() is not threading.main_thread() and not failed:
+            failed.append(lowered)
+            raise jax.errors.JaxRuntimeError(f"{word}: Failed to get configs")
+        return whole(lowered)
+
+    whole = compiles.compiled
+    monkeypatch.setattr(compiles, "compiled", compiled)
+
+    def ask():
+        with compiler.together():
+            for factor in (2, 3, 4):
+                compiler.get("times", factor, times(factor), (STRUCT,), reuses=False)
+
+    if word == "INTERNAL":
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            ask()
+        return
+    ask()
+    assert len(failed) == 1
+    assert compiler.compiles == {"times": 3}
 
 
 def test_one_that_fails_fails_all_and_leaves_nothing_behind(compiler):

@@ -166,7 +166,8 @@ def test_runs_that_are_alive_add_their_entries_and_share_the_rest(held):
     spacious = machine(device_budget=60 << 30, host_budget=100 << 30)
     alone = plan_of(SMALL_8B, on=spacious, keeps_layers=False)
     beside = plan_of(SMALL_8B, on=spacious, keeps_layers=False, held=held)
-    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    how = SMALL_8B.attention
+    numbers = 2 * how.n_kv_heads * how.head_dim * SMALL_8B.num_hidden_layers
     entries = 100 + sum(run.batch * run.context for run in held)
     assert beside.device.cache_bytes == 2 * numbers * pool_rows(entries)
     assert beside.device.slots_bytes == alone.device.slots_bytes
@@ -183,7 +184,8 @@ def test_guessed_tokens_take_entries_rows_and_logits():
     spacious = machine(device_budget=60 << 30, host_budget=100 << 30)
     options = {"on": spacious, "keeps_layers": False, "longest": 64, "context": 100}
     alone, both = (plan_of(SMALL_8B, nodes=nodes, **options) for nodes in (0, 63))
-    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    how = SMALL_8B.attention
+    numbers = 2 * how.n_kv_heads * how.head_dim * SMALL_8B.num_hidden_layers
     assert both.device.cache_bytes == 2 * numbers * pool_rows(163)
     assert both.load.n_rows == alone.load.n_rows  # the prompt's are as many
     more = both.host.embedding_bytes - alone.host.embedding_bytes
@@ -212,7 +214,8 @@ def test_a_pool_that_is_there_is_counted_even_where_less_would_do():
     some = machine(device_budget=60 << 30)
     weights, run = weights_of(SMALL_8B), RunShape(context=100)
     found = make_plan(weights, some, run, least_pool=PoolSizes(4096), keeps_layers=False)
-    numbers = 2 * SMALL_8B.num_key_value_heads * SMALL_8B.head_dim * SMALL_8B.num_hidden_layers
+    how = SMALL_8B.attention
+    numbers = 2 * how.n_kv_heads * how.head_dim * SMALL_8B.num_hidden_layers
     assert found.device.cache_bytes == 2 * numbers * 4096
     assert refit(found, weights, run, least_pool=PoolSizes(4096)) == found
 

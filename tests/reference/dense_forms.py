@@ -424,11 +424,16 @@ def save(
     return folder
 
 
+def load(folder: str | os.PathLike, dtype):
+    """Transformers' model in a folder."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
 def reference_logits(folder: str | os.PathLike, ids, dtype):
     """Transformers' logits [B, T, vocabulary] of ids [B, T], all at once and without a cache."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
-        return model(torch.as_tensor(ids), use_cache=False).logits
+        return load(folder, dtype)(torch.as_tensor(ids), use_cache=False).logits
