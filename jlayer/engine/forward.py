@@ -190,7 +190,8 @@ class Forward:
                     "its window or its state; start again from the first token"
                 )
         self._engine.caches.make_room()
-        new = [pool.take(len(tokens)) for tokens in ids]
+        chunk = self._engine.plan.chunk
+        new = [pool.take(len(tokens), chunk=chunk) for tokens in ids]
         entries = [
             Entry(
                 *(tokens, table.rows, rows, self._capacity),

@@ -21,11 +21,16 @@ NO_PLACE = -1
 
 
 class Window:
-    """The places of rows in the pools of layers that see the last `size` tokens."""
+    """The places of rows in the pools of layers that see the last `size` tokens.
+
+    A long prompt goes through a layer chunk by chunk, and a chunk sees no more than the window
+    before it: so its rows take the places of rows of the same pass that came long before.
+    """
 
     def __init__(self, size: int):
         self.size, self.n_rows = size, 0
         self.places = np.zeros(0, np.int32)  # of each row of the numbering; NO_PLACE: none
+        self._holder = np.zeros(0, np.int32)  # of each place the row that was written to it last
         self._free: list[int] = []
 
     @property
@@ -39,14 +44,27 @@ class Window:
         self.places = np.concatenate([self.places, np.full(more, NO_PLACE, np.int32)])
         self._free = [*range(n_rows - 1, self.n_rows - 1, -1), *self._free]
         self.n_rows = max(n_rows, self.n_rows)
+        fresh = self.n_rows - len(self._holder)
+        self._holder = np.concatenate([self._holder, np.full(fresh, NO_PLACE, np.int32)])
 
-    def take(self, rows: np.ndarray) -> None:
-        assert len(rows) <= len(self._free), "what a pass writes is planned, beside what lanes see"
-        self.places[rows] = [self._free.pop() for _ in rows]
+    def ring(self, chunk: int | None) -> int | None:
+        """How many new rows of a lane have places of their own, if they come in chunks of this
+        size: what a chunk sees, and what it writes. None: all."""
+        return None if chunk is None else self.n_behind + chunk
+
+    def take(self, rows: np.ndarray, ring: int | None = None) -> None:
+        """Gives new rows of a lane, in order, their places."""
+        count = len(rows) if ring is None else min(len(rows), ring)
+        assert count <= len(self._free), "what a pass writes is planned, beside what lanes see"
+        own = np.array([self._free.pop() for _ in range(count)], np.int32)
+        places = np.resize(own, len(rows))  # from the first one on again, as often as needed
+        self.places[rows] = places
+        self._holder[places] = rows  # of those that share a place the last one
 
     def release(self, rows: np.ndarray) -> None:
         held = rows[self.places[rows] != NO_PLACE]
-        self._free += self.places[held][::-1].tolist()
+        places = self.places[held]
+        self._free += places[self._holder[places] == held][::-1].tolist()
         self.places[held] = NO_PLACE
 
     def keep(self, sequences: Iterable[np.ndarray]) -> None:
@@ -60,7 +78,8 @@ class Window:
     def holds(self, rows: np.ndarray) -> bool:
         """Whether all that the next token of a sequence of rows can see has its place."""
         seen = rows[max(0, len(rows) - self.n_behind) :]
-        return bool((self.places[seen] != NO_PLACE).all())
+        places = self.places[seen]
+        return bool((places != NO_PLACE).all() and (self._holder[places] == seen).all())
 
 
 class Pool:
@@ -107,15 +126,19 @@ class Pool:
     def release_slots(self, slots: Sequence[int]) -> None:
         self._free_slots += slots
 
-    def take(self, count: int, *, n_seen: int | None = None) -> np.ndarray:
+    def take(
+        self, count: int, *, n_seen: int | None = None, chunk: int | None = None
+    ) -> np.ndarray:
         """`count` free rows, int32, each used once from now on. `n_seen`: only the last so many
-        will be seen by a layer with a window; None: all."""
+        will be seen by a layer with a window; None: all. `chunk`: they are a lane's next ones, and
+        written in chunks of at most so many."""
         assert count <= self.n_free, "runs are admitted by their entries, and cannot use more"
         rows = np.array(self._free[len(self._free) - count :][::-1], np.int32)
         del self._free[len(self._free) - count :]
         self._uses[rows] = 1
         for window in self.windows:
-            window.take(rows[0 if n_seen is None else max(0, count - n_seen) :])
+            seen = rows[0 if n_seen is None else max(0, count - n_seen) :]
+            window.take(seen, window.ring(chunk))
         return rows
 
     def share(self, rows: np.ndarray) -> None:
@@ -134,6 +157,15 @@ class Pool:
         """Makes room in the pools of layers with a window: see `Window.keep`."""
         for window in self.windows:
             window.keep(sequences)
+
+    def keeps(self, n_shared: int, n_new: int, n_written: int, chunk: int) -> bool:
+        """Whether the first `n_shared` tokens of a lane can be continued after a pass in which it
+        writes the last `n_new` of its `n_written`, in chunks of at most `chunk`."""
+        rings = [window.ring(chunk) for window in self.windows]
+        return all(
+            n_new <= ring or n_shared - window.n_behind >= n_written - ring
+            for ring, window in zip(rings, self.windows, strict=True)
+        )
 
     def holds(self, rows: np.ndarray) -> bool:
         """Whether a sequence of rows can be continued: every layer still has what is seen."""

@@ -79,15 +79,16 @@ class Rider:
             n_kept=n_own,
         )
 
-    def take_rows(self, pool: Pool) -> np.ndarray:
-        """Takes pool rows for its tokens, and shares those of its source; -> the new ones."""
+    def take_rows(self, pool: Pool, chunk: int) -> np.ndarray:
+        """Takes pool rows for its tokens, and shares those of its source; -> the new ones.
+        `chunk`: the most rows of a chunk."""
         if self.source is not None:
             there = self.source.lane.table.rows
             if self.source.own is not None:
                 there = np.concatenate([there, self.source.gained])
             self.shared = there[: self.first].copy()
             pool.share(self.shared)
-        self.own = pool.take(self.end - self.first)
+        self.own = pool.take(self.end - self.first, chunk=chunk)
         return self.own
 
     def release(self, pool: Pool) -> None:
@@ -121,7 +122,7 @@ def choose_riders(
         riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
     room = max(plan.chunk - len(riders), plan.chunk // 2) if riders else plan.load.n_rows
     for lane in [lane for lane in lanes if lane.n_pending > 1]:
-        rider = _with_source(lane, riders, everybody, pool)
+        rider = _with_source(lane, riders, everybody, pool, plan.chunk)
         if rider is None:
             continue
         n_tokens = min(rider.end - rider.first, room)
@@ -136,7 +137,7 @@ def choose_riders(
     return riders
 
 
-def _with_source(lane, riders, everybody, pool) -> Rider | None:
+def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     """The rider of a lane whose prompt is not done. A lane without entries takes those of
     another that begins alike, be they there or on their way in this pass. None: it waits for
     one that is still on its way through what they share.
@@ -158,7 +159,11 @@ def _with_source(lane, riders, everybody, pool) -> Rider | None:
         other = rider.lane
         n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
         n_shared = min(n_alike, rider.end)
-        if other.is_long != lane.is_long or not pool.holds(other.table.rows[:n_shared]):
+        n_there = len(other.table)
+        is_there = pool.holds(other.table.rows[:n_shared]) and pool.keeps(
+            n_shared, rider.end - n_there, rider.end, chunk
+        )
+        if other.is_long != lane.is_long or not is_there:
             continue
         if other.is_alive and other.is_hungry and other.n_pending > 1:
             n_promised = max(n_promised, n_alike)

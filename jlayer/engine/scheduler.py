@@ -136,7 +136,7 @@ class Scheduler:
             try:
                 engine.caches.make_room(list(_waited_for(self._alive())))
                 for rider in riders:
-                    speculation.forget(rider.take_rows(engine.caches.pool))
+                    speculation.forget(rider.take_rows(engine.caches.pool, engine.plan.chunk))
                 speculation.guess(riders, engine.plan)
                 drafting_s = clock.lap()
                 parts = self._arrange([rider.entry for rider in riders])

@@ -281,14 +281,18 @@ class PoolSizes:
 
 
 def pool_sizes(load: Shapes, windows: Sequence[int], least: PoolSizes | None = None) -> PoolSizes:
-    """The rows of the pools for these runs, at least as many as there are. The pool of a window has
-    what every lane sees, and what a forward pass writes. A lane has two slots: a pass reads its
-    state from one and writes the next to the other, so that one that fails has changed nothing."""
+    """The rows of the pools for these runs, at least as many as there are. A lane has two slots: a
+    pass reads its state from one and writes the next to the other, so that one that fails has
+    changed nothing."""
     n_rows = pool_rows(load.entries)
-    own = [
-        min(n_rows, pool_rows(load.batch * min(size, load.capacity) + load.n_rows))
-        for size in windows
-    ]
+
+    # What lanes see, and what a pass writes: of a long prompt no more than a chunk sees, and the
+    # chunk itself (`engine.pool.Window`).
+    def rows(size):
+        written = min(load.n_rows, load.batch * (size + load.chunk))
+        return min(n_rows, pool_rows(load.batch * size + written))
+
+    own = [rows(min(size, load.capacity)) for size in windows]
     slots = SLOTS * power_of_two(load.batch)
     if least is None or not least.n_rows:
         return PoolSizes(n_rows, tuple(own), slots)

@@ -10,6 +10,7 @@ from jlayer import AutoModel
 from jlayer.engine.pool import NO_PLACE, Pool, Table
 from jlayer.families.registry import windows_of
 from jlayer.plan.shapes import PoolSizes, RunShape
+from tests.convert.checkpoints import edit_json
 from tests.engine.lanes import GREEDY
 from tests.reference.dense_forms import save
 
@@ -21,7 +22,9 @@ PROMPT = RNG.integers(3, 133, 90).tolist()
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     """A tiny Gemma 3, of whose layers two have a window."""
-    return save(tmp_path_factory.mktemp("gemma") / "source", "gemma3")
+    folder = save(tmp_path_factory.mktemp("gemma") / "source", "gemma3")
+    edit_json(folder / "config.json", max_position_embeddings=4096)
+    return folder
 
 
 def opened(folder, **options):
@@ -46,10 +49,12 @@ def test_what_a_lane_sees_has_a_place_of_its_own(acts):
     for act, one, other, number in acts:
         table, source = tables[one % 3], tables[other % 3]
         pool.keep([each.rows for each in tables])
-        if act == "write" and pool.n_free >= number:
-            table.append(pool.take(number))
-        elif act == "fail" and pool.n_free >= number:
-            pool.release(pool.take(number))
+        # Long ones come in chunks of 4, whose rows take each other's places.
+        count = number * (1 + other)
+        if act == "write" and pool.n_free >= count:
+            table.append(pool.take(count, chunk=4))
+        elif act == "fail" and pool.n_free >= count:
+            pool.release(pool.take(count, chunk=4))
         elif act == "share" and not len(table) and pool.holds(source.rows[:number]):
             pool.share(source.rows[:number])
             table.append(source.rows[:number].copy())
@@ -57,15 +62,15 @@ def test_what_a_lane_sees_has_a_place_of_its_own(acts):
             table.cut(0 if number < 5 else len(table))
         elif act == "close":
             table.cut(0)
-        for each in tables:
-            seen = window.places[each.rows[max(0, len(each) - window.n_behind) :]]
-            assert NO_PLACE not in seen
-            assert len(set(seen.tolist())) == len(seen)
-        held = window.places[window.places != NO_PLACE]
-        assert len(set(held.tolist())) == len(held) <= window.n_rows
+        seen = {row for each in tables for row in each.rows[max(0, len(each) - 5) :].tolist()}
+        places = window.places[sorted(seen)]
+        assert NO_PLACE not in places
+        assert len(set(places.tolist())) == len(seen)
+        assert all(pool.holds(each.rows) for each in tables)
     for table in tables:
         table.close()
     assert (window.places == NO_PLACE).all()
+    assert len(set(window.places[pool.take(window.n_rows)].tolist())) == window.n_rows
 
 
 def test_a_long_text_takes_no_more_of_a_window_than_it_sees(gemma):
@@ -81,6 +86,24 @@ def test_a_long_text_takes_no_more_of_a_window_than_it_sees(gemma):
         assert [row == 64 for row in rows] == [kind == "sliding_attention" for kind in kinds]
         assert min(rows[2:]) >= 500
         assert model.engine.caches.n_bytes == forward.plan.device.cache_bytes
+
+
+def test_a_long_prompt_in_one_pass_takes_no_more_of_a_window_than_a_chunk_needs(gemma):
+    """Its rows take each other's places, and its logits are those of the same tokens in pieces."""
+    prompt = np.resize(PROMPT, 1500).tolist()
+    with opened(gemma, context=1600) as model:
+        forward = model.engine.start(RunShape(longest=1500, context=1600))
+        whole = forward.sweep([prompt], [0])
+        plan, caches = model.engine.plan, model.engine.caches
+        assert plan.load.n_rows > 2 * plan.chunk  # several chunks
+        (n_rows,) = caches.sizes.windows
+        assert n_rows < 2 * WINDOW + plan.chunk + 64 < caches.sizes.n_rows
+        more = forward.sweep([PROMPT[:20]], [1500])
+        for at in range(0, 1500, 100):
+            pieces = forward.sweep([prompt[at : at + 100]], [at])
+        again = forward.sweep([PROMPT[:20]], [1500])
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(again, more, rtol=0, atol=1e-5 * np.abs(more).max())
 
 
 @pytest.mark.parametrize("speculate", ["off", "lookup"])
