@@ -106,6 +106,13 @@ def test_wide_passes_leave_more_to_the_device_and_the_widest_all():
         assert all(tile.for_host for tile in stages)
 
 
+def test_the_widest_passes_are_left_to_the_device_however_fast_the_cores_are():
+    """Their inputs and products take the link's time too, which no plan counts."""
+    plan = planned(100e12)
+    assert plan.hosted(64)
+    assert not plan.hosted(256)
+
+
 def test_slow_cores_and_what_fits_the_device_are_left_alone():
     assert planned(1e9).host_share == 0
     assert planned(100e9, budget=160 << 30).host_share == 0
