@@ -171,6 +171,7 @@ def _draw(*, quantized, tied=False):
     code = one[np.abs(decode_scales(one) * LEVELS.std() - spread[None]).argmin()]
     signs = rng.integers(0, 2, 1 << 20, dtype=np.uint8) << 7
     return drawn | {
+        None: (noise[: 1 << 20] * spread[None]).astype(ml_dtypes.bfloat16),  # of biases, say
         ("q", "int8"): small,
         ("q", "uint8"): rng.integers(0, 256, 16 << 20, dtype=np.uint8),
         ("scale", "uint8", None): code | signs,

@@ -66,6 +66,10 @@ class Scheduler:
             sweeper, parts = self._engine.sweeper, self._arrange(first)
             sweeper.compile(executor, parts)
             sweeper.compile(executor, self._arrange(later))
+            if share and self._engine.caches.pool.has_state:
+                # Guesses that were right ride once more, before the next ones.
+                again = [_stand_in(1 + 2 * share, lane.capacity, n_nodes=share) for lane in lanes]
+                sweeper.compile(executor, self._arrange(again))
             sweeper.fill(executor, parts)
             return self._engine.totals.since(before)
 
