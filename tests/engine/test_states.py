@@ -41,6 +41,7 @@ def plain(model):
     return jlayer.generate(model, PROMPT, speculate="off", **OPTIONS).token_ids
 
 
+@pytest.mark.slow
 def test_a_prompt_in_blocks_and_in_pieces_is_that_of_transformers(qwen, model):
     """Divisions by lengths that nearly cancel cost digits: the reference is 2e-5 from itself in
     float64 here."""
@@ -72,6 +73,7 @@ def test_guesses_change_no_token(model, plain, n_guesses):
     assert found.stats["sweeps"] < len(plain)
 
 
+@pytest.mark.slow
 def test_lanes_that_begin_alike_and_guess_are_what_each_is_alone(model, plain):
     prompts = [PROMPT, PROMPT[:40], [*PROMPT[:64], 9], PROMPT[:2], PROMPT]
     alone = [
@@ -115,6 +117,7 @@ def test_a_pass_that_fails_has_changed_no_state(model, plain, monkeypatch):
     run.close()
 
 
+@pytest.mark.slow
 def test_states_in_host_memory_come_and_go(qwen, plain, monkeypatch):
     for name, made in (("make_plan", make_plan), ("refit", refit)):
 
@@ -129,6 +132,7 @@ def test_states_in_host_memory_come_and_go(qwen, plain, monkeypatch):
     assert found.token_ids == plain
 
 
+@pytest.mark.slow
 def test_temporaries_and_states_are_within_what_was_planned(qwen):
     for n_lanes, length in ((1, 150), (5, 30)):
         with AutoModel.from_pretrained(qwen, device="cpu", dtype="float32") as opened:

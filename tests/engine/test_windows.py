@@ -88,6 +88,7 @@ def test_a_long_text_takes_no_more_of_a_window_than_it_sees(gemma):
         assert model.engine.caches.n_bytes == forward.plan.device.cache_bytes
 
 
+@pytest.mark.slow
 def test_a_long_prompt_in_one_pass_takes_no_more_of_a_window_than_a_chunk_needs(gemma):
     """Its rows take each other's places, and its logits are those of the same tokens in pieces."""
     prompt = np.resize(PROMPT, 1500).tolist()
@@ -106,6 +107,7 @@ def test_a_long_prompt_in_one_pass_takes_no_more_of_a_window_than_a_chunk_needs(
     np.testing.assert_allclose(again, more, rtol=0, atol=1e-5 * np.abs(more).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculate", ["off", "lookup"])
 def test_many_lanes_far_beyond_the_window_are_what_each_is_alone(gemma, speculate):
     """Prompts that begin alike share entries; guesses ride or not."""
@@ -123,6 +125,7 @@ def test_many_lanes_far_beyond_the_window_are_what_each_is_alone(gemma, speculat
         assert beside[0].stats["drafted"]
 
 
+@pytest.mark.slow
 def test_sequences_of_one_prompt_begin_where_it_ends_however_late(gemma):
     options = {"max_new_tokens": 30, "seed": 4, "temperature": 0.9, "eos_token_id": None}
     with opened(gemma) as model:

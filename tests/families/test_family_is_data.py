@@ -115,6 +115,7 @@ def test_tiles_of_any_size_are_the_blocks(stored, monkeypatch, tile_bytes):
     np.testing.assert_allclose(np.concatenate(cached, axis=1), expected, rtol=0, atol=CACHED * most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [None, 500])
 def test_tiles_that_cross_as_one_array_are_the_blocks(stored, monkeypatch, tile_bytes):
     """As on a GPU, whose layout of a tile is the same here; plain tiles never are one array."""

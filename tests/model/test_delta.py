@@ -272,6 +272,7 @@ def take(products, rows):
     return {name: product[np.asarray(rows)] for name, product in products.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [2, 7])
 def test_a_tree_is_each_of_its_branches(kernel):
     how = replace(HOW, kernel=kernel)
@@ -288,6 +289,7 @@ def test_a_tree_is_each_of_its_branches(kernel):
             jax.tree.map(close, after, expected_after)
 
 
+@pytest.mark.slow
 def test_pieces_are_the_whole():
     """From one slot to another and back, as a prompt in chunks, and next tokens after it."""
     n_tokens, lengths = 2 * BLOCK + 8, (3, 1, 2 * BLOCK, 1, 3)
@@ -317,6 +319,7 @@ def test_pieces_are_the_whole():
         close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     """Rows after a lane's own, lanes after the pane's own, and rows beyond the pane; whatever they
     hold."""
@@ -352,6 +355,7 @@ def test_a_lane_without_kept_rows_keeps_its_state():
         np.testing.assert_array_equal(after.conv[4], cache.conv[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lanes", "n_tokens", "is_chain"),
     [(1, 1, False), (4, 1, False), (1, 8, False), (2, 64, False), (1, 128, True), (1, 128, False)],
@@ -399,6 +403,7 @@ def test_slots(dtype):
         assert not np.asarray(mine[3], np.float32).any()
 
 
+@pytest.mark.slow
 def test_the_state_stays_float32_where_the_rest_is_bfloat16():
     products, whole = random_products(4, HOW, "bfloat16"), random_whole(HOW, "bfloat16")
     cache = empty_cache(state_cache(HOW), n_rows=SLOTS, dtype="bfloat16")

@@ -228,6 +228,7 @@ def test_a_block_is_the_reference_decoder_layer(layer, hidden):
     close(found, reference(hidden))
 
 
+@pytest.mark.slow
 def test_a_block_goes_on_from_what_is_cached(layer, hidden):
     ours, cache, reference = layer
     found, first = [], 0
@@ -239,6 +240,7 @@ def test_a_block_goes_on_from_what_is_cached(layer, hidden):
     close(np.concatenate(found), reference(hidden))
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_tree_is_a_text_of_its_own(layer, hidden):
     """Guesses after some tokens; then the next tokens, where none of the guesses has been."""
     ours, cache, reference = layer

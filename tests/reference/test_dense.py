@@ -33,6 +33,11 @@ SWITCHES = [
     for name, dense in DENSE.items()
     for number, change in enumerate(dense.wrong)
 ]
+# Those that run in every test session: each switch in one of them.
+FIRST = {
+    *("mistral", "ministral3", "gemma2", "gemma4", "phi4-mini", "olmo", "olmo2", "granite"),
+    *("smollm3", "cohere-qk", "glm4", "hunyuan", "arcee", "stablelm-qk", "nemotron", "qwen3_5"),
+}
 # A cache cannot go on where the rotary embedding of a text changes: see `test_longrope`.
 CROSSES = {"phi4-mini"}
 
@@ -63,7 +68,10 @@ def test_every_family_has_a_model_here():
     assert {model_type for model_type in FAMILIES if model_type in known} == known
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in DENSE],
+)
 def test_logits_of_a_prompt(sources, name):
     folder = sources(name)
     with AutoModel.from_pretrained(folder, device="cpu") as model:
