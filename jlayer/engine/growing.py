@@ -148,7 +148,7 @@ class Grower:
             above = self._draft.context_limit - len(seat.lane.history)
             nodes = seat.next(min(count, room - len(seat.expanded)), above=above)
             asks += [(seat, nodes)] if nodes else []
-        if not asks or pool.n_free < sum(len(nodes) for _, nodes in asks):
+        if not asks or pool.n_free_everywhere < sum(len(nodes) for _, nodes in asks):
             return False
         before, began = sum(seat.tree.expected for seat in seats), time.perf_counter()
         growths = [seat.grow(nodes, self._take(pool, len(nodes))) for seat, nodes in asks]

@@ -34,6 +34,10 @@ class Window:
         self._free: list[int] = []
 
     @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    @property
     def n_behind(self) -> int:
         """How many tokens before it a token sees."""
         return self.size - 1
@@ -103,6 +107,11 @@ class Pool:
     @property
     def n_free(self) -> int:
         return len(self._free)
+
+    @property
+    def n_free_everywhere(self) -> int:
+        """Free rows for which every layer has room, those with a window too."""
+        return min([self.n_free, *(window.n_free for window in self.windows)])
 
     @property
     def sizes(self) -> PoolSizes:

@@ -131,7 +131,7 @@ class Speculation:
 
     def _shares(self, wanted, riders, plan) -> list[tuple[Rider, int]]:
         """Equal shares of the rows that are left."""
-        free = min(self._engine.caches.pool.n_free, plan.load.nodes)
+        free = min(self._engine.caches.pool.n_free_everywhere, plan.load.nodes)
 
         def fits(share):
             counts = {id(rider): share for rider in wanted}

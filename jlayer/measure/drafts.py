@@ -82,7 +82,7 @@ class DraftBench:
         for n_rows in STEP_ROWS:
             with engine.turn():
                 pool = engine.caches.pool
-                if n_rows > pool.n_free:
+                if n_rows > pool.n_free_everywhere:
                     break
                 new = pool.take(n_rows)
                 try:
