@@ -368,7 +368,6 @@ DENSE = {
         DELTA | {"num_hidden_layers": 4},
         (
             {"rope_parameters": rope(partial_rotary_factor=0.5)},
-            {"rope_parameters": rope(1.0, partial_rotary_factor=0.25)},
             *(EPS, GELU),
         ),
     ),
