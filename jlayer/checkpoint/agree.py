@@ -160,7 +160,10 @@ def _left_out(folder, cfg, found):
             parts.setdefault(part, []).append(n_bytes)
     if parts:
         sizes = (f"{part} ({len(n)} tensors, {human(sum(n))})" for part, n in parts.items())
-        yield f"{folder}: only the text's part runs; left out: {', '.join(sizes)}"
+        yield (
+            f"{folder}: only the text's part runs; left out: {', '.join(sizes)}; they are in no "
+            "converted folder, so --delete-source would delete them for good"
+        )
 
 
 def _refuse_quantized(folder, infos, expected):

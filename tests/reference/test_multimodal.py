@@ -270,6 +270,7 @@ def test_further_parts_are_left_out(tmp_path, saved):
     edit_tensors(tmp_path / "model.safetensors", add)
     assert_same(tmp_path, expected)
     (note,) = (note for note in Store(tmp_path).notes if "left out" in note)
+    assert "--delete-source" in note
     for part in ("audio_tower", "mtp", "visual", "vision_tower", "embed_vision"):
         assert f"{part} (" in note
 
