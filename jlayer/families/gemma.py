@@ -100,20 +100,23 @@ def _gemma3(fields: Fields) -> ModelConfig:
         ),
         window(fields, default=4096),
     )
+    return _of_two_types(fields, sizes, (full, sliding), layer_types=types, norm=norm)
+
+
+def _of_two_types(fields, sizes, kinds, *, norm, **switches):
+    """A config whose types of layers have rotary embeddings of their own."""
+    turned = [
+        replace(one, rope=read_rope(fields, longest=sizes.longest, layer_type=one.name))
+        for one in kinds
+    ]
     return config(
         fields,
         sizes,
-        [_turned(fields, sizes, one) for one in (full, sliding)],
-        layer_types=types,
+        turned,
         logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
         places=_FOUR_NORMS,
-        **_common(fields, key="hidden_activation", norm=norm),
+        **_common(fields, key="hidden_activation", norm=norm, **switches),
     )
-
-
-def _turned(fields, sizes, how):
-    rope = read_rope(fields, longest=sizes.longest, layer_type=how.name)
-    return replace(how, rope=rope)
 
 
 _GEMMA4_ROPES = {
@@ -191,15 +194,8 @@ def _gemma4(fields: Fields) -> ModelConfig:
     width = fields.integer("sliding_window", default=512)
     sliding = attention(sizes, None, name=SLIDING, window=width, **switches)
     full = attention(own, None, name=FULL, keys_are_values=shared, **switches)
-    return config(
-        fields,
-        sizes,
-        [_turned(fields, sizes, one) for one in (full, sliding)],
-        layer_types=types,
-        logits=Logits(cap=fields.positive_or_none("final_logit_softcapping")),
-        places=_FOUR_NORMS,
-        layer_scalar=True,
-        **_common(fields, key="hidden_activation", norm=norm),
+    return _of_two_types(
+        fields, sizes, (full, sliding), layer_types=types, norm=norm, layer_scalar=True
     )
 
 
