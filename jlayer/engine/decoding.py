@@ -11,11 +11,12 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from jlayer.engine.engine import Engine
 from jlayer.engine.ids import Row
-from jlayer.engine.lane import Lane, Step
+from jlayer.engine.kept import Ended
+from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
 from jlayer.engine.report import Account, Clock, Stats
@@ -69,7 +70,7 @@ class Decoding:
     `rows`: the prompts. `text`: the tokenizer, where text is wanted; `stop_text`: where it is not,
     and stop strings are looked for as in transformers. Without a seed in `options`, each prompt
     draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
-    number.
+    number. `constraint`: what each text may be.
 
     Admitted against the budgets at once, beside the runs that are alive; it holds its cache entries
     until it has ended, is closed or is dropped. Where the budgets hold some of the prompts, the
@@ -86,6 +87,7 @@ class Decoding:
         stop_text: Tokenizer | None = None,
         most_unread: int | None = 1,
         waits: bool = False,
+        constraint: Constraint | None = None,
     ):
         self._engine, self.options = engine, options
         for row in rows:
@@ -125,6 +127,7 @@ class Decoding:
                             text=text,
                             stops=self._stops(row, stop_text),
                             switches_at=engine.cfg.switches_at,
+                            constraint=None if constraint is None else constraint.copy(),
                         )
                         for number in range(options.num_return_sequences)
                     ],
@@ -167,16 +170,44 @@ class Decoding:
         self._waiting.popleft()
 
     def _admit(self, shape, groups):
-        ticket = self._engine.admit(shape)
+        lanes = [lane for group in groups for lane in group.lanes]
+        with self._engine.turn():
+            ticket, tables = self._board(shape, lanes)
         self._tickets.append(ticket)
         if self.is_closed:  # meanwhile, by another thread
             ticket.close()
         self.plan = ticket.plan
         self.stats.sweep_bytes = self.plan.tiling.n_bytes
-        lanes = [lane for group in groups for lane in group.lanes]
-        for lane in lanes:
-            lane.board(ticket.table(), capacity_for(shape.context))
+        for lane, table in zip(lanes, tables, strict=True):
+            lane.board(table, capacity_for(shape.context))
         ticket.on_end(lambda: all(not lane.is_alive for lane in lanes))
+        self.stats.kept_tokens += len(tables[0])
+
+    def _board(self, shape, lanes):
+        """(a ticket, a table for each lane). The first one has the entries of a kept text that
+        begins like its own, if there is one: takes over the table of one that it goes on from, and
+        shares the rows of one that goes on in another way."""
+        engine, kept, first = self._engine, self._engine.kept, lanes[0]
+        ended, n_alike = kept.find(first.history, is_long=first.has_switched) or (None, 0)
+        goes_on = ended is not None and 2 * n_alike >= len(ended.tokens)
+        if not goes_on:
+            ticket = engine.admit(shape)
+            tables = [ticket.table() for _ in lanes]
+            if ended is not None and kept.has(ended):
+                tables[0].share(ended.table, n_alike)
+        else:
+            kept.take(ended)
+            try:
+                ticket = engine.admit(shape, instead_of=ended.ticket)
+            except BaseException:
+                kept.put(ended)
+                raise
+            tables = [ticket.take_over(ended.table, ended.ticket)]
+            tables[0].cut(n_alike)
+            tables += [ticket.table() for _ in lanes[1:]]
+        if not tables[0].can_go_on:  # a layer has no more than its window, or its state, at the end
+            tables[0].cut(0)
+        return ticket, tables
 
     def _stops(self, row, stop_text):
         if not self.options.stop or stop_text is None:
@@ -278,6 +309,37 @@ class Decoding:
     def close(self) -> None:
         """Ends the run now and frees its cache entries."""
         self._end()
+
+    def keep(self) -> None:
+        """Ends a run of one prompt now, and keeps the entries of its first text for a prompt that
+        goes on from it, as long as nothing else needs their room."""
+        with self._engine.turn():
+            (lane, *_), kept = self.lanes, self._engine.kept
+            table, is_long = lane.table, lane.is_long
+            if not self.is_closed and kept.most and table is not None and len(table):
+                (ticket,) = self._tickets
+                self._tickets.clear()
+                ticket.keep(table, RunShape(context=lane.capacity, entries=len(table)))
+                for each in self.lanes:  # no other lane shares what will be another one's
+                    each.leave_board()
+                kept.put(Ended(lane.history[: len(table)], table, ticket, is_long))
+            self.close()
+
+    def suspend(self) -> None:
+        """Gives back the entries of a run of one prompt. The texts so far stay, and go on once
+        `admit_waiting` finds room again: all their entries are computed anew then."""
+        with self._engine.turn():
+            if self.is_closed or self._waiting:
+                return
+            alive = [lane for lane in self.lanes if lane.is_alive]
+            for lane in self.lanes:
+                lane.leave_board()
+            shape = self._tickets[0].shape
+            for ticket in self._tickets:
+                ticket.close()
+            self._tickets.clear()
+            longest = max((len(lane.history) for lane in alive), default=1)
+            self._waiting.append(Group(alive, replace(shape, longest=longest)))
 
     @property
     def is_closed(self) -> bool:

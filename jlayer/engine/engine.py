@@ -23,6 +23,7 @@ from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
 from jlayer.engine.hosting import Host, cores_beside
+from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
@@ -75,6 +76,7 @@ class Engine:
         self.watch.phase("planning")
         self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
         self._ledger = Ledger(on_empty=self._drop_entries)
+        self.kept = Kept(self._ledger)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
         self._executor: Executor | None = None
@@ -249,21 +251,29 @@ class Engine:
         """Admits a run whose tokens are given. Raises what `admit` raises."""
         return Forward(self, self.admit(shape))
 
-    def admit(self, shape: RunShape) -> Ticket:
-        """Admits a run and makes room for it. Raises DoesNotFitError where the budgets do not hold
-        it beside the runs that are alive, UsageError where the model is closed."""
+    def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
+        """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run
+        that it replaces. Raises DoesNotFitError where the budgets do not hold it beside the runs
+        that are alive, UsageError where the model is closed."""
         check_process()  # the lock may have been held when the process was forked
         with self._ledger.turn():
             if self._closed:
                 raise UsageError(CLOSED)
-            plan = self.plan_for(shape)
-            plan.check()
+            with self._ledger.without(instead_of):
+                plan = self._fitting_plan(shape)
             shape = replace(shape, nodes=plan.shapes.nodes)
             ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
             self._stream_as(plan)
             self.caches.reserve(pool_sizes(plan.load, windows_of(self.cfg)), plan.cache)
             self._ledger.enter(ticket)
             return ticket
+
+    def _fitting_plan(self, shape):
+        while True:
+            plan = self.plan_for(shape)
+            if plan.fits or not self.kept.drop_oldest():
+                plan.check()
+                return plan
 
     @contextmanager
     def turn(self) -> Iterator[Executor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -20,11 +21,32 @@ from jlayer.text.stream import StopWatcher, TextStream
 @dataclass(frozen=True)
 class Step:
     """What one sweep added to a text: complete characters only, so `text` may lag behind
-    `token_ids`. `finish_reason`: why the text ends with it, None where it goes on."""
+    `token_ids`. `finish_reason`: why the text ends with it, None where it goes on. `choices`: the
+    tokens with their log-probabilities, where these were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
+    choices: tuple[Choice, ...] = ()
+
+
+class Constraint(Protocol):
+    """What a text may be: a grammar, at the state after the tokens that it was told of."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing but the end may follow."""
+        ...
+
+    def allowed(self, more: Sequence[int]) -> np.ndarray:
+        """bool [V]: which tokens may follow those it was told of, and `more`."""
+        ...
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Tells it of tokens that were drawn."""
+        ...
+
+    def copy(self) -> Constraint: ...
 
 
 class Lane:
@@ -46,10 +68,13 @@ class Lane:
         text=None,
         stops: StopStrings | None = None,
         switches_at: int | None = None,
+        constraint: Constraint | None = None,
+        shown: Collection[int] = (),
     ):
         """`account`: of its run. `most_unread`: with so many steps unread
         it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
-        else ends the sequence. `switches_at`: see `ModelConfig.switches_at`."""
+        else ends the sequence. `switches_at`: see `ModelConfig.switches_at`. `constraint`: what its
+        text may be; the lane's own. `shown`: special tokens that stand in the text all the same."""
         prompt = row.ids
         self.history = list(prompt)
         self.n_prompt = len(prompt)
@@ -66,6 +91,7 @@ class Lane:
         self.finish_reason: str | None = "length" if limit == 0 else None
         self.choices: list[Choice] = []
         self._row, self.limit, self._number = row, limit, number
+        self._constraint = constraint
         # What follows text keeps its leading space; what follows nothing but BOS has none.
         self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
         self._stops = StopWatcher(options.stop)
@@ -75,16 +101,25 @@ class Lane:
         self._pieces: list[str] = []
 
     def board(self, table: Table, capacity: int) -> None:
-        """Admits it; `capacity`: of its table."""
+        """Admits it; `capacity`: of its table, which may have entries of its first tokens."""
         self.table, self.capacity = table, capacity
+        self.is_long = self.has_switched and len(table) > 0
+
+    def leave_board(self) -> None:
+        """Takes its table away; admitted again, it computes the entries of all its tokens anew."""
+        self.table, self.is_long = None, False
+
+    @property
+    def has_switched(self) -> bool:
+        """Whether its history is one for the rotary embedding of long texts."""
+        return self._switches_at is not None and len(self.history) > self._switches_at
 
     def switch(self) -> None:
         """Where its text has grown longer than the rotary embedding of short ones is for, all of it
         is computed anew with that of long ones, as transformers does."""
-        is_long = self._switches_at is not None and len(self.history) > self._switches_at
-        if is_long and not self.is_long:
+        if self.has_switched and not self.is_long:
             self.table.cut(0)
-        self.is_long = is_long
+        self.is_long = self.has_switched
 
     @property
     def deepest(self) -> int:
@@ -133,6 +168,7 @@ class Lane:
             n_prompt=len(self._row.given),
             sequence=self._number,
             padding=self._row.padding,
+            allowed=None if self._constraint is None else self._constraint.allowed(more),
         )
 
     def noise_key(self, depth: int) -> NoiseKey:
@@ -160,8 +196,15 @@ class Lane:
             if self.finish_reason:
                 break
         self.account.n_tokens += count
-        tokens = tuple(choice.token_id for choice in choices[:count])
-        self.unread.append(Step("".join(pieces), tokens, self.finish_reason))
+        added = tuple(choices[:count])
+        self.unread.append(
+            Step(
+                "".join(pieces),
+                tuple(choice.token_id for choice in added),
+                self.finish_reason,
+                added if self.options.logprobs is not None else (),
+            )
+        )
         return count
 
     def _add(self, choice):
@@ -170,6 +213,9 @@ class Lane:
         ended = choice.token_id in self._ends
         if self._all_stops is not None:
             ended |= self._all_stops.end_in(choice.token_id)
+        if self._constraint is not None and not ended:
+            self._constraint.accept([choice.token_id])
+            ended = self._constraint.is_over  # a pass for the end alone would take as long
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:
             self.finish_reason = "stop"

@@ -37,6 +37,20 @@ class Ticket:
         self.tables.append(Table(self._pool))
         return self.tables[-1]
 
+    def take_over(self, table: Table, other: Ticket) -> Table:
+        """Makes another run's table one of this run's. The other one leaves."""
+        other.tables.remove(table)
+        self.tables.append(table)
+        other.close()
+        return table
+
+    def keep(self, table: Table, shape: RunShape) -> None:
+        """The run has ended, and keeps no more than one table, of this shape."""
+        for each in self.tables:
+            if each is not table:
+                each.close()
+        self.tables, self.shape = [table], shape
+
     def close(self) -> None:
         """The run leaves, and its entries are free: at once, or when the forward pass that another
         thread is in has ended. Any thread may call this, and a garbage collection."""
@@ -69,6 +83,17 @@ class Ledger:
         """The shapes of the live runs."""
         self._settle()
         return tuple(ticket.shape for ticket in list(self._alive.values()))
+
+    @contextmanager
+    def without(self, ticket: Ticket | None) -> Iterator[None]:
+        """A run that is not counted inside: what comes in its place is planned there. Only within a
+        turn."""
+        aside = None if ticket is None else self._alive.pop(id(ticket), None)
+        try:
+            yield
+        finally:
+            if aside is not None:
+                self._alive[id(aside)] = aside
 
     @property
     def tables(self) -> list[Table]:
@@ -104,13 +129,14 @@ class Ledger:
                 self._depth += 1
                 try:
                     while self._leaving:
-                        self._remove(self._leaving.popleft())
+                        self.remove(self._leaving.popleft())
                 finally:
                     self._depth -= 1
             finally:
                 self._lock.release()
 
-    def _remove(self, ticket):
+    def remove(self, ticket: Ticket) -> None:
+        """Removes a run at once; only within a turn, and not while a forward pass is under way."""
         if self._alive.pop(id(ticket), None) is None:
             return
         for table in ticket.tables:

@@ -229,6 +229,12 @@ class Table:
         self._rows[self._length : length] = rows
         self._length = length
 
+    def share(self, other: Table, count: int) -> None:
+        """Adds the first rows of another table, which both then list."""
+        rows = other.rows[:count].copy()
+        self._pool.share(rows)
+        self.append(rows)
+
     def commit(self, rows: Sequence[int] | np.ndarray) -> None:
         """Adds the rows of a forward pass, which has also written the state after them."""
         self.append(rows)

@@ -19,6 +19,7 @@ class Stats:
     decode_s: float = 0.0
     sweeps: int = 0
     new_tokens: int = 0
+    kept_tokens: int = 0  # of the prompt, whose entries an earlier run had left
     decode_sweeps: int = 0
     sweep_bytes: int = 0
     moved: dict[str, float] = field(default_factory=dict)  # see `streaming.executor.ADDED`
@@ -60,6 +61,7 @@ class Stats:
             "decode_s": round(self.decode_s, 4),
             "sweeps": self.sweeps,
             "decode_sweeps": self.decode_sweeps,
+            "kept_tokens": self.kept_tokens,
             "tokens_per_sweep": round(self.tokens_per_sweep, 4),
             "tokens_per_s": round(self.tokens_per_s, 4),
             "sweep_bytes": self.sweep_bytes,

@@ -58,16 +58,24 @@ def choose(
     n_prompt: int,
     sequence: int = 0,
     padding: Padding = NO_PADDING,
+    allowed: np.ndarray | None = None,
 ) -> Choice:
     """Chooses the token after `history` (prompt, then new tokens) in sequence number `sequence`.
 
-    `logits`: float32 [V]. The noise depends on the seed, the sequence and the position, which is
-    the length of `history` without its padding; so plain, speculative and batched decoding choose
-    alike.
+    `logits`: float32 [V]. `allowed`: bool [V], the tokens that a constraint allows; None: all. The
+    noise depends on the seed, the sequence and the position, which is the length of `history`
+    without its padding; so plain, speculative and batched decoding choose alike.
     Raises CheckpointError (non-finite logits) or UsageError (the options leave no token).
     """
     _check_finite(logits, position=len(history))
-    scores = processed(logits, options=options, history=history, n_prompt=n_prompt, padding=padding)
+    scores = processed(
+        logits,
+        options=options,
+        history=history,
+        n_prompt=n_prompt,
+        padding=padding,
+        allowed=allowed,
+    )
     if options.is_greedy:
         token = int(np.argmax(scores))
     else:
@@ -87,6 +95,7 @@ def processed(
     history: Sequence[int],
     n_prompt: int,
     padding: Padding = NO_PADDING,
+    allowed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Scores, float32 [V]: `logits` after the options that always act; -inf rules a token out.
 
@@ -117,6 +126,8 @@ def processed(
         is_short = n_new < options.min_new_tokens
     if is_short:
         scores[list(options.eos_token_id)] = -np.inf
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     _check_choosable(scores, position=len(history))
     return scores
 
@@ -279,7 +290,7 @@ def _check_choosable(scores, *, position):
     if best == -np.inf:
         found = f"position {position}: the options rule out every token; relax "
         raise UsageError(
-            f"{found}no_repeat_ngram_size, logit_bias or min_new_tokens",
+            f"{found}no_repeat_ngram_size, logit_bias, min_new_tokens or the constraint",
             command_line=f"{found}--no-repeat-ngram-size or --min-new-tokens",
         )
     if not np.isfinite(best):
