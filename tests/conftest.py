@@ -5,6 +5,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -67,3 +68,28 @@ def fable(tmp_path_factory):
     target = tmp_path_factory.mktemp("fable") / "layered"
     convert_checkpoint(BUNDLED, target)
     return target
+
+
+@pytest.fixture
+def room_for(fable, monkeypatch):
+    """Call it with a number of lanes and their context: budgets that hold so many and no more."""
+    from jlayer import AutoModel
+    from jlayer.plan.making import make_plan
+    from jlayer.plan.shapes import RunShape
+    from jlayer.plan.tiles import Tier
+
+    monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
+
+    def budgets(lanes, context):
+        with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:
+            engine = model.engine
+            shape = RunShape(lanes, 5, context)
+            machine = replace(engine.plan.machine, device_budget=1, host_budget=1)
+            needed = make_plan(engine.weights, machine, shape)
+            assert needed.cache is Tier.HOST
+            return {
+                "device_memory": needed.device_peak_bytes,
+                "host_memory": needed.host_peak_bytes,
+            }
+
+    return budgets

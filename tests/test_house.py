@@ -25,7 +25,7 @@ ROOMS = (
         "run_config",
     ),
     *("catalogue", "model", "cores", "checkpoint", "plan", "streaming", "text", "drafting"),
-    *("engine", "api", "measure", "app"),
+    *("engine", "api", "measure", "serving", "app"),
 )
 GROUND = ROOMS[: ROOMS.index("model")]
 # What the converter stands on: it needs no JAX.

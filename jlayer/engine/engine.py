@@ -206,8 +206,8 @@ class Engine:
         held, least_pool = self._ledger.alive, self.caches.sizes
         if alone:
             held, least_pool = (), None
-        tilings = {}
-        if self._executor is not None:
+        tilings, same = {}, None
+        if self._executor is not None:  # another thread may be making another one
             same = refit(
                 self.plan,
                 self.weights,
@@ -236,7 +236,7 @@ class Engine:
         forms = matrix_forms(self.weights)
         best = with_host(plan_of, forms, self.run.host_share, self._machine.host)
         if (
-            self._executor is not None
+            same is not None
             and same.fits
             and not (best.fits and _pays(same, best, shape.sweeps))
         ):
