@@ -176,8 +176,9 @@ def test_those_for_whom_there_is_no_room_begin_as_others_end(tight):
     jobs = [desk.submit(order(model, each, options=FILLING, client=each)) for each in prompts]
     with pytest.raises(DoesNotFitError, match="needed"):
         desk.submit(order(model, "One", options={"max_new_tokens": 900, "eos_token_id": None}))
-    for prompt, job in zip(prompts, jobs, strict=True):
+    for job in jobs:
         assert job.wait(PATIENCE_S).state == DONE, job.error
+    for prompt, job in zip(prompts, jobs, strict=True):
         assert job.sequences[0].text == alone(model, prompt, **FILLING).text
 
 
@@ -192,8 +193,9 @@ def test_a_person_goes_before_batches_and_these_lose_nothing(tight):
         person.wait(PATIENCE_S)
         assert not any(job.is_over for job in batch)
         assert batch[1].n_suspended == 1, "the one that began last gave its room"
-    for n, job in enumerate(batch):
+    for job in batch:
         job.wait(PATIENCE_S)
+    for n, job in enumerate(batch):
         assert job.sequences[0].text == alone(model, f"Tale {n}", **FILLING).text
 
 
