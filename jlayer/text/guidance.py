@@ -24,7 +24,7 @@ MEMORY_BYTES = 512 << 20  # address space of the process that tries it
 LIMITS = {
     "initial_lexer_fuel": 500_000,  # of a compilation
     "step_lexer_fuel": 200_000,  # of a token: 0.1 s at most
-    "max_lexer_states": 20_000,  # of a text: some 30 MB
+    "max_lexer_states": 100_000,  # of a text: 20 MB
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }

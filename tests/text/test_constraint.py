@@ -374,6 +374,14 @@ def test_a_schema_that_is_refused_names_the_place(fable, schema, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_options_of_the_library_are_not_a_clients(fable):
+    lenient = {"x-guidance": {"lenient": True, "whitespace_pattern": "x"}}
+    with pytest.raises(UsageError, match="keywords not supported"):
+        Constraint.json_schema(fable, NOT | lenient, **sizes(fable))
+    constraint = Constraint.json_schema(fable, {"type": "object"} | lenient, **sizes(fable))
+    constraint.accept(fable.encode("{ ", add_special_tokens=False))
+
+
 def test_a_place_begins_where_the_caller_says(fable):
     with pytest.raises(UsageError, match=r"^response_format\.schema\.items: keywords"):
         Constraint.json_schema(

@@ -52,7 +52,7 @@ ROWS = [
 TOOLS = read_tools(ROWS)
 SCHEMAS = parameters_of(TOOLS)
 FULL = {
-    "city": 'Zürich "x" </tool_cal \\ \n😀 {',
+    "city": 'Zürich 5" </tool_cal \\ \n😀 {',
     "unit": "f",
     "days": 3,
     "now": False,
@@ -370,6 +370,9 @@ def test_content_is_not_held_back_for_long():
     assert parser.feed("s") == [Content(" <tools")]
     assert parser.feed('<tool_call>{"other') == []
     assert parser.feed('"') == [Content('<tool_call>{"other"')]
+    parser = ToolParser(NAMES["hermes"], SCHEMAS)
+    deep = '<tool_call>{"name": "weather", "arguments": ' + "[" * 64
+    assert parser.feed(deep) == [Content(deep)]
     assert ToolParser(NAMES["llama 3"], SCHEMAS).feed('{"x"') == [Content('{"x"')]
 
 
