@@ -181,6 +181,7 @@ def test_marks_that_are_special_tokens_are_shown_where_asked(fable):
         (tool_templates.LLAMA3, "llama 3"),
         (tool_templates.QWEN3_CODER, "qwen 3 coder"),
         (tool_templates.MISTRAL_NAMED, "mistral, by name"),
+        (tool_templates.QWEN3_CODER.replace("tool_call>", "seed:tool_call>"), None),
         *((source, None) for source in (chats.GEMMA3, chats.PHI4, chats.COHERE, chats.GRANITE)),
         *((source, None) for source in (templates.LLAMA3, templates.CHATML, chats.SMOLLM3)),
     ],
@@ -458,6 +459,7 @@ def drawn(tokenizer, constraint, rng, most=500):
 
 
 def forced(convention, tools=TOOLS, **options):
+    pytest.importorskip("llguidance")
     tokenizer = marked_tokenizer()
     sizes = {"vocab_size": tokenizer.vocab_size + 5, "eos_ids": [tokenizer.eos_token_id]}
     return calls_only(tokenizer, convention, tools, **options, **sizes)
@@ -560,6 +562,7 @@ def test_one_call_where_no_more_are_wanted(name):
 
 
 def test_marks_without_tokens_of_their_own_are_written_out(fable):
+    pytest.importorskip("llguidance")
     sizes = {"vocab_size": 4096, "eos_ids": [1]}
     constraint = calls_only(fable, NAMES["hermes"], TOOLS[2:], is_parallel=False, **sizes)
     ids = fable.encode('<tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call>')
