@@ -16,9 +16,7 @@ _HTML = (files("jlayer.serving.page") / "index.html").read_bytes()
 
 def _source(tag: str) -> str:
     """What a policy calls the page's only element of that kind: its hash."""
-    (content,) = re.findall(
-        rb"<%b(?: [^>]*)?>(.*?)</%b>" % (tag.encode(), tag.encode()), _HTML, re.S
-    )
+    (content,) = re.findall(f"<{tag}(?: [^>]*)?>(.*?)</{tag}>".encode(), _HTML, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
 
