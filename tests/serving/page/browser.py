@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.serving.page_server import PATIENCE_S
+from tests.serving.page.server import PATIENCE_S
 
 MISSING = [
     name
@@ -23,6 +23,10 @@ MISSING = [
 needs_browser = pytest.mark.skipif(
     bool(MISSING), reason=f"needs a browser: {', '.join(MISSING)} not installed"
 )
+ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
+SHIFT_ENTER = "\ue008\ue007\ue000"
+MODEL = ".message.assistant"  # what the model said
+BEFORE, AFTER = "\u2039", "\u203a"  # what stands on the buttons between versions
 # What a browser writes to its console for every answer that is not a 2xx, whatever a page does.
 REFUSALS = "Failed to load resource: the server responded with a status of "
 
@@ -104,7 +108,7 @@ class Page:
         self.find("#draft").send_keys(words, *keys)
 
     def send(self, words: str) -> None:
-        self.write(words, "\ue007")  # the Enter key
+        self.write(words, ENTER)
 
     def press(self, words: str, within: str = "body") -> None:
         """The last button that is seen and says so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -126,18 +127,24 @@ class Stub:
     """What the server is to do, and what it was asked.
 
     `refusals`: answers (status, message, code) that the next posts get. `answers`: what each
-    request that is taken gets at once.
+    request that is taken gets at once. `n_lost`: posts that are taken, but whose answers are lost
+    on the way. `is_open`: cleared, posts wait until it is set.
     """
 
     key: str | None = None
     refusals: list[tuple[int, str, str | None]] = field(default_factory=list)
-    answers: object = None
+    answers: Callable[[Asked], object] | None = None
+    n_lost: int = 0
+    is_open: threading.Event = field(default_factory=threading.Event)
     status: dict = field(default_factory=status)
     asked: list[Asked] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     n_watchers: int = 0
     url: str = ""
     changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self):
+        self.is_open.set()
 
     def tell(self, **changes) -> None:
         """To whoever reads /events."""
@@ -194,6 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
                     stub.answers(asked)
                 stub.asked.append(asked)
                 stub.changed.notify_all()
+        stub.is_open.wait(PATIENCE_S)
+        if stub.n_lost:
+            stub.n_lost -= 1
+            self.close_connection = True
+            return None
         return self._json(202, {"id": asked.id, "status": "queued", "eta_s": None})
 
     def do_DELETE(self):
@@ -291,7 +303,7 @@ def serving(**options):
     stub = Stub(**options)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"stub": stub}))
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield stub
