@@ -185,6 +185,7 @@ def test_stop_reaches_an_order_that_is_still_on_its_way(open_page):
     assert not second.is_deleted
 
 
+@pytest.mark.slow
 @needs_browser
 def test_an_order_whose_receipt_is_lost_is_not_placed_twice(open_page):
     page = open_page(answers=lambda asked: asked.say("Once.").end(), n_lost=1)
@@ -352,4 +353,4 @@ def test_an_answer_of_nonsense_does_not_stop_the_page(open_page, kind):
             "return performance.now() - before"
         )
         assert took < 1000
-        page.press("New conversation")
+        page.find("#new").click()

@@ -127,7 +127,7 @@ def test_two_tabs_show_the_same_conversations(open_page):
     page.driver.close()
     page.driver.switch_to.window(first)
     page.wait_text(f"{MODEL} .body", "From the other tab.")
-    assert [each.text for each in page.all(f"{MODEL} .body")][0] == "Half, whole."
+    assert page.find(f"{MODEL} .body").text == "Half, whole."
     assert len(page.stub.asked) == 2
     (kept,) = page.stored()
     assert [each["text"] for each in kept["nodes"]] == [
