@@ -91,11 +91,11 @@ def run(args) -> dict:
 
     own = () if args.host in ("0.0.0.0", "::") else (_host_name(args.host),)
     rules = Rules((*own, *args.allow_host), tuple(args.allow_origin), key)
-    site = Site(rules)
+    site = Site(rules, None if args.state is None else _journal(args))
     with listen(args.host, args.port) as listening, Serving(site, listening) as serving:
         tell(f"listening at {serving.address}/ while the model is opened")
         with _opened(args) as (model, desk):
-            site.opened(model, desk, names=names(args), chat_template=template)
+            serving.opened(model, desk, names=names(args), chat_template=template)
             for line in model.notes:
                 tell(line)
             tell(
@@ -125,6 +125,22 @@ def _opened(args):
             yield model, desk
         finally:
             desk.stop()
+
+
+def _journal(args):
+    """What an earlier server has accepted. Raises UsageError where that was for another model."""
+    from jlayer.serving.http.journal import Journal
+
+    journal = Journal(args.state)
+    own = names(args)
+    for request in journal.requests.values():
+        if "ended" not in request and request["model"] not in own:
+            journal.close()
+            raise UsageError(
+                f"--state: {args.state} has requests that were accepted for {request['model']}; "
+                "serve that model, or give another folder"
+            )
+    return journal
 
 
 def _check(args):

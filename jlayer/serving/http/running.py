@@ -12,13 +12,16 @@ import logging
 import resource
 import socket
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jlayer.api import Model
 from jlayer.errors import StorageError, UsageError
+from jlayer.serving.desk import Desk
 from jlayer.serving.http.app import application
 from jlayer.serving.http.site import Site
 from jlayer.serving.wire.asked import encode
@@ -104,6 +107,19 @@ class Serving:
         self._thread.start()
         self._ready.wait()
 
+    def opened(self, model: Model, desk: Desk, **of_served) -> None:
+        """The model is open: requests are answered from now on. See `Site.opened`."""
+        done: Future[None] = Future()
+
+        def open_site():
+            try:
+                done.set_result(self.site.opened(model, desk, **of_served))
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(open_site)
+        done.result()
+
     def wait(self, timeout: float | None = None) -> None:
         """Until the server has ended. Raises what it has failed with."""
         self._thread.join(timeout)
@@ -118,6 +134,7 @@ class Serving:
         self._server.should_exit = True
         self._thread.join(GRACE_S + 2)
         self.site.workers.close()
+        self.site.lastings.close()
 
     def __enter__(self) -> Serving:
         self.start()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
 from jlayer.serving.wire.answers import Answers, answers_of
-from jlayer.serving.wire.asked import Asked, Teller, Usage, new_id
+from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, read_form, refuse_given
 from jlayer.serving.wire.logprobs import TokenTexts, chat_entry
@@ -52,8 +51,11 @@ class Chat(Sampling, kw_only=True):
     continue_final_message: bool | None = None
 
 
-def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
-    """Raises Refused, and what a chat template gives."""
+def read_chat(
+    body: dict, served: Served, *, client: str = "", identity: Identity | None = None
+) -> Asked:
+    """`identity`: of the answer, where it has one already. Raises Refused, and what a chat template
+    gives."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Chat)
     served.check_name(form.model)
@@ -85,8 +87,7 @@ def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
     )
     streaming = form.stream_options
     own = Own(
-        id=new_id("chatcmpl"),
-        created=int(time.time()),
+        identity=identity or new_identity("chatcmpl"),
         model=served.name,
         n=len(sequences),
         n_top=n_top,
@@ -98,7 +99,7 @@ def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
         teller=lambda: ChatTeller(own, served.tokens, answers),
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
-        id=own.id,
+        identity=own.identity,
     )
 
 
@@ -145,8 +146,7 @@ def chat_ids(form: Chat, served: Served, *, tools: list[dict] | None) -> list[in
 class Own:
     """What all chunks of an answer have, and how much is told."""
 
-    id: str
-    created: int
+    identity: Identity
     model: str
     n: int
     n_top: int | None
@@ -203,9 +203,9 @@ class ChatTeller(Teller):
     def _head(self, kind):
         own = self._own
         return {
-            "id": own.id,
+            "id": own.identity.id,
             "object": kind,
-            "created": own.created,
+            "created": own.identity.created,
             "model": own.model,
             "system_fingerprint": None,
         }

@@ -5,12 +5,11 @@ lm-eval scores answers through it: `echo` with `logprobs`.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
-from jlayer.serving.wire.asked import Asked, Teller, Usage, new_id
+from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
 from jlayer.serving.wire.chat import client_of
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, is_ids, read_form, refuse_given
@@ -47,8 +46,10 @@ class Completion(Sampling, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
-    """Raises Refused."""
+def read_completion(
+    body: dict, served: Served, *, client: str = "", identity: Identity | None = None
+) -> Asked:
+    """`identity`: of the answer, where it has one already. Raises Refused."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Completion)
     served.check_name(form.model)
@@ -85,8 +86,7 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
         texts.append(_prompt_text(prompt, served))
     streaming = form.stream_options
     own = Own(
-        id=new_id("cmpl"),
-        created=int(time.time()),
+        identity=identity or new_identity("cmpl"),
         prompts=tuple((tuple(order.ids), text) for order, text in zip(orders, texts, strict=True)),
         views=tuple(views),
         n_top=form.logprobs,
@@ -100,7 +100,7 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
         waits_for_prompt=scores,
-        id=own.id,
+        identity=own.identity,
     )
 
 
@@ -159,8 +159,7 @@ def _prompt_text(prompt, served):
 class Own:
     """What all chunks of an answer have. `prompts`: ids and text of each."""
 
-    id: str
-    created: int
+    identity: Identity
     prompts: tuple[tuple[tuple[int, ...], str], ...]
     views: tuple[tuple[int, int], ...]
     n_top: int | None
@@ -210,9 +209,9 @@ class CompletionTeller(Teller):
 
     def _head(self):
         return {
-            "id": self._own.id,
+            "id": self._own.identity.id,
             "object": "text_completion",
-            "created": self._own.created,
+            "created": self._own.identity.created,
             "model": self._served.name,
             "system_fingerprint": None,
         }
