@@ -5,15 +5,16 @@ Ranges are the engine's own; here are the wire's names, its limits of size, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 
 from jlayer.engine.options import SamplingOptions
+from jlayer.errors import CheckpointError, UsageError
 from jlayer.serving.wire.errors import Refused, invalid, refused
 from jlayer.serving.wire.fields import check_count, check_finite, check_range
 from jlayer.serving.wire.served import Served
+from jlayer.strict import parse_json_object
 
 MOST_TEXTS = 64  # n
 MOST_STOPS = 64
@@ -164,10 +165,14 @@ def wanted_form(form: Sampling) -> tuple[str, object, str] | None:
     if len(found) > 1:
         names = " and ".join(name for _, _, name in found)
         raise invalid(f"{names}: each says what the text has to be; keep one", param=found[1][2])
-    for kind, value, name in found:
-        check_finite(value, name, most_bytes=MOST_SCHEMA_BYTES)
-        _check_kind(kind, value, name)
-    return found[0] if found else None
+    if not found:
+        return None
+    ((kind, value, name),) = found
+    check_finite(value, name, most_bytes=MOST_SCHEMA_BYTES)
+    if kind == "json" and isinstance(value, str):
+        value = _parsed(value, name)
+    _check_kind(kind, value, name)
+    return kind, value, name
 
 
 def _response_format(value):
@@ -192,8 +197,15 @@ def _response_format(value):
     return [("json", schema, "response_format.json_schema.schema")]
 
 
+def _parsed(text, name):
+    try:
+        return parse_json_object(text.encode(), what=name, advice="give a schema")
+    except CheckpointError as error:
+        raise invalid(str(error), param=name) from None
+
+
 def _check_kind(kind, value, name):
-    expected = {"json": (dict, str, bool), "choice": list, "json_object": bool}.get(kind, str)
+    expected = {"json": dict, "choice": list, "json_object": bool}.get(kind, str)
     is_wrong = not isinstance(value, expected)
     if kind == "choice":
         is_wrong = is_wrong or not value or not all(isinstance(one, str) and one for one in value)
@@ -208,31 +220,21 @@ def constraint_of(
     if wanted is None:
         return None
     kind, value, name = wanted
-    make = _constructor(kind, name)
-    arguments = () if kind == "json_object" else (value,)
-    try:
-        return make(served.tokenizer(), *arguments, vocab_size=served.vocab_size, eos_ids=eos_ids)
-    except Exception as error:
-        found = refused(error)
-        if found.status == 500:
-            raise
-        found.param = name
-        raise found from None
+    from jlayer.text.constraint import Constraint  # llguidance is loaded at the first one
 
-
-def _constructor(kind, name) -> Callable:
-    try:
-        from jlayer.text import constraint
-    except ImportError:
-        raise invalid(
-            f'{name}: needs llguidance, which is not installed; pip install "jlayer[serve]"',
-            param=name,
-            code="unsupported_parameter",
-        ) from None
-    return {
-        "json": constraint.json_schema,
-        "json_object": constraint.json_object,
-        "regex": constraint.regex,
-        "choice": constraint.choice,
-        "grammar": constraint.lark,
+    make = {
+        "json": Constraint.json_schema,
+        "json_object": Constraint.json_object,
+        "regex": Constraint.regex,
+        "choice": Constraint.choice,
+        "grammar": Constraint.lark,
     }[kind]
+    given = () if kind == "json_object" else (value,)
+    where = {} if kind in ("json_object", "grammar") else {"where": name}
+    sizes = {"vocab_size": served.vocab_size, "eos_ids": eos_ids}
+    try:
+        return make(served.tokenizer(), *given, **where, **sizes)
+    except UsageError as error:
+        found = refused(error)
+        found.param = found.param or name
+        raise found from None
