@@ -148,6 +148,7 @@ class StreamAnswer:
         return {
             "id": self._work.asked.identity.id,
             "object": "jlayer.progress",
+            "created": self._work.asked.identity.created,
             "choices": [],
             "jlayer": self._work.progress().as_dict(),
         }

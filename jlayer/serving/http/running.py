@@ -23,6 +23,7 @@ from jlayer.api import Model
 from jlayer.errors import StorageError, UsageError
 from jlayer.serving.desk import Desk
 from jlayer.serving.http.app import application
+from jlayer.serving.http.guard import DRAIN_S
 from jlayer.serving.http.site import Site
 from jlayer.serving.wire.asked import encode
 from jlayer.serving.wire.errors import Refused
@@ -162,6 +163,7 @@ class Protocol(H11Protocol):
     """uvicorn's, with a time limit on the headers of each request, and errors in our form."""
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -172,6 +174,8 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data):
+        if self._is_refused:
+            return
         if self._headers_timer is None and not self._has_request:
             self._limit_headers()
         super().data_received(data)
@@ -214,7 +218,12 @@ class Protocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event))
-        self.transport.close()
+        # What still comes is dropped for a moment: a connection that is closed with bytes unread is
+        # reset, before its client has read why.
+        self._is_refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(DRAIN_S, self.transport.close)
 
 
 def _more_descriptors():

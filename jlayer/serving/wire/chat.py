@@ -68,11 +68,10 @@ def read_chat(
         check_range(n_new, param, 0, (1 << 31) - 1)
     n_top = _n_top(form)
     options = options_of(form, served, logprobs=n_top, logprobs_param="top_logprobs")
-    answers = answers_of(form, served)
+    answers, wanted = answers_of(form, served), wanted_form(form)
     ids = chat_ids(form, served, tools=answers.tools)
     options = with_length(options, served, len(ids), n_new, param="messages")
     options, sequences = with_texts(options, 1 if form.n is None else form.n)
-    wanted = wanted_form(form)
     if wanted is None:
         constraint = answers.constraint(options.eos_token_id)
     else:

@@ -5,6 +5,7 @@ Ranges are the engine's own; here are the wire's names, its limits of size, and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import msgspec
@@ -71,6 +72,8 @@ class Sampling(msgspec.Struct, kw_only=True):
         if any(len(stop) > MOST_STOP_LENGTH for stop in self.stops):
             raise invalid(f"stop: longer than {MOST_STOP_LENGTH} characters", param="stop")
         check_count(self.logit_bias, "logit_bias", MOST_BIASES)
+        if any(map(math.isinf, (self.logit_bias or {}).values())):
+            raise invalid("logit_bias: found an infinite number", param="logit_bias")
         check_count(self.stop_token_ids, "stop_token_ids", MOST_STOPS)
         if self.user is not None and len(self.user) > 1000:
             raise invalid("user: longer than 1000 characters", param="user")
