@@ -6,7 +6,9 @@ A `Constraint` knows tokens and nothing of logits. The compiling and its limits 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,12 +23,15 @@ from jlayer.text.schemas import (
     checked_choices,
     checked_pattern,
     checked_schema,
+    hides_text,
     json_rule,
     pattern_rule,
     place_of,
     text_rule,
     whole_grammar,
 )
+
+_NAMED_TOKEN = re.compile(r"<\[(\d+)\]>")
 
 
 class Constraint:
@@ -45,7 +50,10 @@ class Constraint:
         self._matcher = matcher_of(tokenizer, grammar)
         self._vocab_size = vocab_size
         self._ends = _ids(eos_ids, vocab_size)
-        self._never = _ids(_left_out(tokenizer), vocab_size)
+        named = set(map(int, _NAMED_TOKEN.findall(grammar)))
+        self._never = _ids(_left_out(tokenizer) - named, vocab_size)
+        self._n_known = tokenizer_of(tokenizer).vocab_size
+        self._reasoning: _Reasoning | None = None
         self._has_ended = False
         self._mask: np.ndarray | None = None  # what is allowed now, once it was asked for
 
@@ -59,7 +67,8 @@ class Constraint:
         """
         plain = checked_schema(schema, where)
         try:
-            return cls(tokenizer, _grammar(tokenizer, json_rule(plain)), **sizes)
+            rule, hides = json_rule(plain), hides_text(plain)
+            return cls.lark(tokenizer, f"start: {rule}", hides=hides, **sizes)
         except RefusedGrammar as error:
             raise UsageError(f"{where}{place_of(plain)}: {error}") from None
 
@@ -74,34 +83,47 @@ class Constraint:
 
         Raises UsageError.
         """
-        pattern = checked_pattern(pattern, where)
+        rule = pattern_rule(checked_pattern(pattern, where))
         try:
-            return cls(tokenizer, _grammar(tokenizer, pattern_rule(pattern)), **sizes)
+            return cls.lark(tokenizer, f"start: {rule}", **sizes)
         except RefusedGrammar as error:
             raise UsageError(f"{where}: {error}") from None
 
     @classmethod
     def choice(cls, tokenizer, choices: Sequence[str], *, where: str = "choice", **sizes):
         """One of some texts. Raises UsageError."""
-        rules = " | ".join(map(text_rule, checked_choices(choices, where)))
+        rule = " | ".join(map(text_rule, checked_choices(choices, where)))
         try:
-            return cls(tokenizer, _grammar(tokenizer, rules), **sizes)
+            return cls.lark(tokenizer, f"start: {rule}", hides=False, **sizes)
         except RefusedGrammar as error:
             raise UsageError(f"{where}: {error}") from None
 
     @classmethod
-    def lark(cls, tokenizer, grammar: str, **sizes):
+    def lark(cls, tokenizer, grammar: str, *, hides: bool = True, **sizes):
         """A text of a grammar in Lark's form, as llguidance extends it (a token by its id: <[5]>).
+        `hides`: it may write texts that do not stand in it.
 
         Raises RefusedGrammar, a UsageError.
         """
-        return cls(tokenizer, whole_grammar(grammar, _added(tokenizer)), **sizes)
+        added = tokenizer.library.get_added_tokens_decoder().values()
+        tokens = [str(token.content) for token in added]
+        return cls(tokenizer, whole_grammar(grammar, tokens, hides=hides), **sizes)
 
     def copy(self) -> Constraint:
         """Another one at the same place, which goes on by itself."""
         other = object.__new__(Constraint)
         other.__dict__.update(self.__dict__)
         other._matcher = self._matcher.deep_copy()
+        return other
+
+    def after_reasoning(self, marks: tuple[int, int], *, is_open: bool) -> Constraint:
+        """A copy that holds only what comes after the reasoning, which is free.
+
+        `marks`: the tokens before and after it. `is_open`: the prompt ends within it; else the text
+        may begin with the first of them, and if it does not, there is no reasoning.
+        """
+        other = self.copy()
+        other._reasoning, other._mask = _Reasoning(*marks, is_open), None
         return other
 
     def allowed(self, more: Sequence[int] = ()) -> np.ndarray:
@@ -132,21 +154,22 @@ class Constraint:
     @property
     def is_over(self) -> bool:
         """Whether only an end token may follow, so that the text is complete as it is."""
-        if self._has_ended:
-            return True
+        if self._has_ended or self._reasoning is not None:
+            return self._has_ended
         mask = self.allowed()
         return self._matcher.is_accepting() and mask.sum() == mask[self._ends].sum()
 
     def forced(self) -> list[int]:
         """The next tokens where they are certain, such as the name of a property. Perhaps none."""
-        found = [] if self._has_ended else self._matcher.compute_ff_tokens()
+        is_free = self._has_ended or self._reasoning is not None
+        found = [] if is_free else self._matcher.compute_ff_tokens()
         return [] if set(found) & set(self._ends.tolist()) else found
 
     def _takes(self, token):
         if not 0 <= token < self._vocab_size:
             return False
-        if self._mask is not None:
-            return bool(self._mask[token])
+        if self._mask is not None or self._reasoning is not None:
+            return bool(self.allowed()[token])
         if token in self._ends:
             return self._has_ended or self._matcher.is_accepting()
         if self._has_ended or token in self._never:
@@ -154,15 +177,24 @@ class Constraint:
         return self._matcher.validate_tokens([token]) == 1
 
     def _advance(self, token):
-        self._mask = None
-        if token in self._ends:
-            self._has_ended = True
+        self._mask, reasoning = None, self._reasoning
+        if reasoning is not None and reasoning.is_open:
+            self._reasoning = None if token == reasoning.end else reasoning
+        elif reasoning is not None and token == reasoning.begin:
+            self._reasoning = replace(reasoning, is_open=True)
+        elif token in self._ends:
+            self._has_ended, self._reasoning = True, None
         else:
+            self._reasoning = None
             self._matcher.consume_token(token)
             refuse_errors(self._matcher)
 
     def _computed(self):
         mask = np.zeros(self._vocab_size, bool)
+        if self._reasoning is not None and self._reasoning.is_open:
+            mask[: self._n_known] = True
+            mask[self._ends] = False
+            return mask
         if not self._has_ended:
             packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             refuse_errors(self._matcher)
@@ -170,20 +202,23 @@ class Constraint:
             mask[: len(found)] = found
             mask[self._never] = False
         mask[self._ends] = self._has_ended or self._matcher.is_accepting()
+        if self._reasoning is not None:
+            mask[self._reasoning.begin] = True
         if not (mask.any() or self._matcher.is_accepting()):
             raise UsageError("constraint: no token of this model can go on from here")
         return mask
 
 
-def _grammar(tokenizer, rule):
-    return whole_grammar(f"start: {rule}", _added(tokenizer))
+@dataclass(frozen=True)
+class _Reasoning:
+    """The tokens around what is free; whether the first was there, or need not be."""
+
+    begin: int
+    end: int
+    is_open: bool
 
 
-def _added(tokenizer) -> list[str]:
-    return [str(token.content) for token in tokenizer.library.get_added_tokens_decoder().values()]
-
-
-def _left_out(tokenizer) -> Collection[int]:
+def _left_out(tokenizer) -> set[int]:
     """Tokens that the library's grammars could write as text, and that are left out of texts; and
     its own end tokens, which it allows at every end."""
     its = tokenizer_of(tokenizer)

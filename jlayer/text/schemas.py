@@ -125,15 +125,19 @@ def text_rule(text: str) -> str:
     return json.dumps(text)
 
 
-def whole_grammar(rules: str, tokens: Iterable[str] = ()) -> str:
+def hides_text(schema: Mapping) -> bool:
+    """Whether a schema may allow text that does not stand in it."""
+    return any(word in json.dumps(schema) for word in ('"pattern', '"format"'))
+
+
+def whole_grammar(rules: str, tokens: Iterable[str] = (), *, hides: bool) -> str:
     """A grammar of some rules, one of them named `start`.
 
-    `tokens`: the texts of added tokens. Where the next bytes are certain, the library allows the
-    one token that the tokenizer would make of them, which is best. But of the text of an added
-    token it makes that token, and then does not take it. So where a grammar may write such a text,
-    it chooses no token by itself.
+    Where the next bytes are certain, the library allows the one token that the tokenizer would make
+    of them, which is best. But of the text of an added token it makes that token, and then does not
+    take it. So where a grammar may write such a text, it chooses no token by itself. `tokens`: the
+    texts of added tokens; `hides`: the grammar may write texts that do not stand in it.
     """
-    hides = any(word in rules for word in ("/", '"pattern', '"format"'))
     if hides or any(token in rules or json.dumps(token)[1:-1] in rules for token in tokens):
         rules = f'%llguidance {{"no_forcing": true}}\n{rules}'
     return rules
