@@ -269,6 +269,7 @@ class Desk:
             most_unread=None,
             waits=True,
             constraint=order.constraint,
+            shown=order.shown,
         )
 
     def _suspend_a_batch_text(self):

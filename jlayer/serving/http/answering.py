@@ -125,7 +125,7 @@ class StreamAnswer:
                 await wait_for(news, self._stopping, seconds=self._silent_for(out))
                 await self._tell_progress(out)
             usage = self._reader.usage()
-            await out.end(self._framed(self._reader.teller.end(usage)) + self._reader.teller.last)
+            await out.end(self._framed(self._reader.end(usage)) + self._reader.teller.last)
 
     def _error(self):
         if self._work.is_over and self._work.error is not None:

@@ -22,6 +22,7 @@ from jlayer.serving.http.lasting import Lastings
 from jlayer.serving.http.requests import Requests, is_retry, take
 from jlayer.serving.http.site import Site, health
 from jlayer.serving.http.work import Work
+from jlayer.serving.page import page
 from jlayer.serving.wire.asked import Asked
 from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
@@ -40,7 +41,6 @@ from jlayer.serving.wire.tokens import (
 BODY_SILENCE_S = 30.0  # between two parts of a body
 MOST_BODIES = 256 << 20  # bytes of all bodies that are being read
 PREFIXES = ("/v1/models/", "/v1/requests/")  # of paths that are counted together
-PLACEHOLDER = b"<!doctype html><meta charset=utf-8><title>jlayer</title><p>jlayer serves here."
 
 Reads = Callable[..., Asked]
 # path -> what reads a body to it as orders
@@ -101,7 +101,7 @@ class Handlers:
     # What is asked again and again, answered on the loop.
 
     async def page(self, request):
-        return Response(PLACEHOLDER, media_type="text/html")
+        return Response(page.html(), headers=page.headers())
 
     async def health(self, request):
         status, body = health(self._site)

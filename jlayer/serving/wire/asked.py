@@ -147,6 +147,13 @@ class Reader:
     def step(self, choice: int, step: Step) -> list[dict]:
         return self.teller.step(choice, step)
 
+    def finish(self, choice: int, reason: str) -> list[dict]:
+        return self.teller.finish(choice, reason)
+
+    def end(self, usage: Usage) -> list[dict]:
+        """After all choices."""
+        return self.teller.end(usage)
+
     def take(self) -> Iterator[dict]:
         """The events of what is new."""
         for choice, (order, sequence) in enumerate(self._asked.views):
@@ -166,7 +173,7 @@ class Reader:
             yield from self.step(choice, step)
         if reason is not None or (is_over and job.error is None):
             self._is_finished[choice] = True
-            yield from self.teller.finish(choice, reason or "stop")
+            yield from self.finish(choice, reason or "stop")
 
     def usage(self) -> Usage:
         """Of what was told."""

@@ -5,7 +5,7 @@ lm-eval scores answers through it: `echo` with `logprobs`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
@@ -65,11 +65,12 @@ def read_completion(
     prompts = prompts_of(form.prompt)
     if len(prompts) * n > MOST_CHOICES:
         raise invalid(f"n: {len(prompts)} prompts with {n} texts each are too many", param="n")
-    options = options_of(form, served, logprobs=form.logprobs)
+    scores = bool(form.echo) and form.logprobs is not None
+    of_prompt = form.logprobs if scores else None
+    options = options_of(form, served, logprobs=form.logprobs, prompt_logprobs=of_prompt)
     n_new = NEW_TOKENS if form.max_tokens is None else form.max_tokens
     wanted = wanted_form(form)
     constraint = constraint_of(wanted, served, options.eos_token_id)
-    scores = bool(form.echo) and form.logprobs is not None
     orders, views, texts = [], [], []
     for number, prompt in enumerate(prompts):
         ids = _ids(prompt, served, adds=form.add_special_tokens is not False)
@@ -77,8 +78,6 @@ def read_completion(
         drawn, sequences = with_texts(
             with_length(options, served, len(ids), most, param="prompt"), n
         )
-        if scores:
-            drawn = replace(drawn, prompt_logprobs=form.logprobs)
         orders.append(
             Order(tuple(ids), drawn, constraint=constraint, client=client_of(client, form.user))
         )

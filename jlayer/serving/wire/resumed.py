@@ -1,12 +1,13 @@
-"""A stream that goes on after some tokens: what was told before is not told again.
+"""A stream that goes on where another one broke off: what was told before is not told again.
 
-A position is a number of tokens for each choice. Whatever the passes that a text came in, and even
-where it was drawn again after a restart, its tokens are the same; so a position holds.
+A position counts tokens of each choice, and events after the last of them. Whatever passes a text
+came in, and even where it was drawn again after a restart, its tokens are the same; so a position
+holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jlayer.engine.lane import Step
@@ -17,12 +18,26 @@ from jlayer.serving.wire.errors import invalid
 from jlayer.text.stream import StopWatcher, TextStream
 from jlayer.text.tokenizer import Tokenizer
 
+PLACES = 64  # events of one token, at most, that are told apart
+
+
+@dataclass
+class Place:
+    """How far a choice was told: `tokens`, and how many `events` since the last of them."""
+
+    tokens: int = 0
+    events: int = 0
+
+    @property
+    def number(self) -> int:
+        return self.tokens * PLACES + min(self.events, PLACES - 1)
+
 
 def read_position(word: str, n_choices: int) -> list[int]:
-    """ "12" or "12,7": of each choice. Raises Refused."""
+    """ "812" or "812,70": where each choice was told up to. Raises Refused."""
     parts = word.split(",") if word else ["0"] * n_choices
-    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-        raise invalid(f"after: found {word[:60]!r}, expected numbers of tokens", param="after")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 12 for part in parts):
+        raise invalid(f"after: found {word[:60]!r}, expected numbers of a chunk", param="after")
     if len(parts) != n_choices:
         raise invalid(
             f"after: found {len(parts)} numbers, expected {n_choices}, one a choice", param="after"
@@ -31,7 +46,8 @@ def read_position(word: str, n_choices: int) -> list[int]:
 
 
 class ResumedReader(Reader):
-    """Tells what comes after `position`, and in each event the position after it."""
+    """Tells what comes after `position`. Each event has the position after it, as jlayer_seq: a
+    number, or one for each choice."""
 
     def __init__(
         self,
@@ -42,37 +58,48 @@ class ResumedReader(Reader):
     ):
         super().__init__(asked, jobs)
         self._after, self._text = list(position), tokenizer
-        self._told = [0] * len(asked.views)  # tokens that the teller has had
+        self._places = [Place() for _ in asked.views]
 
     def begin(self):
-        events = [self.marked(event) for event in super().begin()]
-        return [] if any(self._after) else events
-
-    def marked(self, event: dict) -> dict:
-        told = [max(pair) for pair in zip(self._told, self._after, strict=True)]
-        return {**event, "jlayer": {"after": told[0] if len(told) == 1 else told}}
-
-    def take(self) -> Iterator[dict]:
-        for event in super().take():
-            yield self.marked(event)
+        events = super().begin()
+        return [told for n, event in enumerate(events) for told in self._marked(n, [event])]
 
     def prompt(self, choice, logprobs):
-        events = super().prompt(choice, logprobs)
-        return events if self._after[choice] == 0 else []
+        return self._marked(choice, super().prompt(choice, logprobs))
 
     def step(self, choice, step):
-        n, start = len(step.token_ids), self._told[choice]
-        n_old = min(n, max(0, self._after[choice] - start))
-        if 0 < n_old < n:
-            old, step = self._split(choice, step, n_old)
-            self.teller.step(choice, old)
-        elif n_old:
-            self.teller.step(choice, step)
-            self._told[choice] = start + n
-            return []
-        events = self.teller.step(choice, step)
-        self._told[choice] = start + n
-        return events
+        place, n = self._places[choice], len(step.token_ids)
+        n_told = self._after[choice] // PLACES - place.tokens
+        parts = self._split(choice, step, n_told) if 0 < n_told < n else [step]
+        found = []
+        for part in parts:
+            events = super().step(choice, part)
+            if part.token_ids:
+                place.tokens, place.events = place.tokens + len(part.token_ids), 0
+            found += self._marked(choice, events)
+        return found
+
+    def finish(self, choice, reason):
+        return self._marked(choice, super().finish(choice, reason))
+
+    def end(self, usage):
+        """Of no choice, so it is told again and again."""
+        events = super().end(usage)
+        return [{**event, "jlayer_seq": self._position(0, places=1)} for event in events]
+
+    def _marked(self, choice, events):
+        found, place = [], self._places[choice]
+        for event in events:
+            place.events += 1
+            if place.number > self._after[choice]:
+                found.append({**event, "jlayer_seq": self._position(choice)})
+        return found
+
+    def _position(self, choice, places=0):
+        numbers = [
+            max(place.number, after) for place, after in zip(self._places, self._after, strict=True)
+        ]
+        return numbers[0] + places if len(numbers) == 1 else numbers
 
     def _split(self, choice, step, n_old):
         """A step as it would have come in two passes."""
@@ -82,7 +109,7 @@ class ResumedReader(Reader):
         ids = [*(token for each in before for token in each.token_ids), *step.token_ids[:n_old]]
         text = _text_after(self._asked.orders[order], ids, self._text)
         text = text[sum(len(each.text) for each in before) :]
-        return (
+        return [
             Step(text, step.token_ids[:n_old], None, step.choices[:n_old]),
             Step(
                 step.text[len(text) :],
@@ -90,14 +117,15 @@ class ResumedReader(Reader):
                 step.finish_reason,
                 step.choices[n_old:],
             ),
-        )
+        ]
 
 
 def _text_after(order, ids, tokenizer):
     """What of a text is certain after these of its tokens."""
     if tokenizer is None:
         return ""
-    stream = TextStream(tokenizer, continues=bool(tokenizer.decode(order.ids)))
+    continues = bool(tokenizer.decode(order.ids))
+    stream = TextStream(tokenizer, continues=continues, shown=order.shown)
     watcher = StopWatcher(order.options.stop)
     return "".join(watcher.feed(stream.step(token)) for token in ids)
 

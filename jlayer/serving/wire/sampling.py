@@ -86,7 +86,12 @@ _SAME = (
 
 
 def options_of(
-    form: Sampling, served: Served, *, logprobs: int | None = None, logprobs_param: str = "logprobs"
+    form: Sampling,
+    served: Served,
+    *,
+    logprobs: int | None = None,
+    logprobs_param: str = "logprobs",
+    prompt_logprobs: int | None = None,
 ) -> SamplingOptions:
     """The options of one text, before its length is known. Raises Refused."""
     given = {name: getattr(form, name) for name in _SAME}
@@ -99,6 +104,8 @@ def options_of(
         given["min_new_tokens"] = form.min_tokens
     if logprobs is not None:
         given["logprobs"] = logprobs
+    if prompt_logprobs is not None:
+        given["prompt_logprobs"] = prompt_logprobs
     try:
         found = served.sampling(given)
         ends = () if form.ignore_eos else found.eos_token_id
@@ -216,10 +223,9 @@ def _check_kind(kind, value, name):
         raise invalid(f"{name}: found a {type(value).__name__} that is no {kind}", param=name)
 
 
-def constraint_of(
-    wanted: tuple[str, object, str] | None, served: Served, eos_ids: tuple[int, ...]
-) -> object | None:
-    """Raises Refused: a schema that cannot be held, or the package for it is not installed."""
+def constraint_of(wanted: tuple[str, object, str] | None, served: Served, eos_ids: tuple[int, ...]):
+    """The constraint, None where any text will do. Raises Refused: a schema that cannot be held, or
+    the package for it is not installed."""
     if wanted is None:
         return None
     kind, value, name = wanted

@@ -17,7 +17,9 @@ NAMES = ("fable-3m", "fable")
 
 
 @contextmanager
-def served(model, *, rules=None, journal=None, limits=None, desk=None, sends=None):
+def served(
+    model, *, rules=None, journal=None, limits=None, desk=None, sends=None, template=TEMPLATE
+):
     """Yields a server, of its own desk unless one is given. `sends`: bytes that the system takes of
     what a client does not read."""
     own = Desk(model, limits=limits) if desk is None else desk
@@ -28,11 +30,15 @@ def served(model, *, rules=None, journal=None, limits=None, desk=None, sends=Non
         if sends is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sends)
         with Serving(Site(rules or Rules(), journal), listening) as serving:
-            serving.opened(model, own, names=NAMES, chat_template=TEMPLATE)
+            serving.opened(model, own, names=NAMES, chat_template=template)
             yield serving
     finally:
         if desk is None:
             own.stop()
+
+
+def client_of(serving):
+    return httpx.Client(base_url=serving.address, timeout=60)
 
 
 @contextmanager
@@ -58,5 +64,5 @@ def serving(model, desk):
 
 @pytest.fixture(scope="package")
 def client(serving):
-    with httpx.Client(base_url=serving.address, timeout=60) as found:
+    with client_of(serving) as found:
         yield found

@@ -14,7 +14,7 @@ from jlayer.serving.http import answering, running
 from jlayer.serving.http.running import Serving, listen
 from jlayer.serving.http.site import Site
 from jlayer.serving.queue import Limits
-from tests.serving.http.conftest import held, served
+from tests.serving.http.conftest import client_of, held, served
 
 PATIENCE_S = 60
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
@@ -42,10 +42,6 @@ def raw(serving, *, version="1.1", method="POST", path="/v1/completions", body=N
     with closing(socket.create_connection(address(serving), timeout=PATIENCE_S)) as found:
         found.sendall("\r\n".join(lines).encode() + content)
         yield found
-
-
-def client_of(serving):
-    return httpx.Client(base_url=serving.address, timeout=PATIENCE_S)
 
 
 def read_all(connection):

@@ -81,15 +81,11 @@ def test_a_template_that_reads_parts_gets_parts():
     assert found["content"] == "x"
 
 
-def test_arguments_of_earlier_calls_become_objects():
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    given = {"role": "assistant", "content": None, "tool_calls": [call]}
-    (found,) = messages_of([given], template=TEMPLATE)
-    assert found["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    assert call["function"]["arguments"] == '{"a": 1}', "what was given is not changed"
-    call["function"]["arguments"] = "no json {"
-    (found,) = messages_of([given], template=TEMPLATE)
-    assert found["tool_calls"][0]["function"]["arguments"] == "no json {"
+def test_calls_that_are_none_are_named():
+    for calls in ({"a": 1}, [5], [{"function": 5}], [{"function": {"name": 5}}]):
+        with pytest.raises(Refused) as found:
+            messages_of([{"role": "assistant", "tool_calls": calls}], template=TEMPLATE)
+        assert found.value.param.startswith("messages[0].tool_calls")
 
 
 def test_without_a_template_chat_names_the_way_out():
