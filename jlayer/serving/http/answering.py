@@ -117,6 +117,7 @@ class StreamAnswer:
                 fresh = self._framed(self._reader.take())
                 if fresh:
                     await out.write(fresh)
+                if fresh or self._reader.is_over:
                     continue
                 error = self._error()
                 if error is not None:

@@ -31,6 +31,7 @@ def state(client, name):
 
 
 def done(client, name):
+    client.get(f"/v1/requests/{name}/stream")  # its end is the end of the work
     until(lambda: state(client, name)["status"] not in ("queued", "running"))
     return state(client, name)
 
