@@ -108,7 +108,7 @@ class ToolParser:
         text, opening = self._held, self._convention.opening
         marks = [mark for mark in (opening, self._convention.unopened) if mark]
         found = [(text.find(mark), mark) for mark in marks if mark in text]
-        if found and not self._is_full:
+        if found:
             at, mark = min(found)
             n_content = len(text[:at].rstrip(SPACE))
             self._say(n_content)
@@ -120,15 +120,9 @@ class ToolParser:
             self._say(len(text) if not self.calls or text.strip(SPACE) else 0)
             self._held = ""
         else:
-            n_open = 0 if self._is_full else max(overlap(text, mark) for mark in marks)
+            n_open = max(overlap(text, mark) for mark in marks)
             self._say(len(text[: len(text) - n_open].rstrip(SPACE)))
         return False
-
-    @property
-    def _is_full(self):
-        """Whether no further call is taken."""
-        is_enough = self._most is not None and len(self.calls) >= self._most
-        return is_enough or self._n_mistaken >= MOST_MISTAKEN
 
     def _say(self, n):
         """The first characters that are held are content."""
@@ -180,6 +174,12 @@ class ToolParser:
         form = "json" if convention.form == "named" and region.n_calls else convention.form
         region.element = ELEMENTS[form](region.at, self._tools, is_bare=region.is_bare)
         return True
+
+    @property
+    def _is_full(self):
+        """Whether no further call is taken."""
+        is_enough = self._most is not None and len(self.calls) >= self._most
+        return is_enough or self._n_mistaken >= MOST_MISTAKEN
 
     def _mistaken(self, region):
         """What is held is no call. What stands behind its mark may hold one. -> True"""

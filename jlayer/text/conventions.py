@@ -68,7 +68,7 @@ CONVENTIONS = (
     Convention(
         "qwen 3 coder",
         "<tool_call>\n<function={name}>\n{arguments}</function>\n</tool_call>",
-        signs=("<function=", "<parameter="),
+        signs=("<tool_call>", "<function=", "<parameter="),
         form="function",
         unopened="<function=",  # Qwen 3 Coder often forgets the mark before it
     ),

@@ -44,9 +44,7 @@ def checked_schema(schema, where: str) -> dict:
         raise UsageError(f"{where}: not JSON ({error})") from None
     if len(text) > MAX_SCHEMA_BYTES:
         raise UsageError(f"{where}: {len(text)} bytes, over the limit of {MAX_SCHEMA_BYTES}")
-    plain = json.loads(text)
-    plain.pop(OPTIONS_KEY, None)  # the library's options, which are not the client's to set
-    return plain
+    return json.loads(text)
 
 
 def _check_size(schema, where):
@@ -111,7 +109,7 @@ def _kind(value):
 
 
 def json_rule(schema: Mapping) -> str:
-    """What stands for a schema within a grammar."""
+    """What stands for a schema within a grammar. The options are not a client's to set."""
     return "%json " + json.dumps({**schema, OPTIONS_KEY: JSON_OPTIONS})
 
 

@@ -168,6 +168,7 @@ def test_reasoning_first_then_calls(here):
 @pytest.fixture
 def yes():
     """(a tokenizer, a constraint to "yes", the marks' tokens)"""
+    pytest.importorskip("llguidance")
     tokenizer = marked_tokenizer()
     sizes = {"vocab_size": tokenizer.vocab_size + 3, "eos_ids": [tokenizer.eos_token_id]}
     return tokenizer, Constraint.choice(tokenizer, ["yes"], **sizes), THINK.token_ids(tokenizer)
