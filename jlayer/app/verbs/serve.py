@@ -16,6 +16,7 @@ from jlayer.app.inputs import argument_text, name_of, read_text
 from jlayer.app.streams import tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
+from jlayer.run_config import RunConfig
 
 KEY = "JLAYER_API_KEY"
 NEEDED = ("starlette", "uvicorn", "msgspec", "h11")
@@ -117,8 +118,7 @@ def _opened(args):
     from jlayer.serving.desk import Desk
     from jlayer.serving.queue import Limits
 
-    run_options = options.given(args, *options.RUN, "context", "draft", "follow_links")
-    with opened(args.ref, offline=args.offline, **run_options) as model:
+    with opened(args.ref, offline=args.offline, **_run_options(args)) as model:
         desk = Desk(model, limits=Limits(people=args.max_queue))
         desk.start()
         try:
@@ -143,7 +143,12 @@ def _journal(args):
     return journal
 
 
+def _run_options(args):
+    return options.given(args, *options.RUN, "context", "draft", "follow_links")
+
+
 def _check(args):
+    RunConfig.from_options(**_run_options(args))
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port: found {args.port}, expected 0 to 65535")
     if args.max_queue < 1:
