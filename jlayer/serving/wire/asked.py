@@ -121,7 +121,7 @@ class Reader:
     same jobs, each at its own pace."""
 
     def __init__(self, asked: Asked, jobs: Sequence[Texts], teller: Teller | None = None):
-        self._asked, self._jobs = asked, jobs
+        self.asked, self.jobs = asked, jobs
         self.teller = asked.teller() if teller is None else teller
         self._read = [0] * len(asked.views)
         self._is_prompt_told = [False] * len(asked.views)
@@ -135,7 +135,7 @@ class Reader:
     @property
     def error(self) -> JlayerError | None:
         """Why nothing more will come, where a text has failed."""
-        return next((job.error for job in self._jobs if job.error is not None), None)
+        return next((job.error for job in self.jobs if job.error is not None), None)
 
     def begin(self) -> list[dict]:
         """Before any text."""
@@ -156,15 +156,15 @@ class Reader:
 
     def take(self) -> Iterator[dict]:
         """The events of what is new."""
-        for choice, (order, sequence) in enumerate(self._asked.views):
+        for choice, (order, sequence) in enumerate(self.asked.views):
             if not self._is_finished[choice]:
-                yield from self._take(choice, self._jobs[order], sequence)
+                yield from self._take(choice, self.jobs[order], sequence)
 
     def _take(self, choice, job, sequence):
         is_over, text = job.is_over, job.sequences[sequence]
         reason = text.finish_reason  # read before the steps, which are there when it is
         if not self._is_prompt_told[choice]:
-            if self._asked.waits_for_prompt and job.prompt_logprobs is None and not is_over:
+            if self.asked.waits_for_prompt and job.prompt_logprobs is None and not is_over:
                 return
             self._is_prompt_told[choice] = True
             yield from self.prompt(choice, job.prompt_logprobs)
@@ -177,9 +177,9 @@ class Reader:
 
     def usage(self) -> Usage:
         """Of what was told."""
-        asked = self._asked
-        texts = [self._jobs[order].sequences[sequence] for order, sequence in asked.views]
-        kept = sum((getattr(job, "stats", None) or {}).get("kept_tokens", 0) for job in self._jobs)
+        asked = self.asked
+        texts = [self.jobs[order].sequences[sequence] for order, sequence in asked.views]
+        kept = sum((getattr(job, "stats", None) or {}).get("kept_tokens", 0) for job in self.jobs)
         return Usage(
             sum(len(order.ids) for order in asked.orders),
             sum(

@@ -103,11 +103,11 @@ class ResumedReader(Reader):
 
     def _split(self, choice, step, n_old):
         """A step as it would have come in two passes."""
-        order, sequence = self._asked.views[choice]
-        steps = self._jobs[order].sequences[sequence].steps
+        order, sequence = self.asked.views[choice]
+        steps = self.jobs[order].sequences[sequence].steps
         before = steps[: next(n for n, each in enumerate(steps) if each is step)]
         ids = [*(token for each in before for token in each.token_ids), *step.token_ids[:n_old]]
-        text = _text_after(self._asked.orders[order], ids, self._text)
+        text = _text_after(self.asked.orders[order], ids, self._text)
         text = text[sum(len(each.text) for each in before) :]
         return [
             Step(text, step.token_ids[:n_old], None, step.choices[:n_old]),
