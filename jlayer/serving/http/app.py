@@ -248,13 +248,13 @@ async def _on_error(request, error):
 
 
 async def _on_http_error(request, error):
-    headers = dict(error.headers or {})
+    headers, path = dict(error.headers or {}), request.scope["path"][:200]
     if error.status_code == 405:
         headers["Allow"] = ", ".join(sorted(headers.get("Allow", "").split(", ")))
-        message = f"{request.method} {request.url.path}: not a method of this path"
+        message = f"{request.method} {path}: not a method of this path"
         return _ErrorAnswer(Refused(405, message, code="method_not_allowed", headers=headers))
     if error.status_code == 404:
-        message = f"{request.url.path[:200]}: there is no such path"
+        message = f"{path}: there is no such path"
         return _ErrorAnswer(Refused(404, message, code="unknown_path"))
     return _ErrorAnswer(Refused(error.status_code, str(error.detail), headers=headers))
 
