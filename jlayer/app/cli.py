@@ -29,10 +29,14 @@ VERBS = {
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
+    "serve": ("jlayer.app.verbs.serve", "answer OpenAI's protocol over HTTP, with a page"),
     "bench": (
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",
     ),
+    "list": ("jlayer.app.verbs.list", "list the models at hand, and whether they fit"),
+    "pull": ("jlayer.app.verbs.pull", "fetch a model from the hub"),
+    "remove": ("jlayer.app.verbs.remove", "remove a model from the hub's cache"),
     "eval": ("jlayer.app.verbs.eval", "measure perplexity, or compare two models"),
 }
 BUG = 1

@@ -93,7 +93,8 @@ class Lane:
         self._row, self.limit, self._number = row, limit, number
         self._constraint = constraint
         # What follows text keeps its leading space; what follows nothing but BOS has none.
-        self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
+        continues = bool(text.decode(prompt)) if text else False
+        self._stream = TextStream(text, continues=continues, shown=shown) if text else None
         self._stops = StopWatcher(options.stop)
         self._all_stops = stops
         special = text.special_tokens if text else {}  # they are in no text that is watched
