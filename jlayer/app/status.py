@@ -31,7 +31,11 @@ class Status:
     """
 
     def __init__(
-        self, lines: Callable[[], list[str]], *, refresh_s: float = REFRESH_S, text: TextIO | None = None
+        self,
+        lines: Callable[[], list[str]],
+        *,
+        refresh_s: float = REFRESH_S,
+        text: TextIO | None = None,
     ):
         self._lines, self._drawn, self._refresh_s = lines, [], refresh_s
         self._text = text
