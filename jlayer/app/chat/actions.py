@@ -40,6 +40,7 @@ class Home(Protocol):
     conversation: Conversation
     totals: Totals
     last: Totals | None
+    last_path: str | None
 
     def say(self, *lines: str) -> None: ...
 
@@ -91,11 +92,12 @@ def _drop(session, number):
     session.changed(n_dropped=number)
     if not exchanges:
         session.model.engine.kept.clear()
-    session.say(f"{_messages(number)} dropped, {len(exchanges)} left")
+    session.say(f"{_exchanges(number)} dropped, {len(exchanges)} left")
 
 
-def _messages(number, kind=""):
-    return f"{number} {kind}message{'' if number == 1 else 's'} with the answers"
+def _exchanges(number):
+    """So many messages, in words."""
+    return "1 message and its answer" if number == 1 else f"{number} messages and their answers"
 
 
 def retry(session: Home, command: Command) -> None:
@@ -116,8 +118,8 @@ def edit(session: Home, command: Command) -> None:
     more = n_exchanges - number
     if more:
         session.say(
-            f"once it is sent, its answer and {_messages(more, 'later ')} are dropped; an empty "
-            "line keeps all as it is"
+            f"once it is sent, its answer goes, and {_exchanges(more)} after it; an empty line "
+            "keeps all"
         )
     session.edit(number - 1)
 
@@ -144,14 +146,16 @@ def _agreed(session, question):
 
 
 def load(session: Home, command: Command) -> None:
-    path = os.path.expanduser(command.rest)
+    path = os.path.expanduser(command.rest) or session.last_path
+    if path is None:
+        raise UsageError("/load: expected /load F")
     found = files.load(path)
     before = len(session.conversation.exchanges)
     session.conversation.system = found.system
     session.conversation.exchanges[:] = found.exchanges
     session.changed(n_dropped=before)
-    dropped = f"; {_messages(before)} before it dropped" if before else ""
-    session.say(f"{_messages(len(found.exchanges))} loaded{dropped}")
+    dropped = f"; {_exchanges(before)} before it dropped" if before else ""
+    session.say(f"{_exchanges(len(found.exchanges))} loaded{dropped}")
     if found.exchanges and found.exchanges[-1].answer is None:
         session.say("the last message has no answer yet; /retry gives one")
 

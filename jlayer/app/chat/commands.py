@@ -17,9 +17,9 @@ COMMANDS = {
     "retry": ("", "answer the last message again"),
     "edit": ("[N]", "change the last message, or message N, and send it again"),
     "save": ("F", "write the conversation to a new file; /save! F replaces one"),
-    "load": ("F", "go on with a conversation that was saved"),
+    "load": ("[F]", "go on with a saved conversation; without F, with the last one"),
     "stats": ("", "show tokens, passes, seconds, context and memory"),
-    "exit": ("", "leave; so do Ctrl-D, and Ctrl-C where nothing is typed"),
+    "exit": ("", "leave; so do Ctrl-D, and Ctrl-C twice"),
 }
 ALIASES = {"quit": "exit", "bye": "exit", "?": "help"}
 NOTES = (

@@ -20,12 +20,13 @@ MOST_BYTES = 1 << 20
 OWNER_ONLY = 0o600
 
 
-def history_path() -> str:
-    """By the rules of the XDG base directories: a relative path there counts as none."""
+def state_path(name: str) -> str:
+    """A file that outlives a session, by the rules of the XDG base directories: a relative path
+    there counts as none."""
     state = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(state):
         state = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return os.path.join(state, "jlayer", "chat_history")
+    return os.path.join(state, "jlayer", name)
 
 
 class History:

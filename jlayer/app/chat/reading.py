@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
+import termios
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from jlayer.app.chat.history import History
@@ -25,7 +26,11 @@ BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 class Cleared(Exception):
-    """Ctrl-C took back what was typed so far."""
+    """Ctrl-C took back what stood there. `was_typed`: it was not only what had been put there."""
+
+    def __init__(self, *, was_typed: bool = True):
+        super().__init__()
+        self.was_typed = was_typed
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,13 @@ class Pipe:
     def remember(self, entry: str) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
+    @contextmanager
+    def silent(self):
+        yield
+
 
 class Keyboard:
     """Lines that somebody types at a terminal. `history`: of earlier sessions."""
@@ -77,6 +89,9 @@ class Keyboard:
 
         self._readline, self._history = readline, history
         readline.set_auto_history(False)  # a message of several lines is one entry
+        if "libedit" not in (readline.__doc__ or ""):
+            # Python turns it off; without it each line of a text that is pasted would be sent.
+            readline.parse_and_bind("set enable-bracketed-paste on")
         for entry in history.entries:
             readline.add_history(entry)
 
@@ -96,8 +111,8 @@ class Keyboard:
                 raise
             except KeyboardInterrupt:
                 print(flush=True)
-                if readline.get_line_buffer():
-                    raise Cleared from None
+                if found := readline.get_line_buffer():
+                    raise Cleared(was_typed=found != before) from None
                 raise
             except UnicodeDecodeError as error:
                 raise UsageError(
@@ -109,6 +124,27 @@ class Keyboard:
     def remember(self, entry: str) -> None:
         self._readline.add_history(entry)
         self._history.add(entry)
+
+    def forget(self) -> None:
+        """Drops what was typed ahead."""
+        with suppress(termios.error):
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+    @contextmanager
+    def silent(self):
+        """What is typed meanwhile does not show between the text; the next prompt has it."""
+        try:
+            before = termios.tcgetattr(sys.stdin)
+        except termios.error:
+            yield
+            return
+        mode = [*before]
+        mode[3] &= ~termios.ECHO
+        try:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
-from jlayer.app.chat import room
+from jlayer.app.chat import files, room
 from jlayer.app.chat.actions import ACTIONS, Leave, memory_of
 from jlayer.app.chat.commands import as_typed, command_of, message_of
 from jlayer.app.chat.conversation import Conversation, Exchange
-from jlayer.app.chat.page import Page
+from jlayer.app.chat.page import Page, has_colour
 from jlayer.app.chat.reading import Cleared, Keyboard, Pipe, read
 from jlayer.app.chat.turns import LENGTH_FROM, Answer, ContextFull, Speaker, Totals, follow
 from jlayer.app.ending import Interrupted
-from jlayer.app.streams import tell
+from jlayer.app.status import DIM, PLAIN
+from jlayer.app.streams import draws, tell
 from jlayer.errors import DoesNotFitError, JlayerError
 from jlayer.interrupts import STOPS, Terminated, check
 
@@ -60,14 +61,18 @@ class Session:
         page: Page,
         *,
         system: str | None = None,
+        last_path: str | None = None,
     ):
+        """`last_path`: a file that always has the conversation as it is; None: there is none."""
         self.model, self.speaker, self.source, self.page = model, speaker, source, page
         self.conversation = Conversation(system)
         self.totals, self.last = Totals(), None
+        self.last_path = last_path
         self.n_context: int | None = 0  # tokens of the conversation; None: to be counted
         self.draft: Draft | None = None
         self._attempts = 0  # answers to the same messages before this one
         self._told: set[str] = set()
+        self._is_stopping = False  # whether the last key was Ctrl-C
         self._failures: list[JlayerError] = []
 
     def run(self) -> dict:
@@ -132,6 +137,7 @@ class Session:
             said = read(
                 self.source, label=label, before="" if draft.waits else as_typed(draft.text)
             )
+            self._is_stopping = False
             if not said.text.strip():
                 self._take_back(draft)
                 return
@@ -140,8 +146,12 @@ class Session:
             if command is not None:
                 ACTIONS[command.name](self, command)
                 return
-        except Cleared:
+        except Cleared as cleared:
+            self._stop_or_leave(is_last=not cleared.was_typed)
             self._take_back(draft)
+            return
+        except KeyboardInterrupt:
+            self._stop_or_leave(is_last=True)
             return
         except JlayerError as error:
             self._fail(error)
@@ -149,6 +159,13 @@ class Session:
         self.draft = None
         message = said.text if said.is_literal else message_of(said.text)
         self.turn(message, None if draft.waits else draft.at)
+
+    def _stop_or_leave(self, *, is_last):
+        """After Ctrl-C at the prompt: a second in a row leaves. `is_last`: nothing was typed."""
+        if self._is_stopping and is_last:
+            raise KeyboardInterrupt
+        self._is_stopping = True
+        self.page.note("(Ctrl-C again leaves)")
 
     def _take_back(self, draft):
         """What stood at the prompt was taken away, or there was nothing."""
@@ -164,12 +181,10 @@ class Session:
         self._attempts = self._attempts + 1 if again else 0
         back = None if again else Draft(message, at)
         try:
-            ids = self.speaker.ids(self.conversation.prompt(message, after=at))
-            check()
-            decoding = self.speaker.begin(ids, attempt=self._attempts)
-            self._tell_once(decoding.notes)
-            answer = follow(self.model, decoding, self.speaker.splitter(ids), self.page)
+            with self.source.silent():
+                answer = self._answer(message, at)
         except KeyboardInterrupt:
+            self._is_stopping = True
             self._give_back(back)
         except FULL as error:
             self._fail(error)
@@ -180,6 +195,13 @@ class Session:
         else:
             self._take(message, at, answer, back)
 
+    def _answer(self, message, at):
+        ids = self.speaker.ids(self.conversation.prompt(message, after=at))
+        check()
+        decoding = self.speaker.begin(ids, attempt=self._attempts)
+        self._tell_once(decoding.notes)
+        return follow(self.model, decoding, self.speaker.splitter(ids), self.page)
+
     def _take(self, message, at, answer: Answer, back):
         found = answer.found
         self.last = Totals.of(found)
@@ -189,25 +211,46 @@ class Session:
             exchanges = self.conversation.exchanges
             exchanges[len(exchanges) if at is None else at :] = [exchange]
             self.n_context = answer.n_context
+            self._write_down()
         if isinstance(answer.stop, Terminated) or (answer.stop and not self.source.is_terminal):
             raise answer.stop
+        self._is_stopping = answer.stop is not None
         if not found.token_ids:
             self.page.note("(stopped before the first token)")
             self._give_back(back)
             return
         if found.finish_reason in MARKS:
             self.page.note(MARKS[found.finish_reason].format(limit=answer.limit))
-        tell(summary(self.last, answer, self.model))
+        self._remark(summary(self.last, answer, self.model))
+
+    def _remark(self, line):
+        """A line about the answer, less to be seen than it."""
+        if not draws():
+            tell(line)
+        else:
+            self.say(f"{DIM}{line}{PLAIN}" if has_colour(sys.stderr) else line)
 
     def _give_back(self, draft):
         """A message that was not answered stands at the next prompt, where somebody can edit it."""
         self.draft = draft if self.source.is_terminal else None
+        self.source.forget()  # what was typed for after the answer
 
     def _offer(self, message, at):
         """Says what can be dropped to make room for a message."""
         lines = room.offers(self.speaker, self.conversation, message, after=at)
         self.say(*(f"  {line}" for line in lines))
-        self._give_back(Draft(message, at, waits=bool(self.conversation.exchanges[:at])))
+        waits = bool(self.conversation.exchanges[:at])
+        if waits and self.source.is_terminal:
+            self.say("  your message comes back after that")
+        self._give_back(Draft(message, at, waits=waits))
+
+    def _write_down(self):
+        """An answer may have taken hours: it is not lost with the terminal."""
+        if self.last_path is not None:
+            try:
+                files.save(self.last_path, self.conversation, replace=True)
+            except JlayerError as error:
+                self._tell_once([error.command_line])
 
     def _tell_once(self, notes):
         for note in notes:
@@ -222,11 +265,9 @@ class Session:
 
 def summary(turn: Totals, answer: Answer, model) -> str:
     """A turn in one line."""
-    found = answer.found
-    n_computed = turn.prompt_tokens - turn.kept_tokens
-    drawn = "" if found.seed is None else f", seed {found.seed}"
+    found, n_new = answer.found, turn.prompt_tokens - turn.kept_tokens
     return (
         f"{turn.new_tokens} tokens ({found.finish_reason}), {found.stats['tokens_per_s']:.2f} "
-        f"tokens/s, {turn.forward_passes} forward passes; {n_computed} of {turn.prompt_tokens} "
-        f"prompt tokens were new; context {answer.n_context:,} of {model.context_limit:,}{drawn}"
+        f"tokens/s, {turn.forward_passes} sweeps; prompt {turn.prompt_tokens:,} tokens, {n_new:,} "
+        f"computed; context {answer.n_context:,} of {model.context_limit:,}"
     )

@@ -21,6 +21,7 @@ from jlayer.errors import UsageError
 
 # A chat has one answer, and shows no figures of its tokens.
 NAMES = tuple(name for name in SAMPLING if name not in ("num_return_sequences", "logprobs"))
+HISTORY, LAST = "chat_history", "chat_last.json"  # files of the state folder
 NO_TEMPLATE = (
     "{folder}: this model has no chat template, so it is none that one talks with; continue a text "
     f"with jlayer generate, or give a template in a file ({TEMPLATE} F)"
@@ -55,6 +56,7 @@ def run(args) -> dict:
     check_draft_of(sampling, run_options)
     template = _checked_template(args, form, system)
     with opened(args.ref, offline=args.offline, **run_options) as model:
+        from jlayer.app.chat.history import state_path
         from jlayer.app.chat.page import Page
         from jlayer.app.chat.session import Session
         from jlayer.app.chat.turns import Speaker
@@ -62,8 +64,9 @@ def run(args) -> dict:
         for line in (describe(model), *model.notes):
             tell(line)
         speaker = Speaker(model, options=sampling, template=template)
-        page = Page(sys.stderr if args.json else sys.stdout)
-        return Session(model, speaker, _source(), page, system=system).run()
+        source, page = _source(), Page(sys.stderr if args.json else sys.stdout)
+        last = state_path(LAST) if source.is_terminal else None
+        return Session(model, speaker, source, page, system=system, last_path=last).run()
 
 
 def _checked_template(args, form, system) -> dict:
@@ -93,9 +96,9 @@ def _source():
 
     if not is_terminal(sys.stdin):
         return Pipe()
-    from jlayer.app.chat.history import History, history_path
+    from jlayer.app.chat.history import History, state_path
 
-    history = History(history_path())
+    history = History(state_path(HISTORY))
     if history.why_not is not None:
         tell(history.why_not)
     tell("/help shows the commands; Ctrl-C stops an answer, Ctrl-D leaves")
