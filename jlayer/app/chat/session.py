@@ -68,7 +68,7 @@ class Session:
         self.conversation = Conversation(system)
         self.totals, self.last = Totals(), None
         self.last_path = last_path
-        self.n_context: int | None = 0  # tokens of the conversation; None: to be counted
+        self.n_context: int | None = None  # tokens of the conversation; None: to be counted
         self.draft: Draft | None = None
         self._attempts = 0  # answers to the same messages before this one
         self._told: set[str] = set()
@@ -103,12 +103,12 @@ class Session:
 
     def count(self) -> int | None:
         """The tokens of the conversation so far; None where the template refuses it."""
+        if not self.conversation.exchanges:
+            return 0
         if self.n_context is None:
-            self.n_context = 0
-            if self.conversation.exchanges:
-                with suppress(JlayerError):
-                    messages = self.conversation.messages()
-                    self.n_context = len(self.speaker.ids(messages, add_generation_prompt=False))
+            messages = self.conversation.messages()
+            with suppress(JlayerError):
+                self.n_context = len(self.speaker.ids(messages, add_generation_prompt=False))
         return self.n_context
 
     def changed(self, *, n_dropped: int = 0) -> None:
@@ -162,7 +162,7 @@ class Session:
 
     def _stop_or_leave(self, *, is_last):
         """After Ctrl-C at the prompt: a second in a row leaves. `is_last`: nothing was typed."""
-        if self._is_stopping and is_last:
+        if not self.source.is_terminal or (self._is_stopping and is_last):
             raise KeyboardInterrupt
         self._is_stopping = True
         self.page.note("(Ctrl-C again leaves)")
