@@ -38,7 +38,9 @@ def offers(
     if conversation.system is not None:
         lines.append(f"/system   the system message, {_of_system(speaker, conversation):,} tokens")
     if n_needed > n_before:
-        lines.append(f"/edit     the message alone has {n_tokens(n_before):,}: make it shorter")
+        lines.append(
+            f"{'':10}the message itself has {n_tokens(n_before):,} tokens: make it shorter"
+        )
     else:
         lines.append("/clear    all of them")
     return lines
