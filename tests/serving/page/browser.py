@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -112,12 +112,26 @@ class Page:
 
     def press(self, words: str, within: str = "body") -> None:
         """The last button that is seen and says so."""
-        self.wait(lambda: self._buttons(words, within), f"no button {words!r} in {within}")
-        self._buttons(words, within)[-1].click()
 
-    def _buttons(self, words, within):
-        found = self.all(f"{within} button")
-        return [each for each in found if each.text == words and each.is_displayed()]
+        def found():
+            return self.run(
+                "return [...document.querySelectorAll(`${arguments[0]} button`)]"
+                ".filter((each) => each.checkVisibility() && each.innerText === arguments[1]"
+                " && !each.disabled).at(-1)",
+                within,
+                words,
+            )
+
+        def pressed():
+            with suppress(StaleElementReferenceException):  # drawn anew meanwhile
+                found().click()
+                return True
+            return False
+
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        self.wait(found, f"no button {words!r} in {within}")
+        self.wait(pressed)
 
     def stored(self) -> list[dict]:
         """The conversations that the browser keeps."""

@@ -57,33 +57,38 @@ class Asked:
 
     def __init__(self, number: int, path: str, body: dict, key: str | None):
         self.id, self.path, self.body, self.key = f"req_{number}", path, body, key
+        self.is_chat = path.endswith("/chat/completions")
         self.chunks: list[str] = []
         self.is_over = self.is_deleted = False
         self.n_cuts = 0  # how often all its connections are to be dropped
         self.afters: list[str | None] = []  # of each connection: what it had already
         self.changed = threading.Condition()
-        self._number = 0
+        self._position = 0  # of a chunk: how many tokens there are with it
+        if self.is_chat:
+            self.choice(delta={"role": "assistant", "content": ""}, n_tokens=0)
 
     def progress(self, state: str, **changes) -> Asked:
         found = {"state": state, **PROGRESS, **changes}
-        return self.chunk({"object": "jlayer.progress", "choices": [], "jlayer": found})
+        told = {"object": "jlayer.progress", "choices": [], "jlayer": found}
+        return self.chunk(told, n_tokens=0)
 
     def say(self, *pieces: str) -> Asked:
         for piece in pieces:
-            is_chat = self.path.endswith("/chat/completions")
-            said = {"delta": {"content": piece}} if is_chat else {"text": piece}
+            said = {"delta": {"content": piece}} if self.is_chat else {"text": piece}
             self.choice(**said, finish_reason=None)
         return self
 
     def reason(self, words: str) -> Asked:
         return self.choice(delta={"reasoning_content": words}, finish_reason=None)
 
-    def choice(self, **choice) -> Asked:
-        return self.chunk({"object": "chunk", "choices": [{"index": 0, **choice}]})
+    def choice(self, *, n_tokens: int = 1, **choice) -> Asked:
+        found = {"object": "chunk", "choices": [{"index": 0, **choice}]}
+        return self.chunk(found, n_tokens=n_tokens)
 
-    def chunk(self, chunk: dict) -> Asked:
-        self._number += 1
-        return self._add(json.dumps({"id": self.id, "jlayer_seq": self._number, **chunk}))
+    def chunk(self, chunk: dict, *, n_tokens: int = 1) -> Asked:
+        self._position += n_tokens
+        mark = {"jlayer": {"after": self._position}}
+        return self._add(json.dumps({"id": self.id, **mark, **chunk}))
 
     def fail(self, message: str) -> Asked:
         error = {"message": message, "type": "server_error", "param": None, "code": None}
@@ -92,8 +97,9 @@ class Asked:
 
     def end(self, finish: str = "stop", *, done: bool = True) -> Asked:
         if done:
-            self.choice(delta={}, finish_reason=finish)
-            self.chunk({"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 12}})
+            self.choice(delta={}, finish_reason=finish, n_tokens=0)
+            usage = {"prompt_tokens": 30, "completion_tokens": 12}
+            self.chunk({"choices": [], "usage": usage}, n_tokens=0)
             self._add("[DONE]")
         with self.changed:
             self.is_over = True
@@ -253,8 +259,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if not fresh and not is_over and asked.n_cuts == n_cuts:
                     asked.changed.wait(0.02)
             for chunk in fresh:
-                number = json.loads(chunk).get("jlayer_seq") if chunk != "[DONE]" else None
-                if after is None or number is None or number > int(after):
+                found = json.loads(chunk) if chunk != "[DONE]" else {}
+                position = found.get("jlayer", {}).get("after")
+                is_end = position is None or found["choices"] == []
+                if after is None or is_end or position > int(after):
                     self._write(f": a comment\n\ndata: {chunk}\n\n")
             if asked.n_cuts != n_cuts or (is_over and not fresh):
                 return

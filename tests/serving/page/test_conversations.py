@@ -145,5 +145,6 @@ def test_the_draft_of_a_new_conversation_is_found_again(open_page):
     page.press("First", "#list")
     page.wait_text(f"{MODEL} .body", "Yes.")
     assert page.find("#draft").get_attribute("value") == ""
+    page.open(is_empty=False)
     page.press("New conversation")
     assert page.find("#draft").get_attribute("value") == "a thought"

@@ -133,6 +133,9 @@ def test_nothing_scrolls_sideways(open_page, width):
         "return [all.scrollWidth, log.scrollWidth - log.clientWidth, log.scrollLeft, scrollX]"
     )
     assert sizes == [width, 0, 0, 0]
+    for css in ("pre", ".table"):  # what is wider scrolls inside its own box
+        inner = f"document.querySelector('.assistant {css}')"
+        assert page.run(f"{inner}.scrollLeft = 50; return {inner}.scrollLeft") == 50
     outside = page.run(
         "return [...document.querySelectorAll('main button, main p, main dd, main .body')]"
         ".filter((each) => each.getBoundingClientRect().right > innerWidth + 1)"
