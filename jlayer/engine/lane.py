@@ -15,6 +15,7 @@ from jlayer.engine.pool import Table
 from jlayer.engine.report import Account
 from jlayer.engine.sample import Choice, NoiseKey, choose
 from jlayer.engine.stops import StopStrings
+from jlayer.errors import JlayerError
 from jlayer.text.stream import StopWatcher, TextStream
 
 
@@ -194,7 +195,7 @@ class Lane:
         for choice in choices:
             pieces.append(self._add(choice))
             count += 1
-            if self.finish_reason:
+            if self.finish_reason or self.error:
                 break
         self.account.n_tokens += count
         added = tuple(choices[:count])
@@ -215,7 +216,10 @@ class Lane:
         if self._all_stops is not None:
             ended |= self._all_stops.end_in(choice.token_id)
         if self._constraint is not None and not ended:
-            self._constraint.accept([choice.token_id])
+            try:
+                self._constraint.accept([choice.token_id])
+            except JlayerError as error:  # it has met a limit of its own: the others ride on
+                self.fail(error)
             ended = self._constraint.is_over  # a pass for the end alone would take as long
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:
