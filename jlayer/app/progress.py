@@ -207,7 +207,7 @@ class AnswerView(View):
         seconds = max(0.0, each * left - min(each, time.perf_counter() - self._began))
         return (
             f"{self._words(self._sweep)}: layer {self._done} of {self._n_layers}, "
-            f"{each:.1f} s a sweep, at most {duration(seconds)} left"
+            f"{each:.1f} s a forward pass, at most {duration(seconds)} left"
         )
 
 

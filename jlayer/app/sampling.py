@@ -33,11 +33,8 @@ SAMPLING = {
 METAVARS = {int: "N", float: "X", str: "MODE"}
 
 
-def add_sampling(
-    parser: argparse.ArgumentParser, names=tuple(SAMPLING), *, length: str, **lines: str
-) -> None:
-    """Adds -n, the options of these names, and --stop. `length`: the default of -n in words;
-    `lines`: by option, what --help says where a verb means it in another way."""
+def add_sampling(parser: argparse.ArgumentParser, names=tuple(SAMPLING), *, length: str) -> None:
+    """Adds -n, the options of these names, and --stop. `length`: the default of -n in words."""
     parser.add_argument(
         *("-n", "--max-tokens", "--max-new-tokens"),
         dest="max_new_tokens",
@@ -47,9 +44,7 @@ def add_sampling(
     )
     for name in names:
         kind, line = SAMPLING[name]
-        parser.add_argument(
-            options.flag(name), type=kind, metavar=METAVARS[kind], help=lines.get(name, line)
-        )
+        parser.add_argument(options.flag(name), type=kind, metavar=METAVARS[kind], help=line)
     parser.add_argument(
         "--stop", action="append", metavar="S", help="end before this text; may be repeated"
     )

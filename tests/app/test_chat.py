@@ -157,7 +157,7 @@ def test_on_a_terminal_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(wo
     argv = [PYTHON, "-c", COMMAND, *words, "-n", "900"]
     keys = [
         (PROMPT, f"{ONE}\r".encode()),
-        (r"token 3\d: layer \d of 6, 0.0 s a sweep, at most ", b"typed ahead\x03"),
+        (r"token 3\d: layer \d of 6, 0.0 s a forward pass, at most ", b"typed ahead\x03"),
         (times(2), b"\x03"),
     ]
     code, screen, written = on_terminal(argv, keys=keys, env=state)

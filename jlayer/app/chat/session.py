@@ -270,6 +270,6 @@ def summary(turn: Totals, answer: Answer, model) -> str:
     found, n_new = answer.found, turn.prompt_tokens - turn.kept_tokens
     return (
         f"{turn.new_tokens} tokens ({found.finish_reason}), {found.stats['tokens_per_s']:.2f} "
-        f"tokens/s, {turn.forward_passes} sweeps; prompt {turn.prompt_tokens:,} tokens, {n_new:,} "
-        f"computed; context {answer.n_context:,} of {model.context_limit:,}"
+        f"tokens/s, {turn.forward_passes} forward passes; prompt {turn.prompt_tokens:,} tokens, "
+        f"{n_new:,} computed; context {answer.n_context:,} of {model.context_limit:,}"
     )

@@ -199,7 +199,7 @@ def _words_of(decoding):
 
     def words():
         if lane.token_ids:
-            each = f", {stats.tokens_per_sweep:.1f} a sweep" if stats.drafted else ""
+            each = f", {stats.tokens_per_sweep:.1f} a forward pass" if stats.drafted else ""
             return f"token {len(lane.token_ids) + 1}{each}"
         n_done = 0 if lane.table is None else len(lane.table)
         return f"prompt, token {n_done + 1} of {lane.n_prompt}" if n_done else "prompt"

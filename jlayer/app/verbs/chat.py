@@ -34,8 +34,7 @@ def add_arguments(parser):
     add_sampling(
         parser,
         NAMES,
-        length=" of an answer (default: the model's, or 2048); fewer where there is less room",
-        seed="the same seed gives the same answers on every machine; /retry takes the next one",
+        length=" (default: the model's, or 2048; fewer where there is less room)",
     )
     parser.add_argument("--preset", metavar="NAME", help="options for a kind of machine, by name")
     add_template(parser)
