@@ -246,7 +246,8 @@ class Decoding:
         most, longest = max(limits), max(rows, key=lambda row: len(row.ids))
 
         def fits(number):
-            return self._engine.plan_for(self._shape([longest], [number])).fits
+            with self._engine.kept.aside():
+                return self._engine.plan_for(self._shape([longest], [number])).fits
 
         least = min(most, DEFAULT_NEW_TOKENS)
         if not self.options.lengths_are_published or most == least or fits(most):

@@ -41,22 +41,21 @@ class Page:
     def __init__(self, stream: TextIO):
         self._stream, self._is_terminal = stream, is_terminal(stream)
         self._dims, self._is_dim = has_colour(stream), False
-        self._kind, self._end = None, "\n"  # of what was written last
+        self._kind, self._end = None, ""  # of what was written last
 
     @contextmanager
     def showing(self, model, view) -> Iterator[Callable[[str, str], None]]:
         """Yields a function that takes pieces: their kind and their text. Under them `view` is
         drawn, where stderr is a terminal."""
-        self._kind, self._end = None, "\n"
+        self._kind, self._end = None, ""
         text = None if self._stream is sys.stdout else self._stream
-        with progress.shown(model, self._show, view=view, text=text) as write:
-            yield partial(self._take, write)
-        self.end_line()
-
-    def end_line(self) -> None:
-        if self._end != "\n":
-            self._end = "\n"
-            write_text("\n", self._stream)
+        try:
+            with progress.shown(model, self._show, view=view, text=text) as write:
+                yield partial(self._take, write)
+        finally:
+            # In a pipe also an answer without text is a line.
+            if self._end != "\n" and (self._end or not self._is_terminal):
+                write_text("\n", self._stream)
 
     def note(self, line: str) -> None:
         """Says something about the text under it, on a terminal."""

@@ -239,8 +239,11 @@ class Session:
 
     def _offer(self, message, at):
         """Says what can be dropped to make room for a message."""
-        lines = room.offers(self.speaker, self.conversation, message, after=at)
-        self.say(*(f"  {line}" for line in lines))
+        try:
+            lines = room.offers(self.speaker, self.conversation, message, after=at)
+            self.say(*(f"  {line}" for line in lines))
+        except JlayerError as error:  # the template refuses a part of the conversation
+            self._fail(error)
         waits = bool(self.conversation.exchanges[:at])
         if waits and self.source.is_terminal:
             self.say("  your message comes back after that")

@@ -10,6 +10,7 @@ from jlayer.app.chat.conversation import Conversation, Exchange
 from jlayer.app.chat.page import Page, has_colour, visible
 from jlayer.app.chat.turns import Speaker, follow
 from jlayer.engine.lane import Step
+from jlayer.errors import StorageError
 from jlayer.text.reasoning import ReasoningSplitter, reasoning_marks_of
 from tests.app.chat.talk import Terminal
 from tests.conftest import BUNDLED
@@ -76,6 +77,20 @@ def test_in_a_pipe_there_is_the_answer_alone_as_it_is(model, monkeypatch):
     answer, text = shown(model, monkeypatch, stream=io.StringIO(), pieces=pieces)
     assert text == "Because. Yes \x1b[31m\r\n"
     assert answer.reasoning == "hm, why"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"), [((), "\n"), (("a",), "a\n"), (("a\n",), "a\n"), (("<think>hm",), "\n")]
+)
+def test_in_a_pipe_every_answer_ends_a_line(model, monkeypatch, pieces, text):
+    assert shown(model, monkeypatch, stream=io.StringIO(), pieces=pieces)[1] == text
+
+
+def test_an_error_in_the_middle_of_an_answer_does_not_stand_in_its_line(model, monkeypatch):
+    stream = Terminal()
+    with pytest.raises(StorageError):
+        shown(model, monkeypatch, stream=stream, pieces=("a",), ends=StorageError("disk: gone"))
+    assert stream.getvalue() == "a\n"
 
 
 def test_on_a_terminal_no_text_moves_the_cursor(model, monkeypatch):

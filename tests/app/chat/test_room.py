@@ -97,12 +97,40 @@ def test_a_changed_message_that_does_not_fit_changes_nothing_until_there_is_room
     assert users(found) == [long]
 
 
+def test_a_template_that_fails_while_offers_are_made_ends_no_chat(model, capsys):
+    """One that wants a system message fails on the chat without, which tells what that takes."""
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    found = chat(model, 8 * WORDS, system="Be brief.", template=template + TEMPLATE)
+    found.run()
+    said = capsys.readouterr().err
+    assert said.count("have to go\n") == 1
+    assert "no system" in said
+
+
 def test_an_answer_is_cut_to_the_room_that_is_left(model):
     found = chat(model, 4 * WORDS, options={"max_new_tokens": 1000})
     result = found.run()
     n_prompt = n_tokens(model, [{"role": "user", "content": 4 * WORDS}])
     assert n_prompt + result["stats"]["new_tokens"] <= CONTEXT
     assert result["messages"][1]["finish_reason"] in ("stop", "length")
+
+
+def test_what_is_kept_of_the_turn_before_takes_no_room_from_the_next_answer(fable, room_for):
+    options = {"device": "cpu", "dtype": "float32", **room_for(2, 64)}
+    with AutoModel.from_pretrained(fable, **options) as model:
+        found = chat(model, WORDS + "One?", options={"max_new_tokens": 1000})
+        ids = found.speaker.ids([{"role": "user", "content": WORDS}])
+
+        def limit():
+            decoding = found.speaker.begin(ids)
+            decoding.close()
+            return decoding.lanes[0].limit
+
+        alone = limit()
+        assert 20 < alone < 900
+        found.run()
+        assert len(model.engine.kept) == 1
+        assert limit() == alone
 
 
 def test_memory_that_is_full_is_said_with_its_sum_and_the_same_offers(fable, room_for, capsys):
