@@ -49,9 +49,21 @@ class Rider:
         return self.end - self.first + len(self.guessed)
 
     @property
+    def scored(self) -> range:
+        """Those of its tokens whose logits score the next one of the prompt."""
+        scores = self.lane.scores
+        return range(0) if scores is None else scores.rows(self.first, self.end)
+
+    @property
+    def n_drawn(self) -> int:
+        """From the logits of so many of its last rows tokens are drawn: its last token and the
+        guesses."""
+        return 1 + len(self.guessed) if self.is_complete and self.lane.draws else 0
+
+    @property
     def wanted(self) -> int:
-        """Of so many of its last rows the logits are wanted: its last token and the guesses."""
-        return 1 + len(self.guessed) if self.is_complete else 0
+        """Of so many of its last rows the logits are wanted."""
+        return len(self.scored) + self.n_drawn
 
     @property
     def gained(self) -> np.ndarray:
@@ -157,7 +169,8 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     n_promised = 0
     for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
         other = rider.lane
-        n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
+        most = min(lane.n_shareable, len(other.history))
+        n_alike = _n_alike(lane.history, other.history, most)
         n_shared = min(n_alike, rider.end)
         n_there = len(other.table)
         is_there = pool.holds(other.table.rows[:n_shared]) and pool.keeps(

@@ -40,6 +40,7 @@ SAMPLING = {
     "min_new_tokens": (int, "do not end before this many new tokens"),
     "num_return_sequences": (int, "the number of texts, each sampled with its own noise"),
     "logprobs": (int, "with --json: log-probabilities of the new tokens and of the N likeliest"),
+    "prompt_logprobs": (int, "the same for the tokens of the prompt"),
     "speculate": (
         str,
         "how tokens are guessed ahead, which changes no text: auto, off, lookup (in the text so "
@@ -104,8 +105,10 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     timeline.check_file(args.timeline)
-    if args.logprobs is not None and not args.json:
-        raise UsageError("--logprobs: they are shown in the JSON object only; add --json")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            found = f"{options.flag(name)}: they are shown in the JSON object only"
+            raise UsageError(f"{found}; add --json")
     sampling = options.given(args, *SAMPLING, "max_new_tokens", "stop")
     _check(sampling)
     form = chat_form(args)
