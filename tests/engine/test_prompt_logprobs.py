@@ -83,7 +83,7 @@ def test_they_are_those_of_transformers(folder, model):
         assert dict(one["top"]).get(token, one["logprob"]) == one["logprob"], "the same float"
 
 
-@pytest.mark.parametrize("rows", [None, 8, 32])
+@pytest.mark.parametrize("rows", [None, 32, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_prompt_in_pieces_is_scored_as_in_one(model, rows):
     if rows is None:
         found = score(model, PROMPT)
@@ -95,7 +95,16 @@ def test_a_prompt_in_pieces_is_scored_as_in_one(model, rows):
     assert logprobs(found) == close(own(model, PROMPT), 1e-4)
 
 
-def test_together_is_alone(model):
+def test_together_is_alone(llama):
+    check_together(llama)
+
+
+@pytest.mark.slow
+def test_together_is_alone_with_windows_and_states(model):
+    check_together(model)
+
+
+def check_together(model):
     prompts = [PROMPT[:n] for n in (2, 17, 40, 90)] + [PROMPT[20:41], PROMPT[:17]]
     first = {"prompt_logprobs_from": 9}
     want = [score(model, prompt) for prompt in prompts]
@@ -232,9 +241,8 @@ def test_a_prompt_without_numbers_fails_alone(llama, monkeypatch):
         good = Run(llama, good_prompt, **scored)
         bad = Run(llama, [3, 4, 99, *PROMPT[:30]], **scored)
         unseen = Run(llama, [*good_prompt, 99], **scored)  # nothing follows its last token
-        lanes = [*good.lanes, *bad.lanes, *unseen.lanes]
-        while any(lane.is_alive for lane in lanes):
-            llama.engine.scheduler.advance(lanes, once=True)
+        bad.advance()
+        good.tokens(), unseen.tokens()
         assert "not finite" in str(bad.lanes[0].error)
         assert bad.lanes[0].is_alive is False
         check_rows(llama, good, bad, unseen)
