@@ -128,6 +128,18 @@ def check_together(model):
     assert model.engine.n_alive == 0
 
 
+def test_each_is_told_as_many_of_the_likeliest_as_it_asked_for(llama):
+    runs = [Run(llama, PROMPT[:30], **SCORED, prompt_logprobs=n_top) for n_top in (3, 0, 1)]
+    runs[0].advance()
+    assert not any(lane.is_alive for run in runs for lane in run.lanes), "one pass for all"
+    found = [run.decoding.generations()[0].prompt_logprobs[1:] for run in runs]
+    for run in runs:
+        run.close()
+    assert {len(one["top"]) for one in found[0]} == {3}
+    for n_top, some in ((0, found[1]), (1, found[2])):
+        assert [one["top"] for one in some] == [one["top"][:n_top] for one in found[0]]
+
+
 @pytest.mark.parametrize("n_new", [0, 1, 3])
 def test_new_tokens_follow_a_scored_prompt_as_any_other(model, n_new):
     want = jlayer.generate(model, PROMPT[:40], max_new_tokens=3, logprobs=1, **PLAIN)
