@@ -20,11 +20,10 @@ from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
 from jlayer.engine.report import Account, Clock, Stats
-from jlayer.engine.riders import LEAST_SHARED
 from jlayer.engine.scores import PromptScores, as_json
+from jlayer.engine.shaping import shape_of
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.families.registry import has_state
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
 
@@ -133,7 +132,7 @@ class Decoding:
                             switches_at=engine.cfg.switches_at,
                             constraint=None if constraint is None else constraint.copy(),
                             shown=shown,
-                            scores=None if number else PromptScores.of(row.ids, options),
+                            scores=None if number else PromptScores.of(row, options),
                         )
                         for number in range(options.num_return_sequences)
                     ],
@@ -222,26 +221,10 @@ class Decoding:
         return StopStrings(self.options.stop, text=stop_text, prompt=row.given)
 
     def _shape(self, rows, limits):
-        """The shape of a run of these prompts, with at most so many new tokens each. Sequences of
-        one prompt share its entries, but for the last one, whose logits each of them needs; none
-        where layers have a state, which cannot be shared."""
-        each = self.options.num_return_sequences
-        lengths = [max(1, self.options.n_computed(len(row.ids))) for row in rows]
-        entries = 0
-        for n_prompt, limit in zip(lengths, limits, strict=True):
-            shares = each > 1 and n_prompt > LEAST_SHARED and not has_state(self._engine.cfg)
-            n_shared = n_prompt - 1 if shares else 0
-            entries += n_shared + each * (n_prompt - n_shared + limit)
-        batch, sweeps = each * len(rows), max(1, *limits)
-        return RunShape(
-            batch=batch,
-            longest=max(lengths),
-            context=max(n_prompt + n for n_prompt, n in zip(lengths, limits, strict=True)),
-            scores=self.options.prompt_logprobs is not None,
-            sweeps=sweeps,
-            entries=entries,
-            nodes=self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps),
-        )
+        """The shape of a run of these prompts, with at most so many new tokens each."""
+        batch, sweeps = self.options.num_return_sequences * len(rows), max(1, *limits)
+        nodes = self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps)
+        return shape_of(self._engine.cfg, rows, limits, self.options, nodes=nodes)
 
     def _most_that_fit(self, rows, limits):
         """The most new tokens, which what the user did not ask for is cut to: as many as the

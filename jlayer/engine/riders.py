@@ -170,8 +170,8 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
         other = rider.lane
         most = min(lane.n_shareable, len(other.history))
-        n_alike = _n_alike(lane.history, other.history, most)
-        n_shared = min(n_alike, rider.end)
+        n_same = n_alike(lane.history, other.history, most)
+        n_shared = min(n_same, rider.end)
         n_there = len(other.table)
         is_there = pool.holds(other.table.rows[:n_shared]) and pool.keeps(
             n_shared, rider.end - n_there, rider.end, chunk
@@ -179,7 +179,7 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
         if other.is_long != lane.is_long or not is_there:
             continue
         if other.is_alive and other.is_hungry and other.n_pending > 1:
-            n_promised = max(n_promised, n_alike)
+            n_promised = max(n_promised, n_same)
         if n_shared >= max(LEAST_SHARED, best.first + 1):
             # Its first entries may be of this pass too: what it lists of its own source.
             after = rider.after + (n_shared > rider.first)
@@ -187,7 +187,7 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     return best if best.first >= n_promised else None
 
 
-def _n_alike(one, other, most):
+def n_alike(one: Sequence[int], other: Sequence[int], most: int) -> int:
     """How many of the first `most` tokens are equal; 0 where it is fewer than LEAST_SHARED."""
     if most < LEAST_SHARED or one[:LEAST_SHARED] != other[:LEAST_SHARED]:
         return 0

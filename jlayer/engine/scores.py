@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.sample import Choice
 
@@ -144,11 +145,11 @@ class PromptScores:
         self.found: list[Choice | None] = [None] * len(ids)
 
     @classmethod
-    def of(cls, ids: Sequence[int], options: SamplingOptions) -> PromptScores | None:
+    def of(cls, row: Row, options: SamplingOptions) -> PromptScores | None:
         """None where the options do not ask for them."""
         if options.prompt_logprobs is None:
             return None
-        return cls(ids, first=options.prompt_logprobs_from, n_top=options.prompt_logprobs)
+        return cls(row.ids, first=first_scored(row, options), n_top=options.prompt_logprobs)
 
     @property
     def is_done(self) -> bool:
@@ -166,6 +167,11 @@ class PromptScores:
         """Takes what a forward pass has found for the tokens after `rows`."""
         self.found[rows.start + 1 : rows.stop + 1] = choices
         self.next = max(self.next, rows.stop)
+
+
+def first_scored(row: Row, options: SamplingOptions) -> int:
+    """The place of the first token of a prompt that is scored."""
+    return options.prompt_logprobs_from if row.scored_from is None else row.scored_from
 
 
 def as_json(choices: Sequence[Choice | None]) -> list[dict | None]:
