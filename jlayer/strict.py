@@ -58,9 +58,13 @@ def is_tensor_name(name: str) -> bool:
 
 
 def parse_json_object(
-    raw: bytes, *, what: str, convert: Callable[[dict], object] = lambda body: body
+    raw: bytes,
+    *,
+    what: str,
+    convert: Callable[[dict], object] = lambda body: body,
+    advice: str = "fetch the file again",
 ) -> dict:
-    """The JSON object in `raw`; `what` names its origin in errors.
+    """The JSON object in `raw`; `what` names its origin in errors, `advice` what to do then.
 
     `convert` is called on each object, the innermost first; its result replaces the object.
 
@@ -70,9 +74,7 @@ def parse_json_object(
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{what}: not UTF-8 (byte {error.start}); fetch the file again"
-        ) from None
+        raise CheckpointError(f"{what}: not UTF-8 (byte {error.start}); {advice}") from None
     _check_structure(raw, what)
     try:
         with without_collection():
@@ -83,12 +85,11 @@ def parse_json_object(
             )
     except json.JSONDecodeError as error:
         raise CheckpointError(
-            f"{what}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}); "
-            "fetch the file again"
+            f"{what}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}); {advice}"
         ) from None
     except ValueError:
         raise CheckpointError(
-            f"{what}: not JSON (a number of thousands of digits); fetch the file again"
+            f"{what}: not JSON (a number of thousands of digits); {advice}"
         ) from None
     if not isinstance(body, dict):
         raise CheckpointError(f"{what}: found a JSON {type(body).__name__}, expected an object")
