@@ -235,11 +235,7 @@ class Engine:
 
         forms = matrix_forms(self.weights)
         best = with_host(plan_of, forms, self.run.host_share, self._machine.host)
-        if (
-            same is not None
-            and same.fits
-            and not (best.fits and _pays(same, best, shape.sweeps))
-        ):
+        if same is not None and same.fits and not (best.fits and _pays(same, best, shape.sweeps)):
             return same
         return best
 

@@ -1,0 +1,248 @@
+"""/v1/chat/completions: messages → an order, and its texts → messages, whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from jlayer.engine.lane import Step
+from jlayer.serving.job import Order
+from jlayer.serving.wire.answers import Answers, answers_of
+from jlayer.serving.wire.asked import Asked, Teller, Usage, new_id
+from jlayer.serving.wire.errors import invalid
+from jlayer.serving.wire.fields import check_range, read_form, refuse_given
+from jlayer.serving.wire.logprobs import TokenTexts, chat_entry
+from jlayer.serving.wire.messages_in import messages_of
+from jlayer.serving.wire.sampling import (
+    Sampling,
+    constraint_of,
+    options_of,
+    wanted_form,
+    with_length,
+    with_texts,
+)
+from jlayer.serving.wire.served import Served
+
+MOST_TOP = 20
+UNSUPPORTED = {
+    "audio": "it answers with text",
+    "functions": "give tools",
+    "function_call": "give tool_choice",
+    "web_search_options": "it has no network",
+    "chat_template": "start it with --chat-template FILE",
+    "prompt_logprobs": "use /v1/completions with echo and logprobs",
+    "best_of": "use n",
+    "suffix": "leave it out",
+}
+
+
+class Chat(Sampling, kw_only=True):
+    messages: list[dict] | None = None
+    max_completion_tokens: int | None = None
+    modalities: list[str] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict] | None = None
+    tool_choice: str | dict | None = None
+    parallel_tool_calls: bool | None = None
+    documents: list[dict] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
+    """Raises Refused, and what a chat template gives."""
+    refuse_given(body, UNSUPPORTED)
+    form = read_form(body, Chat)
+    served.check_name(form.model)
+    form.check()
+    if form.modalities not in (None, [], ["text"]):
+        raise invalid("modalities: only text is supported", param="modalities")
+    n_new, param = form.max_tokens, "max_tokens"
+    if form.max_completion_tokens is not None:
+        n_new, param = form.max_completion_tokens, "max_completion_tokens"
+        check_range(n_new, param, 0, (1 << 31) - 1)
+    n_top = _n_top(form)
+    options = options_of(form, served, logprobs=n_top, logprobs_param="top_logprobs")
+    answers = answers_of(form, served)
+    ids = chat_ids(form, served, tools=answers.tools)
+    options = with_length(options, served, len(ids), n_new, param="messages")
+    options, sequences = with_texts(options, 1 if form.n is None else form.n)
+    wanted = wanted_form(form)
+    if wanted is None:
+        constraint = answers.constraint(options.eos_token_id)
+    else:
+        constraint = constraint_of(wanted, served, options.eos_token_id)
+    order = Order(
+        tuple(ids),
+        options,
+        constraint=constraint,
+        shown=answers.shown,
+        client=client_of(client, form.user),
+        keeps=True,
+    )
+    streaming = form.stream_options
+    own = Own(
+        id=new_id("chatcmpl"),
+        created=int(time.time()),
+        model=served.name,
+        n=len(sequences),
+        n_top=n_top,
+        tells_usage=bool(streaming and streaming.include_usage),
+    )
+    return Asked(
+        orders=(order,),
+        views=tuple((0, sequence) for sequence in sequences),
+        teller=lambda: ChatTeller(own, served.tokens, answers),
+        stream=bool(form.stream),
+        progress=bool(streaming and streaming.jlayer_progress),
+        id=own.id,
+    )
+
+
+def client_of(address: str, user: str | None) -> str:
+    """Whom fairness counts a request for: people behind one address may name themselves."""
+    return f"{address}/{user}" if user else address
+
+
+def _n_top(form):
+    """How many likeliest tokens are told beside each one; None: no log-probabilities."""
+    check_range(form.top_logprobs, "top_logprobs", 0, MOST_TOP)
+    if form.logprobs:
+        return form.top_logprobs or 0
+    if form.top_logprobs:
+        raise invalid("top_logprobs: needs logprobs: true", param="top_logprobs")
+    return None
+
+
+def chat_ids(form: Chat, served: Served, *, tools: list[dict] | None) -> list[int]:
+    """The prompt of a chat. Raises Refused, and what its template gives."""
+    source = served.template_source(has_tools=bool(tools))
+    variables = dict(form.chat_template_kwargs or {})
+    if form.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", form.reasoning_effort)
+    for name in ("messages", "tools", "documents", "chat_template", "self"):
+        if name in variables:
+            raise invalid(
+                f"chat_template_kwargs: {name} is no variable of a template",
+                param="chat_template_kwargs",
+            )
+    if form.continue_final_message is not None:
+        variables["continue_final_message"] = form.continue_final_message
+    if form.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = form.add_generation_prompt
+    return served.encoded_chat(
+        messages_of(form.messages, template=source),
+        tools=tools or None,
+        documents=form.documents or None,
+        **variables,
+    )
+
+
+@dataclass(frozen=True)
+class Own:
+    """What all chunks of an answer have, and how much is told."""
+
+    id: str
+    created: int
+    model: str
+    n: int
+    n_top: int | None
+    tells_usage: bool
+
+
+class ChatTeller(Teller):
+    def __init__(self, own: Own, tokens: TokenTexts, answers: Answers):
+        self._own, self._tokens = own, tokens
+        self._answers = [answers.new() for _ in range(own.n)]
+        self._logprobs: list[list[dict]] = [[] for _ in range(own.n)]
+        self._reasons: list[str | None] = [None] * own.n
+
+    def begin(self):
+        first = {"role": "assistant", "content": ""}
+        return [self._chunk(choice, first) for choice in range(self._own.n)]
+
+    def step(self, choice, step: Step):
+        entries = self._entries(step)
+        if entries is not None:
+            self._logprobs[choice] += entries
+        deltas = self._answers[choice].feed(step.text)
+        return self._chunks(choice, deltas, entries)
+
+    def finish(self, choice, reason):
+        answer = self._answers[choice]
+        deltas = answer.finish()
+        if answer.calls and reason == "stop":
+            reason = "tool_calls"
+        self._reasons[choice] = reason
+        return [*self._chunks(choice, deltas, None), self._chunk(choice, {}, reason=reason)]
+
+    def end(self, usage: Usage):
+        if not self._own.tells_usage:
+            return []
+        return [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage.as_dict()}]
+
+    def whole(self, usage: Usage):
+        choices = [
+            {
+                "index": choice,
+                "message": self._answers[choice].message(),
+                "logprobs": self._told_logprobs(self._logprobs[choice]),
+                "finish_reason": self._reasons[choice],
+            }
+            for choice in range(self._own.n)
+        ]
+        return {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": usage.as_dict(),
+        }
+
+    def _head(self, kind):
+        own = self._own
+        return {
+            "id": own.id,
+            "object": kind,
+            "created": own.created,
+            "model": own.model,
+            "system_fingerprint": None,
+        }
+
+    def _entries(self, step):
+        if self._own.n_top is None:
+            return None
+        return [chat_entry(self._tokens, choice, self._own.n_top) for choice in step.choices]
+
+    def _told_logprobs(self, entries):
+        if self._own.n_top is None or entries is None:
+            return None
+        return {"content": entries, "refusal": None}
+
+    def _chunks(self, choice, deltas, entries):
+        """One for each delta; log-probabilities go with the first, or by themselves where their
+        tokens have no text yet."""
+        if entries and not deltas:
+            deltas = [{"content": ""}]
+        found = []
+        for delta in deltas:
+            found.append(self._chunk(choice, delta, entries=entries))
+            entries = None
+        return found
+
+    def _chunk(self, choice, delta, *, entries=None, reason=None):
+        chunk = {
+            **self._head("chat.completion.chunk"),
+            "choices": [
+                {
+                    "index": choice,
+                    "delta": delta,
+                    "logprobs": self._told_logprobs(entries) if entries else None,
+                    "finish_reason": reason,
+                }
+            ],
+        }
+        if self._own.tells_usage:
+            chunk["usage"] = None
+        return chunk

@@ -1,0 +1,106 @@
+"""What is served: the model as far as requests are about it, without its weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jlayer.api import Model
+from jlayer.engine.options import SamplingOptions
+from jlayer.serving.wire.errors import Refused, invalid
+from jlayer.serving.wire.logprobs import TokenTexts
+from jlayer.text.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "this model has no chat template, so messages cannot become a prompt; use /v1/completions with "
+    "a plain prompt, or start the server with --chat-template FILE"
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """`names`: under which clients may ask for it, the one that answers carry first. `sampling`:
+    a client's options over those published with the model. `chat_template`: in place of the
+    model's own."""
+
+    names: tuple[str, ...]
+    context: int
+    vocab_size: int
+    folder: str
+    text: Tokenizer | None
+    sampling: Callable[[dict], SamplingOptions]
+    chat_template: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    tokens: TokenTexts = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokens", TokenTexts(self.text))
+
+    @classmethod
+    def of(cls, model: Model, *, names: tuple[str, ...], chat_template: str | None = None):
+        return cls(
+            names=names,
+            context=model.context_limit,
+            vocab_size=model.config.vocab_size,
+            folder=model.folder,
+            text=model.text,
+            sampling=model.sampling_options,
+            chat_template=chat_template,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def check_name(self, name: str | None) -> None:
+        """Raises Refused where another model is meant."""
+        if name and name not in self.names:
+            raise Refused(
+                404,
+                f"model: {name[:200]!r} is not served here; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def tokenizer(self) -> Tokenizer:
+        if self.text is None:
+            raise invalid(
+                "this model has no tokenizer; give the prompt of /v1/completions as token ids",
+                param="prompt",
+            )
+        return self.text
+
+    def encoded_chat(self, messages: list[dict], *, param: str = "messages", **template):
+        """Ids of messages in the model's chat format. Raises Refused and UsageError."""
+        tokenizer = self.tokenizer()
+        if self.chat_template is None and not tokenizer.chat_templates:
+            raise invalid(TEMPLATE, param=param, code="no_chat_template")
+        if self.chat_template is not None:
+            template["chat_template"] = self.chat_template
+        return tokenizer.encode_chat(messages, **template)
+
+    def template_source(self, *, has_tools: bool) -> str:
+        """The template that would be taken, for a look at what it reads."""
+        if self.chat_template is not None:
+            return self.chat_template
+        known = {} if self.text is None else self.text.chat_templates
+        wanted = "tool_use" if has_tools and "tool_use" in known else "default"
+        return known.get(wanted, "")
+
+    def check_length(self, n_prompt: int, n_new: int | None, *, param: str) -> int:
+        """How many tokens may follow at most. Raises Refused where the prompt, or what was asked
+        for after it, is beyond the context."""
+        room = self.context - n_prompt
+        if room < (n_new or 0) or (room <= 0 and n_new is None):
+            asked = f"your request has {n_prompt} prompt tokens"
+            if n_new is not None:
+                asked = f"you requested {n_prompt + n_new} tokens ({n_prompt} in the prompt, "
+                asked += f"{n_new} in the completion)"
+            raise invalid(
+                f"This model's maximum context length is {self.context} tokens. However, {asked}. "
+                "Please reduce the length of the prompt or the completion.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return room if n_new is None else n_new
