@@ -29,6 +29,7 @@ VERBS = {
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
+    "batch": ("jlayer.app.verbs.batch", "answer a file of requests, line by line"),
     "bench": (
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",

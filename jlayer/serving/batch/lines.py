@@ -149,7 +149,7 @@ class Lines:
                 n_wrong += 1
                 if len(problems) < MOST_LISTED:
                     problems.append(Problem(number, message))
-        problems = [*self._of_the_file(), *problems]
+        problems = [*self._of_the_file(n_wrong), *problems]
         if problems:
             raise WrongLines(self._words(problems, n_wrong), problems)
         return whole.hexdigest()
@@ -192,13 +192,13 @@ class Lines:
         self._hashes.append(xxhash.xxh3_64_intdigest(raw))
         return None
 
-    def _of_the_file(self):
+    def _of_the_file(self, n_wrong):
         limits, n_bytes = self._limits, os.fstat(self._file.fileno()).st_size
         if limits.n_bytes is not None and n_bytes > limits.n_bytes:
             yield Problem(None, f"{n_bytes:,} bytes, at most {limits.n_bytes:,} are taken")
         if limits.lines is not None and len(self) > limits.lines:
             yield Problem(None, f"{len(self):,} lines, at most {limits.lines:,} are taken")
-        if n_bytes == 0:
+        if not len(self) and not n_wrong:
             yield Problem(None, "empty; expected requests, one a line")
 
     def _words(self, problems, n_wrong):

@@ -47,7 +47,7 @@ class Answerer(Protocol):
         ...
 
     def refuse(self, error: JlayerError, *, has_begun: bool) -> tuple[int, dict]:
-        """The status and the body for an error. `has_begun`: of texts that had begun."""
+        """The status and OpenAI's body for an error. `has_begun`: of texts that had begun."""
         ...
 
 
@@ -101,6 +101,7 @@ class Run:
         self._failed_at: dict[int, int] = {}  # line -> how many were good when it failed
         self.n_lines, self.n_before = len(lines), len(journal.finished)
         self.prompt_tokens = self.new_tokens = 0
+        self.first_refusal: str | None = None  # its line and what is wrong with it
         self.began = time.monotonic()
 
     @property
@@ -175,7 +176,7 @@ class Run:
         options = order.options
         if options.seed is None and not options.is_greedy:
             options = replace(options, seed=self._names.seed(line.custom_id, n))
-        return replace(order, options=options, client=self._client, is_batch=True)
+        return replace(order, options=options, client=self._client, is_batch=True, keeps=False)
 
     def _submit(self, asked):
         """Whether the desk has taken, or refused, all of a line; False where it has no room."""
@@ -245,6 +246,8 @@ class Run:
                 return
             if n_before == self._n_good:
                 raise error
+        if self.first_refusal is None:
+            self.first_refusal = f"line {line.number}: {status}, {body['error']['message']}"
         self._answer(line, status, body)
 
     def _answer(self, line, status, body):

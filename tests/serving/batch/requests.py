@@ -1,0 +1,38 @@
+"""Lines of batches for the tests, and what they were answered."""
+
+import json
+
+ANIMALS = ("fox", "cat", "wolf", "king")
+
+
+def request(custom_id, prompt="Once upon a time", **body):
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": prompt, "max_tokens": 6, "temperature": 0, **body},
+    }
+
+
+def many(n):
+    """Requests of all kinds that end in different passes: greedy, drawn, several texts, wrong."""
+    kinds = ({}, {"temperature": 0.8}, {"temperature": 0.9, "n": 2}, {"logprobs": 2})
+    for at in range(n):
+        own = {"max_tokens": -1} if at % 10 == 7 else kinds[at % 4]
+        prompt = f"Once upon a time there was a {ANIMALS[at % 4]} who had {at} hats and"
+        yield request(f"line {at}", prompt, **{"max_tokens": 3 + at % 7, **own})
+
+
+def written(path, requests):
+    path.write_text("".join(json.dumps(one) + "\n" for one in requests))
+    return path
+
+
+def answers(path):
+    """custom_id -> its line, without what tells the time."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {line["custom_id"]: line for line in lines}
+    assert len(found) == len(lines), "each is answered once"
+    for line in lines:
+        line["response"]["body"].pop("created", None)
+    return found
