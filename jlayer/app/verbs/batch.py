@@ -17,9 +17,10 @@ from contextlib import contextmanager
 
 from jlayer.app import options, progress
 from jlayer.app.ending import Interrupted, code_of, word_of
-from jlayer.app.inputs import name_of, read_text
+from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import draws, tell
+from jlayer.app.verbs.serve import names
 from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check, released
@@ -32,11 +33,11 @@ def add_arguments(parser):
     parser.add_argument("input", metavar="IN", help="a file with one request a line (JSON lines)")
     parser.add_argument("output", metavar="OUT", help="a file for the answers; is gone on with")
     parser.add_argument(
-        "--name",
+        "--served-name",
         action="append",
         default=[],
         metavar="NAME",
-        help="what else requests may call the model, beside MODEL; may be repeated",
+        help="what requests call the model (default: the name of MODEL); may be repeated",
     )
     parser.add_argument(
         "--chat-template", metavar="F", help="a file with another template than the model's"
@@ -106,10 +107,8 @@ def _answer_all(args, model, lines, journal, template):
     from jlayer.serving.desk import Desk
     from jlayer.serving.wire.served import Served
 
-    names = tuple(dict.fromkeys([name_of(args.ref), args.ref, *args.name]))
-    served = Served.of(model, names=names, chat_template=template)
-    answers_to = (names[0], *sorted(args.name))  # MODEL may be spelt in another way next time
-    own = Names(lines.digest, model_key(model, names=answers_to, chat_template=template))
+    said = {"names": names(args), "chat_template": template}
+    served, own = Served.of(model, **said), Names(lines.digest, model_key(model, **said))
     journal.read(own)
     for line in (describe(model), *model.notes, _begins(args, lines, journal)):
         tell(line)

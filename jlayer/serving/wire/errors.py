@@ -24,7 +24,7 @@ TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
-    404: "not_found_error",
+    404: "invalid_request_error",  # as OpenAI calls an unknown model
     405: "invalid_request_error",
     408: "timeout_error",
     409: "conflict_error",

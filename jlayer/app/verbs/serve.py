@@ -1,0 +1,193 @@
+"""Serve a model over HTTP: OpenAI's protocol under /v1, Anthropic's at /v1/messages, a page at /.
+
+Whoever asks rides in the next forward pass with all others. It listens on this machine alone; for
+other machines it needs --host and a key, and a proxy in front of it for TLS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+from contextlib import contextmanager
+
+from jlayer.app import options
+from jlayer.app.inputs import argument_text, name_of, read_text
+from jlayer.app.streams import tell
+from jlayer.errors import UsageError
+from jlayer.interrupts import released
+
+KEY = "JLAYER_API_KEY"
+NEEDED = ("starlette", "uvicorn", "msgspec", "h11")
+MOST_QUEUED = 256
+
+
+def add_arguments(parser):
+    parser.add_argument("ref", metavar="MODEL", help=options.REF)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="the address to listen on (default: 127.0.0.1); others need a key",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="(default: 8080; 0: any that is free)"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients must send (default: ${KEY}, if set)"
+    )
+    parser.add_argument("--api-key-file", metavar="F", help="a file with the key")
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=MOST_QUEUED,
+        metavar="N",
+        help=f"requests that may wait; more are told when to come back (default: {MOST_QUEUED})",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="H",
+        help="answer requests for this host name too; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="O",
+        help="let pages of this origin ask, such as https://example.com; may be repeated",
+    )
+    parser.add_argument(
+        "--state", metavar="FOLDER", help="keep requests that outlive their connection here"
+    )
+    parser.add_argument(
+        "--served-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the model's name for clients (default: that of MODEL); may be repeated",
+    )
+    parser.add_argument("--chat-template", metavar="F", help="a file with another chat template")
+    options.add_run(parser)
+    options.add_draft(parser)
+    options.add_context(parser)
+    options.add_offline(parser)
+    options.add_follow_links(parser)
+
+
+def run(args) -> dict:
+    _check(args)
+    key, template = api_key(args), _template(args)
+    if not is_loopback(args.host) and key is None:
+        raise UsageError(
+            f"--host: {args.host} is reached from other machines, and there is no key; give "
+            f"--api-key-file F (or set {KEY}), or leave --host out"
+        )
+    _check_packages()
+    from jlayer.serving.http.guard import Rules
+    from jlayer.serving.http.running import Serving, listen
+    from jlayer.serving.http.site import Site
+
+    own = () if args.host in ("0.0.0.0", "::") else (_host_name(args.host),)
+    rules = Rules((*own, *args.allow_host), tuple(args.allow_origin), key)
+    site = Site(rules)
+    with listen(args.host, args.port) as listening, Serving(site, listening) as serving:
+        tell(f"listening at {serving.address}/ while the model is opened")
+        with _opened(args) as (model, desk):
+            site.opened(model, desk, names=names(args), chat_template=template)
+            for line in model.notes:
+                tell(line)
+            tell(
+                f"serving {names(args)[0]} at {serving.address}/v1, with a page at "
+                f"{serving.address}/; Ctrl-C ends it"
+            )
+            try:
+                with released():
+                    serving.wait()
+            finally:
+                serving.stop()  # first, so that streams end with an error that says why
+    return {"address": serving.address}
+
+
+@contextmanager
+def _opened(args):
+    """Yields the model and its desk."""
+    from jlayer.app.running import opened
+    from jlayer.serving.desk import Desk
+    from jlayer.serving.queue import Limits
+
+    run_options = options.given(args, *options.RUN, "context", "draft", "follow_links")
+    with opened(args.ref, offline=args.offline, **run_options) as model:
+        desk = Desk(model, limits=Limits(people=args.max_queue))
+        desk.start()
+        try:
+            yield model, desk
+        finally:
+            desk.stop()
+
+
+def _check(args):
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port: found {args.port}, expected 0 to 65535")
+    if args.max_queue < 1:
+        raise UsageError(f"--max-queue: found {args.max_queue}, expected 1 or more")
+    if args.api_key is not None and args.api_key_file is not None:
+        raise UsageError("--api-key: --api-key-file was given too; keep one")
+    for name in args.served_name:
+        if not name.strip():
+            raise UsageError("--served-name: is empty")
+
+
+def _check_packages():
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f'serve: the package {name} is not installed; pip install "jlayer[serve]"'
+            )
+
+
+def api_key(args) -> str | None:
+    """From the option, a file or the environment, in this order. Raises UsageError: it is empty, or
+    no header can carry it."""
+    if args.api_key_file is not None:
+        where = f"--api-key-file: {args.api_key_file}"
+        found = read_text(args.api_key_file, option="--api-key-file").strip()
+    elif args.api_key is not None:
+        where, found = "--api-key", argument_text(args.api_key, option="--api-key")
+    elif os.environ.get(KEY):
+        where, found = KEY, os.environ[KEY].strip()
+    else:
+        return None
+    if not found or not found.isascii() or not found.isprintable() or " " in found:
+        raise UsageError(f"{where}: no key, expected letters, digits and signs of ASCII, no spaces")
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def names(args) -> tuple[str, ...]:
+    """Under which clients may ask for the model, the one that answers carry first."""
+    own = name_of(args.ref) if os.path.exists(args.ref) else args.ref.partition("@")[0]
+    return tuple(dict.fromkeys([*args.served_name, own, name_of(own)]))
+
+
+def _host_name(host):
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _template(args):
+    if args.chat_template is None:
+        return None
+    found = read_text(args.chat_template, option="--chat-template")
+    if "{" not in found:
+        raise UsageError(f"--chat-template: {args.chat_template} holds nothing in {{braces}}")
+    return found
