@@ -129,6 +129,12 @@ def parse_choice(value: str, known: tuple[str, ...], *, option: str) -> str:
     return value
 
 
+def closest(name: str, known) -> str:
+    """ ", did you mean X?" where a known name is close; empty where none is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def unknown_name(kind: str, name: str, known) -> str:
     """The message for an unknown name: the closest known one, then all known ones."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -141,6 +147,13 @@ def own_quantization(raw: dict) -> str | None:
     section = raw.get("quantization_config")
     ours = isinstance(section, dict) and OWN_QUANTIZATION.items() <= section.items()
     return str(section.get("scheme")) if ours else None
+
+
+def quantization_named(raw: dict) -> str | None:
+    """How a config.json says that the weights are quantized, by jlayer or another program; None:
+    not at all."""
+    said = next((raw[field] for field in _QUANTIZED if raw.get(field)), None)
+    return None if said is None else own_quantization(raw) or _method(said)
 
 
 def _refuse_quantized(raw, where):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import threading
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -20,7 +22,8 @@ class Hub:
     """What the server holds, how it is to fail, and what it was asked.
 
     `models`: repository -> file name -> bytes. `denies`: a path's part -> (status, headers, how
-    many times). `cuts`: file name -> after how many bytes the connection is closed, once.
+    many times). `cuts`: file name -> after how many bytes the connection is closed, once. `holds`:
+    file name -> what is waited for in the middle of it.
     """
 
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -28,6 +31,7 @@ class Hub:
     token: str | None = None
     denies: dict[str, tuple[int, dict[str, str], int]] = field(default_factory=dict)
     cuts: dict[str, int] = field(default_factory=dict)
+    holds: dict[str, threading.Event] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     endpoint: str = ""
@@ -101,7 +105,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         cut = self.hub.cuts.pop(name, None)
         data = data[:cut]
-        self.wfile.write(data)
+        if name in self.hub.holds:
+            half = len(data) // 2
+            self.wfile.write(data[:half])
+            self.wfile.flush()
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + half
+            self.hub.holds[name].wait(60)
+            data = data[half:]
+        with suppress(ConnectionError):  # a client may leave
+            self.wfile.write(data)
         if name:
             self.hub.sent[name] = self.hub.sent.get(name, 0) + len(data)
         if cut is not None:
@@ -130,3 +142,28 @@ def serve(hub: Hub):
         server.server_close()
 
     return stop
+
+
+@contextmanager
+def library_turned_to(hub: Hub, cache, monkeypatch):
+    """The server, with huggingface_hub in this process turned to it, and a cache of its own."""
+    from huggingface_hub import constants
+
+    stop = serve(hub)
+    for name, value in {
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # what lies between two tries
+    # What the library asks of the hub on its own account, it would ask of the real one here. It
+    # has no public switch for that, so this is the one private name that the tests set.
+    nothing = {"standardEnvVars": [], "harnesses": {}}
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", nothing, raising=False)
+    try:
+        yield hub
+    finally:
+        stop()

@@ -91,6 +91,10 @@ TESTED = {
     "jlayer plan path/to/Llama-3-8B --device-memory 4GiB": Here(),
     "jlayer plan llama-3.1-405b --device-memory 2GiB --json": Here(),
     'jlayer generate path/to/Llama-3-8B --preset cpu -p "Once upon a time"': Here(),
+    # models.md
+    "jlayer pull owner/name": Parsed(NETWORK),
+    "jlayer list path/to": Here(),
+    "jlayer remove owner/name": Parsed("needs a model in the hub's cache"),
     # performance.md
     "jlayer bench path/to/Llama-3-70B-jlayer --device-memory 1536MiB --timeline sweeps.png": Here(),
     "python benchmarks/lanes.py path/to/Llama-3-70B-jlayer --device-memory 4096MiB "

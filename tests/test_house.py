@@ -137,7 +137,7 @@ def parsed(path):
 def own_names(tree):
     """What a file defines or assigns itself: functions, classes, variables, attributes."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
@@ -211,6 +211,7 @@ def test_a_file_is_one_room(module):
         *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
         *("export --help", "export /does/not/exist /tmp/x --format orbax"),
         *("demo --help", "bench --help", "generate", "plan", "nonsense"),
+        *("list --help", "pull --help", "remove --help", "pull x --offline", "pull a/b/"),
         *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
         *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),
     ],

@@ -35,6 +35,9 @@ VERBS = {
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",
     ),
+    "list": ("jlayer.app.verbs.list", "list the models at hand, and whether they fit"),
+    "pull": ("jlayer.app.verbs.pull", "fetch a model from the hub"),
+    "remove": ("jlayer.app.verbs.remove", "remove a model from the hub's cache"),
     "eval": ("jlayer.app.verbs.eval", "measure perplexity, or compare two models"),
 }
 BUG = 1

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from jlayer.errors import UsageError
+from jlayer.sizes import parse_bytes
+
+SLOWEST = 1_000_000  # bytes a second; what is below lacks its unit
 REF = "a folder, or a hub id: owner/name[@revision]"
 # option -> (what --help says, the default in words)
 RUN = {
@@ -53,6 +57,26 @@ def add_context(parser: argparse.ArgumentParser, default: int | None = None) -> 
     parser.add_argument("--context", type=int, metavar="N", default=default, help=line)
 
 
+def add_speeds(parser: argparse.ArgumentParser) -> None:
+    """Adds the speeds that a plan takes for granted; `speed` reads them."""
+    parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
+    parser.add_argument("--link-speed", metavar="B/s", help="from host to device, such as 25GB/s")
+
+
+def speed(words: str | None, option: str) -> int | None:
+    """Bytes a second. A number alone is taken for one in GB/s by whoever writes it: 25 bytes a
+    second is no speed of a disk or a link. Raises UsageError."""
+    if words is None:
+        return None
+    found = parse_bytes(words.removesuffix("/s"), option=option)
+    if found < SLOWEST:
+        raise UsageError(
+            f"{option}: found {words}, which is {found} bytes a second; expected at least 1 MB/s, "
+            "with its unit: 3GB/s, 500MB/s"
+        )
+    return found
+
+
 def add_draft(parser: argparse.ArgumentParser) -> None:
     line = "a smaller model with the same tokenizer, which guesses tokens; it stays on the device"
     parser.add_argument("--draft", metavar="REF", help=line)
@@ -60,6 +84,10 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
 
 def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not use the network")
+
+
+def add_yes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--yes", action="store_true", help="do not ask first")
 
 
 def add_follow_links(parser: argparse.ArgumentParser) -> None:

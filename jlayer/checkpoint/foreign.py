@@ -159,5 +159,12 @@ def refuse_quantized_tensors(
                 )
 
 
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """What the files with these names are, where they are a model's in another form, or an
+    adapter."""
+    kinds = [what for name in sorted(names) for what, _ in _kind_of_file(name)]
+    return kinds + ["an adapter (LoRA)" for name in names if _ADAPTER.fullmatch(name)]
+
+
 def _kind_of_file(name):
     return [(what, to_do) for pattern, what, to_do in _FILES if re.fullmatch(pattern, name)]

@@ -14,9 +14,11 @@ import shutil
 import sys
 from collections.abc import Callable, Collection
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 
 from jlayer.catalogue import names
+from jlayer.checkpoint.download import Download
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_document, is_side_file
 from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import (
@@ -43,9 +45,24 @@ class Weights(Enum):
     NONE = ()
 
 
+@dataclass(frozen=True)
+class Pulled:
+    """A model that is whole in the cache: its folder, the commit, and what a run reads of it."""
+
+    folder: str
+    revision: str
+    n_files: int
+    n_bytes: int
+
+
+def is_id(ref: str) -> bool:
+    """Whether `ref` has the form of a hub id, with or without a revision."""
+    return _ID.fullmatch(ref) is not None
+
+
 def is_hub_id(ref: str) -> bool:
     """Whether `ref` means a model on the hub. An existing path never does."""
-    return _ID.fullmatch(ref) is not None and not os.path.lexists(ref)
+    return is_id(ref) and not os.path.lexists(ref)
 
 
 def local_folder(
@@ -73,6 +90,21 @@ def local_folder(
             found += "; jlayer knows the config of this name, for a plan, and has no weights of it"
         raise CheckpointError(found)
     return ref
+
+
+def pull(ref: str, *, note: Callable[[str], None] | None = None, progress=None) -> Pulled:
+    """Fetches what a run of `owner/name[@revision]` needs, also where a path of this name exists.
+
+    `progress`: what `Download` reports to. Raises what `local_folder` does, and UsageError for what
+    is no hub id.
+    """
+    if not is_id(ref):
+        raise UsageError(f"{ref!a}: no hub id; expected owner/name or owner/name@revision")
+    repo = _Repo(ref, offline=False, note=note or _tell)
+    repo.require_network()
+    folder = repo.fetch(Weights.RUN, progress)
+    sizes = [os.path.getsize(os.path.join(folder, name)) for name in repo.wanted]
+    return Pulled(folder, os.path.basename(folder), len(sizes), sum(sizes))
 
 
 def cached_folder(ref: str) -> str | None:
@@ -107,21 +139,28 @@ class _Repo:
         self._endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         self._cache, self._note = constants.HF_HUB_CACHE, note
         self._offline = offline or constants.HF_HUB_OFFLINE
+        self.wanted: list[str] = []  # what was fetched, or was there
+
+    def require_network(self) -> None:
+        if self._offline:
+            raise NetworkError(f"{self._ref}: HF_HUB_OFFLINE is set; unset it to fetch a model")
 
     def folder(self) -> str:
         """The commit's folder in the cache, after fetching config.json."""
         return os.path.dirname(self._get(CONFIG, revision=self._revision))
 
-    def fetch(self, weights: Weights) -> str:
+    def fetch(self, weights: Weights, progress=None) -> str:
+        """The commit's folder, with the files that are wanted in it."""
         folder = self.folder()
         sizes = self._sizes(folder)
         if sizes is None:
             names = with_templates(folder, os.listdir(folder))
-            self._require(folder, self._wanted(folder, names, weights))
+            self.wanted = self._wanted(folder, names, weights)
+            self._require(folder, self.wanted)
             return folder
         refuse_quantizer_files(self._ref, sizes)
-        wanted = self._wanted(folder, sizes, weights)
-        missing = [name for name in wanted if not _is_in(folder, name)]
+        self.wanted = self._wanted(folder, sizes, weights)
+        missing = [name for name in self.wanted if not _is_in(folder, name)]
         absent = [name for name in missing if name not in sizes]
         if absent:
             raise CheckpointError(
@@ -129,8 +168,14 @@ class _Repo:
                 f"{listed(absent)}"
             )
         self._check_space(folder, missing, sum(sizes[name] for name in missing))
-        for name in missing:
-            self._get(name, revision=os.path.basename(folder))
+        counted = {name: sizes[name] for name in missing}
+        with self._watched(folder, counted, progress) as download:
+            for name in missing:
+                if download:
+                    download.file(name)
+                self._get(name, revision=os.path.basename(folder))
+                if download:
+                    download.done(name)
         return folder
 
     def weigh(self) -> None:
@@ -168,6 +213,28 @@ class _Repo:
         raise CheckpointError(
             f"{self._ref}: no {SINGLE} and no {INDEX} on the hub; name a repository with weights"
         )
+
+    @contextmanager
+    def _watched(self, folder, sizes, progress):
+        """Yields the Download that reports to `progress`, in the place of the library's own bars;
+        None without one."""
+        if progress is None or not sizes:
+            yield None
+            return
+        from huggingface_hub.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        silent = are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            with Download(os.path.dirname(os.path.dirname(folder)), sizes, progress) as download:
+                yield download
+        finally:
+            if not silent:
+                enable_progress_bars()
 
     def _require(self, folder, wanted):
         missing = [name for name in wanted if not _is_in(folder, name)]

@@ -152,6 +152,11 @@ def check_shard_name(name: object, *, where: str) -> None:
         )
 
 
+def quantizer_in(names: Iterable[str]) -> str | None:
+    """The quantizer that one of the names belongs to; None where there is none."""
+    return next((_QUANTIZER_FILES[name] for name in names if name in _QUANTIZER_FILES), None)
+
+
 def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
     """Raises UnsupportedModelError if one of the names belongs to a quantizer."""
     for name, method in _QUANTIZER_FILES.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
@@ -70,7 +70,7 @@ class Decoding:
     `rows`: the prompts. `text`: the tokenizer, where text is wanted; `stop_text`: where it is not,
     and stop strings are looked for as in transformers. Without a seed in `options`, each prompt
     draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
-    number. `constraint`: what each text may be.
+    number. `constraint`: what each text may be. `shown`: as of `Lane`.
 
     Admitted against the budgets at once, beside the runs that are alive; it holds its cache entries
     until it has ended, is closed or is dropped. Where the budgets hold some of the prompts, the
@@ -88,6 +88,7 @@ class Decoding:
         most_unread: int | None = 1,
         waits: bool = False,
         constraint: Constraint | None = None,
+        shown: Collection[int] = (),
     ):
         self._engine, self.options = engine, options
         for row in rows:
@@ -128,6 +129,7 @@ class Decoding:
                             stops=self._stops(row, stop_text),
                             switches_at=engine.cfg.switches_at,
                             constraint=None if constraint is None else constraint.copy(),
+                            shown=shown,
                         )
                         for number in range(options.num_return_sequences)
                     ],

@@ -8,46 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import time
 
+from jlayer.engine.driver import DEFAULT_DEVICE_MEMORY, gpu_memory
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS, platform_of
 from jlayer.streaming.slots import HostMemory
 
-DEFAULT_DEVICE_MEMORY = 4 << 30
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-
-
-def gpu_memory() -> tuple[int, int] | None:
-    """(total, free) bytes of the first GPU, from the driver, without starting JAX; None without a
-    GPU."""
-    answer = _ask_driver("memory.total,memory.free")
-    if answer is None:
-        return None
-    total, free = answer.split(",")
-    return int(total) << 20, int(free) << 20
-
-
-def gpu_name() -> str | None:
-    """The name of the first GPU and the version of its driver; None without a GPU."""
-    return _ask_driver("name,driver_version")
-
-
-def _ask_driver(fields):
-    program, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if program is None or visible == "":
-        return None
-    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    if visible is not None:  # JAX's first GPU is the first of these, not the machine's
-        query += ["-i", visible.split(",")[0].strip()]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode != 0 or not answer.stdout.strip():
-        return None
-    return answer.stdout.splitlines()[0]
 
 
 def choose(

@@ -15,6 +15,7 @@ from jlayer.engine.pool import Table
 from jlayer.engine.report import Account
 from jlayer.engine.sample import Choice, NoiseKey, choose
 from jlayer.engine.stops import StopStrings
+from jlayer.errors import JlayerError
 from jlayer.text.stream import StopWatcher, TextStream
 
 
@@ -93,7 +94,8 @@ class Lane:
         self._row, self.limit, self._number = row, limit, number
         self._constraint = constraint
         # What follows text keeps its leading space; what follows nothing but BOS has none.
-        self._stream = TextStream(text, continues=bool(text.decode(prompt))) if text else None
+        continues = bool(text.decode(prompt)) if text else False
+        self._stream = TextStream(text, continues=continues, shown=shown) if text else None
         self._stops = StopWatcher(options.stop)
         self._all_stops = stops
         special = text.special_tokens if text else {}  # they are in no text that is watched
@@ -193,7 +195,7 @@ class Lane:
         for choice in choices:
             pieces.append(self._add(choice))
             count += 1
-            if self.finish_reason:
+            if self.finish_reason or self.error:
                 break
         self.account.n_tokens += count
         added = tuple(choices[:count])
@@ -214,7 +216,10 @@ class Lane:
         if self._all_stops is not None:
             ended |= self._all_stops.end_in(choice.token_id)
         if self._constraint is not None and not ended:
-            self._constraint.accept([choice.token_id])
+            try:
+                self._constraint.accept([choice.token_id])
+            except JlayerError as error:  # it has met a limit of its own: the others ride on
+                self.fail(error)
             ended = self._constraint.is_over  # a pass for the end alone would take as long
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:

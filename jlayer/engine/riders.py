@@ -98,13 +98,13 @@ class Rider:
 
 
 def choose_riders(
-    lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan, pool: Pool
+    lanes: Sequence[Lane], everybody: Sequence[Lane], plan: Plan, pool: Pool, prompt_rows: int
 ) -> list[Rider]:
     """Which of `lanes` ride in the next pass, and with how many tokens. `everybody`: whose entries
     may be shared, of those in `pool`.
 
-    Next tokens come first, of lanes that have waited longest. Beside them prompts fill the rest
-    of a chunk, or half of one if that is more.
+    Next tokens come first, of lanes that have waited longest. Beside them ride at most
+    `prompt_rows` of prompts.
     """
     riders = []
     lanes = sorted(lanes, key=lambda lane: lane.last_pass)
@@ -120,7 +120,7 @@ def choose_riders(
             break
         lengths[0].append(1)
         riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
-    room = max(plan.chunk - len(riders), plan.chunk // 2) if riders else plan.load.n_rows
+    room = prompt_rows if riders else plan.load.n_rows
     for lane in [lane for lane in lanes if lane.n_pending > 1]:
         rider = _with_source(lane, riders, everybody, pool, plan.chunk)
         if rider is None:

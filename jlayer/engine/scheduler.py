@@ -21,6 +21,7 @@ from jlayer.engine.drawing import draw_all
 from jlayer.engine.fork import check_process
 from jlayer.engine.home import Home
 from jlayer.engine.lane import Lane
+from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders
 from jlayer.engine.speculation import Speculation
@@ -41,6 +42,7 @@ class Scheduler:
         self._lanes: list[Lane] = []
         self._changed = threading.Condition()
         self._is_driven = False
+        self._room = PromptRoom()
         self.n_passes = 0
 
     def join(self, lanes: Sequence[Lane]) -> None:
@@ -60,7 +62,7 @@ class Scheduler:
             share = self._speculation.prepare(lanes, plan)
             first = [
                 _stand_in(rider.end - rider.first, rider.lane.capacity, rider.after)
-                for rider in choose_riders(lanes, self._lanes, plan, self._engine.caches.pool)
+                for rider in self._choose(lanes, plan)
             ]
             later = [_stand_in(1 + share, lane.capacity, n_nodes=share) for lane in lanes]
             sweeper, parts = self._engine.sweeper, self._arrange(first)
@@ -128,10 +130,11 @@ class Scheduler:
             lanes = [lane for lane in self._alive() if lane.is_hungry]
             for lane in lanes:
                 lane.switch()
-            riders = choose_riders(lanes, self._lanes, engine.plan, engine.caches.pool)
+            riders = self._choose(lanes, engine.plan)
             if not riders:
                 return False
             clock, before, speculation = Clock(), replace(engine.totals), self._speculation
+            n_compiled = sum(engine.compiles.values())
 
             def somebody_is_there():
                 if all(rider.lane.has_left for rider in riders):
@@ -157,7 +160,16 @@ class Scheduler:
             seconds = Seconds(drafting_s, sweep_s, clock.lap())
             self._commit(riders, drawn, seconds, engine.totals.since(before))
             speculation.learn(drawn, parts, seconds)
+            n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)
+            if n_prompt_rows < sum(r.n_rows for r in riders) and n_compiled == sum(
+                engine.compiles.values()
+            ):
+                self._room.learn(engine.plan, n_prompt_rows=n_prompt_rows, seconds=sweep_s)
             return True
+
+    def _choose(self, lanes, plan):
+        pool = self._engine.caches.pool
+        return choose_riders(lanes, self._lanes, plan, pool, self._room.rows(plan))
 
     def _logits(self, executor, riders, parts, check):
         """The logits of a forward pass, [wanted rows of all riders, V]."""

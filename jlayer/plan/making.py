@@ -22,7 +22,7 @@ from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import PoolSizes, RunShape, pool_sizes, together
+from jlayer.plan.shapes import PROMPT_ROWS, PoolSizes, RunShape, pool_sizes, together
 from jlayer.plan.tiles import Tier, Tiling, Weights
 
 # None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
@@ -194,11 +194,19 @@ def bare_plan(
     least_pool: PoolSizes | None = None,
     draft: Weights | None = None,
 ) -> Plan:
-    """The plan of a tiling that needs least memory: no tile stays."""
+    """The plan of a tiling that needs least memory: no tile stays. Prompts of several runs share a
+    forward pass where that fits."""
+    several = _bare(*(weights, machine, tiling, run, held, limits, least_pool, draft), PROMPT_ROWS)
+    if several.fits or not held:
+        return several
+    return _bare(*(weights, machine, tiling, run, held, limits, least_pool, draft), 0)
+
+
+def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt_rows):
     ahead = min(machine.kind.ahead, len(tiling.shapes))
     ring = ahead + READING
     shapes = [each.shapes(limits.chunk, limits.rows) for each in (run, *held)]
-    load = together(shapes, limits.chunk)
+    load = together(shapes, limits.chunk, prompt_rows)
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
         *memory.run_needs(

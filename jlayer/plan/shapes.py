@@ -19,6 +19,9 @@ LEAST_ROWS = 2
 CHUNK_ROWS = (LEAST_ROWS, 8, 16, 32, 64, 128, 256, 512)
 # Lanes with fewer tokens than others share their chunk, if that has no more rows than this.
 SHARED_ROWS = 128
+# Rows of prompts that share a forward pass, where there is room for them: those who come together
+# begin together.
+PROMPT_ROWS = 2048
 MIN_CAPACITY = 64
 # Above this, capacity grows in steps: doubling the cache of a 70B model would cost gigabytes.
 CAPACITY_STEP = 1024
@@ -133,9 +136,9 @@ class Shapes:
         return max(self.capacities)
 
 
-def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
-    """The shapes of runs that share forward passes: the longest of one, beside the next token and
-    the guessed ones of every lane."""
+def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: int = 0) -> Shapes:
+    """The shapes of runs that share forward passes: the longest of one, or prompts of several up to
+    `prompt_rows`, beside the next token and the guessed ones of every lane."""
     if len(runs) == 1:
         return runs[0]
     lanes = sum(run.batch for run in runs)
@@ -148,7 +151,11 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1]) -> Shapes:
         entries=sum(run.entries for run in runs),
         n_decode_chunks=len(decode),
         chunk=max(*(run.chunk for run in runs), *(pane.n_rows for pane in decode)),
-        n_rows=sum(pane.n_rows for pane in decode) + max(run.n_rows for run in runs),
+        n_rows=sum(pane.n_rows for pane in decode)
+        + max(
+            *(run.n_rows for run in runs),
+            min(prompt_rows, sum(run.n_rows for run in runs)),
+        ),
         all_logits=any(run.all_logits for run in runs),
         single_array=any(run.single_array for run in runs),
         nodes=sum(run.nodes for run in runs),

@@ -271,6 +271,7 @@ class Desk:
             most_unread=None,
             waits=True,
             constraint=order.constraint,
+            shown=order.shown,
         )
 
     def _suspend_a_batch_text(self):
@@ -289,8 +290,8 @@ class Desk:
 
     def _one_pass(self):
         scheduler, n_before = self._engine.scheduler, self._engine.scheduler.n_passes
-        riders = sum(not lane.has_left for job in self._running for lane in job.decoding.lanes)
-        if not riders:
+        riders = sum(lane.is_alive for job in self._running for lane in job.decoding.lanes)
+        if not riders:  # such as texts of no token
             return
         compiles = sum(self._engine.compiles.values())
         self._passes.begin(riders)
@@ -301,7 +302,8 @@ class Desk:
                 self._leave(job, FAILED, error)
             return
         if scheduler.n_passes == n_before and not self._has_leavers():
-            scheduler.wait_until(lambda: False, timeout=LOOK_AGAIN_S)
+            with suppress(TimeoutError):
+                scheduler.wait_until(lambda: False, timeout=LOOK_AGAIN_S)
         is_compiled = sum(self._engine.compiles.values()) > compiles
         n_tokens = sum(
             len(step.token_ids)

@@ -26,7 +26,7 @@ WALL_S = 30  # only for a machine that is stuck: a busy template meets CPU_S fir
 
 # With -I -S neither the environment nor site-packages' start-up code has a say, and the interpreter
 # starts in half the time; `sys.path` is handed over as arguments.
-_START = "import sys; sys.path[:] = sys.argv[1:]; from jlayer.text import sandbox; sandbox.child()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; from jlayer.text import {0}; {0}.child()"
 _ROOT = Path(__file__).parents[2]
 
 # (text, marked text or None, index of the marking)
@@ -62,28 +62,35 @@ def render(template: str, variants: Sequence[Mapping], marks: str) -> Answer:
         "cpu_s": CPU_S,
         "memory_bytes": MEMORY_BYTES,
     }
-    done = _run(json.dumps(payload).encode())
+    done = run_apart("sandbox", json.dumps(payload).encode(), what="chat template")
+    if done is None:
+        raise CheckpointError(f"chat template: gave no text within {WALL_S} s")
     if done.returncode:
         raise CheckpointError(_how_it_ended(done))
     return read_answer(json.loads(done.stdout))
 
 
-def _run(payload):
+def run_apart(module: str, payload: bytes, *, what: str) -> subprocess.CompletedProcess | None:
+    """A process of its own that calls `child` of a module of this room, with `payload` as its
+    input; None where it took longer than WALL_S. `what`: its task, for the error.
+
+    Raises StorageError (no process can be started).
+    """
     path = [str(_ROOT), *_absolute(sys.path)]
     kept = {name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ}
     try:
         return subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _START, *path],
+            [sys.executable, "-I", "-S", "-c", _START.format(module), *path],
             input=payload,
             capture_output=True,
             timeout=WALL_S,
             env=kept,
         )
     except subprocess.TimeoutExpired:
-        raise CheckpointError(f"chat template: gave no text within {WALL_S} s") from None
+        return None
     except OSError as error:
         raise StorageError(
-            f"chat template: no process could be started for it ({error.strerror})"
+            f"{what}: no process could be started for it ({error.strerror})"
         ) from None
 
 

@@ -7,7 +7,7 @@ ids. And nothing ends it: an unfinished character or a replacement character at 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jlayer.text.decoders import Decoding, overlap
 
@@ -20,11 +20,19 @@ class TextStream:
     run of byte tokens (a later byte can make replacement characters of all of them).
     """
 
-    def __init__(self, tokenizer, *, skip_special_tokens: bool = True, continues: bool = False):
-        """`tokenizer`: a `Tokenizer`; `continues` as in its `decode`."""
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        continues: bool = False,
+        shown: Collection[int] = (),
+    ):
+        """`tokenizer`: a `Tokenizer`; `continues` as in its `decode`. `shown`: special tokens that
+        are written out all the same, such as those that mark a call of a tool."""
         self._token_of = tokenizer.library.id_to_token
         special = tokenizer.special_tokens.values() if skip_special_tokens else ()
-        self._skipped = frozenset(special)
+        self._skipped = frozenset(special).difference(shown)
         self._text = Decoding(
             tokenizer.library.decoder, continues=continues, cleans_up=tokenizer.cleans_up
         )

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from jlayer.checkpoint.hub import Weights, is_hub_id, local_folder
 from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import files_of, random_checkpoint
-from tests.hub_server import COMMIT, Hub, serve
+from tests.hub_server import COMMIT, Hub, library_turned_to
 
 REPO = "someone/tiny"
 
@@ -30,26 +29,10 @@ def published(tmp_path_factory):
 @pytest.fixture
 def hub(published, tmp_path, monkeypatch):
     """The server, the library turned to it, and a cache of its own."""
-    from huggingface_hub import constants
-
     beside = {"README.md": b"no", "pytorch_model.bin": b"no", "original/consolidated.00.pth": b"no"}
     hub = Hub({REPO: {**published, **beside}})
-    stop = serve(hub)
-    for name, value in {
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # what lies between two tries
-    # What the library asks of the hub on its own account, it would ask of the real one here. It
-    # has no public switch for that, so this is the one private name that the tests set.
-    nothing = {"standardEnvVars": [], "harnesses": {}}
-    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", nothing, raising=False)
-    yield hub
-    stop()
+    with library_turned_to(hub, tmp_path / "cache", monkeypatch):
+        yield hub
 
 
 def fetch(ref=REPO, **options):

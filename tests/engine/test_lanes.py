@@ -274,8 +274,8 @@ def test_no_lane_waits_longer_than_its_turn(tiny_model, rows):
             run.close()
 
 
-def test_prompts_ride_along_with_the_rest_of_a_chunk(tiny_model):
-    """However many rows a pass may have, those that decode do not wait for a long prompt."""
+def test_prompts_ride_along_in_portions(tiny_model):
+    """However long a prompt is, those that decode get a token in every pass."""
     model = tiny_model
     decodes = Run(model, [3], max_new_tokens=60, **GREEDY)
     prompt = Run(model, [4] * 200, max_new_tokens=2, **GREEDY)
@@ -288,7 +288,7 @@ def test_prompts_ride_along_with_the_rest_of_a_chunk(tiny_model):
             decodes.advance()
             assert len(decodes.lanes[0].token_ids) == n_tokens + 1
         gained = np.diff(n_before)
-        assert gained.max() <= 63
+        assert gained.max() <= 136 - 2  # what a pass has memory for, beside a chunk of next tokens
         assert gained.min() > 0
     decodes.close(), prompt.close()
 

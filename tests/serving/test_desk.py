@@ -155,6 +155,25 @@ def test_a_constraint_says_what_a_text_may_be(model, desk):
     assert [(t.text, t.finish_reason) for t in job.sequences] == [(" wolf", "stop")] * 3
 
 
+def test_a_constraint_that_fails_takes_nobody_along(model, desk):
+    class Failing:
+        is_over = False
+
+        def allowed(self, more):
+            return np.ones(model.config.vocab_size, bool)
+
+        def accept(self, tokens):
+            raise UsageError("regex: a limit was met")
+
+        def copy(self):
+            return self
+
+    fails = desk.submit(order(model, "There was a", constraint=Failing()))
+    beside = desk.submit(order(model, "There was a"))
+    assert (fails.wait(PATIENCE_S).state, str(fails.error)) == (FAILED, "regex: a limit was met")
+    assert beside.wait(PATIENCE_S).sequences[0].text == alone(model, "There was a").text
+
+
 @pytest.fixture
 def tight(fable, room_for):
     """A desk on budgets for two texts of 64 tokens."""

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="remove each weight file of SOURCE once it is converted; asks first",
     )
-    parser.add_argument("--yes", action="store_true", help="do not ask before --delete-source")
+    options.add_yes(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another model in TARGET, or convert again"
     )

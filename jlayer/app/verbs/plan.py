@@ -32,12 +32,10 @@ from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
-from jlayer.sizes import human, parse_bytes
+from jlayer.sizes import human
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.text.same import check_same_tokens
-
-SLOWEST = 1_000_000  # bytes a second; what is below lacks its unit
 
 
 def add_arguments(parser):
@@ -55,8 +53,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--quantize", choices=tuple(SCHEMES), help="plan for the model converted with --quantize"
     )
-    parser.add_argument("--disk-speed", metavar="B/s", help="of reading, such as 3GB/s")
-    parser.add_argument("--link-speed", metavar="B/s", help="from host to device, such as 25GB/s")
+    options.add_speeds(parser)
     options.add_offline(parser)
 
 
@@ -79,13 +76,14 @@ def run(args) -> dict:
         )
     quantization = _quantization(args, cfg)
     draft = _draft(args, cfg, run.dtype or planned_dtype(cfg, None))
+    disk_speed = options.speed(args.disk_speed, "--disk-speed")
     machine = Machine(
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
         context_bytes=PLATFORMS[args.device].context_bytes,
-        disk_speed=_speed(args.disk_speed, "--disk-speed") or _measured(args.ref) or DEFAULT_DISK,
-        link_speed=_speed(args.link_speed, "--link-speed"),
+        disk_speed=disk_speed or _measured(args.ref) or DEFAULT_DISK,
+        link_speed=options.speed(args.link_speed, "--link-speed"),
         cores=len(os.sched_getaffinity(0)),
     )
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
@@ -221,20 +219,6 @@ def _measured(ref):
 
     shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
     return disk_speed([path for path in shards if os.path.isfile(path)])
-
-
-def _speed(words, option):
-    """Bytes a second. A number alone is taken for one in GB/s by whoever writes it: 25 bytes a
-    second is no speed of a disk or a link."""
-    if words is None:
-        return None
-    speed = parse_bytes(words.removesuffix("/s"), option=option)
-    if speed < SLOWEST:
-        raise UsageError(
-            f"{option}: found {words}, which is {speed} bytes a second; expected at least 1 MB/s, "
-            "with its unit: 3GB/s, 500MB/s"
-        )
-    return speed
 
 
 def described(quantization: Quantization, cfg: ModelConfig) -> str:

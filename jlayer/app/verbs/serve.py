@@ -16,6 +16,7 @@ from jlayer.app.inputs import argument_text, name_of, read_text
 from jlayer.app.streams import tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
+from jlayer.run_config import RunConfig
 
 KEY = "JLAYER_API_KEY"
 NEEDED = ("starlette", "uvicorn", "msgspec", "h11")
@@ -91,11 +92,11 @@ def run(args) -> dict:
 
     own = () if args.host in ("0.0.0.0", "::") else (_host_name(args.host),)
     rules = Rules((*own, *args.allow_host), tuple(args.allow_origin), key)
-    site = Site(rules)
+    site = Site(rules, None if args.state is None else _journal(args))
     with listen(args.host, args.port) as listening, Serving(site, listening) as serving:
         tell(f"listening at {serving.address}/ while the model is opened")
         with _opened(args) as (model, desk):
-            site.opened(model, desk, names=names(args), chat_template=template)
+            serving.opened(model, desk, names=names(args), chat_template=template)
             for line in model.notes:
                 tell(line)
             tell(
@@ -117,8 +118,7 @@ def _opened(args):
     from jlayer.serving.desk import Desk
     from jlayer.serving.queue import Limits
 
-    run_options = options.given(args, *options.RUN, "context", "draft", "follow_links")
-    with opened(args.ref, offline=args.offline, **run_options) as model:
+    with opened(args.ref, offline=args.offline, **_run_options(args)) as model:
         desk = Desk(model, limits=Limits(people=args.max_queue))
         desk.start()
         try:
@@ -127,7 +127,28 @@ def _opened(args):
             desk.stop()
 
 
+def _journal(args):
+    """What an earlier server has accepted. Raises UsageError where that was for another model."""
+    from jlayer.serving.http.journal import Journal
+
+    journal = Journal(args.state)
+    own = names(args)
+    for request in journal.requests.values():
+        if "ended" not in request and request["model"] not in own:
+            journal.close()
+            raise UsageError(
+                f"--state: {args.state} has requests that were accepted for {request['model']}; "
+                "serve that model, or give another folder"
+            )
+    return journal
+
+
+def _run_options(args):
+    return options.given(args, *options.RUN, "context", "draft", "follow_links")
+
+
 def _check(args):
+    RunConfig.from_options(**_run_options(args))
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port: found {args.port}, expected 0 to 65535")
     if args.max_queue < 1:

@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from time import monotonic
 
-from jlayer.serving.http.work import Work, wait_for
+from starlette.responses import Response
+
+from jlayer.serving.http.work import Ended, Work, wait_for
 from jlayer.serving.wire.asked import Reader, encode
 from jlayer.serving.wire.errors import Refused, failed, unavailable
 
@@ -30,6 +32,10 @@ STREAM_HEADERS = (
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 )
 JSON_HEADERS = ((b"content-type", b"application/json"),)
+
+
+def as_json(body: dict, status: int = 200, headers: dict | None = None) -> Response:
+    return Response(encode(body), status, headers, media_type="application/json")
 
 
 class Left(Exception):
@@ -95,7 +101,7 @@ class Writer:
 class StreamAnswer:
     """An ASGI application that streams what comes of `work`. `reader`: where it goes on from."""
 
-    def __init__(self, work: Work, stopping: asyncio.Event, reader: Reader | None = None):
+    def __init__(self, work: Work | Ended, stopping: asyncio.Event, reader: Reader | None = None):
         self._work, self._stopping = work, stopping
         self._reader = work.reader() if reader is None else reader
         self._progressed = 0.0
@@ -106,11 +112,12 @@ class StreamAnswer:
     async def _stream(self, out):
         with self._work.watched() as news:
             await out.begin(200, STREAM_HEADERS)
-            await out.write(self._comment() + self._framed(self._reader.teller.begin()))
+            await out.write(self._comment() + self._framed(self._reader.begin()))
             while not self._reader.is_over:
                 fresh = self._framed(self._reader.take())
                 if fresh:
                     await out.write(fresh)
+                if fresh or self._reader.is_over:
                     continue
                 error = self._error()
                 if error is not None:
@@ -119,7 +126,7 @@ class StreamAnswer:
                 await wait_for(news, self._stopping, seconds=self._silent_for(out))
                 await self._tell_progress(out)
             usage = self._reader.usage()
-            await out.end(self._framed(self._reader.teller.end(usage)) + self._reader.teller.last)
+            await out.end(self._framed(self._reader.end(usage)) + self._reader.teller.last)
 
     def _error(self):
         if self._work.is_over and self._work.error is not None:
@@ -140,14 +147,15 @@ class StreamAnswer:
 
     def _progress(self):
         return {
-            "id": self._work.asked.id,
+            "id": self._work.asked.identity.id,
             "object": "jlayer.progress",
+            "created": self._work.asked.identity.created,
             "choices": [],
             "jlayer": self._work.progress().as_dict(),
         }
 
     def _comment(self):
-        return f": {self._work.progress().words()}\n\n".encode()
+        return f": {self._work.words()}\n\n".encode()
 
     def _framed(self, events):
         return b"".join(self._reader.teller.framed(event) for event in events)
@@ -189,7 +197,7 @@ class WholeAnswer:
 def whole(work: Work) -> dict:
     """All that has come of work that is over."""
     reader = work.reader()
-    reader.teller.begin()
+    reader.begin()
     for _ in reader.take():
         pass
     return reader.teller.whole(reader.usage())

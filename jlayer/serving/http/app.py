@@ -15,12 +15,15 @@ from starlette.routing import Route
 
 from jlayer.errors import JlayerError
 from jlayer.serving.http import metrics
-from jlayer.serving.http.answering import StreamAnswer, WholeAnswer
+from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json
 from jlayer.serving.http.events import EventsAnswer
 from jlayer.serving.http.guard import Guard, refuse
+from jlayer.serving.http.lasting import Lastings
+from jlayer.serving.http.requests import Requests, is_retry, take
 from jlayer.serving.http.site import Site, health
 from jlayer.serving.http.work import Work
-from jlayer.serving.wire.asked import Asked, encode
+from jlayer.serving.page import page
+from jlayer.serving.wire.asked import Asked
 from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
 from jlayer.serving.wire.errors import Refused, invalid, refused
@@ -37,7 +40,7 @@ from jlayer.serving.wire.tokens import (
 
 BODY_SILENCE_S = 30.0  # between two parts of a body
 MOST_BODIES = 256 << 20  # bytes of all bodies that are being read
-PLACEHOLDER = b"<!doctype html><meta charset=utf-8><title>jlayer</title><p>jlayer serves here."
+PREFIXES = ("/v1/models/", "/v1/requests/")  # of paths that are counted together
 
 Reads = Callable[..., Asked]
 # path -> what reads a body to it as orders
@@ -49,7 +52,8 @@ GENERATES: dict[str, Reads] = {
 
 def application(site: Site):
     """The ASGI application of a site, with its guard around it."""
-    handlers = Handlers(site)
+    site.lastings = Lastings(site, GENERATES, site.journal)
+    handlers, requests = Handlers(site, site.lastings), Requests(site, site.lastings)
     table = [
         ("/", {"GET": handlers.page}),
         ("/health", {"GET": handlers.health}),
@@ -61,6 +65,8 @@ def application(site: Site):
         ("/detokenize", {"POST": partial(handlers.plain, detokenize)}),
         ("/tokenizer_info", {"GET": handlers.tokenizer_info}),
         ("/v1/estimate", {"POST": handlers.estimate}),
+        ("/v1/requests/{id}", {"GET": requests.get, "DELETE": requests.delete}),
+        ("/v1/requests/{id}/stream", {"GET": requests.stream}),
         *(
             (path, {"POST": partial(handlers.generate, path, reads)})
             for path, reads in GENERATES.items()
@@ -88,14 +94,14 @@ def _route(path, methods):
 
 
 class Handlers:
-    def __init__(self, site: Site):
-        self._site = site
+    def __init__(self, site: Site, lastings: Lastings):
+        self._site, self._lastings = site, lastings
         self._n_body_bytes = 0
 
     # What is asked again and again, answered on the loop.
 
     async def page(self, request):
-        return Response(PLACEHOLDER, media_type="text/html")
+        return Response(page.html(), headers=page.headers())
 
     async def health(self, request):
         status, body = health(self._site)
@@ -145,12 +151,14 @@ class Handlers:
         site = self._site
         site.check_ready()
         raw = await self.body(request)
-        if site.lasting is not None and (found := await site.lasting.take(path, request, raw)):
+        client = client_of(request)
+        found = await take(self._lastings, path, request, raw, client=client)
+        if found is not None:
             return found
         digest = hashlib.sha256(path.encode() + b"\0" + raw).hexdigest()
-        work = site.same(digest) if _is_retry(request) else None
+        work = site.same(digest) if is_retry(request) else None
         if work is None:
-            asked = await self.read(reads, raw, client=client_of(request))
+            asked = await self.read(reads, raw, client=client)
             work = await self.submitted(asked)
         answer = StreamAnswer if work.asked.stream else WholeAnswer
         return _Forgetting(answer(work, site.stopping), site.remember(digest, work))
@@ -159,9 +167,9 @@ class Handlers:
         served, _ = self._site.check_ready()
         return await self._site.workers.run(lambda: reads(parse_body(raw), served, client=client))
 
-    async def submitted(self, asked: Asked, *, outlives: bool = False) -> Work:
+    async def submitted(self, asked: Asked) -> Work:
         _, desk = self._site.check_ready()
-        work = Work(asked, asyncio.get_running_loop(), outlives=outlives)
+        work = Work(asked, asyncio.get_running_loop())
         await self._site.workers.run(work.submit, desk)
         return work
 
@@ -190,18 +198,8 @@ class Handlers:
             self._n_body_bytes -= n_bytes
 
 
-def as_json(body: dict, status: int = 200, headers: dict | None = None) -> Response:
-    return Response(encode(body), status, headers, media_type="application/json")
-
-
 def client_of(request: Request) -> str:
     return "" if request.client is None else request.client.host
-
-
-def _is_retry(request):
-    """openai-python says so itself."""
-    count = request.headers.get("x-stainless-retry-count", "0")
-    return count.isdecimal() and len(count) < 10 and int(count) > 0
 
 
 class _Forgetting:
@@ -227,7 +225,7 @@ def _counted(app, site, paths):
             await send(message)
 
         path = scope["path"]
-        known = path if path in paths else "/v1/models/" if path.startswith("/v1/models/") else "*"
+        known = path if path in paths else next((p for p in PREFIXES if path.startswith(p)), "*")
         site.n_running += 1
         try:
             await app(scope, receive, sending)
@@ -250,13 +248,13 @@ async def _on_error(request, error):
 
 
 async def _on_http_error(request, error):
-    headers = dict(error.headers or {})
+    headers, path = dict(error.headers or {}), request.scope["path"][:200]
     if error.status_code == 405:
         headers["Allow"] = ", ".join(sorted(headers.get("Allow", "").split(", ")))
-        message = f"{request.method} {request.url.path}: not a method of this path"
+        message = f"{request.method} {path}: not a method of this path"
         return _ErrorAnswer(Refused(405, message, code="method_not_allowed", headers=headers))
     if error.status_code == 404:
-        message = f"{request.url.path[:200]}: there is no such path"
+        message = f"{path}: there is no such path"
         return _ErrorAnswer(Refused(404, message, code="unknown_path"))
     return _ErrorAnswer(Refused(error.status_code, str(error.detail), headers=headers))
 

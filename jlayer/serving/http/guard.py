@@ -22,9 +22,10 @@ OPEN_PATHS = ("/", "/health")  # no key is asked for
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # Of a request's body, by the beginning of its path; the first that fits.
 BODY_LIMITS = (("/v1/files", 200 * MIB), ("", 8 * MIB))
-DRAINED = MIB  # of a body that is refused, so that its sender reads why
+DRAINED = 16 * MIB  # of a body that is refused, so that its sender reads why
+DRAIN_S = 2.0
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@?#\s]+)(?::(\d{1,5}))?", re.IGNORECASE)
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _PREFLIGHT_S = "600"
 
 
@@ -66,7 +67,7 @@ class Guard:
             limit = _body_limit(scope["path"])
             _check_length(headers, limit)
         except Refused as error:
-            await refuse(_with(send, more), receive, error)
+            await refuse(_with(send, more), receive, error, is_whole=not _has_body(headers))
             return
         await self._app(scope, Limited(receive, limit), _with(send, more))
 
@@ -154,29 +155,30 @@ class Limited:
         return message
 
 
-async def refuse(send, receive, error: Refused) -> None:
-    """Answers with an error, and takes a little of the body that still comes: a connection that is
-    closed at once is reset, before its client has read why."""
+async def refuse(send, receive, error: Refused, *, is_whole: bool = False) -> None:
+    """Answers with an error. Of a body that still comes a little is taken before the connection is
+    closed: one that is closed at once is reset, before its client has read why."""
+    is_whole = is_whole or getattr(receive, "is_whole", False)
     raw = encode(error.as_dict())
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(raw)).encode()),
         *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        *(() if is_whole else ((b"connection", b"close"),)),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": raw, "more_body": True})
-    await drain(receive)
+    if not is_whole:
+        await drain(receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def drain(receive, *, limit: int = DRAINED, seconds: float = 2.0) -> None:
+async def drain(receive) -> None:
     """Takes what is left of a body, as far as it comes soon."""
-    if getattr(receive, "is_whole", False):
-        return
     n_bytes = 0
     try:
-        async with asyncio.timeout(seconds):
-            while n_bytes <= limit:
+        async with asyncio.timeout(DRAIN_S):
+            while n_bytes <= DRAINED:
                 message = await receive()
                 n_bytes += len(message.get("body", b""))
                 if message["type"] != "http.request" or not message.get("more_body"):
@@ -202,6 +204,10 @@ def _with(send, more):
 def _request_id(headers):
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+def _has_body(headers):
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip() != b"0"
 
 
 def _is_preflight(scope, headers):

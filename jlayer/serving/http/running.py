@@ -12,14 +12,18 @@ import logging
 import resource
 import socket
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from jlayer.api import Model
 from jlayer.errors import StorageError, UsageError
+from jlayer.serving.desk import Desk
 from jlayer.serving.http.app import application
+from jlayer.serving.http.guard import DRAIN_S
 from jlayer.serving.http.site import Site
 from jlayer.serving.wire.asked import encode
 from jlayer.serving.wire.errors import Refused
@@ -104,6 +108,19 @@ class Serving:
         self._thread.start()
         self._ready.wait()
 
+    def opened(self, model: Model, desk: Desk, **of_served) -> None:
+        """The model is open: requests are answered from now on. See `Site.opened`."""
+        done: Future[None] = Future()
+
+        def open_site():
+            try:
+                done.set_result(self.site.opened(model, desk, **of_served))
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(open_site)
+        done.result()
+
     def wait(self, timeout: float | None = None) -> None:
         """Until the server has ended. Raises what it has failed with."""
         self._thread.join(timeout)
@@ -118,6 +135,7 @@ class Serving:
         self._server.should_exit = True
         self._thread.join(GRACE_S + 2)
         self.site.workers.close()
+        self.site.lastings.close()
 
     def __enter__(self) -> Serving:
         self.start()
@@ -145,6 +163,7 @@ class Protocol(H11Protocol):
     """uvicorn's, with a time limit on the headers of each request, and errors in our form."""
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _is_refused = False
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -155,6 +174,8 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data):
+        if self._is_refused:
+            return
         if self._headers_timer is None and not self._has_request:
             self._limit_headers()
         super().data_received(data)
@@ -197,7 +218,12 @@ class Protocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event))
-        self.transport.close()
+        # What still comes is dropped for a moment: a connection that is closed with bytes unread is
+        # reset, before its client has read why.
+        self._is_refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(DRAIN_S, self.transport.close)
 
 
 def _more_descriptors():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jlayer.api import Model
 from jlayer.serving.desk import Desk
 from jlayer.serving.http.guard import Rules
+from jlayer.serving.http.journal import Journal
 from jlayer.serving.http.work import Work
 from jlayer.serving.http.workers import Workers
 from jlayer.serving.wire.errors import Refused, unavailable
@@ -18,10 +19,12 @@ LOADING_RETRY_S = 5
 
 
 class Site:
-    """`rules`: see `guard`. The model is `opened` from another thread."""
+    """`rules`: see `guard`. `journal`: of requests that outlive the server."""
 
-    def __init__(self, rules: Rules | None = None):
+    def __init__(self, rules: Rules | None = None, journal: Journal | None = None):
         self.rules = rules or Rules()
+        self.journal = journal
+        self.lastings = None  # requests that outlive their connections; the application sets it
         self.workers = Workers()
         self.served: Served | None = None
         self.desk: Desk | None = None
@@ -29,14 +32,15 @@ class Site:
         self.failure: str | None = None
         self.answered: Counter = Counter()  # by (path, status)
         self.n_running = 0
-        self.lasting = None  # requests that outlive their connections
         self._stopping: asyncio.Event | None = None
         self._by_digest: dict[str, Work] = {}
 
     def opened(self, model: Model, desk: Desk, **of_served) -> None:
-        """From now on requests are answered. `of_served`: see `Served.of`."""
+        """From now on requests are answered; called in the loop. `of_served`: see `Served.of`."""
         self.served = Served.of(model, **of_served)
         self.desk = desk
+        if self.lastings is not None:
+            self.lastings.start()
 
     def failed(self, message: str) -> None:
         """The model cannot be opened."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from jlayer.errors import JlayerError
 from jlayer.serving.desk import Desk
@@ -63,6 +64,10 @@ class Work:
         found = [job.progress() for job in alive]
         return max(found, key=lambda one: -1.0 if one.eta_s is None else one.eta_s)
 
+    def words(self) -> str:
+        """How far it is, for a person."""
+        return self.progress().words()
+
     def reader(self) -> Reader:
         return Reader(self.asked, self.jobs)
 
@@ -93,6 +98,22 @@ class Work:
         self._is_noted = False
         for news in self._waiting:
             news.set()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """In the place of work that was over long ago."""
+
+    asked: Asked
+    is_over: bool = True
+    error: JlayerError | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[asyncio.Event]:
+        yield asyncio.Event()
+
+    def words(self) -> str:
+        return "done"
 
 
 async def wait_for(news: asyncio.Event, *others: asyncio.Event, seconds: float) -> None:

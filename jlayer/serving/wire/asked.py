@@ -6,6 +6,7 @@ One way of telling serves both, so a streamed text is the plain one.
 from __future__ import annotations
 
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,21 @@ class Texts(Protocol):
 
     @property
     def is_over(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of an answer: all its chunks have the same. `created`: when, in seconds."""
+
+    id: str
+    created: int
+
+
+NONE = Identity("", 0)
+
+
+def new_identity(prefix: str) -> Identity:
+    return Identity(f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 
 
 @dataclass(frozen=True)
@@ -97,11 +113,7 @@ class Asked:
     stream: bool = False
     progress: bool = False
     waits_for_prompt: bool = False
-    id: str = ""
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+    identity: Identity = NONE
 
 
 class Reader:
@@ -109,7 +121,7 @@ class Reader:
     same jobs, each at its own pace."""
 
     def __init__(self, asked: Asked, jobs: Sequence[Texts], teller: Teller | None = None):
-        self._asked, self._jobs = asked, jobs
+        self.asked, self.jobs = asked, jobs
         self.teller = asked.teller() if teller is None else teller
         self._read = [0] * len(asked.views)
         self._is_prompt_told = [False] * len(asked.views)
@@ -123,35 +135,51 @@ class Reader:
     @property
     def error(self) -> JlayerError | None:
         """Why nothing more will come, where a text has failed."""
-        return next((job.error for job in self._jobs if job.error is not None), None)
+        return next((job.error for job in self.jobs if job.error is not None), None)
+
+    def begin(self) -> list[dict]:
+        """Before any text."""
+        return self.teller.begin()
+
+    def prompt(self, choice: int, logprobs: list | None) -> list[dict]:
+        return self.teller.prompt(choice, logprobs)
+
+    def step(self, choice: int, step: Step) -> list[dict]:
+        return self.teller.step(choice, step)
+
+    def finish(self, choice: int, reason: str) -> list[dict]:
+        return self.teller.finish(choice, reason)
+
+    def end(self, usage: Usage) -> list[dict]:
+        """After all choices."""
+        return self.teller.end(usage)
 
     def take(self) -> Iterator[dict]:
         """The events of what is new."""
-        for choice, (order, sequence) in enumerate(self._asked.views):
+        for choice, (order, sequence) in enumerate(self.asked.views):
             if not self._is_finished[choice]:
-                yield from self._take(choice, self._jobs[order], sequence)
+                yield from self._take(choice, self.jobs[order], sequence)
 
     def _take(self, choice, job, sequence):
         is_over, text = job.is_over, job.sequences[sequence]
         reason = text.finish_reason  # read before the steps, which are there when it is
         if not self._is_prompt_told[choice]:
-            if self._asked.waits_for_prompt and job.prompt_logprobs is None and not is_over:
+            if self.asked.waits_for_prompt and job.prompt_logprobs is None and not is_over:
                 return
             self._is_prompt_told[choice] = True
-            yield from self.teller.prompt(choice, job.prompt_logprobs)
-        steps = text.steps[self._read[choice] :]
-        self._read[choice] += len(steps)
-        for step in steps:
-            yield from self.teller.step(choice, step)
+            yield from self.prompt(choice, job.prompt_logprobs)
+        for step in text.steps[self._read[choice] :]:
+            self._read[choice] += 1
+            yield from self.step(choice, step)
         if reason is not None or (is_over and job.error is None):
             self._is_finished[choice] = True
-            yield from self.teller.finish(choice, reason or "stop")
+            yield from self.finish(choice, reason or "stop")
 
     def usage(self) -> Usage:
         """Of what was told."""
-        asked = self._asked
-        texts = [self._jobs[order].sequences[sequence] for order, sequence in asked.views]
-        kept = sum((getattr(job, "stats", None) or {}).get("kept_tokens", 0) for job in self._jobs)
+        asked = self.asked
+        texts = [self.jobs[order].sequences[sequence] for order, sequence in asked.views]
+        kept = sum((getattr(job, "stats", None) or {}).get("kept_tokens", 0) for job in self.jobs)
         return Usage(
             sum(len(order.ids) for order in asked.orders),
             sum(

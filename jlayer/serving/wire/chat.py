@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
-from jlayer.serving.wire.answers import Answers, answers_of
-from jlayer.serving.wire.asked import Asked, Teller, Usage, new_id
+from jlayer.serving.wire.answers import Answer, answers_of
+from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, read_form, refuse_given
 from jlayer.serving.wire.logprobs import TokenTexts, chat_entry
@@ -22,6 +21,8 @@ from jlayer.serving.wire.sampling import (
     with_texts,
 )
 from jlayer.serving.wire.served import Served
+from jlayer.text.conventions import Convention
+from jlayer.text.tools import messages_for_template
 
 MOST_TOP = 20
 UNSUPPORTED = {
@@ -52,8 +53,11 @@ class Chat(Sampling, kw_only=True):
     continue_final_message: bool | None = None
 
 
-def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
-    """Raises Refused, and what a chat template gives."""
+def read_chat(
+    body: dict, served: Served, *, client: str = "", identity: Identity | None = None
+) -> Asked:
+    """`identity`: of the answer, where it has one already. Raises Refused, and what a chat template
+    gives."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Chat)
     served.check_name(form.model)
@@ -66,27 +70,36 @@ def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
         check_range(n_new, param, 0, (1 << 31) - 1)
     n_top = _n_top(form)
     options = options_of(form, served, logprobs=n_top, logprobs_param="top_logprobs")
-    answers = answers_of(form, served)
-    ids = chat_ids(form, served, tools=answers.tools)
+    answers, wanted = answers_of(form, served), wanted_form(form)
+    ids = chat_ids(form, served, tools=answers.rows, convention=answers.convention)
     options = with_length(options, served, len(ids), n_new, param="messages")
     options, sequences = with_texts(options, 1 if form.n is None else form.n)
-    wanted = wanted_form(form)
-    if wanted is None:
-        constraint = answers.constraint(options.eos_token_id)
-    else:
-        constraint = constraint_of(wanted, served, options.eos_token_id)
+    if wanted is not None and answers.choice.must_call:
+        raise invalid(
+            f"{wanted[2]}: tool_choice wants calls and no other text; keep one", param=wanted[2]
+        )
+    is_open = answers.is_open(served, ids)
+    constraint = answers.held(
+        served,
+        constraint_of(wanted, served, options.eos_token_id),
+        eos_ids=options.eos_token_id,
+        is_open=is_open,
+    )
     order = Order(
         tuple(ids),
         options,
         constraint=constraint,
-        shown=answers.shown,
+        shown=answers.shown(served),
         client=client_of(client, form.user),
         keeps=True,
     )
     streaming = form.stream_options
+
+    def new_answers():
+        return [answers.new(own.identity.id, choice, is_open=is_open) for choice in range(own.n)]
+
     own = Own(
-        id=new_id("chatcmpl"),
-        created=int(time.time()),
+        identity=identity or new_identity("chatcmpl"),
         model=served.name,
         n=len(sequences),
         n_top=n_top,
@@ -95,10 +108,10 @@ def read_chat(body: dict, served: Served, *, client: str = "") -> Asked:
     return Asked(
         orders=(order,),
         views=tuple((0, sequence) for sequence in sequences),
-        teller=lambda: ChatTeller(own, served.tokens, answers),
+        teller=lambda: ChatTeller(own, served.tokens, new_answers()),
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
-        id=own.id,
+        identity=own.identity,
     )
 
 
@@ -117,7 +130,13 @@ def _n_top(form):
     return None
 
 
-def chat_ids(form: Chat, served: Served, *, tools: list[dict] | None) -> list[int]:
+def chat_ids(
+    form: Chat,
+    served: Served,
+    *,
+    tools: list[dict] | None,
+    convention: Convention | None = None,
+) -> list[int]:
     """The prompt of a chat. Raises Refused, and what its template gives."""
     source = served.template_source(has_tools=bool(tools))
     variables = dict(form.chat_template_kwargs or {})
@@ -133,8 +152,9 @@ def chat_ids(form: Chat, served: Served, *, tools: list[dict] | None) -> list[in
         variables["continue_final_message"] = form.continue_final_message
     if form.add_generation_prompt is not None:
         variables["add_generation_prompt"] = form.add_generation_prompt
+    messages = messages_for_template(messages_of(form.messages, template=source), convention)
     return served.encoded_chat(
-        messages_of(form.messages, template=source),
+        messages,
         tools=tools or None,
         documents=form.documents or None,
         **variables,
@@ -145,8 +165,7 @@ def chat_ids(form: Chat, served: Served, *, tools: list[dict] | None) -> list[in
 class Own:
     """What all chunks of an answer have, and how much is told."""
 
-    id: str
-    created: int
+    identity: Identity
     model: str
     n: int
     n_top: int | None
@@ -154,9 +173,9 @@ class Own:
 
 
 class ChatTeller(Teller):
-    def __init__(self, own: Own, tokens: TokenTexts, answers: Answers):
+    def __init__(self, own: Own, tokens: TokenTexts, answers: list[Answer]):
         self._own, self._tokens = own, tokens
-        self._answers = [answers.new() for _ in range(own.n)]
+        self._answers = answers
         self._logprobs: list[list[dict]] = [[] for _ in range(own.n)]
         self._reasons: list[str | None] = [None] * own.n
 
@@ -203,9 +222,9 @@ class ChatTeller(Teller):
     def _head(self, kind):
         own = self._own
         return {
-            "id": own.id,
+            "id": own.identity.id,
             "object": kind,
-            "created": own.created,
+            "created": own.identity.created,
             "model": own.model,
             "system_fingerprint": None,
         }

@@ -5,12 +5,11 @@ lm-eval scores answers through it: `echo` with `logprobs`.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
-from jlayer.serving.wire.asked import Asked, Teller, Usage, new_id
+from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
 from jlayer.serving.wire.chat import client_of
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, is_ids, read_form, refuse_given
@@ -47,8 +46,10 @@ class Completion(Sampling, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
-    """Raises Refused."""
+def read_completion(
+    body: dict, served: Served, *, client: str = "", identity: Identity | None = None
+) -> Asked:
+    """`identity`: of the answer, where it has one already. Raises Refused."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Completion)
     served.check_name(form.model)
@@ -64,11 +65,12 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
     prompts = prompts_of(form.prompt)
     if len(prompts) * n > MOST_CHOICES:
         raise invalid(f"n: {len(prompts)} prompts with {n} texts each are too many", param="n")
-    options = options_of(form, served, logprobs=form.logprobs)
+    scores = bool(form.echo) and form.logprobs is not None
+    of_prompt = form.logprobs if scores else None
+    options = options_of(form, served, logprobs=form.logprobs, prompt_logprobs=of_prompt)
     n_new = NEW_TOKENS if form.max_tokens is None else form.max_tokens
     wanted = wanted_form(form)
     constraint = constraint_of(wanted, served, options.eos_token_id)
-    scores = bool(form.echo) and form.logprobs is not None
     orders, views, texts = [], [], []
     for number, prompt in enumerate(prompts):
         ids = _ids(prompt, served, adds=form.add_special_tokens is not False)
@@ -76,8 +78,6 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
         drawn, sequences = with_texts(
             with_length(options, served, len(ids), most, param="prompt"), n
         )
-        if scores:
-            drawn = replace(drawn, prompt_logprobs=form.logprobs)
         orders.append(
             Order(tuple(ids), drawn, constraint=constraint, client=client_of(client, form.user))
         )
@@ -85,8 +85,7 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
         texts.append(_prompt_text(prompt, served))
     streaming = form.stream_options
     own = Own(
-        id=new_id("cmpl"),
-        created=int(time.time()),
+        identity=identity or new_identity("cmpl"),
         prompts=tuple((tuple(order.ids), text) for order, text in zip(orders, texts, strict=True)),
         views=tuple(views),
         n_top=form.logprobs,
@@ -100,7 +99,7 @@ def read_completion(body: dict, served: Served, *, client: str = "") -> Asked:
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
         waits_for_prompt=scores,
-        id=own.id,
+        identity=own.identity,
     )
 
 
@@ -159,8 +158,7 @@ def _prompt_text(prompt, served):
 class Own:
     """What all chunks of an answer have. `prompts`: ids and text of each."""
 
-    id: str
-    created: int
+    identity: Identity
     prompts: tuple[tuple[tuple[int, ...], str], ...]
     views: tuple[tuple[int, int], ...]
     n_top: int | None
@@ -210,9 +208,9 @@ class CompletionTeller(Teller):
 
     def _head(self):
         return {
-            "id": self._own.id,
+            "id": self._own.identity.id,
             "object": "text_completion",
-            "created": self._own.created,
+            "created": self._own.identity.created,
             "model": self._served.name,
             "system_fingerprint": None,
         }

@@ -1,8 +1,10 @@
-"""Messages as clients send them → messages as chat templates read them."""
+"""Messages as clients send them → messages of plain text, in the roles that a template knows.
+
+Calls of tools in them are checked here, and made what templates read in `text.tools`.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 
 from jlayer.serving.wire.errors import invalid
@@ -86,7 +88,6 @@ def _part(part, where):
 
 
 def _tool_calls(calls, where):
-    """The arguments of earlier calls come as JSON in a text; templates write objects."""
     if not isinstance(calls, list):
         raise invalid(f"{where}: found a {type(calls).__name__}, expected a list", param=where)
     return [_tool_call(call, f"{where}[{at}]") for at, call in enumerate(calls)]
@@ -100,11 +101,4 @@ def _tool_call(call, where):
             "...}}",
             param=where,
         )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            parsed = arguments  # what a model wrote, which need not be JSON
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    return {**call, "function": {**function, "arguments": arguments}}
+    return call

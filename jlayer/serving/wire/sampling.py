@@ -5,15 +5,17 @@ Ranges are the engine's own; here are the wire's names, its limits of size, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 
 import msgspec
 
 from jlayer.engine.options import SamplingOptions
+from jlayer.errors import CheckpointError, UsageError
 from jlayer.serving.wire.errors import Refused, invalid, refused
 from jlayer.serving.wire.fields import check_count, check_finite, check_range
 from jlayer.serving.wire.served import Served
+from jlayer.strict import parse_json_object
 
 MOST_TEXTS = 64  # n
 MOST_STOPS = 64
@@ -70,6 +72,8 @@ class Sampling(msgspec.Struct, kw_only=True):
         if any(len(stop) > MOST_STOP_LENGTH for stop in self.stops):
             raise invalid(f"stop: longer than {MOST_STOP_LENGTH} characters", param="stop")
         check_count(self.logit_bias, "logit_bias", MOST_BIASES)
+        if any(map(math.isinf, (self.logit_bias or {}).values())):
+            raise invalid("logit_bias: found an infinite number", param="logit_bias")
         check_count(self.stop_token_ids, "stop_token_ids", MOST_STOPS)
         if self.user is not None and len(self.user) > 1000:
             raise invalid("user: longer than 1000 characters", param="user")
@@ -82,7 +86,12 @@ _SAME = (
 
 
 def options_of(
-    form: Sampling, served: Served, *, logprobs: int | None = None, logprobs_param: str = "logprobs"
+    form: Sampling,
+    served: Served,
+    *,
+    logprobs: int | None = None,
+    logprobs_param: str = "logprobs",
+    prompt_logprobs: int | None = None,
 ) -> SamplingOptions:
     """The options of one text, before its length is known. Raises Refused."""
     given = {name: getattr(form, name) for name in _SAME}
@@ -95,6 +104,8 @@ def options_of(
         given["min_new_tokens"] = form.min_tokens
     if logprobs is not None:
         given["logprobs"] = logprobs
+    if prompt_logprobs is not None:
+        given["prompt_logprobs"] = prompt_logprobs
     try:
         found = served.sampling(given)
         ends = () if form.ignore_eos else found.eos_token_id
@@ -164,10 +175,14 @@ def wanted_form(form: Sampling) -> tuple[str, object, str] | None:
     if len(found) > 1:
         names = " and ".join(name for _, _, name in found)
         raise invalid(f"{names}: each says what the text has to be; keep one", param=found[1][2])
-    for kind, value, name in found:
-        check_finite(value, name, most_bytes=MOST_SCHEMA_BYTES)
-        _check_kind(kind, value, name)
-    return found[0] if found else None
+    if not found:
+        return None
+    ((kind, value, name),) = found
+    check_finite(value, name, most_bytes=MOST_SCHEMA_BYTES)
+    if kind == "json" and isinstance(value, str):
+        value = _parsed(value, name)
+    _check_kind(kind, value, name)
+    return kind, value, name
 
 
 def _response_format(value):
@@ -192,8 +207,15 @@ def _response_format(value):
     return [("json", schema, "response_format.json_schema.schema")]
 
 
+def _parsed(text, name):
+    try:
+        return parse_json_object(text.encode(), what=name, advice="give a schema")
+    except CheckpointError as error:
+        raise invalid(str(error), param=name) from None
+
+
 def _check_kind(kind, value, name):
-    expected = {"json": (dict, str, bool), "choice": list, "json_object": bool}.get(kind, str)
+    expected = {"json": dict, "choice": list, "json_object": bool}.get(kind, str)
     is_wrong = not isinstance(value, expected)
     if kind == "choice":
         is_wrong = is_wrong or not value or not all(isinstance(one, str) and one for one in value)
@@ -201,38 +223,27 @@ def _check_kind(kind, value, name):
         raise invalid(f"{name}: found a {type(value).__name__} that is no {kind}", param=name)
 
 
-def constraint_of(
-    wanted: tuple[str, object, str] | None, served: Served, eos_ids: tuple[int, ...]
-) -> object | None:
-    """Raises Refused: a schema that cannot be held, or the package for it is not installed."""
+def constraint_of(wanted: tuple[str, object, str] | None, served: Served, eos_ids: tuple[int, ...]):
+    """The constraint, None where any text will do. Raises Refused: a schema that cannot be held, or
+    the package for it is not installed."""
     if wanted is None:
         return None
     kind, value, name = wanted
-    make = _constructor(kind, name)
-    arguments = () if kind == "json_object" else (value,)
-    try:
-        return make(served.tokenizer(), *arguments, vocab_size=served.vocab_size, eos_ids=eos_ids)
-    except Exception as error:
-        found = refused(error)
-        if found.status == 500:
-            raise
-        found.param = name
-        raise found from None
+    from jlayer.text.constraint import Constraint  # llguidance is loaded at the first one
 
-
-def _constructor(kind, name) -> Callable:
-    try:
-        from jlayer.text import constraint
-    except ImportError:
-        raise invalid(
-            f'{name}: needs llguidance, which is not installed; pip install "jlayer[serve]"',
-            param=name,
-            code="unsupported_parameter",
-        ) from None
-    return {
-        "json": constraint.json_schema,
-        "json_object": constraint.json_object,
-        "regex": constraint.regex,
-        "choice": constraint.choice,
-        "grammar": constraint.lark,
+    make = {
+        "json": Constraint.json_schema,
+        "json_object": Constraint.json_object,
+        "regex": Constraint.regex,
+        "choice": Constraint.choice,
+        "grammar": Constraint.lark,
     }[kind]
+    given = () if kind == "json_object" else (value,)
+    where = {} if kind in ("json_object", "grammar") else {"where": name}
+    sizes = {"vocab_size": served.vocab_size, "eos_ids": eos_ids}
+    try:
+        return make(served.tokenizer(), *given, **where, **sizes)
+    except UsageError as error:
+        found = refused(error)
+        found.param = found.param or name
+        raise found from None
