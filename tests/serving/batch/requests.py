@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 ANIMALS = ("fox", "cat", "wolf", "king")
 
 
@@ -36,3 +38,23 @@ def answers(path):
     for line in lines:
         line["response"]["body"].pop("created", None)
     return found
+
+
+def assert_same(found, expected):
+    """What two runs answered is equal; log-probabilities are sums, whose order depends on who else
+    rides, so they are equal up to rounding."""
+    assert found.keys() == expected.keys()
+    for custom_id, line in found.items():
+        other = expected[custom_id]
+        pairs = zip(_logprobs(line), _logprobs(other), strict=True)
+        for own, others in pairs:
+            assert own == pytest.approx(others, abs=1e-4)
+        assert line == other
+
+
+def _logprobs(line):
+    """Takes the figures out of a line, one choice after another."""
+    for choice in line["response"]["body"].get("choices", ()):
+        if choice["logprobs"] is not None:
+            yield choice["logprobs"].pop("token_logprobs")
+            yield from choice["logprobs"].pop("top_logprobs")
