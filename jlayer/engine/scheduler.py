@@ -46,7 +46,7 @@ class Scheduler:
         self.n_passes = 0
 
     def join(self, lanes: Sequence[Lane]) -> None:
-        """Adds lanes, from the next forward pass on. Those that were suspended are there already."""
+        """Adds lanes, from the next forward pass on. Suspended ones are there already."""
         check_process()
         with self._changed:
             there = [lane for lane in self._lanes if not lane.has_left]
