@@ -87,10 +87,11 @@ class Run:
         *,
         client: str = "batch",
         pause: Callable[[], None] = lambda: None,
-        most_ahead: int = MOST_AHEAD,
+        most_ahead: int | None = None,
     ):
         self._desk, self._answerer, self._journal, self._names = desk, answerer, journal, names
-        self._client, self._pause, self._most_ahead = client, pause, most_ahead
+        self._client, self._pause = client, pause
+        self._most_ahead = most_ahead or MOST_AHEAD
         self._lines = (line for line in lines if line.custom_id not in journal.finished)
         self._again: deque[Line] = deque()
         self._asked: dict[_Asked, None] = {}  # in order
