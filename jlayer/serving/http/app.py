@@ -29,6 +29,7 @@ from jlayer.serving.wire.completions import read_completion
 from jlayer.serving.wire.errors import Refused, invalid, refused
 from jlayer.serving.wire.estimate import estimated_of
 from jlayer.serving.wire.fields import parse_body
+from jlayer.serving.wire.messages import count_tokens, read_messages
 from jlayer.serving.wire.served import Served
 from jlayer.serving.wire.tokens import (
     detokenize,
@@ -47,6 +48,7 @@ Reads = Callable[..., Asked]
 GENERATES: dict[str, Reads] = {
     "/v1/chat/completions": read_chat,
     "/v1/completions": read_completion,
+    "/v1/messages": read_messages,
 }
 
 
@@ -62,6 +64,7 @@ def application(site: Site):
         ("/v1/models", {"GET": handlers.models}),
         ("/v1/models/{name:path}", {"GET": handlers.model}),
         ("/tokenize", {"POST": partial(handlers.plain, tokenize)}),
+        ("/v1/messages/count_tokens", {"POST": partial(handlers.plain, count_tokens)}),
         ("/detokenize", {"POST": partial(handlers.plain, detokenize)}),
         ("/tokenizer_info", {"GET": handlers.tokenizer_info}),
         ("/v1/estimate", {"POST": handlers.estimate}),
@@ -240,7 +243,7 @@ class _ErrorAnswer:
         self._error = error
 
     async def __call__(self, scope, receive, send):
-        await refuse(send, receive, self._error)
+        await refuse(scope, receive, send, self._error)
 
 
 async def _on_error(request, error):
