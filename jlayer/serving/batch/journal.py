@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from jlayer.errors import LockedError, StorageError, UsageError
+from jlayer.serving.batch.disk import FULL, sync_folder, write_all
 from jlayer.serving.batch.names import Names
 from jlayer.strict import close
 
@@ -22,7 +23,6 @@ _STRANGE = {
     "input": "another input, or this one before it was changed",
     "model": "another model, dtype, context or chat template",
 }
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The errors of file systems without such locks.
 _UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
@@ -91,7 +91,7 @@ class Journal:
         raw = b"".join(map(_encoded, lines))
         try:
             self._check_place()
-            _write_all(self._fd, raw, self._end)
+            write_all(self._fd, raw, self._end)
             os.fsync(self._fd)
         except OSError as error:
             self._cut()
@@ -131,7 +131,7 @@ class Journal:
             except FileExistsError:  # a link to a file that is not there yet is followed
                 fd, is_new = os.open(self.path, flags | os.O_CREAT, 0o666), False
             if is_new:
-                _sync_folder(os.path.dirname(os.path.abspath(self.path)))
+                sync_folder(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
         return fd, is_new
@@ -198,7 +198,7 @@ class Journal:
             return
 
     def _failure(self, error):
-        advice = "free some space, and " if error.errno in _FULL else ""
+        advice = "free some space, and " if error.errno in FULL else ""
         return StorageError(
             f"{self.path}: cannot be written ({error.strerror}); what is finished is kept, "
             f"{advice}{GO_ON}"
@@ -229,22 +229,3 @@ def _line_of(raw):
 def _encoded(line):
     # Half of a surrogate pair, of a request's own, becomes an escape as JSON has them.
     return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-
-
-def _write_all(fd, raw, offset):
-    """A full disk or a signal may shorten one write without an error."""
-    view = memoryview(raw)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # folders need no sync on this file system
-            raise
-    finally:
-        close(fd)
