@@ -12,11 +12,11 @@ import re
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
-from jlayer.errors import JlayerError
+from jlayer.errors import JlayerError, StorageError, UsageError
 from jlayer.serving.batch.disk import remove
 from jlayer.serving.batch.journal import Journal, is_refused
 from jlayer.serving.batch.lines import URLS, Limits, Lines, WrongLines
@@ -29,8 +29,10 @@ from jlayer.serving.wire.errors import Refused, invalid
 LIMITS = {"lines": 50_000, "n_bytes": 200 << 20}  # OpenAI's
 MOST_RUNNING = 4  # batches at a time; others wait
 MOST_BATCHES = 2000
+RETRY_S = 30.0
 WINDOW = re.compile(r"[1-9]\d{0,3}[hd]")
 OVER = ("completed", "failed", "cancelled")
+OWN = "jlayer_model"  # what no client is told of a record: the key of the model that it is for
 
 
 class _Cancelled(Exception):
@@ -79,6 +81,7 @@ class Service:
             run = self._runs.get(batch_id)
         if found is None:
             raise missing("Batch", batch_id, param="batch_id")
+        found = {name: value for name, value in found.items() if name != OWN}
         return found if run is None else {**found, "request_counts": _counts(run)}
 
     def all(self) -> list[dict]:
@@ -151,6 +154,7 @@ class Service:
             **dict.fromkeys(("failed_at", "expired_at", "cancelling_at", "cancelled_at")),
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
+            OWN: self._model,
         }
 
     def _save(self, record):
@@ -173,29 +177,41 @@ class Service:
     # In a thread of the pool.
 
     def _work(self, batch_id):
+        while not self._is_stopping.is_set():
+            try:
+                self._try(batch_id)
+                return
+            except Stopping:  # the next server goes on with it
+                return
+            except StorageError:  # a full disk, most likely: it waits for room
+                self._is_stopping.wait(RETRY_S)
+
+    def _try(self, batch_id):
+        """Answers a batch, or notes why that cannot be."""
         try:
             self._answer(batch_id)
-        except Stopping:  # the next server goes on with it
-            return
+        except (Stopping, StorageError):
+            raise
         except WrongLines as error:
-            problems = [
-                {"code": "invalid_line", "line": one.number, "message": one.message, "param": None}
-                for one in error.problems
-            ]
-            self._fail(batch_id, problems)
+            self._fail(batch_id, [_problem(one.message, one.number) for one in error.problems])
         except JlayerError as error:
             message = " ".join(str(error).split())
-            self._fail(
-                batch_id, [{"code": "failed", "line": None, "message": message, "param": None}]
-            )
+            self._fail(batch_id, [_problem(message)])
+        except Exception as error:
+            traceback.print_exc()  # nobody else would see it
+            self._fail(batch_id, [_problem(f"a bug in jlayer: {error!r}; see the server's log")])
 
     def _fail(self, batch_id, problems):
         errors = {"object": "list", "data": problems}
-        with suppress(JlayerError):  # a full disk: it is tried again by the next server
-            self._change(batch_id, status="failed", failed_at=_now(), errors=errors)
+        self._change(batch_id, status="failed", failed_at=_now(), errors=errors)
 
     def _answer(self, batch_id):
         record = self._records[batch_id]
+        if record[OWN] != self._model:
+            raise UsageError(
+                "the server was started with another model, dtype, context or chat template than "
+                "this batch was begun with; begin it again"
+            )
         journal_path = os.path.join(self._folder, f"{batch_id}.jsonl")
         limits = Limits(**LIMITS, url=record["endpoint"])
         with (
@@ -282,6 +298,11 @@ def _never_run(lines, journal, names) -> Iterator[dict]:
 def _chained(*parts) -> Iterator[dict]:
     for part in parts:
         yield from part
+
+
+def _problem(message, number=None):
+    code = "failed" if number is None else "invalid_line"
+    return {"code": code, "line": number, "message": message, "param": None}
 
 
 def _counts(run):
