@@ -18,6 +18,7 @@ from tests.serving.batch.requests import answers, assert_same, many, written
 # one by one, since every new number of riders takes a program.
 TORN = """
 import os, signal, sys
+sys.modules["starlette"] = sys.modules["uvicorn"] = None  # it needs no server
 from jlayer.app.cli import main
 from jlayer.serving.batch import run
 
