@@ -30,6 +30,7 @@ VERBS = {
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
     "serve": ("jlayer.app.verbs.serve", "answer OpenAI's protocol over HTTP, with a page"),
+    "batch": ("jlayer.app.verbs.batch", "answer a file of requests, line by line"),
     "bench": (
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",

@@ -46,10 +46,11 @@ class Scheduler:
         self.n_passes = 0
 
     def join(self, lanes: Sequence[Lane]) -> None:
-        """Adds lanes, from the next forward pass on."""
+        """Adds lanes, from the next forward pass on. Suspended ones are there already."""
         check_process()
         with self._changed:
-            self._lanes = [lane for lane in self._lanes if not lane.has_left] + list(lanes)
+            there = [lane for lane in self._lanes if not lane.has_left]
+            self._lanes = there + [lane for lane in lanes if lane not in there]
             self._changed.notify_all()
 
     def prepare(self) -> dict[str, float]:

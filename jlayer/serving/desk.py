@@ -225,9 +225,11 @@ class Desk:
                 if job is None or not (self._room_may_have_grown or job.decoding is None):
                     return
                 n_riders = sum(len(each.sequences) for each in self._running)
-                if self._running and n_riders + len(job.sequences) > MOST_RIDERS:
+                is_full = self._running and n_riders + len(job.sequences) > MOST_RIDERS
+            if is_full:
+                if job.is_batch or not self._suspend_a_batch_text():
                     return
-            if not self._begin(job):
+            elif not self._begin(job):
                 return
 
     def _begin(self, job):

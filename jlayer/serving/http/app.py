@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jlayer.errors import JlayerError
-from jlayer.serving.http import metrics
+from jlayer.serving.http import batches, metrics
 from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json
 from jlayer.serving.http.events import EventsAnswer
 from jlayer.serving.http.guard import Guard, refuse
@@ -41,7 +41,7 @@ from jlayer.serving.wire.tokens import (
 
 BODY_SILENCE_S = 30.0  # between two parts of a body
 MOST_BODIES = 256 << 20  # bytes of all bodies that are being read
-PREFIXES = ("/v1/models/", "/v1/requests/")  # of paths that are counted together
+PREFIXES = ("/v1/models/", "/v1/requests/", *batches.PATHS)  # of paths that are counted together
 
 Reads = Callable[..., Asked]
 # path -> what reads a body to it as orders
@@ -71,6 +71,7 @@ def application(site: Site):
         ("/v1/estimate", {"POST": handlers.estimate}),
         ("/v1/requests/{id}", {"GET": requests.get, "DELETE": requests.delete}),
         ("/v1/requests/{id}/stream", {"GET": requests.stream}),
+        *batches.table(site, handlers.body),
         *(
             (path, {"POST": partial(handlers.generate, path, reads)})
             for path, reads in GENERATES.items()
