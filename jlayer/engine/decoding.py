@@ -79,6 +79,8 @@ class Decoding:
     others begin as these end. `waits`: even the first one may wait for other runs to end.
     """
 
+    keeps = False  # whether iterating it ends with `keep`, for a run of one prompt
+
     def __init__(
         self,
         engine: Engine,
@@ -295,11 +297,14 @@ class Decoding:
             if not self._all_ended():
                 yield from self._steps()
         finally:
-            self.close()
+            self._finish()
 
     def close(self) -> None:
         """Ends the run now and frees its cache entries."""
         self._end()
+
+    def _finish(self):
+        self.keep() if self.keeps else self.close()
 
     def keep(self) -> None:
         """Ends a run of one prompt now, and keeps the entries of its first text for a prompt that
@@ -395,7 +400,7 @@ class Decoding:
                 self.admit_waiting()
             is_over = self._all_ended() and not any(lane.unread for lane in self.lanes)
             if is_over:
-                self.close()  # the entries are free when the caller gets the last step
+                self._finish()  # the entries are free when the caller gets the last step
             elif not any(steps):
                 self._wait_for_room()
                 continue
