@@ -199,7 +199,7 @@ def leaving(server: Server, *, requests: int = 1000, clients: int = 48) -> dict:
             delay = draw.choice((None, 0.01, 0.1, 1.0, 4.0, 4.0))
             yield number, prompt, draw.random() < 0.5, delay, draw.choice((0, 1, 4, 40))
 
-    at_once(one, wishes(100), clients=clients)  # all of the server's threads have begun
+    at_once(one, wishes(requests // 2), clients=clients)  # all of the server's threads have begun
     until(server.is_idle)
     held, cancelled = server.held(), server.metric("requests_cancelled_total")
 

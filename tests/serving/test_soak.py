@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import crowds, trials
-from benchmarks.serving import CROWDED
 from benchmarks.served import Server
+from benchmarks.serving import CROWDED
 
 pytestmark = pytest.mark.slow
 
