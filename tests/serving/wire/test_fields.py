@@ -8,6 +8,7 @@ from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
 from jlayer.serving.wire.errors import Refused, refused
 from jlayer.serving.wire.fields import parse_body
+from jlayer.text.tokenizer import Tokenizer
 from tests.serving.wire.bodies import (
     CHAT,
     COMPLETION,
