@@ -49,6 +49,12 @@ def stopping_error() -> Refused:
     return unavailable("the server is stopping; ask again when it is back", code="stopping")
 
 
+async def headers_only(send: Send) -> None:
+    """The answer to HEAD where GET gives a stream: one without end would hold the connection."""
+    await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 async def beside_disconnect(work: Awaitable, receive: Receive) -> None:
     """Awaits `work`, and gives it up when the client leaves."""
     task = asyncio.ensure_future(work)
@@ -125,6 +131,8 @@ class StreamAnswer:
         self._progressed = 0.0
 
     async def __call__(self, scope, receive: Receive, send: Send):
+        if scope["method"] == "HEAD":
+            return await headers_only(send)
         await beside_disconnect(self._stream(Writer(send)), receive)
 
     async def _stream(self, out):
