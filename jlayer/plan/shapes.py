@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 from jlayer.families.base import CacheSpec
@@ -79,6 +80,7 @@ class RunShape:
         """The least rows of a chunk: those of a tree, which is in one chunk."""
         return rows_for(lane_rows(self))
 
+    @lru_cache(maxsize=8192)  # a plan looks at those of every live run, many times  # noqa: B019
     def shapes(self, most: int = CHUNK_ROWS[-1], rows: int | None = None) -> Shapes:
         """Its input shapes, with at most `most` rows a chunk (at least `least_chunk`), and about
         `rows` a forward pass."""
@@ -142,8 +144,7 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
     if len(runs) == 1:
         return runs[0]
     lanes = sum(run.batch for run in runs)
-    lengths = [lane_rows(run) for run in runs for _ in range(run.batch)]
-    decode = pack(lengths, most, whole=range(lanes))
+    decode = _trees(tuple(lane_rows(run) for run in runs for _ in range(run.batch)), most)
     return replace(
         max(runs, key=lambda run: run.n_rows),
         batch=lanes,
@@ -160,6 +161,12 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
         single_array=any(run.single_array for run in runs),
         nodes=sum(run.nodes for run in runs),
     )
+
+
+@lru_cache(maxsize=256)
+def _trees(lengths, most):
+    """The panes of lanes with trees of so many tokens."""
+    return pack(lengths, most, whole=range(len(lengths)))
 
 
 def lane_rows(run: RunShape | Shapes) -> int:

@@ -58,6 +58,7 @@ def application(site: Site):
     handlers, requests = Handlers(site, site.lastings), Requests(site, site.lastings)
     table = [
         ("/", {"GET": handlers.page}),
+        ("/favicon.ico", {"GET": handlers.icon}),
         ("/health", {"GET": handlers.health}),
         ("/metrics", {"GET": handlers.metrics}),
         ("/events", {"GET": handlers.events}),
@@ -105,6 +106,9 @@ class Handlers:
 
     async def page(self, request):
         return Response(page.html(), headers=page.headers())
+
+    async def icon(self, request):
+        return Response(page.icon(), headers=page.icon_headers())
 
     async def health(self, request):
         status, body = health(self._site)

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import closing, contextmanager
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -112,6 +113,12 @@ def test_health_answers_within_a_second_while_a_pass_takes_long(model, client, s
             assert client.get(path).status_code == 200
             assert time.monotonic() - began < 1
     until(lambda: not desk.status().riders)
+
+
+def test_a_browser_finds_an_icon(client):
+    found = client.get("/favicon.ico")
+    assert (found.status_code, found.headers["content-type"]) == (200, "image/svg+xml")
+    assert ElementTree.fromstring(found.content).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_a_stream_is_never_silent(model, serving, desk, monkeypatch):
