@@ -49,8 +49,9 @@ class Scheduler:
         """Adds lanes, from the next forward pass on. Suspended ones are there already."""
         check_process()
         with self._changed:
-            there = [lane for lane in self._lanes if not lane.has_left]
-            self._lanes = there + [lane for lane in lanes if lane not in there]
+            kept = [lane for lane in self._lanes if not lane.has_left]
+            known = set(map(id, kept))  # one that goes on after it gave its room to others is there
+            self._lanes = kept + [lane for lane in lanes if id(lane) not in known]
             self._changed.notify_all()
 
     def prepare(self) -> dict[str, float]:
