@@ -19,7 +19,7 @@ from jlayer.serving.queue import Limits
 from tests.serving.http.conftest import client_of, held, served
 
 PATIENCE_S = 60
-LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
+LONG = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True}
 KINDS = {"streamed": True, "whole": False}
 
 
@@ -134,7 +134,7 @@ def test_one_who_leaves_while_the_request_is_submitted(serving, desk, monkeypatc
 
 def test_one_who_does_not_read_holds_up_nobody(model, client, desk):
     """Its text waits in its job, and nowhere else."""
-    body = {**LONG, "max_tokens": 100, "stream": True, "logprobs": 20, "n": 4, "temperature": 1}
+    body = {**LONG, "max_tokens": 60, "stream": True, "logprobs": 20, "n": 2, "temperature": 1}
     with served(model, desk=desk, sends=4096) as serving, closing(socket.socket()) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(PATIENCE_S)
@@ -149,7 +149,7 @@ def test_one_who_does_not_read_holds_up_nobody(model, client, desk):
         assert serving.site.n_running == 1
         text = read_all(slow)
     assert text.endswith(b"data: [DONE]\n\n")
-    assert len(text) > 300_000
+    assert len(text) > 60_000
 
 
 def test_health_answers_within_a_second_while_a_pass_takes_long(model, client, serving, desk):
