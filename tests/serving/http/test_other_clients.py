@@ -1,5 +1,5 @@
-"""Requests as LangChain and Open WebUI send them: recorded forms, their headers, and what the two
-then read of the answers.
+"""Requests as LangChain, Open WebUI and lm-eval send them: recorded forms, their headers, and what
+they then read of the answers.
 
 LangChain: the bodies of langchain-openai 1.7.4. Open WebUI: what its server sends on to a
 connection, where the person has set max_tokens to 6 for the model.
@@ -295,3 +295,40 @@ def test_a_key_that_nobody_has_set(client, model, desk):
     assert (found.status_code, found.json()["error"]["code"]) == (401, "missing_api_key")
     with served(model, desk=desk) as serving, client_of(serving) as keyless:
         assert keyless.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_lm_eval_finds_the_tokenizer_at_the_root(client):
+    """Its own lookup: what it begins with, and that its ids are the model's."""
+    info = client.get("/tokenizer_info").json()
+    assert {"eos_token", "bos_token", "pad_token", "chat_template"} <= set(info)
+    assert info["chat_template"] == HERMES
+    text = "Once upon a time,\n  the fox — ünï 🙂"
+    ids = client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
+    adds = client.post("/tokenize", json={"prompt": text, "add_special_tokens": True}).json()
+    assert adds["tokens"][1:] == ids["tokens"]
+    end = client.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False})
+    assert len(end.json()["tokens"]) == 1, "it finds the id of the end so"
+    assert client.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": text}
+    for path in ("/v1/tokenizer_info", "/v1/tokenize", "/v1/detokenize"):
+        assert client.get(path).status_code == 404
+
+
+def test_what_lm_eval_generates_is_read_by_its_numbers(client):
+    """Greedy is where the entry's number is the largest one, exactly."""
+    ids = client.post("/tokenize", json={"prompt": "Once upon"}).json()["tokens"]
+    body = {
+        "model": MODEL,
+        "prompt": [ids, ids[:2]],
+        "max_tokens": N_NEW,
+        "temperature": 0,
+        "logprobs": 1,
+        "seed": 1234,
+        "stop": ["\n\n\n", "</s>", "<|im_end|>", "Q:", "###"],
+    }
+    found = client.post(COMPLETIONS, json=body, headers={"authorization": f"Bearer {KEY}"}).json()
+    assert [choice["index"] for choice in found["choices"]] == [0, 1]
+    for choice in found["choices"]:
+        told = choice["logprobs"]
+        assert "".join(told["tokens"]) == choice["text"]
+        for number, top in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
+            assert number == max(top.values()) < 0

@@ -8,6 +8,8 @@ from contextlib import closing
 
 import pytest
 
+from jlayer.serving.http.guard import Rules
+from tests.serving.http.conftest import served
 from tests.serving.http.test_connections import PATIENCE_S, address, raw, read_all, until
 
 BODY = b'{"prompt": "Once", "max_tokens": 1}'
@@ -88,7 +90,7 @@ SENT = {
     "bytes in a path": (b"GET /\xc3\xa4 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "a zero in a header": (get(b"/health", b"X: a\0b"), 400),
     "a space in a header's name": (b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
-    "headers without end": (get(b"/health", *[b"X: " + b"y" * 1000] * 2000), 400),
+    "headers without end": (get(b"/health", *[b"X: " + b"y" * 1000] * 2000), 431),
     "another protocol": (b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(50), 400),
     "a web socket": (get(b"/v1/models", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"), 200),
     "a web socket of a page": (
@@ -139,6 +141,18 @@ def test_a_body_is_asked_for_only_where_it_would_be_read(serving):
     assert [status for status, _, _ in found] == [413]
     refused = post(expect, b"Content-Length: 50", b"Origin: null", body=b"")
     assert [status for status, _, _ in answers(exchanged(serving, refused))] == [403]
+
+
+def test_the_path_that_needs_no_key_is_that_path_alone(model, desk):
+    with served(model, desk=desk, rules=Rules(key="s3cret")) as found:
+        for target in (b"/health", b"/health?a=b", b"/%68ealth"):
+            assert answers(exchanged(found, get(target)))[0][0] == 200
+        for target in (b"//health", b"/health/", b"/./health", b"/health/../v1/models", b"*"):
+            assert answers(exchanged(found, get(target)))[0][0] == 401
+        own = b"http://localhost/health"
+        assert answers(exchanged(found, get(own)))[0][0] == 401
+        keyed = get(b"/v1/models?key=s3cret&api_key=s3cret")
+        assert answers(exchanged(found, keyed))[0][0] == 401
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/", "/metrics", "/events"])
