@@ -44,14 +44,11 @@ RUNS = [
     ("4", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("4", "llama-3.1-70b-instruct", "70B", "int4"),
     ("4", "llama-3.1-405b", "405B", "int4"),
-    ("8", "llama-3.1-8b-instruct", "8B", "bfloat16"),
     ("8", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("8", "llama-3.1-70b-instruct", "70B", "int4"),
-    ("8", "llama-3.1-405b", "405B", "bfloat16"),
     ("8", "llama-3.1-405b", "405B", "int4"),
     ("24", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("24", "llama-3.1-70b-instruct", "70B", "int4"),
-    ("24", "llama-3.1-405b", "405B", "bfloat16"),
     ("24", "llama-3.1-405b", "405B", "int4"),
 ]
 
