@@ -70,6 +70,8 @@ TESTED = {
     # architecture.md
     "python benchmarks/table.py": By("tests/test_readme.py"),
     "python benchmarks/table.py --check": By("tests/test_readme.py"),
+    # chat.md
+    'jlayer chat path/to/Llama-3-8B-Instruct --system "Be brief."': By("tests/app/test_chat.py"),
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),

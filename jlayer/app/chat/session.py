@@ -214,7 +214,9 @@ class Session:
             self._write_down()
         if isinstance(answer.stop, Terminated) or (answer.stop and not self.source.is_terminal):
             raise answer.stop
-        self._is_stopping = answer.stop is not None
+        if answer.stop is not None:
+            self._is_stopping = True
+            self.source.forget()
         if not found.token_ids:
             self.page.note("(stopped before the first token)")
             self._give_back(back)
