@@ -146,7 +146,7 @@ class Run:
     def _feed(self):
         """Asks for as many lines as may be ahead; whether any is still to be answered."""
         ahead = sum(asked.n_texts for asked in self._asked)
-        while ahead < self._most_ahead:
+        while self._waiting or ahead < self._most_ahead:
             asked, self._waiting = self._waiting or self._next(), None
             if asked is None:
                 break

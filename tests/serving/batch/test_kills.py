@@ -19,6 +19,7 @@ from tests.serving.batch.requests import answers, assert_same, many, written
 TORN = """
 import os, signal, sys
 sys.modules["starlette"] = sys.modules["uvicorn"] = None  # it needs no server
+
 from jlayer.app.cli import main
 from jlayer.serving.batch import run
 
@@ -36,6 +37,15 @@ def torn(fd, view, offset):
 os.pwrite = torn
 sys.exit(main(sys.argv[2:]))
 """
+# The parent of the tests may have had SIGINT ignored, which children inherit.
+PLAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+from jlayer.app.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -49,8 +59,9 @@ def environment():
     }
 
 
-def start(*words, program=("-m", "jlayer")):
-    command = [sys.executable, *program, *map(str, words), "--device", "cpu", "--dtype", "float32"]
+def start(*words, code=PLAIN):
+    common = ("--device", "cpu", "--dtype", "float32")
+    command = [sys.executable, "-c", code, *map(str, words), *common]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -58,8 +69,6 @@ def start(*words, program=("-m", "jlayer")):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # The parent of the tests may have had SIGINT ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -81,18 +90,17 @@ def words(fable, tmp_path):
 
 def test_killed_in_the_middle_of_a_line_it_goes_on_from_the_one_before(words, tmp_path):
     undisturbed, mine = words(20, "undisturbed"), words(20, "out")
-    program = {"program": ("-c", TORN)}
-    code, _, err = finish(start(0, "batch", *undisturbed, **program))
+    code, _, err = finish(start(0, "batch", *undisturbed, code=TORN))
     assert code == 0, err
     kept = [0]
     for _ in range(2):
-        code, _, _ = finish(start(2, "batch", *mine, **program))
+        code, _, _ = finish(start(2, "batch", *mine, code=TORN))
         assert code == -signal.SIGKILL
         raw = (tmp_path / "out").read_bytes()
         assert not raw.endswith(b"\n")
         kept.append(raw.count(b"\n"))
     assert sorted({*kept, 20}) == [*kept, 20], "each kept what the one before it had, and more"
-    code, out, err = finish(start(0, "batch", *mine, "--json", **program))
+    code, out, err = finish(start(0, "batch", *mine, "--json", code=TORN))
     assert code == 0, err
     found = json.loads(out)
     assert (found["answered_before"], found["answered"]) == (kept[-1], 20)

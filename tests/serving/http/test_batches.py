@@ -19,7 +19,7 @@ from tests.serving.http.test_openai import client_of as openai_of
 def few_ahead():
     """Every new number of riders takes a program."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "MOST_AHEAD", 4)
+        patched.setattr(run, "MOST_AHEAD", 2)
         yield
 
 
