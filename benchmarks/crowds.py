@@ -195,7 +195,7 @@ def leaving(server: Server, *, requests: int = 1000, clients: int = 48) -> dict:
 
     def wishes(count):
         for number in range(count):
-            prompt = f"Once {number} " * draw.choice((1, 20, 150))
+            prompt = f"Once {number} " * draw.choice((1, 20, 100))
             delay = draw.choice((None, 0.01, 0.1, 1.0, 4.0, 4.0))
             yield number, prompt, draw.random() < 0.5, delay, draw.choice((0, 1, 4, 40))
 

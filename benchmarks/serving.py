@@ -42,18 +42,19 @@ def on_a_server(campaign, *words, **options) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help=f"some of {','.join(CAMPAIGNS)}")
-    parser.add_argument("--json", help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also keep it here, beside other campaigns'")
     args = parser.parse_args()
-    result = {"card": common.card()}
-    common.say(str(result["card"]))
+    result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    result["card"] = card = common.card()
+    common.say(str(card))
     for name in args.only.split(",") if args.only else CAMPAIGNS:
         others, began = common.Neighbours(), time.perf_counter()
         found = CAMPAIGNS[name]()
         found |= {"took_s": time.perf_counter() - began, "neighbours_cores": others.cores()}
-        result[name] = found
+        result[name] = {**found, "commit": card["commit"]}
         common.say(f"{name}: {json.dumps(found)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     common.last_line(result)
 
 
