@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -237,10 +238,17 @@ def test_importing_jlayer_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+# A package that no extra of the tests brings, since it is large -> who imports it.
+NOT_INSTALLED = {"lm_eval": "jlayer.measure.harness"}
+
+
 def test_every_public_name_survives_the_import_of_every_module():
     """Importing a module binds it in its package: one named as a public function replaces it."""
+    missing = {user for name, user in NOT_INSTALLED.items() if find_spec(name) is None}
     modules = [
-        name for name in MODULES if name.startswith("jlayer.") and not name.endswith("__main__")
+        name
+        for name in MODULES
+        if name.startswith("jlayer.") and not name.endswith("__main__") and name not in missing
     ]
     code = f"""
 import importlib

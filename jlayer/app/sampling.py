@@ -22,6 +22,7 @@ SAMPLING = {
     "min_new_tokens": (int, "do not end before this many new tokens"),
     "num_return_sequences": (int, "the number of texts, each sampled with its own noise"),
     "logprobs": (int, "with --json: log-probabilities of the new tokens and of the N likeliest"),
+    "prompt_logprobs": (int, "the same for the tokens of the prompt"),
     "speculate": (
         str,
         "how tokens are guessed ahead, which changes no text: auto, off, lookup (in the text so "

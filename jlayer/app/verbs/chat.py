@@ -20,7 +20,9 @@ from jlayer.checkpoint.hub import Weights
 from jlayer.errors import UsageError
 
 # A chat has one answer, and shows no figures of its tokens.
-NAMES = tuple(name for name in SAMPLING if name not in ("num_return_sequences", "logprobs"))
+NAMES = tuple(
+    name for name in SAMPLING if name not in ("num_return_sequences", "logprobs", "prompt_logprobs")
+)
 HISTORY, LAST = "chat_history", "chat_last.json"  # files of the state folder
 NO_TEMPLATE = (
     "{folder}: this model has no chat template, so it is none that one talks with; continue a text "

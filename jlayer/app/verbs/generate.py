@@ -59,8 +59,10 @@ def add_arguments(parser):
 
 def run(args) -> dict:
     timeline.check_file(args.timeline)
-    if args.logprobs is not None and not args.json:
-        raise UsageError("--logprobs: they are shown in the JSON object only; add --json")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            found = f"{options.flag(name)}: they are shown in the JSON object only"
+            raise UsageError(f"{found}; add --json")
     sampling = sampling_of(args)
     form = chat_form(args)
     prompt = read_prompt(args)
