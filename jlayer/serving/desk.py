@@ -72,7 +72,12 @@ class Desk:
         engine.check_ids(list(order.ids), begin=options.bos_token_id)
         engine.check_length(n_prompt)
         limit = options.new_tokens_limit(n_prompt, context=engine.context_limit)
-        self._foresight.check(order, limit)
+        if options.lengths_are_published:
+            limit = self._foresight.most(order, limit)
+            options = replace(options, max_new_tokens=limit, max_length=None, length_from=None)
+            order = replace(order, options=options)
+        else:
+            self._foresight.check(order, limit)
         if options.seed is None and not options.is_greedy:
             order = replace(order, options=options.seeded())
         job = Job(
@@ -225,9 +230,11 @@ class Desk:
                 if job is None or not (self._room_may_have_grown or job.decoding is None):
                     return
                 n_riders = sum(len(each.sequences) for each in self._running)
-                if self._running and n_riders + len(job.sequences) > MOST_RIDERS:
+                is_full = self._running and n_riders + len(job.sequences) > MOST_RIDERS
+            if is_full:
+                if job.is_batch or not self._suspend_a_batch_text():
                     return
-            if not self._begin(job):
+            elif not self._begin(job):
                 return
 
     def _begin(self, job):

@@ -15,10 +15,10 @@ import secrets
 from dataclasses import dataclass
 
 from jlayer.serving.wire.asked import encode
-from jlayer.serving.wire.errors import Refused
+from jlayer.serving.wire.errors import Refused, error_body
 
 MIB = 1 << 20
-OPEN_PATHS = ("/", "/health")  # no key is asked for
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # no key is asked for
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # Of a request's body, by the beginning of its path; the first that fits.
 BODY_LIMITS = (("/v1/files", 200 * MIB), ("", 8 * MIB))
@@ -67,7 +67,8 @@ class Guard:
             limit = _body_limit(scope["path"])
             _check_length(headers, limit)
         except Refused as error:
-            await refuse(_with(send, more), receive, error, is_whole=not _has_body(headers))
+            is_whole = not _has_body(headers)
+            await refuse(scope, receive, _with(send, more), error, is_whole=is_whole)
             return
         await self._app(scope, Limited(receive, limit), _with(send, more))
 
@@ -155,11 +156,11 @@ class Limited:
         return message
 
 
-async def refuse(send, receive, error: Refused, *, is_whole: bool = False) -> None:
+async def refuse(scope, receive, send, error: Refused, *, is_whole: bool = False) -> None:
     """Answers with an error. Of a body that still comes a little is taken before the connection is
     closed: one that is closed at once is reset, before its client has read why."""
     is_whole = is_whole or getattr(receive, "is_whole", False)
-    raw = encode(error.as_dict())
+    raw = encode(error_body(error, scope["path"]))
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(raw)).encode()),

@@ -5,24 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
-from jlayer.serving.job import Order
-from jlayer.serving.wire.answers import Answer, answers_of
+from jlayer.serving.wire.answers import Answer
 from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
+from jlayer.serving.wire.conversation import Chat, chat_order
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, read_form, refuse_given
 from jlayer.serving.wire.logprobs import TokenTexts, chat_entry
-from jlayer.serving.wire.messages_in import messages_of
-from jlayer.serving.wire.sampling import (
-    Sampling,
-    constraint_of,
-    options_of,
-    wanted_form,
-    with_length,
-    with_texts,
-)
 from jlayer.serving.wire.served import Served
-from jlayer.text.conventions import Convention
-from jlayer.text.tools import messages_for_template
 
 MOST_TOP = 20
 UNSUPPORTED = {
@@ -37,22 +26,6 @@ UNSUPPORTED = {
 }
 
 
-class Chat(Sampling, kw_only=True):
-    messages: list[dict] | None = None
-    max_completion_tokens: int | None = None
-    modalities: list[str] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict] | None = None
-    tool_choice: str | dict | None = None
-    parallel_tool_calls: bool | None = None
-    documents: list[dict] | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-
-
 def read_chat(
     body: dict, served: Served, *, client: str = "", identity: Identity | None = None
 ) -> Asked:
@@ -64,60 +37,28 @@ def read_chat(
     form.check()
     if form.modalities not in (None, [], ["text"]):
         raise invalid("modalities: only text is supported", param="modalities")
-    n_new, param = form.max_tokens, "max_tokens"
+    n_new = form.max_tokens
     if form.max_completion_tokens is not None:
-        n_new, param = form.max_completion_tokens, "max_completion_tokens"
-        check_range(n_new, param, 0, (1 << 31) - 1)
+        n_new = form.max_completion_tokens
+        check_range(n_new, "max_completion_tokens", 0, (1 << 31) - 1)
     n_top = _n_top(form)
-    options = options_of(form, served, logprobs=n_top, logprobs_param="top_logprobs")
-    answers, wanted = answers_of(form, served), wanted_form(form)
-    ids = chat_ids(form, served, tools=answers.rows, convention=answers.convention)
-    options = with_length(options, served, len(ids), n_new, param="messages")
-    options, sequences = with_texts(options, 1 if form.n is None else form.n)
-    if wanted is not None and answers.choice.must_call:
-        raise invalid(
-            f"{wanted[2]}: tool_choice wants calls and no other text; keep one", param=wanted[2]
-        )
-    is_open = answers.is_open(served, ids)
-    constraint = answers.held(
-        served,
-        constraint_of(wanted, served, options.eos_token_id),
-        eos_ids=options.eos_token_id,
-        is_open=is_open,
-    )
-    order = Order(
-        tuple(ids),
-        options,
-        constraint=constraint,
-        shown=answers.shown(served),
-        client=client_of(client, form.user),
-        keeps=True,
-    )
+    chat = chat_order(form, served, client=client, n_new=n_new, n_top=n_top)
     streaming = form.stream_options
-
-    def new_answers():
-        return [answers.new(own.identity.id, choice, is_open=is_open) for choice in range(own.n)]
-
     own = Own(
         identity=identity or new_identity("chatcmpl"),
         model=served.name,
-        n=len(sequences),
+        n=len(chat.sequences),
         n_top=n_top,
         tells_usage=bool(streaming and streaming.include_usage),
     )
     return Asked(
-        orders=(order,),
-        views=tuple((0, sequence) for sequence in sequences),
-        teller=lambda: ChatTeller(own, served.tokens, new_answers()),
+        orders=(chat.order,),
+        views=tuple((0, sequence) for sequence in chat.sequences),
+        teller=lambda: ChatTeller(own, served.tokens, chat.new_answers(own.identity.id)),
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
         identity=own.identity,
     )
-
-
-def client_of(address: str, user: str | None) -> str:
-    """Whom fairness counts a request for: people behind one address may name themselves."""
-    return f"{address}/{user}" if user else address
 
 
 def _n_top(form):
@@ -128,44 +69,6 @@ def _n_top(form):
     if form.top_logprobs:
         raise invalid("top_logprobs: needs logprobs: true", param="top_logprobs")
     return None
-
-
-def chat_ids(
-    form: Chat,
-    served: Served,
-    *,
-    tools: list[dict] | None,
-    convention: Convention | None = None,
-) -> list[int]:
-    """The prompt of a chat. Raises Refused, and what its template gives."""
-    source = served.template_source(has_tools=bool(tools))
-    variables = dict(form.chat_template_kwargs or {})
-    if form.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", form.reasoning_effort)
-    for name in ("messages", "tools", "documents", "chat_template", "self"):
-        if name in variables:
-            raise invalid(
-                f"chat_template_kwargs: {name} is no variable of a template",
-                param="chat_template_kwargs",
-            )
-    if form.continue_final_message is not None:
-        variables["continue_final_message"] = form.continue_final_message
-    if form.add_generation_prompt is not None:
-        variables["add_generation_prompt"] = form.add_generation_prompt
-    said = messages_of(form.messages, template=source)
-    served.check_text(sum(map(_length, said)), param="messages")
-    messages = messages_for_template(said, convention)
-    return served.encoded_chat(
-        messages,
-        tools=tools or None,
-        documents=form.documents or None,
-        **variables,
-    )
-
-
-def _length(message):
-    content = message["content"]
-    return len(content if isinstance(content, str) else content[0]["text"])
 
 
 @dataclass(frozen=True)

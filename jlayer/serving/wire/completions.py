@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jlayer.engine.lane import Step
 from jlayer.serving.job import Order
 from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, new_identity
-from jlayer.serving.wire.chat import client_of
+from jlayer.serving.wire.conversation import client_of
 from jlayer.serving.wire.errors import invalid
 from jlayer.serving.wire.fields import check_range, is_ids, read_form, refuse_given
 from jlayer.serving.wire.logprobs import Legacy, as_choice

@@ -77,6 +77,28 @@ class Refused(JlayerError):
         }
 
 
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: Refused) -> dict:
+    """The same for clients of Anthropic's: their types, and one field more around it."""
+    body = error.as_dict()["error"]
+    body["type"] = _ANTHROPIC_TYPES.get(error.status, body["type"])
+    return {"type": "error", "error": body}
+
+
+def error_body(error: Refused, path: str) -> dict:
+    """An error in the form of whoever speaks at a path."""
+    return anthropic_error(error) if path.startswith(ANTHROPIC_PATH) else error.as_dict()
+
+
 def invalid(message: str, *, param: str | None, code: str | None = None) -> Refused:
     """What a client has to change in its request."""
     return Refused(400, message, param=param, code=code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlayer.serving.wire.chat import Chat, chat_ids
+from jlayer.serving.wire.conversation import Chat, chat_ids
 from jlayer.serving.wire.errors import Refused, invalid
 from jlayer.serving.wire.fields import is_ids, read_form
 from jlayer.serving.wire.served import Served

@@ -17,6 +17,8 @@ KEY = "s3cr3t-k3y"
 PATHS = {
     "/v1/completions": 12,
     "/v1/chat/completions": 2,  # a template takes a process
+    "/v1/messages": 1,
+    "/v1/messages/count_tokens": 1,
     "/tokenize": 3,
     "/detokenize": 3,
     "/v1/estimate": 3,
@@ -77,13 +79,13 @@ def body(random):
     for _ in range(random.randrange(4)):
         wrong = random.choice([*SAMPLING, *CHAT, *COMPLETION])
         if "messages" not in wrong.part or random.random() < 0.1:  # some of these are long
-            found |= wrong.part
+            found = {**found, **wrong.part}
     for _ in range(random.randrange(3)):
         found = spoilt(random, found)
         if not isinstance(found, dict):
             break
     if random.random() < 0.2 and isinstance(found, dict):
-        found |= {"stream": True, "stream_options": random.choice(ODD)}
+        found = {**found, "stream": True, "stream_options": random.choice(ODD)}
     raw = json.dumps(found).encode()
     if random.random() < 0.15:
         raw = random.choice(list(NO_JSON.values()))
