@@ -353,7 +353,8 @@ def test_what_lm_eval_scores_is_what_was_drawn(client):
 @pytest.mark.parametrize("part", [{"max_tokens": 1}, {"max_tokens": 0}, {"max_tokens": 2, "n": 2}])
 def test_scores_are_streamed_as_they_are_told_plain(client, part):
     body = {"model": MODEL, "prompt": "Once upon", "echo": True, "logprobs": 2, "seed": 1, **part}
-    plain = client.post(COMPLETIONS, json=body).json()["choices"]
+    found = client.post(COMPLETIONS, json=body).json()
+    plain, n_prompt = found["choices"], found["usage"]["prompt_tokens"]
     chunks, _ = events(client.post(COMPLETIONS, json={**body, "stream": True}).text)
     for choice in plain:
         own = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == choice["index"]]
@@ -363,4 +364,4 @@ def test_scores_are_streamed_as_they_are_told_plain(client, part):
             assert [each for part in parts for each in part] == told
         numbers = choice["logprobs"]["token_logprobs"]
         assert (numbers[0], None in numbers[1:]) == (None, False)
-        assert len(numbers) == 3 + body["max_tokens"]
+        assert len(numbers) == n_prompt + body["max_tokens"]
