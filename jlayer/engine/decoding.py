@@ -347,6 +347,12 @@ class Decoding:
         """Whether some of its prompts wait for room."""
         return bool(self._waiting) and not self.is_closed
 
+    @property
+    def prompt_logprobs(self) -> list[dict | None] | None:
+        """Of the first prompt; None before all of them are there, and where none are wanted."""
+        scores = self.lanes[0].scores
+        return as_json(scores.found) if scores is not None and scores.is_done else None
+
     def generations(self) -> list[Generation]:
         """The texts so far; sequences that have not ended are marked as interrupted."""
         for lane in self.lanes:

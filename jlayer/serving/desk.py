@@ -329,6 +329,9 @@ class Desk:
             self._leave(job, CANCELLED)
         for job in list(self._running):
             has_news = False
+            if job.prompt_logprobs is None:  # told before the texts that follow
+                job.prompt_logprobs = job.decoding.prompt_logprobs
+                has_news = job.prompt_logprobs is not None
             for lane, text in zip(job.decoding.lanes, job.sequences, strict=True):
                 while lane.unread:
                     text.steps.append(lane.unread.popleft())

@@ -36,6 +36,7 @@ OPEN_WEBUI = {
     "x-openwebui-chat-id": "local:9b1e",
     "cookie": 'token=abc; x="y z"; oauth_id_token=',
 }
+TEXTS = ("Once upon", "The fox said to the")
 USER = [{"content": "Once upon", "role": "user"}]
 # Of a pydantic class Answer with a field `of`, as LangChain writes it.
 SCHEMA = {
@@ -317,3 +318,50 @@ def test_what_lm_eval_generates_is_read_by_its_numbers(client):
         assert "".join(told["tokens"]) == choice["text"]
         for number, top in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
             assert number == max(top.values()) < 0
+
+
+def test_what_lm_eval_scores_is_what_was_drawn(client):
+    """It drops the last entry, which is of the new token, and reads those of the answer."""
+    begins = [client.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in TEXTS]
+    asked = {"model": MODEL, "temperature": 0, "logprobs": 1, "seed": 1234}
+    drawn = client.post(COMPLETIONS, json={**asked, "prompt": begins, "max_tokens": N_NEW}).json()
+    drawn = [choice["logprobs"] for choice in drawn["choices"]]
+    texts = [choice["tokens"] for choice in drawn]
+    answers = [
+        client.post("/tokenize", json={"prompt": "".join(text), "add_special_tokens": False})
+        for text in texts
+    ]
+    whole = [begin + more.json()["tokens"] for begin, more in zip(begins, answers, strict=True)]
+    body = {**asked, "prompt": whole, "max_tokens": 1, "echo": True}
+    scored = client.post(COMPLETIONS, json=body).json()["choices"]
+    for begin, one, choice in zip(begins, drawn, scored, strict=True):
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is None
+        assert len(told["token_logprobs"]) == len(begin) + N_NEW + 1
+        of_answer = slice(len(begin), -1)
+        assert told["tokens"][of_answer] == one["tokens"]
+        numbers = told["token_logprobs"][of_answer]
+        assert numbers == pytest.approx(one["token_logprobs"], abs=1e-4)
+        largest = [max(top.values()) for top in told["top_logprobs"][of_answer]]
+        assert numbers == largest, "greedy, exactly"
+        others = told["token_logprobs"][1 : len(begin)]
+        tops = [max(top.values()) for top in told["top_logprobs"][1 : len(begin)]]
+        assert all(number <= top for number, top in zip(others, tops, strict=True))
+        assert others != tops, "these were not drawn"
+
+
+@pytest.mark.parametrize("part", [{"max_tokens": 1}, {"max_tokens": 0}, {"max_tokens": 2, "n": 2}])
+def test_scores_are_streamed_as_they_are_told_plain(client, part):
+    body = {"model": MODEL, "prompt": "Once upon", "echo": True, "logprobs": 2, "seed": 1, **part}
+    found = client.post(COMPLETIONS, json=body).json()
+    plain, n_prompt = found["choices"], found["usage"]["prompt_tokens"]
+    chunks, _ = events(client.post(COMPLETIONS, json={**body, "stream": True}).text)
+    for choice in plain:
+        own = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        for name, told in choice["logprobs"].items():
+            parts = [chunk["logprobs"][name] for chunk in own if chunk["logprobs"]]
+            assert [each for part in parts for each in part] == told
+        numbers = choice["logprobs"]["token_logprobs"]
+        assert (numbers[0], None in numbers[1:]) == (None, False)
+        assert len(numbers) == n_prompt + body["max_tokens"]
