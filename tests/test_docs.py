@@ -72,6 +72,8 @@ TESTED = {
     "python benchmarks/table.py --check": By("tests/test_readme.py"),
     # chat.md
     'jlayer chat path/to/Llama-3-8B-Instruct --system "Be brief."': By("tests/app/test_chat.py"),
+    # batch.md
+    "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl": Here(),
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
@@ -167,6 +169,9 @@ def _is_fenced(text, at):
 def mine(tmp_path):
     """Puts what stands for the reader's paths into a line: the bundled model and its copies."""
     (tmp_path / "stories.txt").write_text("Once upon a time there was a little girl.\n" * 3)
+    body = {"prompt": "Once upon a time", "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(line))
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-8B")
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-70B")
     return lambda text: text.replace("path/to", str(tmp_path))
