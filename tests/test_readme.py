@@ -92,7 +92,7 @@ def test_every_option_of_every_command_is_described():
     page = (DOCS / "cli.md").read_text()
     names = list(described.commands())
     assert {"demo", "convert", "plan", "generate"} <= set(names)
-    for name in [*names, "eval perplexity", "eval compare"]:
+    for name in [*names, "eval perplexity", "eval compare", "eval harness"]:
         text = described.printed_help(name)
         section = page.split(f"## jlayer {name}\n")[1].split("\n## ")[0]
         options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.split("options:")[1]))
@@ -148,7 +148,7 @@ def test_links_and_paths_lead_somewhere():
 
 def test_options_in_the_text_exist():
     options = {"--help"}
-    for name in [*described.commands(), "eval perplexity", "eval compare"]:
+    for name in [*described.commands(), "eval perplexity", "eval compare", "eval harness"]:
         options |= set(re.findall(r"--[a-z][a-z-]+", described.printed_help(name)))
     for path, text in PAGES.items():
         for words in INLINE.findall(text):
