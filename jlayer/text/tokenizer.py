@@ -20,7 +20,7 @@ from jlayer.text.declared import read_declared
 from jlayer.text.decoders import cleaned_up
 from jlayer.text.load import Loaded, load
 from jlayer.text.marks import Rendered
-from jlayer.text.special_tokens import RenamedTokenizer
+from jlayer.text.special_tokens import RenamedTokenizer, ids_of
 from jlayer.text.stream import TextStream
 
 NO_TOKENIZER = "{folder}: no tokenizer.json or tokenizer.model; give token ids with --prompt-ids"
@@ -80,8 +80,8 @@ class Tokenizer:
         _check_text(text)
         text = self._with_first_space(text)
         # The library fails here where its unknown token is not in the vocabulary.
-        encode = partial(self.library.encode, text, add_special_tokens=add_special_tokens)
-        return build(encode, where=self.where).ids
+        encode = partial(ids_of, self.library, text, add_special_tokens=add_special_tokens)
+        return build(encode, where=self.where)
 
     def decode(
         self, ids: Iterable[int], *, skip_special_tokens: bool = True, continues: bool = False
