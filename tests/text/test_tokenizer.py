@@ -148,7 +148,7 @@ def test_special_tokens_in_a_prompt_are_special(fable):
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_other_threads_go_on_while_a_long_text_is_encoded(fable, kind):
     text = "The fox went home again. " * 20_000
-    parts = Rendered(text, ((text, False),), frozenset({"<s>"}))
+    parts = Rendered(text, ((text, False),), frozenset())
     encode = {"text": lambda: fable.encode(text), "chat": lambda: fable.encode_parts(parts)}[kind]
     encode()
     thread, n_turns = threading.Thread(target=encode), 0
