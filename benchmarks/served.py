@@ -132,6 +132,24 @@ class Server:
         found = re.search(rf"^jlayer_{name} (\S+)$", self.get("/metrics")[1].decode(), re.MULTILINE)
         return float(found[1])
 
+    def status(self) -> dict:
+        """What the page is told first."""
+        with self.raw_get("/events") as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
+                    return json.loads(line[6:])
+        raise AssertionError("no events")
+
+    @contextmanager
+    def raw_get(self, path: str):
+        """The lines of an answer that has no end."""
+        connection = self.connect()
+        try:
+            connection.request("GET", path)
+            yield connection.getresponse()
+        finally:
+            connection.close()
+
     def is_idle(self) -> bool:
         """Nothing rides or waits, and only this question is being answered."""
         return (

@@ -38,6 +38,8 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
     started = time.monotonic()
     draw = random.Random(5)
     long = " ".join(draw.choice(WORDS) for _ in range(1_000_000))[:5_000_000]
+    to_tokenize = encode({"prompt": long})  # once: it takes this process long, too
+    to_complete = encode({"prompt": long, "max_tokens": 1})
     done: Counter = Counter()
 
     def schema(number):
@@ -55,10 +57,10 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
                     done["schemas"] += 1
                     over.wait(2.0)  # it is compiled meanwhile; then its client leaves
             elif done["bodies"] % 2:
-                assert server.post("/tokenize", {"prompt": long})[0] == 200
+                assert server.post("/tokenize", to_tokenize)[0] == 200
                 done["bodies"] += 1
             else:
-                status, raw = server.post(COMPLETIONS, {"prompt": long, "max_tokens": 1})
+                status, raw = server.post(COMPLETIONS, to_complete)
                 assert (status, b"context_length" in raw) == (400, True), raw[:300]
                 done["bodies"] += 1
 
@@ -86,7 +88,13 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
                     sweeps.append(told["seconds_a_pass"])
         return time.monotonic()
 
-    with Asking(lambda: server.get("/health"), every_s=0.1) as health:
+    def nothing():
+        return 200, time.sleep(0.001)
+
+    with (
+        Asking(lambda: server.get("/health"), every_s=0.1) as health,
+        Asking(nothing, every_s=0.1) as idle,
+    ):
         server.text(COMPLETIONS, {**streamed, "max_tokens": 2})  # programs are compiled
         burdens = [threading.Thread(target=burden, args=(n,)) for n in range(clients)]
         for each in burdens:
@@ -104,13 +112,15 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
     streamed_texts(streams.partition(b"\r\n\r\n")[2])
     silence = max(later - sooner for sooner, later in pairwise(times))
     assert not health.wrong, health.wrong
-    assert max(health.seconds) < HEALTH_S, max(health.seconds)
+    late = max(idle.seconds)  # of the machine itself, where others work on it too
+    assert max(health.seconds) < HEALTH_S + late, (max(health.seconds), late)
     assert silence < COMMENTS_S, silence
     assert min(done["bodies"], done["schemas"]) > 0, done
     at, _, eta_s = next(each for each in etas if each[1] >= 2)  # after two sweeps
     return {
         "seconds_a_sweep": sweeps[-1],
         "health_s": common.summary(health.seconds),
+        "sleeping_1_ms_s": common.summary(idle.seconds),
         "longest_silence_s": silence,
         "comments": streams.count(b"\n: "),
         "bodies_of_5_MB": done["bodies"],

@@ -107,7 +107,8 @@ class Foresight:
         if not tokens or decoding is None:
             rows = self._engine.plan.load.n_rows
             return left - 1 + prompt_passes(len(job.order.ids), rows)
-        each = decoding.stats.tokens_per_sweep / len(job.sequences)
+        sweeps = decoding.stats.decode_sweeps  # without that of the prompt, which gave one token
+        each = (tokens - 1) / sweeps if sweeps else 1.0
         return left / max(1.0, each)
 
 

@@ -49,6 +49,20 @@ def until(condition):
         time.sleep(0.002)
 
 
+def test_the_time_left_is_that_of_the_passes_left(model, desk):
+    """The prompt's own pass gives a token, too: that does not make the others faster."""
+    found = []
+
+    def hear(job):
+        told = job.progress()
+        found.append((told.tokens, told.eta_s / told.seconds_a_pass if told.eta_s else 0))
+
+    options = {"max_new_tokens": 30, "eos_token_id": None, "speculate": "off"}
+    desk.submit(order(model, "Once upon a time", options=options), hear).wait(PATIENCE_S)
+    assert len(found) > 20
+    assert [passes for _, passes in found] == pytest.approx([30 - tokens for tokens, _ in found])
+
+
 def test_a_job_has_the_text_of_generate_step_by_step(model, desk):
     heard = []
     asked = order(model, "Once upon a time", options={"logprobs": 2})

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import threading
 
 import pytest
 
@@ -153,6 +154,20 @@ def test_special_tokens_in_a_prompt_are_special(fable):
     assert fable.encode("<|end_of_text|>") == [0, 1]
     assert fable.decode([0, 1, 48]) == fable.decode([48])
     assert fable.decode([1], skip_special_tokens=False) == "<|end_of_text|>"
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_other_threads_go_on_while_a_long_text_is_encoded(fable, kind):
+    text = "The fox went home again. " * 20_000
+    parts = Rendered(text, ((text, False),), frozenset())
+    encode = {"text": lambda: fable.encode(text), "chat": lambda: fable.encode_parts(parts)}[kind]
+    encode()
+    thread, n_turns = threading.Thread(target=encode), 0
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.001)
+        n_turns += 1
+    assert n_turns > 20
 
 
 def test_what_is_no_text_is_refused(fable):
