@@ -24,11 +24,12 @@ def measured(model, *, riders: int, context: int, new: int) -> dict:
 
     from jlayer.serving.desk import Desk
     from jlayer.serving.job import Order
+    from jlayer.serving.queue import Limits
 
     rng = np.random.default_rng(riders)
     asked = {"temperature": 0, "max_new_tokens": new, "eos_token_id": None, "speculate": "off"}
     options = model.sampling_options(asked)
-    desk, passes = Desk(model, keeps=0), []
+    desk, passes = Desk(model, limits=Limits(people=riders), keeps=0), []
     run = model.engine.sweeper.run
 
     def timed(executor, parts, *args, **options):
@@ -51,7 +52,11 @@ def measured(model, *, riders: int, context: int, new: int) -> dict:
         began = time.perf_counter()
         jobs = [
             desk.submit(
-                Order(tuple(rng.integers(0, model.config.vocab_size, context - new)), options),
+                Order(
+                    tuple(rng.integers(0, model.config.vocab_size, context - new).tolist()),
+                    options,
+                    client=str(number),
+                ),
                 heard(number),
             )
             for number in range(riders)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 from jlayer.families.base import CacheSpec
@@ -56,10 +57,11 @@ class RunShape:
     `batch`: its lanes, a text each. `longest`: the most tokens of a lane that are to be computed at
     a time, as a prompt; they may take several forward passes. `context`: the most positions of a
     lane. `all_logits`: logits for every token, not only the last; `single_array`: as one host
-    array. `sweeps`: about how many forward passes it will take. `entries`: the most cache entries
-    of all its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its
-    lanes together that ride in one forward pass, as trees below the next tokens; each lane has an
-    equal share.
+    array. `scores`: logits for every token, which may take several forward passes.
+    `sweeps`: about how many forward passes it will take. `entries`: the most cache entries of all
+    its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its lanes
+    together that ride in one forward pass, as trees below the next tokens; each lane has an equal
+    share.
     """
 
     batch: int = 1
@@ -67,6 +69,7 @@ class RunShape:
     context: int = 1
     all_logits: bool = False
     single_array: bool = False
+    scores: bool = False
     sweeps: int = 1
     entries: int | None = None
     nodes: int = 0
@@ -79,6 +82,7 @@ class RunShape:
         """The least rows of a chunk: those of a tree, which is in one chunk."""
         return rows_for(lane_rows(self))
 
+    @lru_cache(maxsize=8192)  # a plan looks at those of every live run, many times  # noqa: B019
     def shapes(self, most: int = CHUNK_ROWS[-1], rows: int | None = None) -> Shapes:
         """Its input shapes, with at most `most` rows a chunk (at least `least_chunk`), and about
         `rows` a forward pass."""
@@ -95,7 +99,7 @@ class RunShape:
             n_chunks=sum(prefill.values()),
             n_decode_chunks=sum(decode.values()),
             prefills=-(-self.longest // share),
-            all_logits=self.all_logits,
+            all_logits=self.all_logits or self.scores,
             single_array=self.single_array,
             nodes=self.nodes,
         )
@@ -142,8 +146,7 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
     if len(runs) == 1:
         return runs[0]
     lanes = sum(run.batch for run in runs)
-    lengths = [lane_rows(run) for run in runs for _ in range(run.batch)]
-    decode = pack(lengths, most, whole=range(lanes))
+    decode = _trees(tuple(lane_rows(run) for run in runs for _ in range(run.batch)), most)
     return replace(
         max(runs, key=lambda run: run.n_rows),
         batch=lanes,
@@ -160,6 +163,12 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
         single_array=any(run.single_array for run in runs),
         nodes=sum(run.nodes for run in runs),
     )
+
+
+@lru_cache(maxsize=256)
+def _trees(lengths, most):
+    """The panes of lanes with trees of so many tokens."""
+    return pack(lengths, most, whole=range(len(lengths)))
 
 
 def lane_rows(run: RunShape | Shapes) -> int:

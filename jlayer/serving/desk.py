@@ -72,7 +72,12 @@ class Desk:
         engine.check_ids(list(order.ids), begin=options.bos_token_id)
         engine.check_length(n_prompt)
         limit = options.new_tokens_limit(n_prompt, context=engine.context_limit)
-        self._foresight.check(order, limit)
+        if options.lengths_are_published:
+            limit = self._foresight.most(order, limit)
+            options = replace(options, max_new_tokens=limit, max_length=None, length_from=None)
+            order = replace(order, options=options)
+        else:
+            self._foresight.check(order, limit)
         if options.seed is None and not options.is_greedy:
             order = replace(order, options=options.seeded())
         job = Job(
@@ -324,6 +329,9 @@ class Desk:
             self._leave(job, CANCELLED)
         for job in list(self._running):
             has_news = False
+            if job.prompt_logprobs is None:  # told before the texts that follow
+                job.prompt_logprobs = job.decoding.prompt_logprobs
+                has_news = job.prompt_logprobs is not None
             for lane, text in zip(job.decoding.lanes, job.sequences, strict=True):
                 while lane.unread:
                     text.steps.append(lane.unread.popleft())

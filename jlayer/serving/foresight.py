@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 
 from jlayer.engine.engine import Engine
+from jlayer.engine.options import DEFAULT_NEW_TOKENS
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
@@ -36,6 +38,7 @@ class Foresight:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._fitted: list[RunShape] = []  # none of which is within another
+        self._cut: dict[tuple[int, int], int] = {}  # (positions, texts) -> positions that fit
 
     def check(self, order: Order, limit: int) -> None:
         """Raises DoesNotFitError, with the sum, where there would be no room for it even alone. A
@@ -45,6 +48,32 @@ class Foresight:
             return
         self._engine.plan_for(shape, alone=True).check()
         self._fitted = [one for one in self._fitted if not _is_within(one, shape)] + [shape]
+
+    def most(self, order: Order, limit: int) -> int:
+        """How many of `limit` new tokens, which nobody asked for, there is room for alone: a text
+        is not to depend on who else is there. Raises DoesNotFitError where it is not even a few."""
+        step = max(1, limit // 64)
+        tried = [limit, *range(limit - step, DEFAULT_NEW_TOKENS, -step)]
+        least = min(limit, DEFAULT_NEW_TOKENS)
+        n_prompt, n = len(order.ids), order.options.num_return_sequences
+
+        def fits(n_new):
+            try:
+                self.check(order, n_new)
+            except DoesNotFitError:
+                return False
+            return True
+
+        key = (n_prompt + limit, n)
+        if key in self._cut:  # a plan of a large model takes a second
+            tried = [n_new for n_new in tried if n_prompt + n_new <= self._cut[key]]
+        if tried and fits(tried[0]):
+            return tried[0]
+        at = bisect_left(tried, True, key=fits)
+        found = tried[at] if at < len(tried) else least
+        self.check(order, found)
+        self._cut[key] = n_prompt + found
+        return found
 
     def estimate(
         self, n_prompt: int, n_new: int, n: int, *, seconds: float | None, n_before: int, wait_s

@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,3 +293,22 @@ def test_a_conversation_costs_its_new_tokens(model, desk):
     more = Order(ids, model.sampling_options({"temperature": 0, "max_new_tokens": 4}), keeps=True)
     second = desk.submit(more).wait(PATIENCE_S)
     assert second.stats["kept_tokens"] == len(first.order.ids) + first.n_tokens - 1
+
+
+def test_a_length_that_nobody_asked_for_is_cut_to_what_there_is_room_for(tight):
+    """Alone: a text is not to depend on who else is there."""
+    model, desk = tight
+    free = {"temperature": 0, "max_new_tokens": 1000, "eos_token_id": None}
+    asked = model.sampling_options(free)
+    with pytest.raises(DoesNotFitError):
+        desk.submit(Order(tuple(model.text.encode("One")), asked))
+    unasked = replace(asked, length_from="the context")
+    jobs = [desk.submit(Order(tuple(model.text.encode(word)), unasked)) for word in ("One", "Two")]
+    for job in jobs:
+        job.wait(PATIENCE_S)
+        (text,) = job.sequences
+        assert (job.state, text.finish_reason) == (DONE, "length")
+        assert len(text.token_ids) == job.limit
+        more = replace(asked, max_new_tokens=job.limit + 1000 // 64)
+        with pytest.raises(DoesNotFitError):
+            desk.submit(Order(job.order.ids, more))

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from jlayer.errors import JlayerError
 from jlayer.serving.http import batches, metrics
-from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json
+from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json, while_there
 from jlayer.serving.http.events import EventsAnswer
 from jlayer.serving.http.guard import Guard, refuse
 from jlayer.serving.http.lasting import Lastings
@@ -58,6 +58,7 @@ def application(site: Site):
     handlers, requests = Handlers(site, site.lastings), Requests(site, site.lastings)
     table = [
         ("/", {"GET": handlers.page}),
+        ("/favicon.ico", {"GET": handlers.icon}),
         ("/health", {"GET": handlers.health}),
         ("/metrics", {"GET": handlers.metrics}),
         ("/events", {"GET": handlers.events}),
@@ -107,6 +108,9 @@ class Handlers:
     async def page(self, request):
         return Response(page.html(), headers=page.headers())
 
+    async def icon(self, request):
+        return Response(page.icon(), headers=page.icon_headers())
+
     async def health(self, request):
         status, body = health(self._site)
         return as_json(body, status)
@@ -141,15 +145,14 @@ class Handlers:
         """A body in, an object out, and nothing of the engine."""
         served, _ = self._site.check_ready()
         raw = await self.body(request)
-        return as_json(await self._site.workers.run(lambda: answer(parse_body(raw), served)))
+        work = self._site.workers.run(lambda: answer(parse_body(raw), served))
+        return as_json(await while_there(work, request.receive))
 
     async def estimate(self, request):
         served, desk = self._site.check_ready()
         raw = await self.body(request)
-        found = await self._site.workers.run(
-            lambda: estimated_of(parse_body(raw), served, desk.estimate)
-        )
-        return as_json(found)
+        work = self._site.workers.run(lambda: estimated_of(parse_body(raw), served, desk.estimate))
+        return as_json(await while_there(work, request.receive))
 
     async def generate(self, path: str, reads: Reads, request):
         site = self._site
@@ -162,10 +165,12 @@ class Handlers:
         digest = hashlib.sha256(path.encode() + b"\0" + raw).hexdigest()
         work = site.same(digest) if is_retry(request) else None
         if work is None:
-            asked = await self.read(reads, raw, client=client)
-            work = await self.submitted(asked)
+            work = await while_there(self.begun(reads, raw, client=client), request.receive)
         answer = StreamAnswer if work.asked.stream else WholeAnswer
         return _Forgetting(answer(work, site.stopping), site.remember(digest, work))
+
+    async def begun(self, reads: Reads, raw: bytes, *, client: str) -> Work:
+        return await self.submitted(await self.read(reads, raw, client=client))
 
     async def read(self, reads: Reads, raw: bytes, *, client: str) -> Asked:
         served, _ = self._site.check_ready()
@@ -173,8 +178,13 @@ class Handlers:
 
     async def submitted(self, asked: Asked) -> Work:
         _, desk = self._site.check_ready()
-        work = Work(asked, asyncio.get_running_loop())
-        await self._site.workers.run(work.submit, desk)
+        loop = asyncio.get_running_loop()
+        work = Work(asked, loop)
+        try:
+            await self._site.workers.run(work.submit, desk)
+        except asyncio.CancelledError:  # the client has left; the desk may have it already
+            loop.run_in_executor(None, work.give_up)
+            raise
         return work
 
     async def body(self, request: Request) -> bytes:

@@ -18,7 +18,7 @@ from jlayer.serving.wire.asked import encode
 from jlayer.serving.wire.errors import Refused, error_body
 
 MIB = 1 << 20
-OPEN_PATHS = ("/", "/health")  # no key is asked for
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # no key is asked for
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # Of a request's body, by the beginning of its path; the first that fits.
 BODY_LIMITS = (("/v1/files", 200 * MIB), ("", 8 * MIB))

@@ -29,6 +29,7 @@ from jlayer.serving.wire.resumed import KeptJob, kept, kept_job
 MOST_KEPT = 1000  # answers that nobody has deleted; the oldest go first
 MOST_BYTES = 256 << 20  # of their requests
 MOST_KEY = 255
+LOOK_AGAIN_S = 2.0  # for room in the queue, of what was accepted before a restart
 
 
 @dataclass
@@ -165,7 +166,7 @@ class Lastings:
         try:
             await self._write(lambda journal: journal.accept(one.as_record()))
         except BaseException:
-            await site.workers.run(work.cancel)
+            await site.workers.run_later(work.cancel)
             raise
         one.work = work
         self._enter(one)
@@ -196,7 +197,7 @@ class Lastings:
             body = whole(one.work) if error is None else error.as_dict()
             jobs = [kept(job) for job in one.work.jobs]
         except JlayerError as found:
-            if isinstance(found, Stopping) or getattr(found, "code", "") == "stopping":
+            if isinstance(found, Stopping) or refused(found).status == 503:
                 return
             error = refused(found)
             body, jobs = error.as_dict(), None
@@ -215,18 +216,19 @@ class Lastings:
         while True:
             try:
                 _, desk = site.check_ready()
-                await site.workers.run(work.submit, desk)
+                await site.workers.run_later(work.submit, desk)
                 return work
             except QueueFull as full:  # it was accepted, so it waits for room
                 work.jobs.clear()
-                await wait_for(asyncio.Event(), site.stopping, seconds=full.retry_after_s)
+                seconds = min(LOOK_AGAIN_S, full.retry_after_s)
+                await wait_for(asyncio.Event(), site.stopping, seconds=seconds)
 
     async def read(self, one: Lasting) -> Asked:
         """The request as it was read when it came."""
         if one.asked is not None:
             return one.asked
         served, _ = self._site.check_ready()
-        asked = await self._site.workers.run(
+        asked = await self._site.workers.run_later(
             lambda: self._reads[one.path](
                 parse_body(one.raw.encode()), served, client=one.client, identity=one.identity
             )
@@ -243,7 +245,7 @@ class Lastings:
         if one.key is not None:
             self._by_key.pop(one.key, None)
         if one.work is not None and one.ended is None:
-            await self._site.workers.run(one.work.cancel)
+            await self._site.workers.run_later(one.work.cancel)
 
     async def _forget_oldest(self):
         n_bytes = sum(len(one.raw) for one in self._by_id.values())

@@ -11,6 +11,7 @@ import errno
 import logging
 import resource
 import socket
+import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -209,7 +210,14 @@ class Protocol(H11Protocol):
             self._headers_timer = None
 
     def send_400_response(self, msg):
-        self._send_error(Refused(400, "the request is no valid HTTP/1.1", code="invalid_http"))
+        """Called where h11's error is handled, which tells the two faults apart."""
+        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+            most = f"{MOST_HEADER_BYTES >> 10} KiB"
+            self._send_error(
+                Refused(431, f"the headers are larger than {most}", code="headers_too_large")
+            )
+        else:
+            self._send_error(Refused(400, "the request is no valid HTTP/1.1", code="invalid_http"))
 
     def _on_slow(self):
         if not self.transport.is_closing():

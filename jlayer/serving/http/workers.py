@@ -28,6 +28,10 @@ class Workers:
             raise unavailable(
                 f"{self._count} requests are being read already; try again", code="busy"
             )
+        return await self.run_later(work, *arguments)
+
+    async def run_later(self, work: Callable[..., Result], *arguments) -> Result:
+        """The same, however much waits: for what was accepted before."""
         self._count += 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
         future.add_done_callback(self._on_done)

@@ -12,6 +12,12 @@ import re
 from importlib.resources import files
 
 _HTML = (files("jlayer.serving.page") / "index.html").read_bytes()
+# Layers, one of them lit.
+_ICON = b"""\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" \
+fill="#1f2430"/><path d="M3 5h10M3 11h10" stroke="#8a94a8" stroke-width="2"/><path d="M3 8h10" \
+stroke="#f2b134" stroke-width="2"/></svg>
+"""
 
 
 def _source(tag: str) -> str:
@@ -35,6 +41,19 @@ _POLICY = "; ".join(
 def html() -> bytes:
     """The page, as UTF-8."""
     return _HTML
+
+
+def icon() -> bytes:
+    """What a browser asks for at /favicon.ico by itself: an SVG."""
+    return _ICON
+
+
+def icon_headers() -> dict[str, str]:
+    return {
+        "Content-Type": "image/svg+xml",
+        "Content-Security-Policy": "default-src 'none'",
+        "Cache-Control": "max-age=86400",
+    }
 
 
 def headers() -> dict[str, str]:

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import closing, contextmanager
+from xml.etree import ElementTree
 
 import httpx
 import pytest
@@ -13,11 +14,12 @@ from jlayer.errors import CheckpointError
 from jlayer.serving.http import answering, running
 from jlayer.serving.http.running import Serving, listen
 from jlayer.serving.http.site import Site
+from jlayer.serving.http.workers import Workers
 from jlayer.serving.queue import Limits
 from tests.serving.http.conftest import client_of, held, served
 
 PATIENCE_S = 60
-LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
+LONG = {"prompt": "Once upon a time", "max_tokens": 240, "ignore_eos": True}
 KINDS = {"streamed": True, "whole": False}
 
 
@@ -83,9 +85,56 @@ def test_also_in_its_prompt_and_in_the_queue(model, desk, serving, stream):
     until(lambda: not desk.status().riders)
 
 
+class Late(Workers):
+    """All that they do waits for `gate`."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    async def run(self, work, *arguments):
+        def later():
+            self.gate.wait(PATIENCE_S)
+            return work(*arguments)
+
+        return await super().run(later)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_one_who_leaves_while_the_request_is_read(serving, desk, path, monkeypatch):
+    gate, n_before = threading.Event(), desk.status().requests_total
+    monkeypatch.setattr(serving.site, "workers", Late(gate))
+    try:
+        with raw(serving, body=LONG, path=path):
+            until(lambda: serving.site.n_running)
+        until(lambda: not serving.site.n_running, "nobody waits for it, so it is forgotten")
+    finally:
+        gate.set()
+        serving.site.workers.close()
+    assert desk.status().requests_total == n_before
+
+
+def test_one_who_leaves_while_the_request_is_submitted(serving, desk, monkeypatch):
+    gate, submit, begun = threading.Event(), desk.submit, threading.Event()
+
+    def late(*arguments):
+        begun.set()
+        gate.wait(60)
+        return submit(*arguments)
+
+    monkeypatch.setattr(desk, "submit", late)
+    n_before = desk.status().cancelled_total
+    with raw(serving, body=LONG):
+        assert begun.wait(60)
+    until(lambda: not serving.site.n_running)
+    gate.set()
+    until(lambda: desk.status().cancelled_total > n_before)
+    until(lambda: not desk.status().riders)
+
+
 def test_one_who_does_not_read_holds_up_nobody(model, client, desk):
     """Its text waits in its job, and nowhere else."""
-    body = {**LONG, "max_tokens": 100, "stream": True, "logprobs": 20, "n": 4, "temperature": 1}
+    body = {**LONG, "max_tokens": 60, "stream": True, "logprobs": 20, "n": 2, "temperature": 1}
     with served(model, desk=desk, sends=4096) as serving, closing(socket.socket()) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(PATIENCE_S)
@@ -100,7 +149,7 @@ def test_one_who_does_not_read_holds_up_nobody(model, client, desk):
         assert serving.site.n_running == 1
         text = read_all(slow)
     assert text.endswith(b"data: [DONE]\n\n")
-    assert len(text) > 300_000
+    assert len(text) > 60_000
 
 
 def test_health_answers_within_a_second_while_a_pass_takes_long(model, client, serving, desk):
@@ -112,6 +161,12 @@ def test_health_answers_within_a_second_while_a_pass_takes_long(model, client, s
             assert client.get(path).status_code == 200
             assert time.monotonic() - began < 1
     until(lambda: not desk.status().riders)
+
+
+def test_a_browser_finds_an_icon(client):
+    found = client.get("/favicon.ico")
+    assert (found.status_code, found.headers["content-type"]) == (200, "image/svg+xml")
+    assert ElementTree.fromstring(found.content).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_a_stream_is_never_silent(model, serving, desk, monkeypatch):
@@ -242,7 +297,6 @@ def test_who_sends_too_much_reads_why(serving, as_chunks):
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_refused_in_our_form(serving, request_line):

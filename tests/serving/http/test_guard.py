@@ -204,7 +204,7 @@ def test_without_the_key_nothing_is_read(headers, code, path):
     assert KEY not in found.body.decode()
 
 
-@pytest.mark.parametrize("path", ["/", "/health"])
+@pytest.mark.parametrize("path", ["/", "/health", "/favicon.ico"])
 def test_the_page_and_the_health_need_no_key(path):
     assert ask(Rules(key=KEY), path=path).status == 200
 

@@ -7,6 +7,7 @@ import pytest
 
 from jlayer.serving.desk import Desk
 from jlayer.serving.http.journal import Journal
+from jlayer.serving.http.workers import Workers
 from jlayer.serving.queue import Limits
 from tests.serving.http.conftest import client_of, held, served
 from tests.serving.http.test_answers import events
@@ -164,7 +165,7 @@ def test_a_refusal_is_no_acceptance(client):
 
 
 def test_what_is_deleted_ends_and_is_forgotten(client, desk):
-    name = accepted(client, {**TEXT, "max_tokens": 900})
+    name = accepted(client, {**TEXT, "max_tokens": 240})
     until(lambda: desk.status().riders)
     found = client.delete(f"/v1/requests/{name}")
     assert found.json() == {"id": name, "object": "jlayer.request", "deleted": True}
@@ -273,3 +274,21 @@ def test_desks_end_is_no_answer(model, folder):
         assert state(client, name)["status"] in ("queued", "running", "done")
     with served(model, journal=Journal(folder)) as serving, client_of(serving) as client:
         assert done(client, name)["status"] == "done"
+
+
+def test_many_that_were_accepted_are_all_gone_on_with(model, folder, monkeypatch):
+    """More than may be read at a time, and than may wait."""
+    monkeypatch.setattr("jlayer.serving.http.lasting.LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr("jlayer.serving.http.site.Workers", lambda: Workers(1, most_waiting=2))
+    journal = Journal(folder)
+    with served(model, journal=journal) as serving, client_of(serving) as client:
+        names = [accepted(client, {**TEXT, "max_tokens": n}) for n in range(1, 6)]
+        texts = {name: done(client, name)["response"]["choices"] for name in names}
+        for name in names:
+            del journal.requests[name]["ended"]
+        journal.rewrite()
+    limits = Limits(people=1, client=1)
+    journal = Journal(folder)
+    with served(model, journal=journal, limits=limits) as serving, client_of(serving) as client:
+        for name in names:
+            assert done(client, name)["response"]["choices"] == texts[name]

@@ -63,14 +63,14 @@ class Asked:
         self.n_cuts = 0  # how often all its connections are to be dropped
         self.afters: list[str | None] = []  # of each connection: what it had already
         self.changed = threading.Condition()
-        self._position = 0  # of a chunk: how many tokens there are with it
+        self._number = 0  # of the last chunk
         if self.is_chat:
-            self.choice(delta={"role": "assistant", "content": ""}, n_tokens=0)
+            self.choice(delta={"role": "assistant", "content": ""})
 
     def progress(self, state: str, **changes) -> Asked:
         found = {"state": state, **PROGRESS, **changes}
         told = {"object": "jlayer.progress", "choices": [], "jlayer": found}
-        return self.chunk(told, n_tokens=0)
+        return self._add(json.dumps(told))
 
     def say(self, *pieces: str) -> Asked:
         for piece in pieces:
@@ -81,14 +81,12 @@ class Asked:
     def reason(self, words: str) -> Asked:
         return self.choice(delta={"reasoning_content": words}, finish_reason=None)
 
-    def choice(self, *, n_tokens: int = 1, **choice) -> Asked:
-        found = {"object": "chunk", "choices": [{"index": 0, **choice}]}
-        return self.chunk(found, n_tokens=n_tokens)
+    def choice(self, **choice) -> Asked:
+        return self.chunk({"object": "chunk", "choices": [{"index": 0, **choice}]})
 
-    def chunk(self, chunk: dict, *, n_tokens: int = 1) -> Asked:
-        self._position += n_tokens
-        mark = {"jlayer": {"after": self._position}}
-        return self._add(json.dumps({"id": self.id, **mark, **chunk}))
+    def chunk(self, chunk: dict) -> Asked:
+        self._number += 1
+        return self._add(json.dumps({"id": self.id, "jlayer_seq": self._number, **chunk}))
 
     def fail(self, message: str) -> Asked:
         error = {"message": message, "type": "server_error", "param": None, "code": None}
@@ -97,9 +95,9 @@ class Asked:
 
     def end(self, finish: str = "stop", *, done: bool = True) -> Asked:
         if done:
-            self.choice(delta={}, finish_reason=finish, n_tokens=0)
+            self.choice(delta={}, finish_reason=finish)
             usage = {"prompt_tokens": 30, "completion_tokens": 12}
-            self.chunk({"choices": [], "usage": usage}, n_tokens=0)
+            self.chunk({"choices": [], "usage": usage})
             self._add("[DONE]")
         with self.changed:
             self.is_over = True
@@ -259,10 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if not fresh and not is_over and asked.n_cuts == n_cuts:
                     asked.changed.wait(0.02)
             for chunk in fresh:
-                found = json.loads(chunk) if chunk != "[DONE]" else {}
-                position = found.get("jlayer", {}).get("after")
-                is_end = position is None or found["choices"] == []
-                if after is None or is_end or position > int(after):
+                number = json.loads(chunk).get("jlayer_seq") if chunk != "[DONE]" else None
+                # The one that it had already is sent too: it must not be shown twice.
+                if after is None or number is None or number >= int(after):
                     self._write(f": a comment\n\ndata: {chunk}\n\n")
             if asked.n_cuts != n_cuts or (is_over and not fresh):
                 return
