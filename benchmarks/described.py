@@ -44,14 +44,11 @@ RUNS = [
     ("4", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("4", "llama-3.1-70b-instruct", "70B", "int4"),
     ("4", "llama-3.1-405b", "405B", "int4"),
-    ("8", "llama-3.1-8b-instruct", "8B", "bfloat16"),
     ("8", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("8", "llama-3.1-70b-instruct", "70B", "int4"),
-    ("8", "llama-3.1-405b", "405B", "bfloat16"),
     ("8", "llama-3.1-405b", "405B", "int4"),
     ("24", "llama-3.1-70b-instruct", "70B", "bfloat16"),
     ("24", "llama-3.1-70b-instruct", "70B", "int4"),
-    ("24", "llama-3.1-405b", "405B", "bfloat16"),
     ("24", "llama-3.1-405b", "405B", "int4"),
 ]
 
@@ -76,12 +73,21 @@ PURPOSES = {
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the picture of `--timeline`",
     "llvmlite": "compiles the kernels with which the host's cores multiply weights in host memory",
+    "starlette": "the server's table of paths, and requests as Python reads them",
+    "uvicorn": "the server's HTTP",
+    "msgspec": "bodies of requests, read by their types",
+    "llguidance": "which tokens a schema, an expression or a grammar allows next",
+    "python-multipart": "files that are sent to the server as forms",
+    "lm_eval": "the tasks of `jlayer eval harness`",
     "pytest": "runs the tests",
     "pytest-xdist": "runs the tests in two processes",
     "hypothesis": "makes inputs for property tests",
     "ruff": "lint and format",
     "sentencepiece": "reference for our reading of `tokenizer.model`",
     "tiktoken": "reference for our reading of `tokenizer.model`",
+    "openai": "a client of the server, in the tests",
+    "httpx": "a client of the server, in the tests",
+    "selenium": "drives the page in a browser, in the tests",
 }
 # Which models have a type. A type without a line here is an error.
 MODELS = {

@@ -53,6 +53,7 @@ class Parsed:
 
 
 NETWORK = "needs the network"
+SERVES = "runs until it is ended; tests/app/test_serve.py starts it"
 TESTED = {
     # README.md
     "pip install -e . && jlayer demo": InCI(),
@@ -69,6 +70,10 @@ TESTED = {
     # architecture.md
     "python benchmarks/table.py": By("tests/test_readme.py"),
     "python benchmarks/table.py --check": By("tests/test_readme.py"),
+    # chat.md
+    'jlayer chat path/to/Llama-3-8B-Instruct --system "Be brief."': By("tests/app/test_chat.py"),
+    # batch.md
+    "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl": Here(),
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
@@ -121,6 +126,13 @@ TESTED = {
     "jlayer eval perplexity path/to/Llama-3-8B-jlayer --text stories.txt": Here(),
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --device-memory 1536MiB "
     "--host-memory 64GiB --context 64": Here(shows=True),
+    # serving.md
+    'pip install -e ".[serve]"': Parsed(NETWORK),
+    "jlayer serve path/to/Llama-3-8B": Parsed(SERVES),
+    "jlayer serve path/to/Llama-3-8B --host 0.0.0.0 --api-key-file path/to/key "
+    "--allow-host llm.example.com": Parsed(SERVES),
+    "jlayer serve path/to/Llama-3-8B --state path/to/state": Parsed(SERVES),
+    "python benchmarks/serving.py --only together,leaving": By("tests/serving/test_soak.py"),
     # speculation.md
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --draft llama-3.2-1b-instruct "
     "--device-memory 4GiB --host-memory 64GiB": Here(shows=True),
@@ -157,6 +169,9 @@ def _is_fenced(text, at):
 def mine(tmp_path):
     """Puts what stands for the reader's paths into a line: the bundled model and its copies."""
     (tmp_path / "stories.txt").write_text("Once upon a time there was a little girl.\n" * 3)
+    body = {"prompt": "Once upon a time", "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(line))
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-8B")
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-70B")
     return lambda text: text.replace("path/to", str(tmp_path))

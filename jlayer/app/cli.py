@@ -29,7 +29,9 @@ VERBS = {
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),
     "plan": ("jlayer.app.verbs.plan", "show the memory and disk a model needs, and its speed"),
     "generate": ("jlayer.app.verbs.generate", "continue a text"),
+    "chat": ("jlayer.app.verbs.chat", "talk with a model, in the terminal or over a pipe"),
     "serve": ("jlayer.app.verbs.serve", "answer OpenAI's protocol over HTTP, with a page"),
+    "batch": ("jlayer.app.verbs.batch", "answer a file of requests, line by line"),
     "bench": (
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",

@@ -7,8 +7,11 @@ Drawn under the text by `status`. Where nothing can be drawn, only a stalled dis
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from statistics import median
+from typing import TextIO
 
 from jlayer.app.status import REFRESH_S, Status
 from jlayer.app.streams import draws, is_pipe, tell
@@ -37,23 +40,31 @@ def opening():
 
 
 @contextmanager
-def shown(model, show, *, words: Callable[[int], str] = sweep_words, view=None):
+def shown(
+    model,
+    show,
+    *,
+    words: Callable[[int], str] = sweep_words,
+    view=None,
+    text: TextIO | None = None,
+):
     """Shows progress of the sweeps that run meanwhile. Yields the function that takes the text's
     pieces in place of `show` (None: no text is shown).
 
-    `words(number)`: what a sweep is called. `view`: what else to draw than the counter. A pipe's
-    reader may write to the same terminal (`| tee`), where nobody knows: beside text that goes into
-    one nothing is drawn.
+    `words(number)`: what a sweep is called. `view`: what else to draw than the counter. `text`: the
+    stream that `show` writes to; stdout where none is given. A pipe's reader may write to the same
+    terminal (`| tee`), where nobody knows: beside text that goes into one nothing is drawn.
     """
     watch = model.engine.watch
-    if not draws() or (show is not None and is_pipe()):
+    if not draws() or (show is not None and text is None and is_pipe()):
         watch.on_stall = Stalls(model, tell)
         yield show
         return
     view = view or View(model, words=words)
     watch.on_stall, watch.on_compile = Stalls(model, view.wait), view.on_compile
     try:
-        with Status(view.status, refresh_s=view.refresh_s) as status, watch.also(view.on_step):
+        status = Status(view.status, refresh_s=view.refresh_s, text=text)
+        with status, watch.also(view.on_step):
             yield None if show is None else lambda piece: status.write(show, piece)
     finally:
         watch.on_compile = None
@@ -160,6 +171,44 @@ class View:
         each = elapsed / self._done
         left = each * (self._n_layers - self._done)
         return f"{counted}, {each:.2f} s a layer, {duration(left)} left"
+
+
+class AnswerView(View):
+    """The counter of a text that somebody waits for: also what a sweep takes, and what is left.
+
+    `words()`: what the next token is. `n_sweeps_left()`: the most sweeps until the text ends, None
+    where the prompt is not through yet. The line stays between two sweeps, so that it can be read.
+    """
+
+    SHOWN_S = 0.1  # text that comes faster needs no line
+    KEPT = 9  # sweeps whose median is the time of one: one that compiles takes far longer
+
+    def __init__(self, model, *, words: Callable[[], str], n_sweeps_left: Callable[[], int | None]):
+        super().__init__(model, words=lambda number: words())
+        self._n_sweeps_left = n_sweeps_left
+        self._took = deque(maxlen=self.KEPT)
+        self._was_left = None
+
+    def on_step(self, step, tile):
+        begins = isinstance(step, Run) and step.tile == 0
+        if begins and self._sweep >= 0 and self._was_left is not None:
+            self._took.append(time.perf_counter() - self._began)
+        super().on_step(step, tile)
+        if begins:
+            self._was_left = self._n_sweeps_left()
+
+    def _counter(self):
+        left = self._n_sweeps_left()
+        if left is None or not self._took:
+            return super()._counter()
+        each = median(self._took)
+        if each < self.SHOWN_S:
+            return super()._counter()
+        seconds = max(0.0, each * left - min(each, time.perf_counter() - self._began))
+        return (
+            f"{self._words(self._sweep)}: layer {self._done} of {self._n_layers}, "
+            f"{each:.1f} s a forward pass, at most {duration(seconds)} left"
+        )
 
 
 def duration(seconds: float) -> str:

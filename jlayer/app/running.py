@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from jlayer.app import progress
 from jlayer.app.ending import Interrupted
@@ -78,12 +79,13 @@ def follow(model, decoding, show, *, view=None, before: str = "", verbose=False)
     return result
 
 
-def write_text(piece: str):
-    """Writes to stdout at once. A reader may be slow: a signal ends the wait for it, and finds the
-    text in the buffer."""
-    sys.stdout.write(piece)
+def write_text(piece: str, stream: TextIO | None = None):
+    """Writes to stdout, or to `stream`, at once. A reader may be slow: a signal ends the wait for
+    it, and finds the text in the buffer."""
+    stream = sys.stdout if stream is None else stream
+    stream.write(piece)
     with released():
-        sys.stdout.flush()
+        stream.flush()
 
 
 def pass_words(decoding):

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import TextIO
 
 from jlayer.app.streams import is_terminal
 
@@ -24,10 +25,20 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Status:
-    """Draws what `lines()` gives on stderr while it is entered, every `refresh_s` seconds."""
+    """Draws what `lines()` gives on stderr while it is entered, every `refresh_s` seconds.
 
-    def __init__(self, lines: Callable[[], list[str]], *, refresh_s: float = REFRESH_S):
+    `text`: the stream that text is written to; stdout where none is given.
+    """
+
+    def __init__(
+        self,
+        lines: Callable[[], list[str]],
+        *,
+        refresh_s: float = REFRESH_S,
+        text: TextIO | None = None,
+    ):
         self._lines, self._drawn, self._refresh_s = lines, [], refresh_s
+        self._text = text
         self._column = 0  # where the text ends
         self._lock, self._is_over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="jlayer-status", daemon=True)
@@ -42,29 +53,36 @@ class Status:
         self._wipe()
 
     def write(self, show: Callable[[str], None], piece: str) -> None:
-        """Has `show` write text, with nothing drawn below it."""
+        """Has `show` write text, with nothing drawn below it. What was there is drawn anew at once,
+        if there is still something to say: else it would flicker with every token."""
         with self._lock:
+            was_drawn = bool(self._drawn)
             self._wipe()
-            if is_terminal(sys.stdout):
+            if is_terminal(sys.stdout if self._text is None else self._text):
                 self._column = column_after(self._column, piece, size().columns)
             show(piece)
+            if was_drawn:
+                self._draw()
 
     def draw(self) -> None:
         """Draws now what the lines are now."""
         with self._lock:
-            lines, (columns, rows) = self._lines(), size()
-            # At the last column a terminal waits with its line's end for the next character;
-            # moving away and back, some forget it. A text that ends there is a short moment.
-            if self._column >= columns or len(lines) >= rows:
-                lines = []
-            if lines == self._drawn:
-                return
-            self._wipe()
-            self._drawn = lines
-            if lines:
-                room = DOWN * len(lines) + UP.format(len(lines))
-                below = "".join(f"\r\n{DIM}{line[: columns - 1]}{PLAIN}" for line in lines)
-                _put(f"{room}{SAVE}{below}{RESTORE}")
+            self._draw()
+
+    def _draw(self):
+        lines, (columns, rows) = self._lines(), size()
+        # At the last column a terminal waits with its line's end for the next character;
+        # moving away and back, some forget it. A text that ends there is a short moment.
+        if self._column >= columns or len(lines) >= rows:
+            lines = []
+        if lines == self._drawn:
+            return
+        self._wipe()
+        self._drawn = lines
+        if lines:
+            room = DOWN * len(lines) + UP.format(len(lines))
+            below = "".join(f"\r\n{DIM}{line[: columns - 1]}{PLAIN}" for line in lines)
+            _put(f"{room}{SAVE}{below}{RESTORE}")
 
     def _wipe(self):
         if self._drawn:

@@ -20,10 +20,10 @@ from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
 from jlayer.engine.report import Account, Clock, Stats
-from jlayer.engine.riders import LEAST_SHARED
+from jlayer.engine.scores import PromptScores, as_json
+from jlayer.engine.shaping import shape_of
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.families.registry import has_state
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
 
@@ -31,9 +31,10 @@ from jlayer.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Generation:
     """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
-    for each with the likeliest tokens beside it; `seed` gives it again, None where none was needed;
+    for each with the likeliest tokens beside it, and `prompt_logprobs` one for each token of the
+    prompt, None where it was not scored; `seed` gives it again, None where none was needed;
     `stats`, `memory` and `plan` are as `generate --json` prints them. Printed without the last
-    four."""
+    five."""
 
     text: str
     token_ids: list[int]
@@ -43,6 +44,7 @@ class Generation:
     dtype: str
     seed: int | None
     logprobs: list[dict] | None = field(repr=False)
+    prompt_logprobs: list[dict | None] | None = field(repr=False)
     stats: dict = field(repr=False)
     memory: dict = field(repr=False)
     plan: dict = field(repr=False)
@@ -77,6 +79,8 @@ class Decoding:
     others begin as these end. `waits`: even the first one may wait for other runs to end.
     """
 
+    keeps = False  # whether iterating it ends with `keep`, for a run of one prompt
+
     def __init__(
         self,
         engine: Engine,
@@ -96,7 +100,7 @@ class Decoding:
         limits = []
         for row in rows:
             n_prompt = len(row.ids)
-            engine.check_length(n_prompt)
+            engine.check_length(options.n_computed(n_prompt))
             limits.append(
                 options.new_tokens_limit(
                     n_prompt, context=engine.context_limit, width=len(row.given)
@@ -130,6 +134,7 @@ class Decoding:
                             switches_at=engine.cfg.switches_at,
                             constraint=None if constraint is None else constraint.copy(),
                             shown=shown,
+                            scores=None if number else PromptScores.of(row, options),
                         )
                         for number in range(options.num_return_sequences)
                     ],
@@ -190,7 +195,8 @@ class Decoding:
         begins like its own, if there is one: takes over the table of one that it goes on from, and
         shares the rows of one that goes on in another way."""
         engine, kept, first = self._engine, self._engine.kept, lanes[0]
-        ended, n_alike = kept.find(first.history, is_long=first.has_switched) or (None, 0)
+        alike = first.history[: first.n_shareable + 1]
+        ended, n_alike = kept.find(alike, is_long=first.has_switched) or (None, 0)
         goes_on = ended is not None and 2 * n_alike >= len(ended.tokens)
         if not goes_on:
             ticket = engine.admit(shape)
@@ -217,25 +223,10 @@ class Decoding:
         return StopStrings(self.options.stop, text=stop_text, prompt=row.given)
 
     def _shape(self, rows, limits):
-        """The shape of a run of these prompts, with at most so many new tokens each. Sequences of
-        one prompt share its entries, but for the last one, whose logits each of them needs; none
-        where layers have a state, which cannot be shared."""
-        each = self.options.num_return_sequences
-        lengths = [len(row.ids) for row in rows]
-        entries = 0
-        for n_prompt, limit in zip(lengths, limits, strict=True):
-            shares = each > 1 and n_prompt > LEAST_SHARED and not has_state(self._engine.cfg)
-            n_shared = n_prompt - 1 if shares else 0
-            entries += n_shared + each * (n_prompt - n_shared + limit)
-        batch, sweeps = each * len(rows), max(1, *limits)
-        return RunShape(
-            batch=batch,
-            longest=max(lengths),
-            context=max(n_prompt + n for n_prompt, n in zip(lengths, limits, strict=True)),
-            sweeps=sweeps,
-            entries=entries,
-            nodes=self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps),
-        )
+        """The shape of a run of these prompts, with at most so many new tokens each."""
+        batch, sweeps = self.options.num_return_sequences * len(rows), max(1, *limits)
+        nodes = self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps)
+        return shape_of(self._engine.cfg, rows, limits, self.options, nodes=nodes)
 
     def _most_that_fit(self, rows, limits):
         """The most new tokens, which what the user did not ask for is cut to: as many as the
@@ -244,7 +235,8 @@ class Decoding:
         most, longest = max(limits), max(rows, key=lambda row: len(row.ids))
 
         def fits(number):
-            return self._engine.plan_for(self._shape([longest], [number])).fits
+            with self._engine.kept.aside():
+                return self._engine.plan_for(self._shape([longest], [number])).fits
 
         least = min(most, DEFAULT_NEW_TOKENS)
         if not self.options.lengths_are_published or most == least or fits(most):
@@ -306,11 +298,14 @@ class Decoding:
             if not self._all_ended():
                 yield from self._steps()
         finally:
-            self.close()
+            self._finish()
 
     def close(self) -> None:
         """Ends the run now and frees its cache entries."""
         self._end()
+
+    def _finish(self):
+        self.keep() if self.keeps else self.close()
 
     def keep(self) -> None:
         """Ends a run of one prompt now, and keeps the entries of its first text for a prompt that
@@ -352,6 +347,12 @@ class Decoding:
         """Whether some of its prompts wait for room."""
         return bool(self._waiting) and not self.is_closed
 
+    @property
+    def prompt_logprobs(self) -> list[dict | None] | None:
+        """Of the first prompt; None before all of them are there, and where none are wanted."""
+        scores = self.lanes[0].scores
+        return as_json(scores.found) if scores is not None and scores.is_done else None
+
     def generations(self) -> list[Generation]:
         """The texts so far; sequences that have not ended are marked as interrupted."""
         for lane in self.lanes:
@@ -374,13 +375,19 @@ class Decoding:
                 device=engine.device_name,
                 dtype=engine.dtype,
                 seed=None if lane.options.is_greedy else lane.options.seed,
-                logprobs=_logprobs(lane.choices) if self.options.logprobs is not None else None,
+                logprobs=as_json(lane.choices) if self.options.logprobs is not None else None,
+                prompt_logprobs=as_json(scores.found) if scores is not None else None,
                 stats=self.stats.as_dict(),
                 memory=memory,
                 plan=self.plan.as_dict(),
             )
-            for lane in self.lanes
+            for lane, scores in zip(self.lanes, self._scores(), strict=True)
         ]
+
+    def _scores(self):
+        """Of each lane those of its prompt."""
+        each = self.options.num_return_sequences
+        return [lane.scores for lane in self.lanes[::each] for _ in range(each)]
 
     def _steps(self):
         clock, scheduler = Clock(), self._engine.scheduler
@@ -400,7 +407,7 @@ class Decoding:
                 self.admit_waiting()
             is_over = self._all_ended() and not any(lane.unread for lane in self.lanes)
             if is_over:
-                self.close()  # the entries are free when the caller gets the last step
+                self._finish()  # the entries are free when the caller gets the last step
             elif not any(steps):
                 self._wait_for_room()
                 continue
@@ -428,10 +435,3 @@ def _leave(lanes, tickets):
         lane.has_left = True
     for ticket in tickets:
         ticket.close()
-
-
-def _logprobs(choices):
-    return [
-        {"token_id": c.token_id, "logprob": c.logprob, "top": [list(pair) for pair in c.top]}
-        for c in choices
-    ]

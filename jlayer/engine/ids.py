@@ -16,11 +16,13 @@ ENCODED = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding."""
+    """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding.
+    `scored_from`: in place of the option prompt_logprobs_from."""
 
     given: list[int]
     ids: list[int]
     padding: Padding = NO_PADDING
+    scored_from: int | None = None
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:

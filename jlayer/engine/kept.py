@@ -7,7 +7,8 @@ run needs its room.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from jlayer.engine.ledger import Ledger, Ticket
@@ -57,6 +58,14 @@ class Kept:
     def take(self, ended: Ended) -> None:
         """Keeps it no longer: another run has taken it over, or is about to."""
         self._ended = [one for one in self._ended if one is not ended]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is kept is not counted inside: it gives way to a run. Only within a turn."""
+        with ExitStack() as stack:
+            for ended in self._ended:
+                stack.enter_context(self._ledger.without(ended.ticket))
+            yield
 
     def drop_oldest(self) -> bool:
         """Whether there was one."""

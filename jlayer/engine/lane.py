@@ -14,6 +14,7 @@ from jlayer.engine.options import SamplingOptions
 from jlayer.engine.pool import Table
 from jlayer.engine.report import Account
 from jlayer.engine.sample import Choice, NoiseKey, choose
+from jlayer.engine.scores import PromptScores
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import JlayerError
 from jlayer.text.stream import StopWatcher, TextStream
@@ -71,13 +72,18 @@ class Lane:
         switches_at: int | None = None,
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
+        scores: PromptScores | None = None,
     ):
         """`account`: of its run. `most_unread`: with so many steps unread
         it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
         else ends the sequence. `switches_at`: see `ModelConfig.switches_at`. `constraint`: what its
-        text may be; the lane's own. `shown`: special tokens that stand in the text all the same."""
+        text may be; the lane's own. `shown`: special tokens that stand in the text all the same.
+        `scores`: of its prompt, where they are wanted; with a `limit` of 0 nothing else is."""
         prompt = row.ids
-        self.history = list(prompt)
+        self.scores = scores
+        self.draws = limit > 0
+        # Nothing follows the last token of a prompt that is only scored.
+        self.history = list(prompt if self.draws else prompt[:-1])
         self.n_prompt = len(prompt)
         self.options = options
         self.account = account
@@ -89,7 +95,8 @@ class Lane:
         self.last_pass = -1  # of the scheduler's passes, in which it rode
         self._switches_at, self.is_long = switches_at, False
         self._most_unread = most_unread
-        self.finish_reason: str | None = "length" if limit == 0 else None
+        has_work = self.draws or (scores is not None and not scores.is_done)
+        self.finish_reason: str | None = None if has_work else "length"
         self.choices: list[Choice] = []
         self._row, self.limit, self._number = row, limit, number
         self._constraint = constraint
@@ -146,6 +153,14 @@ class Lane:
     def is_sibling(self, other: Lane) -> bool:
         """Whether both continue one prompt of one run."""
         return self._row is other._row
+
+    @property
+    def n_shareable(self) -> int:
+        """The entries of so many first tokens may be another's; the others must ride, for the
+        logits after them."""
+        if self.scores is None or self.scores.is_done:
+            return len(self.history) - 1
+        return min(self.scores.next, len(self.history) - 1)
 
     @property
     def n_pending(self) -> int:
@@ -230,6 +245,11 @@ class Lane:
             piece += self._rest()
         self._pieces.append(piece)
         return piece
+
+    def end(self) -> None:
+        """Ends it with a step without tokens: its prompt is scored, and nothing else was wanted."""
+        self.finish_reason = "length"
+        self.unread.append(Step("", (), self.finish_reason))
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which whoever reads its steps gets."""

@@ -33,7 +33,7 @@ ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
 OWN = (
     *("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs"),
-    *("speculate", "draft_tokens"),
+    *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens"),
 )
 _WARPERS = ("temperature", "top_k", "top_p", "min_p")
 # None from a user turns an option off, which for these is not the default.
@@ -53,6 +53,8 @@ class SamplingOptions:
 
     temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
     logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
+    prompt_logprobs: the same for the prompt's tokens, of which prompt_logprobs_from is the first
+    that is reported, counted from 0; with max_new_tokens 0 nothing else is computed.
     min_new_tokens, where not None, stands in for min_length, as in transformers.
     speculate: how tokens are guessed ahead, one of ranges.SPECULATE; no text depends on it.
     draft_tokens: the most of these in a forward pass; None: as many as pay.
@@ -83,6 +85,8 @@ class SamplingOptions:
     num_return_sequences: int = 1
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     return_dict_in_generate: bool = False
     speculate: str = "auto"
     draft_tokens: int | None = None
@@ -148,6 +152,11 @@ class SamplingOptions:
     @property
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
+
+    def n_computed(self, n_prompt: int) -> int:
+        """So many tokens of a prompt are computed: not the last one, where it is only scored."""
+        only_scores = self.prompt_logprobs is not None and self.max_new_tokens == 0
+        return n_prompt - only_scores
 
     @property
     def padding_id(self) -> int | None:

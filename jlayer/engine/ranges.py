@@ -139,6 +139,8 @@ RANGES = {
     "num_return_sequences": (_integer(1), "an integer from 1 up"),
     "seed": (_maybe(_integer(0, MAX_SEED)), f"an integer from 0 to {MAX_SEED}"),
     "logprobs": (_maybe(_COUNT), _FROM_0),
+    "prompt_logprobs": (_maybe(_COUNT), _FROM_0),
+    "prompt_logprobs_from": (_integer(1), "an integer from 1 up (1 is the second token)"),
     "speculate": (_mode, f"one of {', '.join(SPECULATE)}"),
     "draft_tokens": (_maybe(_integer(1, MOST_NODES)), f"an integer from 1 to {MOST_NODES}"),
     "return_dict_in_generate": (_boolean, "true or false"),

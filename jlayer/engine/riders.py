@@ -49,9 +49,21 @@ class Rider:
         return self.end - self.first + len(self.guessed)
 
     @property
+    def scored(self) -> range:
+        """Those of its tokens whose logits score the next one of the prompt."""
+        scores = self.lane.scores
+        return range(0) if scores is None else scores.rows(self.first, self.end)
+
+    @property
+    def n_drawn(self) -> int:
+        """From the logits of so many of its last rows tokens are drawn: its last token and the
+        guesses."""
+        return 1 + len(self.guessed) if self.is_complete and self.lane.draws else 0
+
+    @property
     def wanted(self) -> int:
-        """Of so many of its last rows the logits are wanted: its last token and the guesses."""
-        return 1 + len(self.guessed) if self.is_complete else 0
+        """Of so many of its last rows the logits are wanted."""
+        return len(self.scored) + self.n_drawn
 
     @property
     def gained(self) -> np.ndarray:
@@ -157,8 +169,9 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     n_promised = 0
     for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
         other = rider.lane
-        n_alike = _n_alike(lane.history, other.history, min(end - 1, len(other.history)))
-        n_shared = min(n_alike, rider.end)
+        most = min(lane.n_shareable, len(other.history))
+        n_same = n_alike(lane.history, other.history, most)
+        n_shared = min(n_same, rider.end)
         n_there = len(other.table)
         is_there = pool.holds(other.table.rows[:n_shared]) and pool.keeps(
             n_shared, rider.end - n_there, rider.end, chunk
@@ -166,7 +179,7 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
         if other.is_long != lane.is_long or not is_there:
             continue
         if other.is_alive and other.is_hungry and other.n_pending > 1:
-            n_promised = max(n_promised, n_alike)
+            n_promised = max(n_promised, n_same)
         if n_shared >= max(LEAST_SHARED, best.first + 1):
             # Its first entries may be of this pass too: what it lists of its own source.
             after = rider.after + (n_shared > rider.first)
@@ -174,7 +187,7 @@ def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
     return best if best.first >= n_promised else None
 
 
-def _n_alike(one, other, most):
+def n_alike(one: Sequence[int], other: Sequence[int], most: int) -> int:
     """How many of the first `most` tokens are equal; 0 where it is fewer than LEAST_SHARED."""
     if most < LEAST_SHARED or one[:LEAST_SHARED] != other[:LEAST_SHARED]:
         return 0

@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
-from jlayer.engine.drawing import draw_all
+from jlayer.engine.drawing import Drawn, draw_all
 from jlayer.engine.fork import check_process
 from jlayer.engine.home import Home
 from jlayer.engine.lane import Lane
+from jlayer.engine.logits import PassLogits
 from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders
@@ -46,7 +46,7 @@ class Scheduler:
         self.n_passes = 0
 
     def join(self, lanes: Sequence[Lane]) -> None:
-        """Adds lanes, from the next forward pass on."""
+        """Adds lanes, from the next forward pass on. Suspended ones are there already."""
         check_process()
         with self._changed:
             kept = [lane for lane in self._lanes if not lane.has_left]
@@ -63,16 +63,21 @@ class Scheduler:
             plan, lanes = self._engine.plan, self._alive()
             share = self._speculation.prepare(lanes, plan)
             first = [
-                _stand_in(rider.end - rider.first, rider.lane.capacity, rider.after)
+                _stand_in(
+                    *(rider.end - rider.first, rider.lane.capacity, rider.after),
+                    n_scored=len(rider.scored),
+                    n_drawn=int(rider.lane.draws),
+                )
                 for rider in self._choose(lanes, plan)
             ]
-            later = [_stand_in(1 + share, lane.capacity, n_nodes=share) for lane in lanes]
+            drawing = [lane for lane in lanes if lane.draws]
+            later = [_stand_in(1 + share, lane.capacity, n_nodes=share) for lane in drawing]
             sweeper, parts = self._engine.sweeper, self._arrange(first)
             sweeper.compile(executor, parts)
             sweeper.compile(executor, self._arrange(later))
             if share and self._engine.caches.pool.has_state:
                 # Guesses that were right ride once more, before the next ones.
-                again = [_stand_in(1 + 2 * share, lane.capacity, n_nodes=share) for lane in lanes]
+                again = [_stand_in(1 + 2 * share, lane.capacity, n_nodes=share) for lane in drawing]
                 sweeper.compile(executor, self._arrange(again))
             sweeper.fill(executor, parts)
             return self._engine.totals.since(before)
@@ -149,7 +154,8 @@ class Scheduler:
                 speculation.guess(riders, engine.plan)
                 drafting_s = clock.lap()
                 parts = self._arrange([rider.entry for rider in riders])
-                logits = self._logits(executor, riders, parts, somebody_is_there)
+                logits = PassLogits(riders, engine.cfg.vocab_size)
+                engine.sweeper.run(executor, parts, logits.take, check=somebody_is_there)
                 sweep_s = clock.lap()
                 drawn = self._draw(executor, riders, logits, parts)
             except BaseException as error:
@@ -160,7 +166,7 @@ class Scheduler:
                 raise
             engine.note_peaks()
             seconds = Seconds(drafting_s, sweep_s, clock.lap())
-            self._commit(riders, drawn, seconds, engine.totals.since(before))
+            self._commit(riders, logits, drawn, seconds, engine.totals.since(before))
             speculation.learn(drawn, parts, seconds)
             n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)
             if n_prompt_rows < sum(r.n_rows for r in riders) and n_compiled == sum(
@@ -173,23 +179,13 @@ class Scheduler:
         pool = self._engine.caches.pool
         return choose_riders(lanes, self._lanes, plan, pool, self._room.rows(plan))
 
-    def _logits(self, executor, riders, parts, check):
-        """The logits of a forward pass, [wanted rows of all riders, V]."""
-        count = sum(rider.wanted for rider in riders)
-        logits = np.empty((count, self._engine.cfg.vocab_size), np.float32)
-
-        def take(output, places, row):
-            logits[places, row : row + output.shape[1]] = output
-
-        self._engine.sweeper.run(executor, parts, take, check=check)
-        return logits
-
-    def _commit(self, riders, drawn, seconds, moved):
+    def _commit(self, riders, logits, drawn, seconds, moved):
         """Gives the lanes their entries and tokens, between two looks of those that wait."""
         pool = self._engine.caches.pool
         with self._changed:
             for rider in riders:
                 rider.lane.table.commit(rider.gained)
+                logits.give_scores(rider)
                 rider.lane.last_pass = self.n_passes
             for one in drawn:
                 self._accept(one, pool)
@@ -206,6 +202,8 @@ class Scheduler:
             n_added = lane.add(drawn.choices) if drawn.choices else 0
             if drawn.error is not None and lane.is_alive:
                 lane.fail(drawn.error)
+            elif not lane.draws:
+                lane.end()
             n_accepted = max(0, n_added - 1)  # the entry of the last one is still to come
             lane.account.guess(rider.n_drafted, len(rider.guessed), n_accepted)
         # A state has none of the guesses: those that were right ride once more, as the lane's own.
@@ -226,12 +224,12 @@ class Scheduler:
         )
 
     def _draw(self, executor, riders, logits, parts):
-        """Draws tokens for every lane whose tokens are all in; a lane that cannot draw fails alone.
-        Changes nothing."""
-        complete = [rider for rider in riders if rider.is_complete]
-        firsts = np.cumsum([0, *(rider.wanted for rider in complete)])
-        of_each = (logits[first:end] for first, end in pairwise(firsts.tolist()))
-        drawn = draw_all(list(zip(complete, of_each, strict=True)))
+        """Draws tokens for every lane whose tokens are all in; a lane that cannot draw, or whose
+        prompt cannot be scored, fails alone. Changes nothing."""
+        drawn = [Drawn(r, [], [], is_finite=False) for r in riders if not logits.are_finite(r)]
+        done = [rider for rider in riders if rider.is_complete and logits.are_finite(rider)]
+        drawn += [Drawn(rider, [], []) for rider in done if not rider.n_drawn]
+        drawn += draw_all([(rider, logits.of(rider)) for rider in done if rider.n_drawn])
         failed = [one for one in drawn if not one.is_finite]
         error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
         return [one if one.is_finite else replace(one, error=error) for one in drawn]
@@ -252,10 +250,10 @@ def _has_news(lanes):
     )
 
 
-def _stand_in(n_tokens, capacity, after=0, n_nodes=0):
+def _stand_in(n_tokens, capacity, after=0, n_nodes=0, *, n_scored=0, n_drawn=1):
     """An entry of the shape of a lane's next one, of whose tokens the last ones are guesses."""
     none = np.zeros(0, np.int32)
     parents = range(-1, n_tokens - 1) if n_nodes else None
     new = np.zeros(n_tokens, np.int32)
-    wanted = 1 + n_nodes
+    wanted = n_scored + n_drawn + n_nodes
     return Entry([0] * n_tokens, none, new, capacity, wanted, parents, after)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlayer.api import Model
+from jlayer.engine.scores import Scores
 from jlayer.errors import UsageError
 from jlayer.measure.scratch import Scratch
 from jlayer.plan.shapes import RunShape
 
 MOST_WINDOWS = 64  # a sweep; more only cost activations
-PIECE = 1 << 20  # logits that are looked at together on the host
 
 
 @dataclass(frozen=True)
@@ -66,80 +66,35 @@ class Evaluation:
     sweeps: int
 
 
-class Scores:
-    """The predictions of one sweep, reduced over the vocabulary slice by slice.
+class Compared(Scores):
+    """Predictions whose logits are kept, or compared with those that another model's were.
 
-    `targets` [tokens of all windows]: what each token should predict; -1: nothing. `keep`: an array
-    [predictions, V] to write logits to. `against`: an array [predictions, V] with the logits of
-    another model, and `log_totals` [predictions] the logarithms of the sums of their exponentials.
-    `rows` [tokens]: the prediction's row in these arrays.
+    `keep`: an array [predictions, V] to write logits to. `against`: an array [predictions, V] with
+    the logits of another model, and `log_totals` [predictions] the logarithms of the sums of their
+    exponentials. `rows` [tokens]: the prediction's row in these arrays.
     """
 
     def __init__(self, targets, *, rows=None, keep=None, against=None, log_totals=None):
-        shape = targets.shape
-        self._targets, self._rows = targets, rows
-        self._keep, self._against, self._log_totals = keep, against, log_totals
-        self._top = np.full(shape, -np.inf)
-        self._best = np.full(shape, -1, np.int64)
-        self._sum = np.zeros(shape)
-        self._logit = np.zeros(shape)
-        self._cross = np.zeros(shape)
-        self.are_finite = True
+        super().__init__(targets)
+        self._rows, self._keep = rows, keep
+        self._against, self._log_totals_of_other = against, log_totals
+        self._cross = np.zeros(targets.shape)
 
-    def add(self, output: np.ndarray, places: np.ndarray, row: int) -> None:
-        """Takes logits [some tokens, some of the vocabulary]; see `Forward.score`."""
-        step = max(1, PIECE // output.shape[1])
-        asked = np.flatnonzero(self._targets[places] >= 0)
-        for first in range(0, len(asked), step):
-            some = asked[first : first + step]
-            self._reduce(places[some], output[some], row)
-
-    def _reduce(self, at, logits, row):
-        self.are_finite &= bool(np.isfinite(logits).all())
-        best = logits.argmax(1)
-        top = logits[np.arange(len(best)), best].astype(np.float64)
-        higher = top > self._top[at]
-        self._best[at] = np.where(higher, best + row, self._best[at])
-        top = np.where(higher, top, self._top[at])
-        shifted = np.exp(logits - top[:, None].astype(np.float32))
-        self._sum[at] = self._sum[at] * np.exp(self._top[at] - top) + shifted.sum(
-            1, dtype=np.float64
-        )
-        self._top[at] = top
-        wanted = self._targets[at] - row
-        here = np.flatnonzero((wanted >= 0) & (wanted < logits.shape[1]))
-        self._logit[at[here]] = logits[here, wanted[here]]
+    def reduce(self, at, logits, row):
+        super().reduce(at, logits, row)
         if self._keep is not None:
             self._keep[self._rows[at], row : row + logits.shape[1]] = logits
         if self._against is not None:
             other = self._against[self._rows[at], row : row + logits.shape[1]]
-            share = np.exp(other - self._log_totals[self._rows[at]][:, None].astype(np.float32))
+            totals = self._log_totals_of_other[self._rows[at]]
+            share = np.exp(other - totals[:, None].astype(np.float32))
             self._cross[at] += (share * (other - logits)).sum(1, dtype=np.float64)
-
-    @property
-    def asked(self) -> np.ndarray:
-        return self._targets >= 0
-
-    @property
-    def log_total(self) -> np.ndarray:
-        """The logarithm of the sum of exponentials, for each prediction that was asked for."""
-        return (self._top + np.log(np.maximum(self._sum, 1e-300)))[self.asked]
-
-    @property
-    def nll(self) -> np.ndarray:
-        """The negative log-probability of each target, in nats."""
-        return self.log_total - self._logit[self.asked]
-
-    @property
-    def best(self) -> np.ndarray:
-        """The likeliest token of each prediction."""
-        return self._best[self.asked]
 
     @property
     def divergence(self) -> np.ndarray:
         """The Kullback-Leibler divergence of each prediction from the other model's, in nats."""
         rows = self._rows[self.asked]
-        return self._cross[self.asked] - self._log_totals[rows] + self.log_total
+        return self._cross[self.asked] - self._log_totals_of_other[rows] + self.log_total
 
 
 def perplexity(
@@ -231,7 +186,7 @@ def _evaluate(model, ids, length, stride, told, options):
         for begin in range(0, len(cut), batch):
             some = cut[begin : begin + batch]
             targets, rows = _targets(ids, some, numbers)
-            scores = Scores(targets, rows=rows, **options(targets, rows))
+            scores = Compared(targets, rows=rows, **options(targets, rows))
             forward.score([ids[w.begin : w.end] for w in some], scores)
             found.append(scores)
             told(min(begin + batch, len(cut)), len(cut))

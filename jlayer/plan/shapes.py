@@ -57,10 +57,11 @@ class RunShape:
     `batch`: its lanes, a text each. `longest`: the most tokens of a lane that are to be computed at
     a time, as a prompt; they may take several forward passes. `context`: the most positions of a
     lane. `all_logits`: logits for every token, not only the last; `single_array`: as one host
-    array. `sweeps`: about how many forward passes it will take. `entries`: the most cache entries
-    of all its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its
-    lanes together that ride in one forward pass, as trees below the next tokens; each lane has an
-    equal share.
+    array. `scores`: logits for every token, which may take several forward passes.
+    `sweeps`: about how many forward passes it will take. `entries`: the most cache entries of all
+    its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its lanes
+    together that ride in one forward pass, as trees below the next tokens; each lane has an equal
+    share.
     """
 
     batch: int = 1
@@ -68,6 +69,7 @@ class RunShape:
     context: int = 1
     all_logits: bool = False
     single_array: bool = False
+    scores: bool = False
     sweeps: int = 1
     entries: int | None = None
     nodes: int = 0
@@ -97,7 +99,7 @@ class RunShape:
             n_chunks=sum(prefill.values()),
             n_decode_chunks=sum(decode.values()),
             prefills=-(-self.longest // share),
-            all_logits=self.all_logits,
+            all_logits=self.all_logits or self.scores,
             single_array=self.single_array,
             nodes=self.nodes,
         )

@@ -230,9 +230,11 @@ class Desk:
                 if job is None or not (self._room_may_have_grown or job.decoding is None):
                     return
                 n_riders = sum(len(each.sequences) for each in self._running)
-                if self._running and n_riders + len(job.sequences) > MOST_RIDERS:
+                is_full = self._running and n_riders + len(job.sequences) > MOST_RIDERS
+            if is_full:
+                if job.is_batch or not self._suspend_a_batch_text():
                     return
-            if not self._begin(job):
+            elif not self._begin(job):
                 return
 
     def _begin(self, job):
@@ -327,6 +329,9 @@ class Desk:
             self._leave(job, CANCELLED)
         for job in list(self._running):
             has_news = False
+            if job.prompt_logprobs is None:  # told before the texts that follow
+                job.prompt_logprobs = job.decoding.prompt_logprobs
+                has_news = job.prompt_logprobs is not None
             for lane, text in zip(job.decoding.lanes, job.sequences, strict=True):
                 while lane.unread:
                     text.steps.append(lane.unread.popleft())

@@ -1,4 +1,4 @@
-"""What byte-pair encodings share: the byte alphabet, the order of merges, and a checked build."""
+"""What byte-pair encodings share: the byte alphabet, the order of merges, and checked calls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 from jlayer.errors import CheckpointError
 
 T = TypeVar("T")
+LONG_TEXT = 1 << 16  # characters: some hundredths of a second of work
 
 
 def _byte_alphabet():
@@ -48,3 +49,11 @@ def build(make: Callable[[], T], *, where: str) -> T:
     except BaseException as error:  # the library's panics derive from BaseException
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{where}: not a tokenizer ({reason}); fetch it again") from None
+
+
+def ids_of(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Ids of `text` by the `tokenizers` library. It stops every thread of Python while it encodes
+    one text, but not for a list of them; for short texts that costs more than it gives."""
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

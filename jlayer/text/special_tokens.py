@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError
+from jlayer.text.bpe import ids_of
 from jlayer.text.declared import text_of
 
 
@@ -105,5 +106,5 @@ class RenamedTokenizer:
     def encode(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """Original ids of `parts`, pairs of (text, whether it is a control token)."""
         text = "".join(self.names[text] if is_control else text for text, is_control in parts)
-        encoded = self.tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = ids_of(self.tokenizer, text, add_special_tokens=False)
         return [self.real_ids.get(token, token) for token in encoded]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from jlayer.errors import UsageError
-from jlayer.text.bpe import build
+from jlayer.text.bpe import build, ids_of
 from jlayer.text.chat import read_templates, render_chat, select_template
 from jlayer.text.classes import SPACE
 from jlayer.text.declared import read_declared
@@ -80,8 +80,8 @@ class Tokenizer:
         _check_text(text)
         text = self._with_first_space(text)
         # The library fails here where its unknown token is not in the vocabulary.
-        encode = partial(self.library.encode, text, add_special_tokens=add_special_tokens)
-        return build(encode, where=self.where).ids
+        encode = partial(ids_of, self.library, text, add_special_tokens=add_special_tokens)
+        return build(encode, where=self.where)
 
     def decode(
         self, ids: Iterable[int], *, skip_special_tokens: bool = True, continues: bool = False

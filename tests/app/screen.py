@@ -12,7 +12,7 @@ import termios
 import time
 from fcntl import ioctl
 
-_SEQUENCE = re.compile(r"\x1b(?:\[([?\d;]*)([A-Za-z])|([78D]))")
+_SEQUENCE = re.compile(r"\x1b(?:\[([?\d;]*)([A-Za-z@])|([78D]))")
 _BEGUN = re.compile(r"\x1b(?:\[[?\d;]*)?$")
 
 
@@ -49,6 +49,8 @@ class Screen:
             self._down()
         elif character == "\r":
             self._column, self._is_full = 0, False
+        elif character == "\a":
+            pass
         elif character == "\b":
             self._column, self._is_full = max(0, self._column - 1), False
         elif character == "\t":
@@ -84,6 +86,8 @@ class Screen:
             self._down()
         elif name == "A":
             self._row, self._is_full = max(self._top, self._row - int(numbers or 1)), False
+        elif name in "CDPK@":  # a line that is edited
+            self._edit(name, numbers)
         elif name == "J":
             assert not numbers
             self._line()[self._column :] = []
@@ -91,11 +95,29 @@ class Screen:
         else:
             assert name in "mhl", f"a sequence that no test expects: {name}"
 
+    def _edit(self, name, numbers):
+        """Moves the cursor to the right or left; makes room, or deletes characters or the rest."""
+        count, self._is_full = int(numbers or (name != "K")), False
+        line = self._line()
+        if name == "C":
+            self._column = min(self.columns - 1, self._column + count)
+        elif name == "D":
+            self._column = max(0, self._column - count)
+        elif name == "@":
+            line[self._column : self._column] = count * " "
+            del line[self.columns :]
+        elif name == "P":
+            del line[self._column : self._column + count]
+        else:
+            assert not count, "of K only the form without a number is known"
+            line[self._column :] = []
+
 
 def on_terminal(argv, *, columns=80, rows=24, keys=(), env=None, streams=(0, 1, 2)):
     """Runs a command with a terminal of its own: (exit code, its screen, all that it wrote).
 
-    `keys`: (regular expression, keys): typed once the expression is found in what was written.
+    `keys`: (regular expression, keys): typed once the expression is found in what was written; a
+    function in their place is called with that.
     `streams`: which of the command's streams are the terminal; the others are /dev/null.
     """
     main, side = pty.openpty()
@@ -130,7 +152,8 @@ def on_terminal(argv, *, columns=80, rows=24, keys=(), env=None, streams=(0, 1, 
             screen.feed(text)
             written += text
         while keys and re.search(keys[0][0], written):
-            os.write(main, keys.pop(0)[1])
+            typed = keys.pop(0)[1]
+            os.write(main, typed) if isinstance(typed, bytes) else typed(written)
     os.close(main)
     return process.wait(timeout=60), screen, written
 

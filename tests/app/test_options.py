@@ -47,7 +47,7 @@ def by_flag():
 
 # `convert --dtype` casts the weights, the others compute in it. `plan --quantize` plans for what
 # `convert --quantize` makes.
-TWO_MEANINGS = {"--chat-template", "--dtype", "--quantize"}
+TWO_MEANINGS = {"--chat-template", "--dtype", "--quantize", "--system", "--template-var"}
 
 
 def test_an_option_of_several_verbs_has_one_line_of_help():

@@ -67,6 +67,44 @@ def test_a_slow_sweep_counts_its_layers_and_a_fast_one_shows_nothing(view, clock
     assert view.status() == ["token 2: 0 of 3 layers, 2 s"]
 
 
+def sweep(view, clock, seconds, layers=3):
+    view.on_step(Run(0), tile(0))
+    clock.s += seconds
+    for layer in range(1, layers):
+        view.on_step(Run(layer), tile(layer))
+
+
+def test_an_answer_s_line_stays_between_sweeps_with_what_one_takes_and_what_is_left(clock):
+    left = [None]
+    view = progress.AnswerView(MODEL, words=lambda: "token 7", n_sweeps_left=lambda: left[0])
+    sweep(view, clock, 30.0)  # the prompt's counts in no time of a token
+    assert view.status() == ["token 7: 2 of 3 layers, 15.00 s a layer, 15 s left"]
+    left[0] = 50
+    sweep(view, clock, 2.0)
+    assert view.status() == ["token 7: 2 of 3 layers, 1.00 s a layer, 1 s left"]
+    left[0] = 49
+    view.on_step(Run(0), tile(0))
+    assert view.status() == ["token 7: layer 0 of 3, 2.0 s a forward pass, at most 1:38 left"]
+    clock.s += 0.5
+    view.on_step(Run(1), tile(1))
+    assert view.status() == ["token 7: layer 1 of 3, 2.0 s a forward pass, at most 1:38 left"]
+    clock.s += 1.5
+    for seconds in (2.0, 60.0, 2.0, 2.0):  # something was compiled
+        left[0] -= 1
+        sweep(view, clock, seconds)
+    left[0] = 1
+    view.on_step(Run(0), tile(0))
+    clock.s += 1.0
+    assert view.status() == ["token 7: layer 0 of 3, 2.0 s a forward pass, at most 1 s left"]
+
+
+def test_an_answer_that_comes_fast_has_no_line(clock):
+    view = progress.AnswerView(MODEL, words=lambda: "token 7", n_sweeps_left=lambda: 50)
+    for _ in range(40):
+        sweep(view, clock, 0.05)
+        assert view.status() == []
+
+
 def test_compiling_and_the_first_read_are_named_and_are_no_part_of_the_first_layer(view, clock):
     clock.s += 9  # the tokenizer, say
     assert view.status() == []

@@ -50,6 +50,31 @@ def test_the_next_turn_costs_its_new_tokens(model):
     assert second == afresh(model, longer)
 
 
+def keeping(model, prompt):
+    decoding, _ = model.decoding(prompt, options=PLAIN)
+    decoding.keeps = True
+    return decoding, decoding.lanes[0]
+
+
+def test_a_run_that_is_iterated_keeps_its_entries_however_it_ends(model):
+    model.engine.kept.clear()
+    first, lane = keeping(model, PROMPT)
+    assert len(list(first)) == PLAIN["max_new_tokens"]
+    longer = [*PROMPT, *lane.token_ids, 50, 51]
+    stopped, lane = keeping(model, longer)
+    assert stopped.stats.kept_tokens == len(longer) - 3
+    steps = iter(stopped)
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    assert stopped.is_closed
+    assert model.engine.n_alive == len(model.engine.kept) == 1
+    longest = [*longer, *lane.token_ids, 52]
+    found, n_kept, _ = turn(model, longest)
+    assert n_kept == len(longest) - 2
+    assert found == afresh(model, longest)
+
+
 def test_a_turn_that_is_said_anew_begins_where_the_texts_part(model):
     model.engine.kept.clear()
     turn(model, PROMPT)

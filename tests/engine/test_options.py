@@ -70,6 +70,8 @@ def test_every_option_of_transformers_is_known_ignored_or_refused():
         ("num_return_sequences", [0, -1, 1.0], "from 1 up"),
         ("seed", [-1, 1.5, "7", 2**64, True], "integer from 0 to"),
         ("logprobs", [-1, True], "from 0 up"),
+        ("prompt_logprobs", [-1, True], "from 0 up"),
+        ("prompt_logprobs_from", [0, -1, 1.5], "from 1 up"),
         ("speculate", [1, True, ["off"]], "one of auto, off, lookup, draft"),
         ("draft_tokens", [0, -1, 512, 1.5, "8", True], "integer from 1 to 511"),
     ],

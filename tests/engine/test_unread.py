@@ -194,6 +194,7 @@ def test_makers_several_answers_are_for_draws_alone():
 
 def test_options_that_transformers_does_not_know_are_not_read_from_a_file(both):
     published = {"presence_penalty": 1.5, "frequency_penalty": 2.0, "seed": 3, "logprobs": 2}
+    published |= {"prompt_logprobs": 1, "prompt_logprobs_from": 3}
     published |= {"stop": "x", "logit_bias": {"5": 50.0}, "repetition_penalty": 1.7}
     found = SamplingOptions.from_mapping({}, generation_config=published)
     assert found == SamplingOptions(repetition_penalty=1.7)

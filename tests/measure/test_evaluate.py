@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.convert import convert_checkpoint
+from jlayer.engine import scores
 from jlayer.errors import UsageError
 from jlayer.measure import evaluate
 from jlayer.measure.evaluate import compare, perplexity, windows
@@ -97,7 +98,7 @@ def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
         ]
         for most, piece in ((64, 1 << 20), (3, 5_000)):
             monkeypatch.setattr(evaluate, "MOST_WINDOWS", most)
-            monkeypatch.setattr(evaluate, "PIECE", piece)
+            monkeypatch.setattr(scores, "PIECE", piece)
             found = perplexity(model, ids, length=40, stride=30)
             assert found.n_predicted == len(expected)
             assert found.nll == pytest.approx(np.mean(expected), rel=1e-6)

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.text.bpe import LONG_TEXT
 from jlayer.text.marks import Rendered
 from jlayer.text.tiktoken import LLAMA3_SPLIT
 from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
@@ -28,6 +29,16 @@ def test_golden_ids_of_the_original_encoders(name, file):
     for case in cases:
         assert tokenizer.encode(case["text"], add_special_tokens=False) == case["ids"], case["text"]
         assert tokenizer.encode(case["text"]) == [*before, *case["ids"]]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_long_text_has_the_ids_that_a_short_one_has(name):
+    """It is encoded by another call of the library."""
+    tokenizer = load(name)
+    text = "".join(TEXTS) * (1 + LONG_TEXT // len("".join(TEXTS)))
+    for adds in (False, True):
+        found = tokenizer.encode(text, add_special_tokens=adds)
+        assert found == tokenizer.library.encode(text, add_special_tokens=adds).ids
 
 
 @needs_shared_data

@@ -1,11 +1,14 @@
-"""Measure how well a model predicts a text, or how far the predictions of two models differ.
+"""Measure how well a model predicts a text, how far the predictions of two models differ, or how
+well a model does at tasks.
 
     jlayer eval perplexity MODEL --text FILE
     jlayer eval compare A B --text FILE
+    jlayer eval harness MODEL --tasks T,...
 
 The whole text is encoded, after the beginning token of the published tokenizer, and cut into
 windows of --window tokens that begin --stride apart. Each window predicts the tokens that the one
-before it has not. Bits per byte count the bytes of the text in UTF-8.
+before it has not. Bits per byte count the bytes of the text in UTF-8. Tasks are those of
+lm-evaluation-harness, all of whose questions share forward passes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 from argparse import SUPPRESS
 from contextlib import contextmanager
 
-from jlayer.app import options, progress
+from jlayer.app import harness, options, progress
 from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import is_terminal, tell
@@ -61,9 +64,19 @@ def add_arguments(parser):
         options.add_follow_links(own)
         # Here as well as before KIND; without a default, which would replace what was given there.
         options.add_output(own, default=SUPPRESS)
+    three = kinds.add_parser(
+        "harness",
+        help="of one model at tasks of lm-evaluation-harness",
+        description="Run tasks of lm-evaluation-harness (lm_eval).",
+        **layout,
+    )
+    harness.add_arguments(three)
+    options.add_output(three, default=SUPPRESS)
 
 
 def run(args) -> dict:
+    if args.kind == "harness":
+        return harness.run(args)
     run_options = options.given(args, *options.RUN, "follow_links")
     _check(args, run_options)
     text = read_text(args.text, option="--text")

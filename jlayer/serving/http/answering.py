@@ -11,13 +11,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from time import monotonic
+from typing import TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from jlayer.serving.http.work import Ended, Work, wait_for
 from jlayer.serving.wire.asked import Reader, encode
 from jlayer.serving.wire.errors import Refused, failed, unavailable
 
+Result = TypeVar("Result")
 Message = MutableMapping
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,6 +49,12 @@ def stopping_error() -> Refused:
     return unavailable("the server is stopping; ask again when it is back", code="stopping")
 
 
+async def headers_only(send: Send) -> None:
+    """The answer to HEAD where GET gives a stream: one without end would hold the connection."""
+    await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 async def beside_disconnect(work: Awaitable, receive: Receive) -> None:
     """Awaits `work`, and gives it up when the client leaves."""
     task = asyncio.ensure_future(work)
@@ -58,6 +67,21 @@ async def beside_disconnect(work: Awaitable, receive: Receive) -> None:
             task.cancel()
         with suppress(Left, asyncio.CancelledError):
             await task
+
+
+async def while_there(work: Awaitable[Result], receive: Receive) -> Result:
+    """What `work` returns or raises. It is cancelled when the client leaves first, and
+    ClientDisconnect is raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
 
 
 async def _disconnected(receive):
@@ -107,6 +131,8 @@ class StreamAnswer:
         self._progressed = 0.0
 
     async def __call__(self, scope, receive: Receive, send: Send):
+        if scope["method"] == "HEAD":
+            return await headers_only(send)
         await beside_disconnect(self._stream(Writer(send)), receive)
 
     async def _stream(self, out):

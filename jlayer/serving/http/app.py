@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jlayer.errors import JlayerError
-from jlayer.serving.http import metrics
-from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json
+from jlayer.serving.http import batches, metrics
+from jlayer.serving.http.answering import StreamAnswer, WholeAnswer, as_json, while_there
 from jlayer.serving.http.events import EventsAnswer
 from jlayer.serving.http.guard import Guard, refuse
 from jlayer.serving.http.lasting import Lastings
@@ -41,7 +41,7 @@ from jlayer.serving.wire.tokens import (
 
 BODY_SILENCE_S = 30.0  # between two parts of a body
 MOST_BODIES = 256 << 20  # bytes of all bodies that are being read
-PREFIXES = ("/v1/models/", "/v1/requests/")  # of paths that are counted together
+PREFIXES = ("/v1/models/", "/v1/requests/", *batches.PATHS)  # of paths that are counted together
 
 Reads = Callable[..., Asked]
 # path -> what reads a body to it as orders
@@ -71,6 +71,7 @@ def application(site: Site):
         ("/v1/estimate", {"POST": handlers.estimate}),
         ("/v1/requests/{id}", {"GET": requests.get, "DELETE": requests.delete}),
         ("/v1/requests/{id}/stream", {"GET": requests.stream}),
+        *batches.table(site, handlers.body),
         *(
             (path, {"POST": partial(handlers.generate, path, reads)})
             for path, reads in GENERATES.items()
@@ -144,15 +145,14 @@ class Handlers:
         """A body in, an object out, and nothing of the engine."""
         served, _ = self._site.check_ready()
         raw = await self.body(request)
-        return as_json(await self._site.workers.run(lambda: answer(parse_body(raw), served)))
+        work = self._site.workers.run(lambda: answer(parse_body(raw), served))
+        return as_json(await while_there(work, request.receive))
 
     async def estimate(self, request):
         served, desk = self._site.check_ready()
         raw = await self.body(request)
-        found = await self._site.workers.run(
-            lambda: estimated_of(parse_body(raw), served, desk.estimate)
-        )
-        return as_json(found)
+        work = self._site.workers.run(lambda: estimated_of(parse_body(raw), served, desk.estimate))
+        return as_json(await while_there(work, request.receive))
 
     async def generate(self, path: str, reads: Reads, request):
         site = self._site
@@ -165,10 +165,12 @@ class Handlers:
         digest = hashlib.sha256(path.encode() + b"\0" + raw).hexdigest()
         work = site.same(digest) if is_retry(request) else None
         if work is None:
-            asked = await self.read(reads, raw, client=client)
-            work = await self.submitted(asked)
+            work = await while_there(self.begun(reads, raw, client=client), request.receive)
         answer = StreamAnswer if work.asked.stream else WholeAnswer
         return _Forgetting(answer(work, site.stopping), site.remember(digest, work))
+
+    async def begun(self, reads: Reads, raw: bytes, *, client: str) -> Work:
+        return await self.submitted(await self.read(reads, raw, client=client))
 
     async def read(self, reads: Reads, raw: bytes, *, client: str) -> Asked:
         served, _ = self._site.check_ready()
@@ -176,8 +178,13 @@ class Handlers:
 
     async def submitted(self, asked: Asked) -> Work:
         _, desk = self._site.check_ready()
-        work = Work(asked, asyncio.get_running_loop())
-        await self._site.workers.run(work.submit, desk)
+        loop = asyncio.get_running_loop()
+        work = Work(asked, loop)
+        try:
+            await self._site.workers.run(work.submit, desk)
+        except asyncio.CancelledError:  # the client has left; the desk may have it already
+            loop.run_in_executor(None, work.give_up)
+            raise
         return work
 
     async def body(self, request: Request) -> bytes:

@@ -12,6 +12,7 @@ from jlayer.serving.http.answering import (
     STREAM_HEADERS,
     Writer,
     beside_disconnect,
+    headers_only,
     stopping_error,
 )
 from jlayer.serving.http.site import Site
@@ -32,6 +33,8 @@ class EventsAnswer:
         self._site = site
 
     async def __call__(self, scope, receive, send):
+        if scope["method"] == "HEAD":
+            return await headers_only(send)
         await beside_disconnect(self._tell(Writer(send)), receive)
 
     async def _tell(self, out):

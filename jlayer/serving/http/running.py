@@ -11,6 +11,7 @@ import errno
 import logging
 import resource
 import socket
+import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,12 +22,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jlayer.api import Model
 from jlayer.errors import StorageError, UsageError
+from jlayer.serving.batch.answers import Answers
+from jlayer.serving.batch.names import model_key
+from jlayer.serving.batch.service import Service
 from jlayer.serving.desk import Desk
 from jlayer.serving.http.app import application
 from jlayer.serving.http.guard import DRAIN_S
 from jlayer.serving.http.site import Site
 from jlayer.serving.wire.asked import encode
 from jlayer.serving.wire.errors import Refused
+from jlayer.serving.wire.served import Served
 
 HEADERS_S = 20.0  # from a connection's beginning to the end of its request's headers
 KEEP_ALIVE_S = 75  # longer than proxies keep theirs, so that these close first
@@ -109,8 +114,13 @@ class Serving:
         self._ready.wait()
 
     def opened(self, model: Model, desk: Desk, **of_served) -> None:
-        """The model is open: requests are answered from now on. See `Site.opened`."""
+        """The model is open: requests are answered from now on, and batches that an earlier server
+        had begun go on. See `Site.opened`."""
         done: Future[None] = Future()
+        if self.site.journal is not None:
+            answers = Answers(Served.of(model, **of_served))
+            key = model_key(model, **of_served)
+            self.site.batches = Service(self.site.journal.folder, desk, answers, model=key)
 
         def open_site():
             try:
@@ -135,6 +145,8 @@ class Serving:
         self._server.should_exit = True
         self._thread.join(GRACE_S + 2)
         self.site.workers.close()
+        if self.site.batches is not None:
+            self.site.batches.stop()
         self.site.lastings.close()
 
     def __enter__(self) -> Serving:
@@ -198,7 +210,14 @@ class Protocol(H11Protocol):
             self._headers_timer = None
 
     def send_400_response(self, msg):
-        self._send_error(Refused(400, "the request is no valid HTTP/1.1", code="invalid_http"))
+        """Called where h11's error is handled, which tells the two faults apart."""
+        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:
+            most = f"{MOST_HEADER_BYTES >> 10} KiB"
+            self._send_error(
+                Refused(431, f"the headers are larger than {most}", code="headers_too_large")
+            )
+        else:
+            self._send_error(Refused(400, "the request is no valid HTTP/1.1", code="invalid_http"))
 
     def _on_slow(self):
         if not self.transport.is_closing():

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from jlayer.api import Model
+from jlayer.serving.batch.service import Service
 from jlayer.serving.desk import Desk
 from jlayer.serving.http.guard import Rules
 from jlayer.serving.http.journal import Journal
@@ -25,6 +26,7 @@ class Site:
         self.rules = rules or Rules()
         self.journal = journal
         self.lastings = None  # requests that outlive their connections; the application sets it
+        self.batches: Service | None = None  # where there is a folder for them
         self.workers = Workers()
         self.served: Served | None = None
         self.desk: Desk | None = None

@@ -29,13 +29,15 @@ class Work:
         self.jobs: list[Job] = []
         self.n_watchers = 0
         self._loop, self._waiting = loop, set()
-        self._is_noted = False
+        self._is_noted = self._is_given_up = False
 
     def submit(self, desk: Desk) -> None:
         """Hands all orders to the desk, or none; in any thread. Raises what `Desk.submit` does."""
         try:
             for order in self.asked.orders:
                 self.jobs.append(desk.submit(order, self._on_news))
+            if self._is_given_up:
+                self.cancel()
         except BaseException:
             self.cancel()
             raise
@@ -57,6 +59,11 @@ class Work:
     def cancel(self) -> None:
         for job in self.jobs:
             job.cancel()
+
+    def give_up(self) -> None:
+        """Cancels it, also where another thread is still submitting it."""
+        self._is_given_up = True
+        self.cancel()
 
     def progress(self) -> Progress:
         """Of the job that ends last, as far as is known."""

@@ -129,6 +129,7 @@ def prompts_of(prompt: str | list | None) -> list[str | list[int]]:
 def _ids(prompt, served, *, adds):
     """Ids are taken as they are; text gets what the model's texts begin with."""
     if isinstance(prompt, str):
+        served.check_text(len(prompt), param="prompt")
         ids = served.tokenizer().encode(prompt, add_special_tokens=adds)
     else:
         ids = prompt

@@ -119,7 +119,9 @@ def chat_ids(
         variables["continue_final_message"] = form.continue_final_message
     if form.add_generation_prompt is not None:
         variables["add_generation_prompt"] = form.add_generation_prompt
-    messages = messages_for_template(messages_of(form.messages, template=source), convention)
+    said = messages_of(form.messages, template=source)
+    served.check_text(sum(map(_length, said)), param="messages")
+    messages = messages_for_template(said, convention)
     return served.encoded_chat(
         messages,
         tools=tools or None,
@@ -131,3 +133,8 @@ def chat_ids(
 def client_of(address: str, user: str | None) -> str:
     """Whom fairness counts a request for: people behind one address may name themselves."""
     return f"{address}/{user}" if user else address
+
+
+def _length(message):
+    content = message["content"]
+    return len(content if isinstance(content, str) else content[0]["text"])

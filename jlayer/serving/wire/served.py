@@ -18,6 +18,9 @@ TEMPLATE = (
 )
 
 
+LONGEST_TOKEN = 256  # characters; the longest that published vocabularies have are of 128 spaces
+
+
 @dataclass(frozen=True)
 class Served:
     """`names`: under which clients may ask for it, the one that answers carry first. `sampling`:
@@ -88,6 +91,13 @@ class Served:
         wanted = "tool_use" if has_tools and "tool_use" in known else "default"
         return known.get(wanted, "")
 
+    def check_text(self, n_characters: int, *, param: str) -> None:
+        """Raises Refused where a text is beyond the context whatever its tokens are: to count them
+        may take a processor half a minute."""
+        least = n_characters // LONGEST_TOKEN
+        if least > self.context:
+            raise self._beyond(f"your request has at least {least} prompt tokens", param)
+
     def check_length(self, n_prompt: int, n_new: int | None, *, param: str) -> int:
         """How many tokens may follow at most. Raises Refused where the prompt, or what was asked
         for after it, is beyond the context."""
@@ -97,10 +107,13 @@ class Served:
             if n_new is not None:
                 asked = f"you requested {n_prompt + n_new} tokens ({n_prompt} in the prompt, "
                 asked += f"{n_new} in the completion)"
-            raise invalid(
-                f"This model's maximum context length is {self.context} tokens. However, {asked}. "
-                "Please reduce the length of the prompt or the completion.",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._beyond(asked, param)
         return room if n_new is None else n_new
+
+    def _beyond(self, asked, param):
+        return invalid(
+            f"This model's maximum context length is {self.context} tokens. However, {asked}. "
+            "Please reduce the length of the prompt or the completion.",
+            param=param,
+            code="context_length_exceeded",
+        )

@@ -14,6 +14,7 @@ from jlayer.errors import CheckpointError
 from jlayer.serving.http import answering, running
 from jlayer.serving.http.running import Serving, listen
 from jlayer.serving.http.site import Site
+from jlayer.serving.http.workers import Workers
 from jlayer.serving.queue import Limits
 from tests.serving.http.conftest import client_of, held, served
 
@@ -81,6 +82,53 @@ def test_also_in_its_prompt_and_in_the_queue(model, desk, serving, stream):
                 until(lambda: desk.status().queued)
             until(lambda: not desk.status().queued, "one that waits is gone at once")
         until(lambda: desk.status().cancelled_total == n_before + 2)
+    until(lambda: not desk.status().riders)
+
+
+class Late(Workers):
+    """All that they do waits for `gate`."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    async def run(self, work, *arguments):
+        def later():
+            self.gate.wait(PATIENCE_S)
+            return work(*arguments)
+
+        return await super().run(later)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_one_who_leaves_while_the_request_is_read(serving, desk, path, monkeypatch):
+    gate, n_before = threading.Event(), desk.status().requests_total
+    monkeypatch.setattr(serving.site, "workers", Late(gate))
+    try:
+        with raw(serving, body=LONG, path=path):
+            until(lambda: serving.site.n_running)
+        until(lambda: not serving.site.n_running, "nobody waits for it, so it is forgotten")
+    finally:
+        gate.set()
+        serving.site.workers.close()
+    assert desk.status().requests_total == n_before
+
+
+def test_one_who_leaves_while_the_request_is_submitted(serving, desk, monkeypatch):
+    gate, submit, begun = threading.Event(), desk.submit, threading.Event()
+
+    def late(*arguments):
+        begun.set()
+        gate.wait(60)
+        return submit(*arguments)
+
+    monkeypatch.setattr(desk, "submit", late)
+    n_before = desk.status().cancelled_total
+    with raw(serving, body=LONG):
+        assert begun.wait(60)
+    until(lambda: not serving.site.n_running)
+    gate.set()
+    until(lambda: desk.status().cancelled_total > n_before)
     until(lambda: not desk.status().riders)
 
 
@@ -249,7 +297,6 @@ def test_who_sends_too_much_reads_why(serving, as_chunks):
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_refused_in_our_form(serving, request_line):

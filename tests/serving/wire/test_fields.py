@@ -8,6 +8,7 @@ from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
 from jlayer.serving.wire.errors import Refused, refused
 from jlayer.serving.wire.fields import parse_body
+from jlayer.text.tokenizer import Tokenizer
 from tests.serving.wire.bodies import (
     CHAT,
     COMPLETION,
@@ -135,6 +136,34 @@ def test_both_figures_stand_in_the_refusal_of_a_prompt_that_is_too_long(model):
     assert "1025 tokens (1000 in the prompt, 25 in the completion)" in str(found.value)
     asked = read_completion({"prompt": [5] * 1000, "max_tokens": 24}, model)
     assert len(asked.orders[0].ids) == 1000, "nothing is dropped of one that fits"
+
+
+@pytest.mark.parametrize(
+    ("reads", "part", "body"),
+    [
+        (read_completion, "prompt", lambda text: {"prompt": text}),
+        (read_completion, "prompt", lambda text: {"prompt": ["a", text]}),
+        (read_chat, "messages", lambda text: {"messages": messages("a", text[:-9], text[-9:])}),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_its_tokens_are_counted(
+    model, monkeypatch, reads, part, body
+):
+    counted = []
+    encode = Tokenizer.encode
+
+    def counting(self, text, **options):
+        counted.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    for n_characters, least, is_counted in ((8_000_000, "31250", False), (200_000, "", True)):
+        counted.clear()
+        with pytest.raises(Refused) as found:
+            reads(body("a" * n_characters), model)
+        assert (found.value.param, found.value.code) == (part, "context_length_exceeded")
+        assert f"at least {least}" in str(found.value) or is_counted
+        assert any(length > 1000 for length in counted) == is_counted
 
 
 def test_people_behind_one_address_are_told_apart_by_what_they_say(model):

@@ -1,0 +1,222 @@
+"""Answer a file of requests. All lines share the forward passes, so many cost little more than one.
+
+IN has one request a line, as OpenAI's batches have them:
+{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}; the url may also
+be /v1/completions. All lines are checked first. OUT gets one line for each, in the order in which
+they end, with the status and the body that `jlayer serve` would answer; a request that is wrong
+gets its error there.
+
+Each answer is on the disk when it counts as finished. A batch that was stopped, in whatever way,
+goes on when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+from jlayer.app import options, progress
+from jlayer.app.ending import Interrupted, code_of, word_of
+from jlayer.app.inputs import read_text
+from jlayer.app.running import describe, opened
+from jlayer.app.streams import draws, tell
+from jlayer.app.verbs.serve import names
+from jlayer.app.words import time_words
+from jlayer.errors import JlayerError, UsageError
+from jlayer.interrupts import STOPS, check, released
+
+TOLD_S = 60.0  # between two lines of progress where none can be drawn
+
+
+def add_arguments(parser):
+    parser.add_argument("ref", metavar="MODEL", help=options.REF)
+    parser.add_argument("input", metavar="IN", help="a file with one request a line (JSON lines)")
+    parser.add_argument("output", metavar="OUT", help="a file for the answers; is gone on with")
+    parser.add_argument(
+        "--served-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what requests call the model (default: the name of MODEL); may be repeated",
+    )
+    parser.add_argument(
+        "--chat-template", metavar="F", help="a file with another template than the model's"
+    )
+    options.add_run(parser)
+    options.add_draft(parser)
+    options.add_context(parser)
+    options.add_offline(parser)
+    options.add_follow_links(parser)
+
+
+def run(args) -> dict:
+    run_options = options.given(args, *options.RUN, "context", "draft", "follow_links")
+    template = None
+    if args.chat_template is not None:
+        template = read_text(args.chat_template, option="--chat-template")
+    _check_packages()
+    from jlayer.serving.batch.journal import Journal
+    from jlayer.serving.batch.lines import Lines
+
+    with released():
+        lines = Lines(args.input)
+    with lines, Journal(args.output, note=tell) as journal, _kept(args.output, lines, journal):
+        if lines.is_file(journal.status):
+            raise UsageError(f"{args.output}: is the input; name another file for the output")
+        with opened(args.ref, offline=args.offline, **run_options) as model:
+            found = _answer_all(args, model, lines, journal, template)
+    if not args.json:
+        print(_line(found))
+    return found
+
+
+def _check_packages():
+    try:
+        import msgspec  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            'batch: the package msgspec is not installed; pip install "jlayer[serve]"'
+        ) from None
+
+
+@contextmanager
+def _kept(path, lines, journal):
+    """Where the batch ends early, says what is finished, and how it goes on."""
+    from jlayer.serving.batch.journal import GO_ON
+
+    def words():
+        return f"{len(journal.finished):,} of {len(lines):,} lines are answered and kept; {GO_ON}"
+
+    try:
+        yield
+    except STOPS as stop:
+        line = f"{path}: {word_of(stop)}; {words()}"
+        tell(line)
+        found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
+        raise Interrupted(stop, found | _counts(lines, journal)) from None
+    except JlayerError:
+        if journal.finished:
+            tell(f"{path}: {words()}")
+        raise
+
+
+def _answer_all(args, model, lines, journal, template):
+    from jlayer.serving.batch.answers import Answers
+    from jlayer.serving.batch.names import Names, model_key
+    from jlayer.serving.batch.run import Run
+    from jlayer.serving.desk import Desk
+    from jlayer.serving.wire.served import Served
+
+    said = {"names": names(args), "chat_template": template}
+    served, own = Served.of(model, **said), Names(lines.digest, model_key(model, **said))
+    journal.read(own)
+    for line in (describe(model), *model.notes, _begins(args, lines, journal)):
+        tell(line)
+    desk = Desk(model)
+    pause = Told()
+    batch = Run(desk, Answers(served), lines, journal, own, pause=pause)
+    pause.view = view = View(desk, batch)
+    with progress.shown(model, None, view=view):
+        desk.start()
+        try:
+            batch.run()
+        finally:
+            desk.stop()
+    return _result(args, batch, lines, journal, desk)
+
+
+def _begins(args, lines, journal):
+    n_before = f", {len(journal.finished):,} of them answered before" if journal.finished else ""
+    return f"{args.input}: {len(lines):,} lines{n_before}"
+
+
+def _counts(lines, journal):
+    return {
+        "lines": len(lines),
+        "answered": len(journal.finished),
+        "refused": journal.n_refused,
+    }
+
+
+def _result(args, batch, lines, journal, desk):
+    status = desk.status()
+    if batch.first_refusal is not None:
+        tell(f"{args.input}: {batch.first_refusal}")
+    seconds = max(batch.seconds, 1e-9)
+    return {
+        "input": args.input,
+        "output": args.output,
+        "model": args.ref,
+        **_counts(lines, journal),
+        "answered_before": batch.n_before,
+        "first_refusal": batch.first_refusal,
+        "prompt_tokens": batch.prompt_tokens,
+        "new_tokens": batch.new_tokens,
+        "forward_passes": status.passes_total,
+        "tokens_a_pass": batch.new_tokens / max(1, status.passes_total),
+        "seconds": batch.seconds,
+        "lines_per_s": batch.lines_per_s,
+        "tokens_per_s": batch.new_tokens / seconds,
+    }
+
+
+def _line(found):
+    refused = f", {found['refused']:,} of them with an error" if found["refused"] else ""
+    before = found["answered_before"]
+    kept = f" ({before:,} of them before)" if before else ""
+    took = f"; {found['new_tokens']:,} tokens in {time_words(found['seconds'])}, "
+    took += f"{found['lines_per_s']:.2f} lines/s, {found['tokens_a_pass']:.1f} tokens a pass"
+    return (
+        f"{found['output']}: holds the answers of all {found['lines']:,} lines{kept}{refused}"
+        f"{took if found['answered'] > before else ''}"
+    )
+
+
+class View:
+    """How far a batch is, as a line under nothing else: for `progress.shown`."""
+
+    refresh_s = progress.REFRESH_S
+
+    def __init__(self, desk, batch):
+        self._desk, self._batch = desk, batch
+        self._waits_for = ""
+
+    def on_step(self, step, tile):
+        self._waits_for = ""
+
+    def on_compile(self, label):
+        """The desk knows."""
+
+    def wait(self, words: str):
+        self._waits_for = words
+
+    def status(self) -> list[str]:
+        return [line for line in (self.line(), self._waits_for) if line]
+
+    def line(self) -> str:
+        batch, desk = self._batch, self._desk.status()
+        parts = [f"{batch.n_done:,} of {batch.n_lines:,} lines"]
+        if batch.n_done > batch.n_before:
+            parts.append(f"{batch.lines_per_s:.2f} lines/s")
+        parts.append(f"{desk.riders} riders, sweep {desk.pass_} layer {desk.layer}/{desk.n_layers}")
+        if desk.phase is not None:
+            parts.append(desk.phase)
+        if batch.eta_s is not None:
+            parts.append(f"{progress.duration(batch.eta_s)} left")
+        return ", ".join(parts)
+
+
+class Told:
+    """Called again and again while the batch runs: acts on signals, and where nothing can be drawn,
+    says now and then how far it is."""
+
+    view: View | None = None
+
+    def __init__(self):
+        self._next = time.monotonic() + TOLD_S
+
+    def __call__(self):
+        check()
+        if not draws() and time.monotonic() >= self._next:
+            self._next = time.monotonic() + TOLD_S
+            tell(self.view.line())

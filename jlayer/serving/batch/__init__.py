@@ -1,0 +1,1 @@
+"""Files of many requests: read and checked, run beside people, and answered line by line."""
