@@ -19,7 +19,7 @@ from jlayer.interrupts import released
 from jlayer.run_config import RunConfig
 
 KEY = "JLAYER_API_KEY"
-NEEDED = ("starlette", "uvicorn", "msgspec", "h11")
+NEEDED = ("starlette", "uvicorn", "msgspec", "h11", "python_multipart")
 MOST_QUEUED = 256
 
 

@@ -256,3 +256,4 @@ def _more_descriptors():
 def _quieted():
     """What uvicorn reports of clients' faults is in their answers; of ours it logs tracebacks."""
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

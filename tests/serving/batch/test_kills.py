@@ -4,11 +4,14 @@ that of an undisturbed run."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import httpx
+import openai
 import pytest
 
 from tests.conftest import COMPILED, REPOSITORY
@@ -148,3 +151,61 @@ def wait_for_lines(path, n_lines, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < ends, "it does not go on"
         time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_goes_on_with_its_batches(fable, tmp_path):
+    requests = list(many(200))
+    content = "".join(json.dumps(one) + "\n" for one in requests).encode()
+    chance, batch, n_done = random.Random(5), None, 0
+    for stop in range(6):
+        process = start("serve", fable, "--port", "0", "--state", tmp_path / "state")
+        try:
+            address = re.search(r"http://\S+?(?=/ )", process.stderr.readline())[0]
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api:
+                until_ready(address)
+                if batch is None:
+                    file = api.files.create(file=("in.jsonl", content), purpose="batch")
+                    batch = api.batches.create(
+                        input_file_id=file.id,
+                        endpoint="/v1/completions",
+                        completion_window="24h",
+                    )
+                wanted = 200 if stop == 5 else n_done + chance.randint(1, (200 - n_done) // 4 + 1)
+                found = until_answered(api, batch.id, wanted)
+                n_done = found.request_counts.completed + found.request_counts.failed
+                if found.status == "completed":
+                    lines = [
+                        json.loads(line)
+                        for file_id in (found.output_file_id, found.error_file_id)
+                        for line in api.files.content(file_id).text.splitlines()
+                    ]
+        finally:
+            process.kill()
+            process.communicate()
+    assert found.status == "completed"
+    assert sorted(line["custom_id"] for line in lines) == sorted(
+        one["custom_id"] for one in requests
+    )
+    assert (found.request_counts.completed, found.request_counts.failed) == (180, 20)
+
+
+def until_ready(address):
+    ends = time.monotonic() + 120
+    while httpx.get(f"{address}/health").status_code != 200:
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def until_answered(api, batch_id, n_lines):
+    """The batch once so many lines have their answer; all of them: once it is completed."""
+    ends = time.monotonic() + 280
+    while True:
+        found = api.batches.retrieve(batch_id)
+        counts = found.request_counts
+        is_enough = counts.completed + counts.failed >= n_lines and n_lines < 200
+        if is_enough or found.status == "completed":
+            return found
+        assert found.status in ("validating", "in_progress", "finalizing"), found
+        assert time.monotonic() < ends
+        time.sleep(0.005)

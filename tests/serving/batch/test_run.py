@@ -124,6 +124,17 @@ def test_a_wrong_body_is_its_own_line(batch, tmp_path, more, status, param):
     assert found["wrong"]["response"]["body"]["error"]["param"] == param
 
 
+def test_prompts_are_scored_as_the_server_does(model, batch, tmp_path):
+    batch([request("a", "Once upon a time", max_tokens=0, echo=True, logprobs=1)])
+    (line,) = answers(tmp_path / "out").values()
+    (choice,) = line["response"]["body"]["choices"]
+    ids = model.text.encode("Once upon a time")
+    assert choice["text"] == "Once upon a time"
+    assert [one is None for one in choice["logprobs"]["token_logprobs"]] == [
+        at == 0 for at in range(len(ids))
+    ]
+
+
 def test_a_full_queue_is_waited_for(model, batch, tmp_path):
     desk = Desk(model, limits=Limits(batch=1))
     desk.start()

@@ -164,12 +164,15 @@ def test_a_refusal_is_no_acceptance(client):
     accepted(client, TEXT, headers)
 
 
-def test_what_is_deleted_ends_and_is_forgotten(client, desk):
-    name = accepted(client, {**TEXT, "max_tokens": 240})
-    until(lambda: desk.status().riders)
-    found = client.delete(f"/v1/requests/{name}")
-    assert found.json() == {"id": name, "object": "jlayer.request", "deleted": True}
+def test_what_is_deleted_ends_and_is_forgotten(model, client, desk):
+    n_before = desk.status().cancelled_total
+    with held(model, threading.Event()):
+        name = accepted(client, TEXT)
+        until(lambda: desk.status().riders)
+        found = client.delete(f"/v1/requests/{name}")
+        assert found.json() == {"id": name, "object": "jlayer.request", "deleted": True}
     until(lambda: not desk.status().riders)
+    assert desk.status().cancelled_total == n_before + 1
     assert client.get(f"/v1/requests/{name}").status_code == 404
     assert client.delete(f"/v1/requests/{name}").status_code == 404
 
