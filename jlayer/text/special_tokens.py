@@ -14,13 +14,6 @@ from jlayer.text.bpe import ids_of
 from jlayer.text.declared import text_of
 
 
-def ids_of(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Ids of `text`. The library's `encode` keeps every other thread waiting until its end, which
-    for 5 MB is many seconds; its call for many texts does not."""
-    (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-    return found.ids
-
-
 def add_tokens(tokenizer, tokens: Mapping[int, object], names: Iterable, extra: Iterable) -> None:
     """Adds tokens in the order of transformers, which gives those that are new their ids.
 

@@ -20,7 +20,7 @@ from jlayer.text.declared import read_declared
 from jlayer.text.decoders import cleaned_up
 from jlayer.text.load import Loaded, load
 from jlayer.text.marks import Rendered
-from jlayer.text.special_tokens import RenamedTokenizer, ids_of
+from jlayer.text.special_tokens import RenamedTokenizer
 from jlayer.text.stream import TextStream
 
 NO_TOKENIZER = "{folder}: no tokenizer.json or tokenizer.model; give token ids with --prompt-ids"
