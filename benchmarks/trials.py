@@ -29,6 +29,7 @@ from benchmarks.served import (
     until,
 )
 
+ETA_OFF = 0.25  # after two sweeps, at most
 COMMENTS_S = 5.0  # between two comments of a stream, at most
 
 
@@ -117,6 +118,7 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
     assert silence < COMMENTS_S, silence
     assert min(done["bodies"], done["schemas"]) > 0, done
     at, _, eta_s = next(each for each in etas if each[1] >= 2)  # after two sweeps
+    assert abs(eta_s / (ended - at) - 1) < ETA_OFF, (eta_s, ended - at)
     return {
         "seconds_a_sweep": sweeps[-1],
         "health_s": common.summary(health.seconds),
