@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import threading
 import time
@@ -200,6 +201,7 @@ def killed(*, rounds: int = 3, requests: int = 40) -> dict:
     ends.update(e["accept"]["id"] for e in entries if e.get("accept", {}).get("ended"))
     assert all(ends[name] == 1 for name in accepted.values()), ends
     assert len({answer["id"] for answer in answers.values()}) == len(accepted)
+    shutil.rmtree(state)
     return {
         "kills": rounds,
         "accepted": len(accepted),
