@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from benchmarks.served import (
     until,
 )
 
+ETA_OFF = 0.25  # after two sweeps, at most
 COMMENTS_S = 5.0  # between two comments of a stream, at most
 
 
@@ -117,6 +119,7 @@ def slow_model(server: Server, *, seconds: float = 60, tokens: int = 6, clients:
     assert silence < COMMENTS_S, silence
     assert min(done["bodies"], done["schemas"]) > 0, done
     at, _, eta_s = next(each for each in etas if each[1] >= 2)  # after two sweeps
+    assert abs(eta_s / (ended - at) - 1) < ETA_OFF, (eta_s, ended - at)
     return {
         "seconds_a_sweep": sweeps[-1],
         "health_s": common.summary(health.seconds),
@@ -198,6 +201,7 @@ def killed(*, rounds: int = 3, requests: int = 40) -> dict:
     ends.update(e["accept"]["id"] for e in entries if e.get("accept", {}).get("ended"))
     assert all(ends[name] == 1 for name in accepted.values()), ends
     assert len({answer["id"] for answer in answers.values()}) == len(accepted)
+    shutil.rmtree(state)
     return {
         "kills": rounds,
         "accepted": len(accepted),

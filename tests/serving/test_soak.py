@@ -40,6 +40,12 @@ def test_memory_is_flat(server):
     assert found["growth_of_the_second_half_bytes"] < 30 << 20
 
 
+def test_a_slow_model_makes_nothing_else_slow():
+    with Server(slowed=0.3) as slow:
+        found = trials.slow_model(slow, seconds=1, clients=2)
+    assert found["seconds_a_sweep"] > 1.5
+
+
 def test_accepted_requests_survive_kills():
-    found = trials.killed(rounds=2, requests=10)
+    found = trials.killed(rounds=1, requests=10)
     assert found["answered_once"] == found["accepted"] > 5
