@@ -12,7 +12,7 @@ from jlayer.engine.batch import Entry
 from jlayer.engine.lane import Lane
 from jlayer.engine.pool import Pool
 from jlayer.plan.plan import Plan
-from jlayer.plan.shapes import pack
+from jlayer.plan.shapes import PackedRows
 
 # Lanes that begin alike share the entries of so many tokens or more.
 LEAST_SHARED = 16
@@ -118,23 +118,21 @@ def choose_riders(
     Next tokens come first, of lanes that have waited longest. Beside them ride at most
     `prompt_rows` of prompts.
     """
-    riders = []
+    riders, rows, sources = [], PackedRows(plan.chunk), None
     lanes = sorted(lanes, key=lambda lane: lane.last_pass)
-    lengths: dict[int, list[int]] = {0: []}  # by what must be written before
 
     def fits(n_tokens, after=0):
-        more = lengths | {after: [*lengths.get(after, ()), n_tokens]}
-        panes = [pane for some in more.values() for pane in pack(some, plan.chunk, shared=0)]
-        return not riders or sum(pane.n_rows for pane in panes) <= plan.load.n_rows
+        return not riders or rows.beside(n_tokens, after) <= plan.load.n_rows
 
     for lane in [lane for lane in lanes if lane.n_pending == 1]:
         if not fits(1):
             break
-        lengths[0].append(1)
+        rows.add(1)
         riders.append(Rider(lane, len(lane.history) - 1, len(lane.history)))
     room = prompt_rows if riders else plan.load.n_rows
     for lane in [lane for lane in lanes if lane.n_pending > 1]:
-        rider = _with_source(lane, riders, everybody, pool, plan.chunk)
+        sources = sources or Sources(everybody, riders, pool, plan.chunk)
+        rider = sources.rider_of(lane)
         if rider is None:
             continue
         n_tokens = min(rider.end - rider.first, room)
@@ -143,48 +141,74 @@ def choose_riders(
         if n_tokens < 1 or not fits(n_tokens, rider.after):
             break
         rider.end = rider.first + n_tokens
-        lengths.setdefault(rider.after, []).append(n_tokens)
+        rows.add(n_tokens, rider.after)
         riders.append(rider)
+        sources.add(rider)
         room -= n_tokens
     return riders
 
 
-def _with_source(lane, riders, everybody, pool, chunk) -> Rider | None:
-    """The rider of a lane whose prompt is not done. A lane without entries takes those of
-    another that begins alike, be they there or on their way in this pass. None: it waits for
-    one that is still on its way through what they share.
+class Sources:
+    """Lanes that have entries, or get some in this pass, by the first tokens of their texts: those
+    that begin alike take them over."""
 
-    Sequences of one prompt share among themselves first: their memory is planned so."""
-    end = len(lane.history)
-    best = Rider(lane, len(lane.table), end)
-    if len(lane.table) or pool.has_state:
-        return best
-    known = {id(rider.lane): rider for rider in riders}
-    others = [
-        known.get(id(other)) or Rider(other, len(other.table), len(other.table))
-        for other in everybody
-        if other is not lane and other.table is not None and not other.table.is_closed
-    ]
-    others = [rider for rider in others if rider.end]
-    n_promised = 0
-    for rider in [r for r in others if r.lane.is_sibling(lane)] or others:
-        other = rider.lane
-        most = min(lane.n_shareable, len(other.history))
-        n_same = n_alike(lane.history, other.history, most)
-        n_shared = min(n_same, rider.end)
-        n_there = len(other.table)
-        is_there = pool.holds(other.table.rows[:n_shared]) and pool.keeps(
-            n_shared, rider.end - n_there, rider.end, chunk
-        )
-        if other.is_long != lane.is_long or not is_there:
-            continue
-        if other.is_alive and other.is_hungry and other.n_pending > 1:
-            n_promised = max(n_promised, n_same)
-        if n_shared >= max(LEAST_SHARED, best.first + 1):
+    def __init__(self, everybody: Sequence[Lane], riders: Sequence[Rider], pool: Pool, chunk: int):
+        self._pool, self._chunk = pool, chunk
+        self._known: dict[tuple, dict[int, Rider]] = {}
+        for other in everybody if not pool.has_state else ():
+            if other.table is not None and not other.table.is_closed:
+                self.add(Rider(other, len(other.table), len(other.table)))
+        for rider in riders:
+            self.add(rider)
+
+    def add(self, rider: Rider) -> None:
+        """Adds a rider, in place of its lane as it was before this pass."""
+        if rider.end:
+            self._alike(rider.lane)[id(rider.lane)] = rider
+
+    def _alike(self, lane):
+        return self._known.setdefault(tuple(lane.history[:LEAST_SHARED]), {})
+
+    def rider_of(self, lane: Lane) -> Rider | None:
+        """The rider of a lane whose prompt is not done. A lane without entries takes those of
+        another that begins alike, be they there or on their way in this pass. None: it waits for
+        one that is still on its way through what they share.
+
+        Sequences of one prompt share among themselves first, then the prompts of one run: their
+        memory is planned so."""
+        end = len(lane.history)
+        best = Rider(lane, len(lane.table), end)
+        if len(lane.table) or self._pool.has_state:
+            return best
+        others = [rider for rider in self._alike(lane).values() if rider.lane is not lane]
+        own = [rider for rider in others if rider.lane.account is lane.account]
+        others = [rider for rider in own if rider.lane.is_sibling(lane)] or own or others
+        n_promised = 0
+        for rider in (*others[-1:], *others[:-1]):  # the next answer to a question is like the last
+            other = rider.lane
+            n_same = n_alike(lane.history, other.history, min(lane.n_shareable, len(other.history)))
+            n_shared = min(n_same, rider.end)
             # Its first entries may be of this pass too: what it lists of its own source.
             after = rider.after + (n_shared > rider.first)
-            best = Rider(lane, n_shared, end, source=rider, after=after)
-    return best if best.first >= n_promised else None
+            is_better = n_shared >= LEAST_SHARED and (-n_shared, after) < (-best.first, best.after)
+            if not is_better and n_same <= n_promised:
+                continue
+            if other.is_long != lane.is_long or not self._is_there(rider, n_shared):
+                continue
+            if other.is_alive and other.is_hungry and other.n_pending > 1:
+                n_promised = max(n_promised, n_same)
+            if is_better:
+                best = Rider(lane, n_shared, end, source=rider, after=after)
+            if best.first == lane.n_shareable:
+                break
+        return best if best.first >= n_promised else None
+
+    def _is_there(self, rider, n_shared):
+        """Whether the first entries of a rider are held, and will be after this pass."""
+        table = rider.lane.table
+        return self._pool.holds(table.rows[:n_shared]) and self._pool.keeps(
+            n_shared, rider.end - len(table), rider.end, self._chunk
+        )
 
 
 def n_alike(one: Sequence[int], other: Sequence[int], most: int) -> int:

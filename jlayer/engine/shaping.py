@@ -4,7 +4,6 @@ those that begin alike share them.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ from jlayer.engine.options import SamplingOptions
 from jlayer.engine.riders import LEAST_SHARED, n_alike
 from jlayer.engine.scores import first_scored
 from jlayer.families.registry import has_state, windows_of
-from jlayer.plan.shapes import CHUNK_ROWS, RunShape, pack
+from jlayer.plan.shapes import PackedRows, RunShape
 from jlayer.spec import ModelConfig
 
 
@@ -40,16 +39,15 @@ def shape_of(
         n_shared = n_prompt - 1 if shares else 0
         entries += n_shared + each * (n_prompt - n_shared + limit) - n_before
         rides += [n_prompt - n_before, *[n_prompt - n_shared] * (each - 1)]
-    batch, longest = each * len(rows), max(lengths)
-    if options.prompt_logprobs is not None or any(before):
-        longest = min(longest, -(-_padded(rides, before, each) // batch))
+    scores = options.prompt_logprobs is not None
     return RunShape(
-        batch=batch,
-        longest=longest,
+        batch=each * len(rows),
+        longest=max(lengths),
         context=max(n_prompt + n for n_prompt, n in zip(lengths, limits, strict=True)),
-        scores=options.prompt_logprobs is not None,
+        scores=scores,
         sweeps=max(1, *limits),
         entries=entries,
+        rides=_padded(rides, before, each) if scores or any(before) else None,
         nodes=nodes,
     )
 
@@ -70,11 +68,12 @@ def _shared(cfg, rows, options):
 def _padded(rides, before, each):
     """About the rows of a forward pass that carries all of these, padding included. What is shared
     in it must be written before."""
-    ranks, rank = defaultdict(list), 0
+    rows, levels = PackedRows(), []  # so many tokens are shared, of prompts inside one another
     for number, n_tokens in enumerate(rides):
         own, sibling = divmod(number, each)
-        if not sibling:
-            rank = 0 if not before[own] else rank + (before[own] > before[own - 1])
-        ranks[rank + (sibling > 0)].append(n_tokens)
-    panes = (pane for some in ranks.values() for pane in pack(some, CHUNK_ROWS[-1], shared=0))
-    return sum(pane.n_rows for pane in panes)
+        while levels and levels[-1] > before[own]:
+            levels.pop()
+        if before[own] and before[own] not in levels:
+            levels.append(before[own])
+        rows.add(n_tokens, len(levels) + (sibling > 0))
+    return rows.n_rows

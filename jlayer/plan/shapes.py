@@ -57,11 +57,11 @@ class RunShape:
     `batch`: its lanes, a text each. `longest`: the most tokens of a lane that are to be computed at
     a time, as a prompt; they may take several forward passes. `context`: the most positions of a
     lane. `all_logits`: logits for every token, not only the last; `single_array`: as one host
-    array. `scores`: logits for every token, which may take several forward passes.
-    `sweeps`: about how many forward passes it will take. `entries`: the most cache entries of all
-    its lanes together, where lanes share some. `nodes`: the most guessed tokens of all its lanes
-    together that ride in one forward pass, as trees below the next tokens; each lane has an equal
-    share.
+    array. `scores`: logits for every token, which may take several forward passes. `sweeps`: about
+    how many forward passes it will take. `entries`: the most cache entries of all its lanes
+    together, and `rides`: the rows of all their prompts, padding included, where lanes share some.
+    `nodes`: the most guessed tokens of all its lanes together that ride in one forward pass, as
+    trees below the next tokens; each lane has an equal share.
     """
 
     batch: int = 1
@@ -72,6 +72,7 @@ class RunShape:
     scores: bool = False
     sweeps: int = 1
     entries: int | None = None
+    rides: int | None = None
     nodes: int = 0
 
     def __post_init__(self):
@@ -90,15 +91,21 @@ class RunShape:
         share = self.longest if whole else max(1, min(self.longest, rows // self.batch))
         prefill = _alike(self.batch, share, most)
         decode = _alike(self.batch, lane_rows(self), most, whole=True)
+        n_rows, n_decode_rows = _rows_of(prefill), _rows_of(decode)
+        n_chunks, prefills = sum(prefill.values()), -(-self.longest // share)
+        if self.rides is not None and self.rides < self.batch * self.longest:
+            n_rows = min(n_rows, self.rides)
+            n_chunks = min(n_chunks, -(-n_rows // max(prefill)))
+            prefills = -(-self.rides // n_rows)
         return Shapes(
             batch=self.batch,
             capacities=(capacity_for(self.context),),
             entries=(self.entries or self.batch * self.context) + self.nodes,
             chunk=max(*prefill, *decode),
-            n_rows=max(sum(rows * n for rows, n in some.items()) for some in (prefill, decode)),
-            n_chunks=sum(prefill.values()),
+            n_rows=max(n_rows, n_decode_rows),
+            n_chunks=n_chunks,
             n_decode_chunks=sum(decode.values()),
-            prefills=-(-self.longest // share),
+            prefills=prefills,
             all_logits=self.all_logits or self.scores,
             single_array=self.single_array,
             nodes=self.nodes,
@@ -222,6 +229,42 @@ def pack(
             some = tuple(sorted(members[begin : begin + at_once], key=lambda each: each.lane))
             panes.append(Pane(power_of_two(len(some)), tokens, some))
     return panes
+
+
+class PackedRows:
+    """Counts the rows of the panes that `pack` makes of more and more lanes, none of which shares a
+    chunk with others of another length. `rank`: what must run before others is packed by itself."""
+
+    def __init__(self, most: int = CHUNK_ROWS[-1]):
+        self._most = most
+        self._counts: Counter[tuple[int, int]] = Counter()  # lanes by rank and tokens of their rest
+        self.n_rows = 0
+
+    def beside(self, n_tokens: int, rank: int = 0) -> int:
+        """The rows with one lane more."""
+        full, tokens = _split(n_tokens, self._most)
+        count = self._counts[rank, tokens]
+        return self.n_rows + full + self._group(count + 1, tokens) - self._group(count, tokens)
+
+    def add(self, n_tokens: int, rank: int = 0) -> None:
+        self.n_rows = self.beside(n_tokens, rank)
+        self._counts[rank, _split(n_tokens, self._most)[1]] += 1
+
+    def _group(self, count, tokens):
+        at_once = max(1, self._most // tokens)
+        whole, rest = divmod(count, at_once)
+        n_rows = whole * rows_for(power_of_two(at_once) * tokens)
+        return n_rows + (rows_for(power_of_two(rest) * tokens) if rest else 0)
+
+
+def _split(n_tokens, most):
+    """(the rows of a lane's chunks of its own, the tokens of the pane with the rest of it)."""
+    full = chunks(n_tokens, most)[:-1]
+    return sum(map(rows_for, full)), _tokens_for(n_tokens - sum(full))
+
+
+def _rows_of(panes: Counter) -> int:
+    return sum(rows * count for rows, count in panes.items())
 
 
 def _alike(n_lanes, n_tokens, most, *, whole=False):

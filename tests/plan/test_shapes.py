@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jlayer.plan.limits import chunk_limits
 from jlayer.plan.shapes import (
     CHUNK_ROWS,
+    PackedRows,
     RunShape,
     capacity_for,
     chunks,
@@ -39,6 +40,20 @@ def test_panes_hold_every_token_of_every_lane_once_and_in_order(lengths, most):
             assert 1 <= member.count <= pane.tokens
             found[member.lane] += range(member.first, member.first + member.count)
     assert found == {lane: list(range(n)) for lane, n in enumerate(lengths)}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1300), st.integers(0, 2)), max_size=60),
+    st.sampled_from(CHUNK_ROWS),
+)
+def test_rows_of_panes_are_counted_lane_by_lane(lanes, most):
+    rows, packed = PackedRows(most), [[], [], []]
+    for n_tokens, rank in lanes:
+        expected = rows.beside(n_tokens, rank)
+        rows.add(n_tokens, rank)
+        packed[rank].append(n_tokens)
+        panes = [pane for some in packed for pane in pack(some, most, shared=0)]
+        assert rows.n_rows == expected == sum(pane.n_rows for pane in panes)
 
 
 def test_lanes_with_a_token_each_are_one_chunk_and_long_prompts_have_their_own():
@@ -85,6 +100,18 @@ def test_the_shapes_of_lanes_that_are_alike_are_those_of_their_chunks(n_lanes, n
 def test_a_prompt_may_take_several_forward_passes():
     found = RunShape(longest=100_000, context=100_100).shapes(rows=8192)
     assert (found.n_rows, found.prefills) == (8192, 13)
+
+
+def test_a_run_whose_lanes_share_entries_has_fewer_rows():
+    alone = RunShape(100, 300, 310).shapes()
+    shared = RunShape(100, 300, 310, rides=3000).shapes()
+    assert (alone.n_rows, alone.prefills) == (100 * 320, 1)
+    assert (shared.n_rows, shared.prefills) == (3000, 1)
+    assert shared.n_chunks == 6
+    limited = RunShape(100, 300, 310, rides=3000).shapes(rows=1600)
+    assert (limited.n_rows, limited.prefills) == (1600, 2)
+    assert limited.chunk == 512
+    assert RunShape(100, 1, 310, rides=3000).shapes() == RunShape(100, 1, 310).shapes()
 
 
 def test_runs_that_share_forward_passes_need_room_for_all_lanes():
