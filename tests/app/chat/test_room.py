@@ -60,6 +60,7 @@ def test_the_message_comes_back_once_something_was_dropped(model, capsys):
     assert "1 message and its answer dropped, 1 left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["/clear", '/system ""'])
 def test_other_ways_to_make_room(model, command):
     lines = [WORDS + "One?", 4 * WORDS, command, 4 * WORDS]
@@ -68,6 +69,7 @@ def test_other_ways_to_make_room(model, command):
     assert found.typist.before[3] == 4 * WORDS
 
 
+@pytest.mark.slow
 def test_another_message_may_be_sent_instead(model):
     found = chat(model, WORDS + "One?", 6 * WORDS + WORDS, "Two?")
     found.run()
@@ -107,6 +109,7 @@ def test_a_template_that_fails_while_offers_are_made_ends_no_chat(model, capsys)
     assert "no system" in said
 
 
+@pytest.mark.slow
 def test_an_answer_is_cut_to_the_room_that_is_left(model):
     found = chat(model, 4 * WORDS, options={"max_new_tokens": 1000})
     result = found.run()
