@@ -90,6 +90,9 @@ TESTED = {
     "python benchmarks/fuzz_headers.py --count 1000": By("tests/convert/test_fuzz.py"),
     # errors.md
     "jlayer plan llama-3.1-8b-instruct --device-memory 900MiB": Here(code=4, shows=True),
+    # evaluating.md
+    'pip install -e ".[eval]"': Parsed(NETWORK),
+    "jlayer eval harness path/to/Llama-3-8B --tasks arc_easy,hellaswag": Parsed(NETWORK),
     # memory.md
     "jlayer plan llama-3.1-70b-instruct --device-memory 1536MiB --host-memory 64GiB "
     "--context 64": Here(shows=True),
