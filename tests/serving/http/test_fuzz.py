@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 
 import pytest
@@ -157,8 +158,12 @@ def check(asked, status, headers, content):
     return status
 
 
+# A longer campaign by hand: JLAYER_FUZZ_REQUESTS=100000 pytest -m slow tests/serving/http/test_fuzz.py
+MANY = int(os.environ.get("JLAYER_FUZZ_REQUESTS", "10000"))
+
+
 @pytest.mark.parametrize(
-    ("seed", "count"), [(1, 400), pytest.param(2, 100_000, marks=pytest.mark.slow)]
+    ("seed", "count"), [(1, 400), pytest.param(2, MANY, marks=pytest.mark.slow, id="many")]
 )
 def test_no_input_gives_a_5xx(model, desk, seed, count):
     source = random.Random(seed)
