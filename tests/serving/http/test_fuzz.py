@@ -158,7 +158,7 @@ def check(asked, status, headers, content):
     return status
 
 
-# A longer campaign by hand: JLAYER_FUZZ_REQUESTS=100000 pytest -m slow tests/serving/http/test_fuzz.py
+# For a longer campaign: JLAYER_FUZZ_REQUESTS=100000 pytest -m slow tests/serving/http
 MANY = int(os.environ.get("JLAYER_FUZZ_REQUESTS", "10000"))
 
 
