@@ -35,6 +35,8 @@ PATHS = {
     "/v1/files": 1,
     "/v1/%00": 1,
 }
+# Of streams, in OpenAI's form and in Anthropic's.
+ENDS = (b"data: [DONE]\n\n", b'data: {"type":"message_stop"}\n\n')
 METHODS = {"POST": 20, "GET": 3, "DELETE": 1, "PUT": 1, "OPTIONS": 1, "HEAD": 1, "BREW": 1}
 ODD = [
     *(None, True, False, 0, -1, 1, 2, 7, 1 << 31, 1 << 63, 1 << 64, -(1 << 70), 0.0, 0.5, -0.5),
@@ -151,7 +153,7 @@ def check(asked, status, headers, content):
         assert error["message"], asked
         assert len(content) < 4000, asked
     elif "event-stream" in headers.get("content-type", ""):
-        assert content.endswith(b"data: [DONE]\n\n") or b'"error"' in content, asked
+        assert content.endswith(ENDS) or b'"error"' in content, asked
     elif headers.get("content-type") == "application/json":
         json.loads(content)
     assert KEY.encode() not in content, asked
