@@ -64,6 +64,8 @@ TESTED = {
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-int4 --quantize int4": Here(),
     "jlayer plan path/to/Llama-3-8B-int4 --device-memory 4GiB": Here(),
     'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" -n 100': Here(),
+    "jlayer chat path/to/Llama-3-8B-int4": Parsed("waits for somebody who types"),
+    "jlayer serve path/to/Llama-3-8B-int4": Parsed(SERVES),
     "jlayer plan path/to/Llama-3-8B --device-memory 4GiB --batch 16 --context 512": Here(),
     'jlayer generate path/to/Llama-3-70B --draft path/to/Llama-3-8B -p "Once upon a time" '
     "-n 100": Here(),

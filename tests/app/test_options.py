@@ -46,8 +46,8 @@ def by_flag():
 
 
 # `convert --dtype` casts the weights, the others compute in it. `plan --quantize` plans for what
-# `convert --quantize` makes.
-TWO_MEANINGS = {"--chat-template", "--dtype", "--quantize", "--system", "--template-var"}
+# `convert --quantize` makes. `eval harness --chat` is of questions.
+TWO_MEANINGS = {"--chat", "--chat-template", "--dtype", "--quantize", "--system", "--template-var"}
 
 
 def test_an_option_of_several_verbs_has_one_line_of_help():

@@ -37,7 +37,7 @@ def add_arguments(parser):
         action="append",
         default=[],
         metavar="NAME",
-        help="what requests call the model (default: the name of MODEL); may be repeated",
+        help="the model's name for clients (default: that of MODEL); may be repeated",
     )
     parser.add_argument(
         "--chat-template", metavar="F", help="a file with another template than the model's"
