@@ -24,7 +24,10 @@ PLAIN = {**GREEDY, "eos_token_id": None, "speculate": "off"}
 SCORED = {**PLAIN, "max_new_tokens": 0}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]
+
+
+@pytest.fixture(scope="module", params=[KINDS[0], *SLOW])
 def folder(request, tmp_path_factory):
     return save(tmp_path_factory.mktemp(request.param) / "source", request.param)
 
@@ -63,6 +66,7 @@ def close(expected, tolerance=1e-5):
 
 
 @pytest.mark.reference
+@pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_they_are_those_of_transformers(folder, model):
     torch = pytest.importorskip("torch")
     expected = reference_logits(folder, [PROMPT], torch.float32)[0].log_softmax(-1).numpy()
@@ -95,17 +99,8 @@ def test_a_prompt_in_pieces_is_scored_as_in_one(model, rows):
     assert logprobs(found) == close(own(model, PROMPT), 1e-4)
 
 
-def test_together_is_alone(llama):
-    check_together(llama)
-
-
-@pytest.mark.slow
-def test_together_is_alone_with_windows_and_states(model):
-    check_together(model)
-
-
-def check_together(model):
-    prompts = [PROMPT[:n] for n in (2, 17, 40, 90)] + [PROMPT[20:41], PROMPT[:17]]
+def test_together_is_alone(model):
+    prompts = [PROMPT[:n] for n in (2, 17, 60)] + [PROMPT[20:41]]
     first = {"prompt_logprobs_from": 9}
     want = [score(model, prompt) for prompt in prompts]
     want_late = [score(model, prompt, 0, **first) for prompt in prompts]
@@ -140,7 +135,7 @@ def test_each_is_told_as_many_of_the_likeliest_as_it_asked_for(llama):
         assert [one["top"] for one in some] == [one["top"][:n_top] for one in found[0]]
 
 
-@pytest.mark.parametrize("n_new", [0, 1, 3])
+@pytest.mark.parametrize("n_new", [0, 3])
 def test_new_tokens_follow_a_scored_prompt_as_any_other(model, n_new):
     want = jlayer.generate(model, PROMPT[:40], max_new_tokens=3, logprobs=1, **PLAIN)
     options = {**PLAIN, "max_new_tokens": n_new, "logprobs": 1}
