@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -232,9 +231,6 @@ def test_stdout_may_be_a_file_while_somebody_types(words, state, tmp_path):
 @pytest.mark.parametrize("when", ["prompt", "answer"])
 def test_sigterm_leaves_with_its_code_and_the_terminal_as_it_was(words, state, when):
     def kill(written):
-        # Between its last look for signals and its wait for a key readline misses one, which is
-        # then acted on with the next key: not what is tried here.
-        time.sleep(0.5)
         os.kill(int(re.search(r"pid (\d+)", written)[1]), signal.SIGTERM)
 
     code = f'import os; print("pid", os.getpid(), flush=True)\n{COMMAND}'

@@ -8,6 +8,7 @@ lines. Commands are left to `commands`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import termios
 from contextlib import contextmanager, suppress
@@ -18,10 +19,11 @@ from jlayer.app.chat.page import has_colour
 from jlayer.app.inputs import BYTE_ORDER_MARK
 from jlayer.app.streams import is_terminal
 from jlayer.errors import UsageError
-from jlayer.interrupts import released
+from jlayer.interrupts import check, released
 
 FENCE = '"""'
 PROMPT, MORE = "> ", ". "
+LOOK_AGAIN_S = 0.5
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
@@ -102,9 +104,10 @@ class Keyboard:
         with _shown_on_a_terminal() as has_codes:
             if has_codes:  # \001 and \002 enclose what takes no column
                 prompt = f"\001{BOLD}\002{prompt}\001{PLAIN}\002"
-            readline.set_startup_hook(lambda: readline.insert_text(before) if before else None)
+            if before:
+                readline.set_startup_hook(lambda: readline.insert_text(before))
             try:
-                with released():
+                with released(), _looked_for_signals():
                     return input(prompt)
             except EOFError:
                 print(flush=True)
@@ -163,6 +166,19 @@ def _shown_on_a_terminal():
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def _looked_for_signals():
+    """Acts on signals now and then. One that comes just before readline begins to wait for a key
+    would have to wait for the key too; and what is raised while its hook runs, readline drops."""
+    before = signal.signal(signal.SIGALRM, lambda *_: check())
+    signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S, LOOK_AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def read(source: Pipe | Keyboard, *, label: str = "", before: str = "") -> Said:
