@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 
 
@@ -237,3 +238,29 @@ def _cpu_name():
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+@contextmanager
+def opened(args, **more):
+    """A model within the budgets that a benchmark's options name, and the seconds of opening it on
+    stderr."""
+    from jlayer import AutoModel
+
+    began = time.perf_counter()
+    model = AutoModel.from_pretrained(
+        args.folder,
+        device=args.device,
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        **more,
+    )
+    say(f"opened in {time.perf_counter() - began:.1f} s")
+    with model:
+        yield model
+
+
+def end(result: dict, watch: GpuWatch) -> None:
+    """The card's memory, and the one JSON object."""
+    result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
+    say(f"nvidia-smi peak {watch.peak} MiB, before {watch.before}")
+    last_line(result)

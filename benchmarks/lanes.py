@@ -94,17 +94,9 @@ def main():
         rows, context = map(int, each.split("x"))
         wanted.append((1, rows, context))
     with common.GpuWatch() as watch:
-        from jlayer import AutoModel, DoesNotFitError
+        from jlayer import DoesNotFitError
 
-        began = time.perf_counter()
-        model = AutoModel.from_pretrained(
-            args.folder,
-            device=args.device,
-            device_memory=args.device_memory,
-            host_memory=args.host_memory,
-        )
-        common.say(f"opened in {time.perf_counter() - began:.1f} s")
-        with model:
+        with common.opened(args) as model:
             for lanes, rows, context in wanted:
                 try:
                     found = passes(
@@ -133,9 +125,7 @@ def main():
                     result[f"draw_{lanes}_s"] = drawing(model, lanes)
                     common.say(f"drawing {lanes:3} tokens: {result[f'draw_{lanes}_s']:.4f} s")
             result["memory"] = model.engine.memory()
-    result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
-    common.say(f"nvidia-smi peak {watch.peak} MiB, before {watch.before}")
-    common.last_line(result)
+    common.end(result, watch)
 
 
 if __name__ == "__main__":

@@ -108,26 +108,14 @@ def main():
     args = parser.parse_args()
     result = {"card": common.card(), "options": vars(args), "runs": []}
     with common.GpuWatch() as watch:
-        from jlayer import AutoModel
-
-        began = time.perf_counter()
-        model = AutoModel.from_pretrained(
-            args.folder,
-            device=args.device,
-            device_memory=args.device_memory,
-            host_memory=args.host_memory,
-            **({} if args.host_share is None else {"host_share": args.host_share}),
-        )
-        common.say(f"opened in {time.perf_counter() - began:.1f} s")
-        with model:
+        share = {} if args.host_share is None else {"host_share": args.host_share}
+        with common.opened(args, **share) as model:
             for riders in map(int, args.riders.split(",")):
                 found = measured(model, riders=riders, context=args.context, new=args.new)
                 result["runs"].append(found)
                 common.say(" ".join(f"{name} {value}" for name, value in found.items()))
             result["memory"] = model.engine.memory()
-    result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
-    common.say(f"nvidia-smi peak {watch.peak} MiB, before {watch.before}")
-    common.last_line(result)
+    common.end(result, watch)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,18 @@ def add_template(parser: argparse.ArgumentParser, *, implied: str = "") -> None:
 def template_of(args: argparse.Namespace) -> dict:
     """The options `chat_template` and `chat_template_kwargs` of `encode_prompts`; None: not given.
     Raises UsageError or StorageError."""
-    path, template = args.chat_template, None
-    if path is not None:
-        template = read_text(path, option=TEMPLATE)
-        if "{" not in template:
-            raise UsageError(f"{TEMPLATE}: {path} holds no template: nothing in {{braces}}")
+    path = args.chat_template
+    template = None if path is None else read_template(path)
     variables = template_variables(args.template_var)
     return {"chat_template": template, "chat_template_kwargs": variables or None}
+
+
+def read_template(path: str) -> str:
+    """Raises UsageError or StorageError."""
+    found = read_text(path, option=TEMPLATE)
+    if "{" not in found:
+        raise UsageError(f"{TEMPLATE}: {path} holds no template: nothing in {{braces}}")
+    return found
 
 
 def system_of(args: argparse.Namespace) -> str | None:

@@ -329,13 +329,15 @@ class Decoding:
             if self.is_closed or self._waiting:
                 return
             alive = [lane for lane in self.lanes if lane.is_alive]
+            if not alive:  # nothing goes on
+                return
             for lane in self.lanes:
                 lane.leave_board()
             shape = self._tickets[0].shape
             for ticket in self._tickets:
                 ticket.close()
             self._tickets.clear()
-            longest = max((len(lane.history) for lane in alive), default=1)
+            longest = max(len(lane.history) for lane in alive)
             self._waiting.append(Group(alive, replace(shape, longest=longest)))
 
     @property

@@ -130,6 +130,17 @@ def test_a_run_that_gives_its_entries_back_goes_on_as_if_nothing_had_been(model)
     other.close()
 
 
+def test_a_run_whose_texts_have_ended_has_nothing_to_give_back_for_later(fable):
+    with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:
+        run = Run(model, PROMPT, **{**PLAIN, "max_new_tokens": 1})
+        run.tokens()
+        run.decoding.suspend()
+        assert not run.decoding.is_waiting
+        assert not run.decoding.admit_waiting()
+        run.close()
+        assert not model.engine.n_alive
+
+
 def test_texts_of_one_prompt_give_their_entries_back_and_go_on(model):
     drawn = {**PLAIN, "do_sample": True, "temperature": 1.0, "seed": 5, "num_return_sequences": 3}
     expected = [one.token_ids for one in jlayer.generate(model, PROMPT, **drawn)]

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 
 from jlayer.app import options, progress
 from jlayer.app.ending import Interrupted, code_of, word_of
-from jlayer.app.inputs import read_text
 from jlayer.app.running import describe, opened
+from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
 from jlayer.app.streams import draws, tell
-from jlayer.app.verbs.serve import names
 from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check, released
 
+NEEDED = ("msgspec",)
 TOLD_S = 60.0  # between two lines of progress where none can be drawn
 
 
@@ -32,29 +32,12 @@ def add_arguments(parser):
     parser.add_argument("ref", metavar="MODEL", help=options.REF)
     parser.add_argument("input", metavar="IN", help="a file with one request a line (JSON lines)")
     parser.add_argument("output", metavar="OUT", help="a file for the answers; is gone on with")
-    parser.add_argument(
-        "--served-name",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the model's name for clients (default: that of MODEL); may be repeated",
-    )
-    parser.add_argument(
-        "--chat-template", metavar="F", help="a file with another template than the model's"
-    )
-    options.add_run(parser)
-    options.add_draft(parser)
-    options.add_context(parser)
-    options.add_offline(parser)
-    options.add_follow_links(parser)
+    add_served(parser)
 
 
 def run(args) -> dict:
-    run_options = options.given(args, *options.RUN, "context", "draft", "follow_links")
-    template = None
-    if args.chat_template is not None:
-        template = read_text(args.chat_template, option="--chat-template")
-    _check_packages()
+    said = {"names": names_of(args), "chat_template": template_of(args)}
+    check_packages("batch", NEEDED)
     from jlayer.serving.batch.journal import Journal
     from jlayer.serving.batch.lines import Lines
 
@@ -63,20 +46,11 @@ def run(args) -> dict:
     with lines, Journal(args.output, note=tell) as journal, _kept(args.output, lines, journal):
         if lines.is_file(journal.status):
             raise UsageError(f"{args.output}: is the input; name another file for the output")
-        with opened(args.ref, offline=args.offline, **run_options) as model:
-            found = _answer_all(args, model, lines, journal, template)
+        with opened(args.ref, offline=args.offline, **run_options(args)) as model:
+            found = _answer_all(args, model, lines, journal, said)
     if not args.json:
         print(_line(found))
     return found
-
-
-def _check_packages():
-    try:
-        import msgspec  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            'batch: the package msgspec is not installed; pip install "jlayer[serve]"'
-        ) from None
 
 
 @contextmanager
@@ -100,14 +74,13 @@ def _kept(path, lines, journal):
         raise
 
 
-def _answer_all(args, model, lines, journal, template):
+def _answer_all(args, model, lines, journal, said):
     from jlayer.serving.batch.answers import Answers
     from jlayer.serving.batch.names import Names, model_key
     from jlayer.serving.batch.run import Run
     from jlayer.serving.desk import Desk
     from jlayer.serving.wire.served import Served
 
-    said = {"names": names(args), "chat_template": template}
     served, own = Served.of(model, **said), Names(lines.digest, model_key(model, **said))
     journal.read(own)
     for line in (describe(model), *model.notes, _begins(args, lines, journal)):

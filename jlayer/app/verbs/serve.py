@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: OpenAI's protocol under /v1, Anthropic's at /v1/messages, a page at /.
+"""Serve a model over HTTP: the protocols of its clients under /v1, a page for people at /.
 
 Whoever asks rides in the next forward pass with all others. It listens on this machine alone; for
 other machines it needs --host and a key, and a proxy in front of it for TLS.
@@ -6,13 +6,13 @@ other machines it needs --host and a key, and a proxy in front of it for TLS.
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import os
 from contextlib import contextmanager
 
 from jlayer.app import options
-from jlayer.app.inputs import argument_text, name_of, read_text
+from jlayer.app.inputs import argument_text, read_text
+from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
 from jlayer.app.streams import tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
@@ -62,30 +62,18 @@ def add_arguments(parser):
     parser.add_argument(
         "--state", metavar="FOLDER", help="keep requests that outlive their connection here"
     )
-    parser.add_argument(
-        "--served-name",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the model's name for clients (default: that of MODEL); may be repeated",
-    )
-    parser.add_argument("--chat-template", metavar="F", help="a file with another chat template")
-    options.add_run(parser)
-    options.add_draft(parser)
-    options.add_context(parser)
-    options.add_offline(parser)
-    options.add_follow_links(parser)
+    add_served(parser)
 
 
 def run(args) -> dict:
     _check(args)
-    key, template = api_key(args), _template(args)
+    key, template = api_key(args), template_of(args)
     if not is_loopback(args.host) and key is None:
         raise UsageError(
             f"--host: {args.host} is reached from other machines, and there is no key; give "
             f"--api-key-file F (or set {KEY}), or leave --host out"
         )
-    _check_packages()
+    check_packages("serve", NEEDED)
     from jlayer.serving.http.guard import Rules
     from jlayer.serving.http.running import Serving, listen
     from jlayer.serving.http.site import Site
@@ -96,11 +84,11 @@ def run(args) -> dict:
     with listen(args.host, args.port) as listening, Serving(site, listening) as serving:
         tell(f"listening at {serving.address}/ while the model is opened")
         with _opened(args) as (model, desk):
-            serving.opened(model, desk, names=names(args), chat_template=template)
+            serving.opened(model, desk, names=names_of(args), chat_template=template)
             for line in model.notes:
                 tell(line)
             tell(
-                f"serving {names(args)[0]} at {serving.address}/v1, with a page at "
+                f"serving {names_of(args)[0]} at {serving.address}/v1, with a page at "
                 f"{serving.address}/; Ctrl-C ends it"
             )
             try:
@@ -118,7 +106,7 @@ def _opened(args):
     from jlayer.serving.desk import Desk
     from jlayer.serving.queue import Limits
 
-    with opened(args.ref, offline=args.offline, **_run_options(args)) as model:
+    with opened(args.ref, offline=args.offline, **run_options(args)) as model:
         desk = Desk(model, limits=Limits(people=args.max_queue))
         desk.start()
         try:
@@ -132,7 +120,7 @@ def _journal(args):
     from jlayer.serving.http.journal import Journal
 
     journal = Journal(args.state)
-    own = names(args)
+    own = names_of(args)
     for request in journal.requests.values():
         if "ended" not in request and request["model"] not in own:
             journal.close()
@@ -143,29 +131,15 @@ def _journal(args):
     return journal
 
 
-def _run_options(args):
-    return options.given(args, *options.RUN, "context", "draft", "follow_links")
-
-
 def _check(args):
-    RunConfig.from_options(**_run_options(args))
+    RunConfig.from_options(**run_options(args))
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port: found {args.port}, expected 0 to 65535")
     if args.max_queue < 1:
         raise UsageError(f"--max-queue: found {args.max_queue}, expected 1 or more")
     if args.api_key is not None and args.api_key_file is not None:
         raise UsageError("--api-key: --api-key-file was given too; keep one")
-    for name in args.served_name:
-        if not name.strip():
-            raise UsageError("--served-name: is empty")
-
-
-def _check_packages():
-    for name in NEEDED:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(
-                f'serve: the package {name} is not installed; pip install "jlayer[serve]"'
-            )
+    names_of(args)
 
 
 def api_key(args) -> str | None:
@@ -195,20 +169,5 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def names(args) -> tuple[str, ...]:
-    """Under which clients may ask for the model, the one that answers carry first."""
-    own = name_of(args.ref) if os.path.exists(args.ref) else args.ref.partition("@")[0]
-    return tuple(dict.fromkeys([*args.served_name, own, name_of(own)]))
-
-
 def _host_name(host):
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _template(args):
-    if args.chat_template is None:
-        return None
-    found = read_text(args.chat_template, option="--chat-template")
-    if "{" not in found:
-        raise UsageError(f"--chat-template: {args.chat_template} holds nothing in {{braces}}")
-    return found

@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from jlayer.errors import LockedError, StorageError, UsageError
-from jlayer.serving.batch.disk import FULL, sync_folder, write_all
 from jlayer.serving.batch.names import Names
+from jlayer.serving.disk import FULL, sync_folder, write_all
 from jlayer.strict import close
 
 GO_ON = "run the same command again, it goes on from there"

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jlayer.errors import JlayerError, StorageError, UsageError
-from jlayer.serving.batch.disk import remove
 from jlayer.serving.batch.journal import Journal, is_refused
 from jlayer.serving.batch.lines import URLS, Limits, Lines, WrongLines
 from jlayer.serving.batch.names import Names
 from jlayer.serving.batch.run import Answerer, Run
 from jlayer.serving.batch.stored import Files, missing, read_records, write_record
 from jlayer.serving.desk import Desk, Stopping
+from jlayer.serving.disk import remove
 from jlayer.serving.wire.errors import Refused, invalid
 
 LIMITS = {"lines": 50_000, "n_bytes": 200 << 20}  # OpenAI's

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from jlayer.errors import StorageError
-from jlayer.serving.batch.disk import TEMPORARY, remove, write_file
+from jlayer.serving.disk import TEMPORARY, remove, write_file
 from jlayer.serving.wire.errors import Refused, invalid
 
 MOST_FILES = 2000

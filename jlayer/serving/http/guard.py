@@ -229,7 +229,7 @@ def _is_own(origin, host):
 
 
 def _given_key(headers):
-    """Of OpenAI's kind, or of Anthropic's. An empty one is none."""
+    """A bearer's, or `x-api-key`. An empty one is none."""
     scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
     if scheme.lower() == b"bearer" and key.strip():
         return key.strip()

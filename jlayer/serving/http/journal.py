@@ -7,13 +7,13 @@ when the file is written anew, whole, beside the old one.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 from contextlib import suppress
 
-from jlayer.errors import CheckpointError, DoesNotFitError, LockedError, StorageError
+from jlayer.errors import CheckpointError, LockedError, StorageError
+from jlayer.serving.disk import room_advice, write_all, write_file
 
 FILE, LOCK = "requests.jsonl", "lock"
 MOST_DEAD = 2000  # lines that stand for nothing any more
@@ -71,32 +71,28 @@ class Journal:
 
     def rewrite(self) -> None:
         """Writes a file of what still counts, and puts it in the old one's place."""
-        new = f"{self._path}.new"
+        write_file(
+            self._path,
+            lambda file: file.writelines(
+                _line({"accept": request}) for request in self.requests.values()
+            ),
+        )
         try:
-            with open(new, "wb", opener=_private) as file:
-                for request in self.requests.values():
-                    file.write(_line({"accept": request}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self._path)
-            _sync(self.folder)
             if self._file >= 0:
                 os.close(self._file)
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
             raise _failure(self._path, error) from None
         self._n_dead = 0
 
     def _append(self, entry):
-        raw, start = _line(entry), os.fstat(self._file).st_size
+        end = os.fstat(self._file).st_size
         try:
-            written = os.write(self._file, raw)
-            if written != len(raw):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(self._file, _line(entry), end)
             os.fsync(self._file)
         except OSError as error:
             with suppress(OSError):  # half a line would spoil the next one
-                os.ftruncate(self._file, start)
+                os.ftruncate(self._file, end)
             raise _failure(self._path, error) from None
 
     def _take_lock(self):
@@ -144,18 +140,6 @@ def _line(entry):
     return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
 
 
-def _private(path, flags):
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
-def _sync(folder):
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _holder(fd):
     with suppress(OSError):
         return os.pread(fd, 100, 0).decode("ascii", "replace").strip() or "unknown process"
@@ -163,7 +147,4 @@ def _holder(fd):
 
 
 def _failure(path, error):
-    found = f"--state: {path}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DoesNotFitError(f"{found}; make room")
-    return StorageError(found)
+    return StorageError(f"--state: {path}: {error.strerror}{room_advice(error)}")

@@ -1,6 +1,6 @@
 """Conversations as orders: messages → a prompt in the model's chat format, tools and reasoning.
 
-OpenAI's and Anthropic's forms meet here.
+The forms of /v1/chat/completions and of /v1/messages meet here.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class Refused(JlayerError):
         }
 
 
-ANTHROPIC_PATH = "/v1/messages"
-_ANTHROPIC_TYPES = {
+MESSAGES_PATH = "/v1/messages"
+_MESSAGES_TYPES = {
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",
@@ -87,16 +87,16 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def anthropic_error(error: Refused) -> dict:
-    """The same for clients of Anthropic's: their types, and one field more around it."""
+def messages_error(error: Refused) -> dict:
+    """The same for clients of /v1/messages: their types, and one field more around it."""
     body = error.as_dict()["error"]
-    body["type"] = _ANTHROPIC_TYPES.get(error.status, body["type"])
+    body["type"] = _MESSAGES_TYPES.get(error.status, body["type"])
     return {"type": "error", "error": body}
 
 
 def error_body(error: Refused, path: str) -> dict:
     """An error in the form of whoever speaks at a path."""
-    return anthropic_error(error) if path.startswith(ANTHROPIC_PATH) else error.as_dict()
+    return messages_error(error) if path.startswith(MESSAGES_PATH) else error.as_dict()
 
 
 def invalid(message: str, *, param: str | None, code: str | None = None) -> Refused:

@@ -1,4 +1,4 @@
-"""/v1/messages, Anthropic's protocol: an answer in blocks, whole or as named events."""
+"""/v1/messages: an answer in blocks, whole or as named events."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from jlayer.engine.lane import Step
 from jlayer.serving.wire.answers import Answer, answers_of
-from jlayer.serving.wire.anthropic_in import Messages, as_chat
 from jlayer.serving.wire.asked import Asked, Identity, Teller, Usage, encode, new_identity
+from jlayer.serving.wire.blocks_in import Messages, as_chat
 from jlayer.serving.wire.conversation import chat_ids, chat_order
-from jlayer.serving.wire.errors import Refused, anthropic_error, invalid
+from jlayer.serving.wire.errors import Refused, invalid, messages_error
 from jlayer.serving.wire.fields import read_form
 from jlayer.serving.wire.served import Served
 from jlayer.text.stream import StopWatcher, TextStream
@@ -130,7 +130,7 @@ class MessagesTeller(Teller):
         return self.framed(self.body_error(error))
 
     def body_error(self, error: Refused):
-        return anthropic_error(error)
+        return messages_error(error)
 
     def _message(self, blocks, usage):
         return {

@@ -35,7 +35,7 @@ PATHS = {
     "/v1/files": 1,
     "/v1/%00": 1,
 }
-# Of streams, in OpenAI's form and in Anthropic's.
+# Of streams, of chats and of /v1/messages.
 ENDS = (b"data: [DONE]\n\n", b'data: {"type":"message_stop"}\n\n')
 METHODS = {"POST": 20, "GET": 3, "DELETE": 1, "PUT": 1, "OPTIONS": 1, "HEAD": 1, "BREW": 1}
 ODD = [

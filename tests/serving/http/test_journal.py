@@ -1,11 +1,12 @@
 """The journal of accepted requests: what it says is on disk, whatever interrupts it."""
 
+import errno
 import json
 import os
 
 import pytest
 
-from jlayer.errors import CheckpointError, DoesNotFitError, LockedError, StorageError
+from jlayer.errors import CheckpointError, LockedError, StorageError
 from jlayer.serving.http.journal import FILE, Journal
 
 
@@ -92,17 +93,31 @@ def test_two_servers_do_not_share_a_folder(folder):
 
 
 def test_a_write_that_fails_leaves_no_half_line(folder, monkeypatch):
-    journal = Journal(folder)
+    journal, real = Journal(folder), os.pwrite
     journal.accept(entry("a"))
-    real = os.write
-    monkeypatch.setattr("os.write", lambda fd, raw: real(fd, raw[:5]))
-    with pytest.raises(DoesNotFitError):
-        journal.accept(entry("b"))
-    monkeypatch.setattr("os.write", real)
+
+    def full(fd, raw, offset):
+        if len(raw) < 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, raw[:-10], offset)
+
+    with monkeypatch.context() as disk:
+        disk.setattr("os.pwrite", full)
+        with pytest.raises(StorageError, match="free some space"):
+            journal.accept(entry("b"))
     assert "b" not in journal.requests
     journal.accept(entry("c"))
     journal.close()
     assert read(folder) == {"a": None, "c": None}
+
+
+def test_a_write_that_a_signal_shortens_goes_on(folder, monkeypatch):
+    journal, real = Journal(folder), os.pwrite
+    with monkeypatch.context() as disk:
+        disk.setattr("os.pwrite", lambda fd, raw, offset: real(fd, raw[:5], offset))
+        journal.accept(entry("a"))
+    journal.close()
+    assert read(folder) == {"a": None}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Anthropic's protocol: coding agents speak it."""
+"""/v1/messages: the protocol that coding agents speak."""
 
 import json
 
@@ -42,7 +42,7 @@ def streamed(client, body):
 
 
 def rebuilt(events):
-    """The message that a client makes of a stream, by Anthropic's rules."""
+    """The message that a client makes of a stream, by the protocol's rules."""
     message, blocks, texts, is_open = events[0]["message"], [], [], False
     assert events[0]["type"] == "message_start"
     for event in events[1:]:

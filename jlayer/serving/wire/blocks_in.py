@@ -1,4 +1,4 @@
-"""Anthropic's requests → conversations: blocks become messages, tools and choices OpenAI's."""
+"""Requests of /v1/messages → conversations: blocks become messages, tools and choices OpenAI's."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _tool(tool, where):
     kind = tool.get("type")
     if kind not in (None, "custom"):
         raise invalid(
-            f"{where}.type: {kind!r:.60} runs at Anthropic's; here only tools of the client's are "
+            f"{where}.type: {kind!r:.60} runs at a provider's; here only tools of the client's are "
             "called",
             param=f"{where}.type",
             code="unsupported_parameter",

@@ -13,6 +13,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # the suffix of a file until it is whole
 
 
+def room_advice(error: OSError) -> str:
+    """What to do where a disk is full; empty for other errors."""
+    return "; free some space" if error.errno in FULL else ""
+
+
 def write_all(fd: int, raw: bytes, offset: int) -> None:
     """A full disk or a signal may shorten one write without an error."""
     view = memoryview(raw)
@@ -49,8 +54,9 @@ def write_file(path: str, write: Callable) -> None:
             remove(aside)
             raise
     except OSError as error:
-        advice = "; free some space" if error.errno in FULL else ""
-        raise StorageError(f"{path}: cannot be written ({error.strerror}){advice}") from None
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}){room_advice(error)}"
+        ) from None
 
 
 def remove(path: str) -> None:
