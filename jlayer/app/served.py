@@ -52,5 +52,5 @@ def check_packages(verb: str, packages: Sequence[str]) -> None:
     for name in packages:
         if find_spec(name) is None:
             raise UsageError(
-                f'{verb}: the package {name} is not installed; pip install "jlayer[serve]"'
+                f'{verb}: the package {name} is not installed; pip install -e ".[serve]"'
             )

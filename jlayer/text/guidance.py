@@ -50,7 +50,7 @@ def library():
     except ImportError:
         raise UsageError(
             "constrained output (a schema, a regular expression, a forced tool call) needs "
-            'llguidance, which is not installed; run: pip install "jlayer[serve]"'
+            'llguidance, which is not installed; run: pip install -e ".[serve]"'
         ) from None
     return llguidance
 

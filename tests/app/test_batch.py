@@ -91,7 +91,7 @@ def test_an_output_that_another_writes_to_is_left_to_it(batch, tmp_path, capsys)
 def test_without_its_package_it_says_which(batch, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "msgspec", None)
     assert batch(many(2)) == 2
-    assert 'pip install "jlayer[serve]"' in capsys.readouterr().err
+    assert 'pip install -e ".[serve]"' in capsys.readouterr().err
 
 
 def test_a_chat_needs_a_template_and_takes_one(batch, tmp_path):

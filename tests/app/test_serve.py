@@ -73,7 +73,7 @@ def test_a_package_that_is_missing_names_the_extra():
     )
     exit_code, _, err = finish(start("serve", BUNDLED, code=code))
     assert exit_code == 2
-    assert 'pip install "jlayer[serve]"' in err
+    assert 'pip install -e ".[serve]"' in err
 
 
 def test_help_imports_neither_the_server_nor_jax():
