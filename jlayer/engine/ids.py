@@ -11,8 +11,6 @@ import numpy as np
 from jlayer.engine.sample import NO_PADDING, Padding
 from jlayer.errors import UsageError
 
-ENCODED = ("input_ids", "attention_mask")
-
 
 @dataclass(frozen=True)
 class Row:

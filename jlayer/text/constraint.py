@@ -159,12 +159,6 @@ class Constraint:
         mask = self.allowed()
         return self._matcher.is_accepting() and mask.sum() == mask[self._ends].sum()
 
-    def forced(self) -> list[int]:
-        """The next tokens where they are certain, such as the name of a property. Perhaps none."""
-        is_free = self._has_ended or self._reasoning is not None
-        found = [] if is_free else self._matcher.compute_ff_tokens()
-        return [] if set(found) & set(self._ends.tolist()) else found
-
     def _takes(self, token):
         if not 0 <= token < self._vocab_size:
             return False

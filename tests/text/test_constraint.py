@@ -290,17 +290,5 @@ def test_fewer_logits_than_tokens(fable):
     assert constraint.allowed().shape == (300,)
 
 
-def test_what_is_certain_is_known_ahead(fable):
-    schema = {"type": "object", "properties": {"temperature": {"type": "integer"}}}
-    schema |= {"required": ["temperature"], "additionalProperties": False}
-    constraint = Constraint.json_schema(fable, schema, **sizes(fable))
-    constraint.accept(fable.encode('{"', add_special_tokens=False))
-    forced = constraint.forced()
-    assert len(forced) > 1
-    assert fable.decode(forced, continues=True).startswith("temperature")
-    constraint.accept(forced)
-    assert constraint.allowed().any()
-
-
 def test_a_tokenizer_is_prepared_once(fable):
     assert tokenizer_of(fable) is tokenizer_of(fable)

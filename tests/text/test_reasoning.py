@@ -182,7 +182,6 @@ def test_reasoning_is_free_and_what_follows_is_held(yes):
     assert not free.allowed()[tokenizer.eos_token_id]
     free.accept(tokenizer.encode("no, or? <think>", add_special_tokens=False))
     assert not free.is_over
-    assert free.forced() == []
     assert (free.allowed([marks[1]]) == first).all()
     assert free.allowed().sum() == tokenizer.vocab_size - 1
     free.accept([marks[1]])

@@ -43,7 +43,7 @@ class Guard:
     """The outermost application."""
 
     def __init__(self, app, rules: Rules):
-        self._app, self._rules = app, rules
+        self._app = app
         self._hosts = {name.lower() for name in (*LOOPBACK, *rules.hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in rules.origins}
         self._key = None if rules.key is None else _digest(rules.key.encode())
