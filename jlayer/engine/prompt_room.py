@@ -16,6 +16,7 @@ REMEMBERED = 16  # passes
 # times the 0.95 s of a pass without prompts; so the larger one lets in four times as many people in
 # 1.5 times the time.)
 SLOW, QUICK = 2.5, 2.0
+NOTICED_S = 0.1  # nobody minds that a pass takes less, and its time is mostly chance
 
 
 class PromptRoom:
@@ -34,7 +35,9 @@ class PromptRoom:
         """Takes note of a pass with next tokens, for which nothing was compiled."""
         self._seconds.append(seconds)
         rows, shortest = self.rows(plan), min(self._seconds)
-        if n_prompt_rows > rows // 2 and seconds > SLOW * shortest:
-            self._rows = rows // 2
-        elif n_prompt_rows > rows // 2 and seconds < QUICK * shortest:
+        if n_prompt_rows <= rows // 2:
+            return
+        if seconds < max(NOTICED_S, QUICK * shortest):
             self._rows = 2 * rows
+        elif seconds > SLOW * shortest:
+            self._rows = rows // 2

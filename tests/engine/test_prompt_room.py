@@ -41,6 +41,13 @@ def test_no_more_rows_than_a_pass_has_memory_for_and_no_fewer_than_half_a_chunk(
     assert PromptRoom().rows(FakePlan(Load(8), chunk=8)) == 8
 
 
+def test_a_short_pass_never_takes_rows_away():
+    room, plan = PromptRoom(), FakePlan(Load())
+    for seconds in (0.001, 0.09, 0.002, 0.08):
+        room.learn(plan, n_prompt_rows=room.rows(plan), seconds=seconds)
+    assert room.rows(plan) == 2100
+
+
 def test_a_pass_with_few_rows_teaches_nothing_of_many():
     room, plan = PromptRoom(), FakePlan(Load())
     for _ in range(10):

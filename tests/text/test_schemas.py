@@ -155,7 +155,7 @@ def test_a_limit_met_in_a_text_is_said_there(fable, monkeypatch):
 
 def test_without_llguidance_the_message_says_what_to_install(fable, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UsageError, match=r'pip install "jlayer\[serve\]"'):
+    with pytest.raises(UsageError, match=r'pip install -e "\.\[serve\]"'):
         Constraint.json_object(fable, **sizes(fable))
 
 
