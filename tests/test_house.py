@@ -20,6 +20,7 @@ ROOMS = (
         "tokenizer_files",
         "sizes",
         "spec",
+        "pieces",
         "encodings",
         "families",
         "config",

@@ -16,6 +16,7 @@ import numpy as np
 from jlayer.engine.pool import Window
 from jlayer.engine.size import Size
 from jlayer.model.cache import Rows, View
+from jlayer.pieces import DELTA_BLOCK
 from jlayer.plan.shapes import (
     CHUNK_ROWS,
     Pane,
@@ -24,7 +25,6 @@ from jlayer.plan.shapes import (
     rows_for,
     window_capacity,
 )
-from jlayer.spec import DELTA_BLOCK
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from jlayer.engine.report import Seconds
 from jlayer.engine.riders import Rider
 from jlayer.engine.seats import Seat
 from jlayer.engine.widths import Widths, pass_rows, shares
+from jlayer.pieces import DELTA_BLOCK
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import CHUNK_ROWS, chunks, power_of_two
-from jlayer.spec import DELTA_BLOCK
 
 OTHERS_TOKENS = 1 << 16  # of other answers that are kept
 # Guesses of a tree, where nobody says how many: more than this adds little, and costs memory.

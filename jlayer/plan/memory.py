@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
+from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import (
@@ -26,14 +27,11 @@ from jlayer.plan.shapes import (
 from jlayer.plan.tiles import Tier, Tiling, Weights
 from jlayer.spec import (
     ALIGNMENT,
-    DELTA_BLOCK,
     ITEM_BYTES,
     Attention,
     Delta,
     ModelConfig,
     Place,
-    attention_pieces,
-    delta_bytes,
     head_sizes,
 )
 
