@@ -6,6 +6,7 @@ Axis legend, used in every shape comment and einsum:
     K key/value heads, G = N / K query heads for each key/value head, H head size, V vocabulary.
     Of a gated DeltaNet: K key heads of H numbers, N value heads of E numbers, G = N / K value heads
     for each key head, C channels of its convolution, W tokens that one output is made of.
+    Of experts: E experts of a layer.
 
 Axes of published tensors are named in words; `axis_sizes` turns a word into a number for one model.
 """
@@ -161,6 +162,63 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How the experts of a token are chosen, and what their outputs are multiplied by.
+
+    `scores`: of the router's logits: "softmax", "sigmoid", or "sparsemixer", which takes two
+    experts one after another. The `n_chosen` experts with the highest scores are chosen, with the
+    correction bias added if it `has_bias`; their weights are the scores without it. `n_groups`:
+    only the experts of `n_chosen_groups` groups may be chosen, of those with the highest
+    `group_score`: of the best expert ("max"), or of the best two ("best_two"). `renormalizes`: the
+    weights are divided by their sum, to which `least_sum` is added; at last `scale` multiplies
+    them. `is_exact`: logits are computed and kept in float32, whatever is computed in. `jitter`: of
+    sparsemixer.
+    """
+
+    n_experts: int
+    n_chosen: int
+    scores: str = "softmax"
+    has_bias: bool = False
+    n_groups: int = 1
+    n_chosen_groups: int = 1
+    group_score: str = "max"
+    renormalizes: bool = False
+    least_sum: float = 0.0
+    scale: float = 1.0
+    is_exact: bool = False
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The expert of a layer that all tokens go through. `width`: of its MLP; `mlp`: its form;
+    `gate`: the published name of the vector whose product with a token, as a sigmoid, multiplies
+    its output."""
+
+    width: int
+    mlp: Mlp
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts that some layers have instead of an MLP.
+
+    `width`: of the MLP of one, of the form `mlp`, in whose module `{expert}` is its number.
+    `routing`: the published name of the router's matrix; `bias`: of its correction bias. `layers`:
+    of each layer whether it has experts; (): all have.
+    """
+
+    router: Router
+    width: int
+    mlp: Mlp
+    routing: str
+    bias: str | None = None
+    shared: Shared | None = None
+    layers: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
 class Places:
     """The published names of a layer's norms, by place; None: there is none. Those after a branch
     are taken of its output, before it is added."""
@@ -193,6 +251,7 @@ class ModelConfig:
 
     `attentions`: each form of attention in the model; `delta`: what some layers have instead of
     attention; `layer_types`: of each layer the name of its own, () where there is one form only.
+    `experts`: what some layers have instead of an MLP.
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix.
@@ -209,6 +268,7 @@ class ModelConfig:
     dtype: str | None = None
     layer_types: tuple[str, ...] = ()
     delta: Delta | None = None
+    experts: Experts | None = None
     norm: Norm = Norm()
     places: Places = Places()
     mlp: Mlp = Mlp()
@@ -239,7 +299,7 @@ class Place(Enum):
     """How a leaf gets to where it is used."""
 
     TILE = "tile"  # streamed: a range of rows at a time
-    DEVICE = "device"  # loaded to the device once, in the compute dtype, and kept there
+    DEVICE = "device"  # loaded to the device once and kept there, norms in the compute dtype
     ROWS = "rows"  # single rows are read to the host; the whole table is never loaded
 
 
@@ -249,6 +309,7 @@ class Role(Enum):
     MATRIX = "matrix"
     BIAS = "bias"  # streamed with the rows of its matrix
     NORM = "norm"
+    EXACT = "exact"  # float32, whatever is computed in
     TABLE = "table"
 
 
@@ -256,6 +317,7 @@ PLACE_OF = {
     Role.MATRIX: Place.TILE,
     Role.BIAS: Place.TILE,
     Role.NORM: Place.DEVICE,
+    Role.EXACT: Place.DEVICE,
     Role.TABLE: Place.ROWS,
 }
 
@@ -266,7 +328,8 @@ class Leaf:
 
     `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: in words; the
     sizes of those of one kind of layer are in `sizes`, the others in `axis_sizes`. `of`: the matrix
-    that a bias belongs to.
+    that a bias belongs to. `n_experts`: each of so many experts has one, with its number for
+    `{expert}` in the published name; 0: the layer has one.
     """
 
     name: str
@@ -275,6 +338,7 @@ class Leaf:
     role: Role = Role.MATRIX
     of: str | None = None
     sizes: tuple[tuple[str, int], ...] = ()
+    n_experts: int = 0
 
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         sizes = axis_sizes(cfg) | dict(self.sizes)
@@ -283,6 +347,11 @@ class Leaf:
     @property
     def place(self) -> Place:
         return PLACE_OF[self.role]
+
+
+def resident_dtype(leaf: Leaf, dtype: str) -> str:
+    """The dtype in which a leaf is kept on the device, where `dtype` is computed in."""
+    return "float32" if leaf.role is Role.EXACT else dtype
 
 
 def axis_sizes(cfg: ModelConfig) -> dict[str, int]:

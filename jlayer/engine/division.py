@@ -37,8 +37,8 @@ class Division:
 
     hosted: frozenset[int]
     tiles: frozenset[int]  # by id, the tiles of `hosted`
-    shapes: dict  # (layer, stage) -> its shape
-    heights: dict  # (layer, stage) -> matrix -> its rows on the host; the head's too
+    shapes: dict  # (layer, stage, expert) -> its shape
+    heights: dict  # the same -> matrix -> its rows on the host; the head's too
     last: frozenset[int]  # by id, the last tile of each stage that the host multiplies
 
     def shape(self, tile: Tile) -> StageShape:
@@ -81,12 +81,14 @@ def divided(tiles: Sequence[Tile], hosted: frozenset[int]) -> Division:
 
 
 def _next_inputs(tiles):
-    """(layer, stage) -> what makes the input of the stage after it; nothing where no function does.
-    The head makes its own, of the rows that are wanted."""
+    """(layer, stage, expert) -> what makes the input of the stage after it; nothing where no
+    function does. The head makes its own, of the rows that are wanted."""
     found = {}
     for tile, following in pairwise(tiles):
         if following.kind is None or following.stage is None or not tile.ends_stage:
             continue
+        if following.expert:
+            continue  # experts share an input, which is there before the first
         if wanted := following.stage.input:
             leaves = tuple(following.kind.leaf(name) for name in wanted.whole)
             found[_stage_key(tile)] = {"next_input": wanted, "next_whole": leaves}
@@ -94,4 +96,4 @@ def _next_inputs(tiles):
 
 
 def _stage_key(tile):
-    return (tile.layer, tile.stage and tile.stage.name)
+    return (tile.layer, tile.stage and tile.stage.name, tile.expert)

@@ -29,7 +29,7 @@ from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, multiply
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
-from jlayer.spec import Leaf, ModelConfig, Place
+from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
 from jlayer.streaming.watch import Watch
 
 
@@ -192,18 +192,20 @@ class Programs:
 
         def function(given, consumed):
             weights = self._weights(tile, given["weights"])
-            return {"products": multiply(tile.stage, given["x"], weights)}
+            return {"products": multiply(tile.stage, given[tile.stage.source], weights)}
 
-        given = {"weights": struct_of(tile)} | self._flow(tile, size, ("x",))
+        source = tile.stage.source
+        given = {"weights": struct_of(tile)} | self._flow(tile, size, (source,))
         label = f"{tile.stage.name} {_heights(tile)} {size.rows}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, ("x",))
+        return Call(program, (source,))
 
     def _end(self, tile, size, shape, *, with_rows=True, landing=0):
         """The end of a stage, at its last tile: its rows, if it is `with_rows`; `finish`, with the
         products of all tiles; and the input of the next stage, if a function makes it."""
         stage, following = tile.stage, shape.next_input
         finish, hosted = stage.finish, dict(shape.hosted)
+        with_rows = with_rows and bool(stage.groups)
 
         def function(given, consumed):
             flow = given | consumed
@@ -214,7 +216,7 @@ class Programs:
                 products[name] = [part, *products.get(name, ())]
             if with_rows:
                 weights = self._weights(tile, given["weights"])
-                for name, part in multiply(stage, flow["x"], weights).items():
+                for name, part in multiply(stage, flow[stage.source], weights).items():
                     products.setdefault(name, []).append(part)
             results = call(finish, flow, given.get("whole", {}), products)
             if following:
@@ -224,7 +226,8 @@ class Programs:
 
         functions = [each for each in (finish, following) if each]
         reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
-        chunk = self._flow(tile, size, reads - {"cache"} | ({"x"} if with_rows else set()))
+        own = {stage.source} if with_rows else set()
+        chunk = self._flow(tile, size, reads - {"cache"} | own)
         chunk |= self._products(tile, size, shape, with_rows, landing)
         given = chunk | ({"weights": struct_of(tile)} if with_rows else {})
         given |= self._whole("whole", self._device_leaves(tile), finish.whole)
@@ -353,17 +356,27 @@ class Programs:
 
     def _flow(self, tile, size, names):
         """The shapes of values of the flow, by name."""
+        width, experts = self.cfg.hidden_size, self.cfg.experts
         shapes = {
-            "hidden": lambda: self._struct(size, self.cfg.hidden_size),
+            "hidden": lambda: self._struct(size, width),
             "x": lambda: self._struct(size, tile.parts[0].width),
             "rows": lambda: size.rows_struct,
+            "inputs": lambda: self._struct(size, width),
+            "routing": lambda: _float32(size, experts.router.n_experts),
+            "mixed": lambda: _float32(size, width),
+            "expert": lambda: jax.ShapeDtypeStruct((), "int32"),
         }
         return {name: shapes[name]() for name in names}
 
     def _whole(self, key, leaves, names):
         """Under this key, if any are named, the shapes of leaves that are used uncut, by name."""
-        shapes = {leaf.name: leaf.shape(self.cfg) for leaf in leaves}
-        found = {name: jax.ShapeDtypeStruct(shapes[name], self.dtype) for name in names}
+        of_name = {leaf.name: leaf for leaf in leaves}
+        found = {
+            name: jax.ShapeDtypeStruct(
+                of_name[name].shape(self.cfg), resident_dtype(of_name[name], self.dtype)
+            )
+            for name in names
+        }
         return {key: found} if found else {}
 
     def _device_leaves(self, tile) -> tuple[Leaf, ...]:
@@ -377,6 +390,10 @@ class Programs:
 
     def _struct(self, size, width):
         return jax.ShapeDtypeStruct((size.rows, width), self.dtype)
+
+
+def _float32(size, width):
+    return jax.ShapeDtypeStruct((size.rows, width), "float32")
 
 
 def _heights(tile):

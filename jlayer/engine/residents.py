@@ -9,9 +9,10 @@ import numpy as np
 
 from jlayer.checkpoint.digest import Checks, rows_of
 from jlayer.checkpoint.store import Store
-from jlayer.families.registry import final_norm_leaves, published_tensors
+from jlayer.families.registry import final_norm_leaves, layer_kinds, published_tensors
 from jlayer.plan.cutting import device_parts, parts_of
 from jlayer.plan.tiles import Weights
+from jlayer.spec import resident_dtype
 from jlayer.streaming.direct import RowReader
 
 
@@ -40,16 +41,20 @@ def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> 
     shapes = published_tensors(weights.cfg)
     vectors = {name: _read_vector(store, name, shapes[name], checks) for name in store.vectors}
 
-    def put(part):
+    def put(part, dtype):
         vector = vectors[part.tensor].reshape(part.shape)
-        return jax.device_put(vector.astype(weights.dtype), device)
+        return jax.device_put(vector.astype(dtype), device)
 
+    kinds = layer_kinds(weights.cfg)
     layers = [
-        {part.leaf: put(part) for part in device_parts(weights, layer)}
-        for layer in range(weights.cfg.num_hidden_layers)
+        {
+            part.leaf: put(part, resident_dtype(kind.leaf(part.matrix), weights.dtype))
+            for part in device_parts(weights, layer)
+        }
+        for layer, kind in enumerate(kinds)
     ]
     final = {
-        part.leaf: put(part)
+        part.leaf: put(part, weights.dtype)
         for leaf in final_norm_leaves(weights.cfg)
         for part in parts_of(leaf, leaf.published, weights)
     }

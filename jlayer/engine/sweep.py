@@ -21,6 +21,7 @@ from jlayer.engine.programs import Call, Programs
 from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
+from jlayer.families.experts import OF_EXPERTS
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -56,13 +57,14 @@ class Chunk:
     def n_bytes(self) -> int:
         """Bytes of the chunk on the device now, but for what was put when the pass began."""
         flow = self.flow
-        held = sum(flow[name].nbytes for name in ("hidden", "x") if name in flow)
+        held = sum(flow[name].nbytes for name in HELD if name in flow)
         products = flow.get("products", {}).values()
         return held + sum(part.nbytes for parts in products for part in parts)
 
 
 # What a chunk has no more when a stage has ended, unless its end gives it anew.
 OF_STAGE = ("x", "products", "hosted")
+HELD = ("hidden", "x", *OF_EXPERTS)
 
 
 class Sweeper:
@@ -90,6 +92,7 @@ class Sweeper:
         self._held: dict[tuple, int] = {}  # shape of a pass -> the most bytes that its chunks hold
         self._prepared: set[tuple] = set()  # shapes of passes whose programs are there
         self._stage: HostedStage | None = None  # that the host is at
+        self._numbers: dict[int, jax.Array] = {}  # of experts, on the device
 
     def compile(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Compiles all programs of a forward pass of chunks like these."""
@@ -283,6 +286,8 @@ class Sweeper:
     def _call(self, tile, arrays, chunk, bound):
         """Makes a call for a chunk at a tile -> something to wait for, or the head's logits."""
         call, flow, consumed = bound.call, chunk.flow, {}
+        if tile.expert is not None:
+            flow["expert"] = self._number(tile.expert)
         given = bound.leaves | {name: flow[name] for name in call.reads}
         if call.uses_weights:
             given["weights"] = arrays
@@ -302,10 +307,16 @@ class Sweeper:
                 parts.setdefault(name, []).append(part)
             return part
         if call.ends_stage:
-            for name in OF_STAGE:
+            for name in (*OF_STAGE, *tile.stage.drops):
                 flow.pop(name, None)
         flow |= results
         return next(iter(results.values()))
+
+    def _number(self, expert):
+        """The number of an expert on the device."""
+        if expert not in self._numbers:
+            self._numbers[expert] = jax.device_put(np.int32(expert), self.programs.device)
+        return self._numbers[expert]
 
     def _calls_of(self, size: Size, n_wanted: int, division: Division, landing: int):
         """What is done with a chunk of this size, by the id of the tile. `landing`: the rows of

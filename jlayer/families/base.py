@@ -8,9 +8,10 @@ compiled programs read these tables and never branch on the name of a stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from jlayer.families.fields import Fields
 from jlayer.spec import ITEM_BYTES, Attention, Delta, Leaf, Logits, ModelConfig, Norm, Place, Role
@@ -20,6 +21,11 @@ from jlayer.spec import ITEM_BYTES, Attention, Delta, Leaf, Logits, ModelConfig,
 #     x       [R, in] the input of the current stage; dropped when the stage ends
 #     cache   the pool of the layer's cache
 #     rows    positions, and what else a mixer needs to know of each row (`model.cache.Rows`)
+# In a layer with experts also:
+#     inputs  [R, D]  the input of the experts
+#     routing [R, E]  float32, by how much the output of each expert is multiplied; 0: not chosen
+#     mixed   [R, D]  float32, the sum of their outputs so far
+#     expert  []      int32, the number of the expert that is at work
 
 # The prefix of the published names of all leaves but the head. A model that was saved without its
 # head has names without it.
@@ -111,9 +117,11 @@ def one(leaf: str) -> Group:
 class Stage:
     """Matrices that multiply one input, and the function that uses their products.
 
-    `input` computes the input `x`; None: the previous stage gave it. `finish` is called once the
-    products of all rows are there; None: the products are the result. `logits`: what becomes of
-    products that stay in float32 and go to the host; None: they are no logits.
+    `input` computes the input; None: an earlier stage gave it. `source`: its name in the flow.
+    `finish` is called once the products of all rows are there; None: the products are the result.
+    `logits`: what becomes of products that stay in float32 and go to the host; None: they are no
+    logits. `per_expert`: consecutive stages with it are gone through for each expert of the layer;
+    their input is computed once. A stage may have no matrices. `drops`: values that nothing needs any more when it has ended.
     """
 
     name: str
@@ -121,6 +129,9 @@ class Stage:
     input: Function | None = None
     finish: Function | None = None
     logits: Logits | None = None
+    source: str = "x"
+    per_expert: bool = False
+    drops: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -178,13 +189,14 @@ def state_cache(delta: Delta) -> CacheSpec:
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention, or
-    a gated DeltaNet; the other is None."""
+    a gated DeltaNet; the other is None. `n_experts`: 0 where it has an MLP instead."""
 
     name: str
     leaves: tuple[Leaf, ...]
     stages: tuple[Stage, ...]
     attention: Attention | None = None
     delta: Delta | None = None
+    n_experts: int = 0
 
     def __post_init__(self):
         assert (self.attention is None) != (self.delta is None), "a layer has one mixer"
@@ -203,6 +215,21 @@ class LayerKind:
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)
         return leaf
+
+    def tensors(self) -> Iterator[tuple[Leaf, int | None]]:
+        """Yields (a leaf, the number of an expert or None) for each of its tensors: those of the
+        experts come expert by expert."""
+        for n_experts, leaves in groupby(self.leaves, lambda leaf: leaf.n_experts):
+            leaves = tuple(leaves)
+            for expert in range(n_experts) if n_experts else (None,):
+                yield from ((leaf, expert) for leaf in leaves)
+
+    def passes(self) -> Iterator[tuple[Stage, int | None]]:
+        """Yields (a stage, the number of an expert or None), in the order of a forward pass."""
+        for per_expert, stages in groupby(self.stages, lambda stage: stage.per_expert):
+            stages = tuple(stages)
+            for expert in range(self.n_experts) if per_expert else (None,):
+                yield from ((stage, expert) for stage in stages)
 
     def with_bias(self, matrix: str) -> tuple[Leaf, ...]:
         """A matrix and, if the model has it, its bias."""

@@ -1,6 +1,8 @@
-"""The decoder layer that all dense families share: a kind of layer made from a model's switches."""
+"""The decoder layer that most families share: a kind of layer made from a model's switches."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from jlayer.families.base import (
     FINAL_NORM,
@@ -13,25 +15,54 @@ from jlayer.families.base import (
     bias_name,
     one,
 )
-from jlayer.spec import Attention, Leaf, Mlp, ModelConfig, Norm, Role, head_sizes
+from jlayer.families.experts import before_experts, expert_leaves, expert_stages
+from jlayer.spec import Attention, Experts, Leaf, Mlp, ModelConfig, Norm, Role, head_sizes
 
 LAYER_SCALAR = "layer_scalar"
 
 
 def decoder_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
-    """The kind of each layer: one for each form of attention."""
-    kinds = {attention.name: decoder(cfg, attention) for attention in cfg.attentions}
+    """The kind of each layer: one for each form of attention, with experts and without."""
+    forms = {attention.name: attention for attention in cfg.attentions}
     names = cfg.layer_types or (cfg.attention.name,) * cfg.num_hidden_layers
-    return tuple(kinds[name] for name in names)
+    given = tuple(zip(names, experts_of_layers(cfg), strict=True))
+    kinds = {key: decoder(cfg, forms[key[0]], key[1]) for key in set(given)}
+    return tuple(kinds[key] for key in given)
 
 
-def decoder(cfg: ModelConfig, attention: Attention) -> LayerKind:
-    """The kind of the layers with this attention."""
+def experts_of_layers(cfg: ModelConfig) -> tuple[Experts | None, ...]:
+    """Of each layer its experts, or None."""
+    if cfg.experts is None or not cfg.experts.layers:
+        return (cfg.experts,) * cfg.num_hidden_layers
+    return tuple(cfg.experts if has_some else None for has_some in cfg.experts.layers)
+
+
+def decoder(cfg: ModelConfig, attention: Attention, experts: Experts | None = None) -> LayerKind:
+    """The kind of the layers with this attention and these experts; None: with an MLP."""
+    of_attention = _attention_stages(cfg, attention)
+    if experts is None:
+        return LayerKind(
+            attention.name,
+            leaves=(
+                *_attention_leaves(cfg, attention),
+                *_mlp_leaves(cfg),
+                *_biases(cfg, attention),
+            ),
+            stages=(*of_attention, *_mlp_stages(cfg)),
+            attention=attention,
+        )
     return LayerKind(
-        attention.name,
-        leaves=(*_attention_leaves(cfg, attention), *_mlp_leaves(cfg), *_biases(cfg, attention)),
-        stages=(*_attention_stages(cfg, attention), *_mlp_stages(cfg)),
+        f"{attention.name}, experts",
+        leaves=(
+            *_attention_leaves(cfg, attention),
+            *_place_leaves(cfg, cfg.places.before_mlp),
+            *expert_leaves(experts),
+            *_place_leaves(cfg, cfg.places.after_mlp),
+            *_biases(replace(cfg, mlp_bias=False), attention),
+        ),
+        stages=(*before_experts(of_attention), *expert_stages(experts, _last_join(cfg))),
         attention=attention,
+        n_experts=experts.router.n_experts,
     )
 
 
@@ -182,11 +213,7 @@ def _mlp_stages(cfg):
     else:
         group = one(mlp.up)
         finish = Function("activate", (), ("x",), how=mlp)
-    join = Join(
-        after=norm_at(cfg.norm, cfg.places.after_mlp),
-        scale=cfg.residual_scale,
-        scalar=LAYER_SCALAR if cfg.layer_scalar else None,
-    )
+    join = _last_join(cfg)
     return (
         Stage("gate_up", groups=(group,), finish=finish),
         Stage(
@@ -194,4 +221,13 @@ def _mlp_stages(cfg):
             groups=(one(mlp.down),),
             finish=Function("join", ("hidden",), ("hidden",), join.leaves, join),
         ),
+    )
+
+
+def _last_join(cfg):
+    """How the output of a layer's last branch is added."""
+    return Join(
+        after=norm_at(cfg.norm, cfg.places.after_mlp),
+        scale=cfg.residual_scale,
+        scalar=LAYER_SCALAR if cfg.layer_scalar else None,
     )

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from jlayer.families import cohere, gemma, glm, layer_norms, llama, olmo, phi, qwen_next
+from jlayer.families import cohere, gemma, glm, layer_norms, llama, mixtures, olmo, phi, qwen_next
 from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
 from jlayer.families.decoder import final_norm, norm_leaves
 from jlayer.spec import Leaf, ModelConfig
@@ -15,9 +15,21 @@ from jlayer.spec import Leaf, ModelConfig
 # A new family is a row in a file beside this one; a new file is a line here.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next)
+    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next, mixtures)
     for family in rows.FAMILIES
 }
+
+# How the names of tensors with two axes end that are used whole, as published: norms of heads
+# (Cohere), routers, the gates of shared experts, correction biases (Ernie).
+_WHOLE = (
+    "norm.weight",
+    ".gate.weight",
+    ".router.weight",
+    ".router.layer.weight",
+    ".gate.wg.weight",
+    "shared_expert_gate.weight",
+    "e_score_correction_bias",
+)
 
 _BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
 _LAYER_NAME = re.compile(rf"{_BEFORE}(0|[1-9][0-9]{{0,8}}){_AFTER}(.+)", re.DOTALL)
@@ -84,8 +96,9 @@ def head_input(cfg: ModelConfig) -> Function:
     return Function("normed", ("hidden",), ("x",), norm.leaves, norm)
 
 
-def layer_tensor_name(cfg: ModelConfig, leaf: Leaf, layer: int) -> str:
-    return family_of(cfg).layer_prefix.format(layer=layer) + leaf.published
+def layer_tensor_name(cfg: ModelConfig, leaf: Leaf, layer: int, expert: int | None = None) -> str:
+    published = leaf.published.format(expert=expert) if leaf.n_experts else leaf.published
+    return family_of(cfg).layer_prefix.format(layer=layer) + published
 
 
 def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -93,17 +106,17 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     embedding = family_of(cfg).embedding
     shapes = {embedding.published: embedding.shape(cfg)}
     for layer, kind in enumerate(layer_kinds(cfg)):
-        for leaf in kind.leaves:
-            shapes[layer_tensor_name(cfg, leaf, layer)] = leaf.shape(cfg)
+        for leaf, expert in kind.tensors():
+            shapes[layer_tensor_name(cfg, leaf, layer, expert)] = leaf.shape(cfg)
     for leaf in final_leaves(cfg):
         shapes[leaf.published] = leaf.shape(cfg)
     return shapes
 
 
 def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a published tensor is multiplied, or its rows are looked up: it has two axes, and is
-    no norm (Cohere's norms of heads have two as well)."""
-    return len(shape) == 2 and not tensor_name.endswith("norm.weight")
+    """Whether a published tensor is cut by rows, which are multiplied or looked up: it has two
+    axes, and is none of those that are used whole."""
+    return len(shape) == 2 and not tensor_name.endswith(_WHOLE)
 
 
 def layer_of(tensor_name: str) -> int | None:

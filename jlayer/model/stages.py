@@ -16,6 +16,7 @@ from jlayer.families.base import Function, Join, LayerKind, NormAt, Stage, bias_
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
+from jlayer.model.experts import mix_expert, mix_shared, route
 from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
 from jlayer.model.products import product
 from jlayer.spec import Attention, Mlp, Scale
@@ -26,16 +27,22 @@ def block(kind: LayerKind) -> Callable:
     """The pure function of one decoder layer of this kind.
 
     (layer, hidden [R, D], cache, rows) -> (hidden [R, D], cache with these R tokens).
-    `layer`: weights by leaf, in the published layout; a projection is [out, in].
+    `layer`: weights by leaf, in the published layout; a projection is [out, in], and [E, out, in]
+    of all experts.
     Compiled once, it serves every layer of the kind.
     """
 
     def layer_of_this_kind(layer, hidden, cache, rows):
         flow = {"hidden": hidden, "cache": cache, "rows": rows}
-        for stage in kind.stages:
-            if stage.input:
+        for stage, expert in kind.passes():
+            weights = layer
+            if expert is not None:
+                flow["expert"] = jnp.int32(expert)
+                weights = layer | {name: layer[name][expert] for name in stage.leaves}
+            if stage.input and not expert:
                 flow |= call(stage.input, flow, layer)
-            products = multiply(stage, flow.pop("x"), layer)
+            products = multiply(stage, flow.get(stage.source), weights)
+            flow.pop("x", None)
             flow |= call(stage.finish, flow, layer, products)
         return flow["hidden"], flow["cache"]
 
@@ -195,6 +202,11 @@ def _join_and_norm(products, whole, hidden, *, how: Join):
     return joined, _norm(hidden if how.is_parallel else joined, whole, how.following)
 
 
+def _join_mixed(products, whole, hidden, mixed, *, how: Join):
+    """Adds the sum of the experts' outputs [R, D] to hidden [R, D]."""
+    return _join({"mixed": mixed.astype(hidden.dtype)}, whole, hidden, how=how)
+
+
 def _pass_on(products, whole, *, how):
     """Passes the only product on as the input of the next stage."""
     (output,) = products.values()
@@ -224,6 +236,10 @@ FUNCTIONS = {
     "gated_delta": gated_delta,
     "join": _join,
     "join_and_norm": _join_and_norm,
+    "join_mixed": _join_mixed,
+    "route": route,
+    "mix_shared": mix_shared,
+    "mix_expert": mix_expert,
     "pass_on": _pass_on,
     "activate": _activate,
 }

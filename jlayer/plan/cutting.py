@@ -34,7 +34,10 @@ def cut(
     cfg, tiles_of, alike = weights.cfg, {}, []
     share_of = dict(shares)
     for layer, kind in enumerate(layer_kinds(cfg)):
-        forms = tuple(weights.form_of(layer_tensor_name(cfg, leaf, layer)) for leaf in kind.leaves)
+        forms = tuple(
+            weights.form_of(layer_tensor_name(cfg, leaf, layer, expert))
+            for leaf, expert in kind.tensors()
+        )
         if (kind.name, forms) not in tiles_of:
             tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of)
             tiles_of[kind.name, forms] = tuple(tiles)
@@ -102,22 +105,26 @@ def host_rows(n_rows: int, row_bytes: Sequence[int], share: float) -> int:
 
 
 def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
-    if tile_bytes is None:
+    if tile_bytes is None and not kind.n_experts:
         streamed = kind.kept_in(Place.TILE)
         parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
         return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
     tiles = []
-    for stage in kind.stages:
+    for stage, expert in kind.passes():
+        # The host's cores multiply no experts.
         chosen = [
             (on_host, parts)
-            for on_host in (True, False)
-            for parts in _packed(weights, kind, stage, layer, tile_bytes, share_of, on_host)
+            for on_host in ((True, False) if expert is None else (False,))
+            for parts in _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host)
         ]
+        if not stage.groups:
+            chosen = [(False, ())]
+        number = "" if expert is None else f" {expert}"
         for index, (on_host, parts) in enumerate(chosen):
-            name = f"layer {layer} {stage.name} {index + 1}/{len(chosen)}"
+            name = f"layer {layer} {stage.name}{number} {index + 1}/{len(chosen)}"
             ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
             tile = _tile(name, kind, stage, layer, tuple(parts), platform=platform, **ends)
-            tiles.append(replace(tile, for_host=on_host))
+            tiles.append(replace(tile, for_host=on_host, expert=expert))
     return tiles
 
 
@@ -127,7 +134,7 @@ def _tile(name, kind, stage, layer, parts, *, platform, **ends):
     return Tile(name, kind, stage, layer, parts, joined=layout, **ends)
 
 
-def _packed(weights, kind, stage, layer, tile_bytes, share_of, on_host):
+def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     """The parts of each tile of a stage, of the rows for the host or of the others: row ranges of
     one group after another.
 
@@ -136,11 +143,11 @@ def _packed(weights, kind, stage, layer, tile_bytes, share_of, on_host):
     packed, room = [], 0
     for group in stage.groups:
         leaves = [kind.leaf(name) for name in group.leaves]
-        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer)]
+        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer, expert)]
         row_bytes = [part.n_bytes // part.shape[0] for part in whole]
         for first, n_rows in _ranges(whole, row_bytes, tile_bytes, share_of, on_host):
             size = n_rows * sum(row_bytes)
-            parts = _rows(weights, kind, group, layer, first, n_rows)
+            parts = _rows(weights, kind, group, layer, expert, first, n_rows)
             if packed and size <= room and not _holds(packed[-1], group):
                 packed[-1] += parts
                 room -= size
@@ -167,18 +174,18 @@ def _holds(parts, group: Group):
     return any(part.matrix in group.leaves for part in parts)
 
 
-def _rows(weights, kind, group, layer, first, n_rows):
+def _rows(weights, kind, group, layer, expert, first, n_rows):
     """A range of rows of a group's matrices and their biases."""
     return [
         replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
         for matrix in group.leaves
         for leaf in kind.with_bias(matrix)
-        for whole in _parts(weights, leaf, layer)
+        for whole in _parts(weights, leaf, layer, expert)
     ]
 
 
-def _parts(weights, leaf, layer):
-    return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer), weights)
+def _parts(weights, leaf, layer, expert=None):
+    return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer, expert), weights)
 
 
 def _head_tiles(weights, tile_bytes, platform, share_of):

@@ -95,8 +95,9 @@ def make_plan(
     refuses).
     """
     tilings = {} if tilings is None else tilings
-    # A whole layer is multiplied in one place.
-    tile_sizes = tuple(size for size in TILE_BYTES if size is not None or not shares)
+    # A whole layer is multiplied in one place, and has no experts to choose from.
+    is_cut = bool(shares) or weights.cfg.experts is not None
+    tile_sizes = tuple(size for size in TILE_BYTES if size is not None or not is_cut)
 
     def bare(tile_bytes, limits):
         tiling = tiling_of(tilings, weights, machine, tile_bytes, shares)
@@ -230,7 +231,8 @@ def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt
         device=device,
         host=host_memory(machine.host_budget, needs),
         tiling=tiling,
-        tiers=(Tier.DISK,) * len(tiling.shapes),
+        # There is nothing to move of a tile without weights.
+        tiers=tuple(Tier.DISK if size else Tier.DEVICE for size in tiling.sizes),
         ring=ring,
         ahead=ahead,
         shapes=shapes[0],
@@ -254,7 +256,10 @@ def _with_tiers(plan: Plan) -> Plan:
     room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
     room = room if plan.machine.kind.has_link else 0
     kept = _spread([0 if t.for_host else t.device_bytes for t in tiling.shapes], room)
-    kept = [keep and not t.for_host for keep, t in zip(kept, tiling.shapes, strict=True)]
+    kept = [
+        (keep and not t.for_host) or not t.parts
+        for keep, t in zip(kept, tiling.shapes, strict=True)
+    ]
     rest = [index for index, keep in enumerate(kept) if not keep]
     room = plan.host.budget_bytes - plan.host_peak_bytes
     in_host = _spread([tiling.sizes[index] + tiling.slack for index in rest], room)

@@ -33,6 +33,7 @@ from jlayer.spec import (
     ModelConfig,
     Place,
     head_sizes,
+    resident_dtype,
 )
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
@@ -123,14 +124,13 @@ def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
 def resident_bytes(weights: Weights) -> int:
     """Bytes of the small leaves that stay on the device, in the compute dtype."""
     cfg = weights.cfg
-    numbers = _numbers(final_norm_leaves(cfg), cfg)
-    for kind, n_layers in counted_kinds(cfg):
-        numbers += n_layers * _numbers(kind.kept_in(Place.DEVICE), cfg)
-    return numbers * ITEM_BYTES[weights.dtype]
-
-
-def _numbers(leaves, cfg):
-    return sum(math.prod(leaf.shape(cfg)) for leaf in leaves)
+    counted = [(final_norm_leaves(cfg), 1)]
+    counted += [(kind.kept_in(Place.DEVICE), n_layers) for kind, n_layers in counted_kinds(cfg)]
+    return sum(
+        n * math.prod(leaf.shape(cfg)) * ITEM_BYTES[resident_dtype(leaf, weights.dtype)]
+        for leaves, n in counted
+        for leaf in leaves
+    )
 
 
 def cache_bytes(cfg: ModelConfig, pools: PoolSizes | int, *, item_bytes: int) -> int:
@@ -179,7 +179,15 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
         return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + _widest_stage(cfg)
     joined = shapes.chunk * widest_product(cfg) * item_bytes
-    return n_rows * each * item_bytes + tables + joined
+    return n_rows * (each * item_bytes + _experts_bytes(cfg, item_bytes)) + tables + joined
+
+
+def _experts_bytes(cfg, item_bytes):
+    """Bytes that a token has in a layer with experts: their input, what each is multiplied by, and
+    their sum before and after one is added."""
+    if cfg.experts is None:
+        return 0
+    return cfg.hidden_size * (item_bytes + 2 * 4) + cfg.experts.router.n_experts * 4
 
 
 def _tables_bytes(shapes, windows):
@@ -199,6 +207,8 @@ def _widest_stage(cfg):
 
 
 def _stage_width(cfg, kind, stage):
+    if not stage.groups:
+        return 0
     products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
     width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
     return 2 * products if _uses_cache(stage) else width + products

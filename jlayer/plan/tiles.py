@@ -122,6 +122,7 @@ class Tile:
     stage: Stage | None
     layer: int | None
     parts: tuple[Part, ...]
+    expert: int | None = None
     begins_stage: bool = True
     ends_stage: bool = True
     joined: Joined | None = None
@@ -282,20 +283,19 @@ def _for_layer(cfg, tiles, layer):
     """The tiles of a layer, derived from the equal tiles of another layer."""
     if layer == tiles[0].layer:
         return tiles
-    tensors = {
-        (leaf.name, piece): piece_name(layer_tensor_name(cfg, leaf, layer), piece)
-        for leaf in tiles[0].kind.leaves
-        for piece in {part.piece for tile in tiles for part in tile.parts}
-    }
+    leaves = {leaf.name: leaf for leaf in tiles[0].kind.leaves}
+
+    def tensor(tile, part):
+        name = layer_tensor_name(cfg, leaves[part.matrix], layer, tile.expert)
+        return piece_name(name, part.piece)
+
     before, after = f"layer {tiles[0].layer}", f"layer {layer}"
     return [
         replace(
             tile,
             name=after + tile.name.removeprefix(before),
             layer=layer,
-            parts=tuple(
-                replace(part, tensor=tensors[part.matrix, part.piece]) for part in tile.parts
-            ),
+            parts=tuple(replace(part, tensor=tensor(tile, part)) for part in tile.parts),
         )
         for tile in tiles
     ]

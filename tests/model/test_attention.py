@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from jlayer import spec
+from jlayer import pieces
 from jlayer.engine.device import FLASH_DTYPES, gpu_memory, has_flash
 from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, Rows, rows_struct
@@ -109,7 +109,7 @@ LARGE, SMALLER, LEAST = (64 << 20, 64 << 20), (4 << 10, 4 << 10), (256, 512)
 @pytest.fixture(params=[LARGE, SMALLER, LEAST], ids=["whole", "pieces", "small pieces"])
 def bounds(request, monkeypatch):
     for name, n_bytes in zip(("SCORE_BYTES", "GATHERED_BYTES"), request.param, strict=True):
-        monkeypatch.setattr(spec, name, n_bytes)
+        monkeypatch.setattr(pieces, name, n_bytes)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -127,11 +127,11 @@ def test_plain_equals_the_dense_softmax(shape, bounds):
 def test_bounds_force_every_kind_of_piece(monkeypatch):
     given = random_case(*CASES["trees"])
     assert pieces_of(given) == Pieces(4, 1, 1)
-    monkeypatch.setattr(spec, "SCORE_BYTES", 4 << 10)
-    monkeypatch.setattr(spec, "GATHERED_BYTES", 4 << 10)
+    monkeypatch.setattr(pieces, "SCORE_BYTES", 4 << 10)
+    monkeypatch.setattr(pieces, "GATHERED_BYTES", 4 << 10)
     assert pieces_of(given) == Pieces(1, 1, 1)
-    monkeypatch.setattr(spec, "SCORE_BYTES", 256)
-    monkeypatch.setattr(spec, "GATHERED_BYTES", 512)
+    monkeypatch.setattr(pieces, "SCORE_BYTES", 256)
+    monkeypatch.setattr(pieces, "GATHERED_BYTES", 512)
     assert pieces_of(given) == Pieces(1, 16, 8)
 
 
@@ -205,8 +205,8 @@ def test_the_stand_in_takes_what_the_function_of_jax_takes():
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
 def test_flash_is_folded_split_and_merged_exactly(shape, blocks, bounds, monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", stand_in)
-    monkeypatch.setattr(spec, "FLASH_BLOCKS", blocks)
-    monkeypatch.setattr(spec, "FLASH_ROWS", 2)
+    monkeypatch.setattr(pieces, "FLASH_BLOCKS", blocks)
+    monkeypatch.setattr(pieces, "FLASH_ROWS", 2)
     given = random_case(*shape)
     expected = dense(*given)
     found = attended(given, flash=True)

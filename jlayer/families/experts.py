@@ -1,0 +1,87 @@
+"""The leaves and stages of experts, which a layer has instead of an MLP.
+
+A router chooses a few of them for each token. A layer goes through its shared expert, if it has
+one, then through expert after expert, and adds what each gives to the tokens that chose it. An
+expert that no token chose adds nothing: whether its weights come at all is for the schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jlayer.families.base import Function, Group, Join, Stage, one
+from jlayer.spec import Experts, Leaf, Mlp, Role
+
+ROUTER, CORRECTION, SHARED_GATE = "router", "router_bias", "shared_gate"
+_SHARED = "shared_"  # before the names of the shared expert's leaves
+# What a layer with experts adds to the flow; see `families.base`.
+OF_EXPERTS = ("inputs", "routing", "mixed")
+
+
+def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
+    """The leaves of a layer's router, shared expert and experts."""
+    router, shared = experts.router, experts.shared
+    n_experts = (("experts", router.n_experts), ("one", 1))
+    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), Role.NORM, sizes=n_experts)]
+    if router.has_bias:
+        leaves.append(Leaf(CORRECTION, experts.bias, ("experts",), Role.EXACT, sizes=n_experts))
+    if shared:
+        leaves += _mlp_leaves(shared.mlp, shared.width, prefix=_SHARED)
+        if shared.gate:
+            axes = ("one", "width")
+            leaves.append(Leaf(SHARED_GATE, shared.gate, axes, Role.NORM, sizes=n_experts))
+    return (*leaves, *_mlp_leaves(experts.mlp, experts.width, n_experts=router.n_experts))
+
+
+def before_experts(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages of a layer's attention, of which the last gives the input of its experts."""
+    *others, last = stages
+    return (*others, replace(last, finish=replace(last.finish, gives=("hidden", "inputs"))))
+
+
+def expert_stages(experts: Experts, join: Join) -> tuple[Stage, ...]:
+    """`join`: how what they give is added to the residual stream."""
+    router, shared, stages = experts.router, experts.shared, []
+    whole = (ROUTER, CORRECTION) if router.has_bias else (ROUTER,)
+    route = Function("route", ("inputs",), ("routing", "mixed"), whole, router)
+    if shared:
+        gate = (SHARED_GATE,) if shared.gate else ()
+        stages += _mlp_stages(
+            shared.mlp,
+            Function("mix_shared", ("mixed", "inputs"), ("mixed",), gate),
+            prefix=_SHARED,
+        )
+    mix = Function("mix_expert", ("mixed", "routing", "expert"), ("mixed",))
+    stages += [replace(one, per_expert=True) for one in _mlp_stages(experts.mlp, mix)]
+    stages[0] = replace(stages[0], input=route)
+    joined = Function("join_mixed", ("hidden", "mixed"), ("hidden",), join.leaves, join)
+    return (*stages, Stage("join_experts", (), finish=joined, drops=OF_EXPERTS))
+
+
+def _mlp_leaves(mlp: Mlp, width, *, prefix="", n_experts=0):
+    sizes = (("expert_mlp", width), ("both", 2 * width))
+
+    def matrix(name, axes):
+        published = f"{mlp.module}.{name}.weight"
+        return Leaf(prefix + name, published, axes, sizes=sizes, n_experts=n_experts)
+
+    if mlp.form == "fused":
+        inner = [matrix(mlp.up, ("both", "width"))]
+    else:
+        names = [mlp.gate] * (mlp.form == "gated") + [mlp.up]
+        inner = [matrix(name, ("expert_mlp", "width")) for name in names]
+    return [*inner, matrix(mlp.down, ("width", "expert_mlp"))]
+
+
+def _mlp_stages(mlp: Mlp, finish, *, prefix=""):
+    """The two stages of an MLP; `finish` ends the second."""
+    up, name = prefix + mlp.up, prefix or "expert_"
+    if mlp.form == "gated":
+        group = Group("inner", (prefix + mlp.gate, up), combine="gated", how=mlp.activation)
+        between = Function("pass_on", (), ("x",))
+    else:
+        group, between = one(up), Function("activate", (), ("x",), how=mlp)
+    return [
+        Stage(f"{name}gate_up", (group,), finish=between, source="inputs"),
+        Stage(f"{name}down", (one(prefix + mlp.down),), finish=finish),
+    ]

@@ -1,0 +1,76 @@
+"""Experts: which of them a token goes through, and the sum of what they give.
+
+At these widths every row is multiplied by each expert that is at work, and counts with weight 0
+where it did not choose it: so shapes do not depend on what was chosen.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jlayer.families.experts import CORRECTION, ROUTER, SHARED_GATE
+from jlayer.model.products import product
+from jlayer.spec import Router
+
+
+def route(products, whole, inputs, *, how: Router):
+    """inputs [R, D] -> (routing float32 [R, E], zeros float32 [R, D] for the sum of outputs)."""
+    if how.is_exact:
+        logits = product(inputs.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
+    else:
+        logits = product(inputs, whole[ROUTER]).astype(inputs.dtype).astype(jnp.float32)
+    routing = weights_of(logits, whole.get(CORRECTION), how)
+    return routing, jnp.zeros(inputs.shape, jnp.float32)
+
+
+def weights_of(logits, bias, how: Router):
+    """A router's logits float32 [R, E] -> what each expert's output is multiplied by, [R, E]."""
+    scores = SCORES[how.scores](logits)
+    preferred = scores if bias is None else scores + bias.reshape(1, -1)
+    if how.n_groups > 1:
+        preferred = _within_groups(preferred, how)
+    _, chosen = jax.lax.top_k(preferred, how.n_chosen)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if how.renormalizes:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + how.least_sum)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros_like(scores).at[rows, chosen].set(weights * how.scale)
+
+
+def _within_groups(scores, how):
+    """The scores of experts in groups that are chosen; others are lower than any."""
+    rows = scores.shape[0]
+    groups = scores.reshape(rows, how.n_groups, -1)
+    if how.group_score == "best_two":
+        best = jax.lax.top_k(groups, 2)[0].sum(axis=-1)
+    else:
+        best = groups.max(axis=-1)
+    _, chosen = jax.lax.top_k(best, how.n_chosen_groups)
+    is_chosen = jnp.zeros(best.shape, bool).at[jnp.arange(rows)[:, None], chosen].set(True)
+    return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(rows, -1)
+
+
+def mix_shared(products, whole, mixed, inputs, *, how):
+    """Adds the output of the shared expert, times the sigmoid of its gate if it has one."""
+    (output,) = products.values()
+    output = output.astype(jnp.float32)
+    if SHARED_GATE in whole:
+        gate = product(inputs, whole[SHARED_GATE]).astype(inputs.dtype)
+        output = output * jax.nn.sigmoid(gate.astype(jnp.float32))
+    return (mixed + output,)
+
+
+def mix_expert(products, whole, mixed, routing, expert, *, how):
+    """Adds the output of an expert, by number, as the routing of each row weighs it."""
+    (output,) = products.values()
+    weight = jax.lax.dynamic_slice_in_dim(routing, expert, 1, axis=1)
+    # What overflowed in rows that did not choose it is not theirs.
+    return (mixed + jnp.where(weight != 0, output.astype(jnp.float32) * weight, 0),)
+
+
+def _softmax(logits):
+    return jax.nn.softmax(logits, axis=-1)
+
+
+SCORES = {"softmax": _softmax, "sigmoid": jax.nn.sigmoid}

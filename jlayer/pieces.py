@@ -1,0 +1,94 @@
+"""How attention and a gated DeltaNet are cut into pieces that stay within some bytes. Compiled
+programs and the plan both use it. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jlayer.spec import Attention, Delta
+
+# Attention takes as many lanes and cached entries at a time as stay within these bytes: of scores,
+# float32 [lanes, N, T, entries], and of the keys and values that are gathered.
+SCORE_BYTES = 64 << 20
+GATHERED_BYTES = 64 << 20
+# Flash attention gives a block of the card the rows of a key/value head, up to FLASH_ROWS. Where
+# that makes few blocks, the entries are cut too, up to FLASH_BLOCKS: about the multiprocessors of a
+# card (H200: 64 rows and 8192 entries take 0.17 ms in 32 blocks, 0.09 in 128, 0.14 in 512).
+FLASH_ROWS = 128
+FLASH_BLOCKS = 128
+
+
+# A gated DeltaNet takes so many rows of a long chain at once.
+DELTA_BLOCK = 64
+
+
+def delta_block(tokens: int, *, is_chain: bool) -> int:
+    """How many of a lane's rows a gated DeltaNet takes at once: all of a tree, since a branch may
+    begin anywhere in it."""
+    is_cut = is_chain and tokens > DELTA_BLOCK and tokens % DELTA_BLOCK == 0
+    return DELTA_BLOCK if is_cut else tokens
+
+
+def delta_bytes(delta: Delta, *, lanes: int, tokens: int, is_chain: bool) -> int:
+    """Bytes of a gated DeltaNet's temporaries, float32: states, as they are read (of two lanes at
+    least), as they go on and as they are written; for each pair of rows that are taken at once the
+    decay between them, and their products; for each row what is convolved, and what the heads'
+    values become."""
+    heads, block = delta.n_value_heads, delta_block(tokens, is_chain=is_chain)
+    state = heads * delta.key_dim * delta.value_dim
+    states = (3 if block == tokens else 4) * max(lanes, 2) * state
+    pairs = 4 * lanes * heads * block**2
+    rows = lanes * tokens * (4 * delta.channels + 5 * heads * delta.value_dim)
+    return 4 * (states + pairs + rows)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How the attention of a pane is cut: `lanes` at a time; their committed entries in `committed`
+    pieces, and the entries of the chunk itself in `fresh` pieces. `splits`: into how many parts
+    flash attention cuts a piece of the committed entries, all at once; 0: it is not used."""
+
+    lanes: int
+    committed: int
+    fresh: int
+    splits: int = 0
+
+
+def attention_pieces(
+    attention: Attention, *, lanes: int, tokens: int, capacity: int, flash: bool = False
+) -> Pieces:
+    """The fewest pieces that stay within SCORE_BYTES and GATHERED_BYTES, fewer lanes first.
+
+    The compiled program and the plan both use it. `capacity` is the length of the lanes' tables.
+    `flash`: the device has flash attention, which keeps no scores. A single row for each lane does
+    without: it is faster so (H200, one lane with 8192 entries: 0.05 ms against 0.08 at best).
+    """
+    score = 4 * attention.n_heads * tokens
+    # With flash attention the numbers have 16 bits. A CPU makes float32 of such.
+    gathered = 2 * (2 if flash else 4) * attention.n_kv_heads * attention.head_dim
+    flash = flash and tokens > 1 and attention.is_plain
+
+    def fits(at_once, entries):
+        return (flash or at_once * entries * score <= SCORE_BYTES) and (
+            at_once * entries * gathered <= GATHERED_BYTES
+        )
+
+    at_once, committed, fresh = lanes, 1, 1
+    while at_once > 1 and at_once % 2 == 0 and not fits(at_once, capacity):
+        at_once //= 2
+    while capacity % (2 * committed) == 0 and not fits(at_once, capacity // committed):
+        committed *= 2
+    while tokens % (2 * fresh) == 0 and at_once * (tokens // fresh) * score > SCORE_BYTES:
+        fresh *= 2
+    if not flash:
+        return Pieces(at_once, committed, fresh)
+    rows = tokens * (attention.n_heads // attention.n_kv_heads)
+    blocks = at_once * attention.n_kv_heads * -(-rows // FLASH_ROWS)
+    entries, splits = capacity // committed, 1
+    while (
+        entries % (2 * splits) == 0
+        and entries // splits > FLASH_ROWS
+        and (2 * splits * blocks <= FLASH_BLOCKS)
+    ):
+        splits *= 2
+    return Pieces(at_once, committed, fresh, splits)
