@@ -121,7 +121,8 @@ class Stage:
     `finish` is called once the products of all rows are there; None: the products are the result.
     `logits`: what becomes of products that stay in float32 and go to the host; None: they are no
     logits. `per_expert`: consecutive stages with it are gone through for each expert of the layer;
-    their input is computed once. A stage may have no matrices. `drops`: values that nothing needs any more when it has ended.
+    their input is computed once. A stage may have no matrices. `drops`: values that nothing needs
+    any more when it has ended.
     """
 
     name: str
