@@ -12,7 +12,7 @@ import time
 
 from jlayer.app.cli import main
 from jlayer.serving import desk
-from jlayer.streaming.schedule import Run
+from jlayer.streaming.steps import Run
 
 
 class SlowDesk(desk.Desk):

@@ -16,7 +16,7 @@ from typing import TextIO
 from jlayer.app.status import REFRESH_S, Status
 from jlayer.app.streams import draws, is_pipe, tell
 from jlayer.interrupts import check
-from jlayer.streaming.schedule import Read, Run
+from jlayer.streaming.steps import Read, Run
 
 PATIENCE_S = 1.0  # shorter phases and sweeps show nothing
 STALLED = 4  # a read that takes this many times its expected time is reported

@@ -13,9 +13,9 @@ from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
 from jlayer.interrupts import STOPS, released
+from jlayer.plan.tiles import Tier
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
-from jlayer.streaming.schedule import Tier
 
 
 @contextmanager

@@ -289,8 +289,8 @@ class Engine:
         if self.host is not None:
             self.host.forget()
         if old is not None and plan.tiles is old.tiles:
-            if (plan.tiers, plan.attending) != (self.plan.tiers, self.plan.attending):
-                old.retier(plan.tiers, plan.attending)
+            if _streamed(plan) != _streamed(self.plan):
+                old.retier(*_streamed(plan))
             self.plan = plan
             return
         if old is not None:
@@ -312,6 +312,7 @@ class Engine:
             checks=self._checks,
             attending=plan.attending,
             page_cache=self._page_cache,
+            experts=plan.experts,
         )
 
     def _check_context(self):
@@ -438,3 +439,8 @@ def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
         return gain > 0
     refill_s = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
     return gain > OTHER_TILES_S + refill_s
+
+
+def _streamed(plan):
+    """What of a plan its executor can change to."""
+    return plan.tiers, plan.attending, plan.experts

@@ -22,7 +22,7 @@ class Stats:
     kept_tokens: int = 0  # of the prompt, whose entries an earlier run had left
     decode_sweeps: int = 0
     sweep_bytes: int = 0
-    moved: dict[str, float] = field(default_factory=dict)  # see `streaming.executor.ADDED`
+    moved: dict[str, float] = field(default_factory=dict)  # see `streaming.watch.ADDED`
     compiles: dict[str, int] = field(default_factory=dict)
     reads: str = "direct"
     lanes: int = 0  # the most in one of its forward passes

@@ -166,7 +166,9 @@ class Sweeper:
         try:
             passing = self._begin(parts, division)
             caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
-            executor.sweep(run, caches, multiply=multiply, hosted=hosted)
+            executor.sweep(
+                run, caches, multiply=multiply, hosted=hosted, decide=lambda _: _chosen(passing)
+            )
             outgoing.finish()
             caches.finish()
             held = _tables_bytes(passing) + self._held.setdefault(shape, most_held)
@@ -392,6 +394,15 @@ def _inputs(passing, *, of_head):
     chunks = [chunk for chunk in passing if chunk.part.n_wanted]
     wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
     return [chunk.flow.pop("x") for chunk in chunks], wanted
+
+
+def _chosen(passing) -> list[int]:
+    """The numbers of the experts that some row uses, in order: all wait here for the router."""
+    chosen: set[int] = set()
+    for chunk in passing:
+        routing = np.asarray(chunk.flow["routing"])[chunk.part.real]
+        chosen.update(np.flatnonzero((routing != 0).any(axis=0)).tolist())
+    return sorted(chosen)
 
 
 def _hosted_logits(stage, tile):

@@ -18,6 +18,7 @@ from jlayer.families.registry import (
 from jlayer.plan import hosting, memory
 from jlayer.plan.cutting import cut
 from jlayer.plan.draft import draft_need
+from jlayer.plan.experts import ExpertRooms, counts_of, no_rooms, rooms, rooms_need, sizes_of
 from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
@@ -47,6 +48,8 @@ def with_host(
         shares = tuple((form, host_share) for form in forms) if host_share > 0 else ()
         return replace(plan_of(shares), always_hosted=bool(shares))
     alone = plan_of(())
+    if alone.experts.on_device:
+        return alone  # the cores multiply no experts, which are most of what passes
     resident = alone.tier_bytes(Tier.DEVICE)
     passing = alone.tiling.n_bytes - resident
     if speeds is None or not alone.fits or not passing:
@@ -168,7 +171,8 @@ def refit(
             for most in chunk_limits(run, *held):
                 limits, on = Limits(most, rows, cache), plan.machine
                 bare = bare_plan(weights, on, plan.tiling, run, held, limits, least_pool, draft)
-                same = replace(_with_kept(bare, plan.tiers), always_hosted=plan.always_hosted)
+                kept = _with_kept(bare, plan.tiers, plan.experts)
+                same = replace(kept, always_hosted=plan.always_hosted)
                 if same.fits:
                     return same
     return same
@@ -210,6 +214,7 @@ def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt
     load = together(shapes, limits.chunk, prompt_rows)
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
+        *memory.expert_needs(weights, machine, tiling, ring=ring, ahead=ahead),
         *memory.run_needs(
             weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
         ),
@@ -243,6 +248,8 @@ def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt
         published_bytes=weights.published_bytes,
         n_layers=weights.cfg.num_hidden_layers,
         n_held=len(held),
+        cfg=weights.cfg,
+        experts=no_rooms(weights.cfg),
     )
 
 
@@ -250,33 +257,41 @@ def _with_tiers(plan: Plan) -> Plan:
     """Keeps tiles in the rest of the budgets: first on a GPU, then in host memory.
 
     Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
-    time throughout.
+    time throughout. What every pass uses comes before experts, which have what room is left.
     """
-    tiling = plan.tiling
-    room = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
-    room = room if plan.machine.kind.has_link else 0
-    kept = _spread([0 if t.for_host else t.device_bytes for t in tiling.shapes], room)
-    kept = [
-        (keep and not t.for_host) or not t.parts
-        for keep, t in zip(kept, tiling.shapes, strict=True)
-    ]
-    rest = [index for index, keep in enumerate(kept) if not keep]
-    room = plan.host.budget_bytes - plan.host_peak_bytes
-    in_host = _spread([tiling.sizes[index] + tiling.slack for index in rest], room)
-    tiers = [Tier.DEVICE if keep else Tier.DISK for keep in kept]
-    for index, keep in zip(rest, in_host, strict=True):
+    tiling, tiers = plan.tiling, list(plan.tiers)
+    on_device = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
+    on_device = on_device if plan.machine.kind.has_link else 0
+    certain = [n for n in tiling.certain if tiling.sizes[n] and not tiling.shapes[n].for_host]
+    kept = _spread([tiling.device_sizes[n] for n in certain], on_device)
+    for index, keep in zip(certain, kept, strict=True):
+        if keep:
+            tiers[index] = Tier.DEVICE
+            on_device -= tiling.device_sizes[index]
+    rest = [n for n in tiling.certain if tiers[n] is Tier.DISK]
+    in_host = plan.host.budget_bytes - plan.host_peak_bytes
+    kept = _spread([tiling.sizes[n] + tiling.slack for n in rest], in_host)
+    for index, keep in zip(rest, kept, strict=True):
         if keep:
             tiers[index] = Tier.HOST
-    return _with_kept(plan, tuple(tiers))
+            in_host -= tiling.sizes[index] + tiling.slack
+    counts, sizes = counts_of(plan.cfg), sizes_of(tiling)
+    found = ExpertRooms(
+        rooms(counts, [size.device for size in sizes], on_device),
+        rooms(counts, [size.host for size in sizes], in_host),
+    )
+    return _with_kept(plan, tuple(tiers), found)
 
 
-def _with_kept(plan, tiers):
-    """A bare plan with these tiers, and the tiles that they keep added to its sums."""
-    (kept,) = memory.kept_needs(plan.tiling, tiers)
+def _with_kept(plan, tiers, experts):
+    """A bare plan with these tiers and rooms, and what they keep added to its sums."""
+    (tiles,), some = memory.kept_needs(plan.tiling, tiers), rooms_need(plan.tiling, experts)
+    kept = Need("resident", device=tiles.device + some.device, host=tiles.host + some.host)
     device, host = plan.device, plan.host
     return replace(
         plan,
         tiers=tiers,
+        experts=experts,
         device=replace(device, resident_bytes=device.resident_bytes + kept.device),
         host=replace(host, resident_bytes=host.resident_bytes + kept.host),
     )

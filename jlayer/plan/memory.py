@@ -62,6 +62,15 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
     ]
 
 
+def expert_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
+    """The needs of experts that are not kept: slots as many and as large as those of other
+    tiles."""
+    if weights.cfg.experts is None:
+        return []
+    slots = fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead)
+    return [need for need in slots if need.term == "slots"]
+
+
 def run_needs(
     weights: Weights,
     machine: Machine,

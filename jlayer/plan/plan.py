@@ -12,12 +12,14 @@ from functools import cached_property
 
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import hosting, memory, time
+from jlayer.plan.experts import ExpertRooms, Moved, counts_of, moved, sizes_of
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, total
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import Shapes
 from jlayer.plan.tiles import Tier, Tile, Tiling
 from jlayer.sizes import human
+from jlayer.spec import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Plan:
     there are. `rows`: the limit of rows of a forward pass by which the shapes were made. `cache`:
     where the pools are: on the device, or in host memory, from where they come along with their
     layers. `always_hosted`: whether the host multiplies all rows that were set apart for it in
-    every forward pass, since the user said so.
+    every forward pass, since the user said so. `experts`: how many of them are kept.
     """
 
     machine: Machine
@@ -47,6 +49,8 @@ class Plan:
     model_bytes: int
     published_bytes: int  # before it was quantized, if it was
     n_layers: int
+    cfg: ModelConfig
+    experts: ExpertRooms
     n_held: int = 0
     always_hosted: bool = False
 
@@ -121,8 +125,32 @@ class Plan:
 
     @property
     def put_bytes(self) -> int:
-        """Bytes that go to the device in each forward pass, where the host multiplies none."""
-        return self.tier_bytes(Tier.DISK) + self.tier_bytes(Tier.HOST)
+        """Bytes that go to the device in each forward pass with one token for each lane, where the
+        host multiplies none; of experts as many as are expected."""
+        certain = self._certain_bytes[Tier.DISK] + self._certain_bytes[Tier.HOST]
+        return certain + round(self.moved(self.load.batch).put_bytes)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the weights that a forward pass with one token for each lane uses."""
+        certain = sum(self._certain_bytes.values())
+        return certain + round(self.moved(self.load.batch).used_bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Those of `put_bytes` that come from disk."""
+        return self._certain_bytes[Tier.DISK] + round(self.moved(self.load.batch).disk_bytes)
+
+    @cached_property
+    def _certain_bytes(self):
+        found = dict.fromkeys(Tier, 0)
+        for index in self.tiling.certain:
+            found[self.tiers[index]] += self.tiling.sizes[index]
+        return found
+
+    def moved(self, n_rows: int) -> Moved:
+        """The experts that a forward pass of so many rows is expected to use and to move."""
+        return moved(self.cfg, self.tiling, self.experts, n_rows)
 
     @property
     def moved_cache_bytes(self) -> int:
@@ -158,9 +186,18 @@ class Plan:
         token for each lane."""
         n_chunks, hosted = self.load.n_decode_chunks, self.hosted(n_rows)
         bytes_s = time.bytes_seconds(
-            self.machine, self.tiling, self.tiers, n_chunks=n_chunks, hosted=hosted, rows=n_rows
+            *(self.machine, self.tiling, self.tiers),
+            n_chunks=n_chunks,
+            hosted=hosted,
+            rows=n_rows,
+            experts=self.moved(n_rows),
         )
-        steps_s = time.steps_seconds(self.machine, self.tiling, n_chunks=n_chunks, hosted=hosted)
+        steps_s = time.steps_seconds(
+            *(self.machine, self.tiling),
+            n_chunks=n_chunks,
+            hosted=hosted,
+            experts=self.moved(n_rows),
+        )
         return max(bytes_s, steps_s)
 
     @cached_property
@@ -173,6 +210,7 @@ class Plan:
             cache_bytes=self.moved_cache_bytes,
             hosted=self.hosted(self.load.n_rows),
             rows=self.load.n_rows,
+            experts=self.moved(self.load.n_rows),
         )
 
     @cached_property
@@ -182,6 +220,7 @@ class Plan:
             self.tiling,
             n_chunks=self.n_chunks,
             hosted=self.hosted(self.load.n_rows),
+            experts=self.moved(self.load.n_rows),
         )
 
     def layers(self, tier: Tier) -> int:
@@ -191,9 +230,16 @@ class Plan:
     @cached_property
     def _layers(self):
         shares = dict.fromkeys(Tier, 0)
-        for tile, its_tier in zip(self.tiling.shapes, self.tiers, strict=True):
-            if tile.layer is not None:
-                shares[its_tier] += tile.n_bytes
+        for index in self.tiling.certain:
+            if self.tiling.shapes[index].layer is not None:
+                shares[self.tiers[index]] += self.tiling.sizes[index]
+        counts, sizes = counts_of(self.cfg), sizes_of(self.tiling)
+        kept = zip(counts, sizes, self.experts.on_device, self.experts.in_host, strict=True)
+        for n, size, on_device, in_host in kept:
+            in_host = min(in_host, n - on_device)
+            shares[Tier.DEVICE] += on_device * size.tiles
+            shares[Tier.HOST] += in_host * size.tiles
+            shares[Tier.DISK] += (n - on_device - in_host) * size.tiles
         whole = sum(shares.values()) / self.n_layers
         from_disk = math.ceil(shares[Tier.DISK] / whole - 1e-9)
         on_device = min(math.floor(shares[Tier.DEVICE] / whole), self.n_layers - from_disk)
@@ -233,9 +279,9 @@ class Plan:
             "tile_bytes": self.tile_bytes,
             "host_share": self.host_share,
             "sweep": {
-                "bytes": self.tiling.n_bytes,
-                "disk_bytes": self.tier_bytes(Tier.DISK),
-                "host_bytes": self.tier_bytes(Tier.HOST),
+                "bytes": self.used_bytes,
+                "disk_bytes": self.disk_bytes,
+                "host_bytes": self.put_bytes - self.disk_bytes,
                 "host_product_bytes": self.host_product_bytes,
                 "cache_bytes": self.moved_cache_bytes,
                 "seconds": self.sweep_seconds,

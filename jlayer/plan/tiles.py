@@ -226,6 +226,18 @@ class Tiling:
         return (*tiles_of_layers, *self._head)
 
     @cached_property
+    def experts(self) -> tuple[tuple[Tile, ...], ...]:
+        """Of each layer that has experts, in order, the tiles of one; all of a layer have equal
+        ones."""
+        of_layer = {id(tiles): tuple(t for t in tiles if t.expert == 0) for tiles in self._alike}
+        return tuple(found for tiles in self._alike if (found := of_layer[id(tiles)]))
+
+    @cached_property
+    def certain(self) -> tuple[int, ...]:
+        """The tiles that every forward pass uses, by number: all but those of experts."""
+        return tuple(n for n, tile in enumerate(self.shapes) if tile.expert is None)
+
+    @cached_property
     def is_whole(self) -> bool:
         """Whether a tile is a whole layer."""
         return self.shapes[0].stage is None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from jlayer.plan.experts import NONE_MOVED, Moved
 from jlayer.plan.hosting import EXCHANGE_S, count_stages, seconds_on_host
 from jlayer.plan.machine import (
     CPU_DECODED_WEIGHTS,
@@ -27,25 +28,31 @@ def bytes_seconds(
     cache_bytes: int = 0,
     hosted: frozenset[int] = frozenset(),
     rows: int = 1,
+    experts: Moved = NONE_MOVED,
 ) -> float:
     """Seconds for the bytes: the slowest of disk, link, arithmetic and the host's cores.
     `cache_bytes`: of pools that cross the link too. `hosted`: the tiles that the cores multiply, by
-    `rows` columns."""
-    counts = Counter(tiers)
-    passing = [Tier.DISK, Tier.HOST]
-    n_bytes = dict.fromkeys(Tier, 0)
-    for size, tier in zip(tiling.sizes, tiers, strict=True):
-        n_bytes[tier] += size
-    disk_s = n_bytes[Tier.DISK] / machine.disk_speed + counts[Tier.DISK] * DISK_GAP_S
+    `rows` columns. `experts`: what is used and moved of them."""
+    counts, n_bytes, passing = Counter(), dict.fromkeys(Tier, 0), [Tier.DISK, Tier.HOST]
+    for index in tiling.certain:
+        counts[tiers[index]] += 1
+        n_bytes[tiers[index]] += tiling.sizes[index]
+    n_reads = counts[Tier.DISK] + experts.disk_tiles
+    disk_bytes = n_bytes[Tier.DISK] + experts.disk_bytes
+    disk_s = disk_bytes / machine.disk_speed + n_reads * DISK_GAP_S
     if not machine.kind.has_link:
         # Nothing crosses a link. Every weight is multiplied in memory instead.
-        gaps = len(tiling.shapes) * LINK_GAP_S
+        gaps = (len(tiling.certain) + experts.used_tiles) * LINK_GAP_S
         host_s = _host_seconds(machine, tiling, hosted, rows)
-        return max(disk_s, _cpu_arithmetic(machine, tiling, hosted) + host_s + gaps)
+        return max(disk_s, _cpu_arithmetic(machine, tiling, hosted, experts) + host_s + gaps)
     of_host = sum(tiling.sizes[index] for index in hosted)
-    moved = sum(n_bytes[tier] for tier in passing) - of_host + cache_bytes
-    gaps = (sum(counts[tier] for tier in passing) - len(hosted)) * LINK_GAP_S
-    arithmetic = n_chunks * sum(_work_bytes(tile) * n for tile, n in tiling.distinct)
+    moved = sum(n_bytes[tier] for tier in passing) - of_host + cache_bytes + experts.put_bytes
+    n_moved = sum(counts[tier] for tier in passing) - len(hosted) + experts.put_tiles
+    gaps = n_moved * LINK_GAP_S
+    used = experts.share_of(tiling)
+    arithmetic = n_chunks * sum(
+        _work_bytes(tile) * n * (1 if tile.expert is None else used) for tile, n in tiling.distinct
+    )
     speed = machine.bytes_per_s
     if hosted and machine.host is not None:
         speed = machine.host.link or speed
@@ -54,15 +61,24 @@ def bytes_seconds(
 
 
 def steps_seconds(
-    machine: Machine, tiling: Tiling, *, n_chunks: int, hosted: frozenset[int] = frozenset()
+    machine: Machine,
+    tiling: Tiling,
+    *,
+    n_chunks: int,
+    hosted: frozenset[int] = frozenset(),
+    experts: Moved = NONE_MOVED,
 ) -> float:
     """Seconds of Python and the driver for the steps, independent of the bytes. `hosted`: the tiles
-    that the cores multiply."""
-    kind = machine.kind
-    n_arrays = sum(tile.n_arrays * n for tile, n in tiling.distinct)
+    that the cores multiply. `experts`: what is used of them."""
+    kind, used = machine.kind, experts.share_of(tiling)
+    n_arrays = sum(
+        tile.n_arrays * n * (1 if tile.expert is None else used) for tile, n in tiling.distinct
+    )
     n_arrays -= sum(tiling.shapes[index].n_arrays for index in hosted)
-    n_programs = count_programs(tiling, hosted) * n_chunks
-    return len(tiling.shapes) * kind.step_s + n_arrays * kind.array_s + n_programs * kind.program_s
+    n_unused = len(tiling.shapes) - len(tiling.certain) - experts.used_tiles
+    n_programs = (count_programs(tiling, hosted) - n_unused) * n_chunks
+    n_steps = len(tiling.certain) + experts.used_tiles
+    return n_steps * kind.step_s + n_arrays * kind.array_s + n_programs * kind.program_s
 
 
 def count_programs(tiling: Tiling, hosted: frozenset[int] = frozenset()) -> int:
@@ -89,7 +105,7 @@ def _host_seconds(machine, tiling, hosted, rows):
     return seconds_on_host(machine.host, tiling, sorted(hosted), rows) + n_stages * exchange_s
 
 
-def _cpu_arithmetic(machine, tiling, hosted):
+def _cpu_arithmetic(machine, tiling, hosted, experts):
     """Seconds to multiply the weights in memory that XLA multiplies: plain ones and scales at the
     speed of their bytes, decoded ones each by itself."""
     n_bytes = n_decoded = 0
@@ -97,6 +113,7 @@ def _cpu_arithmetic(machine, tiling, hosted):
     for tile, n in tiling.distinct:
         if hosted and tile.for_host:
             continue
+        n = n if tile.expert is None else n * experts.share_of(tiling)
         for part in tile.parts:
             if part.encoding.is_plain or not part.n_weights:
                 n_bytes += n * part.n_bytes

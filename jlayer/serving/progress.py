@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from jlayer.streaming.schedule import Run
+from jlayer.streaming.steps import Run
 
 REMEMBERED = 8  # passes
 RATE_S = 30.0  # tokens a second are counted over so long

@@ -18,7 +18,7 @@ from functools import partial
 import jax
 
 from jlayer.plan.tiles import Tier, Tile
-from jlayer.streaming.schedule import Free, Put, Read, Run
+from jlayer.streaming.steps import Free, Put, Read, Run
 
 LANES = ("read", "put", "host", "run", "free")
 DRAFT = "draft"  # a lane without tiles: guessing tokens, ahead of a sweep

@@ -1,6 +1,6 @@
-"""A plan as lists of steps for each sweep: one forward pass over all layers.
+"""A plan as the steps of each sweep: one forward pass over all layers.
 
-The executor interprets the lists; they can also be summed, drawn and tested. A fixed set of tiles
+The executor interprets them; they can also be summed, drawn and tested. A fixed set of tiles
 stays on the device and another in host memory; the others pass through a ring of host slots in
 every sweep. Reads run ahead while the ring has free slots, puts while the device has room. While a
 tile runs, the next tiles are being read and put; after the last tile follow those of the next
@@ -8,75 +8,20 @@ sweep. The first sweep also fills the fixed sets.
 
 Some tiles may be multiplied where they lie, by the host's cores, beside the device: these are read
 as the others are, and never put.
+
+Which experts a layer uses is decided as a sweep goes: see `experts`. While the decision is waited
+for, what is certain is on its way: the tiles after the experts.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterator, Sequence
 from itertools import pairwise
 
 from jlayer.plan.tiles import Tier
-
-
-@dataclass(frozen=True)
-class Read:
-    """Read a tile from disk to host memory, in the background.
-
-    `slot`: in the ring; None: the tile's own room, in which it stays.
-    """
-
-    tile: int
-    slot: int | None
-
-
-@dataclass(frozen=True)
-class Put:
-    """Put a tile from host to device, after its read, if it is read in this sweep."""
-
-    tile: int
-    slot: int | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Call the compiled functions that use the tile's weights on the device; or, `on` the "host",
-    let its cores multiply them where they lie, in the background."""
-
-    tile: int
-    on: str = "device"
-
-
-@dataclass(frozen=True)
-class Free:
-    """Wait for the run of tile `after`, which used this tile; then drop the tile from the device,
-    if it was there, and release its slot.
-
-    If `after` is None, the tile stays on the device: wait for its transfer, then release the slot.
-    """
-
-    tile: int
-    slot: int | None
-    after: int | None
-
-
-@dataclass(frozen=True)
-class PutCache:
-    """Put the cache of the layer whose run is at `tile` from host to device."""
-
-    tile: int
-
-
-@dataclass(frozen=True)
-class Take:
-    """After the run at `tile`: bring what was written to the layer's cache back to the host, and
-    drop the cache from the device."""
-
-    tile: int
-
-
-Step = Read | Put | Run | Free | PutCache | Take
+from jlayer.streaming.experts import ExpertStream
+from jlayer.streaming.steps import Fetch, Free, Put, PutCache, Read, Run, Step, Take
 
 
 def sweeps(
@@ -87,21 +32,36 @@ def sweeps(
     in_place: Collection[int] = (),
     attending: Sequence[int] = (),
     hosted: Collection[int] = (),
-) -> Iterator[list[Step]]:
-    """Yields the steps before the first sweep, then the steps of each sweep, without end.
+    experts: ExpertStream | None = None,
+) -> Iterator[Generator[Step, Sequence[int] | None]]:
+    """Yields the steps before the first sweep, then the steps of each sweep, without end; those of
+    a sweep are to be taken to their end, and each in its turn.
+
+    A Fetch asks for the numbers of the experts that are used, in their order, which are sent back.
 
     `ring`: number of host slots. `ahead`: the most tiles that are put before they run, the running
     one included. `in_place`: tiles of the host tier that are already in host memory. `attending`:
     where caches are in host memory, the tile of each layer whose run uses its cache. There are two
     caches on the device at a time: one in use, and the next one on its way. `hosted`: the tiles
-    that the host's cores multiply, none of them of the device tier.
+    that the host's cores multiply, none of them of the device tier. `experts`: their tiles have no
+    tier and no slot of the ring.
     """
     state = _Stream(
-        tiers, ring=ring, ahead=ahead, in_place=in_place, attending=attending, hosted=hosted
+        *(tiers, experts),
+        ring=ring,
+        ahead=ahead,
+        in_place=in_place,
+        attending=attending,
+        hosted=hosted,
     )
-    yield state.begin()
+    yield from_list(state.begin())
     while True:
         yield state.sweep()
+
+
+def from_list(steps: Sequence[Step]) -> Generator[Step, Sequence[int] | None]:
+    """The steps of a list, which asks for no decision."""
+    yield from steps
 
 
 class _Stream:
@@ -110,9 +70,13 @@ class _Stream:
     A move is one trip of a tile to where it is multiplied; moves are numbered.
     """
 
-    def __init__(self, tiers, *, ring, ahead, in_place, attending, hosted):
+    def __init__(self, tiers, experts, *, ring, ahead, in_place, attending, hosted):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
-        self._passing = [i for i, tier in enumerate(self._tiers) if tier is not Tier.DEVICE]
+        self._experts = experts
+        self._choices = experts.choices if experts else {}
+        decided = {n for choice in self._choices.values() for n in range(choice.first, choice.end)}
+        self._certain = [i for i in range(len(self._tiers)) if i not in decided]
+        self._passing = [i for i in self._certain if self._tiers[i] is not Tier.DEVICE]
         self._in_place = frozenset(in_place)
         self._hosted = frozenset(hosted)
         # Tile that uses a cache -> the next one that does; None: the first one.
@@ -145,42 +109,48 @@ class _Stream:
         return [*self._place_residents(), *self._read_ahead(), *self._put_ahead(self._ahead - 1)]
 
     def _place_residents(self):
-        residents = [i for i, tier in enumerate(self._tiers) if tier is Tier.DEVICE]
+        residents = [i for i in self._certain if self._tiers[i] is Tier.DEVICE]
         steps = [Read(tile, slot) for slot, tile in enumerate(residents[: self._ring])]
         for index, tile in enumerate(residents):
             slot = index % self._ring
-            steps += [Put(tile, slot), Free(tile, slot, after=None)]
+            steps += [Put(tile, slot, stays=True), Free(tile, slot, after=None)]
             steps += [Read(later, slot) for later in residents[index + self._ring :][:1]]
         return steps
 
     def sweep(self):
-        steps, tile = self._put_cache(None), 0
+        """The steps of a sweep, with what is read and put ahead of the next one."""
+        yield from self._put_cache(None)
+        tile = 0
         while tile < len(self._tiers):
+            if tile in self._choices:
+                chosen = yield Fetch(tile)
+                yield from self._experts.steps(tile, chosen)
+                tile = self._choices[tile].end
+                continue
             if tile in self._hosted:
-                steps += self._run_on_host(tile)
+                yield from self._run_on_host(tile)
                 tile += 1
                 continue
             if self._tiers[tile] is Tier.DEVICE:
-                steps += self._run(tile)
+                yield from self._run(tile)
                 tile += 1
                 continue
             if not self._on_device or self._on_device[0][1] != tile:
-                steps += self._put_ahead(1)  # in a ring of one slot it could not be put earlier
-            steps += self._run(tile)
+                yield from self._put_ahead(1)  # in a ring of one slot it could not be put earlier
+            yield from self._run(tile)
             after = tile + 1
             # The host's cores begin before anything waits for this tile.
             while after in self._hosted and self._tiers[after] is Tier.HOST:
-                steps += self._run_on_host(after)
+                yield from self._run_on_host(after)
                 after += 1
-            steps += self._put_ahead(self._ahead)
+            yield from self._put_ahead(self._ahead)
             number, _ = self._on_device.popleft()
             slot = self._slots.pop(number)
-            steps.append(Free(tile, slot, after=tile))
+            yield Free(tile, slot, after=tile)
             if slot is not None:
                 self._free.append(slot)
-            steps += self._read_ahead()
+            yield from self._read_ahead()
             tile = after
-        return steps
 
     def _run(self, tile, on="device"):
         if tile not in self._attending:

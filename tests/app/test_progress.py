@@ -8,7 +8,7 @@ import pytest
 
 from jlayer.api import AutoModel, generate
 from jlayer.app import progress
-from jlayer.streaming.schedule import Free, Read, Run
+from jlayer.streaming.steps import Free, Read, Run
 from jlayer.streaming.watch import Watch
 
 

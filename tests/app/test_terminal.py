@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from jlayer.app import progress, status
 from jlayer.app.running import write_text
 from jlayer.streaming.watch import Watch
-from jlayer.streaming.schedule import Run
+from jlayer.streaming.steps import Run
 
 progress.PATIENCE_S = progress.View.refresh_s = 0.001
 model = SimpleNamespace(

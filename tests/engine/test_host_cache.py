@@ -10,7 +10,7 @@ import jlayer
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.schedule import PutCache, Run, Take
+from jlayer.streaming.steps import PutCache, Run, Take
 from tests.engine.test_engine import IDS, opened
 from tests.streaming.conftest import set_tile_bytes
 

@@ -17,7 +17,7 @@ from jlayer.errors import CheckpointError
 from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
 from jlayer.streaming.place import VIEW_ALIGNMENT
-from jlayer.streaming.schedule import Put, Read
+from jlayer.streaming.steps import Put, Read
 from tests.convert.checkpoints import edit_tensors, join, split, tensors_of, write_tensors
 from tests.tiny import tiny_llama
 

@@ -25,7 +25,7 @@ from jlayer.plan import making
 from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.schedule import Put
+from jlayer.streaming.steps import Put
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_manifest
 from tests.quantized import converted, stand_for

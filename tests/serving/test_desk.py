@@ -14,7 +14,7 @@ from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.serving.desk import Desk, Stopping
 from jlayer.serving.job import CANCELLED, DONE, FAILED, Order
 from jlayer.serving.queue import Limits, QueueFull
-from jlayer.streaming.schedule import Run
+from jlayer.streaming.steps import Run
 
 PATIENCE_S = 60
 END = 1  # the model's end token

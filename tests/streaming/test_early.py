@@ -9,7 +9,7 @@ import pytest
 from jlayer import AutoModel
 from jlayer.errors import StorageError
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.executor import Executor
+from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.watch import Watch
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
@@ -19,14 +19,14 @@ TOKENS = {"max_new_tokens": 4, "do_sample": False}
 @pytest.fixture
 def reads(monkeypatch):
     """The tiles that were read so far, by number, each as often as it was read."""
-    real, found = Executor.read_tile, []
+    real, found = Incoming.read_tile, []
 
     def read(executor, tile, slot):
         views = real(executor, tile, slot)
         found.append(tile)
         return views
 
-    monkeypatch.setattr(Executor, "read_tile", read)
+    monkeypatch.setattr(Incoming, "read_tile", read)
     return found
 
 
@@ -97,7 +97,7 @@ def test_before_tiles_change_places_early_reads_end(tiny, cuts, tiers_in_turn, m
     """They would write to rooms that are read into again."""
     cuts(3_000)
     tiers_in_turn(Tier.HOST)
-    real, now, begun = Executor.read_tile, [], threading.Event()
+    real, now, begun = Incoming.read_tile, [], threading.Event()
 
     def slow(executor, tile, slot):
         now.append(tile)
@@ -109,7 +109,7 @@ def test_before_tiles_change_places_early_reads_end(tiny, cuts, tiers_in_turn, m
             time.sleep(0.05)
             now.remove(tile)
 
-    monkeypatch.setattr(Executor, "read_tile", slow)
+    monkeypatch.setattr(Incoming, "read_tile", slow)
     watch = Watch()
     with AutoModel.from_pretrained(tiny, device="cpu", watch=watch) as model:
         interrupt_compiling(model, watch, begun)
@@ -130,14 +130,14 @@ def test_a_model_that_is_closed_while_it_is_read_leaves_no_thread(
 ):
     cuts(3_000)
     tiers_in_turn(Tier.HOST)
-    real, begun = Executor.read_tile, threading.Event()
+    real, begun = Incoming.read_tile, threading.Event()
 
     def slow(executor, tile, slot):
         begun.set()
         time.sleep(0.02)
         return real(executor, tile, slot)
 
-    monkeypatch.setattr(Executor, "read_tile", slow)
+    monkeypatch.setattr(Incoming, "read_tile", slow)
     watch = Watch()
     with AutoModel.from_pretrained(tiny, device="cpu", watch=watch) as model:
         interrupt_compiling(model, watch, begun)

@@ -27,7 +27,7 @@ from jlayer.plan.tiles import Tier
 from jlayer.streaming import executor
 from jlayer.streaming.direct import n_readers
 from jlayer.streaming.executor import Executor
-from jlayer.streaming.schedule import Free, Put, Run
+from jlayer.streaming.steps import Free, Put, Run
 from tests.tiny import stored_arrays, tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]

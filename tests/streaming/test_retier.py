@@ -17,7 +17,7 @@ from jlayer.plan.shapes import PoolSizes, RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
-from jlayer.streaming.schedule import Read
+from jlayer.streaming.steps import Read
 from jlayer.streaming.watch import Totals, Watch
 from tests.streaming.conftest import set_tile_bytes
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.schedule import Free, Put, Read, Run, sweeps
+from jlayer.streaming.schedule import sweeps
+from jlayer.streaming.steps import Free, Put, Read, Run
 
 N_SWEEPS = 4
 plans = st.tuples(

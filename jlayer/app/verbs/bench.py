@@ -25,8 +25,8 @@ from jlayer.app.words import time_words
 from jlayer.interrupts import check
 from jlayer.plan.hosting import seconds_on_host
 from jlayer.plan.machine import DEFAULT_DISK
+from jlayer.plan.tiles import Tier
 from jlayer.sizes import human, parse_bytes
-from jlayer.streaming.schedule import Tier
 
 OF = {
     "disk": "of the raw disk",

@@ -13,7 +13,7 @@ from jlayer.app.bundled import converted_bundled
 from jlayer.app.running import follow, opened, write_text
 from jlayer.interrupts import check
 from jlayer.sizes import human
-from jlayer.streaming.schedule import Free, Put, Read, Run
+from jlayer.streaming.steps import Free, Put, Read, Run
 
 PROMPT = "Once upon a time there was a little girl who"
 OPTIONS = {"max_new_tokens": 160, "temperature": 0.7, "top_p": 0.9, "seed": 37}

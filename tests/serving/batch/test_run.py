@@ -18,7 +18,7 @@ from jlayer.serving.desk import Desk, Stopping
 from jlayer.serving.job import DONE, FAILED, Order
 from jlayer.serving.queue import Limits, QueueFull
 from jlayer.serving.wire.served import Served
-from jlayer.streaming.schedule import Run as RunStep
+from jlayer.streaming.steps import Run as RunStep
 from tests.serving.batch.requests import answers, assert_same, many, request, written
 
 PATIENCE_S = 60

@@ -10,7 +10,7 @@ from jlayer.serving.desk import Desk
 from jlayer.serving.http.guard import Rules
 from jlayer.serving.http.running import Serving, listen
 from jlayer.serving.http.site import Site
-from jlayer.streaming.schedule import Run
+from jlayer.streaming.steps import Run
 from tests.serving.wire.bodies import TEMPLATE
 
 NAMES = ("fable-3m", "fable")

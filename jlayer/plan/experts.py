@@ -1,0 +1,134 @@
+"""How many experts each layer keeps on the device and in host memory, and what moves of them.
+
+Each layer has its own slots: see `streaming.experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jlayer.families.registry import layer_kinds
+from jlayer.plan.need import Need
+from jlayer.plan.tiles import Tiling
+from jlayer.spec import ModelConfig, Router
+
+
+@dataclass(frozen=True)
+class ExpertRooms:
+    """Of each layer that has experts, in order, how many of them are kept on the device and in host
+    memory. () where no layer has some."""
+
+    on_device: tuple[int, ...] = ()
+    in_host: tuple[int, ...] = ()
+
+
+NO_EXPERTS = ExpertRooms()
+
+
+@dataclass(frozen=True)
+class ExpertBytes:
+    """Bytes of one expert of a layer: of its tiles, on the device, and in its room in host
+    memory."""
+
+    tiles: int
+    device: int
+    host: int
+
+
+@lru_cache(maxsize=64)
+def counts_of(cfg: ModelConfig) -> tuple[int, ...]:
+    """Of each layer that has experts, in order, how many."""
+    return tuple(kind.n_experts for kind in layer_kinds(cfg) if kind.n_experts)
+
+
+def no_rooms(cfg: ModelConfig) -> ExpertRooms:
+    """No expert is kept."""
+    none = (0,) * len(counts_of(cfg))
+    return ExpertRooms(none, none)
+
+
+def sizes_of(tiling: Tiling) -> tuple[ExpertBytes, ...]:
+    """Of each layer that has experts, in order, the bytes of one; of a layer all have the same."""
+    return tuple(
+        ExpertBytes(
+            sum(tile.n_bytes for tile in tiles),
+            sum(tile.device_bytes for tile in tiles),
+            sum(tile.device_bytes for tile in tiles) + len(tiles) * tiling.slack,
+        )
+        for tiles in tiling.experts
+    )
+
+
+def rooms(counts: Sequence[int], sizes: Sequence[int], room: int) -> tuple[int, ...]:
+    """How many experts each layer keeps within `room` bytes, as even as can be. `counts`: how many
+    it has; `sizes`: bytes of one."""
+    kept, most = [0] * len(counts), max(counts, default=0)
+    low, high = 0, most  # the most that all layers can keep, each of those that it has
+    while low < high:
+        middle = (low + high + 1) // 2
+        needed = sum(min(middle, n) * size for n, size in zip(counts, sizes, strict=True))
+        low, high = (middle, high) if needed <= room else (low, middle - 1)
+    kept = [min(low, n) for n in counts]
+    room -= sum(n * size for n, size in zip(kept, sizes, strict=True))
+    for layer, (n, size) in enumerate(zip(counts, sizes, strict=True)):
+        if kept[layer] < n and size <= room:
+            kept[layer] += 1
+            room -= size
+    return tuple(kept)
+
+
+def rooms_need(tiling: Tiling, found: ExpertRooms) -> Need:
+    """The memory of the experts that are kept."""
+    sizes = sizes_of(tiling)
+    return Need(
+        "resident",
+        device=sum(n * size.device for n, size in zip(found.on_device, sizes, strict=True)),
+        host=sum(n * size.host for n, size in zip(found.in_host, sizes, strict=True)),
+    )
+
+
+def distinct(router: Router, n_rows: int) -> float:
+    """How many experts of a layer so many tokens use, if each chooses by itself and all experts are
+    equally liked: E (1 - (1 - k/E)^T)."""
+    n = router.n_experts
+    return n * (1 - (1 - router.n_chosen / n) ** max(1, n_rows))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of experts that a forward pass moves, and how many of their tiles: from disk, and to
+    the device; and the tiles that run."""
+
+    disk_bytes: float = 0.0
+    disk_tiles: float = 0.0
+    put_bytes: float = 0.0
+    put_tiles: float = 0.0
+    used_bytes: float = 0.0
+    used_tiles: float = 0.0
+
+    def share_of(self, tiling: Tiling) -> float:
+        """The share of all experts that are used."""
+        n_tiles = len(tiling.shapes) - len(tiling.certain)
+        return self.used_tiles / n_tiles if n_tiles else 0.0
+
+
+NONE_MOVED = Moved()
+
+
+def moved(cfg: ModelConfig, tiling: Tiling, found: ExpertRooms, n_rows: int) -> Moved:
+    """What a forward pass of so many rows is expected to move. What is kept is taken to be asked
+    for no more often than what is not: a model that likes some experts moves less."""
+    if cfg.experts is None:
+        return NONE_MOVED
+    router, sums = cfg.experts.router, [0.0] * 6
+    used = distinct(router, n_rows)
+    layers = zip(tiling.experts, found.on_device, found.in_host, strict=True)
+    for tiles, on_device, in_host in layers:
+        put = used * (1 - on_device / router.n_experts)
+        read = put * (1 - in_host / router.n_experts)
+        n_bytes = sum(tile.n_bytes for tile in tiles)
+        amounts = [n * each for n in (read, put, used) for each in (n_bytes, len(tiles))]
+        sums = [total + more for total, more in zip(sums, amounts, strict=True)]
+    return Moved(*sums)

@@ -1,0 +1,175 @@
+"""The part of the schedule that is decided as it goes: the experts of a layer.
+
+Which experts a layer uses is known once its router has run. Those that are kept on the device run
+at once; the others are put from host memory, or read first. Each layer keeps those that it used
+last: a common store of all layers that is smaller than what one token uses would never have what is
+asked for, since layers come round in a circle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jlayer.plan.tiles import Tile
+from jlayer.streaming.lru import Lru
+from jlayer.streaming.steps import Drop, Free, Put, Read, Run, Slot, Step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts of a layer, whose tiles stand together from `first` up to `end`. `tiles`: of each
+    expert, in order."""
+
+    first: int
+    end: int
+    tiles: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Uses:
+    """Experts that were used so far, each once a layer and forward pass; those of them that were on
+    the device, and those that were put from host memory without a read."""
+
+    experts: int = 0
+    on_device: int = 0
+    in_host: int = 0
+
+
+def choices(tiles: Sequence[Tile]) -> tuple[Choice, ...]:
+    """The experts of each layer that has some, in order."""
+    found, of_layer = [], {}
+    for index, tile in enumerate(tiles):
+        if tile.expert is not None:
+            of_layer.setdefault(tile.layer, {}).setdefault(tile.expert, []).append(index)
+    for experts in of_layer.values():
+        groups = tuple(map(tuple, experts.values()))
+        found.append(Choice(groups[0][0], groups[-1][-1] + 1, groups))
+    return tuple(found)
+
+
+@dataclass
+class _Move:
+    """A tile on its way to the device. `stays`: on the device; `slot`: in host memory, once it is
+    known; `is_read`: it comes from disk; `drops`: tiles whose place it takes."""
+
+    tile: int
+    stays: bool
+    slot: Slot = None
+    is_read: bool = False
+    needs_ring: bool = False
+    drops: tuple[int, ...] = ()
+
+
+class ExpertStream:
+    """The experts of all layers: what is kept of them, and the steps to use some.
+
+    `on_device`, `in_host`: how many experts each layer keeps there. `ring`: slots in host memory
+    for those that are not kept, and `ahead` so many of their tiles on the device at a time.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        *,
+        on_device: Sequence[int],
+        in_host: Sequence[int],
+        ring: Iterable[int],
+        ahead: int,
+    ):
+        self.choices = {choice.first: choice for choice in choices}
+        self._on_device_sizes = tuple(on_device)
+        self._in_host = {c.first: Lru(n) for c, n in zip(choices, in_host, strict=True)}
+        self._ring, self._ahead = tuple(ring), ahead
+        self.uses = Uses()
+        self.restart(())
+
+    def restart(self, in_host: Collection[int]) -> None:
+        """Begins anew after a pass that was given up: nothing is on the device, and of the experts
+        in host memory only those are there whose tiles are `in_host`."""
+        sizes = zip(self.choices.values(), self._on_device_sizes, strict=True)
+        self._on_device = {choice.first: Lru(n) for choice, n in sizes}
+        self._free, self._n_passing = deque(self._ring), 0
+        for first, kept in self._in_host.items():
+            tiles = self.choices[first].tiles
+            kept.forget([n for n in kept.numbers() if not set(tiles[n]) <= set(in_host)])
+
+    def steps(self, first: int, chosen: Sequence[int]) -> Iterator[Step]:
+        """The steps that use the experts `chosen`, in their order, of the layer whose experts begin
+        at tile `first`."""
+        moves = self._moves(self.choices[first], chosen)
+        self._to_read = deque(move for move in moves.values() if move.is_read)
+        self._to_put = deque(moves.values())
+        yield from self._read_ahead()
+        for tile in (tile for expert in chosen for tile in self.choices[first].tiles[expert]):
+            move = moves.get(tile)
+            while move is not None and any(move is waiting for waiting in self._to_put):
+                yield from self._put_next()
+            yield Run(tile)
+            yield from self._put_ahead()
+            if move is not None:
+                yield from self._end(move)
+
+    def _moves(self, choice, chosen):
+        """Tile -> its move, of the experts that are not on the device, in order."""
+        device, host = self._on_device[choice.first], self._in_host[choice.first]
+        found = device.take(chosen)
+        missed = [expert for expert in chosen if expert not in found.hits]
+        there = host.take(missed)
+        self.uses.experts += len(chosen)
+        self.uses.on_device += len(found.hits)
+        self.uses.in_host += len(there.hits)
+        moves = {}
+        for expert in missed:
+            evicted = found.evicted.get(found.placed.get(expert))
+            for place, tile in enumerate(choice.tiles[expert]):
+                is_kept = expert in host
+                moves[tile] = _Move(
+                    tile,
+                    stays=expert in found.placed,
+                    slot=(choice.first, place, host.slot(expert)) if is_kept else None,
+                    is_read=expert not in there.hits,
+                    needs_ring=not is_kept,
+                    drops=() if evicted is None or place else choice.tiles[evicted],
+                )
+        return moves
+
+    def _read_ahead(self):
+        """Reads in order, as far as there are slots."""
+        while self._to_read:
+            move = self._to_read[0]
+            if move.needs_ring:
+                if not self._free:
+                    return
+                move.slot = self._free.popleft()
+            self._to_read.popleft()
+            yield Read(move.tile, move.slot)
+
+    def _put_next(self):
+        """Puts the next tile. What it needs is there, or has been asked for: those before it have
+        run, and given back what they had."""
+        move = self._to_put.popleft()
+        yield from map(Drop, move.drops)
+        self._n_passing += not move.stays
+        yield Put(move.tile, move.slot, stays=move.stays)
+
+    def _put_ahead(self):
+        while self._to_put:
+            move = self._to_put[0]
+            if move.needs_ring and move.slot is None:
+                return  # it is not read yet
+            if not move.stays and self._n_passing >= self._ahead:
+                return
+            yield from self._put_next()
+
+    def _end(self, move):
+        """After a tile has run: what passes is freed, and so is the slot of what stays."""
+        if not move.stays:
+            self._n_passing -= 1
+            yield Free(move.tile, move.slot, after=move.tile)
+        elif move.needs_ring:
+            yield Free(move.tile, move.slot, after=None)
+        if move.needs_ring:
+            self._free.append(move.slot)
+            yield from self._read_ahead()
