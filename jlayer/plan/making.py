@@ -236,8 +236,7 @@ def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt
         device=device,
         host=host_memory(machine.host_budget, needs),
         tiling=tiling,
-        # There is nothing to move of a tile without weights.
-        tiers=tuple(Tier.DISK if size else Tier.DEVICE for size in tiling.sizes),
+        tiers=tiling.from_disk,
         ring=ring,
         ahead=ahead,
         shapes=shapes[0],

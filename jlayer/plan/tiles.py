@@ -226,6 +226,11 @@ class Tiling:
         return (*tiles_of_layers, *self._head)
 
     @cached_property
+    def from_disk(self) -> tuple[Tier, ...]:
+        """The tiers where nothing is kept; there is nothing to move of a tile without weights."""
+        return tuple(Tier.DISK if size else Tier.DEVICE for size in self.sizes)
+
+    @cached_property
     def experts(self) -> tuple[tuple[Tile, ...], ...]:
         """Of each layer that has experts, in order, the tiles of one; all of a layer have equal
         ones."""

@@ -24,7 +24,7 @@ from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
-from jlayer.streaming import executor
+from jlayer.streaming import incoming
 from jlayer.streaming.direct import n_readers
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.steps import Free, Put, Run
@@ -332,7 +332,7 @@ def test_a_disk_that_stalls_is_told_of_and_the_run_goes_on(tiny, monkeypatch):
             time.sleep(next(waits, 0))
         return real(fd, buffers, offset, *flags)
 
-    monkeypatch.setattr(executor, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(incoming, "PATIENCE_S", 0.05)
     told = []
     with AutoModel.from_pretrained(tiny, device="cpu", keeps_layers=False) as model:
         expected = model.generate(IDS, max_new_tokens=3, do_sample=False)

@@ -24,7 +24,7 @@ def steps_of(plan):
     """(steps before the first sweep, steps of each sweep)."""
     tiers, ring, ahead, in_place, _ = plan
     lists = sweeps(tiers, ring=ring, ahead=ahead, in_place=in_place, hosted=hosted_in(plan))
-    begin, *rest = islice(lists, N_SWEEPS + 1)
+    begin, *rest = (list(steps) for steps in islice(lists, N_SWEEPS + 1))
     return begin, rest
 
 

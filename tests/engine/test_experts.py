@@ -1,0 +1,206 @@
+"""Experts are streamed as they are chosen: what is kept of them, and where, changes no number; what
+moves is what was chosen and not there; and what fails leaves nothing behind."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer import AutoModel
+from jlayer.convert import convert_checkpoint
+from jlayer.engine import sweep
+from jlayer.errors import CheckpointError, StorageError
+from jlayer.families.registry import layer_kinds
+from jlayer.plan import making
+from jlayer.streaming.incoming import Incoming
+from tests.engine.mixture import CONFIG, N_SPARSE, save
+from tests.streaming.conftest import set_tile_bytes
+
+N_EXPERTS = CONFIG["num_experts"]
+PROMPTS = [[5, 17, 90, 33, 2, 61], [77, 3, 40]]
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "eos_token_id": None, "speculate": "off"}
+IDS = np.random.default_rng(3).integers(3, 133, (2, 20))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("experts") / "model")
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """Has every layer keep so many experts on the device and in host memory."""
+
+    def kept(on_device, in_host):
+        found = iter([on_device, in_host] * 100)
+        monkeypatch.setattr(making, "rooms", lambda counts, *_: (next(found),) * len(counts))
+
+    return kept
+
+
+def opened(folder, **options):
+    return AutoModel.from_pretrained(folder, device="cpu", dtype="float32", **options)
+
+
+def uses(model):
+    with model.engine.turn() as executor:
+        return executor.experts.uses
+
+
+def told(model):
+    """What a model says to some prompts, and of a text."""
+    return (
+        [jlayer.generate(model, prompt, **GREEDY).token_ids for prompt in PROMPTS],
+        model.logits(IDS),
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(published):
+    with opened(published) as model:
+        return told(model)
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (1, 0), (0, 1), (2, 5), (4, 3), (N_EXPERTS, N_EXPERTS)])
+def test_what_is_kept_changes_no_number(published, expected, keep, kept):
+    keep(*kept)
+    with opened(published) as model:
+        tokens, logits = told(model)
+        found = uses(model)
+    assert tokens == expected[0]
+    np.testing.assert_array_equal(logits, expected[1])
+    assert (found.on_device > 0) == (kept[0] > 0)
+    assert (found.in_host > 0) == (kept[1] > 0 and kept[0] < N_EXPERTS)
+
+
+@pytest.mark.parametrize("tile_bytes", [700, 5_000])
+def test_an_expert_may_be_cut_into_any_tiles(published, expected, keep, monkeypatch, tile_bytes):
+    set_tile_bytes(monkeypatch, tile_bytes)
+    keep(2, 4)
+    with opened(published) as model:
+        n_tiles = {len(tiles) for tiles in model.plan.tiling.experts}
+        tokens, logits = told(model)
+    assert n_tiles == ({7} if tile_bytes == 700 else {2})
+    assert tokens == expected[0]
+    np.testing.assert_allclose(logits, expected[1], rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_only_what_is_chosen_is_used_and_moves(published, keep):
+    """A token moves its own experts and what all tokens need; nothing that is kept moves twice."""
+    keep(0, 0)
+    with opened(published) as model:
+        jlayer.generate(model, PROMPTS[0], **GREEDY | {"max_new_tokens": 1})
+        before, n_before = model.engine.totals.put_bytes, uses(model).experts
+        jlayer.generate(model, PROMPTS[0][:1], **GREEDY | {"max_new_tokens": 4})
+        n_used = uses(model).experts - n_before
+        moved = model.engine.totals.put_bytes - before
+        tiling = model.plan.tiling
+        certain = sum(tiling.sizes[n] for n in tiling.certain)
+        one = sum(tile.n_bytes for tile in tiling.experts[0])
+    assert n_used == 4 * N_SPARSE * CONFIG["num_experts_per_tok"]
+    ahead = moved - 4 * certain - n_used * one  # what of the next sweep is on its way
+    assert abs(ahead) < certain
+
+
+def test_a_prompt_moves_each_expert_once(published, keep):
+    keep(0, 0)
+    with opened(published) as model:
+        model.logits(np.arange(3, 103)[None])
+        assert uses(model).experts == N_SPARSE * N_EXPERTS
+
+
+def test_padding_chooses_no_expert(published, keep):
+    """A chunk is longer than the text; its other rows hold anything."""
+    keep(0, 0)
+    with opened(published) as model:
+        model.logits(np.array([[7]]))
+        assert uses(model).experts == N_SPARSE * CONFIG["num_experts_per_tok"]
+
+
+def test_an_expert_that_is_damaged_is_found_before_a_token_has_used_it(published, tmp_path):
+    """Also: the others may be used as long as nobody asks for it."""
+    folder = convert_checkpoint(published, tmp_path / "layered")
+    with opened(tmp_path / "layered") as model:
+        chosen = []
+        real = sweep._chosen
+        sweep._chosen = lambda passing: chosen.append(real(passing)) or chosen[-1]
+        try:
+            model.logits(np.array([[7]]))
+        finally:
+            sweep._chosen = real
+    del folder
+    used, unused = chosen[0][0], next(n for n in range(N_EXPERTS) if n not in chosen[0])
+    file = next((tmp_path / "layered").glob("*layer*0.safetensors"))
+    flip(file, f"experts.{unused}.down_proj")
+    with opened(tmp_path / "layered") as model:
+        model.logits(np.array([[7]]))
+    flip(file, f"experts.{used}.down_proj")
+    with (
+        opened(tmp_path / "layered") as model,
+        pytest.raises(CheckpointError, match=rf"experts\.{used}\.down_proj.*damaged"),
+    ):
+        model.logits(np.array([[7]]))
+
+
+def flip(file, name):
+    """Changes a bit of a tensor whose name has `name` in it."""
+    import json
+
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    (entry,) = (value for key, value in header.items() if name in key)
+    data[8 + length + entry["data_offsets"][0] + 1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (2, 4)])
+@pytest.mark.parametrize("fault", ["reader", "decision", "interrupt"])
+def test_what_fails_leaves_nothing_behind(published, expected, keep, monkeypatch, kept, fault):
+    keep(*kept)
+    threads = set(threading.enumerate())
+    with opened(published) as model:
+        for n_before in (0, 1, 11) if fault == "reader" else (0, 1, 2):
+            with monkeypatch.context() as patched:
+                error = break_after(patched, fault, n_before)
+                with pytest.raises(type(error), match="on purpose"):
+                    model.logits(IDS)
+            np.testing.assert_array_equal(model.logits(IDS), expected[1])
+        assert told(model)[0] == expected[0]
+    assert set(threading.enumerate()) <= threads
+
+
+def break_after(patched, fault, n_before):
+    """Has a read of an expert, or a decision, fail after some that do not."""
+    error = KeyboardInterrupt if fault == "interrupt" else StorageError
+    error, left = error("on purpose"), iter(range(n_before))
+
+    def fails():
+        if next(left, None) is None:
+            raise error
+
+    if fault == "reader":
+        real = Incoming.read_tile
+
+        def read(self, tile, slot):
+            if self.tiles[tile].expert is not None:
+                fails()
+            return real(self, tile, slot)
+
+        patched.setattr(Incoming, "read_tile", read)
+    else:
+        chosen = sweep._chosen
+        patched.setattr(sweep, "_chosen", lambda passing: (fails(), chosen(passing))[1])
+    return error
+
+
+def test_programs_are_compiled_for_kinds_and_not_for_experts(published, tmp_path):
+    found = []
+    more = save(tmp_path / "more", num_experts=13, num_hidden_layers=7)
+    for folder in (published, more):
+        with opened(folder) as model:
+            model.logits(IDS)
+            found.append(sum(model.engine.compiles.values()))
+            assert len(set(layer_kinds(model.engine.cfg))) == 2
+    assert found[0] == found[1]

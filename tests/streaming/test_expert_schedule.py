@@ -1,0 +1,209 @@
+"""Properties of the schedule where experts are chosen as it goes: what moves, what is kept, and
+what may never happen to a slot, whatever is chosen."""
+
+from collections import OrderedDict
+from itertools import islice
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jlayer.plan.tiles import Tier
+from jlayer.streaming.experts import ExpertStream, choices
+from jlayer.streaming.lru import Lru
+from jlayer.streaming.schedule import sweeps
+from jlayer.streaming.steps import Drop, Fetch, Free, Put, Read, Run
+
+N_LAYERS, N_EXPERTS, N_PLACES, N_SWEEPS = 3, 5, 2, 6
+BEFORE, AFTER = 2, 1  # certain tiles of a layer
+
+sizes = st.lists(st.integers(0, N_EXPERTS), min_size=N_LAYERS, max_size=N_LAYERS)
+chosen = st.sets(st.integers(0, N_EXPERTS - 1)).map(sorted)
+runs = st.fixed_dictionaries(
+    {
+        "on_device": sizes,
+        "in_host": sizes,
+        "ring": st.integers(1, 4),
+        "ahead": st.integers(1, 3),
+        "chosen": st.lists(chosen, min_size=N_LAYERS * N_SWEEPS, max_size=N_LAYERS * N_SWEEPS),
+        "tiers": st.lists(st.sampled_from(Tier), min_size=BEFORE + AFTER, max_size=BEFORE + AFTER),
+    }
+)
+
+
+def made_up():
+    """Tiles of layers with experts, each of which is cut in two."""
+    tiles = []
+    for layer in range(N_LAYERS):
+        tiles += [SimpleNamespace(layer=layer, expert=None)] * BEFORE
+        for expert in range(N_EXPERTS):
+            tiles += [SimpleNamespace(layer=layer, expert=expert)] * N_PLACES
+        tiles += [SimpleNamespace(layer=layer, expert=None)] * AFTER
+    return tiles
+
+
+TILES = made_up()
+CHOICES = choices(TILES)
+FIRST = {choice.first: number for number, choice in enumerate(CHOICES)}
+EXPERT_OF = {
+    tile: (layer, expert)
+    for layer, choice in enumerate(CHOICES)
+    for expert, tiles in enumerate(choice.tiles)
+    for tile in tiles
+}
+
+
+def stream_of(run):
+    first = run["ring"]  # those of other tiles come before
+    return ExpertStream(
+        CHOICES,
+        on_device=run["on_device"],
+        in_host=run["in_host"],
+        ring=range(first, first + run["ring"]),
+        ahead=run["ahead"],
+    )
+
+
+def steps_of(run, experts):
+    """(the steps before the first sweep, those of each sweep), as they are asked for; what is
+    chosen is an iterator over all layers of all sweeps."""
+    tiers = [
+        Tier.DISK if tile.expert is not None else tier
+        for tile, tier in zip(TILES, of_layers(run["tiers"]), strict=True)
+    ]
+    lists = sweeps(tiers, ring=run["ring"], ahead=run["ahead"], experts=experts)
+    decisions, found = iter(run["chosen"]), []
+    for steps in islice(lists, N_SWEEPS + 1):
+        found.append([])
+        decision = None
+        while True:
+            try:
+                step = steps.send(decision)
+            except StopIteration:
+                break
+            found[-1].append(step)
+            decision = next(decisions) if isinstance(step, Fetch) else None
+    return found[0], found[1:]
+
+
+def of_layers(tiers):
+    one = [*tiers[:BEFORE], *[Tier.DISK] * (N_EXPERTS * N_PLACES), *tiers[BEFORE:]]
+    return one * N_LAYERS
+
+
+@given(runs)
+def test_what_is_chosen_runs_in_order_and_nothing_else_does(run):
+    _, rest = steps_of(run, stream_of(run))
+    decisions = iter(run["chosen"])
+    for one in rest:
+        expected = []
+        for layer, choice in enumerate(CHOICES):
+            start = layer * (len(TILES) // N_LAYERS)
+            expected += range(start, start + BEFORE)
+            expected += [tile for expert in next(decisions) for tile in choice.tiles[expert]]
+            expected += range(choice.end, choice.end + AFTER)
+        assert [step.tile for step in one if isinstance(step, Run)] == expected
+
+
+@given(runs)
+def test_what_runs_was_put_and_what_is_put_was_read(run):
+    """Also: never more on the device than was planned, and a slot holds one tile at a time."""
+    begin, rest = steps_of(run, stream_of(run))
+    in_slot, on_device, passing = {}, set(), set()
+    for step in [*begin, *(step for one in rest for step in one)]:
+        match step:
+            case Read(tile, slot):
+                if isinstance(slot, int):
+                    assert slot not in in_slot
+                in_slot[place_of(step)] = tile
+            case Put(tile, slot, stays):
+                assert in_slot[place_of(step)] == tile
+                assert tile not in on_device
+                on_device.add(tile)
+                if tile in EXPERT_OF and not stays:
+                    passing.add(tile)
+            case Run(tile):
+                assert tile in on_device
+            case Drop(tile):
+                on_device.remove(tile)
+            case Free(tile, slot, after):
+                if isinstance(slot, int):
+                    assert in_slot.pop(slot) == tile
+                if after is not None:
+                    on_device.remove(tile)
+                    passing.discard(tile)
+        assert len(passing) <= run["ahead"]
+        kept = {EXPERT_OF[tile] for tile in on_device - passing if tile in EXPERT_OF}
+        for layer, most in enumerate(run["on_device"]):
+            assert sum(of_layer == layer for of_layer, _ in kept) <= most
+
+
+def place_of(step):
+    """Where a tile lies in host memory: its own room has no name."""
+    return ("of", step.tile) if step.slot is None else step.slot
+
+
+def simulated(sizes, decisions):
+    """How often what is chosen is there, of caches that drop what was not used for the longest
+    time; what is there of a choice counts as used first."""
+    caches, hits, missed = [OrderedDict() for _ in sizes], 0, []
+    for number, decision in enumerate(decisions):
+        layer = number % N_LAYERS
+        cache, size = caches[layer], sizes[layer]
+        there = [expert for expert in decision if expert in cache]
+        for expert in there:
+            cache.move_to_end(expert)
+        for expert in decision:
+            if expert in there:
+                continue
+            missed.append((layer, expert))
+            if len(cache) == size and size and next(iter(cache)) not in decision:
+                cache.popitem(last=False)
+            if len(cache) < size:
+                cache[expert] = None
+        hits += len(there)
+    return hits, missed
+
+
+@given(runs)
+def test_hits_are_those_of_a_simulated_cache_and_what_moves_is_the_rest(run):
+    experts = stream_of(run)
+    _, rest = steps_of(run, experts)
+    hits, missed = simulated(run["on_device"], run["chosen"])
+    assert experts.uses.on_device == hits
+    assert experts.uses.experts == sum(map(len, run["chosen"]))
+    puts = [step.tile for one in rest for step in one if isinstance(step, Put)]
+    found = [EXPERT_OF[tile] for tile in puts if tile in EXPERT_OF]
+    assert found == [each for each in missed for _ in range(N_PLACES)]
+    reads = [step.tile for one in rest for step in one if isinstance(step, Read)]
+    n_read = sum(tile in EXPERT_OF for tile in reads)
+    assert n_read == N_PLACES * (len(missed) - experts.uses.in_host)
+
+
+@given(runs, st.integers(0, N_LAYERS * N_SWEEPS))
+def test_after_a_pass_that_is_given_up_only_what_is_there_counts(run, n_lost):
+    experts = stream_of(run)
+    steps_of(run, experts)
+    lost = sorted(EXPERT_OF)[:n_lost]
+    there = [tile for tile in EXPERT_OF if tile not in lost]
+    experts.restart(there)
+    before = experts.uses.on_device, experts.uses.in_host
+    _, rest = steps_of({**run, "chosen": [[0]] * (N_LAYERS * N_SWEEPS)}, experts)
+    first = [step for step in rest[0] if isinstance(step, Put | Read) and step.tile in EXPERT_OF]
+    assert experts.uses.on_device - before[0] <= N_LAYERS * (N_SWEEPS - 1)
+    for choice in CHOICES:
+        assert any(isinstance(step, Put) and step.tile == choice.tiles[0][0] for step in first)
+        if choice.tiles[0][0] in lost:
+            assert any(isinstance(step, Read) and step.tile == choice.tiles[0][0] for step in first)
+
+
+def test_numbers_that_are_used_at_once_make_no_room_for_one_another():
+    kept = Lru(2)
+    assert kept.take([4, 7, 9]).placed == {4: 0, 7: 1}
+    found = kept.take([7, 8])
+    assert (found.hits, found.placed, found.evicted) == ({7}, {8: 0}, {0: 4})
+    found = kept.take([1, 7, 8, 2])
+    assert (found.hits, found.placed) == ({7, 8}, {})
+    assert kept.numbers() == (7, 8)
+    kept.forget([7])
+    assert kept.take([5]).placed == {5: 1}
