@@ -57,6 +57,7 @@ def test_without_ref_the_bundled_model_streams_from_disk(quick, capsys):
     assert set(found["raw"]) == {"disk", "memory", "arithmetic"}
 
 
+@pytest.mark.slow
 def test_the_cores_are_measured_where_they_multiply(fable, quick, capsys, monkeypatch):
     for speeds in ("memory_speeds", "arithmetic_speeds"):
         monkeypatch.setattr(measuring, speeds, lambda *_: [1e12])
@@ -87,6 +88,7 @@ def test_the_cores_are_measured_where_they_multiply(fable, quick, capsys, monkey
     assert found["advised_host_share"] is None
 
 
+@pytest.mark.slow
 def test_with_a_link_it_says_what_both_move_and_which_share_would_help(
     fable, quick, capsys, monkeypatch
 ):

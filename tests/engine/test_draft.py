@@ -161,6 +161,7 @@ def saved(folder, *, quantize=None, **options):
     return folder / "layered"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_what_it_finds_likeliest_is_so_in_the_same_model_streamed(tmp_path, form):
     folder = saved(tmp_path, **FORMS[form])
@@ -173,6 +174,7 @@ def test_what_it_finds_likeliest_is_so_in_the_same_model_streamed(tmp_path, form
     assert rounds.n_read == [11, 12] + [2] * 4
 
 
+@pytest.mark.slow
 def test_rows_of_int8_are_the_model_with_the_rounded_weights(tmp_path, monkeypatch):
     """As a plain model is kept on a GPU."""
     folder = saved(tmp_path)
@@ -198,6 +200,7 @@ def test_rows_of_int8_are_the_model_with_the_rounded_weights(tmp_path, monkeypat
         rounds.check(model)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_computes_as_the_streamed_model_does(tmp_path):
     folder = saved(tmp_path, dtype="bfloat16")
     with opened(folder, dtype="bfloat16") as model:

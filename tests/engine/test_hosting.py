@@ -52,6 +52,7 @@ def assert_alike(ours, expected):
     assert ours[1] == expected[1]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_equal_for_a_share(int4):
     alone, ours = found(int4, 0), found(int4, 0.6)
     assert_alike(ours, alone)

@@ -85,6 +85,7 @@ def test_a_turn_that_is_said_anew_begins_where_the_texts_part(model):
     assert found == afresh(model, other)
 
 
+@pytest.mark.slow
 def test_the_text_that_most_can_be_taken_from_is_taken(model):
     model.engine.kept.clear()
     one, _, _ = turn(model, PROMPT)
@@ -99,6 +100,7 @@ def test_the_text_that_most_can_be_taken_from_is_taken(model):
     assert len(model.engine.kept) == 2, "the one that was used longest ago has gone"
 
 
+@pytest.mark.slow
 def test_several_texts_of_a_prompt_go_on_from_one(model):
     model.engine.kept.clear()
     first, _, _ = turn(model, PROMPT)

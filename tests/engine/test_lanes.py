@@ -123,6 +123,7 @@ def orders(request):
     return Orders(request.getfixturevalue(request.param))
 
 
+@pytest.mark.slow
 @settings(max_examples=5, derandomize=True)
 @given(st.lists(calls, min_size=3, max_size=9))
 def test_in_any_order_each_is_what_it_is_alone(orders, calls):
@@ -141,6 +142,7 @@ def test_in_any_order_each_is_what_it_is_alone_a_longer_campaign(orders, calls):
 LENGTHS = [14, 15, 16, 17, 18, 33, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, 8])
 @pytest.mark.parametrize("arriving", ["together", "one by one", "source leaves"])
 def test_prefixes_in_common_change_no_token(tiny_model, rows, arriving):
@@ -222,6 +224,7 @@ def logits_of(model, table, entries):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_trunk", [0, 1, 5, 600])
 def test_a_tree_is_its_branches_one_by_one(tmp_path_factory, fable, n_trunk):
     """Behind committed tokens, and with a trunk that fills chunks before the first branch."""

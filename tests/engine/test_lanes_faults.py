@@ -45,6 +45,7 @@ def test_a_text_that_begins_as_a_paused_stream_does_not_wait_for_it(model):
     assert found.token_ids == want
 
 
+@pytest.mark.slow
 def test_an_entry_that_another_lane_writes_in_this_pass_is_written_before(model):
     """All three begin alike. After the pools were lost, the second lists entries of the first and
     the third those of the second, which the first writes in the same pass."""
@@ -92,6 +93,7 @@ def test_a_pass_keeps_to_the_rows_of_its_plan(model, monkeypatch):
     assert all(n_rows <= limit for n_rows, limit in rows), rows
 
 
+@pytest.mark.slow
 def test_sequences_of_a_prompt_share_among_themselves_first(model):
     """Another run drew just this prompt while the first of them was on its way through it. Its
     entries are not in what was promised to them, once it has ended."""
@@ -113,6 +115,7 @@ def test_sequences_of_a_prompt_share_among_themselves_first(model):
     assert len(listed) <= entries
 
 
+@pytest.mark.slow
 def test_a_prompt_that_waits_begins_once_there_is_room(fable, room_for):
     """It waited until no other run could ride: with others that come and go, for ever. Here the
     first text of a list is ended, and makes room for the second."""
@@ -230,6 +233,7 @@ def test_an_interrupt_at_any_step_of_a_pass_changes_nothing(small_tiles, after):
     assert n_stopped > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reader", "lost", "poisoned"])
 def test_lanes_go_on_after_an_error_in_a_pass(small_tiles, monkeypatch, kind):
     """Of the disk; or of the device, when the memory of pools that were to be reused is gone, or
@@ -273,6 +277,7 @@ class Poisoned:
         raise jax.errors.JaxRuntimeError("INTERNAL: the program failed")
 
 
+@pytest.mark.slow
 def test_pools_that_cannot_grow_are_lost_and_the_lanes_go_on(small_tiles, monkeypatch):
     """The device refuses in the middle: some layers have grown, and one is neither."""
     model, want = small_tiles

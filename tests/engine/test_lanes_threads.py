@@ -99,6 +99,7 @@ def test_what_is_cancelled_while_it_is_admitted_gives_its_room_back(fable, monke
         assert is_idle(model)
 
 
+@pytest.mark.slow
 def test_who_waits_goes_on_when_the_thread_that_drives_is_interrupted(model):
     want = alone(model, PROMPT, max_new_tokens=20, **GREEDY)
     driver = Run(model, [3, 4], max_new_tokens=400, **GREEDY)

@@ -65,6 +65,7 @@ def close(expected, tolerance=1e-5):
     return pytest.approx(expected, rel=0, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.reference
 @pytest.mark.parametrize("folder", KINDS, indirect=True)
 def test_they_are_those_of_transformers(folder, model):
@@ -99,6 +100,7 @@ def test_a_prompt_in_pieces_is_scored_as_in_one(model, rows):
     assert logprobs(found) == close(own(model, PROMPT), 1e-4)
 
 
+@pytest.mark.slow
 def test_together_is_alone(model):
     prompts = [PROMPT[:n] for n in (2, 17, 60)] + [PROMPT[20:41]]
     first = {"prompt_logprobs_from": 9}
@@ -204,6 +206,7 @@ def test_only_the_head_is_compiled_anew(tiny):
         assert not score(model, PROMPT).stats["compiles"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_lanes", [1, 7])
 def test_what_they_take_was_planned(fable, n_lanes):
     prompts = [[10 + (7 * n + lane) % 900 for n in range(200)] for lane in range(n_lanes)]

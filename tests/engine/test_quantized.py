@@ -119,6 +119,7 @@ def whole(layered):
         return logits, model.generate(IDS, max_new_tokens=6, do_sample=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile_bytes", "keeps_layers"), [(6_000, True), (1_500, False)])
 def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_bytes, keeps_layers):
     expected, tokens = whole
@@ -135,6 +136,7 @@ def test_tiled_equals_whole_wherever_it_lies(layered, whole, monkeypatch, tile_b
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [None, 6_000, 1_500])
 def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, tile_bytes):
     """As on a GPU; most arrays begin where no disk block does."""
@@ -190,6 +192,7 @@ def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
         assert np.array_equal(np.concatenate(found, axis=2), streamed)
 
 
+@pytest.mark.slow
 def test_the_smallest_accepted_budget_holds_the_blocks_too(layered):
     with AutoModel.from_pretrained(layered, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=4, do_sample=False)

@@ -65,6 +65,7 @@ def check(model, prompts, form, *, is_sorted, rows):
     return tokens, shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_no_more_entries_are_taken_than_planned(model, form):
     """Also within a few rows a pass, where those that begin alike wait for each other."""

@@ -62,6 +62,7 @@ def test_a_prompt_in_blocks_and_in_pieces_is_that_of_transformers(qwen, model):
     forward.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_guesses", [1, 7, 15])
 def test_guesses_change_no_token(model, plain, n_guesses):
     """Right ones and wrong ones: these leave the state as it was."""

@@ -187,6 +187,7 @@ def test_what_is_wrong_with_the_arguments_is_said_at_once(model):
     assert is_idle(model)
 
 
+@pytest.mark.slow
 def test_lanes_that_begin_alike_share_their_entries(tiny, monkeypatch):
     """Ten texts of one prompt take its entries once, in memory and in arithmetic."""
     prompt = [7 + n for n in range(40)]

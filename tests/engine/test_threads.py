@@ -101,6 +101,7 @@ def test_threads_get_what_each_gets_alone(model, door):
     assert together(lambda i, call: door(model, i, call)) == alone
 
 
+@pytest.mark.slow
 def test_threads_may_use_different_doors(model):
     doors = [generated, streamed, as_transformers, scored]
     alone = {(i, c): doors[i](model, i, c) for i in range(N_THREADS) for c in range(N_CALLS)}
@@ -116,6 +117,7 @@ def test_threads_that_ask_first_at_once_get_one_tokenizer_of_text(fable):
         assert len({id(own) for _, own in found.values()}) == N_THREADS
 
 
+@pytest.mark.slow
 def test_threads_may_each_open_a_model(fable):
     def work(i, call):
         return jlayer.generate(fable, TEXTS[i], device="cpu", max_new_tokens=1).token_ids

@@ -176,6 +176,7 @@ def test_the_share_that_is_advised_can_be_had(tiny):
         assert not bench.fits_with(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [None, 3_000], ids=["whole", "tiled"])
 def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, quick, tile_bytes):
     monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))

@@ -85,6 +85,7 @@ def test_perplexity_is_that_of_transformers(float32, ids, length, stride):
     assert found.sweeps == 1 < found.n_windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [None, 30_000])
 def test_it_does_not_depend_on_how_windows_and_the_vocabulary_are_cut(
     fable, ids, monkeypatch, tile_bytes

@@ -40,6 +40,7 @@ def test_passes_with_trees_are_measured():
     assert tree["assumed_s_per_token"] == pytest.approx(seconds / tree["assumed_tokens"])
 
 
+@pytest.mark.slow
 def test_steps_of_a_draft_are_measured():
     few = ["--rows", "2,8", "--prompts", "64", "--context", "64"]
     rows = last_line("drafting", BUNDLED, *few)["rows"]

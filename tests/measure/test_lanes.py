@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import BUNDLED, REPOSITORY
 
 
+@pytest.mark.slow
 def test_lanes_are_measured_in_one_process():
     script = [sys.executable, "benchmarks/lanes.py", str(BUNDLED), "--device", "cpu", "--draw"]
     done = subprocess.run(

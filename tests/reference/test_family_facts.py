@@ -150,6 +150,7 @@ OURS_ALONE = {
 THEIRS_ALONE = ("heads-of-keys-null", "head-dim-null", "su")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_facts_are_those_of_transformers(tmp_path, model_type):
     for name, change in CHANGES.items():
@@ -187,6 +188,7 @@ REFUSED = {  # Transformers makes them, and what it makes does not run, or is an
 }
 
 
+@pytest.mark.slow
 def test_every_exception_is_one(tmp_path):
     """No name stands in a list of exceptions that is none."""
     met = set()

@@ -183,6 +183,7 @@ def assert_same(folder, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_in_place_and_converted(tmp_path, saved, name):
     source, expected = saved(name)

@@ -85,6 +85,7 @@ def check_interrupted(model, want, begun, raised_in):
     return bool(raised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [0, 1], ids=["of prompts", "of next tokens"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
 def test_an_interrupt_of_any_step_of_guessing_changes_nothing(model, plain, step, begun):

@@ -46,6 +46,7 @@ def test_sequences_of_a_prompt_are_what_they_are_without_guesses(model, plain):
     assert is_whole(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, 16])
 def test_lanes_that_join_and_leave_change_no_token(model, plain, rows):
     """Some guess, one does not; with few rows to share too."""
@@ -239,6 +240,7 @@ def test_what_was_learnt_and_answered_before_is_in_no_token(model, plain):
     assert is_whole(model)
 
 
+@pytest.mark.slow
 def test_hidden_trees_of_lanes_of_all_kinds(model, plain, monkeypatch):
     rng = np.random.default_rng(2)
     options = {"max_new_tokens": 12, "temperature": 1, **SEED}

@@ -54,6 +54,7 @@ def streamed(client, path, body, **more):
     return chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [BODIES[name] for name in OF_CHATS], ids=OF_CHATS)
 def test_a_chat_that_is_streamed_is_the_plain_one(client, extra):
     body = {"messages": messages(PROMPT), "max_tokens": 16, **extra}

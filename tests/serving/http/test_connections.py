@@ -132,6 +132,7 @@ def test_one_who_leaves_while_the_request_is_submitted(serving, desk, monkeypatc
     until(lambda: not desk.status().riders)
 
 
+@pytest.mark.slow
 def test_one_who_does_not_read_holds_up_nobody(model, client, desk):
     """Its text waits in its job, and nowhere else."""
     body = {**LONG, "max_tokens": 60, "stream": True, "logprobs": 20, "n": 2, "temperature": 1}

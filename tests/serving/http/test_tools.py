@@ -50,6 +50,7 @@ def joined(chunks):
     return content, [calls[at] for at in sorted(calls)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choice", "names"),
     [
