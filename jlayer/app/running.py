@@ -109,7 +109,7 @@ def describe(model, decoding=None) -> str:
     kept = [f"{plan.layers(tier)} {tier.value}" for tier in Tier if plan.layers(tier)]
     return (
         f"{model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
-        f"{human(plan.tiling.n_bytes)} a forward pass{_hosted(plan)}, "
+        f"{human(plan.used_bytes)} a forward pass{_hosted(plan)}, "
         f"about {time_words(plan.sweep_seconds)}; "
         f"device at most {human(plan.device_peak_bytes)} of {human(plan.device.budget_bytes)}"
         f"{_guessing(model, decoding)}"
@@ -164,6 +164,12 @@ def details(found) -> list[str]:
     if stats["host_product_bytes"]:
         n_bytes = human(stats["host_product_bytes"] // max(1, stats["sweeps"]))
         lines.append(f"host's cores: {n_bytes} a forward pass, {found.plan['host_share']:.0%}")
+    if used := stats["experts_used"]:
+        on_device, in_host = stats["experts_on_device"], stats["experts_in_host"]
+        lines.append(
+            f"experts: {used} used, {on_device / used:.0%} of them on the device and "
+            f"{in_host / used:.0%} in host memory when they were asked for"
+        )
     lines.append(f"programs compiled: {sum(stats['compiles'].values())}")
     if stats["drafted"]:
         depths = ", ".join(map(str, stats["accepted_by_depth"])) or "none"

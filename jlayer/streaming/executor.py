@@ -148,6 +148,7 @@ class Executor:
             in_host=rooms.in_host,
             ring=range(self._ring, 2 * self._ring),
             ahead=self._ahead,
+            totals=self.totals,
         )
 
     def refuse(self, error: JlayerError) -> None:

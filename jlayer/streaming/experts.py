@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.lru import Lru
 from jlayer.streaming.steps import Drop, Free, Put, Read, Run, Slot, Step
+from jlayer.streaming.watch import Totals
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,6 @@ class Choice:
     first: int
     end: int
     tiles: tuple[tuple[int, ...], ...]
-
-
-@dataclass
-class Uses:
-    """Experts that were used so far, each once a layer and forward pass; those of them that were on
-    the device, and those that were put from host memory without a read."""
-
-    experts: int = 0
-    on_device: int = 0
-    in_host: int = 0
 
 
 def choices(tiles: Sequence[Tile]) -> tuple[Choice, ...]:
@@ -67,6 +58,7 @@ class ExpertStream:
 
     `on_device`, `in_host`: how many experts each layer keeps there. `ring`: slots in host memory
     for those that are not kept, and `ahead` so many of their tiles on the device at a time.
+    `totals`: what is used is counted there.
     """
 
     def __init__(
@@ -77,12 +69,12 @@ class ExpertStream:
         in_host: Sequence[int],
         ring: Iterable[int],
         ahead: int,
+        totals: Totals,
     ):
         self.choices = {choice.first: choice for choice in choices}
         self._on_device_sizes = tuple(on_device)
         self._in_host = {c.first: Lru(n) for c, n in zip(choices, in_host, strict=True)}
-        self._ring, self._ahead = tuple(ring), ahead
-        self.uses = Uses()
+        self._ring, self._ahead, self.totals = tuple(ring), ahead, totals
         self.restart(())
 
     def restart(self, in_host: Collection[int]) -> None:
@@ -117,9 +109,9 @@ class ExpertStream:
         found = device.take(chosen)
         missed = [expert for expert in chosen if expert not in found.hits]
         there = host.take(missed)
-        self.uses.experts += len(chosen)
-        self.uses.on_device += len(found.hits)
-        self.uses.in_host += len(there.hits)
+        self.totals.experts_used += len(chosen)
+        self.totals.experts_on_device += len(found.hits)
+        self.totals.experts_in_host += len(there.hits)
         moves = {}
         for expert in missed:
             evicted = found.evicted.get(found.placed.get(expert))

@@ -81,7 +81,9 @@ class Totals:
     `cached_bytes`: those of `read_bytes` that lay in the page cache. `bounced_bytes`: copied again
     in host memory to fix their alignment. `host_product_bytes`: of weights that the host's cores
     multiplied where they lie. `stall_s`: time that the executor waited for weights. `most_live_*`:
-    the most weights on the device at a time, without those that stay there.
+    the most weights on the device at a time, without those that stay there. `experts_used`: each
+    counted once a layer and sweep; `experts_on_device`, `experts_in_host`: those of them that were
+    there, and the others that were in host memory.
     """
 
     read_bytes: int = 0
@@ -91,6 +93,9 @@ class Totals:
     host_product_bytes: int = 0
     sweeps: int = 0
     stall_s: float = 0.0
+    experts_used: int = 0
+    experts_on_device: int = 0
+    experts_in_host: int = 0
     most_live_tiles: int = 0
     most_live_bytes: int = 0
 
@@ -106,6 +111,9 @@ ADDED = (
     "bounced_bytes",
     "host_product_bytes",
     "stall_s",
+    "experts_used",
+    "experts_on_device",
+    "experts_in_host",
 )
 
 

@@ -43,11 +43,6 @@ def opened(folder, **options):
     return AutoModel.from_pretrained(folder, device="cpu", dtype="float32", **options)
 
 
-def uses(model):
-    with model.engine.turn() as executor:
-        return executor.experts.uses
-
-
 def told(model):
     """What a model says to some prompts, and of a text."""
     return (
@@ -67,11 +62,11 @@ def test_what_is_kept_changes_no_number(published, expected, keep, kept):
     keep(*kept)
     with opened(published) as model:
         tokens, logits = told(model)
-        found = uses(model)
+        found = model.engine.totals
     assert tokens == expected[0]
     np.testing.assert_array_equal(logits, expected[1])
-    assert (found.on_device > 0) == (kept[0] > 0)
-    assert (found.in_host > 0) == (kept[1] > 0 and kept[0] < N_EXPERTS)
+    assert (found.experts_on_device > 0) == (kept[0] > 0)
+    assert (found.experts_in_host > 0) == (kept[1] > 0 and kept[0] < N_EXPERTS)
 
 
 @pytest.mark.parametrize("tile_bytes", [700, 5_000])
@@ -91,9 +86,9 @@ def test_only_what_is_chosen_is_used_and_moves(published, keep):
     keep(0, 0)
     with opened(published) as model:
         jlayer.generate(model, PROMPTS[0], **GREEDY | {"max_new_tokens": 1})
-        before, n_before = model.engine.totals.put_bytes, uses(model).experts
+        before, n_before = model.engine.totals.put_bytes, model.engine.totals.experts_used
         jlayer.generate(model, PROMPTS[0][:1], **GREEDY | {"max_new_tokens": 4})
-        n_used = uses(model).experts - n_before
+        n_used = model.engine.totals.experts_used - n_before
         moved = model.engine.totals.put_bytes - before
         tiling = model.plan.tiling
         certain = sum(tiling.sizes[n] for n in tiling.certain)
@@ -107,7 +102,7 @@ def test_a_prompt_moves_each_expert_once(published, keep):
     keep(0, 0)
     with opened(published) as model:
         model.logits(np.arange(3, 103)[None])
-        assert uses(model).experts == N_SPARSE * N_EXPERTS
+        assert model.engine.totals.experts_used == N_SPARSE * N_EXPERTS
 
 
 def test_padding_chooses_no_expert(published, keep):
@@ -115,7 +110,7 @@ def test_padding_chooses_no_expert(published, keep):
     keep(0, 0)
     with opened(published) as model:
         model.logits(np.array([[7]]))
-        assert uses(model).experts == N_SPARSE * CONFIG["num_experts_per_tok"]
+        assert model.engine.totals.experts_used == N_SPARSE * CONFIG["num_experts_per_tok"]
 
 
 def test_an_expert_that_is_damaged_is_found_before_a_token_has_used_it(published, tmp_path):

@@ -13,6 +13,7 @@ from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.lru import Lru
 from jlayer.streaming.schedule import sweeps
 from jlayer.streaming.steps import Drop, Fetch, Free, Put, Read, Run
+from jlayer.streaming.watch import Totals
 
 N_LAYERS, N_EXPERTS, N_PLACES, N_SWEEPS = 3, 5, 2, 6
 BEFORE, AFTER = 2, 1  # certain tiles of a layer
@@ -61,6 +62,7 @@ def stream_of(run):
         in_host=run["in_host"],
         ring=range(first, first + run["ring"]),
         ahead=run["ahead"],
+        totals=Totals(),
     )
 
 
@@ -170,14 +172,14 @@ def test_hits_are_those_of_a_simulated_cache_and_what_moves_is_the_rest(run):
     experts = stream_of(run)
     _, rest = steps_of(run, experts)
     hits, missed = simulated(run["on_device"], run["chosen"])
-    assert experts.uses.on_device == hits
-    assert experts.uses.experts == sum(map(len, run["chosen"]))
+    assert experts.totals.experts_on_device == hits
+    assert experts.totals.experts_used == sum(map(len, run["chosen"]))
     puts = [step.tile for one in rest for step in one if isinstance(step, Put)]
     found = [EXPERT_OF[tile] for tile in puts if tile in EXPERT_OF]
     assert found == [each for each in missed for _ in range(N_PLACES)]
     reads = [step.tile for one in rest for step in one if isinstance(step, Read)]
     n_read = sum(tile in EXPERT_OF for tile in reads)
-    assert n_read == N_PLACES * (len(missed) - experts.uses.in_host)
+    assert n_read == N_PLACES * (len(missed) - experts.totals.experts_in_host)
 
 
 @given(runs, st.integers(0, N_LAYERS * N_SWEEPS))
@@ -187,10 +189,10 @@ def test_after_a_pass_that_is_given_up_only_what_is_there_counts(run, n_lost):
     lost = sorted(EXPERT_OF)[:n_lost]
     there = [tile for tile in EXPERT_OF if tile not in lost]
     experts.restart(there)
-    before = experts.uses.on_device, experts.uses.in_host
+    before = experts.totals.experts_on_device, experts.totals.experts_in_host
     _, rest = steps_of({**run, "chosen": [[0]] * (N_LAYERS * N_SWEEPS)}, experts)
     first = [step for step in rest[0] if isinstance(step, Put | Read) and step.tile in EXPERT_OF]
-    assert experts.uses.on_device - before[0] <= N_LAYERS * (N_SWEEPS - 1)
+    assert experts.totals.experts_on_device - before[0] <= N_LAYERS * (N_SWEEPS - 1)
     for choice in CHOICES:
         assert any(isinstance(step, Put) and step.tile == choice.tiles[0][0] for step in first)
         if choice.tiles[0][0] in lost:

@@ -264,10 +264,11 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
                 lines.append(f"  {memory_name(name):<14}{human(n_bytes):>12}")
     kept = ", ".join(f"{name.removesuffix('_layers')} {n}" for name, n in found["tiers"].items())
     lines += [
+        *_experts_lines(plan),
         f"layers          {kept}",
         f"tiles           {plan.n_tiles} a pass, of up to {human(plan.tile_bytes)}",
         f"forward pass    {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
-        f"of it from disk; about {time_words(plan.sweep_seconds)}" + _tokens(plan),
+        f"of it from disk; about {_times(plan)}",
         *_cores_lines(plan),
         *_lanes_lines(lanes),
     ]
@@ -275,6 +276,28 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
         lines.append("the whole model fits on the device: a program that keeps it there is faster")
     lines.append("fits" if plan.fits else "does not fit")
     return "\n".join(lines)
+
+
+def _experts_lines(plan):
+    """Lines on the experts of a layer, and how many of them are kept where."""
+    if not plan.experts.on_device:
+        return []
+    router = plan.cfg.experts.router
+    on_device, in_host = (
+        sum(kept) / len(kept) for kept in (plan.experts.on_device, plan.experts.in_host)
+    )
+    return [
+        f"experts         {router.n_chosen} of {router.n_experts} for a token; a layer keeps "
+        f"{on_device:.3g} on the device and {in_host:.3g} in host memory"
+    ]
+
+
+def _times(plan):
+    """The time of a forward pass, and for how many tokens. More tokens use more experts."""
+    if not plan.experts.on_device:
+        return time_words(plan.sweep_seconds) + _tokens(plan)
+    prompts = f"{time_words(plan.sweep_seconds)} for {plan.load.n_rows} of prompts"
+    return f"{time_words(plan.decode_seconds)} for one token, {prompts}"
 
 
 def _tokens(plan):
