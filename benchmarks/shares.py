@@ -28,7 +28,7 @@ def matrices(form: str, count: int, width: int = 8192):
     from jlayer.streaming.slots import HostMemory
 
     n_rows = MATRIX_BYTES // encoding(form).n_bytes((1, width))
-    found, memory = [], HostMemory(1, 0, pin=False)  # as weights lie, in large pages
+    found, memory = [], HostMemory([0], pin=False)  # as weights lie, in large pages
     noise = np.random.default_rng(0).integers(16, 32, MATRIX_BYTES, np.uint8)
     for number in range(count):
         pieces, at, room = {}, 0, memory.room(number, MATRIX_BYTES)
@@ -52,7 +52,7 @@ def ceilings(form: str, columns: list[int], device, *, n_threads: int, dtype: st
 
     some, found = matrices(form, 24), {"columns": {}}
     has_link = device.platform != "cpu"
-    pinned = HostMemory(1, 128 << 20, pin=True) if has_link else None
+    pinned = HostMemory([128 << 20], pin=True) if has_link else None
 
     def move(ends, moved):
         before = None

@@ -133,7 +133,7 @@ class Caches:
     def _make_room(self, layer, struct) -> LayerCache:
         """Arrays in memory of their own, pinned where there is a link."""
         if self._memory is None:
-            self._memory = HostMemory(1, 1, pin=self._has_link)
+            self._memory = HostMemory([1], pin=self._has_link)
         leaves, tree = jax.tree.flatten(struct)
         sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
         room = self._memory.room((layer, self._n_rows(layer)), sum(sizes))

@@ -167,7 +167,7 @@ def link_speed(device) -> float | None:
 
     if not PLATFORMS[platform_of(device.platform)].has_link:
         return None
-    pinned = HostMemory(1, LINK_PROBE_BYTES, pin=True)
+    pinned = HostMemory([LINK_PROBE_BYTES], pin=True)
 
     def seconds(count):
         began = time.perf_counter()

@@ -46,7 +46,7 @@ def host_speeds(
 
 
 def _by_columns(cores, form, dtype):
-    memory = HostMemory(1, 0, pin=False)  # as weights lie, in large pages
+    memory = HostMemory([0], pin=False)  # as weights lie, in large pages
     matrices = [_matrix(form, memory.room(n, MATRIX_BYTES)) for n in range(MATRICES)]
     return no_slower_than_more(
         [(columns, _speed(cores, matrices, columns, dtype)) for columns in COLUMNS]
@@ -113,7 +113,7 @@ class _BusyLink:
             self._thread.join()
 
     def _move(self):
-        pinned = HostMemory(1, LINK_BYTES, pin=True)
+        pinned = HostMemory([LINK_BYTES], pin=True)
         count, began, before = 0, time.perf_counter(), None
         try:
             while not self._ends.is_set():

@@ -214,7 +214,6 @@ def _bare(weights, machine, tiling, run, held, limits, least_pool, draft, prompt
     load = together(shapes, limits.chunk, prompt_rows)
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
-        *memory.expert_needs(weights, machine, tiling, ring=ring, ahead=ahead),
         *memory.run_needs(
             weights, machine, tiling, load, cache=limits.cache, least_pool=least_pool
         ),

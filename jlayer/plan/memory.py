@@ -49,26 +49,23 @@ GUESSING_BYTES = NOISE_BYTES + TEXT_BYTES
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
     """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
-    slot = tiling.tile_bytes + tiling.slack
-    # On a GPU one more than the tiles there at a time, for fragmentation; and a joined tile crosses
-    # with the slack of its slot.
-    slots = (ahead + 1) * slot if machine.kind.has_link else ahead * tiling.tile_bytes
+    largest = [tiling.certain_bytes, *([tiling.expert_tile_bytes] * bool(tiling.experts))]
     return [
         Need("context", device=machine.context_bytes),
-        Need("slots", device=slots, host=ring * slot),
+        *(_slots_need(machine, tiling, size, ring=ring, ahead=ahead) for size in largest),
         Need("resident", device=resident_bytes(weights)),
         Need("temporary", device=machine.kind.library_bytes),
         Need("runtime", host=machine.runtime_bytes),
     ]
 
 
-def expert_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
-    """The needs of experts that are not kept: slots as many and as large as those of other
-    tiles."""
-    if weights.cfg.experts is None:
-        return []
-    slots = fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead)
-    return [need for need in slots if need.term == "slots"]
+def _slots_need(machine, tiling, largest, *, ring, ahead):
+    """The slots of a ring, whose largest tile has so many bytes. On a GPU there is one more than
+    the tiles there at a time, for fragmentation; and a joined tile crosses with the slack of its
+    slot."""
+    slot = largest + tiling.slack
+    on_device = (ahead + 1) * slot if machine.kind.has_link else ahead * largest
+    return Need("slots", device=on_device, host=ring * slot)
 
 
 def run_needs(

@@ -267,6 +267,16 @@ class Tiling:
         return max(tile.n_bytes for tile, _ in self.distinct)
 
     @cached_property
+    def certain_bytes(self) -> int:
+        """The bytes of the largest tile that every forward pass uses."""
+        return max(tile.n_bytes for tile, _ in self.distinct if tile.expert is None)
+
+    @cached_property
+    def expert_tile_bytes(self) -> int:
+        """The bytes of the largest tile of an expert."""
+        return max(tile.n_bytes for tiles in self.experts for tile in tiles)
+
+    @cached_property
     def slack(self) -> int:
         """Bytes of a host slot beyond its tile: two disk blocks for each segment, of which a part
         has at most one."""

@@ -90,7 +90,7 @@ class Executor:
         self.incoming = Incoming(
             store,
             tiles,
-            ring=2 * ring if self.experts else ring,
+            ring=ring,
             pin=self._has_link,
             checks=checks,
             totals=totals,

@@ -31,7 +31,7 @@ PATIENCE_S = 1.0  # `on_stall` is called if a read is waited for longer than thi
 
 class Incoming:
     """The host's side of a stream of tiles: `ring` slots and the rooms, the reads into them, and
-    what they hold.
+    what they hold. There are as many slots again for experts, if there are some.
 
     `pin`: the memory is registered with the driver. `page_cache`: how it is used; what is read in
     every sweep is never left there.
@@ -60,7 +60,7 @@ class Incoming:
             for tile, (segments, _) in zip(tiles, self._placed, strict=True)
         ]
         self._ring = ring
-        self._memory = HostMemory(ring, max(self._sizes), pin=pin)
+        self._memory = HostMemory([*self._slots(False), *self._slots(True)], pin=pin)
         files = {segment.file for segments, _ in self._placed for segment in segments}
         self._reader = Reader(files, store.identities, page_cache=page_cache)
         self._pool = ThreadPoolExecutor(n_readers(), thread_name_prefix="jlayer-reader")
@@ -73,6 +73,12 @@ class Incoming:
         self._apart: dict[int, dict] = {}  # the same, as arrays by leaf, of those multiplied there
         self._slot_of: dict[int, Slot] = {}  # tile -> where it was read to
         self._tile_in: dict[Slot, int] = {}  # room that tiles take turns in -> which is there
+
+    def _slots(self, of_experts):
+        """The bytes of each slot of a ring."""
+        pairs = zip(self.tiles, self._sizes, strict=True)
+        sizes = [size for tile, size in pairs if (tile.expert is not None) == of_experts]
+        return [max(sizes)] * self._ring if sizes else []
 
     @property
     def n_bytes(self) -> int:

@@ -23,7 +23,7 @@ class Landings:
     def __init__(self, device: jax.Device):
         self._device = device
         self._has_link = PLATFORMS[platform_of(device.platform)].has_link
-        self._memory = HostMemory(1, 0, pin=self._has_link)
+        self._memory = HostMemory([0], pin=self._has_link)
         self._kept: dict[tuple, Landing] = {}
 
     def of(self, key, n_rows: int, width: int) -> Landing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -35,18 +35,17 @@ def slot_bytes_for(segments: tuple[Segment, ...]) -> int:
 
 
 class HostMemory:
-    """`ring` slots of `slot_bytes` each, and rooms. Each is allocated, touched and pinned when it
-    is first asked for, by the thread that will read into it: others read meanwhile, and what is
-    never used costs nothing.
+    """Slots of `slot_bytes`, one number for each, and rooms. Each is allocated, touched and pinned
+    when it is first asked for, by the thread that will read into it: others read meanwhile, and
+    what is never used costs nothing.
 
     `pin` registers all memory with the CUDA driver, so that transfers run in the background, at
     the full speed of the link and without a copy.
     """
 
-    def __init__(self, ring: int, slot_bytes: int, *, pin: bool):
+    def __init__(self, slot_bytes: Sequence[int], *, pin: bool):
         self._driver = _Driver() if pin else None
-        self._slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-        self._ring = ring
+        self._slot_bytes = tuple(-(-n_bytes // ALIGNMENT) * ALIGNMENT for n_bytes in slot_bytes)
         self._slots: dict[int, np.ndarray] = {}
         self._rooms: dict[Hashable, np.ndarray] = {}
 
@@ -58,9 +57,8 @@ class HostMemory:
 
     def slot(self, number: int) -> np.ndarray:
         """A slot of the ring. One thread at a time may ask for the same one, or room."""
-        assert 0 <= number < self._ring
         if number not in self._slots:
-            self._slots[number] = self._allocate(self._slot_bytes)
+            self._slots[number] = self._allocate(self._slot_bytes[number])
         return self._slots[number]
 
     def room(self, key: Hashable, n_bytes: int) -> np.ndarray:

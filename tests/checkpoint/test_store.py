@@ -30,7 +30,7 @@ def tiles_of(store, tile_bytes):
 
 def read_tile(store, tile):
     segments, places = place(store, tile)
-    memory = HostMemory(1, slot_bytes_for(segments), pin=False)
+    memory = HostMemory([slot_bytes_for(segments)], pin=False)
     reader = Reader({segment.file for segment in segments})
     pieces = split_room(memory.slot(0), segments)
     shifts = [reader.read(segment, piece) for segment, piece in zip(segments, pieces, strict=True)]
@@ -90,7 +90,7 @@ def test_unaligned_segments_are_read_with_their_surroundings(tmp_path, offset, n
     path.write_bytes(data.tobytes())
     segment = Segment(str(path), offset, n_bytes)
     assert aligned_span(segment)[0] % ALIGNMENT == aligned_span(segment)[1] % ALIGNMENT == 0
-    room = HostMemory(1, slot_bytes_for((segment,)), pin=False).slot(0)
+    room = HostMemory([slot_bytes_for((segment,))], pin=False).slot(0)
     reader = Reader([str(path)])
     shift = reader.read(segment, room[: aligned_span(segment)[1]])
     reader.close()
@@ -102,7 +102,7 @@ def test_a_file_that_ends_before_what_is_to_be_moved_moves_nothing(tmp_path, mon
     path = tmp_path / "data"
     path.write_bytes(bytes(3 * ALIGNMENT))
     segment = Segment(str(path), ALIGNMENT + 3000, 2000)
-    room = HostMemory(1, slot_bytes_for((segment,)), pin=False).slot(0)
+    room = HostMemory([slot_bytes_for((segment,))], pin=False).slot(0)
     moves, real = [], ctypes.memmove
 
     def noting(to, source, n_bytes):

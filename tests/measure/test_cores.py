@@ -28,7 +28,7 @@ def link(monkeypatch):
         return real(array.copy(), device)
 
     def unpinned(ring, n_bytes, *, pin):
-        return HostMemory(ring, n_bytes, pin=False)
+        return HostMemory([n_bytes] * ring, pin=False)
 
     monkeypatch.setattr(engine_speeds, "platform_of", lambda _: "gpu")
     monkeypatch.setattr(engine_speeds, "HostMemory", unpinned)
