@@ -56,6 +56,11 @@ class DraftModel:
         self.cfg = self.store.cfg
         self.dtype = dtype or self.store.float_dtype
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
+        if self.cfg.experts is not None:
+            raise UnsupportedModelError(
+                f"draft: {folder} has experts, and a draft is kept on the device whole; take a "
+                "dense one"
+            )
         if one_kind(self.cfg) is None:
             raise UnsupportedModelError(
                 f"draft: {folder} has layers of several kinds; take one whose layers are alike"

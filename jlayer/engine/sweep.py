@@ -238,7 +238,7 @@ class Sweeper:
         if self._stage is None:
             if is_head:
                 self.advance(tile, None, passing)
-            xs, real = _inputs(passing, of_head=is_head)
+            xs, real = _inputs(passing, None if is_head else tile.stage)
             self._stage = self._host.begin(tile.stage, xs, real, division.heights_of(tile))
         result = self._stage.add(tile, views, is_kept=is_kept)
         if id(tile) in division.last:
@@ -386,11 +386,12 @@ def count_rows(parts: Sequence[Part]) -> int:
     return sum(len(part.real) for part in parts)
 
 
-def _inputs(passing, *, of_head):
-    """The input of a stage, and its rows that are not padding, of each chunk. The head's is that of
-    the wanted rows alone."""
-    if not of_head:
-        return [chunk.flow["x"] for chunk in passing], [chunk.part.real for chunk in passing]
+def _inputs(passing, stage):
+    """The input of a stage, and its rows that are not padding, of each chunk. That of the head
+    (None) is of the wanted rows alone."""
+    if stage is not None:
+        xs = [chunk.flow[stage.source] for chunk in passing]
+        return xs, [chunk.part.real for chunk in passing]
     chunks = [chunk for chunk in passing if chunk.part.n_wanted]
     wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
     return [chunk.flow.pop("x") for chunk in chunks], wanted

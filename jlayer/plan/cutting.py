@@ -111,11 +111,11 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
         return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
     tiles = []
     for stage, expert in kind.passes():
-        # The host's cores multiply no experts.
+        share = share_of if expert is None else {}  # the host's cores multiply no experts
         chosen = [
             (on_host, parts)
-            for on_host in ((True, False) if expert is None else (False,))
-            for parts in _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host)
+            for on_host in (True, False)
+            for parts in _packed(weights, kind, stage, layer, expert, tile_bytes, share, on_host)
         ]
         if not stage.groups:
             chosen = [(False, ())]

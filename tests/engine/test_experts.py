@@ -1,6 +1,7 @@
 """Experts are streamed as they are chosen: what is kept of them, and where, changes no number; what
 moves is what was chosen and not there; and what fails leaves nothing behind."""
 
+import json
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.engine import sweep
-from jlayer.errors import CheckpointError, StorageError
+from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
 from jlayer.plan import making
 from jlayer.streaming.incoming import Incoming
@@ -81,6 +82,31 @@ def test_an_expert_may_be_cut_into_any_tiles(published, expected, keep, monkeypa
     np.testing.assert_allclose(logits, expected[1], rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
+def test_the_hosts_cores_multiply_what_all_tokens_use(published, expected):
+    """Some rows of each matrix but those of experts."""
+    with opened(published, host_share=0.5) as model:
+        assert model.plan.host_product_bytes > 0
+        assert not any(tile.for_host for tiles in model.plan.tiling.experts for tile in tiles)
+        tokens, logits = told(model)
+    assert tokens == expected[0]
+    np.testing.assert_allclose(logits, expected[1], rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_lanes_together_are_what_each_is_alone(published, expected, keep):
+    """Lanes share the experts that any of them has chosen."""
+    keep(2, 4)
+    with opened(published) as model:
+        runs = [model.submit(prompt, **GREEDY) for prompt in PROMPTS]
+        assert [run.result().token_ids for run in runs] == expected[0]
+        guessed = jlayer.generate(model, PROMPTS[0], **GREEDY | {"speculate": "lookup"})
+        assert guessed.token_ids == expected[0][0]
+
+
+def test_a_draft_with_experts_is_refused(published):
+    with pytest.raises(UnsupportedModelError, match=r"has experts.*take a dense one"):
+        opened(published, draft=published)
+
+
 def test_only_what_is_chosen_is_used_and_moves(published, keep):
     """A token moves its own experts and what all tokens need; nothing that is kept moves twice."""
     keep(0, 0)
@@ -140,8 +166,6 @@ def test_an_expert_that_is_damaged_is_found_before_a_token_has_used_it(published
 
 def flip(file, name):
     """Changes a bit of a tensor whose name has `name` in it."""
-    import json
-
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
