@@ -20,13 +20,15 @@ from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
+from jlayer.engine.picking import input_reads, picked_input, picks
 from jlayer.engine.size import Size
 from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import final_norm_leaves
 from jlayer.model.cache import cache_struct, empty_cache
+from jlayer.model.experts import picked_rows, spread
 from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
-from jlayer.model.stages import block, call, hosted_products, multiply
+from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
@@ -71,13 +73,15 @@ class Programs:
         wanted: int,
         on_host: bool = False,
         landing: int = 0,
+        picked: int = 0,
     ) -> tuple[Call, ...]:
         """The calls for a chunk of this size at a tile: one or none; two at the last tile of a
         stage of which the host multiplies some rows, so that the device's rows do not wait for it.
 
         `shape`: of the tile's stage. `wanted`: how many rows the head reads, padding included; 0:
         no call. `on_host`: the host's cores multiply the tile; the head gives its input then.
-        `landing`: the rows of what they multiplied, of all chunks.
+        `landing`: the rows of what they multiplied, of all chunks. `picked`: at an expert, so many
+        rows are multiplied, among them those that chose it; 0: all.
         """
         if tile.stage is None:
             return (self._layer(tile, size),)
@@ -85,9 +89,9 @@ class Programs:
             head = self._head_input if on_host else self._head
             return (head(tile, size, wanted),) if wanted else ()
         if not tile.ends_stage:
-            return () if on_host else (self._rows(tile, size),)
+            return () if on_host else (self._rows(tile, size, picked),)
         if not shape.hosted:
-            return (self._end(tile, size, shape),)
+            return (self._end(tile, size, shape, picked=picked),)
         end = self._end(tile, size, shape, with_rows=False, landing=landing)
         return (end,) if on_host else (self._rows(tile, size), end)
 
@@ -187,22 +191,23 @@ class Programs:
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, reads, whole=whole, uses_cache=True)
 
-    def _rows(self, tile, size):
+    def _rows(self, tile, size, picked=0):
         """Some rows of a stage's matrices: (x [R, in], weights) -> products [R, heights]."""
 
         def function(given, consumed):
-            weights = self._weights(tile, given["weights"])
-            return {"products": multiply(tile.stage, given[tile.stage.source], weights)}
+            weights, x = self._weights(tile, given["weights"]), picked_input(tile, given, picked)
+            return {"products": multiply(tile.stage, x, weights)}
 
-        source = tile.stage.source
-        given = {"weights": struct_of(tile)} | self._flow(tile, size, (source,))
-        label = f"{tile.stage.name} {_heights(tile)} {size.rows}"
+        reads = input_reads(tile, picked)
+        given = {"weights": struct_of(tile)} | self._flow(tile, size, reads, picked)
+        label = f"{tile.stage.name} {_heights(tile)} {size.rows}{picks(picked)}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, (source,))
+        return Call(program, tuple(reads))
 
-    def _end(self, tile, size, shape, *, with_rows=True, landing=0):
+    def _end(self, tile, size, shape, *, with_rows=True, landing=0, picked=0):
         """The end of a stage, at its last tile: its rows, if it is `with_rows`; `finish`, with the
-        products of all tiles; and the input of the next stage, if a function makes it."""
+        products of all tiles; and the input of the next stage, if a function makes it. A `finish`
+        that reads what there is of all rows gets the products of picked rows among zeros."""
         stage, following = tile.stage, shape.next_input
         finish, hosted = stage.finish, dict(shape.hosted)
         with_rows = with_rows and bool(stage.groups)
@@ -216,8 +221,15 @@ class Programs:
                 products[name] = [part, *products.get(name, ())]
             if with_rows:
                 weights = self._weights(tile, given["weights"])
-                for name, part in multiply(stage, flow[stage.source], weights).items():
+                for name, part in multiply(
+                    stage, picked_input(tile, flow, picked), weights
+                ).items():
                     products.setdefault(name, []).append(part)
+            if picked and finish.reads:
+                products = {
+                    name: spread(join(parts), picked_rows(flow, picked), size.rows)
+                    for name, parts in products.items()
+                }
             results = call(finish, flow, given.get("whole", {}), products)
             if following:
                 whole = given.get("next_whole", {})
@@ -226,9 +238,9 @@ class Programs:
 
         functions = [each for each in (finish, following) if each]
         reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
-        own = {stage.source} if with_rows else set()
-        chunk = self._flow(tile, size, reads - {"cache"} | own)
-        chunk |= self._products(tile, size, shape, with_rows, landing)
+        own = input_reads(tile, picked) if with_rows else set()
+        chunk = self._flow(tile, size, reads - {"cache"} | own, picked)
+        chunk |= self._products(tile, size, shape, with_rows, landing, picked)
         given = chunk | ({"weights": struct_of(tile)} if with_rows else {})
         given |= self._whole("whole", self._device_leaves(tile), finish.whole)
         given |= self._whole("next_whole", shape.next_whole, next_whole)
@@ -236,6 +248,7 @@ class Programs:
         names += [each.name for each in functions]
         names += [size.attends(tile.kind.cache)] if reads & {"cache", "rows"} else []
         names += [f"hosted {landing}"] if hosted else []
+        names[-1] += picks(picked)
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
         key = (tile.signature if with_rows else (tile.kind.name, stage.name), shape)
@@ -250,13 +263,13 @@ class Programs:
             ends_stage=True,
         )
 
-    def _products(self, tile, size, shape, with_rows, landing):
+    def _products(self, tile, size, shape, with_rows, landing, picked):
         """The shapes of a stage's products that are there before its last tile, and of those of
         the host."""
         own, found = tile.products() if with_rows else (), {}
         for name, widths in shape.widths:
             if before := widths[:-1] if name in own else widths:
-                parts = [self._struct(size, width) for width in before]
+                parts = [self._struct(picked or size.rows, width) for width in before]
                 found.setdefault("products", {})[name] = parts
         if shape.hosted:
             width = sum(height for _, height in shape.hosted)
@@ -354,14 +367,14 @@ class Programs:
         """Of the program with the most so far, as XLA reports."""
         return self._compiler.temporary_bytes
 
-    def _flow(self, tile, size, names):
+    def _flow(self, tile, size, names, picked=0):
         """The shapes of values of the flow, by name."""
         width, experts = self.cfg.hidden_size, self.cfg.experts
         shapes = {
-            "hidden": lambda: self._struct(size, width),
-            "x": lambda: self._struct(size, tile.parts[0].width),
+            "hidden": lambda: self._struct(size.rows, width),
+            "x": lambda: self._struct(picked or size.rows, tile.parts[0].width),
             "rows": lambda: size.rows_struct,
-            "inputs": lambda: self._struct(size, width),
+            "inputs": lambda: self._struct(size.rows, width),
             "routing": lambda: _float32(size, experts.router.n_experts),
             "mixed": lambda: _float32(size, width),
             "expert": lambda: jax.ShapeDtypeStruct((), "int32"),
@@ -388,8 +401,8 @@ class Programs:
         n_rows = size.pool_of(tile.kind.cache)
         return {"cache": cache_struct(tile.kind.cache, n_rows=n_rows, dtype=self.dtype)}
 
-    def _struct(self, size, width):
-        return jax.ShapeDtypeStruct((size.rows, width), self.dtype)
+    def _struct(self, n_rows, width):
+        return jax.ShapeDtypeStruct((n_rows, width), self.dtype)
 
 
 def _float32(size, width):

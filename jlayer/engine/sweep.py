@@ -17,6 +17,7 @@ from jlayer.engine.caches import Caches
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.outgoing import Outgoing
+from jlayer.engine.picking import picked_length, picked_lengths, routed
 from jlayer.engine.programs import Call, Programs
 from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
@@ -45,13 +46,28 @@ class Chunk:
     `flow`: the values that stages pass on (hidden [R, D], rows, a stage's input x), those of the
     current stage (`products`, by name, as lists of the parts of row ranges; `hosted`), and which
     rows the head reads (`wanted`). `row_of`: [R], which row of what the host multiplied is whose.
-    `calls`: by the id of a tile; there are none where nothing is to be done.
+    `calls`: by the id of a tile; there are none where nothing is to be done. Those of an expert are
+    also by (id, the number of rows that are picked). `n_routed`: of the present layer, how many
+    rows chose each expert; None: not known.
     """
 
     part: Part
     flow: dict
     row_of: jax.Array
-    calls: dict[int, tuple[BoundCall, ...]]
+    calls: dict[int | tuple[int, int], tuple[BoundCall, ...]]
+    n_routed: np.ndarray | None = None
+
+    def calls_at(self, tile: Tile) -> tuple[BoundCall, ...]:
+        """What is done with it at a tile: nothing at an expert that no row chose."""
+        if tile.expert is None or self.n_routed is None:
+            return self.calls[id(tile)]
+        if not self.n_routed[tile.expert]:
+            return ()
+        router = tile.kind.router
+        length = picked_length(
+            picked_lengths(router, self.part.size.rows), self.n_routed[tile.expert]
+        )
+        return self.calls[(id(tile), length) if length else id(tile)]
 
     @property
     def n_bytes(self) -> int:
@@ -113,8 +129,7 @@ class Sweeper:
                     self._embed_program(n_rows)
                 for size, n_wanted in sorted(shapes, key=str):
                     self._caches.compile(size)
-                    for tile in self._tiles:
-                        self._calls_at(tile, size, n_wanted, division, landing)
+                    self._make_calls(self._tiles, size, n_wanted, division, landing)
             self._prepared.add(key)
         return division
 
@@ -215,7 +230,7 @@ class Sweeper:
 
         Returns an output of each chunk, to wait for; at a tile of the head its logits.
         """
-        calls = [chunk.calls[id(tile)] for chunk in passing]
+        calls = [chunk.calls_at(tile) for chunk in passing]
         found = [
             self._call(tile, arrays, chunk, of_chunk[0]) if of_chunk else None
             for chunk, of_chunk in zip(passing, calls, strict=True)
@@ -335,13 +350,24 @@ class Sweeper:
         return self._calls[whole]
 
     def _make_calls(self, tiles, size, n_wanted, division, landing):
-        calls = {}
+        calls, of_experts = {}, {}
         for tile in tiles:
-            found = self._calls_at(tile, size, n_wanted, division, landing)
-            calls[id(tile)] = tuple(BoundCall(call, self._leaves_of(tile, call)) for call in found)
+            if tile.expert is None:
+                calls[id(tile)] = self._bound(tile, size, n_wanted, division, landing)
+                continue
+            # Those of all experts are the same, and there are thousands.
+            for length in (0, *picked_lengths(tile.kind.router, size.rows)):
+                key = (tile.signature, tile.begins_stage, tile.ends_stage, length)
+                if key not in of_experts:
+                    of_experts[key] = self._bound(tile, size, 0, division, 0, length)
+                calls[(id(tile), length) if length else id(tile)] = of_experts[key]
         return calls
 
-    def _calls_at(self, tile, size, n_wanted, division, landing):
+    def _bound(self, tile, size, n_wanted, division, landing, picked=0):
+        found = self._calls_at(tile, size, n_wanted, division, landing, picked)
+        return tuple(BoundCall(call, self._leaves_of(tile, call)) for call in found)
+
+    def _calls_at(self, tile, size, n_wanted, division, landing, picked=0):
         return self.programs.calls_at(
             tile,
             size,
@@ -349,6 +375,7 @@ class Sweeper:
             wanted=0 if tile.kind is not None else n_wanted,
             on_host=id(tile) in division.tiles,
             landing=landing if division.hosted else 0,
+            picked=picked,
         )
 
     def _leaves_of(self, tile, call):
@@ -401,8 +428,8 @@ def _chosen(passing) -> list[int]:
     """The numbers of the experts that some row uses, in order: all wait here for the router."""
     chosen: set[int] = set()
     for chunk in passing:
-        routing = np.asarray(chunk.flow["routing"])[chunk.part.real]
-        chosen.update(np.flatnonzero((routing != 0).any(axis=0)).tolist())
+        chunk.n_routed, own = routed(np.asarray(chunk.flow["routing"]), chunk.part.real)
+        chosen.update(own)
     return sorted(chosen)
 
 

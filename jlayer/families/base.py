@@ -14,7 +14,18 @@ from functools import cached_property
 from itertools import groupby
 
 from jlayer.families.fields import Fields
-from jlayer.spec import ITEM_BYTES, Attention, Delta, Leaf, Logits, ModelConfig, Norm, Place, Role
+from jlayer.spec import (
+    ITEM_BYTES,
+    Attention,
+    Delta,
+    Leaf,
+    Logits,
+    ModelConfig,
+    Norm,
+    Place,
+    Role,
+    Router,
+)
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden  [R, D]  the residual stream
@@ -190,14 +201,15 @@ def state_cache(delta: Delta) -> CacheSpec:
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention, or
-    a gated DeltaNet; the other is None. `n_experts`: 0 where it has an MLP instead."""
+    a gated DeltaNet; the other is None. `router`: of its experts; None where it has an MLP
+    instead."""
 
     name: str
     leaves: tuple[Leaf, ...]
     stages: tuple[Stage, ...]
     attention: Attention | None = None
     delta: Delta | None = None
-    n_experts: int = 0
+    router: Router | None = None
 
     def __post_init__(self):
         assert (self.attention is None) != (self.delta is None), "a layer has one mixer"
@@ -208,6 +220,10 @@ class LayerKind:
 
     def __hash__(self) -> int:
         return self._hash  # a plan looks at the kinds of all layers thousands of times
+
+    @property
+    def n_experts(self) -> int:
+        return self.router.n_experts if self.router else 0
 
     @cached_property
     def cache(self) -> CacheSpec:

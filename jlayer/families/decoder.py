@@ -62,7 +62,7 @@ def decoder(cfg: ModelConfig, attention: Attention, experts: Experts | None = No
         ),
         stages=(*before_experts(of_attention), *expert_stages(experts, _last_join(cfg))),
         attention=attention,
-        n_experts=experts.router.n_experts,
+        router=experts.router,
     )
 
 

@@ -1,7 +1,7 @@
 """Experts: which of them a token goes through, and the sum of what they give.
 
-At these widths every row is multiplied by each expert that is at work, and counts with weight 0
-where it did not choose it: so shapes do not depend on what was chosen.
+A few rows are all multiplied by each expert that is at work, and count with weight 0 where they did
+not choose it: so shapes do not depend on what was chosen. Of many rows those are picked that did.
 """
 
 from __future__ import annotations
@@ -67,6 +67,20 @@ def mix_expert(products, whole, mixed, routing, expert, *, how):
     weight = jax.lax.dynamic_slice_in_dim(routing, expert, 1, axis=1)
     # What overflowed in rows that did not choose it is not theirs.
     return (mixed + jnp.where(weight != 0, output.astype(jnp.float32) * weight, 0),)
+
+
+def picked_rows(flow, length: int):
+    """The rows that chose the expert at work, in order, int32 [length]; then numbers beyond all
+    rows. There may be no more of them than `length`."""
+    column = jax.lax.dynamic_slice_in_dim(flow["routing"], flow["expert"], 1, axis=1)[:, 0]
+    (rows,) = jnp.nonzero(column != 0, size=length, fill_value=column.shape[0])
+    return rows
+
+
+def spread(products, rows, n_rows: int):
+    """products [length, D] of these rows -> [n_rows, D], with zeros for the others."""
+    whole = jnp.zeros((n_rows, products.shape[1]), products.dtype)
+    return whole.at[rows].set(products, mode="drop")
 
 
 def _softmax(logits):

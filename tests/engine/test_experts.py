@@ -10,10 +10,11 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
-from jlayer.engine import sweep
+from jlayer.engine import picking, sweep
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
 from jlayer.plan import making
+from jlayer.spec import Router
 from jlayer.streaming.incoming import Incoming
 from tests.engine.mixture import CONFIG, N_SPARSE, save
 from tests.streaming.conftest import set_tile_bytes
@@ -174,6 +175,7 @@ def flip(file, name):
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [(0, 0), (2, 4)])
 @pytest.mark.parametrize("fault", ["reader", "decision", "interrupt"])
 def test_what_fails_leaves_nothing_behind(published, expected, keep, monkeypatch, kept, fault):
@@ -212,6 +214,42 @@ def break_after(patched, fault, n_before):
         chosen = sweep._chosen
         patched.setattr(sweep, "_chosen", lambda passing: (fails(), chosen(passing))[1])
     return error
+
+
+def test_of_many_rows_those_are_picked_that_chose_an_expert(published, monkeypatch):
+    """In one chunk and in several, whole experts and cut ones; an expert that too many rows chose
+    is multiplied by all."""
+    ids = np.random.default_rng(5).integers(3, 133, (3, 300))
+    with monkeypatch.context() as patched:
+        patched.setattr(picking, "MANY_ROWS", 1 << 30)
+        with opened(published) as model:
+            expected = model.logits(ids)
+            assert not any("picked" in label for label in model.engine.compiles)
+    for tile_bytes in (5_000, 700):
+        set_tile_bytes(monkeypatch, tile_bytes)
+        with opened(published) as model:
+            found = model.logits(ids)
+            assert any("picked" in label for label in model.engine.compiles)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_lengths_of_picked_rows():
+    router = Router(128, 8)
+    assert picking.picked_lengths(router, 63) == ()
+    assert picking.picked_lengths(router, 64) == (16, 32)
+    assert picking.picked_lengths(router, 512) == (32, 64, 128, 256)
+    assert picking.picked_lengths(Router(8, 2), 512) == (128, 256)
+    lengths = picking.picked_lengths(router, 512)
+    assert [picking.picked_length(lengths, n) for n in (1, 32, 33, 256, 257)] == [
+        *(32, 32, 64, 256),
+        0,
+    ]
+
+
+def test_padding_counts_where_rows_are_picked_but_chooses_nothing():
+    routing = np.array([[0.5, 0, 0], [0, 0.2, 0], [0.1, 0, 0.3]], np.float32)
+    n_routed, chosen = picking.routed(routing, np.array([0, 1]))
+    assert (n_routed.tolist(), chosen) == ([2, 1, 0], [0, 1])
 
 
 def test_programs_are_compiled_for_kinds_and_not_for_experts(published, tmp_path):
