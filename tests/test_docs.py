@@ -100,6 +100,8 @@ TESTED = {
     "--context 64": Here(shows=True),
     "jlayer plan path/to/Llama-3-8B --device-memory 4GiB": Here(),
     "jlayer plan llama-3.1-405b --device-memory 2GiB --json": Here(),
+    "jlayer plan qwen3-30b-a3b-thinking-2507 --quantize int4 --device-memory 4GiB "
+    "--host-memory 64GiB": Here(),
     'jlayer generate path/to/Llama-3-8B --preset cpu -p "Once upon a time"': Here(),
     # models.md
     "jlayer pull owner/name": Parsed(NETWORK),
