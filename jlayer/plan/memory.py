@@ -49,10 +49,9 @@ GUESSING_BYTES = NOISE_BYTES + TEXT_BYTES
 
 def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int, ahead: int):
     """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
-    largest = [tiling.certain_bytes, *([tiling.expert_tile_bytes] * bool(tiling.experts))]
     return [
         Need("context", device=machine.context_bytes),
-        *(_slots_need(machine, tiling, size, ring=ring, ahead=ahead) for size in largest),
+        *(_slots_need(machine, tiling, size, ring=ring, ahead=ahead) for size in tiling.largest),
         Need("resident", device=resident_bytes(weights)),
         Need("temporary", device=machine.kind.library_bytes),
         Need("runtime", host=machine.runtime_bytes),

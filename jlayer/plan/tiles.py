@@ -267,14 +267,14 @@ class Tiling:
         return max(tile.n_bytes for tile, _ in self.distinct)
 
     @cached_property
-    def certain_bytes(self) -> int:
-        """The bytes of the largest tile that every forward pass uses."""
-        return max(tile.n_bytes for tile, _ in self.distinct if tile.expert is None)
-
-    @cached_property
-    def expert_tile_bytes(self) -> int:
-        """The bytes of the largest tile of an expert."""
-        return max(tile.n_bytes for tiles in self.experts for tile in tiles)
+    def largest(self) -> tuple[int, ...]:
+        """The bytes of the largest tile that every forward pass uses, and those of the largest of
+        an expert, if there are some: each has slots of its own."""
+        found = {}
+        for tile, _ in self.distinct:
+            of_experts = tile.expert is not None
+            found[of_experts] = max(found.get(of_experts, 0), tile.n_bytes)
+        return tuple(found[of_experts] for of_experts in sorted(found))
 
     @cached_property
     def slack(self) -> int:
