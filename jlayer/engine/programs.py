@@ -361,6 +361,7 @@ class Programs:
             "hidden": lambda: self._struct(size, width),
             "x": lambda: self._struct(size, tile.parts[0].width),
             "rows": lambda: size.rows_struct,
+            "latent": lambda: self._struct(size, tile.kind.latent.entry),
             "inputs": lambda: self._struct(size, width),
             "routing": lambda: _float32(size, experts.router.n_experts),
             "mixed": lambda: _float32(size, width),

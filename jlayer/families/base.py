@@ -14,13 +14,26 @@ from functools import cached_property
 from itertools import groupby
 
 from jlayer.families.fields import Fields
-from jlayer.spec import ITEM_BYTES, Attention, Delta, Leaf, Logits, ModelConfig, Norm, Place, Role
+from jlayer.spec import (
+    ITEM_BYTES,
+    Attention,
+    Delta,
+    Latent,
+    Leaf,
+    Logits,
+    ModelConfig,
+    Norm,
+    Place,
+    Role,
+)
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden  [R, D]  the residual stream
 #     x       [R, in] the input of the current stage; dropped when the stage ends
 #     cache   the pool of the layer's cache
 #     rows    positions, and what else a mixer needs to know of each row (`model.cache.Rows`)
+# In a layer with latent attention also:
+#     latent  [R, L]  what the latent and the key of each row are made of
 # In a layer with experts also:
 #     inputs  [R, D]  the input of the experts
 #     routing [R, E]  float32, by how much the output of each expert is multiplied; 0: not chosen
@@ -187,10 +200,16 @@ def state_cache(delta: Delta) -> CacheSpec:
     return CacheSpec("state", (conv, CacheArray("state", shape, "float32")))
 
 
+def latent_cache(latent: Latent) -> CacheSpec:
+    """The latent and the turned part of the key [L] for every token."""
+    return CacheSpec("rows", (CacheArray("latent", (latent.entry,)),))
+
+
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention, or
-    a gated DeltaNet; the other is None. `n_experts`: 0 where it has an MLP instead."""
+    """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention,
+    latent attention, or a gated DeltaNet; the others are None. `n_experts`: 0 where it has an MLP
+    instead."""
 
     name: str
     leaves: tuple[Leaf, ...]
@@ -198,19 +217,24 @@ class LayerKind:
     attention: Attention | None = None
     delta: Delta | None = None
     n_experts: int = 0
+    latent: Latent | None = None
 
     def __post_init__(self):
-        assert (self.attention is None) != (self.delta is None), "a layer has one mixer"
+        mixers = (self.attention, self.delta, self.latent)
+        assert sum(mixer is not None for mixer in mixers) == 1, "a layer has one mixer"
 
     @cached_property
     def _hash(self):
-        return hash((self.name, self.leaves, self.stages, self.attention, self.delta))
+        mixers = (self.attention, self.delta, self.latent)
+        return hash((self.name, self.leaves, self.stages, mixers))
 
     def __hash__(self) -> int:
         return self._hash  # a plan looks at the kinds of all layers thousands of times
 
     @cached_property
     def cache(self) -> CacheSpec:
+        if self.latent:
+            return latent_cache(self.latent)
         return rows_cache(self.attention) if self.attention else state_cache(self.delta)
 
     def leaf(self, name: str) -> Leaf:
