@@ -4,7 +4,7 @@ layers have experts but for the first ones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family, LayerKind
@@ -238,14 +238,14 @@ def _typed(fields: Fields) -> tuple[bool, ...]:
 def _model(
     fields: Fields,
     latent: Latent,
-    router: Router,
+    read_router: Callable[[Fields], Router],
     layers: tuple[bool, ...],
     *,
     eps: float = 1e-6,
     longest: int | None = None,
 ) -> ModelConfig:
-    """`layers`: of each whether it has experts; `longest`: the most tokens of a text, if they are
-    fewer than the config has positions."""
+    """`layers`: of each whether it has experts, with a router that `read_router` reads; `longest`:
+    the most tokens of a text, if they are fewer than the config has positions."""
     fields.refuse_unless("mlp_bias", False)
     positions = fields.integer("max_position_embeddings")
     bias = fields.boolean("attention_bias")
@@ -259,6 +259,9 @@ def _model(
         longest=min(positions, longest or positions),
         n_further=_count(fields, "num_nextn_predict_layers"),
     )
+    if not any(layers):
+        return cfg
+    router = read_router(fields)
     width = fields.integer("moe_intermediate_size", limit=LIMITS["intermediate_size"])
     n_shared = fields.integer("n_shared_experts", limit=MOST_EXPERTS)
     experts = Experts(
@@ -278,13 +281,13 @@ def _v3(fields: Fields) -> ModelConfig:
     # A head_dim would go before it where transformers makes the rotary embedding.
     fields.refuse_unless("head_dim", fields.raw["qk_rope_head_dim"])
     latent = _latent(fields, interleaved=fields.boolean("rope_interleave", default=True))
-    return _model(fields, latent, _sigmoid_router(fields), _first_dense(fields))
+    return _model(fields, latent, _sigmoid_router, _first_dense(fields))
 
 
 def _v2(fields: Fields) -> ModelConfig:
     fields = _filled(fields, _V2, num_experts="n_routed_experts")
     latent = _latent(fields, interleaved=True)
-    return _model(fields, latent, _softmax_router(fields), _first_dense(fields))
+    return _model(fields, latent, _softmax_router, _first_dense(fields))
 
 
 def _glm_lite(fields: Fields) -> ModelConfig:
@@ -295,7 +298,7 @@ def _glm_lite(fields: Fields) -> ModelConfig:
         fields.refuse_unless("first_k_dense_replace", 1)  # transformers does not look at it
     _refuse_partial(fields)
     latent = _latent(fields, interleaved=fields.boolean("rope_interleave", default=True))
-    return _model(fields, latent, _sigmoid_router(fields), _typed(fields), eps=1e-5)
+    return _model(fields, latent, _sigmoid_router, _typed(fields), eps=1e-5)
 
 
 def _refuse_partial(fields):
@@ -314,7 +317,7 @@ def _v32(fields: Fields, defaults: Mapping = _V32, **more) -> ModelConfig:
     layer_types(fields, (_INDEXED,), default=())
     latent = _latent(fields, interleaved=True)
     longest = fields.integer("index_topk")
-    return _model(fields, latent, _sigmoid_router(fields), _typed(fields), longest=longest, **more)
+    return _model(fields, latent, _sigmoid_router, _typed(fields), longest=longest, **more)
 
 
 def _glm_dsa(fields: Fields) -> ModelConfig:

@@ -72,7 +72,9 @@ def _by_head(kv_b, how):
 
 def _queries(q, keys, rows, how):
     """q [R, N, nope + rope] -> queries among the latents [R, N, L]."""
-    among = _product("rnh,nhl->rnl", q[:, :, : how.nope_dim], keys)
+    # Heads first: XLA's CPU has no such product of bfloat16 with the rows first.
+    by_head = q[:, :, : how.nope_dim].swapaxes(0, 1)
+    among = _product("nrh,nhl->rnl", by_head, keys)
     turned = rotate(q[:, :, how.nope_dim :], rows.positions, how.rope, rows.is_long)
     queries = jnp.concatenate([among, turned], axis=-1)
     if how.grows:
