@@ -42,14 +42,16 @@ def delta_bytes(delta: Delta, *, lanes: int, tokens: int, is_chain: bool) -> int
     return 4 * (states + pairs + rows)
 
 
-def latent_bytes(latent: Latent, *, n_rows: int) -> int:
-    """Bytes of latent attention's temporaries beside those of attention among the latents: the
-    matrix of keys and values, cut by heads, as float32 at most; for each row queries, those among
-    the latents, and what a head gives, float32 and as it goes on."""
+def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
+    """Bytes of latent attention's temporaries. `among`: those of attention among the latents.
+
+    The matrix of keys and values, cut by heads, as float32 at most. Before and after what is among
+    the latents, for each row its queries, those among the latents, and what a head gives, float32
+    and as it goes on."""
     of_head = latent.nope_dim + latent.value_dim
     matrix = latent.n_heads * of_head * latent.rank
     row = latent.n_heads * (latent.entry + of_head + latent.rope_dim) + latent.entry
-    return 4 * (matrix + 2 * n_rows * row)
+    return 4 * matrix + max(among, 2 * 4 * n_rows * row)
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,9 @@ def state_cache(delta: Delta) -> CacheSpec:
 
 
 def latent_cache(latent: Latent) -> CacheSpec:
-    """The latent and the turned part of the key [L] for every token."""
-    return CacheSpec("rows", (CacheArray("latent", (latent.entry,)),))
+    """The latent and the turned part of the key [1, L] for every token: as the one key that all
+    heads attend to. (Of a pool without the 1 XLA makes a copy to attend to it.)"""
+    return CacheSpec("rows", (CacheArray("latent", (1, latent.entry)),))
 
 
 @dataclass(frozen=True)

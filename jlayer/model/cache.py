@@ -35,7 +35,7 @@ class LayerCache:
 class LatentCache:
     """What latent attention keeps of each token, by pool row: see `spec.Latent`."""
 
-    latent: jax.Array  # [P, L] the normed latent, and the part of the key that is turned
+    latent: jax.Array  # [P, 1, L] the normed latent, and the part of the key that is turned
 
 
 @struct.dataclass
@@ -174,7 +174,7 @@ def write(cache: LayerCache, k, v, rows: Rows | View) -> LayerCache:
 
 
 def write_latent(cache: LatentCache, entries, rows: Rows | View) -> LatentCache:
-    """The pool with entries [R, L] in the rows that `rows.write` says; padding is dropped."""
+    """The pool with entries [R, 1, L] in the rows that `rows.write` says; padding is dropped."""
     return LatentCache(_written(cache.latent, entries, rows.write))
 
 

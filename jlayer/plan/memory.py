@@ -297,10 +297,9 @@ def _mixer_bytes(kind, shapes, platform):
 
 
 def latent_temporary_bytes(latent: Latent, shapes: Shapes, *, platform: str) -> int:
-    """Bytes of the temporaries of latent attention, which is attention among the latents, and what
-    comes before and after it."""
+    """Bytes of the temporaries of latent attention."""
     among = attention_temporary_bytes(latent.among_latents, shapes, platform=platform)
-    return among + latent_bytes(latent, n_rows=shapes.chunk)
+    return latent_bytes(latent, n_rows=shapes.chunk, among=among)
 
 
 def delta_temporary_bytes(delta: Delta, shapes: Shapes) -> int:
