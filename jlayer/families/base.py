@@ -274,7 +274,8 @@ class Family:
     names that hold no weights (computed tables) and are ignored; `left_out`: of those that hold
     weights of other parts than the text's, which are left out with a note. `has_windows`: its
     layers may have a window; where they have none, one that a config names nevertheless limits the
-    model (`common.stray_window`).
+    model (`common.stray_window`). `longest_key`: the key of a config that says how many tokens a
+    text may have at most for all to be attended to; longer ones are not supported.
     """
 
     model_type: str
@@ -284,6 +285,7 @@ class Family:
     dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     has_windows: bool = True
+    longest_key: str | None = None
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

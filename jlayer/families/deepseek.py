@@ -330,7 +330,11 @@ def _row(model_type, architecture, read, **more):
 
 
 # A window counts for none of their layers: these have a type of their own.
-_OF_INDEXED = {"left_out": (*OTHER_PARTS, *_INDEXER), "has_windows": True}
+_OF_INDEXED = {
+    "left_out": (*OTHER_PARTS, *_INDEXER),
+    "has_windows": True,
+    "longest_key": "index_topk",
+}
 
 
 FAMILIES = (

@@ -251,5 +251,6 @@ def test_texts_are_as_long_as_all_that_a_layer_may_choose(name, tmp_path):
     with AutoModel.from_pretrained(folder, device="cpu") as model:
         assert model.context_limit == FORMS[name].config["index_topk"] == 64
         assert any("indexer (" in note for note in model.notes)
+        assert any("runs up to 64 tokens (index_topk)" in note for note in model.notes)
         with pytest.raises(UsageError, match="64"):
             model.logits(np.full((1, 65), 5))
