@@ -69,7 +69,13 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
 def config_notes(raw: dict, cfg: ModelConfig, *, where: str) -> tuple[str, ...]:
     """What to tell the user of a config that was read as `cfg`."""
     raw = text_only(raw, where=where)
-    window = None if find_family(raw, where=where).has_windows else stray_window(Fields(raw, where))
+    family, longest = find_family(raw, where=where), cfg.max_position_embeddings
+    if family.longest_key and raw.get("max_position_embeddings") != longest:
+        return (
+            f"{where}: it runs up to {longest} tokens ({family.longest_key}), all of which a layer "
+            "attends to; to choose some of a longer text is not supported",
+        )
+    window = None if family.has_windows else stray_window(Fields(raw, where))
     if window is None or window != cfg.max_position_embeddings:
         return ()
     return (

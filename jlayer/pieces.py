@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlayer.spec import Attention, Delta
+from jlayer.spec import Attention, Delta, Latent
 
 # Attention takes as many lanes and cached entries at a time as stay within these bytes: of scores,
 # float32 [lanes, N, T, entries], and of the keys and values that are gathered.
@@ -40,6 +40,18 @@ def delta_bytes(delta: Delta, *, lanes: int, tokens: int, is_chain: bool) -> int
     pairs = 4 * lanes * heads * block**2
     rows = lanes * tokens * (4 * delta.channels + 5 * heads * delta.value_dim)
     return 4 * (states + pairs + rows)
+
+
+def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
+    """Bytes of latent attention's temporaries. `among`: those of attention among the latents.
+
+    The matrix of keys and values, cut by heads, as float32 at most. Before and after what is among
+    the latents, for each row its queries, those among the latents, and what a head gives, float32
+    and as it goes on."""
+    of_head = latent.nope_dim + latent.value_dim
+    matrix = latent.n_heads * of_head * latent.rank
+    row = latent.n_heads * (latent.entry + of_head + latent.rope_dim) + latent.entry
+    return 4 * matrix + max(among, 2 * 4 * n_rows * row)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Axis legend, used in every shape comment and einsum:
     K key/value heads, G = N / K query heads for each key/value head, H head size, V vocabulary.
     Of a gated DeltaNet: K key heads of H numbers, N value heads of E numbers, G = N / K value heads
     for each key head, C channels of its convolution, W tokens that one output is made of.
+    Of latent attention: L numbers of an entry: its latent, and the part of its key that is turned.
     Of experts: E experts of a layer.
 
 Axes of published tensors are named in words; `axis_sizes` turns a word into a number for one model.
@@ -149,6 +150,48 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434) of some layers of a model.
+
+    Keys and values of all heads are made of one latent of `rank` numbers, and a part of the key of
+    `rope_dim` numbers, which the rotary embedding turns, is the same for all heads: an entry of the
+    cache is these. A head's query has `nope_dim` numbers that are not turned before `rope_dim` that
+    are; its value has `value_dim`. `q_rank`: of the latent that queries are made of; None: they are
+    projected at once. `norm`: of both latents. `scale`, `grows`: as of `Attention`. `name`: of the
+    kind of these layers.
+    """
+
+    n_heads: int
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: Rope
+    q_rank: int | None = None
+    scale: float = 1.0
+    norm: Norm = Norm()
+    grows: tuple[float, int] | None = None
+    name: str = "latent_attention"
+    window: None = None  # such layers have none
+
+    @property
+    def entry(self) -> int:
+        """L, the numbers of an entry of the cache."""
+        return self.rank + self.rope_dim
+
+    @property
+    def head_dim(self) -> int:
+        """What the rotary embedding turns of a head."""
+        return self.rope_dim
+
+    @property
+    def among_latents(self) -> Attention:
+        """What is left of it where queries were brought into the space of the latents: N heads over
+        one key of L numbers, which is the value too."""
+        return Attention(self.n_heads, 1, self.entry, None, name=self.name, scale=self.scale)
+
+
+@dataclass(frozen=True)
 class Mlp:
     """An MLP's form. "gated": activation(gate) * up; "fused": the same, both in one matrix, the
     gate first; "plain": activation(up)."""
@@ -251,7 +294,8 @@ class ModelConfig:
 
     `attentions`: each form of attention in the model; `delta`: what some layers have instead of
     attention; `layer_types`: of each layer the name of its own, () where there is one form only.
-    `experts`: what some layers have instead of an MLP.
+    `experts`: what some layers have instead of an MLP. `n_further`: the layers after the last that
+    guess further tokens, which a checkpoint may have and which are left out.
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix.
@@ -263,12 +307,13 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     max_position_embeddings: int
-    attentions: tuple[Attention, ...]
+    attentions: tuple[Attention | Latent, ...]
     tie_word_embeddings: bool = False
     dtype: str | None = None
     layer_types: tuple[str, ...] = ()
     delta: Delta | None = None
     experts: Experts | None = None
+    n_further: int = 0
     norm: Norm = Norm()
     places: Places = Places()
     mlp: Mlp = Mlp()
@@ -283,7 +328,7 @@ class ModelConfig:
     logits: Logits = Logits()
 
     @property
-    def attention(self) -> Attention:
+    def attention(self) -> Attention | Latent:
         """The first form; the only one of most models."""
         return self.attentions[0]
 
@@ -371,6 +416,19 @@ def head_sizes(attention: Attention) -> dict[str, int]:
         "head": h,
         "n": n,
         "k": k,
+    }
+
+
+def latent_sizes(latent: Latent) -> dict[str, int]:
+    """Axis name -> size, of a kind of layer with latent attention."""
+    n = latent.n_heads
+    return {
+        "q_rank": latent.q_rank or 0,
+        "queries": n * (latent.nope_dim + latent.rope_dim),
+        "rank": latent.rank,
+        "entry": latent.entry,
+        "keys_and_values": n * (latent.nope_dim + latent.value_dim),
+        "values": n * latent.value_dim,
     }
 
 

@@ -374,6 +374,7 @@ class Programs:
             "hidden": lambda: self._struct(size.rows, width),
             "x": lambda: self._struct(picked or size.rows, tile.parts[0].width),
             "rows": lambda: size.rows_struct,
+            "latent": lambda: self._struct(size.rows, tile.kind.latent.entry),
             "inputs": lambda: self._struct(size.rows, width),
             "routing": lambda: _float32(size, experts.router.n_experts),
             "mixed": lambda: _float32(size, width),

@@ -1,4 +1,5 @@
-"""The small weights that stay on the device: each layer's norms, and the final one."""
+"""The weights that stay on the device: each layer's norms and what else it uses uncut, and the
+final norm."""
 
 from __future__ import annotations
 
@@ -33,17 +34,21 @@ class Residents:
 
 
 def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> Residents:
-    """Loads the norms to the device once, in the compute dtype.
+    """Loads what is used uncut to the device once, in the compute dtype; on the host there is one
+    of them at a time.
 
     All vectors are checked here, including biases, which are streamed. Raises CheckpointError or
     StorageError.
     """
-    shapes = published_tensors(weights.cfg)
-    vectors = {name: _read_vector(store, name, shapes[name], checks) for name in store.vectors}
+    shapes, unread = published_tensors(weights.cfg), dict.fromkeys(store.vectors)
+
+    def read(name):
+        unread.pop(name, None)
+        return _read_vector(store, name, shapes[name], checks)
 
     def put(part, dtype):
-        vector = vectors[part.tensor].reshape(part.shape)
-        return jax.device_put(vector.astype(dtype), device)
+        vector = read(part.tensor).reshape(part.shape)
+        return jax.block_until_ready(jax.device_put(vector.astype(dtype), device))
 
     kinds = layer_kinds(weights.cfg)
     layers = [
@@ -58,6 +63,8 @@ def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> 
         for leaf in final_norm_leaves(weights.cfg)
         for part in parts_of(leaf, leaf.published, weights)
     }
+    for name in list(unread):
+        read(name)
     return Residents(layers, final)
 
 

@@ -23,6 +23,7 @@ from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
 from jlayer.families.experts import OF_EXPERTS
+from jlayer.families.latent import OF_LATENT
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -80,7 +81,7 @@ class Chunk:
 
 # What a chunk has no more when a stage has ended, unless its end gives it anew.
 OF_STAGE = ("x", "products", "hosted")
-HELD = ("hidden", "x", *OF_EXPERTS)
+HELD = ("hidden", "x", *OF_LATENT, *OF_EXPERTS)
 
 
 class Sweeper:

@@ -18,6 +18,7 @@ from jlayer.spec import (
     ITEM_BYTES,
     Attention,
     Delta,
+    Latent,
     Leaf,
     Logits,
     ModelConfig,
@@ -32,6 +33,8 @@ from jlayer.spec import (
 #     x       [R, in] the input of the current stage; dropped when the stage ends
 #     cache   the pool of the layer's cache
 #     rows    positions, and what else a mixer needs to know of each row (`model.cache.Rows`)
+# In a layer with latent attention also:
+#     latent  [R, L]  what the latent and the key of each row are made of
 # In a layer with experts also:
 #     inputs  [R, D]  the input of the experts
 #     routing [R, E]  float32, by how much the output of each expert is multiplied; 0: not chosen
@@ -198,10 +201,17 @@ def state_cache(delta: Delta) -> CacheSpec:
     return CacheSpec("state", (conv, CacheArray("state", shape, "float32")))
 
 
+def latent_cache(latent: Latent) -> CacheSpec:
+    """The latent and the turned part of the key [1, L] for every token: as the one key that all
+    heads attend to. (Of a pool without the 1 XLA makes a copy to attend to it.)"""
+    return CacheSpec("rows", (CacheArray("latent", (1, latent.entry)),))
+
+
 @dataclass(frozen=True)
 class LayerKind:
-    """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention, or
-    a gated DeltaNet; the other is None. `router`: of its experts; None where it has an MLP
+    """A kind of layer: its leaves, the stages that use them, and what mixes tokens: attention,
+    latent attention, or a gated DeltaNet; the others are None. `router`: of its experts; None
+    where it has an MLP
     instead."""
 
     name: str
@@ -209,14 +219,17 @@ class LayerKind:
     stages: tuple[Stage, ...]
     attention: Attention | None = None
     delta: Delta | None = None
+    latent: Latent | None = None
     router: Router | None = None
 
     def __post_init__(self):
-        assert (self.attention is None) != (self.delta is None), "a layer has one mixer"
+        mixers = (self.attention, self.delta, self.latent)
+        assert sum(mixer is not None for mixer in mixers) == 1, "a layer has one mixer"
 
     @cached_property
     def _hash(self):
-        return hash((self.name, self.leaves, self.stages, self.attention, self.delta))
+        mixers = (self.attention, self.delta, self.latent)
+        return hash((self.name, self.leaves, self.stages, mixers))
 
     def __hash__(self) -> int:
         return self._hash  # a plan looks at the kinds of all layers thousands of times
@@ -227,6 +240,8 @@ class LayerKind:
 
     @cached_property
     def cache(self) -> CacheSpec:
+        if self.latent:
+            return latent_cache(self.latent)
         return rows_cache(self.attention) if self.attention else state_cache(self.delta)
 
     def leaf(self, name: str) -> Leaf:
@@ -265,7 +280,8 @@ class Family:
     names that hold no weights (computed tables) and are ignored; `left_out`: of those that hold
     weights of other parts than the text's, which are left out with a note. `has_windows`: its
     layers may have a window; where they have none, one that a config names nevertheless limits the
-    model (`common.stray_window`).
+    model (`common.stray_window`). `longest_key`: the key of a config that says how many tokens a
+    text may have at most for all to be attended to; longer ones are not supported.
     """
 
     model_type: str
@@ -275,6 +291,7 @@ class Family:
     dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     has_windows: bool = True
+    longest_key: str | None = None
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

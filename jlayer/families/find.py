@@ -50,7 +50,8 @@ def find_family(raw: dict, *, where: str) -> Family:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: architectures is {names!r}, expected a list of names")
-    known = {row.architecture.lower(): row for row in FAMILIES.values()}
+    # Of rows with one architecture the first has its name.
+    known = {row.architecture.lower(): row for row in reversed(FAMILIES.values())}
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if model_type is None and names:
@@ -75,7 +76,7 @@ def _is_of_another(name, family, known):
     """Whether the name of an architecture is that of another published model than the family's."""
     name = name.lower()
     if name in known:
-        return known[name] is not family
+        return known[name].architecture != family.architecture
     stem = _stem(family)
     others = {*_OTHERS, *map(_stem, known.values())} - {stem}
     is_own = stem in name and not _WITH_EXPERTS.search(name)

@@ -7,7 +7,18 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from jlayer.families import cohere, gemma, glm, layer_norms, llama, mixtures, olmo, phi, qwen_next
+from jlayer.families import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    layer_norms,
+    llama,
+    mixtures,
+    olmo,
+    phi,
+    qwen_next,
+)
 from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
 from jlayer.families.decoder import final_norm, norm_leaves
 from jlayer.spec import Leaf, ModelConfig
@@ -15,12 +26,16 @@ from jlayer.spec import Leaf, ModelConfig
 # A new family is a row in a file beside this one; a new file is a line here.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next, mixtures)
+    for rows in (
+        *(llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next, mixtures),
+        deepseek,
+    )
     for family in rows.FAMILIES
 }
 
 # How the names of tensors with two axes end that are used whole, as published: norms of heads
-# (Cohere), routers, the gates of shared experts, correction biases (Ernie).
+# (Cohere), routers, the gates of shared experts, correction biases (Ernie), the matrix that makes
+# keys and values of a latent.
 _WHOLE = (
     "norm.weight",
     ".gate.weight",
@@ -29,6 +44,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
+    ".kv_b_proj.weight",
 )
 
 _BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
@@ -131,12 +147,17 @@ def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True
-    return _any_of((*family.dropped, *family.left_out)).fullmatch(tensor_name) is not None
+    is_computed = _any_of(family.dropped).fullmatch(tensor_name) is not None
+    return is_computed or is_of_another_part(cfg, tensor_name)
 
 
 def is_of_another_part(cfg: ModelConfig, tensor_name: str) -> bool:
-    """Whether a published tensor holds weights of a multimodal model that its text has no use
-    for."""
+    """Whether a published tensor holds weights that a text has no use for: of a multimodal model,
+    or of the layers that guess further tokens."""
+    if cfg.n_further and (layer := layer_of(tensor_name)) is not None:
+        first = cfg.num_hidden_layers
+        if first <= layer < first + cfg.n_further:
+            return True
     return _any_of(family_of(cfg).left_out).fullmatch(tensor_name) is not None
 
 

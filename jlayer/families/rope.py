@@ -34,8 +34,7 @@ def read_rope(
     `partial` None: the family turns whole heads. `types`: those that the family has. `fixed`:
     fields of `Rope` that the family fixes. Raises CheckpointError or UnsupportedModelError.
     """
-    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
-    said = fields.section(name)
+    said = rope_section(fields)
     nested = {key: value for key, value in said.raw.items() if isinstance(value, Mapping)}
     if nested:
         if layer_type not in nested:
@@ -58,6 +57,11 @@ def read_rope(
             f"{said.where}: type {kind!r} is not supported; supported: {', '.join(types)}"
         )
     return _of_type(kind, said, fields, longest=longest, fixed=fixed, turns_whole=partial is None)
+
+
+def rope_section(fields: Fields) -> Fields:
+    """The object that says how a rotary embedding is scaled; empty where none does."""
+    return fields.section("rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters")
 
 
 def by_type(

@@ -32,6 +32,13 @@ class LayerCache:
 
 
 @struct.dataclass
+class LatentCache:
+    """What latent attention keeps of each token, by pool row: see `spec.Latent`."""
+
+    latent: jax.Array  # [P, 1, L] the normed latent, and the part of the key that is turned
+
+
+@struct.dataclass
 class View:
     """A chunk's rows in the pools of layers with a window, all int32: as in `Rows`, but for
     `first`: the position of the first entry in each lane's table."""
@@ -94,13 +101,19 @@ class Rows:
         return self.target if spec.kind == "state" else self.view(spec.window).write
 
 
-CACHES = {"rows": LayerCache, "state": StateCache}
+Cache = LayerCache | LatentCache | StateCache
+# The names of a cache's arrays -> its class.
+CACHES = {
+    ("k", "v"): LayerCache,
+    ("latent",): LatentCache,
+    ("conv", "state"): StateCache,
+}
 
 
-def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache | StateCache:
+def cache_struct(spec: CacheSpec, *, n_rows: int, dtype: str) -> Cache:
     """The shapes of a layer's pool, for compiling; `n_rows`: its rows or slots."""
     shapes, kept = spec.entry_shapes(n_rows=n_rows), KEPT_AS.get(dtype, dtype)
-    return CACHES[spec.kind](
+    return CACHES[tuple(array.name for array in spec.arrays)](
         **{
             array.name: jax.ShapeDtypeStruct(shapes[array.name], array.dtype or kept)
             for array in spec.arrays
@@ -148,7 +161,7 @@ def rows_struct(
     )
 
 
-def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> LayerCache | StateCache:
+def empty_cache(spec: CacheSpec, *, n_rows: int, dtype: str) -> Cache:
     """A layer's pool of zeros."""
     shapes = cache_struct(spec, n_rows=n_rows, dtype=dtype)
     return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), shapes)
@@ -158,6 +171,11 @@ def write(cache: LayerCache, k, v, rows: Rows | View) -> LayerCache:
     """The pool with k, v [R, K, H] in the rows that `rows.write` says; padding is dropped."""
     k, v = (_written(old, new, rows.write) for old, new in ((cache.k, k), (cache.v, v)))
     return LayerCache(k=k, v=v)
+
+
+def write_latent(cache: LatentCache, entries, rows: Rows | View) -> LatentCache:
+    """The pool with entries [R, 1, L] in the rows that `rows.write` says; padding is dropped."""
+    return LatentCache(_written(cache.latent, entries, rows.write))
 
 
 def read_state(cache: StateCache, source, dtype):

@@ -17,6 +17,7 @@ from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
 from jlayer.model.experts import mix_expert, mix_shared, route
+from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
 from jlayer.model.products import product
 from jlayer.spec import Attention, Mlp, Scale
@@ -233,6 +234,8 @@ def _gated(gate, up, *, how):
 FUNCTIONS = {
     "normed": _normed,
     "attend": _attend,
+    "query_latent": query_latent,
+    "attend_latent": attend_latent,
     "gated_delta": gated_delta,
     "join": _join,
     "join_and_norm": _join_and_norm,

@@ -58,7 +58,7 @@ def likeliest(
     kind = one_kind(cfg)
     hidden = embedded(model.table, ids, width=cfg.hidden_size, dtype=dtype)
     hidden = scaled(hidden, cfg.embedding_scale)
-    size = pools.k.shape[0] // cfg.num_hidden_layers
+    size = jax.tree.leaves(pools)[0].shape[0] // cfg.num_hidden_layers
 
     def layer(carry, given):
         hidden, pools = carry

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
-from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes
+from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes, latent_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import (
@@ -30,6 +30,7 @@ from jlayer.spec import (
     ITEM_BYTES,
     Attention,
     Delta,
+    Latent,
     ModelConfig,
     Place,
     head_sizes,
@@ -184,7 +185,8 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
         return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + _widest_stage(cfg)
     joined = shapes.chunk * widest_product(cfg) * item_bytes
-    return n_rows * (each * item_bytes + _experts_bytes(cfg, item_bytes)) + tables + joined
+    each = each * item_bytes + _experts_bytes(cfg, item_bytes) + _latent_bytes(cfg, item_bytes)
+    return n_rows * each + tables + joined
 
 
 def _experts_bytes(cfg, item_bytes):
@@ -193,6 +195,13 @@ def _experts_bytes(cfg, item_bytes):
     if cfg.experts is None:
         return 0
     return cfg.hidden_size * (item_bytes + 2 * 4) + cfg.experts.router.n_experts * 4
+
+
+def _latent_bytes(cfg, item_bytes):
+    """Bytes that a token has in a layer with latent attention until its query is there: what its
+    entry is made of."""
+    entries = [kind.latent.entry for kind in _kinds(cfg) if kind.latent and kind.latent.q_rank]
+    return max(entries, default=0) * item_bytes
 
 
 def _tables_bytes(shapes, windows):
@@ -206,17 +215,27 @@ def _tables_bytes(shapes, windows):
 
 @lru_cache(maxsize=64)
 def _widest_stage(cfg):
-    """Numbers per token of the largest stage: its input and its products, or its products twice if
-    they go to the cache."""
-    return max(_stage_width(cfg, kind, stage) for kind in _kinds(cfg) for stage in kind.stages)
+    """Numbers per token of the largest stage: its input and its products; or, if they go to the
+    cache, its products, and as many again or what it gives."""
+    return max(
+        _stage_width(cfg, kind, stage, following)
+        for kind in _kinds(cfg)
+        for stage, following in zip(kind.stages, (*kind.stages[1:], None), strict=True)
+    )
 
 
-def _stage_width(cfg, kind, stage):
+def _stage_width(cfg, kind, stage, following):
     if not stage.groups:
         return 0
     products = sum(_height(cfg, kind, group.leaves[0]) for group in stage.groups)
-    width = kind.leaf(stage.leaves[0]).shape(cfg)[1]
-    return 2 * products if _uses_cache(stage) else width + products
+    if _uses_cache(stage):
+        return products + max(products, _width(cfg, kind, following))
+    return _width(cfg, kind, stage) + products
+
+
+def _width(cfg, kind, stage):
+    """Numbers per token of a stage's input."""
+    return kind.leaf(stage.leaves[0]).shape(cfg)[1]
 
 
 @lru_cache(maxsize=64)
@@ -271,12 +290,21 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
 
 def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:
     """Bytes of the temporaries of what mixes tokens, of the kind of layers that takes most."""
-    return max(
-        attention_temporary_bytes(kind.attention, shapes, platform=platform)
-        if kind.attention
-        else delta_temporary_bytes(kind.delta, shapes)
-        for kind in _kinds(cfg)
-    )
+    return max(_mixer_bytes(kind, shapes, platform) for kind in _kinds(cfg))
+
+
+def _mixer_bytes(kind, shapes, platform):
+    if kind.latent:
+        return latent_temporary_bytes(kind.latent, shapes, platform=platform)
+    if kind.delta:
+        return delta_temporary_bytes(kind.delta, shapes)
+    return attention_temporary_bytes(kind.attention, shapes, platform=platform)
+
+
+def latent_temporary_bytes(latent: Latent, shapes: Shapes, *, platform: str) -> int:
+    """Bytes of the temporaries of latent attention."""
+    among = attention_temporary_bytes(latent.among_latents, shapes, platform=platform)
+    return latent_bytes(latent, n_rows=shapes.chunk, among=among)
 
 
 def delta_temporary_bytes(delta: Delta, shapes: Shapes) -> int:

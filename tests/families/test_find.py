@@ -76,7 +76,7 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 8},
     "qwen3_moe": {"num_experts": 128, "moe_intermediate_size": 768},
     "qwen2_moe": {},  # by its name alone
-    "deepseek_v3": {"n_routed_experts": 256},
+    "deepseek_v4": {"n_routed_experts": 256},
     "gpt_oss": {},
     "llama4": {"text_config": {"num_local_experts": 16}},
     "of_their_own": {"num_experts": 4},

@@ -1,0 +1,176 @@
+"""Plans of models with latent attention: their caches, what stays on the device, and DeepSeek V3
+and Kimi K2 within 8 GiB."""
+
+import math
+from dataclasses import replace
+
+import jax
+import pytest
+
+from jlayer.config import model_config
+from jlayer.engine.programs import Programs
+from jlayer.engine.size import Size
+from jlayer.plan.cutting import cut
+from jlayer.plan.memory import activation_bytes, cache_bytes, resident_bytes, temporary_bytes
+from jlayer.plan.shapes import Shapes, pool_rows
+from tests.plan.models import machine, plan_of, weights_of
+from tests.plan.test_memory import compile_all
+
+# The published shapes.
+V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+K2 = {
+    **V3,
+    "model_type": "kimi_k2",
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "routed_scaling_factor": 2.827,
+    "rope_scaling": {**V3["rope_scaling"], "beta_fast": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+MODELS = {"deepseek_v3": V3, "kimi_k2": K2}
+
+
+def config(name, **more):
+    return model_config({**MODELS[name], **more}, where="config.json")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_stays_on_the_device_and_an_entry_of_the_cache(name):
+    cfg, raw = config(name), MODELS[name]
+    heads, dense = raw["num_attention_heads"], raw["first_k_dense_replace"]
+    kv_b = heads * 256 * 512
+    norms = 2 * 7168 + 1536 + 512
+    router = raw["n_routed_experts"] * 7168
+    numbers = 61 * (kv_b + norms) + (61 - dense) * router + 7168
+    biases = (61 - dense) * raw["n_routed_experts"]  # float32, whatever is computed in
+    assert resident_bytes(weights_of(cfg)) == 2 * numbers + 4 * biases
+    assert cache_bytes(cfg, 1000, item_bytes=2) == 61 * 1000 * (512 + 64) * 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_scale_of_scores_is_that_of_the_published_config(name):
+    how, factor = config(name).attention, MODELS[name]["rope_scaling"]["factor"]
+    assert how.scale == pytest.approx(192**-0.5 * (0.1 * math.log(factor) + 1) ** 2)
+    assert how.rope.attention_factor == 1.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_planned_within_8_gib(name):
+    """With all layers as published, but few experts: these change nothing of what is on the device
+    but their routers, and a plan of a hundred thousand matrices takes minutes."""
+    few = {"n_routed_experts": 8, "n_group": 1, "topk_group": 1}
+    on = machine(device_budget=8 << 30, host_budget=64 << 30)
+    for shape in ({"context": 512, "longest": 512}, {"context": 4096, "longest": 4096}):
+        plan = plan_of(config(name, **few), on=on, **shape)
+        assert plan.fits
+        more = 2 * 60 * MODELS[name]["n_routed_experts"] * 7168
+        assert plan.as_dict()["smallest_device_memory_bytes"] + more < 8 << 30
+        item = 61 * 576 * 2
+        assert plan.device.cache_bytes in (item * pool_rows(shape["context"]), 0) or (
+            plan.host.cache_bytes >= item * pool_rows(shape["context"])
+        )
+
+
+# Small enough to compile programs for; no layer has experts.
+SMALL = model_config(
+    {
+        **V3,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "vocab_size": 1000,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 40,
+        "max_position_embeddings": 4096,
+        "rope_scaling": None,
+    },
+    where="here",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("tile_bytes", [None, 100_000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("tokens", "capacity"), [(2, 64), (8, 1024), (64, 1024), (512, 64)])
+def test_temporaries_of_compiled_programs_stay_within_the_formula(
+    tokens, capacity, dtype, tile_bytes, direct
+):
+    how = SMALL.attention
+    cfg = replace(SMALL, attentions=(replace(how, q_rank=None),)) if direct else SMALL
+    weights = weights_of(cfg, stored=dtype, dtype=dtype)
+    tiling = cut(weights, tile_bytes, platform="cpu")
+    programs = Programs(cfg, dtype=dtype, device=jax.devices("cpu")[0])
+    compile_all(programs, tiling, Size(tokens, 1, tokens, capacity, capacity), with_head=False)
+    found = programs.temporary_bytes
+    shapes = Shapes(1, (capacity,), capacity, tokens, tokens)
+    bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
+    assert found <= bound < 5 * found
+
+
+def test_a_row_takes_what_its_entry_is_made_of_until_its_query_is_there():
+    """Beside the products of its query, of which there may be as many again."""
+    direct = replace(SMALL, attentions=(replace(SMALL.attention, q_rank=None),))
+    few, many = (Shapes(1, (64,), 64, 64, n_rows) for n_rows in (64, 128))
+    each, without = (
+        activation_bytes(cfg, many, item_bytes=2, whole=False)
+        - activation_bytes(cfg, few, item_bytes=2, whole=False)
+        for cfg in (SMALL, direct)
+    )
+    assert each - without == 64 * 2 * (64 + 16)
