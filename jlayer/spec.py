@@ -92,9 +92,9 @@ class HeadNorms:
 class Attention:
     """The attention of some layers of a model.
 
-    `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become
-    cap * tanh(s / cap). `window`: a token sees so many, itself among them; None: all before it.
-    `clip`: queries, keys and values are cut to [-clip, clip]. `value_norm`: of values, without a
+    `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become cap * tanh(s
+    / cap). `window`: a token sees so many, itself among them; None: all before it. `clip`: queries,
+    keys and values are cut to [-clip, clip], after a flat norm. `value_norm`: of values, without a
     weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
     the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
     projection of queries gives each head a gate too, after its query: what the head mixes is
@@ -170,9 +170,9 @@ class Router:
     correction bias added if it `has_bias`; their weights are the scores without it. `n_groups`:
     only the experts of `n_chosen_groups` groups may be chosen, of those with the highest
     `group_score`: of the best expert ("max"), or of the best two ("best_two"). `renormalizes`: the
-    weights are divided by their sum, to which `least_sum` is added; at last `scale` multiplies
-    them. `is_exact`: logits are computed and kept in float32, whatever is computed in. `jitter`: of
-    sparsemixer.
+    weights are divided by their sum plus `above_sum`, or by `least_sum` if that is more; at last
+    `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
+    whatever is computed in. `jitter`: of sparsemixer.
     """
 
     n_experts: int
@@ -183,6 +183,7 @@ class Router:
     n_chosen_groups: int = 1
     group_score: str = "max"
     renormalizes: bool = False
+    above_sum: float = 0.0
     least_sum: float = 0.0
     scale: float = 1.0
     is_exact: bool = False
@@ -205,8 +206,8 @@ class Experts:
     """The experts that some layers have instead of an MLP.
 
     `width`: of the MLP of one, of the form `mlp`, in whose module `{expert}` is its number.
-    `routing`: the published name of the router's matrix; `bias`: of its correction bias. `layers`:
-    of each layer whether it has experts; (): all have.
+    `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
+    axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have.
     """
 
     router: Router
@@ -214,6 +215,7 @@ class Experts:
     mlp: Mlp
     routing: str
     bias: str | None = None
+    bias_axes: tuple[str, ...] = ("experts",)
     shared: Shared | None = None
     layers: tuple[bool, ...] = ()
 

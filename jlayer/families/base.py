@@ -249,7 +249,8 @@ class Family:
     names that hold no weights (computed tables) and are ignored; `left_out`: of those that hold
     weights of other parts than the text's, which are left out with a note. `has_windows`: its
     layers may have a window; where they have none, one that a config names nevertheless limits the
-    model (`common.stray_window`).
+    model (`common.stray_window`). `has_guessing_layers`: published files have more layers than the
+    config says, which guess further tokens; they are left out too.
     """
 
     model_type: str
@@ -259,6 +260,7 @@ class Family:
     dropped: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     has_windows: bool = True
+    has_guessing_layers: bool = False
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

@@ -22,9 +22,11 @@ def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
     """The leaves of a layer's router, shared expert and experts."""
     router, shared = experts.router, experts.shared
     n_experts = (("experts", router.n_experts), ("one", 1))
-    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), Role.NORM, sizes=n_experts)]
+    role = Role.EXACT if router.is_exact else Role.NORM
+    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), role, sizes=n_experts)]
     if router.has_bias:
-        leaves.append(Leaf(CORRECTION, experts.bias, ("experts",), Role.EXACT, sizes=n_experts))
+        axes = experts.bias_axes
+        leaves.append(Leaf(CORRECTION, experts.bias, axes, Role.EXACT, sizes=n_experts))
     if shared:
         leaves += _mlp_leaves(shared.mlp, shared.width, prefix=_SHARED)
         if shared.gate:

@@ -227,7 +227,7 @@ def _helium(fields: Fields) -> ModelConfig:
     )
 
 
-def _hunyuan(fields: Fields) -> ModelConfig:
+def hunyuan(fields: Fields) -> ModelConfig:
     """Norms of queries and keys after the rotary embedding; `alpha` stretches its base (NTK)."""
     fields.integer("head_dim")  # transformers has no default that runs
     sizes = read_sizes(fields)
@@ -271,5 +271,5 @@ FAMILIES = (
     _row("granite", "GraniteForCausalLM", _granite, has_windows=False),
     _row("ernie4_5", "Ernie4_5ForCausalLM", _ernie, has_windows=False),
     _row("helium", "HeliumForCausalLM", _helium, has_windows=False),
-    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _hunyuan, has_windows=False),
+    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", hunyuan, has_windows=False),
 )

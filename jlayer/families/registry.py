@@ -7,7 +7,18 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from jlayer.families import cohere, gemma, glm, layer_norms, llama, mixtures, olmo, phi, qwen_next
+from jlayer.families import (
+    cohere,
+    corrected,
+    gemma,
+    glm,
+    layer_norms,
+    llama,
+    mixtures,
+    olmo,
+    phi,
+    qwen_next,
+)
 from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
 from jlayer.families.decoder import final_norm, norm_leaves
 from jlayer.spec import Leaf, ModelConfig
@@ -15,7 +26,10 @@ from jlayer.spec import Leaf, ModelConfig
 # A new family is a row in a file beside this one; a new file is a line here.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for rows in (llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next, mixtures)
+    for rows in (
+        *(llama, gemma, phi, olmo, glm, cohere, layer_norms),
+        *(qwen_next, mixtures, corrected),
+    )
     for family in rows.FAMILIES
 }
 
@@ -131,13 +145,18 @@ def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True
-    return _any_of((*family.dropped, *family.left_out)).fullmatch(tensor_name) is not None
+    if _any_of(family.dropped).fullmatch(tensor_name):
+        return True
+    return is_of_another_part(cfg, tensor_name)
 
 
 def is_of_another_part(cfg: ModelConfig, tensor_name: str) -> bool:
-    """Whether a published tensor holds weights of a multimodal model that its text has no use
-    for."""
-    return _any_of(family_of(cfg).left_out).fullmatch(tensor_name) is not None
+    """Whether a published tensor holds weights that a text has no use for: of another part of a
+    multimodal model, or of layers that guess further tokens."""
+    family = family_of(cfg)
+    if family.has_guessing_layers and (layer_of(tensor_name) or 0) >= cfg.num_hidden_layers:
+        return True
+    return _any_of(family.left_out).fullmatch(tensor_name) is not None
 
 
 @lru_cache(maxsize=64)

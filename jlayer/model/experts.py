@@ -26,6 +26,8 @@ def route(products, whole, inputs, *, how: Router):
 
 def weights_of(logits, bias, how: Router):
     """A router's logits float32 [R, E] -> what each expert's output is multiplied by, [R, E]."""
+    if how.scores == "sparsemixer":
+        return _sparsemixer(logits, how.jitter)
     scores = SCORES[how.scores](logits)
     preferred = scores if bias is None else scores + bias.reshape(1, -1)
     if how.n_groups > 1:
@@ -33,7 +35,8 @@ def weights_of(logits, bias, how: Router):
     _, chosen = jax.lax.top_k(preferred, how.n_chosen)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if how.renormalizes:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + how.least_sum)
+        total = weights.sum(axis=-1, keepdims=True) + how.above_sum
+        weights = weights / jnp.maximum(total, how.least_sum)
     rows = jnp.arange(logits.shape[0])[:, None]
     return jnp.zeros_like(scores).at[rows, chosen].set(weights * how.scale)
 
@@ -49,6 +52,24 @@ def _within_groups(scores, how):
     _, chosen = jax.lax.top_k(best, how.n_chosen_groups)
     is_chosen = jnp.zeros(best.shape, bool).at[jnp.arange(rows)[:, None], chosen].set(True)
     return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(rows, -1)
+
+
+def _sparsemixer(logits, jitter):
+    """The weights of Phi-3.5-MoE (SparseMixer, arXiv 2409.12136): two experts, one after another.
+
+    The weight of each is its share in a softmax over those that are nearly as good as it is; it is
+    the best of all, then of all others.
+    """
+    rows = jnp.arange(logits.shape[0])
+    found, left = jnp.zeros_like(logits), logits
+    for _ in range(2):
+        chosen = left.argmax(axis=-1)
+        best = left.max(axis=-1, keepdims=True)
+        is_far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        weights = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left), axis=-1)
+        found = found.at[rows, chosen].set(weights[rows, chosen])
+        left = left.at[rows, chosen].set(-jnp.inf)
+    return found
 
 
 def mix_shared(products, whole, mixed, inputs, *, how):

@@ -166,8 +166,6 @@ def _queries_keys_values(products, whole, how):
     else:
         names = ("q_proj", "k_proj", "k_proj" if how.keys_are_values else "v_proj")
         parts = [products[name] for name in names]
-    if how.clip:
-        parts = [jnp.clip(part, -how.clip, how.clip) for part in parts]
     norms = how.head_norms
     if norms and norms.over == "flat":
         leaves = (norms.q, norms.k)
@@ -175,6 +173,8 @@ def _queries_keys_values(products, whole, how):
             normed(part, norms.norm, whole[name])
             for part, (name,) in zip(parts, leaves, strict=False)
         ]
+    if how.clip:
+        parts = [jnp.clip(part, -how.clip, how.clip) for part in parts]
     return [part.reshape(part.shape[0], -1, h) for part in parts]
 
 
