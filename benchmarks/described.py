@@ -107,6 +107,7 @@ MODELS = {
     "glm4": "GLM-4-0414 9B and 32B",
     "glm4_moe": "GLM-4.5 to 4.7",
     "granite": "Granite 3, dense",
+    "granitemoe": "Granite 3 1B-A400M and 3B-A800M",
     "helium": "Helium 1 2B",
     "hunyuan_v1_dense": "Hunyuan 0.5B to 7B",
     "hunyuan_v1_moe": "Hunyuan A13B",

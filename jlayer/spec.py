@@ -202,12 +202,26 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How matrices of all experts of a layer may be published as one tensor [E, rows, in].
+
+    `published`: its name; `leaves`: the matrices, in the order in which the rows of an expert
+    follow one another. `is_only`: a family's experts are published in no other way.
+    """
+
+    published: str
+    leaves: tuple[str, ...]
+    is_only: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
     """The experts that some layers have instead of an MLP.
 
     `width`: of the MLP of one, of the form `mlp`, in whose module `{expert}` is its number.
     `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
-    axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have.
+    axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
+    they may be published besides one by one.
     """
 
     router: Router
@@ -218,6 +232,7 @@ class Experts:
     bias_axes: tuple[str, ...] = ("experts",)
     shared: Shared | None = None
     layers: tuple[bool, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
 
 @dataclass(frozen=True)

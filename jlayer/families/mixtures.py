@@ -21,14 +21,20 @@ from jlayer.families.common import (
 )
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
-from jlayer.families.llama import TABLES, hunyuan
+from jlayer.families.llama import TABLES, granite, hunyuan
 from jlayer.families.rope import read_rope
-from jlayer.spec import Experts, Mlp, ModelConfig, Router, Shared
+from jlayer.spec import Experts, Mlp, ModelConfig, Router, Shared, Stack
 
 MOST_EXPERTS = 1 << 14
 # The published names of Mixtral's experts: w1 is the gate, w3 the other, w2 leads back.
 MIXTRAL = Mlp(gate="w1", up="w3", down="w2", module="block_sparse_moe.experts.{expert}")
 QWEN = Mlp(module="mlp.experts.{expert}")
+GRANITE = Mlp(module="block_sparse_moe.experts.{expert}")
+# How Granite's are published, and they alone.
+_OF_GRANITE = (
+    Stack("block_sparse_moe.input_linear.weight", ("gate_proj", "up_proj"), is_only=True),
+    Stack("block_sparse_moe.output_linear.weight", ("down_proj",), is_only=True),
+)
 
 
 # Published names of the number of experts, and of that of a token's. transformers takes each of a
@@ -267,6 +273,21 @@ def _phimoe(fields: Fields) -> ModelConfig:
     return with_experts(cfg, experts)
 
 
+def _granitemoe(fields: Fields) -> ModelConfig:
+    """The dense one with experts: its factors are the same."""
+    cfg = granite(fields)
+    counts = ("num_local_experts",)
+    router = read_router(fields, n_experts=8, n_chosen=2, counts=counts, renormalizes=True)
+    experts = Experts(
+        router,
+        cfg.intermediate_size,
+        GRANITE,
+        "block_sparse_moe.router.layer.weight",
+        stacks=_OF_GRANITE,
+    )
+    return with_experts(cfg, experts)
+
+
 def _row(model_type, architecture, read, **more) -> Family:
     return Family(model_type, architecture, read, decoder_kinds, **more)
 
@@ -277,5 +298,6 @@ FAMILIES = (
     _row("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe),
     _row("olmoe", "OlmoeForCausalLM", _olmoe, has_windows=False),
     _row("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", _hunyuan, has_windows=False, dropped=TABLES),
+    _row("granitemoe", "GraniteMoeForCausalLM", _granitemoe, has_windows=False, dropped=TABLES),
     _row("phimoe", "PhimoeForCausalLM", _phimoe),
 )

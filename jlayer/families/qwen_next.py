@@ -22,11 +22,16 @@ from jlayer.families.decoder import decoder, decoder_kinds, experts_of_layers
 from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.mixtures import qwen_experts, qwen_shared, sparse_layers, with_experts
 from jlayer.families.rope import read_rope
-from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, delta_sizes
+from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, Stack, delta_sizes
 
 LINEAR = "linear_attention"
 _WIDTH = 512  # of an expert, and of the shared one, where the file is silent
 
+# How the experts of Qwen3.5 are published; transformers writes them one by one too.
+_STACKS = (
+    Stack("mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
+    Stack("mlp.experts.down_proj", ("down_proj",)),
+)
 # The matrices that a gated DeltaNet's input is multiplied by, with the axis of their rows.
 _GROUPED = {"in_proj_qkvz": "qkvz", "in_proj_ba": "two_value_heads"}
 _APART = {
@@ -152,7 +157,8 @@ def _qwen3_5_moe(fields: Fields) -> ModelConfig:
         {"intermediate_size": width, "norm_topk_prob": True},
         without=("decoder_sparse_step", "mlp_only_layers"),
     )
-    return _of_experts(plain, _qwen3_5(plain, kv_heads=2), n_experts=256, n_chosen=8)
+    cfg = _qwen3_5(plain, kv_heads=2)
+    return _of_experts(plain, cfg, n_experts=256, n_chosen=8, stacks=_STACKS)
 
 
 def _of_experts(fields, cfg, **numbers):

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError
 from jlayer.families.decoder import experts_of_layers
-from jlayer.families.registry import published_tensors
+from jlayer.families.registry import published_tensors, stacked_tensors
 from jlayer.model.ops import rope_frequencies
 
 REFUSALS = (
@@ -190,7 +190,7 @@ def facts_here(raw):
     norms = [cfg.norm, *(form.head_norms.norm for form in cfg.attentions if form.head_norms)]
     norms += [cfg.delta.norm] if cfg.delta else []
     said = {
-        "tensors": published_tensors(cfg),
+        "tensors": _as_saved(cfg),
         "eps": {norm.eps for norm in norms},
         "tied": cfg.tie_word_embeddings,
         "longest": cfg.max_position_embeddings,
@@ -213,6 +213,18 @@ def facts_here(raw):
         one and one.rope and (rope_frequencies(one.rope, one.head_dim), one.rope.attention_factor)
         for one in layers
     ]
+
+
+def _as_saved(cfg):
+    """The shapes of all tensors, by the names that Transformers saves: experts in one tensor where
+    it knows no other form."""
+    shapes, stacks = dict(published_tensors(cfg)), stacked_tensors(cfg)
+    if stacks and cfg.experts.stacks[0].is_only:
+        for name, stack in stacks.items():
+            shapes[name] = stack.shape
+            for part, *_ in stack.parts:
+                del shapes[part]
+    return shapes
 
 
 def differences(raw, folder):

@@ -11,6 +11,7 @@ from tests.reference.dense_forms import (
     FREE,
     FULL,
     GELU,
+    GRANITE,
     HALF,
     LINEAR,
     NO_WINDOW,
@@ -174,6 +175,11 @@ MIXTURES = {
         "qwen3_next",
         DELTA | EXPERTS | SHARED | LFL | {"mlp_only_layers": [2]},
         (FEWER, NOT_NORMED, {"rope_parameters": rope(partial_rotary_factor=0.5)}, GELU),
+    ),
+    "granitemoe": Dense(
+        "granitemoe",
+        BOUND | TIED | GRANITE | {"num_local_experts": 9, "num_experts_per_tok": 4},
+        (FEWER, *({each: 1.0} for each in GRANITE), THETA, EPS, GELU),
     ),
     "qwen3_5_moe": Dense(
         "qwen3_5_moe_text",

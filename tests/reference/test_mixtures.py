@@ -29,7 +29,7 @@ SWITCHES = [
     for number, change in enumerate(dense.wrong)
 ]
 # Those that run in every test session: each form of router in one of them.
-FIRST = {"qwen2_moe-some", "glm4_moe", "ernie4_5_moe-some", "phimoe", "qwen3_next"}
+FIRST = {"qwen2_moe-some", "glm4_moe", "ernie4_5_moe-some", "phimoe", "qwen3_next", "granitemoe"}
 
 
 @pytest.fixture(scope="module")

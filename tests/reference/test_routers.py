@@ -34,11 +34,8 @@ def router_of(name):
     )
     model.eval()  # in training PhiMoE draws its experts
     cfg = model_config(raw, where="here")
-    mlp = next(
-        layer.mlp
-        for layer in model.model.layers
-        if hasattr(layer.mlp, "gate") or hasattr(layer.mlp, "router")
-    )
+    mlps = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in model.model.layers]
+    mlp = next(mlp for mlp in mlps if hasattr(mlp, "gate") or hasattr(mlp, "router"))
     return mlp, cfg.experts.router
 
 
