@@ -172,7 +172,8 @@ class Router:
     `group_score`: of the best expert ("max"), or of the best two ("best_two"). `renormalizes`: the
     weights are divided by their sum plus `above_sum`, or by `least_sum` if that is more; at last
     `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
-    whatever is computed in. `jitter`: of sparsemixer.
+    whatever is computed in. `jitter`: of sparsemixer. `norm`: what it looks at is normed by it, and
+    multiplied by a vector and by `input_scale`; the weights by a number of each expert at last.
     """
 
     n_experts: int
@@ -188,6 +189,8 @@ class Router:
     scale: float = 1.0
     is_exact: bool = False
     jitter: float = 0.0
+    norm: Norm | None = None
+    input_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,20 @@ class Shared:
     width: int
     mlp: Mlp
     gate: str | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The published names of what a layer has whose shared expert is an MLP beside the experts:
+    norms of their input (`before`), of their sum (`after`) and of the MLP's output
+    (`after_shared`); the router's vectors, of its input (`of_input`) and of each expert's weight
+    (`of_weights`)."""
+
+    before: str
+    after: str
+    after_shared: str
+    of_input: str
+    of_weights: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +238,8 @@ class Experts:
     `width`: of the MLP of one, of the form `mlp`, in whose module `{expert}` is its number.
     `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
     axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
-    they may be published besides one by one.
+    they may be published besides one by one. `beside`: the shared expert is added where each has a
+    norm of its own; None: it is one more of them.
     """
 
     router: Router
@@ -233,6 +251,7 @@ class Experts:
     shared: Shared | None = None
     layers: tuple[bool, ...] = ()
     stacks: tuple[Stack, ...] = ()
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)

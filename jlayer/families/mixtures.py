@@ -46,14 +46,15 @@ _CHOSEN = ("num_experts_per_tok",)
 def read_router(
     fields: Fields,
     *,
-    n_experts: int,
-    n_chosen: int,
+    n_experts: int | None,
+    n_chosen: int | None,
     counts: tuple[str, ...] = _COUNTS,
     chosen: tuple[str, ...] = _CHOSEN,
     **form,
 ) -> Router:
-    """A router with these switches. `n_experts`, `n_chosen`: where the file is silent. `counts`,
-    `chosen`: the names that the family has for them. Raises CheckpointError."""
+    """A router with these switches. `n_experts`, `n_chosen`: where the file is silent; None: it
+    may not be. `counts`, `chosen`: the names that the family has for them. Raises
+    CheckpointError."""
     found, key = _count(fields, counts, n_experts)
     of_token, name = _count(fields, chosen, n_chosen)
     if of_token > found:
@@ -72,6 +73,8 @@ def _count(fields, names, default):
             f"{fields.where}: {given[0]} is {found[0]}, but {given[1]} {found[1]}; they mean the "
             "same, expected one number"
         )
+    if not given and default is None:
+        fields.integer(names[0])
     return (found[0], given[0]) if given else (default, next(iter(names), "the number"))
 
 

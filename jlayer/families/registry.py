@@ -42,6 +42,7 @@ _WHOLE = (
     ".gate.weight",
     ".router.weight",
     ".router.layer.weight",
+    ".router.proj.weight",
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",

@@ -9,18 +9,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.experts import CORRECTION, ROUTER, SHARED_GATE
+from jlayer.families.experts import CORRECTION, OF_INPUT, OF_WEIGHTS, ROUTER, SHARED_GATE
+from jlayer.model.ops import normed
 from jlayer.model.products import product
 from jlayer.spec import Router
 
 
 def route(products, whole, inputs, *, how: Router):
     """inputs [R, D] -> (routing float32 [R, E], zeros float32 [R, D] for the sum of outputs)."""
+    x = inputs
+    if how.norm is not None:
+        x = normed(x, how.norm) * whole[OF_INPUT][None] * jnp.asarray(how.input_scale, x.dtype)
     if how.is_exact:
-        logits = product(inputs.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
+        logits = product(x.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
     else:
-        logits = product(inputs, whole[ROUTER]).astype(inputs.dtype).astype(jnp.float32)
+        logits = product(x, whole[ROUTER]).astype(x.dtype).astype(jnp.float32)
     routing = weights_of(logits, whole.get(CORRECTION), how)
+    if OF_WEIGHTS in whole:
+        routing = routing * whole[OF_WEIGHTS].astype(jnp.float32)[None]
     return routing, jnp.zeros(inputs.shape, jnp.float32)
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.base import Function, Join, LayerKind, NormAt, Stage, bias_name
+from jlayer.families.base import Function, Join, JoinBoth, LayerKind, NormAt, Stage, bias_name
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
@@ -207,6 +207,14 @@ def _join_mixed(products, whole, hidden, mixed, *, how: Join):
     return _join({"mixed": mixed.astype(hidden.dtype)}, whole, hidden, how=how)
 
 
+def _join_both(products, whole, hidden, mixed, *, how: JoinBoth):
+    """Adds an MLP's output [R, D] and the sum of the experts' beside it to hidden [R, D]."""
+    (output,) = products.values()
+    output = _norm(output, whole, how.after_shared)
+    mixed = _norm(mixed.astype(hidden.dtype), whole, how.after_experts)
+    return _join({"both": output + mixed}, whole, hidden, how=how.join)
+
+
 def _pass_on(products, whole, *, how):
     """Passes the only product on as the input of the next stage."""
     (output,) = products.values()
@@ -237,6 +245,7 @@ FUNCTIONS = {
     "join": _join,
     "join_and_norm": _join_and_norm,
     "join_mixed": _join_mixed,
+    "join_both": _join_both,
     "route": route,
     "mix_shared": mix_shared,
     "mix_expert": mix_expert,

@@ -47,6 +47,7 @@ OF_ROUTERS = {
     "topk_group": "n_chosen_groups",
     "norm_min": "least_sum",
     "router_jitter_noise": "jitter",
+    "scalar_root_size": "input_scale",
 }
 ACTIVATIONS = {
     "SiLUActivation": "silu",
@@ -140,6 +141,8 @@ def facts_there(raw, folder):
 
 
 def _mlp(layer):
+    if hasattr(layer, "router"):
+        return layer  # Gemma 4, which has both
     return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 

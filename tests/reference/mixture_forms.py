@@ -11,6 +11,7 @@ from tests.reference.dense_forms import (
     FREE,
     FULL,
     GELU,
+    GEMMA4,
     GRANITE,
     HALF,
     LINEAR,
@@ -180,6 +181,13 @@ MIXTURES = {
         "granitemoe",
         BOUND | TIED | GRANITE | {"num_local_experts": 9, "num_experts_per_tok": 4},
         (FEWER, *({each: 1.0} for each in GRANITE), THETA, EPS, GELU),
+    ),
+    "gemma4": Dense(
+        "gemma4_text",
+        GEMMA4
+        | {"attention_k_eq_v": True, "enable_moe_block": True}
+        | {"num_experts": 9, "top_k_experts": 4, "moe_intermediate_size": 14},
+        ({"top_k_experts": 3}, WIDER, EPS, {"hidden_activation": "silu"}),
     ),
     "qwen3_5_moe": Dense(
         "qwen3_5_moe_text",

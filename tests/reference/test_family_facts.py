@@ -169,6 +169,8 @@ CHANGES = {
     "turned-part-null": {"rotary_dim": None},
     "turned-part-twice": {"rotary_dim": 4, "partial_rotary_factor": 0.25},
     "bias-of-queries": {"qkv_bias": False},
+    "beside": {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "beside-without-numbers": {"enable_moe_block": True},
 }
 # What some families of Transformers take, and we refuse, in words that name the field: either it is
 # another model, or Transformers itself fails in the first forward pass.

@@ -1,13 +1,16 @@
 """Routers: which experts a token goes through, and by what their outputs are multiplied, as the
 routers of Transformers say."""
 
+from copy import deepcopy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jlayer.config import model_config
+from jlayer.families.experts import OF_INPUT, OF_WEIGHTS, ROUTER
 from jlayer.families.registry import FAMILIES
-from jlayer.model.experts import weights_of
+from jlayer.model.experts import route, weights_of
 from jlayer.spec import Router
 from tests.reference.mixture_forms import MIXTURES
 
@@ -15,6 +18,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3  # noqa: E402
+from transformers.models.gemma4 import modeling_gemma4 as gemma4  # noqa: E402
 
 pytestmark = pytest.mark.reference
 
@@ -22,6 +26,7 @@ N_EXPERTS, N_CHOSEN, N_ROWS = 12, 4, 300
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (N_ROWS, N_EXPERTS)).astype(np.float32)
 BIAS = RNG.normal(0, 0.3, N_EXPERTS).astype(np.float32)
+PLAIN = [name for name in MIXTURES if name != "gemma4"]  # whose router looks at logits alone
 EXACT = {"rtol": 0, "atol": 2e-7}  # two roundings of numbers up to 1
 
 
@@ -57,7 +62,7 @@ def chosen_there(mlp, logits, bias):
         return torch.zeros(logits.shape).scatter(1, chosen, weights).numpy()
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_weights_are_those_of_the_family(name):
     mlp, how = router_of(name)
     logits, bias = LOGITS[:, : how.n_experts], BIAS[: how.n_experts]
@@ -67,7 +72,7 @@ def test_weights_are_those_of_the_family(name):
     np.testing.assert_allclose(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_of_experts_that_score_the_same_as_many_are_chosen_and_their_weights_are_the_same(name):
     """Which of them is for each library to say."""
     mlp, how = router_of(name)
@@ -78,6 +83,26 @@ def test_of_experts_that_score_the_same_as_many_are_chosen_and_their_weights_are
     np.testing.assert_array_equal((np.asarray(found) != 0).sum(axis=1), how.n_chosen)
     if how.n_groups == 1:  # of groups that score the same, others have other experts in them
         np.testing.assert_allclose(np.sort(found), np.sort(expected), **EXACT)
+
+
+def test_a_router_with_a_norm_and_factors_of_its_own():
+    """That of Gemma 4."""
+    dense = MIXTURES["gemma4"]
+    config = transformers.Gemma4TextConfig(**deepcopy(dense.config))
+    router = gemma4.Gemma4TextRouter(config)
+    inputs = RNG.normal(0, 3, (N_ROWS, config.hidden_size)).astype(np.float32)
+    with torch.no_grad():
+        for weight in router.parameters():
+            weight.copy_(torch.as_tensor(RNG.normal(0.5, 1, weight.shape)))
+        _, weights, chosen = router(torch.as_tensor(inputs))
+    expected = torch.zeros(N_ROWS, config.num_experts).scatter(1, chosen, weights).numpy()
+    how = model_config({**dense.config, "model_type": "gemma4_text"}, where="here").experts.router
+    names = {ROUTER: "proj.weight", OF_INPUT: "scale", OF_WEIGHTS: "per_expert_scale"}
+    whole = {ours: jnp.asarray(router.state_dict()[name].numpy()) for ours, name in names.items()}
+    found, start = route({}, whole, jnp.asarray(inputs), how=how)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    assert start.shape == inputs.shape
+    assert not start.any()
 
 
 def deepseek_config(module, **changes):
@@ -139,6 +164,6 @@ def test_a_sum_that_is_too_small_is_another_number():
 
 
 def test_every_router_of_a_family_is_here():
-    seen = {router_of(name)[1].scores for name in MIXTURES}
+    seen = {router_of(name)[1].scores for name in PLAIN}
     assert seen == {"softmax", "sigmoid", "sparsemixer"}
     assert {dense.model_type for dense in MIXTURES.values()} <= set(FAMILIES)

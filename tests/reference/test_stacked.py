@@ -80,12 +80,14 @@ def test_they_convert_to_the_same_bytes(folders, tmp_path, scheme):
     assert any(".experts.8.up_proj" in name for table in found[0].values() for name in table)
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "gemma4"])
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-def test_so_do_those_that_are_published_in_no_other_way(tmp_path, scheme):
-    whole, apart = save(tmp_path / "whole", "granitemoe"), tmp_path / "apart"
+def test_so_do_those_that_are_published_in_no_other_way(tmp_path, name, scheme):
+    """A tensor of a Gemma ends in `.scale`, as what a quantized one is stored in does."""
+    whole, apart = save(tmp_path / "whole", name), tmp_path / "apart"
     tensors = load_file(whole / WEIGHTS)
-    for name, stack in stacked_tensors(cfg_of(whole)).items():
-        rows = tensors.pop(name).reshape(-1, stack.shape[-1])
+    for stacked_name, stack in stacked_tensors(cfg_of(whole)).items():
+        rows = tensors.pop(stacked_name).reshape(-1, stack.shape[-1])
         tensors |= {part: rows[first : first + n] for part, first, n in stack.parts}
     written(apart, whole, tensors)
     found = [digests_of(each, tmp_path / f"{each.name}-layered", scheme) for each in (whole, apart)]
