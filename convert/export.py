@@ -27,7 +27,12 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.sides import check_side_files
-from jlayer.checkpoint.source import SINGLE, names_in, regular_file
+from jlayer.checkpoint.source import (
+    SINGLE,
+    names_in,
+    read_published_config,
+    regular_file,
+)
 from jlayer.config import parse_choice
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import (
@@ -136,6 +141,7 @@ def _open_layered(folder) -> CheckedSource:
             "was converted without --quantize"
         )
     check_side_files(folder, manifest)
+    _refuse_stacks(folder)
     digests = {
         tensor: digest
         for entry in manifest.files.values()
@@ -144,6 +150,17 @@ def _open_layered(folder) -> CheckedSource:
     with links_followed():  # all that is read is held against the manifest
         source = open_source(folder)
     return replace(source, tensors=_VerifiedSource(source.tensors, digests))
+
+
+def _refuse_stacks(folder):
+    """Of a family whose experts are published as one tensor alone no other program would read what
+    holds them one by one, as a layered folder does."""
+    _, cfg = read_published_config(folder, [])
+    if cfg.experts and any(stack.is_only for stack in cfg.experts.stacks):
+        raise UnsupportedModelError(
+            f"{folder}: a {cfg.model_type} cannot be exported: its experts are published as one "
+            "tensor, and lie one by one here; keep the published folder"
+        )
 
 
 class _VerifiedSource:

@@ -93,9 +93,9 @@ class HeadNorms:
 class Attention:
     """The attention of some layers of a model.
 
-    `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become
-    cap * tanh(s / cap). `window`: a token sees so many, itself among them; None: all before it.
-    `clip`: queries, keys and values are cut to [-clip, clip]. `value_norm`: of values, without a
+    `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become cap * tanh(s
+    / cap). `window`: a token sees so many, itself among them; None: all before it. `clip`: queries,
+    keys and values are cut to [-clip, clip], after a flat norm. `value_norm`: of values, without a
     weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
     the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
     projection of queries gives each head a gate too, after its query: what the head mixes is
@@ -213,9 +213,10 @@ class Router:
     correction bias added if it `has_bias`; their weights are the scores without it. `n_groups`:
     only the experts of `n_chosen_groups` groups may be chosen, of those with the highest
     `group_score`: of the best expert ("max"), or of the best two ("best_two"). `renormalizes`: the
-    weights are divided by their sum, to which `least_sum` is added; at last `scale` multiplies
-    them. `is_exact`: logits are computed and kept in float32, whatever is computed in. `jitter`: of
-    sparsemixer.
+    weights are divided by their sum plus `above_sum`, or by `least_sum` if that is more; at last
+    `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
+    whatever is computed in. `jitter`: of sparsemixer. `norm`: what it looks at is normed by it, and
+    multiplied by a vector and by `input_scale`; the weights by a number of each expert at last.
     """
 
     n_experts: int
@@ -226,10 +227,13 @@ class Router:
     n_chosen_groups: int = 1
     group_score: str = "max"
     renormalizes: bool = False
+    above_sum: float = 0.0
     least_sum: float = 0.0
     scale: float = 1.0
     is_exact: bool = False
     jitter: float = 0.0
+    norm: Norm | None = None
+    input_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -244,12 +248,41 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The published names of what a layer has whose shared expert is an MLP beside the experts:
+    norms of their input (`before`), of their sum (`after`) and of the MLP's output
+    (`after_shared`); the router's vectors, of its input (`of_input`) and of each expert's weight
+    (`of_weights`)."""
+
+    before: str
+    after: str
+    after_shared: str
+    of_input: str
+    of_weights: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How matrices of all experts of a layer may be published as one tensor [E, rows, in].
+
+    `published`: its name; `leaves`: the matrices, in the order in which the rows of an expert
+    follow one another. `is_only`: a family's experts are published in no other way.
+    """
+
+    published: str
+    leaves: tuple[str, ...]
+    is_only: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
     """The experts that some layers have instead of an MLP.
 
     `width`: of the MLP of one, of the form `mlp`, in whose module `{expert}` is its number.
-    `routing`: the published name of the router's matrix; `bias`: of its correction bias. `layers`:
-    of each layer whether it has experts; (): all have.
+    `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
+    axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
+    they may be published besides one by one. `beside`: the shared expert is added where each has a
+    norm of its own; None: it is one more of them.
     """
 
     router: Router
@@ -257,8 +290,11 @@ class Experts:
     mlp: Mlp
     routing: str
     bias: str | None = None
+    bias_axes: tuple[str, ...] = ("experts",)
     shared: Shared | None = None
     layers: tuple[bool, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)

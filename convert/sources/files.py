@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -181,6 +181,18 @@ class FileSource:
         self.read_place(copy, at, other, info)
         if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(other, np.uint8)):
             refuse_different(copy, place)
+
+
+def rows_of(place: Place, info: TensorInfo, first: int, n: int) -> tuple[Place, TensorInfo]:
+    """`n` rows from `first` on, of a tensor [experts, rows, columns] that is not cut within an
+    expert's. A checksum is of the whole, so that a part of it has none."""
+    _, n_rows, n_columns = info.shape
+    part, item = TensorInfo(info.dtype, (n, n_columns)), ITEM_BYTES.get(info.dtype, 1)
+    expert, row = divmod(first, n_rows)
+    strides = place.strided.strides if place.strided else (n_rows * n_columns, n_columns, 1)
+    at = place.offset + (expert * strides[0] + row * strides[1]) * item
+    view = place.strided and Strided(part.shape, strides[1:])
+    return replace(place, offset=at, strided=view, checksum=None), part
 
 
 def row_bytes(info: TensorInfo) -> int:

@@ -39,9 +39,17 @@ from jlayer.checkpoint.source import (
     shard_files,
     side_files,
 )
+from jlayer.checkpoint.stacked import unstacked
 from jlayer.config import model_config
 from jlayer.convert.sources import meta, orbax
-from jlayer.convert.sources.files import FileSource, Place, Source, TensorInfo, are_same
+from jlayer.convert.sources.files import (
+    FileSource,
+    Place,
+    Source,
+    TensorInfo,
+    are_same,
+    rows_of,
+)
 from jlayer.convert.sources.joined import JoinedSource
 from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
@@ -111,6 +119,10 @@ def _open(folder, names, allow_extra):
     )
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
+    }
+    tables = {
+        shard: unstacked(cfg, table, rows_of, where=files[shard].path)
+        for shard, table in tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = None if allow_extra else _EXTRA

@@ -23,7 +23,6 @@ from jlayer.convert.sources.files import Chunk, Room, Source, SourceFile, file_c
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.transform.cast import cast, count_nonfinite
 from jlayer.convert.transform.quantize import Quantizer, whole_rows
-from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.holders import text_only
@@ -97,11 +96,11 @@ class WeightFile:
         yield self.header
         for tensor, entry in self.tensors.items():
             digest = TensorDigest(entry.shape, entry.n_bytes)
-            whole, piece = split_piece(tensor)
+            whole, _ = split_piece(tensor)
             for chunk in (
-                self._tensor_chunks(tensor, entry.dtype, room)
-                if piece == WHOLE
-                else self._piece_chunks(whole, tensor)
+                self._piece_chunks(whole, tensor)
+                if whole in self._schemes
+                else self._tensor_chunks(tensor, entry.dtype, room)
             ):
                 digest.update(chunk)
                 yield chunk

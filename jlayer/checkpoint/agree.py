@@ -7,6 +7,7 @@ file.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -26,6 +27,8 @@ from jlayer.spec import ITEM_BYTES, ModelConfig
 EXTRA = "not of this model"
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
 _LISTED = 200  # names in one message
+_TOLD = 3  # of those of single experts
+_OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 
 def find_misplaced(
@@ -118,7 +121,7 @@ def check_tensors(
         _refuse_quantized(folder, {name: copies[0][1] for name, copies in found.items()}, expected)
     problems = [
         *problems,
-        *gathered("missing", map(_missing, missing)),
+        *gathered("missing", _few_of_experts(map(_missing, missing))),
         *gathered("shape", _misshapen(found, expected)),
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
@@ -200,6 +203,17 @@ def _of_other_dtype(found, expected):
 
 def _missing(name):
     return f"{name} (tie_word_embeddings is false)" if name == HEAD.published else name
+
+
+def _few_of_experts(names):
+    """The names, with three of those of single experts alone and the number of the others: a model
+    may have 70,000 of them."""
+    names = list(names)
+    of_experts = [name for name in names if _OF_AN_EXPERT.search(name)]
+    told = set(of_experts[:_TOLD])
+    left_out = len(of_experts) - len(told)
+    names = [name for name in names if name in told or not _OF_AN_EXPERT.search(name)]
+    return [*names, f"and {left_out} more of single experts"] if left_out else names
 
 
 def _misshapen(found, expected):

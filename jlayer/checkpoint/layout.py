@@ -152,8 +152,8 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
     def key(name):
         base, piece = split_piece(name)
         size = _n_bytes(shapes[name], dtypes[name])
-        if piece != WHOLE:
-            main = piece_name(base, Q)
+        main = piece_name(base, Q)
+        if piece != WHOLE and main in shapes:  # a published tensor may end in `.scale` too
             size = 2 * math.prod(shapes[main]) * WEIGHTS_A_NUMBER[dtypes[main]]  # as 16 bits each
         return (len(shapes[name]) < 2, -size, name)
 

@@ -18,6 +18,7 @@ from jlayer.families.registry import (
     layer_kinds,
     layer_tensor_name,
     published_tensors,
+    stacked_tensors,
 )
 from jlayer.spec import ModelConfig, Role
 
@@ -88,7 +89,7 @@ def names_in_use(cfg: ModelConfig, tables: Iterable[Iterable[str]], *, where: st
         for end in ends
         if (name == end or name.endswith(f".{end}")) and not is_of_another_part(cfg, name)
     }
-    published = {*published_tensors(cfg), HEAD.published}
+    published = {*published_tensors(cfg), *stacked_tensors(cfg), HEAD.published}
     used = frozenset(published | set(map(_stacked, published)))
     if not leads or leads & {BODY, ""}:
         return Names(cfg, used)

@@ -20,6 +20,7 @@ from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
 from jlayer.checkpoint.sides import side_names
+from jlayer.checkpoint.stacked import unstacked
 from jlayer.config import config_notes, model_config, quantized_by
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.spec import ModelConfig
@@ -102,6 +103,10 @@ def open_published(folder: str) -> Published:
     misplaced = find_misplaced(INDEX, stored, files, weight_map, spelling)
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
+    }
+    tables = {
+        shard: unstacked(cfg, table, rows_of, where=files[shard].path)
+        for shard, table in tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
@@ -262,6 +267,14 @@ def _refuse_weights(folder, names):
         f"{folder}: no {SINGLE} and no {INDEX}{f', only {listed(others)}' if others else ''}"
         "; name the folder that holds a model's weights"
     )
+
+
+def rows_of(place: Stored, entry: TensorEntry, first: int, n: int) -> tuple[Stored, TensorEntry]:
+    """`n` rows from `first` on, of a tensor [experts, rows, columns]."""
+    n_experts, n_rows, n_columns = entry.shape
+    row_bytes = entry.n_bytes // (n_experts * n_rows)
+    at = entry.offset + first * row_bytes
+    return place, TensorEntry(entry.dtype, (n, n_columns), at, n * row_bytes)
 
 
 def refuse_different(copy: Stored, taken: Stored) -> None:

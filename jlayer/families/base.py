@@ -103,6 +103,20 @@ class Join:
 
 
 @dataclass(frozen=True)
+class JoinBoth:
+    """How the outputs of an MLP and of the experts beside it are added, for `model.stages`: each is
+    normed, and their sum is the output of one branch."""
+
+    after_shared: NormAt
+    after_experts: NormAt
+    join: Join
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return (*self.after_shared.leaves, *self.after_experts.leaves, *self.join.leaves)
+
+
+@dataclass(frozen=True)
 class Group:
     """Matrices with the same number of rows, whose products are combined row by row.
 

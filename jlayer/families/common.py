@@ -27,7 +27,7 @@ _WINDOWS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_siz
 OTHER_PARTS = (
     r"(.+\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision"
     r"|embed_audio)\..+",
-    r"(model\.)?mtp\..+",
+    r"(model\.)?mtp[._].+",
 )
 # Keys that change a model of any family in transformers -> the values at which they do not.
 # (transformers reads another file than config.json where configuration_files names one.)

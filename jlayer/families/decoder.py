@@ -9,13 +9,14 @@ from jlayer.families.base import (
     Function,
     Group,
     Join,
+    JoinBoth,
     LayerKind,
     NormAt,
     Stage,
     bias_name,
     one,
 )
-from jlayer.families.experts import before_experts, expert_leaves, expert_stages
+from jlayer.families.experts import before_experts, expert_leaves, expert_stages, stages_beside
 from jlayer.spec import Attention, Experts, Leaf, Mlp, ModelConfig, Norm, Role, head_sizes
 
 LAYER_SCALAR = "layer_scalar"
@@ -39,7 +40,6 @@ def experts_of_layers(cfg: ModelConfig) -> tuple[Experts | None, ...]:
 
 def decoder(cfg: ModelConfig, attention: Attention, experts: Experts | None = None) -> LayerKind:
     """The kind of the layers with this attention and these experts; None: with an MLP."""
-    of_attention = _attention_stages(cfg, attention)
     if experts is None:
         return LayerKind(
             attention.name,
@@ -48,7 +48,7 @@ def decoder(cfg: ModelConfig, attention: Attention, experts: Experts | None = No
                 *_mlp_leaves(cfg),
                 *_biases(cfg, attention),
             ),
-            stages=(*of_attention, *_mlp_stages(cfg)),
+            stages=(*_attention_stages(cfg, attention), *_mlp_stages(cfg)),
             attention=attention,
         )
     return LayerKind(
@@ -56,14 +56,34 @@ def decoder(cfg: ModelConfig, attention: Attention, experts: Experts | None = No
         leaves=(
             *_attention_leaves(cfg, attention),
             *_place_leaves(cfg, cfg.places.before_mlp),
+            *(_norms_beside(cfg, experts.beside) if experts.beside else ()),
             *expert_leaves(experts),
-            *_place_leaves(cfg, cfg.places.after_mlp),
+            *_last_leaves(cfg),
             *_biases(replace(cfg, mlp_bias=False), attention),
         ),
-        stages=(*before_experts(of_attention), *expert_stages(experts, _last_join(cfg))),
+        stages=_expert_stages(cfg, attention, experts),
         attention=attention,
         router=experts.router,
     )
+
+
+def _expert_stages(cfg, attention, experts):
+    last, beside = _last_join(cfg), experts.beside
+    if beside is None:
+        before = before_experts(_attention_stages(cfg, attention))
+        return (*before, *expert_stages(experts, last))
+    places = replace(cfg.places, before_mlp=beside.before)
+    before = before_experts(_attention_stages(replace(cfg, places=places), attention))
+    norms = (norm_at(cfg.norm, name) for name in (beside.after_shared, beside.after))
+    return (
+        *before,
+        *stages_beside(experts, norm_at(cfg.norm, cfg.places.before_mlp), JoinBoth(*norms, last)),
+    )
+
+
+def _norms_beside(cfg, beside):
+    names = (beside.before, beside.after, beside.after_shared)
+    return [leaf for name in names for leaf in norm_leaves(cfg.norm, name)]
 
 
 def final_norm(cfg: ModelConfig) -> NormAt:
@@ -143,14 +163,18 @@ def _mlp_leaves(cfg):
     else:
         gate = (_matrix(mlp.gate, mlp.module, ("mlp", "width")),) if mlp.form == "gated" else ()
         inner = (*gate, up)
-    scalar = Leaf(LAYER_SCALAR, LAYER_SCALAR, ("one",), Role.NORM, sizes=(("one", 1),))
     return (
         *before,
         *inner,
         _matrix(mlp.down, mlp.module, ("width", "mlp")),
-        *_place_leaves(cfg, places.after_mlp),
-        *((scalar,) if cfg.layer_scalar else ()),
+        *_last_leaves(cfg),
     )
+
+
+def _last_leaves(cfg):
+    """What the output of a layer's last branch goes through."""
+    scalar = Leaf(LAYER_SCALAR, LAYER_SCALAR, ("one",), Role.NORM, sizes=(("one", 1),))
+    return (*_place_leaves(cfg, cfg.places.after_mlp), *((scalar,) if cfg.layer_scalar else ()))
 
 
 def _biases(cfg, attention):

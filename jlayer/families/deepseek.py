@@ -10,7 +10,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family, LayerKind
 from jlayer.families.common import OTHER_PARTS, Sizes, config, layer_types, rms_norm
 from jlayer.families.decoder import experts_of_layers
-from jlayer.families.fields import LIMITS, Fields, as_integer
+from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.latent import latent_layer
 from jlayer.families.mixtures import MOST_EXPERTS, QWEN, with_experts
 from jlayer.families.rope import read_rope, rope_section
@@ -103,12 +103,6 @@ def _filled(fields: Fields, defaults: Mapping, **synonyms: str) -> Fields:
     return fields.filled(defaults)
 
 
-def _count(fields: Fields, name: str, *, limit: int | None = None) -> int:
-    """As `Fields.integer`, from 0 up."""
-    found = as_integer(fields.raw.get(name))
-    return 0 if type(found) is int and found == 0 else fields.integer(name, limit=limit)
-
-
 def _latent(fields: Fields, *, interleaved: bool) -> Latent:
     heads, size = fields.integer("num_attention_heads"), {"limit": LIMITS["head_dim"]}
     others = fields.integer("num_key_value_heads", default=heads, null_is_absent=True)
@@ -198,7 +192,7 @@ def _sigmoid_router(fields: Fields) -> Router:
         has_bias=True,
         group_score="best_two",
         renormalizes=fields.boolean("norm_topk_prob"),
-        least_sum=1e-20,
+        above_sum=1e-20,
     )
 
 
@@ -213,7 +207,7 @@ def _softmax_router(fields: Fields) -> Router:
 def _first_dense(fields: Fields) -> tuple[bool, ...]:
     """Of each layer whether it has experts: all but the first `first_k_dense_replace`."""
     fields.refuse_unless("moe_layer_freq", 1)
-    first = _count(fields, "first_k_dense_replace")
+    first = fields.from_zero("first_k_dense_replace")
     return tuple(n >= first for n in range(fields.integer("num_hidden_layers")))
 
 
@@ -257,7 +251,7 @@ def _model(
         qkv_bias=bias,
         out_bias=bias,
         longest=min(positions, longest or positions),
-        n_further=_count(fields, "num_nextn_predict_layers"),
+        n_further=fields.from_zero("num_nextn_predict_layers"),
     )
     if not any(layers):
         return cfg

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jlayer.families.base import Function, Group, Join, Stage, one
+from jlayer.families.base import Function, Group, Join, JoinBoth, NormAt, Stage, one
 from jlayer.spec import Experts, Leaf, Mlp, Role
 
 ROUTER, CORRECTION, SHARED_GATE = "router", "router_bias", "shared_gate"
+OF_INPUT, OF_WEIGHTS = "router_scale", "expert_scale"
 _SHARED = "shared_"  # before the names of the shared expert's leaves
 # What a layer with experts adds to the flow; see `families.base`.
 OF_EXPERTS = ("inputs", "routing", "mixed")
@@ -22,9 +23,16 @@ def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
     """The leaves of a layer's router, shared expert and experts."""
     router, shared = experts.router, experts.shared
     n_experts = (("experts", router.n_experts), ("one", 1))
-    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), Role.NORM, sizes=n_experts)]
+    role = Role.EXACT if router.is_exact else Role.NORM
+    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), role, sizes=n_experts)]
     if router.has_bias:
-        leaves.append(Leaf(CORRECTION, experts.bias, ("experts",), Role.EXACT, sizes=n_experts))
+        axes = experts.bias_axes
+        leaves.append(Leaf(CORRECTION, experts.bias, axes, Role.EXACT, sizes=n_experts))
+    if experts.beside:
+        leaves += [
+            Leaf(OF_INPUT, experts.beside.of_input, ("width",), Role.NORM, sizes=n_experts),
+            Leaf(OF_WEIGHTS, experts.beside.of_weights, ("experts",), Role.NORM, sizes=n_experts),
+        ]
     if shared:
         leaves += _mlp_leaves(shared.mlp, shared.width, prefix=_SHARED)
         if shared.gate:
@@ -56,6 +64,23 @@ def expert_stages(experts: Experts, join: Join) -> tuple[Stage, ...]:
     stages[0] = replace(stages[0], input=route)
     joined = Function("join_mixed", ("hidden", "mixed"), ("hidden",), join.leaves, join)
     return (*stages, Stage("join_experts", (), finish=joined, drops=OF_EXPERTS))
+
+
+def stages_beside(experts: Experts, before: NormAt, after: JoinBoth) -> tuple[Stage, ...]:
+    """The stages of experts, then of the MLP beside them. `before`: the norm of its input."""
+    whole = (ROUTER, OF_INPUT, OF_WEIGHTS)
+    route = Function("route", ("hidden",), ("routing", "mixed"), whole, experts.router)
+    mix = Function("mix_expert", ("mixed", "routing", "expert"), ("mixed",))
+    stages = [replace(one, per_expert=True) for one in _mlp_stages(experts.mlp, mix)]
+    stages[0] = replace(stages[0], input=route)
+    joined = Function("join_both", ("hidden", "mixed"), ("hidden",), after.leaves, after)
+    inner, last = _mlp_stages(experts.shared.mlp, joined, prefix=_SHARED)
+    normed = Function("normed", ("hidden",), ("x",), before.leaves, before)
+    return (
+        *stages,
+        replace(inner, input=normed, source="x"),
+        replace(last, drops=OF_EXPERTS),
+    )
 
 
 def _mlp_leaves(mlp: Mlp, width, *, prefix="", n_experts=0):

@@ -76,6 +76,12 @@ class Fields:
             )
         return whole
 
+    def from_zero(self, name: str, *, default: int | None = None, limit: int | None = None) -> int:
+        """As `integer`, from 0."""
+        if as_integer(self.raw.get(name)) == 0 and type(self.raw[name]) is not bool:
+            return 0
+        return self.integer(name, default=default, limit=limit)
+
     def positive(
         self, name: str, *, default: float | None = None, null_is_absent: bool = False
     ) -> float:

@@ -79,7 +79,8 @@ def _is_of_another(name, family, known):
         return known[name].architecture != family.architecture
     stem = _stem(family)
     others = {*_OTHERS, *map(_stem, known.values())} - {stem}
-    is_own = stem in name and not _WITH_EXPERTS.search(name)
+    experts = [_WITH_EXPERTS.search(word) is not None for word in (name, family.model_type)]
+    is_own = stem in name and experts[0] == experts[1]
     return not is_own and (stem in name or name.startswith(tuple(others)))
 
 
@@ -96,15 +97,16 @@ def _unknown(raw, names, where):
     said = f"{said} is not supported" if names or model_type is not None else said
     types = sorted({*FAMILIES, *HOLDERS})
     supported = f"supported: {', '.join(types)}"
-    experts = _experts(raw, names)
-    if experts:
-        return f"{said}: it has experts ({experts}), and models with experts are not; {supported}"
-    alike = _alike(raw, where)
+    named = _named_with_experts(raw, names)
+    alike = [] if named else _alike(raw, where)
     if alike:
         return (
             f"{said}; its keys are those of {' or '.join(alike)}: set model_type to that if that "
             f"is what it is; {supported}"
         )
+    experts = _experts(raw, names)
+    if experts:
+        return f"{said}: it has experts ({experts}), of a form that no family here has; {supported}"
     near = difflib.get_close_matches(str(model_type), types, n=1, cutoff=0.75) if model_type else []
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{said}{hint} {supported}"
@@ -116,9 +118,14 @@ def _experts(raw, names):
     for key, value in ((key, each[key]) for each in sections for key in each):
         if _EXPERTS_KEY.fullmatch(str(key)) and type(value) is int and value > 0:
             return f"{printable(str(key))} is {value}"
-    words = [raw.get("model_type"), *names]
-    found = [str(word) for word in words if word and _WITH_EXPERTS.search(str(word).lower())]
+    found = _named_with_experts(raw, names)
     return f"as {printable(found[0])[:80]} says" if found else None
+
+
+def _named_with_experts(raw, names):
+    """The names of a model, of those that say that it has experts."""
+    words = [raw.get("model_type"), *names]
+    return [str(word) for word in words if word and _WITH_EXPERTS.search(str(word).lower())]
 
 
 def _alike(raw, where):

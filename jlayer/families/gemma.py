@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.errors import CheckpointError
 from jlayer.families.base import Family
 from jlayer.families.common import (
     FULL,
@@ -23,8 +23,9 @@ from jlayer.families.common import (
 )
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import LIMITS, Fields
+from jlayer.families.mixtures import read_router, with_experts
 from jlayer.families.rope import by_type, read_rope
-from jlayer.spec import Logits, ModelConfig, Places, Scale
+from jlayer.spec import Beside, Experts, Logits, Mlp, ModelConfig, Places, Scale, Shared, Stack
 
 _FOUR_NORMS = Places(
     "input_layernorm",
@@ -125,8 +126,8 @@ _GEMMA4_ROPES = {
 }
 # Keys of other families, which transformers does not read of a gemma 4.
 _UNREAD = ("rope_theta", "partial_rotary_factor")
-# What makes another model of a dense gemma 4: experts, embeddings for each layer, shared caches.
-_DENSE = {
+# What makes another model of a gemma 4: embeddings for each layer, shared caches.
+_PLAIN = {
     "hidden_size_per_layer_input": (None, 0),
     "num_kv_shared_layers": (None, 0),
     "use_double_wide_mlp": (None, False),
@@ -162,11 +163,7 @@ def _own_sizes(fields, sizes, types, *, shared):
 def _gemma4(fields: Fields) -> ModelConfig:
     """Full layers have larger heads, fewer of keys, and values that are the keys' own product."""
     fields = fields.filled({"vocab_size": 262_144, "num_attention_heads": 8})
-    if fields.boolean("enable_moe_block"):
-        raise UnsupportedModelError(
-            f"{fields.where}: enable_moe_block is true: models with experts are not supported"
-        )
-    for name, values in _DENSE.items():
+    for name, values in _PLAIN.items():
         fields.refuse_unless(name, *values)
     if "hidden_size_per_layer_input" not in fields.raw:
         Fields({"hidden_size_per_layer_input": 256}, fields.where).refuse_unless(
@@ -194,9 +191,43 @@ def _gemma4(fields: Fields) -> ModelConfig:
     width = fields.integer("sliding_window", default=512)
     sliding = attention(sizes, None, name=SLIDING, window=width, **switches)
     full = attention(own, None, name=FULL, keys_are_values=shared, **switches)
-    return _of_two_types(
+    cfg = _of_two_types(
         fields, sizes, (full, sliding), layer_types=types, norm=norm, layer_scalar=True
     )
+    return _beside(fields, cfg) if fields.boolean("enable_moe_block") else cfg
+
+
+def _beside(fields, cfg):
+    """A dense gemma 4 with experts beside its MLPs."""
+    router = read_router(
+        fields,
+        n_experts=None,
+        n_chosen=None,
+        counts=("num_experts",),
+        chosen=("top_k_experts",),
+        renormalizes=True,
+        norm=replace(cfg.norm, has_weight=False),
+        input_scale=cfg.hidden_size**-0.5,
+    )
+    experts = Experts(
+        router,
+        fields.integer("moe_intermediate_size"),
+        Mlp(module="experts.{expert}"),
+        "router.proj.weight",
+        shared=Shared(cfg.intermediate_size, Mlp()),
+        stacks=(
+            Stack("experts.gate_up_proj", ("gate_proj", "up_proj"), is_only=True),
+            Stack("experts.down_proj", ("down_proj",), is_only=True),
+        ),
+        beside=Beside(
+            before="pre_feedforward_layernorm_2",
+            after="post_feedforward_layernorm_2",
+            after_shared="post_feedforward_layernorm_1",
+            of_input="router.scale",
+            of_weights="router.per_expert_scale",
+        ),
+    )
+    return with_experts(cfg, experts)
 
 
 FAMILIES = (

@@ -38,6 +38,11 @@ HOLDERS = {
             ("mistral", "ministral", "ministral3"),
         ),
         Holder("qwen3_5", "Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
+        Holder(
+            *("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+            ("qwen3_5_moe_text",),
+            tied=False,
+        ),
     )
 }
 

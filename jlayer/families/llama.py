@@ -177,7 +177,7 @@ def _arcee(fields: Fields) -> ModelConfig:
     )
 
 
-def _granite(fields: Fields) -> ModelConfig:
+def granite(fields: Fields) -> ModelConfig:
     """Factors of the embedding, the scores, both branches, and the logits."""
     sizes = read_sizes(fields)
     rope = read_rope(fields, longest=sizes.longest)
@@ -227,7 +227,7 @@ def _helium(fields: Fields) -> ModelConfig:
     )
 
 
-def _hunyuan(fields: Fields) -> ModelConfig:
+def hunyuan(fields: Fields) -> ModelConfig:
     """Norms of queries and keys after the rotary embedding; `alpha` stretches its base (NTK)."""
     fields.integer("head_dim")  # transformers has no default that runs
     sizes = read_sizes(fields)
@@ -268,8 +268,8 @@ FAMILIES = (
     _row("seed_oss", "SeedOssForCausalLM", _seed_oss, has_windows=False),
     _row("smollm3", "SmolLM3ForCausalLM", _smollm3),
     _row("arcee", "ArceeForCausalLM", _arcee, has_windows=False),
-    _row("granite", "GraniteForCausalLM", _granite, has_windows=False),
+    _row("granite", "GraniteForCausalLM", granite, has_windows=False),
     _row("ernie4_5", "Ernie4_5ForCausalLM", _ernie, has_windows=False),
     _row("helium", "HeliumForCausalLM", _helium, has_windows=False),
-    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", _hunyuan, has_windows=False),
+    _row("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", hunyuan, has_windows=False),
 )

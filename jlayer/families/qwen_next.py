@@ -1,5 +1,5 @@
 """Qwen3-Next and Qwen3.5: three layers with a gated DeltaNet to one with attention, whose heads
-have gates. Dense MLPs alone."""
+have gates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from jlayer.families.common import (
     read_sizes,
     rms_norm,
 )
-from jlayer.families.decoder import decoder, decoder_kinds
+from jlayer.families.decoder import decoder, decoder_kinds, experts_of_layers
 from jlayer.families.fields import LIMITS, Fields
+from jlayer.families.mixtures import qwen_experts, qwen_shared, sparse_layers, with_experts
 from jlayer.families.rope import read_rope
-from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, delta_sizes
+from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, Stack, delta_sizes
 
 LINEAR = "linear_attention"
+_WIDTH = 512  # of an expert, and of the shared one, where the file is silent
 
+# How the experts of Qwen3.5 are published; transformers writes them one by one too.
+_STACKS = (
+    Stack("mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
+    Stack("mlp.experts.down_proj", ("down_proj",)),
+)
 # The matrices that a gated DeltaNet's input is multiplied by, with the axis of their rows.
 _GROUPED = {"in_proj_qkvz": "qkvz", "in_proj_ba": "two_value_heads"}
 _APART = {
@@ -43,12 +50,15 @@ _WHOLE = (
 
 
 def _kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
-    """The kind of each layer."""
+    """The kind of each layer: with either mixer, with experts and without."""
     if cfg.delta is None:
         return decoder_kinds(cfg)
-    full = decoder(cfg, cfg.attention)
-    kinds = {full.name: full, cfg.delta.name: _with_delta(full, cfg.delta)}
-    return tuple(kinds[name] for name in cfg.layer_types)
+    given = tuple(zip(cfg.layer_types, experts_of_layers(cfg), strict=True))
+    kinds = {}
+    for name, experts in set(given):
+        full = decoder(cfg, cfg.attention, experts)
+        kinds[name, experts] = full if name == FULL else _with_delta(full, cfg.delta)
+    return tuple(kinds[key] for key in given)
 
 
 def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
@@ -69,10 +79,11 @@ def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
     finish = Function("gated_delta", ("cache", "rows"), ("x", "cache"), used, delta)
     first = replace(qkv, name="delta", groups=tuple(map(one, inputs)), finish=finish)
     return LayerKind(
-        delta.name,
+        full.name.replace(full.attention.name, delta.name),
         leaves=(norm, *leaves, *others),
         stages=(first, replace(o, name="out", groups=(one("out_proj"),)), *mlp),
         delta=delta,
+        n_experts=full.n_experts,
     )
 
 
@@ -131,33 +142,33 @@ def _delta(fields, norm, activation, is_grouped):
 
 
 def _qwen3_next(fields: Fields) -> ModelConfig:
-    """All released ones have experts; with dense layers alone it is Qwen3.5 with other leaves."""
-    _refuse_experts(fields)
-    return _qwen3_5(fields, kv_heads=2, is_grouped=True)
+    """Qwen3.5 with other leaves. A layer has experts unless `mlp_only_layers` has its number."""
+    cfg = _qwen3_5(fields, kv_heads=2, is_grouped=True)
+    layers = sparse_layers(fields)
+    if fields.from_zero("num_experts", default=512) == 0 or (layers and not any(layers)):
+        return cfg
+    return _of_experts(fields, cfg, n_experts=512, n_chosen=10, renormalizes=True)
 
 
-def _refuse_experts(fields):
-    """As transformers has it, a layer has experts unless `mlp_only_layers` has its number."""
-    n_experts = fields.raw.get("num_experts", 512)
-    if n_experts == 0:
-        return
-    n_experts = fields.integer("num_experts", default=512)
-    step = fields.integer("decoder_sparse_step", default=1)
-    dense = fields.raw.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(n) is int for n in dense):
-        raise CheckpointError(
-            f"{fields.where}: mlp_only_layers is {dense!a:.80}, expected a list of numbers"
-        )
-    layers = range(fields.integer("num_hidden_layers"))
-    sparse = [n for n in layers if (n + 1) % step == 0 and n not in dense]
-    if sparse:
-        raise UnsupportedModelError(
-            f"{fields.where}: num_experts is {n_experts}: {len(sparse)} of {len(layers)} layers "
-            "have experts, which are not supported; supported: dense layers alone"
-        )
+def _qwen3_5_moe(fields: Fields) -> ModelConfig:
+    """Qwen3.5 with experts in all layers, so that it says of no dense one how wide it would be."""
+    width = fields.integer("moe_intermediate_size", default=_WIDTH)
+    plain = fields.changed(
+        {"intermediate_size": width, "norm_topk_prob": True},
+        without=("decoder_sparse_step", "mlp_only_layers"),
+    )
+    cfg = _qwen3_5(plain, kv_heads=2)
+    return _of_experts(plain, cfg, n_experts=256, n_chosen=8, stacks=_STACKS)
+
+
+def _of_experts(fields, cfg, **numbers):
+    shared = qwen_shared(fields, width=_WIDTH)
+    experts = qwen_experts(fields, width=_WIDTH, counts=("num_experts",), shared=shared, **numbers)
+    return with_experts(cfg, experts)
 
 
 FAMILIES = (
     Family("qwen3_next", "Qwen3NextForCausalLM", _qwen3_next, _kinds, left_out=OTHER_PARTS),
     Family("qwen3_5_text", "Qwen3_5ForCausalLM", _qwen3_5, _kinds, left_out=OTHER_PARTS),
+    Family("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", _qwen3_5_moe, _kinds, left_out=OTHER_PARTS),
 )

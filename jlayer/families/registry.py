@@ -6,9 +6,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 from jlayer.families import (
     cohere,
+    corrected,
     deepseek,
     gemma,
     glm,
@@ -27,8 +30,8 @@ from jlayer.spec import Leaf, ModelConfig
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for rows in (
-        *(llama, gemma, phi, olmo, glm, cohere, layer_norms, qwen_next, mixtures),
-        deepseek,
+        *(llama, gemma, phi, olmo, glm, cohere, layer_norms),
+        *(qwen_next, mixtures, corrected, deepseek),
     )
     for family in rows.FAMILIES
 }
@@ -41,6 +44,7 @@ _WHOLE = (
     ".gate.weight",
     ".router.weight",
     ".router.layer.weight",
+    ".router.proj.weight",
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
@@ -127,6 +131,37 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for leaf in final_leaves(cfg):
         shapes[leaf.published] = leaf.shape(cfg)
     return shapes
+
+
+class Stacked(NamedTuple):
+    """A published tensor that holds matrices of all experts of a layer: its shape, and of each
+    matrix (its name, its first row, the number of its rows), where rows are counted through all
+    experts."""
+
+    shape: tuple[int, int, int]
+    parts: tuple[tuple[str, int, int], ...]
+
+
+@lru_cache(maxsize=8)
+def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
+    """By name the tensors that may be there in the place of those of single experts."""
+    stacks, found = cfg.experts.stacks if cfg.experts else (), {}
+    sparse = [(n, kind) for n, kind in enumerate(layer_kinds(cfg)) if kind.n_experts]
+    for layer, kind in sparse if stacks else ():
+        for stack in stacks:
+            leaves = [kind.leaf(name) for name in stack.leaves]
+            heights = [leaf.shape(cfg)[0] for leaf in leaves]
+            shape = (kind.n_experts, sum(heights), leaves[0].shape(cfg)[1])
+            parts = [
+                (layer_tensor_name(cfg, leaf, layer, expert), n_rows)
+                for expert in range(kind.n_experts)
+                for leaf, n_rows in zip(leaves, heights, strict=True)
+            ]
+            ends = accumulate(n_rows for _, n_rows in parts)
+            placed = ((name, end - n, n) for (name, n), end in zip(parts, ends, strict=True))
+            name = family_of(cfg).layer_prefix.format(layer=layer) + stack.published
+            found[name] = Stacked(shape, tuple(placed))
+    return found
 
 
 def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:

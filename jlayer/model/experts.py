@@ -9,23 +9,31 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.experts import CORRECTION, ROUTER, SHARED_GATE
+from jlayer.families.experts import CORRECTION, OF_INPUT, OF_WEIGHTS, ROUTER, SHARED_GATE
+from jlayer.model.ops import normed
 from jlayer.model.products import product
 from jlayer.spec import Router
 
 
 def route(products, whole, inputs, *, how: Router):
     """inputs [R, D] -> (routing float32 [R, E], zeros float32 [R, D] for the sum of outputs)."""
+    x = inputs
+    if how.norm is not None:
+        x = normed(x, how.norm) * whole[OF_INPUT][None] * jnp.asarray(how.input_scale, x.dtype)
     if how.is_exact:
-        logits = product(inputs.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
+        logits = product(x.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
     else:
-        logits = product(inputs, whole[ROUTER]).astype(inputs.dtype).astype(jnp.float32)
+        logits = product(x, whole[ROUTER]).astype(x.dtype).astype(jnp.float32)
     routing = weights_of(logits, whole.get(CORRECTION), how)
+    if OF_WEIGHTS in whole:
+        routing = routing * whole[OF_WEIGHTS].astype(jnp.float32)[None]
     return routing, jnp.zeros(inputs.shape, jnp.float32)
 
 
 def weights_of(logits, bias, how: Router):
     """A router's logits float32 [R, E] -> what each expert's output is multiplied by, [R, E]."""
+    if how.scores == "sparsemixer":
+        return _sparsemixer(logits, how.jitter)
     scores = SCORES[how.scores](logits)
     preferred = scores if bias is None else scores + bias.reshape(1, -1)
     if how.n_groups > 1:
@@ -33,7 +41,8 @@ def weights_of(logits, bias, how: Router):
     _, chosen = jax.lax.top_k(preferred, how.n_chosen)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if how.renormalizes:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + how.least_sum)
+        total = weights.sum(axis=-1, keepdims=True) + how.above_sum
+        weights = weights / jnp.maximum(total, how.least_sum)
     rows = jnp.arange(logits.shape[0])[:, None]
     return jnp.zeros_like(scores).at[rows, chosen].set(weights * how.scale)
 
@@ -49,6 +58,24 @@ def _within_groups(scores, how):
     _, chosen = jax.lax.top_k(best, how.n_chosen_groups)
     is_chosen = jnp.zeros(best.shape, bool).at[jnp.arange(rows)[:, None], chosen].set(True)
     return jnp.where(is_chosen[:, :, None], groups, -jnp.inf).reshape(rows, -1)
+
+
+def _sparsemixer(logits, jitter):
+    """The weights of Phi-3.5-MoE (SparseMixer, arXiv 2409.12136): two experts, one after another.
+
+    The weight of each is its share in a softmax over those that are nearly as good as it is; it is
+    the best of all, then of all others.
+    """
+    rows = jnp.arange(logits.shape[0])
+    found, left = jnp.zeros_like(logits), logits
+    for _ in range(2):
+        chosen = left.argmax(axis=-1)
+        best = left.max(axis=-1, keepdims=True)
+        is_far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        weights = jax.nn.softmax(jnp.where(is_far, -jnp.inf, left), axis=-1)
+        found = found.at[rows, chosen].set(weights[rows, chosen])
+        left = left.at[rows, chosen].set(-jnp.inf)
+    return found
 
 
 def mix_shared(products, whole, mixed, inputs, *, how):

@@ -12,7 +12,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.base import Function, Join, LayerKind, NormAt, Stage, bias_name
+from jlayer.families.base import Function, Join, JoinBoth, LayerKind, NormAt, Stage, bias_name
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
@@ -167,8 +167,6 @@ def _queries_keys_values(products, whole, how):
     else:
         names = ("q_proj", "k_proj", "k_proj" if how.keys_are_values else "v_proj")
         parts = [products[name] for name in names]
-    if how.clip:
-        parts = [jnp.clip(part, -how.clip, how.clip) for part in parts]
     norms = how.head_norms
     if norms and norms.over == "flat":
         leaves = (norms.q, norms.k)
@@ -176,6 +174,8 @@ def _queries_keys_values(products, whole, how):
             normed(part, norms.norm, whole[name])
             for part, (name,) in zip(parts, leaves, strict=False)
         ]
+    if how.clip:
+        parts = [jnp.clip(part, -how.clip, how.clip) for part in parts]
     return [part.reshape(part.shape[0], -1, h) for part in parts]
 
 
@@ -206,6 +206,14 @@ def _join_and_norm(products, whole, hidden, *, how: Join):
 def _join_mixed(products, whole, hidden, mixed, *, how: Join):
     """Adds the sum of the experts' outputs [R, D] to hidden [R, D]."""
     return _join({"mixed": mixed.astype(hidden.dtype)}, whole, hidden, how=how)
+
+
+def _join_both(products, whole, hidden, mixed, *, how: JoinBoth):
+    """Adds an MLP's output [R, D] and the sum of the experts' beside it to hidden [R, D]."""
+    (output,) = products.values()
+    output = _norm(output, whole, how.after_shared)
+    mixed = _norm(mixed.astype(hidden.dtype), whole, how.after_experts)
+    return _join({"both": output + mixed}, whole, hidden, how=how.join)
 
 
 def _pass_on(products, whole, *, how):
@@ -240,6 +248,7 @@ FUNCTIONS = {
     "join": _join,
     "join_and_norm": _join_and_norm,
     "join_mixed": _join_mixed,
+    "join_both": _join_both,
     "route": route,
     "mix_shared": mix_shared,
     "mix_expert": mix_expert,

@@ -172,9 +172,13 @@ def all_kinds():
         add_families(patch)
         for family in qwen_next.FAMILIES:
             patch.setitem(FAMILIES, family.model_type, family)
-        others = ("llama", *(family.model_type for family in qwen_next.FAMILIES))
+        others = ("llama", "ernie4_5_moe", *(family.model_type for family in qwen_next.FAMILIES))
+        two = {"num_experts": 2, "num_experts_per_tok": 1}
+        more = {"qwen3_next": {"num_experts": 0}, "qwen3_5_moe_text": two}
         configs = [
-            made_up.config(model_type=name, attention_bias=True, mlp_bias=True, num_experts=0)
+            made_up.config(
+                model_type=name, attention_bias=True, mlp_bias=True, **more.get(name, {})
+            )
             for name in (*made_up.FAMILIES, *others)
         ]
         return [

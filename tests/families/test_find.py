@@ -73,22 +73,34 @@ def test_the_known_models_are_found_by_their_keys(name):
 
 
 EXPERTS = {
-    "mixtral": {"num_local_experts": 8},
-    "qwen3_moe": {"num_experts": 128, "moe_intermediate_size": 768},
-    "qwen2_moe": {},  # by its name alone
     "deepseek_v4": {"n_routed_experts": 256},
-    "gpt_oss": {},
+    "gpt_oss": {},  # by its name alone
     "llama4": {"text_config": {"num_local_experts": 16}},
-    "of_their_own": {"num_experts": 4},
+    "of_their_own": {"num_experts": 4, "expert_depth": 2},
 }
 
 
 @pytest.mark.parametrize("model_type", EXPERTS)
-def test_experts_are_named(model_type):
+def test_experts_of_another_form_are_named(model_type):
     found = message(model_type=model_type, **EXPERTS[model_type])
     assert "it has experts (" in found
+    assert "of a form that no family here has" in found
     for key, value in EXPERTS[model_type].items():
-        assert isinstance(value, dict) or key in found or "experts is" in found
+        assert isinstance(value, dict) or f"{key} is {value}" in found or key == "expert_depth"
+
+
+def test_a_model_with_the_keys_of_one_with_experts_says_whose():
+    keys = {"head_dim": 16, "num_experts": 16, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    found = message(**{**QWEN3, **keys, "model_type": "of_their_own"})
+    assert "its keys are those of qwen3_moe: set model_type to that" in found
+
+
+@pytest.mark.parametrize("name", ["FSDPQwen3MoeForCausalLM", "Qwen3MoEForCausalLM"])
+def test_other_names_of_the_architecture_of_a_model_with_experts(name):
+    raw = {**LLAMA, "model_type": "qwen3_moe", "moe_intermediate_size": 40, "architectures": [name]}
+    assert model_config(raw, where="config.json").experts
+    with pytest.raises(UnsupportedModelError, match="remove the wrong one"):
+        model_config({**raw, "architectures": ["FSDPQwen3ForCausalLM"]}, where="config.json")
 
 
 def test_a_number_of_experts_that_is_none_is_nothing():
@@ -122,7 +134,9 @@ def test_a_family_is_known_by_its_architecture_alone(family):
 
 @needs_shared_data
 @pytest.mark.parametrize("name", ["mixtral-8x7b-v0.1", "qwen3-235b-a22b-thinking-2507"])
-def test_real_models_with_experts_are_refused_by_that(name):
+def test_real_models_with_experts_are_read(name):
     raw = json.loads((SHARED_DATA / "configs" / f"{name}.json").read_text())
+    cfg = model_config(raw, where=name)
+    assert cfg.experts.router.n_experts == {"mixtral": 8, "qwen3_moe": 128}[cfg.model_type]
     with pytest.raises(UnsupportedModelError, match=r"it has experts \(.* is [0-9]+\)"):
-        model_config(raw, where=name)
+        model_config({**raw, "architectures": None, "model_type": "fable_moe"}, where=name)

@@ -388,7 +388,10 @@ DENSE = {
 }
 
 # Their norms multiply by 1 + weight.
-PLUS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_next")
+PLUS_ONE = (
+    *("gemma", "gemma2", "gemma3_text", "nemotron"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+)
 # All but this one.
 GATED_NORM = "linear_attn.norm.weight"
 SPREAD = 0.2
@@ -397,14 +400,17 @@ SPREAD = 0.2
 def save(
     folder: str | os.PathLike, name: str, *, seed: int = 0, dtype: str = "float32"
 ) -> str | os.PathLike:
-    """Saves the model called `name` as safetensors in `folder` and returns the folder.
+    """Saves the model called `name` as safetensors in `folder` and returns the folder."""
+    return save_model(folder, DENSE[name], seed=seed, dtype=dtype)
 
-    Gains, biases and Gemma 4's factor of a layer are random too.
-    """
+
+def save_model(
+    folder: str | os.PathLike, dense: Dense, *, seed: int = 0, dtype: str = "float32"
+) -> str | os.PathLike:
+    """As `save`. Gains, biases and Gemma 4's factor of a layer are random too."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    dense = DENSE[name]
     # Config classes write into the dictionaries that they are given.
     config = CONFIG_MAPPING[dense.model_type](**deepcopy(dense.config))
     with torch.random.fork_rng():

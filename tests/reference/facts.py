@@ -14,10 +14,12 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
+from transformers.core_model_loading import revert_weight_conversion
 
 from jlayer.config import model_config
 from jlayer.errors import CheckpointError
-from jlayer.families.registry import published_tensors
+from jlayer.families.decoder import experts_of_layers
+from jlayer.families.registry import published_tensors, stacked_tensors
 from jlayer.model.ops import rope_frequencies
 
 REFUSALS = (
@@ -26,12 +28,26 @@ REFUSALS = (
 )
 SLIDING, LINEAR = "sliding_attention", "linear_attention"
 # Families without types of layers, all of whose layers have the config's window.
-WINDOW_IN_ALL = ("mistral", "ministral3", "phi3", "starcoder2")
+WINDOW_IN_ALL = (
+    *("mistral", "ministral3", "phi3", "starcoder2"),
+    *("mixtral", "qwen3_moe", "phimoe"),
+)
 # Which layers turn queries and keys, where not all do.
 IS_TURNED = {
     "smollm3": lambda layer: bool(layer.use_rope),
     "exaone4": lambda layer: layer.sliding_window is None or layer.is_sliding,
     "cohere2": lambda layer: layer.sliding_window is not None,
+}
+# What a router of Transformers may have, and what of ours it is.
+OF_ROUTERS = {
+    "top_k": "n_chosen",
+    "norm_topk_prob": "renormalizes",
+    "routed_scaling_factor": "scale",
+    "num_group": "n_groups",
+    "topk_group": "n_chosen_groups",
+    "norm_min": "least_sum",
+    "router_jitter_noise": "jitter",
+    "scalar_root_size": "input_scale",
 }
 ACTIVATIONS = {
     "SiLUActivation": "silu",
@@ -91,7 +107,13 @@ def facts_there(raw, folder):
         return None  # its mask cannot be made
     # The cache of a family without windows is cut nevertheless, where its config names one.
     cuts = [cut for cut, window in zip(kept, windows, strict=True) if cut and window is None]
-    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
+    if any(_experts_there(layer) for layer in body.layers):
+        try:
+            tensors = revert_weight_conversion(model, tensors)  # as they are published
+        except REFUSALS:  # of no experts
+            return None
+    tensors = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if whole.tie_word_embeddings:
         del tensors["lm_head.weight"]
     eps = {
@@ -105,7 +127,8 @@ def facts_there(raw, folder):
         "tied": whole.tie_word_embeddings,
         "longest": min([config.max_position_embeddings, *cuts]),
         "dtype": whole.dtype and str(whole.dtype),
-        "activation": _activation_there(body.layers[0].mlp),
+        "activation": _activation_there(_mlp(body.layers[0])),
+        "experts": [_experts_there(layer) for layer in body.layers],
         "scale of logits": own("logit_scale", 1) / own("logits_scaling", 1),
         "cap of logits": own("final_logit_softcapping", None),
         # Gemma 3 has the key, and its attention does not look at it.
@@ -117,10 +140,27 @@ def facts_there(raw, folder):
     return said, [name != LINEAR and _frequencies_there(rotary, name) for name in types]
 
 
+def _mlp(layer):
+    if hasattr(layer, "router"):
+        return layer  # Gemma 4, which has both
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+
+
+def _experts_there(layer):
+    """What the router of a layer has, by our names; {} where it has none."""
+    mlp = _mlp(layer)
+    router = getattr(mlp, "gate", None) or getattr(mlp, "router", None)
+    if not hasattr(mlp, "experts"):
+        return {}
+    return {
+        ours: getattr(router, name) for name, ours in OF_ROUTERS.items() if hasattr(router, name)
+    }
+
+
 def _activation_there(mlp):
-    names = ("act_fn", "activation_fn", "act")
+    names, mlp = ("act_fn", "activation_fn", "act"), getattr(mlp, "experts", mlp)
     function = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)
-    return ACTIVATIONS.get(type(function).__name__)  # None of experts
+    return ACTIVATIONS[type(function).__name__]
 
 
 def _layer_there(config, layer, layer_type):
@@ -153,12 +193,13 @@ def facts_here(raw):
     norms = [cfg.norm, *(form.head_norms.norm for form in cfg.attentions if form.head_norms)]
     norms += [cfg.delta.norm] if cfg.delta else []
     said = {
-        "tensors": published_tensors(cfg),
+        "tensors": _as_saved(cfg),
         "eps": {norm.eps for norm in norms},
         "tied": cfg.tie_word_embeddings,
         "longest": cfg.max_position_embeddings,
         "dtype": cfg.dtype and f"torch.{cfg.dtype}",
         "activation": cfg.mlp.activation,
+        "experts": [one and one.router for one in experts_of_layers(cfg)],
         "scale of logits": cfg.logits.scale,
         "cap of logits": cfg.logits.cap,
         "cap of scores": cfg.attention.cap,
@@ -177,6 +218,18 @@ def facts_here(raw):
     ]
 
 
+def _as_saved(cfg):
+    """The shapes of all tensors, by the names that Transformers saves: experts in one tensor where
+    it knows no other form."""
+    shapes, stacks = dict(published_tensors(cfg)), stacked_tensors(cfg)
+    if stacks and cfg.experts.stacks[0].is_only:
+        for name, stack in stacks.items():
+            shapes[name] = stack.shape
+            for part, *_ in stack.parts:
+                del shapes[part]
+    return shapes
+
+
 def differences(raw, folder):
     """What differs, as lines; a list of one line where only one of both refuses."""
     there, here = facts_there(raw, folder), facts_here(raw)
@@ -185,6 +238,10 @@ def differences(raw, folder):
     if isinstance(here, str):
         return [f"refused here alone: {here}"]
     (said_there, turned_there), (said_here, turned_here) = there, here
+    said_here["experts"] = [
+        {name: getattr(ours, name) for name in theirs} if ours else {}
+        for ours, theirs in zip(said_here["experts"], said_there["experts"], strict=True)
+    ]
     lines = [
         f"{name}: {_shown(said_here[name], said_there[name])} here, "
         f"{_shown(said_there[name], said_here[name])} there"

@@ -306,3 +306,33 @@ OTHER_FAMILIES |= {
         tie_word_embeddings=False,
     ),
 }
+# With experts
+OTHER_FAMILIES |= {
+    "mixtral": _form(
+        "yangulei/Mixtral-8x7B@58301445dc13: config.json",
+        "mixtral",
+        "MixtralForCausalLM",
+        num_experts_per_tok=2,
+        num_local_experts=8,
+        output_router_logits=False,
+        rope_theta=1000000.0,
+        router_aux_loss_coef=0.02,
+        sliding_window=None,
+    ),
+    "qwen3-moe": _form(
+        f"{TABLE}, qwen3_30b_a3b_base_config",
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        **QWEN,
+        attention_bias=False,
+        decoder_sparse_step=1,
+        head_dim=128,
+        mlp_only_layers=[],
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        num_experts=128,
+        num_experts_per_tok=8,
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+    ),
+}

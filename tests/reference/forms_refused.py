@@ -168,9 +168,6 @@ REFUSED |= {
 }
 # Other families, and what was built around a llama
 REFUSED |= {
-    "mixtral": _other(
-        "yangulei/Mixtral-8x7B@58301445dc13: config.json", "mixtral", "MixtralForCausalLM"
-    ),
     "qwen": _other(
         "gaoqinqinshan/qingshanyiliao@5ddc32de5f92: config.json",
         "qwen",
@@ -179,7 +176,6 @@ REFUSED |= {
         seq_length=8192,
         rotary_emb_base=10000,
     ),
-    "qwen3-moe": _other(f"{TABLE}, qwen3_30b_a3b_base_config", "qwen3_moe", "Qwen3MoeForCausalLM"),
     "phi-2-gptq": _other(
         "KeshavArvindh/Quantization-of-LLM-s@8c13aa295746: config.json",
         "phi",

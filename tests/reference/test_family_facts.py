@@ -1,4 +1,4 @@
-"""The facts of every dense family, where its config.json is silent and where it speaks: those of
+"""The facts of every family, where its config.json is silent and where it speaks: those of
 the model that Transformers makes of the same file. Where it refuses, so do we."""
 
 import pytest
@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES
 from tests.reference.facts import differences
+from tests.reference.mixture_forms import MIXTURES
 
 pytestmark = pytest.mark.reference
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -27,8 +28,14 @@ GIVEN = {
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "ministral": {"head_dim": 8},
+    "mixtral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 4},
-    "qwen3_next": {"num_experts": 0},
+    "hunyuan_v1_moe": {"head_dim": 8},
+}
+# The numbers of experts by all of their names: 7 layers of 512 of them take their time.
+FEW = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
 }
 
 
@@ -128,22 +135,68 @@ CHANGES = {
     "both-directions": {"use_bidirectional_attention": True},
     "not-causal": {"is_causal": False},
     "dtype": {"torch_dtype": "float16"},
+    "more-experts": dict.fromkeys(FEW, 5),
+    "experts-of-a-token-null": {"num_experts_per_tok": None, "moe_k": None},
+    "no-experts": dict.fromkeys(tuple(FEW)[:4], 0),
+    "experts-null": dict.fromkeys(tuple(FEW)[:4]),
+    "more-of-a-token-than-there-are": {"num_experts_per_tok": 5, "moe_k": 5, "moe_topk": 5},
+    "a-number-for-each-layer": {"moe_topk": [2] * N_LAYERS},
+    "a-number-for-each-layer-that-differs": {"moe_topk": [2, 1] + [2] * (N_LAYERS - 2)},
+    "width-of-experts": {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "width-of-experts-null": {"moe_intermediate_size": None},
+    "normed": {"norm_topk_prob": True},
+    "not-normed": {"norm_topk_prob": False},
+    "normed-null": {"norm_topk_prob": None},
+    "experts-in-each-second-layer": {"decoder_sparse_step": 2, "moe_layer_interval": 2},
+    "dense-layers": {"mlp_only_layers": [0, 5], "first_k_dense_replace": 3},
+    "dense-layers-none": {"mlp_only_layers": [], "first_k_dense_replace": 0},
+    "dense-layers-null": {"mlp_only_layers": None},
+    "dense-layers-all": {
+        "mlp_only_layers": list(range(N_LAYERS)),
+        "first_k_dense_replace": N_LAYERS,
+        "moe_layer_start_index": N_LAYERS,
+    },
+    "layers-with-experts": {"moe_layer_start_index": 0, "moe_layer_end_index": 4},
+    "shared-experts": {"n_shared_experts": 3, "moe_num_shared_experts": 3},
+    "shared-experts-none": {"moe_num_shared_experts": 0},
+    "factor-of-experts": {"routed_scaling_factor": 2.5},
+    "groups": {"n_group": 2, "topk_group": 1},
+    "groups-that-do-not-divide": {"n_group": 3, "topk_group": 1},
+    "groups-of-one": {"n_group": 4, "topk_group": 4},
+    "least-sum": {"moe_norm_min": 0.25},
+    "jitter": {"router_jitter_noise": 0.25, "input_jitter_noise": 0.5},
+    "jitter-none": {"router_jitter_noise": 0.0},
+    "turned-part": {"rotary_dim": 4},
+    "turned-part-null": {"rotary_dim": None},
+    "turned-part-twice": {"rotary_dim": 4, "partial_rotary_factor": 0.25},
+    "bias-of-queries": {"qkv_bias": False},
+    "beside": {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "beside-without-numbers": {"enable_moe_block": True},
 }
 # What some families of Transformers take, and we refuse, in words that name the field: either it is
 # another model, or Transformers itself fails in the first forward pass.
 OURS_ALONE = {
+    "a-number-for-each-layer-that-differs": "supported: one number for all layers",
+    "bias-everywhere": "use_bias is True, supported: False",  # ERNIE's head would have one
     "both-directions": "use_bidirectional_attention",
     "dynamic": "'dynamic'",
     "dynamic-with-alpha": "'dynamic'",
     "eps-null": "layer_norm_eps is null",
+    "experts-of-a-token-null": "is null, expected an integer",
+    "groups-of-one": "expected groups of two and more",
+    "groups-that-do-not-divide": "expected groups of two and more",
     "head-dim": "head_dim is 12, expected hidden_size",
     "longrope": "short_factor and long_factor have 4",
+    "more-experts": "num_experts_per_tok is 5, supported: 2",  # of PhiMoE
+    "more-of-a-token-than-there-are": "is 5, ",
+    "no-experts": "experts is 0, expected an integer from 1",
     "not-causal": "is_causal",
     "parameters-by-type": "differs by kind of layer",
     "parameters-of-full-layers": "differs by kind of layer",
     "partial": "partial_rotary_factor is 0.5",
     "partial-null": "partial_rotary_factor is None",
-    "types": "supported: full_attention, linear_attention",
+    "turned-part-twice": "partial_rotary_factor is 0.25",
+    "types": "layer_types",
     "types-of-another-family": "layer_types",
 }
 # What some families of Transformers refuse, and we take: a null of a size is as in a llama (the
@@ -159,7 +212,7 @@ OF_HEADS = [name for name in FAMILIES if name not in {row.model_type for row in 
 @pytest.mark.parametrize("model_type", OF_HEADS)
 def test_facts_are_those_of_transformers(tmp_path, model_type):
     for name, change in CHANGES.items():
-        raw = {"model_type": model_type, **SIZES, **GIVEN.get(model_type, {}), **change}
+        raw = {"model_type": model_type, **SIZES, **FEW, **GIVEN.get(model_type, {}), **change}
         lines = differences(raw, tmp_path)
         if lines[:1] == ["refused by Transformers alone"]:
             assert name in THEIRS_ALONE
@@ -167,6 +220,12 @@ def test_facts_are_those_of_transformers(tmp_path, model_type):
             assert OURS_ALONE.get(name, "no difference") in lines[0], name
         else:
             assert not lines, name
+
+
+@pytest.mark.parametrize("model_type", sorted({each.model_type for each in MIXTURES.values()}))
+def test_numbers_of_experts_where_nothing_is_said(tmp_path, model_type):
+    raw = {"model_type": model_type, **SIZES, **GIVEN.get(model_type, {}), "num_hidden_layers": 4}
+    assert differences(raw, tmp_path) == []
 
 
 @pytest.mark.parametrize("model_type", GIVEN)
@@ -188,8 +247,6 @@ def test_sizes_that_published_files_leave_out(tmp_path, model_type):
 REFUSED = {  # Transformers makes them, and what it makes does not run, or is another model
     "gemma4_text": "hidden_size_per_layer_input is 256, supported: 0, or none at all",
     "helium": "head_dim is 128, expected hidden_size 2560 divided by num_attention_heads 320",
-    "qwen3_next": "num_experts is 512: 7 of 7 layers have experts, which are not supported; "
-    "supported: dense layers alone",
 }
 
 
@@ -199,7 +256,8 @@ def test_every_exception_is_one(tmp_path):
     met = set()
     for model_type in OF_HEADS:
         for name in (*OURS_ALONE, *THEIRS_ALONE):
-            raw = {"model_type": model_type, **SIZES, **GIVEN.get(model_type, {}), **CHANGES[name]}
+            given = {**SIZES, **FEW, **GIVEN.get(model_type, {})}
+            raw = {"model_type": model_type, **given, **CHANGES[name]}
             if any("alone" in line for line in differences(raw, tmp_path)):
                 met.add(name)
     assert met == {*OURS_ALONE, *THEIRS_ALONE}

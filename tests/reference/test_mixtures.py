@@ -1,0 +1,106 @@
+"""Every family with experts: a tiny random model of each, saved by Transformers, gives its logits
+here, as published and converted, however its tokens come; and with each of its switches changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from jlayer.convert import convert_checkpoint
+from jlayer.families.registry import FAMILIES, layer_kinds
+from jlayer.plan.shapes import RunShape
+from tests.reference.mixture_forms import MIXTURES, reference_logits, save
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
+N_TOKENS = 40  # several windows, of 6 and 7
+IDS = np.random.default_rng(0).integers(3, 133, (1, N_TOKENS))
+# Token by token, then in pieces that fit neither the windows nor the sizes of chunks.
+PIECES = (1, 1, 2, 7, 3, 11, 15)
+SWITCHES = [
+    pytest.param(name, change, id=f"{name}-{number}")
+    for name, dense in MIXTURES.items()
+    for number, change in enumerate(dense.wrong)
+]
+# Those that run in every test session: each form of router in one of them.
+FIRST = {"qwen2_moe-some", "glm4_moe", "ernie4_5_moe-some", "phimoe", "qwen3_next", "granitemoe"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """name -> a folder as it is published; each is made once."""
+    made: dict[str, Path] = {}
+
+    def source(name):
+        if name not in made:
+            made[name] = save(tmp_path_factory.mktemp("mixture") / name, name)
+        return made[name]
+
+    return source
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def expected_logits(folder):
+    return reference_logits(folder, IDS, torch.float32).numpy()
+
+
+def first(names):
+    return [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def test_every_family_with_experts_has_a_model_here():
+    known = {dense.model_type for dense in MIXTURES.values()}
+    assert known <= set(FAMILIES)
+    assert {
+        name for name in FAMILIES if "moe" in name or name in ("mixtral", "minimax_m2")
+    } <= known
+
+
+@pytest.mark.parametrize("name", first(MIXTURES))
+def test_logits_of_a_prompt(sources, name):
+    folder = sources(name)
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        assert any(kind.n_experts for kind in layer_kinds(model.engine.cfg))
+        assert_close(model.logits(IDS), expected_logits(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_logits_of_every_position_with_a_cache_of_a_converted_folder(sources, name, tmp_path):
+    convert_checkpoint(sources(name), tmp_path / "layered")
+    expected = expected_logits(sources(name))
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu") as model:
+        forward = model.engine.start(RunShape(longest=16, context=N_TOKENS, all_logits=True))
+        at = 0
+        for size in PIECES:
+            found = forward.sweep([IDS[0, at : at + size].tolist()], [at], all_logits=True)
+            np.testing.assert_allclose(
+                *(found, expected[:, at : at + size]),
+                rtol=0,
+                atol=TOLERANCE * np.abs(expected).max(),
+            )
+            at += size
+        assert at == N_TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "change"), SWITCHES)
+def test_every_switch_is_read_and_matters(sources, name, change, tmp_path):
+    shutil.copytree(sources(name), tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    expected = expected_logits(tmp_path / "changed")
+    with AutoModel.from_pretrained(tmp_path / "changed", device="cpu") as model:
+        found = model.logits(IDS)
+    assert_close(found, expected)
+    before = expected_logits(sources(name))
+    assert np.abs(found - before).max() > 1e-3 * np.abs(before).max()
