@@ -24,6 +24,7 @@ from jlayer.serving.batch.run import Answerer, Run
 from jlayer.serving.batch.stored import Files, missing, read_records, write_record
 from jlayer.serving.desk import Desk, Stopping
 from jlayer.serving.disk import remove
+from jlayer.serving.starts import PartStarts, Starts
 from jlayer.serving.wire.errors import Refused, invalid
 
 LIMITS = {"lines": 50_000, "n_bytes": 200 << 20}  # OpenAI's
@@ -65,18 +66,21 @@ class Service:
         answerer: Answerer,
         *,
         model: str,
+        starts: Starts | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        """`model`: see `names.model_key`. `clock`: seconds since 1970, also across servers."""
+        """`model`: see `names.model_key`. `starts`: where those of lines are kept. `clock`: seconds
+        since 1970, also across servers."""
         self.files = Files(os.path.join(folder, "files"))
         self._folder = os.path.join(folder, "batches")
         self._desk, self._answerer, self._model, self._clock = desk, answerer, model, clock
-        self._lock = threading.Lock()
+        self._starts, self._lock = starts, threading.Lock()
         self._records = read_records(self._folder)
         self._runs: dict[str, Run] = {}
         self._taken: set[str] = set()  # batches that a thread works on, or has
         self._is_stopping = threading.Event()
         self._pool = ThreadPoolExecutor(MOST_RUNNING, thread_name_prefix="jlayer-batch")
+        self._end_starts(one["id"] for one in self._records.values() if one["status"] in OVER)
         for batch_id, record in self._records.items():
             if record["status"] not in OVER:
                 self._pool.submit(self._work, batch_id)
@@ -200,6 +204,12 @@ class Service:
             record = {**record, **fields}
             write_record(os.path.join(self._folder, f"{batch_id}.json"), record)
             self._records[batch_id] = record
+        if record["status"] in OVER:
+            self._end_starts([batch_id])
+
+    def _end_starts(self, batch_ids):
+        if self._starts is not None:
+            self._starts.end_of(set(batch_ids))
 
     def _now(self):
         return int(self._clock())
@@ -243,6 +253,8 @@ class Service:
             except Stopping:  # the next server goes on with it
                 return
             except StorageError:  # a full disk, most likely: it waits for room
+                if self._starts is not None:
+                    self._starts.put_back(batch_id)
                 self._is_stopping.wait(RETRY_S)
 
     def _try(self, batch_id):
@@ -282,6 +294,7 @@ class Service:
             run = Run(
                 *(self._desk, self._answerer, lines, journal, names),
                 client=batch_id,
+                starts=PartStarts(self._starts, batch_id),
                 pause=lambda: self._check(batch_id),
             )
             with self._lock:

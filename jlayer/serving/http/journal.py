@@ -12,7 +12,9 @@ import os
 from contextlib import suppress
 
 from jlayer.errors import LockedError
+from jlayer.serving import starts
 from jlayer.serving.disk import Log, log_failure
+from jlayer.serving.starts import Starts
 
 FILE, LOCK = "requests.jsonl", "lock"
 MOST_DEAD = 2000  # lines that stand for nothing any more
@@ -21,7 +23,8 @@ MOST_DEAD = 2000  # lines that stand for nothing any more
 class Journal:
     """The journal in a folder, which is made if need be, and is this process's alone until `close`.
 
-    Raises LockedError, StorageError, or CheckpointError where the file is no journal.
+    `starts`: of these requests, and of what else the server keeps in the folder. Raises
+    LockedError, StorageError, or CheckpointError where the file is no journal.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -39,13 +42,16 @@ class Journal:
             self._take_lock()
             self._log.read(self._apply)
             self.rewrite()
+            self.starts = Starts(os.path.join(self.folder, starts.FILE))
         except BaseException:
+            self._log.close()
             os.close(self._lock)
             raise
 
     def close(self) -> None:
         """The lock is free for the next process."""
         if self._lock >= 0:
+            self.starts.close()
             self._log.close()
             os.close(self._lock)
             self._lock = -1
