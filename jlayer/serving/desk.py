@@ -22,9 +22,14 @@ from jlayer.serving.foresight import Estimate, Foresight
 from jlayer.serving.job import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Order
 from jlayer.serving.progress import Passes, Progress
 from jlayer.serving.queue import Limits, Queue
+from jlayer.serving.starts import Start
 from jlayer.serving.status import Status, status_of
 
 MOST_RIDERS = 512  # texts in a forward pass: rows of one chunk
+# Of a pass's seconds, the most that it waits for the disk to have what is to begin with it: who
+# misses a pass waits for all of it.
+START_SHARE = 0.02
+ANSWER_S = 10.0  # for the answer of a last try to be on disk, before the next one begins
 
 
 class Stopping(JlayerError):
@@ -43,9 +48,11 @@ class Desk:
         self._foresight = Foresight(engine)
         self._queue = Queue(limits or Limits())
         self._running: list[Job] = []
+        self._starting: list[Job] = []  # they have room, and wait until that is on disk
         self._leaving: list[Job] = []  # cancelled while they ran
+        self._last_try: tuple[Start, float] | None = None  # of the last one that ended, and when
         self._changed = threading.Condition(threading.RLock())
-        self._is_stopping, self._room_may_have_grown = False, True
+        self._is_stopping, self._room_may_have_grown, self._has_arrivals = False, True, False
         self._thread = threading.Thread(target=self._run, name="jlayer-desk", daemon=True)
         self.failure: BaseException | None = None
         self.n_requests = self.n_cancelled = 0
@@ -88,6 +95,7 @@ class Desk:
             self._check_alive()
             self._queue.check(job, self._wait_s())
             self._queue.add(job)
+            self._has_arrivals = True
             self.n_requests += 1
             self._changed.notify_all()
         return job
@@ -111,7 +119,7 @@ class Desk:
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
-            for job in self._running:
+            for job in self._with_room():
                 if job.decoding is not None:
                     job.decoding.close()  # so that the pass under way ends within a tile
         self._engine.scheduler.notify()
@@ -162,7 +170,10 @@ class Desk:
         )
 
     def _counts(self):
-        return Counter(job.client for job in self._running if not job.is_batch)
+        return Counter(job.client for job in self._with_room() if not job.is_batch)
+
+    def _with_room(self):
+        return [*self._running, *self._starting]
 
     def _left_s(self, job):
         """Until a job that runs, or begins now, ends; None where no pass was timed."""
@@ -194,6 +205,7 @@ class Desk:
                 self._engine.watch.on_compile = self._passes.on_compile
                 while self._wait_for_work():
                     self._begin_those_that_fit()
+                    self._join_those_noted()
                     self._one_pass()
                     self._hand_out()
             self._end_all(Stopping("the server stops; ask again when it is back"))
@@ -205,15 +217,15 @@ class Desk:
     def _wait_for_work(self):
         """Whether there is something to do, once there is; False when it is to stop."""
         with self._changed:
-            while not (self._is_stopping or self._running or self._leaving or len(self._queue)):
+            while not (self._is_stopping or self._with_room() or self._leaving or len(self._queue)):
                 self._passes.idle()
                 self._changed.wait()
             return not self._is_stopping
 
     def _end_all(self, error):
         with self._changed:
-            jobs = [*self._running, *self._queue.order({}), *self._leaving]
-            self._running, self._leaving = [], []
+            jobs = [*self._with_room(), *self._queue.order({}), *self._leaving]
+            self._running, self._starting, self._leaving = [], [], []
             for job in jobs:
                 self._queue.remove(job)
         for job in jobs:
@@ -226,16 +238,32 @@ class Desk:
     def _begin_those_that_fit(self):
         while True:
             with self._changed:
-                job = next(iter(self._queue.order(self._counts())), None)
+                self._has_arrivals, begun = False, self._with_room()
+                order = self._queue.order(self._counts())
+                job = next((each for each in order if self._may_begin(each, begun)), None)
                 if job is None or not (self._room_may_have_grown or job.decoding is None):
                     return
-                n_riders = sum(len(each.sequences) for each in self._running)
-                is_full = self._running and n_riders + len(job.sequences) > MOST_RIDERS
+                n_riders = sum(len(each.sequences) for each in begun)
+                is_full = begun and n_riders + len(job.sequences) > MOST_RIDERS
             if is_full:
                 if job.is_batch or not self._suspend_a_batch_text():
                     return
             elif not self._begin(job):
                 return
+
+    def _may_begin(self, job, begun):
+        """Of last tries one runs at a time: if that one brings the process down, no other one is
+        blamed for it. Nor one that has ended, but whose answer the disk does not have yet."""
+        start = job.order.start
+        if start is None or not start.is_last:
+            return True
+        if any(each.order.is_last_try for each in begun):
+            return False
+        if self._last_try is None:
+            return True
+        before, ended = self._last_try
+        is_answered = before.name == start.name or not before.is_open()
+        return is_answered or time.monotonic() > ended + ANSWER_S
 
     def _begin(self, job):
         """Whether it has begun, or is over; False where it waits for room."""
@@ -261,10 +289,37 @@ class Desk:
                 self._room_may_have_grown = False
                 return False
             self._queue.remove(job)
-            job.state = RUNNING
-            self._running.append(job)
-        self._engine.scheduler.join(decoding.lanes)
+            self._starting.append(job)
+        if not job.is_noted:
+            job.order.start.note(lambda error: self._on_noted(job, error))
         return True
+
+    def _on_noted(self, job, error):
+        """In a thread of whoever writes it down."""
+        with self._changed:
+            job.is_noted, job.start_error = True, error
+            self._changed.notify_all()
+        self._engine.scheduler.notify()
+
+    def _join_those_noted(self):
+        """Who has room, and a start on disk, rides from now on. Where nobody could ride else, waits
+        for the first one; if not, for a small part of a pass."""
+        with self._changed:
+            are_noted = [job.is_noted for job in self._starting]
+            could_go = bool(self._running) or any(are_noted)
+            seconds = START_SHARE * (self._passes.seconds or 0.0) if could_go else None
+            self._changed.wait_for(lambda: self._is_waited_enough(could_go), seconds)
+            noted = [job for job in self._starting if job.is_noted]
+            self._starting = [job for job in self._starting if not job.is_noted]
+            good = [job for job in noted if job.start_error is None]
+            self._running += good
+            for job in good:
+                job.state = RUNNING
+        for job in noted:
+            if job.start_error is None:
+                self._engine.scheduler.join(job.decoding.lanes)
+            else:
+                self._leave(job, FAILED, job.start_error)
 
     def _decoding(self, job):
         order = job.order
@@ -279,14 +334,19 @@ class Desk:
             shown=order.shown,
         )
 
+    def _is_waited_enough(self, could_go):
+        are_noted = [job.is_noted for job in self._starting]
+        is_enough = all(are_noted) or (any(are_noted) and not could_go)
+        return is_enough or self._has_leavers() or self._has_arrivals
+
     def _suspend_a_batch_text(self):
         """Gives the room of the batch text that began last to a person; whether there was one."""
         with self._changed:
-            batch = [job for job in self._running if job.is_batch]
+            batch = [job for job in self._with_room() if job.is_batch]
             if not batch:
                 return False
             job = batch[-1]
-            self._running.remove(job)
+            (self._running if job in self._running else self._starting).remove(job)
             job.state, job.n_suspended = QUEUED, job.n_suspended + 1
             self._queue.add_first(job)
         job.decoding.suspend()
@@ -297,6 +357,10 @@ class Desk:
         scheduler, n_before = self._engine.scheduler, self._engine.scheduler.n_passes
         riders = sum(lane.is_alive for job in self._running for lane in job.decoding.lanes)
         if not riders:  # such as texts of no token
+            with self._changed:
+                is_idle = len(self._queue) and not self._with_room() and not self._has_leavers()
+                if is_idle and not self._has_arrivals:  # a last try waits for another's answer
+                    self._changed.wait(LOOK_AGAIN_S)
             return
         compiles = sum(self._engine.compiles.values())
         self._passes.begin(riders)
@@ -349,10 +413,13 @@ class Desk:
         decoding = job.decoding
         with self._changed:
             self._queue.remove(job)
-            if job in self._running:
-                self._running.remove(job)
+            for begun in (self._running, self._starting):
+                if job in begun:
+                    begun.remove(job)
         if decoding is not None:
             job.stats = decoding.stats.as_dict()
             decoding.keep() if state == DONE and job.order.keeps else decoding.close()
         self._room_may_have_grown = True
+        if job.order.is_last_try:
+            self._last_try = (job.order.start, time.monotonic())
         job.end(state, error)

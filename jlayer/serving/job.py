@@ -12,6 +12,7 @@ from jlayer.engine.lane import Constraint, Step
 from jlayer.engine.options import SamplingOptions
 from jlayer.errors import JlayerError
 from jlayer.serving.progress import Progress
+from jlayer.serving.starts import Start
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 OVER = (DONE, FAILED, CANCELLED)
@@ -23,7 +24,8 @@ class Order:
 
     `constraint`: what each text may be. `shown`: special tokens that stand in the text all the
     same. `client`: whom fairness and limits count it for. `is_batch`: people come first. `keeps`:
-    whether its cache entries stay for a prompt that goes on from it.
+    whether its cache entries stay for a prompt that goes on from it. `start`: what is written down
+    before its first pass, where it outlives the server.
     """
 
     ids: tuple[int, ...]
@@ -33,6 +35,11 @@ class Order:
     client: str = ""
     is_batch: bool = False
     keeps: bool = False
+    start: Start | None = None
+
+    @property
+    def is_last_try(self) -> bool:
+        return self.start is not None and self.start.is_last
 
 
 @dataclass
@@ -77,6 +84,8 @@ class Job:
         self.listener = listener
         self.decoding: Decoding | None = None  # the desk's
         self.n_suspended = 0
+        self.is_noted = order.start is None  # its start is on disk, or `start_error` says why not
+        self.start_error: JlayerError | None = None
         self._cancel, self._progress = cancel, progress
         self._ended = threading.Event()
 

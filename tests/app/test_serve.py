@@ -39,6 +39,10 @@ def refused(*words, **options):
         (["--chat-template", "/does/not/exist"], "/does/not/exist"),
         (["--port", "70000"], "--port"),
         (["--max-queue", "0"], "--max-queue"),
+        (["--trusted-proxy", "proxy.example.com"], "--trusted-proxy"),
+        (["--trusted-proxy", "10.0.0.1/8"], "--trusted-proxy"),
+        (["--trusted-proxy", "0.0.0.0/0"], "--trusted-proxy"),
+        (["--trusted-proxy", "::ffff:10.0.0.1"], "write 10.0.0.1"),
         (["--context", "0"], "context"),
         (["--host", "192.0.2.1", "--api-key", "k"], "--host"),
     ],
@@ -165,13 +169,14 @@ def test_the_key_comes_from_a_file_or_the_environment_and_is_never_told(tmp_path
 
 @pytest.mark.slow
 def test_killed_under_load_and_started_again_all_that_was_accepted_is_answered_once(tmp_path):
-    """Three times, at moments of its own choosing; the fourth server answers the rest."""
+    """Twice, at moments of its own choosing; the third server answers the rest. (What three servers
+    ended with is given up.)"""
     names, responses = {}, {}
     body = {"prompt": "Once upon", "max_tokens": 60, "temperature": 1.1, "ignore_eos": True}
-    for round_ in range(4):
+    for round_ in range(3):
         with Server("--state", tmp_path / "state") as server:
             server.open()
-            if round_ < 3:
+            if round_ < 2:
                 for number in range(12):
                     seed = 100 * round_ + number
                     found = server.client.post(
@@ -195,9 +200,9 @@ def test_killed_under_load_and_started_again_all_that_was_accepted_is_answered_o
                 plain = server.client.post("/v1/completions", json={**body, "seed": seed}).json()
                 assert response["choices"] == plain["choices"]
     lines = (tmp_path / "state" / "requests.jsonl").read_text().splitlines()
-    assert len(names) == 36
+    assert len(names) == 24
     ended = [json.loads(line) for line in lines]
-    assert sum("accept" in line for line in ended) == 36
+    assert sum("accept" in line for line in ended) == 24
 
 
 def test_a_second_server_does_not_take_the_firsts_folder(tmp_path):

@@ -60,6 +60,13 @@ def add_arguments(parser):
         help="let pages of this origin ask, such as https://example.com; may be repeated",
     )
     parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="A",
+        help="believe X-Forwarded-For of this address or network; may be repeated",
+    )
+    parser.add_argument(
         "--state", metavar="FOLDER", help="keep requests that outlive their connection here"
     )
     add_served(parser)
@@ -79,7 +86,7 @@ def run(args) -> dict:
     from jlayer.serving.http.site import Site
 
     own = () if args.host in ("0.0.0.0", "::") else (_host_name(args.host),)
-    rules = Rules((*own, *args.allow_host), tuple(args.allow_origin), key)
+    rules = Rules((*own, *args.allow_host), tuple(args.allow_origin), key, proxies_of(args))
     site = Site(rules, None if args.state is None else _journal(args))
     with listen(args.host, args.port) as listening, Serving(site, listening) as serving:
         tell(f"listening at {serving.address}/ while the model is opened")
@@ -140,6 +147,7 @@ def _check(args):
     if args.api_key is not None and args.api_key_file is not None:
         raise UsageError("--api-key: --api-key-file was given too; keep one")
     names_of(args)
+    proxies_of(args)
 
 
 def api_key(args) -> str | None:
@@ -157,6 +165,31 @@ def api_key(args) -> str | None:
     if not found or not found.isascii() or not found.isprintable() or " " in found:
         raise UsageError(f"{where}: no key, expected letters, digits and signs of ASCII, no spaces")
     return found
+
+
+def proxies_of(args) -> tuple:
+    """The networks of the proxies that are trusted. Raises UsageError where one is none, or is
+    everybody: then nobody would be left to be the client."""
+    found = []
+    for word in args.trusted_proxy:
+        try:
+            network = ipaddress.ip_network(word.strip("[]"))
+        except ValueError as error:
+            raise UsageError(
+                f"--trusted-proxy: found {word!r}, expected an address or a network, such as "
+                f"127.0.0.1 or 10.0.0.0/8 ({error})"
+            ) from None
+        if not network.prefixlen:
+            raise UsageError(
+                f"--trusted-proxy: found {word!r}, which is every address; name the proxy's own"
+            )
+        if network.version == 6 and network.network_address.ipv4_mapped is not None:
+            raise UsageError(
+                f"--trusted-proxy: found {word!r}, which is an IPv4 address as IPv6; write "
+                f"{network.network_address.ipv4_mapped}"
+            )
+        found.append(network)
+    return tuple(found)
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,7 @@ from jlayer.serving.batch.names import Names
 from jlayer.serving.desk import Desk, Stopping
 from jlayer.serving.job import DONE, Job, Order
 from jlayer.serving.queue import QueueFull
+from jlayer.serving.starts import GivenUp, PartStarts
 
 MOST_AHEAD = 768  # texts asked and not yet answered: those that ride, and some that wait
 MOST_UNWRITTEN = 256  # lines refused one after another, until they are written
@@ -72,9 +73,10 @@ class _Asked:
 class Run:
     """One pass through a batch's lines, from where its journal is.
 
-    `client`: whom the desk counts its orders for. `pause` is called many times a second, and ends
-    the run by what it raises. Every thread may read the counts: `n_lines` of which `n_before` had
-    their answer when it began, `n_done` that have it now, `n_refused` of these with an error.
+    `client`: whom the desk counts its orders for. `starts`: of its lines, by number. `pause` is
+    called many times a second, and ends the run by what it raises. Every thread may read the
+    counts: `n_lines` of which `n_before` had their answer when it began, `n_done` that have it now,
+    `n_refused` of these with an error.
     """
 
     def __init__(
@@ -86,18 +88,19 @@ class Run:
         names: Names,
         *,
         client: str = "batch",
+        starts: PartStarts | None = None,
         pause: Callable[[], None] = lambda: None,
         most_ahead: int | None = None,
     ):
         self._desk, self._answerer, self._journal, self._names = desk, answerer, journal, names
-        self._client, self._pause = client, pause
+        self._client, self._pause, self._starts = client, pause, starts or PartStarts()
         self._most_ahead = most_ahead or MOST_AHEAD
         self._lines = (line for line in lines if line.custom_id not in journal.finished)
         self._again: deque[Line] = deque()
         self._asked: dict[_Asked, None] = {}  # in order
         self._waiting: _Asked | None = None  # for the queue to have room
         self._news: SimpleQueue[_Asked] = SimpleQueue()
-        self._unwritten: list[dict] = []
+        self._unwritten: list[tuple[int, dict]] = []  # by the number of its line
         self._n_good = 0
         self._failed_at: dict[int, int] = {}  # line -> how many were good when it failed
         self.n_lines, self.n_before = len(lines), len(journal.finished)
@@ -165,7 +168,9 @@ class Run:
                 self._write()
                 self._pause()
             try:
-                question = self._answerer.ask(line.url, line.body)
+                self._starts.check(line.number)
+                with self._starts.reading(line.number):
+                    question = self._answerer.ask(line.url, line.body)
             except JlayerError as error:
                 self._refuse(line, error)
                 continue
@@ -177,7 +182,14 @@ class Run:
         options = order.options
         if options.seed is None and not options.is_greedy:
             options = replace(options, seed=self._names.seed(line.custom_id, n))
-        return replace(order, options=options, client=self._client, is_batch=True, keeps=False)
+        return replace(
+            order,
+            options=options,
+            client=self._client,
+            is_batch=True,
+            keeps=False,
+            start=self._starts.of(line.number),
+        )
 
     def _submit(self, asked):
         """Whether the desk has taken, or refused, all of a line; False where it has no room."""
@@ -239,7 +251,7 @@ class Run:
         if isinstance(error, Stopping):
             raise error
         status, body = self._answerer.refuse(error, has_begun=has_begun)
-        if status >= 500:
+        if status >= 500 and not isinstance(error, GivenUp):
             n_before = self._failed_at.get(line.number)
             if n_before is None:
                 self._failed_at[line.number] = self._n_good
@@ -252,20 +264,20 @@ class Run:
         self._answer(line, status, body)
 
     def _answer(self, line, status, body):
-        self._unwritten.append(
-            {
-                "id": self._names.line(line.custom_id),
-                "custom_id": line.custom_id,
-                "response": {
-                    "status_code": status,
-                    "request_id": self._names.request(line.custom_id),
-                    "body": body,
-                },
-                "error": None,
-            }
-        )
+        answer = {
+            "id": self._names.line(line.custom_id),
+            "custom_id": line.custom_id,
+            "response": {
+                "status_code": status,
+                "request_id": self._names.request(line.custom_id),
+                "body": body,
+            },
+            "error": None,
+        }
+        self._unwritten.append((line.number, answer))
 
     def _write(self):
         if self._unwritten:
-            self._journal.add(self._unwritten)
+            self._journal.add(answer for _, answer in self._unwritten)
+            self._starts.end(number for number, _ in self._unwritten)
             self._unwritten = []

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from jlayer.errors import JlayerError, StorageError, UsageError
@@ -24,19 +24,33 @@ from jlayer.serving.batch.run import Answerer, Run
 from jlayer.serving.batch.stored import Files, missing, read_records, write_record
 from jlayer.serving.desk import Desk, Stopping
 from jlayer.serving.disk import remove
+from jlayer.serving.starts import PartStarts, Starts
 from jlayer.serving.wire.errors import Refused, invalid
 
 LIMITS = {"lines": 50_000, "n_bytes": 200 << 20}  # OpenAI's
 MOST_RUNNING = 4  # batches at a time; others wait
 MOST_BATCHES = 2000
 RETRY_S = 30.0
-WINDOW = re.compile(r"[1-9]\d{0,3}[hd]")
-OVER = ("completed", "failed", "cancelled")
+WATCH_S = 5.0  # between two looks at batches that wait for others to end
+WINDOW = re.compile(r"([1-9]\d{0,3})([hd])", re.ASCII)
+HOUR_S = 3600
+OVER = ("completed", "failed", "cancelled", "expired")
+# how a batch has ended -> the code and the message, OpenAI's, of lines that it did not come to
+NEVER_RUN = {
+    "cancelled": (
+        "batch_cancelled",
+        "This request was not run before the batch was cancelled.",
+    ),
+    "expired": (
+        "batch_expired",
+        "This request could not be executed before the completion window expired.",
+    ),
+}
 OWN = "jlayer_model"  # what no client is told of a record: the key of the model that it is for
 
 
-class _Cancelled(Exception):
-    """Its client wants no more of it."""
+class _EndsEarly(Exception):
+    """Its client wants no more of it, or its time is over."""
 
 
 class Service:
@@ -45,25 +59,40 @@ class Service:
     Raises StorageError, and Refused where a client is to change its request.
     """
 
-    def __init__(self, folder: str, desk: Desk, answerer: Answerer, *, model: str):
-        """`model`: see `names.model_key`."""
+    def __init__(
+        self,
+        folder: str,
+        desk: Desk,
+        answerer: Answerer,
+        *,
+        model: str,
+        starts: Starts | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        """`model`: see `names.model_key`. `starts`: where those of lines are kept. `clock`: seconds
+        since 1970, also across servers."""
         self.files = Files(os.path.join(folder, "files"))
         self._folder = os.path.join(folder, "batches")
-        self._desk, self._answerer, self._model = desk, answerer, model
-        self._lock = threading.Lock()
+        self._desk, self._answerer, self._model, self._clock = desk, answerer, model, clock
+        self._starts, self._lock = starts, threading.Lock()
         self._records = read_records(self._folder)
         self._runs: dict[str, Run] = {}
+        self._taken: set[str] = set()  # batches that a thread works on, or has
         self._is_stopping = threading.Event()
         self._pool = ThreadPoolExecutor(MOST_RUNNING, thread_name_prefix="jlayer-batch")
+        self._end_starts(one["id"] for one in self._records.values() if one["status"] in OVER)
         for batch_id, record in self._records.items():
             if record["status"] not in OVER:
                 self._pool.submit(self._work, batch_id)
+        self._watcher = threading.Thread(target=self._watch, name="jlayer-batches", daemon=True)
+        self._watcher.start()
 
     def stop(self) -> None:
         """What runs is left as it is, for the next server. After the desk has stopped at the
         latest."""
         self._is_stopping.set()
         self._pool.shutdown(cancel_futures=True)
+        self._watcher.join()
 
     def create(self, body: dict) -> dict:
         """Begins a batch, as the body of a request asks for it."""
@@ -100,7 +129,7 @@ class Service:
                 )
         record = self.get(batch_id)
         if record["status"] != "cancelling":
-            self._change(batch_id, status="cancelling", cancelling_at=_now())
+            self._change(batch_id, status="cancelling", cancelling_at=self._now())
         return self.get(batch_id)
 
     def delete_file(self, file_id: str) -> dict:
@@ -139,18 +168,20 @@ class Service:
             )
         if len(self._records) >= MOST_BATCHES:
             raise invalid(f"{MOST_BATCHES} batches are kept already", param=None)
+        now = self._now()
         return {
             "id": f"batch_{secrets.token_hex(12)}",
             "object": "batch",
             "endpoint": url,
             "errors": None,
             "input_file_id": file_id,
-            "completion_window": window,  # nothing expires here: a slow model may take longer
+            "completion_window": window,
             "status": "validating",
             "output_file_id": None,
             "error_file_id": None,
-            "created_at": _now(),
-            **dict.fromkeys(("in_progress_at", "expires_at", "finalizing_at", "completed_at")),
+            "created_at": now,
+            "expires_at": now + window_s(window),
+            **dict.fromkeys(("in_progress_at", "finalizing_at", "completed_at")),
             **dict.fromkeys(("failed_at", "expired_at", "cancelling_at", "cancelled_at")),
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
@@ -173,10 +204,48 @@ class Service:
             record = {**record, **fields}
             write_record(os.path.join(self._folder, f"{batch_id}.json"), record)
             self._records[batch_id] = record
+        if record["status"] in OVER:
+            self._end_starts([batch_id])
+
+    def _end_starts(self, batch_ids):
+        if self._starts is not None:
+            self._starts.end_of(set(batch_ids))
+
+    def _now(self):
+        return int(self._clock())
+
+    def _ends_early(self, batch_id):
+        record = self._records[batch_id]
+        expires_at = record["expires_at"]  # None: of an older server, which promised that
+        is_late = expires_at is not None and self._clock() >= expires_at
+        return is_late or record["status"] == "cancelling"
+
+    def _take(self, batch_id):
+        """Whether the thread that asks is the first one to work on a batch."""
+        with self._lock:
+            is_free = batch_id not in self._taken
+            self._taken.add(batch_id)
+            return is_free
+
+    # In a thread of its own: a batch that waits for a thread of the pool ends in time as well.
+
+    def _watch(self):
+        while not self._is_stopping.wait(WATCH_S):
+            with self._lock:
+                waiting = [
+                    batch_id
+                    for batch_id, record in self._records.items()
+                    if record["status"] not in OVER and batch_id not in self._taken
+                ]
+            for batch_id in waiting:
+                if self._ends_early(batch_id):
+                    self._work(batch_id)
 
     # In a thread of the pool.
 
     def _work(self, batch_id):
+        if not self._take(batch_id):
+            return
         while not self._is_stopping.is_set():
             try:
                 self._try(batch_id)
@@ -184,6 +253,8 @@ class Service:
             except Stopping:  # the next server goes on with it
                 return
             except StorageError:  # a full disk, most likely: it waits for room
+                if self._starts is not None:
+                    self._starts.put_back(batch_id)
                 self._is_stopping.wait(RETRY_S)
 
     def _try(self, batch_id):
@@ -203,7 +274,7 @@ class Service:
 
     def _fail(self, batch_id, problems):
         errors = {"object": "list", "data": problems}
-        self._change(batch_id, status="failed", failed_at=_now(), errors=errors)
+        self._change(batch_id, status="failed", failed_at=self._now(), errors=errors)
 
     def _answer(self, batch_id):
         record = self._records[batch_id]
@@ -223,16 +294,17 @@ class Service:
             run = Run(
                 *(self._desk, self._answerer, lines, journal, names),
                 client=batch_id,
+                starts=PartStarts(self._starts, batch_id),
                 pause=lambda: self._check(batch_id),
             )
             with self._lock:
                 self._runs[batch_id] = run
             if record["in_progress_at"] is None:
-                self._change(batch_id, status="in_progress", in_progress_at=_now())
+                self._change(batch_id, status="in_progress", in_progress_at=self._now())
             try:
                 self._check(batch_id)
                 run.run()
-            except _Cancelled:
+            except _EndsEarly:
                 pass
             finally:
                 with self._lock:
@@ -243,20 +315,23 @@ class Service:
     def _check(self, batch_id):
         if self._is_stopping.is_set():
             raise Stopping("the server is stopping")
-        if self._records[batch_id]["status"] == "cancelling":
-            raise _Cancelled
+        if self._ends_early(batch_id):
+            raise _EndsEarly
 
     def _store(self, batch_id, run, lines, journal, names):
         """Makes the files of a batch that is over; again, where a crash came between."""
-        self._change(batch_id, status="finalizing", finalizing_at=_now())
+        if self._records[batch_id]["status"] == "cancelling":
+            end = "cancelled"
+        else:  # one that was late in its last moment, with all answers there, is none
+            end = "completed" if run.n_done == run.n_lines else "expired"
+        self._change(batch_id, status="finalizing", finalizing_at=self._now())
         made = {}
         for name, wanted in (("output", False), ("error", True)):
             found = _lines_of(journal, wanted)
             if wanted:
-                found = _chained(found, _never_run(lines, journal, names))
+                found = _chained(found, _never_run(lines, journal, names, end))
             made[f"{name}_file_id"] = self._keep(batch_id, name, found)
-        end = "cancelled" if self._records[batch_id]["status"] == "cancelling" else "completed"
-        at = {f"{end}_at": _now()}
+        at = {f"{end}_at": self._now()}
         self._change(batch_id, status=end, request_counts=_counts(run), **made, **at)
 
     def _keep(self, batch_id, name, lines):
@@ -280,18 +355,21 @@ def _lines_of(journal, refused) -> Iterator[dict]:
     return (line for line in journal.lines() if is_refused(line) == refused)
 
 
-def _never_run(lines, journal, names) -> Iterator[dict]:
-    """What stands for the lines that a batch did not come to before it was cancelled."""
+def window_s(window: str) -> int:
+    """ "24h" or "7d" in seconds."""
+    number, unit = WINDOW.fullmatch(window).groups()
+    return int(number) * HOUR_S * (1 if unit == "h" else 24)
+
+
+def _never_run(lines, journal, names, end) -> Iterator[dict]:
+    """What stands for the lines that a batch did not come to before its end."""
     for line in lines:
         if line.custom_id not in journal.finished:
             yield {
                 "id": names.line(line.custom_id),
                 "custom_id": line.custom_id,
                 "response": None,
-                "error": {
-                    "code": "batch_cancelled",
-                    "message": "This request was not run before the batch was cancelled.",
-                },
+                "error": dict(zip(("code", "message"), NEVER_RUN[end], strict=True)),
             }
 
 
@@ -317,7 +395,3 @@ def _is_metadata(value):
         and all(isinstance(one, str) and len(one) <= 512 for one in value.values())
         and all(len(name) <= 64 for name in value)
     )
-
-
-def _now():
-    return int(time.time())

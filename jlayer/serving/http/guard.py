@@ -14,6 +14,7 @@ import re
 import secrets
 from dataclasses import dataclass
 
+from jlayer.serving.http.proxies import Network, client_behind
 from jlayer.serving.wire.asked import encode
 from jlayer.serving.wire.errors import Refused, error_body
 
@@ -32,11 +33,13 @@ _PREFLIGHT_S = "600"
 @dataclass(frozen=True)
 class Rules:
     """`hosts`: names that a request may be for, beside the machine's own; "*": any. `origins`: of
-    pages that may ask from elsewhere. `key`: None where none is needed."""
+    pages that may ask from elsewhere. `key`: None where none is needed. `proxies`: whose word is
+    taken for who the client is."""
 
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     key: str | None = None
+    proxies: tuple[Network, ...] = ()
 
 
 class Guard:
@@ -47,6 +50,7 @@ class Guard:
         self._hosts = {name.lower() for name in (*LOOPBACK, *rules.hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in rules.origins}
         self._key = None if rules.key is None else _digest(rules.key.encode())
+        self._proxies = rules.proxies
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -64,6 +68,10 @@ class Guard:
                 await _answer(_with(send, more), 204, self._preflight_headers(headers))
                 return
             self._check_key(scope["path"], headers)
+            if self._proxies and scope.get("client"):
+                # There is one key for all, so it tells nobody apart. Keys that did would go first.
+                peer, port = scope["client"]
+                scope["client"] = (client_behind(peer, scope["headers"], self._proxies), port)
             limit = _body_limit(scope["path"])
             _check_length(headers, limit)
         except Refused as error:

@@ -12,6 +12,7 @@ import hashlib
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from jlayer.errors import JlayerError
@@ -21,6 +22,7 @@ from jlayer.serving.http.journal import Journal
 from jlayer.serving.http.site import Site
 from jlayer.serving.http.work import Work, wait_for
 from jlayer.serving.queue import QueueFull
+from jlayer.serving.starts import NotNoted
 from jlayer.serving.wire.asked import Asked, Identity
 from jlayer.serving.wire.errors import Refused, failed, invalid, refused
 from jlayer.serving.wire.fields import parse_body
@@ -30,6 +32,7 @@ MOST_KEPT = 1000  # answers that nobody has deleted; the oldest go first
 MOST_BYTES = 256 << 20  # of their requests
 MOST_KEY = 255
 LOOK_AGAIN_S = 2.0  # for room in the queue, of what was accepted before a restart
+FULL_AGAIN_S = 10.0  # for room on a disk that was full
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Lastings:
 
     def __init__(self, site: Site, reads: dict[str, Callable], journal: Journal | None = None):
         self._site, self._reads, self._journal = site, reads, journal
+        self._starts = None if journal is None else journal.starts
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="jlayer-journal")
         self._by_id: dict[str, Lasting] = {}
         self._by_key: dict[str, asyncio.Future[Lasting]] = {}
@@ -91,7 +95,9 @@ class Lastings:
 
     def start(self) -> None:
         """Goes on with what the journal has; in the loop, once the model is open."""
-        for record in [] if self._journal is None else list(self._journal.requests.values()):
+        records = [] if self._journal is None else list(self._journal.requests.values())
+        self._end_starts({record["id"] for record in records if "ended" in record})
+        for record in records:
             one = Lasting.of_record(record)
             self._enter(one)
             if one.ended is None:
@@ -161,7 +167,7 @@ class Lastings:
             served.name,
             asked=asked,
         )
-        work = Work(asked, asyncio.get_running_loop(), outlives=True)
+        work = self._work(one)
         await site.workers.run(work.submit, desk)
         try:
             await self._write(lambda journal: journal.accept(one.as_record()))
@@ -185,12 +191,7 @@ class Lastings:
     async def _answer(self, one):
         """Sees one to its end, which is written down; nothing of it where the server ends first."""
         try:
-            if one.work is None:
-                one.work = await self._begun_again(one)
-            one.changed.set()
-            with one.work.watched() as news:
-                while not one.work.is_over:
-                    await wait_for(news, seconds=60)
+            await self._work_through(one)
             if isinstance(one.work.error, Stopping):
                 return
             error = None if one.work.error is None else failed(one.work.error)
@@ -204,15 +205,32 @@ class Lastings:
         ended = {"status": 200 if error is None else error.status, "body": body, "jobs": jobs}
         if not one.is_forgotten:
             await self._write(lambda journal: journal.end(one.id, ended))
+            self._end_starts({one.id})
             one.ended, one.work = ended, None
             one.changed.set()
         self._retries.pop(one.digest, None)
 
+    async def _work_through(self, one):
+        """Waits until its work is over."""
+        while True:
+            if one.work is None:
+                one.work = await self._begun_again(one)
+            one.changed.set()
+            with one.work.watched() as news:
+                while not one.work.is_over:
+                    await wait_for(news, seconds=60)
+            if one.is_forgotten or not isinstance(one.work.error, NotNoted):
+                return
+            one.work = None  # it was accepted, so it waits for room on the disk
+            await wait_for(asyncio.Event(), self._site.stopping, seconds=FULL_AGAIN_S)
+
     async def _begun_again(self, one) -> Work:
         """After a restart."""
         site = self._site
-        asked = one.asked = await self.read(one)
-        work = Work(asked, asyncio.get_running_loop(), outlives=True)
+        if self._starts is not None:
+            self._starts.check(one.id)
+        await self.read(one, begins=True)
+        work = self._work(one)
         while True:
             try:
                 _, desk = site.check_ready()
@@ -223,16 +241,32 @@ class Lastings:
                 seconds = min(LOOK_AGAIN_S, full.retry_after_s)
                 await wait_for(asyncio.Event(), site.stopping, seconds=seconds)
 
-    async def read(self, one: Lasting) -> Asked:
-        """The request as it was read when it came."""
+    def _work(self, one):
+        """Its start is written down before it begins."""
+        asked, starts = one.asked, self._starts
+        if starts is not None:
+            orders = (replace(order, start=starts.of(one.id)) for order in asked.orders)
+            asked = replace(asked, orders=tuple(orders))
+        return Work(asked, asyncio.get_running_loop(), outlives=True)
+
+    def _end_starts(self, ids):
+        if self._starts is not None:
+            self._starts.end_of(ids)
+
+    async def read(self, one: Lasting, *, begins: bool = False) -> Asked:
+        """The request as it was read when it came. `begins`: to be begun, so it counts as that."""
         if one.asked is not None:
             return one.asked
         served, _ = self._site.check_ready()
-        asked = await self._site.workers.run_later(
-            lambda: self._reads[one.path](
-                parse_body(one.raw.encode()), served, client=one.client, identity=one.identity
-            )
-        )
+
+        def reading():
+            counts = begins and self._starts is not None
+            with self._starts.reading(one.id) if counts else nullcontext():
+                body = parse_body(one.raw.encode())
+                read = self._reads[one.path]
+                return read(body, served, client=one.client, identity=one.identity)
+
+        asked = await self._site.workers.run_later(reading)
         one.asked, _ = _seeded(asked, one.seeds)
         return one.asked
 
@@ -246,6 +280,7 @@ class Lastings:
             self._by_key.pop(one.key, None)
         if one.work is not None and one.ended is None:
             await self._site.workers.run_later(one.work.cancel)
+        self._end_starts({one.id})
 
     async def _forget_oldest(self):
         n_bytes = sum(len(one.raw) for one in self._by_id.values())

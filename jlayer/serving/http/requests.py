@@ -85,7 +85,8 @@ class Requests:
             self._site.check_ready()
         if one.ended is not None and one.ended["jobs"] is None:
             error = one.ended["body"]["error"]
-            raise Refused(one.ended["status"], error["message"], param=error["param"])
+            status, code = one.ended["status"], error.get("code")
+            raise Refused(status, error["message"], param=error["param"], code=code)
         asked = await self._lastings.read(one)
         position = read_position(request.query_params.get("after", ""), len(asked.views))
         served, _ = self._site.check_ready()

@@ -120,7 +120,10 @@ class Serving:
         if self.site.journal is not None:
             answers = Answers(Served.of(model, **of_served))
             key = model_key(model, **of_served)
-            self.site.batches = Service(self.site.journal.folder, desk, answers, model=key)
+            journal = self.site.journal
+            self.site.batches = Service(
+                journal.folder, desk, answers, model=key, starts=journal.starts
+            )
 
         def open_site():
             try:
@@ -139,6 +142,7 @@ class Serving:
 
     def stop(self) -> None:
         """Ends what is under way, each with an error that says so, and the thread."""
+        self._put_back()
         if self._loop is not None:
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self.site.stopping.set)
@@ -148,6 +152,13 @@ class Serving:
         if self.site.batches is not None:
             self.site.batches.stop()
         self.site.lastings.close()
+
+    def _put_back(self):
+        """First, since who ends the server may not wait for long: what runs was begun for nothing,
+        unless the engine has failed at it."""
+        if self.site.journal is not None:
+            desk = self.site.desk
+            self.site.journal.starts.stop(in_order=desk is None or desk.failure is None)
 
     def __enter__(self) -> Serving:
         self.start()

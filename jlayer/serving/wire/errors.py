@@ -19,6 +19,7 @@ from jlayer.errors import (
     UsageError,
 )
 from jlayer.serving.queue import QueueFull
+from jlayer.serving.starts import GivenUp
 
 TYPES = {
     400: "invalid_request_error",
@@ -126,6 +127,8 @@ def refused(error: BaseException) -> Refused:
         return invalid(message, param=None, code="model_cannot")
     if isinstance(error, LockedError):
         return Refused(409, message, code="locked")
+    if isinstance(error, GivenUp):
+        return Refused(500, message, code="given_up")
     if isinstance(error, StorageError | NetworkError):
         return Refused(500, message, code="storage")
     if type(error).__name__ == "Stopping":  # its module imports the whole engine

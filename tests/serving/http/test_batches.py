@@ -7,7 +7,7 @@ import threading
 import openai
 import pytest
 
-from jlayer.serving.batch import run
+from jlayer.serving.batch import run, service
 from jlayer.serving.http.journal import Journal
 from tests.serving.batch.requests import assert_same, many, request
 from tests.serving.http.conftest import client_of, held, served
@@ -63,7 +63,7 @@ def begun(api, file, **more):
 
 
 def ended(api, batch):
-    until(lambda: api.batches.retrieve(batch.id).status in ("completed", "failed", "cancelled"))
+    until(lambda: api.batches.retrieve(batch.id).status in service.OVER)
     return api.batches.retrieve(batch.id)
 
 
@@ -85,6 +85,7 @@ def test_a_batch_from_its_file_to_its_answers(api):
     found = ended(api, batch)
     assert found.status == "completed"
     assert found.metadata == {"for": "a test"}
+    assert found.expires_at == found.created_at + 24 * 3600
     counts = found.request_counts
     assert (counts.total, counts.completed, counts.failed) == (8, 7, 1)
     assert found.completed_at >= found.finalizing_at >= found.in_progress_at >= found.created_at

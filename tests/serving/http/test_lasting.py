@@ -2,6 +2,8 @@
 
 import json
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +11,7 @@ from jlayer.serving.desk import Desk
 from jlayer.serving.http.journal import Journal
 from jlayer.serving.http.workers import Workers
 from jlayer.serving.queue import Limits
+from jlayer.serving.starts import NotNoted
 from tests.serving.http.conftest import client_of, held, served
 from tests.serving.http.test_answers import events
 from tests.serving.http.test_connections import until
@@ -295,3 +298,70 @@ def test_many_that_were_accepted_are_all_gone_on_with(model, folder, monkeypatch
     with served(model, journal=journal, limits=limits) as serving, client_of(serving) as client:
         for name in names:
             assert done(client, name)["response"]["choices"] == texts[name]
+
+
+def test_an_engine_that_fails_counts_and_a_server_that_is_stopped_does_not(
+    model, folder, monkeypatch
+):
+    """The process lives on, and is stopped in order later: that is no excuse for the request."""
+    monkeypatch.setattr("threading.excepthook", lambda *_: None)
+    name = None
+    for _ in range(3):
+        own = Desk(model)
+        own.start()
+        with (
+            served(model, journal=Journal(folder), desk=own) as serving,
+            client_of(serving) as client,
+            failing(model),
+        ):
+            name = name or accepted(client, TEXT)
+            until(lambda desk=own: desk.failure is not None)
+            assert state(client, name)["status"] in ("queued", "running")
+    with served(model, journal=Journal(folder)) as serving, client_of(serving) as client:
+        found = done(client, name)
+        assert (found["status"], found["error"]["code"]) == ("failed", "given_up")
+        with held(model, threading.Event()):
+            other = accepted(client, TEXT)
+            until(lambda: serving.site.desk.status().riders)
+            serving.stop()
+    for _ in range(4):
+        with (
+            held(model, threading.Event()),
+            served(model, journal=Journal(folder)) as serving,
+        ):
+            until(lambda s=serving: s.site.desk.status().riders)
+            serving.stop()
+    with served(model, journal=Journal(folder)) as serving, client_of(serving) as client:
+        assert done(client, other)["status"] == "done"
+
+
+@contextmanager
+def failing(model):
+    """The engine has a bug: what drives forward passes ends with it."""
+
+    def fail(step, tile):
+        raise ZeroDivisionError
+
+    with model.engine.watch.also(fail):
+        yield
+
+
+def test_what_was_accepted_waits_for_room_on_the_disk(model, folder, monkeypatch):
+    monkeypatch.setattr("jlayer.serving.http.lasting.FULL_AGAIN_S", 0.05)
+    journal, n_full = Journal(folder), []
+    real = journal.starts.of
+
+    def full(name):
+        start = real(name)
+        if len(n_full) < 3:
+            n_full.append(name)
+            return replace(start, note=lambda done: done(NotNoted("the disk is full")))
+        return start
+
+    monkeypatch.setattr(journal.starts, "of", full)
+    with served(model, journal=journal) as serving, client_of(serving) as client:
+        name = accepted(client, TEXT)
+        until(lambda: state(client, name)["status"] == "done")
+        assert n_full == [name] * 3
+        plain = client.post(PATH, json=TEXT).json()
+        assert state(client, name)["response"]["choices"] == plain["choices"]
