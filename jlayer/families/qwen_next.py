@@ -83,7 +83,7 @@ def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
         leaves=(norm, *leaves, *others),
         stages=(first, replace(o, name="out", groups=(one("out_proj"),)), *mlp),
         delta=delta,
-        n_experts=full.n_experts,
+        router=full.router,
     )
 
 
