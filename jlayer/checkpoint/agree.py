@@ -15,7 +15,12 @@ from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
-from jlayer.families.registry import is_dropped, is_of_another_part, published_tensors
+from jlayer.families.registry import (
+    is_dropped,
+    is_of_another_part,
+    layer_of,
+    published_tensors,
+)
 from jlayer.sizes import human
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
@@ -153,12 +158,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _left_out(folder, cfg, found):
-    """A note of the parts of a multimodal model that a text has no use for, with their sizes."""
+    """A note of the parts of a model that a text has no use for, with their sizes."""
     parts: dict[str, list[int]] = {}
     for name, copies in found.items():
         if is_of_another_part(cfg, name):
             info = copies[0][1]
-            part = next(word for word in name.split(".") if word not in ("model", "module"))
+            words = (word for word in name.split(".") if word not in ("model", "module"))
+            part = next(words) if layer_of(name) is None else f"layer {layer_of(name)}"
             n_bytes = math.prod(info.shape) * ITEM_BYTES.get(info.dtype, 1)
             parts.setdefault(part, []).append(n_bytes)
     if parts:
