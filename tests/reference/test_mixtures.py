@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
+from jlayer.errors import CheckpointError
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES, layer_kinds
 from jlayer.plan.shapes import RunShape
-from tests.reference.mixture_forms import MIXTURES, reference_logits, save
+from tests.reference.mixture_forms import MIXTURES, load, reference_logits, save
+from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,6 +28,8 @@ N_TOKENS = 40  # several windows, of 6 and 7
 IDS = np.random.default_rng(0).integers(3, 133, (1, N_TOKENS))
 # Token by token, then in pieces that fit neither the windows nor the sizes of chunks.
 PIECES = (1, 1, 2, 7, 3, 11, 15)
+PROMPTS = [IDS[0, :n].tolist() for n in (31, 5, 12, 1)]
+N_NEW = 12
 SWITCHES = [
     pytest.param(name, change, id=f"{name}-{number}")
     for name, dense in MIXTURES.items()
@@ -62,9 +68,7 @@ def test_every_family_with_experts_has_a_model_here():
     known = {dense.model_type for dense in MIXTURES.values()}
     assert known <= set(FAMILIES)
     latent = {row.model_type for row in deepseek.FAMILIES}  # in test_latent
-    with_experts = {
-        name for name in FAMILIES if "moe" in name or name in ("mixtral", "minimax_m2")
-    }
+    with_experts = {name for name in FAMILIES if "moe" in name or name in ("mixtral", "minimax_m2")}
     assert with_experts - latent <= known
 
 
@@ -93,6 +97,67 @@ def test_logits_of_every_position_with_a_cache_of_a_converted_folder(sources, na
             )
             at += size
         assert at == N_TOKENS
+
+
+def test_layers_that_guess_further_tokens_are_left_out(sources, tmp_path):
+    """Released ones of GLM 4.5 have one after the last, with leaves of its own."""
+    folder = tmp_path / "guesses"
+    shutil.copytree(sources("glm4_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    more = {
+        name.replace("layers.2.", "layers.3."): array
+        for name, array in tensors.items()
+        if ".layers.2." in name
+    }
+    more["model.layers.3.eh_proj.weight"] = np.ones((24, 48), np.float32)
+    save_file(tensors | more, folder / "model.safetensors")
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        assert any("left out: layer 3 (" in note for note in model.notes)
+        assert_close(model.logits(IDS), expected_logits(sources("glm4_moe")))
+    more["model.layers.1.eh_proj.weight"] = more["model.layers.3.eh_proj.weight"]
+    save_file(tensors | more, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"not of this model.*: model.layers.1.eh_proj"):
+        AutoModel.from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe", "qwen3_next", "gemma4"])
+def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
+    """In tiles: the tokens that Transformers draws for each prompt by itself."""
+    convert_checkpoint(sources(name), tmp_path / "layered")
+    expected = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
+        assert drawn_here(model) == expected
+    set_tile_bytes(monkeypatch, 600)
+    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
+        drawn_here(model)
+        least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
+    with AutoModel.from_pretrained(
+        tmp_path / "layered", device="cpu", context=64, device_memory=least
+    ) as model:
+        assert drawn_here(model) == expected
+
+
+def drawn_here(model):
+    found = jlayer.generate(
+        model, PROMPTS, temperature=0, max_new_tokens=N_NEW, eos_token_id=None, speculate="off"
+    )
+    return [each.token_ids for each in found]
+
+
+def drawn_there(folder, prompt):
+    model = load(folder, torch.float32)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=N_NEW,
+            pad_token_id=0,
+        )
+    return found[0, len(prompt) :].tolist()
 
 
 @pytest.mark.slow
