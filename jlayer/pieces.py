@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlayer.spec import Attention, Delta, Latent
+from jlayer.parts import Attention, Delta, Latent
 
 # Attention takes as many lanes and cached entries at a time as stay within these bytes: of scores,
 # float32 [lanes, N, T, entries], and of the keys and values that are gathered.

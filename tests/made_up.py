@@ -14,7 +14,8 @@ from jlayer.families.base import Family, Function, LayerKind, Stage, one
 from jlayer.families.decoder import decoder, norm_at
 from jlayer.families.llama import LLAMA
 from jlayer.families.registry import published_tensors
-from jlayer.spec import Leaf, ModelConfig, Role, head_sizes
+from jlayer.parts import head_sizes
+from jlayer.spec import Leaf, ModelConfig, Role
 from tests.tiny import TINY
 
 NAME = "made_up"

@@ -19,6 +19,7 @@ ROOMS = (
         "protobuf",
         "tokenizer_files",
         "sizes",
+        "parts",
         "spec",
         "pieces",
         "encodings",

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jlayer.model.experts import picked_rows
+from jlayer.parts import Router
 from jlayer.plan.tiles import Tile
-from jlayer.spec import Router
 
 # From so many rows on they are picked: below, a product of all rows takes hardly longer.
 MANY_ROWS = 64

@@ -64,10 +64,8 @@ class Chunk:
             return self.calls[id(tile)]
         if not self.n_routed[tile.expert]:
             return ()
-        router = tile.kind.router
-        length = picked_length(
-            picked_lengths(router, self.part.size.rows), self.n_routed[tile.expert]
-        )
+        lengths = picked_lengths(tile.kind.router, self.part.size.rows)
+        length = picked_length(lengths, self.n_routed[tile.expert])
         return self.calls[(id(tile), length) if length else id(tile)]
 
     @property

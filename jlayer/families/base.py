@@ -14,19 +14,8 @@ from functools import cached_property
 from itertools import groupby
 
 from jlayer.families.fields import Fields
-from jlayer.spec import (
-    ITEM_BYTES,
-    Attention,
-    Delta,
-    Latent,
-    Leaf,
-    Logits,
-    ModelConfig,
-    Norm,
-    Place,
-    Role,
-    Router,
-)
+from jlayer.parts import Attention, Delta, Latent, Logits, Norm, Router
+from jlayer.spec import ITEM_BYTES, Leaf, ModelConfig, Place, Role
 
 # The flow: the values that stages pass on, besides the products of a stage, by name:
 #     hidden  [R, D]  the residual stream

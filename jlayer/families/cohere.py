@@ -18,7 +18,8 @@ from jlayer.families.common import (
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.spec import Logits, ModelConfig, Norm, Places
+from jlayer.parts import Logits, Norm, Places
+from jlayer.spec import ModelConfig
 
 
 def _common(fields):

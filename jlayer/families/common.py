@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.families.rope import FULL, SLIDING
-from jlayer.spec import Attention, HeadNorms, Mlp, ModelConfig, Norm, Rope
+from jlayer.parts import Attention, HeadNorms, Mlp, Norm, Rope
+from jlayer.spec import ModelConfig
 
 # Published names of activations, and ours.
 ACTIVATIONS = {

@@ -19,7 +19,8 @@ from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.mixtures import MIXTRAL, QWEN, layers_where, read_router, with_experts
 from jlayer.families.rope import read_rope
-from jlayer.spec import Experts, Mlp, ModelConfig, Router, Shared
+from jlayer.parts import Experts, Mlp, Router, Shared
+from jlayer.spec import ModelConfig
 
 _SHARED = Mlp(module="mlp.shared_experts")
 

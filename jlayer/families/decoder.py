@@ -17,7 +17,8 @@ from jlayer.families.base import (
     one,
 )
 from jlayer.families.experts import before_experts, expert_leaves, expert_stages, stages_beside
-from jlayer.spec import Attention, Experts, Leaf, Mlp, ModelConfig, Norm, Role, head_sizes
+from jlayer.parts import Attention, Experts, Mlp, Norm, head_sizes
+from jlayer.spec import Leaf, ModelConfig, Role
 
 LAYER_SCALAR = "layer_scalar"
 

@@ -14,7 +14,8 @@ from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.latent import latent_layer
 from jlayer.families.mixtures import MOST_EXPERTS, QWEN, with_experts
 from jlayer.families.rope import read_rope, rope_section
-from jlayer.spec import Experts, Latent, Mlp, ModelConfig, Norm, Router, Shared
+from jlayer.parts import Experts, Latent, Mlp, Norm, Router, Shared
+from jlayer.spec import ModelConfig
 
 # The scalings that their rotary embeddings may have.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")

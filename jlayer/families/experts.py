@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jlayer.families.base import Function, Group, Join, JoinBoth, NormAt, Stage, one
-from jlayer.spec import Experts, Leaf, Mlp, Role
+from jlayer.parts import Experts, Mlp
+from jlayer.spec import Leaf, Role
 
 ROUTER, CORRECTION, SHARED_GATE = "router", "router_bias", "shared_gate"
 OF_INPUT, OF_WEIGHTS = "router_scale", "expert_scale"

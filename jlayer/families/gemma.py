@@ -25,7 +25,8 @@ from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.mixtures import read_router, with_experts
 from jlayer.families.rope import by_type, read_rope
-from jlayer.spec import Beside, Experts, Logits, Mlp, ModelConfig, Places, Scale, Shared, Stack
+from jlayer.parts import Beside, Experts, Logits, Mlp, Places, Scale, Shared, Stack
+from jlayer.spec import ModelConfig
 
 _FOUR_NORMS = Places(
     "input_layernorm",

@@ -7,7 +7,8 @@ from jlayer.families.common import attention, config, read_sizes, rms_norm
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.spec import Mlp, ModelConfig, Places
+from jlayer.parts import Mlp, Places
+from jlayer.spec import ModelConfig
 
 
 def _glm(fields: Fields, **switches) -> ModelConfig:

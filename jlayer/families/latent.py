@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from jlayer.families.base import Function, LayerKind, Stage, bias_name, one
 from jlayer.families.decoder import decoder
-from jlayer.spec import Experts, Latent, Leaf, ModelConfig, Role, latent_sizes
+from jlayer.parts import Experts, Latent, latent_sizes
+from jlayer.spec import Leaf, ModelConfig, Role
 
 # The names of its matrices and norms.
 Q, Q_A, Q_B, Q_NORM = "q_proj", "q_a_proj", "q_b_proj", "q_a_layernorm"

@@ -7,7 +7,8 @@ from jlayer.families.common import attention, config, head_norms, read_sizes, wi
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.spec import Mlp, ModelConfig, Norm, Places
+from jlayer.parts import Mlp, Norm, Places
+from jlayer.spec import ModelConfig
 
 
 def _norm(fields, key, **form):

@@ -22,7 +22,8 @@ from jlayer.families.common import (
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.spec import Logits, Mlp, ModelConfig, Rope, Scale
+from jlayer.parts import Logits, Mlp, Rope, Scale
+from jlayer.spec import ModelConfig
 
 # Computed tables that old checkpoints hold.
 TABLES = (

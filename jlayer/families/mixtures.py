@@ -23,7 +23,8 @@ from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.llama import TABLES, granite, hunyuan
 from jlayer.families.rope import read_rope
-from jlayer.spec import Experts, Mlp, ModelConfig, Router, Shared, Stack
+from jlayer.parts import Experts, Mlp, Router, Shared, Stack
+from jlayer.spec import ModelConfig
 
 MOST_EXPERTS = 1 << 14
 # The published names of Mixtral's experts: w1 is the gate, w3 the other, w2 leads back.

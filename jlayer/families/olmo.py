@@ -21,7 +21,8 @@ from jlayer.families.common import (
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import by_type, read_rope
-from jlayer.spec import ModelConfig, Norm, Places
+from jlayer.parts import Norm, Places
+from jlayer.spec import ModelConfig
 
 _AFTER = Places(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 

@@ -7,7 +7,8 @@ from jlayer.families.common import attention, config, read_sizes, rms_norm, wind
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.spec import Mlp, ModelConfig
+from jlayer.parts import Mlp
+from jlayer.spec import ModelConfig
 
 
 def _phi3(fields: Fields) -> ModelConfig:

@@ -22,7 +22,8 @@ from jlayer.families.decoder import decoder, decoder_kinds, experts_of_layers
 from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.mixtures import qwen_experts, qwen_shared, sparse_layers, with_experts
 from jlayer.families.rope import read_rope
-from jlayer.spec import Delta, Leaf, ModelConfig, Norm, Role, Stack, delta_sizes
+from jlayer.parts import Delta, Norm, Stack, delta_sizes
+from jlayer.spec import Leaf, ModelConfig, Role
 
 LINEAR = "linear_attention"
 _WIDTH = 512  # of an expert, and of the shared one, where the file is silent

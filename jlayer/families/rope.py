@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
-from jlayer.spec import Rope
+from jlayer.parts import Rope
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 PARTIAL = "partial_rotary_factor"

@@ -18,8 +18,8 @@ from flax import struct
 from jlayer.model.cache import LayerCache, Rows, View, gathered
 from jlayer.model.ops import capped
 from jlayer.model.products import exact_for
+from jlayer.parts import Attention
 from jlayer.pieces import attention_pieces
-from jlayer.spec import Attention
 
 
 @struct.dataclass

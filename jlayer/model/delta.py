@@ -27,8 +27,8 @@ import jax.numpy as jnp
 
 from jlayer.model.cache import Rows, StateCache, read_state, write_state
 from jlayer.model.ops import ACTIVATION, normed
+from jlayer.parts import Delta
 from jlayer.pieces import DELTA_BLOCK, delta_block
-from jlayer.spec import Delta
 
 # Of the norm of queries and keys: a constant of the reference, no field of config.json.
 EPS = 1e-6

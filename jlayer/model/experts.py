@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlayer.families.experts import CORRECTION, OF_INPUT, OF_WEIGHTS, ROUTER, SHARED_GATE
 from jlayer.model.ops import normed
 from jlayer.model.products import product
-from jlayer.spec import Router
+from jlayer.parts import Router
 
 
 def route(products, whole, inputs, *, how: Router):

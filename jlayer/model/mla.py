@@ -25,7 +25,7 @@ from jlayer.model.attention import attention
 from jlayer.model.cache import LatentCache, LayerCache, Rows, write_latent
 from jlayer.model.ops import normed, rotate
 from jlayer.model.products import exact_for
-from jlayer.spec import Latent
+from jlayer.parts import Latent
 
 
 def query_latent(products, whole: Mapping, *, how: Latent):

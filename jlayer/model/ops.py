@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlayer.model.products import product
-from jlayer.spec import Logits, Norm, Rope, Scale
+from jlayer.parts import Logits, Norm, Rope, Scale
 
 ACTIVATION = {
     "silu": jax.nn.silu,

@@ -20,7 +20,7 @@ from jlayer.model.experts import mix_expert, mix_shared, route
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
 from jlayer.model.products import product
-from jlayer.spec import Attention, Mlp, Scale
+from jlayer.parts import Attention, Mlp, Scale
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from jlayer.families.registry import layer_kinds
+from jlayer.parts import Router
 from jlayer.plan.need import Need
 from jlayer.plan.tiles import Tiling
-from jlayer.spec import ModelConfig, Router
+from jlayer.spec import ModelConfig
 
 
 @dataclass(frozen=True)

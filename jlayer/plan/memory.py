@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
+from jlayer.parts import Attention, Delta, Latent, head_sizes
 from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes, latent_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
@@ -25,17 +26,7 @@ from jlayer.plan.shapes import (
     window_capacity,
 )
 from jlayer.plan.tiles import Tier, Tiling, Weights
-from jlayer.spec import (
-    ALIGNMENT,
-    ITEM_BYTES,
-    Attention,
-    Delta,
-    Latent,
-    ModelConfig,
-    Place,
-    head_sizes,
-    resident_dtype,
-)
+from jlayer.spec import ALIGNMENT, ITEM_BYTES, ModelConfig, Place, resident_dtype
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
 OUTGOING = 3

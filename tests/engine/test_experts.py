@@ -13,8 +13,8 @@ from jlayer.convert import convert_checkpoint
 from jlayer.engine import picking, sweep
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
+from jlayer.parts import Router
 from jlayer.plan import making
-from jlayer.spec import Router
 from jlayer.streaming.incoming import Incoming
 from tests.engine.mixture import CONFIG, N_SPARSE, save
 from tests.streaming.conftest import set_tile_bytes

@@ -13,10 +13,10 @@ from jlayer import pieces
 from jlayer.engine.device import FLASH_DTYPES, gpu_memory, has_flash
 from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, Rows, rows_struct
+from jlayer.parts import Attention
 from jlayer.pieces import Pieces, attention_pieces
 from jlayer.plan.memory import attention_temporary_bytes
 from jlayer.plan.shapes import RunShape
-from jlayer.spec import Attention
 
 
 def attention_of(n_heads, n_kv_heads, head_dim):

@@ -18,9 +18,9 @@ from jlayer.model.delta import (
     last_inputs,
     parents_of,
 )
+from jlayer.parts import Delta
 from jlayer.pieces import DELTA_BLOCK as BLOCK
 from jlayer.pieces import delta_bytes
-from jlayer.spec import Delta
 
 # No two axes are equal: 2 key heads of 5, 6 value heads of 7, so 62 channels.
 HOW = Delta(n_key_heads=2, n_value_heads=6, key_dim=5, value_dim=7, kernel=4)

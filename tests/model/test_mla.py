@@ -13,9 +13,9 @@ from jlayer.families.base import latent_cache
 from jlayer.model.cache import LatentCache, Rows, cache_struct, rows_struct
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import normed, rotate
+from jlayer.parts import Latent, Norm, Rope
 from jlayer.plan.memory import latent_temporary_bytes
 from jlayer.plan.shapes import Shapes
-from jlayer.spec import Latent, Norm, Rope
 
 # Entries of 14 and 8 numbers; queries 108, values 42.
 HOW = Latent(

@@ -11,7 +11,7 @@ from jlayer.model import ops, products
 from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, empty_cache, write
 from jlayer.model.stages import block
-from jlayer.spec import Norm, Rope
+from jlayer.parts import Norm, Rope
 from tests.chain import chain
 from tests.reference.conftest import STYLES
 from tests.tiny import TINY

@@ -11,7 +11,7 @@ from jlayer.config import model_config
 from jlayer.families.experts import OF_INPUT, OF_WEIGHTS, ROUTER
 from jlayer.families.registry import FAMILIES
 from jlayer.model.experts import route, weights_of
-from jlayer.spec import Router
+from jlayer.parts import Router
 from tests.reference.mixture_forms import MIXTURES
 
 torch = pytest.importorskip("torch")
