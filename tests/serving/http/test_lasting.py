@@ -15,6 +15,7 @@ from jlayer.serving.starts import NotNoted
 from tests.serving.http.conftest import client_of, held, served
 from tests.serving.http.test_answers import events
 from tests.serving.http.test_connections import until
+from tests.serving.test_desk import slowed
 from tests.serving.wire.bodies import messages
 
 ASYNC = {"Prefer": "respond-async"}
@@ -325,10 +326,7 @@ def test_an_engine_that_fails_counts_and_a_server_that_is_stopped_does_not(
             until(lambda: serving.site.desk.status().riders)
             serving.stop()
     for _ in range(4):
-        with (
-            held(model, threading.Event()),
-            served(model, journal=Journal(folder)) as serving,
-        ):
+        with slowed(model, 0.2), served(model, journal=Journal(folder)) as serving:
             until(lambda s=serving: s.site.desk.status().riders)
             serving.stop()
     with served(model, journal=Journal(folder)) as serving, client_of(serving) as client:
