@@ -20,7 +20,8 @@ from jlayer.errors import JlayerError, StorageError
 from jlayer.serving.disk import Log
 
 FILE = "starts.jsonl"
-MOST = 3
+# Many enough that what merely ran while a server was killed a few times is not given up for it.
+MOST = 10
 MOST_DEAD = 20_000  # names in lines that stand for nothing any more
 
 Done = Callable[[JlayerError | None], None]
