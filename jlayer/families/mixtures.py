@@ -227,7 +227,9 @@ def _hunyuan(fields: Fields) -> ModelConfig:
             )
     cfg, width = hunyuan(fields), fields.integer("intermediate_size")
     chosen = ("moe_topk", "num_experts_per_tok")
-    router = read_router(fields, n_experts=1, n_chosen=1, chosen=chosen, renormalizes=True)
+    router = read_router(
+        fields, n_experts=1, n_chosen=1, chosen=chosen, renormalizes=True, is_exact=True
+    )
     shared = Shared(width, Mlp(module="mlp.shared_mlp"))
     return with_experts(cfg, Experts(router, width, QWEN, "mlp.gate.wg.weight", shared=shared))
 
