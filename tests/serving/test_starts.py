@@ -8,9 +8,17 @@ import threading
 import pytest
 
 from jlayer.errors import CheckpointError
-from jlayer.serving.starts import FILE, MOST, GivenUp, NotNoted, PartStarts, Starts
+from jlayer.serving import starts as module
+from jlayer.serving.starts import FILE, GivenUp, NotNoted, PartStarts, Starts
 
 PATIENCE_S = 20
+
+MOST = 3
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(module, "MOST", MOST)
 
 
 @pytest.fixture
