@@ -117,15 +117,15 @@ class Executor:
         """Changes the tiers of the tiles, where caches are, and how many experts are kept, from the
         next sweep on.
 
-        A tile of the host tier that stays there is not read again.
+        A tile of the host tier that stays there is not read again, nor is an expert.
         """
         self._abandon()
         self._keep(tiers)
         self._tiers, self._attending = tiers, attending
-        if experts != self._expert_rooms:
-            self.incoming.drop_shared_rooms()
+        if self.experts and experts != self._expert_rooms:
             self._expert_rooms = experts
-            self.experts = self._expert_stream()
+            self.incoming.drop_rooms(self.experts.resize(experts.on_device, experts.in_host))
+            self.experts.restart(self.incoming.there)
 
     def _keep(self, tiers):
         """Of experts the schedule decides which stay."""

@@ -77,6 +77,21 @@ class ExpertStream:
         self._ring, self._ahead, self.totals = tuple(ring), ahead, totals
         self.restart(())
 
+    def resize(self, on_device: Sequence[int], in_host: Sequence[int]) -> list[Slot]:
+        """Keeps so many experts from now on -> the rooms in host memory that are not used any more.
+        Nothing may be on the device."""
+        self._on_device_sizes, gone = tuple(on_device), []
+        for (first, kept), n_slots in zip(self._in_host.items(), in_host, strict=True):
+            places = range(max(map(len, self.choices[first].tiles)))
+            slots = kept.resize(n_slots)
+            gone += [(first, place, slot) for slot in slots for place in places]
+        return gone
+
+    def kept_in_host(self) -> dict[int, tuple[int, ...]]:
+        """Of each layer, by the first tile of its experts, those that are kept in host memory, the
+        least recently used first."""
+        return {first: kept.numbers() for first, kept in self._in_host.items()}
+
     def restart(self, in_host: Collection[int]) -> None:
         """Begins anew after a pass that was given up: nothing is on the device, and of the experts
         in host memory only those are there whose tiles are `in_host`."""

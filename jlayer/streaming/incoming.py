@@ -239,12 +239,11 @@ class Incoming:
             self._memory.drop_room(tile)
         self._kept, self._read_once = kept, frozenset(read_once)
 
-    def drop_shared_rooms(self) -> None:
-        """Releases the rooms in which tiles take turns."""
-        for room, tile in self._tile_in.items():
-            self._there.pop(tile, None)
+    def drop_rooms(self, rooms: Iterable[Slot]) -> None:
+        """Releases rooms in which tiles take turns."""
+        for room in rooms:
+            self._there.pop(self._tile_in.pop(room, None), None)
             self._memory.drop_room(room)
-        self._tile_in.clear()
 
     def settle(self) -> None:
         """Waits for the reads in progress: the disk is then idle until the next ones."""

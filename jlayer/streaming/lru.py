@@ -31,6 +31,7 @@ class Lru:
     def __init__(self, n_slots: int):
         self._slots: OrderedDict[int, int] = OrderedDict()  # number -> slot, oldest first
         self._free = deque(range(n_slots))
+        self._n_made = n_slots  # slots that there ever were
 
     def __contains__(self, number: int) -> bool:
         return number in self._slots
@@ -67,6 +68,17 @@ class Lru:
         """Drops these numbers; their slots are free."""
         for number in numbers:
             self._free.append(self._slots.pop(number))
+
+    def resize(self, n_slots: int) -> list[int]:
+        """Has so many slots from now on -> the slots that are gone: free ones first, then those of
+        the least recently used."""
+        gone = []
+        while len(self._free) + len(self._slots) > n_slots:
+            gone.append(self._free.pop() if self._free else self._slots.popitem(last=False)[1])
+        n_more = n_slots - len(self._free) - len(self._slots)
+        self._free.extend(range(self._n_made, self._n_made + n_more))
+        self._n_made += n_more
+        return gone
 
     def numbers(self) -> tuple[int, ...]:
         """Those that are kept, the least recently used first."""

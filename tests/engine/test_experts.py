@@ -15,6 +15,7 @@ from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
 from jlayer.parts import Router
 from jlayer.plan import making
+from jlayer.plan.experts import ExpertRooms
 from jlayer.streaming.incoming import Incoming
 from tests.engine.mixture import CONFIG, N_SPARSE, save
 from tests.streaming.conftest import set_tile_bytes
@@ -250,6 +251,24 @@ def test_padding_counts_where_rows_are_picked_but_chooses_nothing():
     routing = np.array([[0.5, 0, 0], [0, 0.2, 0], [0.1, 0, 0.3]], np.float32)
     n_routed, chosen = picking.routed(routing, np.array([0, 1]))
     assert (n_routed.tolist(), chosen) == ([2, 1, 0], [0, 1])
+
+
+def test_another_plan_reads_no_expert_again_that_it_still_keeps(published, expected, keep):
+    """A run that leaves less room beside it, and one after it that has all again."""
+    keep(0, 6)
+    with opened(published) as model:
+        assert told(model)[0] == expected[0]
+        before = model.engine.totals.experts_used, model.engine.totals.experts_in_host
+        with model.engine.turn() as executor:
+            kept = executor.experts.kept_in_host()
+            for in_host in (4, 6):
+                executor.retier(
+                    model.plan.tiers, experts=ExpertRooms((0,) * N_SPARSE, (in_host,) * N_SPARSE)
+                )
+            left = executor.experts.kept_in_host()
+        assert {first: numbers[-4:] for first, numbers in kept.items()} == left
+        assert told(model)[0] == expected[0]
+        assert model.engine.totals.experts_in_host > 2 * before[1] - N_SPARSE * 2
 
 
 def test_programs_are_compiled_for_kinds_and_not_for_experts(published, tmp_path):

@@ -209,3 +209,34 @@ def test_numbers_that_are_used_at_once_make_no_room_for_one_another():
     assert kept.numbers() == (7, 8)
     kept.forget([7])
     assert kept.take([5]).placed == {5: 1}
+
+
+def test_fewer_slots_keep_what_was_used_last_and_more_keep_all():
+    kept = Lru(4)
+    kept.take([1, 2, 3])
+    assert kept.resize(2) == [3, 0]  # a free one, then that of 1
+    assert kept.numbers() == (2, 3)
+    assert kept.resize(4) == []
+    assert kept.take([5, 6]).placed == {5: 4, 6: 5}
+    assert kept.numbers() == (2, 3, 5, 6)
+
+
+@given(runs, sizes, sizes)
+def test_what_is_kept_may_change_between_sweeps(run, on_device, in_host):
+    """What still has room in host memory is not read again."""
+    experts = stream_of(run)
+    steps_of(run, experts)
+    before = {first: set(kept) for first, kept in experts.kept_in_host().items()}
+    gone = experts.resize(on_device, in_host)
+    after = {first: set(kept) for first, kept in experts.kept_in_host().items()}
+    experts.restart(list(EXPERT_OF))
+    for first, most in zip(after, in_host, strict=True):
+        assert after[first] <= before[first]
+        assert len(after[first]) == min(most, len(before[first]))
+    assert len(set(gone)) == len(gone)
+    everything = {**run, "chosen": [list(range(N_EXPERTS))] * (N_LAYERS * N_SWEEPS)}
+    _, rest = steps_of(everything, experts)
+    read = {EXPERT_OF[s.tile] for s in rest[0] if isinstance(s, Read) and s.tile in EXPERT_OF}
+    for first, kept in after.items():
+        assert not {expert for layer, expert in read if layer == FIRST[first]} & kept
+    assert all(place_of(s) not in gone for s in rest[0] if isinstance(s, Read))
