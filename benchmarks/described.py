@@ -122,6 +122,7 @@ MODELS = {
     "ministral": "a Mistral whose layers differ in their window",
     "ministral3": "the text of Ministral 3",
     "mistral": "Mistral 7B, Nemo, Small",
+    "mistral4": "the text of Mistral 4",
     "mistral3": "Mistral Small 3.1 and 3.2, Ministral 3",
     "mixtral": "Mixtral 8x7B and 8x22B",
     "nemotron": "Nemotron 3 8B, Minitron",

@@ -1,10 +1,11 @@
-"""Families with latent attention: DeepSeek V2, V3 and V3.2, Kimi K2, GLM-4.7-Flash and GLM-5. Their
-layers have experts but for the first ones."""
+"""Families with latent attention: DeepSeek V2, V3 and V3.2, Kimi K2, GLM-4.7-Flash and GLM-5,
+Mistral 4. Their layers have experts but for the first ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family, LayerKind
@@ -14,7 +15,7 @@ from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.latent import latent_layer
 from jlayer.families.mixtures import MOST_EXPERTS, QWEN, with_experts
 from jlayer.families.rope import read_rope, rope_section
-from jlayer.parts import Experts, Latent, Mlp, Norm, Router, Shared
+from jlayer.parts import Experts, Latent, Mlp, Norm, Router, Shared, Stack
 from jlayer.spec import ModelConfig
 
 # The scalings that their rotary embeddings may have.
@@ -80,6 +81,39 @@ _GLM_DSA = {
     "n_group": 1,
     "topk_group": 1,
 }
+_MISTRAL4 = {
+    "kv_lora_rank": 256,
+    "q_lora_rank": 1024,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 1048576,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+}
+_MISTRAL4_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 128.0,
+    "original_max_position_embeddings": 8192,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_STACKS = (
+    Stack("mlp.experts.gate_up_proj", ("gate_proj", "up_proj"), is_only=True),
+    Stack("mlp.experts.down_proj", ("down_proj",), is_only=True),
+)
 
 
 def _kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
@@ -104,7 +138,7 @@ def _filled(fields: Fields, defaults: Mapping, **synonyms: str) -> Fields:
     return fields.filled(defaults)
 
 
-def _latent(fields: Fields, *, interleaved: bool) -> Latent:
+def _latent(fields: Fields, *, interleaved: bool, types: Sequence[str] = _ROPE_TYPES) -> Latent:
     heads, size = fields.integer("num_attention_heads"), {"limit": LIMITS["head_dim"]}
     others = fields.integer("num_key_value_heads", default=heads, null_is_absent=True)
     if others != heads:
@@ -119,7 +153,7 @@ def _latent(fields: Fields, *, interleaved: bool) -> Latent:
         )
     nope, rank = fields.integer("qk_nope_head_dim", **size), {"limit": LIMITS["hidden_size"]}
     longest = fields.integer("max_position_embeddings")
-    rope = read_rope(fields, longest=longest, types=_ROPE_TYPES, interleaved=interleaved)
+    rope = read_rope(fields, longest=longest, types=types, interleaved=interleaved)
     return Latent(
         heads,
         rank=fields.integer("kv_lora_rank", **rank),
@@ -178,8 +212,7 @@ def _router(fields: Fields, *, least: int | None, **form) -> Router:
         n_groups=n_groups,
         n_chosen_groups=n_of_groups,
         scale=fields.positive("routed_scaling_factor"),
-        is_exact=True,
-        **form,
+        **{"is_exact": True, **form},
     )
 
 
@@ -238,6 +271,7 @@ def _model(
     *,
     eps: float = 1e-6,
     longest: int | None = None,
+    stacks: tuple[Stack, ...] = (),
 ) -> ModelConfig:
     """`layers`: of each whether it has experts, with a router that `read_router` reads; `longest`:
     the most tokens of a text, if they are fewer than the config has positions."""
@@ -267,6 +301,7 @@ def _model(
         bias="mlp.gate.e_score_correction_bias" if router.has_bias else None,
         shared=Shared(n_shared * width, Mlp(module="mlp.shared_experts")),
         layers=() if all(layers) else layers,
+        stacks=stacks,
     )
     return with_experts(cfg, experts)
 
@@ -319,6 +354,39 @@ def _glm_dsa(fields: Fields) -> ModelConfig:
     return _v32(fields, _GLM_DSA, eps=1e-5)
 
 
+def _mistral4(fields: Fields) -> ModelConfig:
+    """Queries grow with their position, as in Llama 4. The part of a head that is turned is given
+    twice."""
+    fields = _filled(fields, _MISTRAL4, num_local_experts="n_routed_experts")
+    section = "rope_scaling" if fields.has("rope_scaling") else "rope_parameters"
+    if not fields.has(section):
+        fields = fields.changed({section: _MISTRAL4_ROPE})
+    said = fields.section(section)
+    turned, nope = (fields.integer(f"qk_{name}_head_dim") for name in ("rope", "nope"))
+    said.refuse_unless("partial_rotary_factor", turned / (turned + nope))
+    beta = said.positive("llama_4_scaling_beta")
+    grows = (beta, said.integer("original_max_position_embeddings"))
+    without = {name: said.raw[name] for name in said.raw if name != "partial_rotary_factor"}
+    fields = fields.changed({section: without}, without=("partial_rotary_factor",))
+    # Of other types transformers turns another number of pairs than a head has.
+    interleaved = fields.boolean("rope_interleave", default=True)
+    latent = _latent(fields, interleaved=interleaved, types=("yarn",))
+    return _model(
+        fields, replace(latent, grows=grows), _grouped_router, _first_dense(fields), stacks=_STACKS
+    )
+
+
+def _grouped_router(fields: Fields) -> Router:
+    return _router(
+        fields,
+        least=2,
+        group_score="best_two",
+        renormalizes=fields.boolean("norm_topk_prob"),
+        above_sum=1e-20,
+        is_exact=False,
+    )
+
+
 def _row(model_type, architecture, read, **more):
     given = {"left_out": OTHER_PARTS, "has_windows": False, **more}
     return Family(model_type, architecture, read, _kinds, **given)
@@ -338,5 +406,6 @@ FAMILIES = (
     _row("kimi_k2", "DeepseekV3ForCausalLM", _v3),
     _row("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _glm_lite),
     _row("deepseek_v32", "DeepseekV32ForCausalLM", _v32, **_OF_INDEXED),
+    _row("mistral4", "Mistral4ForCausalLM", _mistral4),
     _row("glm_moe_dsa", "GlmMoeDsaForCausalLM", _glm_dsa, **_OF_INDEXED),
 )

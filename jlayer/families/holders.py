@@ -35,7 +35,7 @@ HOLDERS = {
         Holder("gemma4", "Gemma4ForConditionalGeneration", ("gemma4_text",)),
         Holder(
             *("mistral3", "Mistral3ForConditionalGeneration"),
-            ("mistral", "ministral", "ministral3"),
+            ("mistral", "ministral", "ministral3", "mistral4"),
         ),
         Holder("qwen3_5", "Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
         Holder(

@@ -51,6 +51,7 @@ YARN = {
     "mscale_all_dim": 0.9,
     "original_max_position_embeddings": 16,
 }
+GROWN = {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}}
 SCALED, ONE_GROUP = {"rope_parameters": YARN}, {"n_group": 1, "topk_group": 1}
 GROUPS = {"n_group": 4, "topk_group": 2}
 INDEX = {"index_topk": 64, "index_head_dim": 16, "index_n_heads": 2}
@@ -99,6 +100,18 @@ FORMS = {
     "glm4_moe_lite-types": Form(
         "glm4_moe_lite", {**SIZES, **GROUPS, "mlp_layer_types": ["sparse", "dense", "sparse"]}
     ),
+    "mistral4": Form(
+        "mistral4",
+        {**SIZES, **GROUPS, **GROWN, **BIASED, "first_k_dense_replace": 0},
+        (
+            {"rope_parameters": {**GROWN["rope_parameters"], "llama_4_scaling_beta": 0.1}},
+            {"rope_parameters": {**GROWN["rope_parameters"], "factor": 20.0}},
+            {"rope_interleave": False},
+            {"topk_group": 3},
+            {"norm_topk_prob": False},
+            {"routed_scaling_factor": 2.0},
+        ),
+    ),
     "deepseek_v32": Form("deepseek_v32", {**SIZES, **GROUPS, **SCALED, **BIASED, **INDEX}),
     "glm_moe_dsa": Form("glm_moe_dsa", {**SIZES, **ONE_GROUP, **INDEX}),
 }
@@ -120,10 +133,10 @@ def save(
     """Saves the model called `name` as safetensors in `folder` and returns the folder. Gains,
     biases and the routers' correction biases are random too."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    config = reference_config(name)
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(reference_config(name))
+        model = _class_of(config.model_type)._from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for leaf, tensor in model.state_dict().items():
@@ -133,11 +146,21 @@ def save(
     return folder
 
 
+def _class_of(model_type):
+    """Mistral 4 has no class by itself that transformers would choose."""
+    import transformers
+
+    if model_type == "mistral4":
+        return transformers.models.mistral4.modeling_mistral4.Mistral4ForCausalLM
+    config = transformers.CONFIG_MAPPING[model_type]
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+
 def load(folder: str | os.PathLike, dtype):
     """Transformers' model in a folder."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    return _class_of(AutoConfig.from_pretrained(folder).model_type).from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
 
