@@ -27,8 +27,8 @@ def link(monkeypatch):
         moved.append(array.nbytes)
         return real(array.copy(), device)
 
-    def unpinned(ring, n_bytes, *, pin):
-        return HostMemory([n_bytes] * ring, pin=False)
+    def unpinned(slot_bytes, *, pin):
+        return HostMemory(slot_bytes, pin=False)
 
     monkeypatch.setattr(engine_speeds, "platform_of", lambda _: "gpu")
     monkeypatch.setattr(engine_speeds, "HostMemory", unpinned)
