@@ -131,6 +131,7 @@ def test_a_signal_while_programs_are_compiled_ends_cleanly(fable):
         assert json.loads(out)["finish_reason"] == "interrupted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_an_interrupt_keeps_the_text_so_far(fable, as_json):
     words = ["generate", fable, *RUN, "-n", "900", *["--json"] * as_json]

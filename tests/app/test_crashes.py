@@ -10,6 +10,7 @@ from functools import partial
 
 import httpx
 import openai
+import pytest
 
 from tests.app.processes import finish, start
 from tests.conftest import BUNDLED
@@ -102,6 +103,7 @@ class Server:
         assert code == 143, err
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_three_servers_is_answered_as_failed(tmp_path):
     for number in range(3):
         with Server(tmp_path) as server:
@@ -147,6 +149,7 @@ Scheduler.drive_until = slow
 """
 
 
+@pytest.mark.slow
 def test_servers_that_are_stopped_while_it_runs_do_not_count(tmp_path):
     name = None
     for _ in range(4):
@@ -168,6 +171,7 @@ def running(server, name):
     return found.get("status") == "running" and found["choices"][0]["tokens"] > 2
 
 
+@pytest.mark.slow
 def test_a_line_that_kills_three_servers_is_given_up_and_all_others_are_answered(tmp_path):
     def line(name, n_tokens):
         body = {"prompt": "Once upon a time", "max_tokens": n_tokens, "ignore_eos": True}
@@ -215,6 +219,7 @@ def completed(api, name):
     return found if found.status == "completed" else None
 
 
+@pytest.mark.slow
 def test_who_rides_beside_it_is_answered(tmp_path):
     """Those that were running at each crash are not told apart, until each has its last try."""
     names = None

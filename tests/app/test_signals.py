@@ -128,6 +128,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jlayer.app.cli", "numpy", "jax", "jax._src.xla_bridge"])
 def test_a_signal_during_an_import_is_held_until_the_import_is_over(text, name):
     """Raised there, it was dropped, or broke the import off: the process crashed at its end."""

@@ -86,6 +86,7 @@ def test_a_layer_of_llama_takes_one_program_for_each_tile(models, monkeypatch, c
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "sub_norm", "made_up"])
 @pytest.mark.parametrize(
     ("tile_bytes", "share"),

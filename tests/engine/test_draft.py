@@ -283,6 +283,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.batch} of {run.nodes}")
 def test_its_temporaries_are_within_what_is_planned(some_draft, run):
     dtype = "float32" if run.batch == 1 else "bfloat16"

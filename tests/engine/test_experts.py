@@ -72,6 +72,7 @@ def test_what_is_kept_changes_no_number(published, expected, keep, kept):
     assert (found.experts_in_host > 0) == (kept[1] > 0 and kept[0] < N_EXPERTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_bytes", [700, 5_000])
 def test_an_expert_may_be_cut_into_any_tiles(published, expected, keep, monkeypatch, tile_bytes):
     set_tile_bytes(monkeypatch, tile_bytes)
@@ -84,6 +85,7 @@ def test_an_expert_may_be_cut_into_any_tiles(published, expected, keep, monkeypa
     np.testing.assert_allclose(logits, expected[1], rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
+@pytest.mark.slow
 def test_the_hosts_cores_multiply_what_all_tokens_use(published, expected):
     """Some rows of each matrix but those of experts."""
     with opened(published, host_share=0.5) as model:
@@ -217,6 +219,7 @@ def break_after(patched, fault, n_before):
     return error
 
 
+@pytest.mark.slow
 def test_of_many_rows_those_are_picked_that_chose_an_expert(published, monkeypatch):
     """In one chunk and in several, whole experts and cut ones; an expert that too many rows chose
     is multiplied by all."""

@@ -121,6 +121,7 @@ def test_lanes_that_share_a_pass_have_the_tokens_that_they_have_alone(int4):
         ]
 
 
+@pytest.mark.slow
 def test_auto_measures_and_multiplies_quantized_weights_on_a_cpu(int4, monkeypatch):
     expected = found(int4, 0)
     with opened(int4, "auto") as model:  # too small to be worth a measurement

@@ -38,6 +38,7 @@ def afresh(model, prompt, **options):
     return jlayer.generate(model, prompt, **{**PLAIN, **options}).token_ids
 
 
+@pytest.mark.slow
 def test_the_next_turn_costs_its_new_tokens(model):
     model.engine.kept.clear()
     first, n_kept, _ = turn(model, PROMPT)
@@ -143,6 +144,7 @@ def test_a_run_whose_texts_have_ended_has_nothing_to_give_back_for_later(fable):
         assert not model.engine.n_alive
 
 
+@pytest.mark.slow
 def test_texts_of_one_prompt_give_their_entries_back_and_go_on(model):
     drawn = {**PLAIN, "do_sample": True, "temperature": 1.0, "seed": 5, "num_return_sequences": 3}
     expected = [one.token_ids for one in jlayer.generate(model, PROMPT, **drawn)]

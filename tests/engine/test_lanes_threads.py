@@ -156,6 +156,7 @@ def test_what_leaves_in_a_pass_that_fails_gives_its_entries_back_at_once(model):
 ENDINGS = ["exhausted", "closed", "dropped", "error", "cancelled", "handle dropped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_nothing_is_left_of_what_ends_beside_others(model, ending):
     want = alone(model, PROMPT, max_new_tokens=12, **GREEDY)

@@ -152,6 +152,7 @@ def test_what_crosses_as_one_array_gives_the_same_logits(layered, monkeypatch, t
         assert all(isinstance(made, jax.Array) and made.ndim == 1 for made in put)
 
 
+@pytest.mark.slow
 def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
     _, expected = whole
     monkeypatch.setattr(making, "TILE_BYTES", (1_500,))

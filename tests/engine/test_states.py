@@ -88,6 +88,7 @@ def test_lanes_that_begin_alike_and_guess_are_what_each_is_alone(model, plain):
     assert several == model.generate([PROMPT[:40]], **options)
 
 
+@pytest.mark.slow
 def test_a_pass_that_fails_has_changed_no_state(model, plain, monkeypatch):
     sweeper = model.engine.sweeper
     run = Run(model, PROMPT, speculate="lookup", draft_tokens=7, **OPTIONS)

@@ -73,6 +73,7 @@ QUANTISED = [("int8", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")]
 MOST_ABOVE = {"long cache": 2.3, "tiles": 2.8, "whole": 2.8, "whole and quantized": 5.6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "capacity", "stored", "dtype"),
     [

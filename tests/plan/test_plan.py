@@ -252,6 +252,7 @@ def test_a_prompt_that_does_not_fit_in_one_pass_is_split():
     assert plan.sweep_seconds >= bytes_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "on", "context"),
     [

@@ -44,6 +44,7 @@ def checkpoint(request, tmp_path_factory):
     return request.param, target
 
 
+@pytest.mark.slow
 def test_command_line_gives_exactly_the_greedy_ids(checkpoint, capsys):
     name, folder = checkpoint
     for prompt, ids, expected, _, _ in golden(name):

@@ -92,6 +92,7 @@ def test_logits_of_every_position_with_a_cache(sources, expected, name, tmp_path
         assert at == N_TOKENS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
     """In tiles: the tokens that Transformers draws for each prompt by itself, with its cache."""

@@ -51,6 +51,7 @@ def refusal(folder):
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "tile_bytes"),
     [

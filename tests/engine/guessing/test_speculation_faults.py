@@ -107,6 +107,7 @@ def test_an_interrupt_of_any_step_of_guessing_changes_nothing(model, plain, step
     assert n_stopped > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [0, 1], ids=["of prompts", "of next tokens"])
 def test_an_interrupt_at_any_tile_changes_nothing(model, plain, begun):
     want = [plain.generations(prompt, **OPTIONS)[0].token_ids for prompt in SOME]
@@ -267,6 +268,7 @@ def test_what_is_learnt_is_of_the_noise_that_was_drawn_with(fable, monkeypatch):
 # What is left
 
 
+@pytest.mark.slow
 def test_many_requests_leave_no_more_than_a_few(model, monkeypatch):
     monkeypatch.setattr("jlayer.engine.speculation.OTHERS_TOKENS", 300)
     speculation = model.engine.speculation

@@ -87,6 +87,7 @@ def test_lanes_that_join_and_leave_change_no_token(model, plain, rows):
     assert is_whole(model)
 
 
+@pytest.mark.slow
 def test_handles_from_elsewhere_are_what_each_is_alone(model, plain):
     options = {"max_new_tokens": 12, "temperature": 0.7, **SEED}
     handles = [

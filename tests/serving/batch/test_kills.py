@@ -91,6 +91,7 @@ def words(fable, tmp_path):
     return of
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_line_it_goes_on_from_the_one_before(words, tmp_path):
     undisturbed, mine = words(20, "undisturbed"), words(20, "out")
     code, _, err = finish(start(0, "batch", *undisturbed, code=TORN))
