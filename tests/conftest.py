@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import hypothesis
 import pytest
@@ -34,6 +35,24 @@ BUNDLED = REPOSITORY / "jlayer" / "data" / "fable-3m"
 NO_SHARED_DATA = "the shared test data is not beside this checkout"
 
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=NO_SHARED_DATA)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        metavar="K/N",
+        help="only the tests of part K (from 0) of N: the long campaigns take more than an hour",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Drops the tests of other parts. Which part a test is in hangs on its name alone, so all
+    workers agree, and a new test moves no other."""
+    if part := config.getoption("--part"):
+        number, n_parts = map(int, part.split("/"))
+        own = [item for item in items if crc32(item.nodeid.encode()) % n_parts == number]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
+        items[:] = own
 
 
 def pytest_configure():
