@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from jlayer.families.fields import Fields
 from jlayer.parts import Attention, Delta, Latent, Logits, Norm, Router
@@ -228,6 +228,9 @@ class LayerKind:
     def __post_init__(self):
         mixers = (self.attention, self.delta, self.latent)
         assert sum(mixer is not None for mixer in mixers) == 1, "a layer has one mixer"
+        for stage, following in pairwise(self.stages):
+            after_experts = stage.per_expert and not following.per_expert
+            assert not (after_experts and following.input), "the last expert may not run"
 
     @cached_property
     def _hash(self):

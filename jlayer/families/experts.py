@@ -79,7 +79,9 @@ def stages_beside(experts: Experts, before: NormAt, after: JoinBoth) -> tuple[St
     normed = Function("normed", ("hidden",), ("x",), before.leaves, before)
     return (
         *stages,
-        replace(inner, input=normed, source="x"),
+        # A stage of its own: the last expert, after which an input would be made, may not run.
+        Stage("between", (), finish=normed),
+        replace(inner, source="x"),
         replace(last, drops=OF_EXPERTS),
     )
 
