@@ -3,18 +3,17 @@ however it is cut and however its tokens come; and with each of its switches cha
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.families.registry import FAMILIES
 from jlayer.plan.shapes import RunShape
-from tests.reference.dense_forms import DENSE, reference_logits, save
+from tests.reference.dense_forms import DENSE, load, reference_logits, save
+from tests.reference.drawn import drawn_here, drawn_there
 from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
@@ -103,43 +102,18 @@ def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_pa
     """In tiles, and as many tokens as a window holds many times over: the tokens that Transformers
     draws for each prompt by itself."""
     convert_checkpoint(sources(name), tmp_path / "layered")
-    expected = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
+    expected = drawn_there(load(sources(name), torch.float32), PROMPTS, n_new=N_NEW)
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        whole = [found.token_ids for found in drawn_here(model)]
+        whole = drawn_here(model, PROMPTS, n_new=N_NEW)
     set_tile_bytes(monkeypatch, 3000)
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        drawn_here(model)
+        drawn_here(model, PROMPTS, n_new=N_NEW)
         least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
     with AutoModel.from_pretrained(
         tmp_path / "layered", device="cpu", context=64, device_memory=least
     ) as model:
         assert not model.plan.tiling.is_whole
-        assert [found.token_ids for found in drawn_here(model)] == whole == expected
-
-
-def drawn_here(model):
-    return jlayer.generate(
-        model, PROMPTS, temperature=0, max_new_tokens=N_NEW, eos_token_id=None, speculate="off"
-    )
-
-
-def drawn_there(folder, prompt):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=N_NEW,
-            pad_token_id=0,
-        )
-    return found[0, len(prompt) :].tolist()
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == whole == expected
 
 
 @pytest.mark.slow

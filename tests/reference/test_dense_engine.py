@@ -10,12 +10,11 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.config import model_config
-from jlayer.convert import convert_checkpoint
 from jlayer.families.registry import layer_kinds, published_tensors
 from jlayer.model.ops import ACTIVATION
 from tests.convert.checkpoints import edit_json, tensor_of, write_tensors
-from tests.quantized import stand_for
 from tests.reference.dense_forms import FREE, FULL, SLIDING, reference_logits, save
+from tests.reference.drawn import assert_quantized_stands_for
 from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
@@ -52,14 +51,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_reference(tmp_path, name):
 def test_quantized_weights_are_those_that_they_stand_for(tmp_path, name, scheme):
     """Fused matrices, norms of two axes, tied heads, no vector at all, a convolution."""
     source = save(tmp_path / "source", name)
-    convert_checkpoint(source, tmp_path / "layered", quantize=scheme)
-    stand_for(source, tmp_path / "layered")
-    exact = reference_logits(source, IDS, torch.float64).numpy()
-    own = np.abs(reference_logits(source, IDS, torch.float32).numpy() - exact).max()
-    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", dtype="float32") as model:
-        found = model.logits(IDS)
-    allowed = max(TOLERANCE * np.abs(exact).max(), 3 * own)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=allowed)
+    assert_quantized_stands_for(
+        source, tmp_path / "layered", scheme, IDS, reference_logits, tolerance=TOLERANCE
+    )
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@ logits and their tokens here, however they are cut and however the tokens come."
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
-from tests.quantized import stand_for
+from tests.reference.drawn import assert_quantized_stands_for, drawn_here, drawn_there
 from tests.reference.latent_forms import FORMS, load, reference_logits, save
 from tests.streaming.conftest import set_tile_bytes
 
@@ -97,38 +96,16 @@ def test_logits_of_every_position_with_a_cache(sources, expected, name, tmp_path
 def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
     """In tiles: the tokens that Transformers draws for each prompt by itself, with its cache."""
     convert_checkpoint(sources(name), tmp_path / "layered")
-    there = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
+    there = drawn_there(load(sources(name), torch.float32), PROMPTS, n_new=N_NEW)
     set_tile_bytes(monkeypatch, 3000)
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        drawn = [found.token_ids for found in drawn_here(model)]
+        drawn = drawn_here(model, PROMPTS, n_new=N_NEW)
         least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
     with AutoModel.from_pretrained(
         tmp_path / "layered", device="cpu", context=64, device_memory=least
     ) as model:
         assert not model.plan.tiling.is_whole
-        assert [found.token_ids for found in drawn_here(model)] == drawn == there
-
-
-def drawn_here(model):
-    return jlayer.generate(
-        model, PROMPTS, temperature=0, max_new_tokens=N_NEW, eos_token_id=None, speculate="off"
-    )
-
-
-def drawn_there(folder, prompt):
-    model = load(folder, torch.float32)
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt])
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=N_NEW,
-            pad_token_id=0,
-        )
-    return found[0, len(prompt) :].tolist()
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == drawn == there
 
 
 @pytest.mark.slow
@@ -188,14 +165,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_reference(tmp_path):
 def test_quantized_weights_are_those_that_they_stand_for(tmp_path, name, scheme):
     """The matrix that makes keys and values stays as it was published."""
     source = save(tmp_path / "source", name)
-    convert_checkpoint(source, tmp_path / "layered", quantize=scheme)
-    stand_for(source, tmp_path / "layered")
-    exact = reference_logits(source, IDS, torch.float64).numpy()
-    own = np.abs(reference_logits(source, IDS, torch.float32).numpy() - exact).max()
-    with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", dtype="float32") as model:
-        found = model.logits(IDS)
-    allowed = max(TOLERANCE * np.abs(exact).max(), 3 * own)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=allowed)
+    assert_quantized_stands_for(
+        source, tmp_path / "layered", scheme, IDS, reference_logits, tolerance=TOLERANCE
+    )
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES, layer_kinds
 from jlayer.plan.shapes import RunShape
+from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.mixture_forms import MIXTURES, load, reference_logits, save
 from tests.streaming.conftest import set_tile_bytes
 
@@ -125,39 +125,17 @@ def test_layers_that_guess_further_tokens_are_left_out(sources, tmp_path):
 def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
     """In tiles: the tokens that Transformers draws for each prompt by itself."""
     convert_checkpoint(sources(name), tmp_path / "layered")
-    expected = [drawn_there(sources(name), prompt) for prompt in PROMPTS]
+    expected = drawn_there(load(sources(name), torch.float32), PROMPTS, n_new=N_NEW)
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        assert drawn_here(model) == expected
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
     set_tile_bytes(monkeypatch, 600)
     with AutoModel.from_pretrained(tmp_path / "layered", device="cpu", context=64) as model:
-        drawn_here(model)
+        drawn_here(model, PROMPTS, n_new=N_NEW)
         least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
     with AutoModel.from_pretrained(
         tmp_path / "layered", device="cpu", context=64, device_memory=least
     ) as model:
-        assert drawn_here(model) == expected
-
-
-def drawn_here(model):
-    found = jlayer.generate(
-        model, PROMPTS, temperature=0, max_new_tokens=N_NEW, eos_token_id=None, speculate="off"
-    )
-    return [each.token_ids for each in found]
-
-
-def drawn_there(folder, prompt):
-    model = load(folder, torch.float32)
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=N_NEW,
-            pad_token_id=0,
-        )
-    return found[0, len(prompt) :].tolist()
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
 
 
 @pytest.mark.slow
