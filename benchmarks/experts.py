@@ -3,10 +3,13 @@ beside what a simulated cache would move.
 
     python benchmarks/make_model.py FOLDER --shape qwen3-30b-a3b-thinking-2507 --layers 8
     python benchmarks/experts.py FOLDER --device-memory 4096MiB --prompt 512 --tokens 32
+    python benchmarks/experts.py FOLDER --device-memory 4096MiB --guess on,off --turns 3
 
 A token's bytes are compared with those of the experts that it chose and that were not on the
-device, and of what every pass moves. Hits are compared with a cache that drops what was not used
-for the longest time, which sees the same choices. The last line is one JSON object.
+device, of those that were guessed in vain, and of what every pass moves. Hits are compared with a
+cache that drops what was not used for the longest time, which sees the same choices. `--guess`:
+whether experts are put before their layer has decided; with both, one after the other in each of
+the turns, over the same tokens and with empty caches. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,25 +18,47 @@ import argparse
 import time
 from collections import OrderedDict
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 import common
 
+GUESS = ("on", "off")
+
 
 class Choices:
-    """The experts that each layer chose in each pass, in order."""
+    """The experts that each layer chose in each pass, in order; and the seconds that it waited for
+    decisions, and the bytes that were put by guess in vain."""
 
     def __init__(self):
         self.passes: list[list[tuple[int, tuple[int, ...]]]] = []
+        self.waited_s: list[float] = []
+        self._guessed: list[dict[int, int]] = []  # of each pass, tile -> bytes, until it runs
+
+    def begin(self):
+        self.passes.append([])
+        self.waited_s.append(0.0)
+        self._guessed.append({})
+
+    @property
+    def wasted(self) -> list[int]:
+        return [sum(left.values()) for left in self._guessed]
 
     def on_step(self, step, tile):
-        pass
+        from jlayer.streaming.steps import Put, Run
+
+        self._asked = time.perf_counter()
+        if isinstance(step, Put) and step.guessed:
+            self._guessed[-1][step.tile] = tile.n_bytes
+        if isinstance(step, Run):
+            self._guessed[-1].pop(step.tile, None)
 
     def on_taken(self, step, result):
         from jlayer.streaming.steps import Fetch
 
         if isinstance(step, Fetch):
-            self.passes[-1].append((step.tile, tuple(result)))
+            self.waited_s[-1] += time.perf_counter() - self._asked
+            self.passes[-1].append((step.tile, tuple(result.chosen)))
 
 
 def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[int]]]:
@@ -57,63 +82,77 @@ def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[i
     return hits, missed
 
 
-def repeats(choices: Choices) -> tuple[int, int]:
-    """(uses by single tokens of experts that the token before used too, all uses), of the passes
-    after the second."""
-    singles = [dict(one) for one in choices.passes[1:]]
+def repeats(choices: Choices) -> float:
+    """Of what single tokens chose, the share that the token before had chosen too."""
+    singles = [dict(one) for one in choices.passes[2:]]
     pairs = [
         (set(before[first]), set(after[first]))
         for before, after in pairwise(singles)
         for first in after
     ]
-    return sum(len(one & other) for one, other in pairs), sum(len(other) for _, other in pairs)
+    return sum(len(one & other) for one, other in pairs) / sum(len(other) for _, other in pairs)
 
 
-def measure(model, *, n_prompt: int, n_tokens: int) -> dict:
-    """A prompt, then single tokens, of random ids."""
+def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
+    """A prompt, then single tokens, of random ids. Before them one more token, from empty caches:
+    all that stays on the device is put there, which is not measured."""
     import numpy as np
 
     from jlayer.plan.shapes import RunShape
     from jlayer.streaming.experts import choices as choices_of
 
     rng, engine = np.random.default_rng(0), model.engine
-    ids = rng.integers(0, model.config.vocab_size, n_prompt + n_tokens).tolist()
-    shape = RunShape(1, n_prompt, n_prompt + n_tokens, sweeps=1 + n_tokens)
+    counts = [1, n_prompt, *(1 for _ in range(n_tokens))]
+    ids = rng.integers(0, model.config.vocab_size, sum(counts)).tolist()
+    shape = RunShape(1, n_prompt, sum(counts), sweeps=len(counts))
     seen, seconds, moved = Choices(), [], []
     with closing(engine.start(shape)) as forward:
+        plan, totals = model.plan, engine.totals
+        rooms = replace(plan.experts, guessed=plan.experts.guessed if guess == "on" else 0)
+        with engine.turn() as executor:
+            executor.retier(plan.tiers, plan.attending, rooms)
         for n in (n_prompt, 1):
             forward.compile(n)
+        before_all, at = replace(totals), 0
         with engine.watch.also(seen.on_step, seen.on_taken):
-            for start in (0, *range(n_prompt, n_prompt + n_tokens)):
-                n = n_prompt if start == 0 else 1
-                seen.passes.append([])
-                before, began = engine.totals.put_bytes, time.perf_counter()
-                forward.sweep([ids[start : start + n]], [start])
+            for n in counts:
+                seen.begin()
+                before, began = replace(totals), time.perf_counter()
+                forward.sweep([ids[at : at + n]], [at])
                 seconds.append(time.perf_counter() - began)
-                moved.append(engine.totals.put_bytes - before)
-    plan, totals = model.plan, engine.totals
+                moved.append(totals.since(before))
+                at += n
+        found = totals.since(before_all)
+        with engine.turn() as executor:  # what the engine takes it to be
+            executor.retier(plan.tiers, plan.attending, plan.experts)
     kinds = choices_of(plan.tiles)
     expert_bytes = [sum(tile.n_bytes for tile in tiles) for tiles in plan.tiling.experts]
     sizes = {kind.first: n for kind, n in zip(kinds, plan.experts.on_device, strict=True)}
     hits, missed = simulated(seen, sizes)
-    repeated, n_uses = repeats(seen)
     certain = plan.put_bytes - round(plan.moved(plan.load.batch).put_bytes)
     expected = [
-        certain + sum(n * size for n, size in zip(counts, expert_bytes, strict=True))
-        for counts in missed
+        certain + wasted + sum(n * size for n, size in zip(counts, expert_bytes, strict=True))
+        for counts, wasted in zip(missed, seen.wasted, strict=True)
     ]
+    put = [each["put_bytes"] for each in moved]
     return {
-        "prompt": {"tokens": n_prompt, "seconds": seconds[0], "moved": moved[0]},
-        "prompt_experts": [len(chosen) for _, chosen in seen.passes[0]],
-        "token_s": common.summary(seconds[1:]),
-        "moved_per_token": sum(moved[1:]) / n_tokens,
-        "expected_per_token": sum(expected[1:]) / n_tokens,
-        "moved_by_expected": sum(moved) / sum(expected),
-        "repeats": repeated / n_uses,
-        "uses": totals.experts_used,
-        "hits": totals.experts_on_device,
+        "guess": guess,
+        "prompt": {"tokens": n_prompt, "seconds": seconds[1], "moved": put[1]},
+        "prompt_experts": [len(chosen) for _, chosen in seen.passes[1]],
+        "token_s": common.summary(seconds[2:]),
+        "moved_per_token": sum(put[2:]) / n_tokens,
+        "expected_per_token": sum(expected[2:]) / n_tokens,
+        "moved_by_expected": sum(put[1:]) / sum(expected[1:]),
+        "waited_for_decisions_s": common.summary(seen.waited_s[2:]),
+        "repeats": repeats(seen),
+        "uses": found["experts_used"],
+        "hits": found["experts_on_device"],
         "simulated_hits": hits,
-        "in_host": totals.experts_in_host,
+        "in_host": found["experts_in_host"],
+        "guessed": sum(each["experts_guessed"] for each in moved[2:]),
+        "wasted": sum(each["experts_wasted"] for each in moved[2:]),
+        "wasted_per_token": sum(seen.wasted[2:]) / n_tokens,
+        "guessed_at_a_time": rooms.guessed,
         "on_device_a_layer": plan.experts.on_device,
         "in_host_a_layer": plan.experts.in_host,
         "expert_bytes": expert_bytes,
@@ -130,24 +169,39 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--guess", default="on", help="on, off or on,off")
+    parser.add_argument("--turns", type=int, default=1)
     args = parser.parse_args()
-    result = {"card": common.card(), "options": vars(args)}
+    guesses = args.guess.split(",")
+    if not set(guesses) <= set(GUESS):
+        parser.error(f"--guess: found {args.guess!r}, expected on, off or on,off")
+    result = {"card": common.card(), "options": vars(args), "experts": []}
     link = None
     if args.device != "cpu":
         result["raw_link"] = common.summary(common.raw_link_speed())
         link = result["raw_link"]["median"]
         common.say(f"raw link  {link / 1e9:6.2f} GB/s")
     with common.GpuWatch() as watch, common.opened(args) as model:
-        # The first run reads what stays in host memory.
-        measure(model, n_prompt=args.prompt, n_tokens=2)
-        found = result["experts"] = measure(model, n_prompt=args.prompt, n_tokens=args.tokens)
+        # The first run reads what stays in host memory, and compiles.
+        for guess in guesses:
+            measure(model, n_prompt=args.prompt, n_tokens=2, guess=guess)
+        for _ in range(args.turns):
+            for guess in guesses:
+                found = measure(model, n_prompt=args.prompt, n_tokens=args.tokens, guess=guess)
+                result["experts"].append(found)
+                say(found, link)
         result["memory"] = model.engine.memory()
+    common.end(result, watch)
+
+
+def say(found, link):
+    """A run in words. `link`: its speed in bytes/s; None where there is none."""
     token, prompt = found["token_s"]["median"], found["prompt"]
     of_link = f"; {found['moved_per_token'] / token / link:.3f} of the link" if link else ""
     common.say(
-        f"a token: {token:.4f} s (predicted {found['predicted_token_s']:.4f}), "
-        f"{found['moved_per_token'] / 1e9:.3f} GB, {found['moved_by_expected']:.3f} x what was "
-        f"chosen and not there{of_link}"
+        f"guesses {found['guess']}: a token: {token:.4f} s "
+        f"(predicted {found['predicted_token_s']:.4f}), {found['moved_per_token'] / 1e9:.3f} GB, "
+        f"{found['moved_by_expected']:.3f} x what was chosen and not there{of_link}"
     )
     of_link = f"; {prompt['moved'] / prompt['seconds'] / link:.3f} of the link" if link else ""
     common.say(
@@ -155,11 +209,12 @@ def main():
         f"{prompt['moved'] / 1e9:.3f} GB{of_link}"
     )
     common.say(
-        f"{found['uses']} uses, {found['hits']} on the device (simulated {found['simulated_hits']} "
-        f"in the last run), {found['in_host']} in host memory; {found['repeats']:.3f} of what a "
-        "token chose was chosen by the one before"
+        f"{found['uses']} uses, {found['hits']} on the device (simulated "
+        f"{found['simulated_hits']}), {found['in_host']} in host memory; {found['guessed']} "
+        f"guessed, {found['wasted']} of them in vain, {found['wasted_per_token'] / 1e9:.3f} GB a "
+        f"token; {found['repeats']:.3f} of what a token chose was chosen by the one before; "
+        f"waited {found['waited_for_decisions_s']['median']:.4f} s a token for decisions"
     )
-    common.end(result, watch)
 
 
 if __name__ == "__main__":

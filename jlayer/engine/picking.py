@@ -49,6 +49,13 @@ def routed(routing: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, list[int]
     return np.where(used, is_chosen.sum(axis=0), 0), np.flatnonzero(used).tolist()
 
 
+def likeliest(weights: np.ndarray) -> list[int]:
+    """What each expert's output would be multiplied by, summed over rows [E] -> those that some row
+    would choose, the one with the most weight first."""
+    ordered = np.argsort(-np.abs(weights), kind="stable")
+    return ordered[np.abs(weights[ordered]) > 0].tolist()
+
+
 def input_reads(tile: Tile, picked: int) -> set[str]:
     """What the input of a stage is made of."""
     return {tile.stage.source} | ({"routing", "expert"} if picked else set())

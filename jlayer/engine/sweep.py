@@ -14,10 +14,11 @@ import numpy as np
 
 from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
+from jlayer.engine.choosing import Chooser
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.outgoing import Outgoing
-from jlayer.engine.picking import picked_length, picked_lengths, routed
+from jlayer.engine.picking import picked_length, picked_lengths
 from jlayer.engine.programs import Call, Programs
 from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
@@ -100,6 +101,7 @@ class Sweeper:
     ):
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
+        self.chooser = Chooser(programs, residents)
         self.most_activation_bytes = 0
         self._tiles: tuple[Tile, ...] = ()  # the tiles of the next four tables
         self._divisions: dict[frozenset[int], Division] = {}
@@ -120,12 +122,15 @@ class Sweeper:
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
         shapes = frozenset((part.size, part.n_wanted) for part in parts)
-        landing = landing_rows(count_rows(parts))
-        key = (shapes, hosted, landing, self._caches.sizes, self._caches.tier)
+        n_rows = count_rows(parts)
+        landing, guesses = landing_rows(n_rows), self.chooser.guesses(executor, n_rows)
+        key = (shapes, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
         if key not in self._prepared:
             with self.programs.together():
                 for n_rows in {size.rows for size, _ in shapes}:
                     self._embed_program(n_rows)
+                    if guesses:
+                        self.chooser.compile(self._tiles, n_rows)
                 for size, n_wanted in sorted(shapes, key=str):
                     self._caches.compile(size)
                     self._make_calls(self._tiles, size, n_wanted, division, landing)
@@ -181,7 +186,11 @@ class Sweeper:
             passing = self._begin(parts, division)
             caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
             executor.sweep(
-                run, caches, multiply=multiply, hosted=hosted, decide=lambda _: _chosen(passing)
+                *(run, caches),
+                multiply=multiply,
+                hosted=hosted,
+                decide=lambda _, following: self.chooser.decide(passing, following),
+                guesses=self.chooser.guesses(executor, n_rows),
             )
             outgoing.finish()
             caches.finish()
@@ -421,15 +430,6 @@ def _inputs(passing, stage):
     chunks = [chunk for chunk in passing if chunk.part.n_wanted]
     wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
     return [chunk.flow.pop("x") for chunk in chunks], wanted
-
-
-def _chosen(passing) -> list[int]:
-    """The numbers of the experts that some row uses, in order: all wait here for the router."""
-    chosen: set[int] = set()
-    for chunk in passing:
-        chunk.n_routed, own = routed(np.asarray(chunk.flow["routing"]), chunk.part.real)
-        chosen.update(own)
-    return sorted(chosen)
 
 
 def _hosted_logits(stage, tile):

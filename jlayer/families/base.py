@@ -244,6 +244,12 @@ class LayerKind:
     def n_experts(self) -> int:
         return self.router.n_experts if self.router else 0
 
+    @property
+    def route(self) -> Function | None:
+        """What chooses the experts; None where there are none."""
+        inputs = (stage.input for stage in self.stages if stage.input)
+        return next((each for each in inputs if "routing" in each.gives), None)
+
     @cached_property
     def cache(self) -> CacheSpec:
         if self.latent:

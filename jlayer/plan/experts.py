@@ -19,10 +19,12 @@ from jlayer.spec import ModelConfig
 @dataclass(frozen=True)
 class ExpertRooms:
     """Of each layer that has experts, in order, how many of them are kept on the device and in host
-    memory. () where no layer has some."""
+    memory. () where no layer has some. `guessed`: how many experts, of any layer, are on the device
+    at a time that were put by guess."""
 
     on_device: tuple[int, ...] = ()
     in_host: tuple[int, ...] = ()
+    guessed: int = 0
 
 
 NO_EXPERTS = ExpertRooms()
@@ -81,11 +83,12 @@ def rooms(counts: Sequence[int], sizes: Sequence[int], room: int) -> tuple[int, 
 
 
 def rooms_need(tiling: Tiling, found: ExpertRooms) -> Need:
-    """The memory of the experts that are kept."""
+    """The memory of the experts that are kept, and of those that are put by guess."""
     sizes = sizes_of(tiling)
+    kept = sum(n * size.device for n, size in zip(found.on_device, sizes, strict=True))
     return Need(
         "resident",
-        device=sum(n * size.device for n, size in zip(found.on_device, sizes, strict=True)),
+        device=kept + found.guessed * max((size.device for size in sizes), default=0),
         host=sum(n * size.host for n, size in zip(found.in_host, sizes, strict=True)),
     )
 
@@ -95,6 +98,25 @@ def distinct(router: Router, n_rows: int) -> float:
     equally liked: E (1 - (1 - k/E)^T)."""
     n = router.n_experts
     return n * (1 - (1 - router.n_chosen / n) ** max(1, n_rows))
+
+
+# So many bytes of experts are put by guess for a layer: what a link carries while the layer's own
+# attention and router run, 0.5 to 1 ms. An expert of more than MOST_GUESSED is not guessed: a
+# wrong one would take several times as long as there is to hide.
+GUESSED_BYTES, MOST_GUESSED_BYTES = 32 << 20, 128 << 20
+
+
+def guess_rooms(router: Router, size: int, room: int) -> int:
+    """How many experts of `size` bytes are put by guess at a time, within `room` bytes."""
+    if size > MOST_GUESSED_BYTES:
+        return 0
+    return min(router.n_chosen, max(1, GUESSED_BYTES // size), room // size)
+
+
+def guesses_at(router: Router, n_rows: int) -> bool:
+    """Whether experts are guessed in a forward pass of so many tokens: not where more than half of
+    them are used, since the link is then busy from layer to layer."""
+    return distinct(router, n_rows) <= router.n_experts / 2
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from jlayer.families.registry import (
 from jlayer.plan import hosting, memory
 from jlayer.plan.cutting import cut
 from jlayer.plan.draft import draft_need
-from jlayer.plan.experts import ExpertRooms, counts_of, no_rooms, rooms, rooms_need, sizes_of
+from jlayer.plan.experts import (
+    ExpertRooms,
+    counts_of,
+    guess_rooms,
+    no_rooms,
+    rooms,
+    rooms_need,
+    sizes_of,
+)
 from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
@@ -273,12 +281,22 @@ def _with_tiers(plan: Plan) -> Plan:
         if keep:
             tiers[index] = Tier.HOST
             in_host -= tiling.sizes[index] + tiling.slack
-    counts, sizes = counts_of(plan.cfg), sizes_of(tiling)
-    found = ExpertRooms(
-        rooms(counts, [size.device for size in sizes], on_device),
-        rooms(counts, [size.host for size in sizes], in_host),
-    )
-    return _with_kept(plan, tuple(tiers), found)
+    return _with_kept(plan, tuple(tiers), _expert_rooms(plan, on_device, in_host))
+
+
+def _expert_rooms(plan, on_device, in_host):
+    """The rooms for experts in so many bytes. Those for guesses come first, as they are few; there
+    are none where all experts are on the device, or none is in host memory."""
+    counts, sizes = counts_of(plan.cfg), sizes_of(plan.tiling)
+    device_sizes = [size.device for size in sizes]
+    kept = rooms(counts, device_sizes, on_device)
+    there = rooms(counts, [size.host for size in sizes], in_host)
+    guessed = 0
+    if any(there) and kept != counts:
+        largest = max(device_sizes)
+        guessed = guess_rooms(plan.cfg.experts.router, largest, max(0, on_device))
+        kept = rooms(counts, device_sizes, on_device - guessed * largest)
+    return ExpertRooms(kept, there, guessed)
 
 
 def _with_kept(plan, tiers, experts):

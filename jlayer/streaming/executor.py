@@ -8,7 +8,7 @@ multiply a tile where it lies, in the background.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
@@ -27,7 +27,18 @@ from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.putting import putter
 from jlayer.streaming.schedule import sweeps
-from jlayer.streaming.steps import Drop, Fetch, Free, Put, PutCache, Read, Run, Take
+from jlayer.streaming.steps import (
+    Decision,
+    Drop,
+    Fetch,
+    Free,
+    Keep,
+    Put,
+    PutCache,
+    Read,
+    Run,
+    Take,
+)
 from jlayer.streaming.watch import Totals, Watch
 
 
@@ -124,7 +135,7 @@ class Executor:
         self._tiers, self._attending = tiers, attending
         if self.experts and experts != self._expert_rooms:
             self._expert_rooms = experts
-            self.incoming.drop_rooms(self.experts.resize(experts.on_device, experts.in_host))
+            self.incoming.drop_rooms(self.experts.resize(experts))
             self.experts.restart(self.incoming.there)
 
     def _keep(self, tiers):
@@ -144,8 +155,7 @@ class Executor:
             rooms = ExpertRooms((0,) * len(found), (0,) * len(found))
         return ExpertStream(
             found,
-            on_device=rooms.on_device,
-            in_host=rooms.in_host,
+            rooms=rooms,
             ring=range(self._ring, 2 * self._ring),
             ahead=self._ahead,
             totals=self.totals,
@@ -154,6 +164,11 @@ class Executor:
     def refuse(self, error: JlayerError) -> None:
         """Makes a sweep in another thread fail with this error at its next step."""
         self._refusal = error
+
+    @property
+    def has_guesses(self) -> bool:
+        """Whether there is room on the device for experts that are put by guess."""
+        return self._expert_rooms.guessed > 0
 
     @property
     def host_bytes(self) -> int:
@@ -198,19 +213,23 @@ class Executor:
         *,
         multiply: Callable[[Tile, dict, bool], Waitable] | None = None,
         hosted: frozenset[int] = frozenset(),
-        decide: Callable[[Tile], Sequence[int]] | None = None,
+        decide: Callable[[Tile, Tile | None], Decision] | None = None,
+        guesses: bool = False,
     ):
         """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
         are in host memory, for the steps that move them; without it they stay there. `hosted`: the
         tiles that `multiply` (tile, arrays by leaf, whether they stay there) uses instead, as they
-        lie in host memory. `decide`: (a layer's first tile with an expert) -> the numbers of the
-        experts that are used, in the order in which they run; without it all of them are.
+        lie in host memory. `decide`: (a layer's first tile with an expert, the same of the next
+        layer if its experts are to be guessed) -> which are used; without it all of them are.
+        `guesses`: whether guesses may be asked for.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
         self.fill(hosted)
         self._caches, self._multiply, self._decide = caches, multiply, decide
         self._multiplying.clear()
+        if self.experts:
+            self.experts.guesses = guesses and decide is not None
         with self._safely() as signals:
             self._interpret(next(self._lists), run, signals)
             self.incoming.check_unchanged()
@@ -269,17 +288,21 @@ class Executor:
         match step:
             case Read(tile, slot):
                 return self.incoming.read(tile, slot)
-            case Put(tile, _, stays):
-                self._on_device[tile] = self._put(tile, stays, signals)
+            case Put(tile, _, stays, guessed):
+                self._on_device[tile] = self._put(tile, stays or guessed, signals)
                 if not stays:
                     self._note_passing(tile)
                 return self._on_device[tile]
             case Drop(tile):
                 del self._on_device[tile]
-            case Fetch(tile):
+                self._passing.discard(tile)
+            case Keep(tile):
+                self._passing.remove(tile)
+            case Fetch(tile, guess):
                 if self._decide is None:
-                    return tuple(range(len(self.experts.choices[tile].tiles)))
-                return self._decide(self.tiles[tile])
+                    return Decision(range(len(self.experts.choices[tile].tiles)))
+                following = None if guess is None else self.tiles[guess]
+                return self._decide(self.tiles[tile], following)
             case Run(tile, "host"):
                 self._outputs[tile] = self._run_on_host(tile, signals)
                 return self._outputs[tile]
@@ -320,9 +343,9 @@ class Executor:
 
         return check
 
-    def _put(self, tile, stays, signals):
+    def _put(self, tile, outlives_slot, signals):
         views = self.incoming.wait_for(tile, self._while_waiting(signals))
-        if stays and not self._has_link:
+        if outlives_slot and not self._has_link:
             # Without a link the arrays would be views of the slot, which is written again.
             views = {leaf: array.copy() for leaf, array in views.items()}
         self.totals.put_bytes += self.tiles[tile].n_bytes

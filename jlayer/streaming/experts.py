@@ -4,6 +4,10 @@ Which experts a layer uses is known once its router has run. Those that are kept
 at once; the others are put from host memory, or read first. Each layer keeps those that it used
 last: a common store of all layers that is smaller than what one token uses would never have what is
 asked for, since layers come round in a circle.
+
+Some of the experts that a layer is guessed to use may be put before it has decided: see `guesses`.
+They have rooms of their own on the device, so what is kept there does not depend on guesses: one
+that was right takes the place that it would have got, and others are dropped.
 """
 
 from __future__ import annotations
@@ -11,10 +15,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
+from jlayer.plan.experts import ExpertRooms
 from jlayer.plan.tiles import Tile
+from jlayer.streaming.guesses import Score
 from jlayer.streaming.lru import Lru
-from jlayer.streaming.steps import Drop, Free, Put, Read, Run, Slot, Step
+from jlayer.streaming.steps import Decision, Drop, Free, Keep, Put, Read, Run, Slot, Step
 from jlayer.streaming.watch import Totals
 
 
@@ -23,6 +30,7 @@ class Choice:
     """The experts of a layer, whose tiles stand together from `first` up to `end`. `tiles`: of each
     expert, in order."""
 
+    layer: int
     first: int
     end: int
     tiles: tuple[tuple[int, ...], ...]
@@ -34,16 +42,29 @@ def choices(tiles: Sequence[Tile]) -> tuple[Choice, ...]:
     for index, tile in enumerate(tiles):
         if tile.expert is not None:
             of_layer.setdefault(tile.layer, {}).setdefault(tile.expert, []).append(index)
-    for experts in of_layer.values():
+    for layer, experts in of_layer.items():
         groups = tuple(map(tuple, experts.values()))
-        found.append(Choice(groups[0][0], groups[-1][-1] + 1, groups))
+        found.append(Choice(layer, groups[0][0], groups[-1][-1] + 1, groups))
     return tuple(found)
+
+
+def followers(choices: Iterable[Choice], passing: Collection[int]) -> dict[int, int]:
+    """The layers whose experts can be guessed, by their first tile: that of the layer before, which
+    has experts too -> its own. Not where the link has something else to carry meanwhile: a tile of
+    those `passing` is between the two."""
+    return {
+        one.first: other.first
+        for one, other in pairwise(choices)
+        if other.layer == one.layer + 1
+        and not any(one.end <= tile < other.first for tile in passing)
+    }
 
 
 @dataclass
 class _Move:
     """A tile on its way to the device. `stays`: on the device; `slot`: in host memory, once it is
-    known; `is_read`: it comes from disk; `drops`: tiles whose place it takes."""
+    known; `is_read`: it comes from disk; `drops`: tiles whose place it takes; `is_there`: it was
+    put by guess."""
 
     tile: int
     stays: bool
@@ -51,37 +72,39 @@ class _Move:
     is_read: bool = False
     needs_ring: bool = False
     drops: tuple[int, ...] = ()
+    is_there: bool = False
 
 
 class ExpertStream:
     """The experts of all layers: what is kept of them, and the steps to use some.
 
-    `on_device`, `in_host`: how many experts each layer keeps there. `ring`: slots in host memory
-    for those that are not kept, and `ahead` so many of their tiles on the device at a time.
-    `totals`: what is used is counted there.
+    `rooms`: how many experts each layer keeps, and how many are put by guess. `ring`: slots in host
+    memory for those that are not kept, and `ahead` so many of their tiles on the device at a time.
+    `totals`: what is used is counted there. `guesses`: whether the present sweep makes guesses.
     """
 
     def __init__(
         self,
         choices: Sequence[Choice],
         *,
-        on_device: Sequence[int],
-        in_host: Sequence[int],
+        rooms: ExpertRooms,
         ring: Iterable[int],
         ahead: int,
         totals: Totals,
     ):
         self.choices = {choice.first: choice for choice in choices}
-        self._on_device_sizes = tuple(on_device)
-        self._in_host = {c.first: Lru(n) for c, n in zip(choices, in_host, strict=True)}
+        self._rooms = rooms
+        self._in_host = {c.first: Lru(n) for c, n in zip(choices, rooms.in_host, strict=True)}
+        self._scores = {choice.first: Score() for choice in choices}
         self._ring, self._ahead, self.totals = tuple(ring), ahead, totals
+        self.guesses = False
         self.restart(())
 
-    def resize(self, on_device: Sequence[int], in_host: Sequence[int]) -> list[Slot]:
+    def resize(self, rooms: ExpertRooms) -> list[Slot]:
         """Keeps so many experts from now on -> the rooms in host memory that are not used any more.
         Nothing may be on the device."""
-        self._on_device_sizes, gone = tuple(on_device), []
-        for (first, kept), n_slots in zip(self._in_host.items(), in_host, strict=True):
+        self._rooms, gone = rooms, []
+        for (first, kept), n_slots in zip(self._in_host.items(), rooms.in_host, strict=True):
             places = range(max(map(len, self.choices[first].tiles)))
             slots = kept.resize(n_slots)
             gone += [(first, place, slot) for slot in slots for place in places]
@@ -95,20 +118,55 @@ class ExpertStream:
     def restart(self, in_host: Collection[int]) -> None:
         """Begins anew after a pass that was given up: nothing is on the device, and of the experts
         in host memory only those are there whose tiles are `in_host`."""
-        sizes = zip(self.choices.values(), self._on_device_sizes, strict=True)
+        sizes = zip(self.choices.values(), self._rooms.on_device, strict=True)
         self._on_device = {choice.first: Lru(n) for choice, n in sizes}
+        self._expected: Sequence[int] = ()  # what the next layer is guessed to use
+        self._guessed: dict[int, tuple[int, ...]] = {}  # expert of it that was put -> its tiles
+        self._wrong: list[int] = []  # tiles that were put by guess in vain, still on the device
         self._free, self._n_passing = deque(self._ring), 0
         for first, kept in self._in_host.items():
             tiles = self.choices[first].tiles
             kept.forget([n for n in kept.numbers() if not set(tiles[n]) <= set(in_host)])
 
-    def steps(self, first: int, chosen: Sequence[int]) -> Iterator[Step]:
-        """The steps that use the experts `chosen`, in their order, of the layer whose experts begin
-        at tile `first`."""
+    def to_guess(self, first: int | None) -> int | None:
+        """`first`, if the experts that begin at this tile are to be guessed in this sweep."""
+        if first is None or not (self.guesses and self._rooms.guessed):
+            return None
+        return first if self._scores[first].may_guess() else None
+
+    def put_guessed(self, first: int) -> Iterator[Step]:
+        """Puts what this layer is guessed to use and is in host memory, as far as there are rooms.
+        From disk nothing comes: a read takes longer than what it could hide.
+
+        Only now what was guessed in vain before is dropped, as its transfer has to end first: that
+        is not waited for while there is something to run."""
+        for tile in self._wrong:
+            yield from (Free(tile, None, after=None), Drop(tile))
+        self._wrong = []
+        expected, self._expected = self._expected, ()
+        device, host, tiles = (
+            self._on_device[first],
+            self._in_host[first],
+            self.choices[first].tiles,
+        )
+        found = (number for number in expected if number not in device and number in host)
+        for number in islice(found, self._rooms.guessed):
+            self._guessed[number] = tiles[number]
+            for place, tile in enumerate(tiles[number]):
+                yield Put(tile, (first, place, host.slot(number)), guessed=True)
+
+    def steps(self, first: int, decision: Decision) -> Iterator[Step]:
+        """The steps that use the experts that were chosen, in their order, of the layer whose
+        experts begin at tile `first`."""
+        chosen = decision.chosen
         moves = self._moves(self.choices[first], chosen)
+        self._judge(first, chosen)
         self._to_read = deque(move for move in moves.values() if move.is_read)
-        self._to_put = deque(moves.values())
+        self._to_put = deque(move for move in moves.values() if not move.is_there)
         yield from self._read_ahead()
+        for move in moves.values():
+            if move.is_there and move.stays:
+                yield from [*map(Drop, move.drops), Keep(move.tile)]
         for tile in (tile for expert in chosen for tile in self.choices[first].tiles[expert]):
             move = moves.get(tile)
             while move is not None and any(move is waiting for waiting in self._to_put):
@@ -117,6 +175,17 @@ class ExpertStream:
             yield from self._put_ahead()
             if move is not None:
                 yield from self._end(move)
+        self._expected = decision.guessed
+
+    def _judge(self, first, chosen):
+        """Counts the guesses, and notes those that were wrong."""
+        guessed, self._guessed = self._guessed, {}
+        wrong = [number for number in guessed if number not in chosen]
+        if guessed:
+            self._scores[first].count(len(guessed) - len(wrong), len(wrong))
+        self.totals.experts_guessed += len(guessed)
+        self.totals.experts_wasted += len(wrong)
+        self._wrong = [tile for number in wrong for tile in guessed[number]]
 
     def _moves(self, choice, chosen):
         """Tile -> its move, of the experts that are not on the device, in order."""
@@ -139,6 +208,7 @@ class ExpertStream:
                     is_read=expert not in there.hits,
                     needs_ring=not is_kept,
                     drops=() if evicted is None or place else choice.tiles[evicted],
+                    is_there=expert in self._guessed,
                 )
         return moves
 
@@ -173,7 +243,7 @@ class ExpertStream:
     def _end(self, move):
         """After a tile has run: what passes is freed, and so is the slot of what stays."""
         if not move.stays:
-            self._n_passing -= 1
+            self._n_passing -= not move.is_there
             yield Free(move.tile, move.slot, after=move.tile)
         elif move.needs_ring:
             yield Free(move.tile, move.slot, after=None)

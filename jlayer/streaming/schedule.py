@@ -10,7 +10,8 @@ Some tiles may be multiplied where they lie, by the host's cores, beside the dev
 as the others are, and never put.
 
 Which experts a layer uses is decided as a sweep goes: see `experts`. While the decision is waited
-for, what is certain is on its way: the tiles after the experts.
+for, what is certain is on its way: the tiles after the experts. Where there is nothing of that,
+experts that the layer is guessed to use are on their way.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from itertools import pairwise
 
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.experts import ExpertStream
-from jlayer.streaming.steps import Fetch, Free, Put, PutCache, Read, Run, Step, Take
+from jlayer.streaming.experts import ExpertStream, followers
+from jlayer.streaming.steps import Decision, Fetch, Free, Put, PutCache, Read, Run, Step, Take
 
 
 def sweeps(
@@ -33,11 +34,11 @@ def sweeps(
     attending: Sequence[int] = (),
     hosted: Collection[int] = (),
     experts: ExpertStream | None = None,
-) -> Iterator[Generator[Step, Sequence[int] | None]]:
+) -> Iterator[Generator[Step, Decision | None]]:
     """Yields the steps before the first sweep, then the steps of each sweep, without end; those of
     a sweep are to be taken to their end, and each in its turn.
 
-    A Fetch asks for the numbers of the experts that are used, in their order, which are sent back.
+    A Fetch asks for a Decision, which is sent back.
 
     `ring`: number of host slots. `ahead`: the most tiles that are put before they run, the running
     one included. `in_place`: tiles of the host tier that are already in host memory. `attending`:
@@ -59,7 +60,7 @@ def sweeps(
         yield state.sweep()
 
 
-def from_list(steps: Sequence[Step]) -> Generator[Step, Sequence[int] | None]:
+def from_list(steps: Sequence[Step]) -> Generator[Step, Decision | None]:
     """The steps of a list, which asks for no decision."""
     yield from steps
 
@@ -74,6 +75,9 @@ class _Stream:
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
         self._experts = experts
         self._choices = experts.choices if experts else {}
+        on_link = [n for n, tier in enumerate(tiers) if tier is not Tier.DEVICE and n not in hosted]
+        is_free = experts and not attending  # caches from host memory take the link
+        self._followers = followers(self._choices.values(), on_link) if is_free else {}
         decided = {n for choice in self._choices.values() for n in range(choice.first, choice.end)}
         self._certain = [i for i in range(len(self._tiers)) if i not in decided]
         self._passing = [i for i in self._certain if self._tiers[i] is not Tier.DEVICE]
@@ -123,8 +127,10 @@ class _Stream:
         tile = 0
         while tile < len(self._tiers):
             if tile in self._choices:
-                chosen = yield Fetch(tile)
-                yield from self._experts.steps(tile, chosen)
+                yield from self._experts.put_guessed(tile)
+                guess = self._experts.to_guess(self._followers.get(tile))
+                decision = yield Fetch(tile, guess)
+                yield from self._experts.steps(tile, decision)
                 tile = self._choices[tile].end
                 continue
             if tile in self._hosted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # A slot of the ring, by number; or the room of what stays in host memory, by a key that other tiles
@@ -20,11 +21,13 @@ class Read:
 @dataclass(frozen=True)
 class Put:
     """Put a tile from host to device, after its read, if it is read in this sweep. `stays`: it is
-    not dropped when it has run."""
+    not dropped when it has run. `guessed`: it may not run at all; its slot may be written again as
+    soon as it is there."""
 
     tile: int
     slot: Slot
     stays: bool = False
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,29 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Fetch:
-    """Wait for the decision which experts of a layer are used; it is sent into the schedule.
-    `tile`: the first tile of the layer's experts."""
+class Keep:
+    """A tile that was put by guess is used, and stays on the device."""
 
     tile: int
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Wait for the decision which experts of a layer are used; it is sent into the schedule.
+    `tile`: the first tile of the layer's experts. `guess`: the same of the next layer, if its
+    experts are to be guessed."""
+
+    tile: int
+    guess: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The numbers of the experts that a layer uses, in the order in which they run; and of those
+    that the next layer may use, the likeliest first."""
+
+    chosen: Sequence[int]
+    guessed: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -80,4 +101,4 @@ class Take:
     tile: int
 
 
-Step = Read | Put | Run | Free | Drop | Fetch | PutCache | Take
+Step = Read | Put | Run | Free | Drop | Keep | Fetch | PutCache | Take

@@ -83,7 +83,8 @@ class Totals:
     multiplied where they lie. `stall_s`: time that the executor waited for weights. `most_live_*`:
     the most weights on the device at a time, without those that stay there. `experts_used`: each
     counted once a layer and sweep; `experts_on_device`, `experts_in_host`: those of them that were
-    there, and the others that were in host memory.
+    kept there, and the others that were in host memory. `experts_guessed`: put before their layer
+    had decided; `experts_wasted`: those of them that it did not use.
     """
 
     read_bytes: int = 0
@@ -96,6 +97,8 @@ class Totals:
     experts_used: int = 0
     experts_on_device: int = 0
     experts_in_host: int = 0
+    experts_guessed: int = 0
+    experts_wasted: int = 0
     most_live_tiles: int = 0
     most_live_bytes: int = 0
 
@@ -114,6 +117,8 @@ ADDED = (
     "experts_used",
     "experts_on_device",
     "experts_in_host",
+    "experts_guessed",
+    "experts_wasted",
 )
 
 

@@ -10,13 +10,15 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
-from jlayer.engine import picking, sweep
+from jlayer.engine import picking
+from jlayer.engine.choosing import Chooser
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
 from jlayer.parts import Router
 from jlayer.plan import making
 from jlayer.plan.experts import ExpertRooms
 from jlayer.streaming.incoming import Incoming
+from jlayer.streaming.steps import Fetch
 from tests.engine.mixture import CONFIG, N_SPARSE, save
 from tests.streaming.conftest import set_tile_bytes
 
@@ -147,15 +149,15 @@ def test_an_expert_that_is_damaged_is_found_before_a_token_has_used_it(published
     """Also: the others may be used as long as nobody asks for it."""
     folder = convert_checkpoint(published, tmp_path / "layered")
     with opened(tmp_path / "layered") as model:
-        chosen = []
-        real = sweep._chosen
-        sweep._chosen = lambda passing: chosen.append(real(passing)) or chosen[-1]
-        try:
+        decisions = []
+
+        def on_taken(step, result):
+            decisions.extend([result.chosen] if isinstance(step, Fetch) else [])
+
+        with model.engine.watch.also(lambda *_: None, on_taken):
             model.logits(np.array([[7]]))
-        finally:
-            sweep._chosen = real
     del folder
-    used, unused = chosen[0][0], next(n for n in range(N_EXPERTS) if n not in chosen[0])
+    used, unused = decisions[0][0], next(n for n in range(N_EXPERTS) if n not in decisions[0])
     file = next((tmp_path / "layered").glob("*layer*0.safetensors"))
     flip(file, f"experts.{unused}.down_proj")
     with opened(tmp_path / "layered") as model:
@@ -214,8 +216,8 @@ def break_after(patched, fault, n_before):
 
         patched.setattr(Incoming, "read_tile", read)
     else:
-        chosen = sweep._chosen
-        patched.setattr(sweep, "_chosen", lambda passing: (fails(), chosen(passing))[1])
+        decide = Chooser.decide
+        patched.setattr(Chooser, "decide", lambda *given: (fails(), decide(*given))[1])
     return error
 
 

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jlayer.plan.experts import ExpertRooms
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.lru import Lru
 from jlayer.streaming.schedule import sweeps
-from jlayer.streaming.steps import Drop, Fetch, Free, Put, Read, Run
+from jlayer.streaming.steps import Decision, Drop, Fetch, Free, Put, Read, Run
 from jlayer.streaming.watch import Totals
 
 N_LAYERS, N_EXPERTS, N_PLACES, N_SWEEPS = 3, 5, 2, 6
@@ -58,8 +59,7 @@ def stream_of(run):
     first = run["ring"]  # those of other tiles come before
     return ExpertStream(
         CHOICES,
-        on_device=run["on_device"],
-        in_host=run["in_host"],
+        rooms=ExpertRooms(run["on_device"], run["in_host"]),
         ring=range(first, first + run["ring"]),
         ahead=run["ahead"],
         totals=Totals(),
@@ -84,7 +84,7 @@ def steps_of(run, experts):
             except StopIteration:
                 break
             found[-1].append(step)
-            decision = next(decisions) if isinstance(step, Fetch) else None
+            decision = Decision(next(decisions)) if isinstance(step, Fetch) else None
     return found[0], found[1:]
 
 
@@ -227,7 +227,7 @@ def test_what_is_kept_may_change_between_sweeps(run, on_device, in_host):
     experts = stream_of(run)
     steps_of(run, experts)
     before = {first: set(kept) for first, kept in experts.kept_in_host().items()}
-    gone = experts.resize(on_device, in_host)
+    gone = experts.resize(ExpertRooms(on_device, in_host))
     after = {first: set(kept) for first, kept in experts.kept_in_host().items()}
     experts.restart(list(EXPERT_OF))
     for first, most in zip(after, in_host, strict=True):
