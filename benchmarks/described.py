@@ -111,6 +111,7 @@ MODELS = {
     "glm4_moe": "GLM-4.5 to 4.7",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "glm_moe_dsa": "GLM-5, texts of up to 2048 tokens",
+    "gpt_oss": "gpt-oss 20B and 120B, as published: experts in MXFP4",
     "granite": "Granite 3, dense",
     "granitemoe": "Granite 3 1B-A400M and 3B-A800M",
     "helium": "Helium 1 2B",

@@ -6,6 +6,7 @@ published one in between; or the same weights as published shards.
     python benchmarks/make_model.py OUT --shape qwen3-30b-a3b-thinking-2507 --layers 8 --skew
 
 A shape is one of Llama's sizes, a known model (configs/models), or the path of a config.json.
+Experts that are published in an encoding (gpt-oss: MXFP4) are written in it, whatever the rest is.
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
@@ -43,7 +44,11 @@ from jlayer.checkpoint.layout import (
     encode_manifest,
     weight_files,
 )
-from jlayer.checkpoint.quantization import piece_dtypes, quantization_of
+from jlayer.checkpoint.quantization import (
+    piece_dtypes,
+    published_quantization,
+    quantization_of,
+)
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
 from jlayer.convert.transform.packed import LEVELS, decode_scales
@@ -51,7 +56,8 @@ from jlayer.encodings.base import WHOLE
 from jlayer.encodings.registry import SCHEMES, split_piece
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.holders import text_only
-from jlayer.families.registry import published_tensors
+from jlayer.families.registry import is_of_an_expert, published_tensors, stacked_tensors
+from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES
 
 # hidden, heads, key/value heads, mlp, vocabulary
 SHAPES = {
@@ -103,17 +109,22 @@ def make(
     more often."""
     folder.mkdir(parents=True)
     raw = config(shape, layers)
+    published = published_quantization(model_config(raw, where="benchmark"))
     if scheme is not None:
         raw["quantization_config"] = {**OWN_QUANTIZATION, "scheme": scheme}
     text = (json.dumps(raw, indent=1) + "\n").encode()
     (folder / "config.json").write_bytes(text)
     cfg = model_config(raw, where="benchmark")
     shapes = published_tensors(cfg)
-    quantization = scheme and quantization_of(scheme, shapes)
+    quantization = published
+    if scheme is not None:
+        quantization = quantization_of(scheme, shapes, published=published)
     dtypes = piece_dtypes(shapes, quantization)
     drawn = _draw(quantized=scheme is not None, tied=cfg.tie_word_embeddings)
     if skew:
         drawn[SKEWED] = (cfg.experts.routing, cfg.experts.router.n_chosen)
+    kept = {name: split_piece(name)[1] for name in piece_dtypes(shapes, published)}
+    drawn |= _draw_encoded(kept)
 
     def write(item):
         file, held = item
@@ -139,28 +150,53 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
     folder.mkdir(parents=True)
     raw = config(shape, layers)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-    shards, room = [], 0
-    for name, dims in published_tensors(model_config(raw, where="benchmark")).items():
-        n_bytes = 2 * math.prod(dims)
+    shards, room, kept = [], 0, {}
+    for name, dims, piece in _published(model_config(raw, where="benchmark")):
+        kept |= {name: piece} if piece else {}
+        dtype = "uint8" if piece else "bfloat16"
+        n_bytes = STORED_BYTES[dtype] * math.prod(dims)
         if n_bytes > room:
             shards.append({})
             room = shard_bytes
-        shards[-1][name] = (dims, n_bytes)
+        shards[-1][name] = (dims, dtype, n_bytes)
         room -= n_bytes
-    drawn, weight_map = _draw(quantized=False), {}
+    drawn, weight_map = _draw(quantized=False) | _draw_encoded(kept), {}
     for number, held in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(held, file)
         table, entries, at = {}, {}, 0
-        for name, (dims, n_bytes) in held.items():
-            table[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [at, at + n_bytes]}
-            entries[name] = TensorEntry("bfloat16", dims, at, n_bytes)
+        for name, (dims, dtype, n_bytes) in held.items():
+            place = {"shape": dims, "data_offsets": [at, at + n_bytes]}
+            table[name] = {"dtype": PUBLISHED_DTYPE[dtype], **place}
+            entries[name] = TensorEntry(dtype, dims, at, n_bytes)
             at += n_bytes
         text = json.dumps(table).encode()
         text = text.ljust(-(-len(text) // 64) * 64)  # data begins at a multiple of 64, plus 8
         _write(folder / file, len(text).to_bytes(8, "little") + text, entries, drawn)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
+
+
+def _published(cfg):
+    """Yields (name, shape, the piece of an encoding or None) of each tensor as it is published:
+    what is encoded, and the biases beside it, in tensors of all experts."""
+    if published_quantization(cfg) is None:
+        yield from ((name, dims, None) for name, dims in published_tensors(cfg).items())
+        return
+    stacks = stacked_tensors(cfg)
+    for name, dims in published_tensors(cfg).items():
+        if not is_of_an_expert(name):
+            yield name, dims, None
+    for name, stack in stacks.items():
+        yield name, stack.shape, split_piece(stack.parts[0][0])[1]
+
+
+def _draw_encoded(kept):
+    """What encoded tensors are filled with, by their names; `kept`: name -> the piece. The scale is
+    such that MXFP4 has the spread of other weights, 0.01."""
+    half_bytes = np.random.default_rng(2).integers(0, 256, 16 << 20, dtype=np.uint8)
+    noise = {"q": half_bytes, "scale": np.full(1 << 20, 119, np.uint8)}
+    return {name: noise[piece] for name, piece in kept.items()}
 
 
 def _draw(*, quantized, tied=False):
@@ -211,7 +247,9 @@ def _pieces(name, entry, drawn):
     """A tensor's values from its first row to its last."""
     base, piece = split_piece(name)
     use = base if base in (EMBEDDING.published, HEAD.published) else None
-    if name.endswith("norm.weight"):
+    if name in drawn and name not in (EMBEDDING.published, HEAD.published):
+        yield from _repeated(drawn[name], math.prod(entry.shape))
+    elif name.endswith("norm.weight"):
         yield np.ones(entry.shape, ml_dtypes.bfloat16)
     elif SKEWED in drawn and name.endswith(drawn[SKEWED][0]):
         _, n_pairs = drawn[SKEWED]
@@ -223,14 +261,17 @@ def _pieces(name, entry, drawn):
         noise = drawn[use] if piece == WHOLE else drawn[piece, entry.dtype]
         yield from _rows_apart(noise, entry.shape, shift=use == HEAD.published)
     else:
-        left = math.prod(entry.shape)
         if piece == WHOLE:
             noise = drawn[None]
         else:
             noise = drawn[(piece, entry.dtype) + ((use,) if piece == "scale" else ())]
-        while left:
-            yield noise[:left]
-            left -= min(left, len(noise))
+        yield from _repeated(noise, math.prod(entry.shape))
+
+
+def _repeated(noise, left):
+    while left:
+        yield noise[:left]
+        left -= min(left, len(noise))
 
 
 def _rows_apart(noise, shape, *, shift):

@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 
 from jlayer.checkpoint.layout import CONFIG, read_manifest
 from jlayer.checkpoint.links import links_followed, links_note
-from jlayer.checkpoint.quantization import Quantization, block_matrices, quantization_of
+from jlayer.checkpoint.quantization import (
+    Quantization,
+    block_matrices,
+    published_quantization,
+    quantization_of,
+)
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.convert import RESUME
 from jlayer.convert.progress import Progress
@@ -197,17 +202,19 @@ def choose_quantization(
     checked: CheckedSource, scheme: str | None, journal: Journal | None, progress: Progress
 ) -> Quantization | None:
     """Which matrix is stored in which form: as in the run that is resumed, else by the error that a
-    sample of its rows has at int4."""
+    sample of its rows has at int4. What is published in an encoding stays in it."""
+    published = published_quantization(checked.cfg)
     if scheme is None:
-        return None
+        return published
     resumed = quantization_to_resume(journal, checked, scheme)
     if resumed is not None:
         return resumed
     shapes, errors = published_tensors(checked.cfg), None
     if scheme == INT4.name:
         progress.note(f"{checked.folder}: quantizing some rows of every matrix to measure errors")
-        errors = sample_errors(checked.tensors, block_matrices(shapes))
-    return quantization_of(scheme, shapes, errors)
+        matrices = block_matrices(shapes, but_experts=published is not None)
+        errors = sample_errors(checked.tensors, matrices)
+    return quantization_of(scheme, shapes, errors, published=published)
 
 
 def _summary(layered: LayeredTarget, checked, target, status, started) -> Summary:
@@ -231,7 +238,11 @@ def _summary(layered: LayeredTarget, checked, target, status, started) -> Summar
         n_resumed=layered.n_resumed,
         removed=tuple(layered.removed),
         quantization=quantization and quantization.as_dict(),
-        block_bits=quantization and quantization.block_bits(published_tensors(checked.cfg)),
+        block_bits=(
+            quantization.block_bits(published_tensors(checked.cfg))
+            if quantization and quantization.scheme
+            else None
+        ),
     )
 
 

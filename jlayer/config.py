@@ -57,7 +57,7 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     """
     raw = text_only(raw, where=where)
     family = find_family(raw, where=where)
-    _refuse_quantized(raw, where)
+    _refuse_quantized(raw, family.quantized, where)
     fields = Fields({**raw, "model_type": family.model_type}, where)
     cfg = family.read(fields)
     longest = cfg.max_position_embeddings
@@ -162,9 +162,11 @@ def quantization_named(raw: dict) -> str | None:
     return None if said is None else own_quantization(raw) or _method(said)
 
 
-def _refuse_quantized(raw, where):
+def _refuse_quantized(raw, known, where):
     field = next((field for field in _QUANTIZED if raw.get(field)), _QUANTIZED[0])
     said = raw.get(field)
+    if field == _QUANTIZED[0] and isinstance(said, dict) and said.get("quant_method") in known:
+        return
     if said and own_quantization(raw) is None:
         raise UnsupportedModelError(
             f"{where}: {field}: {quantized_by(_method(said))}; where the weights are not quantized "

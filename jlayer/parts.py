@@ -75,7 +75,8 @@ class Attention:
     weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
     the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
     projection of queries gives each head a gate too, after its query: what the head mixes is
-    multiplied by the gate's sigmoid.
+    multiplied by the gate's sigmoid. `has_sinks`: each head has a number that takes part in its
+    softmax as one more score, with no value.
     """
 
     n_heads: int
@@ -92,6 +93,7 @@ class Attention:
     keys_are_values: bool = False
     grows: tuple[float, int] | None = None
     has_gate: bool = False
+    has_sinks: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -168,12 +170,23 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Clamped:
+    """A clamped SwiGLU: g * sigmoid(alpha * g) * (u + 1), where g is the gate, at most `limit`, and
+    u the other, between -`limit` and `limit`."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Mlp:
     """An MLP's form. "gated": activation(gate) * up; "fused": the same, both in one matrix, the
-    gate first; "plain": activation(up)."""
+    gate first; "interleaved": both in one matrix, row 2i of the gate, row 2i + 1 of the other, and
+    as `clamped`; "plain": activation(up)."""
 
     form: str = "gated"
     activation: str = "silu"
+    clamped: Clamped | None = None
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -191,8 +204,9 @@ class Router:
     `group_score`: of the best expert ("max"), or of the best two ("best_two"). `renormalizes`: the
     weights are divided by their sum plus `above_sum`, or by `least_sum` if that is more; at last
     `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
-    whatever is computed in. `jitter`: of sparsemixer. `norm`: what it looks at is normed by it, and
-    multiplied by a vector and by `input_scale`; the weights by a number of each expert at last.
+    whatever is computed in. `logit_bias`: the logits have a bias. `jitter`: of sparsemixer. `norm`:
+    what it looks at is normed by it, and multiplied by a vector and by `input_scale`; the weights
+    by a number of each expert at last.
     """
 
     n_experts: int
@@ -207,6 +221,7 @@ class Router:
     least_sum: float = 0.0
     scale: float = 1.0
     is_exact: bool = False
+    logit_bias: bool = False
     jitter: float = 0.0
     norm: Norm | None = None
     input_scale: float = 1.0
@@ -239,15 +254,20 @@ class Beside:
 
 @dataclass(frozen=True)
 class Stack:
-    """How matrices of all experts of a layer may be published as one tensor [E, rows, in].
+    """How matrices of all experts of a layer may be published as one tensor [E, rows, in], or
+    their biases as one [E, rows].
 
-    `published`: its name; `leaves`: the matrices, in the order in which the rows of an expert
-    follow one another. `is_only`: a family's experts are published in no other way.
+    `published`: its name; `leaves`: the matrices or biases, in the order in which the rows of an
+    expert follow one another. `is_only`: a family's experts are published in no other way. `piece`:
+    of an encoding's pieces the one that the tensor has of each; None: it has plain numbers.
+    `in_blocks`: the last axis is cut, into blocks of so many.
     """
 
     published: str
     leaves: tuple[str, ...]
     is_only: bool = False
+    piece: str | None = None
+    in_blocks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +278,8 @@ class Experts:
     `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
     axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
     they may be published besides one by one. `beside`: the shared expert is added where each has a
-    norm of its own; None: it is one more of them.
+    norm of its own; None: it is one more of them. `has_biases`: of their matrices. `encoding`: the
+    name of that in which the matrices are published; None: they are plain numbers.
     """
 
     router: Router
@@ -271,6 +292,8 @@ class Experts:
     layers: tuple[bool, ...] = ()
     stacks: tuple[Stack, ...] = ()
     beside: Beside | None = None
+    has_biases: bool = False
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)

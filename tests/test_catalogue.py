@@ -20,6 +20,8 @@ PARAMETERS = {
     "gemma-2b": 2.51,
     "gemma-3-27b": 27.01,
     "gemma-3-4b": 3.88,
+    "gpt-oss-120b": 116.83,
+    "gpt-oss-20b": 20.91,
     "llama-2-7b-hf": 6.74,
     "llama-3.1-405b": 405.85,
     "llama-3.1-70b-instruct": 70.55,

@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from jlayer.checkpoint.source import SourceFile, identity_of, refuse_different
-from jlayer.errors import CheckpointError, StorageError
-from jlayer.spec import ITEM_BYTES
+from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
+from jlayer.spec import STORED_BYTES
 from jlayer.strict import close, open_regular
 
 # Weights are examined right after they are read: a chunk should still be in the processor's cache.
@@ -41,7 +41,7 @@ class TensorInfo:
 
     @property
     def n_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * STORED_BYTES[self.dtype]
 
 
 class Source(Protocol):
@@ -146,7 +146,7 @@ class FileSource:
             self._fds[place.file] = open_unchanged(place.file)
         fd = self._fds[place.file]
         if place.strided is not None:
-            rows = np.frombuffer(view, f"u{ITEM_BYTES[info.dtype]}")
+            rows = np.frombuffer(view, f"u{STORED_BYTES[info.dtype]}")
             _read_strided(fd, place, at // row_bytes(info), rows)
             return
         read_into(fd, view, place.offset + at, place.file.path)
@@ -184,10 +184,17 @@ class FileSource:
 
 
 def rows_of(place: Place, info: TensorInfo, first: int, n: int) -> tuple[Place, TensorInfo]:
-    """`n` rows from `first` on, of a tensor [experts, rows, columns] that is not cut within an
-    expert's. A checksum is of the whole, so that a part of it has none."""
-    _, n_rows, n_columns = info.shape
-    part, item = TensorInfo(info.dtype, (n, n_columns)), ITEM_BYTES.get(info.dtype, 1)
+    """`n` rows from `first` on, of a tensor [experts, rows, ...] that is not cut within an
+    expert's; what a row has is on one axis. A checksum is of the whole, so that a part of it has
+    none. Raises UnsupportedModelError for a strided tensor whose rows have more axes than one."""
+    _, n_rows, *rest = info.shape
+    if place.strided and len(rest) > 1:
+        raise UnsupportedModelError(
+            f"{place.file.path}: tensor {place.name} is a view of another order, which is not "
+            "supported; save it contiguous"
+        )
+    shape, n_columns = (n, math.prod(rest)) if rest else (n,), math.prod(rest)
+    part, item = TensorInfo(info.dtype, shape), STORED_BYTES.get(info.dtype, 1)
     expert, row = divmod(first, n_rows)
     strides = place.strided.strides if place.strided else (n_rows * n_columns, n_columns, 1)
     at = place.offset + (expert * strides[0] + row * strides[1]) * item
@@ -197,7 +204,7 @@ def rows_of(place: Place, info: TensorInfo, first: int, n: int) -> tuple[Place, 
 
 def row_bytes(info: TensorInfo) -> int:
     """Bytes of one index of a tensor's first axis."""
-    return math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
+    return math.prod(info.shape[1:]) * STORED_BYTES[info.dtype]
 
 
 def check_unchanged(file: SourceFile) -> None:

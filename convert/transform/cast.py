@@ -6,12 +6,15 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.convert.sources.files import Chunk
+from jlayer.encodings.tables import E8M0_NAN
 
 NUMPY_DTYPE = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+# Integers, and what scales of bytes stand for: no number of the former is infinite or NaN.
+_BYTES = {"int8": None, "uint8": None, "e8m0": E8M0_NAN}
 # A number is infinite or NaN exactly when all bits of its exponent are set.
 _EXPONENT = {
     "bfloat16": np.uint16(0x7F80),
@@ -21,11 +24,14 @@ _EXPONENT = {
 
 
 def count_nonfinite(chunk: Chunk, dtype: str) -> int:
-    """How many of the chunk's numbers are NaN or infinite.
+    """How many of the chunk's numbers are NaN or infinite. `dtype`: also "e8m0", of scales.
 
     Read as signed integers, the positive ones are larger than all finite numbers; read as unsigned
     integers, the negative ones are. So two maxima, which allocate nothing, clear most chunks.
     """
+    if dtype in _BYTES:
+        none = _BYTES[dtype]
+        return 0 if none is None else int(np.count_nonzero(np.frombuffer(chunk, np.uint8) == none))
     exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, exponent.dtype)
     signed = bits.view(f"i{bits.itemsize}")

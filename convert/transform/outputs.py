@@ -23,7 +23,8 @@ from jlayer.convert.sources.files import Chunk, Room, Source, SourceFile, file_c
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.transform.cast import cast, count_nonfinite
 from jlayer.convert.transform.quantize import Quantizer, whole_rows
-from jlayer.encodings.registry import split_piece
+from jlayer.encodings.grouped import SCALE
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.holders import text_only
 from jlayer.families.registry import published_tensors
@@ -66,25 +67,29 @@ class WeightFile:
         quantization: Quantization | None = None,
         quantizer: Quantizer | None = None,
     ):
-        self.name, self.published = name, tuple(shapes)
+        kept = quantization and quantization.as_published
+        in_source = stored_tensors(shapes, kept)
+        self.name, self.published = name, tuple(in_source)
         self.nonfinite: dict[str, int] = {}
         self.digests: dict[str, str] = {}
         self._source, self._progress = source, progress
         self._allow_nonfinite = allow_nonfinite
-        before = {tensor: source.tensors[tensor].dtype for tensor in shapes}
+        before = {tensor: source.tensors[tensor].dtype for tensor in in_source}
         self._schemes = {
             tensor: quantization.scheme_of(tensor, shape)
             for tensor, shape in shapes.items()
-            if quantization and quantization.scheme_of(tensor, shape)
+            if quantization and tensor in in_source and quantization.scheme_of(tensor, shape)
         }
         self._quantizer = quantizer
+        self._numbers = _number_formats(shapes, kept)
         after = {tensor: dtype or own for tensor, own in before.items()}
+        after |= piece_dtypes(shapes, kept)
         self.header, self.tensors = encode_header(
             stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
         )
         self.n_bytes = len(self.header) + sum(entry.n_bytes for entry in self.tensors.values())
         changes = before != after or self._schemes
-        self._source_header = encode_header(shapes, before)[0] if changes else None
+        self._source_header = encode_header(in_source, before)[0] if changes else None
         self._source_digest = None
         self._later_pieces: dict[str, list[bytes]] = {}  # pieces that come later in the file
 
@@ -171,8 +176,9 @@ class WeightFile:
 
     def _tensor_chunks(self, tensor, target, room):
         dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
+        numbers = self._numbers.get(tensor, dtype)
         for chunk in self._source.chunks(tensor, room if target == dtype else None):
-            before += count_nonfinite(chunk, dtype)
+            before += count_nonfinite(chunk, numbers)
             self._progress.advance(len(chunk))
             if self._source_digest is not None:
                 self._source_digest.update(chunk)
@@ -194,6 +200,13 @@ class WeightFile:
         if before:
             self.nonfinite[tensor] = before
             self._progress.note(f"{where}: NaN or infinite numbers kept: {before}")
+
+
+def _number_formats(shapes, kept):
+    """How the numbers of the published tensors' scales are stored, by name, where `kept` says that
+    some are encoded."""
+    schemes = {name: kept.scheme_of(name, shape) for name, shape in shapes.items()} if kept else {}
+    return {piece_name(name, SCALE): scheme.scales for name, scheme in schemes.items() if scheme}
 
 
 @dataclass(frozen=True)

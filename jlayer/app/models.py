@@ -17,12 +17,13 @@ from jlayer.app.forms import META, Form, form_of
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.foreign import kinds_of
 from jlayer.checkpoint.layout import CONFIG
+from jlayer.checkpoint.quantization import published_quantization
 from jlayer.checkpoint.source import names_in, quantizer_in, refuse_quantizer_files
 from jlayer.checkpoint.store import Store
 from jlayer.config import model_config, planned_dtype, quantization_named
 from jlayer.errors import JlayerError, UnsupportedModelError
 from jlayer.families.registry import published_tensors
-from jlayer.plan.tiles import Weights
+from jlayer.plan.tiles import Weights, unseen_weights
 from jlayer.strict import is_there, read_json_object
 
 _LONGEST = 60  # characters of a word from a config that are shown
@@ -130,7 +131,8 @@ def _look(model, follow_links):
     if raw is not None:
         cfg = model_config(raw, where=os.path.join(home, CONFIG))
         dtype = planned_dtype(cfg, None)
-        model.weights = Weights(cfg, lambda tensor: dtype, dtype)
+        quantization = published_quantization(cfg)
+        model.weights = unseen_weights(cfg, quantization, stored=dtype, dtype=dtype)
     missing = _missing(form, raw, home)
     if missing:
         model.state, model.reason = State.INCOMPLETE, f"{folder}: {missing}"

@@ -7,16 +7,17 @@ file.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
+from jlayer.checkpoint.quantization import piece_dtypes, published_quantization, stored_tensors
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.registry import (
     is_dropped,
+    is_of_an_expert,
     is_of_another_part,
     layer_of,
     published_tensors,
@@ -28,7 +29,6 @@ EXTRA = "not of this model"
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
 _LISTED = 200  # names in one message
 _TOLD = 3  # of those of single experts
-_OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 
 def find_misplaced(
@@ -108,7 +108,8 @@ def check_tensors(
     there (with `dtype` and `shape`). `extra_label`: how to refuse tensors that the model has no use
     for; None to leave them out.
     """
-    expected, found = published_tensors(cfg), {}
+    shapes, quantization, found = published_tensors(cfg), published_quantization(cfg), {}
+    expected, dtypes = stored_tensors(shapes, quantization), piece_dtypes(shapes, quantization)
     for table in tables.values():
         for name, place in table.items():
             found.setdefault(name, []).append(place)
@@ -116,15 +117,18 @@ def check_tensors(
         # A tied head is a copy of the embedding, to be compared with it, or is there in its place.
         found.setdefault(EMBEDDING.published, []).extend(found.pop(HEAD.published))
     extra = sorted(name for name in found if name not in expected and not is_dropped(cfg, name))
-    missing, other_dtype = [n for n in expected if n not in found], _of_other_dtype(found, expected)
+    missing = [name for name in expected if name not in found]
+    other_dtype = _of_other_dtype(found, expected, dtypes)
     if missing or other_dtype:
-        _refuse_quantized(folder, {name: copies[0][1] for name, copies in found.items()}, expected)
+        infos = {name: copies[0][1] for name, copies in found.items() if name not in dtypes}
+        _refuse_quantized(folder, infos, expected)
     problems = [
         *problems,
         *gathered("missing", _few_of_experts(map(_missing, missing))),
         *gathered("shape", _misshapen(found, expected)),
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
+        *gathered("dtype of what is encoded", _of_other_piece(found, dtypes)),
         *refused_extra(folder, extra, notes, label=extra_label),
     ]
     if problems:
@@ -192,13 +196,23 @@ def _refuse_quantized(folder, infos, expected):
     refuse_quantized_tensors(folder, strange, matrices)
 
 
-def _of_other_dtype(found, expected):
+def _of_other_dtype(found, expected, dtypes):
     return [
         f"{place.name} in {place.file.name} is {info.dtype}"
         for name, copies in found.items()
         for place, info in copies
-        if name in expected and info.dtype not in ITEM_BYTES
+        if name in expected and name not in dtypes and info.dtype not in ITEM_BYTES
     ]
+
+
+def _of_other_piece(found, dtypes):
+    told = {
+        f"{place.name} in {place.file.name} is {info.dtype}, expected {dtypes[name]}": None
+        for name, copies in found.items()
+        for place, info in copies
+        if name in dtypes and info.dtype != dtypes[name]
+    }
+    return list(told)  # once, though all experts are in one tensor
 
 
 def _missing(name):
@@ -209,10 +223,10 @@ def _few_of_experts(names):
     """The names, with three of those of single experts alone and the number of the others: a model
     may have 70,000 of them."""
     names = list(names)
-    of_experts = [name for name in names if _OF_AN_EXPERT.search(name)]
+    of_experts = list(filter(is_of_an_expert, names))
     told = set(of_experts[:_TOLD])
     left_out = len(of_experts) - len(told)
-    names = [name for name in names if name in told or not _OF_AN_EXPERT.search(name)]
+    names = [name for name in names if name in told or not is_of_an_expert(name)]
     return [*names, f"and {left_out} more of single experts"] if left_out else names
 
 

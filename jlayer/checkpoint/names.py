@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from jlayer.checkpoint.quantization import published_quantization, stored_tensors
 from jlayer.errors import CheckpointError
 from jlayer.families.base import BODY, HEAD
 from jlayer.families.registry import (
@@ -89,7 +90,8 @@ def names_in_use(cfg: ModelConfig, tables: Iterable[Iterable[str]], *, where: st
         for end in ends
         if (name == end or name.endswith(f".{end}")) and not is_of_another_part(cfg, name)
     }
-    published = {*published_tensors(cfg), *stacked_tensors(cfg), HEAD.published}
+    stored = stored_tensors(published_tensors(cfg), published_quantization(cfg))
+    published = {*stored, *stacked_tensors(cfg), HEAD.published}
     used = frozenset(published | set(map(_stacked, published)))
     if not leads or leads & {BODY, ""}:
         return Names(cfg, used)

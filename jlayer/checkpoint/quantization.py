@@ -11,7 +11,9 @@ from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import SCHEMES, piece_name
-from jlayer.families.registry import is_matrix, layer_of
+from jlayer.encodings.tables import TABLES
+from jlayer.families.registry import is_matrix, is_of_an_expert, layer_of
+from jlayer.spec import ModelConfig
 
 # INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
 # layers, scales and matrices at int8 included. STANDS_OUT: a matrix may stay at int8 if its error
@@ -23,21 +25,34 @@ STANDS_OUT = 4.0
 @dataclass(frozen=True)
 class Quantization:
     """The encodings of a model's matrices: `scheme`; int8 for those in `at_int8`, the embedding and
-    the head. Vectors (norms, biases) stay as published."""
+    the head. None: they are plain numbers. `experts`: the encoding in which those of experts are
+    published, and are kept; None: they are like the others. Vectors (norms, biases) stay as
+    published."""
 
-    scheme: str
+    scheme: str | None
     at_int8: tuple[str, ...] = ()
+    experts: str | None = None
+
+    @property
+    def as_published(self) -> Quantization | None:
+        """What of it the published tensors have already; None: they are plain numbers."""
+        return Quantization(None, experts=self.experts) if self.experts else None
 
     def scheme_of(self, tensor: str, shape: tuple[int, ...]) -> Grouped | None:
-        """The encoding of a published tensor; None: stored as published."""
+        """The encoding of a published tensor; None: plain numbers, stored as published."""
         if not is_matrix(tensor, shape):
+            return None
+        if self.experts and is_of_an_expert(tensor):
+            return TABLES[self.experts]
+        if self.scheme is None:
             return None
         if layer_of(tensor) is None or tensor in self.at_int8:
             return INT8
         return SCHEMES[self.scheme]
 
     def block_bits(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        """Bits per weight, scales included, on average over the matrices of the layers."""
+        """Bits per weight, scales included, on average over the matrices of the layers. There is a
+        `scheme`."""
         matrices = block_matrices(shapes)
         n_bytes = sum(
             self.scheme_of(name, shape).n_bytes(shape) for name, shape in matrices.items()
@@ -46,11 +61,12 @@ class Quantization:
 
     def as_dict(self) -> dict:
         """The form in the manifest. `groups` is for other readers; `from_dict` checks it."""
+        kept = {self.experts: TABLES[self.experts]} if self.experts else {}
         return {
             "scheme": self.scheme,
-            "groups": {name: scheme.group for name, scheme in SCHEMES.items()},
+            "groups": {name: row.group for name, row in (SCHEMES | kept).items()},
             "at_int8": list(self.at_int8),
-        }
+        } | ({"experts": self.experts} if self.experts else {})
 
     @classmethod
     def from_dict(cls, raw: dict) -> Quantization:
@@ -58,8 +74,11 @@ class Quantization:
 
         Raises ValueError for an unknown scheme or group, KeyError or TypeError for another form.
         """
-        quantization = cls(raw["scheme"], tuple(raw["at_int8"]))
-        if quantization.scheme not in SCHEMES or raw != quantization.as_dict():
+        experts = raw.get("experts")
+        quantization = cls(raw["scheme"], tuple(raw["at_int8"]), experts)
+        known = SCHEMES if experts is None else {None, *SCHEMES}
+        is_known = quantization.scheme in known and (experts is None or experts in TABLES)
+        if not is_known or raw != quantization.as_dict():
             raise ValueError("not a known quantization")
         return quantization
 
@@ -98,19 +117,35 @@ def piece_dtypes(
     return {name: dtype for name, (dtype, _) in stored if dtype is not None}
 
 
-def block_matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The matrices of the layers among published tensors."""
+def block_matrices(
+    shapes: Mapping[str, tuple[int, ...]], *, but_experts: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The matrices of the layers among published tensors; `but_experts`: without those of
+    experts."""
     return {
         name: shape
         for name, shape in shapes.items()
-        if is_matrix(name, shape) and layer_of(name) is not None
+        if is_matrix(name, shape)
+        and layer_of(name) is not None
+        and not (but_experts and is_of_an_expert(name))
     }
 
 
+def published_quantization(cfg: ModelConfig) -> Quantization | None:
+    """How the published tensors of a model are encoded; None: they are plain numbers."""
+    encoding = cfg.experts and cfg.experts.encoding
+    return Quantization(None, experts=encoding) if encoding else None
+
+
 def quantization_of(
-    scheme: str, shapes: Mapping[str, tuple[int, ...]], errors: Mapping[str, float] | None = None
+    scheme: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    errors: Mapping[str, float] | None = None,
+    *,
+    published: Quantization | None = None,
 ) -> Quantization:
-    """Chooses the encodings of a model's tensors.
+    """Chooses the encodings of a model's tensors. `published`: as they are published, which of
+    experts is kept.
 
     `errors`: for each matrix of the layers, its squared error at int4 relative to its sum of
     squares; without `errors` all are equal.
@@ -120,9 +155,10 @@ def quantization_of(
     the median (over weights) stay at int8, the worst first, while the average stays within
     INT4_BITS.
     """
+    kept = published.experts if published else None
     if scheme != INT4.name:
-        return Quantization(scheme)
-    matrices = block_matrices(shapes)
+        return Quantization(scheme, experts=kept)
+    matrices = block_matrices(shapes, but_experts=kept is not None)
     n_weights = {name: math.prod(shape) for name, shape in matrices.items()}
     gain = {name: (errors[name] if errors else 1.0) / n_weights[name] for name in matrices}
     order = sorted(matrices, key=lambda name: -gain[name])
@@ -134,7 +170,7 @@ def quantization_of(
         if gain[name] >= STANDS_OUT * median and more <= room:
             chosen.append(name)
             room -= more
-    return Quantization(scheme, tuple(name for name in matrices if name in set(chosen)))
+    return Quantization(scheme, tuple(name for name in matrices if name in set(chosen)), kept)
 
 
 def _median(values, weights):

@@ -7,6 +7,7 @@ copies of one tensor.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -270,11 +271,11 @@ def _refuse_weights(folder, names):
 
 
 def rows_of(place: Stored, entry: TensorEntry, first: int, n: int) -> tuple[Stored, TensorEntry]:
-    """`n` rows from `first` on, of a tensor [experts, rows, columns]."""
-    n_experts, n_rows, n_columns = entry.shape
+    """`n` rows from `first` on, of a tensor [experts, rows, ...]; what a row has is on one axis."""
+    n_experts, n_rows, *rest = entry.shape
     row_bytes = entry.n_bytes // (n_experts * n_rows)
-    at = entry.offset + first * row_bytes
-    return place, TensorEntry(entry.dtype, (n, n_columns), at, n * row_bytes)
+    at, shape = entry.offset + first * row_bytes, (n, math.prod(rest)) if rest else (n,)
+    return place, TensorEntry(entry.dtype, shape, at, n * row_bytes)
 
 
 def refuse_different(copy: Stored, taken: Stored) -> None:

@@ -38,7 +38,7 @@ def unstacked(
         elif info.shape != stack.shape:
             raise CheckpointError(
                 f"{where}: tensor {name} is {list(info.shape)}, by config.json "
-                f"{list(stack.shape)}: experts, rows, columns"
+                f"{list(stack.shape)}: experts, rows{', columns' * (len(stack.shape) > 2)}"
             )
         else:
             parts = {part: rows(place, info, first, n) for part, first, n in stack.parts}

@@ -23,12 +23,17 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.links import links_followed, links_note
-from jlayer.checkpoint.quantization import piece_dtypes, stored_tensors
+from jlayer.checkpoint.quantization import (
+    Quantization,
+    piece_dtypes,
+    published_quantization,
+    stored_tensors,
+)
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, names_in, open_published
 from jlayer.config import read_config
-from jlayer.encodings.registry import SCHEMES
+from jlayer.encodings.registry import encoding
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
@@ -60,6 +65,7 @@ class Store:
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
         self.manifest: Manifest | None = None
+        self.quantization: Quantization | None = None
         self.notes: tuple[str, ...] = ()
         self.identities: dict[str, Identity]
         self._where: dict[str, tuple[str, TensorEntry]]
@@ -78,6 +84,7 @@ class Store:
                 f"says {self.cfg.model_type!r}; put back the config, or convert the source again"
             )
         self.fingerprint = self.manifest.source_fingerprint
+        self.quantization = self.manifest.quantization
         self._where, self.identities = locate(self.folder, self.cfg, self.manifest)
         self.notes = (
             *check_side_files(self.folder, self.manifest),
@@ -87,6 +94,7 @@ class Store:
     def _open_published(self):
         source = open_published(self.folder)
         self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
+        self.quantization = published_quantization(self.cfg)
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
@@ -97,10 +105,10 @@ class Store:
     @cached_property
     def _forms(self):
         """Encodings by tensor; cached, since a plan asks for every tensor many times."""
-        if self.manifest is None or self.manifest.quantization is None:
+        if self.quantization is None:
             return {name: entry.dtype for name, (_, entry) in self._where.items()}
         schemes = {
-            name: self.manifest.quantization.scheme_of(name, shape)
+            name: self.quantization.scheme_of(name, shape)
             for name, shape in published_tensors(self.cfg).items()
         }
         return {
@@ -113,7 +121,9 @@ class Store:
         """The dtype of tensors that are not quantized: the default compute dtype."""
         names = (EMBEDDING.published, *(leaf.published for leaf in final_norm_leaves(self.cfg)))
         forms = [self.form_of(name) for name in (*names, *self.vectors)]
-        return next((form for form in forms if form not in SCHEMES), self.cfg.dtype or "bfloat16")
+        return next(
+            (form for form in forms if encoding(form).is_plain), self.cfg.dtype or "bfloat16"
+        )
 
     def segment_of(self, tensor: str) -> Segment:
         file, entry = self._where[tensor]

@@ -10,6 +10,8 @@ from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import SCALE, Q
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import encoding
+from jlayer.encodings.tables import E8M0_NAN, TABLES, Table
 
 # The most decoded bytes at a time: they stay in a core's cache.
 BLOCK_BYTES = 1 << 20
@@ -31,15 +33,33 @@ def levels() -> np.ndarray:
 _SCALES, _LEVELS = scale_values(), levels()
 
 
+def e8m0_values() -> np.ndarray:
+    """The scale that each of the 256 bytes of e8m0 stands for, float32."""
+    exponents = np.arange(E8M0_NAN) - 127
+    return np.append(np.ldexp(np.ones(E8M0_NAN, np.float32), exponents), np.float32(np.nan))
+
+
+# How the scales of tables are stored -> what each byte stands for.
+SCALES_OF_TABLES = {"e8m0": e8m0_values()}
+
+
 def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
     """The weights [rows, width], float32."""
-    if form not in (INT4.name, INT8.name):
+    if encoding(form).is_plain:
         return pieces[WHOLE].astype(np.float32)
     q, scale = pieces[Q], pieces[SCALE]
+    if form in TABLES:
+        return _of_table(TABLES[form], q, scale, width)
     if form == INT8.name:
         return q * _spread(scale.astype(np.float32), INT8.group, width)
     codes = np.concatenate([q & 15, q >> 4], axis=1)[:, :width]
     return _LEVELS[codes] * _spread(_SCALES[scale], INT4.group, width)
+
+
+def _of_table(table: Table, q, scale, width):
+    codes = np.stack([q & 15, q >> 4], axis=-1).reshape(len(q), width)
+    levels = np.array(table.levels, np.float32)
+    return levels[codes] * _spread(SCALES_OF_TABLES[table.scales][scale], table.group, width)
 
 
 def product(x: np.ndarray, form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:

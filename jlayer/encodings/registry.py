@@ -7,14 +7,18 @@ from jlayer.encodings.base import WHOLE, Encoding
 from jlayer.encodings.grouped import SCALE, Grouped, Q
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.tables import TABLES
 
-# A new encoding is a file beside this one, a line here, and a product in `model.products`.
-ENCODINGS: dict[str, Encoding] = {row.name: row for row in (*plain.ENCODINGS, INT8, INT4)}
+# A new encoding is a file beside this one, a line here, and a product in `model.products`; one with
+# other levels is a row of `tables`.
+ENCODINGS: dict[str, Encoding] = {
+    row.name: row for row in (*plain.ENCODINGS, INT8, INT4, *TABLES.values())
+}
 # The encodings that the converter can quantize to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
 _PIECES = (Q, SCALE)
-# dtype of the main piece -> weights in one number of it. No two schemes share a dtype.
-WEIGHTS_A_NUMBER = {scheme.q_dtype: 8 // scheme.bits for scheme in SCHEMES.values()}
+# dtype of the main piece -> weights in one number of it. Encodings with one dtype agree in it.
+WEIGHTS_A_NUMBER = {row.q_dtype: 8 // row.bits for row in (*SCHEMES.values(), *TABLES.values())}
 
 
 def encoding(name: str) -> Encoding:

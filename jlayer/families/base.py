@@ -293,7 +293,9 @@ class Family:
     weights of other parts than the text's, which are left out with a note. `has_windows`: its
     layers may have a window; where they have none, one that a config names nevertheless limits the
     model (`common.stray_window`). `longest_key`: the key of a config that says how many tokens a
-    text may have at most for all to be attended to; longer ones are not supported.
+    text may have at most for all to be attended to; longer ones are not supported. `quantized`: the
+    methods of other programs whose weights it reads as they are; `read` reads what a config says of
+    them.
     """
 
     model_type: str
@@ -304,6 +306,7 @@ class Family:
     left_out: tuple[str, ...] = ()
     has_windows: bool = True
     longest_key: str | None = None
+    quantized: tuple[str, ...] = ()
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

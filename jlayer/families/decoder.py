@@ -21,6 +21,7 @@ from jlayer.parts import Attention, Experts, Mlp, Norm, head_sizes
 from jlayer.spec import Leaf, ModelConfig, Role
 
 LAYER_SCALAR = "layer_scalar"
+SINKS = "sinks"  # published under this name, without ".weight"
 
 
 def decoder_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
@@ -130,6 +131,7 @@ def _attention_leaves(cfg, attention):
         *_place_leaves(cfg, places.before_attention),
         *inputs,
         *_head_norm_leaves(attention, sizes),
+        *_sinks_leaves(attention, sizes),
         matrix("o_proj", ("width", "heads")),
         *_place_leaves(cfg, places.after_attention),
     )
@@ -147,6 +149,12 @@ def _head_norm_leaves(attention, sizes):
             Leaf(name, f"self_attn.{name}.weight", axes, Role.NORM, sizes=sizes) for name in names
         ]
     return tuple(leaves)
+
+
+def _sinks_leaves(attention, sizes):
+    if not attention.has_sinks:
+        return ()
+    return (Leaf(SINKS, f"self_attn.{SINKS}", ("n",), Role.NORM, sizes=sizes),)
 
 
 def _place_leaves(cfg, name):
@@ -208,6 +216,7 @@ def _attention_stages(cfg, attention):
         names = ("q_proj", "k_proj", *(() if attention.keys_are_values else ("v_proj",)))
     norms = attention.head_norms
     used = (*norms.q, *norms.k) if norms and norms.norm.has_weight else ()
+    used += (SINKS,) if attention.has_sinks else ()
     following = cfg.places.before_attention if cfg.is_parallel else cfg.places.before_mlp
     join = Join(
         after=norm_at(cfg.norm, cfg.places.after_attention),

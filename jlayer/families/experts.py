@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jlayer.families.base import Function, Group, Join, JoinBoth, NormAt, Stage, one
+from jlayer.families.base import Function, Group, Join, JoinBoth, NormAt, Stage, bias_name, one
 from jlayer.parts import Experts, Mlp
 from jlayer.spec import Leaf, Role
 
 ROUTER, CORRECTION, SHARED_GATE = "router", "router_bias", "shared_gate"
+LOGIT_BIAS = "router_logit_bias"
 OF_INPUT, OF_WEIGHTS = "router_scale", "expert_scale"
 _SHARED = "shared_"  # before the names of the shared expert's leaves
 # What a layer with experts adds to the flow; see `families.base`.
@@ -26,6 +27,9 @@ def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
     n_experts = (("experts", router.n_experts), ("one", 1))
     role = Role.EXACT if router.is_exact else Role.NORM
     leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), role, sizes=n_experts)]
+    if router.logit_bias:
+        published = experts.routing.removesuffix("weight") + "bias"
+        leaves.append(Leaf(LOGIT_BIAS, published, ("experts",), role, sizes=n_experts))
     if router.has_bias:
         axes = experts.bias_axes
         leaves.append(Leaf(CORRECTION, experts.bias, axes, Role.EXACT, sizes=n_experts))
@@ -39,7 +43,22 @@ def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
         if shared.gate:
             axes = ("one", "width")
             leaves.append(Leaf(SHARED_GATE, shared.gate, axes, Role.NORM, sizes=n_experts))
-    return (*leaves, *_mlp_leaves(experts.mlp, experts.width, n_experts=router.n_experts))
+    matrices = _mlp_leaves(experts.mlp, experts.width, n_experts=router.n_experts)
+    biases = map(_bias, matrices) if experts.has_biases else ()
+    return (*leaves, *matrices, *biases)
+
+
+def _bias(matrix):
+    """The bias of an expert's matrix."""
+    published = matrix.published.removesuffix("weight") + "bias"
+    return replace(
+        matrix,
+        name=bias_name(matrix.name),
+        published=published,
+        axes=matrix.axes[:1],
+        role=Role.BIAS,
+        of=matrix.name,
+    )
 
 
 def before_experts(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -51,7 +70,7 @@ def before_experts(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 def expert_stages(experts: Experts, join: Join) -> tuple[Stage, ...]:
     """`join`: how what they give is added to the residual stream."""
     router, shared, stages = experts.router, experts.shared, []
-    whole = (ROUTER, CORRECTION) if router.has_bias else (ROUTER,)
+    whole = (ROUTER, *[LOGIT_BIAS] * router.logit_bias, *[CORRECTION] * router.has_bias)
     route = Function("route", ("inputs",), ("routing", "mixed"), whole, router)
     if shared:
         gate = (SHARED_GATE,) if shared.gate else ()
@@ -93,7 +112,7 @@ def _mlp_leaves(mlp: Mlp, width, *, prefix="", n_experts=0):
         published = f"{mlp.module}.{name}.weight"
         return Leaf(prefix + name, published, axes, sizes=sizes, n_experts=n_experts)
 
-    if mlp.form == "fused":
+    if mlp.form in ("fused", "interleaved"):
         inner = [matrix(mlp.up, ("both", "width"))]
     else:
         names = [mlp.gate] * (mlp.form == "gated") + [mlp.up]

@@ -9,12 +9,15 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families import (
     cohere,
     corrected,
     deepseek,
     gemma,
     glm,
+    gpt_oss,
     layer_norms,
     llama,
     mixtures,
@@ -31,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for rows in (
         *(llama, gemma, phi, olmo, glm, cohere, layer_norms),
-        *(qwen_next, mixtures, corrected, deepseek),
+        *(qwen_next, mixtures, corrected, deepseek, gpt_oss),
     )
     for family in rows.FAMILIES
 }
@@ -51,6 +54,7 @@ _WHOLE = (
     ".kv_b_proj.weight",
 )
 
+_OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 _BEFORE, _AFTER = (re.escape(part) for part in LAYER_PREFIX.split("{layer}"))
 _LAYER_NAME = re.compile(rf"{_BEFORE}(0|[1-9][0-9]{{0,8}}){_AFTER}(.+)", re.DOTALL)
 
@@ -134,11 +138,11 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Stacked(NamedTuple):
-    """A published tensor that holds matrices of all experts of a layer: its shape, and of each
-    matrix (its name, its first row, the number of its rows), where rows are counted through all
-    experts."""
+    """A published tensor that holds matrices, or pieces or biases of them, of all experts of a
+    layer: its shape, and of each matrix (its name, its first row, the number of its rows), where
+    rows are counted through all experts."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     parts: tuple[tuple[str, int, int], ...]
 
 
@@ -150,18 +154,33 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
     for layer, kind in sparse if stacks else ():
         for stack in stacks:
             leaves = [kind.leaf(name) for name in stack.leaves]
-            heights = [leaf.shape(cfg)[0] for leaf in leaves]
-            shape = (kind.n_experts, sum(heights), leaves[0].shape(cfg)[1])
+            shapes = [_shape_in(cfg, stack, leaf) for leaf in leaves]
+            shape = (kind.n_experts, sum(n_rows for n_rows, *_ in shapes), *shapes[0][1:])
             parts = [
-                (layer_tensor_name(cfg, leaf, layer, expert), n_rows)
+                (piece_name(layer_tensor_name(cfg, leaf, layer, expert), stack.piece or WHOLE), n)
                 for expert in range(kind.n_experts)
-                for leaf, n_rows in zip(leaves, heights, strict=True)
+                for leaf, (n, *_) in zip(leaves, shapes, strict=True)
             ]
             ends = accumulate(n_rows for _, n_rows in parts)
             placed = ((name, end - n, n) for (name, n), end in zip(parts, ends, strict=True))
             name = family_of(cfg).layer_prefix.format(layer=layer) + stack.published
             found[name] = Stacked(shape, tuple(placed))
     return found
+
+
+def _shape_in(cfg, stack, leaf):
+    """What a tensor of all experts has of a matrix or bias of one."""
+    shape = leaf.shape(cfg)
+    if stack.piece is not None:
+        _, shape = encoding(cfg.experts.encoding).pieces(shape)[stack.piece]
+    if stack.in_blocks is None:
+        return shape
+    return (*shape[:-1], shape[-1] // stack.in_blocks, stack.in_blocks)
+
+
+def is_of_an_expert(tensor_name: str) -> bool:
+    """Whether a published tensor, by its name, is of one of many experts."""
+    return _OF_AN_EXPERT.search(tensor_name) is not None
 
 
 def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:

@@ -32,11 +32,12 @@ class Mixed:
     top: jax.Array  # [B, K, G, T]
 
 
-def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
+def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention, sinks=None):
     """q [R, N, H] and k, v [R, K, H] of a chunk's rows -> [R, N*H].
 
     Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
-    are padding and give zeros.
+    are padding and give zeros. `sinks` [N]: of each head one more score, of an entry without a
+    value.
     """
     view = rows.view(how.window)
     (b, s), t = view.table.shape, rows.seen.shape[1]
@@ -53,7 +54,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
         return given.reshape(b // pieces.lanes, pieces.lanes, *given.shape[1:])
 
     def attend(group):
-        return _attend(*group, cache=cache, pieces=pieces, how=how)
+        return _attend(*group, cache=cache, pieces=pieces, how=how, sinks=sinks)
 
     if rows.fresh is None:
         own = (pane(k), pane(v))
@@ -76,7 +77,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention):
     return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
 
-def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how):
+def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how, sinks):
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
 
@@ -103,7 +104,8 @@ def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how):
         return merge(state, more), None
 
     of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
-    state = _over(fresh, nothing(grouped), of_chunk, pieces.fresh)
+    start = nothing(grouped) if sinks is None else only_sinks(grouped, sinks)
+    state = _over(fresh, start, of_chunk, pieces.fresh)
     step = table.shape[1] // pieces.committed
     firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
     state = _over(committed, state, (_cut(table, pieces.committed), firsts), pieces.committed)
@@ -129,6 +131,13 @@ def nothing(grouped) -> Mixed:
     shape = grouped.shape[:-1]
     lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
     return Mixed(jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape, jnp.float32), lowest)
+
+
+def only_sinks(grouped, sinks) -> Mixed:
+    """Attention of grouped queries [B, K, G, T, H] over the sinks [N] alone, whose values are 0."""
+    shape = grouped.shape[:-1]
+    top = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *shape[1:3], 1), shape)
+    return Mixed(jnp.zeros(grouped.shape, jnp.float32), jnp.ones(shape, jnp.float32), top)
 
 
 def attend_to(grouped, k, v, seen, how: Attention) -> Mixed:

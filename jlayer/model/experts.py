@@ -9,8 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.experts import CORRECTION, OF_INPUT, OF_WEIGHTS, ROUTER, SHARED_GATE
-from jlayer.model.ops import normed
+from jlayer.families.experts import (
+    CORRECTION,
+    LOGIT_BIAS,
+    OF_INPUT,
+    OF_WEIGHTS,
+    ROUTER,
+    SHARED_GATE,
+)
+from jlayer.model.ops import linear, normed
 from jlayer.model.products import product
 from jlayer.parts import Router
 
@@ -21,9 +28,8 @@ def route(products, whole, inputs, *, how: Router):
     if how.norm is not None:
         x = normed(x, how.norm) * whole[OF_INPUT][None] * jnp.asarray(how.input_scale, x.dtype)
     if how.is_exact:
-        logits = product(x.astype(jnp.float32), whole[ROUTER].astype(jnp.float32))
-    else:
-        logits = product(x, whole[ROUTER]).astype(x.dtype).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+    logits = linear(x, whole[ROUTER], whole.get(LOGIT_BIAS)).astype(jnp.float32)
     routing = weights_of(logits, whole.get(CORRECTION), how)
     if OF_WEIGHTS in whole:
         routing = routing * whole[OF_WEIGHTS].astype(jnp.float32)[None]

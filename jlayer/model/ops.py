@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlayer.model.products import product
-from jlayer.parts import Logits, Norm, Rope, Scale
+from jlayer.parts import Clamped, Logits, Norm, Rope, Scale
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -153,6 +153,12 @@ def rotate(x, positions, rope: Rope, is_long=None):
 def gated(gate, up, *, activation: str):
     """The inner activation of the MLP: act(gate) * up, each [..., F]."""
     return ACTIVATION[activation](gate) * up
+
+
+def clamped(gate, up, how: Clamped):
+    """The clamped SwiGLU of gate and up, each [..., F]."""
+    gate, up = jnp.minimum(gate, how.limit), jnp.clip(up, -how.limit, how.limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(gate * how.alpha))
 
 
 def capped(scores, cap: float | None, tanh=jnp.tanh):

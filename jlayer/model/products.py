@@ -20,6 +20,7 @@ from jlayer.encodings.grouped import block_rows
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import ENCODINGS
+from jlayer.encodings.tables import TABLES, Table
 
 
 @struct.dataclass
@@ -152,6 +153,7 @@ def _grouped_on_cpu(x, weight):
 
 def _by_blocks(x, weight, *, block_product):
     """The product, one block of rows after another; the last block may overlap the one before."""
+    x = _in_order(x, weight)
     n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
 
@@ -167,6 +169,14 @@ def _by_blocks(x, weight, *, block_product):
     if rest:
         products = jnp.concatenate([products, blocks[-1][..., height - rest :]], axis=-1)
     return products
+
+
+def _in_order(x, weight):
+    """The inputs [..., in] in the order in which the weights are decoded: to reorder a few inputs
+    is cheap, and to interleave weights keeps a CPU from computing several at a time."""
+    if weight.encoding in TABLES:
+        return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+    return x
 
 
 def _joined_product(x, parts):
@@ -186,7 +196,10 @@ def _parts_product(x, parts):
 
 def dequantize(weight: Encoded, width: int):
     """The decoded weights, float32 [out, in]; `width` is in."""
-    return jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
+    parts = _parts(weight, 0, weight.n_rows, width)
+    if weight.encoding in TABLES:
+        return jnp.stack(parts, axis=-1).reshape(weight.n_rows, width)
+    return jnp.concatenate(parts, axis=1)
 
 
 def embedded(table, ids, *, width: int, dtype):
@@ -204,7 +217,7 @@ def embedded(table, ids, *, width: int, dtype):
 
 
 def _parts(weight, first, count, width):
-    """Some rows decoded to float32, as arrays of consecutive ranges of inputs."""
+    """Some rows decoded to float32, as arrays of ranges of inputs, in the order of `_in_order`."""
     pieces = {name: _rows(piece, first, count) for name, piece in weight.pieces.items()}
     return DECODE[weight.encoding](**pieces, width=width)
 
@@ -231,6 +244,31 @@ def _decode_int4(*, q, scale, width):
     return ranges
 
 
+def _decode_table(*, q, scale, width, table: Table):
+    """Two ranges of inputs: the even ones, in low half bytes, and the odd ones, in high ones."""
+    factors = _spread(SCALES[table.scales](scale), table.group // 2, width // 2)
+    return [_looked_up(half, table.levels) * factors for half in (q & 15, q >> 4)]
+
+
+def _looked_up(codes, levels):
+    """The level of each half byte, by choosing between halves of the table bit by bit: arithmetic
+    alone, without a read for each weight."""
+    chosen = [jnp.float32(level) for level in levels]
+    for bit in range(4):
+        is_set = codes >> bit & 1 == 1
+        chosen = [
+            jnp.where(is_set, odd, even)
+            for even, odd in zip(chosen[::2], chosen[1::2], strict=True)
+        ]
+    return chosen[0]
+
+
+def _e8m0(codes):
+    """2 ** (code - 127), float32; 0 becomes the bits of 2 ** -127, and 255 those of infinity."""
+    bits = codes.astype(jnp.uint32) << 23
+    return jax.lax.bitcast_convert_type(jnp.maximum(bits, np.uint32(1 << 22)), jnp.float32)
+
+
 def _spread(factors, group, width):
     """Repeats each group's factor for its inputs: [out, groups] -> [out, in]."""
     rows, groups = factors.shape
@@ -251,4 +289,8 @@ def _decode_scales(codes):
 
 # The functions that encodings name: how to multiply, and how to decode some rows.
 PRODUCTS = {"grouped": _grouped_product}
-DECODE = {INT8.name: _decode_int8, INT4.name: _decode_int4}
+DECODE = {INT8.name: _decode_int8, INT4.name: _decode_int4} | {
+    name: partial(_decode_table, table=table) for name, table in TABLES.items()
+}
+# How the scales of tables are decoded.
+SCALES = {"e8m0": _e8m0}

@@ -13,12 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.families.base import Function, Join, JoinBoth, LayerKind, NormAt, Stage, bias_name
+from jlayer.families.decoder import SINKS
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
 from jlayer.model.experts import mix_expert, mix_shared, route
 from jlayer.model.mla import attend_latent, query_latent
-from jlayer.model.ops import ACTIVATION, final_logits, gated, linear, normed, rotate, scaled
+from jlayer.model.ops import (
+    ACTIVATION,
+    clamped,
+    final_logits,
+    gated,
+    linear,
+    normed,
+    rotate,
+    scaled,
+)
 from jlayer.model.products import product
 from jlayer.parts import Attention, Mlp, Scale
 
@@ -39,7 +49,8 @@ def block(kind: LayerKind) -> Callable:
             weights = layer
             if expert is not None:
                 flow["expert"] = jnp.int32(expert)
-                weights = layer | {name: layer[name][expert] for name in stage.leaves}
+                names = (*stage.leaves, *map(bias_name, stage.leaves))
+                weights = layer | {name: layer[name][expert] for name in names if name in layer}
             if stage.input and not expert:
                 flow |= call(stage.input, flow, layer)
             products = multiply(stage, flow.get(stage.source), weights)
@@ -145,7 +156,7 @@ def _attend(products, whole, cache, rows, *, how: Attention):
         v = normed(v, how.value_norm)
     # Written first: so the cache's memory is reused, and no copy of it is made.
     cache = write(cache, k, v, rows.view(how.window))
-    mixed = attention(q, k, v, cache, rows, how)
+    mixed = attention(q, k, v, cache, rows, how, whole.get(SINKS))
     if gate is not None:
         mixed = mixed * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(mixed.dtype)
     return mixed, cache
@@ -227,6 +238,8 @@ def _activate(products, whole, *, how: Mlp):
     (inner,) = products.values()
     if how.form == "plain":
         return (ACTIVATION[how.activation](inner),)
+    if how.form == "interleaved":
+        return (clamped(inner[:, 0::2], inner[:, 1::2], how.clamped),)
     return (gated(*jnp.split(inner, 2, axis=-1), activation=how.activation),)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
+from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
@@ -63,6 +64,20 @@ class Weights:
             encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
             for form, shape in zip(forms, shapes.values(), strict=True)
         )
+
+
+def unseen_weights(
+    cfg: ModelConfig, quantization: Quantization | None, *, stored: str, dtype: str
+) -> Weights:
+    """The weights of a model of which only this is known. `stored`: the dtype of what is not
+    quantized; `dtype`: the compute dtype."""
+    shapes = published_tensors(cfg)
+
+    def form_of(tensor):
+        scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
+        return scheme.name if scheme else stored
+
+    return Weights(cfg, form_of, dtype)
 
 
 @dataclass(frozen=True)

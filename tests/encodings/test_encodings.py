@@ -24,6 +24,7 @@ from jlayer.encodings.registry import (
     piece_name,
     split_piece,
 )
+from jlayer.encodings.tables import MXFP4, TABLES
 from jlayer.spec import STORED_BYTES
 
 
@@ -92,7 +93,7 @@ def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encodin
     assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())
     for piece in pieces:
         assert split_piece(piece_name("a.q_proj.weight", piece)) == ("a.q_proj.weight", piece)
-    assert encoding.is_plain == (encoding.name not in SCHEMES)
+    assert encoding.is_plain == (encoding.name not in {*SCHEMES, *TABLES})
     if not encoding.is_plain:
         dtype, shape = pieces[encoding.main]
         n_numbers = math.prod(shape) * WEIGHTS_A_NUMBER[dtype]
@@ -102,6 +103,7 @@ def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encodin
 def test_bits_are_what_is_promised_all_included():
     assert INT8.n_bytes((10, 1280)) * 8 == 12800 * 8.125
     assert INT4.n_bytes((10, 1280)) * 8 == 12800 * 4.25
+    assert MXFP4.n_bytes((10, 1280)) * 8 == 12800 * 4.25
 
 
 SHAPES = {

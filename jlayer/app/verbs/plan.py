@@ -16,7 +16,7 @@ from jlayer.app.words import time_words
 from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
-from jlayer.checkpoint.quantization import Quantization, quantization_of
+from jlayer.checkpoint.quantization import Quantization, published_quantization, quantization_of
 from jlayer.checkpoint.source import names_in
 from jlayer.config import model_config, planned_dtype, read_config
 from jlayer.cores.native import missing
@@ -30,7 +30,7 @@ from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.need import memory_name
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
-from jlayer.plan.tiles import Weights
+from jlayer.plan.tiles import Weights, unseen_weights
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.spec import ModelConfig
@@ -99,13 +99,14 @@ def run(args) -> dict:
     plan = with_host(plan_of, matrix_forms(weights), run.host_share, machine.host)
     lanes = lanes_of(weights, machine, shape, plan, tilings, draft)
     if not args.json:
-        kept = quantization and described(quantization, cfg)
+        kept = quantization and quantization.scheme and described(quantization, cfg)
         print(describe(plan, kept, lanes=lanes, is_converted=is_layered(args.ref)))
         for note in plan.notes:
             tell(note)
     found = {**plan.as_dict(), "lanes": lanes}
     if quantization is not None:
-        bits = quantization.block_bits(published_tensors(cfg))
+        shapes = published_tensors(cfg)
+        bits = quantization.block_bits(shapes) if quantization.scheme else None
         found["quantization"] = {**quantization.as_dict(), "block_bits": bits}
     try:
         plan.check()
@@ -180,13 +181,8 @@ def _without_fp8(raw, where):
 
 def _weights(cfg: ModelConfig, quantization: Quantization | None, dtype: str | None) -> Weights:
     """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
-    shapes, stored = published_tensors(cfg), planned_dtype(cfg, dtype)
-
-    def form_of(tensor):
-        scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
-        return scheme.name if scheme else stored
-
-    return Weights(cfg, form_of, dtype or stored)
+    stored = planned_dtype(cfg, dtype)
+    return unseen_weights(cfg, quantization, stored=stored, dtype=dtype or stored)
 
 
 def _draft(args, cfg, dtype) -> Weights | None:
@@ -202,24 +198,26 @@ def _draft(args, cfg, dtype) -> Weights | None:
             f"draft: {args.draft} has a vocabulary of {draft.vocab_size}, and {args.ref} one of "
             f"{cfg.vocab_size}; a run refuses a draft with other tokens"
         )
-    return _weights(draft, _quantization_of(args.draft), dtype)
+    return _weights(draft, _quantization_of(args.draft, draft), dtype)
 
 
-def _quantization_of(ref) -> Quantization | None:
-    return read_manifest(ref).quantization if is_layered(ref) else None
+def _quantization_of(ref, cfg) -> Quantization | None:
+    return read_manifest(ref).quantization if is_layered(ref) else published_quantization(cfg)
 
 
 def _quantization(args, cfg) -> Quantization | None:
     """How REF is quantized, or would be by --quantize; a plan needs the sizes alone."""
-    there = _quantization_of(args.ref)
+    there = _quantization_of(args.ref, cfg)
     if args.quantize is None:
         return there
-    if there and there.scheme != args.quantize:
+    if there and there.scheme not in (None, args.quantize):
         raise UsageError(
             f"--quantize: found {args.quantize}, but {args.ref} is quantized to {there.scheme}; "
             "name the model that it was converted from"
         )
-    return there or quantization_of(args.quantize, published_tensors(cfg))
+    if there and there.scheme:
+        return there
+    return quantization_of(args.quantize, published_tensors(cfg), published=there)
 
 
 def _measured(ref):
@@ -241,6 +239,7 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
     bits = quantization.block_bits(published_tensors(cfg))
     return (
         f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
+        + (f"; experts {quantization.experts}, as published" if quantization.experts else "")
         + (f"; at int8 as well {kept}" if kept else "")
     )
 

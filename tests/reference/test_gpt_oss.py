@@ -1,0 +1,200 @@
+"""gpt-oss with its experts in MXFP4: a tiny random model, written as it is published, gives the
+logits of Transformers, as it is and converted, however its tokens come."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer import AutoModel
+from jlayer.checkpoint.layout import read_manifest
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.verify import verify_folder
+from jlayer.cores.decode import decoded
+from jlayer.encodings.tables import E8M0_NAN, MXFP4
+from jlayer.model.products import dequantize, weight
+from jlayer.plan.shapes import RunShape
+from tests.reference.drawn import drawn_here, drawn_there
+from tests.reference.gpt_oss_forms import drawn, in_transformers, reference_logits, write
+from tests.streaming.conftest import set_tile_bytes
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
+N_TOKENS = 40  # several windows of 6
+IDS = np.random.default_rng(0).integers(3, 133, (1, N_TOKENS))
+PIECES = (1, 1, 2, 7, 3, 11, 15)
+PROMPTS = [IDS[0, :n].tolist() for n in (31, 5, 12, 1)]
+N_NEW = 8
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(the config, the published tensors)."""
+    return drawn()
+
+
+@pytest.fixture(scope="module")
+def source(made, tmp_path_factory):
+    """The folder as it is published."""
+    return write(tmp_path_factory.mktemp("gpt-oss") / "published", *made)
+
+
+@pytest.fixture(scope="module")
+def layered(source, tmp_path_factory):
+    target = tmp_path_factory.mktemp("gpt-oss") / "layered"
+    convert_checkpoint(source, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def expected(made):
+    return reference_logits(*made, IDS, torch.float32).numpy()
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_logits_of_a_prompt_as_published_and_converted(source, layered, expected):
+    found = []
+    for folder in (source, layered):
+        with AutoModel.from_pretrained(folder, device="cpu") as model:
+            found.append(model.logits(IDS))
+    assert_close(found[0], expected)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_logits_of_every_position_with_a_cache(source, expected):
+    """Token by token, then in pieces that fit neither the window nor the sizes of chunks."""
+    with AutoModel.from_pretrained(source, device="cpu") as model:
+        forward = model.engine.start(RunShape(longest=16, context=N_TOKENS, all_logits=True))
+        at = 0
+        for size in PIECES:
+            found = forward.sweep([IDS[0, at : at + size].tolist()], [at], all_logits=True)
+            part = expected[:, at : at + size]
+            atol = TOLERANCE * np.abs(expected).max()
+            np.testing.assert_allclose(found, part, rtol=0, atol=atol)
+            at += size
+        assert at == N_TOKENS
+
+
+@pytest.mark.slow
+def test_a_batch_in_tiles_under_the_smallest_budget(made, source, monkeypatch):
+    """The tokens that Transformers draws for each prompt by itself; none of the weights stay."""
+    expected = drawn_there(in_transformers(*made, torch.float32), PROMPTS, n_new=N_NEW)
+    with AutoModel.from_pretrained(source, device="cpu", context=64) as model:
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
+    set_tile_bytes(monkeypatch, 2000)
+    with AutoModel.from_pretrained(source, device="cpu", context=64) as model:
+        drawn_here(model, PROMPTS, n_new=N_NEW)
+        least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
+    with AutoModel.from_pretrained(source, device="cpu", context=64, device_memory=least) as model:
+        assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
+
+
+def test_trees_of_guesses_change_no_token(source):
+    """Rows of a tree see their ancestors alone, and every head its sink once."""
+    prompt = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]
+    given = {"temperature": 0, "max_new_tokens": 24, "eos_token_id": None}
+    with AutoModel.from_pretrained(source, device="cpu", context=64) as model:
+        plain = jlayer.generate(model, prompt, speculate="off", **given)
+        guessed = jlayer.generate(model, prompt, speculate="lookup", draft_tokens=7, **given)
+    assert guessed.token_ids == plain.token_ids
+    assert guessed.stats["verified"] > 0
+
+
+def test_conversion_keeps_the_bytes_of_the_experts(made, layered):
+    from safetensors.numpy import load_file
+
+    _, tensors = made
+    assert verify_folder(layered).findings == ()
+    assert read_manifest(layered).quantization.experts == MXFP4.name
+    file = load_file(layered / "layer-00001.safetensors")
+    for name in ("gate_up_proj", "down_proj"):
+        for expert in (0, 6):
+            lead = f"model.layers.1.mlp.experts.{expert}.{name}"
+            stack = f"model.layers.1.mlp.experts.{name}"
+            for piece, published in (("weight.q", "blocks"), ("weight.scale", "scales")):
+                found = file[f"{lead}.{piece}"]
+                part = tensors[f"{stack}_{published}"][expert]
+                np.testing.assert_array_equal(found, part.reshape(found.shape))
+            np.testing.assert_array_equal(file[f"{lead}.bias"], tensors[f"{stack}_bias"][expert])
+
+
+def test_half_bytes_stand_for_what_transformers_decodes():
+    """Bit for bit, for all half bytes with all scales that are numbers; XLA may take what float32
+    has no full precision for, below 2^-126, as zero."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    n_rows, width = 8, 256 * 32
+    pieces = {
+        "q": np.random.default_rng(0).integers(0, 256, (n_rows, width // 2), dtype=np.uint8),
+        "scale": np.tile(np.arange(256, dtype=np.uint8), (n_rows, 1)),
+    }
+    blocks = torch.tensor(pieces["q"].reshape(1, n_rows, 256, 16))
+    scales = torch.tensor(pieces["scale"][None])
+    there = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].numpy().T
+    with np.errstate(over="ignore"):
+        here = decoded(MXFP4.name, pieces, width)
+    held = weight(pieces, encoding=MXFP4.name, block_bytes=1 << 20)
+    on_device = np.asarray(dequantize(held, width))
+
+    def bits(numbers, least):
+        columns = np.repeat(np.arange(256), 32)
+        kept = np.ascontiguousarray(numbers[:, (columns >= least) & (columns < E8M0_NAN)])
+        return kept.view(np.uint32)
+
+    np.testing.assert_array_equal(bits(here, 0), bits(there, 0))
+    np.testing.assert_array_equal(bits(on_device, 2), bits(there, 2))
+    assert np.isnan(here[:, -32:]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"swiglu_limit": 7.0},
+        {"swiglu_alpha": 1.0},
+        {"num_experts_per_tok": 2},
+        {"sliding_window": 7},
+        {"rms_norm_eps": 0.1},
+        {"rope_theta": 100.0},
+        {"layer_types": ["full_attention"] * 3},
+        {"rope_scaling": None},  # another scaling, which the family has where none is named
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_switch_is_read_and_matters(made, expected, change, tmp_path):
+    config, tensors = made
+    config = {**config, **change}
+    there = reference_logits(config, tensors, IDS, torch.float32).numpy()
+    with AutoModel.from_pretrained(write(tmp_path, config, tensors), device="cpu") as model:
+        assert_close(model.logits(IDS), there)
+    assert np.abs(there - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_the_ends_of_yarns_ramp_are_not_rounded(made, expected, tmp_path):
+    config, tensors = made
+    scaling = {**config["rope_scaling"], "truncate": True}
+    config = {**config, "rope_scaling": scaling}
+    there = reference_logits(config, tensors, IDS, torch.float32).numpy()
+    with AutoModel.from_pretrained(write(tmp_path, config, tensors), device="cpu") as model:
+        assert_close(model.logits(IDS), there)
+    assert np.abs(there - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_sinks_take_their_share(made, expected, tmp_path):
+    """Without them every head's weights would sum to one."""
+    config, tensors = made
+    low = {
+        name: np.full_like(array, -1e4) if name.endswith("sinks") else array
+        for name, array in tensors.items()
+    }
+    there = reference_logits(config, low, IDS, torch.float32).numpy()
+    with AutoModel.from_pretrained(write(tmp_path, config, low), device="cpu") as model:
+        assert_close(model.logits(IDS), there)
+    assert np.abs(there - expected).max() > 1e-3 * np.abs(expected).max()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt_oss"
