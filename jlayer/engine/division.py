@@ -85,11 +85,12 @@ def _next_inputs(tiles):
     function does. The head makes its own, of the rows that are wanted."""
     found = {}
     for tile, following in pairwise(tiles):
-        if following.kind is None or following.stage is None or not tile.ends_stage:
+        stage = following.first_stage
+        if following.kind is None or stage is None or not tile.ends_stage:
             continue
         if following.expert:
             continue  # experts share an input, which is there before the first
-        if wanted := following.stage.input:
+        if wanted := stage.input:
             leaves = tuple(following.kind.leaf(name) for name in wanted.whole)
             found[_stage_key(tile)] = {"next_input": wanted, "next_whole": leaves}
     return found

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
+from jlayer.engine import together
+from jlayer.engine.calls import Call, struct_of
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
@@ -33,25 +34,6 @@ from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
 from jlayer.streaming.watch import Watch
-
-
-@dataclass(frozen=True)
-class Call:
-    """A compiled program at a tile.
-
-    Its arguments are a dict of what it reads and a dict of what it reuses the memory of (the cache,
-    or nothing). It reads the values `reads` of a chunk, "weights" if it `uses_weights`, and the
-    leaves `whole` and `next_whole`, of the tile's layer and of the one whose stage is next. It
-    returns a dict of the values that it gives. `ends_stage`: whether the stage's `finish` is in it.
-    """
-
-    program: Callable
-    reads: tuple[str, ...]
-    uses_weights: bool = True
-    whole: tuple[str, ...] = ()
-    next_whole: tuple[str, ...] = ()
-    uses_cache: bool = False
-    ends_stage: bool = False
 
 
 class Programs:
@@ -83,6 +65,8 @@ class Programs:
         `landing`: the rows of what they multiplied, of all chunks. `picked`: at an expert, so many
         rows are multiplied, among them those that chose it; 0: all.
         """
+        if tile.is_whole_expert:
+            return (together.call_of(self, tile, size, picked),)
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
@@ -153,7 +137,7 @@ class Programs:
         widths = {part.matrix: part.width for part in tile.parts}
 
         def function(given):
-            weights = self._weights(tile, given["weights"])
+            weights = self.weights(tile, given["weights"])
             inputs = given["inputs"]
             return [product(inputs[str(widths[name])], weights[name]) for name in tile.heights]
 
@@ -179,13 +163,13 @@ class Programs:
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
 
         def function(given, consumed):
-            layer = self._weights(tile, given["weights"]) | given.get("whole", {})
+            layer = self.weights(tile, given["weights"]) | given.get("whole", {})
             rows = given["rows"].replace(flash=self.flash(tile.kind))
             hidden, cache = block(tile.kind)(layer, given["hidden"], consumed["cache"], rows)
             return {"hidden": hidden, "cache": cache}
 
         reads = ("hidden", "rows")
-        given = {"weights": struct_of(tile)} | self._flow(tile, size, reads)
+        given = {"weights": struct_of(tile)} | self.flow(tile, size, reads)
         given |= self._whole("whole", self._device_leaves(tile), whole)
         label = f"block {size.rows} {size.attends(tile.kind.cache)}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
@@ -195,11 +179,11 @@ class Programs:
         """Some rows of a stage's matrices: (x [R, in], weights) -> products [R, heights]."""
 
         def function(given, consumed):
-            weights, x = self._weights(tile, given["weights"]), picked_input(tile, given, picked)
+            weights, x = self.weights(tile, given["weights"]), picked_input(tile, given, picked)
             return {"products": multiply(tile.stage, x, weights)}
 
         reads = input_reads(tile, picked)
-        given = {"weights": struct_of(tile)} | self._flow(tile, size, reads, picked)
+        given = {"weights": struct_of(tile)} | self.flow(tile, size, reads, picked)
         label = f"{tile.stage.name} {_heights(tile)} {size.rows}{picks(picked)}"
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, tuple(reads))
@@ -220,7 +204,7 @@ class Programs:
             for name, part in self._of_host(stage, given.get("hosted"), hosted).items():
                 products[name] = [part, *products.get(name, ())]
             if with_rows:
-                weights = self._weights(tile, given["weights"])
+                weights = self.weights(tile, given["weights"])
                 for name, part in multiply(
                     stage, picked_input(tile, flow, picked), weights
                 ).items():
@@ -239,7 +223,7 @@ class Programs:
         functions = [each for each in (finish, following) if each]
         reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
         own = input_reads(tile, picked) if with_rows else set()
-        chunk = self._flow(tile, size, reads - {"cache"} | own, picked)
+        chunk = self.flow(tile, size, reads - {"cache"} | own, picked)
         chunk |= self._products(tile, size, shape, with_rows, landing, picked)
         given = chunk | ({"weights": struct_of(tile)} if with_rows else {})
         given |= self._whole("whole", self._device_leaves(tile), finish.whole)
@@ -291,7 +275,7 @@ class Programs:
         the wanted rows of the chunk."""
 
         def function(given, consumed):
-            weights = self._weights(tile, given["weights"])
+            weights = self.weights(tile, given["weights"])
             x = self._wanted_input(tile, given)
             (logits,) = multiply(tile.stage, x, weights).values()
             return {"logits": logits}
@@ -319,11 +303,11 @@ class Programs:
         return call(tile.stage.input, flow, given.get("whole", {}))["x"]
 
     def _wanted_given(self, tile, size, n_wanted):
-        given = self._flow(tile, size, ("hidden",))
+        given = self.flow(tile, size, ("hidden",))
         given |= self._whole("whole", self._device_leaves(tile), tile.stage.input.whole)
         return given | {"wanted": jax.ShapeDtypeStruct((n_wanted,), "int32")}
 
-    def _weights(self, tile, put):
+    def weights(self, tile, put):
         """Inside a program: a tile's weights by leaf, from the arrays that were put."""
         return self._join(tile.parts, _parts_in(put, tile))
 
@@ -367,7 +351,7 @@ class Programs:
         """Of the program with the most so far, as XLA reports."""
         return self._compiler.temporary_bytes
 
-    def _flow(self, tile, size, names, picked=0):
+    def flow(self, tile, size, names, picked=0):
         """The shapes of values of the flow, by name."""
         width, experts = self.cfg.hidden_size, self.cfg.experts
         shapes = {
@@ -422,13 +406,6 @@ def _reads(functions: Sequence[Function]) -> set[str]:
         reads |= set(function.reads) - given
         given |= set(function.gives)
     return reads
-
-
-def struct_of(tile: Tile):
-    """The shapes of what is put of a tile: arrays by leaf, or one array of bytes if joined."""
-    if tile.joined:
-        return jax.ShapeDtypeStruct((tile.joined.n_bytes,), "uint8")
-    return {part.leaf: jax.ShapeDtypeStruct(part.shape, part.dtype) for part in tile.parts}
 
 
 def _parts_in(put, tile: Tile) -> dict:

@@ -14,17 +14,19 @@ import numpy as np
 
 from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
+from jlayer.engine.calls import Call
 from jlayer.engine.choosing import Chooser
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.picking import picked_length, picked_lengths
-from jlayer.engine.programs import Call, Programs
+from jlayer.engine.programs import Programs
 from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
 from jlayer.families.experts import OF_EXPERTS
 from jlayer.families.latent import OF_LATENT
+from jlayer.plan.experts import at_once
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
@@ -68,6 +70,22 @@ class Chunk:
         lengths = picked_lengths(tile.kind.router, self.part.size.rows)
         length = picked_length(lengths, self.n_routed[tile.expert])
         return self.calls[(id(tile), length) if length else id(tile)]
+
+    def together(self, tiles: Sequence[Tile]) -> tuple[BoundCall, list[int]] | None:
+        """What is done with it at the tiles of several experts, and the places of those that some
+        row chose; None where no row chose any."""
+        counts = self.n_routed
+        chosen = [
+            place for place, tile in enumerate(tiles) if counts is None or counts[tile.expert]
+        ]
+        if not chosen:
+            return None
+        first, length = tiles[chosen[0]], 0
+        if counts is not None:
+            lengths = picked_lengths(first.kind.router, self.part.size.rows)
+            length = picked_length(lengths, max(counts[tiles[place].expert] for place in chosen))
+        (bound,) = self.calls[(id(first), length) if length else id(first)]
+        return bound, chosen
 
     @property
     def n_bytes(self) -> int:
@@ -172,6 +190,10 @@ class Sweeper:
                 most_held = max(most_held, held)
             return outputs
 
+        def run_together(tiles, arrays):
+            check()
+            return self.advance_together(tiles, arrays, passing)
+
         def multiply(tile, views, is_kept):
             check()
             result = self._begin_on_host(tile, views, is_kept, passing, division)
@@ -187,6 +209,7 @@ class Sweeper:
             caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
             executor.sweep(
                 *(run, caches),
+                run_together=run_together,
                 multiply=multiply,
                 hosted=hosted,
                 decide=lambda _, following: self.chooser.decide(passing, following),
@@ -245,6 +268,26 @@ class Sweeper:
         ]
         self._end_stage(tile, passing)
         return found
+
+    def advance_together(
+        self, tiles: Sequence[Tile], arrays: Sequence, passing: Sequence[Chunk]
+    ) -> list:
+        """Moves every chunk through several experts of a layer, at most those of one call."""
+        outputs, n = [], at_once(tiles[0])
+        for chunk in passing:
+            found = chunk.together(tiles)
+            if found is None:
+                continue
+            bound, chosen = found
+            n_left = n - len(chosen)
+            given = {name: chunk.flow[name] for name in bound.call.reads}
+            given["weights"] = [arrays[place] for place in chosen] + [arrays[chosen[0]]] * n_left
+            numbers = [tiles[place].expert for place in chosen]
+            numbers += [tiles[0].kind.n_experts] * n_left
+            given["experts"] = [self._number(number) for number in numbers]
+            chunk.flow |= bound.call.program(given, {})
+            outputs.append(chunk.flow["mixed"])
+        return outputs
 
     def _end_stage(self, tile, passing):
         """Ends a stage of which the host multiplies some rows, at its last tile."""

@@ -244,6 +244,11 @@ class LayerKind:
     def n_experts(self) -> int:
         return self.router.n_experts if self.router else 0
 
+    @cached_property
+    def expert_stages(self) -> tuple[Stage, ...]:
+        """The stages that each expert goes through."""
+        return tuple(stage for stage in self.stages if stage.per_expert)
+
     @property
     def route(self) -> Function | None:
         """What chooses the experts; None where there are none."""

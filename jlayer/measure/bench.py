@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 from jlayer.api import Model
-from jlayer.engine.programs import struct_of
+from jlayer.engine.calls import struct_of
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.interrupts import check
 from jlayer.measure.cores import CoresMeasured, measure_cores

@@ -25,9 +25,10 @@ from jlayer.encodings.tables import TABLES, Table
 
 @struct.dataclass
 class InBlob:
-    """An array inside a longer array of bytes, as it came over the link."""
+    """An array inside a longer array, as it came over the link: of bytes, or of its own numbers.
+    `offset`: in bytes."""
 
-    blob: jax.Array  # [bytes] uint8
+    blob: jax.Array  # [bytes] uint8, or [numbers]
     offset: int = struct.field(pytree_node=False)
     shape: tuple[int, ...] = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False)
@@ -35,6 +36,11 @@ class InBlob:
     def rows(self, first, count: int) -> jax.Array:
         """`count` rows from `first` on; `first` may be traced."""
         dtype = np.dtype(self.dtype)
+        if self.blob.dtype == dtype != np.uint8:
+            width = math.prod(self.shape[1:])
+            first = self.offset // dtype.itemsize + first * width
+            raw = jax.lax.dynamic_slice_in_dim(self.blob, first, count * width)
+            return raw.reshape(count, *self.shape[1:])
         row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         raw = jax.lax.dynamic_slice_in_dim(
             self.blob, self.offset + first * row_bytes, count * row_bytes

@@ -109,8 +109,12 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
         streamed = kind.kept_in(Place.TILE)
         parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
         return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
-    tiles = []
+    tiles, whole = [], _whole_expert(weights, kind, layer, tile_bytes, platform)
     for stage, expert in kind.passes():
+        if expert is not None and whole is not None:
+            if stage is kind.expert_stages[0]:
+                tiles.append(whole(expert))
+            continue
         share = share_of if expert is None else {}  # the host's cores multiply no experts
         chosen = [
             (on_host, parts)
@@ -128,10 +132,39 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
     return tiles
 
 
-def _tile(name, kind, stage, layer, parts, *, platform, **ends):
-    is_plain = all(part.encoding.is_plain for part in parts)
-    layout = joined([part.n_bytes for part in parts], is_plain=is_plain, platform=platform)
-    return Tile(name, kind, stage, layer, parts, joined=layout, **ends)
+def _whole_expert(weights, kind, layer, tile_bytes, platform):
+    """A function (number of an expert) -> its tile; None where an expert is more than one, or none
+    is there."""
+    if not kind.n_experts:
+        return None
+
+    def parts_of_expert(expert):
+        matrices = (name for stage in kind.expert_stages for name in stage.leaves)
+        leaves = (leaf for name in matrices for leaf in kind.with_bias(name))
+        return tuple(part for leaf in leaves for part in _parts(weights, leaf, layer, expert))
+
+    n_bytes = sum(part.n_bytes for part in parts_of_expert(0))
+    if tile_bytes is not None and n_bytes > tile_bytes:
+        return None
+
+    def whole(expert):
+        name = f"layer {layer} expert {expert}"
+        parts = parts_of_expert(expert)
+        return _tile(name, kind, None, layer, parts, platform=platform, expert=expert)
+
+    return whole
+
+
+def _tile(name, kind, stage, layer, parts, *, platform, expert=None, **ends):
+    """`expert`: of a tile that has all of it."""
+    dtypes = {part.dtype for part in parts} if expert is not None else {"uint8"}
+    layout = joined(
+        [part.n_bytes for part in parts],
+        is_plain=expert is None and all(part.encoding.is_plain for part in parts),
+        platform=platform,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "uint8",
+    )
+    return Tile(name, kind, stage, layer, parts, expert=expert, joined=layout, **ends)
 
 
 def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):

@@ -5,14 +5,14 @@ Each layer has its own slots: see `streaming.experts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from jlayer.families.registry import layer_kinds
 from jlayer.parts import Router
 from jlayer.plan.need import Need
-from jlayer.plan.tiles import Tiling
+from jlayer.plan.tiles import Tile, Tiling
 from jlayer.spec import ModelConfig
 
 
@@ -98,6 +98,24 @@ def distinct(router: Router, n_rows: int) -> float:
     equally liked: E (1 - (1 - k/E)^T)."""
     n = router.n_experts
     return n * (1 - (1 - router.n_chosen / n) ** max(1, n_rows))
+
+
+# Experts that one program multiplies: each call takes some 0.1 ms of Python and the driver, as long
+# as 5 MB take to cross the link; and the more of them, the longer the first waits for the last.
+AT_ONCE = 4
+
+
+def at_once(tile: Tile) -> int:
+    """How many experts are multiplied by one call, by a tile of one: of large ones, which are
+    several tiles, one."""
+    return min(AT_ONCE, tile.kind.router.n_chosen) if tile.is_whole_expert else 1
+
+
+def passing(tiles: Iterable[Tile], ahead: int) -> int:
+    """The most tiles of experts that are on the device at a time besides those that stay there, at
+    least `ahead`: those of one call, and as many that are on their way meanwhile. `tiles`: at least
+    one of each shape."""
+    return max((max(ahead, 2 * at_once(tile)) for tile in tiles), default=0)
 
 
 # So many bytes of experts are put by guess for a layer: what a link carries while the layer's own

@@ -143,7 +143,8 @@ def count_stages(tiling: Tiling, apart: Sequence[int]) -> int:
 def all_stages(tiling: Tiling) -> int:
     """The number of stages of a model, the head's included."""
     return sum(
-        len(tile.kind.stages) if tile.stage is None else tile.begins_stage for tile in tiling.shapes
+        len(tile.kind.stages) if tile.stage is None and tile.expert is None else tile.begins_stage
+        for tile in tiling.shapes
     )
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
 from jlayer.parts import Attention, Delta, Latent, head_sizes
 from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes, latent_bytes
+from jlayer.plan.experts import passing
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import (
@@ -43,10 +44,20 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
     """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
     return [
         Need("context", device=machine.context_bytes),
-        *(_slots_need(machine, tiling, size, ring=ring, ahead=ahead) for size in tiling.largest),
+        *_slots_needs(machine, tiling, ring=ring, ahead=ahead),
         Need("resident", device=resident_bytes(weights)),
         Need("temporary", device=machine.kind.library_bytes),
         Need("runtime", host=machine.runtime_bytes),
+    ]
+
+
+def _slots_needs(machine, tiling, *, ring, ahead):
+    """The slots of the ring, and of that of experts."""
+    of_experts = passing((tile for tiles in tiling.experts for tile in tiles), ahead)
+    counts = [(ring, ahead), (of_experts + ring - ahead, of_experts)]
+    return [
+        _slots_need(machine, tiling, size, ring=n_slots, ahead=n_tiles)
+        for size, (n_slots, n_tiles) in zip(tiling.largest, counts, strict=False)
     ]
 
 

@@ -127,9 +127,9 @@ class Tile:
     """The unit of streaming: arrays that are used together.
 
     `kind`: of its layer; None for the head. `stage`: the stage whose rows it has; None for a whole
-    layer. `begins_stage`, `ends_stage`: whether it has the first and last rows of its stage.
-    `joined`: its layout if it crosses the link as one array. `for_host`: whether its rows are set
-    apart for the host's cores.
+    layer, or a whole expert. `begins_stage`, `ends_stage`: whether it has the first and last rows
+    of its stage. `joined`: its layout if it crosses the link as one array. `for_host`: whether its
+    rows are set apart for the host's cores.
     """
 
     name: str
@@ -167,7 +167,19 @@ class Tile:
         """Whether the output of a layer is complete after this tile."""
         if self.kind is None:
             return False
-        return self.stage is None or (self.ends_stage and self.stage == self.kind.stages[-1])
+        if self.stage is None:
+            return self.expert is None
+        return self.ends_stage and self.stage == self.kind.stages[-1]
+
+    @property
+    def is_whole_expert(self) -> bool:
+        """Whether it has all matrices of an expert."""
+        return self.expert is not None and self.stage is None
+
+    @property
+    def first_stage(self) -> Stage | None:
+        """The stage that it begins with or goes on with; None for a whole layer."""
+        return self.kind.expert_stages[0] if self.is_whole_expert else self.stage
 
     @property
     def uses_cache(self) -> bool:
@@ -175,7 +187,7 @@ class Tile:
         if self.kind is None:
             return False
         if self.stage is None:
-            return True
+            return self.expert is None
         return self.ends_stage and "cache" in self.stage.finish.reads
 
     @cached_property

@@ -8,7 +8,7 @@ multiply a tile where it lies, in the background.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
 from jlayer.interrupts import deferred
-from jlayer.plan.experts import NO_EXPERTS, ExpertRooms
+from jlayer.plan.experts import NO_EXPERTS, ExpertRooms, passing
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.cached import PageCache
@@ -69,8 +69,8 @@ class Executor:
     a time besides those that stay there. `attending`: see `schedule.sweeps`. A tile that is read
     for the first time is checked against `checks`, in a reader thread. `page_cache`: how it is
     used; what is read in every sweep is never left there. `experts`: how many experts each layer
-    that has some keeps on the device and in host memory; what passes of the others has as many
-    slots once more.
+    that has some keeps on the device and in host memory; what passes of the others has slots of
+    its own (`plan.experts.passing`).
     """
 
     def __init__(
@@ -97,11 +97,15 @@ class Executor:
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
         self._attending, self._caches = attending, None
         self._expert_rooms = experts
+        of_experts = (tile for tile in tiles if tile.expert is not None)
+        self._expert_ahead = passing(of_experts, ahead)
+        self._expert_ring = self._expert_ahead and self._expert_ahead + ring - ahead
         self.experts = self._expert_stream()
         self.incoming = Incoming(
             store,
             tiles,
             ring=ring,
+            expert_ring=self._expert_ring,
             pin=self._has_link,
             checks=checks,
             totals=totals,
@@ -156,8 +160,8 @@ class Executor:
         return ExpertStream(
             found,
             rooms=rooms,
-            ring=range(self._ring, 2 * self._ring),
-            ahead=self._ahead,
+            ring=range(self._ring, self._ring + self._expert_ring),
+            ahead=self._expert_ahead,
             totals=self.totals,
         )
 
@@ -215,18 +219,21 @@ class Executor:
         hosted: frozenset[int] = frozenset(),
         decide: Callable[[Tile, Tile | None], Decision] | None = None,
         guesses: bool = False,
+        run_together: Callable[[Sequence[Tile], Sequence], object] | None = None,
     ):
         """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
         are in host memory, for the steps that move them; without it they stay there. `hosted`: the
         tiles that `multiply` (tile, arrays by leaf, whether they stay there) uses instead, as they
         lie in host memory. `decide`: (a layer's first tile with an expert, the same of the next
         layer if its experts are to be guessed) -> which are used; without it all of them are.
-        `guesses`: whether guesses may be asked for.
+        `guesses`: whether guesses may be asked for. `run_together` uses experts that are one tile
+        each, as many as one call does; without it `run` uses each.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
         self.fill(hosted)
         self._caches, self._multiply, self._decide = caches, multiply, decide
+        self._run_together = run_together
         self._multiplying.clear()
         if self.experts:
             self.experts.guesses = guesses and decide is not None
@@ -306,10 +313,12 @@ class Executor:
             case Run(tile, "host"):
                 self._outputs[tile] = self._run_on_host(tile, signals)
                 return self._outputs[tile]
-            case Run(tile):
-                self._last_output = run(self.tiles[tile], self._on_device[tile])
-                if tile in self._passing:
-                    self._outputs[tile] = self._last_output
+            case Run(first, _, also):
+                tiles = (first, *also)
+                self._last_output = self._use(tiles, run)
+                self._outputs |= {
+                    tile: self._last_output for tile in tiles if tile in self._passing
+                }
                 return self._last_output
             case PutCache(tile):
                 if self._caches is not None:
@@ -328,6 +337,14 @@ class Executor:
                 jax.block_until_ready(output)
                 del self._on_device[tile]
                 self._passing.remove(tile)
+
+    def _use(self, tiles, run):
+        """Has tiles used on the device: several in one call, if there is one for that."""
+        used = [self.tiles[tile] for tile in tiles]
+        arrays = [self._on_device[tile] for tile in tiles]
+        if self._run_together and used[0].is_whole_expert:
+            return self._run_together(used, arrays)
+        return [run(*pair) for pair in zip(used, arrays, strict=True)][-1]
 
     def _run_on_host(self, tile, signals):
         self.totals.host_product_bytes += self.tiles[tile].n_bytes

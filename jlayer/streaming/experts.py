@@ -8,6 +8,9 @@ asked for, since layers come round in a circle.
 Some of the experts that a layer is guessed to use may be put before it has decided: see `guesses`.
 They have rooms of their own on the device, so what is kept there does not depend on guesses: one
 that was right takes the place that it would have got, and others are dropped.
+
+What passes is dropped once its place is needed, and not as soon as it has run: to wait for that
+would keep the host from what comes next.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from jlayer.plan.experts import ExpertRooms
+from jlayer.plan.experts import ExpertRooms, at_once
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.guesses import Score
 from jlayer.streaming.lru import Lru
@@ -28,12 +31,13 @@ from jlayer.streaming.watch import Totals
 @dataclass(frozen=True)
 class Choice:
     """The experts of a layer, whose tiles stand together from `first` up to `end`. `tiles`: of each
-    expert, in order."""
+    expert, in order. `at_once`: how many tiles run in one call."""
 
     layer: int
     first: int
     end: int
     tiles: tuple[tuple[int, ...], ...]
+    at_once: int = 1
 
 
 def choices(tiles: Sequence[Tile]) -> tuple[Choice, ...]:
@@ -44,7 +48,8 @@ def choices(tiles: Sequence[Tile]) -> tuple[Choice, ...]:
             of_layer.setdefault(tile.layer, {}).setdefault(tile.expert, []).append(index)
     for layer, experts in of_layer.items():
         groups = tuple(map(tuple, experts.values()))
-        found.append(Choice(layer, groups[0][0], groups[-1][-1] + 1, groups))
+        first, end = groups[0][0], groups[-1][-1] + 1
+        found.append(Choice(layer, first, end, groups, at_once(tiles[first])))
     return tuple(found)
 
 
@@ -124,6 +129,9 @@ class ExpertStream:
         self._guessed: dict[int, tuple[int, ...]] = {}  # expert of it that was put -> its tiles
         self._wrong: list[int] = []  # tiles that were put by guess in vain, still on the device
         self._free, self._n_passing = deque(self._ring), 0
+        self._to_read: deque[_Move] = deque()
+        self._to_put: deque[_Move] = deque()
+        self._have_run: deque[_Move] = deque()  # what they had is not given back yet
         for first, kept in self._in_host.items():
             tiles = self.choices[first].tiles
             kept.forget([n for n in kept.numbers() if not set(tiles[n]) <= set(in_host)])
@@ -161,21 +169,28 @@ class ExpertStream:
         chosen = decision.chosen
         moves = self._moves(self.choices[first], chosen)
         self._judge(first, chosen)
-        self._to_read = deque(move for move in moves.values() if move.is_read)
-        self._to_put = deque(move for move in moves.values() if not move.is_there)
-        yield from self._read_ahead()
+        self._to_read += (move for move in moves.values() if move.is_read)
+        self._to_put += (move for move in moves.values() if not move.is_there)
         for move in moves.values():
             if move.is_there and move.stays:
                 yield from [*map(Drop, move.drops), Keep(move.tile)]
-        for tile in (tile for expert in chosen for tile in self.choices[first].tiles[expert]):
-            move = moves.get(tile)
-            while move is not None and any(move is waiting for waiting in self._to_put):
+        yield from self._move_ahead()
+        choice = self.choices[first]
+        tiles = [tile for expert in chosen for tile in choice.tiles[expert]]
+        for begin in range(0, len(tiles), choice.at_once):
+            together = tiles[begin : begin + choice.at_once]
+            moving = [moves[tile] for tile in together if tile in moves]
+            while any(move is waiting for move in moving for waiting in self._to_put):
                 yield from self._put_next()
-            yield Run(tile)
-            yield from self._put_ahead()
-            if move is not None:
-                yield from self._end(move)
+            yield Run(together[0], also=tuple(together[1:]))
+            self._have_run += moving
+            yield from self._move_ahead()
         self._expected = decision.guessed
+
+    def end(self) -> Iterator[Step]:
+        """The steps after the last layer: nothing of what passes is on the device any more."""
+        while self._have_run:
+            yield from self._end(self._have_run.popleft())
 
     def _judge(self, first, chosen):
         """Counts the guesses, and notes those that were wrong."""
@@ -223,22 +238,30 @@ class ExpertStream:
             self._to_read.popleft()
             yield Read(move.tile, move.slot)
 
+    def _move_ahead(self):
+        """Reads and puts in order, as far as there are slots and places: those of what has run are
+        taken, the oldest first."""
+        yield from self._read_ahead()
+        while self._to_put and (self._has_place() or self._have_run):
+            yield from self._put_next()
+
     def _put_next(self):
-        """Puts the next tile. What it needs is there, or has been asked for: those before it have
-        run, and given back what they had."""
+        """Puts the next tile. What it needs is there, or those that have run give it back."""
+        while not self._has_place():
+            yield from self._end(self._have_run.popleft())
+            yield from self._read_ahead()
         move = self._to_put.popleft()
         yield from map(Drop, move.drops)
         self._n_passing += not move.stays
         yield Put(move.tile, move.slot, stays=move.stays)
 
-    def _put_ahead(self):
-        while self._to_put:
-            move = self._to_put[0]
-            if move.needs_ring and move.slot is None:
-                return  # it is not read yet
-            if not move.stays and self._n_passing >= self._ahead:
-                return
-            yield from self._put_next()
+    def _has_place(self):
+        """Whether the next tile can be put: it has a slot, if it needs one, and a place on the
+        device."""
+        move = self._to_put[0]
+        if move.needs_ring and move.slot is None:
+            return False  # it is not read yet
+        return move.stays or self._n_passing < self._ahead
 
     def _end(self, move):
         """After a tile has run: what passes is freed, and so is the slot of what stays."""
@@ -249,4 +272,3 @@ class ExpertStream:
             yield Free(move.tile, move.slot, after=None)
         if move.needs_ring:
             self._free.append(move.slot)
-            yield from self._read_ahead()

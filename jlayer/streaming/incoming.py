@@ -31,7 +31,7 @@ PATIENCE_S = 1.0  # `on_stall` is called if a read is waited for longer than thi
 
 class Incoming:
     """The host's side of a stream of tiles: `ring` slots and the rooms, the reads into them, and
-    what they hold. There are as many slots again for experts, if there are some.
+    what they hold. `expert_ring` slots more are for experts.
 
     `pin`: the memory is registered with the driver. `page_cache`: how it is used; what is read in
     every sweep is never left there.
@@ -43,6 +43,7 @@ class Incoming:
         tiles: tuple[Tile, ...],
         *,
         ring: int,
+        expert_ring: int,
         pin: bool,
         checks: Checks,
         totals: Totals,
@@ -60,7 +61,8 @@ class Incoming:
             for tile, (segments, _) in zip(tiles, self._placed, strict=True)
         ]
         self._ring = ring
-        self._memory = HostMemory([*self._slots(False), *self._slots(True)], pin=pin)
+        slots = [*self._slots(False, ring), *self._slots(True, expert_ring)]
+        self._memory = HostMemory(slots, pin=pin)
         files = {segment.file for segments, _ in self._placed for segment in segments}
         self._reader = Reader(files, store.identities, page_cache=page_cache)
         self._pool = ThreadPoolExecutor(n_readers(), thread_name_prefix="jlayer-reader")
@@ -74,11 +76,11 @@ class Incoming:
         self._slot_of: dict[int, Slot] = {}  # tile -> where it was read to
         self._tile_in: dict[Slot, int] = {}  # room that tiles take turns in -> which is there
 
-    def _slots(self, of_experts):
+    def _slots(self, of_experts, ring):
         """The bytes of each slot of a ring."""
         pairs = zip(self.tiles, self._sizes, strict=True)
         sizes = [size for tile, size in pairs if (tile.expert is not None) == of_experts]
-        return [max(sizes)] * self._ring if sizes else []
+        return [max(sizes)] * ring if sizes else []
 
     @property
     def n_bytes(self) -> int:
@@ -146,7 +148,7 @@ class Incoming:
     def read_tile(self, tile: int, slot: Slot):
         """In a reader thread: fills a slot or, if None, the tile's own room.
 
-        Returns what to put: views of the parts by leaf, or one array of bytes for a joined tile.
+        Returns what to put: views of the parts by leaf, or one array for a joined tile.
         """
         (segments, places), layout = self._placed[tile], self.tiles[tile].joined
         try:
@@ -165,7 +167,7 @@ class Incoming:
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
         if layout:
-            return memory[: layout.n_bytes]
+            return memory[: layout.n_bytes].view(layout.dtype)
         return {
             placed.part.leaf: view(pieces[placed.segment], shifts[placed.segment], placed)
             for placed in places

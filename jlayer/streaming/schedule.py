@@ -157,6 +157,8 @@ class _Stream:
                 self._free.append(slot)
             yield from self._read_ahead()
             tile = after
+        if self._experts:
+            yield from self._experts.end()
 
     def _run(self, tile, on="device"):
         if tile not in self._attending:

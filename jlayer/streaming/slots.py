@@ -122,12 +122,13 @@ def view(piece: np.ndarray, shift: int, place: Placement) -> np.ndarray:
 
 
 def apart(tile: Tile, views) -> dict[str, np.ndarray]:
-    """The arrays of a tile by leaf, from what was read of it: these, or one array of bytes if the
-    tile is joined."""
+    """The arrays of a tile by leaf, from what was read of it: these, or one array if the tile is
+    joined."""
     if not tile.joined:
         return views
+    raw = views.view(np.uint8)
     return {
-        part.leaf: views[at : at + part.n_bytes].view(np.dtype(part.dtype)).reshape(part.shape)
+        part.leaf: raw[at : at + part.n_bytes].view(np.dtype(part.dtype)).reshape(part.shape)
         for part, at in zip(tile.parts, tile.joined.offsets, strict=True)
     }
 

@@ -33,10 +33,12 @@ class Put:
 @dataclass(frozen=True)
 class Run:
     """Call the compiled functions that use the tile's weights on the device; or, `on` the "host",
-    let its cores multiply them where they lie, in the background."""
+    let its cores multiply them where they lie, in the background. `also`: the tiles of further
+    experts that are used in the same call."""
 
     tile: int
     on: str = "device"
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

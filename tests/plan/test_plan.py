@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jlayer.encodings.registry import SCHEMES
-from jlayer.engine.programs import struct_of
+from jlayer.engine.calls import struct_of
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.making import make_plan, refit
