@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlayer.engine.picking import likeliest, routed
 from jlayer.engine.programs import Programs
@@ -20,6 +19,7 @@ from jlayer.plan.experts import guesses_at
 from jlayer.plan.tiles import Tile
 from jlayer.spec import resident_dtype
 from jlayer.streaming.executor import Executor
+from jlayer.streaming.landing import Landings
 from jlayer.streaming.steps import Decision
 
 
@@ -29,6 +29,7 @@ class Chooser:
     def __init__(self, programs: Programs, residents: Residents):
         self._programs, self._residents = programs, residents
         self._known: dict[tuple, Callable] = {}  # (what routes, rows) -> its program
+        self._landings = Landings(programs.device)
 
     def guesses(self, executor: Executor, n_rows: int) -> bool:
         """Whether the experts of a forward pass of so many rows are guessed."""
@@ -45,7 +46,8 @@ class Chooser:
         first tile of the next layer's experts, if they are to be guessed."""
         found = [self._routing(chunk, following) for chunk in passing]
         chosen, weights = set(), 0.0
-        for chunk, routings in zip(passing, map(np.asarray, found), strict=True):
+        for number, (chunk, routings) in enumerate(zip(passing, found, strict=True)):
+            routings = self._landings.fetch(number, routings)
             real, n_rows = chunk.part.real, chunk.part.size.rows
             routing, *guess = routings.reshape(-1, n_rows, routings.shape[-1])
             chunk.n_routed, own = routed(routing, real)
@@ -53,6 +55,10 @@ class Chooser:
             weights = weights + sum(each[real].sum(axis=0) for each in guess)
         guessed = likeliest(weights) if following is not None else ()
         return Decision(sorted(chosen), guessed)
+
+    def close(self) -> None:
+        """Releases the memory that decisions come to."""
+        self._landings.close()
 
     def _routing(self, chunk, following):
         """On the device: the routing of a chunk [R, E], or that and what is guessed after it

@@ -424,6 +424,7 @@ class Engine:
                 self._executor = None
             self.embedding.close()
             self.caches.close()
+            self.sweeper.chooser.close()
             if self.host is not None:
                 self.host.close()
 

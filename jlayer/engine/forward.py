@@ -14,7 +14,7 @@ import numpy as np
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.home import Home
 from jlayer.engine.ledger import Ticket
-from jlayer.engine.sweep import Chunk
+from jlayer.engine.chunk import Chunk
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import capacity_for

@@ -151,6 +151,9 @@ class ExpertStream:
         for tile in self._wrong:
             yield from (Free(tile, None, after=None), Drop(tile))
         self._wrong = []
+        # Those that were guessed for the layer before, and pass, leave their places.
+        while any(move.is_there and not move.stays for move in self._have_run):
+            yield from self._end(self._have_run.popleft())
         expected, self._expected = self._expected, ()
         device, host, tiles = (
             self._on_device[first],
@@ -246,10 +249,11 @@ class ExpertStream:
             yield from self._put_next()
 
     def _put_next(self):
-        """Puts the next tile. What it needs is there, or those that have run give it back."""
-        while not self._has_place():
+        """Puts the next tile or, where it has no place, gives back what one had that has run."""
+        if not self._has_place():
             yield from self._end(self._have_run.popleft())
             yield from self._read_ahead()
+            return
         move = self._to_put.popleft()
         yield from map(Drop, move.drops)
         self._n_passing += not move.stays

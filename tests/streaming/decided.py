@@ -1,6 +1,7 @@
 """Layers with experts that are made up, what is chosen of them, and the steps that follow."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from jlayer.plan.experts import ExpertRooms
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.schedule import sweeps
-from jlayer.streaming.steps import Decision, Fetch
+from jlayer.streaming.steps import Decision, Fetch, Run
 from jlayer.streaming.watch import Totals
 
 N_LAYERS, N_EXPERTS, N_PLACES, N_SWEEPS = 3, 5, 2, 6
@@ -24,6 +25,7 @@ runs = st.fixed_dictionaries(
         "in_host": sizes,
         "ring": st.integers(1, 4),
         "ahead": st.integers(1, 3),
+        "at_once": st.integers(1, 3),
         "chosen": st.lists(chosen, min_size=N_LAYERS * N_SWEEPS, max_size=N_LAYERS * N_SWEEPS),
         "tiers": st.lists(st.sampled_from(Tier), min_size=BEFORE + AFTER, max_size=BEFORE + AFTER),
     }
@@ -36,7 +38,7 @@ def made_up():
     for layer in range(N_LAYERS):
         tiles += [SimpleNamespace(layer=layer, expert=None)] * BEFORE
         for expert in range(N_EXPERTS):
-            tiles += [SimpleNamespace(layer=layer, expert=expert)] * N_PLACES
+            tiles += [SimpleNamespace(layer=layer, expert=expert, is_whole_expert=False)] * N_PLACES
         tiles += [SimpleNamespace(layer=layer, expert=None)] * AFTER
     return tiles
 
@@ -54,8 +56,9 @@ EXPERT_OF = {
 
 def stream_of(run):
     first = run["ring"]  # those of other tiles come before
+    at_once = min(run.get("at_once", 1), run["ahead"], run["ring"])
     experts = ExpertStream(
-        CHOICES,
+        [replace(choice, at_once=at_once) for choice in CHOICES],
         rooms=ExpertRooms(run["on_device"], run["in_host"], run.get("rooms", 0)),
         ring=range(first, first + run["ring"]),
         ahead=run["ahead"],
@@ -94,6 +97,11 @@ def steps_of(run, experts):
 def of_layers(tiers):
     one = [*tiers[:BEFORE], *[Tier.DISK] * (N_EXPERTS * N_PLACES), *tiers[BEFORE:]]
     return one * N_LAYERS
+
+
+def run_in_order(steps):
+    """The tiles that run, in order."""
+    return [tile for step in steps if isinstance(step, Run) for tile in (step.tile, *step.also)]
 
 
 def place_of(step):

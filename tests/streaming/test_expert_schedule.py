@@ -19,6 +19,7 @@ from tests.streaming.decided import (
     N_SWEEPS,
     TILES,
     place_of,
+    run_in_order,
     runs,
     simulated,
     sizes,
@@ -38,7 +39,7 @@ def test_what_is_chosen_runs_in_order_and_nothing_else_does(run):
             expected += range(start, start + BEFORE)
             expected += [tile for expert in next(decisions) for tile in choice.tiles[expert]]
             expected += range(choice.end, choice.end + AFTER)
-        assert [step.tile for step in one if isinstance(step, Run)] == expected
+        assert run_in_order(one) == expected
 
 
 @given(runs)
@@ -58,8 +59,8 @@ def test_what_runs_was_put_and_what_is_put_was_read(run):
                 on_device.add(tile)
                 if tile in EXPERT_OF and not stays:
                     passing.add(tile)
-            case Run(tile):
-                assert tile in on_device
+            case Run(tile, _, also):
+                assert {tile, *also} <= on_device
             case Drop(tile):
                 on_device.remove(tile)
             case Free(tile, slot, after):

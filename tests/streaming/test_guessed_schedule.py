@@ -103,9 +103,9 @@ def test_what_runs_was_put_and_no_room_holds_more_than_it_was_planned_for(run):
                     passing.add(tile)
             case Keep(tile):
                 by_guess.remove(tile)
-            case Run(tile):
-                assert tile in on_device | set(range(len(TILES))) - set(EXPERT_OF)
-                assert tile not in spoilt
+            case Run(tile, _, also):
+                assert {tile, *also} <= on_device | set(range(len(TILES))) - set(EXPERT_OF)
+                assert not {tile, *also} & spoilt
             case Free(tile, _, None):
                 arrived.add(tile)
             case Free(tile):
@@ -177,8 +177,8 @@ def test_a_pass_that_is_given_up_leaves_no_guess_behind(run, n_steps):
         match step:
             case Put(tile):
                 on_device.add(tile)
-            case Run(tile):
-                assert tile in on_device
+            case Run(tile, _, also):
+                assert {tile, *also} <= on_device
             case Drop(tile):
                 on_device.remove(tile)
             case Free(tile, _, after) if after is not None:
