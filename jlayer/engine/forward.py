@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
+from jlayer.engine.chunk import Chunk
 from jlayer.engine.home import Home
 from jlayer.engine.ledger import Ticket
-from jlayer.engine.chunk import Chunk
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import capacity_for

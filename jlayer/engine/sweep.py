@@ -24,9 +24,11 @@ from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
 from jlayer.plan.experts import at_once
+from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
+from jlayer.streaming.putting import putter
 
 # `take(logits [W, v], places [W], first vocabulary row)`: places among the wanted rows of the pass.
 Take = Callable[[np.ndarray, np.ndarray, int], None]
@@ -50,7 +52,9 @@ class Sweeper:
     ):
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
-        self.chooser = Chooser(programs, residents)
+        self.chooser, device = Chooser(programs, residents), programs.device
+        has_link = PLATFORMS[platform_of(device.platform)].has_link
+        self._put = putter(device, has_link=has_link)
         self.most_activation_bytes = 0
         self._tiles: tuple[Tile, ...] = ()  # the tiles of the next four tables
         self._divisions: dict[frozenset[int], Division] = {}
@@ -171,7 +175,7 @@ class Sweeper:
             """Puts an array once: chunks of a lane share its table."""
             key = (array.shape, array.dtype, array.tobytes())
             if key not in known:
-                known[key] = jax.device_put(array, self.programs.device)
+                known[key] = self._put(array)
             return known[key]
 
         landing = landing_rows(count_rows(parts))
@@ -314,7 +318,7 @@ class Sweeper:
     def _number(self, expert):
         """The number of an expert on the device."""
         if expert not in self._numbers:
-            self._numbers[expert] = jax.device_put(np.int32(expert), self.programs.device)
+            self._numbers[expert] = self._put(np.asarray(expert, np.int32))
         return self._numbers[expert]
 
     def _calls_of(self, size: Size, n_wanted: int, division: Division, landing: int):
@@ -378,7 +382,7 @@ class Sweeper:
         real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
         ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
         rows = {leaf: unique[row_of] for leaf, unique in self._embedding.read(ids).items()}
-        first, rows = self._tiles[0], jax.device_put(rows, self.programs.device)
+        first, rows = self._tiles[0], self._put(rows)
         wanted = first.stage and first.stage.input
         whole = self._whole("whole", first.layer, wanted.whole if wanted else ())
         return self._embed_program(len(tokens))({"rows": rows} | whole)

@@ -100,15 +100,19 @@ def distinct(router: Router, n_rows: int) -> float:
     return n * (1 - (1 - router.n_chosen / n) ** max(1, n_rows))
 
 
-# Experts that one program multiplies: each call takes some 0.1 ms of Python and the driver, as long
-# as 5 MB take to cross the link; and the more of them, the longer the first waits for the last.
-AT_ONCE = 4
+# The bytes of experts that one call multiplies, and the most experts. A call takes 0.2 ms of Python
+# and the driver, as long as 10 MB take to cross a fast link; but the first expert of a call waits
+# for the last, so the link is ahead by as much.
+AT_ONCE_BYTES, MOST_AT_ONCE = 64 << 20, 8
 
 
 def at_once(tile: Tile) -> int:
-    """How many experts are multiplied by one call, by a tile of one: of large ones, which are
-    several tiles, one."""
-    return min(AT_ONCE, tile.kind.router.n_chosen) if tile.is_whole_expert else 1
+    """How many experts are multiplied by one call, by a tile of one; of those that are several
+    tiles, one."""
+    if not tile.is_whole_expert:
+        return 1
+    few = -(-AT_ONCE_BYTES // max(1, tile.n_bytes))
+    return min(few, MOST_AT_ONCE, tile.kind.router.n_chosen)
 
 
 def passing(tiles: Iterable[Tile], ahead: int) -> int:
