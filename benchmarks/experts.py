@@ -24,6 +24,7 @@ from itertools import pairwise
 import common
 
 GUESS = ("on", "off")
+N_MOVING = 8  # single tokens of which the moving alone is timed
 
 
 class Choices:
@@ -51,7 +52,8 @@ class Choices:
         if isinstance(step, Put) and step.guessed:
             self._guessed[-1][step.tile] = tile.n_bytes
         if isinstance(step, Run):
-            self._guessed[-1].pop(step.tile, None)
+            for used in (step.tile, *step.also):
+                self._guessed[-1].pop(used, None)
 
     def on_taken(self, step, result):
         from jlayer.streaming.steps import Fetch
@@ -59,6 +61,43 @@ class Choices:
         if isinstance(step, Fetch):
             self.waited_s[-1] += time.perf_counter() - self._asked
             self.passes[-1].append((step.tile, tuple(result.chosen)))
+
+
+class OnTheLink:
+    """How fast experts cross the link while they do, (bytes, seconds) of each layer: from when the
+    first is put to when the last is there. It is waited for before they run, so a pass takes longer
+    than usual."""
+
+    def __init__(self):
+        self.found: list[tuple[int, float]] = []
+        self._arrays, self._n_bytes = [], 0
+
+    def on_step(self, step, tile):
+        import jax
+
+        from jlayer.streaming.steps import Put, Run
+
+        if tile.expert is None:
+            return
+        if isinstance(step, Put) and not self._arrays:
+            self._began = time.perf_counter()
+        if isinstance(step, Put):
+            self._n_bytes += tile.n_bytes
+        if isinstance(step, Run) and self._arrays:
+            jax.block_until_ready(self._arrays)
+            self.found.append((self._n_bytes, time.perf_counter() - self._began))
+            self._arrays, self._n_bytes = [], 0
+
+    def on_taken(self, step, result):
+        from jlayer.streaming.steps import Put
+
+        if isinstance(step, Put):
+            self._arrays.append(result)
+
+    def speed(self) -> float | None:
+        """Bytes/s; None where nothing moved."""
+        seconds = sum(each for _, each in self.found)
+        return sum(n_bytes for n_bytes, _ in self.found) / seconds if seconds else None
 
 
 def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[int]]]:
@@ -103,8 +142,9 @@ def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
 
     rng, engine = np.random.default_rng(0), model.engine
     counts = [1, n_prompt, *(1 for _ in range(n_tokens))]
-    ids = rng.integers(0, model.config.vocab_size, sum(counts)).tolist()
-    shape = RunShape(1, n_prompt, sum(counts), sweeps=len(counts))
+    n_ids = sum(counts) + N_MOVING
+    ids = rng.integers(0, model.config.vocab_size, n_ids).tolist()
+    shape = RunShape(1, n_prompt, n_ids, sweeps=len(counts) + N_MOVING)
     seen, seconds, moved = Choices(), [], []
     with closing(engine.start(shape)) as forward:
         plan, totals = model.plan, engine.totals
@@ -123,6 +163,10 @@ def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
                 moved.append(totals.since(before))
                 at += n
         found = totals.since(before_all)
+        moving = OnTheLink()
+        with engine.watch.also(moving.on_step, moving.on_taken):
+            for at in range(at, at + N_MOVING):
+                forward.sweep([ids[at : at + 1]], [at])
         with engine.turn() as executor:  # what the engine takes it to be
             executor.retier(plan.tiers, plan.attending, plan.experts)
     kinds = choices_of(plan.tiles)
@@ -143,6 +187,7 @@ def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
         "moved_per_token": sum(put[2:]) / n_tokens,
         "expected_per_token": sum(expected[2:]) / n_tokens,
         "moved_by_expected": sum(put[1:]) / sum(expected[1:]),
+        "while_moving_bytes_per_s": moving.speed(),
         "waited_for_decisions_s": common.summary(seen.waited_s[2:]),
         "repeats": repeats(seen),
         "uses": found["experts_used"],
@@ -203,6 +248,9 @@ def say(found, link):
         f"(predicted {found['predicted_token_s']:.4f}), {found['moved_per_token'] / 1e9:.3f} GB, "
         f"{found['moved_by_expected']:.3f} x what was chosen and not there{of_link}"
     )
+    if link and found["while_moving_bytes_per_s"]:
+        speed = found["while_moving_bytes_per_s"]
+        common.say(f"while experts of a token move: {speed / link:.3f} of the link")
     of_link = f"; {prompt['moved'] / prompt['seconds'] / link:.3f} of the link" if link else ""
     common.say(
         f"a prompt of {prompt['tokens']}: {prompt['seconds']:.3f} s, "

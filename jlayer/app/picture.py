@@ -1,5 +1,5 @@
-"""The picture of some sweeps, drawn by matplotlib: a lane each for read, put, run and free, and one
-for guessing tokens where that was done.
+"""The picture of some sweeps, drawn by matplotlib: a lane each for read, put, run and free; and for
+guessing tokens and for choosing experts, where that was done.
 
 Whether it can be drawn and written is checked before the run, which may take long.
 """
@@ -25,13 +25,15 @@ COLOURS = {
     Tier.HOST: ("#0072B2", "#6FB1DB"),
     Tier.DEVICE: ("#009E73", "#7FCFB8"),
 }
-LIGHT = {light for _, light in COLOURS.values()}
+EXPERTS, GUESSED = ("#E69F00", "#F5D08A"), "#8C510A"
+LIGHT = {light for _, light in (*COLOURS.values(), EXPERTS)}
 WAITING = "#D9D9D9"
 WORDS = {
     Tier.DISK: "from disk, every pass",
     Tier.HOST: "kept in host memory",
     Tier.DEVICE: "kept on the device",
 }
+EXPERT_WORDS, GUESSED_WORDS = "experts, as they are chosen", "experts, by guess"
 DRAFTING = "#CC79A7"
 LANES = {
     "draft": "guess tokens",
@@ -39,6 +41,7 @@ LANES = {
     "put": "host to device",
     "host": "multiply on the host",
     "run": "multiply",
+    "decide": "wait for the choice",
     "free": "wait for the run, drop",
 }
 # Lane -> what is the limit where it is busy all the time.
@@ -50,6 +53,8 @@ LIMITS = {
 }
 # A picture of more than CROWD tiles gets a second one below it that shows CLOSELY of them.
 CROWD, CLOSELY = 90, 14
+NAMELESS = ("draft", "decide")  # lanes whose spans are of no tile
+SOMETIMES = ("draft", "host", "decide")  # lanes that are drawn only where they were used
 LIMITING = 0.8  # a lane that is busy for a smaller share of the time is not the limit
 
 
@@ -148,7 +153,7 @@ def title(timeline, what: str) -> str:
     each, guesses = (timeline.end - starts[0]) / n_sweeps, ""
     if n_sweeps > 1 and timeline.lane("draft"):  # the guesses for the first one came before it
         each, guesses = (starts[-1] - starts[0]) / (n_sweeps - 1), " with its guesses"
-    n_bytes = sum(tile.n_bytes for tile in timeline.tiles)
+    n_bytes = sum(timeline.tiles[span.tile].n_bytes for span in _runs(timeline)) // n_sweeps
     busy = {lane: timeline.busy(lane) for lane in LIMITS}
     most = max(busy, key=busy.get)
     limit = LIMITS[most]
@@ -191,7 +196,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
         # Closely, a white edge separates neighbours; else a thin one keeps bars under a pixel.
         edge = {"edgecolor": "white", "lw": 0.8} if closely else {"edgecolor": shade, "lw": 0.2}
         axes.broken_barh(where, (lowest, height), facecolor=shade, **edge)
-        if closely and lane != "draft":
+        if closely and lane not in NAMELESS:
             _name(axes, timeline, spans, where, lowest + height / 2, end - begin, shade)
     _draw_layers(axes, timeline, begin, end, place)
     for start in timeline.starts:
@@ -212,10 +217,13 @@ def _by_shade(timeline, begin, end):
 
 
 def _shade(timeline, span):
-    if span.tile is None:
-        return DRAFTING
+    if span.lane in NAMELESS:
+        return DRAFTING if span.tile is None else WAITING
+    if span.guessed:
+        return GUESSED
     tile, tier = timeline.tiles[span.tile], timeline.tiers[span.tile]
-    return COLOURS[tier][(tile.layer or 0) % 2]
+    colours = COLOURS[tier] if tile.expert is None else EXPERTS
+    return colours[(tile.layer or 0) % 2]
 
 
 def _name(axes, timeline, spans, where, height, width, shade):
@@ -275,7 +283,7 @@ def _runs(timeline):
 
 def _lanes(timeline):
     """The lanes that are drawn, from above."""
-    return [lane for lane in LANES if lane not in ("draft", "host") or timeline.lane(lane)]
+    return [lane for lane in LANES if lane not in SOMETIMES or timeline.lane(lane)]
 
 
 def _rows(timeline):
@@ -292,7 +300,16 @@ def _rows(timeline):
 def _legend(timeline):
     from matplotlib.patches import Patch
 
+    certain = {
+        tier
+        for tile, tier in zip(timeline.tiles, timeline.tiers, strict=True)
+        if tile.expert is None
+    }
     handles = [
-        Patch(color=COLOURS[tier][0], label=WORDS[tier]) for tier in WORDS if tier in timeline.tiers
+        Patch(color=COLOURS[tier][0], label=WORDS[tier]) for tier in WORDS if tier in certain
     ]
+    if any(tile.expert is not None for tile in timeline.tiles):
+        handles.append(Patch(color=EXPERTS[0], label=EXPERT_WORDS))
+    if any(span.guessed for span in timeline.spans):
+        handles.append(Patch(color=GUESSED, label=GUESSED_WORDS))
     return [*handles, Patch(color=WAITING, label="waiting for the output")]

@@ -168,7 +168,7 @@ def details(found) -> list[str]:
         on_device, in_host = stats["experts_on_device"], stats["experts_in_host"]
         lines.append(
             f"experts: {used} used, {on_device / used:.0%} of them on the device and "
-            f"{in_host / used:.0%} in host memory when they were asked for"
+            f"{in_host / used:.0%} in host memory when they were asked for{_foreseen(stats)}"
         )
     lines.append(f"programs compiled: {sum(stats['compiles'].values())}")
     if stats["drafted"]:
@@ -181,6 +181,13 @@ def details(found) -> list[str]:
             f"accepted by depth: {depths}{learnt}"
         )
     return lines
+
+
+def _foreseen(stats):
+    """How many experts were put by guess, and in vain; empty where none were."""
+    if not (guessed := stats["experts_guessed"]):
+        return ""
+    return f"; {guessed} put by guess, {stats['experts_wasted'] / guessed:.0%} of them in vain"
 
 
 def _each(stats, took, predicted):

@@ -122,17 +122,19 @@ def passing(tiles: Iterable[Tile], ahead: int) -> int:
     return max((max(ahead, 2 * at_once(tile)) for tile in tiles), default=0)
 
 
-# So many bytes of experts are put by guess for a layer: what a link carries while the layer's own
-# attention and router run, 0.5 to 1 ms. An expert of more than MOST_GUESSED is not guessed: a
-# wrong one would take several times as long as there is to hide.
-GUESSED_BYTES, MOST_GUESSED_BYTES = 32 << 20, 128 << 20
+# So many bytes of experts are put by guess for a layer, and so many experts: what the link and the
+# host can do while the layer's own attention and router run, about 0.5 ms. An expert of more than
+# MOST_GUESSED_BYTES is not guessed: a wrong one would take several times as long as there is to
+# hide.
+GUESSED_BYTES, GUESSED_EXPERTS, MOST_GUESSED_BYTES = 32 << 20, 4, 128 << 20
 
 
 def guess_rooms(router: Router, size: int, room: int) -> int:
     """How many experts of `size` bytes are put by guess at a time, within `room` bytes."""
     if size > MOST_GUESSED_BYTES:
         return 0
-    return min(router.n_chosen, max(1, GUESSED_BYTES // size), room // size)
+    most = min(router.n_chosen, GUESSED_EXPERTS)
+    return min(most, max(1, GUESSED_BYTES // size), room // size)
 
 
 def guesses_at(router: Router, n_rows: int) -> bool:

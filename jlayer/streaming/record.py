@@ -18,9 +18,9 @@ from functools import partial
 import jax
 
 from jlayer.plan.tiles import Tier, Tile
-from jlayer.streaming.steps import Free, Put, Read, Run
+from jlayer.streaming.steps import Fetch, Free, Put, Read, Run
 
-LANES = ("read", "put", "host", "run", "free")
+LANES = ("read", "put", "host", "run", "decide", "free")
 DRAFT = "draft"  # a lane without tiles: guessing tokens, ahead of a sweep
 KEPT_SWEEPS = 2
 
@@ -28,9 +28,10 @@ KEPT_SWEEPS = 2
 @dataclass(frozen=True)
 class Span:
     """The work of a lane on a tile from `begin` to `end` (seconds of one clock); `tile` is None in
-    the lane DRAFT.
+    the lane DRAFT, and in the lane "decide" the first of the experts whose choice was waited for.
 
-    `row`: the number of the lane's worker.
+    `row`: the number of the lane's worker. `guessed`: the tile was put before its layer had decided
+    which experts it uses.
     """
 
     lane: str
@@ -38,6 +39,7 @@ class Span:
     begin: float
     end: float
     row: int = 0
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Mark:
     after: _Mark | None = None
     ended: float = 0.0
     row: int | None = 0
+    guessed: bool = False
 
 
 @dataclass
@@ -121,13 +124,17 @@ class Recorder:
         self._drafts.append(Span(DRAFT, None, begin, end))
 
     def _on_taken(self, step, result):
+        if isinstance(step, Fetch):
+            mark = _Mark(step.tile, self._asked, ended=time.perf_counter())
+            self._marks["decide"].append(mark)
+            return
         state = self._tile_states.setdefault(step.tile, _Pending())
         match step:
             case Read(tile):
                 state.read = _Mark(tile, self._asked, row=None)
                 result.add_done_callback(partial(self._note_read, state.read))
             case Put(tile):
-                state.put = _Mark(tile, self._asked, after=state.read)
+                state.put = _Mark(tile, self._asked, after=state.read, guessed=step.guessed)
                 self._await("put", state, state.put, result)
                 state.read = None
             case Run(tile, "host"):
@@ -191,4 +198,4 @@ def _spans(lane, marks):
         needs = mark.after.ended if mark.after else 0.0
         begin = min(max(mark.asked, needs, free_at.get(row, 0.0)), mark.ended)
         free_at[row] = mark.ended
-        yield Span(lane, mark.tile, begin, mark.ended, row)
+        yield Span(lane, mark.tile, begin, mark.ended, row, mark.guessed)

@@ -118,6 +118,27 @@ def test_guessing_has_a_lane_where_tokens_were_guessed():
     )
 
 
+def test_experts_have_colours_of_their_own_and_the_wait_for_their_choice_a_lane():
+    plain = timeline()
+    tiles = (plain.tiles[0], replace(plain.tiles[1], expert=0), replace(plain.tiles[2], expert=0))
+    put, guess = Span("put", 1, 0.001, 0.002), Span("put", 2, 0.002, 0.003, guessed=True)
+    waits = (Span("decide", 1, 0.012, 0.015), Span("decide", 2, 0.022, 0.025))
+    chosen = replace(plain, tiles=tiles, spans=(*plain.spans, put, *waits))
+    guessed = replace(chosen, spans=(*chosen.spans, guess))
+    found = [words_of(picture.draw(each, what="")) for each in (plain, chosen, guessed)]
+    for number, words in enumerate(found):
+        assert ("decide: wait for the choice" in words) == (number > 0)
+        assert (picture.EXPERT_WORDS in words) == (number > 0)
+        assert (picture.GUESSED_WORDS in words) == (number > 1)
+        assert (picture.WORDS[Tier.HOST] in words) == (number == 0)  # of experts it says nothing
+    assert "busy 10%" in found[1]
+    from matplotlib.colors import to_hex
+
+    (axes,) = picture.draw(guessed, what="").axes
+    colours = {to_hex(c) for part in axes.collections for c in part.get_facecolor()}
+    assert {each.lower() for each in (*picture.EXPERTS, picture.GUESSED)} <= colours
+
+
 def test_generate_draws_where_it_guessed(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(picture, "write", lambda timeline, path, what: drawn.append(timeline))

@@ -19,6 +19,7 @@ from jlayer.plan import making
 from jlayer.plan.experts import ExpertRooms, guess_rooms, guesses_at, passing
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.guesses import CREDIT
+from jlayer.streaming.record import Recorder
 from jlayer.streaming.steps import Decision, Fetch, Put
 from tests.engine.mixture import CONFIG, save
 
@@ -191,6 +192,24 @@ def test_a_long_prompt_makes_no_guesses(published, guess):
         assert any(label.startswith("guess experts") for label in model.engine.compiles)
 
 
+def test_the_timeline_shows_what_was_waited_for_and_what_was_guessed(published, guess):
+    guess(0, ALL, 2)
+    with opened(published) as model, Seen(model) as seen:
+        jlayer.generate(model, PROMPTS[0], **GREEDY)
+        seen.put.clear()
+        recorder = Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers)
+        with recorder:
+            jlayer.generate(model, PROMPTS[0][:1], **GREEDY | {"max_new_tokens": 2})
+        timeline = recorder.timeline()
+    waits, puts = timeline.lane("decide"), timeline.lane("put")
+    assert [timeline.tiles[span.tile].layer for span in waits] == [0, 1, 3, 4, 5] * 2
+    assert all(wait.begin <= wait.end for wait in waits)
+    guessed = [timeline.tiles[span.tile] for span in puts if span.guessed]
+    assert sorted((tile.layer, tile.expert) for tile in guessed) == sorted(seen.put)
+    assert guessed
+    assert any(not span.guessed for span in puts)
+
+
 def test_a_layer_whose_guesses_are_wrong_stops_making_them(published, guess, plain, monkeypatch):
     _, chosen, _ = plain(guess, (0, ALL))
     monkeypatch.setattr(Chooser, "decide", foretold("all wrong", chosen))
@@ -260,12 +279,13 @@ def test_a_model_may_be_closed_while_a_guess_is_on_its_way(published, guess, aft
     assert set(threading.enumerate()) <= threads
 
 
-def test_the_plan_counts_the_rooms_of_guesses():
+def test_the_rooms_of_guesses_hold_few_experts_of_few_bytes():
     router = Router(128, 8)
     mib = 1 << 20
     assert guess_rooms(router, 9 * mib, 1000 * mib) == 3
     assert guess_rooms(router, 9 * mib, 20 * mib) == 2
-    assert guess_rooms(router, mib, 1000 * mib) == 8  # no more than a token uses
+    assert guess_rooms(router, mib, 1000 * mib) == 4
+    assert guess_rooms(Router(32, 2), mib, 1000 * mib) == 2  # no more than a token uses
     assert guess_rooms(router, 44 * mib, 1000 * mib) == 1
     assert guess_rooms(router, 44 * mib, 40 * mib) == 0
     assert guess_rooms(router, 129 * mib, 1000 * mib) == 0

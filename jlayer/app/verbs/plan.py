@@ -297,6 +297,7 @@ def _experts_lines(plan):
     return [
         f"experts         {router.n_chosen} of {router.n_experts} for a token; a layer keeps "
         f"{on_device:.3g} on the device and {in_host:.3g} in host memory"
+        + (f", and {plan.experts.guessed} may be put by guess" if plan.experts.guessed else "")
     ]
 
 
