@@ -135,7 +135,7 @@ def _open_layered(folder) -> CheckedSource:
     if not is_layered(folder):
         raise CheckpointError(f"{folder}: no {MANIFEST}: only a converted folder is exported")
     manifest = read_manifest(folder)
-    if manifest.quantization is not None:
+    if manifest.quantization is not None and manifest.quantization.scheme is not None:
         raise UnsupportedModelError(
             f"{folder}: quantized, and what was lost cannot be written back; export a folder that "
             "was converted without --quantize"

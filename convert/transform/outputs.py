@@ -83,7 +83,6 @@ class WeightFile:
         self._quantizer = quantizer
         self._numbers = _number_formats(shapes, kept)
         after = {tensor: dtype or own for tensor, own in before.items()}
-        after |= piece_dtypes(shapes, kept)
         self.header, self.tensors = encode_header(
             stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
         )

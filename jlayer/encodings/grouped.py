@@ -1,5 +1,5 @@
-"""The common part of int8 and int4: small integers, and a scale for each group of inputs of a
-row."""
+"""The common part of int8, int4 and the tables: small integers, and a scale for each group of
+inputs of a row."""
 
 from __future__ import annotations
 

@@ -71,10 +71,16 @@ def measure_cores(engine: Engine, plan: Plan) -> CoresMeasured | None:
 
 
 def main_form(plan: Plan) -> str:
-    """The encoding that most of the matrices' bytes have, of those that are not on the device."""
+    """The encoding that most of the matrices' bytes have, of those that are not on the device; of
+    all where that leaves none. The cores multiply no experts, so these do not count."""
+    certain = [
+        (tile, tier)
+        for tile, tier in zip(plan.tiling.shapes, plan.tiers, strict=True)
+        if tile.expert is None
+    ]
     n_bytes: dict[str, int] = {}
-    for tile, tier in zip(plan.tiling.shapes, plan.tiers, strict=True):
-        for part in tile.parts if tier is not Tier.DEVICE else ():
+    for tile, _ in [pair for pair in certain if pair[1] is not Tier.DEVICE] or certain:
+        for part in tile.parts:
             if len(part.shape) == 2:
                 n_bytes[part.form] = n_bytes.get(part.form, 0) + part.n_bytes
     return max(n_bytes, key=n_bytes.get)

@@ -12,6 +12,7 @@ from jlayer.families.registry import (
     family_of,
     head_leaf,
     is_matrix,
+    is_of_an_expert,
     published_tensors,
     windows_of,
 )
@@ -76,10 +77,12 @@ def with_host(
 
 
 def matrix_forms(weights: Weights) -> tuple[str, ...]:
-    """The encodings of the matrices that are streamed, in order of their names."""
+    """The encodings of the streamed matrices that the host's cores could multiply, in order of
+    their names: of all but experts, which they do not."""
     table = {family_of(weights.cfg).embedding.published} - {head_leaf(weights.cfg).published}
     shapes = published_tensors(weights.cfg)
-    names = [name for name in shapes if is_matrix(name, shapes[name]) and name not in table]
+    matrices = (name for name in shapes if is_matrix(name, shapes[name]))
+    names = [name for name in matrices if name not in table and not is_of_an_expert(name)]
     return tuple(sorted({weights.form_of(name) for name in names}))
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
-from jlayer.encodings.registry import encoding, piece_name
+from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
 from jlayer.families.registry import layer_tensor_name, published_tensors
 from jlayer.plan.joined import Joined
@@ -54,14 +54,14 @@ class Weights:
 
     @cached_property
     def published_bytes(self) -> int:
-        """Bytes of all tensors before quantizing, if any; the last that is not quantized has the
-        published dtype."""
+        """Bytes of all tensors before jlayer quantized some, if any: the last that has plain
+        numbers has the published dtype. What is published in another encoding stays in it."""
         shapes = published_tensors(self.cfg)
         forms = [self.form_of(name) for name in shapes]
         vectors = (form for form in reversed(forms) if encoding(form).is_plain)
         plain = next(vectors, self.cfg.dtype or "bfloat16")
         return sum(
-            encoding(form if encoding(form).is_plain else plain).n_bytes(shape)
+            encoding(plain if form in SCHEMES else form).n_bytes(shape)
             for form, shape in zip(forms, shapes.values(), strict=True)
         )
 

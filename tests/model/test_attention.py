@@ -26,6 +26,8 @@ def attention_of(n_heads, n_kv_heads, head_dim):
 
 
 CFG = attention_of(6, 2, 8)
+# Of each head: some are above all scores, some below.
+SINKS = np.array([-1e4, -2.0, 0.0, 1.5, 6.0, 40.0], np.float32)
 # Rows in a chunk beyond those of the pane.
 PADDING = 3
 
@@ -63,8 +65,9 @@ def random_tree(rng, tokens):
     return seen
 
 
-def dense(q, k, v, cache, rows, cfg=CFG):
-    """Attention in float64, each row and head by itself -> [B*T, N*H]."""
+def dense(q, k, v, cache, rows, cfg=CFG, sinks=None):
+    """Attention in float64, each row and head by itself -> [B*T, N*H]. `sinks`: a score of each
+    head whose value is 0."""
     q, k, v, of_k, of_v = (
         np.asarray(each.astype(jnp.float32), np.float64) for each in (q, k, v, cache.k, cache.v)
     )
@@ -80,15 +83,18 @@ def dense(q, k, v, cache, rows, cfg=CFG):
         for head in range(cfg.n_heads):
             mine = lane * tokens + row, head
             scores = keys[:, head // group] @ q[mine] / np.sqrt(cfg.head_dim)
+            if sinks is not None:
+                scores = np.append(scores, sinks[head])
             weights = np.exp(scores - scores.max())
-            out[mine] = weights / weights.sum() @ values[:, head // group]
+            shares = weights / weights.sum()
+            out[mine] = shares[: len(values)] @ values[:, head // group]
     return out.reshape(lanes * tokens, -1)
 
 
-def attended(given, cfg=CFG, **changed):
+def attended(given, cfg=CFG, sinks=None, **changed):
     *arrays, rows = given
     program = jax.jit(attention, static_argnums=5)
-    return np.asarray(program(*arrays, rows.replace(**changed), cfg).astype(jnp.float32))
+    return np.asarray(program(*arrays, rows.replace(**changed), cfg, sinks).astype(jnp.float32))
 
 
 def pieces_of(given):
@@ -120,6 +126,15 @@ def test_plain_equals_the_dense_softmax(shape, bounds):
     given = random_case(*shape)
     expected = dense(*given)
     found = attended(given)
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
+    assert not found[len(expected) :].any()
+
+
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_a_sink_takes_part_once_however_the_entries_are_cut(shape, bounds):
+    given = random_case(*shape)
+    expected = dense(*given, sinks=SINKS)
+    found = attended(given, sinks=jnp.asarray(SINKS))
     np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
     assert not found[len(expected) :].any()
 
@@ -210,6 +225,9 @@ def test_flash_is_folded_split_and_merged_exactly(shape, blocks, bounds, monkeyp
     given = random_case(*shape)
     expected = dense(*given)
     found = attended(given, flash=True)
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
+    expected = dense(*given, sinks=SINKS)
+    found = attended(given, flash=True, sinks=jnp.asarray(SINKS))
     np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
 
 

@@ -58,6 +58,25 @@ SMALL = llama(
 )
 
 
+# The same of a gpt-oss, with experts in MXFP4.
+SMALL_GPT_OSS = model_config(
+    {
+        "model_type": "gpt_oss",
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "quantization_config": {"quant_method": "mxfp4"},
+    },
+    where="here",
+)
+
+
 def machine(**options) -> Machine:
     """A GPU with 4 GiB for us and a host with 16 GiB, or as the options say."""
     given = {"platform": "gpu", "device_budget": 4 << 30, "host_budget": 16 << 30, **options}

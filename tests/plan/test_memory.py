@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jlayer.checkpoint.quantization import published_quantization
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.division import divided
@@ -13,7 +14,15 @@ from jlayer.engine.size import Size
 from jlayer.plan.cutting import cut
 from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
-from tests.plan.models import LLAMA_70B, SMALL, machine, plan_of, weights_of
+from jlayer.plan.tiles import unseen_weights
+from tests.plan.models import (
+    LLAMA_70B,
+    SMALL,
+    SMALL_GPT_OSS,
+    machine,
+    plan_of,
+    weights_of,
+)
 
 
 class Copied:
@@ -123,6 +132,33 @@ def test_programs_that_read_the_hosts_products_stay_within_the_formula(
         programs.temporary_bytes,
         temporary_bytes(weights, shapes, tiling, platform="cpu"),
     )
+    assert found <= bound <= MOST_ABOVE["tiles"] * found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile_bytes", "dtype"),
+    [
+        (2, 10_000_000, "bfloat16"),
+        pytest.param(2, 100_000, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(512, 100_000, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(512, 10_000_000, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_in_mxfp4_are_decoded_within_the_formula(
+    tokens, tile_bytes, dtype, monkeypatch, without_machine_code_optimised
+):
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)
+    cfg = SMALL_GPT_OSS
+    weights = unseen_weights(cfg, published_quantization(cfg), stored="bfloat16", dtype=dtype)
+    tiling = cut(weights, tile_bytes, platform="cpu")
+    assert {part.form for tile in tiling.tiles for part in tile.parts} == {"bfloat16", "mxfp4"}
+    programs = Programs(cfg, dtype=dtype, device=jax.devices("cpu")[0])
+    compile_all(
+        programs, tiling, Size(tokens, 1, tokens, 64, 64, windows=((128, 64, 64),)), with_head=False
+    )
+    shapes = Shapes(1, (64,), 64, tokens, tokens)
+    bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
+    found = programs.temporary_bytes
     assert found <= bound <= MOST_ABOVE["tiles"] * found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from math import prod
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
 from jlayer.config import model_config
+from jlayer.encodings.registry import split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.decoder import experts_of_layers
 from jlayer.families.registry import published_tensors, stacked_tensors
@@ -57,6 +59,7 @@ ACTIVATIONS = {
     "FastGELUActivation": "gelu_tanh",
     "ReLU": "relu",
     "ReLUSquaredActivation": "relu2",
+    "NoneType": "silu",  # gpt-oss has its own, made of it
 }
 
 
@@ -226,7 +229,12 @@ def _as_saved(cfg):
         for name, stack in stacks.items():
             shapes[name] = stack.shape
             for part, *_ in stack.parts:
-                del shapes[part]
+                shapes.pop(split_piece(part)[0], None)
+    if cfg.experts and cfg.experts.encoding:  # plain numbers there, inputs before outputs
+        for name in [name for name in shapes if name.endswith(("_blocks", "_scales"))]:
+            n_experts, n_rows, *blocks = shapes.pop(name)
+            if name.endswith("_blocks"):
+                shapes[name.removesuffix("_blocks")] = (n_experts, 2 * prod(blocks), n_rows)
     return shapes
 
 

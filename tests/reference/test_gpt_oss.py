@@ -3,16 +3,20 @@ logits of Transformers, as it is and converted, however its tokens come."""
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlayer
 from jlayer import AutoModel
 from jlayer.checkpoint.layout import read_manifest
+from jlayer.config import model_config
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.verify import verify_folder
 from jlayer.cores.decode import decoded
 from jlayer.encodings.tables import E8M0_NAN, MXFP4
+from jlayer.families.experts import LOGIT_BIAS, ROUTER
+from jlayer.model.experts import route
 from jlayer.model.products import dequantize, weight
 from jlayer.plan.shapes import RunShape
 from tests.reference.drawn import drawn_here, drawn_there
@@ -184,6 +188,29 @@ def test_the_ends_of_yarns_ramp_are_not_rounded(made, expected, tmp_path):
     with AutoModel.from_pretrained(write(tmp_path, config, tensors), device="cpu") as model:
         assert_close(model.logits(IDS), there)
     assert np.abs(there - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["apart", "ties"])
+def test_the_router_chooses_and_weighs_as_that_of_transformers(made, is_rounded):
+    """With a bias; of experts that score the same, which one is for each library to say."""
+    rng = np.random.default_rng(0)
+    router = in_transformers(*made, torch.float32).model.layers[0].mlp.router
+    weight, bias = np.eye(7, 64, dtype=np.float32), rng.normal(0, 1, 7).astype(np.float32)
+    inputs = rng.normal(0, 2, (300, 64)).astype(np.float32)
+    if is_rounded:
+        bias, inputs = np.round(bias), np.round(inputs / 2)
+    with torch.no_grad():
+        router.weight.copy_(torch.as_tensor(weight))
+        router.bias.copy_(torch.as_tensor(bias))
+        _, weights, chosen = router(torch.as_tensor(inputs))
+    there = torch.zeros(300, 7).scatter(1, chosen, weights).numpy()
+    how = model_config(made[0], where="here").experts.router
+    whole = {ROUTER: jnp.asarray(weight), LOGIT_BIAS: jnp.asarray(bias)}
+    here, _ = route({}, whole, jnp.asarray(inputs), how=how)
+    np.testing.assert_array_equal((np.asarray(here) != 0).sum(axis=1), how.n_chosen)
+    if is_rounded:
+        here, there = np.sort(here), np.sort(there)
+    np.testing.assert_allclose(here, there, rtol=0, atol=2e-7)
 
 
 def test_sinks_take_their_share(made, expected, tmp_path):
