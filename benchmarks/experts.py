@@ -66,18 +66,20 @@ class Choices:
 class OnTheLink:
     """How fast experts cross the link while they do, (bytes, seconds) of each layer: from when the
     first is put to when the last is there. It is waited for before they run, so a pass takes longer
-    than usual."""
+    than usual. Without guesses: these are put while a decision is waited for."""
 
     def __init__(self):
         self.found: list[tuple[int, float]] = []
         self._arrays, self._n_bytes = [], 0
+        self._is_expert = False
 
     def on_step(self, step, tile):
         import jax
 
         from jlayer.streaming.steps import Put, Run
 
-        if tile.expert is None:
+        self._is_expert = tile.expert is not None
+        if not self._is_expert:
             return
         if isinstance(step, Put) and not self._arrays:
             self._began = time.perf_counter()
@@ -91,7 +93,7 @@ class OnTheLink:
     def on_taken(self, step, result):
         from jlayer.streaming.steps import Put
 
-        if isinstance(step, Put):
+        if isinstance(step, Put) and self._is_expert:
             self._arrays.append(result)
 
     def speed(self) -> float | None:
@@ -165,8 +167,8 @@ def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
         found = totals.since(before_all)
         moving = OnTheLink()
         with engine.watch.also(moving.on_step, moving.on_taken):
-            for at in range(at, at + N_MOVING):
-                forward.sweep([ids[at : at + 1]], [at])
+            for place in range(at, at + N_MOVING * (guess == "off")):
+                forward.sweep([ids[place : place + 1]], [place])
         with engine.turn() as executor:  # what the engine takes it to be
             executor.retier(plan.tiers, plan.attending, plan.experts)
     kinds = choices_of(plan.tiles)
