@@ -12,6 +12,7 @@ from jlayer.errors import UsageError
 from jlayer.families.registry import published_tensors
 from jlayer.run_config import RunConfig
 from jlayer.strict import parse_json_object
+from tests.campaigns import slow_but
 from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
 
 # Billions of parameters, as their makers publish them; of a multimodal model those of its text.
@@ -44,6 +45,13 @@ PARAMETERS = {
 }
 
 
+# Of each family the largest.
+LARGEST = (
+    *("gemma-3-27b", "gpt-oss-120b", "llama-3.1-405b", "mixtral-8x7b-v0.1", "olmo3-7b", "phi-4"),
+    *("qwen2.5-72b-instruct", "qwen3-30b-a3b-thinking-2507", "qwen3-32b"),
+)
+
+
 def config_of(name):
     return model_config(parse_json_object(catalogue.model_json(name), what=name), where=name)
 
@@ -55,7 +63,7 @@ def test_known_models_have_as_many_parameters_as_is_published():
         assert sum(map(math.prod, tensors)) / 1e9 == pytest.approx(billions, abs=0.006), name
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", slow_but(PARAMETERS, LARGEST))
 def test_every_known_model_can_be_planned_and_streams_through_4_gib(name, capsys):
     assert main(["plan", name, "--device-memory", "4GiB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

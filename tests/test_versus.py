@@ -64,6 +64,7 @@ def test_a_layered_folder_is_read_under_published_names_without_a_copy(fable, tm
     assert published(BUNDLED, tmp_path / "none") == BUNDLED
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_table(tmp_path):
     out = tmp_path / "result.json"
     words = ["--programs", "jlayer", "--new-tokens", "3", "--prompt-tokens", "4", "--here"]

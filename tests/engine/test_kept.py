@@ -5,6 +5,7 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.errors import DoesNotFitError
+from tests.campaigns import slow_but
 from tests.engine.lanes import GREEDY, Run
 from tests.reference.dense_forms import save
 
@@ -57,6 +58,7 @@ def keeping(model, prompt):
     return decoding, decoding.lanes[0]
 
 
+@pytest.mark.parametrize("model", slow_but(KINDS, ("llama",)), indirect=True)
 def test_a_run_that_is_iterated_keeps_its_entries_however_it_ends(model):
     model.engine.kept.clear()
     first, lane = keeping(model, PROMPT)

@@ -12,6 +12,7 @@ import jlayer
 from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.unread import HARMLESS, REFUSED
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from tests.campaigns import slow_but
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -87,7 +88,7 @@ def test_the_three_lists_share_no_name():
     assert VALUES.keys() == HARMLESS
 
 
-@pytest.mark.parametrize("samples", [False, True])
+@pytest.mark.parametrize("samples", slow_but([False, True], (False,)))
 @pytest.mark.parametrize("name", sorted(HARMLESS))
 def test_what_is_called_harmless_changes_no_token_in_transformers(both, name, samples):
     if samples and name in GREEDY_ALONE:

@@ -3,6 +3,8 @@ of different size."""
 
 import pytest
 
+from tests.campaigns import slow_but
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -24,8 +26,9 @@ STYLES = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "one-kv-head": {"num_key_value_heads": 1},
 }
+QUICK = ("llama3.1", "llama3.2", "biased", "one-kv-head")
 
 
-@pytest.fixture(params=STYLES)
+@pytest.fixture(params=slow_but(STYLES, QUICK))
 def style(request):
     return STYLES[request.param]

@@ -11,6 +11,7 @@ from jlayer.errors import StorageError
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.watch import Watch
+from tests.campaigns import slow_but
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 TOKENS = {"max_new_tokens": 4, "do_sample": False}
@@ -49,7 +50,7 @@ def interrupt_compiling(model, watch, begun):
         model.generate(IDS, **TOKENS)
 
 
-@pytest.mark.parametrize("share", [0, 1])
+@pytest.mark.parametrize("share", slow_but([0, 1], (0,)))
 def test_all_that_stays_is_read_before_the_programs_are_compiled(
     tiny, cuts, tiers_in_turn, reads, share
 ):

@@ -28,6 +28,7 @@ from jlayer.streaming import incoming
 from jlayer.streaming.direct import n_readers
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.steps import Free, Put, Run
+from tests.campaigns import slow_but
 from tests.tiny import stored_arrays, tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
@@ -59,7 +60,7 @@ def whole(tiny):
         return model.generate(IDS, max_new_tokens=8, do_sample=False), model.logits(IDS)
 
 
-@pytest.fixture(scope="module", params=TILINGS)
+@pytest.fixture(scope="module", params=slow_but(TILINGS, (None, 3_000, 500)))
 def tiling(request):
     """(tile_bytes, what is compiled for it): where the tiles lie changes no program."""
     return request.param, []
@@ -99,7 +100,10 @@ def test_biases_travel_with_their_rows(tmp_path, cuts):
 D, H, K = Tier.DEVICE, Tier.HOST, Tier.DISK
 
 
-@pytest.mark.parametrize("tiers", [(D, H, K), (H, K, D), (K, D, H), (D, D, H), (H, H, K)])
+MIXES = [(D, H, K), (K, D, H), (H, K, D), (D, D, H), (H, H, K)]
+
+
+@pytest.mark.parametrize("tiers", slow_but(MIXES, MIXES[:2]))
 def test_every_mix_of_tiers_gives_the_same_tokens(tiny, whole, cuts, tiers_in_turn, tiers):
     expected, _ = whole
     cuts(3_000)
@@ -109,6 +113,7 @@ def test_every_mix_of_tiers_gives_the_same_tokens(tiny, whole, cuts, tiers_in_tu
         assert model.plan.tiers[:6] == (*tiers, *tiers)
 
 
+@pytest.mark.slow
 def test_every_budget_down_to_the_smallest_gives_the_same_tokens(tiny):
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=6, do_sample=False)

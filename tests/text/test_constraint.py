@@ -11,6 +11,7 @@ import pytest
 from jlayer.errors import UsageError
 from jlayer.text.constraint import Constraint
 from jlayer.text.guidance import tokenizer_of
+from tests.campaigns import slow_but
 from tests.text.built import files_of
 from tests.text.families import FAMILIES
 from tests.text.held import sizes, text_of, walked
@@ -99,7 +100,7 @@ def is_complete(text, schema):
         return False
 
 
-@pytest.mark.parametrize("name", [*LARGE, *SMALL[:3]])
+@pytest.mark.parametrize("name", slow_but([*LARGE, *SMALL[:3]], SMALL))
 def test_a_walk_under_a_schema_parses_and_validates(name):
     tokenizer, rng, n_ended = load(name), random.Random(name), 0
     for schema in SCHEMAS.values():

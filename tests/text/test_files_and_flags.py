@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from tests.campaigns import slow_but
 from tests.text.reference import (
     VOCABULARIES,
     differences,
@@ -142,7 +143,7 @@ FLAGS += [{"trust_remote_code": True}, {"trust_remote_code": True, "legacy": Tru
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("name", slow_but(VOCABULARIES, VOCABULARIES[::3]))
 def test_flags_and_classes(tmp_path, name):
     """Of all crossings a seventh, another for each vocabulary."""
     crossing = list(itertools.product(CLASSES, FLAGS, ({}, NAMED)))
