@@ -141,8 +141,11 @@ class Recorder:
                 mark = _Mark(tile, self._asked, after=state.read)
                 result.add_done_callback(partial(self._note_host, mark))
                 state.read = None
-            case Run(tile):
-                self._await("run", state, _Mark(tile, self._asked, after=state.put), result)
+            case Run(tile, _, also):
+                for each in (tile, *also):
+                    state = self._tile_states.setdefault(each, _Pending())
+                    mark = _Mark(each, self._asked, after=state.put)
+                    self._await("run", state, mark, result)
             case Free(tile):
                 # A waiter must not hold weights longer than the executor does.
                 for wait in state.waits.values():
