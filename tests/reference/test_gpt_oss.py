@@ -18,6 +18,7 @@ from jlayer.encodings.tables import E8M0_NAN, MXFP4
 from jlayer.families.experts import LOGIT_BIAS, ROUTER
 from jlayer.model.experts import route
 from jlayer.model.products import dequantize, weight
+from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.gpt_oss_forms import drawn, in_transformers, reference_logits, write
@@ -98,6 +99,35 @@ def test_a_batch_in_tiles_under_the_smallest_budget(made, source, monkeypatch):
         least = model.engine.plan.as_dict()["smallest_device_memory_bytes"]
     with AutoModel.from_pretrained(source, device="cpu", context=64, device_memory=least) as model:
         assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (2, 3)])
+def test_what_is_kept_of_the_experts_changes_no_number(source, expected, monkeypatch, kept):
+    """All of them stream, or some stay: on the device, in host memory."""
+    numbers = iter(kept * 100)
+    monkeypatch.setattr(making, "rooms", lambda counts, *_: (next(numbers),) * len(counts))
+    with AutoModel.from_pretrained(source, device="cpu") as model:
+        found = [model.logits(IDS) for _ in range(2)]
+        assert (model.engine.totals.experts_on_device > 0) == (kept[0] > 0)
+    monkeypatch.undo()
+    with AutoModel.from_pretrained(source, device="cpu") as model:
+        resident = model.logits(IDS)
+    assert_close(resident, expected)
+    for each in found:
+        np.testing.assert_array_equal(each, resident)
+
+
+@pytest.mark.slow
+def test_of_many_rows_those_are_picked_that_chose_an_expert(made, source, monkeypatch):
+    """With biases, of whole experts and of cut ones."""
+    ids = np.random.default_rng(5).integers(3, 133, (1, 300))
+    expected = reference_logits(*made, ids, torch.float32).numpy()
+    for tile_bytes in (10_000_000, 2000):
+        set_tile_bytes(monkeypatch, tile_bytes)
+        with AutoModel.from_pretrained(source, device="cpu") as model:
+            found = model.logits(ids)
+            assert any("picked" in label for label in model.engine.compiles)
+        assert_close(found, expected)
 
 
 def test_trees_of_guesses_change_no_token(source):
