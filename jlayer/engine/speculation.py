@@ -207,7 +207,9 @@ class Speculation:
             if one.rider.lane.finish_reason is not None:
                 self.others.append(one.rider.lane.token_ids)
                 self.others.end_text()
-        self._widths.saw(sum(part.size.rows for part in parts), seconds.sweep)
+        n_rows = sum(part.size.rows for part in parts)
+        n_real = sum(len(part.real) for part in parts)
+        self._widths.saw(n_rows, n_real, self._engine.plan, seconds.sweep)
 
 
 def _may_guess(lane):

@@ -12,7 +12,7 @@ import numpy as np
 from jlayer.drafting.scores import Calibration
 from jlayer.drafting.width import Pace, best_width, goes_on
 from jlayer.engine.lane import Lane
-from jlayer.engine.pace import predicted_seconds
+from jlayer.engine.pace import filled_share, predicted_seconds
 from jlayer.engine.programs import Programs
 from jlayer.engine.riders import Rider
 from jlayer.engine.seats import Seat
@@ -52,7 +52,9 @@ class Widths:
         n_rows = {share: power_of_two(len(lanes)) * rows_for(1 + share) for share in shares(most)}
 
         def rate(share):
-            return (1 + gain * math.log2(1 + share)) / seconds_of(n_rows[share], seconds)
+            took = seconds_of(n_rows[share], seconds)
+            took *= filled_share(plan, len(lanes) * (1 + share), n_rows[share])
+            return (1 + gain * math.log2(1 + share)) / took
 
         best = max(sorted(n_rows), key=rate)
         self._compiled.add(n_rows[best])
@@ -72,7 +74,8 @@ class Widths:
         for share in shares(most):
             counts = {id(seat.rider): min(share, seat.tree.most) for seat in seats}
             n_rows = pass_rows(riders, counts, plan)
-            sizes[1 + share] = seconds_of(n_rows, seconds)
+            n_real = sum(rider.end - rider.first + counts.get(id(rider), 0) for rider in riders)
+            sizes[1 + share] = seconds_of(n_rows, seconds) * filled_share(plan, n_real, n_rows)
             if n_rows not in self._compiled:
                 sizes[1 + share] += COMPILE_S / _passes_left(seats)
         return best_width(
@@ -96,12 +99,13 @@ class Widths:
             return math.inf
         return min(self._pace.seconds().values())
 
-    def saw(self, n_rows: int, seconds: float) -> None:
-        """Takes note of a forward pass. The first one of a size may have compiled programs."""
+    def saw(self, n_rows: int, n_real: int, plan: Plan, seconds: float) -> None:
+        """Takes note of a forward pass of `n_rows`, of which `n_real` were no padding. The first
+        one of a size may have compiled programs."""
         is_known = n_rows in self._compiled
         self._compiled.add(n_rows)
         if self._pace is not None and is_known and n_rows in self._pace.seconds():
-            self._pace.saw(n_rows, seconds)
+            self._pace.saw(n_rows, seconds / filled_share(plan, n_real, n_rows))
 
     def found(self, expected: float, n_accepted: int) -> None:
         """Takes note of a tree: how many guesses were expected to be right, and how many were."""

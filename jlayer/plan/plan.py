@@ -184,6 +184,16 @@ class Plan:
     def narrow_seconds(self, n_rows: int) -> float:
         """The predicted time of a forward pass of so few rows, in as many chunks as one with a
         token for each lane."""
+        known = self._narrow
+        if n_rows not in known:
+            known[n_rows] = self._seconds_of_few(n_rows)
+        return known[n_rows]
+
+    @cached_property
+    def _narrow(self):
+        return {}
+
+    def _seconds_of_few(self, n_rows):
         n_chunks, hosted = self.load.n_decode_chunks, self.hosted(n_rows)
         bytes_s = time.bytes_seconds(
             *(self.machine, self.tiling, self.tiers),

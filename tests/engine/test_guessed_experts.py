@@ -163,16 +163,17 @@ def test_no_guess_changes_a_number_and_what_moves_more_was_guessed_in_vain(
     guess(*kept, 2)
     with opened(published) as model, Seen(model) as seen:
         found, totals = told(model), model.engine.totals
-        one = sum(tile.n_bytes for tile in model.plan.tiling.experts[0])
-        n_passing = passing(model.plan.tiles, model.plan.ahead)
-        largest = max(tile.n_bytes for tile in model.plan.tiles)
+        sizes = [tile.n_bytes for tile in model.plan.tiling.experts[0]]
+        # Those that pass, and two experts by guess.
+        most_tiles = passing(model.plan.tiles, model.plan.ahead) + 2 * len(sizes)
     assert found[:2] == expected[:2]
     np.testing.assert_array_equal(found[2], expected[2])
-    assert totals.put_bytes - before.put_bytes == totals.experts_wasted * one
+    assert totals.put_bytes - before.put_bytes == totals.experts_wasted * sum(sizes)
     for name in ("read_bytes", "experts_used", "experts_on_device", "experts_in_host"):
         assert getattr(totals, name) == getattr(before, name)
-    assert len(seen.put) == totals.experts_guessed
-    assert totals.most_live_bytes <= (n_passing + 2) * largest
+    assert len(seen.put) == len(sizes) * totals.experts_guessed
+    assert totals.most_live_tiles <= most_tiles
+    assert totals.most_live_bytes <= most_tiles * max(sizes)
     right = totals.experts_guessed - totals.experts_wasted
     assert (right > 0) == (how not in ("all wrong", "none"))
     assert (totals.experts_wasted > 0) == (how not in ("all right", "none"))
