@@ -66,16 +66,26 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Queries that grow with their position: the one at position p is multiplied by
+    1 + beta * ln(1 + floor((p + after) / length))."""
+
+    beta: float
+    length: int
+    after: int = 0
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention of some layers of a model.
 
     `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become cap * tanh(s
     / cap). `window`: a token sees so many, itself among them; None: all before it. `clip`: queries,
     keys and values are cut to [-clip, clip], after a flat norm. `value_norm`: of values, without a
-    weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
-    the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
-    projection of queries gives each head a gate too, after its query: what the head mixes is
-    multiplied by the gate's sigmoid.
+    weight. `keys_are_values`: the product of keys serves as values too. `has_gate`: the projection
+    of queries gives each head a gate too, after its query: what the head mixes is multiplied by the
+    gate's sigmoid. `in_chunks`: positions are cut into chunks as long as the window, and a token
+    sees those of its own chunk alone: never more than the window.
     """
 
     n_heads: int
@@ -90,8 +100,9 @@ class Attention:
     clip: float | None = None
     value_norm: Norm | None = None
     keys_are_values: bool = False
-    grows: tuple[float, int] | None = None
+    grows: Growth | None = None
     has_gate: bool = False
+    in_chunks: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -146,7 +157,7 @@ class Latent:
     q_rank: int | None = None
     scale: float = 1.0
     norm: Norm = Norm()
-    grows: tuple[float, int] | None = None
+    grows: Growth | None = None
     name: str = "latent_attention"
     window: None = None  # such layers have none
 
@@ -193,6 +204,8 @@ class Router:
     `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
     whatever is computed in. `jitter`: of sparsemixer. `norm`: what it looks at is normed by it, and
     multiplied by a vector and by `input_scale`; the weights by a number of each expert at last.
+    `by_logits`: those with the highest logits are chosen: scores of large ones may be equal.
+    `weighs_inputs`: the weights multiply what goes into the experts instead of what comes out.
     """
 
     n_experts: int
@@ -210,6 +223,8 @@ class Router:
     jitter: float = 0.0
     norm: Norm | None = None
     input_scale: float = 1.0
+    by_logits: bool = False
+    weighs_inputs: bool = False
 
 
 @dataclass(frozen=True)
