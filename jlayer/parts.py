@@ -254,15 +254,21 @@ class Beside:
 
 @dataclass(frozen=True)
 class Stack:
-    """How matrices of all experts of a layer may be published as one tensor [E, rows, in].
+    """How leaves of all experts of a layer may be published as one tensor: matrices as
+    [E, rows, in], biases as [E, rows].
 
-    `published`: its name; `leaves`: the matrices, in the order in which the rows of an expert
+    `published`: its name; `leaves`: what it holds, in the order in which the rows of an expert
     follow one another. `is_only`: a family's experts are published in no other way.
+    `inputs_first`: the tensor is [E, in, rows], and holds one matrix of each expert.
     """
 
     published: str
     leaves: tuple[str, ...]
     is_only: bool = False
+    inputs_first: bool = False
+
+    def __post_init__(self):
+        assert not self.inputs_first or len(self.leaves) == 1, "two would be columns side by side"
 
 
 @dataclass(frozen=True)

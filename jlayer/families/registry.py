@@ -134,12 +134,19 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Stacked(NamedTuple):
-    """A published tensor that holds matrices of all experts of a layer: its shape, and of each
-    matrix (its name, its first row, the number of its rows), where rows are counted through all
-    experts."""
+    """A published tensor that holds leaves of all experts of a layer: its shape, and of each leaf
+    (its name, its first row, the number of its rows), where rows are counted through all experts.
+    `inputs_first`: as of `parts.Stack`."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     parts: tuple[tuple[str, int, int], ...]
+    inputs_first: bool
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes of its shape."""
+        of_expert = ("columns", "rows") if self.inputs_first else ("rows", "columns")
+        return ("experts", *of_expert[: len(self.shape) - 1])
 
 
 @lru_cache(maxsize=8)
@@ -151,7 +158,8 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
         for stack in stacks:
             leaves = [kind.leaf(name) for name in stack.leaves]
             heights = [leaf.shape(cfg)[0] for leaf in leaves]
-            shape = (kind.n_experts, sum(heights), leaves[0].shape(cfg)[1])
+            of_expert = (sum(heights), *leaves[0].shape(cfg)[1:])
+            of_expert = of_expert[::-1] if stack.inputs_first else of_expert
             parts = [
                 (layer_tensor_name(cfg, leaf, layer, expert), n_rows)
                 for expert in range(kind.n_experts)
@@ -160,7 +168,8 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
             ends = accumulate(n_rows for _, n_rows in parts)
             placed = ((name, end - n, n) for (name, n), end in zip(parts, ends, strict=True))
             name = family_of(cfg).layer_prefix.format(layer=layer) + stack.published
-            found[name] = Stacked(shape, tuple(placed))
+            shape = (kind.n_experts, *of_expert)
+            found[name] = Stacked(shape, tuple(placed), stack.inputs_first)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from jlayer.encodings.registry import encoding
 from jlayer.families.registry import (
     family_of,
     head_leaf,
@@ -68,11 +69,13 @@ def with_host(
 
 
 def matrix_forms(weights: Weights) -> tuple[str, ...]:
-    """The encodings of the matrices that are streamed, in order of their names."""
+    """The encodings of the matrices that are streamed and can be cut by rows, in order of their
+    names."""
     table = {family_of(weights.cfg).embedding.published} - {head_leaf(weights.cfg).published}
     shapes = published_tensors(weights.cfg)
     names = [name for name in shapes if is_matrix(name, shapes[name]) and name not in table]
-    return tuple(sorted({weights.form_of(name) for name in names}))
+    forms = {weights.form_of(name) for name in names}
+    return tuple(sorted(form for form in forms if encoding(form).by_rows))
 
 
 def make_plan(
