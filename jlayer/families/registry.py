@@ -17,6 +17,7 @@ from jlayer.families import (
     glm,
     layer_norms,
     llama,
+    llama4,
     mixtures,
     olmo,
     phi,
@@ -31,7 +32,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for rows in (
         *(llama, gemma, phi, olmo, glm, cohere, layer_norms),
-        *(qwen_next, mixtures, corrected, deepseek),
+        *(qwen_next, mixtures, corrected, deepseek, llama4),
     )
     for family in rows.FAMILIES
 }
