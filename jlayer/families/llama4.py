@@ -21,7 +21,7 @@ from jlayer.families.common import (
     window,
 )
 from jlayer.families.decoder import decoder_kinds
-from jlayer.families.fields import LIMITS, Fields
+from jlayer.families.fields import LIMITS, Fields, as_integer
 from jlayer.families.mixtures import read_router, with_experts
 from jlayer.families.rope import read_rope
 from jlayer.parts import Experts, Growth, Mlp, Shared, Stack
@@ -101,7 +101,10 @@ def _turned(fields) -> Sequence[int]:
 
 
 def _growth(fields):
-    if not fields.boolean("attn_temperature_tuning", default=True):
+    name = "attn_temperature_tuning"
+    # The first published files have a 4 there, which meant no more than true.
+    fields = fields.changed({name: True}) if as_integer(fields.raw.get(name)) == 4 else fields
+    if not fields.boolean(name, default=True):
         return None
     beta = fields.positive("attn_scale", default=0.1)
     return Growth(beta, fields.integer("floor_scale", default=8192), after=1)

@@ -68,7 +68,8 @@ def assert_as_in_the_reference(changes, folder):
         return None
     assert not isinstance(cfg, str), f"{changes}: refused here alone: {cfg}"
     config, frequencies, factor = expected
-    found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
+    with np.errstate(divide="raise", invalid="raise"):  # numpy would warn the user
+        found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
     np.testing.assert_allclose(found, frequencies, rtol=5e-7)  # the last bit of float32
     assert cfg.attention.rope.attention_factor == pytest.approx(factor, rel=1e-12)
     assert cfg.attention.n_kv_heads == config.num_key_value_heads

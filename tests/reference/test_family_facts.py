@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from jlayer.config import model_config
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES
 from tests.reference.facts import differences
@@ -243,7 +244,8 @@ OF_LLAMA4 = {
     "each-ninth-layer": {"interleave_moe_layer_step": 9},
     "widths": {"intermediate_size": 24, "intermediate_size_mlp": 48},
     "no-growth": {"attn_temperature_tuning": False},
-    "growth-a-number": {"attn_temperature_tuning": 4},
+    "growth-null": {"attn_temperature_tuning": None},
+    "growth-another-number": {"attn_temperature_tuning": 3},
     "growth": {"attn_scale": 0.5, "floor_scale": 16},
     "growth-by-a-fraction": {"floor_scale": 1.5},
     "no-norms-of-heads": {"use_qk_norm": False},
@@ -258,6 +260,14 @@ OF_LLAMA4 = {
 def test_facts_of_llama_4(tmp_path, name):
     raw = {"model_type": "llama4_text", **SIZES, **FEW, **OF_LLAMA4[name]}
     assert differences(raw, tmp_path) == []
+
+
+def test_growth_as_the_first_files_of_llama_4_have_it(tmp_path):
+    """A 4, where files say true today: Transformers refuses it now, as it does any number."""
+    raw = {"model_type": "llama4_text", **SIZES, **FEW, "attn_temperature_tuning": 4}
+    assert differences(raw, tmp_path) == ["refused by Transformers alone"]
+    said = {**raw, "attn_temperature_tuning": True}
+    assert model_config(raw, where="here") == model_config(said, where="here")
 
 
 @pytest.mark.parametrize("model_type", GIVEN)

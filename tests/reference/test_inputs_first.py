@@ -1,6 +1,7 @@
 """Experts that are published with their inputs first, as Llama 4's: where they lie, as those with
 their rows first; each whole, in one read, and no more of them than are chosen."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 import jlayer
 from jlayer import AutoModel
+from jlayer.app.cli import main
 from jlayer.checkpoint import source as in_place
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import SourceFile, Stored
@@ -140,6 +142,18 @@ def test_a_pickle_may_hold_them(folders, tmp_path, strides, monkeypatch):
     for name in names:
         one, other = ((tmp_path / each / name).read_bytes() for each in ("one", "other"))
         assert one == other
+
+
+def test_a_plan_of_the_config_alone_is_that_of_the_folder(folders, tmp_path, capsys, monkeypatch):
+    """Where an expert is whole; of a converted one it is cut as all else is."""
+    set_tile_bytes(monkeypatch, 600)
+    convert_checkpoint(folders[0], tmp_path / "layered")
+    found = []
+    for ref in (folders[0] / "config.json", folders[0], tmp_path / "layered"):
+        assert main(["plan", str(ref), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["tile_bytes"])
+    assert found[:2] == [4 * 24 * 28] * 2
+    assert found[2] <= 600
 
 
 def test_another_shape_is_told(folders, tmp_path):
