@@ -119,6 +119,8 @@ MODELS = {
     "hunyuan_v1_moe": "Hunyuan A13B",
     "kimi_k2": "Kimi K2",
     "llama": "Llama 1 to 3.3, and many in its form: Yi, SmolLM 2, Falcon 3",
+    "llama4": "Llama 4 Scout and Maverick",
+    "llama4_text": "the text of a Llama 4",
     "minimax_m2": "MiniMax M2 (its released weights are in FP8, and do not run yet)",
     "ministral": "a Mistral whose layers differ in their window",
     "ministral3": "the text of Ministral 3",

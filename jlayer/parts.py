@@ -66,17 +66,27 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Queries that grow with their position: the one at position p is multiplied by
+    1 + beta * ln(1 + floor((p + after) / length))."""
+
+    beta: float
+    length: int
+    after: int = 0
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention of some layers of a model.
 
     `name`: of the kind of these layers. `scale`: of the scores. `cap`: scores s become cap * tanh(s
     / cap). `window`: a token sees so many, itself among them; None: all before it. `clip`: queries,
     keys and values are cut to [-clip, clip], after a flat norm. `value_norm`: of values, without a
-    weight. `keys_are_values`: the product of keys serves as values too. `grows`: (beta, length):
-    the query at position p is multiplied by 1 + beta * ln(1 + floor(p / length)). `has_gate`: the
-    projection of queries gives each head a gate too, after its query: what the head mixes is
-    multiplied by the gate's sigmoid. `has_sinks`: each head has a number that takes part in its
-    softmax as one more score, with no value.
+    weight. `keys_are_values`: the product of keys serves as values too. `has_gate`: the projection
+    of queries gives each head a gate too, after its query: what the head mixes is multiplied by the
+    gate's sigmoid. `has_sinks`: each head has a number that takes part in its softmax as one more
+    score, with no value. `in_chunks`: positions are cut into chunks as long as the window, and a
+    token sees those of its own chunk alone: never more than the window.
     """
 
     n_heads: int
@@ -91,9 +101,10 @@ class Attention:
     clip: float | None = None
     value_norm: Norm | None = None
     keys_are_values: bool = False
-    grows: tuple[float, int] | None = None
+    grows: Growth | None = None
     has_gate: bool = False
     has_sinks: bool = False
+    in_chunks: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -148,7 +159,7 @@ class Latent:
     q_rank: int | None = None
     scale: float = 1.0
     norm: Norm = Norm()
-    grows: tuple[float, int] | None = None
+    grows: Growth | None = None
     name: str = "latent_attention"
     window: None = None  # such layers have none
 
@@ -206,7 +217,9 @@ class Router:
     `scale` multiplies them. `is_exact`: weights and logits are kept and computed in float32,
     whatever is computed in. `logit_bias`: the logits have a bias. `jitter`: of sparsemixer. `norm`:
     what it looks at is normed by it, and multiplied by a vector and by `input_scale`; the weights
-    by a number of each expert at last.
+    by a number of each expert at last. `by_logits`: those with the highest logits are chosen:
+    scores of large ones may be equal. `weighs_inputs`: the weights multiply what goes into the
+    experts instead of what comes out.
     """
 
     n_experts: int
@@ -225,6 +238,8 @@ class Router:
     jitter: float = 0.0
     norm: Norm | None = None
     input_scale: float = 1.0
+    by_logits: bool = False
+    weighs_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,13 +269,14 @@ class Beside:
 
 @dataclass(frozen=True)
 class Stack:
-    """How matrices of all experts of a layer may be published as one tensor [E, rows, in], or
-    their biases as one [E, rows].
+    """How leaves of all experts of a layer may be published as one tensor: matrices as
+    [E, rows, in], biases as [E, rows].
 
-    `published`: its name; `leaves`: the matrices or biases, in the order in which the rows of an
-    expert follow one another. `is_only`: a family's experts are published in no other way. `piece`:
-    of an encoding's pieces the one that the tensor has of each; None: it has plain numbers.
-    `in_blocks`: the last axis is cut, into blocks of so many.
+    `published`: its name; `leaves`: what it holds, in the order in which the rows of an expert
+    follow one another. `is_only`: a family's experts are published in no other way. `piece`: of an
+    encoding's pieces the one that the tensor has of each; None: it has plain numbers. `in_blocks`:
+    the last axis is cut, into blocks of so many. `inputs_first`: the tensor is [E, in, rows], and
+    holds one matrix of each expert.
     """
 
     published: str
@@ -268,6 +284,10 @@ class Stack:
     is_only: bool = False
     piece: str | None = None
     in_blocks: int | None = None
+    inputs_first: bool = False
+
+    def __post_init__(self):
+        assert not self.inputs_first or len(self.leaves) == 1, "two would be columns side by side"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ PARAMETERS = {
     "llama-3.1-8b-instruct": 8.03,
     "llama-3.2-1b-instruct": 1.24,
     "llama-3.2-3b-instruct": 3.21,
+    "llama-4-maverick-17b-128e-instruct": 400.71,
+    "llama-4-scout-17b-16e": 107.77,
     "lzlv-70b": 68.98,
     "mistral-7b-instruct-v0.3": 7.25,
     "mixtral-8x7b-v0.1": 46.70,

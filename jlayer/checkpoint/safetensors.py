@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jlayer.encodings.plain import INPUTS_FIRST
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.spec import DTYPES, STORED_DTYPES
 from jlayer.strict import (
@@ -76,6 +77,21 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
+
+    @property
+    def form(self) -> str:
+        """The name of its encoding."""
+        return self.dtype
+
+
+class InputsFirstEntry(TensorEntry):
+    """The same of a matrix of this shape, [out, in], whose numbers lie as [in, out]."""
+
+    __slots__ = ()
+
+    @property
+    def form(self) -> str:
+        return INPUTS_FIRST[self.dtype].name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_f
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
-from jlayer.checkpoint.safetensors import MAX_TENSORS, TensorEntry, read_header
+from jlayer.checkpoint.safetensors import (
+    MAX_TENSORS,
+    InputsFirstEntry,
+    TensorEntry,
+    read_header,
+)
 from jlayer.checkpoint.sides import side_names
 from jlayer.checkpoint.stacked import unstacked
 from jlayer.config import config_notes, model_config, quantized_by
@@ -270,12 +275,17 @@ def _refuse_weights(folder, names):
     )
 
 
-def rows_of(place: Stored, entry: TensorEntry, first: int, n: int) -> tuple[Stored, TensorEntry]:
-    """`n` rows from `first` on, of a tensor [experts, rows, ...]; what a row has is on one axis."""
-    n_experts, n_rows, *rest = entry.shape
+def rows_of(
+    place: Stored, entry: TensorEntry, first: int, n: int, *, inputs_first: bool
+) -> tuple[Stored, TensorEntry]:
+    """`n` rows from `first` on, of a tensor [experts, rows, ...]; what a row has is on one axis.
+    `inputs_first`: all rows of an expert, of one [experts, columns, rows]."""
+    n_experts, *of_expert = entry.shape
+    n_rows, *columns = of_expert[::-1] if inputs_first else of_expert
     row_bytes = entry.n_bytes // (n_experts * n_rows)
-    at, shape = entry.offset + first * row_bytes, (n, math.prod(rest)) if rest else (n,)
-    return place, TensorEntry(entry.dtype, shape, at, n * row_bytes)
+    shape = (n, math.prod(columns)) if columns else (n,)
+    form = InputsFirstEntry if inputs_first else TensorEntry
+    return place, form(entry.dtype, shape, entry.offset + first * row_bytes, n * row_bytes)
 
 
 def refuse_different(copy: Stored, taken: Stored) -> None:

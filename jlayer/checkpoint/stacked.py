@@ -1,7 +1,7 @@
 """Tensors that hold matrices of all experts of a layer, seen as those of single experts.
 
-The rows of an expert lie together in them, so each matrix is a part of the file as it is: nothing
-is read or copied for this.
+An expert's lie together in them, its rows or its inputs one after another, so each matrix is a part
+of the file as it is: nothing is read or copied for this.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def unstacked(
     """A file's tensors by their published names, with those of single experts for the ones that
     hold all of them.
 
-    `table`: name -> a place and what is there, with a `shape`. `rows(place, info, first, n)`: the
-    same of `n` rows from `first` on, counted through all experts. Raises CheckpointError where such
-    a tensor has another shape than the config says, or an expert is there by itself too.
+    `table`: name -> a place and what is there, with a `shape`. `rows(place, info, first, n,
+    inputs_first)`: the same of `n` rows from `first` on, counted through all experts. Raises
+    CheckpointError where such a tensor has another shape than the config says, or an expert is
+    there by itself too.
     """
     stacks, found = stacked_tensors(cfg), {}
     for name, (place, info) in table.items():
@@ -38,10 +39,13 @@ def unstacked(
         elif info.shape != stack.shape:
             raise CheckpointError(
                 f"{where}: tensor {name} is {list(info.shape)}, by config.json "
-                f"{list(stack.shape)}: experts, rows{', columns' * (len(stack.shape) > 2)}"
+                f"{list(stack.shape)}: {', '.join(stack.axes)}"
             )
         else:
-            parts = {part: rows(place, info, first, n) for part, first, n in stack.parts}
+            parts = {
+                part: rows(place, info, first, n, inputs_first=stack.inputs_first)
+                for part, first, n in stack.parts
+            }
         twice = next((part for part in parts if part in found), None)
         if twice is not None:
             raise CheckpointError(

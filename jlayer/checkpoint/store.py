@@ -106,7 +106,7 @@ class Store:
     def _forms(self):
         """Encodings by tensor; cached, since a plan asks for every tensor many times."""
         if self.quantization is None:
-            return {name: entry.dtype for name, (_, entry) in self._where.items()}
+            return {name: entry.form for name, (_, entry) in self._where.items()}
         schemes = {
             name: self.quantization.scheme_of(name, shape)
             for name, shape in published_tensors(self.cfg).items()

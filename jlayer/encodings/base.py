@@ -1,8 +1,9 @@
 """The interface of an encoding: how the numbers of a matrix are stored as bytes.
 
 An encoding stores a matrix [out, in] as one or more pieces: arrays with one row for each row of the
-matrix. So any range of rows can be stored, moved and multiplied alone. Standard library only: the
-arithmetic is in `model.products` (JAX) and in the converter (numpy), by the encoding's name.
+matrix. So any range of rows can be stored, moved and multiplied alone; where an encoding is not
+`by_rows`, a matrix is moved as a whole. Standard library only: the arithmetic is in
+`model.products` (JAX) and in the converter (numpy), by the encoding's name.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class Encoding(ABC):
     @property
     def is_plain(self) -> bool:
         """Whether the stored numbers are multiplied directly, without decoding."""
+        return True
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row of a piece is of one row of the matrix."""
         return True
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Tensors as published: one array of floating-point numbers."""
+"""Tensors as published: one array of floating-point numbers, of a matrix in one of two orders."""
 
 from __future__ import annotations
 
@@ -21,4 +21,24 @@ class Plain(Encoding):
         return 0 if self.name == dtype else n_rows * width * ITEM_BYTES[dtype]
 
 
-ENCODINGS = tuple(Plain(name) for name in ITEM_BYTES)
+@dataclass(frozen=True)
+class InputsFirst(Encoding):
+    """A matrix [out, in] whose numbers, of `dtype`, lie as [in, out]: so some publish experts."""
+
+    product: str = "inputs_first"
+    dtype: str = "float32"
+
+    @property
+    def by_rows(self):
+        return False
+
+    def pieces(self, shape):
+        return {WHOLE: (self.dtype, shape[::-1])}
+
+    def decoded_bytes(self, n_rows, width, *, dtype, platform):
+        return 0 if self.dtype == dtype else n_rows * width * ITEM_BYTES[dtype]
+
+
+# dtype -> the encoding of matrices whose inputs come first.
+INPUTS_FIRST = {name: InputsFirst(f"{name}_inputs_first", dtype=name) for name in ITEM_BYTES}
+ENCODINGS = (*(Plain(name) for name in ITEM_BYTES), *INPUTS_FIRST.values())

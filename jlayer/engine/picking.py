@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jlayer.model.experts import picked_rows
+from jlayer.model.experts import picked_rows, stage_input
 from jlayer.parts import Router
 from jlayer.plan.tiles import Tile
 
@@ -58,12 +58,13 @@ def likeliest(weights: np.ndarray) -> list[int]:
 
 def input_reads(tile: Tile, picked: int) -> set[str]:
     """What the input of a stage is made of."""
-    return {tile.stage.source} | ({"routing", "expert"} if picked else set())
+    is_of_expert = picked or tile.stage.weighs_input
+    return {tile.stage.source} | ({"routing", "expert"} if is_of_expert else set())
 
 
 def picked_input(tile: Tile, flow: Mapping, picked: int):
     """Inside a program: the input of a stage; of an expert, where rows are picked, of those."""
-    x = flow[tile.stage.source]
+    x = stage_input(tile.stage, flow)
     if not picked or tile.stage.source == "x":  # that of a stage before is of picked rows already
         return x
     return x.at[picked_rows(flow, picked)].get(mode="fill", fill_value=0)

@@ -17,7 +17,7 @@ from jlayer.engine.calls import Call, struct_of
 from jlayer.engine.picking import picks
 from jlayer.engine.size import Size
 from jlayer.families.base import LayerKind
-from jlayer.model.experts import picked_rows, spread
+from jlayer.model.experts import picked_rows, spread, stage_input
 from jlayer.model.stages import call, multiply
 from jlayer.plan.experts import at_once
 from jlayer.plan.tiles import Tile
@@ -58,10 +58,11 @@ def _mixed(kind: LayerKind, flow: Mapping, weights: Mapping, n_rows: int, picked
     """The sum in the flow, with what one expert gives."""
     rows = picked_rows(flow, picked) if picked else None
     flow = dict(flow)
-    if picked:
-        flow["inputs"] = flow["inputs"].at[rows].get(mode="fill", fill_value=0)
     for stage in kind.expert_stages:
-        products = multiply(stage, flow[stage.source], weights)
+        x = stage_input(stage, flow)
+        if picked and stage.source == "inputs":  # others are of picked rows already
+            x = x.at[rows].get(mode="fill", fill_value=0)
+        products = multiply(stage, x, weights)
         if picked and "mixed" in stage.finish.reads:
             products = {name: spread(part, rows, n_rows) for name, part in products.items()}
         flow |= call(stage.finish, flow, {}, products)

@@ -26,7 +26,7 @@ from jlayer.spec import ITEM_BYTES, Leaf, ModelConfig, Place, Role
 #     latent  [R, L]  what the latent and the key of each row are made of
 # In a layer with experts also:
 #     inputs  [R, D]  the input of the experts
-#     routing [R, E]  float32, by how much the output of each expert is multiplied; 0: not chosen
+#     routing [R, E]  float32, the weight of each expert; 0: not chosen
 #     mixed   [R, D]  float32, the sum of their outputs so far
 #     expert  []      int32, the number of the expert that is at work
 
@@ -138,8 +138,9 @@ class Stage:
     `finish` is called once the products of all rows are there; None: the products are the result.
     `logits`: what becomes of products that stay in float32 and go to the host; None: they are no
     logits. `per_expert`: consecutive stages with it are gone through for each expert of the layer;
-    their input is computed once. A stage may have no matrices. `drops`: values that nothing needs
-    any more when it has ended.
+    their input is computed once. `weighs_input`: each of them multiplies it by the weights of its
+    expert. A stage may have no matrices. `drops`: values that nothing needs any more when it has
+    ended.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Stage:
     logits: Logits | None = None
     source: str = "x"
     per_expert: bool = False
+    weighs_input: bool = False
     drops: tuple[str, ...] = ()
 
     @property

@@ -22,8 +22,9 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+CHUNKED = "chunked_attention"
 # Types of layers that limit what a layer attends to -> the key that says how far.
-_WINDOWS = {SLIDING: "sliding_window", "chunked_attention": "attention_chunk_size"}
+_WINDOWS = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
 # Parts of multimodal checkpoints, and layers that guess further tokens: a text has no use for them.
 OTHER_PARTS = (
     r"(.+\.)?(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision"

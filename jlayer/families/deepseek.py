@@ -15,7 +15,7 @@ from jlayer.families.fields import LIMITS, Fields
 from jlayer.families.latent import latent_layer
 from jlayer.families.mixtures import MOST_EXPERTS, QWEN, with_experts
 from jlayer.families.rope import read_rope, rope_section
-from jlayer.parts import Experts, Latent, Mlp, Norm, Router, Shared, Stack
+from jlayer.parts import Experts, Growth, Latent, Mlp, Norm, Router, Shared, Stack
 from jlayer.spec import ModelConfig
 
 # The scalings that their rotary embeddings may have.
@@ -365,7 +365,7 @@ def _mistral4(fields: Fields) -> ModelConfig:
     turned, nope = (fields.integer(f"qk_{name}_head_dim") for name in ("rope", "nope"))
     said.refuse_unless("partial_rotary_factor", turned / (turned + nope))
     beta = said.positive("llama_4_scaling_beta")
-    grows = (beta, said.integer("original_max_position_embeddings"))
+    grows = Growth(beta, said.integer("original_max_position_embeddings"))
     without = {name: said.raw[name] for name in said.raw if name != "partial_rotary_factor"}
     fields = fields.changed({section: without}, without=("partial_rotary_factor",))
     # Of other types transformers turns another number of pairs than a head has.

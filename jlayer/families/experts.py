@@ -79,8 +79,7 @@ def expert_stages(experts: Experts, join: Join) -> tuple[Stage, ...]:
             Function("mix_shared", ("mixed", "inputs"), ("mixed",), gate),
             prefix=_SHARED,
         )
-    mix = Function("mix_expert", ("mixed", "routing", "expert"), ("mixed",))
-    stages += [replace(one, per_expert=True) for one in _mlp_stages(experts.mlp, mix)]
+    stages += _stages_of_each(experts)
     stages[0] = replace(stages[0], input=route)
     joined = Function("join_mixed", ("hidden", "mixed"), ("hidden",), join.leaves, join)
     return (*stages, Stage("join_experts", (), finish=joined, drops=OF_EXPERTS))
@@ -90,8 +89,7 @@ def stages_beside(experts: Experts, before: NormAt, after: JoinBoth) -> tuple[St
     """The stages of experts, then of the MLP beside them. `before`: the norm of its input."""
     whole = (ROUTER, OF_INPUT, OF_WEIGHTS)
     route = Function("route", ("hidden",), ("routing", "mixed"), whole, experts.router)
-    mix = Function("mix_expert", ("mixed", "routing", "expert"), ("mixed",))
-    stages = [replace(one, per_expert=True) for one in _mlp_stages(experts.mlp, mix)]
+    stages = _stages_of_each(experts)
     stages[0] = replace(stages[0], input=route)
     joined = Function("join_both", ("hidden", "mixed"), ("hidden",), after.leaves, after)
     inner, last = _mlp_stages(experts.shared.mlp, joined, prefix=_SHARED)
@@ -103,6 +101,17 @@ def stages_beside(experts: Experts, before: NormAt, after: JoinBoth) -> tuple[St
         replace(inner, source="x"),
         replace(last, drops=OF_EXPERTS),
     )
+
+
+def _stages_of_each(experts):
+    """The stages that are gone through for each expert."""
+    router = experts.router
+    mix = Function("mix_expert", ("mixed", "routing", "expert"), ("mixed",), how=router)
+    first, last = _mlp_stages(experts.mlp, mix)
+    return [
+        replace(first, per_expert=True, weighs_input=router.weighs_inputs),
+        replace(last, per_expert=True),
+    ]
 
 
 def _mlp_leaves(mlp: Mlp, width, *, prefix="", n_experts=0):

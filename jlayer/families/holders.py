@@ -37,6 +37,7 @@ HOLDERS = {
             *("mistral3", "Mistral3ForConditionalGeneration"),
             ("mistral", "ministral", "ministral3", "mistral4"),
         ),
+        Holder("llama4", "Llama4ForConditionalGeneration", ("llama4_text",), tied=False),
         Holder("qwen3_5", "Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
         Holder(
             *("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),

@@ -22,7 +22,7 @@ from jlayer.families.common import (
 from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.rope import read_rope
-from jlayer.parts import Logits, Mlp, Rope, Scale
+from jlayer.parts import Growth, Logits, Mlp, Rope, Scale
 from jlayer.spec import ModelConfig
 
 # Computed tables that old checkpoints hold.
@@ -85,7 +85,7 @@ def _ministral3(fields: Fields) -> ModelConfig:
     rope = read_rope(fields, longest=sizes.longest)
     said = fields.section("rope_scaling" if fields.has("rope_scaling") else "rope_parameters")
     beta = said.raw.get("llama_4_scaling_beta") and said.positive("llama_4_scaling_beta")
-    grows = beta and (beta, said.integer("original_max_position_embeddings"))
+    grows = beta and Growth(beta, said.integer("original_max_position_embeddings"))
     how = attention(sizes, rope, window=window(fields), grows=grows)
     return config(fields, sizes, [how], norm=rms_norm(fields, eps=1e-5))
 

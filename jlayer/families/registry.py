@@ -20,6 +20,7 @@ from jlayer.families import (
     gpt_oss,
     layer_norms,
     llama,
+    llama4,
     mixtures,
     olmo,
     phi,
@@ -34,7 +35,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for rows in (
         *(llama, gemma, phi, olmo, glm, cohere, layer_norms),
-        *(qwen_next, mixtures, corrected, deepseek, gpt_oss),
+        *(qwen_next, mixtures, corrected, deepseek, gpt_oss, llama4),
     )
     for family in rows.FAMILIES
 }
@@ -138,12 +139,19 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Stacked(NamedTuple):
-    """A published tensor that holds matrices, or pieces or biases of them, of all experts of a
-    layer: its shape, and of each matrix (its name, its first row, the number of its rows), where
-    rows are counted through all experts."""
+    """A published tensor that holds leaves, or pieces of them, of all experts of a layer: its
+    shape, and of each leaf (its name, its first row, the number of its rows), where rows are
+    counted through all experts. `inputs_first`: as of `parts.Stack`."""
 
     shape: tuple[int, ...]
     parts: tuple[tuple[str, int, int], ...]
+    inputs_first: bool
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes of its shape."""
+        of_expert = ("columns", "rows") if self.inputs_first else ("rows", "columns")
+        return ("experts", *of_expert[: len(self.shape) - 1])
 
 
 @lru_cache(maxsize=8)
@@ -155,7 +163,8 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
         for stack in stacks:
             leaves = [kind.leaf(name) for name in stack.leaves]
             shapes = [_shape_in(cfg, stack, leaf) for leaf in leaves]
-            shape = (kind.n_experts, sum(n_rows for n_rows, *_ in shapes), *shapes[0][1:])
+            of_expert = (sum(n_rows for n_rows, *_ in shapes), *shapes[0][1:])
+            of_expert = of_expert[::-1] if stack.inputs_first else of_expert
             parts = [
                 (piece_name(layer_tensor_name(cfg, leaf, layer, expert), stack.piece or WHOLE), n)
                 for expert in range(kind.n_experts)
@@ -164,7 +173,8 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
             ends = accumulate(n_rows for _, n_rows in parts)
             placed = ((name, end - n, n) for (name, n), end in zip(parts, ends, strict=True))
             name = family_of(cfg).layer_prefix.format(layer=layer) + stack.published
-            found[name] = Stacked(shape, tuple(placed))
+            shape = (kind.n_experts, *of_expert)
+            found[name] = Stacked(shape, tuple(placed), stack.inputs_first)
     return found
 
 

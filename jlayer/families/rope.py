@@ -131,9 +131,9 @@ def _linear(said, common, longest):
 def _llama3(said, common, longest):
     factor = said.positive("factor")
     low, high = said.positive("low_freq_factor"), said.positive("high_freq_factor")
-    if not high > low:
+    if not high >= low:
         raise CheckpointError(
-            f"{said.where}: high_freq_factor is {high}, expected more than low_freq_factor {low}"
+            f"{said.where}: high_freq_factor is {high}, expected no less than low_freq_factor {low}"
         )
     return Rope(**common, factor=factor, low_freq_factor=low, high_freq_factor=high)
 

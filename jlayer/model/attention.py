@@ -65,10 +65,11 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention, sinks=None
     places = positions
     if isinstance(view, View):
         places = positions - lanes(view.first)[..., None]
-    if how.window is not None:
+    reach = reach_of(positions, how)
+    if reach is not None:
         of_own = positions if rows.fresh is None else lanes(rows.fresh_positions)
-        seen = seen & (positions[..., :, None] - of_own[..., None, :] < how.window)
-    given = (pane(q), *own, lanes(view.table), lanes(view.length), seen, places)
+        seen = seen & (positions[..., :, None] - of_own[..., None, :] < reach[..., None])
+    given = (pane(q), *own, lanes(view.table), lanes(view.length), seen, places, reach)
     if pieces.lanes == b:
         mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
     else:
@@ -77,7 +78,17 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention, sinks=None
     return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
 
-def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how, sinks):
+def reach_of(positions, how: Attention):
+    """How many tokens the rows at positions [...] see, itself among them: int32 [...]; None: all
+    before them. Those of its own chunk that a row sees begin where the chunk does."""
+    if how.window is None:
+        return None
+    if how.in_chunks:
+        return positions % how.window + 1
+    return jnp.full_like(positions, how.window)
+
+
+def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, sinks):
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
 
@@ -98,8 +109,8 @@ def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how, sinks):
         else:
             entries = first + jnp.arange(table.shape[1], dtype=jnp.int32)
             seen = (entries[None] < length[:, None])[:, None]
-            if how.window is not None:
-                seen = seen & (places[:, :, None] - entries[None, None] < how.window)
+            if reach is not None:
+                seen = seen & (places[:, :, None] - entries[None, None] < reach[:, :, None])
             more = attend_to(grouped, k, v, seen, how)
         return merge(state, more), None
 

@@ -6,9 +6,12 @@ not choose it: so shapes do not depend on what was chosen. Of many rows those ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
+from jlayer.families.base import Stage
 from jlayer.families.experts import (
     CORRECTION,
     LOGIT_BIAS,
@@ -37,11 +40,12 @@ def route(products, whole, inputs, *, how: Router):
 
 
 def weights_of(logits, bias, how: Router):
-    """A router's logits float32 [R, E] -> what each expert's output is multiplied by, [R, E]."""
+    """A router's logits float32 [R, E] -> the weight of each expert [R, E]; 0: not chosen."""
     if how.scores == "sparsemixer":
         return _sparsemixer(logits, how.jitter)
     scores = SCORES[how.scores](logits)
-    preferred = scores if bias is None else scores + bias.reshape(1, -1)
+    preferred = logits if how.by_logits else scores
+    preferred = preferred if bias is None else preferred + bias.reshape(1, -1)
     if how.n_groups > 1:
         preferred = _within_groups(preferred, how)
     _, chosen = jax.lax.top_k(preferred, how.n_chosen)
@@ -94,20 +98,36 @@ def mix_shared(products, whole, mixed, inputs, *, how):
     return (mixed + output,)
 
 
-def mix_expert(products, whole, mixed, routing, expert, *, how):
-    """Adds the output of an expert, by number, as the routing of each row weighs it."""
+def mix_expert(products, whole, mixed, routing, expert, *, how: Router):
+    """Adds the output of an expert, by number, as the routing of each row weighs it; as it is where
+    the weights multiplied the inputs."""
     (output,) = products.values()
-    weight = jax.lax.dynamic_slice_in_dim(routing, expert, 1, axis=1)
+    weight = _column(routing, expert)
+    factor = 1 if how.weighs_inputs else weight
     # What overflowed in rows that did not choose it is not theirs.
-    return (mixed + jnp.where(weight != 0, output.astype(jnp.float32) * weight, 0),)
+    return (mixed + jnp.where(weight != 0, output.astype(jnp.float32) * factor, 0),)
+
+
+def stage_input(stage: Stage, flow: Mapping):
+    """The input of a stage [R, in]; None where nothing made one. Of a stage that weighs it, times
+    the weight of the expert at work, rounded first to the dtype of both."""
+    x = flow.get(stage.source)
+    if not stage.weighs_input:
+        return x
+    return x * _column(flow["routing"], flow["expert"]).astype(x.dtype)
 
 
 def picked_rows(flow, length: int):
     """The rows that chose the expert at work, in order, int32 [length]; then numbers beyond all
     rows. There may be no more of them than `length`."""
-    column = jax.lax.dynamic_slice_in_dim(flow["routing"], flow["expert"], 1, axis=1)[:, 0]
+    column = _column(flow["routing"], flow["expert"])[:, 0]
     (rows,) = jnp.nonzero(column != 0, size=length, fill_value=column.shape[0])
     return rows
+
+
+def _column(routing, expert):
+    """The weights of an expert, by number, float32 [R, 1]."""
+    return jax.lax.dynamic_slice_in_dim(routing, expert, 1, axis=1)
 
 
 def spread(products, rows, n_rows: int):

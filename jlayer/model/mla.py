@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jlayer.families.latent import KV_A, KV_B, KV_NORM, Q_A, Q_B, Q_NORM, Q
 from jlayer.model.attention import attention
 from jlayer.model.cache import LatentCache, LayerCache, Rows, write_latent
-from jlayer.model.ops import normed, rotate
+from jlayer.model.ops import grown, normed, rotate
 from jlayer.model.products import exact_for
 from jlayer.parts import Latent
 
@@ -81,10 +81,7 @@ def _queries(q, keys, rows, how):
     turned = rotate(q[:, :, how.nope_dim :], rows.positions, how.rope, rows.is_long)
     queries = jnp.concatenate([among, turned], axis=-1)
     if how.grows:
-        beta, length = how.grows
-        turns = jnp.floor(rows.positions.astype(jnp.float32) / length)
-        factor = 1 + beta * jnp.log(1 + turns)
-        queries = (queries.astype(jnp.float32) * factor[:, None, None]).astype(q.dtype)
+        queries = grown(queries, rows.positions, how.grows)
     return queries
 
 

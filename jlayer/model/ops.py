@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlayer.model.products import product
-from jlayer.parts import Clamped, Logits, Norm, Rope, Scale
+from jlayer.parts import Clamped, Growth, Logits, Norm, Rope, Scale
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -114,6 +114,8 @@ def _llama3_frequencies(frequencies, rope):
     wavelengths = f32(2 * math.pi) / frequencies
     longest, shortest = original / f32(rope.low_freq_factor), original / f32(rope.high_freq_factor)
     stretched = np.where(wavelengths > longest, frequencies / f32(rope.factor), frequencies)
+    if rope.low_freq_factor == rope.high_freq_factor:
+        return stretched.astype(f32)  # no wave is between
     blend = (original / wavelengths - f32(rope.low_freq_factor)) / f32(
         rope.high_freq_factor - rope.low_freq_factor
     )
@@ -148,6 +150,13 @@ def rotate(x, positions, rope: Rope, is_long=None):
         rotated = jnp.concatenate(parts, axis=-1)
     rotated = rotated.astype(x.dtype)
     return rotated if size == head_dim else jnp.concatenate([rotated, x[..., size:]], axis=-1)
+
+
+def grown(q, positions, how: Growth):
+    """Queries q [R, heads, H] at positions [R], as they grow with these; computed in float32."""
+    turns = jnp.floor((positions + how.after).astype(jnp.float32) / how.length)
+    factor = 1 + how.beta * jnp.log(1 + turns)
+    return (q.astype(jnp.float32) * factor[:, None, None]).astype(q.dtype)
 
 
 def gated(gate, up, *, activation: str):

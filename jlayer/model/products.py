@@ -68,6 +68,13 @@ class Encoded:
 
 
 @struct.dataclass
+class InputsFirst:
+    """A matrix whose inputs come first. Its product is as fast as of one with its rows first."""
+
+    matrix: jax.Array  # [in, out]
+
+
+@struct.dataclass
 class ScaledRows:
     """A matrix in int8 with one scale a row. The scale is applied to the product, so XLA reads the
     small integers in the product itself, and no decoded copy is made."""
@@ -77,12 +84,14 @@ class ScaledRows:
 
 
 def weight(pieces: dict, *, encoding: str, block_bytes: int):
-    """A vector, or some rows of a matrix, from its pieces: an array if it is plain, else Encoded.
+    """A vector, or some rows of a matrix, from its pieces: an array if it is plain; InputsFirst if
+    it is plain but for their order; else Encoded.
 
     A plain array inside a blob is sliced out; pieces of other encodings stay inside.
     """
     if ENCODINGS[encoding].is_plain:
-        return _rows(pieces[WHOLE], 0, pieces[WHOLE].shape[0])
+        array = _rows(pieces[WHOLE], 0, pieces[WHOLE].shape[0])
+        return array if ENCODINGS[encoding].by_rows else InputsFirst(array)
     return Encoded(pieces, encoding=encoding, block_bytes=block_bytes)
 
 
@@ -99,6 +108,8 @@ def product(x, weight):
     if isinstance(weight, ScaledRows):
         y = _plain_product(x, weight.q.astype(x.dtype))
         return y * weight.scale.reshape((1,) * (y.ndim - 1) + (-1,))
+    if isinstance(weight, InputsFirst):
+        return _dot(x, weight.matrix.astype(x.dtype), x.ndim - 1, 0)
     if isinstance(weight, Encoded):
         return PRODUCTS[ENCODINGS[weight.encoding].product](x, weight)
     return _plain_product(x, weight.astype(x.dtype))

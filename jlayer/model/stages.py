@@ -17,13 +17,14 @@ from jlayer.families.decoder import SINKS
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
-from jlayer.model.experts import mix_expert, mix_shared, route
+from jlayer.model.experts import mix_expert, mix_shared, route, stage_input
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import (
     ACTIVATION,
     clamped,
     final_logits,
     gated,
+    grown,
     linear,
     normed,
     rotate,
@@ -53,7 +54,7 @@ def block(kind: LayerKind) -> Callable:
                 weights = layer | {name: layer[name][expert] for name in names if name in layer}
             if stage.input and not expert:
                 flow |= call(stage.input, flow, layer)
-            products = multiply(stage, flow.get(stage.source), weights)
+            products = multiply(stage, stage_input(stage, flow), weights)
             flow.pop("x", None)
             flow |= call(stage.finish, flow, layer, products)
         return flow["hidden"], flow["cache"]
@@ -148,10 +149,7 @@ def _attend(products, whole, cache, rows, *, how: Attention):
     if norms and norms.after_rope:
         q, k = _head_norm(q, norms.q, whole, norms), _head_norm(k, norms.k, whole, norms)
     if how.grows:
-        beta, length = how.grows
-        turns = jnp.floor(rows.positions.astype(jnp.float32) / length)
-        factor = 1 + beta * jnp.log(1 + turns)
-        q = (q.astype(jnp.float32) * factor[:, None, None]).astype(q.dtype)
+        q = grown(q, rows.positions, how.grows)
     if how.value_norm:
         v = normed(v, how.value_norm)
     # Written first: so the cache's memory is reused, and no copy of it is made.

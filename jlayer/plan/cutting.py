@@ -177,7 +177,7 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     for group in stage.groups:
         leaves = [kind.leaf(name) for name in group.leaves]
         whole = [part for leaf in leaves for part in _parts(weights, leaf, layer, expert)]
-        row_bytes = [part.n_bytes // part.shape[0] for part in whole]
+        row_bytes = [part.n_bytes // part.n_rows for part in whole]
         for first, n_rows in _ranges(whole, row_bytes, tile_bytes, share_of, on_host):
             size = n_rows * sum(row_bytes)
             parts = _rows(weights, kind, group, layer, expert, first, n_rows)
@@ -192,7 +192,9 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
 
 def _ranges(whole: Sequence[Part], row_bytes, tile_bytes, share_of, on_host):
     """(first row, number of rows) of each range of matrices of the same height, for one side."""
-    n_rows = whole[0].shape[0]
+    n_rows = whole[0].n_rows
+    if not all(part.encoding.by_rows for part in whole):
+        return [] if on_host else [(0, n_rows)]
     share = min(share_of.get(part.form, 0.0) for part in whole)
     first = host_rows(n_rows, row_bytes, share)
     begin, count = (0, first) if on_host else (first, n_rows - first)
@@ -210,7 +212,7 @@ def _holds(parts, group: Group):
 def _rows(weights, kind, group, layer, expert, first, n_rows):
     """A range of rows of a group's matrices and their biases."""
     return [
-        replace(whole, shape=(n_rows, *whole.shape[1:]), first_row=first)
+        whole.of_rows(first, n_rows)
         for matrix in group.leaves
         for leaf in kind.with_bias(matrix)
         for whole in _parts(weights, leaf, layer, expert)
@@ -224,7 +226,7 @@ def _parts(weights, leaf, layer, expert=None):
 def _head_tiles(weights, tile_bytes, platform, share_of):
     leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
     whole = parts_of(leaf, leaf.published, weights)
-    row_bytes = [part.n_bytes // part.shape[0] for part in whole]
+    row_bytes = [part.n_bytes // part.n_rows for part in whole]
     ranges = [
         (on_host, *found)
         for on_host in (True, False)
@@ -232,9 +234,7 @@ def _head_tiles(weights, tile_bytes, platform, share_of):
     ]
     tiles = []
     for index, (on_host, first, n_rows) in enumerate(ranges):
-        parts = tuple(
-            replace(part, shape=(n_rows, *part.shape[1:]), first_row=first) for part in whole
-        )
+        parts = tuple(part.of_rows(first, n_rows) for part in whole)
         ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
         name = f"head {index + 1}/{len(ranges)}"
         tile = _tile(name, None, stage, None, parts, platform=platform, **ends)

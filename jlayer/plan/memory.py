@@ -107,7 +107,7 @@ def landing_bytes(tiling: Tiling, shapes: Shapes) -> int:
             kind = tile.kind.name if tile.kind else ""
             own = heights.setdefault((kind, tile.stage.name), {})
             for part in tile.parts:
-                end = part.first_row + part.shape[0]
+                end = part.first_row + part.n_rows
                 own[part.matrix] = max(own.get(part.matrix, 0), end)
     wanted = shapes.n_rows if shapes.all_logits else shapes.wanted
     return sum(

@@ -16,9 +16,10 @@ from functools import cached_property
 
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
+from jlayer.encodings.plain import INPUTS_FIRST
 from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
-from jlayer.families.registry import layer_tensor_name, published_tensors
+from jlayer.families.registry import layer_tensor_name, published_tensors, stacked_tensors
 from jlayer.plan.joined import Joined
 from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig
 
@@ -67,13 +68,23 @@ class Weights:
 
 
 def unseen_weights(
-    cfg: ModelConfig, quantization: Quantization | None, *, stored: str, dtype: str
+    cfg: ModelConfig,
+    quantization: Quantization | None,
+    *,
+    stored: str,
+    dtype: str,
+    as_published: bool = False,
 ) -> Weights:
     """The weights of a model of which only this is known. `stored`: the dtype of what is not
-    quantized; `dtype`: the compute dtype."""
-    shapes = published_tensors(cfg)
+    quantized; `dtype`: the compute dtype. `as_published`: some experts may have inputs first."""
+    shapes, inputs_first = published_tensors(cfg), set()
+    if as_published:
+        stacks = [stack for stack in stacked_tensors(cfg).values() if stack.inputs_first]
+        inputs_first = {name for stack in stacks for name, *_ in stack.parts}
 
     def form_of(tensor):
+        if tensor in inputs_first:
+            return INPUTS_FIRST[stored].name
         scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
         return scheme.name if scheme else stored
 
@@ -86,7 +97,8 @@ class Part:
 
     `matrix`: the leaf. `leaf`: the array within the tile (`q_proj`, or `q_proj.q` and
     `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part. `width`:
-    numbers in a row of the matrix. `form`: the name of its encoding.
+    numbers in a row of the matrix. `form`: the name of its encoding. A matrix that cannot be cut by
+    rows is whole.
     """
 
     leaf: str
@@ -108,11 +120,23 @@ class Part:
         return encoding(self.form)
 
     @property
+    def n_rows(self) -> int:
+        """Rows of the matrix in this part; the numbers of a vector."""
+        return self.shape[0] if self.encoding.by_rows else self.shape[-1]
+
+    @property
     def n_weights(self) -> int:
         """Weights in this part; 0 for the scales of a quantized matrix."""
         if self.piece != self.encoding.main:
             return 0
-        return math.prod((*self.shape[:-1], self.width))
+        return self.n_rows * self.width if len(self.shape) > 1 else self.width
+
+    def of_rows(self, first: int, n_rows: int) -> Part:
+        """A range of the rows of a whole leaf."""
+        if not self.encoding.by_rows:
+            assert (first, n_rows) == (0, self.n_rows), "it is moved as a whole"
+            return self
+        return replace(self, shape=(n_rows, *self.shape[1:]), first_row=first)
 
     def decoded_bytes(self, dtype: str, platform: str) -> int:
         """Bytes of the decoded copy of its weights."""
@@ -160,7 +184,7 @@ class Tile:
     @property
     def heights(self) -> dict[str, int]:
         """Matrix -> the number of its rows in this tile, in order."""
-        return {part.matrix: part.shape[0] for part in self.parts if len(part.shape) == 2}
+        return {part.matrix: part.n_rows for part in self.parts if len(part.shape) == 2}
 
     @property
     def ends_layer(self) -> bool:

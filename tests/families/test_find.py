@@ -75,7 +75,7 @@ def test_the_known_models_are_found_by_their_keys(name):
 EXPERTS = {
     "deepseek_v4": {"n_routed_experts": 256},
     "dbrx": {},  # by its name alone
-    "llama4": {"text_config": {"num_local_experts": 16}},
+    "kimi_k3": {"text_config": {"num_local_experts": 16}},
     "of_their_own": {"num_experts": 4, "expert_depth": 2},
 }
 

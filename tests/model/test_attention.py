@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jlayer import pieces
 from jlayer.engine.device import FLASH_DTYPES, gpu_memory, has_flash
 from jlayer.model.attention import attention
-from jlayer.model.cache import LayerCache, Rows, rows_struct
+from jlayer.model.cache import LayerCache, Rows, View, rows_struct
 from jlayer.parts import Attention
 from jlayer.pieces import Pieces, attention_pieces
 from jlayer.plan.memory import attention_temporary_bytes
@@ -30,6 +31,7 @@ CFG = attention_of(6, 2, 8)
 SINKS = np.array([-1e4, -2.0, 0.0, 1.5, 6.0, 40.0], np.float32)
 # Rows in a chunk beyond those of the pane.
 PADDING = 3
+WINDOW = 5  # of layers with one, and the length of chunks
 
 
 def random_case(lanes, tokens, capacity, lengths, *, cfg=CFG, dtype="float32", seed=0):
@@ -65,9 +67,10 @@ def random_tree(rng, tokens):
     return seen
 
 
-def dense(q, k, v, cache, rows, cfg=CFG, sinks=None):
+def dense(q, k, v, cache, rows, cfg=CFG, sinks=None, sees=None):
     """Attention in float64, each row and head by itself -> [B*T, N*H]. `sinks`: a score of each
-    head whose value is 0."""
+    head whose value is 0. `sees`: whether a token at one position sees one at another that is
+    before it; None: it does."""
     q, k, v, of_k, of_v = (
         np.asarray(each.astype(jnp.float32), np.float64) for each in (q, k, v, cache.k, cache.v)
     )
@@ -77,6 +80,11 @@ def dense(q, k, v, cache, rows, cfg=CFG, sinks=None):
     for lane, row in np.ndindex(lanes, tokens):
         entries = rows.table[lane, : rows.length[lane]]
         own = lane * tokens + np.flatnonzero(rows.seen[lane, row])
+        if sees:
+            first = rows.windows[WINDOW].first[lane]
+            position = rows.positions[lane * tokens + row]
+            entries = entries[sees(position, first + np.arange(len(entries)))]
+            own = own[sees(position, rows.positions[own])]
         keys, values = (
             np.concatenate([pool[entries], new[own]]) for pool, new in ((of_k, k), (of_v, v))
         )
@@ -137,6 +145,33 @@ def test_a_sink_takes_part_once_however_the_entries_are_cut(shape, bounds):
     found = attended(given, sinks=jnp.asarray(SINKS))
     np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
     assert not found[len(expected) :].any()
+
+
+# What a token at position p sees of those at positions j before it.
+LIMITS = {
+    "window": lambda p, j: p - j < WINDOW,
+    "chunks": lambda p, j: j // WINDOW == p // WINDOW,
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
+def test_a_token_sees_its_window_or_its_chunk(shape, limit, bounds):
+    """Whatever the position at which a lane's table begins."""
+    *arrays, rows = random_case(*shape)
+    lanes = len(rows.length)
+    first = np.arange(lanes, dtype=np.int32) * 3
+    depths = rows.seen.sum(axis=2) - 1
+    positions = ((first + rows.length)[:, None] + depths).reshape(-1)
+    positions = np.pad(positions, (0, PADDING)).astype(np.int32)
+    view = View(rows.write, rows.table, rows.length, first)
+    given = (*arrays, rows.replace(positions=positions, windows={WINDOW: view}))
+    how = replace(CFG, window=WINDOW, in_chunks=limit == "chunks")
+    expected = dense(*given, sees=LIMITS[limit])
+    found = attended(given, how)
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
+    if rows.length.any():  # what is not seen matters
+        assert np.abs(dense(*given) - expected).max() > 0.1
 
 
 def test_bounds_force_every_kind_of_piece(monkeypatch):

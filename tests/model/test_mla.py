@@ -13,7 +13,7 @@ from jlayer.families.base import latent_cache
 from jlayer.model.cache import LatentCache, Rows, cache_struct, rows_struct
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import normed, rotate
-from jlayer.parts import Latent, Norm, Rope
+from jlayer.parts import Growth, Latent, Norm, Rope
 from jlayer.plan.memory import latent_temporary_bytes
 from jlayer.plan.shapes import Shapes
 
@@ -21,7 +21,7 @@ from jlayer.plan.shapes import Shapes
 HOW = Latent(
     *(6, 14, 10, 8, 7), Rope(100.0, interleaved=True), q_rank=18, scale=0.3, norm=Norm(1e-2)
 )
-GROWS = replace(HOW, grows=(0.5, 4))
+GROWS = replace(HOW, grows=Growth(0.5, 4))
 LANES, TOKENS, PADDING, ENTRIES = 3, 8, 3, 16
 POOL = LANES * ENTRIES
 LENGTHS = np.array([16, 5, 0], np.int32)
@@ -83,7 +83,7 @@ def dense(products, whole, cache, rows, how):
             keys = np.concatenate([made[:, :, :10], shared], axis=2)
             scores = np.einsum("nh,snh->ns", q[first + row], keys) * how.scale
             if how.grows:
-                beta, length = how.grows
+                beta, length = how.grows.beta, how.grows.length
                 scores *= 1 + beta * np.log(1 + rows.positions[first + row] // length)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+CHUNKED = "chunked_attention"
 
 
 @dataclass(frozen=True)

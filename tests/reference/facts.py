@@ -29,6 +29,7 @@ REFUSALS = (
     *(NotImplementedError, AssertionError, RuntimeError, StrictDataclassError),
 )
 SLIDING, LINEAR = "sliding_attention", "linear_attention"
+CHUNKED = "chunked_attention"
 # Families without types of layers, all of whose layers have the config's window.
 WINDOW_IN_ALL = (
     *("mistral", "ministral3", "phi3", "starcoder2"),
@@ -36,6 +37,7 @@ WINDOW_IN_ALL = (
 )
 # Which layers turn queries and keys, where not all do.
 IS_TURNED = {
+    "llama4_text": lambda layer: bool(layer.use_rope),
     "smollm3": lambda layer: bool(layer.use_rope),
     "exaone4": lambda layer: layer.sliding_window is None or layer.is_sliding,
     "cohere2": lambda layer: layer.sliding_window is not None,
@@ -146,7 +148,8 @@ def facts_there(raw, folder):
 def _mlp(layer):
     if hasattr(layer, "router"):
         return layer  # Gemma 4, which has both
-    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+    names = ("mlp", "block_sparse_moe", "feed_forward")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def _experts_there(layer):
@@ -173,6 +176,8 @@ def _layer_there(config, layer, layer_type):
     slides = layer_type == SLIDING or (layer_type is None and config.model_type in WINDOW_IN_ALL)
     is_turned = IS_TURNED.get(config.model_type, lambda layer: True)(attention)
     window = config.sliding_window if slides else None
+    if layer_type == CHUNKED:
+        window = config.attention_chunk_size
     if window is not None and window >= config.max_position_embeddings:
         window = None  # no text is longer
     return attention.head_dim, round(float(attention.scaling), 9), is_turned, window

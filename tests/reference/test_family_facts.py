@@ -5,13 +5,14 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+from jlayer.config import model_config
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES
 from tests.reference.facts import differences
 from tests.reference.mixture_forms import MIXTURES
 
 pytestmark = pytest.mark.reference
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 N_LAYERS = 7  # more than the longest pattern of layers
 # Heads that every family's default number of key/value heads divides. No memory is taken for them.
@@ -235,6 +236,47 @@ WITH_EXPERTS = sorted({*(each.model_type for each in MIXTURES.values()), "gpt_os
 def test_numbers_of_experts_where_nothing_is_said(tmp_path, model_type):
     raw = {"model_type": model_type, **SIZES, **GIVEN.get(model_type, {}), "num_hidden_layers": 4}
     assert differences(raw, tmp_path) == []
+
+
+OF_LLAMA4 = {
+    "chunks": {"attention_chunk_size": 8},
+    "chunks-null": {"attention_chunk_size": None},
+    "chunks-as-long-as-the-context": {"attention_chunk_size": 64, "max_position_embeddings": 64},
+    "types": {"layer_types": [CHUNKED, FULL] * 3 + [FULL]},
+    "types-of-a-window": {"layer_types": [SLIDING] * N_LAYERS},
+    "no-layer-without-rope": {"no_rope_layers": [1] * N_LAYERS},
+    "layers-without-rope-empty": {"no_rope_layers": []},
+    "layers-without-rope-too-few": {"no_rope_layers": [1, 0]},
+    "layers-with-experts": {"moe_layers": [0, 5]},
+    "layers-with-experts-none": {"moe_layers": []},
+    "layers-with-experts-null": {"moe_layers": None, "interleave_moe_layer_step": 3},
+    "each-ninth-layer": {"interleave_moe_layer_step": 9},
+    "widths": {"intermediate_size": 24, "intermediate_size_mlp": 48},
+    "no-growth": {"attn_temperature_tuning": False},
+    "growth-null": {"attn_temperature_tuning": None},
+    "growth-another-number": {"attn_temperature_tuning": 3},
+    "growth": {"attn_scale": 0.5, "floor_scale": 16},
+    "growth-by-a-fraction": {"floor_scale": 1.5},
+    "no-norms-of-heads": {"use_qk_norm": False},
+    "jitter": {"router_jitter_noise": 0.1},
+    "scout": {
+        "rope_scaling": {**LLAMA3, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_LLAMA4)
+def test_facts_of_llama_4(tmp_path, name):
+    raw = {"model_type": "llama4_text", **SIZES, **FEW, **OF_LLAMA4[name]}
+    assert differences(raw, tmp_path) == []
+
+
+def test_growth_as_the_first_files_of_llama_4_have_it(tmp_path):
+    """A 4, where files say true today: Transformers refuses it now, as it does any number."""
+    raw = {"model_type": "llama4_text", **SIZES, **FEW, "attn_temperature_tuning": 4}
+    assert differences(raw, tmp_path) == ["refused by Transformers alone"]
+    said = {**raw, "attn_temperature_tuning": True}
+    assert model_config(raw, where="here") == model_config(said, where="here")
 
 
 @pytest.mark.parametrize("model_type", GIVEN)

@@ -37,6 +37,7 @@ SWITCHES = [
 ]
 # Those that run in every test session: each form of router in one of them.
 FIRST = {"qwen2_moe-some", "glm4_moe", "ernie4_5_moe-some", "phimoe", "qwen3_next", "granitemoe"}
+FIRST |= {"llama4"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def test_every_family_with_experts_has_a_model_here():
     known = {dense.model_type for dense in MIXTURES.values()}
     assert known <= set(FAMILIES)
     latent = {row.model_type for row in deepseek.FAMILIES}  # in test_latent
-    with_experts = {name for name in FAMILIES if "moe" in name or name in ("mixtral", "minimax_m2")}
+    others = ("mixtral", "minimax_m2", "llama4_text")
+    with_experts = {name for name in FAMILIES if "moe" in name or name in others}
     assert with_experts - latent <= known
 
 
@@ -121,7 +123,7 @@ def test_layers_that_guess_further_tokens_are_left_out(sources, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "glm4_moe", "qwen3_next", "gemma4"])
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe", "qwen3_next", "gemma4", "llama4"])
 def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_path, monkeypatch):
     """In tiles: the tokens that Transformers draws for each prompt by itself."""
     convert_checkpoint(sources(name), tmp_path / "layered")

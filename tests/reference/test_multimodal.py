@@ -143,12 +143,34 @@ MODELS["gemma4-experts"] = (
     },
     *MODELS["gemma4"][2:],
 )
+MODELS["llama4"] = (
+    "llama4",
+    {
+        "intermediate_size": 14,
+        "intermediate_size_mlp": 40,
+        "num_hidden_layers": 4,
+        "num_local_experts": 7,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 6,
+        "floor_scale": 5,
+        "attn_scale": 0.5,
+    },
+    {
+        **VISION,
+        "vision_output_dim": 12,
+        "projector_input_dim": 12,
+        "projector_output_dim": 12,
+        "pixel_shuffle_ratio": 0.5,
+    },
+    {"image_token_index": 131, "boi_token_index": 130, "eoi_token_index": 129},
+)
 # What Transformers reads as one tensor of all experts alone; a converted folder has them apart.
-NOT_ALONE = {"gemma4-experts"}
+NOT_ALONE = {"gemma4-experts", "llama4"}
 OF_THE_TEXT = {
     "qwen3_5": "Qwen3_5ForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
     "gemma4-experts": "Gemma4ForCausalLM",
+    "llama4": "Llama4ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "gemma3-untied": "Gemma3ForCausalLM",
     "mistral3": "MistralForCausalLM",
@@ -200,6 +222,8 @@ def logits_there(folder, auto):
             attn_implementation="eager",
             experts_implementation="eager",
         )
+    if isinstance(model, transformers.Llama4ForConditionalGeneration):
+        model = model.language_model  # 5.24 fails where there is no image
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits.numpy()
 

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3  # noqa: E402
 from transformers.models.gemma4 import modeling_gemma4 as gemma4  # noqa: E402
+from transformers.models.llama4 import modeling_llama4 as llama4  # noqa: E402
 
 pytestmark = pytest.mark.reference
 
@@ -30,6 +31,11 @@ PLAIN = [name for name in MIXTURES if name != "gemma4"]  # whose router looks at
 EXACT = {"rtol": 0, "atol": 2e-7}  # two roundings of numbers up to 1
 
 
+def mlp_of(layer):
+    names = ("mlp", "block_sparse_moe", "feed_forward")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
 def router_of(name):
     """(Transformers' router of a tiny model, what we read of its config)."""
     dense = MIXTURES[name]
@@ -39,7 +45,7 @@ def router_of(name):
     )
     model.eval()  # in training PhiMoE draws its experts
     cfg = model_config(raw, where="here")
-    mlps = [getattr(layer, "mlp", None) or layer.block_sparse_moe for layer in model.model.layers]
+    mlps = [mlp_of(layer) for layer in model.model.layers]
     mlp = next(mlp for mlp in mlps if hasattr(mlp, "gate") or hasattr(mlp, "router"))
     return mlp, cfg.experts.router
 
@@ -57,6 +63,8 @@ def chosen_there(mlp, logits, bias):
                 where.e_score_correction_bias.copy_(torch.as_tensor(bias))
         inputs = torch.zeros(len(logits), weight.shape[1])
         inputs[:, :n_experts] = torch.as_tensor(logits)
+        if isinstance(router, llama4.Llama4Router):
+            return router(inputs)[0].numpy()  # those of all experts
         more = (mlp.e_score_correction_bias,) if hasattr(mlp, "e_score_correction_bias") else ()
         _, weights, chosen = router(inputs, *more)
         return torch.zeros(logits.shape).scatter(1, chosen, weights).numpy()
@@ -83,6 +91,16 @@ def test_of_experts_that_score_the_same_as_many_are_chosen_and_their_weights_are
     np.testing.assert_array_equal((np.asarray(found) != 0).sum(axis=1), how.n_chosen)
     if how.n_groups == 1:  # of groups that score the same, others have other experts in them
         np.testing.assert_allclose(np.sort(found), np.sort(expected), **EXACT)
+
+
+def test_where_scores_are_all_the_same_the_logits_say_which_is_chosen():
+    """As in Llama 4: the sigmoid of a large number is 1."""
+    mlp, how = router_of("llama4")
+    logits = 50 + np.abs(LOGITS[:, : how.n_experts]) * 20
+    found = weights_of(jnp.asarray(logits), None, how)
+    np.testing.assert_array_equal(found, chosen_there(mlp, logits, None))
+    assert set(np.unique(found)) == {0, 1}
+    np.testing.assert_array_equal(np.argmax(found, axis=1), np.argmax(logits, axis=1))
 
 
 def test_a_router_with_a_norm_and_factors_of_its_own():

@@ -38,6 +38,17 @@ def stacked(cfg, tensors):
     return tensors
 
 
+def apart(cfg, tensors):
+    """Tensors with those of all experts cut into those of each, rows first."""
+    tensors = dict(tensors)
+    for name, stack in stacked_tensors(cfg).items():
+        found = tensors.pop(name)
+        found = found.swapaxes(1, 2) if stack.inputs_first else found
+        rows = np.ascontiguousarray(found).reshape(-1, found.shape[-1])
+        tensors |= {part: rows[first : first + n] for part, first, n in stack.parts}
+    return tensors
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model with its experts one by one, and in one, under the names of a multimodal one."""
@@ -80,17 +91,15 @@ def test_they_convert_to_the_same_bytes(folders, tmp_path, scheme):
     assert any(".experts.8.up_proj" in name for table in found[0].values() for name in table)
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "gemma4"])
+@pytest.mark.parametrize("name", ["granitemoe", "gemma4", "llama4"])
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_so_do_those_that_are_published_in_no_other_way(tmp_path, name, scheme):
-    """A tensor of a Gemma ends in `.scale`, as what a quantized one is stored in does."""
-    whole, apart = save(tmp_path / "whole", name), tmp_path / "apart"
-    tensors = load_file(whole / WEIGHTS)
-    for stacked_name, stack in stacked_tensors(cfg_of(whole)).items():
-        rows = tensors.pop(stacked_name).reshape(-1, stack.shape[-1])
-        tensors |= {part: rows[first : first + n] for part, first, n in stack.parts}
-    written(apart, whole, tensors)
-    found = [digests_of(each, tmp_path / f"{each.name}-layered", scheme) for each in (whole, apart)]
+    """A tensor of a Gemma ends in `.scale`, as what a quantized one is stored in does; of a Llama 4
+    the inputs of an expert come first."""
+    whole = save(tmp_path / "whole", name)
+    tensors = apart(cfg_of(whole), load_file(whole / WEIGHTS))
+    folders = whole, written(tmp_path / "apart", whole, tensors)
+    found = [digests_of(each, tmp_path / f"{each.name}-layered", scheme) for each in folders]
     assert found[0] == found[1]
 
 
@@ -157,10 +166,11 @@ def test_of_many_that_are_missing_few_are_named(folders, tmp_path):
     assert found.count(".experts.") == 3
 
 
-def test_what_transformers_would_not_read_is_not_exported(tmp_path):
-    source = save(tmp_path / "source", "granitemoe")
+@pytest.mark.parametrize("name", ["granitemoe", "llama4"])
+def test_what_transformers_would_not_read_is_not_exported(tmp_path, name):
+    source = save(tmp_path / "source", name)
     convert_checkpoint(source, tmp_path / "layered")
-    with pytest.raises(UnsupportedModelError, match="a granitemoe cannot be exported"):
+    with pytest.raises(UnsupportedModelError, match=f"a {name}.* cannot be exported"):
         export_checkpoint(tmp_path / "layered", tmp_path / "exported", format="huggingface")
 
 

@@ -22,7 +22,11 @@ from jlayer.config import model_config, planned_dtype, read_config
 from jlayer.cores.native import missing
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.families.registry import layer_kinds, layer_tensor_name, published_tensors
+from jlayer.families.registry import (
+    layer_kinds,
+    layer_tensor_name,
+    published_tensors,
+)
 from jlayer.interrupts import released
 from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds
@@ -89,7 +93,7 @@ def run(args) -> dict:
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
     if run.host_share or not (machine.kind.has_link or missing()):
         machine = replace(machine, host=expected_speeds(machine))
-    weights = _weights(cfg, quantization, run.dtype)
+    weights = _weights(args.ref, cfg, quantization, run.dtype)
     shape = RunShape(args.batch, args.context, args.context)
     tilings: dict = {}
 
@@ -179,10 +183,15 @@ def _without_fp8(raw, where):
     return {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
-def _weights(cfg: ModelConfig, quantization: Quantization | None, dtype: str | None) -> Weights:
+def _weights(
+    ref: str, cfg: ModelConfig, quantization: Quantization | None, dtype: str | None
+) -> Weights:
     """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
     stored = planned_dtype(cfg, dtype)
-    return unseen_weights(cfg, quantization, stored=stored, dtype=dtype or stored)
+    as_published = quantization is None and not is_layered(ref)
+    return unseen_weights(
+        *(cfg, quantization), stored=stored, dtype=dtype or stored, as_published=as_published
+    )
 
 
 def _draft(args, cfg, dtype) -> Weights | None:
@@ -198,7 +207,7 @@ def _draft(args, cfg, dtype) -> Weights | None:
             f"draft: {args.draft} has a vocabulary of {draft.vocab_size}, and {args.ref} one of "
             f"{cfg.vocab_size}; a run refuses a draft with other tokens"
         )
-    return _weights(draft, _quantization_of(args.draft, draft), dtype)
+    return _weights(args.draft, draft, _quantization_of(args.draft, draft), dtype)
 
 
 def _quantization_of(ref, cfg) -> Quantization | None:
