@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
-from jlayer.engine import together
 from jlayer.engine.calls import Call, struct_of
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
@@ -30,6 +30,8 @@ from jlayer.model.experts import picked_rows, spread
 from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
+from jlayer.model.together import mix_together
+from jlayer.plan.experts import at_once
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
@@ -66,7 +68,7 @@ class Programs:
         rows are multiplied, among them those that chose it; 0: all.
         """
         if tile.is_whole_expert:
-            return (together.call_of(self, tile, size, picked),)
+            return (self._experts(tile, size, picked),)
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
@@ -174,6 +176,24 @@ class Programs:
         label = f"block {size.rows} {size.attends(tile.kind.cache)}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
         return Call(program, reads, whole=whole, uses_cache=True)
+
+    def _experts(self, tile, size, picked):
+        """Some experts, each a tile like this one: (weights and numbers of as many as one call
+        takes, what a layer's experts look at) -> their sum."""
+        n, reads = at_once(tile), ("inputs", "routing", "mixed")
+
+        def function(given, consumed):
+            pairs = zip(given["weights"], given["experts"], strict=True)
+            experts = [(partial(self.weights, tile, put), number) for put, number in pairs]
+            flow = {name: given[name] for name in reads}
+            how = {"n_rows": size.rows, "picked": picked}
+            return {"mixed": mix_together(tile.kind, flow, experts, **how)}
+
+        given = self.flow(tile, size, reads)
+        given["weights"] = [struct_of(tile)] * n
+        given["experts"] = [jax.ShapeDtypeStruct((), "int32")] * n
+        label = f"{n} experts {size.rows}{picks(picked)}"
+        return Call(self.get(label, tile.signature, function, (given, {})), reads)
 
     def _rows(self, tile, size, picked=0):
         """Some rows of a stage's matrices: (x [R, in], weights) -> products [R, heights]."""

@@ -75,6 +75,11 @@ def cut_size(weights, tile_bytes):
     return tile_bytes or (1 << 20 if weights.cfg.experts else None)
 
 
+def stages_of(tile):
+    """The stages that a tile has rows of."""
+    return tile.kind.expert_stages if tile.is_whole_expert else (tile.stage,)
+
+
 def rows_by_tensor(tiles):
     """(first row, rows) of each tensor on disk, in the order of the tiles."""
     found = defaultdict(list)
@@ -123,7 +128,7 @@ def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
         for part in tile.parts:  # pieces and biases too
             own = (part.first_row, part.n_rows)
             assert rows.setdefault(part.matrix.removesuffix("_bias"), own) == own
-        for group in tile.stage.groups:
+        for group in (group for stage in stages_of(tile) for group in stage.groups):
             assert len({rows[leaf] for leaf in group.leaves if leaf in rows}) <= 1
             assert len({leaf in rows for leaf in group.leaves}) == 1
         if not tile.parts:
@@ -145,8 +150,8 @@ def test_stages_come_in_order_and_each_begins_and_ends_once(weights, tile_bytes)
         for layer, kind in enumerate(kinds)
         for stage, expert in kind.passes()
     ]
-    runs = groupby(tiles, key=lambda tile: (tile.layer, tile.stage.name, tile.expert))
-    found = {key: list(own) for key, own in runs}
+    named = [((t.layer, stage.name, t.expert), t) for t in tiles for stage in stages_of(t)]
+    found = {key: [t for _, t in own] for key, own in groupby(named, key=lambda pair: pair[0])}
     assert list(found) == [*in_order, (None, "head", None)]
     for own in found.values():
         assert [tile.begins_stage for tile in own] == [True] + [False] * (len(own) - 1)
