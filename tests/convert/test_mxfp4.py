@@ -13,6 +13,8 @@ from jlayer.app.cli import main
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
+from jlayer.convert.progress import Progress
+from jlayer.convert.target.seal import seal_folder
 from jlayer.convert.verify import verify_folder
 from jlayer.encodings.tables import E8M0_NAN
 from jlayer.errors import CheckpointError, UnsupportedModelError
@@ -114,6 +116,29 @@ def test_the_source_may_go_as_it_is_converted(source, layered, tmp_path):
     done = convert_checkpoint(tmp_path / "source", tmp_path / "target", delete_source=True)
     assert done.removed == ("model.safetensors",)
     assert digests_of_experts(tmp_path / "target") == digests_of_experts(layered)
+
+
+class Stopped(Progress):
+    """Ends a conversion where the second layer would begin."""
+
+    def file(self, name):
+        if name == "layer-00001.safetensors":
+            raise KeyboardInterrupt
+
+
+def test_a_conversion_that_was_stopped_goes_on(source, layered, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, tmp_path / "target", progress=Stopped())
+    done = convert_checkpoint(source, tmp_path / "target")
+    assert done.n_resumed == 2  # the embedding, the first layer
+    assert digests_of_experts(tmp_path / "target") == digests_of_experts(layered)
+
+
+def test_a_new_side_file_is_taken_in(layered, tmp_path):
+    shutil.copytree(layered, tmp_path / "sealed")
+    (tmp_path / "sealed" / "chat_template.jinja").write_text("{{ messages }}")
+    assert seal_folder(tmp_path / "sealed").status == "sealed"
+    assert verify_folder(tmp_path / "sealed").findings == ()
 
 
 def test_a_damaged_code_is_found(layered, tmp_path):
