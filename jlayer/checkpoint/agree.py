@@ -21,6 +21,7 @@ from jlayer.families.registry import (
     is_of_another_part,
     layer_of,
     published_tensors,
+    stacked_tensors,
 )
 from jlayer.sizes import human
 from jlayer.spec import ITEM_BYTES, ModelConfig
@@ -124,7 +125,7 @@ def check_tensors(
         _refuse_quantized(folder, infos, expected)
     problems = [
         *problems,
-        *gathered("missing", _few_of_experts(map(_missing, missing))),
+        *gathered("missing", _few_of_experts(map(_missing, _as_published(cfg, missing)))),
         *gathered("shape", _misshapen(found, expected)),
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
@@ -217,6 +218,21 @@ def _of_other_piece(found, dtypes):
 
 def _missing(name):
     return f"{name} (tie_word_embeddings is false)" if name == HEAD.published else name
+
+
+def _as_published(cfg, missing):
+    """The names of missing tensors, with those of tensors of all experts in the place of their
+    parts where the family publishes no others, and no part is there."""
+    if not missing or not cfg.experts or not all(stack.is_only for stack in cfg.experts.stacks):
+        return missing
+    left = dict.fromkeys(missing)
+    for name, stack in stacked_tensors(cfg).items():
+        parts = [part for part, *_ in stack.parts]
+        if left.keys() >= set(parts):
+            for part in parts:
+                del left[part]
+            left[name] = None
+    return list(left)
 
 
 def _few_of_experts(names):

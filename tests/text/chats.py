@@ -328,6 +328,90 @@ GRANITE = r"""{# Alias tools -> available_tools #}
     {%- endif %}
 {%- endfor %}"""
 
+HARMONY = r"""
+{%- macro type_of(spec, required) -%}
+    {%- if spec.type == "array" -%}{{- type_of(spec['items'], required) + "[]" }}
+    {%- elif spec.type == "integer" -%}{{- "number" }}
+    {%- elif spec.type == "object" and spec.properties -%}
+        {{- "{\n" }}
+        {%- for name, inner in spec.properties.items() -%}
+            {{- name }}{%- if name not in (spec.required or []) -%}{{- "?" }}{%- endif -%}
+            {{- ": " + type_of(inner, spec.required or []) }}
+            {%- if not loop.last -%}{{- ", " }}{%- endif -%}
+        {%- endfor -%}
+        {{- "}" }}
+    {%- else -%}{{- spec.type or "any" }}
+    {%- endif -%}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" }}
+{%- if reasoning_effort is not defined %}{%- set reasoning_effort = "medium" %}{%- endif %}
+{{- "Current date: " + strftime_now("%Y-%m-%d") + "\n\nReasoning: " + reasoning_effort }}
+{{- "\n\n# Valid channels: analysis, commentary, final.<|end|>" }}
+{%- if messages[0].role == "developer" or messages[0].role == "system" %}
+    {%- set developer_message = messages[0].content %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set developer_message = "" %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- if developer_message or tools %}
+    {{- "<|start|>developer<|message|>" + developer_message }}
+    {%- if tools -%}
+        {{- "# Tools\n\nnamespace functions {\n\n" }}
+        {%- for tool in tools %}
+            {%- set tool = tool.function %}
+            {{- "// " + tool.description + "\ntype " + tool.name + " = (_: " }}
+            {{- type_of(tool.parameters or {}, []) + ") => any;\n\n" }}
+        {%- endfor %}
+        {{- "} // namespace functions" }}
+    {%- endif -%}
+    {{- "<|end|>" }}
+{%- endif %}
+{%- set last_tool_call = namespace(name=none) %}
+{%- for message in loop_messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- if "content" in message and "<|channel|>" in message.content %}
+            {{- raise_exception("tags in the content field") }}
+        {%- endif %}
+        {%- if "tool_calls" in message %}
+            {%- set later = namespace(found=false) %}
+            {%- for future_message in loop_messages[loop.index:] %}
+                {%- if future_message.role == 'assistant' and "tool_calls" not in future_message %}
+                    {%- set later.found = true %}
+                {%- endif %}
+            {%- endfor %}
+            {%- set tool_call = message.tool_calls[0] %}
+            {%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {%- if message.content and not later.found %}
+                {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.content }}
+                {{- "<|end|>" }}
+            {%- endif %}
+            {{- "<|start|>assistant to=functions." + tool_call.name + "<|channel|>commentary " }}
+            {{- (tool_call.content_type if tool_call.content_type is defined else "json") }}
+            {{- "<|message|>" + tool_call.arguments|tojson + "<|call|>" }}
+            {%- set last_tool_call.name = tool_call.name %}
+        {%- elif loop.last and not add_generation_prompt %}
+            {%- if "thinking" in message %}
+                {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking }}
+                {{- "<|end|>" }}
+            {%- endif %}
+            {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
+        {%- else %}
+            {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
+            {%- set last_tool_call.name = none %}
+        {%- endif %}
+    {%- elif message.role == 'tool' -%}
+        {%- if last_tool_call.name is none %}{{- raise_exception("no call before") }}{%- endif %}
+        {{- "<|start|>functions." + last_tool_call.name + " to=assistant<|channel|>commentary" }}
+        {{- "<|message|>" + message.content|tojson + "<|end|>" }}
+    {%- elif message.role == 'user' -%}
+        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start|>assistant
+{%- endif -%}"""
+
 # family of `families` -> its templates by name
 TEMPLATES = {
     "qwen 3": {"default": QWEN3},
@@ -339,4 +423,5 @@ TEMPLATES = {
     "phi 3 mini": {"default": PHI4_MINI},
     "smollm 3": {"default": SMOLLM3},
     "granite 3": {"default": GRANITE},
+    "gpt-oss": {"default": HARMONY},
 }

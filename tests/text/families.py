@@ -70,6 +70,7 @@ FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 GLM = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *GLM_ROLES)
 PHI3_ROLES = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+HARMONY = ("<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>")
 FIM = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 
 FAMILIES = {
@@ -428,6 +429,19 @@ FAMILIES = {
         {**FAST, "bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": True},
         *rows("<extra_id_0>", "<extra_id_1>"),
         words=split(CL100K),
+    ),
+    "gpt-oss": bytes_of(
+        "gpt_oss",
+        (),
+        {
+            **FAST,
+            "bos_token": "<|startoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|return|>",
+            "pad_token": ENDOFTEXT,
+        },
+        *rows("<|startoftext|>", ENDOFTEXT, "<|return|>", *HARMONY),
+        words=split(TEKKEN),
     ),
     "seed oss": bytes_of(
         "seed_oss",
