@@ -31,14 +31,16 @@ CONFIG = {
 N_SPARSE = 3  # layers with experts
 
 
-def save(folder: Path, **changes) -> Path:
-    """A folder with such a model, as published."""
+def save(folder: Path, *, change=lambda name, values: values, **changes) -> Path:
+    """A folder with such a model, as published. `changes`: of its config; `change`: of a tensor, by
+    its published name."""
     config = CONFIG | changes
     cfg, rng = model_config(config, where="here"), np.random.default_rng(0)
     folder.mkdir()
     tensors = {
-        name: tensor_of(rng.normal(float("norm" in name), 0.3, shape).astype(np.float32))
+        name: tensor_of(change(name, values.astype(np.float32)))
         for name, shape in published_tensors(cfg).items()
+        for values in [rng.normal(float("norm" in name), 0.3, shape)]
     }
     write_tensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config))

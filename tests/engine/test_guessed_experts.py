@@ -3,7 +3,6 @@ what moves is what was chosen and not there, and what was guessed in vain."""
 
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,18 +14,18 @@ from jlayer.engine.choosing import Chooser
 from jlayer.engine.picking import likeliest
 from jlayer.errors import StorageError, UsageError
 from jlayer.parts import Router
-from jlayer.plan import making
-from jlayer.plan.experts import ExpertRooms, guess_rooms, guesses_at, passing
-from jlayer.plan.tiles import Tier
+from jlayer.plan.experts import guess_rooms, guesses_at, passing
 from jlayer.streaming.guesses import CREDIT
 from jlayer.streaming.record import Recorder
 from jlayer.streaming.steps import Decision, Fetch, Put
 from tests.engine.mixture import CONFIG, save
+from tests.streaming.conftest import set_expert_rooms
 
 # Five layers with experts, the last three of them after one without.
 LAYERS = {"num_hidden_layers": 6, "mlp_only_layers": [2]}
-N_SPARSE, N_EXPERTS = 5, CONFIG["num_experts"]
+N_EXPERTS = CONFIG["num_experts"]
 PROMPTS = [[5, 17, 90, 33, 2, 61], [77, 3, 40]]
+N_CHOSEN = CONFIG["num_experts_per_tok"]
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "eos_token_id": None, "speculate": "off"}
 ALL = N_EXPERTS
 IDS = np.random.default_rng(3).integers(3, 133, (2, 20))
@@ -39,27 +38,11 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def guess(monkeypatch):
-    """Has all but experts stay on the device, as on a GPU; each layer keep so many experts on the
-    device and in host memory, and so many be put by guess at a time."""
-    real = engine.make_plan
+    """Call it with the experts that each layer keeps on the device and in host memory, and how many
+    are put by guess at a time."""
 
     def rooms(on_device, in_host, guessed):
-        found = ExpertRooms((on_device,) * N_SPARSE, (in_host,) * N_SPARSE, guessed)
-
-        def make_plan(weights, machine, run, *, held=(), least_pool=None, draft=None, **options):
-            plan = real(
-                weights, machine, run, held=held, least_pool=least_pool, draft=draft, **options
-            )
-            tiers = tuple(Tier.DISK if t.expert is not None else Tier.DEVICE for t in plan.tiles)
-            return making.refit(
-                replace(plan, tiers=tiers, experts=found),
-                *(weights, run),
-                held=held,
-                least_pool=least_pool,
-                draft=draft,
-            )
-
-        monkeypatch.setattr(engine, "make_plan", make_plan)
+        set_expert_rooms(monkeypatch, on_device=on_device, in_host=in_host, guessed=guessed)
 
     return rooms
 
@@ -179,6 +162,29 @@ def test_no_guess_changes_a_number_and_what_moves_more_was_guessed_in_vain(
     assert (totals.experts_wasted > 0) == (how not in ("all right", "none"))
     # After the last layer comes none, and after the one without experts none is guessed.
     assert {layer for layer, _ in seen.put} <= {1, 4, 5}
+
+
+def test_guesses_are_right_where_no_layer_changes_what_its_router_looks_at(
+    published, guess, tmp_path
+):
+    """All layers but the first add nothing, and their norms are the same: so the next router gets
+    what this one gets. It has other weights."""
+    added, norm = ("o_proj.weight", "down_proj.weight"), "post_attention_layernorm.weight"
+
+    def change(name, values):
+        if name.endswith(norm):
+            return np.ones_like(values)
+        return np.zeros_like(values) if name.endswith(added) else values
+
+    folder = save(tmp_path / "model", change=change, **LAYERS)
+    guess(0, ALL, N_CHOSEN)
+    with opened(folder) as model:
+        for prompt in ([7], [88], [7], [88]):
+            model.logits(np.array([prompt]))
+        totals = model.engine.totals
+    # Each token twice: what it uses is in host memory the second time.
+    assert totals.experts_guessed >= 2 * 3 * N_CHOSEN  # of the layers that are guessed
+    assert totals.experts_wasted == 0
 
 
 def test_a_long_prompt_makes_no_guesses(published, guess):

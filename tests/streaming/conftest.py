@@ -6,12 +6,28 @@ import pytest
 
 from jlayer.engine import engine
 from jlayer.plan import making as plans
+from jlayer.plan.experts import ExpertRooms, counts_of
 from jlayer.plan.tiles import Tier
 
 
 def set_tile_bytes(patch, tile_bytes):
     """Models are cut to tiles of this size (None: whole layers), whatever would be best."""
     patch.setattr(plans, "TILE_BYTES", (tile_bytes,))
+
+
+def set_expert_rooms(patch, *, on_device, in_host, guessed):
+    """All but experts stay on the device, as on a GPU; each layer keeps so many experts there and
+    in host memory, and so many are put by guess at a time."""
+
+    def make_plan(weights, machine, run, *, held=(), least_pool=None, draft=None, **options):
+        shared = {"held": held, "least_pool": least_pool, "draft": draft}
+        plan = plans.make_plan(weights, machine, run, **shared, **options)
+        tiers = [Tier.DISK if t.expert is not None else Tier.DEVICE for t in plan.tiles]
+        n = len(counts_of(weights.cfg))
+        rooms = ExpertRooms((on_device,) * n, (in_host,) * n, guessed)
+        return placed(replace(plan, experts=rooms), weights, run, tiers, **shared)
+
+    patch.setattr(engine, "make_plan", make_plan)
 
 
 def placed(plan, weights, run, tiers, **options):
