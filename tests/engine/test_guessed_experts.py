@@ -217,6 +217,18 @@ def test_the_timeline_shows_what_was_waited_for_and_what_was_guessed(published, 
     assert any(not span.guessed for span in puts)
 
 
+def test_there_is_a_timeline_where_nothing_is_freed(published, guess):
+    """All experts that are used are on the device."""
+    guess(ALL, ALL, 0)
+    with opened(published) as model:
+        for _ in range(2):
+            with Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers) as recorder:
+                model.logits(np.array([[7]]))
+        timeline = recorder.timeline()
+    assert not timeline.lane("free")
+    assert timeline.end == max(span.end for span in timeline.lane("run"))
+
+
 def test_a_layer_whose_guesses_are_wrong_stops_making_them(published, guess, plain, monkeypatch):
     _, chosen, _ = plain(guess, (0, ALL))
     monkeypatch.setattr(Chooser, "decide", foretold("all wrong", chosen))
