@@ -9,7 +9,8 @@ A token's bytes are compared with those of the experts that it chose and that we
 device, of those that were guessed in vain, and of what every pass moves. Hits are compared with a
 cache that drops what was not used for the longest time, which sees the same choices. `--guess`:
 whether experts are put before their layer has decided; with both, one after the other in each of
-the turns, over the same tokens and with empty caches. The last line is one JSON object.
+the turns, over the same tokens and with empty caches. `--right 0.85`: so many guesses stay as they
+are, the others are spoilt. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import OrderedDict
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -35,6 +36,8 @@ class Choices:
         self.passes: list[list[tuple[int, tuple[int, ...]]]] = []
         self.waited_s: list[float] = []
         self._guessed: list[dict[int, int]] = []  # of each pass, tile -> bytes, until it runs
+        self._expected: tuple[int, ...] = ()  # what the next layer may choose
+        self.n_foreseen = self.n_chosen = 0  # of the layers that were guessed
 
     def begin(self):
         self.passes.append([])
@@ -61,6 +64,10 @@ class Choices:
         if isinstance(step, Fetch):
             self.waited_s[-1] += time.perf_counter() - self._asked
             self.passes[-1].append((step.tile, tuple(result.chosen)))
+            if self._expected:
+                self.n_foreseen += len(set(self._expected) & set(result.chosen))
+                self.n_chosen += len(result.chosen)
+            self._expected = tuple(result.guessed)
 
 
 class OnTheLink:
@@ -134,6 +141,31 @@ def repeats(choices: Choices) -> float:
     return sum(len(one & other) for one, other in pairs) / sum(len(other) for _, other in pairs)
 
 
+@contextmanager
+def spoilt(model, right: float):
+    """Inside the `with` only this share of the guesses stays as it is; others are any experts. The
+    routers of a model of random weights foresee each other better than those of a trained one."""
+    import numpy as np
+
+    chooser, n_experts = model.engine.sweeper.chooser, model.engine.cfg.experts.router.n_experts
+    rng, real = np.random.default_rng(0), chooser.decide
+
+    def decide(passing, following):
+        found = real(passing, following)
+        if following is None:
+            return found
+        others = iter(rng.permutation([n for n in range(n_experts) if n not in found.guessed]))
+        guessed = [n if rng.random() < right else int(next(others, n)) for n in found.guessed]
+        return replace(found, guessed=guessed)
+
+    if right < 1:  # drawing takes time
+        chooser.decide = decide
+    try:
+        yield
+    finally:
+        chooser.decide = real
+
+
 def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
     """A prompt, then single tokens, of random ids. Before them one more token, from empty caches:
     all that stays on the device is put there, which is not measured."""
@@ -198,6 +230,8 @@ def measure(model, *, n_prompt: int, n_tokens: int, guess: str) -> dict:
         "in_host": found["experts_in_host"],
         "guessed": sum(each["experts_guessed"] for each in moved[2:]),
         "wasted": sum(each["experts_wasted"] for each in moved[2:]),
+        "guessed_by_token": [each["experts_guessed"] for each in moved[2:]],
+        "foreseen_share": seen.n_foreseen / seen.n_chosen if seen.n_chosen else None,
         "wasted_per_token": sum(seen.wasted[2:]) / n_tokens,
         "guessed_at_a_time": rooms.guessed,
         "on_device_a_layer": plan.experts.on_device,
@@ -218,6 +252,9 @@ def main():
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--guess", default="on", help="on, off or on,off")
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument(
+        "--right", type=float, default=1.0, help="share of guesses left as they are"
+    )
     args = parser.parse_args()
     guesses = args.guess.split(",")
     if not set(guesses) <= set(GUESS):
@@ -228,7 +265,7 @@ def main():
         result["raw_link"] = common.summary(common.raw_link_speed())
         link = result["raw_link"]["median"]
         common.say(f"raw link  {link / 1e9:6.2f} GB/s")
-    with common.GpuWatch() as watch, common.opened(args) as model:
+    with common.GpuWatch() as watch, common.opened(args) as model, spoilt(model, args.right):
         # The first run reads what stays in host memory, and compiles.
         for guess in guesses:
             measure(model, n_prompt=args.prompt, n_tokens=2, guess=guess)
@@ -258,13 +295,16 @@ def say(found, link):
         f"a prompt of {prompt['tokens']}: {prompt['seconds']:.3f} s, "
         f"{prompt['moved'] / 1e9:.3f} GB{of_link}"
     )
+    waited = found["waited_for_decisions_s"]["median"]
     common.say(
         f"{found['uses']} uses, {found['hits']} on the device (simulated "
         f"{found['simulated_hits']}), {found['in_host']} in host memory; {found['guessed']} "
-        f"guessed, {found['wasted']} of them in vain, {found['wasted_per_token'] / 1e9:.3f} GB a "
-        f"token; {found['repeats']:.3f} of what a token chose was chosen by the one before; "
-        f"waited {found['waited_for_decisions_s']['median']:.4f} s a token for decisions"
+        f"put by guess, {found['wasted']} of them in vain, {found['wasted_per_token'] / 1e9:.3f} "
+        f"GB a token; {found['repeats']:.3f} of what a token chose was chosen by the one before; "
+        f"waited {waited:.4f} s a token for decisions"
     )
+    if found["foreseen_share"] is not None:
+        common.say(f"of what was chosen {found['foreseen_share']:.1%} was among the likeliest")
 
 
 if __name__ == "__main__":

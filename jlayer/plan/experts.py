@@ -19,8 +19,8 @@ from jlayer.spec import ModelConfig
 @dataclass(frozen=True)
 class ExpertRooms:
     """Of each layer that has experts, in order, how many of them are kept on the device and in host
-    memory. () where no layer has some. `guessed`: how many experts, of any layer, are on the device
-    at a time that were put by guess."""
+    memory. () where no layer has some. `guessed`: how many experts are put by guess for a layer;
+    those of two layers are on the device at a time."""
 
     on_device: tuple[int, ...] = ()
     in_host: tuple[int, ...] = ()
@@ -88,7 +88,7 @@ def rooms_need(tiling: Tiling, found: ExpertRooms) -> Need:
     kept = sum(n * size.device for n, size in zip(found.on_device, sizes, strict=True))
     return Need(
         "resident",
-        device=kept + found.guessed * max((size.device for size in sizes), default=0),
+        device=kept + 2 * found.guessed * max((size.device for size in sizes), default=0),
         host=sum(n * size.host for n, size in zip(found.in_host, sizes, strict=True)),
     )
 
@@ -130,11 +130,12 @@ GUESSED_BYTES, GUESSED_EXPERTS, MOST_GUESSED_BYTES = 32 << 20, 4, 128 << 20
 
 
 def guess_rooms(router: Router, size: int, room: int) -> int:
-    """How many experts of `size` bytes are put by guess at a time, within `room` bytes."""
+    """How many experts of `size` bytes are put by guess for a layer, those of two layers within
+    `room` bytes."""
     if size > MOST_GUESSED_BYTES:
         return 0
     most = min(router.n_chosen, GUESSED_EXPERTS)
-    return min(most, max(1, GUESSED_BYTES // size), room // size)
+    return min(most, max(1, GUESSED_BYTES // size), room // (2 * size))
 
 
 def guesses_at(router: Router, n_rows: int) -> bool:

@@ -298,7 +298,7 @@ def _expert_rooms(plan, on_device, in_host):
     if any(there) and kept != counts:
         largest = max(device_sizes)
         guessed = guess_rooms(plan.cfg.experts.router, largest, max(0, on_device))
-        kept = rooms(counts, device_sizes, on_device - guessed * largest)
+        kept = rooms(counts, device_sizes, on_device - 2 * guessed * largest)
     return ExpertRooms(kept, there, guessed)
 
 

@@ -125,7 +125,7 @@ class ExpertStream:
         in host memory only those are there whose tiles are `in_host`."""
         sizes = zip(self.choices.values(), self._rooms.on_device, strict=True)
         self._on_device = {choice.first: Lru(n) for choice, n in sizes}
-        self._expected: Sequence[int] = ()  # what the next layer is guessed to use
+        self._next: int | None = None  # the layer that is guessed for, by its first tile
         self._guessed: dict[int, tuple[int, ...]] = {}  # expert of it that was put -> its tiles
         self._wrong: list[int] = []  # tiles that were put by guess in vain, still on the device
         self._free, self._n_passing = deque(self._ring), 0
@@ -138,33 +138,9 @@ class ExpertStream:
 
     def to_guess(self, first: int | None) -> int | None:
         """`first`, if the experts that begin at this tile are to be guessed in this sweep."""
-        if first is None or not (self.guesses and self._rooms.guessed):
-            return None
-        return first if self._scores[first].may_guess() else None
-
-    def put_guessed(self, first: int) -> Iterator[Step]:
-        """Puts what this layer is guessed to use and is in host memory, as far as there are rooms.
-        From disk nothing comes: a read takes longer than what it could hide.
-
-        Only now what was guessed in vain before is dropped, as its transfer has to end first: that
-        is not waited for while there is something to run."""
-        for tile in self._wrong:
-            yield from (Free(tile, None, after=None), Drop(tile))
-        self._wrong = []
-        # Those that were guessed for the layer before, and pass, leave their places.
-        while any(move.is_there and not move.stays for move in self._have_run):
-            yield from self._end(self._have_run.popleft())
-        expected, self._expected = self._expected, ()
-        device, host, tiles = (
-            self._on_device[first],
-            self._in_host[first],
-            self.choices[first].tiles,
-        )
-        found = (number for number in expected if number not in device and number in host)
-        for number in islice(found, self._rooms.guessed):
-            self._guessed[number] = tiles[number]
-            for place, tile in enumerate(tiles[number]):
-                yield Put(tile, (first, place, host.slot(number)), guessed=True)
+        may_guess = first is not None and self.guesses and self._rooms.guessed
+        self._next = first if may_guess and self._scores[first].may_guess() else None
+        return self._next
 
     def steps(self, first: int, decision: Decision) -> Iterator[Step]:
         """The steps that use the experts that were chosen, in their order, of the layer whose
@@ -178,6 +154,10 @@ class ExpertStream:
             if move.is_there and move.stays:
                 yield from [*map(Drop, move.drops), Keep(move.tile)]
         yield from self._move_ahead()
+        # What was guessed for the layer before, and passes, has run: it gives its places back.
+        while any(move.is_there and not move.stays for move in self._have_run):
+            yield from self._end(self._have_run.popleft())
+        yield from self._put_guessed(decision.guessed)
         choice = self.choices[first]
         tiles = [tile for expert in chosen for tile in choice.tiles[expert]]
         for begin in range(0, len(tiles), choice.at_once):
@@ -188,12 +168,42 @@ class ExpertStream:
             yield Run(together[0], also=tuple(together[1:]))
             self._have_run += moving
             yield from self._move_ahead()
-        self._expected = decision.guessed
+            yield from self._put_guessed(decision.guessed)
 
     def end(self) -> Iterator[Step]:
         """The steps after the last layer: nothing of what passes is on the device any more."""
         while self._have_run:
             yield from self._end(self._have_run.popleft())
+        yield from self._drop_wrong()
+
+    def _put_guessed(self, expected):
+        """Puts what the next layer is guessed to use and is in host memory, as far as there are
+        rooms, once all that this layer uses is on its way. From disk nothing comes: a read takes
+        longer than what it could hide.
+
+        As soon as can be: a transfer waits for all programs that were called before it (JAX takes
+        the memory to be free only after them), so later ones would not run beside it."""
+        first = self._next
+        if first is None or self._to_put:
+            return
+        self._next = None
+        yield from self._drop_wrong()
+        device, host, tiles = (
+            self._on_device[first],
+            self._in_host[first],
+            self.choices[first].tiles,
+        )
+        found = (number for number in expected if number not in device and number in host)
+        for number in islice(found, self._rooms.guessed):
+            self._guessed[number] = tiles[number]
+            for place, tile in enumerate(tiles[number]):
+                yield Put(tile, (first, place, host.slot(number)), guessed=True)
+
+    def _drop_wrong(self):
+        """Drops what was guessed in vain; its transfer has to end first."""
+        for tile in self._wrong:
+            yield from (Free(tile, None, after=None), Drop(tile))
+        self._wrong = []
 
     def _judge(self, first, chosen):
         """Counts the guesses, and notes those that were wrong."""

@@ -183,13 +183,15 @@ class Recorder:
         self._marks[lane].append(mark)
 
     def timeline(self) -> Timeline | None:
-        """The last sweeps, from the first run to the last free; None before the first sweep."""
-        if not self._starts or self._end <= self._starts[0]:
+        """The last sweeps, from the first run to the last free, or the last run where nothing is
+        freed; None before the first sweep."""
+        end = max((self._end, *(mark.ended for mark in self._marks["run"])))
+        if not self._starts or end <= self._starts[0]:
             return None
         spans = [span for lane in LANES for span in _spans(lane, self._marks[lane])]
         spans += self._drafts
-        inside = tuple(s for s in spans if s.end >= self._starts[0] and s.begin <= self._end)
-        return Timeline(self._tiles, self._tiers, inside, tuple(self._starts), self._end)
+        inside = tuple(s for s in spans if s.end >= self._starts[0] and s.begin <= end)
+        return Timeline(self._tiles, self._tiers, inside, tuple(self._starts), end)
 
 
 def _spans(lane, marks):

@@ -127,7 +127,6 @@ class _Stream:
         tile = 0
         while tile < len(self._tiers):
             if tile in self._choices:
-                yield from self._experts.put_guessed(tile)
                 guess = self._experts.to_guess(self._followers.get(tile))
                 decision = yield Fetch(tile, guess)
                 yield from self._experts.steps(tile, decision)

@@ -16,6 +16,7 @@ from jlayer.errors import StorageError, UsageError
 from jlayer.parts import Router
 from jlayer.plan.experts import guess_rooms, guesses_at, passing
 from jlayer.streaming.guesses import CREDIT
+from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.record import Recorder
 from jlayer.streaming.steps import Decision, Fetch, Put
 from tests.engine.mixture import CONFIG, save
@@ -217,6 +218,18 @@ def test_the_timeline_shows_what_was_waited_for_and_what_was_guessed(published, 
     assert any(not span.guessed for span in puts)
 
 
+def test_there_is_a_timeline_where_nothing_is_freed(published, guess):
+    """All experts that are used are on the device."""
+    guess(ALL, ALL, 0)
+    with opened(published) as model:
+        for _ in range(2):
+            with Recorder(model.engine.watch, model.plan.tiles, model.plan.tiers) as recorder:
+                model.logits(np.array([[7]]))
+        timeline = recorder.timeline()
+    assert not timeline.lane("free")
+    assert timeline.end == max(span.end for span in timeline.lane("run"))
+
+
 def test_a_layer_whose_guesses_are_wrong_stops_making_them(published, guess, plain, monkeypatch):
     _, chosen, _ = plain(guess, (0, ALL))
     monkeypatch.setattr(Chooser, "decide", foretold("all wrong", chosen))
@@ -234,7 +247,7 @@ def test_a_failure_while_a_guess_is_put_leaves_nothing_behind(published, guess, 
     guess(*kept, 2)
     threads = set(threading.enumerate())
     with opened(published) as model:
-        for n_before in (0, 1, 2, 5):
+        for n_before in (0, 1, 5):
             with (
                 model.engine.watch.also(fails_after(n_before, fault("on purpose"))),
                 pytest.raises(fault, match="on purpose"),
@@ -243,6 +256,28 @@ def test_a_failure_while_a_guess_is_put_leaves_nothing_behind(published, guess, 
             assert told(model)[:2] == expected[:2]
         np.testing.assert_array_equal(model.logits(IDS), expected[2])
     assert set(threading.enumerate()) <= threads
+
+
+def test_an_error_of_the_reader_after_a_guess_leaves_nothing_behind(
+    published, guess, plain, monkeypatch
+):
+    """What is guessed is in host memory; what was not foreseen is read while it is on the
+    device."""
+    expected, *_ = plain(guess, (2, 5))
+    guess(2, 5, 2)
+    with opened(published) as model, Seen(model) as seen:
+        real = Incoming.read_tile
+
+        def read(self, tile, slot):
+            if seen.put and self.tiles[tile].expert is not None:
+                raise StorageError("on purpose")
+            return real(self, tile, slot)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Incoming, "read_tile", read)
+            with pytest.raises(StorageError, match="on purpose"):
+                told(model)
+        assert told(model)[:2] == expected[:2]
 
 
 def fails_after(n_before, error):
