@@ -148,8 +148,8 @@ def test_no_guess_changes_a_number_and_what_moves_more_was_guessed_in_vain(
     with opened(published) as model, Seen(model) as seen:
         found, totals = told(model), model.engine.totals
         sizes = [tile.n_bytes for tile in model.plan.tiling.experts[0]]
-        # Those that pass, and two experts by guess.
-        most_tiles = passing(model.plan.tiles, model.plan.ahead) + 2 * len(sizes)
+        # Those that pass, and by guess two experts of each of two layers.
+        most_tiles = passing(model.plan.tiles, model.plan.ahead) + 4 * len(sizes)
     assert found[:2] == expected[:2]
     np.testing.assert_array_equal(found[2], expected[2])
     assert totals.put_bytes - before.put_bytes == totals.experts_wasted * sum(sizes)
