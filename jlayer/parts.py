@@ -258,7 +258,7 @@ class Experts:
     `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
     axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
     they may be published besides one by one. `beside`: the shared expert is added where each has a
-    norm of its own; None: it is one more of them.
+    norm of its own; None: it is one more of them. `router_moves`: the router's matrix is streamed.
     """
 
     router: Router
@@ -271,6 +271,7 @@ class Experts:
     layers: tuple[bool, ...] = ()
     stacks: tuple[Stack, ...] = ()
     beside: Beside | None = None
+    router_moves: bool = False
 
 
 @dataclass(frozen=True)
