@@ -147,6 +147,7 @@ def test_the_hosts_cores_leave_it_to_the_device(sources, cuts, share):
         assert model.plan.host_product_bytes > 0
         assert not any(tile.for_host for tile in model.plan.tiles if tile.uncut)
         assert_close(model.logits(IDS), expected_logits(DENSE, sources(DENSE)))
+        assert not any("  " in label for label in model.engine.compiles)  # none of no rows
 
 
 @pytest.mark.parametrize(
