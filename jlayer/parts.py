@@ -166,6 +166,12 @@ class Latent:
         one key of L numbers, which is the value too."""
         return Attention(self.n_heads, 1, self.entry, None, name=self.name, scale=self.scale)
 
+    @property
+    def of_heads(self) -> Attention:
+        """What it is where each head has keys of its own, made of the latents."""
+        n, size = self.n_heads, self.nope_dim + self.rope_dim
+        return Attention(n, n, size, None, name=self.name, scale=self.scale)
+
 
 @dataclass(frozen=True)
 class Mlp:
