@@ -179,6 +179,12 @@ class Latent:
         one key of L numbers, which is the value too."""
         return Attention(self.n_heads, 1, self.entry, None, name=self.name, scale=self.scale)
 
+    @property
+    def of_heads(self) -> Attention:
+        """What it is where each head has keys of its own, made of the latents."""
+        n, size = self.n_heads, self.nope_dim + self.rope_dim
+        return Attention(n, n, size, None, name=self.name, scale=self.scale)
+
 
 @dataclass(frozen=True)
 class Clamped:
@@ -299,7 +305,8 @@ class Experts:
     axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
     they may be published besides one by one. `beside`: the shared expert is added where each has a
     norm of its own; None: it is one more of them. `has_biases`: of their matrices. `encoding`: the
-    name of that in which the matrices are published; None: they are plain numbers.
+    name of that in which the matrices are published; None: they are plain numbers. `router_moves`:
+    the router's matrix is streamed.
     """
 
     router: Router
@@ -314,6 +321,7 @@ class Experts:
     beside: Beside | None = None
     has_biases: bool = False
     encoding: str | None = None
+    router_moves: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,19 @@ def delta_bytes(delta: Delta, *, lanes: int, tokens: int, is_chain: bool) -> int
     return 4 * (states + pairs + rows)
 
 
+def expands(latent: Latent, *, tokens: int) -> bool:
+    """Whether latent attention makes a key and a value of each entry, for lanes of so many rows.
+
+    Multiplications of a head for an entry: to make its key and value, rank * (nope + value); then
+    for each row the key's numbers, nope + rope, and the value's. Among the latents it is two times
+    the entry's L numbers for each row, and nothing before. What a row costs once is little beside
+    what it costs at every entry, and how many heads and entries there are makes no difference.
+    """
+    made = latent.nope_dim + latent.value_dim
+    over_heads = latent.rank * made + tokens * (made + latent.rope_dim)
+    return over_heads < tokens * 2 * latent.entry
+
+
 def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
     """Bytes of latent attention's temporaries. `among`: those of attention among the latents.
 
@@ -52,6 +65,23 @@ def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
     matrix = latent.n_heads * of_head * latent.rank
     row = latent.n_heads * (latent.entry + of_head + latent.rope_dim) + latent.entry
     return 4 * matrix + max(among, 2 * 4 * n_rows * row)
+
+
+def expanded_bytes(latent: Latent, *, n_rows: int, lanes: int, tokens: int, capacity: int) -> int:
+    """Bytes of latent attention's temporaries where a key and a value are made of each entry.
+
+    The matrix of keys and values, as float32 at most. Of a piece of the entries what is made of
+    them (float32, and as it goes on), the keys with their shared part, and both as float32 again;
+    the scores, as in any attention. Of each row its query, as it comes and by head, and what is
+    mixed so far, before and after a piece, and as it goes on."""
+    how, made = latent.of_heads, latent.nope_dim + latent.value_dim
+    pieces = attention_pieces(how, lanes=lanes, tokens=tokens, capacity=capacity)
+    entries = pieces.lanes * max(capacity // pieces.committed, tokens // pieces.fresh)
+    of_entries = 2 * (made + how.head_dim) + latent.value_dim
+    of_rows = 2 * how.head_dim + 3 * latent.value_dim
+    scores = 7 * tokens * entries // 2
+    numbers = latent.rank * made + entries * of_entries + n_rows * of_rows + scores
+    return 4 * latent.n_heads * numbers
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class ModelConfig:
 class Place(Enum):
     """How a leaf gets to where it is used."""
 
-    TILE = "tile"  # streamed: a range of rows at a time
+    TILE = "tile"  # streamed: a range of rows at a time, or all of a leaf that is used uncut
     DEVICE = "device"  # loaded to the device once and kept there, norms in the compute dtype
     ROWS = "rows"  # single rows are read to the host; the whole table is never loaded
 
@@ -119,7 +119,8 @@ class Leaf:
     `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: in words; the
     sizes of those of one kind of layer are in `sizes`, the others in `axis_sizes`. `of`: the matrix
     that a bias belongs to. `n_experts`: each of so many experts has one, with its number for
-    `{expert}` in the published name; 0: the layer has one.
+    `{expert}` in the published name; 0: the layer has one. `moves`: a function reads it uncut, and
+    it is too large to stay on the device: it is streamed as one tile.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Leaf:
     of: str | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     n_experts: int = 0
+    moves: bool = False
 
     def shape(self, cfg: ModelConfig) -> tuple[int, ...]:
         sizes = axis_sizes(cfg) | dict(self.sizes)
@@ -136,11 +138,17 @@ class Leaf:
 
     @property
     def place(self) -> Place:
-        return PLACE_OF[self.role]
+        return Place.TILE if self.moves else PLACE_OF[self.role]
+
+    @property
+    def is_uncut(self) -> bool:
+        """Whether functions read it as a whole: no range of its rows is multiplied by itself."""
+        return PLACE_OF[self.role] is Place.DEVICE
 
 
 def resident_dtype(leaf: Leaf, dtype: str) -> str:
-    """The dtype in which a leaf is kept on the device, where `dtype` is computed in."""
+    """The dtype in which a leaf that is used uncut enters the arithmetic, where `dtype` is computed
+    in. One that stays on the device is kept in it; one that moves is cast where it is used."""
     return "float32" if leaf.role is Role.EXACT else dtype
 
 

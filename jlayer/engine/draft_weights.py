@@ -26,7 +26,6 @@ from jlayer.model.whole import WholeModel, one_kind, to_bits
 from jlayer.plan.cutting import parts_of
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Weights
-from jlayer.spec import Place
 from jlayer.streaming.direct import Reader, aligned_buffer, aligned_span
 
 # Rows are rounded to int8 in blocks of so many numbers, several at a time.
@@ -66,7 +65,7 @@ def _matrix(store, weights, reader, checks, leaf, tensor, device):
     """One tensor on the device, in the form in which it is kept there."""
     parts = parts_of(leaf, tensor, weights)
     pieces = {part.piece: _read(store, reader, checks, part) for part in parts}
-    if leaf.place is Place.DEVICE or len(leaf.axes) == 1:
+    if leaf.is_uncut or len(leaf.axes) == 1:
         (whole,) = pieces.values()
         return jax.device_put(whole.astype(weights.dtype), device)
     platform = platform_of(device.platform)

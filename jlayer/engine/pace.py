@@ -69,4 +69,5 @@ def tile_seconds(programs: Programs, tile: Tile, sizes: Sequence[int]) -> dict[i
 
 
 def _n_weights(tile):
-    return sum(part.n_weights for part in tile.parts)
+    """Of those that are multiplied by rows."""
+    return sum(part.n_weights for part in tile.parts if part.matrix not in tile.uncut)

@@ -60,7 +60,8 @@ class Programs:
         picked: int = 0,
     ) -> tuple[Call, ...]:
         """The calls for a chunk of this size at a tile: one or none; two at the last tile of a
-        stage of which the host multiplies some rows, so that the device's rows do not wait for it.
+        stage of which the host multiplies some rows, so that the device's rows do not wait for it,
+        unless it has none.
 
         `shape`: of the tile's stage. `wanted`: how many rows the head reads, padding included; 0:
         no call. `on_host`: the host's cores multiply the tile; the head gives its input then.
@@ -79,7 +80,7 @@ class Programs:
         if not shape.hosted:
             return (self._end(tile, size, shape, picked=picked),)
         end = self._end(tile, size, shape, with_rows=False, landing=landing)
-        return (end,) if on_host else (self._rows(tile, size), end)
+        return (end,) if on_host or tile.uncut else (self._rows(tile, size), end)
 
     def embed(self, parts: list[Part], first: Tile, *, n_rows: int) -> Callable:
         """The program {rows of the embedding [R, ...] by leaf, whole leaves of `first`} -> hidden
@@ -210,11 +211,14 @@ class Programs:
 
     def _end(self, tile, size, shape, *, with_rows=True, landing=0, picked=0):
         """The end of a stage, at its last tile: its rows, if it is `with_rows`; `finish`, with the
-        products of all tiles; and the input of the next stage, if a function makes it. A `finish`
-        that reads what there is of all rows gets the products of picked rows among zeros."""
+        products of all tiles and the leaves that are the tile; and the input of the next stage, if
+        a function makes it. A `finish` that reads what there is of all rows gets the products of
+        picked rows among zeros."""
         stage, following = tile.stage, shape.next_input
         finish, hosted = stage.finish, dict(shape.hosted)
-        with_rows = with_rows and bool(stage.groups)
+        with_rows = with_rows and bool(tile.heights)
+        kept = tuple(name for name in finish.whole if name not in tile.uncut)
+        uses_weights = with_rows or bool(tile.uncut)
 
         def function(given, consumed):
             flow = given | consumed
@@ -223,8 +227,8 @@ class Programs:
             products = {name: [*parts] for name, parts in given.get("products", {}).items()}
             for name, part in self._of_host(stage, given.get("hosted"), hosted).items():
                 products[name] = [part, *products.get(name, ())]
+            weights = self.weights(tile, given["weights"]) if uses_weights else {}
             if with_rows:
-                weights = self.weights(tile, given["weights"])
                 for name, part in multiply(
                     stage, picked_input(tile, flow, picked), weights
                 ).items():
@@ -234,7 +238,7 @@ class Programs:
                     name: spread(join(parts), picked_rows(flow, picked), size.rows)
                     for name, parts in products.items()
                 }
-            results = call(finish, flow, given.get("whole", {}), products)
+            results = call(finish, flow, weights | given.get("whole", {}), products)
             if following:
                 whole = given.get("next_whole", {})
                 results |= call(following, flow | results, whole)
@@ -245,8 +249,8 @@ class Programs:
         own = input_reads(tile, picked) if with_rows else set()
         chunk = self.flow(tile, size, reads - {"cache"} | own, picked)
         chunk |= self._products(tile, size, shape, with_rows, landing, picked)
-        given = chunk | ({"weights": struct_of(tile)} if with_rows else {})
-        given |= self._whole("whole", self._device_leaves(tile), finish.whole)
+        given = chunk | ({"weights": struct_of(tile)} if uses_weights else {})
+        given |= self._whole("whole", self._device_leaves(tile), kept)
         given |= self._whole("next_whole", shape.next_whole, next_whole)
         names = [stage.name, _heights(tile) if with_rows else "end", str(size.rows)]
         names += [each.name for each in functions]
@@ -255,13 +259,13 @@ class Programs:
         names[-1] += picks(picked)
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
-        key = (tile.signature if with_rows else (tile.kind.name, stage.name), shape)
+        key = (tile.signature if uses_weights else (tile.kind.name, stage.name), shape)
         program = self.get(" ".join(names), key, function, (given, consumed))
         return Call(
             program,
             tuple(chunk),
-            uses_weights=with_rows,
-            whole=finish.whole,
+            uses_weights=uses_weights,
+            whole=kept,
             next_whole=next_whole,
             uses_cache=uses_cache,
             ends_stage=True,

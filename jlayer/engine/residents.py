@@ -1,5 +1,5 @@
-"""The weights that stay on the device: each layer's norms and what else it uses uncut, and the
-final norm."""
+"""The weights that stay on the device: each layer's norms and what else is small and used uncut,
+and the final norm."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> 
         for part in parts_of(leaf, leaf.published, weights)
     }
     for name in list(unread):
-        read(name)
+        if len(shapes[name]) < 2:  # others are checked as they are streamed
+            read(name)
     return Residents(layers, final)
 
 

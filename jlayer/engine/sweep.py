@@ -196,6 +196,8 @@ class Sweeper:
 
         Returns an output of each chunk, to wait for; at a tile of the head its logits.
         """
+        if self._stage is not None and tile.uncut:
+            return self._end_stage(tile, passing, arrays)
         calls = [chunk.calls_at(tile) for chunk in passing]
         found = [
             self._call(tile, arrays, chunk, of_chunk[0]) if of_chunk else None
@@ -224,13 +226,12 @@ class Sweeper:
             outputs.append(chunk.flow["mixed"])
         return outputs
 
-    def _end_stage(self, tile, passing):
-        """Ends a stage of which the host multiplies some rows, at its last tile."""
+    def _end_stage(self, tile, passing, arrays=None):
+        """Ends a stage of which the host multiplies some rows, at its last tile -> its outputs."""
         if self._stage is None or tile.kind is None or not tile.ends_stage:
-            return
+            return None
         self._bring_hosted(passing)
-        for chunk in passing:
-            self._call(tile, None, chunk, chunk.calls[id(tile)][-1])
+        return [self._call(tile, arrays, chunk, chunk.calls[id(tile)][-1]) for chunk in passing]
 
     def _begin_on_host(self, tile, views, is_kept, passing, division):
         """Has the host multiply a tile where it lies, once all of the stage are known -> what can

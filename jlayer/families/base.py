@@ -47,7 +47,8 @@ class Function:
 
     It is called as `function(products, whole, *reads, how=how)`: the stage's products by name, the
     leaves in `whole` uncut by name, the values in `reads`. `how`: the form of what it does, plain
-    data. It returns the values in `gives`, in that order.
+    data. It returns the values in `gives`, in that order. Leaves that move come as they are stored,
+    and only to a function that ends a stage: they are the stage's last tile.
     """
 
     name: str
@@ -233,6 +234,8 @@ class LayerKind:
         for stage, following in pairwise(self.stages):
             after_experts = stage.per_expert and not following.per_expert
             assert not (after_experts and following.input), "the last expert may not run"
+        inputs = [stage.input.whole for stage in self.stages if stage.input]
+        assert self.moving.isdisjoint(sum(inputs, ())), "what moves comes with a stage's last tile"
 
     @cached_property
     def _hash(self):
@@ -262,6 +265,15 @@ class LayerKind:
         if self.latent:
             return latent_cache(self.latent)
         return rows_cache(self.attention) if self.attention else state_cache(self.delta)
+
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """The names of the leaves that are used uncut and streamed."""
+        return frozenset(leaf.name for leaf in self.leaves if leaf.moves)
+
+    def moving_of(self, function: Function) -> tuple[Leaf, ...]:
+        """Those of them that a function reads."""
+        return tuple(self.leaf(name) for name in function.whole if name in self.moving)
 
     def leaf(self, name: str) -> Leaf:
         (leaf,) = (leaf for leaf in self.leaves if leaf.name == name)

@@ -3,6 +3,9 @@
 A router chooses a few of them for each token. A layer goes through its shared expert, if it has
 one, then through expert after expert, and adds what each gives to the tokens that chose it. An
 expert that no token chose adds nothing: whether its weights come at all is for the schedule.
+
+A small router stays on the device, and chooses where the input of the experts is made. A large one
+is streamed, and has a stage of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jlayer.families.base import Function, Group, Join, JoinBoth, NormAt, Stage, bias_name, one
-from jlayer.parts import Experts, Mlp
+from jlayer.parts import Experts, Mlp, Router
 from jlayer.spec import Leaf, Role
 
 ROUTER, CORRECTION, SHARED_GATE = "router", "router_bias", "shared_gate"
@@ -19,6 +22,13 @@ OF_INPUT, OF_WEIGHTS = "router_scale", "expert_scale"
 _SHARED = "shared_"  # before the names of the shared expert's leaves
 # What a layer with experts adds to the flow; see `families.base`.
 OF_EXPERTS = ("inputs", "routing", "mixed")
+# A router of so many numbers is streamed: 1 MiB in 16 bits.
+MOVES_FROM = 1 << 19
+
+
+def router_moves(router: Router, width: int) -> bool:
+    """Whether a router for inputs of this width is so large that it is streamed."""
+    return router.n_experts * width >= MOVES_FROM
 
 
 def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
@@ -26,7 +36,8 @@ def expert_leaves(experts: Experts) -> tuple[Leaf, ...]:
     router, shared = experts.router, experts.shared
     n_experts = (("experts", router.n_experts), ("one", 1))
     role = Role.EXACT if router.is_exact else Role.NORM
-    leaves = [Leaf(ROUTER, experts.routing, ("experts", "width"), role, sizes=n_experts)]
+    axes, moves = ("experts", "width"), experts.router_moves
+    leaves = [Leaf(ROUTER, experts.routing, axes, role, sizes=n_experts, moves=moves)]
     if router.logit_bias:
         published = experts.routing.removesuffix("weight") + "bias"
         leaves.append(Leaf(LOGIT_BIAS, published, ("experts",), role, sizes=n_experts))
@@ -80,17 +91,16 @@ def expert_stages(experts: Experts, join: Join) -> tuple[Stage, ...]:
             prefix=_SHARED,
         )
     stages += _stages_of_each(experts)
-    stages[0] = replace(stages[0], input=route)
     joined = Function("join_mixed", ("hidden", "mixed"), ("hidden",), join.leaves, join)
-    return (*stages, Stage("join_experts", (), finish=joined, drops=OF_EXPERTS))
+    last = Stage("join_experts", (), finish=joined, drops=OF_EXPERTS)
+    return (*_routed(experts, route, stages), last)
 
 
 def stages_beside(experts: Experts, before: NormAt, after: JoinBoth) -> tuple[Stage, ...]:
     """The stages of experts, then of the MLP beside them. `before`: the norm of its input."""
     whole = (ROUTER, OF_INPUT, OF_WEIGHTS)
     route = Function("route", ("hidden",), ("routing", "mixed"), whole, experts.router)
-    stages = _stages_of_each(experts)
-    stages[0] = replace(stages[0], input=route)
+    stages = _routed(experts, route, _stages_of_each(experts))
     joined = Function("join_both", ("hidden", "mixed"), ("hidden",), after.leaves, after)
     inner, last = _mlp_stages(experts.shared.mlp, joined, prefix=_SHARED)
     normed = Function("normed", ("hidden",), ("x",), before.leaves, before)
@@ -112,6 +122,13 @@ def _stages_of_each(experts):
         replace(first, per_expert=True, weighs_input=router.weighs_inputs),
         replace(last, per_expert=True),
     ]
+
+
+def _routed(experts, route, stages):
+    """The stages after the router has chosen: it makes the first one's input, or has a stage."""
+    if experts.router_moves:
+        return [Stage("route", (), finish=route), *stages]
+    return [replace(stages[0], input=route), *stages[1:]]
 
 
 def _mlp_leaves(mlp: Mlp, width, *, prefix="", n_experts=0):

@@ -1,8 +1,8 @@
 """The leaves and stages of latent attention, which a layer has instead of attention.
 
-The matrix that makes keys and values of a latent is used uncut, and stays on the device: it is
-multiplied by queries from one side and by what they mix from the other, head by head, so no range
-of its rows gives products that could be joined (see `model.mla`).
+The matrix that makes keys and values of a latent is used uncut: it is multiplied by queries from
+one side and by what they mix from the other, head by head, so no range of its rows gives products
+that could be joined (see `model.mla`). It is streamed all the same (32 MiB a layer of DeepSeek V3).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def latent_layer(cfg: ModelConfig, latent: Latent, experts: Experts | None = Non
 def _leaves(latent):
     sizes = tuple(latent_sizes(latent).items())
 
-    def leaf(name, axes, role=Role.MATRIX):
-        return Leaf(name, f"{_MODULE}.{name}.weight", axes, role, sizes=sizes)
+    def leaf(name, axes, role=Role.MATRIX, *, moves=False):
+        return Leaf(name, f"{_MODULE}.{name}.weight", axes, role, sizes=sizes, moves=moves)
 
     if latent.q_rank is None:
         queries = (leaf(Q, ("queries", "width")),)
@@ -57,7 +57,7 @@ def _leaves(latent):
         *queries,
         leaf(KV_A, ("entry", "width")),
         leaf(KV_NORM, ("rank",), Role.NORM),
-        leaf(KV_B, ("keys_and_values", "rank"), Role.NORM),
+        leaf(KV_B, ("keys_and_values", "rank"), Role.NORM, moves=True),
         leaf(OUT, ("width", "values")),
     )
 

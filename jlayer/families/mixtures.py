@@ -20,6 +20,7 @@ from jlayer.families.common import (
     window,
 )
 from jlayer.families.decoder import decoder_kinds
+from jlayer.families.experts import router_moves
 from jlayer.families.fields import Fields
 from jlayer.families.llama import TABLES, granite, hunyuan
 from jlayer.families.rope import read_rope
@@ -108,6 +109,7 @@ def with_experts(cfg: ModelConfig, experts: Experts) -> ModelConfig:
             experts,
             mlp=replace(experts.mlp, activation=act),
             shared=shared and replace(shared, mlp=replace(shared.mlp, activation=act)),
+            router_moves=router_moves(experts.router, cfg.hidden_size),
         ),
     )
 

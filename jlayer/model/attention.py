@@ -11,6 +11,8 @@ part is cuDNN's flash attention; elsewhere, and for the chunk's own rows, plain 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -32,12 +34,23 @@ class Mixed:
     top: jax.Array  # [B, K, G, T]
 
 
-def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention, sinks=None):
+def attention(
+    q,
+    k,
+    v,
+    cache: LayerCache,
+    rows: Rows,
+    how: Attention,
+    sinks=None,
+    expand: Callable | None = None,
+):
     """q [R, N, H] and k, v [R, K, H] of a chunk's rows -> [R, N*H].
 
     Scores and softmax are float32. Query head n reads key/value head n // G. Rows beyond the pane
     are padding and give zeros. `sinks` [N]: of each head one more score, of an entry without a
-    value.
+    value. `expand`: what k, v and the cache have is what keys and values are made of, and this
+    makes them of a piece: [B, S, ...] -> (keys [B, S, K, H], values [B, S, K, E]); then N*E numbers
+    are given.
     """
     view = rows.view(how.window)
     (b, s), t = view.table.shape, rows.seen.shape[1]
@@ -54,7 +67,7 @@ def attention(q, k, v, cache: LayerCache, rows: Rows, how: Attention, sinks=None
         return given.reshape(b // pieces.lanes, pieces.lanes, *given.shape[1:])
 
     def attend(group):
-        return _attend(*group, cache=cache, pieces=pieces, how=how, sinks=sinks)
+        return _attend(*group, cache=cache, pieces=pieces, how=how, sinks=sinks, expand=expand)
 
     if rows.fresh is None:
         own = (pane(k), pane(v))
@@ -88,12 +101,14 @@ def reach_of(positions, how: Attention):
     return jnp.full_like(positions, how.window)
 
 
-def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, sinks):
+def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, sinks, expand):
     b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[2], n // k.shape[2], h).transpose(0, 2, 3, 1, 4)
+    grouped = q.reshape(b, t, how.n_kv_heads, n // how.n_kv_heads, h).transpose(0, 2, 3, 1, 4)
 
     def fresh(state, piece):
         k, v, seen = piece
+        if expand:
+            k, v = expand(k)
         # As for padding: a guess without numbers would spoil others beside it. It spoils those
         # that see it.
         finite = jnp.isfinite(v)
@@ -104,6 +119,8 @@ def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, 
     def committed(state, piece):
         table, first = piece
         k, v = (gathered(entry, table, q.dtype) for entry in (cache.k, cache.v))
+        if expand:
+            k, v = expand(k)
         if pieces.splits:
             more = flash_attend_to(grouped, k, v, length - first, splits=pieces.splits, how=how)
         else:
@@ -115,13 +132,14 @@ def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, 
         return merge(state, more), None
 
     of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
-    start = nothing(grouped) if sinks is None else only_sinks(grouped, sinks)
+    width = expand(k[:, :1])[1].shape[-1] if expand else h
+    start = nothing(grouped, width) if sinks is None else only_sinks(grouped, sinks)
     state = _over(fresh, start, of_chunk, pieces.fresh)
     step = table.shape[1] // pieces.committed
     firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
     state = _over(committed, state, (_cut(table, pieces.committed), firsts), pieces.committed)
     mixed = state.values / state.total[..., None]
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, n * h).astype(q.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, -1).astype(q.dtype)
 
 
 def _cut(entries, n_pieces, axis=1):
@@ -137,11 +155,12 @@ def _over(step, state, pieces, n_pieces):
     return jax.lax.scan(step, state, pieces)[0]
 
 
-def nothing(grouped) -> Mixed:
-    """Attention of grouped queries [B, K, G, T, H] over no entries."""
+def nothing(grouped, width: int) -> Mixed:
+    """Attention of grouped queries [B, K, G, T, H] over no entries, whose values have `width`
+    numbers."""
     shape = grouped.shape[:-1]
     lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
-    return Mixed(jnp.zeros(grouped.shape, jnp.float32), jnp.zeros(shape, jnp.float32), lowest)
+    return Mixed(jnp.zeros((*shape, width), jnp.float32), jnp.zeros(shape, jnp.float32), lowest)
 
 
 def only_sinks(grouped, sinks) -> Mixed:

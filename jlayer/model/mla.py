@@ -1,17 +1,15 @@
 """Multi-head latent attention (arXiv 2405.04434) of a pane of lanes.
 
 The cache has for each token one latent, of which the matrix kv_b makes the keys and values of all
-heads, and the part of the key that is turned, the same for all heads. Here nothing makes them: with
-W the rows of kv_b for the keys of a head, q (W c) = (W^T q) c; with V those for its values, a sum
-of weights w times (V c) is V times the sum of w c. So a query is brought into the space of the
-latents, what it mixes is brought out of it, and between them all heads attend to one key, which is
-the value too.
+heads, and the part of the key that is turned, the same for all heads.
 
-Where a chunk has more rows than a head has numbers, to make keys and values of every latent is less
-arithmetic: two cores of a CPU, 32 heads of DeepSeek V3 and 4096 entries take 10 ms so at 2 rows and
-424 with keys and values, 304 and 691 at 64 rows, but 3271 and 1150 at 512. That is little beside
-the weights of a layer, which a pass streams for all its rows; and keys and values are 57 times as
-large as the latents, and would be made anew for every chunk.
+For few rows nothing makes them: with W the rows of kv_b for the keys of a head, q (W c) = (W^T q)
+c; with V those for its values, a sum of weights w times (V c) is V times the sum of w c. So a query
+is brought into the space of the latents, what it mixes is brought out of it, and between them all
+heads attend to one key, which is the value too.
+
+For many rows a key and a value are made of each latent, which is less arithmetic then
+(`pieces.expands`): of some entries at a time, since they are 57 times as large as the latents.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from jlayer.model.cache import LatentCache, LayerCache, Rows, write_latent
 from jlayer.model.ops import grown, normed, rotate
 from jlayer.model.products import exact_for
 from jlayer.parts import Latent
+from jlayer.pieces import expands
 
 
 def query_latent(products, whole: Mapping, *, how: Latent):
@@ -44,18 +43,42 @@ def attend_latent(
     """
     (q,) = (products[name] for name in (Q, Q_B) if name in products)
     latent = products[KV_A] if latent is None else latent
-    n_rows = len(q)
+    kv_b, queries = whole[KV_B].astype(q.dtype), q.reshape(len(q), how.n_heads, -1)
     entries = _entries(latent, whole[KV_NORM], rows, how)
-    keys, values = _by_head(whole[KV_B].astype(q.dtype), how)
-    queries = _queries(q.reshape(n_rows, how.n_heads, -1), keys, rows, how)
     # Written first, as in `stages`: so the cache's memory is reused.
     cache = write_latent(cache, entries, rows)
+    attend = _over_heads if expands(how, tokens=rows.seen.shape[1]) else _among_latents
+    return attend(queries, kv_b, entries, cache, rows, how), cache
+
+
+def _among_latents(q, kv_b, entries, cache, rows, how):
+    """Queries [R, N, nope + rope] -> [R, N*value], in the space of the latents."""
+    keys, values = _by_head(kv_b, how)
+    plain, turned = _turned(q, rows, how)
+    # Heads first: XLA's CPU has no such product of bfloat16 with the rows first.
+    among = _product("nrh,nhl->rnl", plain.swapaxes(0, 1), keys)
+    queries = _grown(jnp.concatenate([among, turned], axis=-1), rows, how)
     both = LayerCache(cache.latent, cache.latent)
     mixed = attention(queries, entries, entries, both, rows, how.among_latents)
     # The part of the key that is turned was mixed as well: to leave it out of the entries first
     # would copy them, and is an eighth of them.
-    mixed = mixed.reshape(n_rows, how.n_heads, how.entry)[:, :, : how.rank]
-    return _product("rnl,nvl->rnv", mixed, values).reshape(n_rows, -1), cache
+    mixed = mixed.reshape(len(q), how.n_heads, how.entry)[:, :, : how.rank]
+    return _product("rnl,nvl->rnv", mixed, values).reshape(len(q), -1)
+
+
+def _over_heads(q, kv_b, entries, cache, rows, how):
+    """The same, with a key and a value of each head, made of the entries."""
+
+    def expand(entries):
+        made = _product("bsl,ml->bsm", entries[:, :, 0, : how.rank], kv_b)
+        made = made.reshape(*made.shape[:2], how.n_heads, -1)
+        shared = jnp.broadcast_to(entries[..., how.rank :], (*made.shape[:3], how.rope_dim))
+        keys = jnp.concatenate([made[..., : how.nope_dim], shared], axis=-1)
+        return keys, made[..., how.nope_dim :]
+
+    queries = _grown(jnp.concatenate(_turned(q, rows, how), axis=-1), rows, how)
+    both = LayerCache(cache.latent, cache.latent)
+    return attention(queries, entries, entries, both, rows, how.of_heads, expand=expand)
 
 
 def _entries(latent, weight, rows, how):
@@ -73,16 +96,15 @@ def _by_head(kv_b, how):
     return by_head[:, : how.nope_dim], by_head[:, how.nope_dim :]
 
 
-def _queries(q, keys, rows, how):
-    """q [R, N, nope + rope] -> queries among the latents [R, N, L]."""
-    # Heads first: XLA's CPU has no such product of bfloat16 with the rows first.
-    by_head = q[:, :, : how.nope_dim].swapaxes(0, 1)
-    among = _product("nrh,nhl->rnl", by_head, keys)
+def _turned(q, rows, how):
+    """q [R, N, nope + rope] -> (what is not turned of it, what is, turned)."""
     turned = rotate(q[:, :, how.nope_dim :], rows.positions, how.rope, rows.is_long)
-    queries = jnp.concatenate([among, turned], axis=-1)
-    if how.grows:
-        queries = grown(queries, rows.positions, how.grows)
-    return queries
+    return q[:, :, : how.nope_dim], turned
+
+
+def _grown(queries, rows, how):
+    """Queries [R, N, ...], multiplied as their positions have it."""
+    return grown(queries, rows.positions, how.grows) if how.grows else queries
 
 
 def _product(how, one, other):

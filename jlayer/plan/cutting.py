@@ -121,7 +121,11 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
             for on_host in (True, False)
             for parts in _packed(weights, kind, stage, layer, expert, tile_bytes, share, on_host)
         ]
-        if not stage.groups:
+        if whole := [
+            part for leaf in kind.moving_of(stage.finish) for part in _parts(weights, leaf, layer)
+        ]:
+            chosen.append((False, tuple(whole)))
+        if not chosen:
             chosen = [(False, ())]
         number = "" if expert is None else f" {expert}"
         for index, (on_host, parts) in enumerate(chosen):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from jlayer.encodings.base import Encoding
 from jlayer.encodings.registry import encoding
-from jlayer.families.registry import head_leaf, layer_kinds, layer_of, published_tensors
+from jlayer.families.registry import (
+    head_leaf,
+    is_matrix,
+    layer_kinds,
+    layer_of,
+    published_tensors,
+)
 from jlayer.plan.machine import Machine
 from jlayer.plan.memory import (
     activation_bytes,
@@ -32,11 +37,11 @@ def draft_forms(weights: Weights, platform: str) -> dict[str, int]:
     """Published tensor -> its bytes in the form that a draft has in memory.
 
     On a GPU a plain matrix is int8 with one float32 scale a row, which XLA multiplies without
-    writing it out; on a CPU it stays as it is stored. A quantized one keeps its pieces. Vectors
-    have the compute dtype. A table that is the head too is there once.
+    writing it out; on a CPU it stays as it is stored. A quantized one keeps its pieces. Vectors,
+    and what else is used uncut, have the compute dtype. A table that is the head too is there once.
     """
     return {
-        name: _bytes(encoding(weights.form_of(name)), shape, weights.dtype, platform)
+        name: _bytes(weights, name, shape, platform)
         for name, shape in published_tensors(weights.cfg).items()
     }
 
@@ -62,9 +67,10 @@ def draft_need(weights: Weights, machine: Machine, load: Shapes, *, pool: int) -
     )
 
 
-def _bytes(form: Encoding, shape, dtype, platform):
-    if len(shape) == 1:
-        return math.prod(shape) * ITEM_BYTES[dtype]
+def _bytes(weights, name, shape, platform):
+    form = encoding(weights.form_of(name))
+    if not is_matrix(name, shape):
+        return math.prod(shape) * ITEM_BYTES[weights.dtype]
     if form.is_plain and platform == "gpu":
         return math.prod(shape) + SCALE_BYTES * shape[0]
     return form.n_bytes(shape)

@@ -266,17 +266,20 @@ def _with_tiers(plan: Plan) -> Plan:
     """Keeps tiles in the rest of the budgets: first on a GPU, then in host memory.
 
     Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
-    time throughout. What every pass uses comes before experts, which have what room is left.
+    time throughout. What every pass uses comes before experts, which have what room is left. On a
+    GPU what is used uncut comes first: the host's cores could not multiply it where it lies.
     """
     tiling, tiers = plan.tiling, list(plan.tiers)
     on_device = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
     on_device = on_device if plan.machine.kind.has_link else 0
     certain = [n for n in tiling.certain if tiling.sizes[n] and not tiling.shapes[n].for_host]
-    kept = _spread([tiling.device_sizes[n] for n in certain], on_device)
-    for index, keep in zip(certain, kept, strict=True):
-        if keep:
-            tiers[index] = Tier.DEVICE
-            on_device -= tiling.device_sizes[index]
+    uncut = [n for n in certain if n in tiling.uncut]
+    for some in (uncut, [n for n in certain if n not in tiling.uncut]):
+        kept = _spread([tiling.device_sizes[n] for n in some], on_device)
+        for index, keep in zip(some, kept, strict=True):
+            if keep:
+                tiers[index] = Tier.DEVICE
+                on_device -= tiling.device_sizes[index]
     rest = [n for n in tiling.certain if tiers[n] is Tier.DISK]
     in_host = plan.host.budget_bytes - plan.host_peak_bytes
     kept = _spread([tiling.sizes[n] + tiling.slack for n in rest], in_host)
@@ -295,7 +298,8 @@ def _expert_rooms(plan, on_device, in_host):
     kept = rooms(counts, device_sizes, on_device)
     there = rooms(counts, [size.host for size in sizes], in_host)
     guessed = 0
-    if any(there) and kept != counts:
+    # A router that is streamed is not there for the layer before it.
+    if any(there) and kept != counts and not plan.cfg.experts.router_moves:
         largest = max(device_sizes)
         guessed = guess_rooms(plan.cfg.experts.router, largest, max(0, on_device))
         kept = rooms(counts, device_sizes, on_device - 2 * guessed * largest)

@@ -12,7 +12,14 @@ from functools import lru_cache
 
 from jlayer.families.registry import counted_kinds, final_norm_leaves, windows_of
 from jlayer.parts import Attention, Delta, Latent, head_sizes
-from jlayer.pieces import DELTA_BLOCK, attention_pieces, delta_bytes, latent_bytes
+from jlayer.pieces import (
+    DELTA_BLOCK,
+    attention_pieces,
+    delta_bytes,
+    expanded_bytes,
+    expands,
+    latent_bytes,
+)
 from jlayer.plan.experts import passing
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
@@ -297,16 +304,35 @@ def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> 
 
 def _mixer_bytes(kind, shapes, platform):
     if kind.latent:
-        return latent_temporary_bytes(kind.latent, shapes, platform=platform)
+        return latent_temporary_bytes(kind.latent, shapes)
     if kind.delta:
         return delta_temporary_bytes(kind.delta, shapes)
     return attention_temporary_bytes(kind.attention, shapes, platform=platform)
 
 
-def latent_temporary_bytes(latent: Latent, shapes: Shapes, *, platform: str) -> int:
-    """Bytes of the temporaries of latent attention."""
-    among = attention_temporary_bytes(latent.among_latents, shapes, platform=platform)
-    return latent_bytes(latent, n_rows=shapes.chunk, among=among)
+def latent_temporary_bytes(latent: Latent, shapes: Shapes) -> int:
+    """Bytes of the temporaries of latent attention: the largest of all panes that a chunk may be.
+    It has no flash attention."""
+    lanes = power_of_two(shapes.batch)
+    return _most_latent_bytes(latent, shapes.chunk, lanes, shapes.capacities)
+
+
+@lru_cache(maxsize=1024)
+def _most_latent_bytes(latent: Latent, chunk, lanes, capacities):
+    return max(
+        _latent_pane_bytes(latent, min(chunk // tokens, lanes), tokens, capacity)
+        for tokens in (1, *CHUNK_ROWS)
+        if tokens <= chunk
+        for capacity in capacities
+    )
+
+
+def _latent_pane_bytes(latent, lanes, tokens, capacity):
+    n_rows = rows_for(lanes * tokens)
+    if expands(latent, tokens=tokens):
+        return expanded_bytes(latent, n_rows=n_rows, lanes=lanes, tokens=tokens, capacity=capacity)
+    among = _pane_bytes(latent.among_latents, n_rows, lanes, tokens, capacity, flash=False)
+    return latent_bytes(latent, n_rows=n_rows, among=among)
 
 
 def delta_temporary_bytes(delta: Delta, shapes: Shapes) -> int:

@@ -2,7 +2,8 @@
 
 A range of output rows of a matrix is consecutive bytes on disk, on the host and on the device, and
 `x @ W[rows].T` is exact. So a layer may be cut into any number of row tiles, without partial sums.
-The largest tile is a whole layer. A bias moves with the rows of its matrix.
+The largest tile is a whole layer. A bias moves with the rows of its matrix. A large leaf that a
+function reads uncut is a tile by itself, the last of the stage that the function ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
 from jlayer.families.registry import layer_tensor_name, published_tensors, stacked_tensors
 from jlayer.plan.joined import Joined
-from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig
+from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig, resident_dtype
 
 
 class Tier(Enum):
@@ -183,8 +184,19 @@ class Tile:
 
     @property
     def heights(self) -> dict[str, int]:
-        """Matrix -> the number of its rows in this tile, in order."""
-        return {part.matrix: part.n_rows for part in self.parts if len(part.shape) == 2}
+        """Matrix -> the number of its rows in this tile that are multiplied, in order."""
+        uncut = self.kind.moving if self.kind else ()
+        return {
+            part.matrix: part.n_rows
+            for part in self.parts
+            if len(part.shape) == 2 and part.matrix not in uncut
+        }
+
+    @property
+    def uncut(self) -> tuple[str, ...]:
+        """The leaves in it that a function reads uncut."""
+        moving = self.kind.moving if self.kind else ()
+        return tuple(part.matrix for part in self.parts if part.matrix in moving)
 
     @property
     def ends_layer(self) -> bool:
@@ -294,6 +306,12 @@ class Tiling:
         return tuple(n for n, tile in enumerate(self.shapes) if tile.expert is None)
 
     @cached_property
+    def uncut(self) -> frozenset[int]:
+        """The tiles that are leaves which a function reads uncut, by number."""
+        found = (n for n in self.certain if self.shapes[n].uncut)
+        return frozenset(n for n in found if not self.shapes[n].heights)
+
+    @cached_property
     def is_whole(self) -> bool:
         """Whether a tile is a whole layer."""
         return self.shapes[0].stage is None
@@ -352,9 +370,18 @@ class Tiling:
         """The most bytes of decoded copies of matrices that the program of a tile makes before the
         product."""
         return max(
-            sum(part.decoded_bytes(self._dtype, self._platform) for part in tile.parts)
+            sum(
+                part.decoded_bytes(self._dtype_of(tile, part), self._platform)
+                for part in tile.parts
+            )
             for tile, _ in self.distinct
         )
+
+    def _dtype_of(self, tile, part):
+        """The dtype in which a part enters the arithmetic."""
+        if part.matrix not in tile.uncut:
+            return self._dtype
+        return resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
 
 
 def _for_layer(cfg, tiles, layer):

@@ -13,7 +13,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.registry import encoding, piece_name
-from jlayer.families import qwen_next
+from jlayer.families import experts, qwen_next
 from jlayer.families.base import bias_name
 from jlayer.families.registry import (
     FAMILIES,
@@ -173,6 +173,7 @@ def all_kinds():
         for family in qwen_next.FAMILIES:
             patch.setitem(FAMILIES, family.model_type, family)
         others = ("llama", "ernie4_5_moe", *(family.model_type for family in qwen_next.FAMILIES))
+        patch.setattr(experts, "MOVES_FROM", 24 * 64)  # the router of one of them moves
         two = {"num_experts": 2, "num_experts_per_tok": 1}
         more = {"qwen3_next": {"num_experts": 0}, "qwen3_5_moe_text": two}
         configs = [
@@ -204,7 +205,9 @@ def test_a_table_is_whole(kind):
             assert leaf.place is kind.leaf(leaf.of).place is Place.TILE
     functions = [f for stage in kind.stages for f in (stage.input, stage.finish) if f]
     used_whole = {leaf for function in functions for leaf in function.whole}
-    assert used_whole == {leaf.name for leaf in kind.kept_in(Place.DEVICE)}
+    assert used_whole == {leaf.name for leaf in kind.leaves if leaf.is_uncut}
+    assert all(leaf.is_uncut for leaf in kind.leaves if leaf.moves)
+    assert {leaf.name for leaf in kind.kept_in(Place.DEVICE)} == used_whole - kind.moving
     assert {function.name for function in functions} <= FUNCTIONS.keys()
     groups = [group for stage in kind.stages for group in stage.groups]
     assert {group.combine for group in groups} <= COMBINE.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jlayer.config import model_config
 from jlayer.encodings.registry import SCHEMES
+from jlayer.families.registry import is_matrix, published_tensors
 from jlayer.plan.machine import PLATFORMS, Machine
 from jlayer.plan.making import make_plan
 from jlayer.plan.plan import Plan
@@ -84,12 +85,12 @@ def machine(**options) -> Machine:
 
 
 def weights_of(cfg: ModelConfig, *, stored="bfloat16", dtype="bfloat16") -> Weights:
-    """A model's weights, its matrices stored as `stored`. Vectors of a quantized one are
+    """A model's weights, its matrices stored as `stored`. What is no matrix of a quantized one is
     bfloat16."""
+    shapes = published_tensors(cfg) if stored in SCHEMES else {}
 
     def form_of(name):
-        is_vector = name.endswith(("norm.weight", ".bias"))
-        return "bfloat16" if stored in SCHEMES and is_vector else stored
+        return "bfloat16" if shapes and not is_matrix(name, shapes[name]) else stored
 
     return Weights(cfg, form_of, dtype)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jlayer.config import model_config
 from jlayer.errors import DoesNotFitError
 from jlayer.families.registry import published_tensors
 from jlayer.plan.draft import draft_bytes, draft_forms
@@ -15,6 +16,7 @@ from jlayer.plan.making import fitting, make_plan, refit
 from jlayer.plan.shapes import PoolSizes, RunShape, pool_rows
 from jlayer.plan.tiles import Tier
 from tests.plan.models import LLAMA_70B, SMALL_8B, llama, machine, plan_of, weights_of
+from tests.plan.test_latent import V3
 
 TINY = llama(
     vocab_size=1000,
@@ -43,6 +45,14 @@ def test_a_plain_matrix_has_one_byte_a_weight_and_a_scale_a_row_on_a_gpu():
     assert forms[LAYER + "mlp.down_proj.weight"] == 96 * 200 + 4 * 96
     assert forms["model.embed_tokens.weight"] == forms["lm_head.weight"] == 1000 * 96 + 4 * 1000
     assert forms[LAYER + "input_layernorm.weight"] == 2 * 96
+
+
+def test_the_matrix_of_keys_and_values_of_a_latent_has_the_compute_dtype():
+    shape = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    weights = weights_of(model_config({**V3, **shape}, where="here"), stored="float32")
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    for platform in ("cpu", "gpu"):
+        assert draft_forms(weights, platform)[name] == 2 * 128 * 256 * 512
 
 
 @pytest.mark.parametrize(("stored", "item"), [("bfloat16", 2), ("float32", 4)])

@@ -11,8 +11,9 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
+from jlayer.pieces import expands
 from jlayer.plan.making import make_plan
-from jlayer.plan.shapes import RunShape
+from jlayer.plan.shapes import RunShape, rows_for
 from jlayer.plan.tiles import Tier
 from tests.reference.drawn import assert_quantized_stands_for, drawn_here, drawn_there
 from tests.reference.latent_forms import FORMS, load, reference_logits, save
@@ -72,8 +73,22 @@ def assert_close(found, expected, most=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_a_prompt(sources, expected, name):
+    """All tokens at once: a key and a value are made of each. Of few at a time none is."""
     with AutoModel.from_pretrained(sources(name), device="cpu") as model:
+        how = model.engine.cfg.attention
+        assert [expands(how, tokens=rows_for(n)) for n in (N_TOKENS, *PIECES[:-2])] == [
+            *(True, False, False, False, False, False)
+        ]
         assert_close(model.logits(IDS), expected(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_a_prompt_of_which_few_tokens_come_at_a_time(sources, expected, name):
+    with AutoModel.from_pretrained(sources(name), device="cpu") as model:
+        forward = model.engine.start(RunShape(longest=8, context=N_TOKENS, all_logits=True))
+        for at in range(0, N_TOKENS, 8):
+            found = forward.sweep([IDS[0, at : at + 8].tolist()], [at], all_logits=True)
+            assert_close(found, expected(name)[:, at : at + 8], np.abs(expected(name)).max())
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.need import memory_name
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
-from jlayer.plan.tiles import Weights, unseen_weights
+from jlayer.plan.tiles import Tier, Weights, unseen_weights
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.spec import ModelConfig
@@ -282,6 +282,7 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
     kept = ", ".join(f"{name.removesuffix('_layers')} {n}" for name, n in found["tiers"].items())
     lines += [
         *_experts_lines(plan),
+        *_uncut_lines(plan),
         f"layers          {kept}",
         f"tiles           {plan.n_tiles} a pass, of up to {human(plan.tile_bytes)}",
         f"forward pass    {human(found['sweep']['bytes'])}, {human(found['sweep']['disk_bytes'])} "
@@ -307,6 +308,19 @@ def _experts_lines(plan):
         f"experts         {router.n_chosen} of {router.n_experts} for a token; a layer keeps "
         f"{on_device:.3g} on the device and {in_host:.3g} in host memory"
         + (f", and {plan.experts.guessed} may be put by guess" if plan.experts.guessed else "")
+    ]
+
+
+def _uncut_lines(plan):
+    """A line on the leaves that are used uncut and streamed, if there are some."""
+    sizes, uncut = plan.tiling.sizes, plan.tiling.uncut
+    if not uncut:
+        return []
+    names = dict.fromkeys(name for n in uncut for name in plan.tiling.shapes[n].uncut)
+    kept = sum(sizes[n] for n in uncut if plan.tiers[n] is Tier.DEVICE)
+    return [
+        f"used uncut      {human(sum(sizes[n] for n in uncut))} of {' and '.join(sorted(names))}: "
+        f"{human(kept)} of it stays on the device, the rest is streamed"
     ]
 
 
