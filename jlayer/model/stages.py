@@ -18,8 +18,17 @@ from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
 from jlayer.model.experts import mix_expert, mix_shared, route, stage_input
 from jlayer.model.mla import attend_latent, query_latent
-from jlayer.model.ops import ACTIVATION, final_logits, gated, grown, linear, normed, rotate, scaled
-from jlayer.model.products import product
+from jlayer.model.ops import (
+    ACTIVATION,
+    exact_linear,
+    final_logits,
+    gated,
+    grown,
+    linear,
+    normed,
+    rotate,
+    scaled,
+)
 from jlayer.parts import Attention, Mlp, Scale
 
 
@@ -103,9 +112,8 @@ def join(parts):
 
 
 def _linear(stage, x, weights, leaf):
-    if stage.logits:
-        return final_logits(product(x, weights[leaf]), stage.logits)
-    return linear(x, weights[leaf], weights.get(bias_name(leaf)))
+    given = x, weights[leaf], weights.get(bias_name(leaf))
+    return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 
 
 def _norm(x, whole, how: NormAt | None):
