@@ -134,7 +134,7 @@ MODELS = {
     "olmo3": "OLMo 3",
     "olmoe": "OLMoE 1B-7B",
     "phi3": "Phi 3 and 3.5 mini, Phi 4",
-    "phimoe": "a Phi 3.5 MoE without a bias of its head (the released ones have it)",
+    "phimoe": "Phi 3.5 MoE, texts of up to 4096 tokens",
     "qwen2": "Qwen 2 and 2.5, QwQ",
     "qwen2_moe": "Qwen 1.5 MoE, Qwen 2 57B-A14B",
     "qwen3": "Qwen 3, dense",

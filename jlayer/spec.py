@@ -43,7 +43,7 @@ class ModelConfig:
     guess further tokens, which a checkpoint may have and which are left out.
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
-    are one matrix.
+    are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
     """
 
     model_type: str
@@ -65,6 +65,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     qkv_is_fused: bool = False
     is_parallel: bool = False
     embedding_scale: Scale = Scale()

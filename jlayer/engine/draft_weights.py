@@ -36,6 +36,7 @@ LARGEST = 127  # of the small integers
 def load(store: Store, weights: Weights, device: jax.Device) -> WholeModel:
     """Reads all weights of a store to the device. Raises CheckpointError or StorageError."""
     cfg, kind = weights.cfg, one_kind(weights.cfg)
+    assert not cfg.head_bias, "of the families that have one all have experts, and are no drafts"
     reader, checks = Reader(store.files, store.identities), Checks(store.expected())
 
     def matrix(leaf, tensor):

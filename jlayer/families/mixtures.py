@@ -243,7 +243,6 @@ def _phimoe(fields: Fields) -> ModelConfig:
     too: it runs as far as both agree.
     """
     fields.refuse_unless("num_experts_per_tok", 2)
-    fields.refuse_unless("lm_head_bias", False)
     sizes, attention_factor = read_sizes(fields, kv_heads=8, longest=131072), {}
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     said = fields.section(name)
@@ -262,6 +261,7 @@ def _phimoe(fields: Fields) -> ModelConfig:
         norm=rms_norm(fields, eps=1e-5, kind="layer", rounds_first=False, has_bias=True),
         qkv_bias=bias,
         out_bias=bias,
+        head_bias=fields.boolean("lm_head_bias"),
     )
     jitter = fields.raw.get("router_jitter_noise", 0.01)
     if type(jitter) not in (int, float) or not 0 <= jitter < 1e30:

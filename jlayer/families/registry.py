@@ -26,9 +26,18 @@ from jlayer.families import (
     phi,
     qwen_next,
 )
-from jlayer.families.base import FINAL_NORM, LAYER_PREFIX, Family, Function, LayerKind, Stage, one
+from jlayer.families.base import (
+    FINAL_NORM,
+    LAYER_PREFIX,
+    Family,
+    Function,
+    LayerKind,
+    Stage,
+    bias_name,
+    one,
+)
 from jlayer.families.decoder import final_norm, norm_leaves
-from jlayer.spec import Leaf, ModelConfig
+from jlayer.spec import Leaf, ModelConfig, Role
 
 # A new family is a row in a file beside this one; a new file is a line here.
 FAMILIES: dict[str, Family] = {
@@ -97,15 +106,25 @@ def final_norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
 
 
 def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
-    """The leaves after the layers: the final norm and, unless tied to the embedding, the head."""
+    """The leaves after the layers: the final norm and, unless tied to the embedding, the head; and
+    its bias, if it has one."""
     head = () if cfg.tie_word_embeddings else (family_of(cfg).head_matrix,)
-    return (*final_norm_leaves(cfg), *head)
+    return (*final_norm_leaves(cfg), *head, *head_biases(cfg))
 
 
 def head_leaf(cfg: ModelConfig) -> Leaf:
     """The matrix of the head: the embedding, if the model ties them."""
     family = family_of(cfg)
     return family.embedding if cfg.tie_word_embeddings else family.head_matrix
+
+
+def head_biases(cfg: ModelConfig) -> tuple[Leaf, ...]:
+    """The bias of the head; () where it has none."""
+    if not cfg.head_bias:
+        return ()
+    published = family_of(cfg).head_matrix.published.removesuffix("weight") + "bias"
+    matrix = head_leaf(cfg).name
+    return (Leaf(bias_name(matrix), published, ("vocab",), Role.BIAS, of=matrix),)
 
 
 @lru_cache(maxsize=64)

@@ -48,10 +48,13 @@ def normed(x, norm: Norm, weight=None, bias=None):
 
 def linear(x, weight, bias=None):
     """x [..., in] -> [..., out] in x's dtype, rounded once after the bias."""
+    return exact_linear(x, weight, bias).astype(x.dtype)
+
+
+def exact_linear(x, weight, bias=None):
+    """The same as it is summed, float32."""
     y = product(x, weight)
-    if bias is not None:
-        y = y + _last(bias.astype(jnp.float32), y)
-    return y.astype(x.dtype)
+    return y if bias is None else y + _last(bias.astype(jnp.float32), y)
 
 
 def _last(vector, like):

@@ -22,6 +22,7 @@ from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import (
     ACTIVATION,
     clamped,
+    exact_linear,
     final_logits,
     gated,
     grown,
@@ -30,7 +31,6 @@ from jlayer.model.ops import (
     rotate,
     scaled,
 )
-from jlayer.model.products import product
 from jlayer.parts import Attention, Mlp, Scale
 
 
@@ -115,9 +115,8 @@ def join(parts):
 
 
 def _linear(stage, x, weights, leaf):
-    if stage.logits:
-        return final_logits(product(x, weights[leaf]), stage.logits)
-    return linear(x, weights[leaf], weights.get(bias_name(leaf)))
+    given = x, weights[leaf], weights.get(bias_name(leaf))
+    return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 
 
 def _norm(x, whole, how: NormAt | None):

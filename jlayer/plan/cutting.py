@@ -12,7 +12,13 @@ from dataclasses import replace
 
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import Group
-from jlayer.families.registry import head_leaf, head_stage, layer_kinds, layer_tensor_name
+from jlayer.families.registry import (
+    head_biases,
+    head_leaf,
+    head_stage,
+    layer_kinds,
+    layer_tensor_name,
+)
 from jlayer.plan.joined import joined
 from jlayer.plan.tiles import Part, Tile, Tiling, Weights
 from jlayer.spec import ALIGNMENT, Leaf, Place
@@ -230,6 +236,11 @@ def _parts(weights, leaf, layer, expert=None):
 def _head_tiles(weights, tile_bytes, platform, share_of):
     leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
     whole = parts_of(leaf, leaf.published, weights)
+    biases = [
+        part
+        for bias in head_biases(weights.cfg)
+        for part in parts_of(bias, bias.published, weights)
+    ]
     row_bytes = [part.n_bytes // part.n_rows for part in whole]
     ranges = [
         (on_host, *found)
@@ -238,7 +249,7 @@ def _head_tiles(weights, tile_bytes, platform, share_of):
     ]
     tiles = []
     for index, (on_host, first, n_rows) in enumerate(ranges):
-        parts = tuple(part.of_rows(first, n_rows) for part in whole)
+        parts = tuple(part.of_rows(first, n_rows) for part in (*whole, *biases))
         ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
         name = f"head {index + 1}/{len(ranges)}"
         tile = _tile(name, None, stage, None, parts, platform=platform, **ends)

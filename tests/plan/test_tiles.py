@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from jlayer.encodings.registry import ENCODINGS, encoding, piece_name
 from jlayer.families import deepseek
-from jlayer.families.registry import FAMILIES, head_leaf, layer_kinds, layer_tensor_name
+from jlayer.families.registry import (
+    FAMILIES,
+    head_biases,
+    head_leaf,
+    layer_kinds,
+    layer_tensor_name,
+)
 from jlayer.parts import Experts, Mlp, Router, Shared
 from jlayer.plan.cutting import cut, row_ranges
 from jlayer.plan.tiles import Weights
@@ -55,6 +61,7 @@ def any_weights(draw):
         out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
+        head_bias=draw(st.booleans()),
     )
     seed = draw(st.integers(0, 9))
 
@@ -98,7 +105,7 @@ def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_b
             if leaf.place is Place.TILE:
                 expected[layer_tensor_name(cfg, leaf, layer, expert)] = leaf.shape(cfg)
     head = head_leaf(cfg)
-    expected[head.published] = head.shape(cfg)
+    expected |= {leaf.published: leaf.shape(cfg) for leaf in (head, *head_biases(cfg))}
     pieces = {
         piece_name(name, piece): (dtype, shape)
         for name, whole in expected.items()

@@ -152,7 +152,9 @@ MIXTURES = {
     ),
     "phimoe": Dense(
         "phimoe",
-        BOUND | {"num_local_experts": 7, "attention_bias": True, "router_jitter_noise": 0.3},
+        BOUND
+        | {"num_local_experts": 7, "attention_bias": True, "router_jitter_noise": 0.3}
+        | {"lm_head_bias": True},
         ({"router_jitter_noise": 0.01}, {"router_jitter_noise": 0.0}, WINDOW, THETA, EPS, GELU),
     ),
     # LongRoPE within the length of short texts.
@@ -160,6 +162,8 @@ MIXTURES = {
         "phimoe",
         BOUND
         | WINDOW
+        | TIED
+        | {"lm_head_bias": True}
         | {"num_local_experts": 7}
         | {
             "rope_parameters": rope(

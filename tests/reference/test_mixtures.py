@@ -141,6 +141,18 @@ def test_many_lengths_in_a_batch_under_the_smallest_budget(sources, name, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["phimoe", "phimoe-longrope"])
+def test_a_head_with_a_bias_is_cut_and_multiplied_by_the_host(sources, name, monkeypatch):
+    """Some of its rows; of the second one the matrix is the embedding."""
+    set_tile_bytes(monkeypatch, 600)
+    with AutoModel.from_pretrained(sources(name), device="cpu", host_share=0.5) as model:
+        of_head = [tile.for_host for tile in model.plan.tiling.shapes if tile.kind is None]
+        assert set(of_head) == {True, False}
+        assert len(of_head) > 4
+        assert_close(model.logits(IDS), expected_logits(sources(name)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "change"), SWITCHES)
 def test_every_switch_is_read_and_matters(sources, name, change, tmp_path):
     shutil.copytree(sources(name), tmp_path / "changed")
