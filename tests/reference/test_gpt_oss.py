@@ -272,19 +272,14 @@ def leaves_of(cfg, kind, tensors, layer):
 
 def test_block_is_the_reference_decoder_layer(made):
     config, tensors = made
-    model, cfg = (
-        in_transformers(config, tensors, torch.float32).model,
-        model_config(config, where="here"),
-    )
-    x, positions = (
-        torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0)),
-        torch.arange(9),
-    )
+    model = in_transformers(config, tensors, torch.float32).model
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
     mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
     with torch.no_grad():
-        turned = model.rotary_emb(x, positions[None])
+        turned = model.rotary_emb(x, torch.arange(9)[None])
         expected = model.layers[1](x, attention_mask=mask, position_embeddings=turned)
     expected = expected[0] if isinstance(expected, tuple) else expected
+    cfg = model_config(config, where="here")
     kind = layer_kinds(cfg)[1]
     weights = leaves_of(cfg, kind, tensors, 1)
     empty = empty_cache(kind.cache, n_rows=64, dtype="float32")
