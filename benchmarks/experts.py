@@ -15,6 +15,7 @@ import argparse
 import time
 from collections import OrderedDict
 from contextlib import closing
+from itertools import pairwise
 
 import common
 
@@ -56,6 +57,18 @@ def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[i
     return hits, missed
 
 
+def repeats(choices: Choices) -> tuple[int, int]:
+    """(uses by single tokens of experts that the token before used too, all uses), of the passes
+    after the second."""
+    singles = [dict(one) for one in choices.passes[1:]]
+    pairs = [
+        (set(before[first]), set(after[first]))
+        for before, after in pairwise(singles)
+        for first in after
+    ]
+    return sum(len(one & other) for one, other in pairs), sum(len(other) for _, other in pairs)
+
+
 def measure(model, *, n_prompt: int, n_tokens: int) -> dict:
     """A prompt, then single tokens, of random ids."""
     import numpy as np
@@ -83,6 +96,7 @@ def measure(model, *, n_prompt: int, n_tokens: int) -> dict:
     expert_bytes = [sum(tile.n_bytes for tile in tiles) for tiles in plan.tiling.experts]
     sizes = {kind.first: n for kind, n in zip(kinds, plan.experts.on_device, strict=True)}
     hits, missed = simulated(seen, sizes)
+    repeated, n_uses = repeats(seen)
     certain = plan.put_bytes - round(plan.moved(plan.load.batch).put_bytes)
     expected = [
         certain + sum(n * size for n, size in zip(counts, expert_bytes, strict=True))
@@ -95,6 +109,7 @@ def measure(model, *, n_prompt: int, n_tokens: int) -> dict:
         "moved_per_token": sum(moved[1:]) / n_tokens,
         "expected_per_token": sum(expected[1:]) / n_tokens,
         "moved_by_expected": sum(moved) / sum(expected),
+        "repeats": repeated / n_uses,
         "uses": totals.experts_used,
         "hits": totals.experts_on_device,
         "simulated_hits": hits,
@@ -141,7 +156,8 @@ def main():
     )
     common.say(
         f"{found['uses']} uses, {found['hits']} on the device (simulated {found['simulated_hits']} "
-        f"in the last run), {found['in_host']} in host memory"
+        f"in the last run), {found['in_host']} in host memory; {found['repeats']:.3f} of what a "
+        "token chose was chosen by the one before"
     )
     common.end(result, watch)
 

@@ -3,6 +3,7 @@ published one in between; or the same weights as published shards.
 
     python benchmarks/make_model.py OUT --shape 70b --layers 20 [--quantize int4 | --published]
     python benchmarks/make_model.py OUT --shape qwen2.5-72b-instruct --layers 8
+    python benchmarks/make_model.py OUT --shape qwen3-30b-a3b-thinking-2507 --layers 8 --skew
 
 A shape is one of Llama's sizes, a known model (configs/models), or the path of a config.json.
 Experts that are published in an encoding (gpt-oss: MXFP4) are written in it, whatever the rest is.
@@ -12,6 +13,10 @@ can be drawn), scaled so that activations stay finite. Benchmarks measure bytes 
 a model says means nothing, but it says it firmly: the head's row of a token points where the
 embedding of the token before it does, so that the likeliest token stands clear of the next one and
 rounding in bfloat16 does not decide between them.
+
+With `--skew` tokens like some experts better than others: a router begins with long rows, in pairs
+of opposites, as many pairs as a token chooses experts. A token chooses one of each pair, so about
+half of what it chooses is what the one before it chose (`experts.py` counts it).
 """
 
 from __future__ import annotations
@@ -66,6 +71,8 @@ SHAPES = {
 # Heads of another size than 128, and a head that is the embedding: as in Llama 3.2 1B.
 HEAD_DIM = {"1b": 64}
 TIED = {"1b"}
+SKEWED = "skewed"  # (the end of a router's name, its pairs of opposite rows)
+LONGER = 32  # times other rows
 
 
 def config(shape: str, layers: int) -> dict:
@@ -95,8 +102,11 @@ def config(shape: str, layers: int) -> dict:
     }
 
 
-def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> None:
-    """Writes the folder; files in parallel, hashes along the way."""
+def make(
+    folder: Path, shape: str, layers: int, scheme: str | None = None, *, skew: bool = False
+) -> None:
+    """Writes the folder; files in parallel, hashes along the way. `skew`: some experts are chosen
+    more often."""
     folder.mkdir(parents=True)
     raw = config(shape, layers)
     published = published_quantization(model_config(raw, where="benchmark"))
@@ -113,6 +123,8 @@ def make(folder: Path, shape: str, layers: int, scheme: str | None = None) -> No
     drawn = _draw(quantized=scheme is not None, tied=cfg.tie_word_embeddings)
     kept = {name: split_piece(name)[1] for name in piece_dtypes(shapes, published)}
     drawn |= _draw_encoded(kept)
+    if skew:
+        drawn[SKEWED] = (cfg.experts.routing, cfg.experts.router.n_chosen)
 
     def write(item):
         file, held = item
@@ -239,6 +251,12 @@ def _pieces(name, entry, drawn):
         yield from _repeated(drawn[name], math.prod(entry.shape))
     elif name.endswith("norm.weight"):
         yield np.ones(entry.shape, ml_dtypes.bfloat16)
+    elif SKEWED in drawn and name.endswith(drawn[SKEWED][0]):
+        _, n_pairs = drawn[SKEWED]
+        rows = drawn[None][: math.prod(entry.shape)].reshape(entry.shape).copy()
+        rows[: 2 * n_pairs : 2] *= LONGER
+        rows[1 : 2 * n_pairs : 2] = -rows[: 2 * n_pairs : 2]
+        yield rows
     elif use is not None and piece != "scale":
         noise = drawn[use] if piece == WHOLE else drawn[piece, entry.dtype]
         yield from _rows_apart(noise, entry.shape, shift=use == HEAD.published)
@@ -275,11 +293,14 @@ def main():
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--published", action="store_true", help="shards, not layers")
     kind.add_argument("--quantize", choices=tuple(SCHEMES))
+    parser.add_argument("--skew", action="store_true", help="some experts are chosen more often")
     args = parser.parse_args()
+    if args.skew and args.published:
+        parser.error("--skew: only of layered folders")
     if args.published:
         publish(args.out, args.shape, args.layers)
     else:
-        make(args.out, args.shape, args.layers, args.quantize)
+        make(args.out, args.shape, args.layers, args.quantize, skew=args.skew)
     print(args.out, "holds", args.layers, "layers")
 
 
