@@ -16,11 +16,13 @@ from jlayer.checkpoint.safetensors import read_header
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.transform import packed as on_host
 from jlayer.convert.transform.quantize import quantize
+from jlayer.cores.decode import decoded
 from jlayer.encodings.grouped import block_rows
 from jlayer.encodings.registry import SCHEMES
+from jlayer.encodings.tables import TABLES
 from jlayer.engine import engine
 from jlayer.errors import CheckpointError
-from jlayer.model.products import Encoded, dequantize, product
+from jlayer.model.products import Encoded, InBlob, dequantize, product
 from jlayer.plan import making
 from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
@@ -60,6 +62,31 @@ def test_a_product_is_that_with_the_weights_that_it_stands_for(rows, width, sche
     # Only the order of a sum may differ.
     scale = np.abs(x) @ np.abs(exact.T)
     assert (np.abs(found - x @ exact.T) <= 1e-6 * scale + 1e-30).all()
+
+
+@pytest.mark.parametrize("columns", [1, 3, 200])  # multiplied in three ways on a CPU
+@pytest.mark.parametrize("block_bytes", [3000, 1 << 30], ids=["blocks that overlap", "whole"])
+@pytest.mark.parametrize("is_joined", [False, True], ids=["apart", "in a blob"])
+def test_a_product_with_half_bytes_of_a_table(columns, block_bytes, is_joined):
+    table, rng, rows, width = TABLES["mxfp4"], np.random.default_rng(0), 37, 96
+    pieces = {
+        "q": rng.integers(0, 256, (rows, width // 2), dtype=np.uint8),
+        "scale": rng.integers(120, 130, (rows, width // 32), dtype=np.uint8),
+    }
+    exact = decoded(table.name, pieces, width)
+    held = pieces
+    if is_joined:
+        blob = jnp.asarray(np.concatenate([[7] * 5, *(a.reshape(-1) for a in pieces.values())]))
+        offsets = (5, 5 + pieces["q"].size)
+        held = {
+            name: InBlob(blob.astype(jnp.uint8), at, piece.shape, "uint8")
+            for at, (name, piece) in zip(offsets, pieces.items(), strict=True)
+        }
+    x = rng.standard_normal((columns, width)).astype(np.float32)
+    weight = Encoded(held, encoding=table.name, block_bytes=block_bytes)
+    found = jax.jit(product)(jnp.asarray(x), weight)
+    assert (np.abs(found - x @ exact.T) <= 1e-6 * (np.abs(x) @ np.abs(exact.T))).all()
+    assert np.array_equal(jax.jit(dequantize, static_argnums=1)(weight, width), exact)
 
 
 def test_in_bfloat16_the_weights_are_rounded_once():

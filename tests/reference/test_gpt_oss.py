@@ -3,6 +3,7 @@ logits of Transformers, as it is and converted, however its tokens come."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,10 +17,14 @@ from jlayer.convert.verify import verify_folder
 from jlayer.cores.decode import decoded
 from jlayer.encodings.tables import E8M0_NAN, MXFP4
 from jlayer.families.experts import LOGIT_BIAS, ROUTER
+from jlayer.families.registry import layer_kinds
+from jlayer.model.cache import empty_cache
 from jlayer.model.experts import route
 from jlayer.model.products import dequantize, weight
+from jlayer.model.stages import block
 from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
+from tests.chain import chain
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.gpt_oss_forms import drawn, in_transformers, reference_logits, write
 from tests.streaming.conftest import set_tile_bytes
@@ -245,6 +250,41 @@ def test_the_router_chooses_and_weighs_as_that_of_transformers(made, is_rounded)
     if is_rounded:
         here, there = np.sort(here), np.sort(there)
     np.testing.assert_allclose(here, there, rtol=0, atol=2e-7)
+
+
+def leaves_of(cfg, kind, tensors, layer):
+    """The weights of a layer by leaf, as `block` takes them: those of all experts in one array."""
+
+    def plain(leaf):
+        lead = f"model.layers.{layer}."
+        if not leaf.n_experts:
+            return tensors[lead + leaf.published]
+        stack = f"{lead}mlp.experts.{leaf.of or leaf.name}"
+        if leaf.of:
+            return tensors[f"{stack}_bias"]
+        n_rows, width = leaf.shape(cfg)
+        codes = tensors[f"{stack}_blocks"].reshape(leaf.n_experts, n_rows, -1)
+        pairs = zip(codes, tensors[f"{stack}_scales"], strict=True)
+        return np.stack([decoded(MXFP4.name, {"q": q, "scale": s}, width) for q, s in pairs])
+
+    return {leaf.name: plain(leaf) for leaf in kind.leaves}
+
+
+def test_block_is_the_reference_decoder_layer(made):
+    config, tensors = made
+    model = in_transformers(config, tensors, torch.float32).model
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        turned = model.rotary_emb(x, torch.arange(9)[None])
+        expected = model.layers[1](x, attention_mask=mask, position_embeddings=turned)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    cfg = model_config(config, where="here")
+    kind = layer_kinds(cfg)[1]
+    weights = leaves_of(cfg, kind, tensors, 1)
+    empty = empty_cache(kind.cache, n_rows=64, dtype="float32")
+    found, _ = jax.jit(block(kind))(weights, x[0].numpy(), empty, chain(9))
+    assert_close(found, expected.reshape(9, 64).numpy())
 
 
 def test_sinks_take_their_share(made, expected, tmp_path):
