@@ -113,7 +113,7 @@ def _attend(q, k, v, table, length, seen, places, *, cache, pieces, how, expand)
         return merge(state, more), None
 
     of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
-    width = expand(k[:, :1])[1].shape[-1] if expand else h
+    width = jax.eval_shape(expand, k)[1].shape[-1] if expand else h
     state = _over(fresh, nothing(grouped, width), of_chunk, pieces.fresh)
     step = table.shape[1] // pieces.committed
     firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
