@@ -49,6 +49,10 @@ def expands(latent: Latent, *, tokens: int) -> bool:
     for each row the key's numbers, nope + rope, and the value's. Among the latents it is two times
     the entry's L numbers for each row, and nothing before. What a row costs once is little beside
     what it costs at every entry, and how many heads and entries there are makes no difference.
+
+    Two busy cores of a CPU, float32, 32 heads of DeepSeek V3 and 4096 entries: 0.09 s among the
+    latents and 0.94 with keys and values at 2 rows, 0.85 and 1.49 at 64, 1.76 both ways at 128,
+    3.3 and 2.2 at 256, 5.0 and 3.4 at 512. The formula says 158 rows.
     """
     made = latent.nope_dim + latent.value_dim
     over_heads = latent.rank * made + tokens * (made + latent.rope_dim)

@@ -132,7 +132,7 @@ def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, 
         return merge(state, more), None
 
     of_chunk = (_cut(k, pieces.fresh), _cut(v, pieces.fresh), _cut(seen, pieces.fresh, axis=2))
-    width = expand(k[:, :1])[1].shape[-1] if expand else h
+    width = jax.eval_shape(expand, k)[1].shape[-1] if expand else h
     start = nothing(grouped, width) if sinks is None else only_sinks(grouped, sinks)
     state = _over(fresh, start, of_chunk, pieces.fresh)
     step = table.shape[1] // pieces.committed

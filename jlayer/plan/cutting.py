@@ -115,11 +115,11 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
         streamed = kind.kept_in(Place.TILE)
         parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
         return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
-    tiles, whole = [], _whole_expert(weights, kind, layer, tile_bytes, platform)
+    tiles, tile_of = [], _whole_expert(weights, kind, layer, tile_bytes, platform)
     for stage, expert in kind.passes():
-        if expert is not None and whole is not None:
+        if expert is not None and tile_of is not None:
             if stage is kind.expert_stages[0]:
-                tiles.append(whole(expert))
+                tiles.append(tile_of(expert))
             continue
         share = share_of if expert is None else {}  # the host's cores multiply no experts
         chosen = [
