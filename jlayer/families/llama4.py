@@ -49,20 +49,17 @@ def _llama4(fields: Fields) -> ModelConfig:
             f"{fields.where}: layer_types has {CHUNKED}, but attention_chunk_size is null; "
             "expected the number of tokens of a chunk"
         )
+    form = {"longest": sizes.longest, "theta": 5e5, "types": _SCALINGS, "interleaved": True}
     unit = head_norms(replace(norm, has_weight=False), after_rope=True)
-    rope = read_rope(
-        *(fields,), longest=sizes.longest, theta=5e5, types=_SCALINGS, interleaved=True
-    )
-    with_rope = attention(
-        sizes, rope, head_norms=unit if fields.boolean("use_qk_norm", default=True) else None
-    )
+    norms = unit if fields.boolean("use_qk_norm", default=True) else None
+    forms = {
+        "{}": attention(sizes, read_rope(fields, **form), head_norms=norms),
+        _WITHOUT_ROPE: attention(sizes, None, grows=_growth(fields)),
+    }
     kinds = [
-        replace(one, name=kind, window=width, in_chunks=width is not None)
-        for one, name in (
-            (with_rope, "{}"),
-            (attention(sizes, None, grows=_growth(fields)), _WITHOUT_ROPE),
-        )
-        for kind, width in ((name.format(FULL), None), (name.format(CHUNKED), chunk))
+        replace(how, name=name.format(kind), window=width, in_chunks=width is not None)
+        for name, how in forms.items()
+        for kind, width in ((FULL, None), (CHUNKED, chunk))
     ]
     names = [
         kind if is_turned else _WITHOUT_ROPE.format(kind)
