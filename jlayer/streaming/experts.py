@@ -154,6 +154,7 @@ class ExpertStream:
             if move.is_there and move.stays:
                 yield from [*map(Drop, move.drops), Keep(move.tile)]
         yield from self._move_ahead()
+        yield from self._drop_wrong()
         # What was guessed for the layer before, and passes, has run: it gives its places back.
         while any(move.is_there and not move.stays for move in self._have_run):
             yield from self._end(self._have_run.popleft())
@@ -187,7 +188,6 @@ class ExpertStream:
         if first is None or self._to_put:
             return
         self._next = None
-        yield from self._drop_wrong()
         device, host, tiles = (
             self._on_device[first],
             self._in_host[first],

@@ -325,11 +325,11 @@ def test_the_rooms_of_guesses_hold_few_experts_of_few_bytes():
     router = Router(128, 8)
     mib = 1 << 20
     assert guess_rooms(router, 9 * mib, 1000 * mib) == 3
-    assert guess_rooms(router, 9 * mib, 20 * mib) == 2
+    assert guess_rooms(router, 9 * mib, 40 * mib) == 2  # for each of two layers
     assert guess_rooms(router, mib, 1000 * mib) == 4
     assert guess_rooms(Router(32, 2), mib, 1000 * mib) == 2  # no more than a token uses
     assert guess_rooms(router, 44 * mib, 1000 * mib) == 1
-    assert guess_rooms(router, 44 * mib, 40 * mib) == 0
+    assert guess_rooms(router, 44 * mib, 80 * mib) == 0
     assert guess_rooms(router, 129 * mib, 1000 * mib) == 0
     assert [guesses_at(router, n) for n in (1, 10, 11, 64)] == [True, True, False, False]
     assert [guesses_at(Router(8, 2), n) for n in (1, 2, 3)] == [True, True, False]

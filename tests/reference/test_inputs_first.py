@@ -24,7 +24,7 @@ from jlayer.plan import making
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.mixture_forms import load, save
 from tests.reference.test_stacked import WEIGHTS, apart, cfg_of, written
-from tests.streaming.conftest import set_tile_bytes
+from tests.streaming.conftest import set_expert_rooms, set_tile_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -83,8 +83,7 @@ def test_an_expert_is_never_cut_and_what_is_kept_changes_no_number(folders, monk
         tiles = [tile for of_layer in model.plan.tiling.experts for tile in of_layer]
         expected = model.logits(IDS)
     assert [tile.n_bytes for tile in tiles] == [4 * 24 * 28, 4 * 14 * 24] * N_SPARSE
-    found = iter([2, 3] * 100)
-    monkeypatch.setattr(making, "rooms", lambda counts, *_: (next(found),) * len(counts))
+    set_expert_rooms(monkeypatch, on_device=2, in_host=3, guessed=0)
     with opened(folders[0]) as model:
         for _ in range(2):
             np.testing.assert_array_equal(model.logits(IDS), expected)
