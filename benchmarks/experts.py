@@ -122,7 +122,7 @@ def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[i
             missed[-1].append(len(chosen) - len(there))
             for expert in there:
                 cache.move_to_end(expert)
-            for expert in set(chosen) - there:
+            for expert in (number for number in chosen if number not in there):
                 if len(cache) == size and size and next(iter(cache)) not in chosen:
                     cache.popitem(last=False)
                 if len(cache) < size:
