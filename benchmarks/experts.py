@@ -117,7 +117,7 @@ def simulated(choices: Choices, sizes: dict[int, int]) -> tuple[int, list[list[i
         missed.append([])
         for first, chosen in one:
             cache, size = caches[first], sizes[first]
-            there = {expert for expert in chosen if expert in cache}
+            there = [expert for expert in chosen if expert in cache]
             hits += len(there)
             missed[-1].append(len(chosen) - len(there))
             for expert in there:

@@ -267,12 +267,18 @@ def _with_tiers(plan: Plan) -> Plan:
 
     Kept tiles are spread evenly over the forward pass, so that disk and link are busy at the same
     time throughout. What every pass uses comes before experts, which have what room is left. On a
-    GPU what is used uncut comes first: the host's cores could not multiply it where it lies.
+    GPU what is used uncut comes first: the host's cores could not multiply it where it lies. Where
+    all that every pass uses stays there, it needs no slots.
     """
     tiling, tiers = plan.tiling, list(plan.tiers)
     on_device = plan.device.budget_bytes - plan.device_peak_bytes - RESERVE_BYTES
     on_device = on_device if plan.machine.kind.has_link else 0
     certain = [n for n in tiling.certain if tiling.sizes[n] and not tiling.shapes[n].for_host]
+    chosen = set(certain)
+    everything = [Tier.DEVICE if n in chosen else tier for n, tier in enumerate(tiers)]
+    slots = _unused_slots(plan, everything)
+    if sum(tiling.device_sizes[n] for n in certain) <= on_device + slots:
+        on_device += slots
     uncut = [n for n in certain if n in tiling.uncut]
     for some in (uncut, [n for n in certain if n not in tiling.uncut]):
         kept = _spread([tiling.device_sizes[n] for n in some], on_device)
@@ -288,6 +294,16 @@ def _with_tiers(plan: Plan) -> Plan:
             tiers[index] = Tier.HOST
             in_host -= tiling.sizes[index] + tiling.slack
     return _with_kept(plan, tuple(tiers), _expert_rooms(plan, on_device, in_host))
+
+
+def _unused_slots(plan, tiers):
+    """The bytes of the device's slots for what every pass uses, where all of it stays there."""
+    tiling, on = plan.tiling, plan.machine
+    moves = any(tiling.sizes[n] and tiers[n] is not Tier.DEVICE for n in tiling.certain)
+    if moves or not on.kind.has_link:
+        return 0
+    certain, *_ = memory.slots_needs(on, tiling, ring=plan.ring, ahead=plan.ahead)
+    return certain.device
 
 
 def _expert_rooms(plan, on_device, in_host):
@@ -311,6 +327,7 @@ def _with_kept(plan, tiers, experts):
     (tiles,), some = memory.kept_needs(plan.tiling, tiers), rooms_need(plan.tiling, experts)
     kept = Need("resident", device=tiles.device + some.device, host=tiles.host + some.host)
     device, host = plan.device, plan.host
+    device = replace(device, slots_bytes=device.slots_bytes - _unused_slots(plan, tiers))
     return replace(
         plan,
         tiers=tiers,

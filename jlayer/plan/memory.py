@@ -51,15 +51,15 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
     """The needs that do not depend on the runs: the driver's context, slots, norms, libraries."""
     return [
         Need("context", device=machine.context_bytes),
-        *_slots_needs(machine, tiling, ring=ring, ahead=ahead),
+        *slots_needs(machine, tiling, ring=ring, ahead=ahead),
         Need("resident", device=resident_bytes(weights)),
         Need("temporary", device=machine.kind.library_bytes),
         Need("runtime", host=machine.runtime_bytes),
     ]
 
 
-def _slots_needs(machine, tiling, *, ring, ahead):
-    """The slots of the ring, and of that of experts."""
+def slots_needs(machine: Machine, tiling: Tiling, *, ring: int, ahead: int) -> list[Need]:
+    """The slots of the ring, and of that of experts if there are some."""
     of_experts = passing((tile for tiles in tiling.experts for tile in tiles), ahead)
     counts = [(ring, ahead), (of_experts + ring - ahead, of_experts)]
     return [
