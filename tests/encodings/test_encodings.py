@@ -87,7 +87,8 @@ def test_each_weight_is_its_number_times_its_groups_scale(scheme, width):
 def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, width):
     pieces = encoding.pieces((rows, width))
     assert encoding.main in pieces
-    assert all(shape[0] == rows for _, shape in pieces.values())
+    axis = 0 if encoding.by_rows else -1
+    assert all(shape[axis] == rows for _, shape in pieces.values())
     one, all_rows = encoding.n_bytes((1, width)), encoding.n_bytes((rows, width))
     assert all_rows == rows * one
     assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())

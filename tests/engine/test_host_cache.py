@@ -11,6 +11,7 @@ from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.steps import PutCache, Run, Take
+from tests.campaigns import slow_but
 from tests.engine.test_engine import IDS, opened
 from tests.streaming.conftest import set_tile_bytes
 
@@ -36,7 +37,7 @@ def want(fable):
         return found.token_ids
 
 
-@pytest.mark.parametrize("tile_bytes", [None, 100_000])
+@pytest.mark.parametrize("tile_bytes", slow_but([None, 100_000], (100_000,)))
 def test_a_cache_on_the_host_gives_the_tokens_of_one_on_the_device(
     fable, want, monkeypatch, tile_bytes
 ):

@@ -18,6 +18,7 @@ from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
 from jlayer.streaming.place import VIEW_ALIGNMENT
 from jlayer.streaming.steps import Put, Read
+from tests.campaigns import slow_but
 from tests.convert.checkpoints import edit_tensors, join, split, tensors_of, write_tensors
 from tests.tiny import tiny_llama
 
@@ -96,7 +97,11 @@ def converted(tmp_path_factory):
 SAME_WEIGHTS = ["single", "sharded", "hub-cache", "mixed-dtypes", "at-1", "at-8"]
 
 
-@pytest.mark.parametrize("kind", [*SAME_WEIGHTS, "biased", "tied-and-stored-again"])
+KINDS = [*SAME_WEIGHTS, "biased", "tied-and-stored-again"]
+QUICK = ("sharded", "mixed-dtypes", "at-1", "tied-and-stored-again")
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS, QUICK))
 def test_in_place_is_token_for_token_as_converted(tmp_path, converted, kind):
     source = made(kind, tmp_path)
     logits, tokens, bounced = converted(source, "plain" if kind in SAME_WEIGHTS else kind)

@@ -78,6 +78,7 @@ def test_a_run_that_is_iterated_keeps_its_entries_however_it_ends(model):
     assert found == afresh(model, longest)
 
 
+@pytest.mark.parametrize("model", slow_but(KINDS, ("llama",)), indirect=True)
 def test_a_turn_that_is_said_anew_begins_where_the_texts_part(model):
     model.engine.kept.clear()
     turn(model, PROMPT)
@@ -119,6 +120,7 @@ def test_several_texts_of_a_prompt_go_on_from_one(model):
     assert found == [one.token_ids for one in alone]
 
 
+@pytest.mark.parametrize("model", slow_but(KINDS, ("llama",)), indirect=True)
 def test_a_run_that_gives_its_entries_back_goes_on_as_if_nothing_had_been(model):
     expected, beside = afresh(model, PROMPT), afresh(model, PROMPT[::-1])
     run, other = Run(model, PROMPT, **PLAIN), Run(model, PROMPT[::-1], **PLAIN)

@@ -28,6 +28,7 @@ from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.steps import Put
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_manifest
 from tests.quantized import converted, stand_for
@@ -112,11 +113,12 @@ def test_what_is_written_out_is_a_block_and_never_the_matrix():
     assert program.memory_analysis().temp_size_in_bytes < 2 * 64 * 256 * 4
 
 
+STYLES = [{"attention_bias": True, "mlp_bias": True}, {"tied": True}, {}]
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(
-    "style", [{}, {"tied": True}, {"attention_bias": True, "mlp_bias": True}], ids=str
-)
+@pytest.mark.parametrize("style", slow_but(STYLES, STYLES[:2]), ids=str)
 def test_logits_are_those_of_the_reference_with_these_weights(tmp_path, scheme, style):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -120,7 +120,10 @@ CASES = {
 LARGE, SMALLER, LEAST = (64 << 20, 64 << 20), (4 << 10, 4 << 10), (256, 512)
 
 
-@pytest.fixture(params=[LARGE, SMALLER, LEAST], ids=["whole", "pieces", "small pieces"])
+@pytest.fixture(
+    params=[LARGE, pytest.param(SMALLER, marks=pytest.mark.slow), LEAST],
+    ids=["whole", "pieces", "small pieces"],
+)
 def bounds(request, monkeypatch):
     for name, n_bytes in zip(("SCORE_BYTES", "GATHERED_BYTES"), request.param, strict=True):
         monkeypatch.setattr(pieces, name, n_bytes)

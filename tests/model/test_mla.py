@@ -20,6 +20,7 @@ from jlayer.parts import Growth, Latent, Norm, Rope
 from jlayer.pieces import attention_pieces, expands
 from jlayer.plan.memory import latent_temporary_bytes
 from jlayer.plan.shapes import Shapes
+from tests.campaigns import slow_but
 
 # Entries of 14 and 8 numbers; queries 108, values 42.
 HOW = Latent(
@@ -128,7 +129,7 @@ def forms(monkeypatch, given, how=HOW):
 
 
 @pytest.mark.parametrize("how", [HOW, GROWS], ids=["plain", "grows"])
-@pytest.mark.parametrize("most_bytes", [None, 2_000])
+@pytest.mark.parametrize("most_bytes", slow_but([None, 2_000], (2_000,)))
 def test_both_forms_give_the_same_in_one_piece_and_in_many(monkeypatch, given, how, most_bytes):
     if most_bytes:
         monkeypatch.setattr(pieces, "GATHERED_BYTES", most_bytes)

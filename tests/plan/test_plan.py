@@ -113,6 +113,12 @@ def sums_of(plan, weights):
         host[need.term] += need.host
     if plan.machine.platform == "cpu":  # the device's memory is the host's; slots count once
         host["resident"] += device.total() - device["slots"]
+    moves = any(
+        size and tier is not Tier.DEVICE
+        for size, tier in zip(plan.tiling.sizes, plan.tiers, strict=True)
+    )
+    if plan.machine.platform == "gpu" and not moves:
+        device["slots"] = 0
     for need in kept_needs(plan.tiling, plan.tiers):
         device[need.term] += need.device
         host[need.term] += need.host

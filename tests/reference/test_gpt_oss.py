@@ -24,6 +24,7 @@ from jlayer.model.products import dequantize, weight
 from jlayer.model.stages import block
 from jlayer.plan import making
 from jlayer.plan.shapes import RunShape
+from tests.campaigns import slow_but
 from tests.chain import chain
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.gpt_oss_forms import drawn, in_transformers, reference_logits, write
@@ -107,7 +108,7 @@ def test_a_batch_in_tiles_under_the_smallest_budget(made, source, monkeypatch):
         assert drawn_here(model, PROMPTS, n_new=N_NEW) == expected
 
 
-@pytest.mark.parametrize("kept", [(0, 0), (2, 3)])
+@pytest.mark.parametrize("kept", slow_but([(0, 0), (2, 3)], [(2, 3)]))
 def test_what_is_kept_of_the_experts_changes_no_number(source, expected, monkeypatch, kept):
     """All of them stream, or some stay: on the device, in host memory."""
     numbers = iter(kept * 100)
@@ -136,6 +137,7 @@ def test_of_many_rows_those_are_picked_that_chose_an_expert(made, source, monkey
         assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_trees_of_guesses_change_no_token(source):
     """Rows of a tree see their ancestors alone, and every head its sink once."""
     prompts = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7], [9, 4] * 4]

@@ -11,6 +11,7 @@ from jlayer.checkpoint.layout import read_manifest
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError
 from jlayer.plan.tiles import Tier
+from tests.campaigns import slow_but
 from tests.tiny import tiny_llama
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
@@ -76,7 +77,7 @@ def test_a_flipped_bit_is_refused_by_its_tensor_before_a_token(
         assert said.startswith("layer 1")
 
 
-@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("tier", slow_but(Tier, (Tier.HOST,)))
 def test_wherever_a_tile_lives_it_is_checked_at_its_first_read(
     biased, tmp_path, cuts, tiers_in_turn, tier
 ):

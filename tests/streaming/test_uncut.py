@@ -18,6 +18,7 @@ from jlayer.families.latent import KV_B
 from jlayer.plan.tiles import Tier
 from jlayer.spec import ModelConfig
 from jlayer.streaming.steps import Put
+from tests.campaigns import slow_but
 from tests.reference import latent_forms, mixture_forms
 from tests.streaming.test_integrity import damage
 
@@ -91,7 +92,7 @@ def test_logits_with_routers_that_are_streamed(sources, name, cuts, tiers_in_tur
         assert_close(model.logits(IDS), expected)
 
 
-@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("tier", slow_but(Tier, (Tier.DISK,)))
 def test_wherever_it_stays_the_numbers_are_the_same(sources, cuts, tiers_in_turn, tier):
     """Streamed as resident, to the bit; and a pass moves what its plan says."""
     cuts(3000)

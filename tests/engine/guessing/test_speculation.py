@@ -158,6 +158,7 @@ def test_steps_join_to_the_text(fable_model, fable_plain):
         assert len(steps) < len(want.token_ids)
 
 
+@pytest.mark.slow
 def test_the_own_int4_copy_gives_many_tokens_a_pass(fable_model, fable_plain):
     options = {"max_new_tokens": 48, "temperature": 0}
     (found,) = fable_plain.check("The old king said", speculate="draft", draft_tokens=15, **options)
