@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jlayer.engine.picking import likeliest, routed
+from jlayer.engine.picking import in_order, likeliest, routed
 from jlayer.engine.programs import Programs
 from jlayer.engine.residents import Residents
 from jlayer.model.stages import call
@@ -42,19 +42,19 @@ class Chooser:
             self._program(kind, n_rows)
 
     def decide(self, passing: Sequence, following: Tile | None) -> Decision:
-        """The experts that some row uses, in order; all wait here for the router. `following`: the
-        first tile of the next layer's experts, if they are to be guessed."""
+        """The experts that some row uses, those of most rows first; all wait here for the router.
+        `following`: the first tile of the next layer's experts, if they are to be guessed."""
         found = [self._routing(chunk, following) for chunk in passing]
-        chosen, weights = set(), 0.0
+        counts, weights = 0, 0.0
         for number, (chunk, routings) in enumerate(zip(passing, found, strict=True)):
             routings = self._landings.fetch(number, routings)
             real, n_rows = chunk.part.real, chunk.part.size.rows
             routing, *guess = routings.reshape(-1, n_rows, routings.shape[-1])
-            chunk.n_routed, own = routed(routing, real)
-            chosen.update(own)
+            chunk.n_routed = routed(routing, real)
+            counts = counts + chunk.n_routed
             weights = weights + sum(each[real].sum(axis=0) for each in guess)
         guessed = likeliest(weights) if following is not None else ()
-        return Decision(sorted(chosen), guessed)
+        return Decision(in_order(counts), guessed)
 
     def close(self) -> None:
         """Releases the memory that decisions come to."""

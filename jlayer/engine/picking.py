@@ -40,13 +40,19 @@ def picked_length(lengths: Sequence[int], n_routed: int) -> int:
     return next((length for length in lengths if length >= n_routed), 0)
 
 
-def routed(routing: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """routing float32 [R, E], and which rows are no padding -> (for each expert the number of rows
-    that chose it, padding included, or 0 where only padding did [E]; the chosen experts in
-    order)."""
+def routed(routing: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """routing float32 [R, E], and which rows are no padding -> for each expert the number of rows
+    that chose it, padding included, or 0 where only padding did [E]."""
     is_chosen = routing != 0
     used = is_chosen[real].any(axis=0)
-    return np.where(used, is_chosen.sum(axis=0), 0), np.flatnonzero(used).tolist()
+    return np.where(used, is_chosen.sum(axis=0), 0)
+
+
+def in_order(counts: np.ndarray) -> list[int]:
+    """How many rows chose each expert [E] -> the experts that some did, those with most rows first:
+    so those of one call, whose rows are padded to the same length, have about as many."""
+    ordered = np.argsort(-counts, kind="stable")
+    return ordered[counts[ordered] > 0].tolist()
 
 
 def likeliest(weights: np.ndarray) -> list[int]:
