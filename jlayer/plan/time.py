@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from jlayer.plan.experts import NONE_MOVED, Moved
+from jlayer.plan.experts import NONE_MOVED, Moved, at_once
 from jlayer.plan.hosting import EXCHANGE_S, count_stages, seconds_on_host
 from jlayer.plan.machine import (
     CPU_DECODED_WEIGHTS,
@@ -75,9 +75,10 @@ def steps_seconds(
         tile.n_arrays * n * (1 if tile.expert is None else used) for tile, n in tiling.distinct
     )
     n_arrays -= sum(tiling.shapes[index].n_arrays for index in hosted)
-    n_unused = len(tiling.shapes) - len(tiling.certain) - experts.used_tiles
-    n_programs = (count_programs(tiling, hosted) - n_unused) * n_chunks
-    n_steps = len(tiling.certain) + experts.used_tiles
+    n_of_experts = len(tiling.shapes) - len(tiling.certain)
+    n_calls = experts.used_tiles / max((at_once(tile) for tile, *_ in tiling.experts), default=1)
+    n_programs = (count_programs(tiling, hosted) - n_of_experts + n_calls) * n_chunks
+    n_steps = len(tiling.certain) + n_calls
     return n_steps * kind.step_s + n_arrays * kind.array_s + n_programs * kind.program_s
 
 

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -126,6 +127,12 @@ def on_terminal(argv, *, columns=80, rows=24, keys=(), env=None, streams=(0, 1, 
     mode = termios.tcgetattr(side)
     mode[3] |= termios.NOFLSH
     termios.tcsetattr(side, termios.TCSANOW, mode)
+
+    def take_terminal():
+        ioctl(side, termios.TIOCSCTTY, 0)
+        # Who runs the tests in the background ignores it, and so would the command.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
         argv,
         **{
@@ -134,7 +141,7 @@ def on_terminal(argv, *, columns=80, rows=24, keys=(), env=None, streams=(0, 1, 
         },
         env={**os.environ, "TERM": "xterm", **(env or {})},
         start_new_session=True,
-        preexec_fn=lambda: ioctl(side, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
         pass_fds=(side,),
     )
     os.close(side)

@@ -205,11 +205,13 @@ class WholeAnswer:
                     if not out.has_begun:
                         await out.begin(200, JSON_HEADERS)
                     await out.write(b"\n")
+            # Before it is cancelled, since nobody waits for it any more.
+            is_over, error = work.is_over, work.error
         status, body, headers = 200, None, {}
-        if work.is_over and work.error is None:
+        if is_over and error is None:
             body = whole(work)
         else:
-            error = failed(work.error) if work.is_over else stopping_error()
+            error = failed(error) if is_over else stopping_error()
             status, headers = error.status, error.headers
             body = work.reader().teller.body_error(error)
         raw = encode(body)
