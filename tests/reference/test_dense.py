@@ -12,6 +12,7 @@ from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.families.registry import FAMILIES
 from jlayer.plan.shapes import RunShape
+from tests.campaigns import slow_but
 from tests.reference.dense_forms import DENSE, load, reference_logits, save
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.streaming.conftest import set_tile_bytes
@@ -67,10 +68,7 @@ def test_every_family_has_a_model_here():
     assert {model_type for model_type in FAMILIES if model_type in known} == known
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in DENSE],
-)
+@pytest.mark.parametrize("name", slow_but(DENSE, FIRST))
 def test_logits_of_a_prompt(sources, name):
     folder = sources(name)
     with AutoModel.from_pretrained(folder, device="cpu") as model:

@@ -209,7 +209,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize(
     "change",
-    [*SWITCHES[:2], *(pytest.param(each, marks=pytest.mark.slow) for each in SWITCHES[2:])],
+    slow_but(SWITCHES, SWITCHES[:2]),
     ids=lambda change: next(iter(change)),
 )
 def test_every_switch_is_read_and_matters(made, expected, change, tmp_path):

@@ -15,6 +15,7 @@ from jlayer.pieces import expands
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape, rows_for
 from jlayer.plan.tiles import Tier
+from tests.campaigns import slow_but
 from tests.reference.drawn import assert_quantized_stands_for, drawn_here, drawn_there
 from tests.reference.latent_forms import FORMS, load, reference_logits, save
 from tests.streaming.conftest import set_tile_bytes
@@ -32,7 +33,7 @@ PROMPTS = [IDS[0, :n].tolist() for n in (31, 5, 12, 1)]
 N_NEW = 12
 # Those that run in every test session.
 FIRST = ("deepseek_v3", "deepseek_v2-lite", "glm4_moe_lite")
-NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
+NAMES = slow_but(FORMS, FIRST)
 SWITCHES = [
     pytest.param(name, change, id=f"{name}-{number}")
     for name, form in FORMS.items()

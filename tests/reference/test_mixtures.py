@@ -15,6 +15,7 @@ from jlayer.errors import CheckpointError
 from jlayer.families import deepseek
 from jlayer.families.registry import FAMILIES, layer_kinds
 from jlayer.plan.shapes import RunShape
+from tests.campaigns import slow_but
 from tests.reference.drawn import drawn_here, drawn_there
 from tests.reference.mixture_forms import MIXTURES, load, reference_logits, save
 from tests.streaming.conftest import set_tile_bytes
@@ -62,7 +63,7 @@ def expected_logits(folder):
 
 
 def first(names):
-    return [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return slow_but(names, FIRST)
 
 
 def test_every_family_with_experts_has_a_model_here():
