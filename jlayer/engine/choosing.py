@@ -15,10 +15,8 @@ from jlayer.engine.picking import in_order, likeliest, routed
 from jlayer.engine.programs import Programs
 from jlayer.engine.residents import Residents
 from jlayer.model.stages import call
-from jlayer.plan.experts import guesses_at
 from jlayer.plan.tiles import Tile
 from jlayer.spec import resident_dtype
-from jlayer.streaming.executor import Executor
 from jlayer.streaming.landing import Landings
 from jlayer.streaming.steps import Decision
 
@@ -30,11 +28,6 @@ class Chooser:
         self._programs, self._residents = programs, residents
         self._known: dict[tuple, Callable] = {}  # (what routes, rows) -> its program
         self._landings = Landings(programs.device)
-
-    def guesses(self, executor: Executor, n_rows: int) -> bool:
-        """Whether the experts of a forward pass of so many rows are guessed."""
-        experts = self._programs.cfg.experts
-        return executor.has_guesses and guesses_at(experts.router, n_rows)
 
     def compile(self, tiles: Sequence[Tile], n_rows: int) -> None:
         """Compiles the programs that guess for a chunk of so many rows."""

@@ -31,7 +31,7 @@ from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.model.together import mix_together
-from jlayer.plan.experts import at_once
+from jlayer.plan.experts import at_once, is_stacked
 from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
@@ -182,12 +182,13 @@ class Programs:
         """Some experts, each a tile like this one: (weights and numbers of as many as one call
         takes, what a layer's experts look at) -> their sum."""
         n, reads = at_once(tile), ("inputs", "routing", "mixed")
+        stacked = is_stacked(tile, platform_of(self.device.platform))
 
         def function(given, consumed):
             pairs = zip(given["weights"], given["experts"], strict=True)
             experts = [(partial(self.weights, tile, put), number) for put, number in pairs]
             flow = {name: given[name] for name in reads}
-            how = {"n_rows": size.rows, "picked": picked}
+            how = {"n_rows": size.rows, "picked": picked, "stacked": stacked}
             return {"mixed": mix_together(tile.kind, flow, experts, **how)}
 
         given = self.flow(tile, size, reads)

@@ -76,7 +76,7 @@ class Sweeper:
         division = self._divide(executor.tiles, hosted)
         shapes = frozenset((part.size, part.n_wanted) for part in parts)
         n_rows = count_rows(parts)
-        landing, guesses = landing_rows(n_rows), self.chooser.guesses(executor, n_rows)
+        landing, guesses = landing_rows(n_rows), executor.has_guesses
         key = (shapes, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
         if key not in self._prepared:
             with self.programs.together():
@@ -148,7 +148,7 @@ class Sweeper:
                 multiply=multiply,
                 hosted=hosted,
                 decide=lambda _, following: self.chooser.decide(passing, following),
-                guesses=self.chooser.guesses(executor, n_rows),
+                guesses=executor.has_guesses,
             )
             outgoing.finish()
             caches.finish()

@@ -14,22 +14,47 @@ from jlayer.model.stages import call, multiply
 
 
 def mix_together(
-    kind: LayerKind, flow: Mapping, experts: Sequence[tuple], *, n_rows: int, picked: int
+    kind: LayerKind,
+    flow: Mapping,
+    experts: Sequence[tuple],
+    *,
+    n_rows: int,
+    picked: int,
+    stacked: bool,
 ) -> jax.Array:
     """The sum in the flow, float32 [R, D], with what some experts give.
 
     `experts`: (weights by leaf, number) of each, the weights by a function without arguments, since
     one expert at a time is decoded. The number of all experts is that of none: it adds nothing.
     `picked`: of an expert so many rows are multiplied, among them those that chose it; 0: all.
+    `stacked`: their weights are copied to one array and multiplied at a time.
     """
     # A column of zeros for no expert.
     flow = {**flow, "routing": jnp.pad(flow["routing"], ((0, 0), (0, 1)))}
+    if stacked:
+        return mix_stacked(kind, flow, experts, n_rows, picked)
     for weights_of, number in experts:
         # One after another, so that no more than one has decoded matrices at a time.
         inputs, mixed = jax.lax.optimization_barrier((flow["inputs"], flow["mixed"]))
         flow |= {"inputs": inputs, "mixed": mixed, "expert": number}
         flow["mixed"] = _mixed(kind, flow, weights_of(), n_rows, picked)
     return flow["mixed"]
+
+
+def mix_stacked(kind, flow, experts, n_rows, picked):
+    """The same by one product of all: a GPU takes longer to be told of eight small kernels than to
+    copy the weights for one."""
+    weights = jax.tree.map(lambda *each: jnp.stack(each), *(made() for made, _ in experts))
+    numbers = jnp.stack([number for _, number in experts])
+    alone = flow | {"mixed": jnp.zeros_like(flow["mixed"])}
+
+    def given(weights, number):
+        return _mixed(kind, alone | {"expert": number}, weights, n_rows, picked)
+
+    mixed = flow["mixed"]
+    for output in jax.vmap(given)(weights, numbers):  # in the same order as one after another
+        mixed = mixed + output
+    return mixed
 
 
 def _mixed(kind, flow, weights, n_rows, picked):

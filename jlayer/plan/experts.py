@@ -100,9 +100,9 @@ def distinct(router: Router, n_rows: int) -> float:
     return n * (1 - (1 - router.n_chosen / n) ** max(1, n_rows))
 
 
-# The bytes of experts that one call multiplies, and the most experts. A call takes 0.2 ms of Python
-# and the driver, as long as 10 MB take to cross a fast link; but the first expert of a call waits
-# for the last, so the link is ahead by as much.
+# The bytes of experts that one call multiplies, and the most experts. A call takes 0.1 to 0.2 ms of
+# Python and the driver, as long as 5 to 10 MB take to cross a fast link; but the first expert of a
+# call waits for the last, so the link is ahead by as much.
 AT_ONCE_BYTES, MOST_AT_ONCE = 64 << 20, 8
 
 
@@ -115,6 +115,27 @@ def at_once(tile: Tile) -> int:
     return min(few, MOST_AT_ONCE, tile.kind.router.n_chosen)
 
 
+def is_stacked(tile: Tile, platform: str) -> bool:
+    """Whether the experts of a call are copied to one array and multiplied by one product: on a
+    GPU, where a kernel takes longer to launch than 9 MB to copy. Those that are decoded are so one
+    at a time, for the sake of memory."""
+    is_plain = all(part.encoding.is_plain for part in tile.parts)
+    return platform == "gpu" and is_plain and at_once(tile) > 1
+
+
+def stacked_bytes(tiling: Tiling, platform: str, *, n_rows: int, hidden: int) -> int:
+    """Bytes of the copies of several experts that a program makes, and of what each gives to
+    `n_rows` rows of `hidden` numbers, before and after their weights."""
+    return max(
+        (
+            at_once(tile) * (tile.n_bytes + 2 * 4 * n_rows * hidden)
+            for tile, _ in tiling.distinct
+            if tile.expert is not None and is_stacked(tile, platform)
+        ),
+        default=0,
+    )
+
+
 def passing(tiles: Iterable[Tile], ahead: int) -> int:
     """The most tiles of experts that are on the device at a time besides those that stay there, at
     least `ahead`: those of one call, and as many that are on their way meanwhile. `tiles`: at least
@@ -122,11 +143,11 @@ def passing(tiles: Iterable[Tile], ahead: int) -> int:
     return max((max(ahead, 2 * at_once(tile)) for tile in tiles), default=0)
 
 
-# So many bytes of experts are put by guess for a layer, and so many experts: what the link and the
-# host can do while the layer's own attention and router run, about 0.5 ms. An expert of more than
-# MOST_GUESSED_BYTES is not guessed: a wrong one would take several times as long as there is to
-# hide.
-GUESSED_BYTES, GUESSED_EXPERTS, MOST_GUESSED_BYTES = 32 << 20, 4, 128 << 20
+# So many bytes of experts are put by guess for a layer, and so many experts: what a fast link
+# brings while the experts of the layer before run, and its own attention and router, about 1.5 ms.
+# An expert of more than MOST_GUESSED_BYTES is not guessed: a wrong one would take several times as
+# long as there is to hide.
+GUESSED_BYTES, GUESSED_EXPERTS, MOST_GUESSED_BYTES = 80 << 20, 8, 128 << 20
 
 
 def guess_rooms(router: Router, size: int, room: int) -> int:
@@ -136,12 +157,6 @@ def guess_rooms(router: Router, size: int, room: int) -> int:
         return 0
     most = min(router.n_chosen, GUESSED_EXPERTS)
     return min(most, max(1, GUESSED_BYTES // size), room // (2 * size))
-
-
-def guesses_at(router: Router, n_rows: int) -> bool:
-    """Whether experts are guessed in a forward pass of so many tokens: not where more than half of
-    them are used, since the link is then busy from layer to layer."""
-    return distinct(router, n_rows) <= router.n_experts / 2
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jlayer.pieces import (
     expands,
     latent_bytes,
 )
-from jlayer.plan.experts import passing
+from jlayer.plan.experts import passing, stacked_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import (
@@ -281,12 +281,13 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     """An upper bound for the temporaries of any one program of a run, in bytes.
 
     The float32 values alive at once in attention or in the MLP; and the copies of the tile's
-    matrices that are decoded, or cast to the compute dtype, before the product.
+    matrices that are decoded, or cast to the compute dtype, or stacked, before the product.
     """
     cfg = weights.cfg
     from_attention = most_attention_bytes(cfg, shapes, platform=platform)
     n_rows = shapes.chunk
-    decoded = tiling.decoded_bytes
+    stacked = stacked_bytes(tiling, platform, n_rows=n_rows, hidden=cfg.hidden_size)
+    decoded = tiling.decoded_bytes + stacked
     if tiling.is_whole:
         # The products of the blocks of a decoded matrix are copied once more, to order them.
         is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)

@@ -23,6 +23,7 @@ from jlayer.plan.experts import NO_EXPERTS, ExpertRooms, passing
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.cached import PageCache
+from jlayer.streaming.driver import Driver
 from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.putting import putter
@@ -39,6 +40,7 @@ from jlayer.streaming.steps import (
     Run,
     Take,
 )
+from jlayer.streaming.turns import Room, Rooms
 from jlayer.streaming.watch import Totals, Watch
 
 
@@ -101,6 +103,8 @@ class Executor:
         self._expert_ahead = passing(of_experts, ahead)
         self._expert_ring = self._expert_ahead and self._expert_ahead + ring - ahead
         self.experts = self._expert_stream()
+        has_rooms = self._has_link and self.experts is not None
+        self._rooms = Rooms(self._put_on_device, Driver()) if has_rooms else None
         self.incoming = Incoming(
             store,
             tiles,
@@ -113,7 +117,7 @@ class Executor:
             page_cache=page_cache,
         )
         self._keep(tiers)
-        self._on_device: dict[int, object] = {}  # tile -> its arrays on the device
+        self._on_device: dict[int, object] = {}  # tile -> its arrays on the device, or its room
         self._passing: set[int] = set()  # the tiles on the device that do not stay
         self._outputs: dict[int, object] = {}  # passing tile -> the output of its run
         self._hosted: frozenset[int] = frozenset()  # the tiles that the host's cores multiply
@@ -301,7 +305,7 @@ class Executor:
                     self._note_passing(tile)
                 return self._on_device[tile]
             case Drop(tile):
-                del self._on_device[tile]
+                self._drop(tile)
                 self._passing.discard(tile)
             case Keep(tile):
                 self._passing.remove(tile)
@@ -309,7 +313,10 @@ class Executor:
                 if self._decide is None:
                     return Decision(range(len(self.experts.choices[tile].tiles)))
                 following = None if guess is None else self.tiles[guess]
-                return self._decide(self.tiles[tile], following)
+                decision = self._decide(self.tiles[tile], following)
+                if self._rooms:
+                    self._rooms.note_end()  # what was decided hangs on all that ran before
+                return decision
             case Run(tile, "host"):
                 self._outputs[tile] = self._run_on_host(tile, signals)
                 return self._outputs[tile]
@@ -328,23 +335,38 @@ class Executor:
                     self._caches.take(self.tiles[tile].layer)
             case Free(tile, _, None):
                 jax.block_until_ready(self._on_device[tile])
-            case Free(tile, _, after):
+            case Free(tile, slot, after):
                 # Wait for the output, not the transfer: on the CPU the slot itself is the weight.
                 output = self._outputs.pop(after)
                 if tile in self._hosted:
                     output.wait()
                     return
-                jax.block_until_ready(output)
-                del self._on_device[tile]
+                if isinstance(self._on_device[tile], Room):
+                    if slot is not None:
+                        jax.block_until_ready(self._on_device[tile])
+                else:
+                    jax.block_until_ready(output)
+                self._drop(tile)
                 self._passing.remove(tile)
 
     def _use(self, tiles, run):
         """Has tiles used on the device: several in one call, if there is one for that."""
         used = [self.tiles[tile] for tile in tiles]
-        arrays = [self._on_device[tile] for tile in tiles]
+        held = [self._on_device[tile] for tile in tiles]
+        in_rooms = isinstance(held[0], Room)
+        arrays = self._rooms.arrays_of(held) if in_rooms else held
         if self._run_together and used[0].is_whole_expert:
-            return self._run_together(used, arrays)
-        return [run(*pair) for pair in zip(used, arrays, strict=True)][-1]
+            output = self._run_together(used, arrays)
+        else:
+            output = [run(*pair) for pair in zip(used, arrays, strict=True)][-1]
+        if in_rooms:
+            self._rooms.ran(held, output)
+        return output
+
+    def _drop(self, tile):
+        held = self._on_device.pop(tile)
+        if isinstance(held, Room):
+            self._rooms.give_back(held)
 
     def _run_on_host(self, tile, signals):
         self.totals.host_product_bytes += self.tiles[tile].n_bytes
@@ -366,6 +388,8 @@ class Executor:
             # Without a link the arrays would be views of the slot, which is written again.
             views = {leaf: array.copy() for leaf, array in views.items()}
         self.totals.put_bytes += self.tiles[tile].n_bytes
+        if self._rooms and self.tiles[tile].expert is not None:
+            return self._rooms.fill(views)
         return self._put_on_device(views)
 
     def _note_passing(self, tile):
@@ -386,8 +410,11 @@ class Executor:
         for result in self._multiplying:
             result.leave()
         self._multiplying.clear()
-        with suppress(jax.errors.JaxRuntimeError):
-            jax.block_until_ready((self._last_output, list(self._on_device.values())))
+        with suppress(jax.errors.JaxRuntimeError, StorageError):
+            held = list(self._on_device.values())
+            jax.block_until_ready((self._last_output, held))
+            if self._rooms:
+                self._rooms.clear(each for each in held if isinstance(each, Room))
         self._on_device.clear()
         self._passing.clear()
         self._outputs.clear()
@@ -403,6 +430,8 @@ class Executor:
         self._is_closed = True
         self._abandon()
         self.incoming.close()
+        if self._rooms:
+            self._rooms.close()
 
 
 def first_line(error: Exception) -> str:

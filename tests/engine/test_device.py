@@ -14,6 +14,7 @@ from jlayer.plan.machine import PLATFORMS
 GIB = 1 << 30
 CONTEXT = PLATFORMS["gpu"].context_bytes
 CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+ASYNC = "PJRT_GPU_ENABLE_ASYNC_DISPATCH"
 
 
 class Gpu:
@@ -32,6 +33,7 @@ class Gpu:
 def gpu(monkeypatch):
     """Puts a GPU with so many bytes in the place of what the driver and JAX find."""
     monkeypatch.delenv(CAP, raising=False)
+    monkeypatch.delenv(ASYNC, raising=False)
 
     def put(total, free, *, is_started=False):
         monkeypatch.setattr(device, "gpu_memory", lambda: (total, free))
@@ -47,6 +49,17 @@ def test_the_allocator_gets_what_the_context_leaves(gpu):
     _, budget, context = device.choose("gpu", 4 * GIB)
     assert (budget, context) == (4 * GIB, CONTEXT)
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - CONTEXT) / (8 * GIB), abs=1e-6)
+
+
+def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_says_no(
+    gpu, monkeypatch
+):
+    gpu(8 * GIB, 6 * GIB)
+    device.choose("gpu", 4 * GIB)
+    assert os.environ[ASYNC] == "1"
+    monkeypatch.setenv(ASYNC, "0")
+    device.choose("gpu", 4 * GIB)
+    assert os.environ[ASYNC] == "0"
 
 
 def test_page_tables_of_pinned_memory_are_taken_from_the_allocator(gpu):

@@ -10,13 +10,14 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
-from jlayer.engine import picking
+from jlayer.engine import picking, programs
 from jlayer.engine.choosing import Chooser
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.families.registry import layer_kinds
+from jlayer.model import together
 from jlayer.parts import Router
 from jlayer.plan import making
-from jlayer.plan.experts import ExpertRooms
+from jlayer.plan.experts import ExpertRooms, is_stacked
 from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.steps import Fetch
 from tests.campaigns import slow_but
@@ -100,6 +101,31 @@ def test_the_hosts_cores_multiply_what_all_tokens_use(published, expected):
         tokens, logits = told(model)
     assert tokens == expected[0]
     np.testing.assert_allclose(logits, expected[1], rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("kept", slow_but([(0, 0), (2, 5)], [(2, 5)]))
+def test_experts_that_are_stacked_give_the_same(published, expected, keep, monkeypatch, kept):
+    """As on a GPU: one product of all experts of a call, of a few rows and of picked ones."""
+    keep(*kept)
+    long = np.random.default_rng(4).integers(3, 133, (1, 70))
+    with opened(published) as model:
+        of_many = model.logits(long)
+    stacked = []
+
+    def seen(*arguments):
+        stacked.append(arguments[-1])
+        return real(*arguments)
+
+    real = together.mix_stacked
+    monkeypatch.setattr(together, "mix_stacked", seen)
+    monkeypatch.setattr(programs, "is_stacked", lambda tile, _: is_stacked(tile, "gpu"))
+    with opened(published) as model:
+        tokens, logits = told(model)
+        found = model.logits(long)
+    assert set(stacked) == {0, 16, 32}  # all rows, and lengths of picked ones
+    assert tokens == expected[0]
+    for some, right in ((logits, expected[1]), (found, of_many)):
+        np.testing.assert_allclose(some, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
 def test_lanes_together_are_what_each_is_alone(published, expected, keep):
