@@ -40,6 +40,7 @@ class Driver:
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._context = ctypes.c_void_p()
         self._device = 0
+        self._call("cuInit", 0)  # JAX has done it, where it has started
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         for name, kinds in _ARGUMENTS.items():
             getattr(self._cuda, name).argtypes = kinds
