@@ -48,6 +48,11 @@ class Encoding(ABC):
         """Whether a row of a piece is of one row of the matrix."""
         return True
 
+    @property
+    def width_unit(self) -> int:
+        """The inputs of a row are a multiple of this."""
+        return 1
+
     @abstractmethod
     def decoded_bytes(self, n_rows: int, width: int, *, dtype: str, platform: str) -> int:
         """Bytes of the decoded copy that a product in `dtype` makes at a time, of `n_rows` rows."""
