@@ -4,7 +4,6 @@ import statistics
 from itertools import product
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from jlayer.encodings.linear import GROUPS, INT8_SCB, LINEAR
 from jlayer.encodings.registry import ENCODINGS
 from jlayer.encodings.tables import FP4, NF4
 from jlayer.model.products import Encoded, dequantize
+from tests.encoded import random_pieces
 
 # The last group of 32 and of 64 is short, of 128 too.
 WIDTH = 336
@@ -22,18 +22,6 @@ FORMS = (
     *("uint4_g64_float16_bytes", "uint4_row_bfloat16", "int8_g32_float16", "int8_row_float32"),
     "int8_scb",
 )
-
-
-def pieces_of(form, rows, width, *, seed=0):
-    """Random codes and scales."""
-    rng, found = np.random.default_rng(seed), {}
-    for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
-        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        if kind.itemsize == 1:
-            found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
-        else:
-            found[name] = rng.standard_normal(shape).astype(kind)
-    return found
 
 
 def by_formula(form, pieces, row, at):
@@ -60,7 +48,7 @@ def by_formula(form, pieces, row, at):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_weight_is_what_its_formula_says(form):
-    pieces = pieces_of(form, 3, WIDTH)
+    pieces = random_pieces(form, 3, WIDTH)
     expected = [[by_formula(form, pieces, row, at) for at in range(WIDTH)] for row in range(3)]
     found = decoded(form, pieces, WIDTH)
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
