@@ -44,7 +44,8 @@ SCALES_OF_TABLES = {"e8m0": e8m0_values()}
 
 
 def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
-    """The weights [rows, width], float32."""
+    """The weights [rows, width], float32. Each piece has a row for each of the matrix
+    (`some_rows`), or one for all."""
     if encoding(form).is_plain:
         return pieces[WHOLE].astype(np.float32)
     q, scale = pieces[Q], pieces[SCALE]
@@ -64,14 +65,29 @@ def _of_table(table: Table, q, scale, width):
 
 def product(x: np.ndarray, form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
     """x float32 [C, in] -> float32 [C, rows], decoding some rows at a time."""
-    n_rows = next(iter(pieces.values())).shape[0]
+    n_rows = pieces[encoding(form).main].shape[0]
     y = np.empty((x.shape[0], n_rows), np.float32)
     step = max(1, BLOCK_BYTES // (4 * width))
     for first in range(0, n_rows, step):
-        rows = slice(first, first + step)
-        some = {name: piece[rows] for name, piece in pieces.items()}
-        y[:, rows] = x @ decoded(form, some, width).T
+        count = min(step, n_rows - first)
+        some = some_rows(form, pieces, first, count)
+        y[:, first : first + count] = x @ decoded(form, some, width).T
     return y
+
+
+def some_rows(
+    form: str, pieces: Mapping[str, np.ndarray], first: int, count: int
+) -> dict[str, np.ndarray]:
+    """What the pieces of a matrix have for `count` of its rows from `first` on: a row for each; of
+    a piece that is for all rows, all of it."""
+
+    def of(name, piece):
+        per = encoding(form).rows_per(name)
+        if per == 1:
+            return piece[first : first + count]
+        return piece[np.arange(first, first + count) // per] if per else piece
+
+    return {name: of(name, piece) for name, piece in pieces.items()}
 
 
 def _spread(factors, group, width):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlayer.encodings import plain
 from jlayer.encodings.base import WHOLE, Encoding
-from jlayer.encodings.grouped import SCALE, Grouped, Q
+from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.tables import TABLES
@@ -16,9 +16,8 @@ ENCODINGS: dict[str, Encoding] = {
 }
 # The encodings that the converter can quantize to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
-_PIECES = (Q, SCALE)
-# dtype of the main piece -> weights in one number of it. Encodings with one dtype agree in it.
-WEIGHTS_A_NUMBER = {row.q_dtype: 8 // row.bits for row in (*SCHEMES.values(), *TABLES.values())}
+# The names of the pieces of all encodings; which there are does not depend on a matrix's shape.
+_PIECES = {piece for row in ENCODINGS.values() for piece in row.pieces((1, 1))} - {WHOLE}
 
 
 def encoding(name: str) -> Encoding:

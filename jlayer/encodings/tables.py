@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlayer.encodings.grouped import Grouped
+from jlayer.encodings.grouped import SCALE, Grouped
 
 # The sixteen numbers of e2m1, by their bits: sign, two of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -33,6 +33,9 @@ class Table(Grouped):
     scale_dtype: str = "uint8"
     levels: tuple[float, ...] = E2M1
     scales: str = "e8m0"
+
+    def number_format(self, piece):
+        return self.scales if piece == SCALE else None
 
 
 MXFP4 = Table("mxfp4")
