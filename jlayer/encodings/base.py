@@ -61,7 +61,14 @@ class Encoding(ABC):
     @property
     def row_unit(self) -> int:
         """Ranges of rows begin at multiples of this number."""
-        return math.lcm(*(n for piece in self.pieces((1, 1)) if (n := self.rows_per(piece))))
+        return math.lcm(
+            *(n for piece in self.pieces((1, self.width_unit)) if (n := self.rows_per(piece)))
+        )
+
+    @property
+    def width_unit(self) -> int:
+        """The inputs of a row are a multiple of this."""
+        return 1
 
     @abstractmethod
     def decoded_bytes(self, n_rows: int, width: int, *, dtype: str, platform: str) -> int:

@@ -15,7 +15,8 @@ from jlayer.checkpoint.quantization import (
     stored_tensors,
 )
 from jlayer.convert.transform.packed import LEVELS, decode_scales, dequantize, pack, unpack
-from jlayer.encodings.base import WHOLE
+from jlayer.encodings import plain
+from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import (
@@ -83,8 +84,10 @@ def test_each_weight_is_its_number_times_its_groups_scale(scheme, width):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
-@given(rows=st.integers(1, 9), width=st.integers(1, 300))
-def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, width):
+@settings(max_examples=20)
+@given(rows=st.integers(1, 9), units=st.integers(1, 300))
+def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, units):
+    width = units * encoding.width_unit
     pieces = encoding.pieces((rows, width))
     assert encoding.main in pieces
     axis = 0 if encoding.by_rows else -1
@@ -97,7 +100,11 @@ def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encodin
         assert all_rows == rows * encoding.n_bytes((1, width))
     for piece in pieces:
         assert split_piece(piece_name("a.q_proj.weight", piece)) == ("a.q_proj.weight", piece)
-    assert encoding.is_plain == (encoding.main == WHOLE)
+    assert encoding.is_plain == (encoding in plain.ENCODINGS)
+    if isinstance(encoding, Grouped):
+        dtype, shape = pieces[encoding.main]
+        n_weights = 8 // encoding.bits * math.prod(shape) * STORED_BYTES[dtype]
+        assert rows * width <= n_weights < rows * (width + 8 // encoding.bits)
 
 
 def test_bits_are_what_is_promised_all_included():
