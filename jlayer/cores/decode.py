@@ -8,6 +8,7 @@ import numpy as np
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.fp8 import FP8, Float8
 from jlayer.encodings.grouped import SCALE, WHOLE_ROW, Grouped, Q
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
@@ -60,6 +61,8 @@ def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarr
         return _of_table(row, **pieces, width=width)
     if form in LINEAR:
         return _of_integers(row, **pieces, width=width)
+    if form in FP8:
+        return pieces[Q].astype(np.float32) * _spread(pieces[SCALE].astype(np.float32), row, width)
     q, scale = pieces[Q], pieces[SCALE]
     if form == INT8.name:
         return q * _spread(scale.astype(np.float32), row, width)
@@ -115,7 +118,7 @@ def some_rows(
     return {name: of(name, piece) for name, piece in pieces.items()}
 
 
-def _spread(factors, row: Grouped, width):
+def _spread(factors, row: Grouped | Float8, width):
     """Repeats each group's factor for its inputs: [rows, groups] -> [rows, width]."""
     if row.group == WHOLE_ROW:
         return factors
