@@ -13,8 +13,13 @@ NUMPY_DTYPE = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
-# Integers, and what scales of bytes stand for: no number of the former is infinite or NaN.
-_BYTES = {"int8": None, "uint8": None, "e8m0": E8M0_NAN}
+# Bytes: which bits of one are looked at, and what they are of a NaN. None: no byte is one.
+_BYTES = {
+    "int8": None,
+    "uint8": None,
+    "e8m0": (0xFF, E8M0_NAN),
+    "float8_e4m3fn": (0x7F, 0x7F),
+}
 # A number is infinite or NaN exactly when all bits of its exponent are set.
 _EXPONENT = {
     "bfloat16": np.uint16(0x7F80),
@@ -30,8 +35,10 @@ def count_nonfinite(chunk: Chunk, dtype: str) -> int:
     integers, the negative ones are. So two maxima, which allocate nothing, clear most chunks.
     """
     if dtype in _BYTES:
-        none = _BYTES[dtype]
-        return 0 if none is None else int(np.count_nonzero(np.frombuffer(chunk, np.uint8) == none))
+        if _BYTES[dtype] is None:
+            return 0
+        bits, none = _BYTES[dtype]
+        return int(np.count_nonzero(np.frombuffer(chunk, np.uint8) & np.uint8(bits) == none))
     exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, exponent.dtype)
     signed = bits.view(f"i{bits.itemsize}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.fp8 import FP8, Float8
 from jlayer.encodings.grouped import SCALE, WHOLE_ROW, Grouped, Q
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
@@ -47,7 +48,8 @@ SCALES_OF_TABLES = {"e8m0": lambda scale: _E8M0[scale], "float32": lambda scale:
 
 
 def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
-    """The weights [rows, width], float32."""
+    """The weights [rows, width], float32. Each piece has a row for each of the matrix
+    (`some_rows`), or one for all."""
     row = encoding(form)
     if row.is_plain:
         return pieces[WHOLE].astype(np.float32)
@@ -59,6 +61,8 @@ def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarr
         return _of_table(row, **pieces, width=width)
     if form in LINEAR:
         return _of_integers(row, **pieces, width=width)
+    if form in FP8:
+        return pieces[Q].astype(np.float32) * _spread(pieces[SCALE].astype(np.float32), row, width)
     q, scale = pieces[Q], pieces[SCALE]
     if form == INT8.name:
         return q * _spread(scale.astype(np.float32), row, width)
@@ -89,17 +93,32 @@ def _pairs(q, is_high_first):
 
 def product(x: np.ndarray, form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
     """x float32 [C, in] -> float32 [C, rows], decoding some rows at a time."""
-    n_rows = next(iter(pieces.values())).shape[0]
+    n_rows = pieces[encoding(form).main].shape[0]
     y = np.empty((x.shape[0], n_rows), np.float32)
     step = max(1, BLOCK_BYTES // (4 * width))
     for first in range(0, n_rows, step):
-        rows = slice(first, first + step)
-        some = {name: piece[rows] for name, piece in pieces.items()}
-        y[:, rows] = x @ decoded(form, some, width).T
+        count = min(step, n_rows - first)
+        some = some_rows(form, pieces, first, count)
+        y[:, first : first + count] = x @ decoded(form, some, width).T
     return y
 
 
-def _spread(factors, row: Grouped, width):
+def some_rows(
+    form: str, pieces: Mapping[str, np.ndarray], first: int, count: int
+) -> dict[str, np.ndarray]:
+    """What the pieces of a matrix have for `count` of its rows from `first` on: a row for each; of
+    a piece that is for all rows, all of it."""
+
+    def of(name, piece):
+        per = encoding(form).rows_per(name)
+        if per == 1:
+            return piece[first : first + count]
+        return piece[np.arange(first, first + count) // per] if per else piece
+
+    return {name: of(name, piece) for name, piece in pieces.items()}
+
+
+def _spread(factors, row: Grouped | Float8, width):
     """Repeats each group's factor for its inputs: [rows, groups] -> [rows, width]."""
     if row.group == WHOLE_ROW:
         return factors

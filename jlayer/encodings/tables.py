@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlayer.encodings.grouped import Grouped
+from jlayer.encodings.grouped import SCALE, Grouped
 
 # The sixteen numbers of e2m1, by their bits: sign, two of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -50,6 +50,9 @@ class Table(Grouped):
     levels: tuple[float, ...] = E2M1
     scales: str = "e8m0"
     is_high_first: bool = False
+
+    def number_format(self, piece):
+        return self.scales if piece == SCALE else None
 
 
 def _bitsandbytes(name, levels):

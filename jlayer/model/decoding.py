@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlayer.encodings.fp8 import ALL_ROWS, FP8, Float8
 from jlayer.encodings.grouped import WHOLE_ROW, Grouped
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
@@ -51,13 +52,20 @@ def _decode_linear(*, q, scale, zero=None, width, row: Linear):
     return ranges
 
 
+def _decode_fp8(*, q, scale, width, row: Float8):
+    """A scale for all rows is [1]; else there is one for each row and group."""
+    factors = scale.astype(jnp.float32)
+    factors = factors[None] if row.rows == ALL_ROWS else _spread(factors, row, width)
+    return [q.astype(jnp.float32) * factors]
+
+
 def _e8m0(codes):
     """2 ** (code - 127), float32; 0 becomes the bits of 2 ** -127, and 255 those of infinity."""
     bits = codes.astype(jnp.uint32) << 23
     return jax.lax.bitcast_convert_type(jnp.maximum(bits, np.uint32(1 << 22)), jnp.float32)
 
 
-def _spread(factors, row: Grouped, width):
+def _spread(factors, row: Grouped | Float8, width):
     """Repeats each group's factor for its inputs of one part: [out, groups] -> [out, in / parts].
     A group is a multiple of the parts."""
     rows, groups = factors.shape
@@ -84,6 +92,7 @@ DECODE_GROUPED = (
     {INT8.name: _decode_int8, INT4.name: _decode_int4}
     | {name: partial(_decode_table, table=table) for name, table in TABLES.items()}
     | {name: partial(_decode_linear, row=row) for name, row in LINEAR.items()}
+    | {name: partial(_decode_fp8, row=row) for name, row in FP8.items()}
 )
 # How the scales of tables are decoded.
 SCALES = {"e8m0": _e8m0, "float32": lambda scale: scale}

@@ -64,7 +64,7 @@ class Encoded:
 
     @property
     def n_rows(self) -> int:
-        return next(iter(self.pieces.values())).shape[0]
+        return self.pieces[ENCODINGS[self.encoding].main].shape[0]
 
 
 @struct.dataclass
@@ -211,6 +211,11 @@ def dequantize(weight: Encoded, width: int):
     return in_rows(parts, parts=row.parts, run=row.run)
 
 
+def as_array(weight, width: int):
+    """All of a matrix [out, in] as one array: as it is, or decoded; `width` is in."""
+    return dequantize(weight, width) if isinstance(weight, Encoded) else weight
+
+
 def embedded(table, ids, *, width: int, dtype):
     """Rows of an embedding table of any form: ids [R] -> [R, width] in `dtype`."""
 
@@ -227,8 +232,21 @@ def embedded(table, ids, *, width: int, dtype):
 
 def _parts(weight, first, count, width):
     """Some rows decoded to float32, as arrays of ranges of inputs, in the order of `in_order`."""
-    pieces = {name: _rows(piece, first, count) for name, piece in weight.pieces.items()}
+    row = ENCODINGS[weight.encoding]
+    pieces = {
+        name: _rows_for(piece, first, count, per=row.rows_per(name))
+        for name, piece in weight.pieces.items()
+    }
     return DECODE[weight.encoding](**pieces, width=width)
+
+
+def _rows_for(piece, first, count, *, per: int):
+    """What a piece has for some rows of its matrix, a row for each; where it has a row for all of
+    them, that one."""
+    if per == 1:
+        return _rows(piece, first, count)
+    whole = _rows(piece, 0, piece.shape[0])
+    return whole[(first + jnp.arange(count)) // per] if per else whole
 
 
 def _rows(matrix, first, count):

@@ -91,10 +91,13 @@ def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encodin
     pieces = encoding.pieces((rows, width))
     assert encoding.main in pieces
     axis = 0 if encoding.by_rows else -1
-    assert all(shape[axis] == rows for _, shape in pieces.values())
-    one, all_rows = encoding.n_bytes((1, width)), encoding.n_bytes((rows, width))
-    assert all_rows == rows * one
+    for piece, (_, shape) in pieces.items():
+        per = encoding.rows_per(piece)
+        assert shape[axis] == (-(-rows // per) if per else 1)
+    all_rows = encoding.n_bytes((rows, width))
     assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())
+    if encoding.row_unit == 1 and all(map(encoding.rows_per, pieces)):
+        assert all_rows == rows * encoding.n_bytes((1, width))
     for piece in pieces:
         assert split_piece(piece_name("a.q_proj.weight", piece)) == ("a.q_proj.weight", piece)
     assert encoding.is_plain == (encoding in plain.ENCODINGS)

@@ -170,17 +170,8 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         if raw.get("model_type") is None and not raw.get("architectures"):
             tell(f"{ref}: model_type is missing; assumed to be llama")
             raw["model_type"] = "llama"
-        return model_config(_without_fp8(raw, ref), where=ref)
+        return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
-
-
-def _without_fp8(raw, where):
-    """Weights that are published in FP8 do not run as such; but a plan needs the sizes alone."""
-    section = raw.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "fp8":
-        return raw
-    tell(f"{where}: its weights are FP8, which does not run yet; planned in the config's dtype")
-    return {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 def _weights(
@@ -188,7 +179,7 @@ def _weights(
 ) -> Weights:
     """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
     stored = planned_dtype(cfg, dtype)
-    as_published = quantization is None and not is_layered(ref)
+    as_published = not is_layered(ref) and not (quantization and quantization.scheme)
     return unseen_weights(
         *(cfg, quantization), stored=stored, dtype=dtype or stored, as_published=as_published
     )
@@ -245,10 +236,10 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
             at_int8 = layer_tensor_name(cfg, leaf, layer) in quantization.at_int8
             counts[leaf.name] = counts.get(leaf.name, 0) + at_int8
     kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
-    bits = quantization.block_bits(published_tensors(cfg))
+    bits, kept_as = quantization.block_bits(published_tensors(cfg)), quantization.table.encodings
     return (
         f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
-        + (f"; experts {quantization.experts}, as published" if quantization.experts else "")
+        + (f"; {', '.join(kept_as)} as published" if kept_as else "")
         + (f"; at int8 as well {kept}" if kept else "")
     )
 
