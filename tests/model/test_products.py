@@ -15,7 +15,7 @@ ROWS = 21
 FORMS = (
     *BLOCKS,
     *("nf4", "packed4_g32_bfloat16", "packed8_row_float16", "uint4_g64_float32_bytes"),
-    *("int8_g128_float16", "int8_scb"),
+    *("int8_g128_float16", "int8_scb", "nvfp4", "fp8_128x128", "fp8_tensor_bfloat16"),
 )
 
 
