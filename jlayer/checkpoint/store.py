@@ -12,6 +12,7 @@ from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.foreign import adapter_notes
+from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import (
     CONFIG,
     EMBED_FILE,
@@ -37,6 +38,7 @@ from jlayer.encodings.registry import encoding
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
+from jlayer.gguf.parts import is_gguf
 from jlayer.spec import ModelConfig
 from jlayer.strict import regular_status
 
@@ -73,7 +75,8 @@ class Store:
             self._open_layered()
         else:
             with links_followed(wanted=follow_links) as taken:
-                self._open_published()
+                opened = open_gguf if is_gguf(self.folder) else open_published
+                self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
 
     def _open_layered(self):
@@ -91,8 +94,7 @@ class Store:
             *adapter_notes(self.folder, names_in(self.folder)),
         )
 
-    def _open_published(self):
-        source = open_published(self.folder)
+    def _take_published(self, source):
         self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
         self.quantization = published_quantization(self.cfg)
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}

@@ -1,0 +1,81 @@
+"""Opens a GGUF model to run it in place or to convert it: its config, and where each tensor lies.
+
+The head is read by `jlayer.gguf`. Names, shapes and dtypes go through the checks of a published
+folder. No weights are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+
+from jlayer.checkpoint.agree import EXTRA, check_tensors, listed
+from jlayer.checkpoint.safetensors import TensorEntry
+from jlayer.checkpoint.source import Published, SourceFile, Stored, regular_file
+from jlayer.config import model_config
+from jlayer.errors import UnsupportedModelError
+from jlayer.families.registry import layer_of
+from jlayer.gguf.config import config_of, encoded
+from jlayer.gguf.names import published
+from jlayer.gguf.parts import open_head
+from jlayer.gguf.reader import Head
+from jlayer.spec import ITEM_BYTES, ModelConfig
+
+
+def open_gguf(path: str) -> Published:
+    """Opens the GGUF model at `path`, its first part where it is split.
+
+    Raises CheckpointError, UnsupportedModelError or StorageError.
+    """
+    head = open_head(path)
+    raw = config_of(head)
+    cfg, notes = model_config(raw, where=path), []
+    files = {part: _file(part) for part in head.parts}
+    tables = _tables(head, cfg, files, notes)
+    label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
+    copies_of = check_tensors(path, cfg, tables, [], notes, extra_label=label)
+    tensors = {name: (copies[0][0].file, copies[0][1]) for name, copies in copies_of.items()}
+    return Published(cfg, tensors, _fingerprint(encoded(raw), head, files), tuple(notes))
+
+
+def _file(path) -> SourceFile:
+    return regular_file(os.path.dirname(path) or os.curdir, os.path.basename(path))
+
+
+def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes):
+    """By file, published name -> (place, entry). Layers that guess further tokens are left out,
+    and so are encodings that are not known, by name."""
+    tables, unknown, further = {path: {} for path in files}, {}, set()
+    for name, tensor in head.tensors.items():
+        if tensor.type not in ITEM_BYTES:
+            unknown.setdefault(tensor.type, []).append(name)
+            continue
+        for own, part in published(cfg.model_type, name, tensor):
+            layer = layer_of(own)
+            if layer is not None and layer >= cfg.num_hidden_layers:
+                further.add(name)
+                continue
+            entry = TensorEntry(part.type, part.shape, part.offset, part.n_bytes)
+            tables[part.path][own] = (Stored(name, files[part.path]), entry)
+    if unknown:
+        said = "; ".join(f"{kind}: {listed(names[:3])}" for kind, names in unknown.items())
+        raise UnsupportedModelError(
+            f"{head.path}: tensors in encodings that are not supported ({said}); take a file "
+            "quantized in another way"
+        )
+    if further:
+        notes.append(f"{head.path}: left out, since they guess further tokens: {listed(further)}")
+    return tables
+
+
+def _fingerprint(config_bytes, head, files):
+    """A hash over the config, where each tensor lies, and each file's size and time of the last
+    change."""
+    digest = hashlib.sha256(config_bytes)
+    for file in files.values():
+        blob = os.path.basename(file.real) if os.path.islink(file.path) else None
+        digest.update(repr((file.name, file.n_bytes, blob or file.identity[-1])).encode())
+    for name, tensor in head.tensors.items():
+        digest.update(repr((name, tensor.type, tensor.shape, tensor.offset)).encode())
+    return digest.hexdigest()
