@@ -23,8 +23,9 @@ from jlayer.gguf.reader import Head
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
 
-def open_gguf(path: str) -> Published:
-    """Opens the GGUF model at `path`, its first part where it is split.
+def open_gguf(path: str, *, allow_extra: bool = False) -> Published:
+    """Opens the GGUF model at `path`, its first part where it is split. `allow_extra`: tensors that
+    the model has no use for are left out.
 
     Raises CheckpointError, UnsupportedModelError or StorageError.
     """
@@ -33,7 +34,7 @@ def open_gguf(path: str) -> Published:
     cfg, notes = model_config(raw, where=path), []
     files = {part: _file(part) for part in head.parts}
     tables = _tables(head, cfg, files, notes)
-    label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
+    label = None if allow_extra else f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
     copies_of = check_tensors(path, cfg, tables, [], notes, extra_label=label)
     tensors = {name: (copies[0][0].file, copies[0][1]) for name, copies in copies_of.items()}
     return Published(cfg, tensors, _fingerprint(encoded(raw), head, files), tuple(notes))

@@ -16,6 +16,8 @@ from jlayer.parts import Attention
 from jlayer.spec import ModelConfig
 
 LAYOUT_KEY = "gguf_layout"
+# The scheme in the quantization_config of a config that was made from a GGUF file.
+FROM_GGUF = "gguf"
 PAIRS, GAINS = "rope_pairs", "norm_gains"
 _KNOWN = {PAIRS: "interleaved", GAINS: "whole"}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.layout import GAINS, LAYOUT_KEY, PAIRS
+from jlayer.families.layout import FROM_GGUF, GAINS, LAYOUT_KEY, PAIRS
 from jlayer.gguf.metadata import Metadata, shortest
 from jlayer.gguf.names import EMBEDDING, FACTORS, HEAD, has_bias
 from jlayer.gguf.reader import Head
@@ -19,7 +19,7 @@ from jlayer.gguf.tensors import floats
 
 # Marks a config whose weights transformers must not load: their rows and gains are as GGUF has
 # them. transformers refuses a quantization_config without "quant_method".
-_MARK = {"quantization_config": {"by": "jlayer", "scheme": "gguf"}}
+_MARK = {"quantization_config": {"by": "jlayer", "scheme": FROM_GGUF}}
 _ROPE_TYPES = ("none", "linear", "yarn")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 
-from jlayer.errors import CheckpointError
+from jlayer.errors import CheckpointError, StorageError
 from jlayer.gguf.reader import MAX_TENSORS, Head, read_head, short
 
 SUFFIX = ".gguf"
@@ -18,6 +18,8 @@ MAX_PARTS = 1000
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 # Files that lie beside a model and hold another part than the text's, or no model.
 _SIBLING = re.compile(r"(.*[-_.])?(mmproj|imatrix|vocab-only)([-_.].*)?\.gguf", re.IGNORECASE)
+# Other weights, which go before GGUF files in a folder.
+_WEIGHTS = re.compile(r".+\.(safetensors|bin|pth|pt)|manifest\.json|_METADATA")
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -32,6 +34,34 @@ def models_in(names: Collection[str]) -> list[str]:
     found = [name for name in found if not _SIBLING.fullmatch(name)]
     parts = {name: _PART.fullmatch(name) for name in found}
     return [name for name in found if parts[name] is None or int(parts[name][2]) == 1]
+
+
+def parts_of(path: str) -> list[str]:
+    """The paths of all parts of the model whose first part is at `path`, by their names."""
+    match = _PART.fullmatch(os.path.basename(path))
+    if match is None or int(match[3]) > MAX_PARTS:
+        return [path]
+    return [_part(path, match, number) for number in range(int(match[3]))]
+
+
+def model_at(ref: str | os.PathLike) -> str:
+    """The file of the GGUF model that a folder holds, where it holds no other weights; else `ref`
+    as it is. Raises CheckpointError where a folder holds several, to be named by their files."""
+    ref = os.fspath(ref)
+    if not os.path.isdir(ref):
+        return ref
+    try:
+        names = os.listdir(ref)
+    except OSError as error:
+        raise StorageError(f"{ref}: cannot be read ({error.strerror})") from None
+    found = [] if any(map(_WEIGHTS.fullmatch, names)) else models_in(names)
+    if len(found) > 1:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(
+            f"{ref}: holds {len(found)} GGUF models ({', '.join(map(ascii, found[:5]))}{more}); "
+            "name the file of one"
+        )
+    return os.path.join(ref, found[0]) if found else ref
 
 
 def open_head(path: str | os.PathLike) -> Head:
@@ -50,7 +80,7 @@ def open_head(path: str | os.PathLike) -> Head:
             f"{path}: {_COUNT} is {short(count)}, expected the number in the file's name, "
             f"X-00001-of-0000N{SUFFIX}, up to {MAX_PARTS}; give it its own name back"
         )
-    paths = [_part(path, match, number) for number in range(count)]
+    paths = parts_of(path)
     if int(match[2]) != 1:
         raise CheckpointError(f"{path}: a part of a model; name the first one, {paths[0]}")
     heads = [first, *map(read_head, paths[1:])]
