@@ -17,7 +17,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from jlayer.parts import Attention, Delta, Experts, Latent, Logits, Mlp, Norm, Places, Scale
+from jlayer.parts import (
+    Attention,
+    Delta,
+    Experts,
+    Latent,
+    Logits,
+    Mlp,
+    Norm,
+    Places,
+    Quantized,
+    Scale,
+)
 
 # dtype name in safetensors -> (name in numpy and JAX, bytes per element). A published tensor of any
 # other dtype is refused by name.
@@ -44,6 +55,7 @@ class ModelConfig:
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
+    `quantized`: what is said of published weights that are no plain numbers.
     """
 
     model_type: str
@@ -72,6 +84,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     layer_scalar: bool = False
     logits: Logits = Logits()
+    quantized: Quantized | None = None
 
     @property
     def attention(self) -> Attention | Latent:

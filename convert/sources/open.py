@@ -21,10 +21,12 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
+from jlayer.checkpoint.encoded import found_encodings, table_of, with_main_pieces
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.names import names_in_use
+from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.source import (
     GENERATION_CONFIG,
     MODEL_PICKLE,
@@ -68,7 +70,8 @@ _EXTRA = f"{EXTRA} (see --allow-extra)"
 class CheckedSource:
     """A source whose config, files and tensors agree; `notes` are lines for the user.
 
-    `side_files` holds bytes in the place of a file that the source lacks.
+    `side_files` holds bytes in the place of a file that the source lacks. `quantization`: what of
+    the tensors is encoded as published.
     """
 
     folder: str
@@ -77,6 +80,7 @@ class CheckedSource:
     tensors: Source
     side_files: dict[str, SourceFile | bytes]
     notes: tuple[str, ...]
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -125,18 +129,23 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
+    tables = {shard: with_main_pieces(cfg, table) for shard, table in tables.items()}
+    encodings = found_encodings(cfg, tables.values())
     tables = {
-        shard: unstacked(cfg, table, rows_of, where=files[shard].path)
+        shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = None if allow_extra else _EXTRA
-    checked = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    quantization = Quantization.as_found(table_of(cfg, encodings))
+    checked = check_tensors(
+        folder, cfg, tables, misplaced, notes, quantization=quantization, extra_label=label
+    )
     infos = {name: copies[0][1] for name, copies in checked.items()}
     places = {name: tuple(place for place, _ in copies) for name, copies in checked.items()}
     tensors = FileSource(infos, places)
     sides = side_files(folder, names)
-    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
 
 
 def _open_gguf(path, allow_extra):

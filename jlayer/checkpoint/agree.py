@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from jlayer.checkpoint.encoded import name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
-from jlayer.checkpoint.quantization import piece_dtypes, published_quantization, stored_tensors
+from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.registry import (
@@ -101,15 +103,16 @@ def check_tensors(
     problems: list[str],
     notes: list[str],
     *,
+    quantization: Quantization | None = None,
     extra_label: str | None,
 ) -> dict[str, list]:
     """The model's tensors, each with all its copies; raises with all that is wrong.
 
     `tables`: by file, name -> a place (with `name` and `file`) and what the file says of the tensor
-    there (with `dtype` and `shape`). `extra_label`: how to refuse tensors that the model has no use
-    for; None to leave them out.
+    there (with `dtype` and `shape`). `quantization`: what of them is encoded. `extra_label`: how to
+    refuse tensors that the model has no use for; None to leave them out.
     """
-    shapes, quantization, found = published_tensors(cfg), published_quantization(cfg), {}
+    shapes, found = published_tensors(cfg), {}
     expected, dtypes = stored_tensors(shapes, quantization), piece_dtypes(shapes, quantization)
     for table in tables.values():
         for name, place in table.items():
@@ -221,18 +224,20 @@ def _missing(name):
 
 
 def _as_published(cfg, missing):
-    """The names of missing tensors, with those of tensors of all experts in the place of their
-    parts where the family publishes no others, and no part is there."""
+    """The names of missing tensors as they are published: pieces by their form, and tensors of all
+    experts in the place of their parts where the family has no others, and no part is there."""
     if not missing or not cfg.experts or not all(stack.is_only for stack in cfg.experts.stacks):
-        return missing
+        return [name_of_piece(cfg, name) for name in missing]
     left = dict.fromkeys(missing)
+    pieces = dict.fromkeys(split_piece(name)[1] for name in missing)
     for name, stack in stacked_tensors(cfg).items():
-        parts = [part for part, *_ in stack.parts]
-        if left.keys() >= set(parts):
-            for part in parts:
-                del left[part]
-            left[name] = None
-    return list(left)
+        for piece in pieces:
+            parts = [piece_name(part, piece) for part, *_ in stack.parts]
+            if left.keys() >= set(parts):
+                for part in parts:
+                    del left[part]
+                left[piece_name(name, piece)] = None
+    return [name_of_piece(cfg, name) for name in left]
 
 
 def _few_of_experts(names):

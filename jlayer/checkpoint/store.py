@@ -27,7 +27,6 @@ from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import (
     Quantization,
     piece_dtypes,
-    published_quantization,
     stored_tensors,
 )
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
@@ -96,7 +95,7 @@ class Store:
 
     def _take_published(self, source):
         self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
-        self.quantization = published_quantization(self.cfg)
+        self.quantization = source.quantization
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 

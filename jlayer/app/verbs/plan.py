@@ -196,7 +196,7 @@ def _weights(
         store = Store(ref)
         return Weights(cfg, store.form_of, dtype or store.float_dtype)
     stored = planned_dtype(cfg, dtype)
-    as_published = quantization is None and not is_layered(ref)
+    as_published = not is_layered(ref) and not (quantization and quantization.scheme)
     return unseen_weights(
         *(cfg, quantization), stored=stored, dtype=dtype or stored, as_published=as_published
     )
@@ -254,10 +254,10 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
             at_int8 = layer_tensor_name(cfg, leaf, layer) in quantization.at_int8
             counts[leaf.name] = counts.get(leaf.name, 0) + at_int8
     kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
-    bits = quantization.block_bits(published_tensors(cfg))
+    bits, kept_as = quantization.block_bits(published_tensors(cfg)), quantization.table.encodings
     return (
         f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
-        + (f"; experts {quantization.experts}, as published" if quantization.experts else "")
+        + (f"; {', '.join(kept_as)} as published" if kept_as else "")
         + (f"; at int8 as well {kept}" if kept else "")
     )
 
