@@ -140,29 +140,31 @@ def _add(writer, name, array, kind, rng, drawn):
     return gguf.dequantize(raw, type_of).reshape(array.shape).astype(np.float32)
 
 
-# Where the float16 scales of a block lie, by type.
+# Where the float16 scales of a block lie, and the largest number that one is multiplied by.
 _SCALES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "IQ4_NL": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_XS": (0,),
+    "Q4_0": ((0,), 8),
+    "Q4_1": ((0, 2), 15),
+    "Q5_0": ((0,), 16),
+    "Q5_1": ((0, 2), 31),
+    "Q8_0": ((0,), 128),
+    "Q2_K": ((80, 82), 45),
+    "Q3_K": ((108,), 128),
+    "Q4_K": ((0, 2), 945),
+    "Q5_K": ((0, 2), 1953),
+    "Q6_K": ((208,), 4096),
+    "IQ4_NL": ((0,), 127),
+    "IQ4_XS": ((0,), 4064),
 }
 
 
-def blocks(kind: str, shape: tuple[int, ...], rng, *, scale: float = 1e-3) -> np.ndarray:
-    """Random blocks whose scales are sane: uint8 [..., bytes of a row]."""
+def blocks(kind: str, shape: tuple[int, ...], rng, *, largest: float = 0.2) -> np.ndarray:
+    """Random blocks whose scales are sane: uint8 [..., bytes of a row]. `largest`: about what the
+    largest weight is."""
     _, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     raw = rng.integers(0, 256, (*shape, n_bytes), dtype=np.uint8)
-    for at in _SCALES[kind]:
-        scales = (scale * rng.uniform(0.5, 1.5, shape)).astype(np.float16)
+    places, factor = _SCALES[kind]
+    for at in places:
+        scales = (largest / factor * rng.uniform(0.5, 1, shape)).astype(np.float16)
         raw[..., at : at + 2] = scales[..., None].view(np.uint8)
     return raw.reshape(*shape[:-1], -1)
 

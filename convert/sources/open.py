@@ -160,7 +160,9 @@ def _open_gguf(path, allow_extra):
     made = MadeFiles(path).all()
     sides = {name: content for name, content in made.items() if name != CONFIG}
     tensors = FileSource(infos, places)
-    return CheckedSource(path, source.cfg, made[CONFIG], tensors, sides, source.notes)
+    return CheckedSource(
+        *(path, source.cfg, made[CONFIG], tensors, sides, source.notes, source.quantization)
+    )
 
 
 def _open_meta(folder, names, allow_extra):

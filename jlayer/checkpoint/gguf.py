@@ -11,11 +11,15 @@ import os
 from collections.abc import Mapping
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, listed
+from jlayer.checkpoint.encoded import table_of
+from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import Published, SourceFile, Stored, regular_file
 from jlayer.config import model_config
-from jlayer.errors import UnsupportedModelError
-from jlayer.families.registry import layer_of
+from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.registry import piece_name
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.registry import is_matrix, layer_of, published_tensors
 from jlayer.gguf.config import config_of, encoded
 from jlayer.gguf.names import published
 from jlayer.gguf.parts import open_head
@@ -33,11 +37,15 @@ def open_gguf(path: str, *, allow_extra: bool = False) -> Published:
     raw = config_of(head)
     cfg, notes = model_config(raw, where=path), []
     files = {part: _file(part) for part in head.parts}
-    tables = _tables(head, cfg, files, notes)
+    tables, encodings = _tables(head, cfg, files, notes)
+    quantization = Quantization.as_found(table_of(cfg, encodings))
     label = None if allow_extra else f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
-    copies_of = check_tensors(path, cfg, tables, [], notes, extra_label=label)
+    copies_of = check_tensors(
+        path, cfg, tables, [], notes, quantization=quantization, extra_label=label
+    )
     tensors = {name: (copies[0][0].file, copies[0][1]) for name, copies in copies_of.items()}
-    return Published(cfg, tensors, _fingerprint(encoded(raw), head, files), tuple(notes))
+    fingerprint = _fingerprint(encoded(raw), head, files)
+    return Published(cfg, quantization, tensors, fingerprint, tuple(notes))
 
 
 def _file(path) -> SourceFile:
@@ -45,29 +53,55 @@ def _file(path) -> SourceFile:
 
 
 def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes):
-    """By file, published name -> (place, entry). Layers that guess further tokens are left out,
-    and so are encodings that are not known, by name."""
-    tables, unknown, further = {path: {} for path in files}, {}, set()
+    """(by file, name of a published tensor or its piece -> (place, entry); published tensor -> the
+    name of its encoding). Layers that guess further tokens are left out."""
+    _refuse_unknown(head)
+    shapes = published_tensors(cfg)
+    tables, encodings, further = {path: {} for path in files}, {}, set()
     for name, tensor in head.tensors.items():
-        if tensor.type not in ITEM_BYTES:
-            unknown.setdefault(tensor.type, []).append(name)
-            continue
         for own, part in published(cfg.model_type, name, tensor):
             layer = layer_of(own)
             if layer is not None and layer >= cfg.num_hidden_layers:
                 further.add(name)
                 continue
             entry = TensorEntry(part.type, part.shape, part.offset, part.n_bytes)
+            if part.type in BLOCKS and own in shapes:
+                _check_is_matrix(own, name, part, shapes[own])
+                encodings[own] = part.type
+                (piece, (dtype, shape)), *_ = BLOCKS[part.type].pieces(part.shape).items()
+                entry = TensorEntry(dtype, shape, part.offset, part.n_bytes)
+                own = piece_name(own, piece)
             tables[part.path][own] = (Stored(name, files[part.path]), entry)
+    if further:
+        notes.append(f"{head.path}: left out, since they guess further tokens: {listed(further)}")
+    return tables, encodings
+
+
+def _check_is_matrix(own, name, part, shape):
+    if part.shape != shape:
+        raise CheckpointError(
+            f"{part.path}: tensor {name} is {list(part.shape)}, by the metadata {list(shape)}; "
+            "fetch the file again"
+        )
+    if not is_matrix(own, shape):
+        raise UnsupportedModelError(
+            f"{part.path}: tensor {name} is {part.type}, but {own} is used whole, and supported as "
+            f"plain numbers alone ({', '.join(ITEM_BYTES)}); take a file in which it is"
+        )
+
+
+def _refuse_unknown(head):
+    """Raises UnsupportedModelError where tensors are in encodings that are not known here."""
+    unknown: dict[str, list[str]] = {}
+    for name, tensor in head.tensors.items():
+        if tensor.type not in ITEM_BYTES and tensor.type not in BLOCKS:
+            unknown.setdefault(tensor.type, []).append(name)
     if unknown:
         said = "; ".join(f"{kind}: {listed(names[:3])}" for kind, names in unknown.items())
         raise UnsupportedModelError(
-            f"{head.path}: tensors in encodings that are not supported ({said}); take a file "
-            "quantized in another way"
+            f"{head.path}: tensors in encodings that are not supported ({said}); supported: "
+            f"{', '.join((*ITEM_BYTES, *BLOCKS))}"
         )
-    if further:
-        notes.append(f"{head.path}: left out, since they guess further tokens: {listed(further)}")
-    return tables
 
 
 def _fingerprint(config_bytes, head, files):

@@ -48,6 +48,7 @@ FORMS = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
+    "wide": ("LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 
 from jlayer import AutoModel
+from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint, seal_folder, verify_folder
+from jlayer.families.registry import published_tensors
+from jlayer.gguf.reader import read_head
 from tests.gguf.forms import FORMS, logits_with, save
 from tests.gguf_files import write
 
@@ -55,6 +59,72 @@ def test_numbers_of_16_bits(kind, tmp_path):
     folder = save("qwen3", tmp_path / "model")
     decoded = write(folder, tmp_path / "m.gguf", kind=kind)
     agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("name", ["llama, tied, biases", "qwen3_moe", "gemma2"])
+def test_blocks_of_llama_cpps_quantizer(name, tmp_path):
+    folder = save(name, tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+# Each matrix of a layer in another encoding, as files mix them.
+MIXES = {
+    "k": {
+        "attn_q": "Q2_K",
+        "attn_k": "Q3_K",
+        "attn_v": "Q6_K",
+        "attn_output": "Q5_K",
+        "ffn_gate": "Q4_K",
+        "ffn_up": "IQ4_XS",
+        "ffn_down": "Q6_K",
+        "token_embd": "Q4_K",
+        "output.": "Q6_K",
+    },
+    "32": {
+        "attn_q": "Q4_0",
+        "attn_k": "Q4_1",
+        "attn_v": "Q5_0",
+        "attn_output": "Q5_1",
+        "ffn_gate": "IQ4_NL",
+        "ffn_up": "Q8_0",
+        "ffn_down": "F16",
+        "output.": "BF16",
+    },
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_random_blocks_of_all_types(mix, tmp_path):
+    folder = save("wide", tmp_path / "model")
+    path = tmp_path / "m.gguf"
+    decoded = write(folder, path, kind="Q4_0", kinds=MIXES[mix], drawn=True)
+    agree(folder, path, decoded)
+
+
+def test_a_converted_file_gives_the_same_numbers(tmp_path):
+    folder = save("wide", tmp_path / "model")
+    path, target = tmp_path / "m.gguf", tmp_path / "layered"
+    decoded = write(folder, path, kinds={**MIXES["k"], "token_embd": "Q8_0"}, drawn=True)
+    done = convert_checkpoint(path, target)
+    assert done.source_bytes == sum(t.n_bytes for t in read_head(path).tensors.values())
+    assert verify_folder(target).findings == ()
+    agree(folder, target, decoded)
+    own = Store(path)
+    layered = Store(target)
+    for name in published_tensors(own.cfg):
+        assert own.form_of(name) == layered.form_of(name)
+    assert seal_folder(target).status == "unchanged"
+
+
+def test_transformers_refuses_a_converted_file(tmp_path):
+    """Its rows are in another order: it would give other numbers."""
+    from transformers import AutoModelForCausalLM
+
+    write(save("llama", tmp_path / "model"), tmp_path / "m.gguf")
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "layered")
 
 
 def test_a_split_file(tmp_path):
