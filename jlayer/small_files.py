@@ -17,6 +17,8 @@ from jlayer.gguf.tokenizer import generation_config, tokenizer_files
 from jlayer.strict import MAX_JSON_BYTES, parse_json_object, read_small_file
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# Those of them that need no tokenizer, and what makes them of the head of a GGUF file.
+_OF_MODEL = {CONFIG: config_of, GENERATION_CONFIG: generation_config}
 
 
 class SmallFiles(ABC):
@@ -72,31 +74,25 @@ class MadeFiles(SmallFiles):
         self._head = open_head(path)
 
     @cached_property
-    def _of_model(self):
-        return {
-            CONFIG: encoded(config_of(self._head)),
-            GENERATION_CONFIG: encoded(generation_config(self._head)),
-        }
-
-    @cached_property
     def _of_tokenizer(self):
         return tokenizer_files(self._head)
 
     def all(self) -> dict[str, bytes]:
         """Name -> content."""
-        return {**self._of_model, **self._of_tokenizer}
+        return {name: self.read(name) for name in (*_OF_MODEL, *self._of_tokenizer)}
 
     def has(self, name):
-        return name in (CONFIG, GENERATION_CONFIG) or name in self._of_tokenizer
+        return name in _OF_MODEL or name in self._of_tokenizer
 
     def where(self, name):
         return f"{self._path} (as {name})"
 
     def read(self, name, *, limit=MAX_JSON_BYTES):
-        files = self._of_model if name in (CONFIG, GENERATION_CONFIG) else self._of_tokenizer
-        if name not in files:
+        if name in _OF_MODEL:
+            return encoded(_OF_MODEL[name](self._head))
+        if name not in self._of_tokenizer:
             raise CheckpointError(f"{self._path}: has nothing that is published as {name}")
-        content = files[name]
+        content = self._of_tokenizer[name]
         if len(content) > limit:
             raise CheckpointError(
                 f"{self.where(name)}: {len(content)} bytes, over the limit of {limit}"

@@ -63,9 +63,10 @@ KINDS: dict[str, SplitKind] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _LLAMA_BPE),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN),
     "qwen35": SplitKind((_QWEN35,), normalizer="NFC"),
-    **dict.fromkeys(("glm4", "chatglm-bpe"), SplitKind((_LLAMA3,))),
+    "glm4": SplitKind((_LLAMA3,), whole_words_first=True),
+    "chatglm-bpe": SplitKind((_LLAMA3,)),
     "gpt-4o": SplitKind((_GPT4O,)),
-    "tekken": SplitKind((_TEKKEN,), whole_words_first=True),
+    "tekken": SplitKind((_TEKKEN,), whole_words_first=True, adds_bos=True),
     "deepseek-v3": SplitKind(_DEEPSEEK3),
     **dict.fromkeys(("smollm", "starcoder", "refact"), _DIGITS),
 }

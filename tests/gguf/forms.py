@@ -49,6 +49,8 @@ FORMS = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "wide": ("LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}),
+    "vocabulary of 1500": ("LlamaConfig", {"vocab_size": 1500, "num_hidden_layers": 1}),
+    "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),

@@ -42,7 +42,7 @@ def agree(folder, path, decoded, *, tolerance=1e-5):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if "vocabulary" not in name])
 def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
     folder = save(name, tmp_path / "model")
     freqs = None
