@@ -33,6 +33,7 @@ from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, names_in, open_published
 from jlayer.config import read_config
+from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
@@ -119,7 +120,10 @@ class Store:
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of tensors that are not quantized: the default compute dtype."""
+        """The dtype of tensors that are not quantized: the default compute dtype. Beside blocks of
+        GGUF norms are float32 whatever the model was made in, so there the config tells it."""
+        if self.quantization and not BLOCKS.keys().isdisjoint(self.quantization.table.encodings):
+            return self.cfg.dtype or "bfloat16"
         names = (EMBEDDING.published, *(leaf.published for leaf in final_norm_leaves(self.cfg)))
         forms = [self.form_of(name) for name in (*names, *self.vectors)]
         return next(
