@@ -23,7 +23,6 @@ ARCHITECTURES = {
     "gemma2": (gguf.MODEL_ARCH.GEMMA2, False, True),
     "gemma3_text": (gguf.MODEL_ARCH.GEMMA3, False, True),
     "glm4_moe": (gguf.MODEL_ARCH.GLM4_MOE, False, False),
-    "deepseek_v3": (gguf.MODEL_ARCH.DEEPSEEK2, False, False),
 }
 _EXPERT = re.compile(r"(.+\.experts)\.([0-9]+)\.(.+)")
 _ROWS = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
@@ -193,6 +192,15 @@ def _write_settings(writer, config):
         writer.add_expert_used_count(config["num_experts_per_tok"])
     if config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] == "glm4_moe":
+        writer.add_rope_dimension_count(head_dim // 2)
+        writer.add_expert_count(config["n_routed_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     if config["model_type"].startswith(("gemma2", "gemma3")):
         writer.add_sliding_window(config["sliding_window"])
     if config["model_type"] == "gemma2":

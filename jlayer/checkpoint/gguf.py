@@ -19,9 +19,9 @@ from jlayer.config import model_config
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import piece_name
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.registry import is_matrix, layer_of, published_tensors
+from jlayer.families.registry import is_matrix, published_tensors
 from jlayer.gguf.config import config_of, encoded
-from jlayer.gguf.names import published
+from jlayer.gguf.names import layer_of, published
 from jlayer.gguf.parts import open_head
 from jlayer.gguf.reader import Head
 from jlayer.spec import ITEM_BYTES, ModelConfig
@@ -58,12 +58,12 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
     _refuse_unknown(head)
     shapes = published_tensors(cfg)
     tables, encodings, further = {path: {} for path in files}, {}, set()
+    first = cfg.num_hidden_layers
     for name, tensor in head.tensors.items():
+        if (layer := layer_of(name)) is not None and first <= layer < first + cfg.n_further:
+            further.add(name)
+            continue
         for own, part in published(cfg.model_type, name, tensor):
-            layer = layer_of(own)
-            if layer is not None and layer >= cfg.num_hidden_layers:
-                further.add(name)
-                continue
             entry = TensorEntry(part.type, part.shape, part.offset, part.n_bytes)
             if part.type in BLOCKS and own in shapes:
                 _check_is_matrix(own, name, part, shapes[own])

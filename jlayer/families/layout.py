@@ -1,9 +1,10 @@
 """What a file's values may have other than the published ones: how rows of heads are ordered, and
-what the weight of a norm stands for. The same model, read from GGUF.
+what the weight of a norm stands for, and what is one matrix. The same model, read from GGUF.
 
 llama.cpp's converter reorders the rows of queries and keys of some models, so that the elements
-which the rotary embedding turns together are neighbours; and it adds 1 to gains that are published
-as 1 + weight. Neither is undone: the config says so under LAYOUT_KEY, and the parts follow.
+which the rotary embedding turns together are neighbours; it adds 1 to gains that are published as
+1 + weight; and it makes two matrices of one whose rows are of the gate and of the other in turn.
+None of this is undone: the config says so under LAYOUT_KEY, and the parts follow.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jlayer.spec import ModelConfig
 LAYOUT_KEY = "gguf_layout"
 # The scheme in the quantization_config of a config that was made from a GGUF file.
 FROM_GGUF = "gguf"
-PAIRS, GAINS = "rope_pairs", "norm_gains"
-_KNOWN = {PAIRS: "interleaved", GAINS: "whole"}
+PAIRS, GAINS, GATES = "rope_pairs", "norm_gains", "expert_gates"
+_KNOWN = {PAIRS: "interleaved", GAINS: "whole", GATES: "apart"}
 
 
 def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
@@ -40,6 +41,9 @@ def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
         gain = replace(cfg.norm, plus_one=False)
         heads = (_with_gain(one, gain) for one in cfg.attentions)
         cfg = replace(cfg, norm=gain, attentions=tuple(heads))
+    if GATES in said.raw and cfg.experts:
+        mlp = replace(cfg.experts.mlp, form="gated", gate="gate_proj", up="up_proj")
+        cfg = replace(cfg, experts=replace(cfg.experts, mlp=mlp, stacks=()))
     return cfg
 
 

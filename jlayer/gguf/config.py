@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.layout import FROM_GGUF, GAINS, LAYOUT_KEY, PAIRS
+from jlayer.families.layout import FROM_GGUF, GAINS, GATES, LAYOUT_KEY, PAIRS
 from jlayer.gguf.metadata import Metadata, shortest
 from jlayer.gguf.names import EMBEDDING, FACTORS, HEAD, has_bias
 from jlayer.gguf.reader import Head
@@ -73,7 +73,8 @@ def _common(said):
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
-        "intermediate_size": said.integer("feed_forward_length"),
+        "intermediate_size": said.integer("feed_forward_length", None)
+        or said.integer("expert_feed_forward_length"),
         "num_hidden_layers": said.integer("block_count") - further,
         "num_attention_heads": heads,
         "num_key_value_heads": said.integer("attention.head_count_kv", heads),
@@ -195,6 +196,61 @@ def _qwen3moe(said):
     }
 
 
+def _glm4moe(said):
+    """GLM 4.5 and later: half of each head is turned, and the first layers are dense."""
+    head_dim = said.integer("attention.key_length")
+    gating = said.integer("expert_gating_func", 2)
+    if gating != 2:
+        raise UnsupportedModelError(
+            f"{said.where}: expert_gating_func is {gating}, supported: 2, which is sigmoid"
+        )
+    width, n_shared = (
+        said.integer("expert_feed_forward_length"),
+        said.integer("expert_shared_count"),
+    )
+    shared = said.integer("expert_shared_feed_forward_length", width * n_shared)
+    if shared != width * n_shared:
+        raise UnsupportedModelError(
+            f"{said.where}: expert_shared_feed_forward_length is {shared}, supported: "
+            f"{width * n_shared}, as of {n_shared} experts"
+        )
+    return {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": has_bias(said.head, "attn_q"),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in said.head.tensors,
+        "n_routed_experts": said.integer("expert_count"),
+        "num_experts_per_tok": said.integer("expert_used_count"),
+        "moe_intermediate_size": width,
+        "n_shared_experts": n_shared,
+        "n_group": said.integer("expert_group_count", 1),
+        "topk_group": said.integer("expert_group_used_count", 1),
+        "first_k_dense_replace": said.integer("leading_dense_block_count"),
+        "routed_scaling_factor": said.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": said.boolean("expert_weights_norm", False),
+        "num_nextn_predict_layers": said.integer("nextn_predict_layers", 0),
+        "partial_rotary_factor": 0.5,
+        **_rope(said, turned=head_dim // 2),
+    }
+
+
+def _gpt_oss(said):
+    """Every second layer slides. The ramp of its YaRN is not rounded to whole frequencies, which
+    the file does not say."""
+    n_layers = said.integer("block_count")
+    said.integer("expert_feed_forward_length", 0)  # feed_forward_length, once more
+    rope = _rope(said)["rope_parameters"]
+    return {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": said.integer("expert_count"),
+        "num_experts_per_tok": said.integer("expert_used_count"),
+        "sliding_window": said.integer("attention.sliding_window"),
+        "layer_types": _sliding(said, n_layers, 2),
+        "rope_parameters": {**rope, "truncate": False},
+    }
+
+
 def _gemma(said):
     return {
         "model_type": "gemma",
@@ -253,12 +309,15 @@ def _sliding(said, n_layers, period):
 
 _INTERLEAVED = {PAIRS: "interleaved"}
 _WITH_ONE = {GAINS: "whole"}
+_APART = {GATES: "apart"}
 # A new architecture is a row here, and its names in `names`.
 ARCHITECTURES = {
     "llama": Architecture(_llama, _INTERLEAVED),
     "qwen2": Architecture(_qwen2, {}),
     "qwen3": Architecture(_qwen3, {}),
     "qwen3moe": Architecture(_qwen3moe, {}),
+    "glm4moe": Architecture(_glm4moe, {}),
+    "gpt-oss": Architecture(_gpt_oss, _APART),
     "gemma": Architecture(_gemma, _WITH_ONE),
     "gemma2": Architecture(_gemma2, _WITH_ONE),
     "gemma3": Architecture(_gemma3, _WITH_ONE),

@@ -20,7 +20,7 @@ _OUTSIDE = {
 }
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(0|[1-9][0-9]{0,5})\.weight")
-# Within a layer, without the ending (.weight, .bias).
+# Within a layer, without the ending (.weight, .bias) where it stays.
 _LLAMA = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -46,6 +46,20 @@ _QWEN_EXPERTS = {
     "ffn_up_exps": "mlp.experts.{expert}.up_proj",
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
 }
+_GLM4_MOE = {
+    **_QWEN_EXPERTS,
+    "post_attention_norm": "post_attention_layernorm",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+_GPT_OSS = {
+    **_QWEN_EXPERTS,
+    "ffn_gate_inp": "mlp.router",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks.weight": "self_attn.sinks",
+}
 _MIXTRAL = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": "block_sparse_moe.experts.{expert}.w1",
@@ -59,6 +73,8 @@ NAMES = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_moe": {**_LLAMA, **_QWEN_EXPERTS},
+    "glm4_moe": {**_LLAMA, **_GLM4_MOE},
+    "gpt_oss": {**_LLAMA, **_GPT_OSS},
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
@@ -68,6 +84,12 @@ NAMES = {
 def has_bias(head: Head, module: str) -> bool:
     """Whether the first layer has a bias of this name."""
     return f"blk.0.{module}.bias" in head.tensors
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, by its name in the file; None for one outside of the layers."""
+    match = _BLOCK.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
@@ -83,10 +105,10 @@ def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[
     if one := _ONE_EXPERT.fullmatch(own):
         own, expert = f"{one[1]}_exps.weight", one[2]
     base, _, end = own.rpartition(".")
-    if base not in names:
+    if own not in names and base not in names:
         yield name, tensor
         return
-    to = f"model.layers.{match[1]}.{names[base]}.{end}"
+    to = f"model.layers.{match[1]}.{names.get(own) or f'{names[base]}.{end}'}"
     if "{expert}" not in to or expert is not None:
         yield to.format(expert=expert), tensor
         return

@@ -56,6 +56,18 @@ FORMS = {
     "qwen3": ("Qwen3Config", {}),
     "qwen3, yarn": ("Qwen3Config", {"rope_parameters": _YARN}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 6, **_EXPERTS}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 6,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            **_EXPERTS,
+        },
+    ),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**_GEMMA, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
