@@ -47,6 +47,7 @@ def write(
     words=None,
     freqs: np.ndarray | None = None,
     drawn: bool = False,
+    routers: bool = False,
     split_max_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes the model in `folder` as a GGUF, and returns its tensors as they are in it, decoded,
@@ -55,8 +56,8 @@ def write(
     `kind`: the type of its matrices; `kinds`: that of some, by a part of their name in the file;
     one whose rows are no multiple of its block becomes F16. `settings(writer, config)`: further
     metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies. `drawn`: blocks
-    are random where the package has no quantizer. `split_max_tensors`: of a part, where it is
-    split.
+    are random where the package has no quantizer. `routers`: are matrices too.
+    `split_max_tensors`: of a part, where it is split.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
     arch, is_permuted, adds_one = ARCHITECTURES[config["model_type"]]
@@ -80,7 +81,7 @@ def write(
             ]
             array = permuted(array, heads)
         own = next((value for part, value in (kinds or {}).items() if part in name), kind)
-        array = _add(writer, name, array, own, rng, drawn)
+        array = _add(writer, name, array, own, rng, drawn, routers)
         if is_permuted and _ROWS.fullmatch(published[0]):
             array = permuted(array, heads, back=True)
         if adds_one and name.endswith("norm.weight"):
@@ -122,10 +123,10 @@ def _name(names, published):
     return found
 
 
-def _add(writer, name, array, kind, rng, drawn):
+def _add(writer, name, array, kind, rng, drawn, routers):
     """Adds a tensor, a matrix in `kind`, and returns what it decodes to. Vectors and routers stay
     float32, as in files of llama.cpp."""
-    if array.ndim < 2 or "ffn_gate_inp" in name:
+    if array.ndim < 2 or ("ffn_gate_inp" in name and not routers):
         kind = "F32"
     type_of = gguf.GGMLQuantizationType[kind]
     block, _ = gguf.GGML_QUANT_SIZES[type_of]

@@ -40,6 +40,11 @@ _GEMMA2 = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# The norm before the MLP under the name that it is published with.
+_AFTER_ATTENTION = {
+    **{own: name for own, name in _LLAMA.items() if own != "ffn_norm"},
+    "post_attention_norm": "post_attention_layernorm",
+}
 _QWEN_EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
@@ -47,17 +52,17 @@ _QWEN_EXPERTS = {
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
 }
 _GLM4_MOE = {
+    **_AFTER_ATTENTION,
     **_QWEN_EXPERTS,
-    "post_attention_norm": "post_attention_layernorm",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
 _GPT_OSS = {
+    **_AFTER_ATTENTION,
     **_QWEN_EXPERTS,
     "ffn_gate_inp": "mlp.router",
-    "post_attention_norm": "post_attention_layernorm",
     "attn_sinks.weight": "self_attn.sinks",
 }
 _MIXTRAL = {
@@ -73,8 +78,8 @@ NAMES = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_moe": {**_LLAMA, **_QWEN_EXPERTS},
-    "glm4_moe": {**_LLAMA, **_GLM4_MOE},
-    "gpt_oss": {**_LLAMA, **_GPT_OSS},
+    "glm4_moe": _GLM4_MOE,
+    "gpt_oss": _GPT_OSS,
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
