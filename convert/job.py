@@ -45,6 +45,7 @@ from jlayer.errors import (
     UsageError,
 )
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import read_json_object
 
@@ -106,7 +107,7 @@ def convert_checkpoint(
     a journal, but no manifest. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
-    source, target, progress = os.fspath(source), os.fspath(target), progress or Progress()
+    source, target, progress = model_at(source), os.fspath(target), progress or Progress()
     if dtype is not None:
         parse_choice(dtype, tuple(ITEM_BYTES), option="dtype")
     if quantize is not None:
@@ -118,6 +119,13 @@ def convert_checkpoint(
         raise UsageError(
             f"delete_source and allow_extra: {found}",
             command_line=f"--delete-source and --allow-extra: {found}",
+        )
+    if delete_source and is_gguf(source):
+        raise UsageError(
+            f"delete_source: {source} is a GGUF file, which is needed until the end; remove it "
+            "yourself once it is converted",
+            command_line=f"--delete-source: {source} is a GGUF file, which is needed until the "
+            "end; remove it yourself once it is converted",
         )
     if delete_source and follow_links:
         found = "files outside the source would be removed; choose one of them"

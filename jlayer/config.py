@@ -17,9 +17,10 @@ from jlayer.families.common import stray_window
 from jlayer.families.fields import Fields
 from jlayer.families.find import find_family, printable
 from jlayer.families.holders import text_only
+from jlayer.families.layout import as_laid_out
 from jlayer.families.quantized import inputs_note, read_quantized
+from jlayer.small_files import CONFIG, GENERATION_CONFIG, files_of
 from jlayer.spec import ITEM_BYTES, ModelConfig
-from jlayer.strict import read_json_object
 
 # Marks a config.json whose folder jlayer quantized; its scheme stands beside it. There is no
 # "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
@@ -42,13 +43,13 @@ _METHOD_BY_KEY = {
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """The ModelConfig of a folder, from its config.json.
+    """The ModelConfig of a folder, from its config.json, or of a GGUF file.
 
     Raises CheckpointError (missing, not strict JSON, a field out of range) or
     UnsupportedModelError.
     """
-    path = os.path.join(folder, "config.json")
-    return model_config(read_json_object(path), where=path)
+    files = files_of(folder)
+    return model_config(files.json(CONFIG), where=files.where(CONFIG))
 
 
 def model_config(raw: dict, *, where: str) -> ModelConfig:
@@ -60,7 +61,7 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     family = find_family(raw, where=where)
     _refuse_quantized(raw, family.quantized, where)
     fields = Fields({**raw, "model_type": family.model_type}, where)
-    cfg = family.read(fields)
+    cfg = as_laid_out(fields, family.read(fields))
     quantized = cfg.quantized or read_quantized(fields)
     longest = cfg.max_position_embeddings
     if not family.has_windows:
@@ -110,15 +111,20 @@ def read_generation_config(folder: str | os.PathLike) -> dict:
 
     Raises CheckpointError if that file is not strict JSON.
     """
-    path = generation_file(folder)
-    raw = read_json_object(path)
-    return text_only(raw, where=path) if os.path.basename(path) == "config.json" else raw
+    files = files_of(folder)
+    name = _generation_file(files)
+    raw = files.json(name)
+    return text_only(raw, where=files.where(name)) if name == CONFIG else raw
 
 
 def generation_file(folder: str | os.PathLike) -> str:
     """The file that says what the model's makers set for generation."""
-    path = os.path.join(folder, "generation_config.json")
-    return path if os.path.exists(path) else os.path.join(folder, "config.json")
+    files = files_of(folder)
+    return files.where(_generation_file(files))
+
+
+def _generation_file(files):
+    return GENERATION_CONFIG if files.has(GENERATION_CONFIG) else CONFIG
 
 
 def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, ...]:

@@ -197,9 +197,9 @@ class Clamped:
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP's form. "gated": activation(gate) * up; "fused": the same, both in one matrix, the
-    gate first; "interleaved": both in one matrix, row 2i of the gate, row 2i + 1 of the other, and
-    as `clamped`; "plain": activation(up)."""
+    """An MLP's form. "gated": activation(gate) * up, or as `clamped`; "fused": the same, both in
+    one matrix, the gate first; "interleaved": both in one matrix, row 2i of the gate, row 2i + 1 of
+    the other, and as `clamped`; "plain": activation(up)."""
 
     form: str = "gated"
     activation: str = "silu"

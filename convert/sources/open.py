@@ -23,6 +23,7 @@ from jlayer.checkpoint.agree import (
 )
 from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
+from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.quantization import Quantization
@@ -56,6 +57,8 @@ from jlayer.convert.sources.joined import JoinedSource
 from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.parts import is_gguf
+from jlayer.small_files import MadeFiles
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
@@ -93,9 +96,11 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     """Opens the checkpoint in `folder`; checks config, index and headers, tensors, in this order.
 
     Of several forms it takes the first of safetensors, pytorch_model.bin, Meta's
-    consolidated.NN.pth, and Orbax. An adapter beside them is told in a note. Raises
-    CheckpointError, UnsupportedModelError or StorageError.
+    consolidated.NN.pth, and Orbax; `folder` may be the path of a GGUF file. An adapter beside
+    them is told in a note. Raises CheckpointError, UnsupportedModelError or StorageError.
     """
+    if is_gguf(folder):
+        return _open_gguf(folder, allow_extra)
     names = names_in(folder)
     refuse_quantizer_files(folder, names)
     checked = _open(folder, names, allow_extra)
@@ -141,6 +146,23 @@ def _open(folder, names, allow_extra):
     tensors = FileSource(infos, places)
     sides = side_files(folder, names)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
+
+
+def _open_gguf(path, allow_extra):
+    """Opens a GGUF model: what is beside the weights of other forms is made from its metadata."""
+    source = open_gguf(path, allow_extra=allow_extra)
+    infos = {
+        name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in source.tensors.items()
+    }
+    places = {
+        name: (Place(name, file, entry.offset),) for name, (file, entry) in source.tensors.items()
+    }
+    made = MadeFiles(path).all()
+    sides = {name: content for name, content in made.items() if name != CONFIG}
+    tensors = FileSource(infos, places)
+    return CheckedSource(
+        *(path, source.cfg, made[CONFIG], tensors, sides, source.notes, source.quantization)
+    )
 
 
 def _open_meta(folder, names, allow_extra):
