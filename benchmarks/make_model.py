@@ -34,6 +34,7 @@ import numpy as np
 
 from jlayer.catalogue import model_json
 from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.encoded import NONE_ENCODED, form_of, pieces_of
 from jlayer.checkpoint.layout import (
     INDEX,
     MANIFEST,
@@ -53,7 +54,7 @@ from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION, model_config
 from jlayer.convert.transform.packed import LEVELS, decode_scales
 from jlayer.encodings.base import WHOLE
-from jlayer.encodings.registry import SCHEMES, split_piece
+from jlayer.encodings.registry import SCHEMES, piece_name, split_piece
 from jlayer.families.base import EMBEDDING, HEAD
 from jlayer.families.holders import text_only
 from jlayer.families.registry import is_of_an_expert, published_tensors, stacked_tensors
@@ -123,8 +124,14 @@ def make(
     drawn = _draw(quantized=scheme is not None, tied=cfg.tie_word_embeddings)
     if skew:
         drawn[SKEWED] = (cfg.experts.routing, cfg.experts.router.n_chosen)
-    kept = {name: split_piece(name)[1] for name in piece_dtypes(shapes, published)}
-    drawn |= _draw_encoded(kept)
+    drawn |= _draw_encoded(
+        {
+            piece_name(name, piece): (encoding.name, piece)
+            for name, dims in shapes.items()
+            if published and (encoding := published.scheme_of(name, dims))
+            for piece in encoding.pieces(dims)
+        }
+    )
 
     def write(item):
         file, held = item
@@ -151,9 +158,8 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
     raw = config(shape, layers)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     shards, room, kept = [], 0, {}
-    for name, dims, piece in _published(model_config(raw, where="benchmark")):
-        kept |= {name: piece} if piece else {}
-        dtype = "uint8" if piece else "bfloat16"
+    for name, dims, dtype, use in _published(model_config(raw, where="benchmark")):
+        kept |= {name: use} if use else {}
         n_bytes = STORED_BYTES[dtype] * math.prod(dims)
         if n_bytes > room:
             shards.append({})
@@ -178,25 +184,34 @@ def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -
 
 
 def _published(cfg):
-    """Yields (name, shape, the piece of an encoding or None) of each tensor as it is published:
-    what is encoded, and the biases beside it, in tensors of all experts."""
-    if published_quantization(cfg) is None:
-        yield from ((name, dims, None) for name, dims in published_tensors(cfg).items())
-        return
+    """Yields (name, shape, dtype, (encoding, piece) or None) of each tensor as it is published;
+    experts in tensors of all of them where the family has no other form."""
     stacks = stacked_tensors(cfg)
-    for name, dims in published_tensors(cfg).items():
-        if not is_of_an_expert(name):
-            yield name, dims, None
+    stacks = stacks if stacks and all(stack.is_only for stack in cfg.experts.stacks) else {}
+    shapes, quantization = published_tensors(cfg), published_quantization(cfg)
+    table, form = quantization.table if quantization else NONE_ENCODED, form_of(cfg)
+    for name, dims in shapes.items():
+        if not (stacks and is_of_an_expert(name)):
+            yield from _as_pieces(name, dims, None, table.of_tensor(name), form)
     for name, stack in stacks.items():
-        yield name, stack.shape, split_piece(stack.parts[0][0])[1]
+        encoding = table.of_tensor(stack.parts[0][0])
+        yield from _as_pieces(name, stack.shape, stack, encoding, form)
+
+
+def _as_pieces(name, dims, stack, encoding, form):
+    if encoding is None:
+        yield name, dims, "bfloat16", None
+        return
+    for piece, (dtype, axes) in pieces_of(encoding, form, dims, stack).items():
+        yield form.name_of(name, piece), axes, dtype, (encoding, piece)
 
 
 def _draw_encoded(kept):
-    """What encoded tensors are filled with, by their names; `kept`: name -> the piece. The scale is
-    such that MXFP4 has the spread of other weights, 0.01."""
+    """What encoded tensors are filled with, by their names; `kept`: name -> (encoding, piece). The
+    scales are such that the weights have the spread of others, 0.01."""
     half_bytes = np.random.default_rng(2).integers(0, 256, 16 << 20, dtype=np.uint8)
-    noise = {"q": half_bytes, "scale": np.full(1 << 20, 119, np.uint8)}
-    return {name: noise[piece] for name, piece in kept.items()}
+    noise = {("mxfp4", "q"): half_bytes, ("mxfp4", "scale"): np.full(1 << 20, 119, np.uint8)}
+    return {name: noise[use] for name, use in kept.items()}
 
 
 def _draw(*, quantized, tied=False):

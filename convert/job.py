@@ -17,7 +17,6 @@ from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import (
     Quantization,
     block_matrices,
-    published_quantization,
     quantization_of,
 )
 from jlayer.config import own_quantization, parse_choice, read_config
@@ -46,6 +45,7 @@ from jlayer.errors import (
     UsageError,
 )
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.spec import ITEM_BYTES
 from jlayer.strict import read_json_object
 
@@ -107,7 +107,7 @@ def convert_checkpoint(
     a journal, but no manifest. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
-    source, target, progress = os.fspath(source), os.fspath(target), progress or Progress()
+    source, target, progress = model_at(source), os.fspath(target), progress or Progress()
     if dtype is not None:
         parse_choice(dtype, tuple(ITEM_BYTES), option="dtype")
     if quantize is not None:
@@ -119,6 +119,13 @@ def convert_checkpoint(
         raise UsageError(
             f"delete_source and allow_extra: {found}",
             command_line=f"--delete-source and --allow-extra: {found}",
+        )
+    if delete_source and is_gguf(source):
+        raise UsageError(
+            f"delete_source: {source} is a GGUF file, which is needed until the end; remove it "
+            "yourself once it is converted",
+            command_line=f"--delete-source: {source} is a GGUF file, which is needed until the "
+            "end; remove it yourself once it is converted",
         )
     if delete_source and follow_links:
         found = "files outside the source would be removed; choose one of them"
@@ -203,16 +210,21 @@ def choose_quantization(
 ) -> Quantization | None:
     """Which matrix is stored in which form: as in the run that is resumed, else by the error that a
     sample of its rows has at int4. What is published in an encoding stays in it."""
-    published = published_quantization(checked.cfg)
+    published = checked.quantization
     if scheme is None:
         return published
+    if published is not None and not published.may_be_quantized:
+        raise UnsupportedModelError(
+            f"{checked.folder}: its weights are quantized as they are published "
+            f"({', '.join(published.table.encodings)}), and stay so; convert without --quantize"
+        )
     resumed = quantization_to_resume(journal, checked, scheme)
     if resumed is not None:
         return resumed
     shapes, errors = published_tensors(checked.cfg), None
     if scheme == INT4.name:
         progress.note(f"{checked.folder}: quantizing some rows of every matrix to measure errors")
-        matrices = block_matrices(shapes, but_experts=published is not None)
+        matrices = block_matrices(shapes, published)
         errors = sample_errors(checked.tensors, matrices)
     return quantization_of(scheme, shapes, errors, published=published)
 

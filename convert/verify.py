@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import (
     CONFIG,
     INDEX,
@@ -31,6 +32,7 @@ from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import file_chunks, hash_stream
 from jlayer.convert.target.journal import JOURNAL
 from jlayer.errors import CheckpointError
+from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
@@ -41,7 +43,7 @@ class Verdict:
 
     `side_files`: those beside the weights that were changed, added or removed since the manifest
     was written. `foreign`: files that are no part of the folder. `is_damaged`: anything else is
-    wrong.
+    wrong. `has_checksums`: a GGUF file has none, so only its structure was checked.
     """
 
     folder: str
@@ -52,6 +54,7 @@ class Verdict:
     side_files: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     is_damaged: bool = False
+    has_checksums: bool = True
 
     @property
     def advice(self) -> str:
@@ -69,12 +72,15 @@ class Verdict:
 def verify_folder(
     folder: str | os.PathLike, *, progress: Progress | None = None, beside: Collection[str] = ()
 ) -> Verdict:
-    """Reads every byte of a layered folder and compares it with its manifest and its config.
+    """Reads every byte of a layered folder and compares it with its manifest and its config; of a
+    GGUF file the head alone.
 
     `beside`: names of other files that may be in the folder. Raises CheckpointError where the
     manifest or the config is missing or malformed, or StorageError.
     """
-    folder, progress = os.fspath(folder), progress or Progress()
+    folder, progress = model_at(folder), progress or Progress()
+    if is_gguf(folder):
+        return _of_gguf(folder)
     names = with_templates(folder, names_in(folder))
     if MANIFEST not in names:
         begun = JOURNAL in names or any(map(is_weight_file, names))
@@ -118,6 +124,20 @@ def verify_folder(
         side_files=tuple(sorted(sides)),
         foreign=tuple(ascii(name) for name in foreign),
         is_damaged=bool(damages),
+    )
+
+
+def _of_gguf(path) -> Verdict:
+    """What a run checks of a GGUF file before it reads weights: all that is wrong is raised."""
+    source = open_gguf(path)
+    files = {file.path: file.n_bytes for file, _ in source.tensors.values()}
+    return Verdict(
+        path,
+        findings=(),
+        n_files=len(files),
+        n_layers=source.cfg.num_hidden_layers,
+        folder_bytes=sum(files.values()),
+        has_checksums=False,
     )
 
 

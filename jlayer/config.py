@@ -17,8 +17,10 @@ from jlayer.families.common import stray_window
 from jlayer.families.fields import Fields
 from jlayer.families.find import find_family, printable
 from jlayer.families.holders import text_only
+from jlayer.families.layout import as_laid_out
+from jlayer.families.quantized import inputs_note, read_quantized
+from jlayer.small_files import CONFIG, GENERATION_CONFIG, files_of
 from jlayer.spec import ITEM_BYTES, ModelConfig
-from jlayer.strict import read_json_object
 
 # Marks a config.json whose folder jlayer quantized; its scheme stands beside it. There is no
 # "quant_method": without one transformers refuses the folder. For an unknown one it only warns, and
@@ -41,13 +43,13 @@ _METHOD_BY_KEY = {
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """The ModelConfig of a folder, from its config.json.
+    """The ModelConfig of a folder, from its config.json, or of a GGUF file.
 
     Raises CheckpointError (missing, not strict JSON, a field out of range) or
     UnsupportedModelError.
     """
-    path = os.path.join(folder, "config.json")
-    return model_config(read_json_object(path), where=path)
+    files = files_of(folder)
+    return model_config(files.json(CONFIG), where=files.where(CONFIG))
 
 
 def model_config(raw: dict, *, where: str) -> ModelConfig:
@@ -59,26 +61,32 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     family = find_family(raw, where=where)
     _refuse_quantized(raw, family.quantized, where)
     fields = Fields({**raw, "model_type": family.model_type}, where)
-    cfg = family.read(fields)
+    cfg = as_laid_out(fields, family.read(fields))
+    quantized = cfg.quantized or read_quantized(fields)
     longest = cfg.max_position_embeddings
     if not family.has_windows:
         longest = min(longest, stray_window(fields) or longest)
-    return replace(cfg, max_position_embeddings=longest, dtype=_dtype(raw, where))
+    return replace(
+        cfg, max_position_embeddings=longest, dtype=_dtype(raw, where), quantized=quantized
+    )
 
 
 def config_notes(raw: dict, cfg: ModelConfig, *, where: str) -> tuple[str, ...]:
     """What to tell the user of a config that was read as `cfg`."""
     raw = text_only(raw, where=where)
     family, longest = find_family(raw, where=where), cfg.max_position_embeddings
+    notes = inputs_note(Fields(raw, where)) if cfg.quantized else ()
     if family.longest_key and raw.get("max_position_embeddings") != longest:
         return (
+            *notes,
             f"{where}: it runs up to {longest} tokens ({family.longest_key}), all of which a layer "
             "attends to; to choose some of a longer text is not supported",
         )
     window = None if family.has_windows else stray_window(Fields(raw, where))
     if window is None or window != cfg.max_position_embeddings:
-        return ()
+        return notes
     return (
+        *notes,
         f"{where}: sets a window of {window} tokens, which no {cfg.model_type} has; it runs up to "
         f"{window} tokens, where that changes nothing (set the window to null to attend to all)",
     )
@@ -103,15 +111,20 @@ def read_generation_config(folder: str | os.PathLike) -> dict:
 
     Raises CheckpointError if that file is not strict JSON.
     """
-    path = generation_file(folder)
-    raw = read_json_object(path)
-    return text_only(raw, where=path) if os.path.basename(path) == "config.json" else raw
+    files = files_of(folder)
+    name = _generation_file(files)
+    raw = files.json(name)
+    return text_only(raw, where=files.where(name)) if name == CONFIG else raw
 
 
 def generation_file(folder: str | os.PathLike) -> str:
     """The file that says what the model's makers set for generation."""
-    path = os.path.join(folder, "generation_config.json")
-    return path if os.path.exists(path) else os.path.join(folder, "config.json")
+    files = files_of(folder)
+    return files.where(_generation_file(files))
+
+
+def _generation_file(files):
+    return GENERATION_CONFIG if files.has(GENERATION_CONFIG) else CONFIG
 
 
 def token_ids(value, *, field: str, where: str, vocab_size: int) -> tuple[int, ...]:

@@ -197,9 +197,9 @@ class Clamped:
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP's form. "gated": activation(gate) * up; "fused": the same, both in one matrix, the
-    gate first; "interleaved": both in one matrix, row 2i of the gate, row 2i + 1 of the other, and
-    as `clamped`; "plain": activation(up)."""
+    """An MLP's form. "gated": activation(gate) * up, or as `clamped`; "fused": the same, both in
+    one matrix, the gate first; "interleaved": both in one matrix, row 2i of the gate, row 2i + 1 of
+    the other, and as `clamped`; "plain": activation(up)."""
 
     form: str = "gated"
     activation: str = "silu"
@@ -279,17 +279,14 @@ class Stack:
     [E, rows, in], biases as [E, rows].
 
     `published`: its name; `leaves`: what it holds, in the order in which the rows of an expert
-    follow one another. `is_only`: a family's experts are published in no other way. `piece`: of an
-    encoding's pieces the one that the tensor has of each; None: it has plain numbers. `in_blocks`:
-    the last axis is cut, into blocks of so many. `inputs_first`: the tensor is [E, in, rows], and
-    holds one matrix of each expert.
+    follow one another. `is_only`: a family's experts are published in no other way. `inputs_first`:
+    as plain numbers the tensor is [E, in, rows], and holds one matrix of each expert; the pieces of
+    an encoding have rows first all the same.
     """
 
     published: str
     leaves: tuple[str, ...]
     is_only: bool = False
-    piece: str | None = None
-    in_blocks: int | None = None
     inputs_first: bool = False
 
     def __post_init__(self):
@@ -304,8 +301,7 @@ class Experts:
     `routing`: the published name of the router's matrix; `bias`: of its correction bias, with the
     axes `bias_axes`. `layers`: of each layer whether it has experts; (): all have. `stacks`: how
     they may be published besides one by one. `beside`: the shared expert is added where each has a
-    norm of its own; None: it is one more of them. `has_biases`: of their matrices. `encoding`: the
-    name of that in which the matrices are published; None: they are plain numbers. `router_moves`:
+    norm of its own; None: it is one more of them. `has_biases`: of their matrices. `router_moves`:
     the router's matrix is streamed.
     """
 
@@ -320,8 +316,18 @@ class Experts:
     stacks: tuple[Stack, ...] = ()
     beside: Beside | None = None
     has_biases: bool = False
-    encoding: str | None = None
     router_moves: bool = False
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a config says of weights that are published encoded: the name of the `method`, the
+    `encoding` that its matrices have as far as a config tells, and patterns of the names of modules
+    that are `left` as plain numbers."""
+
+    method: str
+    encoding: str
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The fields of a protobuf message, as far as a SentencePiece model needs them."""
 
+import struct
 from collections.abc import Iterator
 
-_VARINT, _LENGTH = 0, 2
-_FIXED_BYTES = {1: 8, 5: 4}  # wire type → size
+_VARINT, _LENGTH, _FLOAT = 0, 2, 5
+_FIXED_BYTES = {1: 8, _FLOAT: 4}  # wire type → size
 
 
 def protobuf_fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -34,3 +35,21 @@ def _varint(raw, at):
         if raw[at - 1] < 128:
             return value, at
     raise ValueError("an integer of more than 10 bytes")
+
+
+def encode_field(number: int, value: int | bytes | float) -> bytes:
+    """One field of a message: an integer from 0 up, bytes, or a number of 32 bits."""
+    if isinstance(value, bytes):
+        return _encode_varint(number << 3 | _LENGTH) + _encode_varint(len(value)) + value
+    if isinstance(value, float):
+        return _encode_varint(number << 3 | _FLOAT) + struct.pack("<f", value)
+    return _encode_varint(number << 3 | _VARINT) + _encode_varint(value)
+
+
+def _encode_varint(value):
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    found.append(value)
+    return bytes(found)

@@ -17,14 +17,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from jlayer.parts import Attention, Delta, Experts, Latent, Logits, Mlp, Norm, Places, Scale
+from jlayer.parts import (
+    Attention,
+    Delta,
+    Experts,
+    Latent,
+    Logits,
+    Mlp,
+    Norm,
+    Places,
+    Quantized,
+    Scale,
+)
 
 # dtype name in safetensors -> (name in numpy and JAX, bytes per element). A published tensor of any
 # other dtype is refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 ITEM_BYTES = dict(DTYPES.values())
-# The dtypes that a converted file may hold: quantized weights are integers.
-STORED_DTYPES = {**DTYPES, "I8": ("int8", 1), "U8": ("uint8", 1)}
+# The dtypes that a converted file may hold: encoded weights are integers, or numbers of FP8.
+STORED_DTYPES = {
+    **DTYPES,
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+}
 STORED_BYTES = dict(STORED_DTYPES.values())
 PUBLISHED_DTYPE = {name: published for published, (name, _) in STORED_DTYPES.items()}
 
@@ -44,6 +60,7 @@ class ModelConfig:
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
+    `quantized`: what is said of published weights that are no plain numbers.
     """
 
     model_type: str
@@ -72,6 +89,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     layer_scalar: bool = False
     logits: Logits = Logits()
+    quantized: Quantized | None = None
 
     @property
     def attention(self) -> Attention | Latent:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from jlayer.errors import CheckpointError
-from jlayer.protobuf import protobuf_fields
+from jlayer.protobuf import encode_field, protobuf_fields
 
 UNREADABLE = "{where}: neither a SentencePiece model nor tiktoken ranks; fetch it again"
 
@@ -116,6 +116,21 @@ def read_sentencepiece(raw: bytes, *, where: str) -> SentencePieceModel:
     if not pieces or _TRAINER not in settings:
         raise CheckpointError(UNREADABLE.format(where=where))
     return SentencePieceModel(tuple(pieces), **settings[_TRAINER], **settings.get(_NORMALIZER, {}))
+
+
+def encode_sentencepiece(model: SentencePieceModel) -> bytes:
+    """The inverse of `read_sentencepiece`. An id of -1 is left at that of the message."""
+    parts = [encode_field(_PIECES, _encoded_piece(piece)) for piece in model.pieces]
+    for message, names in _SETTINGS.items():
+        values = ((number, getattr(model, name)) for number, name in names.items())
+        body = b"".join(encode_field(number, value) for number, value in values)
+        parts.append(encode_field(message, body))
+    return b"".join(parts)
+
+
+def _encoded_piece(piece):
+    fields = ((1, piece.text.encode()), (2, float(piece.score)), (3, int(piece.kind)))
+    return b"".join(encode_field(number, value) for number, value in fields)
 
 
 def _piece(raw):

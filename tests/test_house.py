@@ -24,6 +24,8 @@ ROOMS = (
         "pieces",
         "encodings",
         "families",
+        "gguf",
+        "small_files",
         "config",
         "run_config",
     ),

@@ -21,9 +21,12 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
+from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import CONFIG, INDEX
 from jlayer.checkpoint.names import names_in_use
+from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.source import (
     GENERATION_CONFIG,
     MODEL_PICKLE,
@@ -54,6 +57,8 @@ from jlayer.convert.sources.joined import JoinedSource
 from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.parts import is_gguf
+from jlayer.small_files import MadeFiles
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
 
@@ -65,7 +70,8 @@ _EXTRA = f"{EXTRA} (see --allow-extra)"
 class CheckedSource:
     """A source whose config, files and tensors agree; `notes` are lines for the user.
 
-    `side_files` holds bytes in the place of a file that the source lacks.
+    `side_files` holds bytes in the place of a file that the source lacks. `quantization`: what of
+    the tensors is encoded as published.
     """
 
     folder: str
@@ -74,6 +80,7 @@ class CheckedSource:
     tensors: Source
     side_files: dict[str, SourceFile | bytes]
     notes: tuple[str, ...]
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,11 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     """Opens the checkpoint in `folder`; checks config, index and headers, tensors, in this order.
 
     Of several forms it takes the first of safetensors, pytorch_model.bin, Meta's
-    consolidated.NN.pth, and Orbax. An adapter beside them is told in a note. Raises
-    CheckpointError, UnsupportedModelError or StorageError.
+    consolidated.NN.pth, and Orbax; `folder` may be the path of a GGUF file. An adapter beside
+    them is told in a note. Raises CheckpointError, UnsupportedModelError or StorageError.
     """
+    if is_gguf(folder):
+        return _open_gguf(folder, allow_extra)
     names = names_in(folder)
     refuse_quantizer_files(folder, names)
     checked = _open(folder, names, allow_extra)
@@ -120,18 +129,40 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
+    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
+    encodings = found_encodings(cfg, tables.values())
     tables = {
-        shard: unstacked(cfg, table, rows_of, where=files[shard].path)
+        shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = None if allow_extra else _EXTRA
-    checked = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    quantization = Quantization.as_found(table_of(cfg, encodings))
+    checked = check_tensors(
+        folder, cfg, tables, misplaced, notes, quantization=quantization, extra_label=label
+    )
     infos = {name: copies[0][1] for name, copies in checked.items()}
     places = {name: tuple(place for place, _ in copies) for name, copies in checked.items()}
     tensors = FileSource(infos, places)
     sides = side_files(folder, names)
-    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes))
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
+
+
+def _open_gguf(path, allow_extra):
+    """Opens a GGUF model: what is beside the weights of other forms is made from its metadata."""
+    source = open_gguf(path, allow_extra=allow_extra)
+    infos = {
+        name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in source.tensors.items()
+    }
+    places = {
+        name: (Place(name, file, entry.offset),) for name, (file, entry) in source.tensors.items()
+    }
+    made = MadeFiles(path).all()
+    sides = {name: content for name, content in made.items() if name != CONFIG}
+    tensors = FileSource(infos, places)
+    return CheckedSource(
+        *(path, source.cfg, made[CONFIG], tensors, sides, source.notes, source.quantization)
+    )
 
 
 def _open_meta(folder, names, allow_extra):

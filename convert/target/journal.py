@@ -216,7 +216,10 @@ def restore_source(folder: str, journal: Journal) -> CheckedSource:
         config_bytes = read_small_file(regular_file(folder, CONFIG).real)
     sides = {name: text.encode() for name, text in whole["sides"].items()}
     sides |= {name: regular_file(folder, name) for name in side_names(folder, names_in(folder))}
-    return CheckedSource(folder, cfg, config_bytes, FileSource(infos, places), sides, ())
+    chosen = Quantization.from_dict(then["quantization"]) if "quantization" in then else None
+    published = chosen and chosen.as_published
+    tensors = FileSource(infos, places)
+    return CheckedSource(folder, cfg, config_bytes, tensors, sides, (), published)
 
 
 def _restored_file(folder, name, entry, *, removed):

@@ -32,6 +32,7 @@ from jlayer.convert.target.journal import JOURNAL
 from jlayer.convert.target.lock import TargetLock
 from jlayer.convert.target.write import remove_temporaries
 from jlayer.errors import CheckpointError
+from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import published_tensors
 from jlayer.spec import ModelConfig
 from jlayer.strict import close, is_there, open_regular, read_json_object, read_small_file
@@ -116,6 +117,7 @@ def _check_config(folder, manifest):
             f"{manifest.family}; {_put_back(folder)}"
         )
     scheme = manifest.quantization and manifest.quantization.scheme
+    said = None if said == FROM_GGUF else said  # its encodings are in the manifest
     if said != scheme:
         raise CheckpointError(
             f"{path}: quantization_config names the scheme {said!a} of jlayer's, but the weights "

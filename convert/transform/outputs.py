@@ -23,7 +23,6 @@ from jlayer.convert.sources.files import Chunk, Room, Source, SourceFile, file_c
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.transform.cast import cast, count_nonfinite
 from jlayer.convert.transform.quantize import Quantizer, whole_rows
-from jlayer.encodings.grouped import SCALE
 from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.holders import text_only
@@ -174,10 +173,11 @@ class WeightFile:
         return f"{self._source.where(tensor)}: tensor {tensor}"
 
     def _tensor_chunks(self, tensor, target, room):
-        dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
+        dtype, before, after, n_bytes = self._source.tensors[tensor].dtype, 0, 0, 0
         numbers = self._numbers.get(tensor, dtype)
         for chunk in self._source.chunks(tensor, room if target == dtype else None):
-            before += count_nonfinite(chunk, numbers)
+            before += count_nonfinite(chunk, numbers, begin=n_bytes)
+            n_bytes += len(chunk)
             self._progress.advance(len(chunk))
             if self._source_digest is not None:
                 self._source_digest.update(chunk)
@@ -202,10 +202,14 @@ class WeightFile:
 
 
 def _number_formats(shapes, kept):
-    """How the numbers of the published tensors' scales are stored, by name, where `kept` says that
-    some are encoded."""
-    schemes = {name: kept.scheme_of(name, shape) for name, shape in shapes.items()} if kept else {}
-    return {piece_name(name, SCALE): scheme.scales for name, scheme in schemes.items() if scheme}
+    """What the bytes of published pieces stand for, by name, where their dtypes do not tell; `kept`
+    says which tensors are encoded."""
+    found = {}
+    for name, shape in shapes.items() if kept else ():
+        encoding = kept.scheme_of(name, shape)
+        for piece in encoding.pieces(shape) if encoding else ():
+            found[piece_name(name, piece)] = encoding.number_format(piece)
+    return {name: numbers for name, numbers in found.items() if numbers is not None}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from jlayer.checkpoint.foreign import kinds_of, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, MANIFEST, is_weight_file
 from jlayer.checkpoint.source import MODEL_PICKLE, SINGLE, read_weight_map, regular_file
 from jlayer.errors import CheckpointError
+from jlayer.gguf.parts import models_in
 from jlayer.strict import is_there
 
 LAYERED, SAFETENSORS, BIN, META, ORBAX = "layered", "safetensors", "bin", "meta", "orbax"
+GGUF = "GGUF"
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _META = re.compile(r"consolidated\.[0-9]{2}\.pth")
 # As Orbax names them; see convert/sources/orbax.py, which is imported where one of them is there.
@@ -43,7 +45,7 @@ def holds_ours(folder: str, names: Collection[str]) -> bool:
     """Whether a folder that holds `names` has weights in a form that is read here."""
     ours = {MANIFEST, SINGLE, INDEX} & set(names)
     named = any(MODEL_PICKLE.fullmatch(name) or is_weight_file(name) for name in names)
-    return bool(ours) or named or _is_orbax(folder, names)
+    return bool(ours) or named or _is_orbax(folder, names) or len(models_in(names)) == 1
 
 
 def holds_weights(folder: str, names: Collection[str]) -> bool:

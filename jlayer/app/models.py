@@ -10,10 +10,11 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
-from jlayer.app.forms import META, Form, form_of
+from jlayer.app.forms import GGUF, META, Form, form_of
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.foreign import kinds_of
 from jlayer.checkpoint.layout import CONFIG
@@ -23,7 +24,10 @@ from jlayer.checkpoint.store import Store
 from jlayer.config import model_config, planned_dtype, quantization_named
 from jlayer.errors import JlayerError, UnsupportedModelError
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.config import config_of
+from jlayer.gguf.parts import is_gguf, model_at, open_head, parts_of
 from jlayer.plan.tiles import Weights, unseen_weights
+from jlayer.spec import ITEM_BYTES
 from jlayer.strict import is_there, read_json_object
 
 _LONGEST = 60  # characters of a word from a config that are shown
@@ -90,9 +94,13 @@ def look_at(folder: str, *, follow_links: bool = False) -> Model:
 
 def bytes_in(folder: str) -> dict[tuple[int, int], int]:
     """(device, inode) -> bytes of each file of a folder, of what links lead to as well; folders
-    behind links are left out. What cannot be read counts nothing."""
+    behind links are left out. Of a GGUF file those of all its parts. What cannot be read counts
+    nothing."""
     found = {}
-    for where, _, names in os.walk(folder):
+    listing = os.walk(folder)
+    if is_gguf(folder):
+        listing = [(os.path.dirname(folder), (), map(os.path.basename, parts_of(folder)))]
+    for where, _, names in listing:
         for name in names:
             try:
                 status = os.stat(os.path.join(where, name))
@@ -105,6 +113,10 @@ def bytes_in(folder: str) -> dict[tuple[int, int], int]:
 
 def _look(model, follow_links):
     """Fills in the model. Raises what is wrong with it."""
+    path = model_at(model.folder)
+    if is_gguf(path):
+        _look_at_gguf(model, path, follow_links)
+        return
     folder, names = model.folder, names_in(model.folder)
     model.quantization = quantizer_in(names)
     kinds = kinds_of(names)
@@ -142,6 +154,21 @@ def _look(model, follow_links):
         model.notes = store.notes
     else:
         model.state = State.CONVERT
+
+
+def _look_at_gguf(model, path, follow_links):
+    """Fills in the model of a GGUF file."""
+    model.form = GGUF
+    head = open_head(path)
+    model.files = head.parts
+    kinds = Counter(tensor.type for tensor in head.tensors.values() if len(tensor.shape) > 1)
+    encoded = (kind for kind, _ in kinds.most_common() if kind not in ITEM_BYTES)
+    model.quantization = next(encoded, None)
+    config = config_of(head)
+    model.family = config["model_type"]
+    store = Store(path, follow_links=follow_links)
+    model.weights = Weights(store.cfg, store.form_of, store.float_dtype)
+    model.notes = store.notes
 
 
 def _read_config(model, home):

@@ -15,6 +15,7 @@ from jlayer.checkpoint.cache import Repository, Revision
 from jlayer.checkpoint.layout import CONFIG
 from jlayer.checkpoint.source import names_in
 from jlayer.errors import JlayerError
+from jlayer.gguf.parts import is_gguf, models_in
 from jlayer.strict import read_json_object
 
 HUB, FOLDER = "hub", "folder"
@@ -64,9 +65,13 @@ def hub_entries(cache: str) -> Iterator[Entry]:
 
 def folder_entries(folder: str) -> Iterator[Entry]:
     """The model that a folder is, else those in it: in folders, or in another hub's cache."""
+    if is_gguf(folder):
+        yield Entry(folder, folder, FOLDER)
+        return
     try:
         names = names_in(folder)
-        is_one = CONFIG in names or holds_weights(folder, names)
+        files = [] if holds_ours(folder, names) else models_in(names)
+        is_one = not files and (CONFIG in names or holds_weights(folder, names))
     except JlayerError as error:
         yield Entry(folder, folder, FOLDER, problem=error.command_line)
         return
@@ -78,7 +83,9 @@ def folder_entries(folder: str) -> Iterator[Entry]:
         for entry in hub_entries(folder):  # an id means the model in the hub's own cache
             yield replace(entry, name=entry.folder, where=FOLDER)
     for name in sorted(names):
-        if not name.startswith((".", hub_cache.MODELS)):
+        if name in files:
+            yield Entry(os.path.join(folder, name), os.path.join(folder, name), FOLDER)
+        elif not name.startswith((".", hub_cache.MODELS)):
             yield from _inside(os.path.join(folder, name))
 
 

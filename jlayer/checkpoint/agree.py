@@ -10,13 +10,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from jlayer.checkpoint.encoded import NONE_ENCODED, name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
-from jlayer.checkpoint.quantization import piece_dtypes, published_quantization, stored_tensors
+from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.quantized import SECTION, is_left
 from jlayer.families.registry import (
+    is_beside,
     is_dropped,
+    is_latent_matrix,
+    is_matrix,
     is_of_an_expert,
     is_of_another_part,
     layer_of,
@@ -101,15 +107,16 @@ def check_tensors(
     problems: list[str],
     notes: list[str],
     *,
+    quantization: Quantization | None = None,
     extra_label: str | None,
 ) -> dict[str, list]:
     """The model's tensors, each with all its copies; raises with all that is wrong.
 
     `tables`: by file, name -> a place (with `name` and `file`) and what the file says of the tensor
-    there (with `dtype` and `shape`). `extra_label`: how to refuse tensors that the model has no use
-    for; None to leave them out.
+    there (with `dtype` and `shape`). `quantization`: what of them is encoded. `extra_label`: how to
+    refuse tensors that the model has no use for; None to leave them out.
     """
-    shapes, quantization, found = published_tensors(cfg), published_quantization(cfg), {}
+    shapes, found = published_tensors(cfg), {}
     expected, dtypes = stored_tensors(shapes, quantization), piece_dtypes(shapes, quantization)
     for table in tables.values():
         for name, place in table.items():
@@ -130,12 +137,15 @@ def check_tensors(
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
         *gathered("dtype of what is encoded", _of_other_piece(found, dtypes)),
+        *gathered("encoded, which is not supported of it", _not_to_be_encoded(cfg, quantization)),
+        *gathered(f"encoded, but left out by {SECTION}", _left_but_encoded(cfg, quantization)),
         *refused_extra(folder, extra, notes, label=extra_label),
     ]
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}")
     notes += _doubled(found, expected)
     notes += _left_out(folder, cfg, found)
+    notes += _of_inputs(folder, cfg, found)
     return {name: found[name] for name in expected}
 
 
@@ -180,6 +190,16 @@ def _left_out(folder, cfg, found):
         )
 
 
+def _of_inputs(folder, cfg, found):
+    """A note of the tensors that a form of encoding has beside the weights."""
+    beside = sorted(name for name in found if is_beside(cfg, name))
+    if beside:
+        yield (
+            f"{folder}: left out {len(beside)} tensors that are no weights, by "
+            f"{cfg.quantized.method} (scales of inputs): {beside[0]}, ..."
+        )
+
+
 def _part_of(name):
     layer = layer_of(name)
     if layer is not None:
@@ -216,23 +236,47 @@ def _of_other_piece(found, dtypes):
     return list(told)  # once, though all experts are in one tensor
 
 
+def _not_to_be_encoded(cfg, quantization):
+    """Tensors that are encoded, and used in a way that needs plain numbers, or rows by
+    themselves."""
+    table = quantization.table if quantization else NONE_ENCODED
+    for name, shape in published_tensors(cfg).items() if table else ():
+        encoding = table.of_tensor(name)
+        if encoding is None:
+            continue
+        is_rows = name != EMBEDDING.published or ENCODINGS[encoding].row_unit == 1
+        if not is_rows or not (is_matrix(name, shape) or is_latent_matrix(name)):
+            yield f"{name} ({encoding})"
+
+
+def _left_but_encoded(cfg, quantization):
+    """Tensors that are encoded, though the config says that their modules are not."""
+    if quantization and cfg.quantized and cfg.quantized.left:
+        for name in published_tensors(cfg):
+            module = name.removesuffix(".weight")
+            if quantization.table.of_tensor(name) and is_left(cfg.quantized, module):
+                yield name
+
+
 def _missing(name):
     return f"{name} (tie_word_embeddings is false)" if name == HEAD.published else name
 
 
 def _as_published(cfg, missing):
-    """The names of missing tensors, with those of tensors of all experts in the place of their
-    parts where the family publishes no others, and no part is there."""
+    """The names of missing tensors as they are published: pieces by their form, and tensors of all
+    experts in the place of their parts where the family has no others, and no part is there."""
     if not missing or not cfg.experts or not all(stack.is_only for stack in cfg.experts.stacks):
-        return missing
+        return [name_of_piece(cfg, name) for name in missing]
     left = dict.fromkeys(missing)
+    pieces = dict.fromkeys(split_piece(name)[1] for name in missing)
     for name, stack in stacked_tensors(cfg).items():
-        parts = [part for part, *_ in stack.parts]
-        if left.keys() >= set(parts):
-            for part in parts:
-                del left[part]
-            left[name] = None
-    return list(left)
+        for piece in pieces:
+            parts = [piece_name(part, piece) for part, *_ in stack.parts]
+            if left.keys() >= set(parts):
+                for part in parts:
+                    del left[part]
+                left[piece_name(name, piece)] = None
+    return [name_of_piece(cfg, name) for name in left]
 
 
 def _few_of_experts(names):

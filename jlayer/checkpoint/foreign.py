@@ -19,10 +19,11 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
 _MERGE = "merge it into its base model (PEFT: merge_and_unload) and take the result"
 _TAKE = "take the model's checkpoint of safetensors files"
+_ITS_FILE = "take the model's own file, which ends in .gguf"
 _ITS_FOLDER = "name the folder that it lies in"
 # Files, by pattern of their names -> what they are, and what to do. In this order.
 _FILES = (
-    (r".+\.gguf", "a GGUF model", _TAKE),
+    (r".+\.gguf", "a GGUF model", _ITS_FILE),
     (r"ggml-.+\.bin|.+\.ggml|ggjt.+", "a GGML model", _TAKE),
     (r"weights(\.\d+)?\.npz", "MLX weights", _TAKE),
     (r"mlc-chat-config\.json|params_shard_\d+\.bin", "an MLC model", _TAKE),
@@ -39,7 +40,7 @@ _FILES = (
 )
 # Files, by how they begin.
 _BEGINNINGS = (
-    (b"GGUF", "a GGUF model", _TAKE),
+    (b"GGUF", "a GGUF model", _ITS_FILE),
     (b"lmgg", "a GGML model", _TAKE),
     (b"tjgg", "a GGML model", _TAKE),
     (b"fmgg", "a GGML model", _TAKE),

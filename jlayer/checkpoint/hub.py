@@ -29,6 +29,7 @@ from jlayer.checkpoint.source import (
     regular_file,
 )
 from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, StorageError, UsageError
+from jlayer.gguf.parts import model_at
 from jlayer.sizes import human
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -73,7 +74,8 @@ def local_folder(
     note: Callable[[str], None] | None = None,
     option: str | None = None,
 ) -> str:
-    """The local folder of `ref`: a path as it is; for `owner/name[@revision]` the folder in the
+    """The local folder or GGUF file of `ref`: a path as it is, of a folder that holds nothing else
+    its GGUF file; for `owner/name[@revision]` the folder in the
     cache, after fetching what is missing. `option`: what names it, for the message that there is no
     such folder.
 
@@ -89,7 +91,7 @@ def local_folder(
         if ref in names("models"):
             found += "; jlayer knows the config of this name, for a plan, and has no weights of it"
         raise CheckpointError(found)
-    return ref
+    return model_at(ref)
 
 
 def pull(ref: str, *, note: Callable[[str], None] | None = None, progress=None) -> Pulled:

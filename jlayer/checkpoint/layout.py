@@ -10,13 +10,14 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from jlayer.checkpoint.quantization import Quantization, stored_tensors
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import Q
-from jlayer.encodings.registry import WEIGHTS_A_NUMBER, piece_name, split_piece
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import layer_of, published_tensors
@@ -144,19 +145,20 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
     """The order of tensors in a file: matrices first, largest first, then norms and biases.
 
     So large tensors begin aligned, and small ones are together at the end. Tensors of equal size
-    are sorted by name. The pieces of a quantized matrix are neighbours, at the matrix's own place,
-    so that one request reads them. If mixed dtypes would put a tensor at an offset that is no
+    are sorted by name. The pieces of a quantized matrix are neighbours, the main one first, so that
+    one request reads them. If mixed dtypes would put a tensor at an offset that is no
     multiple of its element size, which no reader can view, wider dtypes come first.
     """
 
     def key(name):
         base, piece = split_piece(name)
-        size = _n_bytes(shapes[name], dtypes[name])
-        main = piece_name(base, Q)
-        if piece != WHOLE and main in shapes:  # a published tensor may end in `.scale` too
-            size = 2 * math.prod(shapes[main]) * WEIGHTS_A_NUMBER[dtypes[main]]  # as 16 bits each
-        return (len(shapes[name]) < 2, -size, name)
+        if piece == WHOLE or piece_name(base, Q) not in shapes:  # other names may end in `.scale`
+            return (len(shapes[name]) < 2, -_n_bytes(shapes[name], dtypes[name]), name, "")
+        return (False, -n_bytes_of[base], base, piece if piece != Q else "")
 
+    n_bytes_of = Counter()
+    for name in shapes:
+        n_bytes_of[split_piece(name)[0]] += _n_bytes(shapes[name], dtypes[name])
     order, at = sorted(shapes, key=key), 0
     for name in order:
         if at % STORED_BYTES[dtypes[name]]:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jlayer.checkpoint.quantization import published_quantization, stored_tensors
+from jlayer.checkpoint.encoded import form_of
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import BODY, HEAD
 from jlayer.families.registry import (
@@ -32,24 +34,21 @@ _WEIGHTS = "params."
 @dataclass(frozen=True)
 class Names:
     """How one checkpoint spells a model's names. `lead` stands before those of the layers; `used`
-    are the published names of all that the model has a use for."""
+    are the published names of all that the model has a use for, without those of pieces."""
 
     cfg: ModelConfig
     used: frozenset[str]
     lead: str = BODY
 
     def published(self, name: str) -> str:
-        """The published name of a tensor; its own where the model knows none for it."""
-        if name in self.used:
-            return name
-        starts = dict.fromkeys((self.lead, self.lead.removesuffix(BODY), ""))
-        rests = [name[len(start) :] for start in starts if name.startswith(start)]
-        spellings = dict.fromkeys([*rests, *(BODY + rest for rest in rests)])
-        return next((known for known in spellings if self._is_known(known)), name)
+        """The published name of a tensor, of a piece as `piece_name` has it; its own where the
+        model knows none for it."""
+        matrix, piece = self._found(name)
+        return name if matrix is None else piece_name(matrix, piece)
 
     def is_used(self, name: str) -> bool:
         """Whether the model has a use for the tensor that a file or an index calls so."""
-        return self.published(name) in self.used
+        return self._found(name)[0] in self.used
 
     def is_computed(self, name: str) -> bool:
         """Whether the tensor that a file or an index calls so is left out on purpose."""
@@ -69,6 +68,25 @@ class Names:
                 )
             found[published] = value
         return found
+
+    def _found(self, name):
+        """(the published name of a tensor or of the matrix that it is of, the piece); (None, WHOLE)
+        where the model knows none."""
+        if name in self.used:
+            return name, WHOLE
+        form = form_of(self.cfg)
+        split = form.split(name) if form else None
+        for matrix, piece in filter(None, ((name, WHOLE), split, split_piece(name))):
+            known = self._known(matrix) if piece is not None else None
+            if known is not None and (piece == WHOLE or known in self.used):
+                return known, piece
+        return None, WHOLE
+
+    def _known(self, name):
+        starts = dict.fromkeys((self.lead, self.lead.removesuffix(BODY), ""))
+        rests = [name[len(start) :] for start in starts if name.startswith(start)]
+        spellings = dict.fromkeys([*rests, *(BODY + rest for rest in rests)])
+        return next((known for known in spellings if self._is_known(known)), None)
 
     def _is_known(self, name):
         return name in self.used or is_dropped(self.cfg, name)
@@ -90,8 +108,7 @@ def names_in_use(cfg: ModelConfig, tables: Iterable[Iterable[str]], *, where: st
         for end in ends
         if (name == end or name.endswith(f".{end}")) and not is_of_another_part(cfg, name)
     }
-    stored = stored_tensors(published_tensors(cfg), published_quantization(cfg))
-    published = {*stored, *stacked_tensors(cfg), HEAD.published}
+    published = {*published_tensors(cfg), *stacked_tensors(cfg), HEAD.published}
     used = frozenset(published | set(map(_stacked, published)))
     if not leads or leads & {BODY, ""}:
         return Names(cfg, used)

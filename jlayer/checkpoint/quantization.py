@@ -7,12 +7,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jlayer.encodings.grouped import Grouped
+from jlayer.checkpoint.encoded import NONE_ENCODED, EncodingTable
+from jlayer.encodings.base import Encoding
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
-from jlayer.encodings.registry import SCHEMES, piece_name
-from jlayer.encodings.tables import TABLES
-from jlayer.families.registry import is_matrix, is_of_an_expert, layer_of
+from jlayer.encodings.published import FORMS
+from jlayer.encodings.registry import ENCODINGS, SCHEMES, piece_name
+from jlayer.families.quantized import is_left
+from jlayer.families.registry import (
+    is_latent_matrix,
+    is_matrix,
+    is_of_an_expert,
+    layer_of,
+    published_tensors,
+)
 from jlayer.spec import ModelConfig
 
 # INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
@@ -24,27 +32,36 @@ STANDS_OUT = 4.0
 
 @dataclass(frozen=True)
 class Quantization:
-    """The encodings of a model's matrices: `scheme`; int8 for those in `at_int8`, the embedding and
-    the head. None: they are plain numbers. `experts`: the encoding in which those of experts are
-    published, and are kept; None: they are like the others. Vectors (norms, biases) stay as
-    published."""
+    """The encodings of a model's matrices: `table`: those that they are published in, which they
+    keep; of the others `scheme`, and int8 for those in `at_int8`, the embedding and the head. A
+    scheme of None: they are plain numbers. Vectors (norms, biases) stay as published."""
 
     scheme: str | None
     at_int8: tuple[str, ...] = ()
-    experts: str | None = None
+    table: EncodingTable = NONE_ENCODED
+
+    @classmethod
+    def as_found(cls, table: EncodingTable) -> Quantization | None:
+        """How the tensors of a published folder are encoded; None: they are plain numbers."""
+        return cls(None, table=table) if table else None
 
     @property
     def as_published(self) -> Quantization | None:
         """What of it the published tensors have already; None: they are plain numbers."""
-        return Quantization(None, experts=self.experts) if self.experts else None
+        return Quantization.as_found(self.table)
 
-    def scheme_of(self, tensor: str, shape: tuple[int, ...]) -> Grouped | None:
+    @property
+    def may_be_quantized(self) -> bool:
+        """Whether what is published as plain numbers may be quantized: where others than experts
+        are encoded, what is left is as its makers want it."""
+        return all(".experts." in name for name, encoding in self.table.rows if encoding)
+
+    def scheme_of(self, tensor: str, shape: tuple[int, ...]) -> Encoding | None:
         """The encoding of a published tensor; None: plain numbers, stored as published."""
-        if not is_matrix(tensor, shape):
-            return None
-        if self.experts and is_of_an_expert(tensor):
-            return TABLES[self.experts]
-        if self.scheme is None:
+        published = self.table.of_tensor(tensor)
+        if published is not None:
+            return ENCODINGS[published]
+        if self.scheme is None or not is_matrix(tensor, shape):
             return None
         if layer_of(tensor) is None or tensor in self.at_int8:
             return INT8
@@ -61,24 +78,23 @@ class Quantization:
 
     def as_dict(self) -> dict:
         """The form in the manifest. `groups` is for other readers; `from_dict` checks it."""
-        kept = {self.experts: TABLES[self.experts]} if self.experts else {}
         return {
             "scheme": self.scheme,
-            "groups": {name: row.group for name, row in (SCHEMES | kept).items()},
+            "groups": {name: row.group for name, row in SCHEMES.items()},
             "at_int8": list(self.at_int8),
-        } | ({"experts": self.experts} if self.experts else {})
+        } | ({"published": self.table.as_dict()} if self.table else {})
 
     @classmethod
     def from_dict(cls, raw: dict) -> Quantization:
         """The inverse of `as_dict`.
 
-        Raises ValueError for an unknown scheme or group, KeyError or TypeError for another form.
+        Raises ValueError for an unknown scheme, encoding or group, KeyError, TypeError or
+        AttributeError for another form.
         """
-        experts = raw.get("experts")
-        quantization = cls(raw["scheme"], tuple(raw["at_int8"]), experts)
-        known = SCHEMES if experts is None else {None, *SCHEMES}
-        is_known = quantization.scheme in known and (experts is None or experts in TABLES)
-        if not is_known or raw != quantization.as_dict():
+        table = EncodingTable.from_dict(raw.get("published", {}))
+        quantization = cls(raw["scheme"], tuple(raw["at_int8"]), table)
+        known = {None, *SCHEMES} if table else SCHEMES
+        if quantization.scheme not in known or raw != quantization.as_dict():
             raise ValueError("not a known quantization")
         return quantization
 
@@ -118,23 +134,40 @@ def piece_dtypes(
 
 
 def block_matrices(
-    shapes: Mapping[str, tuple[int, ...]], *, but_experts: bool = False
+    shapes: Mapping[str, tuple[int, ...]], published: Quantization | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The matrices of the layers among published tensors; `but_experts`: without those of
-    experts."""
+    """The matrices of the layers among published tensors, without those that are `published`
+    encoded."""
     return {
         name: shape
         for name, shape in shapes.items()
         if is_matrix(name, shape)
         and layer_of(name) is not None
-        and not (but_experts and is_of_an_expert(name))
+        and not (published and published.table.of_tensor(name))
     }
 
 
 def published_quantization(cfg: ModelConfig) -> Quantization | None:
-    """How the published tensors of a model are encoded; None: they are plain numbers."""
-    encoding = cfg.experts and cfg.experts.encoding
-    return Quantization(None, experts=encoding) if encoding else None
+    """How the published tensors of a model are encoded as far as its config tells; None: they are
+    plain numbers. The headers of its files show it exactly."""
+    said = cfg.quantized
+    if said is None:
+        return None
+    form = FORMS[said.method]
+    encodings = {
+        name: said.encoding if _is_encoded(name, shape, said, form) else None
+        for name, shape in published_tensors(cfg).items()
+    }
+    return Quantization.as_found(EncodingTable.of(encodings))
+
+
+def _is_encoded(name, shape, said, form):
+    """Whether a tensor is encoded, as far as a config tells: the matrices of the layers are."""
+    if not (is_matrix(name, shape) or is_latent_matrix(name)) or layer_of(name) is None:
+        return False
+    if form.experts_alone:
+        return is_of_an_expert(name)
+    return not is_left(said, name.removesuffix(".weight"))
 
 
 def quantization_of(
@@ -144,8 +177,8 @@ def quantization_of(
     *,
     published: Quantization | None = None,
 ) -> Quantization:
-    """Chooses the encodings of a model's tensors. `published`: as they are published, which of
-    experts is kept.
+    """Chooses the encodings of a model's tensors. `published`: in which some are published; they
+    are kept.
 
     `errors`: for each matrix of the layers, its squared error at int4 relative to its sum of
     squares; without `errors` all are equal.
@@ -155,10 +188,10 @@ def quantization_of(
     the median (over weights) stay at int8, the worst first, while the average stays within
     INT4_BITS.
     """
-    kept = published.experts if published else None
+    kept = published.table if published else NONE_ENCODED
     if scheme != INT4.name:
-        return Quantization(scheme, experts=kept)
-    matrices = block_matrices(shapes, but_experts=kept is not None)
+        return Quantization(scheme, table=kept)
+    matrices = block_matrices(shapes, published)
     n_weights = {name: math.prod(shape) for name, shape in matrices.items()}
     gain = {name: (errors[name] if errors else 1.0) / n_weights[name] for name in matrices}
     order = sorted(matrices, key=lambda name: -gain[name])

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
+from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.safetensors import (
     MAX_TENSORS,
     InputsFirstEntry,
@@ -74,13 +76,14 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Published:
-    """A folder whose config, files and tensors agree.
+    """A folder whose config, files and tensors agree; `quantization`: what of it is encoded.
 
     `fingerprint` distinguishes it from any other folder, without reading weights. `notes`: for the
     user.
     """
 
     cfg: ModelConfig
+    quantization: Quantization | None
     tensors: dict[str, tuple[SourceFile, TensorEntry]]
     fingerprint: str
     notes: tuple[str, ...]
@@ -110,20 +113,26 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
+    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
+    encodings = found_encodings(cfg, tables.values())
     tables = {
-        shard: unstacked(cfg, table, rows_of, where=files[shard].path)
+        shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
-    copies_of = check_tensors(folder, cfg, tables, misplaced, notes, extra_label=label)
+    quantization = Quantization.as_found(table_of(cfg, encodings))
+    copies_of = check_tensors(
+        folder, cfg, tables, misplaced, notes, quantization=quantization, extra_label=label
+    )
     side_files(folder, names)
     tensors = {}
     for name, copies in copies_of.items():
         _check_equal(copies)
         place, entry = copies[0]
         tensors[name] = (place.file, entry)
-    return Published(cfg, tensors, _fingerprint(config_bytes, stored, files), tuple(notes))
+    fingerprint = _fingerprint(config_bytes, stored, files)
+    return Published(cfg, quantization, tensors, fingerprint, tuple(notes))
 
 
 def names_in(folder: str) -> frozenset[str]:

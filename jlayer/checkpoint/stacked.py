@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from jlayer.checkpoint.encoded import form_of, pieces_of
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
-from jlayer.families.registry import stacked_tensors
+from jlayer.families.registry import Stacked, stacked_tensors
 from jlayer.spec import ModelConfig
 
 Value = TypeVar("Value")
@@ -20,6 +23,7 @@ def unstacked(
     cfg: ModelConfig,
     table: Mapping[str, tuple],
     rows: Callable[..., tuple],
+    encodings: Mapping[str, str],
     *,
     where: str,
 ) -> dict[str, tuple]:
@@ -27,24 +31,34 @@ def unstacked(
     hold all of them.
 
     `table`: name -> a place and what is there, with a `shape`. `rows(place, info, first, n,
-    inputs_first)`: the same of `n` rows from `first` on, counted through all experts. Raises
-    CheckpointError where such a tensor has another shape than the config says, or an expert is
-    there by itself too.
+    inputs_first)`: the same of `n` rows from `first` on, counted through all experts. `encodings`:
+    of the tensors that hold all experts, where they are no plain numbers. Raises CheckpointError
+    where such a tensor has another shape than the config says, or cannot be cut by experts, or an
+    expert is there by itself too.
     """
     stacks, found = stacked_tensors(cfg), {}
     for name, (place, info) in table.items():
-        stack = stacks.get(name)
+        stack, piece = stacks.get(name), WHOLE
+        if stack is None:
+            matrix, piece = split_piece(name)
+            stack = stacks.get(matrix) if matrix in encodings else None
         if stack is None:
             parts = {name: (place, info)}
-        elif info.shape != stack.shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} is {list(info.shape)}, by config.json "
-                f"{list(stack.shape)}: {', '.join(stack.axes)}"
-            )
-        else:
+        elif piece == WHOLE:
+            of_expert = ("columns", "rows") if stack.inputs_first else ("rows", "columns")
+            axes = ("experts", *of_expert[: len(stack.shape) - 1])
+            _check_shape(place, info, stack.shape, axes, where)
             parts = {
                 part: rows(place, info, first, n, inputs_first=stack.inputs_first)
                 for part, first, n in stack.parts
+            }
+        else:
+            wanted = pieces_of(encodings[matrix], form_of(cfg), None, stack)
+            _, shape = wanted.get(piece, (None, info.shape))
+            _check_shape(place, info, shape, ("experts", "rows", "columns", "bytes"), where)
+            cut = _cut(stack, piece, encodings[matrix], where=f"{where}: tensor {place.name}")
+            parts = {
+                part: rows(place, info, first, n, inputs_first=False) for part, first, n in cut
             }
         twice = next((part for part in parts if part in found), None)
         if twice is not None:
@@ -53,4 +67,33 @@ def unstacked(
                 "meant cannot be known"
             )
         found |= parts
+    return found
+
+
+def _check_shape(place, info, shape, axes, where):
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{where}: tensor {place.name} is {list(info.shape)}, by config.json {list(shape)}: "
+            f"{', '.join(axes[: len(shape)])}"
+        )
+
+
+def _cut(stack: Stacked, piece: str, name: str, *, where: str) -> list[tuple[str, int, int]]:
+    """Of a piece that holds all experts: (name of a matrix's piece, its first row, the number of
+    its rows), where rows are counted through all experts."""
+    encoding, (n_rows, width) = ENCODINGS[name], stack.of_expert
+    per = encoding.rows_per(piece)
+    found, at = [], 0
+    for part, first, n in stack.parts:
+        begins = first % n_rows
+        is_cut = n != n_rows if per == 0 else begins % per or (n % per and begins + n < n_rows)
+        if is_cut:
+            expected = f"a multiple of {per}" if per else "a tensor of its own"
+            raise CheckpointError(
+                f"{where}: {n} rows of a matrix beside those of others, expected {expected}, since "
+                f"{name} has one row of scales for them; save the experts one by one"
+            )
+        _, (count, *_) = encoding.pieces((n, width))[piece]
+        found.append((piece_name(part, piece), at, count))
+        at += count
     return found

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.foreign import adapter_notes
+from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import (
     CONFIG,
     EMBED_FILE,
@@ -26,17 +27,18 @@ from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import (
     Quantization,
     piece_dtypes,
-    published_quantization,
     stored_tensors,
 )
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, names_in, open_published
 from jlayer.config import read_config
+from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
+from jlayer.gguf.parts import is_gguf
 from jlayer.spec import ModelConfig
 from jlayer.strict import regular_status
 
@@ -73,7 +75,8 @@ class Store:
             self._open_layered()
         else:
             with links_followed(wanted=follow_links) as taken:
-                self._open_published()
+                opened = open_gguf if is_gguf(self.folder) else open_published
+                self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
 
     def _open_layered(self):
@@ -91,10 +94,9 @@ class Store:
             *adapter_notes(self.folder, names_in(self.folder)),
         )
 
-    def _open_published(self):
-        source = open_published(self.folder)
+    def _take_published(self, source):
         self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
-        self.quantization = published_quantization(self.cfg)
+        self.quantization = source.quantization
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
@@ -118,7 +120,10 @@ class Store:
 
     @property
     def float_dtype(self) -> str:
-        """The dtype of tensors that are not quantized: the default compute dtype."""
+        """The dtype of tensors that are not quantized: the default compute dtype. Beside blocks of
+        GGUF norms are float32 whatever the model was made in, so there the config tells it."""
+        if self.quantization and not BLOCKS.keys().isdisjoint(self.quantization.table.encodings):
+            return self.cfg.dtype or "bfloat16"
         names = (EMBEDDING.published, *(leaf.published for leaf in final_norm_leaves(self.cfg)))
         forms = [self.form_of(name) for name in (*names, *self.vectors)]
         return next(

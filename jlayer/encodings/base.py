@@ -1,9 +1,9 @@
 """The interface of an encoding: how the numbers of a matrix are stored as bytes.
 
 An encoding stores a matrix [out, in] as one or more pieces: arrays with one row for each row of the
-matrix. So any range of rows can be stored, moved and multiplied alone; where an encoding is not
-`by_rows`, a matrix is moved as a whole. Standard library only: the arithmetic is in
-`model.products` (JAX) and in the converter (numpy), by the encoding's name.
+matrix, or for several of them (`rows_per`). So ranges of rows can be stored, moved and multiplied
+alone; where an encoding is not `by_rows`, a matrix is moved as a whole. Standard library only: the
+arithmetic is in `model.products` (JAX) and in the converter (numpy), by the encoding's name.
 """
 
 from __future__ import annotations
@@ -47,6 +47,28 @@ class Encoding(ABC):
     def by_rows(self) -> bool:
         """Whether a row of a piece is of one row of the matrix."""
         return True
+
+    def rows_per(self, piece: str) -> int:
+        """The rows of the matrix that one row of a piece is for; 0: the piece is for all of them.
+        The last row of a piece may be for fewer."""
+        return 1
+
+    def number_format(self, piece: str) -> str | None:
+        """What the bytes of a piece stand for, where its dtype does not tell: the name of a row of
+        `convert.transform.cast`, which knows NaN and infinite numbers by it."""
+        return None
+
+    @property
+    def row_unit(self) -> int:
+        """Ranges of rows begin at multiples of this number."""
+        return math.lcm(
+            *(n for piece in self.pieces((1, self.width_unit)) if (n := self.rows_per(piece)))
+        )
+
+    @property
+    def width_unit(self) -> int:
+        """The inputs of a row are a multiple of this."""
+        return 1
 
     @abstractmethod
     def decoded_bytes(self, n_rows: int, width: int, *, dtype: str, platform: str) -> int:

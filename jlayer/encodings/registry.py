@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from jlayer.encodings import plain
 from jlayer.encodings.base import WHOLE, Encoding
-from jlayer.encodings.grouped import SCALE, Grouped, Q
+from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.fp8 import FP8
+from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.linear import LINEAR
 from jlayer.encodings.tables import TABLES
 
-# A new encoding is a file beside this one, a line here, and a product in `model.products`; one with
-# other levels is a row of `tables`.
-ENCODINGS: dict[str, Encoding] = {
-    row.name: row for row in (*plain.ENCODINGS, INT8, INT4, *TABLES.values())
-}
+# A new encoding is a file beside this one, a line here, and how it is decoded in `model.decoding`
+# and `cores.decode`; one with other levels is a row of `tables`.
+_ROWS = (
+    *plain.ENCODINGS,
+    *(INT8, INT4),
+    *TABLES.values(),
+    *LINEAR.values(),
+    *BLOCKS.values(),
+    *FP8.values(),
+)
+ENCODINGS: dict[str, Encoding] = {row.name: row for row in _ROWS}
+assert len(ENCODINGS) == len(_ROWS), "two encodings have one name"
 # The encodings that the converter can quantize to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
-_PIECES = (Q, SCALE)
-# dtype of the main piece -> weights in one number of it. Encodings with one dtype agree in it.
-WEIGHTS_A_NUMBER = {row.q_dtype: 8 // row.bits for row in (*SCHEMES.values(), *TABLES.values())}
+# The names of the pieces of all encodings; which there are does not depend on a matrix's shape.
+_PIECES = {piece for row in _ROWS for piece in row.pieces((1, row.width_unit))} - {WHOLE}
 
 
 def encoding(name: str) -> Encoding:

@@ -189,7 +189,7 @@ class HostedStage:
     def _places(self, tile, n_rows=None):
         """Matrix -> where the products of the tile's rows are written, [C, rows]."""
         n_rows = self.n_columns if n_rows is None else n_rows
-        first_rows = {part.matrix: part.first_row for part in tile.parts}
+        first_rows = {part.matrix: part.first_row for part in tile.parts if part.has_rows}
         places = {}
         for name, height in tile.heights.items():
             begin = self._firsts[name] + first_rows[name]

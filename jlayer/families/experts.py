@@ -150,7 +150,10 @@ def _mlp_stages(mlp: Mlp, finish, *, prefix=""):
     """The two stages of an MLP; `finish` ends the second."""
     up, name = prefix + mlp.up, prefix or "expert_"
     if mlp.form == "gated":
-        group = Group("inner", (prefix + mlp.gate, up), combine="gated", how=mlp.activation)
+        form = {"combine": "gated", "how": mlp.activation}
+        if mlp.clamped:
+            form = {"combine": "clamped", "how": mlp.clamped}
+        group = Group("inner", (prefix + mlp.gate, up), **form)
         between = Function("pass_on", (), ("x",))
     else:
         group, between = one(up), Function("activate", (), ("x",), how=mlp)

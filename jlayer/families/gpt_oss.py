@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from jlayer.encodings.grouped import SCALE, Q
 from jlayer.encodings.tables import MXFP4
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family, bias_name
@@ -24,20 +24,17 @@ from jlayer.families.decoder import decoder_kinds
 from jlayer.families.fields import Fields
 from jlayer.families.mixtures import read_router, with_experts
 from jlayer.families.rope import read_rope, rope_section
-from jlayer.parts import Clamped, Experts, Mlp, Stack
+from jlayer.parts import Clamped, Experts, Mlp, Quantized, Stack
 from jlayer.spec import ModelConfig
 
 _MODULE = "mlp.experts"
 _MATRICES = ("gate_up_proj", "down_proj")
-# The bytes of a row in one block: those of 32 inputs.
-_BLOCK = MXFP4.group * MXFP4.bits // 8
-# How the experts of a layer are published: matrices in two pieces, and biases.
+# How the experts of a layer are published: matrices, and biases.
 _STACKS = tuple(
     stack
     for name in _MATRICES
     for stack in (
-        Stack(f"{_MODULE}.{name}_blocks", (name,), is_only=True, piece=Q, in_blocks=_BLOCK),
-        Stack(f"{_MODULE}.{name}_scales", (name,), is_only=True, piece=SCALE),
+        Stack(f"{_MODULE}.{name}", (name,), is_only=True, inputs_first=True),
         Stack(f"{_MODULE}.{name}_bias", (bias_name(name),), is_only=True),
     )
 )
@@ -95,14 +92,13 @@ def _read(fields: Fields) -> ModelConfig:
         "mlp.router.weight",
         stacks=_STACKS,
         has_biases=True,
-        encoding=_encoding(fields),
     )
-    return with_experts(cfg, experts)
+    return replace(with_experts(cfg, experts), quantized=_quantized(fields))
 
 
-def _encoding(fields):
-    """The encoding in which the experts are published; None where they lie in the folder as jlayer
-    has converted them."""
+def _quantized(fields):
+    """What is said of the experts; None where they lie in the folder as jlayer has converted
+    them."""
     said = fields.section("quantization_config")
     if not said.raw:
         raise UnsupportedModelError(
@@ -119,7 +115,7 @@ def _encoding(fields):
                 f"{fields.where}: {name} is {fields.integer(name)}, expected a multiple of "
                 f"{MXFP4.group}, the inputs of a block of MXFP4"
             )
-    return MXFP4.name
+    return Quantized(MXFP4.name, MXFP4.name)
 
 
 def _check(said):

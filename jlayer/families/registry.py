@@ -9,8 +9,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from jlayer.encodings.base import WHOLE
-from jlayer.encodings.registry import encoding, piece_name
+from jlayer.encodings.published import FORMS
 from jlayer.families import (
     cohere,
     corrected,
@@ -52,6 +51,7 @@ FAMILIES: dict[str, Family] = {
 # How the names of tensors with two axes end that are used whole, as published: norms of heads
 # (Cohere), routers, the gates of shared experts, correction biases (Ernie), the matrix that makes
 # keys and values of a latent.
+_LATENT = ".kv_b_proj.weight"
 _WHOLE = (
     "norm.weight",
     ".gate.weight",
@@ -61,7 +61,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
-    ".kv_b_proj.weight",
+    _LATENT,
 )
 
 _OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
@@ -158,19 +158,18 @@ def published_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Stacked(NamedTuple):
-    """A published tensor that holds leaves, or pieces of them, of all experts of a layer: its
-    shape, and of each leaf (its name, its first row, the number of its rows), where rows are
-    counted through all experts. `inputs_first`: as of `parts.Stack`."""
+    """A published tensor that holds leaves of all experts of a layer: its shape, and of each leaf
+    (its name, its first row, the number of its rows), where rows are counted through all experts.
+    `inputs_first`: as of `parts.Stack`."""
 
     shape: tuple[int, ...]
     parts: tuple[tuple[str, int, int], ...]
     inputs_first: bool
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """The names of the axes of its shape."""
-        of_expert = ("columns", "rows") if self.inputs_first else ("rows", "columns")
-        return ("experts", *of_expert[: len(self.shape) - 1])
+    def of_expert(self) -> tuple[int, ...]:
+        """The shape of what one expert has of it, rows first."""
+        return self.shape[:0:-1] if self.inputs_first else self.shape[1:]
 
 
 @lru_cache(maxsize=8)
@@ -181,11 +180,11 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
     for layer, kind in sparse if stacks else ():
         for stack in stacks:
             leaves = [kind.leaf(name) for name in stack.leaves]
-            shapes = [_shape_in(cfg, stack, leaf) for leaf in leaves]
+            shapes = [leaf.shape(cfg) for leaf in leaves]
             of_expert = (sum(n_rows for n_rows, *_ in shapes), *shapes[0][1:])
             of_expert = of_expert[::-1] if stack.inputs_first else of_expert
             parts = [
-                (piece_name(layer_tensor_name(cfg, leaf, layer, expert), stack.piece or WHOLE), n)
+                (layer_tensor_name(cfg, leaf, layer, expert), n)
                 for expert in range(kind.n_experts)
                 for leaf, (n, *_) in zip(leaves, shapes, strict=True)
             ]
@@ -195,16 +194,6 @@ def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:
             shape = (kind.n_experts, *of_expert)
             found[name] = Stacked(shape, tuple(placed), stack.inputs_first)
     return found
-
-
-def _shape_in(cfg, stack, leaf):
-    """What a tensor of all experts has of a matrix or bias of one."""
-    shape = leaf.shape(cfg)
-    if stack.piece is not None:
-        _, shape = encoding(cfg.experts.encoding).pieces(shape)[stack.piece]
-    if stack.in_blocks is None:
-        return shape
-    return (*shape[:-1], shape[-1] // stack.in_blocks, stack.in_blocks)
 
 
 def is_of_an_expert(tensor_name: str) -> bool:
@@ -218,6 +207,11 @@ def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and not tensor_name.endswith(_WHOLE)
 
 
+def is_latent_matrix(tensor_name: str) -> bool:
+    """Whether a published tensor makes keys and values of a latent: a matrix that is used whole."""
+    return tensor_name.endswith(_LATENT)
+
+
 def layer_of(tensor_name: str) -> int | None:
     """The layer that a published name belongs to; None for a leaf outside the layers."""
     match = _LAYER_NAME.fullmatch(tensor_name)
@@ -225,13 +219,20 @@ def layer_of(tensor_name: str) -> int | None:
 
 
 def is_dropped(cfg: ModelConfig, tensor_name: str) -> bool:
-    """Whether a published tensor is ignored on purpose: a computed table, a copy of a tied head, or
-    of another part than the text's."""
+    """Whether a published tensor is ignored on purpose: a computed table, a copy of a tied head, of
+    another part than the text's, or what its form of encoding says beside the weights."""
     family = family_of(cfg)
     if cfg.tie_word_embeddings and tensor_name == family.head_matrix.published:
         return True
     is_computed = _any_of(family.dropped).fullmatch(tensor_name) is not None
-    return is_computed or is_of_another_part(cfg, tensor_name)
+    return is_computed or is_beside(cfg, tensor_name) or is_of_another_part(cfg, tensor_name)
+
+
+def is_beside(cfg: ModelConfig, tensor_name: str) -> bool:
+    """Whether a published tensor is none of the weights, by the form of their encoding: the scale
+    of a layer's inputs, say."""
+    split = FORMS[cfg.quantized.method].split(tensor_name) if cfg.quantized else None
+    return split is not None and split[1] is None
 
 
 def is_of_another_part(cfg: ModelConfig, tensor_name: str) -> bool:

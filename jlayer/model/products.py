@@ -17,10 +17,10 @@ from flax import struct
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import block_rows
-from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
-from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import ENCODINGS
-from jlayer.encodings.tables import TABLES, Table
+from jlayer.model.blocks import DECODE_BLOCKS
+from jlayer.model.codes import in_order, in_rows
+from jlayer.model.decoding import DECODE_GROUPED
 
 
 @struct.dataclass
@@ -64,7 +64,7 @@ class Encoded:
 
     @property
     def n_rows(self) -> int:
-        return next(iter(self.pieces.values())).shape[0]
+        return self.pieces[ENCODINGS[self.encoding].main].shape[0]
 
 
 @struct.dataclass
@@ -170,7 +170,8 @@ def _grouped_on_cpu(x, weight):
 
 def _by_blocks(x, weight, *, block_product):
     """The product, one block of rows after another; the last block may overlap the one before."""
-    x = _in_order(x, weight)
+    row = ENCODINGS[weight.encoding]
+    x = in_order(x, parts=row.parts, run=row.run)
     n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
 
@@ -188,21 +189,13 @@ def _by_blocks(x, weight, *, block_product):
     return products
 
 
-def _in_order(x, weight):
-    """The inputs [..., in] in the order in which the weights are decoded: to reorder a few inputs
-    is cheap, and to interleave weights keeps a CPU from computing several at a time."""
-    if weight.encoding in TABLES:
-        return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-    return x
-
-
 def _joined_product(x, parts):
-    """For a GPU: joins both halves of int4 before one product, which launches fewer kernels."""
+    """For a GPU: joins the ranges before one product, which launches fewer kernels."""
     return _plain_product(x, jnp.concatenate([part.astype(x.dtype) for part in parts], axis=1))
 
 
 def _parts_product(x, parts):
-    """For a CPU: multiplies each half of int4 by its own inputs; joining them first would copy."""
+    """For a CPU: multiplies each range by its own inputs; joining them first would copy."""
     total, at = None, 0
     for half in parts:
         part = _plain_product(x[..., at : at + half.shape[1]], half.astype(x.dtype))
@@ -213,10 +206,14 @@ def _parts_product(x, parts):
 
 def dequantize(weight: Encoded, width: int):
     """The decoded weights, float32 [out, in]; `width` is in."""
-    parts = _parts(weight, 0, weight.n_rows, width)
-    if weight.encoding in TABLES:
-        return jnp.stack(parts, axis=-1).reshape(weight.n_rows, width)
-    return jnp.concatenate(parts, axis=1)
+    row = ENCODINGS[weight.encoding]
+    parts = jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
+    return in_rows(parts, parts=row.parts, run=row.run)
+
+
+def as_array(weight, width: int):
+    """All of a matrix [out, in] as one array: as it is, or decoded; `width` is in."""
+    return dequantize(weight, width) if isinstance(weight, Encoded) else weight
 
 
 def embedded(table, ids, *, width: int, dtype):
@@ -234,9 +231,22 @@ def embedded(table, ids, *, width: int, dtype):
 
 
 def _parts(weight, first, count, width):
-    """Some rows decoded to float32, as arrays of ranges of inputs, in the order of `_in_order`."""
-    pieces = {name: _rows(piece, first, count) for name, piece in weight.pieces.items()}
+    """Some rows decoded to float32, as arrays of ranges of inputs, in the order of `in_order`."""
+    row = ENCODINGS[weight.encoding]
+    pieces = {
+        name: _rows_for(piece, first, count, per=row.rows_per(name))
+        for name, piece in weight.pieces.items()
+    }
     return DECODE[weight.encoding](**pieces, width=width)
+
+
+def _rows_for(piece, first, count, *, per: int):
+    """What a piece has for some rows of its matrix, a row for each; where it has a row for all of
+    them, that one."""
+    if per == 1:
+        return _rows(piece, first, count)
+    whole = _rows(piece, 0, piece.shape[0])
+    return whole[(first + jnp.arange(count)) // per] if per else whole
 
 
 def _rows(matrix, first, count):
@@ -248,66 +258,6 @@ def _rows(matrix, first, count):
     return jax.lax.dynamic_slice_in_dim(matrix, first, count)
 
 
-def _decode_int8(*, q, scale, width):
-    return [q.astype(jnp.float32) * _spread(scale.astype(jnp.float32), INT8.group, width)]
-
-
-def _decode_int4(*, q, scale, width):
-    """Two ranges of inputs: low half bytes hold the first half of a row, high ones the second."""
-    factors, half = _spread(_decode_scales(scale), INT4.group, width), q.shape[1]
-    ranges = [_levels(q & 15) * factors[:, :half]]
-    if width > half:  # a row of one input has no second half
-        ranges.append(_levels(q[:, : width - half] >> 4) * factors[:, half:])
-    return ranges
-
-
-def _decode_table(*, q, scale, width, table: Table):
-    """Two ranges of inputs: the even ones, in low half bytes, and the odd ones, in high ones."""
-    factors = _spread(SCALES[table.scales](scale), table.group // 2, width // 2)
-    return [_looked_up(half, table.levels) * factors for half in (q & 15, q >> 4)]
-
-
-def _looked_up(codes, levels):
-    """The level of each half byte, by choosing between halves of the table bit by bit: arithmetic
-    alone, without a read for each weight."""
-    chosen = [jnp.float32(level) for level in levels]
-    for bit in range(4):
-        is_set = codes >> bit & 1 == 1
-        chosen = [
-            jnp.where(is_set, odd, even)
-            for even, odd in zip(chosen[::2], chosen[1::2], strict=True)
-        ]
-    return chosen[0]
-
-
-def _e8m0(codes):
-    """2 ** (code - 127), float32; 0 becomes the bits of 2 ** -127, and 255 those of infinity."""
-    bits = codes.astype(jnp.uint32) << 23
-    return jax.lax.bitcast_convert_type(jnp.maximum(bits, np.uint32(1 << 22)), jnp.float32)
-
-
-def _spread(factors, group, width):
-    """Repeats each group's factor for its inputs: [out, groups] -> [out, in]."""
-    rows, groups = factors.shape
-    wide = jnp.broadcast_to(factors[:, :, None], (rows, groups, group))
-    return wide.reshape(rows, groups * group)[:, :width]
-
-
-def _levels(codes):
-    u = codes.astype(jnp.int32).astype(jnp.float32) - ZERO
-    return u * (1 + u * u * CUBE)
-
-
-def _decode_scales(codes):
-    bits = codes.astype(jnp.uint32)
-    magnitude = ((bits & 127) << FLOAT_SHIFT) + np.uint32(SCALE_OFFSET)
-    return jax.lax.bitcast_convert_type(magnitude | (bits >> 7) << 31, jnp.float32)
-
-
-# The functions that encodings name: how to multiply, and how to decode some rows.
+# How to multiply, and how to decode some rows, by the names of encodings.
 PRODUCTS = {"grouped": _grouped_product}
-DECODE = {INT8.name: _decode_int8, INT4.name: _decode_int4} | {
-    name: partial(_decode_table, table=table) for name, table in TABLES.items()
-}
-# How the scales of tables are decoded.
-SCALES = {"e8m0": _e8m0}
+DECODE = DECODE_GROUPED | DECODE_BLOCKS

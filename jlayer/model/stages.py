@@ -31,7 +31,7 @@ from jlayer.model.ops import (
     rotate,
     scaled,
 )
-from jlayer.parts import Attention, Mlp, Scale
+from jlayer.parts import Attention, Clamped, Mlp, Scale
 
 
 @lru_cache(maxsize=64)
@@ -248,6 +248,10 @@ def _gated(gate, up, *, how):
     return gated(gate, up, activation=how)
 
 
+def _clamped(gate, up, *, how: Clamped):
+    return clamped(gate, up, how)
+
+
 # The functions that the tables of `families` name.
 FUNCTIONS = {
     "normed": _normed,
@@ -265,4 +269,4 @@ FUNCTIONS = {
     "pass_on": _pass_on,
     "activate": _activate,
 }
-COMBINE = {None: _only, "gated": _gated}
+COMBINE = {None: _only, "gated": _gated, "clamped": _clamped}

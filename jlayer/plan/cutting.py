@@ -80,33 +80,39 @@ def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
             piece=piece,
             form=form,
             width=shape[-1],
+            n_rows=shape[0],
         )
         for piece, (dtype, piece_shape) in encoding(form).pieces(shape).items()
     ]
 
 
-def row_ranges(n_rows: int, row_bytes: list[int], tile_bytes: int) -> list[tuple[int, int]]:
-    """Splits rows into the fewest, nearly equal ranges of at most `tile_bytes` (or one row).
+def row_ranges(
+    n_rows: int, row_bytes: list[int], tile_bytes: int, *, row_unit: int = 1
+) -> list[tuple[int, int]]:
+    """Splits rows into the fewest, nearly equal ranges of at most `tile_bytes` (or one unit).
 
-    Returns (first row, number of rows) of each. `row_bytes`: bytes of a row of each array. If there
-    are enough rows, a range is a whole number of disk blocks, so an aligned matrix is read directly
-    into its slot.
+    Returns (first row, number of rows) of each. `row_bytes`: bytes of a row of each array. Ranges
+    begin at multiples of `row_unit` rows. If there are enough rows, a range is a whole number of
+    disk blocks, so an aligned matrix is read directly into its slot.
     """
-    most = max(1, tile_bytes // sum(row_bytes))
+    most = max(1, tile_bytes // sum(row_bytes) // row_unit) * row_unit
     height = -(-n_rows // -(-n_rows // most))
-    unit = ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT)
+    height = -(-height // row_unit) * row_unit
+    unit = math.lcm(ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT), row_unit)
     if height >= unit:
         up = -(-height // unit) * unit
         height = up if up <= most else height // unit * unit
     return [(row, min(height, n_rows - row)) for row in range(0, n_rows, height)]
 
 
-def host_rows(n_rows: int, row_bytes: Sequence[int], share: float) -> int:
-    """About `share` of `n_rows` rows: a whole number of disk blocks, unless it is all or none."""
+def host_rows(n_rows: int, row_bytes: Sequence[int], share: float, *, row_unit: int = 1) -> int:
+    """About `share` of `n_rows` rows: a whole number of disk blocks, unless it is all or none; with
+    too few rows for that, of units."""
     count = round(n_rows * share)
-    unit = ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT)
-    if share >= 1 or n_rows < 2 * unit:
+    unit = math.lcm(ALIGNMENT // math.gcd(*row_bytes, ALIGNMENT), row_unit)
+    if share >= 1:
         return count
+    unit = row_unit if n_rows < 2 * unit else unit
     return min(n_rows, round(count / unit) * unit)
 
 
@@ -187,10 +193,9 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     for group in stage.groups:
         leaves = [kind.leaf(name) for name in group.leaves]
         whole = [part for leaf in leaves for part in _parts(weights, leaf, layer, expert)]
-        row_bytes = [part.n_bytes // part.n_rows for part in whole]
-        for first, n_rows in _ranges(whole, row_bytes, tile_bytes, share_of, on_host):
-            size = n_rows * sum(row_bytes)
+        for first, n_rows in _ranges(whole, tile_bytes, share_of, on_host):
             parts = _rows(weights, kind, group, layer, expert, first, n_rows)
+            size = sum(part.n_bytes for part in parts if part.matrix in group.leaves)
             if packed and size <= room and not _holds(packed[-1], group):
                 packed[-1] += parts
                 room -= size
@@ -200,17 +205,21 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     return packed
 
 
-def _ranges(whole: Sequence[Part], row_bytes, tile_bytes, share_of, on_host):
+def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host):
     """(first row, number of rows) of each range of matrices of the same height, for one side."""
-    n_rows = whole[0].n_rows
+    n_rows, row_unit = whole[0].n_rows, math.lcm(*(part.encoding.row_unit for part in whole))
+    # A piece that has a row for many is small: where it begins on disk does not matter.
+    row_bytes = [
+        part.n_bytes // n_rows for part in whole if part.encoding.rows_per(part.piece) == 1
+    ]
     if not all(part.encoding.by_rows for part in whole):
         return [] if on_host else [(0, n_rows)]
     share = min(share_of.get(part.form, 0.0) for part in whole)
-    first = host_rows(n_rows, row_bytes, share)
+    first = host_rows(n_rows, row_bytes, share, row_unit=row_unit)
     begin, count = (0, first) if on_host else (first, n_rows - first)
     if not count:
         return []
-    ranges = row_ranges(count, row_bytes, tile_bytes)
+    ranges = row_ranges(count, row_bytes, tile_bytes, row_unit=row_unit)
     return [(begin + row, n) for row, n in ranges]
 
 
@@ -241,11 +250,10 @@ def _head_tiles(weights, tile_bytes, platform, share_of):
         for bias in head_biases(weights.cfg)
         for part in parts_of(bias, bias.published, weights)
     ]
-    row_bytes = [part.n_bytes // part.n_rows for part in whole]
     ranges = [
         (on_host, *found)
         for on_host in (True, False)
-        for found in _ranges(whole, row_bytes, tile_bytes, share_of, on_host)
+        for found in _ranges(whole, tile_bytes, share_of, on_host)
     ]
     tiles = []
     for index, (on_host, first, n_rows) in enumerate(ranges):

@@ -113,7 +113,7 @@ def landing_bytes(tiling: Tiling, shapes: Shapes) -> int:
         if tile.for_host:
             kind = tile.kind.name if tile.kind else ""
             own = heights.setdefault((kind, tile.stage.name), {})
-            for part in tile.parts:
+            for part in (part for part in tile.parts if part.has_rows):
                 end = part.first_row + part.n_rows
                 own[part.matrix] = max(own.get(part.matrix, 0), end)
     wanted = shapes.n_rows if shapes.all_logits else shapes.wanted

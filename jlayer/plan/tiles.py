@@ -22,7 +22,7 @@ from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
 from jlayer.families.registry import layer_tensor_name, published_tensors, stacked_tensors
 from jlayer.plan.joined import Joined
-from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig, resident_dtype
+from jlayer.spec import ALIGNMENT, ITEM_BYTES, STORED_BYTES, ModelConfig, resident_dtype
 
 
 class Tier(Enum):
@@ -84,10 +84,10 @@ def unseen_weights(
         inputs_first = {name for stack in stacks for name, *_ in stack.parts}
 
     def form_of(tensor):
-        if tensor in inputs_first:
-            return INPUTS_FIRST[stored].name
         scheme = quantization and quantization.scheme_of(tensor, shapes[tensor])
-        return scheme.name if scheme else stored
+        if scheme is not None:
+            return scheme.name
+        return INPUTS_FIRST[stored].name if tensor in inputs_first else stored
 
     return Weights(cfg, form_of, dtype)
 
@@ -97,9 +97,10 @@ class Part:
     """One array of a tile: a piece of a leaf, whole or a range of its rows.
 
     `matrix`: the leaf. `leaf`: the array within the tile (`q_proj`, or `q_proj.q` and
-    `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part. `width`:
-    numbers in a row of the matrix. `form`: the name of its encoding. A matrix that cannot be cut by
-    rows is whole.
+    `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part, from its
+    `first_row` on. `n_rows`: of the matrix, of which a row of a piece may be for several; of a
+    vector its numbers. `width`: numbers in a row of the matrix. `form`: the name of its encoding. A
+    matrix that cannot be cut by rows is whole.
     """
 
     leaf: str
@@ -111,6 +112,7 @@ class Part:
     piece: str = ""
     form: str = ""
     width: int = 0
+    n_rows: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -121,23 +123,28 @@ class Part:
         return encoding(self.form)
 
     @property
-    def n_rows(self) -> int:
-        """Rows of the matrix in this part; the numbers of a vector."""
-        return self.shape[0] if self.encoding.by_rows else self.shape[-1]
+    def has_rows(self) -> bool:
+        """Whether it has the rows of the matrix themselves, not what scales them."""
+        return self.piece == self.encoding.main
 
     @property
     def n_weights(self) -> int:
         """Weights in this part; 0 for the scales of a quantized matrix."""
-        if self.piece != self.encoding.main:
+        if not self.has_rows:
             return 0
         return self.n_rows * self.width if len(self.shape) > 1 else self.width
 
     def of_rows(self, first: int, n_rows: int) -> Part:
-        """A range of the rows of a whole leaf."""
+        """A range of the rows of a whole leaf, from a multiple of its encoding's `row_unit` on."""
         if not self.encoding.by_rows:
             assert (first, n_rows) == (0, self.n_rows), "it is moved as a whole"
             return self
-        return replace(self, shape=(n_rows, *self.shape[1:]), first_row=first)
+        per = self.encoding.rows_per(self.piece)
+        if per == 0:
+            return replace(self, n_rows=n_rows)
+        assert first % per == 0, "a row of a piece would be cut"
+        shape = (-(-n_rows // per), *self.shape[1:])
+        return replace(self, shape=shape, first_row=first // per, n_rows=n_rows)
 
     def decoded_bytes(self, dtype: str, platform: str) -> int:
         """Bytes of the decoded copy of its weights."""
@@ -196,7 +203,7 @@ class Tile:
     def uncut(self) -> tuple[str, ...]:
         """The leaves in it that a function reads uncut."""
         moving = self.kind.moving if self.kind else ()
-        return tuple(part.matrix for part in self.parts if part.matrix in moving)
+        return tuple(dict.fromkeys(p.matrix for p in self.parts if p.matrix in moving))
 
     @property
     def ends_layer(self) -> bool:
@@ -370,18 +377,17 @@ class Tiling:
         """The most bytes of decoded copies of matrices that the program of a tile makes before the
         product."""
         return max(
-            sum(
-                part.decoded_bytes(self._dtype_of(tile, part), self._platform)
-                for part in tile.parts
-            )
-            for tile, _ in self.distinct
+            sum(self._decoded_bytes(tile, part) for part in tile.parts) for tile, _ in self.distinct
         )
 
-    def _dtype_of(self, tile, part):
-        """The dtype in which a part enters the arithmetic."""
+    def _decoded_bytes(self, tile, part):
+        """Of a part: of a leaf that is used uncut all of it, in float32 and then in its dtype."""
         if part.matrix not in tile.uncut:
-            return self._dtype
-        return resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
+            return part.decoded_bytes(self._dtype, self._platform)
+        dtype = resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
+        if part.encoding.is_plain:
+            return part.decoded_bytes(dtype, self._platform)
+        return part.n_weights * (ITEM_BYTES["float32"] + ITEM_BYTES[dtype])
 
 
 def _for_layer(cfg, tiles, layer):

@@ -6,13 +6,11 @@ of its text are real is decided with `marks`. Ids are left to `tokenizer`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, UsageError
-from jlayer.strict import read_json_object, read_small_file
+from jlayer.small_files import SmallFiles
 from jlayer.text import sandbox
 from jlayer.text.inputs import OpenEnd, plain_inputs, plain_variables, without_marks_beyond
 from jlayer.text.marks import (
@@ -42,27 +40,27 @@ def chat_messages(prompt, *, chat: bool, system: str | None) -> list[dict] | Non
 
 # In the order in which transformers' processors take them.
 _OF_PROCESSORS = ("processor_config.json", "chat_template.json")
+_MORE = "additional_chat_templates"
 
 
-def read_templates(folder: str | os.PathLike, tokenizer_config: Mapping) -> dict[str, str]:
-    """Name → source of every chat template in `folder`, the usual one under "default".
+def read_templates(files: SmallFiles, tokenizer_config: Mapping) -> dict[str, str]:
+    """Name → source of every chat template in `files`, the usual one under "default".
 
     chat_template.jinja (with additional_chat_templates/*.jinja) goes before tokenizer_config.json,
     as in transformers, and this before what its processors read of multimodal models.
     Raises CheckpointError where one is not text.
     """
-    folder = Path(folder)
     found = {}
-    if (folder / "chat_template.jinja").exists():
-        found["default"] = _read_text(folder / "chat_template.jinja")
-    more = folder / "additional_chat_templates"
-    for path in sorted(more.glob("*.jinja")) if more.is_dir() else ():
-        found[path.stem] = _read_text(path)
+    if files.has("chat_template.jinja"):
+        found["default"] = _read_text(files, "chat_template.jinja")
+    for name in files.inside(_MORE):
+        if name.endswith(".jinja"):
+            found[name.removesuffix(".jinja")] = _read_text(files, f"{_MORE}/{name}")
     raw, where = tokenizer_config.get("chat_template"), "tokenizer_config.json"
     for other in _OF_PROCESSORS:
-        if not found and raw is None and (folder / other).exists():
-            where, raw = other, read_json_object(folder / other).get("chat_template")
-    return found or _named_templates(raw, f"{folder / where}: chat_template")
+        if not found and raw is None and files.has(other):
+            where, raw = other, files.json(other).get("chat_template")
+    return found or _named_templates(raw, f"{files.where(where)}: chat_template")
 
 
 def select_template(templates: Mapping[str, str], wanted: str | None, *, has_tools: bool) -> str:
@@ -90,12 +88,12 @@ def select_template(templates: Mapping[str, str], wanted: str | None, *, has_too
     )
 
 
-def _read_text(path):
-    raw = read_small_file(path, limit=sandbox.MAX_TEMPLATE_BYTES)
+def _read_text(files, name):
+    raw = files.read(name, limit=sandbox.MAX_TEMPLATE_BYTES)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 (byte {error.start})") from None
+        raise CheckpointError(f"{files.where(name)}: not UTF-8 (byte {error.start})") from None
 
 
 def _named_templates(raw, where):

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jlayer.errors import CheckpointError
-from jlayer.strict import read_json_object
+from jlayer.small_files import SmallFiles
 from jlayer.text.model_class import class_of_model
 from jlayer.text.tekken import is_to_be_mended
 
@@ -131,23 +130,23 @@ class Declared:
         return tokens
 
 
-def read_declared(folder: Path) -> Declared:
+def read_declared(files: SmallFiles) -> Declared:
     """Raises CheckpointError where a file cannot be read."""
-    config = _object(folder / CONFIG)
+    config = _object(files, CONFIG)
     is_complete = config.get("added_tokens_decoder") is not None
     settings = dict(config)
-    if (folder / "tokenizer.json").exists():
+    if files.has("tokenizer.json"):
         settings = {key: value for key, value in settings.items() if key not in FLAGS}
     if _OLD_EXTRA in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_OLD_EXTRA)
     more_names = _take_names(settings)
     if not is_complete:
-        settings = _with_names(settings, _object(folder / NAMES_FILE))
+        settings = _with_names(settings, _object(files, NAMES_FILE))
         more_names |= _take_names(settings)
     source = CONFIG if is_complete else TOKENS_FILE
-    rows = config["added_tokens_decoder"] if is_complete else _object(folder / TOKENS_FILE)
-    where = f"{folder / source}"
-    model = _object(folder / "config.json")
+    rows = config["added_tokens_decoder"] if is_complete else _object(files, TOKENS_FILE)
+    where = files.where(source)
+    model = _object(files, "config.json")
     tokenizer_class = config.get("tokenizer_class") or model.get("tokenizer_class")
     return Declared(
         settings=settings,
@@ -155,14 +154,14 @@ def read_declared(folder: Path) -> Declared:
         tokens=_tokens_by_id(rows, where) if is_complete else _added_tokens(rows, settings, where),
         tokens_where=where,
         is_complete=is_complete,
-        has_settings=bool(tokenizer_class) or any((folder / name).exists() for name in _SETTINGS),
+        has_settings=bool(tokenizer_class) or any(map(files.has, _SETTINGS)),
         tokenizer_class=class_of_model(
             str(model.get("model_type")),
             str(tokenizer_class or "").removesuffix("Fast"),
             has_code="auto_map" in config,
         ),
         is_to_be_mended=is_to_be_mended(config, model),
-        where=f"{folder / CONFIG}",
+        where=files.where(CONFIG),
     )
 
 
@@ -178,8 +177,8 @@ def added_token(row: Mapping) -> object | None:
         return None
 
 
-def _object(path):
-    return read_json_object(path) if path.exists() else {}
+def _object(files, name):
+    return files.json(name) if files.has(name) else {}
 
 
 def _take_names(settings):

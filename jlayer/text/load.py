@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 
-from jlayer.strict import read_json_object, read_small_file
+from jlayer.small_files import SmallFiles
 from jlayer.text.bpe import build
 from jlayer.text.classes import CLASSES, SPACE, rebuilt, replaces_parts
 from jlayer.text.declared import FLAGS, Declared, Defaults, text_of
@@ -18,6 +17,7 @@ from jlayer.text.tekken import mend
 from jlayer.text.tiktoken import from_tiktoken
 from jlayer.tokenizer_files import is_tiktoken
 
+_MERGES = "merges.txt"  # beside vocab.json
 _VERSIONED = re.compile(r"tokenizer\.([0-9.]+)\.json")
 
 
@@ -38,16 +38,16 @@ class Loaded:
     where: str
 
 
-def load(folder: Path, declared: Declared) -> Loaded | None:
-    """None where the folder has no tokenizer.
+def load(files: SmallFiles, declared: Declared) -> Loaded | None:
+    """None where there is no tokenizer.
 
     Raises CheckpointError (a damaged file) or UnsupportedModelError (a kind that no Llama uses).
     """
     own_class = CLASSES.get(declared.tokenizer_class)
-    path, read = _vocabulary_file(folder, own_class, declared.settings)
+    name, read = _vocabulary_file(files, own_class, declared.settings)
     if read is None:
         return None
-    file, own = read(path, declared)
+    file, own = read(files, name, declared)
     library = file
     if own_class is not None and (own.is_tiktoken or replaces_parts(own_class, file)):
         # Of the class a tokenizer that is taken whole has the tokens alone.
@@ -71,31 +71,30 @@ def load(folder: Path, declared: Declared) -> Loaded | None:
         named=named,
         doubles_first_space=_doubles_first_space(file, library),
         cleans_up=_cleans_up(library, flags),
-        where=str(path),
+        where=files.where(name),
     )
 
 
-def _vocabulary_file(folder, own_class, settings):
+def _vocabulary_file(files, own_class, settings):
     """(the file that the vocabulary is in, what reads it), or (None, None)."""
-    json_name = _json_name(folder, settings.get("fast_tokenizer_files"))
+    json_name = _json_name(files, settings.get("fast_tokenizer_files"))
     for name, read in ((json_name, _from_json), ("tokenizer.model", _from_model_file)):
-        if (folder / name).exists():
-            return folder / name, read
-    pair = folder / "vocab.json", folder / "merges.txt"
+        if files.has(name):
+            return name, read
     is_byte_level = own_class is not None and own_class.is_byte_level
-    if is_byte_level and all(path.exists() for path in pair):
-        return pair[0], _from_vocabulary_and_merges
+    if is_byte_level and all(map(files.has, ("vocab.json", _MERGES))):
+        return "vocab.json", _from_vocabulary_and_merges
     return None, None
 
 
-def _json_name(folder, versioned):
+def _json_name(files, versioned):
     """The file in the place of tokenizer.json.
 
     `versioned`: files for releases of transformers from a version on, such as tokenizer.4.0.0.json.
     The newest counts that the installed release takes.
     """
     matches = [_VERSIONED.fullmatch(str(name)) for name in versioned or ()]
-    names = {_numbers(m[1]): m[0] for m in matches if m and (folder / m[0]).exists()}
+    names = {_numbers(m[1]): m[0] for m in matches if m and files.has(m[0])}
     usable = [v for v in names if v <= _numbers(metadata.version("transformers"))]
     return names[max(usable)] if usable else "tokenizer.json"
 
@@ -134,34 +133,33 @@ def _add_declared(library, declared, own, tokens):
     return {name: text_of(token) for name, token in named.items()}
 
 
-def _from_json(path, declared):
+def _from_json(files, name, declared):
     from tokenizers import Tokenizer as Library
 
-    raw = read_small_file(path)
-    library = build(lambda: Library.from_buffer(raw), where=path)
+    raw = files.read(name)
+    library = build(lambda: Library.from_buffer(raw), where=files.where(name))
     # Some files keep the settings of training; a prompt is never cut or padded here.
     library.no_truncation()
     library.no_padding()
     return library, Defaults()
 
 
-def _from_vocabulary_and_merges(path, declared):
+def _from_vocabulary_and_merges(files, name, declared):
     """The two files of GPT-2's form, which only a class of byte-level tokenizers completes."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models
 
-    other = path.with_name("merges.txt")
-    vocab, raw = read_json_object(path), read_small_file(other)
+    vocab, raw, other = files.json(name), files.read(_MERGES), files.where(_MERGES)
     lines = build(raw.decode, where=other).split("\n")
     rows = (line for line in lines if line and not line.startswith("#version"))
     merges = [tuple(row.rstrip("\r").split(" ")) for row in rows]
     return build(lambda: Library(models.BPE(vocab, merges)), where=other), Defaults()
 
 
-def _from_model_file(path, declared):
+def _from_model_file(files, name, declared):
     """The tokenizer, and what it has by itself. Where nothing stands beside it, it is Meta's own
     folder, and Meta's code puts BOS before a text."""
-    raw, where = read_small_file(path), str(path)
+    raw, where = files.read(name), files.where(name)
     if is_tiktoken(raw):
         library, own = from_tiktoken(raw, declared, where=where)
     else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from jlayer.errors import UsageError
+from jlayer.small_files import files_of
 from jlayer.text.declared import read_declared
 from jlayer.text.load import load
 
@@ -35,8 +35,8 @@ def check_same_tokens(
 
 def _tokens(folder):
     """Id -> token, of all that a folder's tokenizer has; None where there is none."""
-    folder = Path(folder)
-    loaded = load(folder, read_declared(folder))
+    files = files_of(folder)
+    loaded = load(files, read_declared(files))
     if loaded is None:
         return None
     vocabulary = loaded.library.get_vocab(with_added_tokens=True)

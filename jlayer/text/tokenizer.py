@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from jlayer.errors import UsageError
+from jlayer.small_files import files_of
 from jlayer.text.bpe import build, ids_of
 from jlayer.text.chat import read_templates, render_chat, select_template
 from jlayer.text.classes import SPACE
@@ -53,17 +53,18 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> Tokenizer | None:
-        """The tokenizer in `folder`, or None where there is none; NO_TOKENIZER is the message then.
+        """The tokenizer in `folder`, or in a GGUF file; None where there is none: NO_TOKENIZER is
+        the message then.
 
         tokenizer.json if present, else tokenizer.model. Raises CheckpointError (a damaged file) or
         UnsupportedModelError (a kind of tokenizer.model that no Llama uses).
         """
-        folder = Path(folder)
-        declared = read_declared(folder)
-        loaded = load(folder, declared)
+        files = files_of(folder)
+        declared = read_declared(files)
+        loaded = load(files, declared)
         if loaded is None:
             return None
-        return cls(loaded, read_templates(folder, declared.settings))
+        return cls(loaded, read_templates(files, declared.settings))
 
     @property
     def vocab_size(self) -> int:

@@ -98,7 +98,7 @@ def test_a_cache_with_all_that_goes_wrong_is_listed_to_its_end(cache, capsys):
     add("a/no-config", without(CONFIG), "incomplete", "config.json is missing")
     add("a/shards", sharded, "incomplete", "1 weight file missing: two.safetensors")
     add("a/pickles", pickled, "convert")
-    add("a/gguf", {"x.gguf": b"GGUF"}, "unsupported", "a GGUF model")
+    add("a/gguf", {"x.gguf": b"GGUF"}, "broken", "cut off")
     add("a/lora", {"adapter_config.json": b"{}"}, "unsupported", "an adapter")
     add("a/awq", without(config_json=awq), "unsupported", "quantized by awq")
     add("a/alien", without(config_json=config(model_type="alien")), "unsupported", "alien")
@@ -246,7 +246,7 @@ def test_folders_are_models_or_hold_some(tmp_path, cache, capsys, fable):
     states = {
         f"{home}/plain": "runs",
         f"{home}/layered": "runs",
-        f"{home}/gguf": "unsupported",
+        f"{home}/gguf": "broken",
         f"{home}/gone": "broken",
         f"{home}/loop": "broken",
         f"{home}/half": "broken",

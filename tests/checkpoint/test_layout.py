@@ -122,3 +122,20 @@ def test_the_index_names_every_tensor_and_the_bytes_of_all():
     assert index["weight_map"] == {name: file_of(name) for name in published_tensors(CONFIG)}
     n_elements = sum(int(np.prod(shape)) for shape in published_tensors(CONFIG).values())
     assert index["metadata"] == {"total_size": 2 * n_elements}
+
+
+def test_pieces_of_a_matrix_are_neighbours_and_the_main_one_is_first():
+    """Whatever their encodings: a byte of "half" is two weights, one of "whole" is one."""
+    shapes = {
+        "half.weight.q": (8, 16),
+        "half.weight.scale": (8, 1),
+        "whole.weight.q": (8, 12),
+        "whole.weight.scale": (8, 1),
+        "gate.scale": (4,),
+        "norm": (8,),
+    }
+    dtypes = dict.fromkeys(shapes, "uint8")
+    assert order_of_tensors(shapes, dtypes) == [
+        *("half.weight.q", "half.weight.scale", "whole.weight.q", "whole.weight.scale"),
+        *("norm", "gate.scale"),
+    ]

@@ -23,6 +23,9 @@ from tests.reference.gpt_oss_forms import MXFP4, drawn, write
 
 IDS = np.random.default_rng(0).integers(3, 133, (1, 12))
 EXPERTS = "model.layers.1.mlp.experts."
+TABLE = {
+    f"model.layers.*.mlp.experts.*.{name}.weight": "mxfp4" for name in ("down_proj", "gate_up_proj")
+}
 BLOCKS, SCALES = EXPERTS + "gate_up_proj_blocks", EXPERTS + "gate_up_proj_scales"
 
 
@@ -73,7 +76,7 @@ def test_the_codes_of_experts_stay_whatever_becomes_of_the_rest(layered, source,
     ]
     assert codes[0] == codes[1]
     assert len(codes[0]) == 2 * 7 * 2 * 2  # layers, experts, matrices, pieces
-    assert done.quantization["experts"] == "mxfp4"
+    assert done.quantization["published"] == TABLE
     assert done.quantization["scheme"] == options.get("quantize")
     assert (done.block_bits is None) == ("quantize" not in options)
     again = convert_checkpoint(source, tmp_path / "other", **options)
@@ -158,7 +161,7 @@ def test_plan_and_list_tell_of_them(source, layered, capsys):
         assert main(["plan", str(folder), *given, "--json"]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["fits"]
-        assert plan["quantization"]["experts"] == "mxfp4"
+        assert plan["quantization"]["published"] == TABLE
         assert main(["list", str(folder.parent), "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)["models"]
         assert (row["state"], row["quantization"]) == ("runs", "mxfp4")

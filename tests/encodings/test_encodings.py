@@ -15,16 +15,17 @@ from jlayer.checkpoint.quantization import (
     stored_tensors,
 )
 from jlayer.convert.transform.packed import LEVELS, decode_scales, dequantize, pack, unpack
+from jlayer.encodings import plain
+from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import (
     ENCODINGS,
     SCHEMES,
-    WEIGHTS_A_NUMBER,
     piece_name,
     split_piece,
 )
-from jlayer.encodings.tables import MXFP4, TABLES
+from jlayer.encodings.tables import MXFP4
 from jlayer.spec import STORED_BYTES
 
 
@@ -83,22 +84,27 @@ def test_each_weight_is_its_number_times_its_groups_scale(scheme, width):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
-@given(rows=st.integers(1, 9), width=st.integers(1, 300))
-def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, width):
+@settings(max_examples=20)
+@given(rows=st.integers(1, 9), units=st.integers(1, 300))
+def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encoding, rows, units):
+    width = units * encoding.width_unit
     pieces = encoding.pieces((rows, width))
     assert encoding.main in pieces
     axis = 0 if encoding.by_rows else -1
-    assert all(shape[axis] == rows for _, shape in pieces.values())
-    one, all_rows = encoding.n_bytes((1, width)), encoding.n_bytes((rows, width))
-    assert all_rows == rows * one
+    for piece, (_, shape) in pieces.items():
+        per = encoding.rows_per(piece)
+        assert shape[axis] == (-(-rows // per) if per else 1)
+    all_rows = encoding.n_bytes((rows, width))
     assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())
+    if encoding.row_unit == 1 and all(map(encoding.rows_per, pieces)):
+        assert all_rows == rows * encoding.n_bytes((1, width))
     for piece in pieces:
         assert split_piece(piece_name("a.q_proj.weight", piece)) == ("a.q_proj.weight", piece)
-    assert encoding.is_plain == (encoding.name not in {*SCHEMES, *TABLES})
-    if not encoding.is_plain:
+    assert encoding.is_plain == (encoding in plain.ENCODINGS)
+    if isinstance(encoding, Grouped):
         dtype, shape = pieces[encoding.main]
-        n_numbers = math.prod(shape) * WEIGHTS_A_NUMBER[dtype]
-        assert rows * width <= n_numbers < rows * (width + WEIGHTS_A_NUMBER[dtype])
+        n_weights = 8 // encoding.bits * math.prod(shape) * STORED_BYTES[dtype]
+        assert rows * width <= n_weights < rows * (width + 8 // encoding.bits)
 
 
 def test_bits_are_what_is_promised_all_included():

@@ -57,6 +57,14 @@ def test_the_hosts_rows_are_whole_disk_blocks_where_there_are_enough():
     assert host_rows(1000, [100], 0.0) == 0
 
 
+@pytest.mark.parametrize("n_rows", [100, 1000, 8192])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.71, 1.0])
+def test_the_hosts_rows_end_where_the_devices_may_begin(n_rows, share):
+    count = host_rows(n_rows, [100], share, row_unit=128)
+    assert count in (0, n_rows) or count % 128 == 0
+    assert 0 <= count <= n_rows
+
+
 def speeds(host, link=50e9, forms=("bfloat16",)):
     return HostSpeeds(tuple((f, ((1, host), (16, host / 2), (64, host / 8))) for f in forms), link)
 

@@ -187,15 +187,18 @@ def test_one_tile_of_every_shape_stands_for_all_of_it(weights, tile_bytes, platf
 @pytest.mark.parametrize("n_rows", [1, 7, 133, 4096, 8192, 28672, 128256])
 @pytest.mark.parametrize("row_bytes", [[2], [48], [8192], [16384, 16384], [4096, 256], [57344]])
 @pytest.mark.parametrize("tile_bytes", [1, 4096, 1 << 20, 64 << 20])
+@pytest.mark.parametrize("row_unit", [1, 128, 96])
 def test_row_ranges_cover_all_rows_within_the_size_and_in_two_heights_at_most(
-    n_rows, row_bytes, tile_bytes
+    n_rows, row_bytes, tile_bytes, row_unit
 ):
-    ranges = row_ranges(n_rows, row_bytes, tile_bytes)
+    ranges = row_ranges(n_rows, row_bytes, tile_bytes, row_unit=row_unit)
+    assert all(first % row_unit == 0 for first, _ in ranges)
     ends = list(accumulate(n for _, n in ranges))
     assert [first for first, _ in ranges] == [0, *ends[:-1]]
     assert ends[-1] == n_rows
     assert len({n for _, n in ranges}) <= 2
-    assert max(n for _, n in ranges) * sum(row_bytes) <= max(tile_bytes, sum(row_bytes))
+    least = min(row_unit, n_rows) * sum(row_bytes)
+    assert max(n for _, n in ranges) * sum(row_bytes) <= max(tile_bytes, least)
 
 
 def test_tiles_of_llama_3_70b_are_few_shapes_and_whole_disk_blocks():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from math import prod
 
 import numpy as np
 import torch
@@ -235,11 +234,6 @@ def _as_saved(cfg):
             shapes[name] = stack.shape
             for part, *_ in stack.parts:
                 shapes.pop(split_piece(part)[0], None)
-    if cfg.experts and cfg.experts.encoding:  # plain numbers there, inputs before outputs
-        for name in [name for name in shapes if name.endswith(("_blocks", "_scales"))]:
-            n_experts, n_rows, *blocks = shapes.pop(name)
-            if name.endswith("_blocks"):
-                shapes[name.removesuffix("_blocks")] = (n_experts, 2 * prod(blocks), n_rows)
     return shapes
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 import pytest
 
 from jlayer.errors import CheckpointError, UsageError
+from jlayer.small_files import FolderFiles
 from jlayer.text.chat import read_templates, render_chat, select_template
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.text.samples import CHATML, SPECIAL, user, written
@@ -47,7 +48,7 @@ def published(name):
         value = config.get(key)
         if value is not None:
             named[key] = value["content"] if isinstance(value, dict) else value
-    return read_templates(folder, config)["default"], named
+    return read_templates(FolderFiles(folder), config)["default"], named
 
 
 # The text
@@ -147,17 +148,20 @@ def test_further_variables_reach_the_template(here):
 def test_files_that_hold_templates(tmp_path):
     config = {"chat_template": "from the config"}
     (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}')
-    assert read_templates(tmp_path, {}) == {"default": "from json"}
-    assert read_templates(tmp_path, config) == {"default": "from the config"}
+    assert read_templates(FolderFiles(tmp_path), {}) == {"default": "from json"}
+    assert read_templates(FolderFiles(tmp_path), config) == {"default": "from the config"}
     (tmp_path / "chat_template.jinja").write_text("from jinja, é")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
-    assert read_templates(tmp_path, config) == {"default": "from jinja, é", "rag": "rag"}
+    assert read_templates(FolderFiles(tmp_path), config) == {
+        "default": "from jinja, é",
+        "rag": "rag",
+    }
 
 
 def test_named_templates(tmp_path):
     listed = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
-    found = read_templates(tmp_path, {"chat_template": listed})
+    found = read_templates(FolderFiles(tmp_path), {"chat_template": listed})
     assert found == {"default": "d", "tool_use": "t"}
     assert select_template(found, None, has_tools=False) == "d"
     assert select_template(found, None, has_tools=True) == "t"
@@ -174,10 +178,10 @@ def test_named_templates(tmp_path):
 @pytest.mark.parametrize("raw", [5, [1], [{"name": "x"}], [{"name": "x", "template": 3}]])
 def test_templates_that_are_none(tmp_path, raw):
     with pytest.raises(CheckpointError, match="chat_template"):
-        read_templates(tmp_path, {"chat_template": raw})
+        read_templates(FolderFiles(tmp_path), {"chat_template": raw})
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="not UTF-8"):
-        read_templates(tmp_path, {})
+        read_templates(FolderFiles(tmp_path), {})
 
 
 # Messages

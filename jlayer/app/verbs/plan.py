@@ -18,6 +18,7 @@ from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, published_quantization, quantization_of
 from jlayer.checkpoint.source import names_in
+from jlayer.checkpoint.store import Store
 from jlayer.config import model_config, planned_dtype, read_config
 from jlayer.cores.native import missing
 from jlayer.encodings.registry import SCHEMES
@@ -27,6 +28,7 @@ from jlayer.families.registry import (
     layer_tensor_name,
     published_tensors,
 )
+from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.interrupts import released
 from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds
@@ -62,6 +64,7 @@ def add_arguments(parser):
 
 
 def run(args) -> dict:
+    args.ref = model_at(args.ref)
     if args.batch < 1:
         raise UsageError(f"--batch: found {args.batch}, expected a number of lanes from 1 up")
     cfg = find_config(args.ref, offline=args.offline)
@@ -156,6 +159,8 @@ def lanes_of(
 def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
     """The config behind REF: a folder, a file, a hub id, or a known name. Raises what reading it
     does."""
+    if is_gguf(ref):
+        return read_config(ref)
     if os.path.isdir(ref):
         names = names_in(ref)
         if CONFIG not in names:
@@ -170,25 +175,19 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         if raw.get("model_type") is None and not raw.get("architectures"):
             tell(f"{ref}: model_type is missing; assumed to be llama")
             raw["model_type"] = "llama"
-        return model_config(_without_fp8(raw, ref), where=ref)
+        return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
-
-
-def _without_fp8(raw, where):
-    """Weights that are published in FP8 do not run as such; but a plan needs the sizes alone."""
-    section = raw.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "fp8":
-        return raw
-    tell(f"{where}: its weights are FP8, which does not run yet; planned in the config's dtype")
-    return {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 def _weights(
     ref: str, cfg: ModelConfig, quantization: Quantization | None, dtype: str | None
 ) -> Weights:
     """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
+    if is_gguf(ref) and quantization is None:
+        store = Store(ref)
+        return Weights(cfg, store.form_of, dtype or store.float_dtype)
     stored = planned_dtype(cfg, dtype)
-    as_published = quantization is None and not is_layered(ref)
+    as_published = not is_layered(ref) and not (quantization and quantization.scheme)
     return unseen_weights(
         *(cfg, quantization), stored=stored, dtype=dtype or stored, as_published=as_published
     )
@@ -198,8 +197,9 @@ def _draft(args, cfg, dtype) -> Weights | None:
     """The weights of --draft. Where both are folders, what a run would refuse is refused here."""
     if args.draft is None:
         return None
+    args.draft = model_at(args.draft)
     draft = find_config(args.draft, offline=args.offline)
-    if os.path.isdir(args.ref) and os.path.isdir(args.draft):
+    if all(os.path.isdir(ref) or is_gguf(ref) for ref in (args.ref, args.draft)):
         sizes = {"vocab_size": cfg.vocab_size, "draft_vocab_size": draft.vocab_size}
         check_same_tokens(args.ref, args.draft, **sizes)
     elif draft.vocab_size != cfg.vocab_size:  # it may be padded, which a config does not tell
@@ -245,10 +245,10 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
             at_int8 = layer_tensor_name(cfg, leaf, layer) in quantization.at_int8
             counts[leaf.name] = counts.get(leaf.name, 0) + at_int8
     kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
-    bits = quantization.block_bits(published_tensors(cfg))
+    bits, kept_as = quantization.block_bits(published_tensors(cfg)), quantization.table.encodings
     return (
         f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
-        + (f"; experts {quantization.experts}, as published" if quantization.experts else "")
+        + (f"; {', '.join(kept_as)} as published" if kept_as else "")
         + (f"; at int8 as well {kept}" if kept else "")
     )
 

@@ -2,6 +2,7 @@
 
 Lists everything that is missing, cut off, changed or not in the manifest; then the exit code is 3.
 Files beside the weights that were changed are told apart from damage: `jlayer seal` takes them in.
+A GGUF file has no checksums: its structure alone is checked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jlayer.interrupts import released
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a layered checkpoint")
+    parser.add_argument("folder", metavar="FOLDER", help="a layered checkpoint, or a GGUF file")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -34,8 +35,11 @@ def run(args: argparse.Namespace) -> dict:
             f"{verdict.folder}: {count}: {'; '.join(verdict.findings)}; {verdict.advice}"
         )
     if not args.json:
+        checked = "every checksum correct"
+        if not verdict.has_checksums:
+            checked = "its structure is right (GGUF has no checksums: its weights were not read)"
         print(
             f"{verdict.folder}: whole, {verdict.n_layers} layers in {verdict.n_files} files, "
-            f"{verdict.folder_bytes:,} bytes, every checksum correct"
+            f"{verdict.folder_bytes:,} bytes, {checked}"
         )
     return dataclasses.asdict(verdict)

@@ -1,0 +1,186 @@
+"""Which encoding each published tensor has: the table, and how it is found in the headers of files.
+
+A folder that is quantized is a mix: some matrices are encoded, in one way or several, and the rest
+are plain numbers. The headers show it exactly; a config alone gives what is usual of its method.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from jlayer.encodings.base import WHOLE
+from jlayer.encodings.published import FORMS, Form
+from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
+from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
+from jlayer.spec import ModelConfig
+
+_NUMBERS = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+_OF_EXPERT = re.compile(r"(?<=\.experts\.)[0-9]+(?=\.)")
+
+
+@dataclass(frozen=True)
+class EncodingTable:
+    """Tensor -> the name of its encoding; None: plain numbers.
+
+    `rows`: (name, encoding), sorted. In a name "*" stands for every number, or for that of every
+    expert of one layer: a model may have 100,000 tensors. The row with fewer stars counts.
+    """
+
+    rows: tuple[tuple[str, str | None], ...] = ()
+
+    @classmethod
+    def of(cls, encodings: Mapping[str, str | None]) -> EncodingTable:
+        """The shortest table that says this of every tensor of a model."""
+        alike: dict[str, Counter] = {}
+        of_experts: dict[str, set] = {}
+        for name, encoding in encodings.items():
+            alike.setdefault(_NUMBERS.sub("*", name), Counter())[encoding] += 1
+            of_experts.setdefault(_OF_EXPERT.sub("*", name), set()).add(encoding)
+        usual = {name: count.most_common(1)[0][0] for name, count in alike.items()}
+        rows = {name: encoding for name, encoding in usual.items() if encoding is not None}
+        for name, encoding in encodings.items():
+            if encoding != usual[_NUMBERS.sub("*", name)]:
+                group = _OF_EXPERT.sub("*", name)
+                rows[name if len(of_experts[group]) > 1 else group] = encoding
+        return cls(tuple(sorted(rows.items())))
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    @cached_property
+    def encodings(self) -> tuple[str, ...]:
+        """The names of all encodings in it."""
+        return tuple(sorted({encoding for _, encoding in self.rows if encoding is not None}))
+
+    @cached_property
+    def _rows(self) -> dict[str, str | None]:
+        return dict(self.rows)
+
+    @cached_property
+    def _found(self) -> dict[str, str | None]:
+        return {}
+
+    def of_tensor(self, name: str) -> str | None:
+        """The encoding of a published tensor; None: plain numbers."""
+        if not self.rows:
+            return None
+        if name not in self._found:
+            names = (name, _OF_EXPERT.sub("*", name), _NUMBERS.sub("*", name))
+            row = next((name for name in names if name in self._rows), None)
+            self._found[name] = None if row is None else self._rows[row]
+        return self._found[name]
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The form in the manifest."""
+        return self._rows
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> EncodingTable:
+        """The inverse of `as_dict`. Raises ValueError for an unknown encoding."""
+        for encoding in raw.values():
+            if encoding is not None and encoding not in ENCODINGS:
+                raise ValueError(f"encoding {encoding!a}")
+        return cls(tuple(sorted(raw.items())))
+
+
+NONE_ENCODED = EncodingTable()
+
+
+def form_of(cfg: ModelConfig) -> Form | None:
+    """The published form of encoded tensors that a config names."""
+    return FORMS[cfg.quantized.method] if cfg.quantized else None
+
+
+def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple]) -> Mapping[str, tuple]:
+    """A file's tensors as pieces: those that are main pieces by their dtype named so, and a single
+    scale with one axis, whatever it is stored with.
+
+    `table`: name -> a place and what the file says, with `dtype` and `shape`.
+    """
+    form = form_of(cfg)
+    if form is None:
+        return table
+    main = ENCODINGS[form.encodings[0]].main
+
+    def read(name, place, info):
+        _, piece = split_piece(name)
+        if piece == WHOLE and info.dtype in form.main_dtypes:
+            return piece_name(name, main), (place, info)
+        if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
+            return name, (place, _with_shape(info, (1,)))
+        return name, (place, info)
+
+    return dict(read(name, place, info) for name, (place, info) in table.items())
+
+
+def _with_shape(info, shape):
+    """What a file says of a tensor, in the form of any source, with another shape."""
+    return info._replace(shape=shape) if isinstance(info, tuple) else replace(info, shape=shape)
+
+
+def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, str]:
+    """The encodings of all tensors of which the files hold pieces, and of those that hold all
+    experts, by their published names.
+
+    `tables`: by file, name of a piece -> a place and what the file says, with `dtype` and `shape`.
+    An encoding is known by the dtypes and shapes of its pieces; where none fits, by the dtypes:
+    what is wrong is told when all tensors are checked.
+    """
+    form, found = form_of(cfg), {}
+    shapes, stacks = published_tensors(cfg), stacked_tensors(cfg)
+    for table in tables:
+        for name, (_, info) in table.items():
+            matrix, piece = split_piece(name)
+            if piece != WHOLE and name not in shapes and (matrix in shapes or matrix in stacks):
+                found.setdefault(matrix, {}).setdefault(piece, (info.dtype, tuple(info.shape)))
+    names = form.encodings if form else ()
+
+    def chosen(matrix, pieces):
+        def differences(name):
+            wanted = pieces_of(name, form, shapes.get(matrix), stacks.get(matrix))
+            misfits = [piece for piece, own in pieces.items() if wanted.get(piece) != own]
+            dtypes = {piece: dtype for piece, (dtype, _) in wanted.items()}
+            others = [piece for piece, (dtype, _) in pieces.items() if dtypes.get(piece) != dtype]
+            return len(others), len(misfits), len(wanted.keys() - pieces.keys())
+
+        return min(names, key=differences)
+
+    return {matrix: chosen(matrix, pieces) for matrix, pieces in found.items() if names}
+
+
+def pieces_of(
+    name: str, form: Form | None, shape: tuple[int, ...] | None, stack: Stacked | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Piece -> (dtype, shape) as published, of a matrix in the encoding `name`, or of a tensor that
+    holds those of all experts: rows first, whatever the order of plain numbers."""
+    lead = ()
+    if stack is not None:
+        lead, shape = stack.shape[:1], stack.of_expert
+    if len(shape) != 2:
+        return {}
+    return {
+        piece: (dtype, form.axes_of(piece, (*lead, *axes)) if form else (*lead, *axes))
+        for piece, (dtype, axes) in ENCODINGS[name].pieces(shape).items()
+    }
+
+
+def table_of(cfg: ModelConfig, encodings: Mapping[str, str]) -> EncodingTable:
+    """The table of a model's tensors. `encodings`: as `found_encodings` gives them."""
+    if not encodings:
+        return NONE_ENCODED
+    own = dict(encodings)
+    for name, stack in stacked_tensors(cfg).items():
+        if name in encodings:
+            own |= {part: encodings[name] for part, *_ in stack.parts}
+    return EncodingTable.of({name: own.get(name) for name in published_tensors(cfg)})
+
+
+def name_of_piece(cfg: ModelConfig, name: str) -> str:
+    """How a piece is called as it is published: for messages."""
+    form, (matrix, piece) = form_of(cfg), split_piece(name)
+    return name if form is None or piece == WHOLE else form.name_of(matrix, piece)

@@ -1,0 +1,93 @@
+"""How encoded tensors are named in published folders, by the method that a config.json names.
+
+A folder says what it has in two places: `quantization_config` names the method, and the headers of
+its files show which tensors it was applied to. The former chooses a row here; the latter choose the
+encoding of each tensor (`checkpoint.encoded`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jlayer.encodings.fp8 import FLOAT8, FP8
+from jlayer.encodings.grouped import SCALE, Q
+from jlayer.encodings.tables import MXFP4
+
+
+@dataclass(frozen=True)
+class Form:
+    """A published form of encoded tensors.
+
+    `ends`: (how a published name ends, what stands there instead in the name of the matrix, which
+    piece of it such a tensor is); None for a piece: it is left out, with a note. `encodings`: those
+    that it may have, each with other pieces. `main_dtypes`: a matrix of one of these is the main
+    piece under its own name. `in_blocks`: a piece whose last axis is cut in two, and the length of
+    the last one. `experts_alone`: it has no other matrices.
+    """
+
+    method: str
+    ends: tuple[tuple[str, str, str | None], ...]
+    encodings: tuple[str, ...]
+    main_dtypes: tuple[str, ...] = ()
+    in_blocks: tuple[tuple[str, int], ...] = ()
+    experts_alone: bool = False
+
+    def split(self, name: str) -> tuple[str, str | None] | None:
+        """(name of the matrix, piece) of a published tensor, by its name; None: no end fits."""
+        for end, instead, piece in self.ends:
+            if name.endswith(end):
+                return name.removesuffix(end) + instead, piece
+        return None
+
+    def name_of(self, matrix: str, piece: str) -> str:
+        """The inverse of `split`: the published name of a piece."""
+        for end, instead, own in self.ends:
+            if own == piece and matrix.endswith(instead):
+                return matrix.removesuffix(instead) + end
+        return matrix
+
+    def axes_of(self, piece: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The published axes of a piece of this shape."""
+        for name, length in self.in_blocks:
+            if name == piece:
+                return (*shape[:-1], shape[-1] // length, length)
+        return shape
+
+
+# The tensors of compressed-tensors that are scales of a layer's inputs and outputs.
+_OF_ACTIVATIONS = ("input", "output", "q", "k", "v")
+FORMS: dict[str, Form] = {
+    form.method: form
+    for form in (
+        # gpt-oss: the half bytes of 32 inputs are one block.
+        Form(
+            "mxfp4",
+            (("_blocks", "", Q), ("_scales", "", SCALE)),
+            (MXFP4.name,),
+            in_blocks=((Q, MXFP4.group * MXFP4.bits // 8),),
+            experts_alone=True,
+        ),
+        # DeepSeek's, Qwen's, MiniMax's, Mistral's. "inv": by which the weights were divided.
+        Form(
+            "fp8",
+            (
+                ("_scale_inv", "", SCALE),
+                ("_activation_scale", "", None),
+                *((f".{name}_scale", ".weight", None) for name in ("activation", "input")),
+            ),
+            tuple(FP8),
+            main_dtypes=(FLOAT8,),
+        ),
+        Form(
+            "compressed-tensors",
+            (
+                (".weight_scale", ".weight", SCALE),
+                *((f".{name}_scale", ".weight", None) for name in _OF_ACTIVATIONS),
+            ),
+            tuple(FP8),
+            main_dtypes=(FLOAT8,),
+        ),
+    )
+}
+# Those that a model of any family may have.
+OF_ALL_FAMILIES = tuple(name for name, form in FORMS.items() if not form.experts_alone)

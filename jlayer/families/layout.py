@@ -1,0 +1,56 @@
+"""What a file's values may have other than the published ones: how rows of heads are ordered, and
+what the weight of a norm stands for, and what is one matrix. The same model, read from GGUF.
+
+llama.cpp's converter reorders the rows of queries and keys of some models, so that the elements
+which the rotary embedding turns together are neighbours; it adds 1 to gains that are published as
+1 + weight; and it makes two matrices of one whose rows are of the gate and of the other in turn.
+None of this is undone: the config says so under LAYOUT_KEY, and the parts follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jlayer.errors import CheckpointError
+from jlayer.families.fields import Fields
+from jlayer.parts import Attention
+from jlayer.spec import ModelConfig
+
+LAYOUT_KEY = "gguf_layout"
+# The scheme in the quantization_config of a config that was made from a GGUF file.
+FROM_GGUF = "gguf"
+PAIRS, GAINS, GATES = "rope_pairs", "norm_gains", "expert_gates"
+_KNOWN = {PAIRS: "interleaved", GAINS: "whole", GATES: "apart"}
+
+
+def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
+    """`cfg` for values in the layout that the config names; as it is where it names none.
+
+    Raises CheckpointError for a layout that is not known.
+    """
+    said = fields.section(LAYOUT_KEY)
+    for name, value in said.raw.items():
+        if value != _KNOWN.get(name):
+            raise CheckpointError(
+                f"{said.where}: {name!a:.80} is {value!a:.80}, supported: "
+                f"{', '.join(f'{key} {word}' for key, word in _KNOWN.items())}"
+            )
+    if PAIRS in said.raw:
+        cfg = replace(cfg, attentions=tuple(map(_interleaved, cfg.attentions)))
+    if GAINS in said.raw:
+        gain = replace(cfg.norm, plus_one=False)
+        heads = (_with_gain(one, gain) for one in cfg.attentions)
+        cfg = replace(cfg, norm=gain, attentions=tuple(heads))
+    if GATES in said.raw and cfg.experts:
+        mlp = replace(cfg.experts.mlp, form="gated", gate="gate_proj", up="up_proj")
+        cfg = replace(cfg, experts=replace(cfg.experts, mlp=mlp, stacks=()))
+    return cfg
+
+
+def _interleaved(one):
+    return one if one.rope is None else replace(one, rope=replace(one.rope, interleaved=True))
+
+
+def _with_gain(one, gain):
+    norms = one.head_norms if isinstance(one, Attention) else None
+    return one if norms is None else replace(one, head_norms=replace(norms, norm=gain))

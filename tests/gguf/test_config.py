@@ -1,0 +1,174 @@
+"""What a GGUF file's metadata and tensors say of a model, and what is refused of them."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from jlayer.checkpoint.gguf import open_gguf
+from jlayer.checkpoint.store import Store
+from jlayer.config import read_config
+from jlayer.convert import convert_checkpoint
+from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.gguf.config import ARCHITECTURES, config_of
+from jlayer.gguf.metadata import shortest
+from jlayer.gguf.names import NAMES
+from jlayer.gguf.parts import open_head
+from tests.gguf.forms import save
+from tests.gguf_files import ARCHITECTURES as WRITTEN
+from tests.gguf_files import write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save("qwen3", tmp_path_factory.mktemp("model") / "model")
+
+
+def test_names_are_those_of_llama_cpp():
+    """Each name within a layer is the one that the package gguf has for the published tensor."""
+    archs = {model_type: arch for model_type, (arch, *_) in WRITTEN.items()}
+    archs["gpt_oss"] = gguf.MODEL_ARCH.GPT_OSS
+    assert archs.keys() == NAMES.keys()
+    assert {gguf.MODEL_ARCH_NAMES[arch] for arch in archs.values()} == ARCHITECTURES.keys()
+    for model_type, arch in archs.items():
+        names = gguf.get_tensor_name_map(arch, 1)
+        for own, published in NAMES[model_type].items():
+            name = f"model.layers.0.{published}".replace(".{expert}", "")
+            base = own.removesuffix(".weight").removesuffix(".bias")
+            found = names.get_name(name.replace("e_score_correction_bias", "e_score_correction"))
+            # A table has names that its architecture lacks: norms of heads, of Llama.
+            assert found in (None, f"blk.0.{base}"), (model_type, own)
+
+
+def test_numbers_of_32_bits_become_what_a_config_says():
+    for value in (1e-5, 1e-6, 5e5, 1e6, 0.1, 3.0, 1.5625e-7, 8.0, 1 / 3):
+        stored = struct.unpack("<f", struct.pack("<f", value))[0]
+        found = shortest(stored)
+        assert found == value or value == 1 / 3
+        assert np.float32(found) == np.float32(value)
+    assert shortest(1e-300) == 1e-300
+
+
+def raw(name, kind, value):
+    """Writes a key under its whole name, in the place of the one that is there."""
+
+    def settings(writer, config):
+        for values in writer.kv_data:
+            values.pop(name, None)
+        if kind is not None:
+            getattr(writer, f"add_{kind}")(name, value)
+
+    return settings
+
+
+REFUSED = [
+    (raw("general.architecture", "string", "mamba"), UnsupportedModelError, "'mamba'"),
+    (raw("general.architecture", None, 0), CheckpointError, "architecture is missing"),
+    (raw("qwen3.block_count", None, 0), CheckpointError, "block_count is missing"),
+    (raw("qwen3.block_count", "string", "3"), CheckpointError, "expected a whole number"),
+    (raw("qwen3.attention.head_count_kv", "array", [2, 1, 2]), UnsupportedModelError, "differs by"),
+    (raw("qwen3.attention.value_length", "uint32", 16), UnsupportedModelError, "value_length"),
+    (raw("qwen3.logit_scale", "float32", 0.5), UnsupportedModelError, "qwen3.logit_scale is 0.5"),
+    (raw("qwen3.from_the_future", "uint32", 1), UnsupportedModelError, "from_the_future is 1"),
+    (raw("qwen3.rope.scaling.type", "string", "ntk"), UnsupportedModelError, "'ntk'"),
+    (raw("qwen3.rope.dimension_count", "uint32", 16), UnsupportedModelError, "dimension_count"),
+    (raw("qwen3.embedding_length", "uint32", 65), CheckpointError, "by config.json"),
+    (raw("qwen3.block_count", "uint32", 4), CheckpointError, "missing: model.layers.3"),
+    (raw("qwen3.block_count", "uint32", 2), CheckpointError, "not of this model"),
+    (raw("qwen3.attention.layer_norm_rms_epsilon", "float32", -1.0), CheckpointError, "rms_norm"),
+]
+
+
+@pytest.mark.parametrize(("settings", "kind", "words"), REFUSED)
+def test_what_is_refused_of_the_metadata(settings, kind, words, tmp_path, model):
+    path = tmp_path / "m.gguf"
+    write(model, path, settings=settings)
+    with pytest.raises(kind) as caught:
+        Store(path)
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert words in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_keys_that_say_nothing_are_no_matter(tmp_path, model):
+    def settings(writer, config):
+        writer.add_float32("qwen3.logit_scale", 1.0)
+        writer.add_uint32("qwen3.expert_count", 0)
+        writer.add_bool("qwen3.attention.causal", True)
+        writer.add_string("general.name", "x")
+
+    write(model, tmp_path / "m.gguf", settings=settings)
+    write(model, tmp_path / "n.gguf")
+    assert Store(tmp_path / "m.gguf").cfg == Store(tmp_path / "n.gguf").cfg
+
+
+def test_a_config_has_what_the_published_one_has(tmp_path, model):
+    write(model, tmp_path / "m.gguf")
+    found = config_of(open_head(tmp_path / "m.gguf"))
+    own, published = read_config(tmp_path / "m.gguf"), read_config(model)
+    assert own == published
+    assert found["rms_norm_eps"] == 1e-5
+
+
+def test_encodings_that_are_not_known_are_named(tmp_path, model):
+    path = tmp_path / "m.gguf"
+    write(model, path)
+    content = bytearray(path.read_bytes())
+    name = b"blk.0.attn_q.weight"
+    at = content.index(name) + len(name) + 4 + 16
+    assert content[at : at + 4] == bytes(4)
+    content[at : at + 4] = (26).to_bytes(4, "little")  # int32, as wide
+    path.write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"int32: blk.0.attn_q.weight"):
+        open_gguf(str(path))
+
+
+def test_a_router_in_blocks_is_refused(tmp_path):
+    folder = save("qwen3_moe", tmp_path / "model")
+    path = tmp_path / "m.gguf"
+    write(folder, path, kind="Q8_0", routers=True)
+    with pytest.raises(UnsupportedModelError, match=r"ffn_gate_inp.weight is q8_0, but .* whole"):
+        open_gguf(str(path))
+
+
+def test_layers_that_guess_further_tokens_are_left_out(tmp_path):
+    folder = save("glm4_moe", tmp_path / "model")
+
+    def settings(writer, config):
+        raw("glm4moe.block_count", "uint32", 4)(writer, config)
+        writer.add_nextn_predict_layers(1)
+        writer.add_tensor("blk.3.nextn.eh_proj.weight", np.zeros((4, 8), np.float32))
+        writer.add_tensor("blk.3.attn_norm.weight", np.zeros(64, np.float32))
+
+    write(folder, tmp_path / "m.gguf", settings=settings)
+    write(folder, tmp_path / "n.gguf")
+    own, other = Store(tmp_path / "m.gguf"), Store(tmp_path / "n.gguf")
+    assert own.cfg.num_hidden_layers == other.cfg.num_hidden_layers == 3
+    assert own.weight_bytes == other.weight_bytes
+    (note,) = own.notes
+    assert "blk.3.attn_norm.weight, blk.3.nextn.eh_proj.weight" in note
+    assert other.notes == ()
+
+
+def test_a_file_that_changes_has_another_fingerprint(tmp_path, model):
+    path = tmp_path / "m.gguf"
+    write(model, path)
+    first = Store(path).fingerprint
+    assert Store(path).fingerprint == first
+    write(model, path, kind="F16")
+    assert Store(path).fingerprint != first
+
+
+def test_what_a_conversion_refuses(tmp_path, model):
+    path = tmp_path / "m.gguf"
+    write(model, path, kind="Q8_0")
+    with pytest.raises(UsageError, match="a GGUF file, which is needed until the end"):
+        convert_checkpoint(path, tmp_path / "out", delete_source=True)
+    with pytest.raises((UsageError, UnsupportedModelError), match="without --quantize"):
+        convert_checkpoint(path, tmp_path / "out", quantize="int8")
+    write(model, path, kind="F16")
+    done = convert_checkpoint(path, tmp_path / "out", quantize="int8")
+    assert done.quantization["scheme"] == "int8"

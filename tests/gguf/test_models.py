@@ -1,0 +1,133 @@
+"""GGUF files of tiny models give Transformers' logits with the weights that the files hold."""
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint, seal_folder, verify_folder
+from jlayer.families.registry import published_tensors
+from jlayer.gguf.reader import read_head
+from tests.gguf.forms import FORMS, logits_with, save
+from tests.gguf_files import write
+
+pytestmark = pytest.mark.reference
+IDS = [3, 77, 0, 130, 5, 21, 21, 90, 64, 12, 118]
+
+
+def rope_factors(config):
+    """The divisors of Llama 3.1's frequencies, as llama.cpp's converter writes them."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    theta = config.rope_parameters["rope_theta"]
+    plain = theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    return (plain / scaled).numpy()
+
+
+def scaling(writer, config):
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") in ("linear", "yarn"):
+        writer.add_string(f"{writer.arch}.rope.scaling.type", rope["rope_type"])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def agree(folder, path, decoded, *, tolerance=1e-5):
+    expected = logits_with(folder, decoded, IDS)
+    with AutoModel.from_pretrained(path, device="cpu", dtype="float32") as model:
+        found = model.logits([IDS])[0]
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if "vocabulary" not in name])
+def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
+    folder = save(name, tmp_path / "model")
+    freqs = None
+    if "llama3" in name:
+        from transformers import AutoConfig
+
+        freqs = rope_factors(AutoConfig.from_pretrained(folder))
+    decoded = write(folder, tmp_path / "m.gguf", settings=scaling, freqs=freqs)
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_numbers_of_16_bits(kind, tmp_path):
+    folder = save("qwen3", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind=kind)
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("name", ["llama, tied, biases", "qwen3_moe", "gemma2"])
+def test_blocks_of_llama_cpps_quantizer(name, tmp_path):
+    folder = save(name, tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+# Each matrix of a layer in another encoding, as files mix them.
+MIXES = {
+    "k": {
+        "attn_q": "Q2_K",
+        "attn_k": "Q3_K",
+        "attn_v": "Q6_K",
+        "attn_output": "Q5_K",
+        "ffn_gate": "Q4_K",
+        "ffn_up": "IQ4_XS",
+        "ffn_down": "Q6_K",
+        "token_embd": "Q4_K",
+        "output.": "Q6_K",
+    },
+    "32": {
+        "attn_q": "Q4_0",
+        "attn_k": "Q4_1",
+        "attn_v": "Q5_0",
+        "attn_output": "Q5_1",
+        "ffn_gate": "IQ4_NL",
+        "ffn_up": "Q8_0",
+        "ffn_down": "F16",
+        "output.": "BF16",
+    },
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_random_blocks_of_all_types(mix, tmp_path):
+    folder = save("wide", tmp_path / "model")
+    path = tmp_path / "m.gguf"
+    decoded = write(folder, path, kind="Q4_0", kinds=MIXES[mix], drawn=True)
+    agree(folder, path, decoded)
+
+
+def test_a_converted_file_gives_the_same_numbers(tmp_path):
+    folder = save("wide", tmp_path / "model")
+    path, target = tmp_path / "m.gguf", tmp_path / "layered"
+    decoded = write(folder, path, kinds={**MIXES["k"], "token_embd": "Q8_0"}, drawn=True)
+    done = convert_checkpoint(path, target)
+    assert done.source_bytes == sum(t.n_bytes for t in read_head(path).tensors.values())
+    assert verify_folder(target).findings == ()
+    agree(folder, target, decoded)
+    own = Store(path)
+    layered = Store(target)
+    for name in published_tensors(own.cfg):
+        assert own.form_of(name) == layered.form_of(name)
+    assert seal_folder(target).status == "unchanged"
+
+
+def test_transformers_refuses_a_converted_file(tmp_path):
+    """Its rows are in another order: it would give other numbers."""
+    from transformers import AutoModelForCausalLM
+
+    write(save("llama", tmp_path / "model"), tmp_path / "m.gguf")
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "layered")
+
+
+def test_a_split_file(tmp_path):
+    folder = save("llama", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", split_max_tensors=10)
+    agree(folder, tmp_path / "m-00001-of-00003.gguf", decoded)
