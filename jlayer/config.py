@@ -18,6 +18,7 @@ from jlayer.families.fields import Fields
 from jlayer.families.find import find_family, printable
 from jlayer.families.holders import text_only
 from jlayer.families.layout import as_laid_out
+from jlayer.families.quantized import inputs_note, read_quantized
 from jlayer.small_files import CONFIG, GENERATION_CONFIG, files_of
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
@@ -61,25 +62,31 @@ def model_config(raw: dict, *, where: str) -> ModelConfig:
     _refuse_quantized(raw, family.quantized, where)
     fields = Fields({**raw, "model_type": family.model_type}, where)
     cfg = as_laid_out(fields, family.read(fields))
+    quantized = cfg.quantized or read_quantized(fields)
     longest = cfg.max_position_embeddings
     if not family.has_windows:
         longest = min(longest, stray_window(fields) or longest)
-    return replace(cfg, max_position_embeddings=longest, dtype=_dtype(raw, where))
+    return replace(
+        cfg, max_position_embeddings=longest, dtype=_dtype(raw, where), quantized=quantized
+    )
 
 
 def config_notes(raw: dict, cfg: ModelConfig, *, where: str) -> tuple[str, ...]:
     """What to tell the user of a config that was read as `cfg`."""
     raw = text_only(raw, where=where)
     family, longest = find_family(raw, where=where), cfg.max_position_embeddings
+    notes = inputs_note(Fields(raw, where)) if cfg.quantized else ()
     if family.longest_key and raw.get("max_position_embeddings") != longest:
         return (
+            *notes,
             f"{where}: it runs up to {longest} tokens ({family.longest_key}), all of which a layer "
             "attends to; to choose some of a longer text is not supported",
         )
     window = None if family.has_windows else stray_window(Fields(raw, where))
     if window is None or window != cfg.max_position_embeddings:
-        return ()
+        return notes
     return (
+        *notes,
         f"{where}: sets a window of {window} tokens, which no {cfg.model_type} has; it runs up to "
         f"{window} tokens, where that changes nothing (set the window to null to attend to all)",
     )

@@ -34,8 +34,13 @@ from jlayer.parts import (
 # other dtype is refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 ITEM_BYTES = dict(DTYPES.values())
-# The dtypes that a converted file may hold: quantized weights are integers.
-STORED_DTYPES = {**DTYPES, "I8": ("int8", 1), "U8": ("uint8", 1)}
+# The dtypes that a converted file may hold: encoded weights are integers, or numbers of FP8.
+STORED_DTYPES = {
+    **DTYPES,
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+}
 STORED_BYTES = dict(STORED_DTYPES.values())
 PUBLISHED_DTYPE = {name: published for published, (name, _) in STORED_DTYPES.items()}
 

@@ -21,7 +21,7 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
-from jlayer.checkpoint.encoded import found_encodings, table_of, with_main_pieces
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import CONFIG, INDEX
@@ -129,7 +129,7 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
-    tables = {shard: with_main_pieces(cfg, table) for shard, table in tables.items()}
+    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
     encodings = found_encodings(cfg, tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)

@@ -10,15 +10,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from jlayer.checkpoint.encoded import name_of_piece
+from jlayer.checkpoint.encoded import NONE_ENCODED, name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
-from jlayer.encodings.registry import piece_name, split_piece
+from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
+from jlayer.families.quantized import SECTION, is_left
 from jlayer.families.registry import (
+    is_beside,
     is_dropped,
+    is_latent_matrix,
+    is_matrix,
     is_of_an_expert,
     is_of_another_part,
     layer_of,
@@ -133,12 +137,15 @@ def check_tensors(
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
         *gathered("dtype of what is encoded", _of_other_piece(found, dtypes)),
+        *gathered("encoded, which is not supported of it", _not_to_be_encoded(cfg, quantization)),
+        *gathered(f"encoded, but left out by {SECTION}", _left_but_encoded(cfg, quantization)),
         *refused_extra(folder, extra, notes, label=extra_label),
     ]
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}")
     notes += _doubled(found, expected)
     notes += _left_out(folder, cfg, found)
+    notes += _of_inputs(folder, cfg, found)
     return {name: found[name] for name in expected}
 
 
@@ -183,6 +190,16 @@ def _left_out(folder, cfg, found):
         )
 
 
+def _of_inputs(folder, cfg, found):
+    """A note of the tensors that a form of encoding has beside the weights."""
+    beside = sorted(name for name in found if is_beside(cfg, name))
+    if beside:
+        yield (
+            f"{folder}: left out {len(beside)} tensors that are no weights, by "
+            f"{cfg.quantized.method} (scales of inputs): {beside[0]}, ..."
+        )
+
+
 def _part_of(name):
     layer = layer_of(name)
     if layer is not None:
@@ -217,6 +234,28 @@ def _of_other_piece(found, dtypes):
         if name in dtypes and info.dtype != dtypes[name]
     }
     return list(told)  # once, though all experts are in one tensor
+
+
+def _not_to_be_encoded(cfg, quantization):
+    """Tensors that are encoded, and used in a way that needs plain numbers, or rows by
+    themselves."""
+    table = quantization.table if quantization else NONE_ENCODED
+    for name, shape in published_tensors(cfg).items() if table else ():
+        encoding = table.of_tensor(name)
+        if encoding is None:
+            continue
+        is_rows = name != EMBEDDING.published or ENCODINGS[encoding].row_unit == 1
+        if not is_rows or not (is_matrix(name, shape) or is_latent_matrix(name)):
+            yield f"{name} ({encoding})"
+
+
+def _left_but_encoded(cfg, quantization):
+    """Tensors that are encoded, though the config says that their modules are not."""
+    if quantization and cfg.quantized and cfg.quantized.left:
+        for name in published_tensors(cfg):
+            module = name.removesuffix(".weight")
+            if quantization.table.of_tensor(name) and is_left(cfg.quantized, module):
+                yield name
 
 
 def _missing(name):

@@ -6,10 +6,11 @@ are plain numbers. The headers show it exactly; a config alone gives what is usu
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jlayer.encodings.base import WHOLE
@@ -95,21 +96,31 @@ def form_of(cfg: ModelConfig) -> Form | None:
     return FORMS[cfg.quantized.method] if cfg.quantized else None
 
 
-def with_main_pieces(cfg: ModelConfig, table: Mapping[str, tuple]) -> Mapping[str, tuple]:
-    """A file's tensors, with those that are main pieces by their dtype named so.
+def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple]) -> Mapping[str, tuple]:
+    """A file's tensors as pieces: those that are main pieces by their dtype named so, and a single
+    scale with one axis, whatever it is stored with.
 
-    `table`: name -> a place and what the file says, with a `dtype`.
+    `table`: name -> a place and what the file says, with `dtype` and `shape`.
     """
     form = form_of(cfg)
-    if form is None or not form.main_dtypes:
+    if form is None:
         return table
     main = ENCODINGS[form.encodings[0]].main
 
-    def named(name, info):
-        is_main = info.dtype in form.main_dtypes and split_piece(name)[1] == WHOLE
-        return piece_name(name, main) if is_main else name
+    def read(name, place, info):
+        _, piece = split_piece(name)
+        if piece == WHOLE and info.dtype in form.main_dtypes:
+            return piece_name(name, main), (place, info)
+        if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
+            return name, (place, _with_shape(info, (1,)))
+        return name, (place, info)
 
-    return {named(name, info): (place, info) for name, (place, info) in table.items()}
+    return dict(read(name, place, info) for name, (place, info) in table.items())
+
+
+def _with_shape(info, shape):
+    """What a file says of a tensor, in the form of any source, with another shape."""
+    return info._replace(shape=shape) if isinstance(info, tuple) else replace(info, shape=shape)
 
 
 def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, str]:

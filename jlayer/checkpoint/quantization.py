@@ -11,8 +11,16 @@ from jlayer.checkpoint.encoded import NONE_ENCODED, EncodingTable
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.published import FORMS
 from jlayer.encodings.registry import ENCODINGS, SCHEMES, piece_name
-from jlayer.families.registry import is_matrix, is_of_an_expert, layer_of, published_tensors
+from jlayer.families.quantized import is_left
+from jlayer.families.registry import (
+    is_latent_matrix,
+    is_matrix,
+    is_of_an_expert,
+    layer_of,
+    published_tensors,
+)
 from jlayer.spec import ModelConfig
 
 # INT4_BITS: the most bits per weight of a model at int4, on average over the matrices of its
@@ -145,11 +153,21 @@ def published_quantization(cfg: ModelConfig) -> Quantization | None:
     said = cfg.quantized
     if said is None:
         return None
+    form = FORMS[said.method]
     encodings = {
-        name: said.encoding if is_matrix(name, shape) and is_of_an_expert(name) else None
+        name: said.encoding if _is_encoded(name, shape, said, form) else None
         for name, shape in published_tensors(cfg).items()
     }
     return Quantization.as_found(EncodingTable.of(encodings))
+
+
+def _is_encoded(name, shape, said, form):
+    """Whether a tensor is encoded, as far as a config tells: the matrices of the layers are."""
+    if not (is_matrix(name, shape) or is_latent_matrix(name)) or layer_of(name) is None:
+        return False
+    if form.experts_alone:
+        return is_of_an_expert(name)
+    return not is_left(said, name.removesuffix(".weight"))
 
 
 def quantization_of(

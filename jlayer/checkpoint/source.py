@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
-from jlayer.checkpoint.encoded import found_encodings, table_of, with_main_pieces
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
@@ -113,7 +113,7 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
-    tables = {shard: with_main_pieces(cfg, table) for shard, table in tables.items()}
+    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
     encodings = found_encodings(cfg, tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)

@@ -86,10 +86,12 @@ def _cut(stack: Stacked, piece: str, name: str, *, where: str) -> list[tuple[str
     found, at = [], 0
     for part, first, n in stack.parts:
         begins = first % n_rows
-        if per == 0 or begins % per or (n % per and begins + n < n_rows):
+        is_cut = n != n_rows if per == 0 else begins % per or (n % per and begins + n < n_rows)
+        if is_cut:
+            expected = f"a multiple of {per}" if per else "a tensor of its own"
             raise CheckpointError(
-                f"{where}: {n} rows of a matrix beside others, expected a multiple of {per}, for "
-                f"which {name} has one row of scales; save the experts one by one"
+                f"{where}: {n} rows of a matrix beside those of others, expected {expected}, since "
+                f"{name} has one row of scales for them; save the experts one by one"
             )
         _, (count, *_) = encoding.pieces((n, width))[piece]
         found.append((piece_name(part, piece), at, count))

@@ -8,6 +8,7 @@ import numpy as np
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.fp8 import FP8, Float8
 from jlayer.encodings.grouped import SCALE, WHOLE_ROW, Grouped, Q
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
@@ -43,7 +44,10 @@ def e8m0_values() -> np.ndarray:
 _SCALES, _LEVELS, _E8M0 = scale_values(), levels(), e8m0_values()
 
 # How the scales of tables are stored -> what they stand for.
-SCALES_OF_TABLES = {"e8m0": lambda scale: _E8M0[scale], "float32": lambda scale: scale}
+SCALES_OF_TABLES = {
+    "e8m0": lambda scale: _E8M0[scale],
+    "number": lambda scale: scale.astype(np.float32),
+}
 
 
 def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
@@ -60,6 +64,8 @@ def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarr
         return _of_table(row, **pieces, width=width)
     if form in LINEAR:
         return _of_integers(row, **pieces, width=width)
+    if form in FP8:
+        return pieces[Q].astype(np.float32) * _spread(pieces[SCALE].astype(np.float32), row, width)
     q, scale = pieces[Q], pieces[SCALE]
     if form == INT8.name:
         return q * _spread(scale.astype(np.float32), row, width)
@@ -67,9 +73,13 @@ def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarr
     return _LEVELS[codes] * _spread(_SCALES[scale], row, width)
 
 
-def _of_table(table: Table, *, q, scale, width):
+def _of_table(table: Table, *, q, scale, global_scale=None, width):
     levels = np.array(table.levels, np.float32)
     factors = SCALES_OF_TABLES[table.scales](scale)
+    if global_scale is not None:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # zero is theirs
+            divides = table.global_scale == "divides"
+            factors = factors / global_scale if divides else factors * global_scale
     return levels[_pairs(q, table.is_high_first)] * _spread(factors, table, width)
 
 
@@ -115,7 +125,7 @@ def some_rows(
     return {name: of(name, piece) for name, piece in pieces.items()}
 
 
-def _spread(factors, row: Grouped, width):
+def _spread(factors, row: Grouped | Float8, width):
     """Repeats each group's factor for its inputs: [rows, groups] -> [rows, width]."""
     if row.group == WHOLE_ROW:
         return factors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import SCALE, Q
 from jlayer.encodings.tables import MXFP4
 
@@ -53,6 +54,8 @@ class Form:
         return shape
 
 
+# The tensors of compressed-tensors that are scales of a layer's inputs and outputs.
+_OF_ACTIVATIONS = ("input", "output", "q", "k", "v")
 FORMS: dict[str, Form] = {
     form.method: form
     for form in (
@@ -64,5 +67,27 @@ FORMS: dict[str, Form] = {
             in_blocks=((Q, MXFP4.group * MXFP4.bits // 8),),
             experts_alone=True,
         ),
+        # DeepSeek's, Qwen's, MiniMax's, Mistral's. "inv": by which the weights were divided.
+        Form(
+            "fp8",
+            (
+                ("_scale_inv", "", SCALE),
+                ("_activation_scale", "", None),
+                *((f".{name}_scale", ".weight", None) for name in ("activation", "input")),
+            ),
+            tuple(FP8),
+            main_dtypes=(FLOAT8,),
+        ),
+        Form(
+            "compressed-tensors",
+            (
+                (".weight_scale", ".weight", SCALE),
+                *((f".{name}_scale", ".weight", None) for name in _OF_ACTIVATIONS),
+            ),
+            tuple(FP8),
+            main_dtypes=(FLOAT8,),
+        ),
     )
 }
+# Those that a model of any family may have.
+OF_ALL_FAMILIES = tuple(name for name, form in FORMS.items() if not form.experts_alone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jlayer.encodings import plain
 from jlayer.encodings.base import WHOLE, Encoding
 from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.fp8 import FP8
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
@@ -19,6 +20,7 @@ _ROWS = (
     *TABLES.values(),
     *LINEAR.values(),
     *BLOCKS.values(),
+    *FP8.values(),
 )
 ENCODINGS: dict[str, Encoding] = {row.name: row for row in _ROWS}
 assert len(ENCODINGS) == len(_ROWS), "two encodings have one name"

@@ -28,7 +28,7 @@ from jlayer.families.registry import final_norm_leaves
 from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.experts import picked_rows, spread
 from jlayer.model.ops import scaled
-from jlayer.model.products import Encoded, InBlob, dequantize, product, weight
+from jlayer.model.products import Encoded, InBlob, as_array, dequantize, product, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.model.together import mix_together
 from jlayer.plan.experts import at_once
@@ -332,8 +332,12 @@ class Programs:
         return given | {"wanted": jax.ShapeDtypeStruct((n_wanted,), "int32")}
 
     def weights(self, tile, put):
-        """Inside a program: a tile's weights by leaf, from the arrays that were put."""
-        return self._join(tile.parts, _parts_in(put, tile))
+        """Inside a program: a tile's weights by leaf, from the arrays that were put; those that a
+        function reads uncut decoded."""
+        found = self._join(tile.parts, _parts_in(put, tile))
+        widths = {part.matrix: part.width for part in tile.parts}
+        uncut = {name: as_array(found[name], widths[name]) for name in tile.uncut}
+        return found | uncut
 
     def _join(self, parts, arrays):
         pieces, forms = {}, {}

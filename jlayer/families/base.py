@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 
+from jlayer.encodings.published import OF_ALL_FAMILIES
 from jlayer.families.fields import Fields
 from jlayer.parts import Attention, Delta, Latent, Logits, Norm, Router
 from jlayer.spec import ITEM_BYTES, Leaf, ModelConfig, Place, Role
@@ -313,8 +314,7 @@ class Family:
     layers may have a window; where they have none, one that a config names nevertheless limits the
     model (`common.stray_window`). `longest_key`: the key of a config that says how many tokens a
     text may have at most for all to be attended to; longer ones are not supported. `quantized`: the
-    methods of other programs whose weights it reads as they are; `read` reads what a config says of
-    them.
+    methods of other programs whose weights it reads as they are.
     """
 
     model_type: str
@@ -325,7 +325,7 @@ class Family:
     left_out: tuple[str, ...] = ()
     has_windows: bool = True
     longest_key: str | None = None
-    quantized: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = OF_ALL_FAMILIES
     embedding: Leaf = EMBEDDING
     head_matrix: Leaf = HEAD
     layer_prefix: str = LAYER_PREFIX

@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
 # How the names of tensors with two axes end that are used whole, as published: norms of heads
 # (Cohere), routers, the gates of shared experts, correction biases (Ernie), the matrix that makes
 # keys and values of a latent.
+_LATENT = ".kv_b_proj.weight"
 _WHOLE = (
     "norm.weight",
     ".gate.weight",
@@ -60,7 +61,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
-    ".kv_b_proj.weight",
+    _LATENT,
 )
 
 _OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
@@ -204,6 +205,11 @@ def is_matrix(tensor_name: str, shape: tuple[int, ...]) -> bool:
     """Whether a published tensor is cut by rows, which are multiplied or looked up: it has two
     axes, and is none of those that are used whole."""
     return len(shape) == 2 and not tensor_name.endswith(_WHOLE)
+
+
+def is_latent_matrix(tensor_name: str) -> bool:
+    """Whether a published tensor makes keys and values of a latent: a matrix that is used whole."""
+    return tensor_name.endswith(_LATENT)
 
 
 def layer_of(tensor_name: str) -> int | None:

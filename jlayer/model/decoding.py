@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlayer.encodings.fp8 import ALL_ROWS, FP8, Float8
 from jlayer.encodings.grouped import WHOLE_ROW, Grouped
 from jlayer.encodings.int4 import CUBE, FLOAT_SHIFT, INT4, SCALE_OFFSET, ZERO
 from jlayer.encodings.int8 import INT8
@@ -33,9 +34,14 @@ def _decode_int4(*, q, scale, width):
     return ranges
 
 
-def _decode_table(*, q, scale, width, table: Table):
+def _decode_table(*, q, scale, global_scale=None, width, table: Table):
     """Two ranges of inputs: the even ones and the odd ones."""
-    factors = _spread(SCALES[table.scales](scale), table, width)
+    scales = SCALES[table.scales](scale)
+    if global_scale is not None:
+        # XLA would multiply by the inverse of a number that all are divided by.
+        of_all = jax.lax.optimization_barrier(jnp.broadcast_to(global_scale[None], scales.shape))
+        scales = scales / of_all if table.global_scale == "divides" else scales * of_all
+    factors = _spread(scales, table, width)
     halves = (q >> 4, q & 15) if table.is_high_first else (q & 15, q >> 4)
     return [looked_up(half, table.levels) * factors for half in halves]
 
@@ -51,13 +57,20 @@ def _decode_linear(*, q, scale, zero=None, width, row: Linear):
     return ranges
 
 
+def _decode_fp8(*, q, scale, width, row: Float8):
+    """A scale for all rows is [1]; else there is one for each row and group."""
+    factors = scale.astype(jnp.float32)
+    factors = factors[None] if row.rows == ALL_ROWS else _spread(factors, row, width)
+    return [q.astype(jnp.float32) * factors]
+
+
 def _e8m0(codes):
     """2 ** (code - 127), float32; 0 becomes the bits of 2 ** -127, and 255 those of infinity."""
     bits = codes.astype(jnp.uint32) << 23
     return jax.lax.bitcast_convert_type(jnp.maximum(bits, np.uint32(1 << 22)), jnp.float32)
 
 
-def _spread(factors, row: Grouped, width):
+def _spread(factors, row: Grouped | Float8, width):
     """Repeats each group's factor for its inputs of one part: [out, groups] -> [out, in / parts].
     A group is a multiple of the parts."""
     rows, groups = factors.shape
@@ -84,6 +97,7 @@ DECODE_GROUPED = (
     {INT8.name: _decode_int8, INT4.name: _decode_int4}
     | {name: partial(_decode_table, table=table) for name, table in TABLES.items()}
     | {name: partial(_decode_linear, row=row) for name, row in LINEAR.items()}
+    | {name: partial(_decode_fp8, row=row) for name, row in FP8.items()}
 )
 # How the scales of tables are decoded.
-SCALES = {"e8m0": _e8m0, "float32": lambda scale: scale}
+SCALES = {"e8m0": _e8m0, "number": lambda scale: scale.astype(jnp.float32)}

@@ -211,6 +211,11 @@ def dequantize(weight: Encoded, width: int):
     return in_rows(parts, parts=row.parts, run=row.run)
 
 
+def as_array(weight, width: int):
+    """All of a matrix [out, in] as one array: as it is, or decoded; `width` is in."""
+    return dequantize(weight, width) if isinstance(weight, Encoded) else weight
+
+
 def embedded(table, ids, *, width: int, dtype):
     """Rows of an embedding table of any form: ids [R] -> [R, width] in `dtype`."""
 

@@ -22,7 +22,7 @@ from jlayer.encodings.registry import SCHEMES, encoding, piece_name
 from jlayer.families.base import LayerKind, Stage
 from jlayer.families.registry import layer_tensor_name, published_tensors, stacked_tensors
 from jlayer.plan.joined import Joined
-from jlayer.spec import ALIGNMENT, STORED_BYTES, ModelConfig, resident_dtype
+from jlayer.spec import ALIGNMENT, ITEM_BYTES, STORED_BYTES, ModelConfig, resident_dtype
 
 
 class Tier(Enum):
@@ -203,7 +203,7 @@ class Tile:
     def uncut(self) -> tuple[str, ...]:
         """The leaves in it that a function reads uncut."""
         moving = self.kind.moving if self.kind else ()
-        return tuple(part.matrix for part in self.parts if part.matrix in moving)
+        return tuple(dict.fromkeys(p.matrix for p in self.parts if p.matrix in moving))
 
     @property
     def ends_layer(self) -> bool:
@@ -377,18 +377,17 @@ class Tiling:
         """The most bytes of decoded copies of matrices that the program of a tile makes before the
         product."""
         return max(
-            sum(
-                part.decoded_bytes(self._dtype_of(tile, part), self._platform)
-                for part in tile.parts
-            )
-            for tile, _ in self.distinct
+            sum(self._decoded_bytes(tile, part) for part in tile.parts) for tile, _ in self.distinct
         )
 
-    def _dtype_of(self, tile, part):
-        """The dtype in which a part enters the arithmetic."""
+    def _decoded_bytes(self, tile, part):
+        """Of a part: of a leaf that is used uncut all of it, in float32 and then in its dtype."""
         if part.matrix not in tile.uncut:
-            return self._dtype
-        return resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
+            return part.decoded_bytes(self._dtype, self._platform)
+        dtype = resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
+        if part.encoding.is_plain:
+            return part.decoded_bytes(dtype, self._platform)
+        return part.n_weights * (ITEM_BYTES["float32"] + ITEM_BYTES[dtype])
 
 
 def _for_layer(cfg, tiles, layer):

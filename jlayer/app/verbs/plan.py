@@ -175,17 +175,8 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         if raw.get("model_type") is None and not raw.get("architectures"):
             tell(f"{ref}: model_type is missing; assumed to be llama")
             raw["model_type"] = "llama"
-        return model_config(_without_fp8(raw, ref), where=ref)
+        return model_config(raw, where=ref)
     return model_config(parse_json_object(catalogue.model_json(ref), what=ref), where=ref)
-
-
-def _without_fp8(raw, where):
-    """Weights that are published in FP8 do not run as such; but a plan needs the sizes alone."""
-    section = raw.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "fp8":
-        return raw
-    tell(f"{where}: its weights are FP8, which does not run yet; planned in the config's dtype")
-    return {key: value for key, value in raw.items() if key != "quantization_config"}
 
 
 def _weights(

@@ -1,0 +1,189 @@
+"""What a quantization_config says of published weights: its method, the usual encoding of a matrix,
+and which modules are left as plain numbers. What would make it another form is refused by name."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from jlayer.encodings.fp8 import BLOCK, FP8
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.fields import Fields
+from jlayer.parts import Quantized
+
+SECTION, METHOD = "quantization_config", "quant_method"
+# How patterns of compressed-tensors begin that are regular expressions.
+_REGEX = "re:"
+# An expression of a file from outside: a repeated group could take exponential time.
+_REPEATED_GROUP = re.compile(r"\)\s*[*+?{]")
+_MOST_CHARACTERS, _MOST_STARS = 200, 4
+# What makes a name of modules an expression, as Transformers takes it: not the dots alone.
+_METACHARACTERS = re.compile(r"[*+?\[\](){}|^$\\]")
+
+
+def read_quantized(fields: Fields) -> Quantized | None:
+    """What the config says of published weights, of a method that is known; None: nothing, or that
+    jlayer quantized them. Raises CheckpointError or UnsupportedModelError."""
+    said = fields.section(SECTION)
+    read = _READ.get(said.raw.get(METHOD))
+    return read(said) if read else None
+
+
+def is_left(quantized: Quantized, module: str) -> bool:
+    """Whether a module, by its published name, is left as plain numbers: named in full, by a module
+    that it is in, by the end of its name, or by an expression."""
+    names, expression = _patterns(quantized.left)
+    words = module.split(".")
+    starts = (".".join(words[:n]) for n in range(1, len(words) + 1))
+    ends = (".".join(words[n:]) for n in range(1, len(words)))
+    return any(name in names for name in (*starts, *ends)) or bool(
+        expression and expression.match(module)
+    )
+
+
+@lru_cache(maxsize=16)
+def _patterns(left):
+    expressions = [name.removeprefix(_REGEX) for name in left if name.startswith(_REGEX)]
+    names = frozenset(name for name in left if not name.startswith(_REGEX))
+    return names, re.compile(
+        "|".join(f"(?:{each})" for each in expressions)
+    ) if expressions else None
+
+
+def _read_fp8(said):
+    """DeepSeek's form, and those of Qwen, MiniMax and Mistral. The scales of activations play no
+    part: weights alone are quantized here."""
+    _refuse_unknown(
+        said,
+        *("activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers"),
+        *("fmt", "scale_fmt", "dequantize", "modules_to_convert", "expert_dtype"),
+    )
+    said.refuse_unless("activation_scheme", "static", "dynamic")
+    said.refuse_unless("fmt", "float8_e4m3fn", None, "e4m3")
+    said.refuse_unless("expert_dtype", None, "fp8")
+    said.refuse_unless("modules_to_convert", [], None)
+    size = said.raw.get("weight_block_size", [BLOCK, BLOCK])
+    if size not in (None, [BLOCK, BLOCK]):
+        raise UnsupportedModelError(
+            f"{said.where}: weight_block_size is {size!a:.80}, supported: [{BLOCK}, {BLOCK}], or "
+            "null for one scale of each matrix"
+        )
+    left = [
+        _REGEX + rf"(?:{name})(?:(?<=\.)|(?=\.|$))" if _METACHARACTERS.search(name) else name
+        for key in ("modules_to_not_convert", "ignored_layers")
+        for name in _names(said, key)
+    ]
+    return Quantized("fp8", "fp8_tensor" if size is None else "fp8_128x128", tuple(left))
+
+
+def _read_compressed(said):
+    """compressed-tensors: of each group of modules the numbers and their scales."""
+    said.refuse_unless("quantization_status", None, "compressed")
+    sparsity = said.section("sparsity_config")
+    sparsity.refuse_unless("format", None, "dense")
+    if said.section("transform_config").raw.get("config_groups"):
+        raise UnsupportedModelError(
+            f"{said.where}: transform_config turns the inputs of matrices, which is not supported; "
+            "take the model's unquantized checkpoint"
+        )
+    groups = said.section("config_groups")
+    if not groups.raw:
+        raise CheckpointError(f"{groups.where} is missing, expected a group of modules")
+    usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
+    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"))
+
+
+def _encoding_of_group(said, group):
+    """The encoding of a group's weights, with the commonest dtype of scales."""
+    weights = group.section("weights")
+    if not weights.raw:
+        raise UnsupportedModelError(
+            f"{group.where}: weights is missing: only weights that are quantized are supported"
+        )
+    form = group.raw.get("format") or said.raw.get("format")
+    if form not in _COMPRESSED:
+        raise UnsupportedModelError(
+            f"{said.where}: format {form!a:.80} is not supported; supported: "
+            f"{', '.join(_COMPRESSED)}"
+        )
+    weights.refuse_unless("symmetric", None, True)
+    weights.refuse_unless("actorder", None, False, "static")
+    weights.refuse_unless("num_bits", *_COMPRESSED[form][0])
+    weights.refuse_unless("type", _COMPRESSED[form][1])
+    return _COMPRESSED[form][2](weights)
+
+
+def _float_encoding(weights):
+    strategy = weights.raw.get("strategy")
+    if strategy == "block":
+        size = weights.raw.get("block_structure")
+        if size not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
+            raise UnsupportedModelError(
+                f"{weights.where}: block_structure is {size!a:.80}, supported: [{BLOCK}, {BLOCK}]"
+            )
+    of_strategy = {"tensor": "fp8_tensor", "channel": "fp8_row_bfloat16", "block": "fp8_128x128"}
+    return weights.choice("strategy", of_strategy, default="tensor")
+
+
+# The format of compressed-tensors -> (bits, type, a function of the group's weights).
+_COMPRESSED = {
+    "float-quantized": ((8,), "float", _float_encoding),
+}
+
+
+def inputs_note(fields: Fields) -> tuple[str, ...]:
+    """A note where the config asks for the inputs of matrices to be rounded as well."""
+    said = fields.section(SECTION)
+    groups = said.raw.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    asks = said.raw.get(METHOD) == "fp8" or any(
+        isinstance(group, dict) and group.get("input_activations") for group in groups
+    )
+    if not asks or said.raw.get(METHOD) not in _READ:
+        return ()
+    return (
+        f"{said.where}: asks for the inputs of matrices to be quantized as well; here weights "
+        "alone are, and inputs keep the compute dtype",
+    )
+
+
+_READ = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
+assert {row.name for row in FP8.values()} >= {"fp8_tensor", "fp8_row_bfloat16", "fp8_128x128"}
+
+
+def _refuse_unknown(said, *known):
+    unknown = sorted(said.raw.keys() - {METHOD, *known})
+    if unknown:
+        raise UnsupportedModelError(
+            f"{said.where}: {unknown[0]!a:.80} is not known of {said.raw[METHOD]}; supported: "
+            f"{', '.join(known)}"
+        )
+
+
+def _names(said, key):
+    """A list of the names of modules, and of patterns of them."""
+    names = said.raw.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
+    for name in names:
+        if _METACHARACTERS.search(name):
+            _check_expression(said, key, name)
+    return tuple(names)
+
+
+def _check_expression(said, key, name):
+    expression = name.removeprefix(_REGEX)
+    is_long = (
+        len(expression) > _MOST_CHARACTERS or len(re.findall("[*+{]", expression)) > _MOST_STARS
+    )
+    if is_long or _REPEATED_GROUP.search(expression):
+        raise UnsupportedModelError(
+            f"{said.where}: {key} has the expression {name!a:.80}, supported: up to "
+            f"{_MOST_CHARACTERS} characters, without groups that repeat"
+        )
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise CheckpointError(
+            f"{said.where}: {key} has {name!a:.80}, expected a regular expression ({error})"
+        ) from None
