@@ -105,6 +105,14 @@ def test_text_is_split_as_llama_cpp_splits_it(kind, model, trained, tmp_path):
             assert own.decode(ids) == text.replace("<|end|>", "")
 
 
+def test_text_is_normalized_as_the_published_files_say(model, trained, tmp_path):
+    """Of Qwen 2 and 3.5: letters with marks become one character where there is one."""
+    for kind in ("qwen2", "qwen35"):
+        write(model, tmp_path / "m.gguf", words=of_json(trained, kind, size=SIZE))
+        own = Tokenizer.from_folder(tmp_path / "m.gguf")
+        assert own.encode("e\u0301 n\u0303") == own.encode("\u00e9 \u00f1")
+
+
 def test_ids_are_those_of_the_published_files(tmp_path, model):
     path = tmp_path / "m.gguf"
     for name, pre in (("llama3", "llama-bpe"), ("llama2", None), ("mistral-v1", None)):
