@@ -85,6 +85,8 @@ PURPOSES = {
     "ruff": "lint and format",
     "sentencepiece": "reference for our reading of `tokenizer.model`",
     "tiktoken": "reference for our reading of `tokenizer.model`",
+    "gguf": "writes GGUF files and decodes their blocks; reference for ours, in the tests",
+    "xllamacpp": "llama.cpp, whose tokens GGUF files are to give, in the tests",
     "openai": "a client of the server, in the tests",
     "httpx": "a client of the server, in the tests",
     "selenium": "drives the page in a browser, in the tests",

@@ -6,6 +6,8 @@ import pytest
 from jlayer import AutoModel
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint, seal_folder, verify_folder
+from jlayer.convert.export import export_checkpoint
+from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.reader import read_head
 from tests.gguf.forms import FORMS, logits_with, save
@@ -125,6 +127,8 @@ def test_transformers_refuses_a_converted_file(tmp_path):
     convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
     with pytest.raises(ValueError, match="quant_method"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "layered")
+    with pytest.raises(UnsupportedModelError, match="converted from a GGUF file"):
+        export_checkpoint(tmp_path / "layered", tmp_path / "back", format="huggingface")
 
 
 def test_a_split_file(tmp_path):

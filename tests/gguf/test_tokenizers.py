@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+import jlayer
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError
@@ -207,6 +208,19 @@ def test_a_bundled_model_with_text(tmp_path):
     own, published = Tokenizer.from_folder(path), Tokenizer.from_folder(BUNDLED)
     for text in (*TEXTS, *texts(50)):
         assert own.encode(text) == published.encode(text)
+
+
+def test_transformers_has_the_same_ids(tmp_path, trained, model):
+    path = tmp_path / "m.gguf"
+    for words in (
+        of_json(trained, "llama-bpe", size=SIZE),
+        of_sentencepiece(folder_of("llama2") / "tokenizer.model"),
+    ):
+        write(model, path, words=words)
+        own, other = Tokenizer.from_folder(path), jlayer.AutoTokenizer.from_pretrained(path)
+        for text in (*TEXTS, *texts(50)):
+            if text.isascii() and text.strip() == text and text:
+                assert other(text)["input_ids"] == own.encode(text)
 
 
 def broken(name, value, kind="add_string"):
