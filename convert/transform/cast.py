@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.convert.sources.files import Chunk
+from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.tables import E8M0_NAN
 
 NUMPY_DTYPE = {
@@ -28,12 +29,21 @@ _EXPONENT = {
 }
 
 
-def count_nonfinite(chunk: Chunk, dtype: str) -> int:
-    """How many of the chunk's numbers are NaN or infinite. `dtype`: also "e8m0", of scales.
+# The byte of a number in a block of GGUF that tells, by dtype: how far from the number's begin, and
+# as in `_BYTES`.
+_OF_BLOCKS = {"float16": (1, 0x7C, 0x7C), "e8m0": (0, 0xFF, E8M0_NAN)}
+
+
+def count_nonfinite(chunk: Chunk, dtype: str, *, begin: int = 0) -> int:
+    """How many of the chunk's numbers are NaN or infinite. `dtype`: also "e8m0", of scales, and the
+    name of a block type of GGUF, whose numbers are counted wherever in a block the chunk begins:
+    `begin` is the bytes of the tensor before it.
 
     Read as signed integers, the positive ones are larger than all finite numbers; read as unsigned
     integers, the negative ones are. So two maxima, which allocate nothing, clear most chunks.
     """
+    if dtype in BLOCKS:
+        return _count_in_blocks(np.frombuffer(chunk, np.uint8), BLOCKS[dtype], begin)
     if dtype in _BYTES:
         if _BYTES[dtype] is None:
             return 0
@@ -46,6 +56,15 @@ def count_nonfinite(chunk: Chunk, dtype: str) -> int:
     if signed.max(initial=0) < exponent and bits.max(initial=0) < int(exponent) | sign:
         return 0
     return int(np.count_nonzero(bits & exponent == exponent))
+
+
+def _count_in_blocks(bytes_, row, begin):
+    found = 0
+    for at, dtype in row.numbers:
+        more, bits, none = _OF_BLOCKS[dtype]
+        some = bytes_[(at + more - begin) % row.n_block_bytes :: row.n_block_bytes]
+        found += int(np.count_nonzero(some & np.uint8(bits) == none))
+    return found
 
 
 def cast(chunk: Chunk, dtype: str, target: str) -> memoryview:

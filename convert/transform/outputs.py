@@ -173,10 +173,11 @@ class WeightFile:
         return f"{self._source.where(tensor)}: tensor {tensor}"
 
     def _tensor_chunks(self, tensor, target, room):
-        dtype, before, after = self._source.tensors[tensor].dtype, 0, 0
+        dtype, before, after, n_bytes = self._source.tensors[tensor].dtype, 0, 0, 0
         numbers = self._numbers.get(tensor, dtype)
         for chunk in self._source.chunks(tensor, room if target == dtype else None):
-            before += count_nonfinite(chunk, numbers)
+            before += count_nonfinite(chunk, numbers, begin=n_bytes)
+            n_bytes += len(chunk)
             self._progress.advance(len(chunk))
             if self._source_digest is not None:
                 self._source_digest.update(chunk)

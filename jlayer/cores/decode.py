@@ -44,7 +44,10 @@ def e8m0_values() -> np.ndarray:
 _SCALES, _LEVELS, _E8M0 = scale_values(), levels(), e8m0_values()
 
 # How the scales of tables are stored -> what they stand for.
-SCALES_OF_TABLES = {"e8m0": lambda scale: _E8M0[scale], "float32": lambda scale: scale}
+SCALES_OF_TABLES = {
+    "e8m0": lambda scale: _E8M0[scale],
+    "number": lambda scale: scale.astype(np.float32),
+}
 
 
 def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarray:
@@ -70,9 +73,13 @@ def decoded(form: str, pieces: Mapping[str, np.ndarray], width: int) -> np.ndarr
     return _LEVELS[codes] * _spread(_SCALES[scale], row, width)
 
 
-def _of_table(table: Table, *, q, scale, width):
+def _of_table(table: Table, *, q, scale, global_scale=None, width):
     levels = np.array(table.levels, np.float32)
     factors = SCALES_OF_TABLES[table.scales](scale)
+    if global_scale is not None:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # zero is theirs
+            divides = table.global_scale == "divides"
+            factors = factors / global_scale if divides else factors * global_scale
     return levels[_pairs(q, table.is_high_first)] * _spread(factors, table, width)
 
 

@@ -7,14 +7,24 @@ the same numbers.
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
-
+from jlayer.cores.block_sums import BLOCK_SUMS
 from jlayer.cores.decode import levels, scale_values
 from jlayer.cores.jobs import offset
+from jlayer.cores.sums import (
+    Block,
+    added,
+    end_of_steps,
+    every,
+    every_float,
+    joined,
+    n_chains,
+    spelled,
+    zeros,
+)
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
 from jlayer.encodings.int4 import CUBE, INT4, ZERO
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.registry import encoding
 
 NAME = "kernel"
 # Columns at a time -> rows at a time: as many running sums as the registers hold, with AVX-512 and
@@ -24,7 +34,12 @@ MOST_ROWS = 4
 # Vectors of a row in one turn of the loop.
 UNROLL = 4
 ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
-FORMS = (INT4.name, INT8.name, *ITEM)
+# Inputs of a row are a multiple of so many, by form.
+STEPS = {
+    INT4.name: 4 * LANES,
+    **dict.fromkeys((INT8.name, *ITEM), LANES),
+    **{form: encoding(form).width_unit for form in BLOCK_SUMS},
+}
 # What a part of the columns takes: it stays in a core's nearest cache, of 32 or 48 KiB.
 PART_BYTES = 32 << 10
 WHOLE_ROWS = 1 << 40
@@ -32,35 +47,7 @@ WHOLE_ROWS = 1 << 40
 
 def is_native(form: str, width: int) -> bool:
     """Whether there is a kernel for rows of this width."""
-    if form == INT4.name:
-        return width % (4 * LANES) == 0
-    return form in FORMS and width % LANES == 0
-
-
-@dataclass
-class Block:
-    """The rows and columns of a kernel as it runs: pointers.
-
-    `length`: inputs of a row, of int4 those of a half. `next_rows`: bytes to the rows that follow.
-    """
-
-    code: Function
-    rows: list[str]
-    scales: list[str]
-    columns: list[str]
-    length: str
-    next_rows: str
-    has_avx512: bool
-
-    def column(self, index: int, item: str) -> str:
-        """16 inputs of a column, from the input `item` on."""
-        return self.code.load(FLOATS, self.columns[index], self.code.math("shl", item, 2))
-
-    def prefetch(self, n_bytes: str, more: int = 0) -> None:
-        """Asks for the same bytes of the rows that follow."""
-        ahead = self.code.math("add", self.next_rows, more)
-        for row in self.rows:
-            self.code.prefetch(row, self.code.math("add", n_bytes, ahead))
+    return form in STEPS and width % STEPS[form] == 0
 
 
 def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
@@ -83,6 +70,7 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
     length, far = field("length"), code.math("mul", main_stride, n_rows)
     stop = code.smaller(code.math("add", "%start", field("part")), length)
     is_first = code.let("icmp eq i64 %start, 0")
+    room = code.let(f"alloca [{128 * n_rows} x i8], align 64")
 
     def rows_from(first, _):
         rows = [code.smaller(code.math("add", first, number), last) for number in range(n_rows)]
@@ -96,6 +84,7 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
             length,
             code.let(f"select i1 {follows}, i64 {far}, i64 0"),
             has_avx512,
+            room,
         )
         totals = code.totals(_sums(form, block, "%start", stop))
         places = [code.at(result, code.math("shl", row, 2)) for row in rows for result in results]
@@ -128,6 +117,8 @@ def _sums(form, block, start, stop):
         return _int4(block, start, stop)
     if form == INT8.name:
         return _int8(block, start, stop)
+    if form in BLOCK_SUMS:
+        return BLOCK_SUMS[form](block, start, stop)
     return _plain(block, form, start, stop)
 
 
@@ -143,20 +134,15 @@ def _plain(block, form, start, stop):
                 here = code.math("add", item, number * LANES)
                 at = code.math("mul", here, item_bytes)
                 weights = [_decoded(code, form, row, at) for row in block.rows]
-                sums = _added(block, sums, weights, here, number)
+                sums = added(block, sums, weights, here, number)
             return sums
 
         return body
 
     step = UNROLL * LANES
-    whole = _whole(code, start, stop, step)
-    sums = code.loop(start, whole, step, turn(UNROLL), _zeros(block))
-    return _joined(block, code.loop(whole, stop, LANES, turn(1), sums))
-
-
-def _whole(code, start, stop, step):
-    """Where the last whole step ends."""
-    return code.math("add", start, code.math("and", code.math("sub", stop, start), -step))
+    whole = end_of_steps(code, start, stop, step)
+    sums = code.loop(start, whole, step, turn(UNROLL), zeros(block))
+    return joined(block, code.loop(whole, stop, LANES, turn(1), sums))
 
 
 def _decoded(code, form, row, at):
@@ -168,7 +154,7 @@ def _decoded(code, form, row, at):
         return code.let(f"fpext <{LANES} x half> {half} to {FLOATS}")
     raw = code.load(f"<{LANES} x i16>", row, at)
     wide = code.let(f"zext <{LANES} x i16> {raw} to {INTS}")
-    high = code.math("shl", wide, _every(16), INTS)
+    high = code.math("shl", wide, every(16), INTS)
     return code.let(f"bitcast {INTS} {high} to {FLOATS}")
 
 
@@ -194,25 +180,25 @@ def _int8(block, start, stop):
             block.prefetch(item, line)
         scales = scales_at(item)
         late = len(block.columns) <= SCALED_LATE
-        parts = _zeros(block) if late else sums
+        parts = zeros(block) if late else sums
         for number in range(n_vectors):
             here = code.math("add", item, number * LANES)
             some = weights(here, [None] * len(scales) if late else scales)
-            parts = _added(block, parts, some, here, number)
+            parts = added(block, parts, some, here, number)
         if not late:
             return parts
-        n = len(block.columns) * _n_chains(block)
+        n = len(block.columns) * n_chains(block)
         return [
             code.fma(part, scales[number // n], total)
             for number, (part, total) in enumerate(zip(parts, sums, strict=True))
         ]
 
     def single(item, sums):
-        return _added(block, sums, weights(item, scales_at(item)), item, 0)
+        return added(block, sums, weights(item, scales_at(item)), item, 0)
 
-    whole = _whole(code, start, stop, INT8.group)
-    sums = code.loop(start, whole, INT8.group, group, _zeros(block))
-    return _joined(block, code.loop(whole, stop, LANES, single, sums))
+    whole = end_of_steps(code, start, stop, INT8.group)
+    sums = code.loop(start, whole, INT8.group, group, zeros(block))
+    return joined(block, code.loop(whole, stop, LANES, single, sums))
 
 
 # Up to so many columns a group's scale multiplies its sums, else its weights.
@@ -239,13 +225,13 @@ def _int4(block, start, stop):
         value = code.spread(value)
         if has_avx512:
             return code.math("fmul", table, value, FLOATS)
-        return value, code.math("fmul", value, _every_float(CUBE), FLOATS)
+        return value, code.math("fmul", value, every_float(CUBE), FLOATS)
 
     def weights(codes, factor):
         if has_avx512:  # the permutation looks at the low 4 bits of each lane alone
             kinds = f"{FLOATS} {factor}, {INTS} {codes}"
             return code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
-        return _levels(code, code.math("and", codes, _every(15), INTS), *factor)
+        return _levels(code, code.math("and", codes, every(15), INTS), *factor)
 
     def group(first, sums):
         number = code.math("lshr", first, 5)
@@ -258,67 +244,27 @@ def _int4(block, start, stop):
             bytes_ = [code.load(f"<{LANES} x i8>", row, at) for row in block.rows]
             codes = [code.let(f"zext <{LANES} x i8> {some} to {INTS}") for some in bytes_]
             some = [weights(*pair) for pair in zip(codes, low, strict=True)]
-            sums = _added(block, sums, some, at, 0)
-            codes = [code.math("lshr", some, _every(4), INTS) for some in codes]
+            sums = added(block, sums, some, at, 0)
+            codes = [code.math("lshr", some, every(4), INTS) for some in codes]
             some = [weights(*pair) for pair in zip(codes, high, strict=True)]
-            sums = _added(block, sums, some, code.math("add", at, half), 1)
+            sums = added(block, sums, some, code.math("add", at, half), 1)
         return sums
 
-    return _joined(block, code.loop(start, stop, INT4.group, group, _zeros(block)))
+    return joined(block, code.loop(start, stop, INT4.group, group, zeros(block)))
 
 
 def _levels(code, codes, scale, cube):
     """The weights of half bytes by arithmetic, every step of it exact."""
     number = code.let(f"sitofp {INTS} {codes} to {FLOATS}")
-    u = code.math("fsub", number, _every_float(ZERO), FLOATS)
+    u = code.math("fsub", number, every_float(ZERO), FLOATS)
     return code.math("fmul", u, code.fma(code.math("fmul", u, u, FLOATS), cube, scale), FLOATS)
-
-
-def _n_chains(block):
-    """Sums for each row and column: an addition takes four cycles, in which eight could begin."""
-    return 2 if block.has_avx512 and len(block.rows) * len(block.columns) < 8 else 1
-
-
-def _zeros(block):
-    return ["zeroinitializer"] * (len(block.rows) * len(block.columns) * _n_chains(block))
-
-
-def _added(block, sums, weights, item, turn):
-    """The running sums after 16 more inputs of all rows and columns."""
-    code, n_chains, sums = block.code, _n_chains(block), list(sums)
-    inputs = [block.column(number, item) for number in range(len(block.columns))]
-    for row, weight in enumerate(weights):
-        for column, some in enumerate(inputs):
-            at = (row * len(inputs) + column) * n_chains + turn % n_chains
-            sums[at] = code.fma(weight, some, sums[at])
-    return sums
-
-
-def _joined(block, sums):
-    if _n_chains(block) == 1:
-        return sums
-    pairs = zip(sums[::2], sums[1::2], strict=True)
-    return [block.code.math("fadd", *pair, FLOATS) for pair in pairs]
-
-
-def _every(number):
-    return f"<{', '.join([f'i32 {number}'] * LANES)}>"
-
-
-def _every_float(number):
-    return f"<{', '.join([f'float {_hex(number)}'] * LANES)}>"
-
-
-def _hex(number):
-    """A float as LLVM spells it exactly: the bits of a double."""
-    return "0x" + struct.pack(">d", float(number)).hex().upper()
 
 
 def tables() -> str:
     """What int4's half bytes and scales stand for, as constants of a module."""
     lines = []
     for name, values in (("levels", levels()), ("scales", scale_values())):
-        words = ", ".join(f"float {_hex(value)}" for value in values)
+        words = ", ".join(f"float {spelled(value)}" for value in values)
         kind = f"[{len(values)} x float]"
         lines.append(f"@{name} = private constant {kind} [{words}], align 64")
     return "\n".join(lines) + "\n"

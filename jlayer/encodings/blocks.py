@@ -42,6 +42,9 @@ class Blocks(Decoded):
     def width_unit(self):
         return self.weights
 
+    def number_format(self, piece):
+        return self.name
+
     def pieces(self, shape):
         rows, width = shape
         return {Q: ("uint8", (rows, -(-width // self.weights) * self.n_block_bytes))}

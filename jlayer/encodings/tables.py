@@ -8,12 +8,16 @@
 - nf4 and fp4 of bitsandbytes, 4.5 bits per weight: the scale of 64 inputs is the largest magnitude
   among them, float32. Nested statistics are decoded to this once, which is exact: they are defined
   as float32.
+- nvfp4, 4.5 bits per weight: the levels of e2m1; the scale of 16 inputs is a float8_e4m3fn, divided
+  in float32 by one float32 of all rows, `global_scale` (compressed-tensors); or times it
+  (nvfp4_modelopt).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jlayer.encodings.fp8 import ALL_ROWS, FLOAT8
 from jlayer.encodings.grouped import SCALE, Grouped
 
 # The sixteen numbers of e2m1, by their bits: sign, two of exponent, one of mantissa.
@@ -29,6 +33,7 @@ NF4 = (
 # FP4 of bitsandbytes: a sign, and these twelfths.
 _TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(x / 12 for x in (*_TWELFTHS, 0.0, *(-x for x in _TWELFTHS[1:])))
+GLOBAL_SCALE = "global_scale"  # a piece
 # A byte of e8m0 that is no number.
 E8M0_NAN = 255
 
@@ -40,6 +45,8 @@ class Table(Grouped):
     `levels`: what each half byte stands for, before its scale. One half of a byte is an input, the
     other the next one: the low half first, or the high one (`is_high_first`). `scales`: how a scale
     is stored: the name of a function of `model.decoding` and of `cores.decode`.
+    `global_scale`: what is done to all scales by the number of the piece of this name: "divides" or
+    "multiplies"; None: there is none.
     """
 
     parts: int = 2
@@ -50,19 +57,36 @@ class Table(Grouped):
     levels: tuple[float, ...] = E2M1
     scales: str = "e8m0"
     is_high_first: bool = False
+    global_scale: str | None = None
+
+    def pieces(self, shape):
+        found = super().pieces(shape)
+        return found | ({GLOBAL_SCALE: ("float32", (1,))} if self.global_scale else {})
+
+    def rows_per(self, piece):
+        return ALL_ROWS if piece == GLOBAL_SCALE else 1
 
     def number_format(self, piece):
-        return self.scales if piece == SCALE else None
+        return "e8m0" if piece == SCALE and self.scales == "e8m0" else None
 
 
 def _bitsandbytes(name, levels):
     return Table(
-        name, group=64, scale_dtype="float32", levels=levels, scales="float32", is_high_first=True
+        name, group=64, scale_dtype="float32", levels=levels, scales="number", is_high_first=True
     )
+
+
+def _nvfp4(name, global_scale):
+    return Table(name, group=16, scale_dtype=FLOAT8, scales="number", global_scale=global_scale)
 
 
 MXFP4 = Table("mxfp4")
 # Another encoding by levels is a row here; another form of scales, a function where it is decoded.
 TABLES: dict[str, Table] = {
-    row.name: row for row in (MXFP4, _bitsandbytes("nf4", NF4), _bitsandbytes("fp4", FP4))
+    row.name: row
+    for row in (
+        MXFP4,
+        *(_bitsandbytes("nf4", NF4), _bitsandbytes("fp4", FP4)),
+        *(_nvfp4("nvfp4", "divides"), _nvfp4("nvfp4_modelopt", "multiplies")),
+    )
 }

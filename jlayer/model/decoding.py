@@ -34,9 +34,14 @@ def _decode_int4(*, q, scale, width):
     return ranges
 
 
-def _decode_table(*, q, scale, width, table: Table):
+def _decode_table(*, q, scale, global_scale=None, width, table: Table):
     """Two ranges of inputs: the even ones and the odd ones."""
-    factors = _spread(SCALES[table.scales](scale), table, width)
+    scales = SCALES[table.scales](scale)
+    if global_scale is not None:
+        # XLA would multiply by the inverse of a number that all are divided by.
+        of_all = jax.lax.optimization_barrier(jnp.broadcast_to(global_scale[None], scales.shape))
+        scales = scales / of_all if table.global_scale == "divides" else scales * of_all
+    factors = _spread(scales, table, width)
     halves = (q >> 4, q & 15) if table.is_high_first else (q & 15, q >> 4)
     return [looked_up(half, table.levels) * factors for half in halves]
 
@@ -95,4 +100,4 @@ DECODE_GROUPED = (
     | {name: partial(_decode_fp8, row=row) for name, row in FP8.items()}
 )
 # How the scales of tables are decoded.
-SCALES = {"e8m0": _e8m0, "float32": lambda scale: scale}
+SCALES = {"e8m0": _e8m0, "number": lambda scale: scale.astype(jnp.float32)}

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from jlayer.convert.transform.cast import NUMPY_DTYPE, cast, count_nonfinite
+from jlayer.encodings.blocks import BLOCKS
+from tests.encoded import random_pieces
 
 BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 
@@ -49,3 +51,20 @@ def test_a_single_one_is_found_wherever_it_is():
         numbers = np.zeros(400_000, np.float32)
         numbers[at] = np.nan
         assert count_nonfinite(numbers.tobytes(), "float32") == 1
+
+
+@pytest.mark.parametrize("row", BLOCKS.values(), ids=BLOCKS)
+def test_numbers_of_blocks_are_counted_wherever_chunks_begin(row):
+    q = random_pieces(row.name, 3, 5 * row.weights)["q"]
+    assert count_nonfinite(q.tobytes(), row.name) == 0
+    blocks, planted = q.reshape(-1, row.n_block_bytes), 0
+    for block, number in ((2, np.inf), (3, -np.inf), (14, np.nan)):
+        for at, dtype in row.numbers:
+            raw = np.array([number], "<f2").view(np.uint8) if dtype == "float16" else [255]
+            blocks[block, at : at + len(raw)] = raw
+            planted += 1
+    raw = q.tobytes()
+    for size in (1, 7, 16, row.n_block_bytes, len(raw)):
+        begins = range(0, len(raw), size)
+        counts = [count_nonfinite(raw[at : at + size], row.name, begin=at) for at in begins]
+        assert sum(counts) == planted

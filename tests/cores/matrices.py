@@ -19,14 +19,21 @@ def matrix(form, rows, width, *, seed=0, offset=0):
     for name, (dtype, shape) in encoding(form).pieces((rows, width)).items():
         dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
         if dtype.itemsize == 1:
-            numbers = rng.integers(0, 256, shape, dtype=np.uint8).view(dtype)
+            pieces[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(dtype)
         else:
-            numbers = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+            pieces[name] = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    return placed(form, pieces, width, offset=offset)
+
+
+def placed(form, pieces, width, *, offset=0):
+    """A matrix whose pieces begin `offset` bytes into their memory, and are read-only."""
+    found = {}
+    for name, numbers in pieces.items():
         memory = np.zeros(numbers.nbytes + offset, np.uint8)
         memory[offset:] = numbers.reshape(-1).view(np.uint8)
         memory.flags.writeable = False
-        pieces[name] = memory[offset:].view(dtype).reshape(shape)
-    return Matrix(form, pieces, width)
+        found[name] = memory[offset:].view(numbers.dtype).reshape(numbers.shape)
+    return Matrix(form, found, width)
 
 
 def inputs(n_columns, width, seed=1):

@@ -7,6 +7,7 @@ import pytest
 from jlayer.cores.decode import decoded
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.model.products import Encoded, dequantize
+from tests.encoded import random_pieces
 
 gguf = pytest.importorskip("gguf")
 
@@ -75,3 +76,17 @@ def test_rows_are_decoded_alone_as_among_others(row):
         for end in range(first + 1, 6):
             found = decoded(row.name, {"q": q[first:end]}, width)
             assert_same_bits(found, everything[first:end])
+
+
+@pytest.mark.parametrize("row", BLOCKS.values(), ids=BLOCKS)
+def test_a_block_has_the_numbers_that_its_row_names_and_no_others(row):
+    """All other bytes are random: one that is part of a number would be infinite now and then."""
+    width = 8 * row.weights
+    pieces = random_pieces(row.name, 64, width)
+    assert np.isfinite(decoded(row.name, pieces, width)).all()
+    for at, dtype in row.numbers if row.numbers[0][1] == "float16" else ():
+        q = pieces["q"][:1].copy()
+        q[:, at : at + 2] = np.array([np.nan], "<f2").view(np.uint8)
+        found = decoded(row.name, {"q": q}, width)
+        assert np.isnan(found[:, : row.weights]).all(), (at, dtype)
+        assert np.isfinite(found[:, row.weights :]).all()

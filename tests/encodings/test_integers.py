@@ -4,36 +4,27 @@ import statistics
 from itertools import product
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
-from jlayer.cores.decode import decoded
+from jlayer.cores.decode import decoded, some_rows
 from jlayer.encodings.grouped import WHOLE_ROW
 from jlayer.encodings.linear import GROUPS, INT8_SCB, LINEAR
 from jlayer.encodings.registry import ENCODINGS
-from jlayer.encodings.tables import FP4, NF4
+from jlayer.encodings.tables import E2M1, FP4, NF4
 from jlayer.model.products import Encoded, dequantize
+from tests.encoded import random_pieces
 
 # The last group of 32 and of 64 is short, of 128 too.
 WIDTH = 336
 FORMS = (
     *("nf4", "fp4", "packed4_g32_bfloat16", "packed8_g64_float16", "uint4_g128_float32"),
     *("uint4_g64_float16_bytes", "uint4_row_bfloat16", "int8_g32_float16", "int8_row_float32"),
-    "int8_scb",
+    *("int8_scb", "nvfp4", "nvfp4_modelopt"),
 )
 
 
-def pieces_of(form, rows, width, *, seed=0):
-    """Random codes and scales."""
-    rng, found = np.random.default_rng(seed), {}
-    for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
-        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        if kind.itemsize == 1:
-            found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
-        else:
-            found[name] = rng.standard_normal(shape).astype(kind)
-    return found
+LEVELS = {"nf4": NF4, "fp4": FP4, "nvfp4": E2M1, "nvfp4_modelopt": E2M1}
 
 
 def by_formula(form, pieces, row, at):
@@ -41,14 +32,18 @@ def by_formula(form, pieces, row, at):
     encoding, f32 = ENCODINGS[form], np.float32
     group = 0 if encoding.group == WHOLE_ROW else at // encoding.group
     scale = f32(pieces["scale"][row, group])
+    if form == "nvfp4":
+        scale = scale / pieces["global_scale"][0]
+    if form == "nvfp4_modelopt":
+        scale = scale * pieces["global_scale"][0]
     if encoding.bits == 8:
         code = int(pieces["q"][row, at])
     else:
         byte = int(pieces["q"][row, at // 2])
         is_high = (at % 2 == 1) != form.startswith(("nf4", "fp4"))
         code = byte >> 4 if is_high else byte & 15
-    if form in ("nf4", "fp4"):
-        return f32({"nf4": NF4, "fp4": FP4}[form][code]) * scale
+    if form in LEVELS:
+        return f32(LEVELS[form][code]) * scale
     if form == INT8_SCB.name:
         return f32(code) * scale * f32(7.874015718698502e-3)
     if "zero" in pieces:
@@ -60,14 +55,14 @@ def by_formula(form, pieces, row, at):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_weight_is_what_its_formula_says(form):
-    pieces = pieces_of(form, 3, WIDTH)
+    pieces = random_pieces(form, 3, WIDTH)
     expected = [[by_formula(form, pieces, row, at) for at in range(WIDTH)] for row in range(3)]
     found = decoded(form, pieces, WIDTH)
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
     weight = Encoded(pieces, encoding=form, block_bytes=1 << 20)
     np.testing.assert_array_equal(jax.jit(dequantize, static_argnums=1)(weight, WIDTH), found)
     for first, end in ((0, 1), (1, 3), (2, 3)):
-        some = {name: piece[first:end] for name, piece in pieces.items()}
+        some = some_rows(form, pieces, first, end - first)
         np.testing.assert_array_equal(decoded(form, some, WIDTH), found[first:end])
 
 

@@ -1,0 +1,29 @@
+"""Random matrices of any encoding."""
+
+import ml_dtypes
+import numpy as np
+
+from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.registry import ENCODINGS
+
+
+def random_pieces(form, rows, width, *, seed=0):
+    """The pieces of a matrix: every code is random, scales are between a half and two."""
+    rng, found = np.random.default_rng(seed), {}
+    for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
+        kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        if kind.name == "float8_e4m3fn":
+            found[name] = rng.uniform(0.5, 2, shape).astype(kind)
+        elif kind.itemsize == 1:
+            found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
+        else:
+            found[name] = rng.uniform(0.5, 2, shape).astype(kind)
+    if form in BLOCKS:
+        blocks = found["q"].reshape(-1, BLOCKS[form].n_block_bytes)
+        for at, dtype in BLOCKS[form].numbers:
+            scales = rng.uniform(0.5, 2, len(blocks)).astype("<f2")
+            if dtype == "e8m0":
+                scales = rng.integers(125, 130, len(blocks)).astype(np.uint8)
+            raw = scales.view(np.uint8).reshape(len(blocks), -1)
+            blocks[:, at : at + raw.shape[1]] = raw
+    return found
