@@ -56,6 +56,13 @@ def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
     agree(folder, tmp_path / "m.gguf", decoded)
 
 
+def test_experts_one_by_one(tmp_path):
+    folder = save("mixtral", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0", experts_apart=True)
+    assert "blk.0.ffn_gate.3.weight" in read_head(tmp_path / "m.gguf").tensors
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
 def test_numbers_of_16_bits(kind, tmp_path):
     folder = save("qwen3", tmp_path / "model")
