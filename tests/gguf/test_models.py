@@ -10,7 +10,7 @@ from jlayer.convert.export import export_checkpoint
 from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.reader import read_head
-from tests.gguf.forms import FORMS, logits_with, save
+from tests.gguf.forms import MODELS, logits_with, save
 from tests.gguf_files import write
 
 pytestmark = pytest.mark.reference
@@ -44,7 +44,7 @@ def agree(folder, path, decoded, *, tolerance=1e-5):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if "vocabulary" not in name])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
     folder = save(name, tmp_path / "model")
     freqs = None
