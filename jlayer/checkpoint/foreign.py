@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from jlayer.config import quantized_by
 from jlayer.encodings.published import OF_ALL_FAMILIES
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
+from jlayer.gguf.parts import is_gguf
 from jlayer.strict import close, open_regular, read_json_object
 
 _ADAPTER = re.compile(r"adapter_(model\.(safetensors|bin)|config\.json)")
@@ -94,6 +95,8 @@ def refuse_file(path: str, *, but_json: bool = False) -> None:
         begun.insert(0, ("a safetensors file", _ITS_FOLDER))
     unknown = ("a file, and no such folder", "name the folder of a checkpoint")
     what, to_do = (*begun, *named, unknown)[0]
+    if is_gguf(path):  # whoever takes such a file does not ask here
+        to_do = "convert it first (jlayer convert)"
     raise CheckpointError(f"{path}: found {what}, expected a folder; {to_do}")
 
 

@@ -83,6 +83,14 @@ def test_what_a_conversion_refuses(home, tmp_path, capsys, words):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("words", [["seal"], ["export", "--format", "orbax"]])
+def test_what_needs_a_converted_folder_says_so(home, tmp_path, capsys, words):
+    verb, *options = words
+    target = [str(tmp_path / "out")] if verb == "export" else []
+    assert main([verb, str(home / "model.gguf"), *target, *options]) == 3
+    assert "found a GGUF model, expected a folder; convert it first" in capsys.readouterr().err
+
+
 def test_a_draft_may_be_a_gguf_file(home, capsys):
     words = ["generate", str(BUNDLED), "--draft", str(home / "model.gguf"), "-p", PROMPT, "-n", "6"]
     assert main([*words, "--device", "cpu", "--temperature", "0"]) == 0
