@@ -19,6 +19,7 @@ from jlayer.checkpoint.quantization import (
     published_quantization,
     stored_tensors,
 )
+from jlayer.encodings.published import SHAPE_END
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
@@ -198,7 +199,7 @@ def _left_out(folder, cfg, found):
 
 def _of_inputs(folder, cfg, found):
     """A note of the tensors that a form of encoding has beside the weights."""
-    beside = sorted(name for name in found if is_beside(cfg, name))
+    beside = sorted(n for n in found if is_beside(cfg, n) and not n.endswith(SHAPE_END))
     if beside:
         yield (
             f"{folder}: left out {len(beside)} tensors that are no weights, by "

@@ -20,6 +20,7 @@ from jlayer.errors import CheckpointError
 from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
 from jlayer.spec import ModelConfig
 
+WORD_BYTES = 4  # of int32
 _NUMBERS = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _OF_EXPERT = re.compile(r"(?<=\.experts\.)[0-9]+(?=\.)")
 
@@ -115,6 +116,9 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
             is_main = info.dtype in form.main_dtypes and len(info.shape) >= 2
             return piece_name(name, main) if is_main else name, (place, info)
         _, piece = split_piece(name)
+        if piece == main and info.dtype == form.words_dtype:
+            *axes, n_words = info.shape
+            return name, (place, info.seen_as("uint8", (*axes, WORD_BYTES * n_words)))
         if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
             return name, (place, info.seen_as(info.dtype, (1,)))
         return name, (place, info)

@@ -140,7 +140,7 @@ WRONG_CONFIGS = {
     "left out": (said(modules_to_not_convert=["model.layers.1.mlp"]), f"left out by .*: .*{UP}"),
     "another format": (
         {"quantization_config": {**compressed("channel"), "format": "marlin-24"}},
-        "format 'marlin-24' is not supported; supported: float-quantized",
+        "format 'marlin-24' is not supported; supported: float-quantized, int",
     ),
     "not symmetric": (grouped(symmetric=False), "symmetric is False, supported: True"),
     "four bits": (grouped(num_bits=4), "num_bits is 4, supported: 8"),
