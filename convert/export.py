@@ -33,7 +33,7 @@ from jlayer.checkpoint.source import (
     read_published_config,
     regular_file,
 )
-from jlayer.config import parse_choice
+from jlayer.config import own_quantization, parse_choice
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import (
     Chunk,
@@ -60,8 +60,9 @@ from jlayer.convert.target.space import check_space
 from jlayer.convert.target.write import TargetWriter, refuse_inside
 from jlayer.convert.transform.outputs import SideFile, WeightFile
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
+from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import published_tensors
-from jlayer.strict import close, is_there, resolve
+from jlayer.strict import close, is_there, read_json_object, resolve
 
 FORMATS = ("huggingface", "orbax")
 SHARD_BYTES = 5_000_000_000
@@ -141,7 +142,18 @@ def _open_layered(folder) -> CheckedSource:
             "was converted without --quantize"
         )
     check_side_files(folder, manifest)
+    if own_quantization(read_json_object(os.path.join(folder, CONFIG))) == FROM_GGUF:
+        raise UnsupportedModelError(
+            f"{folder}: converted from a GGUF file, whose rows and names are not the published "
+            "ones, which is not exported; keep the file"
+        )
     _refuse_stacks(folder)
+    if manifest.quantization is not None:
+        encodings = ", ".join(manifest.quantization.table.encodings)
+        raise UnsupportedModelError(
+            f"{folder}: its weights are encoded as they were published ({encodings}), which is not "
+            "exported; keep the published folder, whose codes are the same"
+        )
     digests = {
         tensor: digest
         for entry in manifest.files.values()

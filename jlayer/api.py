@@ -36,6 +36,7 @@ from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
 from jlayer.run_config import RunConfig
+from jlayer.small_files import as_folder
 from jlayer.streaming.watch import Watch
 
 FORMS = (*CHAT_OPTIONS, "generation_config")  # options of the prompt, not of drawing
@@ -102,16 +103,16 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(ref: str | os.PathLike | None = None, *inputs, offline=False, **options):
-        """The tokenizer as transformers gives it, of a folder or a hub id. Code in a checkpoint is
-        not run. Raises UsageError, and what `local_folder` and transformers raise."""
+        """The tokenizer as transformers gives it, of a folder, a GGUF file or a hub id. Code in a
+        checkpoint is not run. Raises UsageError, and what `local_folder` and transformers raise."""
         ref = _ref(ref, options)
         known = {name: options.pop(name) for name in NAMES & options.keys() - {"subfolder"}}
         ref, known = translated(ref, known)
         folder = local_folder(ref, weights=Weights.NONE, offline=known.get("offline", offline))
-        with deferred():
+        with deferred(), as_folder(folder) as home:
             from transformers import AutoTokenizer
 
-            return AutoTokenizer.from_pretrained(folder, *inputs, **options)
+            return AutoTokenizer.from_pretrained(home, *inputs, **options)
 
 
 def _ref(ref, options):

@@ -6,8 +6,11 @@ that everything that reads such files reads both.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cached_property
 
 from jlayer.errors import CheckpointError
@@ -109,3 +112,17 @@ def files_of(ref: str | os.PathLike) -> SmallFiles:
     Raises, of a GGUF file, CheckpointError, UnsupportedModelError or StorageError.
     """
     return MadeFiles(ref) if is_gguf(ref) else FolderFiles(ref)
+
+
+@contextlib.contextmanager
+def as_folder(ref: str | os.PathLike) -> Iterator[str]:
+    """A folder with the small files of `ref`, for programs that read folders alone: itself, or one
+    for the time being with those made from a GGUF file."""
+    if not is_gguf(ref):
+        yield os.fspath(ref)
+        return
+    with tempfile.TemporaryDirectory(prefix="jlayer-") as home:
+        for name, content in MadeFiles(ref).all().items():
+            with open(os.path.join(home, name), "wb") as file:
+                file.write(content)
+        yield home

@@ -48,6 +48,7 @@ def write(
     freqs: np.ndarray | None = None,
     drawn: bool = False,
     routers: bool = False,
+    experts_apart: bool = False,
     split_max_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes the model in `folder` as a GGUF, and returns its tensors as they are in it, decoded,
@@ -57,7 +58,8 @@ def write(
     one whose rows are no multiple of its block becomes F16. `settings(writer, config)`: further
     metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies. `drawn`: blocks
     are random where the package has no quantizer. `routers`: are matrices too.
-    `split_max_tensors`: of a part, where it is split.
+    `experts_apart`: each has tensors of its own, as in files of 2023. `split_max_tensors`: of a
+    part, where it is split.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
     arch, is_permuted, adds_one = ARCHITECTURES[config["model_type"]]
@@ -72,7 +74,9 @@ def write(
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
     rng, decoded = np.random.default_rng(0), {}
-    for name, (published, array) in _stacked(saved_tensors(folder), names).items():
+    for name, (published, array) in _stacked(
+        saved_tensors(folder), names, apart=experts_apart
+    ).items():
         if adds_one and name.endswith("norm.weight"):
             array = array + 1
         if is_permuted and _ROWS.fullmatch(published[0]):
@@ -100,7 +104,7 @@ def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray
     return array.reshape(*cut, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _stacked(tensors, names):
+def _stacked(tensors, names, *, apart):
     """Name in the file -> (published names, array), with all experts of a layer in one."""
     experts, found = {}, {}
     for name, array in tensors.items():
@@ -109,6 +113,13 @@ def _stacked(tensors, names):
         else:
             found[_name(names, name)] = ((name,), array)
     for name, each in experts.items():
+        if apart:
+            own = _name(names, name)
+            found |= {
+                own.replace("_exps", f".{number}"): ((published,), array)
+                for number, (published, array) in each.items()
+            }
+            continue
         ordered = [each[number] for number in sorted(each)]
         arrays = np.stack([array for _, array in ordered])
         found[_name(names, name)] = (tuple(published for published, _ in ordered), arrays)

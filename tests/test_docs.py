@@ -53,6 +53,7 @@ class Parsed:
 
 
 NETWORK = "needs the network"
+COMMANDS_OF_GGUF = "tests/gguf/test_command_line.py"
 SERVES = "runs until it is ended; tests/app/test_serve.py starts it"
 TESTED = {
     # README.md
@@ -95,6 +96,12 @@ TESTED = {
     # evaluating.md
     'pip install -e ".[eval]"': Parsed(NETWORK),
     "jlayer eval harness path/to/Llama-3-8B --tasks arc_easy,hellaswag": Parsed(NETWORK),
+    # gguf.md
+    'jlayer generate path/to/model.gguf -p "Once upon a time"': By(COMMANDS_OF_GGUF),
+    "jlayer plan path/to/model.gguf --device-memory 4GiB": By(COMMANDS_OF_GGUF),
+    "jlayer verify path/to/model.gguf": By(COMMANDS_OF_GGUF),
+    "jlayer convert path/to/model.gguf path/to/model-jlayer": By(COMMANDS_OF_GGUF),
+    "python benchmarks/fuzz_gguf.py --count 1000000": By("tests/gguf/test_reader.py"),
     # memory.md
     "jlayer plan llama-3.1-70b-instruct --device-memory 1536MiB --host-memory 64GiB "
     "--context 64": Here(shows=True),

@@ -73,7 +73,8 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
                 own = piece_name(own, piece)
             tables[part.path][own] = (Stored(name, files[part.path]), entry)
     if further:
-        notes.append(f"{head.path}: left out, since they guess further tokens: {listed(further)}")
+        names = listed(sorted(further))
+        notes.append(f"{head.path}: left out, since they guess further tokens: {names}")
     return tables, encodings
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from jlayer.encodings.fp8 import BLOCK, FP8
+from jlayer.encodings.fp8 import BLOCK
+from jlayer.encodings.linear import GROUPS
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.parts import Quantized
@@ -107,10 +108,40 @@ def _encoding_of_group(said, group):
             f"{', '.join(_COMPRESSED)}"
         )
     weights.refuse_unless("symmetric", None, True)
-    weights.refuse_unless("actorder", None, False, "static")
+    weights.refuse_unless("actorder", None, False, "weight", "static")
     weights.refuse_unless("num_bits", *_COMPRESSED[form][0])
     weights.refuse_unless("type", _COMPRESSED[form][1])
     return _COMPRESSED[form][2](weights)
+
+
+def _integer_encoding(kind):
+    """A function of a group's weights -> their encoding, of integers of this kind."""
+
+    def encoding(weights):
+        bits = weights.raw.get("num_bits")
+        kind_of = f"{kind}{bits}" if kind == "packed" else kind
+        if weights.raw.get("strategy") == "channel":
+            return f"{kind_of}_row_bfloat16"
+        weights.refuse_unless("strategy", "channel", "group")
+        size = weights.raw.get("group_size")
+        if f"g{size}" not in GROUPS:
+            raise UnsupportedModelError(
+                f"{weights.where}: group_size is {size!a:.80}, supported: "
+                f"{', '.join(str(n) for n in GROUPS.values() if n)}"
+            )
+        return f"{kind_of}_g{size}_bfloat16"
+
+    return encoding
+
+
+def _four_bit_encoding(name, size):
+    """A function of a group's weights -> the encoding, where its group has the one `size`."""
+
+    def encoding(weights):
+        weights.refuse_unless("group_size", None, size)
+        return name
+
+    return encoding
 
 
 def _float_encoding(weights):
@@ -128,6 +159,10 @@ def _float_encoding(weights):
 # The format of compressed-tensors -> (bits, type, a function of the group's weights).
 _COMPRESSED = {
     "float-quantized": ((8,), "float", _float_encoding),
+    "int-quantized": ((8,), "int", _integer_encoding("int8")),
+    "pack-quantized": ((4, 8), "int", _integer_encoding("packed")),
+    "nvfp4-pack-quantized": ((4,), "float", _four_bit_encoding("nvfp4", 16)),
+    "mxfp4-pack-quantized": ((4,), "float", _four_bit_encoding("mxfp4", 32)),
 }
 
 
@@ -148,7 +183,6 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
 
 
 _READ = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
-assert {row.name for row in FP8.values()} >= {"fp8_tensor", "fp8_row_bfloat16", "fp8_128x128"}
 
 
 def _refuse_unknown(said, *known):

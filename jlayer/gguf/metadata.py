@@ -20,6 +20,7 @@ _NEUTRAL = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
     "nextn_predict_layers": (0,),

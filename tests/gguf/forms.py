@@ -52,7 +52,7 @@ FORMS = {
     "vocabulary of 1500": ("LlamaConfig", {"vocab_size": 1500, "num_hidden_layers": 1}),
     "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2": ("Qwen2Config", {}),
+    "qwen2": ("Qwen2Config", {"head_dim": 16}),  # llama.cpp takes no other
     "qwen3": ("Qwen3Config", {}),
     "qwen3, yarn": ("Qwen3Config", {"rope_parameters": _YARN}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 6, **_EXPERTS}),
@@ -72,6 +72,10 @@ FORMS = {
     "gemma2": ("Gemma2Config", {**_GEMMA, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
 }
+
+
+# Those that differ by more than the size of the vocabulary.
+MODELS = [name for name in FORMS if "vocabulary" not in name]
 
 
 def save(name: str, folder: Path) -> Path:

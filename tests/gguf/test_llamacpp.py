@@ -6,6 +6,8 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from tests.conftest import BUNDLED
+from tests.gguf.forms import MODELS, save
+from tests.gguf.test_models import IDS, scaling
 from tests.gguf.words import of_json
 from tests.gguf_files import write
 
@@ -44,6 +46,31 @@ def test_greedy_tokens_are_those_of_llama_cpp(kind, tmp_path, record_property):
                 assert 0 <= gap <= 2 * apart
             said = f"{same} tokens are the same; apart {apart:.4f}; at the first other {gap:.4f}"
             record_property(f"{kind}, {prompt}", said)
+
+
+def numbered(writer, config):
+    """A tokenizer of the words t0, t1, ..., without which llama.cpp opens no model."""
+    n_tokens = config["vocab_size"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{token}" for token in range(n_tokens)])
+    writer.add_token_types([1] * n_tokens)
+    writer.add_token_merges(["t 0"])
+    writer.add_eos_token_id(1)
+    scaling(writer, config)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "llama3" not in name])
+def test_llama_cpp_reads_the_metadata_in_the_same_way(name, tmp_path):
+    """What is held against Transformers is held against llama.cpp here: the file is its own."""
+    served = pytest.importorskip("tests.gguf.llamacpp").Served
+    path = tmp_path / "m.gguf"
+    write(save(name, tmp_path / "model"), path, settings=numbered)
+    with AutoModel.from_pretrained(path, device="cpu", dtype="float32") as model:
+        likely = log_probabilities(model, IDS)[-1]
+    (found,) = served(path).greedy(IDS, 1)
+    for row in found["top_logprobs"]:
+        assert abs(likely[row["id"]] - row["logprob"]) <= 0.02
 
 
 def next_tokens(model, ids):

@@ -6,9 +6,11 @@ import pytest
 from jlayer import AutoModel
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint, seal_folder, verify_folder
+from jlayer.convert.export import export_checkpoint
+from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.reader import read_head
-from tests.gguf.forms import FORMS, logits_with, save
+from tests.gguf.forms import MODELS, logits_with, save
 from tests.gguf_files import write
 
 pytestmark = pytest.mark.reference
@@ -42,7 +44,7 @@ def agree(folder, path, decoded, *, tolerance=1e-5):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if "vocabulary" not in name])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
     folder = save(name, tmp_path / "model")
     freqs = None
@@ -51,6 +53,13 @@ def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
 
         freqs = rope_factors(AutoConfig.from_pretrained(folder))
     decoded = write(folder, tmp_path / "m.gguf", settings=scaling, freqs=freqs)
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+def test_experts_one_by_one(tmp_path):
+    folder = save("mixtral", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0", experts_apart=True)
+    assert "blk.0.ffn_gate.3.weight" in read_head(tmp_path / "m.gguf").tensors
     agree(folder, tmp_path / "m.gguf", decoded)
 
 
@@ -125,6 +134,8 @@ def test_transformers_refuses_a_converted_file(tmp_path):
     convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
     with pytest.raises(ValueError, match="quant_method"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "layered")
+    with pytest.raises(UnsupportedModelError, match="converted from a GGUF file"):
+        export_checkpoint(tmp_path / "layered", tmp_path / "back", format="huggingface")
 
 
 def test_a_split_file(tmp_path):

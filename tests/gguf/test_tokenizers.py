@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+import jlayer
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError
@@ -105,6 +106,14 @@ def test_text_is_split_as_llama_cpp_splits_it(kind, model, trained, tmp_path):
             assert own.decode(ids) == text.replace("<|end|>", "")
 
 
+def test_text_is_normalized_as_the_published_files_say(model, trained, tmp_path):
+    """Of Qwen 2 and 3.5: letters with marks become one character where there is one."""
+    for kind in ("qwen2", "qwen35"):
+        write(model, tmp_path / "m.gguf", words=of_json(trained, kind, size=SIZE))
+        own = Tokenizer.from_folder(tmp_path / "m.gguf")
+        assert own.encode("e\u0301 n\u0303") == own.encode("\u00e9 \u00f1")
+
+
 def test_ids_are_those_of_the_published_files(tmp_path, model):
     path = tmp_path / "m.gguf"
     for name, pre in (("llama3", "llama-bpe"), ("llama2", None), ("mistral-v1", None)):
@@ -199,6 +208,19 @@ def test_a_bundled_model_with_text(tmp_path):
     own, published = Tokenizer.from_folder(path), Tokenizer.from_folder(BUNDLED)
     for text in (*TEXTS, *texts(50)):
         assert own.encode(text) == published.encode(text)
+
+
+def test_transformers_has_the_same_ids(tmp_path, trained, model):
+    path = tmp_path / "m.gguf"
+    for words in (
+        of_json(trained, "llama-bpe", size=SIZE),
+        of_sentencepiece(folder_of("llama2") / "tokenizer.model"),
+    ):
+        write(model, path, words=words)
+        own, other = Tokenizer.from_folder(path), jlayer.AutoTokenizer.from_pretrained(path)
+        for text in (*TEXTS, *texts(50)):
+            if text.isascii() and text.strip() == text and text:
+                assert other(text)["input_ids"] == own.encode(text)
 
 
 def broken(name, value, kind="add_string"):

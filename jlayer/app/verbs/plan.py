@@ -28,7 +28,7 @@ from jlayer.families.registry import (
     layer_tensor_name,
     published_tensors,
 )
-from jlayer.gguf.parts import is_gguf, model_at
+from jlayer.gguf.parts import is_gguf, model_at, parts_of
 from jlayer.interrupts import released
 from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds
@@ -183,7 +183,7 @@ def _weights(
     ref: str, cfg: ModelConfig, quantization: Quantization | None, dtype: str | None
 ) -> Weights:
     """Weights as they lie on disk, computed in `dtype`, or else in the dtype that they have."""
-    if is_gguf(ref) and quantization is None:
+    if is_gguf(ref) and not (quantization and quantization.scheme):
         store = Store(ref)
         return Weights(cfg, store.form_of, dtype or store.float_dtype)
     stored = planned_dtype(cfg, dtype)
@@ -211,6 +211,8 @@ def _draft(args, cfg, dtype) -> Weights | None:
 
 
 def _quantization_of(ref, cfg) -> Quantization | None:
+    if is_gguf(ref):
+        return Store(ref).quantization
     return read_manifest(ref).quantization if is_layered(ref) else published_quantization(cfg)
 
 
@@ -226,13 +228,20 @@ def _quantization(args, cfg) -> Quantization | None:
         )
     if there and there.scheme:
         return there
+    if there and not there.may_be_quantized:
+        raise UsageError(
+            f"--quantize: found {args.quantize}, but {args.ref} is published quantized "
+            f"({', '.join(there.table.encodings)}), and stays so; plan without --quantize"
+        )
     return quantization_of(args.quantize, published_tensors(cfg), published=there)
 
 
 def _measured(ref):
-    """The measured speed of the disk where REF is a folder with weights, else None."""
+    """The measured speed of the disk where REF is a folder or file with weights, else None."""
     from jlayer.streaming.direct import disk_speed
 
+    if is_gguf(ref):
+        return disk_speed(parts_of(ref))
     shards = sorted(glob.glob(os.path.join(glob.escape(ref), "*.safetensors")))
     return disk_speed([path for path in shards if os.path.isfile(path)])
 
