@@ -13,7 +13,13 @@ from dataclasses import replace
 from jlayer.checkpoint.encoded import NONE_ENCODED, name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
-from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.checkpoint.quantization import (
+    Quantization,
+    piece_dtypes,
+    published_quantization,
+    stored_tensors,
+)
+from jlayer.encodings.published import SHAPE_END
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
@@ -146,6 +152,7 @@ def check_tensors(
     notes += _doubled(found, expected)
     notes += _left_out(folder, cfg, found)
     notes += _of_inputs(folder, cfg, found)
+    notes += _plain_all_the_same(folder, cfg, quantization)
     return {name: found[name] for name in expected}
 
 
@@ -192,11 +199,26 @@ def _left_out(folder, cfg, found):
 
 def _of_inputs(folder, cfg, found):
     """A note of the tensors that a form of encoding has beside the weights."""
-    beside = sorted(name for name in found if is_beside(cfg, name))
+    beside = sorted(n for n in found if is_beside(cfg, n) and not n.endswith(SHAPE_END))
     if beside:
         yield (
             f"{folder}: left out {len(beside)} tensors that are no weights, by "
             f"{cfg.quantized.method} (scales of inputs): {beside[0]}, ..."
+        )
+
+
+def _plain_all_the_same(folder, cfg, quantization):
+    """A note of matrices that are plain numbers, where the config says that they are encoded."""
+    said, table = published_quantization(cfg), quantization.table if quantization else NONE_ENCODED
+    plain = [
+        name
+        for name in (published_tensors(cfg) if said else ())
+        if said.table.of_tensor(name) and not table.of_tensor(name)
+    ]
+    if plain:
+        yield (
+            f"{folder}: {SECTION} says that {len(plain)} matrices are encoded that are plain "
+            f"numbers here, such as {plain[0]}; they are taken as they are"
         )
 
 

@@ -47,7 +47,6 @@ GENERATION_CONFIG = "generation_config.json"
 _QUANTIZER_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
-    "hf_quant_config.json": "modelopt",
 }
 # Published names of weights written by torch.save.
 MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
@@ -113,7 +112,9 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
-    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
+    tables = {
+        shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
+    }
     encodings = found_encodings(cfg, tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import SCALE, Q
-from jlayer.encodings.tables import MXFP4
+from jlayer.encodings.linear import INT8_SCB, LINEAR
+from jlayer.encodings.tables import GLOBAL_SCALE, MXFP4
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,16 @@ class Form:
     `ends`: (how a published name ends, what stands there instead in the name of the matrix, which
     piece of it such a tensor is); None for a piece: it is left out, with a note. `encodings`: those
     that it may have, each with other pieces. `main_dtypes`: a matrix of one of these is the main
-    piece under its own name. `in_blocks`: a piece whose last axis is cut in two, and the length of
-    the last one. `experts_alone`: it has no other matrices.
+    piece under its own name. `words_dtype`: of words in which the bytes of a main piece may be
+    stored, the first byte in the low bits. `in_blocks`: a piece whose last axis is cut in two, and
+    the length of the last one. `experts_alone`: it has no other matrices.
     """
 
     method: str
     ends: tuple[tuple[str, str, str | None], ...]
     encodings: tuple[str, ...]
     main_dtypes: tuple[str, ...] = ()
+    words_dtype: str | None = None
     in_blocks: tuple[tuple[str, int], ...] = ()
     experts_alone: bool = False
 
@@ -55,7 +58,12 @@ class Form:
 
 
 # The tensors of compressed-tensors that are scales of a layer's inputs and outputs.
-_OF_ACTIVATIONS = ("input", "output", "q", "k", "v")
+_OF_ACTIVATIONS = ("input", "output", "input_global", "q", "k", "v")
+SHAPE_END = ".weight_shape"  # of a tensor that repeats the shape of a matrix
+# Its integers without zeros of their own.
+_SYMMETRIC = tuple(
+    name for name, row in LINEAR.items() if row.zero_dtype is None and row is not INT8_SCB
+)
 FORMS: dict[str, Form] = {
     form.method: form
     for form in (
@@ -81,11 +89,26 @@ FORMS: dict[str, Form] = {
         Form(
             "compressed-tensors",
             (
+                (".weight_packed", ".weight", Q),
+                (".weight_scale", ".weight", SCALE),
+                (".weight_global_scale", ".weight", GLOBAL_SCALE),
+                (SHAPE_END, ".weight", None),
+                *((f".{name}_scale", ".weight", None) for name in _OF_ACTIVATIONS),
+            ),
+            (*FP8, *_SYMMETRIC, MXFP4.name, "nvfp4"),
+            main_dtypes=(FLOAT8, "int8"),
+            words_dtype="int32",
+        ),
+        # NVIDIA's ModelOpt.
+        Form(
+            "modelopt",
+            (
+                (".weight_scale_2", ".weight", GLOBAL_SCALE),
                 (".weight_scale", ".weight", SCALE),
                 *((f".{name}_scale", ".weight", None) for name in _OF_ACTIVATIONS),
             ),
-            tuple(FP8),
-            main_dtypes=(FLOAT8,),
+            (*FP8, "nvfp4_modelopt"),
+            main_dtypes=(FLOAT8, "uint8"),
         ),
     )
 }

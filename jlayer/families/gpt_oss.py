@@ -1,4 +1,4 @@
-"""gpt-oss: attention with sinks, and experts with biases whose matrices are published in MXFP4."""
+"""gpt-oss: attention with sinks, and experts with biases, in MXFP4 or as plain numbers."""
 
 from __future__ import annotations
 
@@ -97,15 +97,9 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _quantized(fields):
-    """What is said of the experts; None where they lie in the folder as jlayer has converted
-    them."""
+    """What is said of the experts; None: they are plain numbers, or lie in the folder as jlayer has
+    converted them."""
     said = fields.section("quantization_config")
-    if not said.raw:
-        raise UnsupportedModelError(
-            f"{fields.where}: a gpt_oss without quantization_config, whose experts are plain "
-            "numbers, is not supported; take the checkpoint as its makers publish it "
-            "(openai/gpt-oss-20b, openai/gpt-oss-120b), with experts in MXFP4"
-        )
     if said.raw.get(_METHOD) != MXFP4.name:
         return None
     _check(said)

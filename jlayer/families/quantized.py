@@ -6,11 +6,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from jlayer.encodings.fp8 import BLOCK, FP8
+from jlayer.encodings.fp8 import BLOCK
+from jlayer.encodings.linear import GROUPS
+from jlayer.encodings.tables import TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.parts import Quantized
 
+NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
 SECTION, METHOD = "quantization_config", "quant_method"
 # How patterns of compressed-tensors begin that are regular expressions.
 _REGEX = "re:"
@@ -107,10 +110,40 @@ def _encoding_of_group(said, group):
             f"{', '.join(_COMPRESSED)}"
         )
     weights.refuse_unless("symmetric", None, True)
-    weights.refuse_unless("actorder", None, False, "static")
+    weights.refuse_unless("actorder", None, False, "weight", "static")
     weights.refuse_unless("num_bits", *_COMPRESSED[form][0])
     weights.refuse_unless("type", _COMPRESSED[form][1])
     return _COMPRESSED[form][2](weights)
+
+
+def _integer_encoding(kind):
+    """A function of a group's weights -> their encoding, of integers of this kind."""
+
+    def encoding(weights):
+        bits = weights.raw.get("num_bits")
+        kind_of = f"{kind}{bits}" if kind == "packed" else kind
+        if weights.raw.get("strategy") == "channel":
+            return f"{kind_of}_row_bfloat16"
+        weights.refuse_unless("strategy", "channel", "group")
+        size = weights.raw.get("group_size")
+        if f"g{size}" not in GROUPS:
+            raise UnsupportedModelError(
+                f"{weights.where}: group_size is {size!a:.80}, supported: "
+                f"{', '.join(str(n) for n in GROUPS.values() if n)}"
+            )
+        return f"{kind_of}_g{size}_bfloat16"
+
+    return encoding
+
+
+def _four_bit_encoding(name, size):
+    """A function of a group's weights -> the encoding, where its group has the one `size`."""
+
+    def encoding(weights):
+        weights.refuse_unless("group_size", None, size)
+        return name
+
+    return encoding
 
 
 def _float_encoding(weights):
@@ -128,7 +161,30 @@ def _float_encoding(weights):
 # The format of compressed-tensors -> (bits, type, a function of the group's weights).
 _COMPRESSED = {
     "float-quantized": ((8,), "float", _float_encoding),
+    "int-quantized": ((8,), "int", _integer_encoding("int8")),
+    "pack-quantized": ((4, 8), "int", _integer_encoding("packed")),
+    "nvfp4-pack-quantized": ((4,), "float", _four_bit_encoding("nvfp4", 16)),
+    "mxfp4-pack-quantized": ((4,), "float", _four_bit_encoding("mxfp4", 32)),
 }
+
+
+def _read_modelopt(said):
+    """ModelOpt: one algorithm for all that it quantizes."""
+    of_algorithm = {"FP8": "fp8_tensor", "NVFP4": "nvfp4_modelopt"}
+    encoding = said.choice("quant_algo", of_algorithm, default="missing")
+    groups = said.section("config_groups")
+    for name in groups.raw:
+        weights = groups.section(name).section("weights")
+        weights.refuse_unless("type", None, "float")
+        if encoding == "nvfp4_modelopt":
+            weights.refuse_unless("group_size", None, NVFP4_GROUP)
+    left = [_glob(name) for key in ("ignore", "exclude_modules") for name in _names(said, key)]
+    return Quantized("modelopt", encoding, tuple(left))
+
+
+def _glob(name):
+    """A name in which "*" stands for anything, as an expression."""
+    return _REGEX + re.escape(name).replace(r"\*", ".*") + "$" if "*" in name else name
 
 
 def inputs_note(fields: Fields) -> tuple[str, ...]:
@@ -147,8 +203,11 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
     )
 
 
-_READ = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
-assert {row.name for row in FP8.values()} >= {"fp8_tensor", "fp8_row_bfloat16", "fp8_128x128"}
+_READ = {
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed,
+    "modelopt": _read_modelopt,
+}
 
 
 def _refuse_unknown(said, *known):
@@ -160,14 +219,21 @@ def _refuse_unknown(said, *known):
         )
 
 
+_GLOBS = ("modelopt",)  # methods whose names of modules are no expressions, but for stars
+
+
 def _names(said, key):
     """A list of the names of modules, and of patterns of them."""
     names = said.raw.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
     for name in names:
-        if _METACHARACTERS.search(name):
+        if _METACHARACTERS.search(name) and said.raw[METHOD] not in _GLOBS:
             _check_expression(said, key, name)
+        elif name.count("*") > _MOST_STARS:
+            raise UnsupportedModelError(
+                f"{said.where}: {key} has {name!a:.80}, supported: up to {_MOST_STARS} stars"
+            )
     return tuple(names)
 
 

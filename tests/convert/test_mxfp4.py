@@ -226,7 +226,7 @@ def said(**more):
 
 
 WRONG_CONFIGS = {
-    "plain experts": ({"quantization_config": None}, "without quantization_config"),
+    "nothing said": ({"quantization_config": None}, "weights quantized by mxfp4 are not supported"),
     "another method": (said(quant_method="fp8"), "weights quantized by fp8 are not supported"),
     "something more": (said(block_size=16), "'block_size' is not known of mxfp4"),
     "some experts": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 # No two axes are equal, and none but 128 itself is a multiple of the grid's 128.
@@ -114,14 +115,39 @@ def encode(weight, form: str):
     return codes, scale, _dequantize_fp8_weight(codes, scale, size, torch.float32)
 
 
-def save(folder: Path, name: str, form: str, *, more: dict | None = None) -> tuple[Path, Path]:
+def save(folder: Path, name: str, form: str) -> tuple[Path, Path]:
     """(a published folder in FP8, the same model in Transformers' form with what it stands for)."""
+    import torch
+
+    said, end, _ = FORMS[form]
+
+    def tensors_of(weight):
+        codes, scale, plain = encode(weight, form)
+        found = {".weight": codes, f".weight{end}": scale}
+        if said.get("activation_scheme") == "static":
+            found[".activation_scale"] = torch.tensor(0.5)
+        return found, plain
+
+    return save_encoded(folder, name, said, tensors_of)
+
+
+def save_encoded(
+    folder: Path,
+    name: str,
+    said: dict,
+    tensors_of: Callable[..., tuple[dict, object]],
+    *,
+    sizes: dict | None = None,
+) -> tuple[Path, Path]:
+    """The same of any form. `said`: its quantization_config. `tensors_of(weight)`: what is
+    published of a matrix, by the ends of names; and the weights that it stands for. `sizes`: other
+    sizes of the model."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
-    config = AutoConfig.for_model(name, **MODELS[name])
+    config = AutoConfig.for_model(name, **MODELS[name] | (sizes or {}))
     model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,17 +155,16 @@ def save(folder: Path, name: str, form: str, *, more: dict | None = None) -> tup
     plain, published = Path(folder) / "plain", Path(folder) / "fp8"
     model.save_pretrained(plain)
     tensors, encoded = load_file(plain / "model.safetensors"), {}
-    said, end, _ = FORMS[form]
     for key, weight in list(tensors.items()):
         if is_encoded(key, weight.shape):
-            encoded[key], encoded[key + end], tensors[key] = encode(weight, form)
-            if said.get("activation_scheme") == "static":
-                encoded[key.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5)
+            held, tensors[key] = tensors_of(weight)
+            module = key.removesuffix(".weight")
+            encoded |= {module + end: tensor for end, tensor in held.items()}
         else:
             encoded[key] = weight
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     published.mkdir()
-    save_file(encoded | (more or {}), published / "model.safetensors")
+    save_file(encoded, published / "model.safetensors")
     raw = json.loads((plain / "config.json").read_text())
     (published / "config.json").write_text(json.dumps({**raw, "quantization_config": said}))
     return published, plain

@@ -79,6 +79,17 @@ def test_logits_of_a_prompt_as_published_and_converted(source, layered, expected
     np.testing.assert_array_equal(found[0], found[1])
 
 
+def test_experts_that_are_plain_numbers(made, expected, tmp_path):
+    """As Transformers saves what it has decoded: inputs first, gates and ups in turn."""
+    plain = tmp_path / "plain"
+    in_transformers(*made, torch.float32).save_pretrained(plain)
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    convert_checkpoint(plain, tmp_path / "layered")
+    for folder in (plain, tmp_path / "layered"):
+        with AutoModel.from_pretrained(folder, device="cpu") as model:
+            assert_close(model.logits(IDS), expected)
+
+
 @pytest.mark.slow
 def test_logits_of_every_position_with_a_cache(source, expected):
     """Token by token, then in pieces that fit neither the window nor the sizes of chunks."""
