@@ -13,7 +13,11 @@ def random_pieces(form, rows, width, *, seed=0):
     for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
         kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
         if kind.name == "float8_e4m3fn":
-            found[name] = rng.uniform(0.5, 2, shape).astype(kind)
+            numbers = rng.uniform(0.5, 2, shape).astype(kind)
+            if name == "q":  # all but the codes of no number
+                numbers = rng.integers(0, 127, shape) | rng.integers(0, 2, shape) << 7
+                numbers = numbers.astype(np.uint8).view(kind)
+            found[name] = numbers
         elif kind.itemsize == 1:
             found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
         else:

@@ -47,7 +47,6 @@ GENERATION_CONFIG = "generation_config.json"
 _QUANTIZER_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
-    "hf_quant_config.json": "modelopt",
 }
 # Published names of weights written by torch.save.
 MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")

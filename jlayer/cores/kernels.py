@@ -10,6 +10,7 @@ from __future__ import annotations
 from jlayer.cores.block_sums import BLOCK_SUMS
 from jlayer.cores.decode import levels, scale_values
 from jlayer.cores.jobs import offset
+from jlayer.cores.scaled_sums import SCALED_SUMS
 from jlayer.cores.sums import (
     Block,
     added,
@@ -17,13 +18,12 @@ from jlayer.cores.sums import (
     every,
     every_float,
     joined,
-    n_chains,
     spelled,
     zeros,
 )
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
+from jlayer.encodings.grouped import SCALE
 from jlayer.encodings.int4 import CUBE, INT4, ZERO
-from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import encoding
 
 NAME = "kernel"
@@ -37,7 +37,7 @@ ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Inputs of a row are a multiple of so many, by form.
 STEPS = {
     INT4.name: 4 * LANES,
-    **dict.fromkeys((INT8.name, *ITEM), LANES),
+    **dict.fromkeys((*SCALED_SUMS, *ITEM), LANES),
     **{form: encoding(form).width_unit for form in BLOCK_SUMS},
 }
 # What a part of the columns takes: it stays in a core's nearest cache, of 32 or 48 KiB.
@@ -72,6 +72,11 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
     is_first = code.let("icmp eq i64 %start, 0")
     room = code.let(f"alloca [{128 * n_rows} x i8], align 64")
 
+    def scale_row(row):
+        """The row of scales of a row of the matrix."""
+        per = encoding(form).rows_per(SCALE)
+        return code.math("udiv", row, per) if per > 1 else row if per else 0
+
     def rows_from(first, _):
         rows = [code.smaller(code.math("add", first, number), last) for number in range(n_rows)]
         # Past the end lie another thread's rows, which it asks for itself.
@@ -79,7 +84,7 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
         block = Block(
             code,
             [code.at(main, code.math("mul", row, main_stride)) for row in rows],
-            [code.at(scale, code.math("mul", row, scale_stride)) for row in rows],
+            [code.at(scale, code.math("mul", scale_row(row), scale_stride)) for row in rows],
             columns,
             length,
             code.let(f"select i1 {follows}, i64 {far}, i64 0"),
@@ -115,10 +120,9 @@ def _sums(form, block, start, stop):
     """For each row and column a vector whose lanes add up to the product of some inputs."""
     if form == INT4.name:
         return _int4(block, start, stop)
-    if form == INT8.name:
-        return _int8(block, start, stop)
-    if form in BLOCK_SUMS:
-        return BLOCK_SUMS[form](block, start, stop)
+    for table in (BLOCK_SUMS, SCALED_SUMS):
+        if form in table:
+            return table[form](block, start, stop)
     return _plain(block, form, start, stop)
 
 
@@ -156,59 +160,6 @@ def _decoded(code, form, row, at):
     wide = code.let(f"zext <{LANES} x i16> {raw} to {INTS}")
     high = code.math("shl", wide, every(16), INTS)
     return code.let(f"bitcast {INTS} {high} to {FLOATS}")
-
-
-def _int8(block, start, stop):
-    """Groups of 128 inputs, each with its scale; the last may be shorter."""
-    code, n_vectors = block.code, INT8.group // LANES
-
-    def weights(item, scales):
-        found = []
-        for row, scale in zip(block.rows, scales, strict=True):
-            raw = code.load(f"<{LANES} x i8>", row, item)
-            wide = code.let(f"sext <{LANES} x i8> {raw} to {INTS}")
-            number = code.let(f"sitofp {INTS} {wide} to {FLOATS}")
-            found.append(code.math("fmul", number, scale, FLOATS) if scale else number)
-        return found
-
-    def scales_at(item):
-        at = code.math("shl", code.math("lshr", item, 7), 1)
-        return [code.spread(bfloat16(code, scale, at)) for scale in block.scales]
-
-    def group(item, sums):
-        for line in range(0, INT8.group, 64):
-            block.prefetch(item, line)
-        scales = scales_at(item)
-        late = len(block.columns) <= SCALED_LATE
-        parts = zeros(block) if late else sums
-        for number in range(n_vectors):
-            here = code.math("add", item, number * LANES)
-            some = weights(here, [None] * len(scales) if late else scales)
-            parts = added(block, parts, some, here, number)
-        if not late:
-            return parts
-        n = len(block.columns) * n_chains(block)
-        return [
-            code.fma(part, scales[number // n], total)
-            for number, (part, total) in enumerate(zip(parts, sums, strict=True))
-        ]
-
-    def single(item, sums):
-        return added(block, sums, weights(item, scales_at(item)), item, 0)
-
-    whole = end_of_steps(code, start, stop, INT8.group)
-    sums = code.loop(start, whole, INT8.group, group, zeros(block))
-    return joined(block, code.loop(whole, stop, LANES, single, sums))
-
-
-# Up to so many columns a group's scale multiplies its sums, else its weights.
-SCALED_LATE = 2
-
-
-def bfloat16(code: Function, pointer: str, at: str) -> str:
-    """A bfloat16 in memory as a float."""
-    raw = code.let(f"zext i16 {code.load('i16', pointer, at)} to i32")
-    return code.let(f"bitcast i32 {code.math('shl', raw, 16, 'i32')} to float")
 
 
 def _int4(block, start, stop):

@@ -163,5 +163,6 @@ DECLARATIONS = f"""
 declare {FLOATS} @llvm.fma.v{LANES}f32({FLOATS}, {FLOATS}, {FLOATS})
 declare i64 @llvm.smin.i64(i64, i64)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare <64 x i8> @llvm.umax.v64i8(<64 x i8>, <64 x i8>)
 declare {FLOATS} @llvm.x86.avx512.permvar.sf.512({FLOATS}, {INTS})
 """

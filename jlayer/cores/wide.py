@@ -15,8 +15,9 @@ import numpy as np
 
 from jlayer.cores.decode import levels, scale_values
 from jlayer.cores.jobs import offset
-from jlayer.cores.kernels import ITEM, NAME, bfloat16
+from jlayer.cores.kernels import ITEM, NAME
 from jlayer.cores.packing import COLUMNS
+from jlayer.cores.scaled_sums import bfloat16
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8

@@ -99,6 +99,17 @@ FORMS: dict[str, Form] = {
             main_dtypes=(FLOAT8, "int8"),
             words_dtype="int32",
         ),
+        # NVIDIA's ModelOpt.
+        Form(
+            "modelopt",
+            (
+                (".weight_scale_2", ".weight", GLOBAL_SCALE),
+                (".weight_scale", ".weight", SCALE),
+                *((f".{name}_scale", ".weight", None) for name in _OF_ACTIVATIONS),
+            ),
+            (*FP8, "nvfp4_modelopt"),
+            main_dtypes=(FLOAT8, "uint8"),
+        ),
     )
 }
 # Those that a model of any family may have.

@@ -8,10 +8,12 @@ from functools import lru_cache
 
 from jlayer.encodings.fp8 import BLOCK
 from jlayer.encodings.linear import GROUPS
+from jlayer.encodings.tables import TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.parts import Quantized
 
+NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
 SECTION, METHOD = "quantization_config", "quant_method"
 # How patterns of compressed-tensors begin that are regular expressions.
 _REGEX = "re:"
@@ -166,6 +168,25 @@ _COMPRESSED = {
 }
 
 
+def _read_modelopt(said):
+    """ModelOpt: one algorithm for all that it quantizes."""
+    of_algorithm = {"FP8": "fp8_tensor", "NVFP4": "nvfp4_modelopt"}
+    encoding = said.choice("quant_algo", of_algorithm, default="missing")
+    groups = said.section("config_groups")
+    for name in groups.raw:
+        weights = groups.section(name).section("weights")
+        weights.refuse_unless("type", None, "float")
+        if encoding == "nvfp4_modelopt":
+            weights.refuse_unless("group_size", None, NVFP4_GROUP)
+    left = [_glob(name) for key in ("ignore", "exclude_modules") for name in _names(said, key)]
+    return Quantized("modelopt", encoding, tuple(left))
+
+
+def _glob(name):
+    """A name in which "*" stands for anything, as an expression."""
+    return _REGEX + re.escape(name).replace(r"\*", ".*") + "$" if "*" in name else name
+
+
 def inputs_note(fields: Fields) -> tuple[str, ...]:
     """A note where the config asks for the inputs of matrices to be rounded as well."""
     said = fields.section(SECTION)
@@ -182,7 +203,11 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
     )
 
 
-_READ = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
+_READ = {
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed,
+    "modelopt": _read_modelopt,
+}
 
 
 def _refuse_unknown(said, *known):
@@ -194,14 +219,21 @@ def _refuse_unknown(said, *known):
         )
 
 
+_GLOBS = ("modelopt",)  # methods whose names of modules are no expressions, but for stars
+
+
 def _names(said, key):
     """A list of the names of modules, and of patterns of them."""
     names = said.raw.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
     for name in names:
-        if _METACHARACTERS.search(name):
+        if _METACHARACTERS.search(name) and said.raw[METHOD] not in _GLOBS:
             _check_expression(said, key, name)
+        elif name.count("*") > _MOST_STARS:
+            raise UnsupportedModelError(
+                f"{said.where}: {key} has {name!a:.80}, supported: up to {_MOST_STARS} stars"
+            )
     return tuple(names)
 
 

@@ -180,7 +180,7 @@ CONFIGS = {
     },
     **{
         method: {"quantization_config": {"quant_method": method}}
-        for method in ("modelopt", "quark", "spqr", "torchao", "vptq", "auto-round", "intel/inc")
+        for method in ("quark", "spqr", "torchao", "vptq", "auto-round", "intel/inc")
     },
 }
 

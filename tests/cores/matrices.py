@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.cores.cores import Matrix
-from jlayer.cores.decode import decoded
+from jlayer.cores.decode import decoded, some_rows
 from jlayer.encodings.registry import encoding
 
 FORMS = ("int4", "int8", "bfloat16", "float16", "float32")
@@ -42,7 +42,8 @@ def inputs(n_columns, width, seed=1):
 
 def assert_is_product(y, x, matrix, *, rounded=False):
     """`rounded`: each decoded weight is rounded to bfloat16."""
-    weights = decoded(matrix.form, matrix.pieces, matrix.width)
+    pieces = some_rows(matrix.form, matrix.pieces, 0, matrix.n_rows)
+    weights = decoded(matrix.form, pieces, matrix.width)
     weights = (weights.astype(ml_dtypes.bfloat16) if rounded else weights).astype(np.float64)
     x = x.astype(np.float64)
     assert y.dtype == np.float32

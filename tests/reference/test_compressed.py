@@ -1,5 +1,6 @@
-"""Models that compressed-tensors has quantized to integers and to 4 bits run as they are published,
-with the logits of Transformers for what they stand for. Its formulas are written out here."""
+"""Models that compressed-tensors has quantized to integers and to 4 bits, and ModelOpt, run as they
+are published, with the logits of Transformers for what they stand for. Their formulas are written
+out here."""
 
 import json
 import shutil
@@ -99,6 +100,36 @@ def nvfp4(weight):
     return held | {".input_global_scale": torch.ones(1)}, plain
 
 
+def nvfp4_modelopt(weight):
+    """The same times the scale of the matrix."""
+    held, _ = nvfp4(weight)
+    whole = 1 / held[".weight_global_scale"]
+    levels = torch.tensor(E2M1)
+    codes = torch.stack([held[".weight_packed"] & 15, held[".weight_packed"] >> 4], -1)
+    wide = (held[".weight_scale"].float() * whole)[..., None]
+    plain = levels[codes.reshape(len(codes), -1, 16).int()] * wide
+    found = {".weight": held[".weight_packed"], ".weight_scale": held[".weight_scale"]}
+    found |= {".weight_scale_2": whole.reshape(()), ".input_scale": torch.tensor(1.0)}
+    return found, ungrouped(plain, weight.shape[1])
+
+
+def fp8_modelopt(weight):
+    scale = weight.abs().amax() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {".weight": codes, ".weight_scale": scale}, codes.float() * scale
+
+
+def modelopt(algorithm, **weights):
+    group = {"targets": ["Linear"], "weights": {"type": "float", "dynamic": False, **weights}}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "model.layers.*.mlp.gate"],
+        "producer": {"name": "modelopt", "version": "0.29.0"},
+    }
+
+
 INT = {"type": "int", "strategy": "group"}
 FORMS = {
     "int4 in groups": (said("pack-quantized", num_bits=4, group_size=32, **INT), integers(4, 32)),
@@ -116,6 +147,8 @@ FORMS = {
     ),
     "mxfp4": (said("mxfp4-pack-quantized", num_bits=4, group_size=32, type="float"), mxfp4),
     "nvfp4": (said("nvfp4-pack-quantized", num_bits=4, group_size=16, type="float"), nvfp4),
+    "nvfp4 of modelopt": (modelopt("NVFP4", num_bits=4, group_size=16), nvfp4_modelopt),
+    "fp8 of modelopt": (modelopt("FP8", num_bits=8), fp8_modelopt),
 }
 ENCODINGS = {
     "int4 in groups": "packed4_g32_bfloat16",
@@ -124,6 +157,8 @@ ENCODINGS = {
     "int8 by channel": "int8_row_bfloat16",
     "mxfp4": "mxfp4",
     "nvfp4": "nvfp4",
+    "nvfp4 of modelopt": "nvfp4_modelopt",
+    "fp8 of modelopt": "fp8_tensor",
 }
 SIZES = {"hidden_size": 160, "intermediate_size": 320, "head_dim": 32}  # of whole groups of 32
 
@@ -178,6 +213,15 @@ WRONG = {
     "inputs in another order": (
         said("pack-quantized", actorder="group", **GROUP),
         "actorder is 'group', supported: 'static'",
+    ),
+    "another algorithm": (modelopt("W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported; supp"),
+    "too many stars": (
+        {**modelopt("NVFP4"), "ignore": ["*a*b*c*d*e"]},
+        "ignore has .*, supported: up to 4 stars",
+    ),
+    "a group of another size in modelopt": (
+        modelopt("NVFP4", group_size=32),
+        "group_size is 32, supported: 16",
     ),
     "three bits": (said("pack-quantized", **{**GROUP, "num_bits": 3}), "num_bits is 3, supported"),
 }

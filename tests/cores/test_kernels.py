@@ -1,4 +1,4 @@
-"""Kernels for the block types of GGUF: every weight, and products of all kinds of shapes."""
+"""Kernels for what other tools write: every weight, and products of all kinds of shapes."""
 
 import platform
 
@@ -7,13 +7,21 @@ import pytest
 
 from jlayer.cores import kernels
 from jlayer.cores.cores import Cores
-from jlayer.cores.decode import decoded
+from jlayer.cores.decode import decoded, some_rows
 from jlayer.cores.native import missing
 from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.linear import INT8_SCB
 from tests.cores.matrices import assert_is_product, inputs, placed
 from tests.encoded import random_pieces
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+# A row of scales of a grid is for 128 rows.
+ROWS = {"fp8_128x128": 131, "fp8_128x128_bfloat16": 131}
+FORMS = (
+    *BLOCKS,
+    *("int8_g32_float16", "int8_row_float32", "int8_scb", "packed8_g64_bfloat16"),
+    *("fp8_128x128", "fp8_128x128_bfloat16", "fp8_row_float16", "fp8_tensor"),
+)
 # What is taken away from the processor.
 FEATURES = ["", *(["-avx512f"] if platform.machine() == "x86_64" else [])]
 
@@ -26,25 +34,48 @@ def cores(request):
         yield found
 
 
-@pytest.mark.parametrize("form", BLOCKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_weight_is_the_decoded_one(cores, form):
     """Bit for bit: each column has a single input that is not zero."""
-    width = 256
-    pieces = random_pieces(form, 5, width)
+    rows, width = ROWS.get(form, 5), 256
+    pieces = random_pieces(form, rows, width)
     (y,) = cores.multiply([placed(form, pieces, width)], np.eye(width, dtype=np.float32))
-    np.testing.assert_array_equal(y.T, decoded(form, pieces, width))
+    expected = decoded(form, some_rows(form, pieces, 0, rows), width)
+    if form == INT8_SCB.name:  # the scale and a 127th are multiplied first
+        np.testing.assert_allclose(y.T, expected, rtol=2**-22)
+    else:
+        np.testing.assert_array_equal(y.T, expected)
 
 
-@pytest.mark.parametrize("form", BLOCKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_product_is_that_of_the_decoded_weights(cores, form):
-    """A block alone, and more inputs than a part of many columns has; of any alignment."""
-    unit = BLOCKS[form].width_unit
-    for rows, width in ((1, unit), (7, 2304)):
+    """A block alone or a short last group, and more inputs than a part of many columns has; of any
+    alignment."""
+    for rows, width in ((1, BLOCKS[form].width_unit if form in BLOCKS else 144), (7, 2304)):
         assert kernels.is_native(form, width)
         some = placed(form, random_pieces(form, rows, width), width, offset=3)
         for n_columns in (1, 2, 7, 12):
             x = inputs(n_columns, width)
             assert_is_product(cores.multiply([some], x)[0], x, some)
+
+
+def test_each_square_of_a_grid_has_its_scale(cores):
+    """Also where a thread begins in the middle of one."""
+    some = placed("fp8_128x128", random_pieces("fp8_128x128", 700, 1168), 1168)
+    for n_columns in (1, 5):
+        x = inputs(n_columns, 1168)
+        assert_is_product(cores.multiply([some], x)[0], x, some)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_code_of_no_number_is_seen_in_the_product_of_its_row_alone(cores, code):
+    for at in (0, 127, 128, 1100, 1167):
+        pieces = random_pieces("fp8_128x128", 9, 1168)
+        pieces["q"].view(np.uint8)[7, at] = code
+        for n_columns in (1, 4, 8):
+            some = placed("fp8_128x128", pieces, 1168)
+            (y,) = cores.multiply([some], inputs(n_columns, 1168))
+            assert np.argwhere(np.isnan(y)).tolist() == [[n, 7] for n in range(n_columns)]
 
 
 def test_rows_without_whole_blocks_have_no_kernel():
