@@ -36,7 +36,7 @@ import numpy as np
 
 from jlayer.catalogue import model_json
 from jlayer.checkpoint.digest import TensorDigest
-from jlayer.checkpoint.encoded import NONE_ENCODED, form_of, pieces_of
+from jlayer.checkpoint.encoded import NONE_ENCODED, EncodingTable, form_of, pieces_of
 from jlayer.checkpoint.layout import (
     INDEX,
     MANIFEST,
@@ -48,6 +48,8 @@ from jlayer.checkpoint.layout import (
     weight_files,
 )
 from jlayer.checkpoint.quantization import (
+    Quantization,
+    block_matrices,
     piece_dtypes,
     published_quantization,
     quantization_of,
@@ -122,9 +124,11 @@ def make(
     *,
     skew: bool = False,
     fp8: bool = False,
+    encoding: str | None = None,
 ) -> None:
     """Writes the folder; files in parallel, hashes along the way. `skew`: some experts are chosen
-    more often. `fp8`: see `config`."""
+    more often. `fp8`: see `config`. `encoding`: that of all matrices of the layers, as if the model
+    were published in it."""
     folder.mkdir(parents=True)
     raw = config(shape, layers, fp8=fp8)
     published = published_quantization(model_config(raw, where="benchmark"))
@@ -134,6 +138,9 @@ def make(
     (folder / "config.json").write_bytes(text)
     cfg = model_config(raw, where="benchmark")
     shapes = published_tensors(cfg)
+    if encoding is not None:
+        table = EncodingTable.of(dict.fromkeys(block_matrices(shapes), encoding))
+        published = Quantization(None, table=table)
     quantization = published
     if scheme is not None:
         quantization = quantization_of(scheme, shapes, published=published)
@@ -143,10 +150,10 @@ def make(
         drawn[SKEWED] = (cfg.experts.routing, cfg.experts.router.n_chosen)
     drawn |= _draw_encoded(
         {
-            piece_name(name, piece): (encoding.name, piece)
+            piece_name(name, piece): (kept.name, piece)
             for name, dims in shapes.items()
-            if published and (encoding := published.scheme_of(name, dims))
-            for piece in encoding.pieces(dims)
+            if published and (kept := published.scheme_of(name, dims))
+            for piece in kept.pieces(dims)
         }
     )
 
@@ -235,8 +242,18 @@ def _draw_encoded(kept):
         ("mxfp4", "scale"): np.full(1 << 20, 119, np.uint8),
         ("fp8_128x128", "q"): (numbers * 40.96).astype(ml_dtypes.float8_e4m3fn),
         ("fp8_128x128", "scale"): np.full(1 << 20, 2**-12, np.float32),
+        ("q4_k", "q"): _q4_k_blocks(),
     }
     return {name: noise[use] for name, use in kept.items()}
+
+
+def _q4_k_blocks():
+    """Blocks of 256 weights: random codes, scales and minima, and two numbers that all of these are
+    multiplied by: such that a mean weight is 0."""
+    blocks = np.random.default_rng(4).integers(0, 256, (1 << 16, 144), dtype=np.uint8)
+    d = 0.01 / (32 * 4.6)  # the mean of a scale, the deviation of a code
+    blocks[:, :4] = np.array([d, 7.5 * d], np.float16).view(np.uint8)
+    return blocks.reshape(-1)
 
 
 def _draw(*, quantized, tied=False):
@@ -334,16 +351,20 @@ def main():
     kind.add_argument("--published", action="store_true", help="shards, not layers")
     kind.add_argument("--quantize", choices=tuple(SCHEMES))
     parser.add_argument("--fp8", action="store_true", help="matrices of layers in FP8")
+    parser.add_argument("--encoding", choices=("q4_k",), help="that of matrices of layers")
     parser.add_argument("--skew", action="store_true", help="some experts are chosen more often")
     args = parser.parse_args()
     if args.skew and args.published:
         parser.error("--skew: only of layered folders")
     if args.fp8 and args.quantize:
         parser.error("--fp8: its weights stay so, and are not quantized again")
+    if args.encoding and (args.published or args.quantize or args.fp8):
+        parser.error("--encoding: only of layered folders, and instead of another one")
     if args.published:
         publish(args.out, args.shape, args.layers, fp8=args.fp8)
     else:
-        make(args.out, args.shape, args.layers, args.quantize, skew=args.skew, fp8=args.fp8)
+        how = {"skew": args.skew, "fp8": args.fp8, "encoding": args.encoding}
+        make(args.out, args.shape, args.layers, args.quantize, **how)
     print(args.out, "holds", args.layers, "layers")
 
 

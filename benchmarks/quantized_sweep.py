@@ -1,11 +1,11 @@
-"""What quantizing gains: the sweep time of bfloat16 over that of int8 and int4, compared with the
-ratio of the bytes, on random layers of a real shape.
+"""What fewer bytes gain: the sweep time of bfloat16 over that of int8, int4, FP8 or Q4_K, compared
+with the ratio of the bytes, on random layers of a real shape.
 
     python benchmarks/quantized_sweep.py WORK --shape 70b --layers 14 --device-memory 1536MiB \\
-        --host-memory 100GiB --tokens 1,64,512
+        --host-memory 100GiB --tokens 1,64,512 --kinds int8,int4,fp8,q4_k
     python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
 
-Makes the three folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
+Makes the folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
 fresh process for each number of tokens (each has a plan of its own), `--rounds` times in turn. The
 last line is one JSON object.
 """
@@ -23,7 +23,15 @@ from pathlib import Path
 import common
 from make_model import SHAPES, make
 
-KINDS = {"bfloat16": None, "int8": "int8", "int4": "int4"}
+# How each is made; FP8 and Q4_K as others publish them. All are compared with the plain one.
+PLAIN = "bfloat16"
+KINDS = {
+    PLAIN: {},
+    "int8": {"scheme": "int8"},
+    "int4": {"scheme": "int4"},
+    "fp8": {"fp8": True},
+    "q4_k": {"encoding": "q4_k"},
+}
 
 
 def sweeps(folder: Path, args) -> dict:
@@ -51,10 +59,10 @@ def sweep(folder: Path, args, n_tokens: int) -> dict:
 def ratios(rounds: list[dict[str, dict]], index: int) -> dict[str, dict]:
     """For each scheme, by round: the time's ratio over the bytes' ratio."""
     found = {}
-    for kind in ("int8", "int4"):
+    for kind in rounds[0].keys() - {PLAIN}:
         shares, times = [], []
         for one in rounds:
-            plain, small = (one[name]["sweeps"][index] for name in ("bfloat16", kind))
+            plain, small = (one[name]["sweeps"][index] for name in (PLAIN, kind))
             times.append(plain["sweep_s"]["median"] / small["sweep_s"]["median"])
             shares.append(times[-1] / (plain["moved_bytes"] / small["moved_bytes"]))
         found[kind] = {
@@ -78,16 +86,18 @@ def main():
     parser.add_argument("--device-memory")
     parser.add_argument("--host-memory")
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
+    parser.add_argument("--kinds", default="int8,int4", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--tokens", default="1,64,512")
     parser.add_argument("--sweeps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     result = {"card": common.card(), "options": {**vars(args), "work": None}}
-    folders = {kind: args.work / f"{args.shape}-{args.layers}-{kind}" for kind in KINDS}
+    kinds = [PLAIN, *args.kinds.split(",")]
+    folders = {kind: args.work / f"{args.shape}-{args.layers}-{kind}" for kind in kinds}
     for kind, folder in folders.items():
         if not (folder / "manifest.json").exists():
             common.say(f"making {folder.name}")
-            make(folder, args.shape, args.layers, KINDS[kind])
+            make(folder, args.shape, args.layers, **KINDS[kind])
     os.sync()
     rounds = []
     for number in range(args.rounds):
