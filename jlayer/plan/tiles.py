@@ -128,6 +128,11 @@ class Part:
         return self.piece == self.encoding.main
 
     @property
+    def is_for_all_rows(self) -> bool:
+        """Whether it is a piece that comes whole with each range of rows: one scale for all."""
+        return self.encoding.rows_per(self.piece) == 0
+
+    @property
     def n_weights(self) -> int:
         """Weights in this part; 0 for the scales of a quantized matrix."""
         if not self.has_rows:

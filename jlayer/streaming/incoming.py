@@ -183,11 +183,11 @@ class Incoming:
         return self._memory.room(slot, self.tiles[tile].device_bytes + slack)
 
     def _check(self, pieces, shifts, places):
-        """Adds the rows of matrices to the checks; vectors were checked when the model was
-        opened."""
+        """Adds the rows of matrices to the checks, and a scale that is for all rows, which counts
+        the first time; vectors were checked when the model was opened."""
         for placed in places:
             part = placed.part
-            if len(part.shape) > 1:
+            if len(part.shape) > 1 or part.is_for_all_rows:
                 raw = raw_view(pieces[placed.segment], shifts[placed.segment], placed)
                 self._checks.add(part.tensor, raw, n_rows=part.shape[0], first_row=part.first_row)
 

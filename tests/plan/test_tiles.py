@@ -1,5 +1,6 @@
 """Tiles: every row of every streamed leaf is in one of them, whatever the family and the size."""
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import accumulate, groupby
@@ -114,7 +115,11 @@ def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_b
     tiles = cut(weights, cut_size(weights, tile_bytes), platform=platform).tiles
     found = rows_by_tensor(tiles)
     assert found.keys() == pieces.keys()
+    whole_each_time = {p.tensor for tile in tiles for p in tile.parts if p.is_for_all_rows}
     for name, ranges in found.items():
+        if name in whole_each_time:
+            assert set(ranges) == {(0, pieces[name][1][0])}
+            continue
         ends = list(accumulate(n for _, n in ranges))
         assert [first for first, _ in ranges] == [0, *ends[:-1]]
         assert ends[-1] == pieces[name][1][0]
@@ -133,7 +138,9 @@ def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
     for tile in cut(weights, tile_bytes, platform=platform).tiles:
         rows = {}
         for part in tile.parts:  # pieces and biases too
-            own = (part.first_row, part.n_rows)
+            if part.is_for_all_rows:
+                continue
+            own = (part.first_row * part.encoding.rows_per(part.piece), part.n_rows)
             assert rows.setdefault(part.matrix.removesuffix("_bias"), own) == own
         for group in (group for stage in stages_of(tile) for group in stage.groups):
             assert len({rows[leaf] for leaf in group.leaves if leaf in rows}) <= 1
@@ -142,10 +149,18 @@ def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
             assert not tile.stage.groups
             continue
         is_cut = all(part.encoding.by_rows for part in tile.parts)
-        least = sum(part.n_bytes // (part.n_rows if is_cut else 1) for part in tile.parts)
-        # A bias is not counted when rows are packed: a number for each row.
-        biases = sum(part.n_bytes for part in tile.parts if len(part.shape) == 1)
-        assert tile.n_bytes - biases <= max(tile_bytes, least)
+        unit = math.lcm(*(part.encoding.row_unit for part in tile.parts))
+        least = sum(
+            -(-part.n_bytes * min(unit, part.n_rows) // part.n_rows) if is_cut else part.n_bytes
+            for part in tile.parts
+        )
+        # A bias is not counted when rows are packed: a number for each row; nor what rows share.
+        small = sum(
+            part.n_bytes
+            for part in tile.parts
+            if len(part.shape) == 1 or part.encoding.rows_per(part.piece) != 1
+        )
+        assert tile.n_bytes - small <= max(tile_bytes, least)
 
 
 @given(any_weights(), st.integers(1, 100_000))

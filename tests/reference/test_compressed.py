@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from jlayer import AutoModel
+from jlayer.checkpoint.layout import read_manifest
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.tables import E2M1
 from jlayer.errors import CheckpointError
 from tests.reference.fp8_forms import reference_logits, save_encoded
+from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -194,6 +196,28 @@ def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, form, nam
         assert Store(each).form_of(q) == ENCODINGS[form]
         atol = TOLERANCE * np.abs(expected).max()
         np.testing.assert_allclose(logits(each), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "fp8 of modelopt"])
+def test_a_scale_for_all_rows_comes_with_each_tile_and_is_checked(
+    made, tmp_path, monkeypatch, form
+):
+    folder, expected = made(form)
+    layered, q = tmp_path / "layered", "model.layers.1.mlp.up_proj.weight"
+    convert_checkpoint(folder, layered)
+    set_tile_bytes(monkeypatch, 4096)
+    atol = TOLERANCE * np.abs(expected).max()
+    np.testing.assert_allclose(logits(layered), expected, rtol=0, atol=atol)
+    entry = read_manifest(layered).files["layer-00001.safetensors"]
+    place = next(
+        place for name, place in entry.tensors.items() if name.startswith(q) and place.shape == (1,)
+    )
+    path = layered / "layer-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place.offset] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"tensor {q}\..*scale: damaged"):
+        logits(layered)
 
 
 GROUP = {"num_bits": 4, "group_size": 32, **INT}
