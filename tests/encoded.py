@@ -12,7 +12,9 @@ def random_pieces(form, rows, width, *, seed=0):
     rng, found = np.random.default_rng(seed), {}
     for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
         kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        if kind.name == "float8_e4m3fn":
+        if name == "order":
+            found[name] = rng.permutation(width).astype(np.int32)
+        elif kind.name == "float8_e4m3fn":
             found[name] = rng.uniform(0.5, 2, shape).astype(kind)
         elif kind.itemsize == 1:
             found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
