@@ -5,8 +5,8 @@ inputs a scale, and perhaps a zero.
 
 - packed4, packed8 (compressed-tensors' pack-quantized, and what is repacked from symmetric GPTQ):
   the zero is 8 or 128; of 4 bits, the low half of a byte is an input, the high half the next one.
-- uint4, uint8 (repacked from GPTQ, AWQ and HQQ, and from asymmetric pack-quantized): the same bytes,
-  and a zero for each group: a byte, or a number in the scale's dtype.
+- uint4, uint8 (repacked from GPTQ, AWQ and HQQ, and from asymmetric pack-quantized): the same
+  bytes, and a zero for each group: a byte, or a number in the scale's dtype.
 - int8 (compressed-tensors' int-quantized, and what is repacked from EETQ): the zero is 0.
 - int8_scb (bitsandbytes): the scale of a row is the largest magnitude in it, and every product is
   multiplied by a 127th.
@@ -19,6 +19,7 @@ the piece `order` int32 [in] has the place that each had before, for all rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from jlayer.encodings.grouped import SCALE, WHOLE_ROW, Grouped
@@ -81,3 +82,17 @@ def _rows():
 # bitsandbytes multiplies by this number in float32.
 INT8_SCB = Linear("int8_scb", group=WHOLE_ROW, scale_dtype="float32", factor=7.874015718698502e-3)
 LINEAR: dict[str, Linear] = {row.name: row for row in (*_rows(), INT8_SCB)}
+
+
+@cache
+def linear(
+    bits: int, group: int, dtype: str, *, zero_dtype: str | None = None, is_ordered: bool = False
+) -> Linear:
+    """The row of unsigned codes with these fields; `dtype`: of its scales."""
+    fields = (bits, group, dtype, zero_dtype, is_ordered)
+    return next(
+        row
+        for row in LINEAR.values()
+        if row.q_dtype == "uint8"
+        and fields == (row.bits, row.group, row.scale_dtype, row.zero_dtype, row.is_ordered)
+    )

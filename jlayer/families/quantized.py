@@ -9,6 +9,14 @@ from functools import lru_cache
 from jlayer.encodings.fp8 import BLOCK, FP8
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
+from jlayer.families.repacked import (
+    is_repacked,
+    read_awq,
+    read_eetq,
+    read_gptq,
+    read_hqq,
+    read_packed,
+)
 from jlayer.parts import Quantized
 
 SECTION, METHOD = "quantization_config", "quant_method"
@@ -89,6 +97,8 @@ def _read_compressed(said):
     groups = said.section("config_groups")
     if not groups.raw:
         raise CheckpointError(f"{groups.where} is missing, expected a group of modules")
+    if is_repacked(said):
+        return read_packed(said, _names(said, "ignore"))
     usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
     return Quantized("compressed-tensors", usual[0], _names(said, "ignore"))
 
@@ -147,7 +157,14 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
     )
 
 
-_READ = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
+_READ = {
+    "fp8": _read_fp8,
+    "compressed-tensors": _read_compressed,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "hqq": read_hqq,
+    "eetq": read_eetq,
+}
 assert {row.name for row in FP8.values()} >= {"fp8_tensor", "fp8_row_bfloat16", "fp8_128x128"}
 
 
