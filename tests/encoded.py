@@ -12,7 +12,9 @@ def random_pieces(form, rows, width, *, seed=0):
     rng, found = np.random.default_rng(seed), {}
     for name, (dtype, shape) in ENCODINGS[form].pieces((rows, width)).items():
         kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        if kind.name == "float8_e4m3fn":
+        if name == "order":
+            found[name] = rng.permutation(width).astype(np.int32)
+        elif kind.name == "float8_e4m3fn":
             numbers = rng.uniform(0.5, 2, shape).astype(kind)
             if name == "q":  # all but the codes of no number
                 numbers = rng.integers(0, 127, shape) | rng.integers(0, 2, shape) << 7

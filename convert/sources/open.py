@@ -21,7 +21,7 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
-from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
+from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import CONFIG, INDEX
@@ -35,6 +35,7 @@ from jlayer.checkpoint.source import (
     find_shards,
     json_of,
     names_in,
+    quantization_said,
     read_published_config,
     read_shard,
     refuse_quantizer_files,
@@ -54,6 +55,7 @@ from jlayer.convert.sources.files import (
     rows_of,
 )
 from jlayer.convert.sources.joined import JoinedSource
+from jlayer.convert.sources.repacked import RepackedSource, to_repack
 from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors
@@ -102,7 +104,7 @@ def open_source(folder: str, *, allow_extra: bool = False) -> CheckedSource:
     if is_gguf(folder):
         return _open_gguf(folder, allow_extra)
     names = names_in(folder)
-    refuse_quantizer_files(folder, names)
+    refuse_quantizer_files(folder, names, said=quantization_said(folder))
     checked = _open(folder, names, allow_extra)
     return replace(checked, notes=(*adapter_notes(folder, names), *checked.notes))
 
@@ -132,7 +134,11 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
     }
-    encodings = found_encodings(cfg, tables.values())
+    matrices = {}
+    if form_of(cfg) and form_of(cfg).is_repacked:
+        tables, matrices = to_repack(cfg, tables, misplaced)
+    encodings = {name: matrix.encoding.name for name, matrix in matrices.items()}
+    encodings = encodings or found_encodings(cfg, tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in tables.items()
@@ -145,7 +151,7 @@ def _open(folder, names, allow_extra):
     )
     infos = {name: copies[0][1] for name, copies in checked.items()}
     places = {name: tuple(place for place, _ in copies) for name, copies in checked.items()}
-    tensors = FileSource(infos, places)
+    tensors = RepackedSource(infos, places, matrices) if matrices else FileSource(infos, places)
     sides = side_files(folder, names)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
 

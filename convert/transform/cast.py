@@ -18,6 +18,7 @@ NUMPY_DTYPE = {
 _BYTES = {
     "int8": None,
     "uint8": None,
+    "int32": None,
     "e8m0": (0xFF, E8M0_NAN),
     "float8_e4m3fn": (0x7F, 0x7F),
 }

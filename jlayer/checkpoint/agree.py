@@ -266,7 +266,9 @@ def _not_to_be_encoded(cfg, quantization):
         encoding = table.of_tensor(name)
         if encoding is None:
             continue
-        is_rows = name != EMBEDDING.published or ENCODINGS[encoding].row_unit == 1
+        pieces = ENCODINGS[encoding].pieces(shape)
+        by_row = all(ENCODINGS[encoding].rows_per(piece) == 1 for piece in pieces)
+        is_rows = name != EMBEDDING.published or by_row
         if not is_rows or not (is_matrix(name, shape) or is_latent_matrix(name)):
             yield f"{name} ({encoding})"
 

@@ -24,10 +24,13 @@ from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import (
     SINGLE,
     listed,
+    quantization_said,
     read_weight_map,
     refuse_quantizer_files,
     regular_file,
+    repacked_first,
 )
+from jlayer.encodings.published import FORMS
 from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, StorageError, UsageError
 from jlayer.gguf.parts import model_at
 from jlayer.sizes import human
@@ -160,7 +163,10 @@ class _Repo:
             self.wanted = self._wanted(folder, names, weights)
             self._require(folder, self.wanted)
             return folder
-        refuse_quantizer_files(self._ref, sizes)
+        said = quantization_said(folder)
+        refuse_quantizer_files(self._ref, sizes, said=said)
+        if weights is Weights.RUN and said in FORMS and FORMS[said].is_repacked:
+            raise CheckpointError(repacked_first(self._ref, said))
         self.wanted = self._wanted(folder, sizes, weights)
         missing = [name for name in self.wanted if not _is_in(folder, name)]
         absent = [name for name in missing if name not in sizes]

@@ -34,7 +34,6 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
     "BOOL": ("bool", 8),
     "I16": ("int16", 16),
     "U16": ("uint16", 16),
-    "I32": ("int32", 32),
     "U32": ("uint32", 32),
     "I64": ("int64", 64),
     "U64": ("uint64", 64),

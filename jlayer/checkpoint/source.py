@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
-from jlayer.checkpoint.encoded import as_pieces, found_encodings, table_of
+from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
@@ -29,7 +29,7 @@ from jlayer.checkpoint.safetensors import (
 )
 from jlayer.checkpoint.sides import side_names
 from jlayer.checkpoint.stacked import unstacked
-from jlayer.config import config_notes, model_config, quantized_by
+from jlayer.config import config_notes, model_config, quantization_named, quantized_by
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.spec import ModelConfig
 from jlayer.strict import (
@@ -96,11 +96,13 @@ def open_published(folder: str) -> Published:
     """
     names = names_in(folder)
     _refuse_layers(folder, names)
-    refuse_quantizer_files(folder, names)
+    refuse_quantizer_files(folder, names, said=quantization_said(folder))
     if not {SINGLE, INDEX} & names:
         _refuse_weights(folder, names)
     notes = adapter_notes(folder, names)
     config_bytes, cfg = read_published_config(folder, notes)
+    if form_of(cfg) and form_of(cfg).is_repacked:
+        raise CheckpointError(repacked_first(folder, cfg.quantized.method))
     shards, weight_map = find_shards(folder, names, SINGLE, INDEX, notes)
     files = shard_files(folder, shards)
     stored = {
@@ -178,11 +180,30 @@ def quantizer_in(names: Iterable[str]) -> str | None:
     return next((_QUANTIZER_FILES[name] for name in names if name in _QUANTIZER_FILES), None)
 
 
-def refuse_quantizer_files(folder: str, names: Iterable[str]) -> None:
-    """Raises UnsupportedModelError if one of the names belongs to a quantizer."""
+def refuse_quantizer_files(folder: str, names: Iterable[str], *, said: str | None = None) -> None:
+    """Raises UnsupportedModelError if one of the names belongs to a quantizer. `said`: the method
+    that config.json names, whose file may be there: it says the same again."""
     for name, method in _QUANTIZER_FILES.items():
-        if name in names:
+        if name in names and method != said:
             raise UnsupportedModelError(f"{os.path.join(folder, name)}: {quantized_by(method)}")
+
+
+def quantization_said(folder: str) -> str | None:
+    """How the config.json of a folder says that its weights are quantized; None where it does not,
+    or cannot be read: what is wrong is told later."""
+    try:
+        return quantization_named(json_of(regular_file(folder, CONFIG)))
+    except (CheckpointError, StorageError):
+        return None
+
+
+def repacked_first(ref: str, method: str) -> str:
+    """What to tell of weights that run only after they are converted."""
+    name = os.path.basename(os.path.normpath(ref))
+    return (
+        f"{ref}: weights quantized by {method} run once they are repacked; run: jlayer convert "
+        f"{ref} {name}-jlayer"
+    )
 
 
 def read_published_config(folder: str, notes: list[str]) -> tuple[bytes, ModelConfig]:

@@ -83,12 +83,14 @@ def _of_table(table: Table, *, q, scale, global_scale=None, width):
     return levels[_pairs(q, table.is_high_first)] * _spread(factors, table, width)
 
 
-def _of_integers(row: Linear, *, q, scale, zero=None, width):
+def _of_integers(row: Linear, *, q, scale, zero=None, order=None, width):
     zeros = np.float32(row.zero)
     if zero is not None:
         zeros = _spread(zero.astype(np.float32), row, width)
     numbers = (_pairs(q, False) if row.bits == 4 else q).astype(np.float32) - zeros
     weights = numbers * _spread(scale.astype(np.float32), row, width)
+    if order is not None:  # sorted by group: each input goes back to its place
+        weights[:, order] = weights.copy()
     return weights if row.factor == 1 else weights * np.float32(row.factor)
 
 

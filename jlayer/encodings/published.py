@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import SCALE, Q
-from jlayer.encodings.linear import INT8_SCB, LINEAR
+from jlayer.encodings.linear import INT8_SCB, LINEAR, ORDER, ZERO
 from jlayer.encodings.tables import GLOBAL_SCALE, MXFP4
 
 
@@ -25,6 +25,8 @@ class Form:
     piece under its own name. `words_dtype`: of words in which the bytes of a main piece may be
     stored, the first byte in the low bits. `in_blocks`: a piece whose last axis is cut in two, and
     the length of the last one. `experts_alone`: it has no other matrices.
+    `is_repacked`: it does not run as it is, and is converted to its encodings. `variant_of`: the
+    method that a config.json names for it, if another.
     """
 
     method: str
@@ -34,6 +36,8 @@ class Form:
     words_dtype: str | None = None
     in_blocks: tuple[tuple[str, int], ...] = ()
     experts_alone: bool = False
+    is_repacked: bool = False
+    variant_of: str = ""
 
     def split(self, name: str) -> tuple[str, str | None] | None:
         """(name of the matrix, piece) of a published tensor, by its name; None: no end fits."""
@@ -62,8 +66,29 @@ _OF_ACTIVATIONS = ("input", "output", "input_global", "q", "k", "v")
 SHAPE_END = ".weight_shape"  # of a tensor that repeats the shape of a matrix
 # Its integers without zeros of their own.
 _SYMMETRIC = tuple(
-    name for name, row in LINEAR.items() if row.zero_dtype is None and row is not INT8_SCB
+    name
+    for name, row in LINEAR.items()
+    if row.zero_dtype is None and not row.is_ordered and row is not INT8_SCB
 )
+# The names of GPTQ's pieces, and AWQ's.
+_GPTQ = tuple(
+    (f".{name}", ".weight", piece)
+    for name, piece in (("qweight", Q), ("scales", SCALE), ("qzeros", ZERO), ("g_idx", ORDER))
+)
+# What hqq saves beside each matrix: the settings that it was quantized with.
+_OF_HQQ = """
+    axis channel_wise compute_dtype encoded_state_dict group_size nbits offload_meta optimize
+    packing quant_scale quant_zero round_zero shape stores_quant_config unpack_view_dtype
+    view_as_float
+    """.split()  # noqa: SIM905 - so many names are read better as a paragraph
+_HQQ = {"W_q": Q, "scale": SCALE, "zero": ZERO}
+_PACKED = {"packed": Q, "scale": SCALE, "zero_point": ZERO, "g_idx": ORDER, "shape": None}
+
+
+def _repacked(method, ends, **more):
+    return Form(method, ends, tuple(LINEAR), is_repacked=True, **more)
+
+
 FORMS: dict[str, Form] = {
     form.method: form
     for form in (
@@ -110,7 +135,25 @@ FORMS: dict[str, Form] = {
             (*FP8, "nvfp4_modelopt"),
             main_dtypes=(FLOAT8, "uint8"),
         ),
+        _repacked("gptq", _GPTQ),
+        _repacked("gptq_v2", _GPTQ, variant_of="gptq"),
+        _repacked("awq", _GPTQ[:-1]),
+        _repacked(
+            "hqq",
+            (
+                *((f".{name}", ".weight", own) for name, own in _HQQ.items()),
+                *((f".{name}", ".weight", None) for name in _OF_HQQ),
+            ),
+        ),
+        _repacked("eetq", ((".weight_scales", ".weight", SCALE),), main_dtypes=("int8",)),
+        _repacked(
+            "pack-quantized",
+            tuple((f".weight_{name}", ".weight", own) for name, own in _PACKED.items()),
+            variant_of="compressed-tensors",
+        ),
     )
 }
 # Those that a model of any family may have.
-OF_ALL_FAMILIES = tuple(name for name, form in FORMS.items() if not form.experts_alone)
+OF_ALL_FAMILIES = tuple(
+    name for name, form in FORMS.items() if not form.experts_alone and not form.variant_of
+)

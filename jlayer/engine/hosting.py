@@ -232,9 +232,10 @@ def matrices_of(tile: Tile, views: Mapping[str, np.ndarray]) -> dict[str, Matrix
     pieces: dict[str, dict] = {}
     of = {}
     for part in tile.parts:
-        if len(part.shape) == 2:
+        if part.piece or len(part.shape) == 2:  # a piece for all rows has one axis
             pieces.setdefault(part.matrix, {})[part.piece] = views[part.leaf]
-            of[part.matrix] = part
+            if part.has_rows:
+                of[part.matrix] = part
     return {name: Matrix(of[name].form, found, of[name].width) for name, found in pieces.items()}
 
 

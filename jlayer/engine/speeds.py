@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlayer.cores.cores import Cores, Matrix
+from jlayer.encodings.linear import ORDER
 from jlayer.encodings.registry import encoding
 from jlayer.interrupts import check
 from jlayer.plan.machine import PLATFORMS, HostSpeeds, platform_of
@@ -68,6 +69,8 @@ def _matrix(form, room):
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         pieces[name] = room[at : at + n_bytes].view(dtype).reshape(shape)
         at += n_bytes
+        if name == ORDER:
+            pieces[name][:] = np.arange(WIDTH)
     return Matrix(form, pieces, WIDTH)
 
 

@@ -11,6 +11,14 @@ from jlayer.encodings.linear import GROUPS
 from jlayer.encodings.tables import TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
+from jlayer.families.repacked import (
+    is_repacked,
+    read_awq,
+    read_eetq,
+    read_gptq,
+    read_hqq,
+    read_packed,
+)
 from jlayer.parts import Quantized
 
 NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
@@ -92,6 +100,8 @@ def _read_compressed(said):
     groups = said.section("config_groups")
     if not groups.raw:
         raise CheckpointError(f"{groups.where} is missing, expected a group of modules")
+    if is_repacked(said):
+        return read_packed(said, _names(said, "ignore"))
     usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
     return Quantized("compressed-tensors", usual[0], _names(said, "ignore"))
 
@@ -207,6 +217,10 @@ _READ = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed,
     "modelopt": _read_modelopt,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "hqq": read_hqq,
+    "eetq": read_eetq,
 }
 
 

@@ -17,6 +17,7 @@ from flax import struct
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import block_rows
+from jlayer.encodings.linear import ORDER
 from jlayer.encodings.registry import ENCODINGS
 from jlayer.model.blocks import DECODE_BLOCKS
 from jlayer.model.codes import in_order, in_rows
@@ -171,6 +172,8 @@ def _grouped_on_cpu(x, weight):
 def _by_blocks(x, weight, *, block_product):
     """The product, one block of rows after another; the last block may overlap the one before."""
     row = ENCODINGS[weight.encoding]
+    if ORDER in weight.pieces:
+        x = jnp.take(x, _order(weight), axis=-1, mode="clip")
     x = in_order(x, parts=row.parts, run=row.run)
     n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
@@ -208,7 +211,15 @@ def dequantize(weight: Encoded, width: int):
     """The decoded weights, float32 [out, in]; `width` is in."""
     row = ENCODINGS[weight.encoding]
     parts = jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
-    return in_rows(parts, parts=row.parts, run=row.run)
+    weights = in_rows(parts, parts=row.parts, run=row.run)
+    if ORDER in weight.pieces:
+        return jnp.zeros_like(weights).at[:, _order(weight)].set(weights)
+    return weights
+
+
+def _order(weight):
+    """The place of each input of a matrix before they were sorted by group, int32 [in]."""
+    return _rows(weight.pieces[ORDER], 0, weight.pieces[ORDER].shape[0])
 
 
 def as_array(weight, width: int):
@@ -236,6 +247,7 @@ def _parts(weight, first, count, width):
     pieces = {
         name: _rows_for(piece, first, count, per=row.rows_per(name))
         for name, piece in weight.pieces.items()
+        if name != ORDER
     }
     return DECODE[weight.encoding](**pieces, width=width)
 

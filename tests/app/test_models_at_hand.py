@@ -100,7 +100,7 @@ def test_a_cache_with_all_that_goes_wrong_is_listed_to_its_end(cache, capsys):
     add("a/pickles", pickled, "convert")
     add("a/gguf", {"x.gguf": b"GGUF"}, "broken", "cut off")
     add("a/lora", {"adapter_config.json": b"{}"}, "unsupported", "an adapter")
-    add("a/awq", without(config_json=awq), "unsupported", "quantized by awq")
+    add("a/awq", without(config_json=awq), "unsupported", "group_size is None")
     add("a/alien", without(config_json=config(model_type="alien")), "unsupported", "alien")
     add("a/cut", cut, "broken", "bytes")
     add("a/not-json", without(config_json=b'{"model_type": '), "broken", "not JSON")

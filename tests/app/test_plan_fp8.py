@@ -40,7 +40,7 @@ def test_modules_that_are_left_out_are_planned_in_the_dtype_of_the_config(tmp_pa
     assert table["model.layers.*.mlp.up_proj.weight"] == "fp8_128x128"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["aqlm", "quanto"])
 def test_other_forms_are_refused_as_before(tmp_path, capsys, method):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**FEW, "quantization_config": {"quant_method": method}}))

@@ -161,9 +161,7 @@ def test_a_plan_of_a_config_under_any_name(copy_of, capsys):
 
 
 CONFIGS = {
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
     "gptq without a name": {"quantization_config": {"bits": 4, "desc_act": True}},
-    "awq": {"quantization_config": {"quant_method": "awq", "zero_point": True, "bits": 4}},
     "awq without a name": {"quantization_config": {"zero_point": True, "w_bit": 4}},
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes"}},
     "bitsandbytes without a name": {"quantization_config": {"load_in_8bit": True}},
@@ -176,7 +174,7 @@ CONFIGS = {
     "MLX with a mode": {"quantization_config": {"mode": "affine", "group_size": 64, "bits": 4}},
     **{
         method: {"quantization_config": {"quant_method": method}}
-        for method in ("aqlm", "bitnet", "eetq", "exl2", "higgs", "hqq", "mxfp4", "quanto")
+        for method in ("aqlm", "bitnet", "exl2", "higgs", "mxfp4", "quanto")
     },
     **{
         method: {"quantization_config": {"quant_method": method}}

@@ -625,8 +625,8 @@ for label, changes, words in (
     ("model-type-that-is-a-list", {"architectures": None, "model_type": ["x"]}, ("['x']",)),
     ("dtype-that-is-an-object", {"torch_dtype": {"a": 1}, "dtype": None}, ("dtype", "{'a': 1}")),
     ("epsilon-beyond-any-float", {"rms_norm_eps": 10**400}, ("rms_norm_eps", "positive")),
-    ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("gptq",)),
-    ("awq", {"quantization_config": {"quant_method": "awq"}}, ("awq",)),
+    ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("group_size",)),
+    ("awq", {"quantization_config": {"quant_method": "awq"}}, ("bits is None",)),
     (
         "bitsandbytes",
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jlayer.cores.decode import decoded, some_rows
+from jlayer.cores.decode import product as by_cores
 from jlayer.encodings.grouped import WHOLE_ROW
 from jlayer.encodings.linear import GROUPS, INT8_SCB, LINEAR
 from jlayer.encodings.registry import ENCODINGS
 from jlayer.encodings.tables import E2M1, FP4, NF4
 from jlayer.model.products import Encoded, dequantize
+from jlayer.model.products import product as times
 from tests.encoded import random_pieces
 
 # The last group of 32 and of 64 is short, of 128 too.
@@ -20,7 +22,9 @@ WIDTH = 336
 FORMS = (
     *("nf4", "fp4", "packed4_g32_bfloat16", "packed8_g64_float16", "uint4_g128_float32"),
     *("uint4_g64_float16_bytes", "uint4_row_bfloat16", "int8_g32_float16", "int8_row_float32"),
-    *("int8_scb", "nvfp4", "nvfp4_modelopt"),
+    *("int8_scb", "nvfp4", "nvfp4_modelopt", "uint8_g64_float16", "uint8_g128_bfloat16_bytes"),
+    *("ordered_packed4_g32_float16", "ordered_packed8_g64_bfloat16"),
+    *("ordered_uint4_g128_float16_bytes", "ordered_uint8_g32_float32_bytes"),
 )
 
 
@@ -30,6 +34,8 @@ LEVELS = {"nf4": NF4, "fp4": FP4, "nvfp4": E2M1, "nvfp4_modelopt": E2M1}
 def by_formula(form, pieces, row, at):
     """One weight, float32, from what the format's own documents say."""
     encoding, f32 = ENCODINGS[form], np.float32
+    if "order" in pieces:
+        at = list(pieces["order"]).index(at)
     group = 0 if encoding.group == WHOLE_ROW else at // encoding.group
     scale = f32(pieces["scale"][row, group])
     if form == "nvfp4":
@@ -49,7 +55,8 @@ def by_formula(form, pieces, row, at):
     if "zero" in pieces:
         zero = f32(pieces["zero"][row, group])
     else:
-        zero = f32({"packed4": 8, "packed8": 128, "int8": 0}[form.partition("_")[0]])
+        kind = form.removeprefix("ordered_").partition("_")[0]
+        zero = f32({"packed4": 8, "packed8": 128, "int8": 0}[kind])
     return (f32(code) - zero) * scale
 
 
@@ -73,6 +80,7 @@ def test_the_names_say_what_an_encoding_has():
             ("packed8", 8, None),
             ("int8", 8, None),
             ("uint4", 4, dtype),
+            ("uint8", 8, dtype),
         ):
             row = LINEAR[f"{kind}_{ending}_{dtype}"]
             assert (row.bits, row.group, row.scale_dtype) == (bits, group, dtype)
@@ -99,3 +107,14 @@ def test_the_levels_of_fp4_are_a_sign_and_twelfths():
     twelfths = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32)
     expected = np.concatenate([twelfths, -twelfths]) / twelfths.max()
     assert np.array_equal(np.array(FP4, np.float32), expected)
+
+
+@pytest.mark.parametrize("form", ["ordered_uint4_g64_float16_bytes", "ordered_packed8_g32_float32"])
+def test_the_product_takes_the_inputs_in_the_order_of_the_weights(form):
+    """Of all rows, some at a time, and by the host's cores, as of the decoded matrix."""
+    pieces = random_pieces(form, 20, WIDTH)
+    x = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)
+    expected = x @ decoded(form, pieces, WIDTH).T
+    weight = Encoded(pieces, encoding=form, block_bytes=8 * 4 * WIDTH)
+    for found in (jax.jit(times)(x, weight), by_cores(x, form, pieces, WIDTH)):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -30,10 +30,11 @@ EIGHT_BITS = {
 }
 
 
-def _quantized(source, config, **section):
-    """Refused by its method, and in Transformers for want of the method's package."""
+def _quantized(source, config, *, refused=None, **section):
+    """Refused by its method, or by words, and in Transformers for want of the method's package."""
     config = {**config, "quantization_config": section}
-    return Form(source, config, refused=section["quant_method"], refused_there=True)
+    refused = refused or section["quant_method"]
+    return Form(source, config, refused=refused, refused_there=True)
 
 
 def _other(source, model_type, architecture, *, refused_there=False, **more):
@@ -58,38 +59,14 @@ REFUSED = {
 }
 # Quantised by other programs
 REFUSED |= {
-    "gptq": _quantized(
-        "rohit1253/llama_2_13_B_chat_GPTQ@ccb4d72d65a8: config.json",
-        {**without(L2, "pretraining_tp"), **OF_13B, "max_length": 4096, "pad_token_id": 0},
-        **GPTQ,
-        bits=4,
-        group_size=128,
-        desc_act=False,
-    ),
     "gptq-3-bits-without-groups": _quantized(
         "itdevwu/Genz-70b-GPTQ@1b1336fdba79: config.json",
         {**L2, **OF_70B, "torch_dtype": "bfloat16", "pad_token_id": 0},
         **{**GPTQ, "damp_percent": 0.1},
+        refused="bits is 3",
         bits=3,
         group_size=-1,
         desc_act=True,
-    ),
-    "gptq-8-bits": _quantized(
-        "Barksdale27/1@341d5e071d07: config.json",
-        {**L2, **OF_13B, "pad_token_id": 0},
-        **{**GPTQ, "damp_percent": 0.1},
-        bits=8,
-        group_size=128,
-        desc_act=True,
-    ),
-    "awq": _quantized(
-        UNFOUND + "remembered of hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
-        L31,
-        quant_method="awq",
-        bits=4,
-        group_size=128,
-        version="gemm",
-        zero_point=True,
     ),
     "bitsandbytes": _quantized(
         "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json",
@@ -136,6 +113,7 @@ REFUSED |= {
     "hqq": _quantized(
         UNFOUND + "remembered of mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq",
         L31,
+        refused="quant_config",
         quant_method="hqq",
     ),
     "aqlm": _quantized(

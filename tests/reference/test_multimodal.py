@@ -394,7 +394,7 @@ REFUSED = {
     "another-text": ({"text_config": {**TEXT, "model_type": "qwen2"}}, "'qwen2' is not supported"),
     "not-an-object": ({"text_config": [1]}, "expected an object"),
     "tied-a-word": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    "quantized": ({"quantization_config": {"quant_method": "aqlm"}}, "aqlm"),
     "another-architecture": ({"architectures": ["LlamaForCausalLM"]}, "remove the wrong one"),
 }
 

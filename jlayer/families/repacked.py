@@ -1,0 +1,135 @@
+"""What a quantization_config says of weights that are repacked when they are converted: GPTQ, AWQ,
+HQQ, EETQ, and compressed-tensors' pack-quantized with zeros or with sorted inputs. What would make
+it another form is refused by name."""
+
+from __future__ import annotations
+
+from jlayer.encodings.grouped import WHOLE_ROW
+from jlayer.encodings.linear import LINEAR, linear
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.fields import Fields
+from jlayer.parts import Quantized
+
+BITS, GROUPS = (4, 8), (32, 64, 128, -1)
+_USUAL = "float16"  # of scales, as far as a config tells
+# How compressed-tensors says that groups are not of neighbours.
+_SORTED = ("group", True)
+
+
+def read_gptq(said: Fields) -> Quantized:
+    """GPTQ: `checkpoint_format` (or `format`) says whether zeros are stored less one."""
+    named = {said.raw[key] for key in ("checkpoint_format", "format") if said.has(key)}
+    if len(named) > 1 or not named <= {"gptq", "gptq_v2"}:
+        raise UnsupportedModelError(
+            f"{said.where}: checkpoint_format is {', '.join(sorted(map(ascii, named))):.80}, "
+            "supported: gptq, gptq_v2"
+        )
+    said.refuse_unless("pack_dtype", None, "int32")
+    dynamic = said.section("dynamic")
+    for name in dynamic.raw:
+        if not name.startswith("-:"):  # that is, but for what is left out
+            raise UnsupportedModelError(
+                f"{said.where}: dynamic has other settings for {name!a:.80}, which is not "
+                "supported; take the model's unquantized checkpoint"
+            )
+    bits, group = _one_of(said, "bits", BITS), _group(said, "group_size")
+    is_ordered = said.boolean("desc_act") and group != WHOLE_ROW
+    zeros = None if said.boolean("sym", default=True) else "uint8"
+    row = linear(bits, group, _USUAL, zero_dtype=zeros, is_ordered=is_ordered)
+    return Quantized(*(named or {"gptq"}), row.name)
+
+
+def read_awq(said: Fields) -> Quantized:
+    """AWQ, in the order of its kernel gemm."""
+    for key in ("version", "format"):
+        version = said.raw.get(key)
+        if version is not None and str(version).lower() != "gemm":
+            raise UnsupportedModelError(f"{said.where}: {key} is {version!a:.80}, supported: gemm")
+    said.refuse_unless("zero_point", True)
+    bits, group = _one_of(said, "bits", (4,)), _group(said, "group_size")
+    row = linear(bits, group, _USUAL, zero_dtype="uint8")
+    return Quantized("awq", row.name, _left(said, "modules_to_not_convert"))
+
+
+def read_hqq(said: Fields) -> Quantized:
+    """HQQ: one setting for all matrices, or one for each kind of them."""
+    settings = said.section("quant_config")
+    kinds = [settings] if "weight_quant_params" in settings.raw else _sections(settings)
+    if not kinds:
+        raise CheckpointError(f"{settings.where} is missing, expected the settings of weights")
+    rows = []
+    for kind in kinds:
+        weights = kind.section("weight_quant_params")
+        weights.refuse_unless("view_as_float", None, False)
+        weights.refuse_unless("channel_wise", None, True)
+        bits, _ = _one_of(weights, "nbits", BITS), _one_of(weights, "axis", (1,))
+        group = weights.raw.get("group_size")
+        group = WHOLE_ROW if group is None else _group(weights, "group_size")
+        rows.append(linear(bits, group, _USUAL, zero_dtype=_USUAL))
+    return Quantized("hqq", rows[0].name, _left(said, "skip_modules"))
+
+
+def read_eetq(said: Fields) -> Quantized:
+    """EETQ: int8, a scale for each row."""
+    said.refuse_unless("weights", "int8")
+    row = LINEAR[f"int8_row_{_USUAL}"]
+    return Quantized("eetq", row.name, _left(said, "modules_to_not_convert"))
+
+
+def is_repacked(said: Fields) -> bool:
+    """Whether a config of compressed-tensors has integers with zeros, or sorted inputs."""
+    return any(
+        (group.raw.get("format") or said.raw.get("format")) == "pack-quantized"
+        and (weights.raw.get("symmetric") is False or weights.raw.get("actorder") in _SORTED)
+        for group in _sections(said.section("config_groups"))
+        for weights in [group.section("weights")]
+    )
+
+
+def read_packed(said: Fields, left: tuple[str, ...]) -> Quantized:
+    """compressed-tensors' pack-quantized, of one form for all groups of modules. `left`: the
+    modules that are plain numbers."""
+    rows = {}
+    for group in _sections(said.section("config_groups")):
+        weights = group.section("weights")
+        group.refuse_unless("format", None, "pack-quantized")
+        weights.refuse_unless("type", "int")
+        weights.refuse_unless("actorder", None, False, "static", "weight", *_SORTED[::-1])
+        strategy = weights.choice("strategy", {"group": "group", "channel": "row"}, default="group")
+        inputs = WHOLE_ROW if strategy == "row" else _group(weights, "group_size")
+        zeros = None if weights.boolean("symmetric", default=True) else "uint8"
+        is_ordered = weights.raw.get("actorder") in _SORTED and inputs != WHOLE_ROW
+        bits = _one_of(weights, "num_bits", BITS)
+        row = linear(bits, inputs, "bfloat16", zero_dtype=zeros, is_ordered=is_ordered)
+        rows[row.name] = None
+    if len(rows) > 1:
+        raise UnsupportedModelError(
+            f"{said.where}: config_groups has {len(rows)} forms of weights, supported with zeros "
+            "or sorted inputs: one; take the model's unquantized checkpoint"
+        )
+    return Quantized("pack-quantized", *rows, left)
+
+
+def _sections(said):
+    return [said.section(name) for name in said.raw]
+
+
+def _one_of(said, key, known):
+    value = said.raw.get(key)
+    if type(value) is not int or value not in known:
+        raise UnsupportedModelError(
+            f"{said.where}: {key} is {value!a:.80}, supported: {', '.join(map(str, known))}"
+        )
+    return value
+
+
+def _group(said, key):
+    size = _one_of(said, key, GROUPS)
+    return WHOLE_ROW if size == -1 else size
+
+
+def _left(said, key):
+    names = said.raw.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
+    return tuple(names)

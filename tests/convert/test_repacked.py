@@ -1,0 +1,196 @@
+"""What is wrong with a folder in a form that is repacked is told by the converter in one line; and
+what lies beside it, and options, are as of any other."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from tests.reference.repacked_forms import save
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+SINGLE = "model.safetensors"
+Q_PROJ = "model.layers.1.self_attn.q_proj."
+SECTION = "quantization_config"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    found = {}
+
+    def of(form):
+        if form not in found:
+            found[form], _ = save(tmp_path_factory.mktemp("repacked"), "llama", form)
+        return found[form]
+
+    return of
+
+
+@pytest.fixture
+def copy_of(published, tmp_path):
+    return lambda form: shutil.copytree(published(form), tmp_path / "source")
+
+
+def without(end):
+    return lambda tensors: tensors.pop(Q_PROJ + end)
+
+
+def with_(end, change):
+    def edit(tensors):
+        tensors[Q_PROJ + end] = np.ascontiguousarray(change(tensors[Q_PROJ + end]))
+
+    return edit
+
+
+def set_at(at, value):
+    def change(array):
+        array = array.copy()
+        array.flat[at] = value
+        return array
+
+    return change
+
+
+# What is done to the tensors of a form -> what is told.
+TENSORS = {
+    "gptq without scales": ("gptq", without("scales"), ("missing", "q_proj.scales")),
+    "gptq without codes": ("gptq", without("qweight"), ("missing", "q_proj.qweight")),
+    "gptq without zeros": ("gptq", without("qzeros"), ("missing", "q_proj.qzeros")),
+    "asymmetric without zeros": ("gptq asymmetric", without("qzeros"), ("missing", "qzeros")),
+    "gptq of another shape": (
+        *("gptq", with_("qweight", lambda a: a[:-1])),
+        ("q_proj.qweight", "int32 [15, 192]", "[16, 192]"),
+    ),
+    "gptq of another dtype": ("gptq", with_("qweight", lambda a: a.view("f4")), ("float32",)),
+    "scales of another group": (
+        "gptq",
+        with_("scales", lambda a: a[::2]),
+        ("[2, 192]", "[4, 192]"),
+    ),
+    "a group that is none": (
+        *("gptq sorted", with_("g_idx", set_at(3, 4))),
+        ("q_proj.g_idx", "group 4", "below 4"),
+    ),
+    "a group below 0": ("gptq sorted", with_("g_idx", set_at(3, -1)), ("group -1",)),
+    "groups of other sizes": (
+        *("gptq sorted", with_("g_idx", lambda a: np.where(a == 1, 2, a))),
+        ("32 inputs in every group",),
+    ),
+    "unsorted": ("gptq", with_("g_idx", lambda a: a[::-1]), ("not sorted", "desc_act is false")),
+    "sorted without places": ("gptq sorted", without("g_idx"), ("missing", "q_proj.g_idx")),
+    "zeros that are not in the middle": (
+        *("gptq", with_("qzeros", set_at(0, 0x77777776))),
+        ("q_proj.qzeros", "a zero of 7", "expected 8", "sym"),
+    ),
+    "awq without zeros": ("awq", without("qzeros"), ("missing", "q_proj.qzeros")),
+    "awq of another shape": ("awq", with_("qzeros", lambda a: a[:1]), ("q_proj.qzeros", "[1, 24]")),
+    "hqq without scales": ("hqq", without("scale"), ("missing", "q_proj.scale")),
+    "hqq with scales by columns": (
+        *("hqq", with_("scale", lambda a: a.reshape(1, -1))),
+        ("q_proj.scale", "[1, 384]", "[384, 1]"),
+    ),
+    "hqq with zeros of another dtype": (
+        *("hqq", with_("zero", lambda a: a.astype(np.float32))),
+        ("q_proj.zero", "float32", "float16"),
+    ),
+    "eetq without scales": ("eetq", without("weight_scales"), ("missing", "q_proj.weight_scales")),
+    "eetq of another shape": ("eetq", with_("weight", lambda a: a.T), ("[192, 128]", "[128, 192]")),
+    "packed without zeros": ("packed", without("weight_zero_point"), ("weight_zero_point",)),
+    "packed with places": (
+        "packed",
+        lambda tensors: tensors.update({Q_PROJ + "weight_g_idx": np.zeros(128, np.int32)}),
+        ("weight_g_idx", "actorder"),
+    ),
+    "packed with a group that is none": (
+        *("packed sorted", with_("weight_g_idx", set_at(0, 9))),
+        ("q_proj.weight_g_idx", "group 9"),
+    ),
+    "both plain and packed": (
+        "gptq",
+        lambda tensors: tensors.update({Q_PROJ + "weight": np.zeros((192, 128), np.float32)}),
+        ("q_proj.weight",),
+    ),
+}
+
+
+@pytest.mark.parametrize("label", TENSORS)
+def test_tensors_that_are_not_of_the_form(copy_of, tmp_path, label):
+    from safetensors.numpy import load_file, save_file
+
+    form, edit, words = TENSORS[label]
+    source = copy_of(form)
+    tensors = load_file(source / SINGLE)
+    edit(tensors)
+    save_file(tensors, source / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(source, tmp_path / "target")
+    for word in (str(source), *words):
+        assert word in str(caught.value), caught.value
+    assert "\n" not in str(caught.value)
+
+
+WEIGHTS = {"nbits": 4, "group_size": 64, "axis": 1}
+CONFIGS = {
+    "bits": ("gptq", {"bits": 3}, "bits is 3, supported: 4, 8"),
+    "few bits": ("gptq", {"bits": 2}, "bits is 2, supported: 4, 8"),
+    "group": ("gptq", {"group_size": 48}, "group_size is 48, supported: 32, 64, 128, -1"),
+    "format": ("gptq", {"checkpoint_format": "marlin"}, "supported: gptq, gptq_v2"),
+    "two formats": ("gptq", {"format": "gptq_v2"}, "checkpoint_format"),
+    "dynamic": ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic has other settings"),
+    "awq's kernel": ("awq", {"version": "gemv"}, "version is 'gemv', supported: gemm"),
+    "awq's bits": ("awq", {"bits": 8}, "bits is 8, supported: 4"),
+    "awq without zeros": ("awq", {"zero_point": False}, "zero_point is False"),
+    "awq's group": ("awq", {"group_size": 128}, "inputs in groups of 128, expected a multiple"),
+    "hqq's axis": (
+        *("hqq", {"quant_config": {"weight_quant_params": {**WEIGHTS, "axis": 0}}}),
+        "axis is 0, supported: 1",
+    ),
+    "hqq's bits": (
+        *("hqq", {"quant_config": {"weight_quant_params": {**WEIGHTS, "nbits": 3}}}),
+        "nbits is 3, supported: 4, 8",
+    ),
+    "hqq as floats": (
+        *("hqq", {"quant_config": {"weight_quant_params": {**WEIGHTS, "view_as_float": True}}}),
+        "view_as_float is True",
+    ),
+    "eetq's weights": ("eetq", {"weights": "int4"}, "weights is 'int4'"),
+}
+
+
+@pytest.mark.parametrize("label", CONFIGS)
+def test_settings_that_are_not_supported(copy_of, tmp_path, label):
+    form, changes, words = CONFIGS[label]
+    source = copy_of(form)
+    config = json.loads((source / "config.json").read_text())
+    config[SECTION] |= changes
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(source, tmp_path / "target")
+    assert words in str(caught.value)
+    assert str(source) in str(caught.value)
+
+
+def test_the_quantizer_s_own_file_may_lie_beside_a_config_that_says_the_same(copy_of, tmp_path):
+    source = copy_of("gptq")
+    (source / "quantize_config.json").write_text("{}")
+    assert convert_checkpoint(source, tmp_path / "target").status == "converted"
+    assert convert_checkpoint(source, tmp_path / "target").status == "unchanged"
+
+
+def test_they_are_not_quantized_again(published, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="convert without --quantize"):
+        convert_checkpoint(published("awq"), tmp_path / "target", quantize="int8")
+
+
+def test_delete_source_keeps_the_files_to_the_end(copy_of, tmp_path):
+    source = copy_of("gptq sorted")
+    done = convert_checkpoint(source, tmp_path / "target", delete_source=True)
+    assert done.removed == (SINGLE,)
+    assert not (source / SINGLE).exists()
+    Store(tmp_path / "target")

@@ -1,0 +1,250 @@
+"""Tiny random models whose weights are published in the forms that are repacked, each written here
+word by word from the formula of its format, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+# No two axes are equal; EETQ wants inputs in runs of 64, and 192 is half a group more than one.
+DENSE = {
+    "vocab_size": 133,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 48,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+MIXTURE = {
+    **DENSE,
+    "moe_intermediate_size": 64,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+MODELS = {"llama": DENSE, "qwen3": DENSE, "qwen3_moe": MIXTURE}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # half byte i of a word is of output 8c + AWQ_ORDER[i]
+
+
+def _gptq(version, bits, group, *, sym=True, desc_act=False):
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": version,
+        "bits": bits,
+        "group_size": group,
+        "sym": sym,
+        "desc_act": desc_act,
+    }
+
+
+def _hqq(bits, group):
+    weights = {"nbits": bits, "group_size": group, "axis": 1, "channel_wise": True}
+    weights |= {"optimize": True, "round_zero": bits == 4, "view_as_float": False}
+    settings = {"weight_quant_params": weights, "scale_quant_params": None}
+    return {"quant_method": "hqq", "quant_config": settings, "skip_modules": ["lm_head"]}
+
+
+def _packed(bits, group, **more):
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group} | more
+    if group == -1:
+        weights |= {"strategy": "channel", "group_size": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+_AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+FORMS = {
+    "gptq": _gptq("gptq", 4, 32),
+    "gptq asymmetric": _gptq("gptq", 4, 64, sym=False),
+    "gptq sorted": _gptq("gptq", 4, 32, desc_act=True),
+    "gptq sorted asymmetric": _gptq("gptq_v2", 4, 128, sym=False, desc_act=True),
+    "gptq of 8 bits": _gptq("gptq_v2", 8, 128, sym=False),
+    "gptq of 8 bits sorted": _gptq("gptq", 8, 64, desc_act=True),
+    "gptq by row": _gptq("gptq_v2", 4, -1, sym=False),
+    "awq": {**_AWQ, "group_size": 64},
+    "hqq": _hqq(4, 64),
+    "hqq of 8 bits": _hqq(8, 32),
+    "eetq": {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]},
+    "packed": _packed(4, 32, symmetric=False),
+    "packed by row": _packed(4, -1, symmetric=False),
+    "packed of 8 bits": _packed(8, 64, symmetric=False),
+    "packed sorted": _packed(4, 32, symmetric=True, actorder="group"),
+}
+
+
+def is_encoded(name: str, shape) -> bool:
+    """Whether such models have this tensor encoded: a Linear of a layer, not a router."""
+    is_linear = len(shape) == 2 and name.startswith("model.layers.")
+    return is_linear and not name.endswith(("norm.weight", "mlp.gate.weight"))
+
+
+def encode(weight: np.ndarray, form: str, *, seed: int = 0) -> tuple[dict, np.ndarray]:
+    """(end of a name -> tensor, the weights float32 [out, in] that they stand for by the format's
+    formula), of a matrix float32 [out, in]."""
+    said, rng = FORMS[form], np.random.default_rng(seed)
+    (out, width), method = weight.shape, said["quant_method"]
+    if method == "eetq":
+        return _eetq(weight)
+    bits, group, is_symmetric, is_sorted = _settings(said, width)
+    n_groups, top = -(-width // group), (1 << bits) - 1
+    of_input = np.arange(width) // group
+    if is_sorted:
+        of_input = of_input[rng.permutation(width)]
+    codes = np.empty((out, width), np.int64)
+    scales, zeros = np.empty((out, n_groups), np.float16), np.empty((out, n_groups))
+    for number in range(n_groups):
+        some = weight[:, of_input == number]
+        low, high = some.min(1), some.max(1)
+        if is_symmetric:
+            low, high = -np.abs(some).max(1), np.abs(some).max(1)
+        scales[:, number] = (high - low) / top
+        zero = -low / scales[:, number].astype(np.float32)
+        zeros[:, number] = (top + 1) // 2 if is_symmetric else np.clip(np.round(zero), 1, top)
+        if method == "hqq":
+            zeros[:, number] = zero.astype(np.float16)
+        found = np.round(some / scales[:, [number]].astype(np.float32)) + zeros[:, [number]]
+        codes[:, of_input == number] = np.clip(np.round(found), 0, top)
+    spread = zeros.astype(np.float32)[:, of_input], scales.astype(np.float32)[:, of_input]
+    meant = (codes.astype(np.float32) - spread[0]) * spread[1]
+    written = {"gptq": _write_gptq, "awq": _write_awq, "hqq": _write_hqq}.get(method, _write_packed)
+    return written(said, codes, scales, zeros, of_input, bits), meant
+
+
+def _settings(said, width):
+    """(bits, inputs of a group, whether zeros are in the middle, whether inputs are sorted)"""
+    if said["quant_method"] == "hqq":
+        weights = said["quant_config"]["weight_quant_params"]
+        return weights["nbits"], weights["group_size"], False, False
+    if said["quant_method"] == "compressed-tensors":
+        weights = said["config_groups"]["group_0"]["weights"]
+        sorted_ = weights.get("actorder") == "group"
+        return weights["num_bits"], weights["group_size"] or width, weights["symmetric"], sorted_
+    group = width if said["group_size"] == -1 else said["group_size"]
+    return said["bits"], group, said.get("sym", False), said.get("desc_act", False)
+
+
+def _words(codes, bits):
+    """Codes [n, m] of which those that lie one below the other share words, the first lowest."""
+    per = 32 // bits
+    found = np.zeros((-(-len(codes) // per), codes.shape[1]), np.uint32)
+    for at, row in enumerate(codes):
+        found[at // per] |= row.astype(np.uint32) << np.uint32(bits * (at % per))
+    return found.view(np.int32)
+
+
+def _write_gptq(said, codes, scales, zeros, of_input, bits):
+    less = 1 if said["checkpoint_format"] == "gptq" else 0
+    return {
+        "qweight": _words(codes.T, bits),
+        "qzeros": np.ascontiguousarray(_words(zeros - less, bits).T),
+        "scales": np.ascontiguousarray(scales.T),
+        "g_idx": of_input.astype(np.int32),
+    }
+
+
+def _write_awq(said, codes, scales, zeros, of_input, bits):
+    def words(rows):
+        found = np.zeros((rows.shape[0], rows.shape[1] // 8), np.uint32)
+        for at, place in enumerate(AWQ_ORDER):
+            found |= rows[:, place::8].astype(np.uint32) << np.uint32(4 * at)
+        return found.view(np.int32)
+
+    scales = np.ascontiguousarray(scales.T)
+    return {"qweight": words(codes.T), "qzeros": words(zeros.T), "scales": scales}
+
+
+def _write_hqq(said, codes, scales, zeros, of_input, bits):
+    groups = codes.reshape(scales.size, -1).astype(np.uint8)
+    half = len(groups) // 2
+    found = {
+        "W_q": groups if bits == 8 else groups[:half] << 4 | groups[half:],
+        "scale": scales.reshape(-1, 1),
+        "zero": zeros.astype(np.float16).reshape(-1, 1),
+        "shape": np.array(codes.shape, np.int64),
+        "packing": np.frombuffer(f"{bits}bit_u8".encode(), np.uint8),
+    }
+    numbers = {"nbits": bits, "group_size": groups.shape[1], "axis": 1}
+    return found | {name: np.array(number, np.int32) for name, number in numbers.items()}
+
+
+def _write_packed(said, codes, scales, zeros, of_input, bits):
+    weights = said["config_groups"]["group_0"]["weights"]
+    found = {
+        "weight_packed": np.ascontiguousarray(_words(codes.T, bits).T),
+        "weight_scale": scales,
+        "weight_shape": np.array(codes.shape, np.int64),
+    }
+    if not weights["symmetric"]:
+        found["weight_zero_point"] = _words(zeros, bits)
+    if weights.get("actorder") == "group":
+        found["weight_g_idx"] = of_input.astype(np.int32)
+    return found
+
+
+def _eetq(weight):
+    """The layout of EETQ's kernels, step by step as its `cutlass_preprocessors.cc` has them."""
+    out, width = weight.shape
+    scales = (np.abs(weight).max(1) / 127).astype(np.float16)
+    codes = np.clip(np.round(weight / scales[:, None].astype(np.float32)), -127, 127)
+    rows = codes.astype(np.int8).T  # [in, out], as it is quantized
+    permuted = np.empty_like(rows)
+    for row in range(width):
+        tile = row % 16
+        permuted[row] = rows[row - tile + 8 * (tile % 4 // 2) + tile % 2 + 2 * (tile // 4)]
+    columns, words = np.ascontiguousarray(permuted.T).view(np.uint32), width // 4
+    flat = np.empty(out * words, np.uint32)
+    for column in range(out):
+        for word in range(words):
+            base = word // 16 * 16
+            at = 2 * base + 16 * (column % 2) + word % 16
+            flat[column // 2 * words * 2 + at] = columns[column, word]
+    numbers = flat.view(np.uint8) + np.uint8(128)
+    numbers = numbers.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(width, out).view(np.int8)
+    meant = codes.astype(np.float32) * scales[:, None].astype(np.float32)
+    return {"weight": np.ascontiguousarray(numbers), "weight_scales": scales}, meant
+
+
+def save(folder: Path, name: str, form: str) -> tuple[Path, Path]:
+    """(a published folder in a form, the same model in Transformers' form with what it stands
+    for)."""
+    import torch
+    from safetensors.numpy import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    published, plain = folder / "published", folder / "plain"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **MODELS[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.3 if weight.ndim == 1 else 0.05)
+    model.save_pretrained(plain)
+    model.save_pretrained(published)
+    stored, meant = {}, {}
+    for number, (tensor, weight) in enumerate(load_file(plain / "model.safetensors").items()):
+        meant[tensor] = weight
+        if not is_encoded(tensor, weight.shape):
+            stored[tensor] = weight
+            continue
+        pieces, meant[tensor] = encode(weight, form, seed=number)
+        module = tensor.removesuffix("weight")
+        stored |= {module + end: piece for end, piece in pieces.items()}
+    for where, tensors in ((published, stored), (plain, meant)):
+        save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})
+    path = published / "config.json"
+    raw = json.loads(path.read_text()) | {"quantization_config": FORMS[form]}
+    path.write_text(json.dumps(raw))
+    return published, plain
