@@ -4,9 +4,11 @@ published one in between; or the same weights as published shards.
     python benchmarks/make_model.py OUT --shape 70b --layers 20 [--quantize int4 | --published]
     python benchmarks/make_model.py OUT --shape qwen2.5-72b-instruct --layers 8
     python benchmarks/make_model.py OUT --shape qwen3-30b-a3b-thinking-2507 --layers 8 --skew
+    python benchmarks/make_model.py OUT --shape 70b --layers 20 --fp8 --published
 
 A shape is one of Llama's sizes, a known model (configs/models), or the path of a config.json.
 Experts that are published in an encoding (gpt-oss: MXFP4) are written in it, whatever the rest is.
+With `--fp8` the matrices of the layers are FP8 with scales for blocks of 128 x 128, as DeepSeek V3.
 
 Every layer holds the same random bytes under its own names (a fast disk writes faster than numbers
 can be drawn), scaled so that activations stay finite. Benchmarks measure bytes and time; what such
@@ -72,17 +74,25 @@ SHAPES = {
 # Heads of another size than 128, and a head that is the embedding: as in Llama 3.2 1B.
 HEAD_DIM = {"1b": 64}
 TIED = {"1b"}
+# DeepSeek V3's quantization_config.
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 SKEWED = "skewed"  # (the end of a router's name, its pairs of opposite rows)
 LONGER = 32  # times other rows
 
 
-def config(shape: str, layers: int) -> dict:
-    """The config.json of a shape, cut to so many layers."""
+def config(shape: str, layers: int, *, fp8: bool = False) -> dict:
+    """The config.json of a shape, cut to so many layers; `fp8`: with its matrices in FP8."""
+    said = {"quantization_config": FP8} if fp8 else {}
     if shape not in SHAPES:
         text = Path(shape).read_bytes() if shape.endswith(".json") else model_json(shape)
         raw = text_only(json.loads(text), where=shape)
         types = {"layer_types": raw["layer_types"][:layers]} if raw.get("layer_types") else {}
-        return {**raw, **types, "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+        return {**raw, **types, "num_hidden_layers": layers, "torch_dtype": "bfloat16", **said}
     hidden, heads, kv_heads, mlp, vocab = SHAPES[shape]
     head_dim = 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads
     return {
@@ -100,16 +110,23 @@ def config(shape: str, layers: int) -> dict:
         "rope_theta": 500000.0,
         "tie_word_embeddings": shape in TIED,
         "torch_dtype": "bfloat16",
+        **said,
     }
 
 
 def make(
-    folder: Path, shape: str, layers: int, scheme: str | None = None, *, skew: bool = False
+    folder: Path,
+    shape: str,
+    layers: int,
+    scheme: str | None = None,
+    *,
+    skew: bool = False,
+    fp8: bool = False,
 ) -> None:
     """Writes the folder; files in parallel, hashes along the way. `skew`: some experts are chosen
-    more often."""
+    more often. `fp8`: see `config`."""
     folder.mkdir(parents=True)
-    raw = config(shape, layers)
+    raw = config(shape, layers, fp8=fp8)
     published = published_quantization(model_config(raw, where="benchmark"))
     if scheme is not None:
         raw["quantization_config"] = {**OWN_QUANTIZATION, "scheme": scheme}
@@ -151,11 +168,13 @@ def make(
     )
 
 
-def publish(folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30) -> None:
+def publish(
+    folder: Path, shape: str, layers: int, shard_bytes: int = 5 << 30, *, fp8: bool = False
+) -> None:
     """The same weights as they are published: shards in the order of the model, whose data begins
     where the header happens to end, which is hardly ever where a slot would have it."""
     folder.mkdir(parents=True)
-    raw = config(shape, layers)
+    raw = config(shape, layers, fp8=fp8)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     shards, room, kept = [], 0, {}
     for name, dims, dtype, use in _published(model_config(raw, where="benchmark")):
@@ -210,7 +229,13 @@ def _draw_encoded(kept):
     """What encoded tensors are filled with, by their names; `kept`: name -> (encoding, piece). The
     scales are such that the weights have the spread of others, 0.01."""
     half_bytes = np.random.default_rng(2).integers(0, 256, 16 << 20, dtype=np.uint8)
-    noise = {("mxfp4", "q"): half_bytes, ("mxfp4", "scale"): np.full(1 << 20, 119, np.uint8)}
+    numbers = np.random.default_rng(3).standard_normal(16 << 20, dtype=np.float32)
+    noise = {
+        ("mxfp4", "q"): half_bytes,
+        ("mxfp4", "scale"): np.full(1 << 20, 119, np.uint8),
+        ("fp8_128x128", "q"): (numbers * 40.96).astype(ml_dtypes.float8_e4m3fn),
+        ("fp8_128x128", "scale"): np.full(1 << 20, 2**-12, np.float32),
+    }
     return {name: noise[use] for name, use in kept.items()}
 
 
@@ -308,14 +333,17 @@ def main():
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--published", action="store_true", help="shards, not layers")
     kind.add_argument("--quantize", choices=tuple(SCHEMES))
+    parser.add_argument("--fp8", action="store_true", help="matrices of layers in FP8")
     parser.add_argument("--skew", action="store_true", help="some experts are chosen more often")
     args = parser.parse_args()
     if args.skew and args.published:
         parser.error("--skew: only of layered folders")
+    if args.fp8 and args.quantize:
+        parser.error("--fp8: its weights stay so, and are not quantized again")
     if args.published:
-        publish(args.out, args.shape, args.layers)
+        publish(args.out, args.shape, args.layers, fp8=args.fp8)
     else:
-        make(args.out, args.shape, args.layers, args.quantize, skew=args.skew)
+        make(args.out, args.shape, args.layers, args.quantize, skew=args.skew, fp8=args.fp8)
     print(args.out, "holds", args.layers, "layers")
 
 

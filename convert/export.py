@@ -142,6 +142,12 @@ def _open_layered(folder) -> CheckedSource:
         )
     check_side_files(folder, manifest)
     _refuse_stacks(folder)
+    if manifest.quantization is not None:
+        encodings = ", ".join(manifest.quantization.table.encodings)
+        raise UnsupportedModelError(
+            f"{folder}: its weights are encoded as they were published ({encodings}), which is not "
+            "exported; keep the published folder, whose codes are the same"
+        )
     digests = {
         tensor: digest
         for entry in manifest.files.values()

@@ -48,6 +48,10 @@ class TensorInfo:
     def n_bytes(self) -> int:
         return math.prod(self.shape) * STORED_BYTES[self.dtype]
 
+    def seen_as(self, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+        """The same bytes as numbers of another dtype, or in another shape."""
+        return TensorInfo(dtype, shape)
+
 
 class Source(Protocol):
     """Tensors under their published names, in whatever form they are stored."""

@@ -129,7 +129,9 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: spelling.renamed(table, where=files[shard].path) for shard, table in stored.items()
     }
-    tables = {shard: as_pieces(cfg, table) for shard, table in tables.items()}
+    tables = {
+        shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
+    }
     encodings = found_encodings(cfg, tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)

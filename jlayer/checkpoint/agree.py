@@ -13,7 +13,12 @@ from dataclasses import replace
 from jlayer.checkpoint.encoded import NONE_ENCODED, name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
 from jlayer.checkpoint.names import Names
-from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.checkpoint.quantization import (
+    Quantization,
+    piece_dtypes,
+    published_quantization,
+    stored_tensors,
+)
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
@@ -146,6 +151,7 @@ def check_tensors(
     notes += _doubled(found, expected)
     notes += _left_out(folder, cfg, found)
     notes += _of_inputs(folder, cfg, found)
+    notes += _plain_all_the_same(folder, cfg, quantization)
     return {name: found[name] for name in expected}
 
 
@@ -197,6 +203,21 @@ def _of_inputs(folder, cfg, found):
         yield (
             f"{folder}: left out {len(beside)} tensors that are no weights, by "
             f"{cfg.quantized.method} (scales of inputs): {beside[0]}, ..."
+        )
+
+
+def _plain_all_the_same(folder, cfg, quantization):
+    """A note of matrices that are plain numbers, where the config says that they are encoded."""
+    said, table = published_quantization(cfg), quantization.table if quantization else NONE_ENCODED
+    plain = [
+        name
+        for name in (published_tensors(cfg) if said else ())
+        if said.table.of_tensor(name) and not table.of_tensor(name)
+    ]
+    if plain:
+        yield (
+            f"{folder}: {SECTION} says that {len(plain)} matrices are encoded that are plain "
+            f"numbers here, such as {plain[0]}; they are taken as they are"
         )
 
 

@@ -10,12 +10,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.published import FORMS, Form
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
+from jlayer.errors import CheckpointError
 from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
 from jlayer.spec import ModelConfig
 
@@ -96,31 +97,38 @@ def form_of(cfg: ModelConfig) -> Form | None:
     return FORMS[cfg.quantized.method] if cfg.quantized else None
 
 
-def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple]) -> Mapping[str, tuple]:
+def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Mapping[str, tuple]:
     """A file's tensors as pieces: those that are main pieces by their dtype named so, and a single
     scale with one axis, whatever it is stored with.
 
-    `table`: name -> a place and what the file says, with `dtype` and `shape`.
+    `table`: name -> a place and what the file says: a TensorEntry, or a TensorInfo. Raises
+    CheckpointError where a main piece is there under both names.
     """
     form = form_of(cfg)
     if form is None:
         return table
     main = ENCODINGS[form.encodings[0]].main
+    shapes, stacks = published_tensors(cfg), stacked_tensors(cfg)
 
     def read(name, place, info):
+        if name in shapes or name in stacks:
+            is_main = info.dtype in form.main_dtypes and len(info.shape) >= 2
+            return piece_name(name, main) if is_main else name, (place, info)
         _, piece = split_piece(name)
-        if piece == WHOLE and info.dtype in form.main_dtypes:
-            return piece_name(name, main), (place, info)
         if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
-            return name, (place, _with_shape(info, (1,)))
+            return name, (place, info.seen_as(info.dtype, (1,)))
         return name, (place, info)
 
-    return dict(read(name, place, info) for name, (place, info) in table.items())
-
-
-def _with_shape(info, shape):
-    """What a file says of a tensor, in the form of any source, with another shape."""
-    return info._replace(shape=shape) if isinstance(info, tuple) else replace(info, shape=shape)
+    found = {}
+    for name, (place, info) in table.items():
+        piece, entry = read(name, place, info)
+        if piece in found:
+            raise CheckpointError(
+                f"{where}: tensor {piece} is there twice, once as {name}; which is meant cannot be "
+                "known"
+            )
+        found[piece] = entry
+    return found
 
 
 def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, str]:
@@ -136,7 +144,8 @@ def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> 
     for table in tables:
         for name, (_, info) in table.items():
             matrix, piece = split_piece(name)
-            if piece != WHOLE and name not in shapes and (matrix in shapes or matrix in stacks):
+            shape = stacks[matrix].of_expert if matrix in stacks else shapes.get(matrix, ())
+            if piece != WHOLE and name not in shapes and len(shape) == 2:
                 found.setdefault(matrix, {}).setdefault(piece, (info.dtype, tuple(info.shape)))
     names = form.encodings if form else ()
 
@@ -161,8 +170,6 @@ def pieces_of(
     lead = ()
     if stack is not None:
         lead, shape = stack.shape[:1], stack.of_expert
-    if len(shape) != 2:
-        return {}
     return {
         piece: (dtype, form.axes_of(piece, (*lead, *axes)) if form else (*lead, *axes))
         for piece, (dtype, axes) in ENCODINGS[name].pieces(shape).items()

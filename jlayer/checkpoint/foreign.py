@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jlayer.config import quantized_by
+from jlayer.encodings.published import OF_ALL_FAMILIES
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.strict import close, open_regular, read_json_object
 
@@ -151,13 +152,23 @@ def refuse_quantized_tensors(
     for end, method in _TENSORS:
         for name in names:
             if name.endswith(end):
-                raise UnsupportedModelError(f"{folder}: tensor {name!a}: {quantized_by(method)}")
+                raise UnsupportedModelError(f"{folder}: tensor {name!a}: {_told_of(method)}")
     for start, method in _DTYPES:
         for name, dtype in matrices.items():
             if dtype.startswith(start) and name.endswith(".weight"):
                 raise UnsupportedModelError(
-                    f"{folder}: tensor {name!a} is {dtype}: {quantized_by(method)}"
+                    f"{folder}: tensor {name!a} is {dtype}: {_told_of(method)}"
                 )
+
+
+def _told_of(method):
+    """What to tell of tensors of a method; those that are read need a config that says so."""
+    if method not in OF_ALL_FAMILIES:
+        return quantized_by(method)
+    return (
+        f"weights quantized by {method}, in another form than config.json says; put back the "
+        "config.json that was published with them, with its quantization_config"
+    )
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:

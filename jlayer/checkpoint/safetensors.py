@@ -83,6 +83,10 @@ class TensorEntry(NamedTuple):
         """The name of its encoding."""
         return self.dtype
 
+    def seen_as(self, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
+        """The same bytes as numbers of another dtype, or in another shape."""
+        return TensorEntry(dtype, shape, self.offset, self.n_bytes)
+
 
 class InputsFirstEntry(TensorEntry):
     """The same of a matrix of this shape, [out, in], whose numbers lie as [in, out]."""

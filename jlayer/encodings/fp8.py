@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlayer.encodings.grouped import SCALE, WHOLE_ROW, Decoded, Q
-from jlayer.spec import ITEM_BYTES
 
 FLOAT8 = "float8_e4m3fn"
 ALL_ROWS = 0  # as the rows that share a scale
@@ -46,7 +45,7 @@ _SHARED = {"128x128": (BLOCK, BLOCK), "row": (1, WHOLE_ROW), "tensor": (ALL_ROWS
 FP8: dict[str, Float8] = {
     row.name: row
     for shared, (rows, group) in _SHARED.items()
-    for dtype in ITEM_BYTES
+    for dtype in ("float32", "bfloat16", "float16")
     for row in (
         Float8(
             f"fp8_{shared}" + (f"_{dtype}" if dtype != "float32" else ""),

@@ -1,5 +1,7 @@
-"""Models whose weights are published in FP8 run as they are, in place and converted, with the logits
-of Transformers for what they stand for."""
+"""Models whose weights are published in FP8 run as they are, in place and converted, with the
+logits of Transformers for what they stand for."""
+
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +12,11 @@ from jlayer.convert import convert_checkpoint
 from jlayer.convert.verify import verify_folder
 from jlayer.encodings.fp8 import FP8
 from jlayer.encodings.registry import ENCODINGS
-from tests.reference.fp8_forms import FORMS, MODELS, encode, reference_logits, save
+from jlayer.errors import CheckpointError
+from jlayer.families.registry import stacked_tensors
+from tests.reference.fp8_forms import FORMS, GRID, MODELS, encode, reference_logits, save
+from tests.reference.mixture_forms import MIXTURES
+from tests.reference.test_stacked import WEIGHTS, cfg_of
 from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
@@ -70,6 +76,15 @@ def test_tiles_begin_where_a_row_of_scales_does(made, monkeypatch, name):
         assert_close(model.logits(IDS), expected)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_rows_that_the_hosts_cores_multiply(made, name):
+    """Half of them, up to where a row of scales begins."""
+    folder, expected = made(name, "grid")
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32", host_share=0.5) as model:
+        assert model.engine.plan.host_product_bytes
+        assert_close(model.logits(IDS), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_and_scales_stand_for_what_transformers_decodes_them_to(form):
     """Bit for bit, in numpy and in JAX: with all codes but NaN, and blocks that are not whole."""
@@ -106,3 +121,57 @@ def test_the_store_says_which_tensor_has_which_encoding(made):
     assert set(forms.values()) == {"fp8_128x128", "float32"}
     assert forms["mlp.gate"] == forms["input_layernorm"] == "float32"
     assert store.form_of("lm_head.weight") == "float32"
+
+
+def experts_in_fp8(folder, form, width):
+    """Two folders of one model whose experts are in FP8: one by one, and in tensors of all."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = MIXTURES["qwen3_5_moe"].config | {"moe_intermediate_size": width}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_5_moe_text", **own)
+    apart, whole = folder / "apart", folder / "whole"
+    AutoModelForCausalLM.from_config(config).save_pretrained(apart)
+    tensors = load_file(apart / WEIGHTS)
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name], tensors[f"{name}_scale_inv"], _ = encode(tensors[name].float(), form)
+    raw = json.loads((apart / "config.json").read_text()) | {"quantization_config": GRID}
+    (apart / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, apart / WEIGHTS)
+    for name, stack in stacked_tensors(cfg_of(apart)).items():
+        for end in ("", "_scale_inv"):
+            parts = [tensors.pop(part + end) for part, *_ in stack.parts]
+            joined = torch.cat([part.view(torch.uint8) for part in parts])
+            joined = joined.view(parts[0].dtype).reshape(stack.shape[0], -1, parts[0].shape[1])
+            tensors[name + end] = joined.contiguous()
+    whole.mkdir()
+    save_file(tensors, whole / WEIGHTS)
+    (whole / "config.json").write_text(json.dumps(raw))
+    return apart, whole
+
+
+@pytest.mark.parametrize(("form", "width"), [("grid", 128), ("compressed by channel", 20)])
+def test_experts_in_one_tensor_are_those_that_lie_one_by_one(tmp_path, form, width):
+    apart, whole = experts_in_fp8(tmp_path, form, width)
+    expected = logits(apart)
+    np.testing.assert_array_equal(logits(whole), expected)
+    convert_checkpoint(whole, tmp_path / "layered")
+    np.testing.assert_array_equal(logits(tmp_path / "layered"), expected)
+
+
+def test_experts_whose_scales_are_shared_are_not_cut_apart(tmp_path):
+    _, whole = experts_in_fp8(tmp_path, "grid", 128)
+    held = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(held | {"moe_intermediate_size": 96}))
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(whole / WEIGHTS)
+    for name in [name for name in tensors if ".experts." in name]:
+        if "gate_up" in name and name.endswith("_inv"):
+            continue  # two rows of scales for 192 rows
+        tensors[name] = tensors[name][:, :192] if "gate_up" in name else tensors[name][..., :96]
+        tensors[name] = tensors[name].contiguous()
+    save_file(tensors, whole / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"96 rows of a matrix beside .* a multiple of 128"):
+        Store(whole)
