@@ -1,13 +1,15 @@
-"""Exports a layered folder to a published form: Hugging Face shards, or an Orbax checkpoint.
+"""Exports a layered folder to a published form: Hugging Face shards, an Orbax checkpoint, or a
+GGUF file.
 
 Everything is written and synced in a folder beside the target, whose name marks it as unfinished;
 then it is renamed. So an interrupted export leaves no target. The same command resumes: it keeps
-the shards that are finished, after comparing the digests of their tensors; an Orbax checkpoint is
-written again from the start.
+the shards that are finished, after comparing the digests of their tensors; an Orbax checkpoint and
+a GGUF file are written again from the start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -22,6 +24,7 @@ from jlayer.checkpoint.layout import (
     INDEX,
     MANIFEST,
     encode_index,
+    is_document,
     is_layered,
     read_manifest,
 )
@@ -58,13 +61,16 @@ from jlayer.convert.target.disk import (
 from jlayer.convert.target.lock import LOCK, TargetLock
 from jlayer.convert.target.space import check_space
 from jlayer.convert.target.write import TargetWriter, refuse_inside
+from jlayer.convert.transform.gguf_model import TYPES, gguf_file
 from jlayer.convert.transform.outputs import SideFile, WeightFile
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import published_tensors
+from jlayer.gguf.parts import SUFFIX
+from jlayer.small_files import FolderFiles
 from jlayer.strict import close, is_there, read_json_object, resolve
 
-FORMATS = ("huggingface", "orbax")
+FORMATS = ("huggingface", "orbax", "gguf")
 SHARD_BYTES = 5_000_000_000
 # The bytes that an Orbax checkpoint needs beside each array: metadata, and entries in two trees.
 _ARRAY_BYTES = 16 << 10
@@ -89,27 +95,36 @@ def export_checkpoint(
     target: str | os.PathLike,
     *,
     format: str,
+    type: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Exported:
-    """Writes the layered checkpoint in `folder` to the new folder `target`.
+    """Writes the layered checkpoint in `folder` to the new folder `target`, or the new file of that
+    name for GGUF. `type`: of the matrices of a GGUF, one of TYPES; None: as they are stored.
 
     Every tensor is checked against the digest in the manifest. Raises the errors of jlayer.errors.
     """
     started = time.monotonic()
     folder, target, progress = os.fspath(folder), os.fspath(target), progress or Progress()
     parse_choice(format, FORMATS, option="format")
+    _check_type(format, type, target)
     refuse_inside(target, folder)
-    _check_new(target)
+    _check_new(target, is_file=format == "gguf")
     source = _open_layered(folder)
     aside = os.path.normpath(target) + (UNFINISHED if format == "orbax" else TEMPORARY)
     try:
         with TargetLock(aside, note=progress.note):
             if format == "orbax":
                 n_resumed, sizes = 0, _write_orbax(source, aside, progress)
+            elif format == "gguf":
+                n_resumed, sizes = 0, _write_gguf(source, type, aside, target, progress)
             else:
                 n_resumed, sizes = _write_shards(source, aside, shard_bytes, progress)
-            _put_in_place(aside, target)
+            if format != "gguf":
+                _put_in_place(aside, target)
+        if format == "gguf":
+            with contextlib.suppress(OSError):  # an interrupted export had left it
+                uninterrupted(os.rmdir, aside)
     finally:
         source.tensors.close()
     return Exported(
@@ -124,9 +139,22 @@ def export_checkpoint(
     )
 
 
-def _check_new(target):
+def _check_type(format, kind, target):
+    if format != "gguf":
+        if kind is not None:
+            raise UsageError(f"type {kind} is of the format gguf alone; leave it out")
+        return
+    if kind is not None:
+        parse_choice(kind, tuple(TYPES), option="type")
+    if not target.endswith(SUFFIX):
+        raise UsageError(f"{target}: expected the name of a file that ends in {SUFFIX}")
+
+
+def _check_new(target, *, is_file):
     if not is_there(target, follow=False):
         return
+    if is_file:
+        raise UsageError(f"{target}: is there already; name a new file")
     if not os.path.isdir(target) or names_in(target):
         raise UsageError(f"{target}: is there already; name a new folder")
 
@@ -318,6 +346,27 @@ def _write_orbax(source, aside, progress):
         paths = [os.path.join(where, name) for name in names if name != LOCK]
         written |= {path: os.path.getsize(path) for path in paths}
     return written
+
+
+def _write_gguf(source, kind, aside, target, progress):
+    """Writes the file in the folder `aside`, and renames it to `target`."""
+    _empty(aside, note=progress.note)
+    files = FolderFiles(source.folder)
+    small = {name: files.read(name) for name in source.side_files if not is_document(name)}
+    file = gguf_file(source, small, kind=kind, progress=progress)
+    name = os.path.basename(target)
+    check_space(aside, [(name, file.n_bytes)], freed={})
+    progress.start(file.source_bytes)
+    progress.file(name)
+    with TargetWriter(aside) as writer:
+        writer.write(name, file.chunks(), n_bytes=file.n_bytes)
+    _check_new(target, is_file=True)  # another process may have made it meanwhile
+    try:
+        uninterrupted(os.rename, os.path.join(aside, name), target)
+    except OSError as error:
+        raise failure(target, error, "put in place") from None
+    sync_folder(os.path.dirname(resolve(target, strict=False)))
+    return {name: file.n_bytes}
 
 
 def _write_failure(aside, name, error):

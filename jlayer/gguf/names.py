@@ -19,6 +19,7 @@ _OUTSIDE = {
     HEAD: "lm_head.weight",
 }
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
+_PUBLISHED = re.compile(r"model\.layers\.([0-9]+)\.(.+)\.(weight|bias)")
 _ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(0|[1-9][0-9]{0,5})\.weight")
 # Within a layer, without the ending (.weight, .bias) where it stays.
 _LLAMA = {
@@ -122,3 +123,15 @@ def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[
     for number in range(n_experts):
         at = tensor.offset + number * size
         yield to.format(expert=number), replace(tensor, shape=tuple(shape), offset=at, n_bytes=size)
+
+
+def name_in_file(model_type: str, name: str) -> str | None:
+    """The inverse of `published` for what is no expert's: the name in a file of a published tensor;
+    None where there is none."""
+    outside = {published: own for own, published in _OUTSIDE.items()}
+    match = _PUBLISHED.fullmatch(name)
+    if name in outside or match is None:
+        return outside.get(name)
+    within = {published: own for own, published in NAMES[model_type].items()}
+    own = within.get(match[2])
+    return None if own is None else f"blk.{match[1]}.{own}.{match[3]}"

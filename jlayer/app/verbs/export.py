@@ -1,8 +1,8 @@
-"""Write a converted folder back as published: Hugging Face shards, or an Orbax checkpoint.
+"""Write a converted folder back as published: Hugging Face shards, Orbax, or a GGUF file.
 
-TARGET is a new folder, which is there once the export is complete. An export that was stopped
-leaves an unfinished folder beside it; the same command continues from there (Hugging Face shards)
-or starts again (Orbax).
+TARGET is a new folder, or a new file for GGUF, which is there once the export is complete. An
+export that was stopped leaves an unfinished folder beside it; the same command continues from there
+(Hugging Face shards) or starts again (Orbax, GGUF).
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from jlayer.interrupts import released
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a layered checkpoint")
-    parser.add_argument("target", metavar="TARGET", help="a new folder")
+    parser.add_argument("target", metavar="TARGET", help="a new folder, or a new X.gguf")
     parser.add_argument(
-        "--format", choices=("huggingface", "orbax"), required=True, help="the form to write"
+        "--format",
+        choices=("huggingface", "orbax", "gguf"),
+        required=True,
+        help="the form to write",
+    )
+    parser.add_argument(
+        "--type",
+        choices=("f16", "bf16", "q8_0"),
+        help="of a GGUF's matrices (default: as they are stored)",
     )
 
 
@@ -30,7 +38,7 @@ def run(args: argparse.Namespace) -> dict:
     try:
         with released():
             done = export_checkpoint(
-                args.folder, args.target, format=args.format, progress=progress
+                args.folder, args.target, format=args.format, type=args.type, progress=progress
             )
     finally:
         progress.close()
