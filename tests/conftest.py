@@ -108,6 +108,7 @@ def room_for(fable, monkeypatch):
     from jlayer.plan.making import make_plan
     from jlayer.plan.shapes import RunShape
     from jlayer.plan.tiles import Tier
+    from tests.programs import all_shapes
 
     monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
 
@@ -123,4 +124,5 @@ def room_for(fable, monkeypatch):
                 "host_memory": needed.host_peak_bytes,
             }
 
-    return budgets
+    with all_shapes():
+        yield budgets
