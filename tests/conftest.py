@@ -2,6 +2,7 @@
 checkpoints."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -17,6 +18,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Workers of pytest share the cores; OpenMP's threads would wait for each other in a loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # XLA writes a line for each program that it finds compiled; a failing test would show hundreds.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -53,6 +58,13 @@ def pytest_collection_modifyitems(config, items):
         own = [item for item in items if crc32(item.nodeid.encode()) % n_parts == number]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(own)])
         items[:] = own
+
+
+def pytest_collection_finish():
+    """All of the tests and what they import stays until the end: Python's collector need not go
+    through millions of objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure():
@@ -96,6 +108,7 @@ def room_for(fable, monkeypatch):
     from jlayer.plan.making import make_plan
     from jlayer.plan.shapes import RunShape
     from jlayer.plan.tiles import Tier
+    from tests.programs import all_shapes
 
     monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
 
@@ -111,4 +124,5 @@ def room_for(fable, monkeypatch):
                 "host_memory": needed.host_peak_bytes,
             }
 
-    return budgets
+    with all_shapes():
+        yield budgets

@@ -1,9 +1,11 @@
 """The house: which room may import which, what stays light, and what no room reaches into."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -57,9 +59,14 @@ def room(module):
     return {"": "app", "__main__": "app"}.get(rest, rest.split(".")[0])
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def imported(path):
     """(module of ours, name or None) of each import, wherever in the file it stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -123,7 +130,7 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     for module, path in MODULES.items():
         if room(module) not in GROUND:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -133,10 +140,6 @@ def test_the_ground_floor_needs_the_standard_library_alone():
             for name in names:
                 top = name.split(".")[0]
                 assert top in (*sys.stdlib_module_names, "jlayer"), f"{module} imports {name}"
-
-
-def parsed(path):
-    return ast.parse(path.read_text())
 
 
 def own_names(tree):
@@ -210,29 +213,42 @@ def test_a_file_is_one_room(module):
     assert n_lines <= MOST_LINES or own in LONGER, f"{own} has {n_lines} lines"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
-        *("chat --help", "chat /does/not/exist"),
-        *("export --help", "export /does/not/exist /tmp/x --format orbax"),
-        *("demo --help", "bench --help", "generate", "plan", "nonsense"),
-        *("list --help", "pull --help", "remove --help", "pull x --offline", "pull a/b/"),
-        *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
-        *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),
-    ],
+LIGHT = (
+    *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
+    *("chat --help", "chat /does/not/exist"),
+    *("export --help", "export /does/not/exist /tmp/x --format orbax"),
+    *("demo --help", "bench --help", "generate", "plan", "nonsense"),
+    *("list --help", "pull --help", "remove --help", "pull x --offline", "pull a/b/"),
+    *("bench --timeline /does/not/exist.png", "plan /does/not/exist"),
+    *("verify /does/not/exist", "convert /does/not/exist /tmp/x"),
 )
-def test_help_and_usage_errors_import_nothing_heavy(words):
-    code = (
-        "import sys; from jlayer.app.cli import main\n"
-        f"try: main({words.split()!r})\n"
-        "except SystemExit: pass\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
-    )
+
+
+@pytest.fixture(scope="module")
+def imported_after():
+    """Words of the command line -> what is heavy and imported after them. They are given one after
+    another in one fresh process: what one imports is of all that follow."""
+    code = f"""
+import json, sys
+from jlayer.app.cli import main
+found = {{}}
+for words in {LIGHT!r}:
+    try:
+        main(words.split())
+    except SystemExit:
+        pass
+    found[words] = [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps(found), file=sys.stderr)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    assert done.stderr.strip().endswith("[]"), done.stderr
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_help_and_usage_errors_import_nothing_heavy(imported_after, words):
+    assert imported_after[words] == []
 
 
 def test_importing_jlayer_is_cheap():

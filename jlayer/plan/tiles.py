@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from itertools import chain, compress
 
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
@@ -287,12 +288,12 @@ class Tiling:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The bytes of each tile, in order."""
-        return tuple(tile.n_bytes for tile in self.shapes)
+        return self._each(lambda tile: tile.n_bytes)
 
     @cached_property
     def device_sizes(self) -> tuple[int, ...]:
         """The bytes of each tile on the device, in order."""
-        return tuple(tile.device_bytes for tile in self.shapes)
+        return self._each(lambda tile: tile.device_bytes)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -303,7 +304,7 @@ class Tiling:
     @cached_property
     def from_disk(self) -> tuple[Tier, ...]:
         """The tiers where nothing is kept; there is nothing to move of a tile without weights."""
-        return tuple(Tier.DISK if size else Tier.DEVICE for size in self.sizes)
+        return self._each(lambda tile: Tier.DISK if tile.n_bytes else Tier.DEVICE)
 
     @cached_property
     def experts(self) -> tuple[tuple[Tile, ...], ...]:
@@ -315,13 +316,14 @@ class Tiling:
     @cached_property
     def certain(self) -> tuple[int, ...]:
         """The tiles that every forward pass uses, by number: all but those of experts."""
-        return tuple(n for n, tile in enumerate(self.shapes) if tile.expert is None)
+        return self._numbers(lambda tile: tile.expert is None)
 
     @cached_property
     def uncut(self) -> frozenset[int]:
         """The tiles that are leaves which a function reads uncut, by number."""
-        found = (n for n in self.certain if self.shapes[n].uncut)
-        return frozenset(n for n in found if not self.shapes[n].heights)
+        return frozenset(
+            self._numbers(lambda tile: tile.expert is None and tile.uncut and not tile.heights)
+        )
 
     @cached_property
     def is_whole(self) -> bool:
@@ -332,9 +334,8 @@ class Tiling:
     def distinct(self) -> tuple[tuple[Tile, int], ...]:
         """(a tile, the number of tiles of its shape), for every shape."""
         count, first = Counter(), {}
-        layers = {id(tiles): tiles for tiles in self._alike}  # equal ones are the same object
         n_layers = Counter(map(id, self._alike))
-        groups = [(tiles, n_layers[key]) for key, tiles in layers.items()]
+        groups = [(tiles, n_layers[key]) for key, tiles in self._layers.items()]
         for tiles, n in (*groups, (self._head, 1)):
             for tile in tiles:
                 key = (tile.signature, tile.ends_stage, tile.for_host)
@@ -385,8 +386,29 @@ class Tiling:
             sum(self._decoded_bytes(tile, part) for part in tile.parts) for tile, _ in self.distinct
         )
 
+<<<<<<< HEAD
     def _decoded_bytes(self, tile, part):
         """Of a part: of a leaf that is used uncut all of it, in float32 and then in its dtype."""
+=======
+    @cached_property
+    def _layers(self) -> dict[int, tuple[Tile, ...]]:
+        """The layers that were cut, by identity: those that are equal have the same tuple."""
+        return {id(tiles): tiles for tiles in self._alike}
+
+    def _each(self, fact: Callable[[Tile], object]) -> tuple:
+        """The fact of each tile, in order, which is asked of the layers that were cut alone: a
+        large model has 80 layers of one kind, and 40000 tiles."""
+        of_layer = {key: tuple(map(fact, tiles)) for key, tiles in self._layers.items()}
+        of_all = chain.from_iterable(of_layer[id(tiles)] for tiles in self._alike)
+        return (*of_all, *map(fact, self._head))
+
+    def _numbers(self, holds: Callable[[Tile], object]) -> tuple[int, ...]:
+        """The numbers of the tiles of which this is true, in order."""
+        return tuple(compress(range(len(self.shapes)), self._each(holds)))
+
+    def _dtype_of(self, tile, part):
+        """The dtype in which a part enters the arithmetic."""
+>>>>>>> ht
         if part.matrix not in tile.uncut:
             return part.decoded_bytes(self._dtype, self._platform)
         dtype = resident_dtype(tile.kind.leaf(part.matrix), self._dtype)

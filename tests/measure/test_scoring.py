@@ -14,6 +14,7 @@ from jlayer.measure.scoring import Scored, continue_all, score
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from tests.conftest import BUNDLED
+from tests.programs import all_shapes
 from tests.reference.dense_forms import save
 
 SHOTS = [10 + (7 * n) % 900 for n in range(40)]  # the examples before each question
@@ -110,7 +111,8 @@ def tight(monkeypatch):
             BUNDLED, device="cpu", dtype="float32", device_memory=needed.device_peak_bytes
         )
 
-    return opened
+    with all_shapes():
+        yield opened
 
 
 @pytest.mark.slow

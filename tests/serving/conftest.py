@@ -4,6 +4,13 @@ import pytest
 
 from jlayer import AutoModel
 from jlayer.serving.desk import Desk
+from tests import programs
+
+
+@pytest.fixture(scope="package", autouse=True)
+def few_shapes():
+    with programs.few_shapes():
+        yield
 
 
 @pytest.fixture(scope="package")
