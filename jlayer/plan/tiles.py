@@ -386,10 +386,6 @@ class Tiling:
             sum(self._decoded_bytes(tile, part) for part in tile.parts) for tile, _ in self.distinct
         )
 
-<<<<<<< HEAD
-    def _decoded_bytes(self, tile, part):
-        """Of a part: of a leaf that is used uncut all of it, in float32 and then in its dtype."""
-=======
     @cached_property
     def _layers(self) -> dict[int, tuple[Tile, ...]]:
         """The layers that were cut, by identity: those that are equal have the same tuple."""
@@ -406,9 +402,8 @@ class Tiling:
         """The numbers of the tiles of which this is true, in order."""
         return tuple(compress(range(len(self.shapes)), self._each(holds)))
 
-    def _dtype_of(self, tile, part):
-        """The dtype in which a part enters the arithmetic."""
->>>>>>> ht
+    def _decoded_bytes(self, tile, part):
+        """Of a part: of a leaf that is used uncut all of it, in float32 and then in its dtype."""
         if part.matrix not in tile.uncut:
             return part.decoded_bytes(self._dtype, self._platform)
         dtype = resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
