@@ -19,6 +19,7 @@ from jlayer.encodings import plain
 from jlayer.encodings.grouped import Grouped
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
+from jlayer.encodings.linear import ORDER
 from jlayer.encodings.registry import (
     ENCODINGS,
     SCHEMES,
@@ -93,7 +94,10 @@ def test_rows_stay_rows_in_each_piece_and_names_of_pieces_are_told_apart(encodin
     axis = 0 if encoding.by_rows else -1
     for piece, (_, shape) in pieces.items():
         per = encoding.rows_per(piece)
-        assert shape[axis] == (-(-rows // per) if per else 1)
+        if per:
+            assert shape[axis] == -(-rows // per)
+        else:  # for all rows: one number, or one for each input
+            assert shape == ((width,) if piece == ORDER else (1,))
     all_rows = encoding.n_bytes((rows, width))
     assert all_rows == sum(STORED_BYTES[d] * math.prod(shape) for d, shape in pieces.values())
     if encoding.row_unit == 1 and all(map(encoding.rows_per, pieces)):
