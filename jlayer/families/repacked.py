@@ -56,7 +56,9 @@ def read_hqq(said: Fields) -> Quantized:
     settings = said.section("quant_config")
     kinds = [settings] if "weight_quant_params" in settings.raw else _sections(settings)
     if not kinds:
-        raise CheckpointError(f"{settings.where} is missing, expected the settings of weights")
+        raise UnsupportedModelError(
+            f"{settings.where} is missing, supported: settings with weight_quant_params"
+        )
     rows = []
     for kind in kinds:
         weights = kind.section("weight_quant_params")
