@@ -11,7 +11,7 @@ from jlayer.engine.report import Stats
 
 @pytest.mark.parametrize(
     ("device_memory", "said"),
-    [("6GiB", "in host memory, and 3 may be put by guess\n"), ("80GiB", "in host memory\n")],
+    [("6GiB", "in host memory, and 8 may be put by guess\n"), ("80GiB", "in host memory\n")],
 )
 def test_a_plan_says_how_many_experts_may_be_put_by_guess(device_memory, said, capsys):
     words = ["qwen3-30b-a3b-thinking-2507", "--device-memory", device_memory]

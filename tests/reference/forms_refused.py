@@ -103,19 +103,6 @@ REFUSED |= {
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head", "multi_modal_projector", "model.layers.0.self_attn"],
     ),
-    "compressed-tensors": _quantized(
-        UNFOUND + "remembered of RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
-        L31,
-        quant_method="compressed-tensors",
-        format="pack-quantized",
-        config_groups={},
-    ),
-    "hqq": _quantized(
-        UNFOUND + "remembered of mobiuslabsgmbh/Llama-3.1-8b-instruct_4bitgs64_hqq",
-        L31,
-        refused="quant_config",
-        quant_method="hqq",
-    ),
     "aqlm": _quantized(
         UNFOUND + "remembered of ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf",
         L31,

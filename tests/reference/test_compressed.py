@@ -232,11 +232,11 @@ WRONG = {
     ),
     "zeros of their own": (
         said("pack-quantized", **{**GROUP, "symmetric": False}),
-        "symmetric is False, supported: True",
+        "run once they are repacked; run: jlayer convert",
     ),
     "inputs in another order": (
         said("pack-quantized", actorder="group", **GROUP),
-        "actorder is 'group', supported: 'static'",
+        "run once they are repacked; run: jlayer convert",
     ),
     "another algorithm": (modelopt("W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported; supp"),
     "too many stars": (
