@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jlayer.cores.native import missing
-from jlayer.engine.driver import DEFAULT_DEVICE_MEMORY, gpu_memory
+from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memory
 from jlayer.engine.report import available_bytes
 from jlayer.errors import JlayerError
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds

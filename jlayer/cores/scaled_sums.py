@@ -225,7 +225,7 @@ def _sums(block, start, stop, *, form):
 _NUMBER = {"bfloat16": bfloat16, "float16": _float16, "float32": _float32}
 _FORMS = {INT8.name: _Form(_integers, 1, INT8.group, INT8.scale_dtype)}
 for _row in LINEAR.values():
-    if _row.bits == 8:
+    if _row.bits == 8 and _row.zero_dtype is None and not _row.is_ordered:
         _decode = partial(_integers, how="zext", zero=_row.zero) if _row.zero else _integers
         _FORMS[_row.name] = _Form(_decode, 1, _row.group, _row.scale_dtype, _row.factor)
 for _row in FP8.values():

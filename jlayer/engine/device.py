@@ -10,7 +10,7 @@ import os
 import re
 import time
 
-from jlayer.engine.driver import DEFAULT_DEVICE_MEMORY, gpu_memory
+from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memory
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS, platform_of
 from jlayer.streaming.slots import HostMemory

@@ -20,18 +20,18 @@ _MODEL, _PRE, _TEMPLATE = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokeniz
 _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 _TEMPLATES = "tokenizer.chat_templates"
 # As tokenizer_config.json calls a token -> the key of its id.
-_NAMED = {
+NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
-_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Control tokens that end a turn in published chat templates. Files often name one end alone.
-_END_TEXTS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+END_TEXTS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 _NO_TOKEN = (1 << 64) - 1  # -1, as a message of protobuf has it
-_UNUSED, _BYTE = 5, 6  # kinds of tokens besides those of PieceKind
+UNUSED, BYTE = 5, 6  # kinds of tokens besides those of PieceKind
 # The file as it is, whatever class its model has: see `text.model_class`.
 _CLASS = "TokenizersBackend"
 
@@ -81,14 +81,14 @@ def tokenizer_files(head: Head) -> dict[str, bytes]:
 
 def generation_config(head: Head) -> dict:
     """The ids at which generation begins and ends, as a generation_config.json has them."""
-    ends = [_id(head, key) for key in _ENDS]
+    ends = [_id(head, key) for key in ENDS]
     found = [end for end in ends if end is not None]
     if _TOKENS in head.values:
         words = _vocabulary(head)
         found += [
             token_id
             for token_id, kind in enumerate(words.kinds)
-            if kind == PieceKind.CONTROL and words.texts[token_id] in _END_TEXTS
+            if kind == PieceKind.CONTROL and words.texts[token_id] in END_TEXTS
         ]
     begin = _id(head, "bos_token_id")
     return {
@@ -135,7 +135,7 @@ def _flag(head, key, default):
 def _config(head, words, model):
     """The tokenizer_config.json."""
     n_tokens = len(words.texts)
-    ids = {name: _id(head, key, n_tokens) for name, key in _NAMED.items()}
+    ids = {name: _id(head, key, n_tokens) for name, key in NAMED.items()}
     adds_bos = model == "llama" or (model == "gpt2" and _kind(head).adds_bos)
     config = {
         "tokenizer_class": _CLASS,
@@ -187,7 +187,7 @@ def _sentencepiece(head, words):
     model = SentencePieceModel(
         tuple(Piece(*row) for row in rows),
         model_type=BPE,
-        byte_fallback=int(_BYTE in words.kinds),
+        byte_fallback=int(BYTE in words.kinds),
         add_dummy_prefix=int(_flag(head, "add_space_prefix", True)),
         remove_extra_whitespaces=int(_flag(head, "remove_extra_whitespaces", False)),
         **{f"{name}_id": number for name, number in numbers.items()},
@@ -214,7 +214,7 @@ def _bpe(head, words):
     wrong = next((n for n, merge in enumerate(merges) if len(merge) != 2), None)
     if wrong is not None:
         raise CheckpointError(f"{head.path}: {_MERGES}[{wrong}] is no pair; fetch the file again")
-    ids = {n: text for n, text in enumerate(words.texts) if words.kinds[n] != _UNUSED}
+    ids = {n: text for n, text in enumerate(words.texts) if words.kinds[n] != UNUSED}
     vocabulary = {text: n for n, text in ids.items()}
     if len(vocabulary) != len(ids):
         raise CheckpointError(f"{head.path}: {_TOKENS} has a token twice; fetch the file again")

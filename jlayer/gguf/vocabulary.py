@@ -13,23 +13,14 @@ from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.gguf.splits import KINDS, SplitKind
+from jlayer.gguf.tokenizer import BYTE, END_TEXTS, ENDS, NAMED, UNUSED
 from jlayer.strict import parse_json_object
 from jlayer.tokenizer_files import BPE, PieceKind, is_tiktoken, read_sentencepiece
 
 JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _GENERATION, _MODEL_CONFIG = "generation_config.json", "config.json"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates/"
-_UNUSED, _BYTE = 5, 6  # kinds of tokens besides those of PieceKind
 _BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
-_NAMED = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-    "mask_token": "mask_token_id",
-}
-# The keys of ends, the first that of the tokenizer.
-_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Under which of the names in KINDS a way of splitting is written: those that llama.cpp's own
 # converter writes.
 _WRITTEN = (
@@ -165,7 +156,7 @@ def _of_merges(texts, merges, model, where):
         ranks.setdefault(whole, len(ranks))
     kinds = {}
     for number, text in texts.items():
-        kind = _BYTE if _BYTE_TEXT.fullmatch(text) else PieceKind.NORMAL
+        kind = BYTE if _BYTE_TEXT.fullmatch(text) else PieceKind.NORMAL
         kinds[number] = int(PieceKind.UNKNOWN if text == model.get("unk_token") else kind)
     # A token that no merge leads to is never joined: its score is the least.
     scores = {number: -float(ranks.get(text, len(ranks))) for number, text in texts.items()}
@@ -247,10 +238,22 @@ def _add(tokens, raw, config, files, where):
     for text, number in _object(files, "added_tokens.json", where).items():
         rows.setdefault(number, {"content": text, "special": text in special})
     for number, row in rows.items():
+        _refuse_flags(row, where)
         kind = PieceKind.CONTROL if row.get("special") else PieceKind.USER_DEFINED
         tokens.texts[number] = row["content"]
-        if tokens.kinds.get(number) not in (PieceKind.UNKNOWN, _BYTE):
+        if tokens.kinds.get(number) not in (PieceKind.UNKNOWN, BYTE):
             tokens.kinds[number] = int(kind)
+
+
+def _refuse_flags(row, where):
+    """Raises UnsupportedModelError for an added token that takes text besides its own, or is found
+    between words alone: a file has no place for that, and the ids would be others."""
+    found = next((flag for flag in ("lstrip", "rstrip", "single_word") if row.get(flag)), None)
+    if found:
+        raise UnsupportedModelError(
+            f"{where}: its token {row['content']!a:.40} has {found}, which GGUF cannot say, so a "
+            "text would get other tokens; export with --format huggingface"
+        )
 
 
 def _listed(tokens, vocab_size, where):
@@ -264,7 +267,7 @@ def _listed(tokens, vocab_size, where):
     numbers = range(vocab_size)
     found = {
         "tokens": tuple(tokens.texts.get(number, f"[PAD{number}]") for number in numbers),
-        "token_type": tuple(tokens.kinds.get(number, _UNUSED) for number in numbers),
+        "token_type": tuple(tokens.kinds.get(number, UNUSED) for number in numbers),
     }
     if tokens.scores is not None:
         least = min(tokens.scores.values())
@@ -275,7 +278,7 @@ def _listed(tokens, vocab_size, where):
 def _named(config, files, where):
     """bos_token and so on -> its text."""
     said = {**_object(files, "special_tokens_map.json", where), **config}
-    found = {name: _content(said.get(name)) for name in _NAMED}
+    found = {name: _content(said.get(name)) for name in NAMED}
     return {name: text for name, text in found.items() if text is not None}
 
 
@@ -316,12 +319,26 @@ def _ids(tokens, named, files, where):
     missing = next((text for text in named.values() if text not in numbers), None)
     if missing is not None:
         raise CheckpointError(f"{where}/{CONFIG}: token {missing!a:.40} is not in the vocabulary")
-    found = {_NAMED[name]: numbers[text] for name, text in named.items()}
+    found = {NAMED[name]: numbers[text] for name, text in named.items()}
     said = {**_object(files, _MODEL_CONFIG, where), **_object(files, _GENERATION, where)}
     ends = said.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = list(dict.fromkeys([*(found[key] for key in _ENDS[:1] if key in found), *ends]))
-    return {**found, **dict(zip(_ENDS, ends, strict=False))}
+    ends = list(dict.fromkeys([*(found[key] for key in ENDS[:1] if key in found), *ends]))
+    # Who reads the file knows these by their texts; so the keys are for others first.
+    known = [
+        end
+        for end in ends[1:]
+        if tokens.texts.get(end) in END_TEXTS and tokens.kinds[end] == PieceKind.CONTROL
+    ]
+    ends = [*ends[:1], *(end for end in ends[1:] if end not in known), *known]
+    lost = [end for end in ends[len(ENDS) :] if end not in known]
+    if lost:
+        raise UnsupportedModelError(
+            f"{where}: {len(ends)} tokens end a text, of which a GGUF file names {len(ENDS)} "
+            f"(token {lost[0]}, {tokens.texts.get(lost[0])!a:.40}, has no place); take it out of "
+            f"eos_token_id in {_GENERATION}, or export with --format huggingface"
+        )
+    return {**found, **dict(zip(ENDS, ends, strict=False))}
 
 
 def _templates(files, config, where):

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlayer.engine.driver import gpu_name
+from jlayer.engine.gpu import gpu_name
 from jlayer.errors import DoesNotFitError
 from jlayer.interrupts import check
 from jlayer.model.ops import product

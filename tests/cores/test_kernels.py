@@ -10,7 +10,8 @@ from jlayer.cores.cores import Cores
 from jlayer.cores.decode import decoded, some_rows
 from jlayer.cores.native import missing
 from jlayer.encodings.blocks import BLOCKS
-from jlayer.encodings.linear import INT8_SCB
+from jlayer.encodings.linear import INT8_SCB, LINEAR
+from jlayer.model.products import Encoded, dequantize
 from tests.cores.matrices import assert_is_product, inputs, placed
 from tests.encoded import random_pieces
 
@@ -57,6 +58,24 @@ def test_a_product_is_that_of_the_decoded_weights(cores, form):
         for n_columns in (1, 2, 7, 12):
             x = inputs(n_columns, width)
             assert_is_product(cores.multiply([some], x)[0], x, some)
+
+
+# One of each kind of integers. Those with zeros of their own, and those whose inputs are sorted,
+# have no kernel.
+KINDS = {
+    (row.bits, row.q_dtype, row.zero_dtype, row.is_ordered, row.factor): name
+    for name, row in LINEAR.items()
+    if row.group == 32 or row is INT8_SCB
+}
+
+
+@pytest.mark.parametrize("form", KINDS.values())
+def test_integers_of_every_kind_are_multiplied_as_a_program_decodes_them(cores, form):
+    rows, width = 7, 256
+    pieces = random_pieces(form, rows, width)
+    weights = dequantize(Encoded(pieces, encoding=form, block_bytes=1 << 20), width)
+    (y,) = cores.multiply([placed(form, pieces, width)], np.eye(width, dtype=np.float32))
+    np.testing.assert_allclose(y.T, np.asarray(weights), rtol=1e-6, atol=1e-6)
 
 
 def test_each_square_of_a_grid_has_its_scale(cores):

@@ -25,8 +25,10 @@ NAMES = (
     "llama, tied, biases",
     "llama, llama3 rope",
     "llama, linear rope",
+    "mistral",
     "qwen2",
     "qwen3",
+    "qwen3, yarn",
 )
 TYPES = {None: "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
@@ -116,6 +118,9 @@ def test_the_tokenizer_gives_the_same_ids(name, tmp_path):
 REFUSED = {
     "gemma2": (UnsupportedModelError, "a gemma2 cannot be exported to GGUF; supported: llama"),
     "qwen3_moe": (UnsupportedModelError, "a qwen3_moe cannot be exported to GGUF"),
+    "mistral, window": (UnsupportedModelError, "a mistral with a window of 8 tokens cannot be"),
+    # What is found only by reading the metadata back.
+    "llama, gelu": (UnsupportedModelError, "a llama of this form.*which has no place for its mlp"),
 }
 
 
@@ -137,7 +142,7 @@ def layered(tmp_path_factory):
 def test_targets_and_types_are_refused(layered, tmp_path, capsys):
     (tmp_path / "there.gguf").write_text("mine")
     for target, options, words in (
-        ("there.gguf", {}, "there.gguf: is there already"),
+        ("there.gguf", {}, "there.gguf: is there already; name a new file"),
         ("m.bin", {}, "ends in .gguf"),
         ("m.gguf", {"type": "q4_k"}, "type 'q4_k' is not known"),
     ):

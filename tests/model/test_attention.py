@@ -121,8 +121,9 @@ CASES = {
     "trees": (4, 8, 16, [0, 16, 5, 1]),
     "one lane": (1, 16, 32, [19]),
 }
-# In "trees" a lane has no entries, one has a whole table, and rows have parents of all kinds.
-EACH = slow_but(CASES, ("trees", "one lane"))
+# In "trees" a lane has no entries, one has a whole table, and rows have parents of all kinds; a
+# lane of one token is what most passes have.
+EACH = slow_but(CASES, ("trees", "one lane", "one row for each lane"))
 # The bounds that force pieces, and the pieces of the cases' shapes under them.
 LARGE, SMALLER, LEAST = (64 << 20, 64 << 20), (4 << 10, 4 << 10), (256, 512)
 

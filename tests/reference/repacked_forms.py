@@ -8,28 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.reference import fp8_forms
+
 # No two axes are equal; EETQ wants inputs in runs of 64, and 192 is half a group more than one.
-DENSE = {
-    "vocab_size": 133,
+_SIZES = {
     "hidden_size": 128,
     "intermediate_size": 320,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 48,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
 }
-MIXTURE = {
-    **DENSE,
-    "moe_intermediate_size": 64,
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-}
+DENSE = fp8_forms.DENSE | _SIZES
+MIXTURE = fp8_forms.MIXTURE | _SIZES | {"moe_intermediate_size": 64}
 MODELS = {"llama": DENSE, "qwen3": DENSE, "qwen3_moe": MIXTURE}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # half byte i of a word is of output 8c + AWQ_ORDER[i]
 

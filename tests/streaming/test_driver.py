@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlayer.engine.driver import gpu_name
+from jlayer.engine.gpu import gpu_name
 from jlayer.streaming.driver import Driver
 from jlayer.streaming.putting import putter
 from jlayer.streaming.slots import HostMemory
