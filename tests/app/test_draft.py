@@ -62,12 +62,12 @@ def test_what_is_wrong_is_said_before_a_model_is_looked_for(capsys, words, said)
 @pytest.mark.parametrize("words", [GENERATE, ["bench", "/no/such", "--device", "cpu"]])
 def test_a_draft_model_that_is_not_there_is_said_by_its_path(capsys, words):
     line = refused(capsys, *words, "--draft", "/no/draft", code=3)
-    assert "draft: /no/draft: no such folder, and no hub id" in line
+    assert "draft: /no/draft: no such file or folder, and no hub id" in line
 
 
 def test_a_name_that_only_a_plan_knows_is_told_from_one_that_nobody_does(capsys):
     line = refused(capsys, *GENERATE, "--draft", "llama-3.2-1b-instruct", code=3)
-    assert line.startswith("jlayer: draft: llama-3.2-1b-instruct: no such folder, and no hub id")
+    assert line.startswith("jlayer: draft: llama-3.2-1b-instruct: no such file or folder, and no hub id")
     assert line.endswith("knows the config of this name, for a plan, and has no weights of it")
 
 

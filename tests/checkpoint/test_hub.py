@@ -236,7 +236,7 @@ def test_a_path_that_exists_wins_over_an_id(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ref", ["nowhere", "a/b/c", "/a/b", "./a", "../a/b", "a/b@", "a b/c"])
 def test_what_looks_like_neither_is_said_so(ref):
-    with pytest.raises(CheckpointError, match=r"no such folder, and no hub id .owner/name"):
+    with pytest.raises(CheckpointError, match=r"no such file or folder, and no hub id .owner/name"):
         local_folder(ref)
 
 

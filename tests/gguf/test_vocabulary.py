@@ -74,6 +74,13 @@ def test_all_ends_are_read_back(texts):
     assert set(found["eos_token_id"]) == {1, *known, *(given[text] for text in texts)}
 
 
+def test_keys_that_are_left_name_ends_that_readers_know_by_their_texts():
+    values = metadata(ending("<|eot_id|>", "<mine>"))
+    texts = values["tokenizer.ggml.tokens"]
+    named = [texts[values[f"tokenizer.ggml.{key}_token_id"]] for key in ("eos", "eot", "eom")]
+    assert named == ["<|end_of_text|>", "<mine>", "<|eot_id|>"]
+
+
 def test_ends_beyond_the_keys_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"4 tokens end a text.*'<theirs>'.*export"):
         metadata(ending("<mine>", "<yours>", "<theirs>"))
