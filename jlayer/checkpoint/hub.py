@@ -90,7 +90,10 @@ def local_folder(
         return _Repo(ref, offline=offline, note=note or _tell).fetch(weights)
     if not os.path.lexists(ref):
         where = "" if option is None else f"{option}: "
-        found = f"{where}{ref}: no such file or folder, and no hub id (owner/name or owner/name@revision)"
+        found = (
+            f"{where}{ref}: no such file or folder, and no hub id (owner/name or "
+            "owner/name@revision)"
+        )
         if ref in names("models"):
             found += "; jlayer knows the config of this name, for a plan, and has no weights of it"
         raise CheckpointError(found)

@@ -67,7 +67,8 @@ def test_a_draft_model_that_is_not_there_is_said_by_its_path(capsys, words):
 
 def test_a_name_that_only_a_plan_knows_is_told_from_one_that_nobody_does(capsys):
     line = refused(capsys, *GENERATE, "--draft", "llama-3.2-1b-instruct", code=3)
-    assert line.startswith("jlayer: draft: llama-3.2-1b-instruct: no such file or folder, and no hub id")
+    start = "jlayer: draft: llama-3.2-1b-instruct: no such file or folder, and no hub id"
+    assert line.startswith(start)
     assert line.endswith("knows the config of this name, for a plan, and has no weights of it")
 
 
