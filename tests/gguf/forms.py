@@ -48,9 +48,6 @@ FORMS = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
-    "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mistral, window": ("MistralConfig", {"sliding_window": 8}),
     "wide": ("LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}),
     "vocabulary of 1500": ("LlamaConfig", {"vocab_size": 1500, "num_hidden_layers": 1}),
     "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
@@ -78,6 +75,12 @@ FORMS = {
 
 
 # Those that differ by more than the size of the vocabulary.
+# What is exported to a file, or is not to be: a file itself has no such form.
+TO_EXPORT = {
+    "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral, window": ("MistralConfig", {"sliding_window": 8}),
+}
 MODELS = [name for name in FORMS if "vocabulary" not in name]
 
 
@@ -86,7 +89,7 @@ def save(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    kind, changes = FORMS[name]
+    kind, changes = (FORMS | TO_EXPORT)[name]
     config = getattr(transformers, kind)(**{**_SIZES, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(3)
