@@ -66,7 +66,7 @@ def test_a_prompt_may_come_from_a_file_from_ids_and_from_stdin(fable, tmp_path, 
     [
         (["nonsense"], 2, "invalid choice"),
         (["generate"], 2, "MODEL"),
-        (["generate", "/no/such", "-p", "x"], 3, "no such folder"),
+        (["generate", "/no/such", "-p", "x"], 3, "no such file or folder"),
         (["generate", "FABLE", "-p", "x", "--nonsense"], 2, "--nonsense"),
         (["generate", "FABLE", "-p", "x", "--temperature", "-1"], 2, "temperature"),
         (["generate", "FABLE", "-p", "x", "--temperature", "warm"], 2, "temperature"),

@@ -46,7 +46,7 @@ sys.exit(run())
     ("words", "code", "said"),
     [
         (["generate", BUNDLED, "-p", "Hi", "--show-prompt", "--chat-template", "FILE"], 0, "Hi"),
-        (["generate", "here", "-p", "Hi"], 3, "here: no such folder"),
+        (["generate", "here", "-p", "Hi"], 3, "here: no such file or folder"),
         (["verify", "here"], 3, "here"),
         (["plan", "here/config.json"], 3, "here"),
         (["convert", BUNDLED, "here"], 6, "here"),

@@ -57,7 +57,7 @@ def test_a_stream_says_at_the_call_what_is_wrong_and_at_the_end_why_it_ends(mode
             jlayer.stream(model, prompt, **options)
     gc.collect()
     alive, threads = model.engine.n_alive, threading.active_count()
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         jlayer.stream("/no/such/model", PROMPT)
     steps = jlayer.stream(fable, PROMPT, max_new_tokens=3, device="cpu")
     assert [step.finish_reason for step in steps] == [None, None, "length"]
