@@ -94,6 +94,8 @@ def config(shape: str, layers: int, *, fp8: bool = False) -> dict:
         text = Path(shape).read_bytes() if shape.endswith(".json") else model_json(shape)
         raw = text_only(json.loads(text), where=shape)
         types = {"layer_types": raw["layer_types"][:layers]} if raw.get("layer_types") else {}
+        if "first_k_dense_replace" in raw:  # of two layers the last one is still one of experts
+            types["first_k_dense_replace"] = min(raw["first_k_dense_replace"], layers - 1)
         return {**raw, **types, "num_hidden_layers": layers, "torch_dtype": "bfloat16", **said}
     hidden, heads, kv_heads, mlp, vocab = SHAPES[shape]
     head_dim = 128 if hidden % 128 == 0 and hidden >= 1024 else hidden // heads

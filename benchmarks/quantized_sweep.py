@@ -1,13 +1,16 @@
-"""What fewer bytes gain: the sweep time of bfloat16 over that of int8, int4, FP8 or Q4_K, compared
-with the ratio of the bytes, on random layers of a real shape.
+"""What fewer bytes gain: how much faster than bfloat16 int8, int4, FP8 or Q4_K are, compared with
+the ratio of the bytes, on random layers of a real shape.
 
     python benchmarks/quantized_sweep.py WORK --shape 70b --layers 14 --device-memory 1536MiB \\
-        --host-memory 100GiB --tokens 1,64,512 --kinds int8,int4,fp8,q4_k
+        --host-memory 100GiB --tokens 1,64,512 --kinds int8,int4,fp8:28,q4_k:48
     python benchmarks/quantized_sweep.py WORK --shape 8b --layers 10 --device cpu --disk --tokens 1
 
-Makes the folders in WORK where they are not there yet, and runs `sweep.py` on each, in a
-fresh process for each number of tokens (each has a plan of its own), `--rounds` times in turn. The
-last line is one JSON object.
+`fp8:28`: with so many layers, where bfloat16 of as many would not fit in memory: a pass then takes
+about as long, and what it does once weighs as much. What is compared is bytes a second.
+
+Makes the folders in WORK where they are not there yet, and runs `sweep.py` on each, in a fresh
+process for each number of tokens (each has a plan of its own), `--rounds` times in turn. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def sweep(folder: Path, args, n_tokens: int) -> dict:
 
 
 def ratios(rounds: list[dict[str, dict]], index: int) -> dict[str, dict]:
-    """For each scheme, by round: the time's ratio over the bytes' ratio."""
+    """For each kind, by round: its bytes a second over those of the plain one, and their times."""
     found = {}
     for kind in rounds[0].keys() - {PLAIN}:
         shares, times = [], []
@@ -77,6 +80,12 @@ def _sizes(args):
     return [int(word) for word in args.tokens.split(",")]
 
 
+def _layers(args):
+    """kind -> how many layers of it."""
+    split = (word.partition(":") for word in args.kinds.split(","))
+    return {kind: int(n or args.layers) for kind, _, n in split}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
@@ -86,18 +95,19 @@ def main():
     parser.add_argument("--device-memory")
     parser.add_argument("--host-memory")
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
-    parser.add_argument("--kinds", default="int8,int4", help=f"of {', '.join(KINDS)}")
+    words = f"of {', '.join(KINDS)}; each may end in :LAYERS"
+    parser.add_argument("--kinds", default="int8,int4", help=words)
     parser.add_argument("--tokens", default="1,64,512")
     parser.add_argument("--sweeps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     result = {"card": common.card(), "options": {**vars(args), "work": None}}
-    kinds = [PLAIN, *args.kinds.split(",")]
-    folders = {kind: args.work / f"{args.shape}-{args.layers}-{kind}" for kind in kinds}
+    layers = {PLAIN: args.layers} | _layers(args)
+    folders = {kind: args.work / f"{args.shape}-{n}-{kind}" for kind, n in layers.items()}
     for kind, folder in folders.items():
         if not (folder / "manifest.json").exists():
             common.say(f"making {folder.name}")
-            make(folder, args.shape, args.layers, **KINDS[kind])
+            make(folder, args.shape, layers[kind], **KINDS[kind])
     os.sync()
     rounds = []
     for number in range(args.rounds):
@@ -113,8 +123,9 @@ def main():
         for kind, found in row.items():
             smi = [one[kind]["smi_peak_mib"] for one in rounds]
             common.say(
-                f"{found['tokens']:5} tokens, {kind}: {found['speedup']['median']:.3f} times as "
-                f"fast, {found['share']['median']:.3f} of the cut in bytes "
+                f"{found['tokens']:5} tokens, {kind} of {layers[kind]} layers: {PLAIN} of "
+                f"{args.layers} takes {found['speedup']['median']:.3f} times as long; "
+                f"{found['share']['median']:.3f} of the cut in bytes "
                 f"({found['share']['min']:.3f}-{found['share']['max']:.3f})"
                 + (f"; {statistics.median(smi)} MiB by nvidia-smi" if any(smi) else "")
             )

@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY, SHARED_DATA, needs_shared_data
 # Billions of parameters, as their makers publish them; of a multimodal model those of its text.
 PARAMETERS = {
     "chinese-llama-3-8b-instruct": 8.03,
+    "deepseek-v3": 671.03,
     "gemma-2b": 2.51,
     "gemma-3-27b": 27.01,
     "gemma-3-4b": 3.88,

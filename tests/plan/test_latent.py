@@ -1,12 +1,14 @@
 """Plans of models with latent attention: their caches, what stays on the device and what moves, and
 DeepSeek V3 and Kimi K2 within 4 GiB."""
 
+import json
 import math
 from dataclasses import replace
 
 import jax
 import pytest
 
+from jlayer.catalogue import model_json
 from jlayer.config import model_config
 from jlayer.engine.programs import Programs
 from jlayer.engine.size import Size
@@ -19,52 +21,9 @@ from jlayer.plan.tiles import Tier
 from tests.plan.models import machine, plan_of, weights_of
 from tests.plan.test_memory import compile_all
 
-# The published shapes.
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+# The published shapes, in bfloat16.
+V3 = json.loads(model_json("deepseek-v3"))
+del V3["quantization_config"]
 K2 = {
     **V3,
     "model_type": "kimi_k2",
