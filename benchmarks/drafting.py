@@ -37,17 +37,17 @@ def main():
     parser.add_argument("--device-memory", default="4096MiB")
     options = parser.parse_args()
 
-    from jlayer.engine import device as devices
     from jlayer.engine.batch import Entry, Growth, arrange, arrange_growth
+    from jlayer.engine.device import choose
     from jlayer.engine.draft import DraftModel
     from jlayer.plan.shapes import capacity_for, pool_rows
     from jlayer.sizes import parse_bytes
     from jlayer.streaming.watch import Watch
 
-    device, *_ = devices.choose(options.device, parse_bytes(options.device_memory, option=""))
+    devices, *_ = choose(options.device, parse_bytes(options.device_memory, option=""))
     draft = DraftModel(options.folder)
     began = time.perf_counter()
-    draft.load(device, most_ids=draft.cfg.vocab_size, watch=Watch())
+    draft.load(devices.first, most_ids=draft.cfg.vocab_size, watch=Watch())
     common.say(f"loaded in {time.perf_counter() - began:.1f} s: {draft.n_bytes >> 20} MiB")
     context, pool = options.context, pool_rows(options.context + 1024)
     committed, result = np.arange(context, dtype=np.int32), {**common.card(), "rows": []}
@@ -70,7 +70,7 @@ def main():
         found = seconds_of(draft, part)
         result["rows"].append({"prompt": rows, "seconds": common.summary(found)})
         common.say(f"{rows:4} rows of a prompt: {1e3 * median(found):.2f} ms")
-    stats = device.memory_stats()
+    stats = devices.first.memory_stats()
     if stats:
         result["peak_bytes"] = stats["peak_bytes_in_use"]
         common.say(f"peak {stats['peak_bytes_in_use'] >> 20} MiB")

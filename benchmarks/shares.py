@@ -41,23 +41,22 @@ def matrices(form: str, count: int, width: int = 8192):
     return found
 
 
-def ceilings(form: str, columns: list[int], device, *, n_threads: int, dtype: str) -> dict:
+def ceilings(form: str, columns: list[int], devices, *, n_threads: int, dtype: str) -> dict:
     """Bytes a second of the cores alone, the link alone, and of both at the same time. `dtype`: of
     the columns."""
-    import jax
     import jax.numpy as jnp
 
     from jlayer.cores.cores import Cores
     from jlayer.streaming.slots import HostMemory
 
     some, found = matrices(form, 24), {"columns": {}}
-    has_link = device.platform != "cpu"
+    has_link = devices.has_link
     pinned = HostMemory([128 << 20], pin=True) if has_link else None
 
     def move(ends, moved):
         before = None
         while not ends.is_set():
-            now = jax.device_put(pinned.slot(0), device)
+            now = devices.put(pinned.slot(0))
             if before is not None:
                 before.block_until_ready()
             before = now
@@ -172,7 +171,7 @@ def main():
                     result["ceiling"] = ceilings(
                         args.form,
                         tokens,
-                        model.engine.device,
+                        model.engine.devices,
                         n_threads=host.cores.n_threads,
                         dtype=model.dtype,
                     )

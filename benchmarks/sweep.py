@@ -29,7 +29,7 @@ def weight_files(folder: str) -> list[str]:
 
 def in_use(model) -> int | None:
     """Bytes that the device's allocator holds now, where it tells."""
-    return (model.engine.device.memory_stats() or {}).get("bytes_in_use")
+    return (model.engine.devices.first.memory_stats() or {}).get("bytes_in_use")
 
 
 def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:

@@ -23,6 +23,7 @@ class RunConfig:
     keeps_layers: bool = True  # False: every forward pass reads all layers from disk
     host_share: float | None = None  # of the rows in host memory, multiplied there; None: auto
     draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
+    devices: int | None = 1  # its first so many; None: all
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
 
     @classmethod
@@ -49,6 +50,8 @@ class RunConfig:
                 raise UsageError(f"{name}: found {options[name]!r}, expected a bool")
         if options.get("host_share") is not None:
             options["host_share"] = _share(options["host_share"])
+        if "devices" in options:
+            options["devices"] = _devices(options["devices"])
         if options.get("draft") is not None:
             options["draft"] = _path(options["draft"], option="draft")
         context = options.get("context")
@@ -70,6 +73,16 @@ def _share(value):
             f"host_share: found {value!r:.80}, expected auto, or a share from 0 to 1, such as 0.7"
         )
     return share
+
+
+def _devices(value):
+    """A number of devices from 1 up; None for "all"."""
+    if value == "all":
+        return None
+    words = str(value).strip()
+    if isinstance(value, bool) or not words.isascii() or not words.isdigit() or int(words) < 1:
+        raise UsageError(f"devices: found {value!r:.80}, expected a number from 1 up, or all")
+    return int(words)
 
 
 def _path(value, *, option):

@@ -21,7 +21,6 @@ from jlayer.engine.size import Size
 from jlayer.errors import StorageError
 from jlayer.families.registry import has_state, layer_kinds, windows_of
 from jlayer.model.cache import LayerCache, Rows, cache_struct
-from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.memory import POOLS_ON_DEVICE
 from jlayer.plan.shapes import PoolSizes
 from jlayer.plan.tiles import Tier
@@ -40,7 +39,7 @@ class Caches:
         """`tables`: gives those of all live lanes."""
         self._programs, self._tables = programs, tables
         self._kinds = layer_kinds(programs.cfg)
-        self._has_link = PLATFORMS[platform_of(programs.device.platform)].has_link
+        self._has_link = programs.devices.has_link
         self._windows = windows_of(programs.cfg)
         self.pool = self._empty_pool()
         self.tier = Tier.DEVICE
@@ -155,7 +154,7 @@ class Caches:
     def _put(self, room):
         if not self._has_link:  # a CPU's arrays would be views of the room, which is written
             room = jax.tree.map(np.copy, room)
-        return jax.device_put(room, self._programs.device)
+        return jax.device_put(room, self._programs.devices.everywhere)
 
     # A forward pass with pools in host memory.
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-
-from jlayer.plan.tiles import Tile
-
 
 @dataclass(frozen=True)
 class Call:
@@ -27,10 +23,3 @@ class Call:
     next_whole: tuple[str, ...] = ()
     uses_cache: bool = False
     ends_stage: bool = False
-
-
-def struct_of(tile: Tile):
-    """The shapes of what is put of a tile: arrays by leaf, or one array of bytes if joined."""
-    if tile.joined:
-        return jax.ShapeDtypeStruct(tile.joined.shape, tile.joined.dtype)
-    return {part.leaf: jax.ShapeDtypeStruct(part.shape, part.dtype) for part in tile.parts}

@@ -27,7 +27,7 @@ class Chooser:
     def __init__(self, programs: Programs, residents: Residents):
         self._programs, self._residents = programs, residents
         self._known: dict[tuple, Callable] = {}  # (what routes, rows) -> its program
-        self._landings = Landings(programs.device)
+        self._landings = Landings(programs.devices)
 
     def compile(self, tiles: Sequence[Tile], n_rows: int) -> None:
         """Compiles the programs that guess for a chunk of so many rows."""

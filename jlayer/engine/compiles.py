@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import jax
 
 from jlayer.interrupts import deferred
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.watch import Watch
 
 # Programs for a GPU that are compiled at a time, each on a core: a program takes 0.1 to 1 s.
@@ -42,20 +43,20 @@ def _compiled_here():
 
 
 class Compiler:
-    """Compiled programs for one device, by label and key.
+    """Compiled programs for some devices, by label and key.
 
     `at_a_time`: how many are compiled at a time. `compiles`: how many were, by label.
     `temporary_bytes`: of the program with the most so far, as XLA reports.
     """
 
-    def __init__(self, device: jax.Device, watch: Watch, *, at_a_time: int | None = None):
-        self._device, self._watch = device, watch
+    def __init__(self, devices: Devices, watch: Watch, *, at_a_time: int | None = None):
+        self._devices, self._watch = devices, watch
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0
         self._programs: dict[tuple, Callable] = {}
         self._waiting: dict[tuple, tuple[Future, object]] = {}  # and what is compiled
         self._pool: ThreadPoolExecutor | None = None
-        self._at_a_time = at_a_time or _at_a_time(device)
+        self._at_a_time = at_a_time or _at_a_time(devices.first)
 
     def get(self, label: str, key, function: Callable, args, *, reuses: bool) -> Callable | None:
         """The compiled program of this label and key. With two arguments, if it `reuses`, it takes
@@ -107,12 +108,16 @@ class Compiler:
                 self._waiting.clear()
 
     def _lower(self, function, args, *, reuses):
-        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        everywhere = self._devices.everywhere
         placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), args
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding or everywhere
+            ),
+            args,
         )
         consumed = (1,) if reuses and len(args) == 2 else ()
-        return jax.jit(function, donate_argnums=consumed, out_shardings=sharding).lower(*placed)
+        function = self._devices.on_each(function, args)
+        return jax.jit(function, donate_argnums=consumed, out_shardings=everywhere).lower(*placed)
 
     def _keep(self, name, program, count):
         temporary = program.memory_analysis().temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""Chooses the device and limits JAX's allocator to the budget. JAX is started here, not earlier.
+"""Chooses the devices and limits JAX's allocator to the budget. JAX is started here, not earlier.
 
 The limit must be in the environment before JAX starts. If JAX was started before with a larger
 limit, the budget cannot be guaranteed and is refused.
@@ -10,9 +10,11 @@ import os
 import re
 import time
 
-from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memory
+from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memories
 from jlayer.errors import DoesNotFitError, UsageError
-from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS, platform_of
+from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
+from jlayer.sizes import human
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
@@ -27,21 +29,24 @@ def choose(
     device: str | None,
     device_memory: int | None,
     *,
+    n_devices: int | None = 1,
     pinned_bytes: int = 0,
     host_memory: int = 0,
-):
-    """Chooses the JAX device for `device`: "cpu", "gpu" or None (a GPU if there is one).
+) -> tuple[Devices, int, int]:
+    """Chooses the first `n_devices` (None: all) for `device`: "cpu", "gpu" or None (GPUs if there
+    are some).
 
-    Returns (JAX device, budget in bytes, bytes of the driver's context). `pinned_bytes`: the most
-    host memory that will be pinned for weights; its page tables take device memory, and those of
-    pools in the rest of `host_memory`. Limits the allocator so
-    that the whole process stays within the budget. Raises UsageError (no GPU, or JAX was started
-    with a larger limit) or DoesNotFitError (the budget exceeds the free memory, or is smaller than
-    the driver's context).
+    Returns (devices, budget of each in bytes, bytes of the driver's context). `pinned_bytes`: the
+    most host memory that will be pinned for weights; its page tables take device memory, and those
+    of pools in the rest of `host_memory`. Limits the allocator so that the whole process stays
+    within the budget. Raises UsageError (no GPU, too few or unlike devices, or JAX was started with
+    a larger limit) or DoesNotFitError (the budget exceeds the free memory, or is smaller than the
+    driver's context).
     """
     import jax
 
-    before = None if device == "cpu" else gpu_memory()
+    there = [] if device == "cpu" else gpu_memories()
+    before = _of_each(there[:n_devices])
     started = _is_started()
     free = DEFAULT_DEVICE_MEMORY if before is None else min(DEFAULT_DEVICE_MEMORY, before[1])
     pools = CACHE_PINNED * (device_memory or free)
@@ -51,26 +56,50 @@ def choose(
         jax.config.update("jax_platforms", "cpu")
     elif not started and before is not None:
         os.environ.setdefault(_ASYNC, "1")
+        if n_devices is not None and n_devices < len(there):  # JAX would take memory of all
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(n_devices))))
         device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_bytes + tables)
-    found = _first_device(jax, "cpu" if device == "cpu" else None)
-    if device == "gpu" and found.platform != "gpu":
+    found = _devices(jax, "cpu" if device == "cpu" else None)
+    if device == "gpu" and found[0].platform != "gpu":
         raise UsageError(
             "device: gpu was asked for, but JAX finds none; "
             'install the GPU build (pip install -e ".[cuda]"), or ask for --device cpu'
         )
-    budget = device_memory or DEFAULT_DEVICE_MEMORY
-    if found.platform != "gpu":
-        return found, budget, 0
+    if n_devices is not None and n_devices > len(found):
+        raise UsageError(
+            f"devices: {n_devices} asked for, but JAX finds {len(found)} {found[0].platform} here; "
+            f"ask for at most {len(found)}, or for all"
+        )
+    devices, budget = Devices(found[:n_devices]), device_memory or DEFAULT_DEVICE_MEMORY
+    if devices.platform != "gpu":
+        return devices, budget, 0
     _keep_compiled(jax)
-    limit = _check_cap(found, budget)
-    context = PLATFORMS["gpu"].context_bytes if started else _context_bytes(before, limit)
-    return found, budget, context + tables
+    limit = max(_check_cap(one, budget) for one in devices.all)
+    context = PLATFORMS["gpu"].context_bytes
+    if not started:
+        context = _context_bytes(before, _of_each(gpu_memories()[:n_devices]), limit)
+    return devices, budget, context + tables
 
 
-def _first_device(jax, platform):
+def _of_each(memories):
+    """(total, free) bytes that each GPU has at least; None without one. Raises UsageError where
+    they are not alike: each gets as many rows as the others."""
+    if not memories:
+        return None
+    totals, free = zip(*memories, strict=True)
+    if len(set(totals)) > 1:
+        sizes = ", ".join(human(total) for total in totals)
+        raise UsageError(
+            f"devices: the GPUs have {sizes}; expected GPUs alike, since each gets as many rows as "
+            "the others: name those that are with CUDA_VISIBLE_DEVICES, or ask for one"
+        )
+    return totals[0], min(free)
+
+
+def _devices(jax, platform):
     """Raises UsageError where JAX starts none: it was told to use what is not here, say."""
     try:
-        return jax.devices(platform)[0]
+        return jax.devices(platform)
     except (RuntimeError, AssertionError) as error:
         told = jax.config.jax_platforms
         cause = f" ({str(error).splitlines()[0]})" if str(error) else ""
@@ -123,9 +152,8 @@ def has_flash(device, *, head_dim: int, dtype: str) -> bool:
     )
 
 
-def _context_bytes(before, limit):
+def _context_bytes(before, after, limit):
     """Device memory that the driver took besides the allocator's pool when JAX started."""
-    after = gpu_memory()
     if before is None or after is None:
         return PLATFORMS["gpu"].context_bytes
     return max(PLATFORMS["gpu"].context_bytes, before[1] - after[1] - limit)
@@ -162,24 +190,24 @@ def _check_cap(found, budget):
     return limit
 
 
-def link_speed(device) -> float | None:
-    """Bytes/s from pinned memory to the device, the best of five; None for a CPU.
+def link_speed(devices: Devices) -> float | None:
+    """Bytes/s from pinned memory to all devices together, the best of five; None for a CPU.
 
     Five transfers minus one transfer: so the latency of a call does not count.
     """
     import jax
 
-    if not PLATFORMS[platform_of(device.platform)].has_link:
+    if not devices.has_link:
         return None
     pinned = HostMemory([LINK_PROBE_BYTES], pin=True)
 
     def seconds(count):
         began = time.perf_counter()
-        jax.block_until_ready([jax.device_put(pinned.slot(0), device) for _ in range(count)])
+        jax.block_until_ready([devices.put(pinned.slot(0)) for _ in range(count)])
         return time.perf_counter() - began
 
     try:
         one, several = (min(seconds(count) for _ in range(5)) for count in (1, 5))
     finally:
         pinned.close()
-    return 4 * LINK_PROBE_BYTES / max(several - one, 1e-9)
+    return 4 * len(devices) * LINK_PROBE_BYTES / max(several - one, 1e-9)

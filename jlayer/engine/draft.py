@@ -24,6 +24,7 @@ from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.whole import likeliest, one_kind
 from jlayer.plan.shapes import LEAST_ROWS
 from jlayer.plan.tiles import Weights
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.executor import first_line
 from jlayer.streaming.watch import Watch
 
@@ -73,7 +74,9 @@ class DraftModel:
 
         Raises CheckpointError or StorageError."""
         self._device, self._most_ids = device, most_ids
-        self._programs = Programs(self.cfg, dtype=self.dtype, device=device, watch=watch)
+        self._programs = Programs(
+            self.cfg, dtype=self.dtype, devices=Devices([device]), watch=watch
+        )
         try:
             self.model = draft_weights.load(self.store, self.weights, device)
         except jax.errors.JaxRuntimeError as error:

@@ -16,7 +16,7 @@ from functools import partial
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.cores.native import missing
-from jlayer.engine import device as devices
+from jlayer.engine import device as choosing
 from jlayer.engine import residents
 from jlayer.engine.caches import Caches
 from jlayer.engine.draft import DraftModel
@@ -33,7 +33,7 @@ from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.families.registry import windows_of
-from jlayer.plan.machine import DEFAULT_DISK, Machine, platform_of
+from jlayer.plan.machine import DEFAULT_DISK, Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, refit, with_host
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_sizes
@@ -74,7 +74,7 @@ class Engine:
         self._check_context()
         self._machine = self._look_at_machine()
         self.watch.phase("planning")
-        self.programs = Programs(self.cfg, dtype=self.dtype, device=self.device, watch=self.watch)
+        self.programs = Programs(self.cfg, dtype=self.dtype, devices=self.devices, watch=self.watch)
         self._ledger = Ledger(on_empty=self._drop_entries)
         self.kept = Kept(self._ledger)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
@@ -95,10 +95,10 @@ class Engine:
                 free_bytes=free_beside(self.plan.host_peak_bytes),
             )
             self._checks = self._make_checks()
-            self._residents = residents.load(self.store, self.weights, self._checks, self.device)
+            self._residents = residents.load(self.store, self.weights, self._checks, self.devices)
             if self.draft is not None:
                 self.watch.phase("loading the draft model")
-                self.draft.load(self.device, most_ids=self.cfg.vocab_size, watch=self.watch)
+                self.draft.load(self.devices.first, most_ids=self.cfg.vocab_size, watch=self.watch)
         except BaseException:
             self.embedding.close()
             raise
@@ -137,21 +137,23 @@ class Engine:
         run = self.run
         self.watch.phase("starting the device")
         host_budget = run.host_memory or available_bytes() * 4 // 5
-        self.device, budget, context_bytes = devices.choose(
+        self.devices, budget, context_bytes = choosing.choose(
             run.device,
             run.device_memory,
+            n_devices=run.devices,
             pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
         return Machine(
-            platform=platform_of(self.device.platform),
+            platform=self.devices.platform,
             device_budget=budget,
             host_budget=host_budget,
             context_bytes=context_bytes,
             baseline_bytes=anonymous_bytes(),
             disk_speed=disk_speed(self.store.files) or DEFAULT_DISK,
-            link_speed=devices.link_speed(self.device),
+            link_speed=choosing.link_speed(self.devices),
+            n_devices=len(self.devices),
             cores=len(os.sched_getaffinity(0)),
         )
 
@@ -168,10 +170,10 @@ class Engine:
                 return alone
         elif why := missing():
             self.notes = (f"the host's share is multiplied by numpy, which is slow: {why}",)
-        self.host = Host(cores_beside(self._machine), self.device)
+        self.host = Host(cores_beside(self._machine), self.devices)
         self.watch.phase("measuring the cores")
         forms = matrix_forms(self.weights)
-        measured = host_speeds(self.host.cores, forms, self.device, dtype=self.dtype)
+        measured = host_speeds(self.host.cores, forms, self.devices, dtype=self.dtype)
         self._machine = replace(self._machine, host=measured)
         return self.plan_for(shape)
 
@@ -306,7 +308,7 @@ class Engine:
             plan.tiers,
             ring=plan.ring,
             ahead=plan.ahead,
-            device=self.device,
+            devices=self.devices,
             totals=self.totals,
             watch=self.watch,
             checks=self._checks,
@@ -369,7 +371,7 @@ class Engine:
     @property
     def device_name(self) -> str:
         """Platform, number and kind of the device, as the driver names it."""
-        return f"{self.device.platform}:{self.device.id} ({self.device.device_kind})"
+        return str(self.devices)
 
     def files_of(self, tier: Tier) -> list[str]:
         """Paths of the files with the tiles of a tier."""
@@ -381,9 +383,9 @@ class Engine:
     def note_peaks(self) -> None:
         """Updates the peaks of memory after a forward pass."""
         self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
+        dealt = self.totals.most_live_bytes + self.plan.tier_bytes(Tier.DEVICE)
         held = (
-            self.totals.most_live_bytes
-            + self.plan.tier_bytes(Tier.DEVICE)
+            -(-dealt // len(self.devices))
             + self.caches.n_bytes
             + self.sweeper.most_activation_bytes
             + self._residents.n_bytes
@@ -397,9 +399,9 @@ class Engine:
 
         JAX reports no allocator statistics on a CPU: there the peak is a sum of what is held.
         """
-        stats = self.device.memory_stats()
-        context = self._machine.context_bytes
-        measured = context + stats["peak_bytes_in_use"] if stats else None
+        stats = [one.memory_stats() or {} for one in self.devices.all]
+        peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
+        measured = peak and peak + self._machine.context_bytes
         return {
             "device_budget_bytes": self._machine.device_budget,
             "device_peak_bytes": measured or self.device_peak_bytes,

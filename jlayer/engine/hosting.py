@@ -21,6 +21,7 @@ from jlayer.families.base import Stage, bias_name
 from jlayer.model.ops import final_logits
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Tile
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.landing import Landing, Landings
 
 # Between two stages the device needs longer than threads take to fall asleep, and waking them takes
@@ -43,8 +44,8 @@ def cores_beside(machine: Machine) -> Cores:
 class Host:
     """The host's cores, and the memory that their products are read from."""
 
-    def __init__(self, cores: Cores, device: jax.Device):
-        self.cores, self._landings = cores, Landings(device)
+    def __init__(self, cores: Cores, devices: Devices):
+        self.cores, self._landings = cores, Landings(devices)
         self._jobs: dict[tuple, tuple] = {}  # see `jobs_of`
         self._running: HostedStage | None = None
 

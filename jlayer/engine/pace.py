@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlayer.engine.programs import Programs
 from jlayer.interrupts import check
+from jlayer.model.products import product
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import CHUNK_ROWS
 from jlayer.plan.tiles import Tile
@@ -49,14 +50,14 @@ def filled_share(plan: Plan, n_real: int, n_rows: int) -> float:
 
 def tile_seconds(programs: Programs, tile: Tile, sizes: Sequence[int]) -> dict[int, float]:
     """Seconds of a tile's products, by the rows of a chunk. The weights are zeros."""
-    arrays = programs.zeros(tile)
+    arrays = _zeros(programs, tile)
     found = {}
     for rows in sizes:
         check()
-        program = programs.products(tile, rows)
+        program = _products(programs, tile, rows)
         inputs = {
-            width: jnp.zeros((rows, int(width)), programs.dtype, device=programs.device)
-            for width in programs.widths(tile)
+            width: jnp.zeros((rows, int(width)), programs.dtype, device=programs.devices.everywhere)
+            for width in _widths(tile)
         }
         given, seconds = {"weights": arrays, "inputs": inputs}, []
         began = time.perf_counter()
@@ -66,6 +67,36 @@ def tile_seconds(programs: Programs, tile: Tile, sizes: Sequence[int]) -> dict[i
             seconds.append(time.perf_counter() - at)
         found[rows] = median(seconds)
     return found
+
+
+def _products(programs, tile, n_rows):
+    """The program ({weights of a tile, inputs [R, in] by width}) -> the product of each of its
+    matrices with the rows that a device has of it."""
+    widths = {part.matrix: part.width for part in tile.parts}
+
+    def function(given):
+        weights, inputs = programs.weights(tile, given["weights"]), given["inputs"]
+        return [product(inputs[str(widths[name])], weights[name]) for name in tile.heights]
+
+    inputs = {
+        width: jax.ShapeDtypeStruct((n_rows, int(width)), programs.dtype) for width in _widths(tile)
+    }
+    given = {"weights": programs.devices.struct_of(tile), "inputs": inputs}
+    return programs.get(f"timed {n_rows}", tile.signature, function, (given,))
+
+
+def _widths(tile):
+    """The widths of a tile's matrices, each once, as keys of a dict."""
+    return sorted({str(p.width) for p in tile.parts if p.matrix in tile.heights})
+
+
+def _zeros(programs, tile):
+    """A tile of zeros on the devices."""
+    devices = programs.devices
+    return jax.tree.map(
+        lambda one: jnp.zeros(one.shape, one.dtype, device=one.sharding or devices.everywhere),
+        devices.struct_of(tile),
+    )
 
 
 def _n_weights(tile):

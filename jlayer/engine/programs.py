@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
-from jlayer.engine.calls import Call, struct_of
+from jlayer.engine.calls import Call
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
+from jlayer.engine.gathering import gathered, gathered_rows
 from jlayer.engine.picking import input_reads, picked_input, picks
 from jlayer.engine.size import Size
 from jlayer.families.base import Function, LayerKind
@@ -28,25 +29,25 @@ from jlayer.families.registry import final_norm_leaves
 from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.experts import picked_rows, spread
 from jlayer.model.ops import scaled
-from jlayer.model.products import Encoded, InBlob, as_array, dequantize, product, weight
+from jlayer.model.products import Encoded, InBlob, as_array, dequantize, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.model.together import mix_together
 from jlayer.plan.experts import at_once, is_stacked
-from jlayer.plan.machine import platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.watch import Watch
 
 
 class Programs:
-    """The compiled programs of one model on one device; `compiles` counts them by label."""
+    """The compiled programs of one model on its devices; `compiles` counts them by label."""
 
     def __init__(
-        self, cfg: ModelConfig, *, dtype: str, device: jax.Device, watch: Watch | None = None
+        self, cfg: ModelConfig, *, dtype: str, devices: Devices, watch: Watch | None = None
     ):
-        self.cfg, self.dtype, self.device = cfg, dtype, device
-        self._compiler = Compiler(device, watch or Watch())
-        self._block_bytes = BLOCK_BYTES[platform_of(device.platform)]
+        self.cfg, self.dtype, self.devices = cfg, dtype, devices
+        self._compiler = Compiler(devices, watch or Watch())
+        self._block_bytes = BLOCK_BYTES[devices.platform]
 
     def calls_at(
         self,
@@ -134,33 +135,6 @@ class Programs:
         label = f"written rows {n_rows} of {pool}"
         return self.get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
 
-    def products(self, tile: Tile, n_rows: int) -> Callable:
-        """The program ({weights of a tile, inputs [R, in] by width}) -> the product of each of its
-        matrices: to time its arithmetic."""
-        widths = {part.matrix: part.width for part in tile.parts}
-
-        def function(given):
-            weights = self.weights(tile, given["weights"])
-            inputs = given["inputs"]
-            return [product(inputs[str(widths[name])], weights[name]) for name in tile.heights]
-
-        inputs = {
-            width: jax.ShapeDtypeStruct((n_rows, int(width)), self.dtype)
-            for width in self.widths(tile)
-        }
-        given = {"weights": struct_of(tile), "inputs": inputs}
-        return self.get(f"timed {n_rows}", tile.signature, function, (given,))
-
-    def widths(self, tile: Tile) -> list[str]:
-        """The widths of a tile's matrices, each once, as keys of a dict."""
-        return sorted({str(p.width) for p in tile.parts if p.matrix in tile.heights})
-
-    def zeros(self, tile: Tile):
-        """A tile of zeros on the device."""
-        return jax.tree.map(
-            lambda one: jnp.zeros(one.shape, one.dtype, device=self.device), struct_of(tile)
-        )
-
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))
@@ -172,7 +146,7 @@ class Programs:
             return {"hidden": hidden, "cache": cache}
 
         reads = ("hidden", "rows")
-        given = {"weights": struct_of(tile)} | self.flow(tile, size, reads)
+        given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads)
         given |= self._whole("whole", self._device_leaves(tile), whole)
         label = f"block {size.rows} {size.attends(tile.kind.cache)}"
         program = self.get(label, tile.signature, function, (given, self._cache(tile, size)))
@@ -182,17 +156,18 @@ class Programs:
         """Some experts, each a tile like this one: (weights and numbers of as many as one call
         takes, what a layer's experts look at) -> their sum."""
         n, reads = at_once(tile), ("inputs", "routing", "mixed")
-        stacked = is_stacked(tile, platform_of(self.device.platform))
+        stacked = is_stacked(tile, self.devices.platform)
 
         def function(given, consumed):
             pairs = zip(given["weights"], given["experts"], strict=True)
             experts = [(partial(self.weights, tile, put), number) for put, number in pairs]
             flow = {name: given[name] for name in reads}
             how = {"n_rows": size.rows, "picked": picked, "stacked": stacked}
+            how["gather"] = partial(gathered, tile=tile)
             return {"mixed": mix_together(tile.kind, flow, experts, **how)}
 
         given = self.flow(tile, size, reads)
-        given["weights"] = [struct_of(tile)] * n
+        given["weights"] = [self.devices.struct_of(tile)] * n
         given["experts"] = [jax.ShapeDtypeStruct((), "int32")] * n
         label = f"{n} experts {size.rows}{picks(picked)}"
         return Call(self.get(label, tile.signature, function, (given, {})), reads)
@@ -202,10 +177,10 @@ class Programs:
 
         def function(given, consumed):
             weights, x = self.weights(tile, given["weights"]), picked_input(tile, given, picked)
-            return {"products": multiply(tile.stage, x, weights)}
+            return {"products": self._multiplied(tile, x, weights)}
 
         reads = input_reads(tile, picked)
-        given = {"weights": struct_of(tile)} | self.flow(tile, size, reads, picked)
+        given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads, picked)
         label = f"{tile.stage.name} {_heights(tile)} {size.rows}{picks(picked)}"
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, tuple(reads))
@@ -230,9 +205,8 @@ class Programs:
                 products[name] = [part, *products.get(name, ())]
             weights = self.weights(tile, given["weights"]) if uses_weights else {}
             if with_rows:
-                for name, part in multiply(
-                    stage, picked_input(tile, flow, picked), weights
-                ).items():
+                own = self._multiplied(tile, picked_input(tile, flow, picked), weights)
+                for name, part in own.items():
                     products.setdefault(name, []).append(part)
             if picked and finish.reads:
                 products = {
@@ -250,7 +224,7 @@ class Programs:
         own = input_reads(tile, picked) if with_rows else set()
         chunk = self.flow(tile, size, reads - {"cache"} | own, picked)
         chunk |= self._products(tile, size, shape, with_rows, landing, picked)
-        given = chunk | ({"weights": struct_of(tile)} if uses_weights else {})
+        given = chunk | ({"weights": self.devices.struct_of(tile)} if uses_weights else {})
         given |= self._whole("whole", self._device_leaves(tile), kept)
         given |= self._whole("next_whole", shape.next_whole, next_whole)
         names = [stage.name, _heights(tile) if with_rows else "end", str(size.rows)]
@@ -302,10 +276,10 @@ class Programs:
         def function(given, consumed):
             weights = self.weights(tile, given["weights"])
             x = self._wanted_input(tile, given)
-            (logits,) = multiply(tile.stage, x, weights).values()
+            (logits,) = self._multiplied(tile, x, weights).values()
             return {"logits": logits}
 
-        given = {"weights": struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
+        given = {"weights": self.devices.struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, ("hidden", "wanted"), whole=tile.stage.input.whole)
@@ -337,8 +311,16 @@ class Programs:
         function reads uncut decoded."""
         found = self._join(tile.parts, _parts_in(put, tile))
         widths = {part.matrix: part.width for part in tile.parts}
-        uncut = {name: as_array(found[name], widths[name]) for name in tile.uncut}
+        deals = {part.matrix: tile.deal_of(part.n_rows) for part in tile.parts}
+        uncut = {
+            name: gathered_rows(as_array(found[name], widths[name]), deals[name])
+            for name in tile.uncut
+        }
         return found | uncut
+
+    def _multiplied(self, tile, x, weights):
+        """Inside a program: x [R, in] times the rows of a tile -> products [R, rows] by name."""
+        return gathered(multiply(tile.stage, x, weights), tile.stage, tile)
 
     def _join(self, parts, arrays):
         pieces, forms = {}, {}
@@ -362,7 +344,7 @@ class Programs:
         attention = kind.attention
         if attention is None or not attention.is_plain:
             return False
-        return has_flash(self.device, head_dim=attention.head_dim, dtype=self.dtype)
+        return has_flash(self.devices.first, head_dim=attention.head_dim, dtype=self.dtype)
 
     @contextmanager
     def together(self):

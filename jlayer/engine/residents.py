@@ -14,6 +14,7 @@ from jlayer.families.registry import final_norm_leaves, layer_kinds, published_t
 from jlayer.plan.cutting import device_parts, parts_of
 from jlayer.plan.tiles import Weights
 from jlayer.spec import resident_dtype
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.direct import RowReader
 
 
@@ -33,8 +34,8 @@ class Residents:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final)))
 
 
-def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> Residents:
-    """Loads what is used uncut to the device once, in the compute dtype; on the host there is one
+def load(store: Store, weights: Weights, checks: Checks, devices: Devices) -> Residents:
+    """Loads what is used uncut to each device once, in the compute dtype; on the host there is one
     of them at a time.
 
     All vectors are checked here, including biases, which are streamed. Raises CheckpointError or
@@ -48,7 +49,7 @@ def load(store: Store, weights: Weights, checks: Checks, device: jax.Device) -> 
 
     def put(part, dtype):
         vector = read(part.tensor).reshape(part.shape)
-        return jax.block_until_ready(jax.device_put(vector.astype(dtype), device))
+        return jax.block_until_ready(devices.put(vector.astype(dtype)))
 
     kinds = layer_kinds(weights.cfg)
     layers = [

@@ -16,7 +16,8 @@ from jlayer.cores.cores import Cores, Matrix
 from jlayer.encodings.linear import ORDER
 from jlayer.encodings.registry import encoding
 from jlayer.interrupts import check
-from jlayer.plan.machine import PLATFORMS, HostSpeeds, platform_of
+from jlayer.plan.machine import PLATFORMS, HostSpeeds
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.slots import HostMemory
 
 COLUMNS = (1, 4, 16, 64)
@@ -34,14 +35,14 @@ PATTERN = 0x11  # small numbers in every form, none of them zero or subnormal
 def host_speeds(
     cores: Cores,
     forms: Sequence[str],
-    device: jax.Device,
+    devices: Devices,
     *,
     dtype: str,
     link_is_busy: bool = True,
 ) -> HostSpeeds:
     """Measures bytes/s of the products, by form and columns, and of the link meanwhile. `dtype`: of
     the columns. `link_is_busy`: whether it moves bytes all the time; else the cores are alone."""
-    with _BusyLink(device, moves=link_is_busy) as link:
+    with _BusyLink(devices, moves=link_is_busy) as link:
         measured = tuple((form, _by_columns(cores, form, dtype)) for form in forms)
     return HostSpeeds(measured, link.speed)
 
@@ -95,13 +96,13 @@ def _batches(matrices, size):
 
 
 class _BusyLink:
-    """Moves bytes to the device inside the `with`, where there is a link; then `speed` is how fast.
-    `moves=False`: nothing moves."""
+    """Moves bytes to all devices inside the `with`, where there are links; then `speed` is how fast
+    these are together. `moves=False`: nothing moves."""
 
-    def __init__(self, device: jax.Device, *, moves: bool):
+    def __init__(self, devices: Devices, *, moves: bool):
         self.speed: float | None = None
-        self._device = device
-        self._has_link = moves and PLATFORMS[platform_of(device.platform)].has_link
+        self._devices = devices
+        self._has_link = moves and PLATFORMS[devices.platform].has_link
         self._ends = threading.Event()
 
     def __enter__(self):
@@ -120,11 +121,11 @@ class _BusyLink:
         count, began, before = 0, time.perf_counter(), None
         try:
             while not self._ends.is_set():
-                moved = jax.device_put(pinned.slot(0), self._device)
+                moved = self._devices.put(pinned.slot(0))
                 if before is not None:
                     before.block_until_ready()  # two are on their way at a time
                 before, count = moved, count + 1
             jax.block_until_ready(before)
-            self.speed = count * LINK_BYTES / (time.perf_counter() - began)
+            self.speed = count * len(self._devices) * LINK_BYTES / (time.perf_counter() - began)
         finally:
             pinned.close()

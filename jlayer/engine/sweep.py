@@ -24,11 +24,9 @@ from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
 from jlayer.errors import CheckpointError
 from jlayer.plan.experts import at_once
-from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Tile
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
-from jlayer.streaming.putting import putter
 
 # `take(logits [W, v], places [W], first vocabulary row)`: places among the wanted rows of the pass.
 Take = Callable[[np.ndarray, np.ndarray, int], None]
@@ -52,9 +50,7 @@ class Sweeper:
     ):
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
-        self.chooser, device = Chooser(programs, residents), programs.device
-        has_link = PLATFORMS[platform_of(device.platform)].has_link
-        self._put = putter(device, has_link=has_link)
+        self.chooser, self._put = Chooser(programs, residents), programs.devices.put
         self.most_activation_bytes = 0
         self._tiles: tuple[Tile, ...] = ()  # the tiles of the next four tables
         self._divisions: dict[frozenset[int], Division] = {}

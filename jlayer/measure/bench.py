@@ -13,7 +13,6 @@ from collections.abc import Callable
 import jax
 
 from jlayer.api import Model
-from jlayer.engine.calls import struct_of
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.interrupts import check
 from jlayer.measure.cores import CoresMeasured, measure_cores
@@ -71,7 +70,7 @@ class Bench:
         """Measures link, memory, arithmetic and the host's cores, while no weights move or are on
         the device."""
         self.forward.settle()
-        device = self.engine.device
+        device = self.engine.devices.first
         if self.has_link:
             self.speeds["link"] = link_speeds(device)
         self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.sweep_bytes))
@@ -138,9 +137,10 @@ class Bench:
             nonlocal at
             n_bytes = math.prod(struct.shape) * struct.dtype.itemsize
             raw, at = slot[at : at + n_bytes], at + n_bytes
-            return jax.device_put(raw.view(struct.dtype).reshape(struct.shape), self.engine.device)
+            array = raw.view(struct.dtype).reshape(struct.shape)
+            return jax.device_put(array, struct.sharding or self.engine.devices.everywhere)
 
-        struct = struct_of(tile)
+        struct = self.engine.devices.struct_of(tile)
         return jax.block_until_ready(jax.tree.map(take, struct))
 
     def _run_layer(self, tiles, arrays, n_tokens):

@@ -61,7 +61,7 @@ def measure_cores(engine: Engine, plan: Plan) -> CoresMeasured | None:
         forms, main = matrix_forms(engine.weights), main_form(plan)
 
         def speeds(forms: Sequence[str], **how) -> HostSpeeds:
-            return host_speeds(cores, forms, engine.device, dtype=engine.dtype, **how)
+            return host_speeds(cores, forms, engine.devices, dtype=engine.dtype, **how)
 
         # numpy would take seconds to multiply what the model does not have.
         more = (INT4.name,) if cores.is_native and INT4.name not in forms else ()

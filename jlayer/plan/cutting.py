@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import Group
@@ -20,8 +20,17 @@ from jlayer.families.registry import (
     layer_tensor_name,
 )
 from jlayer.plan.joined import joined
-from jlayer.plan.tiles import Part, Tile, Tiling, Weights
+from jlayer.plan.tiles import Part, Tile, Weights
+from jlayer.plan.tiling import Tiling
 from jlayer.spec import ALIGNMENT, Leaf, Place
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What tiles are for: a platform, and how many of its devices."""
+
+    platform: str
+    n_devices: int
 
 
 def cut(
@@ -29,14 +38,18 @@ def cut(
     tile_bytes: int | None,
     *,
     platform: str,
+    n_devices: int = 1,
     shares: tuple[tuple[str, float], ...] = (),
 ) -> Tiling:
     """Cuts a forward pass into tiles of at most about `tile_bytes`; None: whole layers.
 
+    `n_devices`: the rows of each tile are dealt out to so many; not those of whole layers.
     `shares`: (encoding, the share of the rows of its matrices that is set apart for the host's
     cores); whole layers have no such rows.
     """
-    assert tile_bytes is not None or not shares, "a whole layer is multiplied in one place"
+    is_apart = bool(shares) or n_devices > 1
+    assert tile_bytes is not None or not is_apart, "a whole layer is multiplied in one place"
+    target = _Target(platform, n_devices)
     cfg, tiles_of, alike = weights.cfg, {}, []
     share_of = dict(shares)
     for layer, kind in enumerate(layer_kinds(cfg)):
@@ -45,10 +58,10 @@ def cut(
             for leaf, expert in kind.tensors()
         )
         if (kind.name, forms) not in tiles_of:
-            tiles = _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of)
+            tiles = _layer_tiles(weights, kind, layer, tile_bytes, target, share_of)
             tiles_of[kind.name, forms] = tuple(tiles)
         alike.append(tiles_of[kind.name, forms])
-    head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, platform, share_of)
+    head = _head_tiles(weights, tile_bytes or alike[0][0].n_bytes, target, share_of)
     return Tiling(
         cfg,
         alike,
@@ -116,12 +129,12 @@ def host_rows(n_rows: int, row_bytes: Sequence[int], share: float, *, row_unit: 
     return min(n_rows, round(count / unit) * unit)
 
 
-def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
+def _layer_tiles(weights, kind, layer, tile_bytes, target, share_of):
     if tile_bytes is None and not kind.n_experts:
         streamed = kind.kept_in(Place.TILE)
         parts = tuple(part for leaf in streamed for part in _parts(weights, leaf, layer))
-        return [_tile(f"layer {layer}", kind, None, layer, parts, platform=platform)]
-    tiles, tile_of = [], _whole_expert(weights, kind, layer, tile_bytes, platform)
+        return [_tile(f"layer {layer}", kind, None, layer, parts, target=target)]
+    tiles, tile_of = [], _whole_expert(weights, kind, layer, tile_bytes, target)
     for stage, expert in kind.passes():
         if expert is not None and tile_of is not None:
             if stage is kind.expert_stages[0]:
@@ -131,7 +144,10 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
         chosen = [
             (on_host, parts)
             for on_host in (True, False)
-            for parts in _packed(weights, kind, stage, layer, expert, tile_bytes, share, on_host)
+            for parts in _packed(
+                *(weights, kind, stage, layer, expert, tile_bytes, share, on_host),
+                n_devices=target.n_devices,
+            )
         ]
         if whole := [
             part for leaf in kind.moving_of(stage.finish) for part in _parts(weights, leaf, layer)
@@ -143,12 +159,12 @@ def _layer_tiles(weights, kind, layer, tile_bytes, platform, share_of):
         for index, (on_host, parts) in enumerate(chosen):
             name = f"layer {layer} {stage.name}{number} {index + 1}/{len(chosen)}"
             ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
-            tile = _tile(name, kind, stage, layer, tuple(parts), platform=platform, **ends)
+            tile = _tile(name, kind, stage, layer, tuple(parts), target=target, **ends)
             tiles.append(replace(tile, for_host=on_host, expert=expert))
     return tiles
 
 
-def _whole_expert(weights, kind, layer, tile_bytes, platform):
+def _whole_expert(weights, kind, layer, tile_bytes, target):
     """A function (number of an expert) -> its tile; None where an expert is more than one, or none
     is there."""
     if not kind.n_experts:
@@ -166,24 +182,27 @@ def _whole_expert(weights, kind, layer, tile_bytes, platform):
     def whole(expert):
         name = f"layer {layer} expert {expert}"
         parts = parts_of_expert(expert)
-        return _tile(name, kind, None, layer, parts, platform=platform, expert=expert)
+        return _tile(name, kind, None, layer, parts, target=target, expert=expert)
 
     return whole
 
 
-def _tile(name, kind, stage, layer, parts, *, platform, expert=None, **ends):
+def _tile(name, kind, stage, layer, parts, *, target, expert=None, **ends):
     """`expert`: of a tile that has all of it."""
     dtypes = {part.dtype for part in parts} if expert is not None else {"uint8"}
     layout = joined(
         [part.n_bytes for part in parts],
         is_plain=expert is None and all(part.encoding.is_plain for part in parts),
-        platform=platform,
+        platform=target.platform,
         dtype=dtypes.pop() if len(dtypes) == 1 else "uint8",
     )
-    return Tile(name, kind, stage, layer, parts, expert=expert, joined=layout, **ends)
+    if target.n_devices > 1:
+        layout = None  # the rows of a part lie together, those of a device's parts do not
+    tile = Tile(name, kind, stage, layer, parts, expert=expert, joined=layout, **ends)
+    return replace(tile, n_devices=target.n_devices)
 
 
-def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
+def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, *, n_devices):
     """The parts of each tile of a stage, of the rows for the host or of the others: row ranges of
     one group after another.
 
@@ -193,7 +212,7 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     for group in stage.groups:
         leaves = [kind.leaf(name) for name in group.leaves]
         whole = [part for leaf in leaves for part in _parts(weights, leaf, layer, expert)]
-        for first, n_rows in _ranges(whole, tile_bytes, share_of, on_host):
+        for first, n_rows in _ranges(whole, tile_bytes, share_of, on_host, n_devices):
             parts = _rows(weights, kind, group, layer, expert, first, n_rows)
             size = sum(part.n_bytes for part in parts if part.matrix in group.leaves)
             if packed and size <= room and not _holds(packed[-1], group):
@@ -205,8 +224,9 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host):
     return packed
 
 
-def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host):
-    """(first row, number of rows) of each range of matrices of the same height, for one side."""
+def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host, n_devices):
+    """(first row, number of rows) of each range of matrices of the same height, for one side. The
+    rows of each but the last come out even among the devices."""
     n_rows, row_unit = whole[0].n_rows, math.lcm(*(part.encoding.row_unit for part in whole))
     # A piece that has a row for many is small: where it begins on disk does not matter.
     row_bytes = [
@@ -219,7 +239,7 @@ def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host):
     begin, count = (0, first) if on_host else (first, n_rows - first)
     if not count:
         return []
-    ranges = row_ranges(count, row_bytes, tile_bytes, row_unit=row_unit)
+    ranges = row_ranges(count, row_bytes, tile_bytes, row_unit=row_unit * n_devices)
     return [(begin + row, n) for row, n in ranges]
 
 
@@ -242,7 +262,7 @@ def _parts(weights, leaf, layer, expert=None):
     return parts_of(leaf, layer_tensor_name(weights.cfg, leaf, layer, expert), weights)
 
 
-def _head_tiles(weights, tile_bytes, platform, share_of):
+def _head_tiles(weights, tile_bytes, target, share_of):
     leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
     whole = parts_of(leaf, leaf.published, weights)
     biases = [
@@ -253,13 +273,13 @@ def _head_tiles(weights, tile_bytes, platform, share_of):
     ranges = [
         (on_host, *found)
         for on_host in (True, False)
-        for found in _ranges(whole, tile_bytes, share_of, on_host)
+        for found in _ranges(whole, tile_bytes, share_of, on_host, target.n_devices)
     ]
     tiles = []
     for index, (on_host, first, n_rows) in enumerate(ranges):
         parts = tuple(part.of_rows(first, n_rows) for part in (*whole, *biases))
         ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
         name = f"head {index + 1}/{len(ranges)}"
-        tile = _tile(name, None, stage, None, parts, platform=platform, **ends)
+        tile = _tile(name, None, stage, None, parts, target=target, **ends)
         tiles.append(replace(tile, for_host=on_host))
     return tiles

@@ -12,7 +12,8 @@ from functools import lru_cache
 from jlayer.families.registry import layer_kinds
 from jlayer.parts import Router
 from jlayer.plan.need import Need
-from jlayer.plan.tiles import Tile, Tiling
+from jlayer.plan.tiles import Tile
+from jlayer.plan.tiling import Tiling
 from jlayer.spec import ModelConfig
 
 
@@ -58,7 +59,7 @@ def sizes_of(tiling: Tiling) -> tuple[ExpertBytes, ...]:
         ExpertBytes(
             sum(tile.n_bytes for tile in tiles),
             sum(tile.device_bytes for tile in tiles),
-            sum(tile.device_bytes for tile in tiles) + len(tiles) * tiling.slack,
+            sum(tile.room_bytes for tile in tiles) + len(tiles) * tiling.slack,
         )
         for tiles in tiling.experts
     )

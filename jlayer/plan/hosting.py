@@ -12,7 +12,8 @@ from itertools import pairwise
 
 from jlayer.encodings.registry import encoding
 from jlayer.plan.machine import CPU_DECODED_WEIGHTS, HostSpeeds
-from jlayer.plan.tiles import Tier, Tiling
+from jlayer.plan.tiles import Tier
+from jlayer.plan.tiling import Tiling
 
 # Time of a stage's exchange with the host, in which its cores rest: the program that ends the stage
 # before is called, the input comes down and is packed (an H100, 16 cores).

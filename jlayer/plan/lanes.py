@@ -9,7 +9,8 @@ from jlayer.plan.limits import Limits, chunk_limits, row_limits
 from jlayer.plan.machine import Machine
 from jlayer.plan.making import TILE_BYTES, bare_plan, tiling_of
 from jlayer.plan.shapes import RunShape
-from jlayer.plan.tiles import Tier, Tiling, Weights
+from jlayer.plan.tiles import Tier, Weights
+from jlayer.plan.tiling import Tiling
 
 MOST_LANES = 4096  # no more are looked for
 

@@ -132,8 +132,9 @@ class HostSpeeds:
 class Machine:
     """The machine of a plan. `platform`: one of PLATFORMS; budgets in bytes, speeds in bytes/s.
 
-    On a CPU `link_speed` is the speed of multiplying plain weights in memory. `host`: the speeds of
-    the host's own cores, where they were measured.
+    `n_devices`: alike, with the device budget each; `link_speed`: of all of their links. On a CPU
+    it is the speed of multiplying plain weights in memory. `host`: the speeds of the host's own
+    cores, where they were measured.
     """
 
     platform: str
@@ -145,6 +146,7 @@ class Machine:
     baseline_bytes: int | None = None
     cores: int = 2
     host: HostSpeeds | None = None
+    n_devices: int = 1
 
     @property
     def kind(self) -> Platform:
@@ -160,7 +162,8 @@ class Machine:
         """Bytes/s of plain weights: over the link on a GPU; on a CPU, of multiplying them."""
         if self.link_speed:
             return self.link_speed
-        return DEFAULT_LINK if self.kind.has_link else min(CPU_CORE * self.cores, CPU_MOST)
+        links = DEFAULT_LINK * self.n_devices
+        return links if self.kind.has_link else min(CPU_CORE * self.cores, CPU_MOST)
 
 
 def expected_speeds(machine: Machine) -> HostSpeeds:

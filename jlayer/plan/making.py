@@ -33,7 +33,8 @@ from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import PROMPT_ROWS, PoolSizes, RunShape, pool_sizes, together
-from jlayer.plan.tiles import Tier, Tiling, Weights
+from jlayer.plan.tiles import Tier, Weights
+from jlayer.plan.tiling import Tiling
 
 # None: whole layers. On an H200 tiles of 64 MiB move at the full speed of the link, 32 MiB at 95%.
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
@@ -110,7 +111,7 @@ def make_plan(
     """
     tilings = {} if tilings is None else tilings
     # A whole layer is multiplied in one place, and has no experts to choose from.
-    is_cut = bool(shares) or weights.cfg.experts is not None
+    is_cut = bool(shares) or weights.cfg.experts is not None or machine.n_devices > 1
     tile_sizes = tuple(size for size in TILE_BYTES if size is not None or not is_cut)
 
     def bare(tile_bytes, limits):
@@ -157,7 +158,8 @@ def tiling_of(
 ) -> Tiling:
     """The tiling that is cut like this: of `tilings`, to which it is added if it is not there."""
     if (tile_bytes, shares) not in tilings:
-        tiling = cut(weights, tile_bytes, platform=machine.platform, shares=shares)
+        on = {"platform": machine.platform, "n_devices": machine.n_devices}
+        tiling = cut(weights, tile_bytes, **on, shares=shares)
         tilings[tiling.cut_as] = tiling
     return tilings[tile_bytes, shares]
 

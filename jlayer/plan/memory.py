@@ -33,7 +33,8 @@ from jlayer.plan.shapes import (
     rows_for,
     window_capacity,
 )
-from jlayer.plan.tiles import Tier, Tiling, Weights
+from jlayer.plan.tiles import Tier, Weights
+from jlayer.plan.tiling import Tiling
 from jlayer.spec import ALIGNMENT, ITEM_BYTES, ModelConfig, Place, resident_dtype
 
 # Outputs of the head in transfer at a time: on the device, and as copies on the host.
@@ -62,19 +63,21 @@ def slots_needs(machine: Machine, tiling: Tiling, *, ring: int, ahead: int) -> l
     """The slots of the ring, and of that of experts if there are some."""
     of_experts = passing((tile for tiles in tiling.experts for tile in tiles), ahead)
     counts = [(ring, ahead), (of_experts + ring - ahead, of_experts)]
+    sizes = zip(tiling.largest, tiling.most_on_device, counts, strict=False)
     return [
-        _slots_need(machine, tiling, size, ring=n_slots, ahead=n_tiles)
-        for size, (n_slots, n_tiles) in zip(tiling.largest, counts, strict=False)
+        _slots_need(machine, tiling, size, share, ring=n_slots, ahead=n_tiles)
+        for size, share, (n_slots, n_tiles) in sizes
     ]
 
 
-def _slots_need(machine, tiling, largest, *, ring, ahead):
-    """The slots of a ring, whose largest tile has so many bytes. On a GPU there is one more than
-    the tiles there at a time, for fragmentation; and a joined tile crosses with the slack of its
-    slot."""
-    slot = largest + tiling.slack
-    on_device = (ahead + 1) * slot if machine.kind.has_link else ahead * largest
-    return Need("slots", device=on_device, host=ring * slot)
+def _slots_need(machine, tiling, largest, share, *, ring, ahead):
+    """The slots of a ring, whose largest tile has so many bytes, and `share` of them on a device.
+    On a GPU there is one more than the tiles there at a time, for fragmentation; and a joined tile
+    crosses with the slack of its slot."""
+    on_device = ahead * share
+    if machine.kind.has_link:
+        on_device = (ahead + 1) * (share + tiling.slack)
+    return Need("slots", device=on_device, host=ring * (largest + tiling.slack))
 
 
 def run_needs(

@@ -17,7 +17,8 @@ from jlayer.plan.machine import Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, total
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import Shapes
-from jlayer.plan.tiles import Tier, Tile, Tiling
+from jlayer.plan.tiles import Tier, Tile
+from jlayer.plan.tiling import Tiling
 from jlayer.sizes import human
 from jlayer.spec import ModelConfig
 

@@ -16,7 +16,8 @@ from jlayer.plan.machine import (
     LINK_GAP_S,
     Machine,
 )
-from jlayer.plan.tiles import Tier, Tile, Tiling
+from jlayer.plan.tiles import Tier, Tile
+from jlayer.plan.tiling import Tiling
 
 
 def bytes_seconds(

@@ -20,13 +20,13 @@ from jlayer.checkpoint.store import Store
 from jlayer.errors import JlayerError, StorageError
 from jlayer.interrupts import deferred
 from jlayer.plan.experts import NO_EXPERTS, ExpertRooms, passing
-from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.streaming.cached import PageCache
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.driver import Driver
 from jlayer.streaming.experts import ExpertStream, choices
 from jlayer.streaming.incoming import Incoming
-from jlayer.streaming.putting import putter
 from jlayer.streaming.schedule import sweeps
 from jlayer.streaming.steps import (
     Decision,
@@ -65,7 +65,7 @@ class Waitable(Protocol):
 
 
 class Executor:
-    """Streams a model's tiles to `device`, sweep after sweep.
+    """Streams a model's tiles to `devices`, sweep after sweep.
 
     `tiers`: where each tile is kept. `ring`: number of host slots. `ahead`: tiles on the device at
     a time besides those that stay there. `attending`: see `schedule.sweeps`. A tile that is read
@@ -83,7 +83,7 @@ class Executor:
         *,
         ring: int,
         ahead: int,
-        device: jax.Device,
+        devices: Devices,
         totals: Totals,
         watch: Watch,
         checks: Checks,
@@ -92,9 +92,7 @@ class Executor:
         experts: ExpertRooms = NO_EXPERTS,
     ):
         self.tiles = tiles
-        self.device = device
-        self._has_link = PLATFORMS[platform_of(device.platform)].has_link
-        self._put_on_device = putter(device, has_link=self._has_link)
+        self._devices, self._has_link = devices, PLATFORMS[devices.platform].has_link
         self.totals, self._watch = totals, watch
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
         self._attending, self._caches = attending, None
@@ -103,8 +101,8 @@ class Executor:
         self._expert_ahead = passing(of_experts, ahead)
         self._expert_ring = self._expert_ahead and self._expert_ahead + ring - ahead
         self.experts = self._expert_stream()
-        has_rooms = self._has_link and self.experts is not None
-        self._rooms = Rooms(self._put_on_device, Driver()) if has_rooms else None
+        has_rooms = self._has_link and self.experts is not None and len(devices) == 1
+        self._rooms = Rooms(devices.put, Driver()) if has_rooms else None
         self.incoming = Incoming(
             store,
             tiles,
@@ -390,7 +388,7 @@ class Executor:
         self.totals.put_bytes += self.tiles[tile].n_bytes
         if self._rooms and self.tiles[tile].expert is not None:
             return self._rooms.fill(views)
-        return self._put_on_device(views)
+        return self._devices.put_tile(self.tiles[tile], views)
 
     def _note_passing(self, tile):
         self._passing.add(tile)

@@ -180,7 +180,7 @@ class Incoming:
             return self._memory.slot(slot)
         # Tiles of equal shape take turns in it; how they lie on disk makes it some blocks more.
         slack = 2 * ALIGNMENT * len(self.tiles[tile].parts)
-        return self._memory.room(slot, self.tiles[tile].device_bytes + slack)
+        return self._memory.room(slot, self.tiles[tile].room_bytes + slack)
 
     def _check(self, pieces, shifts, places):
         """Adds the rows of matrices to the checks, and a scale that is for all rows, which counts

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 
 from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.slots import HostMemory
 
 
 class Landings:
     """Memory for float32 arrays, one for each shape, kept until `close`."""
 
-    def __init__(self, device: jax.Device):
-        self._device = device
-        self._has_link = PLATFORMS[platform_of(device.platform)].has_link
+    def __init__(self, devices: Devices):
+        self._devices, self._has_link = devices, devices.has_link
         self._memory = HostMemory([0], pin=self._has_link)
         self._kept: dict[tuple, Landing] = {}
 
@@ -33,7 +33,8 @@ class Landings:
             room = self._memory.room(key, 4 * n_rows * width)
             array = room[: 4 * n_rows * width].view(np.float32).reshape(n_rows, width)
             array[...] = 0
-            self._kept[key] = Landing(array, _view(array, self._device), self._device)
+            seen = _view(array, self._devices.first) if len(self._devices) == 1 else None
+            self._kept[key] = Landing(array, seen, self._devices)
         return self._kept[key]
 
     def fetch(self, key, array: jax.Array) -> np.ndarray:
@@ -41,7 +42,7 @@ class Landings:
         if not self._has_link:
             return np.asarray(array)
         room = self._memory.room((key, "fetched", array.shape), array.nbytes)[: array.nbytes]
-        self._memory.fetch(array, room)
+        self._memory.fetch(array.addressable_data(0), room)
         return room.view(array.dtype).reshape(array.shape)
 
     @property
@@ -56,12 +57,12 @@ class Landings:
 class Landing:
     """`memory` float32 [rows, width], and the same memory as the device sees it."""
 
-    def __init__(self, memory: np.ndarray, seen: jax.Array | None, device: jax.Device):
-        self.memory, self._seen, self._device = memory, seen, device
+    def __init__(self, memory: np.ndarray, seen: jax.Array | None, devices: Devices):
+        self.memory, self._seen, self._devices = memory, seen, devices
 
     def on_device(self) -> jax.Array:
         """What was written, for a program: the memory itself, or a copy where that cannot be."""
-        return jax.device_put(self.memory, self._device) if self._seen is None else self._seen
+        return self._devices.put(self.memory) if self._seen is None else self._seen
 
 
 def _view(array, device) -> jax.Array | None:

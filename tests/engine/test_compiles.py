@@ -8,6 +8,7 @@ import pytest
 
 from jlayer.engine import compiles
 from jlayer.engine.compiles import Compiler, backend_compiles
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.watch import Watch
 
 STRUCT = jax.ShapeDtypeStruct((3,), "float32")
@@ -16,8 +17,7 @@ STRUCT = jax.ShapeDtypeStruct((3,), "float32")
 @pytest.fixture(params=[1, 4])
 def compiler(request):
     """One at a time, as on a CPU, and four."""
-    (device,) = jax.devices("cpu")[:1]
-    return Compiler(device, Watch(), at_a_time=request.param)
+    return Compiler(Devices(jax.devices("cpu")[:1]), Watch(), at_a_time=request.param)
 
 
 def times(factor):
@@ -42,7 +42,7 @@ def test_programs_asked_for_together_are_there_afterwards(compiler):
 def test_one_that_has_no_room_beside_others_is_compiled_alone(monkeypatch, word):
     """Kernels are tried on the device while programs are compiled."""
     (device,) = jax.devices("cpu")[:1]
-    compiler, failed = Compiler(device, Watch(), at_a_time=4), []
+    compiler, failed = Compiler(Devices([device]), Watch(), at_a_time=4), []
 
     def compiled(lowered):
         if threading.current_thread() is not threading.main_thread() and not failed:

@@ -2,12 +2,14 @@
 allocation that fails."""
 
 import os
+from itertools import pairwise
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jlayer.engine import device
+from jlayer.engine.gpu import gpu_memories, gpu_memory
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import PLATFORMS
 
@@ -36,7 +38,7 @@ def gpu(monkeypatch):
     monkeypatch.delenv(ASYNC, raising=False)
 
     def put(total, free, *, is_started=False):
-        monkeypatch.setattr(device, "gpu_memory", lambda: (total, free))
+        monkeypatch.setattr(device, "gpu_memories", lambda: [(total, free)])
         monkeypatch.setattr(jax, "devices", lambda *_: [Gpu(total)])
         # Private, since JAX has started in this process, and nothing undoes that.
         monkeypatch.setattr(device, "_is_started", lambda: is_started)
@@ -98,26 +100,34 @@ def test_jax_started_with_a_larger_allocator_breaks_the_promise(gpu, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("visible", "asked"), [(None, []), ("1", ["1"]), ("GPU-7f,0", ["GPU-7f"]), ("", None)]
+    ("visible", "asked"), [(None, []), ("1", ["1"]), ("GPU-7f,0", ["GPU-7f", "0"]), ("", None)]
 )
 def test_the_driver_is_asked_for_the_gpu_that_jax_will_use(tmp_path, monkeypatch, visible, asked):
     """It was asked for the machine's first one, and another card's memory was compared."""
     program, seen = tmp_path / "nvidia-smi", tmp_path / "seen"
-    program.write_text(f'#!/bin/sh\necho "$@" > {seen}\necho "100, 50"\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {seen}\necho "100, 50"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    memory = device.gpu_memory()
+    memory = gpu_memory()
     if asked is None:
         assert memory is None
         assert not seen.exists()
         return
     assert memory == (100 << 20, 50 << 20)
+    assert chosen(seen) == asked[:1]
+    seen.unlink()
+    assert gpu_memories() == [memory] * max(1, len(asked))
+    assert chosen(seen) == asked
+
+
+def chosen(seen):
+    """The GPUs that the driver was asked for by name, in order."""
     words = seen.read_text().split()
-    assert words[words.index("-i") + 1 :] == asked if asked else "-i" not in words
+    return [name for option, name in pairwise(words) if option == "-i"]
 
 
 class Card:

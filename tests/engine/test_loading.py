@@ -47,7 +47,7 @@ def test_a_model_opens_as_in_transformers_and_gives_its_tokens(both):
         {"local_files_only": True, "use_safetensors": True, "quantization_config": None},
     ):
         with jlayer.AutoModelForCausalLM.from_pretrained(both.folder, **options) as model:
-            assert (model.dtype, model.engine.device.platform) == ("float32", "cpu")
+            assert (model.dtype, model.engine.devices.platform) == ("float32", "cpu")
         found = jlayer.generate(both.folder, ids, max_new_tokens=3, **options)
         assert [[*ids[0].tolist(), *one.token_ids] for one in found] == expected
     opened = jlayer.AutoModel.from_pretrained(pretrained_model_name_or_path=str(both.folder))

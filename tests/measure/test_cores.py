@@ -30,7 +30,8 @@ def link(monkeypatch):
     def unpinned(slot_bytes, *, pin):
         return HostMemory(slot_bytes, pin=False)
 
-    monkeypatch.setattr(engine_speeds, "platform_of", lambda _: "gpu")
+    linked = {"cpu": replace(engine_speeds.PLATFORMS["cpu"], has_link=True)}
+    monkeypatch.setattr(engine_speeds, "PLATFORMS", linked)
     monkeypatch.setattr(engine_speeds, "HostMemory", unpinned)
     monkeypatch.setattr(engine_speeds, "LINK_BYTES", 1 << 20)
     monkeypatch.setattr(engine_speeds, "MATRIX_BYTES", 1 << 20)
@@ -52,12 +53,12 @@ def on_a_gpu(plan):
 def test_the_link_is_busy_only_when_it_is_asked_to(link, int4):
     with AutoModel.from_pretrained(int4, device="cpu", host_share=0.6) as model:
         link.clear()
-        cores, device = model.engine.host.cores, model.engine.device
+        cores, devices = model.engine.host.cores, model.engine.devices
         alone = engine_speeds.host_speeds(
-            cores, ["int4"], device, dtype="float32", link_is_busy=False
+            cores, ["int4"], devices, dtype="float32", link_is_busy=False
         )
         assert (alone.link, link) == (None, [])
-        beside = engine_speeds.host_speeds(cores, ["int4"], device, dtype="float32")
+        beside = engine_speeds.host_speeds(cores, ["int4"], devices, dtype="float32")
         assert beside.link > 0
         assert link
 

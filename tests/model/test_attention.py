@@ -11,7 +11,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jlayer import pieces
-from jlayer.engine.device import FLASH_DTYPES, gpu_memory, has_flash
+from jlayer.engine.device import FLASH_DTYPES, has_flash
+from jlayer.engine.gpu import gpu_memory
 from jlayer.model.attention import attention
 from jlayer.model.cache import LayerCache, Rows, View, rows_struct
 from jlayer.parts import Attention

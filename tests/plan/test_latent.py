@@ -18,6 +18,7 @@ from jlayer.plan.cutting import cut
 from jlayer.plan.memory import activation_bytes, cache_bytes, resident_bytes, temporary_bytes
 from jlayer.plan.shapes import Shapes, pool_rows
 from jlayer.plan.tiles import Tier
+from jlayer.streaming.devices import Devices
 from tests.plan.models import machine, plan_of, weights_of
 from tests.plan.test_memory import compile_all
 
@@ -151,7 +152,7 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula(
     cfg = replace(SMALL, attentions=(replace(how, q_rank=None),)) if direct else SMALL
     weights = weights_of(cfg, stored=dtype, dtype=dtype)
     tiling = cut(weights, tile_bytes, platform="cpu")
-    programs = Programs(cfg, dtype=dtype, device=jax.devices("cpu")[0])
+    programs = Programs(cfg, dtype=dtype, devices=Devices(jax.devices("cpu")[:1]))
     compile_all(programs, tiling, Size(tokens, 1, tokens, capacity, capacity), with_head=False)
     found = programs.temporary_bytes
     shapes = Shapes(1, (capacity,), capacity, tokens, tokens)

@@ -15,6 +15,7 @@ from jlayer.plan.cutting import cut
 from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
 from jlayer.plan.tiles import unseen_weights
+from jlayer.streaming.devices import Devices
 from tests.plan.models import (
     LLAMA_70B,
     SMALL,
@@ -98,7 +99,7 @@ def test_temporaries_of_compiled_programs_stay_within_the_formula_and_near_it(
     monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)  # so that matrices go in several blocks
     weights = weights_of(SMALL, stored=stored, dtype=dtype)
     tiling = cut(weights, tile_bytes, platform="cpu")
-    programs = Programs(SMALL, dtype=dtype, device=jax.devices("cpu")[0])
+    programs = Programs(SMALL, dtype=dtype, devices=Devices(jax.devices("cpu")[:1]))
     compile_all(
         programs, tiling, Size(tokens, 1, tokens, capacity, capacity), with_head=stored in SCHEMES
     )
@@ -123,7 +124,7 @@ def test_programs_that_read_the_hosts_products_stay_within_the_formula(
     monkeypatch.setitem(BLOCK_BYTES, "cpu", 60_000)
     weights = weights_of(SMALL, stored=stored, dtype="bfloat16")
     tiling = cut(weights, 100_000, platform="cpu", shares=((stored, 0.5),))
-    programs = Programs(SMALL, dtype="bfloat16", device=jax.devices("cpu")[0])
+    programs = Programs(SMALL, dtype="bfloat16", devices=Devices(jax.devices("cpu")[:1]))
     hosted = frozenset(n for n, tile in enumerate(tiling.tiles) if tile.for_host)
     compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False, hosted=hosted)
     assert any("hosted" in label for label in programs.compiles)
@@ -152,7 +153,7 @@ def test_experts_in_mxfp4_are_decoded_within_the_formula(
     weights = unseen_weights(cfg, published_quantization(cfg), stored="bfloat16", dtype=dtype)
     tiling = cut(weights, tile_bytes, platform="cpu")
     assert {part.form for tile in tiling.tiles for part in tile.parts} == {"bfloat16", "mxfp4"}
-    programs = Programs(cfg, dtype=dtype, device=jax.devices("cpu")[0])
+    programs = Programs(cfg, dtype=dtype, devices=Devices(jax.devices("cpu")[:1]))
     compile_all(
         programs, tiling, Size(tokens, 1, tokens, 64, 64, windows=((128, 64, 64),)), with_head=False
     )

@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jlayer.encodings.registry import SCHEMES
-from jlayer.engine.calls import struct_of
 from jlayer.errors import DoesNotFitError
 from jlayer.plan.lanes import MOST_LANES, most_lanes
 from jlayer.plan.making import make_plan, refit
@@ -20,6 +19,7 @@ from jlayer.plan.memory import GUESSING_BYTES, fixed_needs, kept_needs, run_need
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import PoolSizes, RunShape, pool_rows, rows_for
 from jlayer.plan.tiles import Tier
+from jlayer.streaming.devices import Devices
 from tests.plan.models import LLAMA_70B, LLAMA_405B, SMALL_8B, machine, plan_of, weights_of
 
 
@@ -59,7 +59,7 @@ def test_tiles_that_stay_are_counted_as_they_lie_on_the_device(stored):
     held = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
         for tile in kept
-        for leaf in jax.tree.leaves(struct_of(tile))
+        for leaf in jax.tree.leaves(Devices(jax.devices("cpu")[:1]).struct_of(tile))
     )
     assert plan.device.resident_bytes - bare.device.resident_bytes == held
     assert plan.fits

@@ -15,8 +15,10 @@ import pytest
 from jlayer import AutoModel, generate
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.registry import SCHEMES
-from jlayer.engine.device import gpu_memory, link_speed
+from jlayer.engine.device import link_speed
+from jlayer.engine.gpu import gpu_memory
 from jlayer.plan import making as plans
+from jlayer.streaming.devices import Devices
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
 from tests.reference import dense_forms
@@ -152,7 +154,7 @@ def test_guesses_of_families_change_no_token(tmp_path, name):
 
 def test_the_predicted_link_is_within_the_links_reach():
     """PCIe 3 x4 to PCIe 6 x16: a wrong unit or a lost wait cannot pass."""
-    speed = link_speed(jax.devices()[0])
+    speed = link_speed(Devices(jax.devices()[:1]))
     print(f"link: {speed / 1e9:.1f} GB/s")
     assert 2e9 < speed < 130e9
 

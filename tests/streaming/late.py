@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from jlayer.streaming import executor, slots
+from jlayer.streaming import devices, executor, slots
 
 POISON = 0xFF  # of floating-point numbers: not a number
 
@@ -83,4 +83,4 @@ def with_late_copies(monkeypatch):
     monkeypatch.setattr(executor, "PLATFORMS", linked)
     monkeypatch.setattr(executor, "Driver", LateCopies)
     monkeypatch.setattr(slots, "Driver", LateCopies)
-    monkeypatch.setattr(executor, "putter", lambda device, has_link: copied)
+    monkeypatch.setattr(devices, "putter", lambda *_, has_link: copied)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jlayer.engine.gpu import gpu_name
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.driver import Driver
-from jlayer.streaming.putting import putter
 from jlayer.streaming.slots import HostMemory
 from jlayer.streaming.turns import Rooms
 
@@ -39,7 +39,7 @@ def pinned():
 
 def test_programs_read_what_was_copied_for_them(pinned):
     (device,) = jax.devices("gpu")[:1]
-    rooms = Rooms(putter(device, has_link=True), Driver())
+    rooms = Rooms(Devices([device]).put, Driver())
     expected = [int(array.astype(np.int64).sum()) % 2**31 for array in pinned]
     long = jnp.ones((2048, 2048), jnp.bfloat16)
 

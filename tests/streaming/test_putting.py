@@ -8,6 +8,9 @@ from jax._src.interpreters import pxla
 
 from jlayer.streaming.putting import TRIAL, putter
 
+(DEVICE,) = jax.devices("cpu")[:1]
+ALONE = jax.sharding.SingleDeviceSharding(DEVICE)
+
 ARRAYS = {
     "q": np.arange(12, dtype=np.uint8).reshape(3, 4),
     "scale": np.linspace(0, 1, 7, dtype=np.float32).astype(ml_dtypes.bfloat16),
@@ -23,9 +26,8 @@ def same(found, expected):
 
 @pytest.mark.parametrize("has_link", [True, False])
 def test_what_is_put_is_as_device_put_has_it(has_link):
-    (device,) = jax.devices("cpu")[:1]
-    put = putter(device, has_link=has_link)
-    found, expected = put(ARRAYS), jax.device_put(ARRAYS, device)
+    put = putter([DEVICE], ALONE, has_link=has_link)
+    found, expected = put(ARRAYS), jax.device_put(ARRAYS, DEVICE)
     for name in ARRAYS:
         same(found[name], expected[name])
     same(put(ARRAYS["q"]), expected["q"])
@@ -45,7 +47,6 @@ WRONG = {
 
 @pytest.mark.parametrize("way", ["right", "missing", *WRONG])
 def test_the_shorter_way_is_taken_if_it_is_as_expected(monkeypatch, way):
-    (device,) = jax.devices("cpu")[:1]
     with monkeypatch.context() as patch:
         if way == "missing":
             patch.delattr(pxla, "batched_device_put")
@@ -53,9 +54,10 @@ def test_the_shorter_way_is_taken_if_it_is_as_expected(monkeypatch, way):
             patch.setattr(pxla, "batched_device_put", WRONG[way])
             # It is what device_put ends in, too.
             patch.setattr(jax, "device_put", lambda array, device: DEVICE_PUT_OF_TRIAL)
-        put = putter(device, has_link=True)
-    monkeypatch.setattr(jax, "device_put", lambda arrays, device: "public")
-    assert (put(ARRAYS) == "public") == (way != "right")
+        put = putter([DEVICE], ALONE, has_link=True)
+    monkeypatch.setattr(jax, "device_put", lambda arrays, device: PUBLIC)
+    assert (put(ARRAYS["q"]) is PUBLIC) == (way != "right")
 
 
-DEVICE_PUT_OF_TRIAL = jax.device_put(TRIAL, jax.devices("cpu")[0])
+PUBLIC = object()
+DEVICE_PUT_OF_TRIAL = jax.device_put(TRIAL, DEVICE)

@@ -50,7 +50,7 @@ class Streamed:
             tiers,
             ring=self.plan.ring,
             ahead=self.plan.ahead,
-            device=engine.device,
+            devices=engine.devices,
             totals=self.totals,
             watch=Watch(on_step=self._note),
             checks=Checks({}),
@@ -58,7 +58,7 @@ class Streamed:
         self.embedding = Embedding(engine.store, engine.weights)
         self.caches = Caches(engine.programs, tables=list)
         self.caches.reserve(PoolSizes(64))
-        leaves = residents.load(engine.store, engine.weights, Checks({}), engine.device)
+        leaves = residents.load(engine.store, engine.weights, Checks({}), engine.devices)
         self.sweeper = Sweeper(engine.programs, self.embedding, leaves, self.caches)
 
     def _note(self, step, tile):

@@ -1,0 +1,40 @@
+"""How the rows of a matrix are dealt out to several devices.
+
+Each device multiplies its own rows, and the products are gathered: nothing is summed across
+devices, so what a row gives does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Deal:
+    """`n_rows` rows in `n` ranges of `height` each, in order. Where they do not come out even, the
+    last ranges begin earlier: they have rows that the range before has too."""
+
+    n: int
+    n_rows: int
+    height: int
+
+    def first(self, number: int) -> int:
+        """The first row of a range."""
+        return min(number * self.height, self.n_rows - self.height)
+
+    def repeated(self, number: int) -> int:
+        """How many of a range's first rows the ranges before have too."""
+        return min(self.height, number * self.height - self.first(number))
+
+    @property
+    def is_even(self) -> bool:
+        return self.n * self.height == self.n_rows
+
+
+def dealt(n_rows: int, *, row_unit: int, n: int) -> Deal | None:
+    """The deal of so many rows to `n` devices, in whole units of rows; None where each device has
+    all of them: there is one device, one unit, or a unit that is not full."""
+    if n == 1 or n_rows % row_unit:
+        return None
+    height = -(-(n_rows // row_unit) // n) * row_unit
+    return Deal(n, n_rows, height) if height < n_rows else None

@@ -1,0 +1,97 @@
+"""The devices of a model: what each has of every array.
+
+An array is on all of them, or its rows are dealt out (`plan.dealing`). One table maps the words for
+axes to axes of the mesh, and nothing else names those; with one device it is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.plan.tiles import Part, Tile
+from jlayer.streaming.putting import putter
+
+ROWS = "rows"
+# Words for axes of arrays -> axes of the mesh of devices.
+MESH_AXES = {ROWS: "devices"}
+
+
+class Devices:
+    """Some devices, alike. `first`: the one whose memory and link are measured."""
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        self.all = tuple(devices)
+        self.first = self.all[0]
+        self.platform = platform_of(self.first.platform)
+        self.has_link = PLATFORMS[self.platform].has_link
+        self.mesh = Mesh(np.array(self.all), tuple(MESH_AXES.values())) if len(self) > 1 else None
+        self.everywhere = self._sharding()
+        self.put = putter(self.all, self.everywhere, has_link=self.has_link)
+        dealt = self._sharding(ROWS)
+        self._put_dealt = putter(self.all, dealt, has_link=self.has_link)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __str__(self) -> str:
+        kinds = f"{self.first.platform}:{self.first.id} ({self.first.device_kind})"
+        return kinds if len(self) == 1 else f"{len(self)} x {self.first.device_kind}"
+
+    def _sharding(self, *axes):
+        if self.mesh is None:
+            return SingleDeviceSharding(self.first)
+        return NamedSharding(self.mesh, PartitionSpec(*(MESH_AXES[axis] for axis in axes)))
+
+    def put_tile(self, tile: Tile, views):
+        """Begins to put what was read of a tile: to each device its rows."""
+        if len(self) == 1:
+            return self.put(views)
+        return {part.leaf: self._put_part(tile, part, views[part.leaf]) for part in tile.parts}
+
+    def _put_part(self, tile, part, view):
+        ranges = ranges_of(tile, part)
+        if ranges is None:
+            return self.put(view)
+        return self._put_dealt([view[rows] for rows in ranges])
+
+    def struct_of(self, tile: Tile):
+        """The shapes of what `put_tile` gives."""
+        if tile.joined:
+            return jax.ShapeDtypeStruct(tile.joined.shape, tile.joined.dtype)
+        return {part.leaf: self._struct_of_part(tile, part) for part in tile.parts}
+
+    def _struct_of_part(self, tile, part):
+        ranges = ranges_of(tile, part)
+        if ranges is None:
+            return jax.ShapeDtypeStruct(part.shape, part.dtype)
+        rows = ranges[0].stop - ranges[0].start
+        shape = (len(self) * rows, *part.shape[1:])
+        return jax.ShapeDtypeStruct(shape, part.dtype, sharding=self._sharding(ROWS))
+
+    def on_each(self, function: Callable, args: tuple) -> Callable:
+        """A function that each device runs on what it has of these arguments (shapes, with a
+        sharding where rows are dealt out), all with the same results."""
+        if self.mesh is None:
+            return function
+        spec = partial(jax.tree.map, lambda leaf: (leaf.sharding or self.everywhere).spec)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(map(spec, args)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+
+
+def ranges_of(tile: Tile, part: Part) -> list[slice] | None:
+    """The rows of a part of a tile, or of its piece, that each device has; None: all of them."""
+    deal = tile.deal_of(part.n_rows)
+    if deal is None or part.is_for_all_rows:
+        return None
+    return [part.rows_of_piece(deal.first(number), deal.height) for number in range(deal.n)]
