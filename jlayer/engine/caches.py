@@ -51,8 +51,8 @@ class Caches:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the pools on the device now."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+        """Bytes of the pools on a device now."""
+        return sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(self.layers))
 
     @property
     def host_bytes(self) -> int:
@@ -115,7 +115,7 @@ class Caches:
     def _keep_on_device(self, layer):
         kind, cache, room = self._kinds[layer], self.layers[layer], self._rooms[layer]
         if cache is None and room is not None:
-            cache = self._put(room)
+            cache = self._put(layer, room)
         if cache is None:
             cache = self._programs.empty_cache(kind, n_rows=self._n_rows(layer))()
         if _n_rows(cache) != self._n_rows(layer):
@@ -151,10 +151,10 @@ class Caches:
             self._rooms[layer] = None
             self._memory.drop_room(key)
 
-    def _put(self, room):
+    def _put(self, layer, room):
         if not self._has_link:  # a CPU's arrays would be views of the room, which is written
             room = jax.tree.map(np.copy, room)
-        return jax.device_put(room, self._programs.devices.everywhere)
+        return jax.device_put(room, self._programs.cache_over(self._kinds[layer]))
 
     # A forward pass with pools in host memory.
 
@@ -173,7 +173,7 @@ class Caches:
         """Begins to put a layer's pool on the device; returns its bytes."""
         # What came before the last one is back: two pools at most are on the device.
         self._collect(POOLS_ON_DEVICE - 1)
-        self.layers[layer] = self._put(self._rooms[layer])
+        self.layers[layer] = self._put(layer, self._rooms[layer])
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._rooms[layer]))
 
     def take(self, layer: int) -> None:

@@ -58,16 +58,18 @@ class Compiler:
         self._pool: ThreadPoolExecutor | None = None
         self._at_a_time = at_a_time or _at_a_time(devices.first)
 
-    def get(self, label: str, key, function: Callable, args, *, reuses: bool) -> Callable | None:
+    def get(
+        self, label: str, key, function: Callable, args, *, reuses: bool, results=None
+    ) -> Callable | None:
         """The compiled program of this label and key. With two arguments, if it `reuses`, it takes
-        the memory of the second for its results. Inside `together`, None where it is not compiled
-        yet."""
+        the memory of the second for its results. `results`: their sharding, where some are not on
+        every device. Inside `together`, None where it is not compiled yet."""
         name = label, key
         if name in self._programs:
             return self._programs[name]
         if name not in self._waiting:
             with deferred(), self._watch.compiling(label):
-                lowered = self._lower(function, args, reuses=reuses)
+                lowered = self._lower(function, args, reuses, results)
                 if self._pool is None:
                     self._keep(name, *compiled(lowered))
                 else:
@@ -107,7 +109,7 @@ class Compiler:
                     future.cancel()
                 self._waiting.clear()
 
-    def _lower(self, function, args, *, reuses):
+    def _lower(self, function, args, reuses, results):
         everywhere = self._devices.everywhere
         placed = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -116,8 +118,9 @@ class Compiler:
             args,
         )
         consumed = (1,) if reuses and len(args) == 2 else ()
-        function = self._devices.on_each(function, args)
-        return jax.jit(function, donate_argnums=consumed, out_shardings=everywhere).lower(*placed)
+        results = results or everywhere
+        function = self._devices.on_each(function, args, results)
+        return jax.jit(function, donate_argnums=consumed, out_shardings=results).lower(*placed)
 
     def _keep(self, name, program, count):
         temporary = program.memory_analysis().temp_size_in_bytes

@@ -4,14 +4,18 @@ programs that every device runs (`Devices.on_each`)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.base import Stage
+from jlayer.families.base import Function, Stage
+from jlayer.families.decoder import SINKS
+from jlayer.model.stages import call, join
 from jlayer.plan.dealing import Deal
 from jlayer.plan.tiles import Tile
-from jlayer.streaming.devices import MESH_AXES, ROWS
+from jlayer.streaming.devices import HEADS, MESH_AXES, ROWS
 
 
 def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dict:
@@ -46,3 +50,49 @@ def _in_order(each, deal):
         return jnp.moveaxis(each, 0, 1).reshape(each.shape[1], deal.n_rows)
     own = [each[number, :, deal.repeated(number) :] for number in range(deal.n)]
     return jnp.concatenate(own, axis=-1)
+
+
+def own_heads(finish: Function, flow: Mapping, whole: Mapping, products: Mapping) -> dict:
+    """`model.stages.call` of the function that attends, of which each device does its own heads.
+    Its cache has the keys and values of those."""
+    how, products = finish.how, {name: join(parts) for name, parts in products.items()}
+    n = jax.lax.axis_size(MESH_AXES[HEADS])
+    own = replace(how, n_heads=how.n_heads // n, n_kv_heads=how.n_kv_heads // n)
+    widths = _widths_of(how)
+    products = {
+        name: jnp.concatenate([_own(part, 1, n) for part in _apart(value, widths[name])], axis=1)
+        for name, value in products.items()
+    }
+    results = call(replace(finish, how=own), flow, _own_leaves(how, whole, n), products)
+    cache = results.pop("cache")
+    ((name, mixed),) = results.items()
+    each = jax.lax.all_gather(mixed, MESH_AXES[HEADS])
+    return {name: jnp.moveaxis(each, 0, 1).reshape(each.shape[1], -1), "cache": cache}
+
+
+def _widths_of(how):
+    """Product -> the widths of what is joined in it, each the heads of one kind."""
+    queries, values = how.n_heads * how.head_dim, how.n_kv_heads * how.head_dim
+    queries *= 2 if how.has_gate else 1
+    alone = {"q_proj": [queries], "k_proj": [values], "v_proj": [values]}
+    return {**alone, "qkv_proj": [queries, values, values]}
+
+
+def _apart(product, widths):
+    return jnp.split(product, list(accumulate(widths))[:-1], axis=-1)
+
+
+def _own(array, axis, n):
+    """Of an array with all heads along an axis, one after another, those of this device."""
+    size = array.shape[axis] // n
+    first = jax.lax.axis_index(MESH_AXES[HEADS]) * size
+    return jax.lax.dynamic_slice_in_dim(array, first, size, axis)
+
+
+def _own_leaves(how, whole, n):
+    """Leaves that have something of each head."""
+    counted = {SINKS} if how.has_sinks else set()
+    norms = how.head_norms
+    if norms and norms.over == "each":
+        counted |= {*norms.q, *norms.k}
+    return {name: _own(leaf, 0, n) if name in counted else leaf for name, leaf in whole.items()}

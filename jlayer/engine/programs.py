@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -21,10 +22,10 @@ from jlayer.engine.calls import Call
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
-from jlayer.engine.gathering import gathered, gathered_rows
+from jlayer.engine.gathering import gathered, gathered_rows, own_heads
 from jlayer.engine.picking import input_reads, picked_input, picks
 from jlayer.engine.size import Size
-from jlayer.families.base import Function, LayerKind
+from jlayer.families.base import Function, LayerKind, rows_cache
 from jlayer.families.registry import final_norm_leaves
 from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.experts import picked_rows, spread
@@ -32,10 +33,11 @@ from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, as_array, dequantize, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.model.together import mix_together
+from jlayer.plan.dealing import deals_heads
 from jlayer.plan.experts import at_once, is_stacked
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
-from jlayer.streaming.devices import Devices
+from jlayer.streaming.devices import HEADS, Devices
 from jlayer.streaming.watch import Watch
 
 
@@ -107,10 +109,36 @@ class Programs:
     def empty_cache(self, kind: LayerKind, *, n_rows: int) -> Callable:
         """The program () -> an empty pool of a layer, allocated on the device."""
 
-        def make():
-            return empty_cache(kind.cache, n_rows=n_rows, dtype=self.dtype)
+        own = self._own_cache(kind)
 
-        return self.get(f"pool {n_rows}", (kind.cache,), make, ())
+        def make():
+            return empty_cache(own, n_rows=n_rows, dtype=self.dtype)
+
+        label, results = f"pool {n_rows}", self.cache_over(kind)
+        return self.get(label, (kind.cache,), make, (), results=results)
+
+    def cache_over(self, kind: LayerKind) -> jax.sharding.Sharding:
+        """Of the arrays of a layer's cache: their heads are dealt out, or all devices have all."""
+        return (
+            self.devices.over(None, HEADS) if self._deals_heads(kind) else self.devices.everywhere
+        )
+
+    def _deals_heads(self, kind):
+        return deals_heads(kind.attention, len(self.devices))
+
+    def _own_cache(self, kind):
+        """What a device has of the cache of a layer."""
+        if not self._deals_heads(kind):
+            return kind.cache
+        n_kv_heads = kind.attention.n_kv_heads // len(self.devices)
+        return rows_cache(replace(kind.attention, n_kv_heads=n_kv_heads))
+
+    def _cache_struct(self, kind, n_rows):
+        sharding = self.cache_over(kind)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            cache_struct(kind.cache, n_rows=n_rows, dtype=self.dtype),
+        )
 
     def grown_cache(self, kind: LayerKind, *, before: int, n_rows: int) -> Callable:
         """The program (a pool of `before` rows) -> the same with `n_rows` rows."""
@@ -121,8 +149,9 @@ class Programs:
                 cache,
             )
 
-        struct = cache_struct(kind.cache, n_rows=before, dtype=self.dtype)
-        return self.get(f"pool {before} to {n_rows}", (kind.cache,), grow, (struct,))
+        struct, results = self._cache_struct(kind, before), self.cache_over(kind)
+        label = f"pool {before} to {n_rows}"
+        return self.get(label, (kind.cache,), grow, (struct,), results=results)
 
     def written_rows(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
         """The program (a pool, rows [R]) -> the entries in these rows, [R, ...] each."""
@@ -130,10 +159,10 @@ class Programs:
         def rows_of(cache, rows):
             return jax.tree.map(lambda entry: entry.at[rows].get(mode="clip"), cache)
 
-        struct = cache_struct(kind.cache, n_rows=pool, dtype=self.dtype)
+        struct, results = self._cache_struct(kind, pool), self.cache_over(kind)
         rows = jax.ShapeDtypeStruct((n_rows,), "int32")
-        label = f"written rows {n_rows} of {pool}"
-        return self.get(label, (kind.cache,), rows_of, (struct, rows), reuses=False)
+        label, how = f"written rows {n_rows} of {pool}", {"reuses": False, "results": results}
+        return self.get(label, (kind.cache,), rows_of, (struct, rows), **how)
 
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
@@ -143,7 +172,7 @@ class Programs:
             layer = self.weights(tile, given["weights"]) | given.get("whole", {})
             rows = given["rows"].replace(flash=self.flash(tile.kind))
             hidden, cache = block(tile.kind)(layer, given["hidden"], consumed["cache"], rows)
-            return {"hidden": hidden, "cache": cache}
+            return {"hidden": hidden}, cache
 
         reads = ("hidden", "rows")
         given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads)
@@ -164,7 +193,7 @@ class Programs:
             flow = {name: given[name] for name in reads}
             how = {"n_rows": size.rows, "picked": picked, "stacked": stacked}
             how["gather"] = partial(gathered, tile=tile)
-            return {"mixed": mix_together(tile.kind, flow, experts, **how)}
+            return {"mixed": mix_together(tile.kind, flow, experts, **how)}, ()
 
         given = self.flow(tile, size, reads)
         given["weights"] = [self.devices.struct_of(tile)] * n
@@ -177,7 +206,7 @@ class Programs:
 
         def function(given, consumed):
             weights, x = self.weights(tile, given["weights"]), picked_input(tile, given, picked)
-            return {"products": self._multiplied(tile, x, weights)}
+            return {"products": self._multiplied(tile, x, weights)}, ()
 
         reads = input_reads(tile, picked)
         given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads, picked)
@@ -195,6 +224,7 @@ class Programs:
         with_rows = with_rows and bool(tile.heights)
         kept = tuple(name for name in finish.whole if name not in tile.uncut)
         uses_weights = with_rows or bool(tile.uncut)
+        by_heads = self._deals_heads(tile.kind)
 
         def function(given, consumed):
             flow = given | consumed
@@ -213,11 +243,12 @@ class Programs:
                     name: spread(join(parts), picked_rows(flow, picked), size.rows)
                     for name, parts in products.items()
                 }
-            results = call(finish, flow, weights | given.get("whole", {}), products)
+            finishes = own_heads if by_heads and finish.how == tile.kind.attention else call
+            results = finishes(finish, flow, weights | given.get("whole", {}), products)
             if following:
                 whole = given.get("next_whole", {})
                 results |= call(following, flow | results, whole)
-            return results
+            return results, results.pop("cache", ())
 
         functions = [each for each in (finish, following) if each]
         reads, next_whole = _reads(functions), tuple(leaf.name for leaf in shape.next_whole)
@@ -235,7 +266,8 @@ class Programs:
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
         key = (tile.signature if uses_weights else (tile.kind.name, stage.name), shape)
-        program = self.get(" ".join(names), key, function, (given, consumed))
+        results = (self.devices.everywhere, self.cache_over(tile.kind))
+        program = self.get(" ".join(names), key, function, (given, consumed), results=results)
         return Call(
             program,
             tuple(chunk),
@@ -277,7 +309,7 @@ class Programs:
             weights = self.weights(tile, given["weights"])
             x = self._wanted_input(tile, given)
             (logits,) = self._multiplied(tile, x, weights).values()
-            return {"logits": logits}
+            return {"logits": logits}, ()
 
         given = {"weights": self.devices.struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
@@ -288,7 +320,7 @@ class Programs:
         """(whole, hidden, wanted [W]) -> the head's input x [W, D] of the wanted rows."""
 
         def function(given, consumed):
-            return {"x": self._wanted_input(tile, given)}
+            return {"x": self._wanted_input(tile, given)}, ()
 
         given = self._wanted_given(tile, size, n_wanted)
         label = f"head input {size.rows} wanted {n_wanted}"
@@ -332,12 +364,12 @@ class Programs:
             for name, pieces_of_leaf in pieces.items()
         }
 
-    def get(self, label, key, function, args, *, reuses=True):
+    def get(self, label, key, function, args, *, reuses=True, results=None):
         """The compiled program of this label and key; compiles are counted by the label alone.
 
-        With two arguments it reuses the memory of the second.
+        With two arguments it reuses the memory of the second. See `Compiler.get`.
         """
-        return self._compiler.get(label, key, function, args, reuses=reuses)
+        return self._compiler.get(label, key, function, args, reuses=reuses, results=results)
 
     def flash(self, kind: LayerKind) -> bool:
         """Whether the device has flash attention for layers of this kind."""
@@ -394,8 +426,7 @@ class Programs:
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        n_rows = size.pool_of(tile.kind.cache)
-        return {"cache": cache_struct(tile.kind.cache, n_rows=n_rows, dtype=self.dtype)}
+        return {"cache": self._cache_struct(tile.kind, size.pool_of(tile.kind.cache))}
 
     def _struct(self, n_rows, width):
         return jax.ShapeDtypeStruct((n_rows, width), self.dtype)

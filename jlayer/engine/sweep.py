@@ -218,7 +218,8 @@ class Sweeper:
             numbers = [tiles[place].expert for place in chosen]
             numbers += [tiles[0].kind.n_experts] * n_left
             given["experts"] = [self._number(number) for number in numbers]
-            chunk.flow |= bound.call.program(given, {})
+            results, _ = bound.call.program(given, {})
+            chunk.flow |= results
             outputs.append(chunk.flow["mixed"])
         return outputs
 
@@ -296,9 +297,9 @@ class Sweeper:
             if layers[tile.layer] is None:  # without an executor's steps
                 self._caches.put(tile.layer)
             consumed["cache"] = layers[tile.layer]
-        results = call.program(given, consumed)
+        results, cache = call.program(given, consumed)
         if call.uses_cache:
-            layers[tile.layer] = results.pop("cache")
+            layers[tile.layer] = cache
         if "logits" in results:
             return results["logits"]
         if "products" in results:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jlayer.parts import Attention
+
 
 @dataclass(frozen=True)
 class Deal:
@@ -38,3 +40,13 @@ def dealt(n_rows: int, *, row_unit: int, n: int) -> Deal | None:
         return None
     height = -(-(n_rows // row_unit) // n) * row_unit
     return Deal(n, n_rows, height) if height < n_rows else None
+
+
+def deals_heads(attention: Attention | None, n: int) -> bool:
+    """Whether each of `n` devices has its own heads of this attention, and what its cache keeps of
+    their keys and values; else each has all of them."""
+    if n == 1 or attention is None or attention.n_kv_heads % n:
+        return False
+    norms = attention.head_norms
+    # A norm over all heads is taken of all.
+    return norms is None or (norms.over != "flat" and len(norms.q) == len(norms.k) == 1)

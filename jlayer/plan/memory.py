@@ -20,6 +20,7 @@ from jlayer.pieces import (
     expands,
     latent_bytes,
 )
+from jlayer.plan.dealing import deals_heads
 from jlayer.plan.experts import passing, stacked_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
@@ -95,8 +96,9 @@ def run_needs(
     """
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     pools = pool_sizes(load, windows_of(cfg), least_pool)
+    n = machine.n_devices
     return [
-        _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item),
+        _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item, n_devices=n),
         Need(
             "activation",
             device=activation_bytes(cfg, load, item_bytes=item, whole=tiling.is_whole)
@@ -169,13 +171,19 @@ def _pool_bytes(cfg, kind, pools, item_bytes):
 POOLS_ON_DEVICE = 2
 
 
-def _cache_need(cfg, tier, pools, n_rows, *, item_bytes):
+def _cache_need(cfg, tier, pools, n_rows, *, item_bytes, n_devices):
     """The pools. In host memory each has a page of slack, and what a forward pass writes comes back
     from two layers at a time."""
-    whole = cache_bytes(cfg, pools, item_bytes=item_bytes)
+
+    def on_a_device(kind, pools):
+        n = n_devices if deals_heads(kind.attention, n_devices) else 1
+        return _pool_bytes(cfg, kind, pools, item_bytes) // n
+
     if tier is Tier.DEVICE:
-        return Need("cache", device=whole)
-    largest = max(_pool_bytes(cfg, kind, pools, item_bytes) for kind in _kinds(cfg))
+        counted = counted_kinds(cfg)
+        return Need("cache", device=sum(n * on_a_device(kind, pools) for kind, n in counted))
+    whole = cache_bytes(cfg, pools, item_bytes=item_bytes)
+    largest = max(on_a_device(kind, pools) for kind in _kinds(cfg))
     written = n_rows * max(_pool_bytes(cfg, kind, 1, item_bytes) for kind in _kinds(cfg))
     on_host = whole + cfg.num_hidden_layers * 2 * ALIGNMENT
     return Need(

@@ -17,9 +17,9 @@ from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Part, Tile
 from jlayer.streaming.putting import putter
 
-ROWS = "rows"
+ROWS, HEADS = "rows", "kv_heads"
 # Words for axes of arrays -> axes of the mesh of devices.
-MESH_AXES = {ROWS: "devices"}
+MESH_AXES = {ROWS: "devices", HEADS: "devices"}
 
 
 class Devices:
@@ -30,10 +30,10 @@ class Devices:
         self.first = self.all[0]
         self.platform = platform_of(self.first.platform)
         self.has_link = PLATFORMS[self.platform].has_link
-        self.mesh = Mesh(np.array(self.all), tuple(MESH_AXES.values())) if len(self) > 1 else None
-        self.everywhere = self._sharding()
+        self.mesh = Mesh(np.array(self.all), ("devices",)) if len(self) > 1 else None
+        self.everywhere = self.over()
         self.put = putter(self.all, self.everywhere, has_link=self.has_link)
-        dealt = self._sharding(ROWS)
+        dealt = self.over(ROWS)
         self._put_dealt = putter(self.all, dealt, has_link=self.has_link)
 
     def __len__(self) -> int:
@@ -43,10 +43,12 @@ class Devices:
         kinds = f"{self.first.platform}:{self.first.id} ({self.first.device_kind})"
         return kinds if len(self) == 1 else f"{len(self)} x {self.first.device_kind}"
 
-    def _sharding(self, *axes):
+    def over(self, *axes: str | None) -> jax.sharding.Sharding:
+        """Of an array with these axes, those that are in the table dealt out; all else is on every
+        device."""
         if self.mesh is None:
             return SingleDeviceSharding(self.first)
-        return NamedSharding(self.mesh, PartitionSpec(*(MESH_AXES[axis] for axis in axes)))
+        return NamedSharding(self.mesh, PartitionSpec(*(axis and MESH_AXES[axis] for axis in axes)))
 
     def put_tile(self, tile: Tile, views):
         """Begins to put what was read of a tile: to each device its rows."""
@@ -72,19 +74,20 @@ class Devices:
             return jax.ShapeDtypeStruct(part.shape, part.dtype)
         rows = ranges[0].stop - ranges[0].start
         shape = (len(self) * rows, *part.shape[1:])
-        return jax.ShapeDtypeStruct(shape, part.dtype, sharding=self._sharding(ROWS))
+        return jax.ShapeDtypeStruct(shape, part.dtype, sharding=self.over(ROWS))
 
-    def on_each(self, function: Callable, args: tuple) -> Callable:
-        """A function that each device runs on what it has of these arguments (shapes, with a
-        sharding where rows are dealt out), all with the same results."""
+    def on_each(self, function: Callable, args: tuple, results) -> Callable:
+        """A function that each device runs on what it has of these arguments: shapes, with a
+        sharding where something is dealt out. `results`: the sharding of what it returns."""
         if self.mesh is None:
             return function
-        spec = partial(jax.tree.map, lambda leaf: (leaf.sharding or self.everywhere).spec)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding or self.everywhere, args)
+        spec = partial(jax.tree.map, lambda sharding: sharding.spec)
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=tuple(map(spec, args)),
-            out_specs=PartitionSpec(),
+            in_specs=spec(shardings),
+            out_specs=spec(results),
             check_vma=False,
         )
 
