@@ -1,4 +1,4 @@
-"""Strict by default: two CPU devices, strict dtype promotion, rank promotion an error. Shared
+"""Strict by default: three CPU devices, strict dtype promotion, rank promotion an error. Shared
 checkpoints."""
 
 import atexit
@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

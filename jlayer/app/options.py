@@ -15,6 +15,7 @@ RUN = {
     "host_memory": ("the most main memory of the process", "80%% of what is available"),
     "dtype": ("compute in bfloat16, float16 or float32", "the weights' own"),
     "device": ("cpu or gpu", "the accelerator, if there is one"),
+    "devices": ("how many GPUs, each with its share of every layer, or all", "1"),
     "host_share": (
         "the share of the weights in main memory that its own cores multiply, from 0 to 1",
         "auto: as measured",
@@ -30,6 +31,7 @@ _METAVARS = {
     "host_memory": "SIZE",
     "dtype": "DTYPE",
     "device": "DEVICE",
+    "devices": "N",
     "host_share": "SHARE",
 }
 

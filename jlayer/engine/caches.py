@@ -117,10 +117,10 @@ class Caches:
         if cache is None and room is not None:
             cache = self._put(layer, room)
         if cache is None:
-            cache = self._programs.empty_cache(kind, n_rows=self._n_rows(layer))()
+            cache = self._programs.pools.empty(kind, n_rows=self._n_rows(layer))()
         if _n_rows(cache) != self._n_rows(layer):
             before, n_rows = _n_rows(cache), self._n_rows(layer)
-            cache = self._programs.grown_cache(kind, before=before, n_rows=n_rows)(cache)
+            cache = self._programs.pools.grown(kind, before=before, n_rows=n_rows)(cache)
         if cache is not self.layers[layer]:
             self.layers[layer] = jax.block_until_ready(cache)
             self._drop_room(layer)
@@ -154,7 +154,7 @@ class Caches:
     def _put(self, layer, room):
         if not self._has_link:  # a CPU's arrays would be views of the room, which is written
             room = jax.tree.map(np.copy, room)
-        return jax.device_put(room, self._programs.cache_over(self._kinds[layer]))
+        return jax.device_put(room, self._programs.pools.over(self._kinds[layer]))
 
     # A forward pass with pools in host memory.
 
@@ -163,7 +163,7 @@ class Caches:
         for layer in range(len(self._kinds)) if self.tier is Tier.HOST else ():
             kind, pool = self._kinds[layer], self._n_rows(layer)
             (n_rows,) = size.rows_struct.written(kind.cache).shape
-            self._programs.written_rows(kind, pool=pool, n_rows=n_rows)
+            self._programs.pools.written(kind, pool=pool, n_rows=n_rows)
 
     def begin(self, written: Sequence[tuple[Rows, Rows]]) -> None:
         """A forward pass begins, whose chunks have these rows: on the device, and on the host."""
@@ -182,7 +182,7 @@ class Caches:
         kind = self._kinds[layer]
         for on_device, on_host in self._written:
             written, rows = (each.written(kind.cache) for each in (on_device, on_host))
-            program = self._programs.written_rows(
+            program = self._programs.pools.written(
                 kind, pool=self._n_rows(layer), n_rows=len(written)
             )
             entries = program(cache, written)

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.engine.calls import Call
@@ -24,20 +22,19 @@ from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
 from jlayer.engine.gathering import gathered, gathered_rows, own_heads
 from jlayer.engine.picking import input_reads, picked_input, picks
+from jlayer.engine.pool_programs import PoolPrograms
 from jlayer.engine.size import Size
-from jlayer.families.base import Function, LayerKind, rows_cache
+from jlayer.families.base import Function, LayerKind
 from jlayer.families.registry import final_norm_leaves
-from jlayer.model.cache import cache_struct, empty_cache
 from jlayer.model.experts import picked_rows, spread
 from jlayer.model.ops import scaled
 from jlayer.model.products import Encoded, InBlob, as_array, dequantize, weight
 from jlayer.model.stages import block, call, hosted_products, join, multiply
 from jlayer.model.together import mix_together
-from jlayer.plan.dealing import deals_heads
 from jlayer.plan.experts import at_once, is_stacked
 from jlayer.plan.tiles import Part, Tile
 from jlayer.spec import Leaf, ModelConfig, Place, resident_dtype
-from jlayer.streaming.devices import HEADS, Devices
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.watch import Watch
 
 
@@ -49,6 +46,7 @@ class Programs:
     ):
         self.cfg, self.dtype, self.devices = cfg, dtype, devices
         self._compiler = Compiler(devices, watch or Watch())
+        self.pools = PoolPrograms(devices, dtype=dtype, get=self.get)
         self._block_bytes = BLOCK_BYTES[devices.platform]
 
     def calls_at(
@@ -105,64 +103,6 @@ class Programs:
         given = {"rows": rows}
         given |= self._whole("whole", self._device_leaves(first), wanted.whole if wanted else ())
         return self.get(f"embed {n_rows}", (wanted,), function, (given,))
-
-    def empty_cache(self, kind: LayerKind, *, n_rows: int) -> Callable:
-        """The program () -> an empty pool of a layer, allocated on the device."""
-
-        own = self._own_cache(kind)
-
-        def make():
-            return empty_cache(own, n_rows=n_rows, dtype=self.dtype)
-
-        label, results = f"pool {n_rows}", self.cache_over(kind)
-        return self.get(label, (kind.cache,), make, (), results=results)
-
-    def cache_over(self, kind: LayerKind) -> jax.sharding.Sharding:
-        """Of the arrays of a layer's cache: their heads are dealt out, or all devices have all."""
-        return (
-            self.devices.over(None, HEADS) if self._deals_heads(kind) else self.devices.everywhere
-        )
-
-    def _deals_heads(self, kind):
-        return deals_heads(kind.attention, len(self.devices))
-
-    def _own_cache(self, kind):
-        """What a device has of the cache of a layer."""
-        if not self._deals_heads(kind):
-            return kind.cache
-        n_kv_heads = kind.attention.n_kv_heads // len(self.devices)
-        return rows_cache(replace(kind.attention, n_kv_heads=n_kv_heads))
-
-    def _cache_struct(self, kind, n_rows):
-        sharding = self.cache_over(kind)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            cache_struct(kind.cache, n_rows=n_rows, dtype=self.dtype),
-        )
-
-    def grown_cache(self, kind: LayerKind, *, before: int, n_rows: int) -> Callable:
-        """The program (a pool of `before` rows) -> the same with `n_rows` rows."""
-
-        def grow(cache):
-            return jax.tree.map(
-                lambda entry: jnp.pad(entry, ((0, n_rows - before), *[(0, 0)] * (entry.ndim - 1))),
-                cache,
-            )
-
-        struct, results = self._cache_struct(kind, before), self.cache_over(kind)
-        label = f"pool {before} to {n_rows}"
-        return self.get(label, (kind.cache,), grow, (struct,), results=results)
-
-    def written_rows(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
-        """The program (a pool, rows [R]) -> the entries in these rows, [R, ...] each."""
-
-        def rows_of(cache, rows):
-            return jax.tree.map(lambda entry: entry.at[rows].get(mode="clip"), cache)
-
-        struct, results = self._cache_struct(kind, pool), self.cache_over(kind)
-        rows = jax.ShapeDtypeStruct((n_rows,), "int32")
-        label, how = f"written rows {n_rows} of {pool}", {"reuses": False, "results": results}
-        return self.get(label, (kind.cache,), rows_of, (struct, rows), **how)
 
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
@@ -224,7 +164,7 @@ class Programs:
         with_rows = with_rows and bool(tile.heights)
         kept = tuple(name for name in finish.whole if name not in tile.uncut)
         uses_weights = with_rows or bool(tile.uncut)
-        by_heads = self._deals_heads(tile.kind)
+        by_heads = self.pools.deals_heads(tile.kind)
 
         def function(given, consumed):
             flow = given | consumed
@@ -266,7 +206,7 @@ class Programs:
         uses_cache = "cache" in reads
         consumed = self._cache(tile, size) if uses_cache else {}
         key = (tile.signature if uses_weights else (tile.kind.name, stage.name), shape)
-        results = (self.devices.everywhere, self.cache_over(tile.kind))
+        results = (self.devices.everywhere, self.pools.over(tile.kind))
         program = self.get(" ".join(names), key, function, (given, consumed), results=results)
         return Call(
             program,
@@ -426,7 +366,7 @@ class Programs:
         return tile.kind.kept_in(Place.DEVICE)
 
     def _cache(self, tile, size):
-        return {"cache": self._cache_struct(tile.kind, size.pool_of(tile.kind.cache))}
+        return {"cache": self.pools.struct(tile.kind, size.pool_of(tile.kind.cache))}
 
     def _struct(self, n_rows, width):
         return jax.ShapeDtypeStruct((n_rows, width), self.dtype)

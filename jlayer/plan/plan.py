@@ -276,10 +276,13 @@ class Plan:
         """The plan as `plan --json` prints it."""
         kept = memory.kept_needs(self.tiling, self.tiers)
         optional = sum(need.device for need in kept)
+        device = {**asdict(self.device), "peak_bytes": self.device_peak_bytes}
+        n_devices = self.machine.n_devices
         return {
             "fits": self.fits,
             "smallest_device_memory_bytes": self.device_peak_bytes - optional,
-            "device": {**asdict(self.device), "peak_bytes": self.device_peak_bytes},
+            "device": device,
+            **({"devices": [device] * n_devices} if n_devices > 1 else {}),
             "host": {**asdict(self.host), "peak_bytes": self.host_peak_bytes},
             "disk": {
                 "source_bytes": self.published_bytes,

@@ -284,7 +284,7 @@ def test_pools_that_cannot_grow_are_lost_and_the_lanes_go_on(small_tiles, monkey
     runs = [Run(model, prompt, **SAMPLED) for prompt in SOME]
     runs[0].advance()
     programs, calls = model.engine.programs, []
-    grown = programs.grown_cache
+    grown = programs.pools.grown
 
     def refused(kind, **sizes):
         def grow(cache):
@@ -296,7 +296,7 @@ def test_pools_that_cannot_grow_are_lost_and_the_lanes_go_on(small_tiles, monkey
 
         return grow
 
-    monkeypatch.setattr(programs, "grown_cache", refused)
+    monkeypatch.setattr(programs.pools, "grown", refused)
     other = Run(model, [9, 9], max_new_tokens=300, **GREEDY)
     with pytest.raises(StorageError, match="cache"):
         other.advance()

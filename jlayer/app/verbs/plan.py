@@ -74,8 +74,11 @@ def run(args) -> dict:
         dtype=args.dtype,
         device=args.device,
         context=args.context,
+        devices=1 if args.devices is None else args.devices,
         host_share=args.host_share,
     )
+    if run.devices is None:
+        raise UsageError("--devices: all is a number that this plan does not know; say how many")
     if args.context > cfg.max_position_embeddings:
         raise UsageError(
             f"--context: {args.context} tokens, the model's own limit is "
@@ -84,14 +87,16 @@ def run(args) -> dict:
     quantization = _quantization(args, cfg)
     draft = _draft(args, cfg, run.dtype or planned_dtype(cfg, None))
     disk_speed = options.speed(args.disk_speed, "--disk-speed")
+    link_speed = options.speed(args.link_speed, "--link-speed")
     machine = Machine(
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
         context_bytes=PLATFORMS[args.device].context_bytes,
         disk_speed=disk_speed or _measured(args.ref) or DEFAULT_DISK,
-        link_speed=options.speed(args.link_speed, "--link-speed"),
+        link_speed=link_speed and link_speed * run.devices,
         cores=len(os.sched_getaffinity(0)),
+        n_devices=run.devices,
     )
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
     if run.host_share or not (machine.kind.has_link or missing()):
@@ -283,8 +288,9 @@ def describe(plan, quantized: str | None = None, *, lanes: dict, is_converted: b
             ),
             "",
         ]
+    n = plan.machine.n_devices
     for title in ("device", "host"):
-        lines.append(f"{title}")
+        lines.append(f"each of {n} devices" if title == "device" and n > 1 else title)
         for name, n_bytes in found[title].items():
             if n_bytes:
                 lines.append(f"  {memory_name(name):<14}{human(n_bytes):>12}")

@@ -1,0 +1,76 @@
+"""The programs that make, widen and read the pools of caches. With several devices each has the
+keys and values of its own heads, where they divide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from jlayer.families.base import LayerKind, rows_cache
+from jlayer.model.cache import Cache, cache_struct, empty_cache
+from jlayer.plan.dealing import deals_heads
+from jlayer.streaming.devices import HEADS, Devices
+
+
+class PoolPrograms:
+    """`get`: see `Programs.get`."""
+
+    def __init__(self, devices: Devices, *, dtype: str, get: Callable):
+        self._devices, self._dtype, self._get = devices, dtype, get
+
+    def deals_heads(self, kind: LayerKind) -> bool:
+        """Whether each device has its own heads of a layer of this kind."""
+        return deals_heads(kind.attention, len(self._devices))
+
+    def over(self, kind: LayerKind) -> jax.sharding.Sharding:
+        """Where the arrays of a pool are."""
+        return self._devices.over(None, HEADS if self.deals_heads(kind) else None)
+
+    def struct(self, kind: LayerKind, n_rows: int) -> Cache:
+        """The shapes of a pool of a layer, and where they are."""
+        sharding = self.over(kind)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            cache_struct(kind.cache, n_rows=n_rows, dtype=self._dtype),
+        )
+
+    def empty(self, kind: LayerKind, *, n_rows: int) -> Callable:
+        """The program () -> an empty pool of a layer, allocated on the devices."""
+        own = self._own(kind)
+
+        def make():
+            return empty_cache(own, n_rows=n_rows, dtype=self._dtype)
+
+        return self._get(f"pool {n_rows}", (kind.cache,), make, (), results=self.over(kind))
+
+    def grown(self, kind: LayerKind, *, before: int, n_rows: int) -> Callable:
+        """The program (a pool of `before` rows) -> the same with `n_rows` rows."""
+
+        def grow(cache):
+            return jax.tree.map(
+                lambda entry: jnp.pad(entry, ((0, n_rows - before), *[(0, 0)] * (entry.ndim - 1))),
+                cache,
+            )
+
+        label, given = f"pool {before} to {n_rows}", (self.struct(kind, before),)
+        return self._get(label, (kind.cache,), grow, given, results=self.over(kind))
+
+    def written(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
+        """The program (a pool, rows [R]) -> the entries in these rows, [R, ...] each."""
+
+        def rows_of(cache, rows):
+            return jax.tree.map(lambda entry: entry.at[rows].get(mode="clip"), cache)
+
+        given = (self.struct(kind, pool), jax.ShapeDtypeStruct((n_rows,), "int32"))
+        label, how = f"written rows {n_rows} of {pool}", {"reuses": False}
+        return self._get(label, (kind.cache,), rows_of, given, results=self.over(kind), **how)
+
+    def _own(self, kind):
+        """What a device has of each entry."""
+        if not self.deals_heads(kind):
+            return kind.cache
+        n_kv_heads = kind.attention.n_kv_heads // len(self._devices)
+        return rows_cache(replace(kind.attention, n_kv_heads=n_kv_heads))

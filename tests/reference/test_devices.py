@@ -1,0 +1,50 @@
+"""Every family on two and three devices gives the logits and the tokens that it gives on one."""
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from tests.campaigns import slow_but
+from tests.reference import dense_forms, gpt_oss_forms, latent_forms, mixture_forms
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+IDS = np.random.default_rng(0).integers(3, 133, (1, 24))
+FORMS = {
+    **{name: dense_forms for name in dense_forms.DENSE},
+    **{name: mixture_forms for name in mixture_forms.MIXTURES},
+    **{name: latent_forms for name in latent_forms.FORMS},
+}
+# Those that run in every test session: joined projections, gates of heads, norms of all heads and
+# of each, windows, states, latent attention, routers, a shared expert, weighed inputs.
+FIRST = {"phi3", "gemma3", "olmo2", "cohere-qk", "qwen3_next", "deepseek_v3", "llama4", "phimoe"}
+
+
+def found(folder, n):
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32", devices=n) as model:
+        drawn = model.generate(IDS[:, :9].tolist(), max_new_tokens=6)
+        return model.logits(IDS), np.asarray(drawn).tolist()
+
+
+def assert_same(folder):
+    logits, drawn = found(folder, 1)
+    for n in (2, 3):
+        own, tokens = found(folder, n)
+        np.testing.assert_allclose(own, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+        assert tokens == drawn
+
+
+def test_those_of_every_session_are_there():
+    assert FORMS.keys() >= FIRST
+
+
+@pytest.mark.parametrize("name", slow_but(FORMS, FIRST))
+def test_a_family(tmp_path, name):
+    FORMS[name].save(tmp_path / "model", name)
+    assert_same(tmp_path / "model")
+
+
+def test_sinks_and_experts_as_published(tmp_path):
+    gpt_oss_forms.write(tmp_path / "model", *gpt_oss_forms.drawn())
+    assert_same(tmp_path / "model")
