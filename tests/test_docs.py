@@ -103,6 +103,8 @@ TESTED = {
     "jlayer convert path/to/model.gguf path/to/model-jlayer": By(COMMANDS_OF_GGUF),
     "python benchmarks/fuzz_gguf.py --count 1000000": By("tests/gguf/test_reader.py"),
     # memory.md
+    "jlayer plan llama-3.1-70b-instruct --device-memory 4GiB --devices 2 --host-memory 160GiB "
+    "--link-speed 25GB/s": Here(),
     "jlayer plan llama-3.1-70b-instruct --device-memory 1536MiB --host-memory 64GiB "
     "--context 64": Here(shows=True),
     "jlayer plan path/to/Llama-3-8B --device-memory 4GiB": Here(),
