@@ -36,8 +36,16 @@ def read_quantized(fields: Fields) -> Quantized | None:
     """What the config says of published weights, of a method that is known; None: nothing, or that
     jlayer quantized them. Raises CheckpointError or UnsupportedModelError."""
     said = fields.section(SECTION)
-    read = _READ.get(said.raw.get(METHOD))
-    return read(said) if read else None
+    method = method_of(said.raw)
+    read = _READ.get(method)
+    return read(said.changed({METHOD: method})) if read else None
+
+
+def method_of(said: dict) -> object:
+    """The method that a quantization_config names; one that only says in how many bits to load is
+    of bitsandbytes, as for Transformers."""
+    loads = any(said.get(f"load_in_{bits}bit") is True for bits in (4, 8))
+    return said.get(METHOD, "bitsandbytes" if loads else None)
 
 
 def is_left(quantized: Quantized, module: str) -> bool:
@@ -234,11 +242,12 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
     said = fields.section(SECTION)
     groups = said.raw.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
-    asks = said.raw.get(METHOD) == "fp8" or said.raw.get("load_in_8bit") is True
+    method = method_of(said.raw)
+    asks = method == "fp8" or (method == "bitsandbytes" and said.raw.get("load_in_8bit") is True)
     asks = asks or any(
         isinstance(group, dict) and group.get("input_activations") for group in groups
     )
-    if not asks or said.raw.get(METHOD) not in _READ:
+    if not asks or method not in _READ:
         return ()
     return (
         f"{said.where}: asks for the inputs of matrices to be quantized as well; here weights "

@@ -3,6 +3,7 @@ stay as they are. Written here, with random codes; `tests/reference` has those o
 
 import json
 import shutil
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.convert.progress import Progress
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.parts import Quantized
+from jlayer.plan.machine import PLATFORMS
 from tests.bitsandbytes_files import EIGHT_BITS, FOUR_BITS, edit_state, save
 from tests.convert.checkpoints import (
     edit_json,
@@ -28,6 +30,7 @@ from tests.convert.checkpoints import (
     tensors_of,
     write_tensors,
 )
+from tests.streaming.conftest import set_tile_bytes
 
 UP = "model.layers.1.mlp.up_proj.weight"
 STATE = f"{UP}.quant_state.bitsandbytes__nf4"
@@ -104,6 +107,11 @@ def part(end, dtype, shape, n_bytes):
     return lambda tensors: tensors.update({UP + end: (dtype, shape, bytes(n_bytes))})
 
 
+def codes_alone(tensors):
+    for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+        del tensors[name]
+
+
 def two_states(tensors):
     tensors[STATE.replace("nf4", "fp4")] = tensors[STATE]
 
@@ -120,10 +128,7 @@ NESTED = {
     "no levels of magnitudes": (without(".nested_quant_map"), f"missing: {UP}.nested_quant_map$"),
     "no magnitudes of magnitudes": (without(".nested_absmax"), f"missing: {UP}.nested_absmax$"),
     "no codes": (without(""), f"missing: {UP}$"),
-    "codes alone": (
-        without(*(f".{end}" for end in ("absmax", "quant_map", "nested_absmax")), STATE[len(UP) :]),
-        f"missing: {STATE}$",
-    ),
+    "codes alone": (codes_alone, f"missing: {STATE}$"),
     "two texts": (two_states, f"{UP} has .*__fp4 and .*__nf4, expected one of them"),
     "an unknown kind by its name": (other_kind, f"missing: {STATE}$"),
     "an unknown kind": (says(quant_type="af4"), "quant_type is 'af4', expected 'nf4'"),
@@ -245,6 +250,14 @@ def test_nested_magnitudes_without_what_they_need(made, tmp_path):
     refused(folder, tmp_path, r"absmax in .* is float32 \[384\], expected uint8 \[384\]")
     folder = changed(made["flat"], tmp_path / "two", part(".absmax", "U8", (384,), 384))
     refused(folder, tmp_path, r"absmax in .* is uint8 \[384\], expected float32 \[384\]")
+
+
+def test_a_quantized_router_is_refused(tmp_path):
+    """Earlier versions of Transformers quantized it, unless it was left out."""
+    more = {"num_local_experts": 2, "architectures": ["MixtralForCausalLM"]}
+    folder = save(tmp_path / "mixtral", model_type="mixtral", **more)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    refused(folder, tmp_path, rf"encoded, which is not supported of it: {gate} \(nf4\)")
 
 
 def test_a_statistic_in_two_files_is_refused(made, tmp_path):
@@ -372,19 +385,38 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.parametrize("named", [{"quant_method": "bitsandbytes"}, {}], ids=["named", "unnamed"])
 @pytest.mark.parametrize(("config", "expected"), PUBLISHED.values(), ids=PUBLISHED)
-def test_published_configs_are_read(made, config, expected):
+def test_published_configs_are_read(made, config, expected, named):
+    """Early ones do not name their method."""
     raw = json.loads((made["nested"] / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "bitsandbytes", **config}
+    raw["quantization_config"] = named | config
     assert model_config(raw, where="config.json").quantized == Quantized(*expected)
 
 
-def logits(folder):
-    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
+def test_names_under_a_prefix_are_those_of_the_same_model(made, tmp_path):
+    def edit(tensors):
+        for name in list(tensors):
+            tensors[f"module.{name}"] = tensors.pop(name)
+
+    folder = changed(made["nested"], tmp_path / "changed", edit)
+    stores = Store(folder), Store(made["nested"])
+    assert stores[0].quantization == stores[1].quantization
+    segments = [store.rows_segment(f"{UP}.scale", first_row=5, n_bytes=8) for store in stores]
+    scales = np.empty((2, 2), np.float32)
+    for segment, found in zip(segments, scales, strict=True):
+        codes = np.fromfile(segment.file, np.uint8)[segment.offset :][:2]
+        segment.nested.decode(codes, found, first=segment.first_code)
+    np.testing.assert_array_equal(*scales)
+
+
+def logits(folder, **options):
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32", **options) as model:
         return model.logits(np.arange(3, 15)[None])
 
 
-def test_codes_stay_nested_scales_are_decoded_and_both_run_alike(made, tmp_path):
+def test_codes_stay_nested_scales_are_decoded_and_both_run_alike(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("jlayer.convert.sources.nested.CHUNK_BYTES", 100)
     source = made["nested"]
     convert_checkpoint(source, tmp_path / "layered")
     held, there = read_tensors(tmp_path / "layered"), read_tensors(source)
@@ -398,6 +430,16 @@ def test_codes_stay_nested_scales_are_decoded_and_both_run_alike(made, tmp_path)
     assert convert_checkpoint(source, tmp_path / "layered").status == "unchanged"
     with pytest.raises(UnsupportedModelError, match=r"as they are published \(nf4\)"):
         convert_checkpoint(source, tmp_path / "int8", quantize="int8")
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_nested_scales_pass_through_slots_as_others_do(made, tmp_path, monkeypatch, joins):
+    """In ranges of rows, from the disk each time; and in one array of bytes, as on a GPU."""
+    convert_checkpoint(made["nested"], tmp_path / "layered")
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=joins))
+    set_tile_bytes(monkeypatch, 6000)
+    expected = logits(tmp_path / "layered")
+    np.testing.assert_array_equal(logits(made["nested"], keeps_layers=False), expected)
 
 
 @pytest.mark.parametrize("first", [0, 1, 255, 256, 70_000])
