@@ -31,8 +31,9 @@ ON_DISK = 2  # reads from a disk at a time: with one, it is idle between two req
 # Threads that read. Those that do not have the disk copy from the page cache, make and pin memory
 # for what comes next, and check what has come.
 LEAST_READERS, MOST_READERS = 4, 8
-# For reading a whole table, which is not urgent, and what is decoded as it is read.
-TABLE_REQUEST_BYTES = 4 << 20
+TABLE_REQUEST_BYTES = 4 << 20  # for reading a whole table, which is not urgent
+# What is decoded as it is read takes as much memory more, in each thread that reads.
+CODES_REQUEST_BYTES = 1 << 20
 
 
 def disk_speed(paths, *, most_bytes: int = 256 << 20) -> float | None:
@@ -193,9 +194,9 @@ class Reader:
         """Fills `into` with what is made of the stored bytes, some of them at a time."""
         stored = segment.stored
         found = into[: segment.n_bytes].view(np.float32)
-        buffer = aligned_buffer(min(stored.n_bytes, TABLE_REQUEST_BYTES) + 2 * ALIGNMENT)
-        for at in range(0, stored.n_bytes, TABLE_REQUEST_BYTES):
-            count = min(TABLE_REQUEST_BYTES, stored.n_bytes - at)
+        buffer = aligned_buffer(min(stored.n_bytes, CODES_REQUEST_BYTES) + 2 * ALIGNMENT)
+        for at in range(0, stored.n_bytes, CODES_REQUEST_BYTES):
+            count = min(CODES_REQUEST_BYTES, stored.n_bytes - at)
             part = Segment(stored.file, stored.offset + at, count)
             begin = self.read(part, buffer[: aligned_span(part)[1]], turn=turn)
             codes, first = buffer[begin : begin + count], segment.first_code + at

@@ -20,7 +20,7 @@ from jlayer.convert.progress import Progress
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.parts import Quantized
 from jlayer.plan.machine import PLATFORMS
-from tests.bitsandbytes_files import EIGHT_BITS, FOUR_BITS, edit_state, save
+from tests.bitsandbytes_files import EIGHT_BITS, FOUR_BITS, edit_state, eight_bits, four_bits, save
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,
@@ -430,6 +430,37 @@ def test_codes_stay_nested_scales_are_decoded_and_both_run_alike(made, tmp_path,
     assert convert_checkpoint(source, tmp_path / "layered").status == "unchanged"
     with pytest.raises(UnsupportedModelError, match=r"as they are published \(nf4\)"):
         convert_checkpoint(source, tmp_path / "int8", quantize="int8")
+
+
+def with_embedding(name, nested):
+    """A function that quantizes the embedding too, as Transformers does not."""
+
+    def edit(tensors):
+        table, rng = "model.embed_tokens.weight", np.random.default_rng(5)
+        shape = tensors.pop(table)[1]
+        if name == "int8":
+            parts = {
+                table.removesuffix(".weight") + e: t for e, t in eight_bits(shape, rng).items()
+            }
+        else:
+            parts = {table + e: t for e, t in four_bits(shape, rng, nested=nested).items()}
+        tensors |= parts
+
+    return edit
+
+
+@pytest.mark.parametrize("name", ["flat", "int8"])
+def test_an_embedding_may_be_quantized_too(made, tmp_path, name):
+    folder = changed(made[name], tmp_path / "changed", with_embedding(name, False))
+    assert not np.array_equal(logits(folder), logits(made[name]))
+    convert_checkpoint(folder, tmp_path / "layered")
+    np.testing.assert_array_equal(logits(tmp_path / "layered"), logits(folder))
+
+
+def test_an_embedding_with_nested_statistics_is_refused(made, tmp_path):
+    folder = changed(made["nested"], tmp_path / "changed", with_embedding("nested", True))
+    words = "embed_tokens.weight.absmax in .* has nested statistics, which is not supported of an"
+    refused(folder, tmp_path, words)
 
 
 @pytest.mark.parametrize("joins", [False, True])
