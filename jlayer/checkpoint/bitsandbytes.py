@@ -109,7 +109,7 @@ def _with_four_bits(cfg, tables, read, where):
     found = Statistics({shard: dict(table) for shard, table in tables.items()})
     for matrix, own in parts.items():
         try:
-            row, nested = _statistics(cfg, matrix, shapes[matrix], own, read)
+            row, nested = _Matrix(cfg, matrix, shapes[matrix], own, read).encoding()
         except CheckpointError as error:  # and UnsupportedModelError
             problems.append(error)
             continue
@@ -167,50 +167,75 @@ def _n_bytes(info):
     return math.prod(info.shape) * STORED_BYTES.get(info.dtype, 0)
 
 
-def _statistics(cfg, matrix, shape, parts, read) -> tuple[Table, Nested | None]:
-    """The encoding of a matrix, and what its scales stand for where they are nested."""
-    form = form_of(cfg)
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of 4 bits, by its published name and shape, and what it is made of."""
 
-    def needed(own):
-        if own not in parts:
-            raise CheckpointError(f"missing: {form.name_of(matrix, own)}")
-        return parts[own]
+    cfg: ModelConfig
+    name: str
+    shape: tuple[int, int]
+    parts: Mapping[str, _Part]
+    read: Read
 
-    states = [own for own in parts if own.startswith(QUANT_STATE)]
-    if len(states) > 1:
-        raise CheckpointError(f"{matrix} has {' and '.join(sorted(states))}, expected one of them")
-    usual = f"{QUANT_STATE}{cfg.quantized.encoding}"
-    state = needed(states[0] if states else usual)
-    said = _read_state(state, read)
-    row = _encoding(matrix, shape, said, state.name.removeprefix(f"{matrix}.{QUANT_STATE}"))
-    n_scales = math.prod(shape) // row.group
-    weight, is_nested = needed(WHOLE), NESTED_ABSMAX in parts or said.has("nested_offset")
-    if _n_bytes(weight.info) != math.prod(shape) // 2:
-        raise CheckpointError(
-            f"{weight.told()} is {weight.info.dtype} {list(weight.info.shape)}, expected "
-            f"{math.prod(shape) // 2} bytes of {list(shape)}"
-        )
-    _check(needed(SCALE), "uint8" if is_nested else DTYPE, n_scales)
-    levels = _numbers(needed(QUANT_MAP), len(row.levels), read)
-    if not np.allclose(levels, np.array(row.levels, np.float32), rtol=0, atol=_LEVELS_DIFFER):
-        raise UnsupportedModelError(
-            f"{parts[QUANT_MAP].told()} has other levels than {said.raw['quant_type']}, supported: "
-            f"{row.levels[1]:.6g} as the second, {row.levels[2]:.6g} as the third, and so on"
-        )
-    if not is_nested:
-        return row, None
-    if matrix == EMBEDDING.published:
-        raise UnsupportedModelError(
-            f"{parts[SCALE].told()} has nested statistics, which is not supported of an embedding"
-        )
-    said.refuse_unless("nested_blocksize", BLOCK)
-    said.refuse_unless("nested_dtype", DTYPE)
-    offset = said.raw.get("nested_offset")
-    if type(offset) not in (int, float) or not abs(offset) <= _LARGEST:
-        raise CheckpointError(f"{said.where}: nested_offset is {offset!a:.80}, expected a number")
-    scales = _numbers(needed(NESTED_ABSMAX), -(-n_scales // BLOCK), read)
-    codes = _numbers(needed(NESTED_QUANT_MAP), 256, read)
-    return row, Nested(codes, scales, np.float32(offset))
+    def part(self, own: str) -> _Part:
+        """One of its tensors. Raises CheckpointError where it is missing."""
+        if own not in self.parts:
+            raise CheckpointError(f"missing: {form_of(self.cfg).name_of(self.name, own)}")
+        return self.parts[own]
+
+    def encoding(self) -> tuple[Table, Nested | None]:
+        """Its encoding, and what its scales stand for where they are nested."""
+        states = sorted(own for own in self.parts if own.startswith(QUANT_STATE))
+        if len(states) > 1:
+            raise CheckpointError(f"{self.name} has {' and '.join(states)}, expected one of them")
+        state = self.part(states[0] if states else f"{QUANT_STATE}{self.cfg.quantized.encoding}")
+        said = _read_state(state, self.read)
+        kind = state.name.removeprefix(f"{self.name}.{QUANT_STATE}")
+        row = _encoding(self.name, self.shape, said, kind)
+        n_weights, is_nested = math.prod(self.shape), _is_nested(self.parts, said)
+        weight = self.part(WHOLE)
+        if _n_bytes(weight.info) != n_weights // 2:
+            raise CheckpointError(
+                f"{weight.told()} is {weight.info.dtype} {list(weight.info.shape)}, expected "
+                f"{n_weights // 2} bytes of {list(self.shape)}"
+            )
+        _check(self.part(SCALE), "uint8" if is_nested else DTYPE, n_weights // row.group)
+        self._check_levels(row, kind)
+        return row, self._nested(said, n_weights // row.group) if is_nested else None
+
+    def _check_levels(self, row, kind):
+        part = self.part(QUANT_MAP)
+        levels = _numbers(part, len(row.levels), self.read)
+        if not np.allclose(levels, np.array(row.levels, np.float32), rtol=0, atol=_LEVELS_DIFFER):
+            raise UnsupportedModelError(
+                f"{part.told()} has other levels than {kind}, supported: {row.levels[1]:.6g} as "
+                f"the second, {row.levels[2]:.6g} as the third, and so on"
+            )
+
+    def _nested(self, said, n_scales):
+        """What the codes of the scales stand for."""
+        if self.name == EMBEDDING.published:
+            raise UnsupportedModelError(
+                f"{self.parts[SCALE].told()} has nested statistics, which is not supported of an "
+                "embedding"
+            )
+        for key, supported in (("nested_blocksize", BLOCK), ("nested_dtype", DTYPE)):
+            if said.raw.get(key) != supported:
+                raise UnsupportedModelError(
+                    f"{said.where}: {key} is {said.raw.get(key)!a:.80}, supported: {supported!r}"
+                )
+        offset = said.raw.get("nested_offset")
+        if type(offset) not in (int, float) or not abs(offset) <= _LARGEST:
+            found = f"{said.where}: nested_offset is {offset!a:.80}"
+            raise CheckpointError(f"{found}, expected a number of float32")
+        scales = _numbers(self.part(NESTED_ABSMAX), -(-n_scales // BLOCK), self.read)
+        levels = _numbers(self.part(NESTED_QUANT_MAP), 256, self.read)
+        return Nested(levels, scales, np.float32(offset))
+
+
+def _is_nested(parts, said):
+    """Whether the scales are codes: by one of what only these have."""
+    return NESTED_ABSMAX in parts or said.has("nested_offset")
 
 
 def _read_state(part, read) -> Fields:

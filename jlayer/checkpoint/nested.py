@@ -39,6 +39,6 @@ class Nested:
             scales = np.repeat(self.scales[begin : begin + _AT_ONCE // BLOCK + 1], BLOCK)
             skipped = first + at - begin * BLOCK
             found = into[at : at + len(some)]
-            np.take(self.levels, some, out=found)
+            np.take(self.levels, some, out=found, mode="clip")  # with "raise" through a copy
             found *= scales[skipped : skipped + len(some)]
             found += self.offset

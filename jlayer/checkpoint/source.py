@@ -380,7 +380,12 @@ def _reading():
             if file.real not in fds:
                 fds[file.real] = open_regular(file.real)
                 stack.callback(close, fds[file.real])
-            return _read_at(fds[file.real], file, entry.offset, entry.n_bytes)
+            found = _read_at(fds[file.real], file, entry.offset, entry.n_bytes)
+            if len(found) != entry.n_bytes:
+                raise CheckpointError(
+                    f"{file.path}: ends before byte {entry.offset + entry.n_bytes}; it was cut off"
+                )
+            return found
 
         yield read
 

@@ -199,6 +199,8 @@ NESTED = {
     "an offset beyond float32": (says(nested_offset=1e39), "nested_offset is 1e\\+39, expected a"),
     "an offset that is no number": (says(nested_offset=float("nan")), f"{STATE} in .*NaN"),
     "other nested blocks": (says(nested_blocksize=64), "nested_blocksize is 64, supported: 256"),
+    "no nested blocks": (says(nested_blocksize=None), "nested_blocksize is None, supported: 256"),
+    "no nested dtype": (says(nested_dtype=None), "nested_dtype is None, supported: 'float32'"),
     "other nested numbers": (says(nested_dtype="float16"), "nested_dtype is 'float16', supported"),
     "a byte short": (
         part("", "U8", (12287, 1), 12287),
