@@ -18,7 +18,7 @@ from jlayer.families.fields import Fields
 from jlayer.families.find import find_family, printable
 from jlayer.families.holders import text_only
 from jlayer.families.layout import as_laid_out
-from jlayer.families.quantized import inputs_note, read_quantized
+from jlayer.families.quantized import inputs_note, method_of, read_quantized
 from jlayer.small_files import CONFIG, GENERATION_CONFIG, files_of
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
@@ -178,7 +178,7 @@ def quantization_named(raw: dict) -> str | None:
 def _refuse_quantized(raw, known, where):
     field = next((field for field in _QUANTIZED if raw.get(field)), _QUANTIZED[0])
     said = raw.get(field)
-    if field == _QUANTIZED[0] and isinstance(said, dict) and said.get("quant_method") in known:
+    if field == _QUANTIZED[0] and isinstance(said, dict) and method_of(said) in known:
         return
     if said and own_quantization(raw) is None:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from jlayer.checkpoint.agree import (
     refused_extra,
     settle_head,
 )
+from jlayer.checkpoint.bitsandbytes import with_statistics
 from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
@@ -55,6 +56,7 @@ from jlayer.convert.sources.files import (
     rows_of,
 )
 from jlayer.convert.sources.joined import JoinedSource
+from jlayer.convert.sources.nested import NestedSource
 from jlayer.convert.sources.repacked import RepackedSource, to_repack
 from jlayer.convert.sources.torchfile import read_table as read_pickle
 from jlayer.errors import CheckpointError
@@ -137,11 +139,12 @@ def _open(folder, names, allow_extra):
     matrices = {}
     if form_of(cfg) and form_of(cfg).is_repacked:
         tables, matrices = to_repack(cfg, tables, misplaced)
+    found = with_statistics(cfg, tables, _bytes_of, where=folder)
     encodings = {name: matrix.encoding.name for name, matrix in matrices.items()}
-    encodings = encodings or found_encodings(cfg, tables.values())
+    encodings = encodings or found.encodings or found_encodings(cfg, found.tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
-        for shard, table in tables.items()
+        for shard, table in found.tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = None if allow_extra else _EXTRA
@@ -151,7 +154,10 @@ def _open(folder, names, allow_extra):
     )
     infos = {name: copies[0][1] for name, copies in checked.items()}
     places = {name: tuple(place for place, _ in copies) for name, copies in checked.items()}
-    tensors = RepackedSource(infos, places, matrices) if matrices else FileSource(infos, places)
+    tensors = FileSource(infos, places)
+    if matrices or found.nested:
+        form, read = (RepackedSource, matrices) if matrices else (NestedSource, found.nested)
+        tensors = form(infos, places, read)
     sides = side_files(folder, names)
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
 
@@ -269,6 +275,15 @@ def _are_equal(one, other):
     finally:
         for source in sources:
             source.close()
+
+
+def _bytes_of(place, info):
+    """All of a small tensor."""
+    source = FileSource({"": info}, {"": (place,)})
+    try:
+        return b"".join(map(bytes, source.chunks("")))
+    finally:
+        source.close()
 
 
 def _read_safetensors(file):

@@ -6,20 +6,23 @@ copies of one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
+from jlayer.checkpoint.bitsandbytes import with_statistics
 from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
+from jlayer.checkpoint.nested import Nested
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.safetensors import (
     MAX_TENSORS,
@@ -33,6 +36,7 @@ from jlayer.config import config_notes, model_config, quantization_named, quanti
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError
 from jlayer.spec import ModelConfig
 from jlayer.strict import (
+    close,
     is_relative_path,
     is_there,
     open_regular,
@@ -78,7 +82,7 @@ class Published:
     """A folder whose config, files and tensors agree; `quantization`: what of it is encoded.
 
     `fingerprint` distinguishes it from any other folder, without reading weights. `notes`: for the
-    user.
+    user. `nested`: what the codes of some scales stand for, by the name of the piece.
     """
 
     cfg: ModelConfig
@@ -86,6 +90,7 @@ class Published:
     tensors: dict[str, tuple[SourceFile, TensorEntry]]
     fingerprint: str
     notes: tuple[str, ...]
+    nested: dict[str, Nested] = field(default_factory=dict)
 
 
 def open_published(folder: str) -> Published:
@@ -117,10 +122,12 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
     }
-    encodings = found_encodings(cfg, tables.values())
+    with _reading() as read:
+        found = with_statistics(cfg, tables, read, where=folder)
+    encodings = found.encodings or found_encodings(cfg, found.tables.values())
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
-        for shard, table in tables.items()
+        for shard, table in found.tables.items()
     }
     cfg = settle_head(folder, cfg, tables, notes, are_equal=_are_equal)
     label = f"{EXTRA} (jlayer convert --allow-extra leaves them out)"
@@ -135,7 +142,7 @@ def open_published(folder: str) -> Published:
         place, entry = copies[0]
         tensors[name] = (place.file, entry)
     fingerprint = _fingerprint(config_bytes, stored, files)
-    return Published(cfg, quantization, tensors, fingerprint, tuple(notes))
+    return Published(cfg, quantization, tensors, fingerprint, tuple(notes), found.nested)
 
 
 def names_in(folder: str) -> frozenset[str]:
@@ -348,13 +355,39 @@ def _are_equal(one, other):
 def _bytes_at(file, offset, length):
     fd = open_regular(file.real)
     try:
+        return _read_at(fd, file, offset, length)
+    finally:
+        os.close(fd)
+
+
+def _read_at(fd, file, offset, length):
+    try:
         return os.pread(fd, length, offset)
     except OSError as error:
         raise StorageError(
             f"{file.path}: cannot be read at byte {offset} ({error.strerror})"
         ) from None
-    finally:
-        os.close(fd)
+
+
+@contextlib.contextmanager
+def _reading():
+    """A function of (place, entry) -> the bytes of a small tensor; a file stays open meanwhile."""
+    with contextlib.ExitStack() as stack:
+        fds = {}
+
+        def read(place, entry):
+            file = place.file
+            if file.real not in fds:
+                fds[file.real] = open_regular(file.real)
+                stack.callback(close, fds[file.real])
+            found = _read_at(fds[file.real], file, entry.offset, entry.n_bytes)
+            if len(found) != entry.n_bytes:
+                raise CheckpointError(
+                    f"{file.path}: ends before byte {entry.offset + entry.n_bytes}; it was cut off"
+                )
+            return found
+
+        yield read
 
 
 def _fingerprint(config_bytes, tables, files):

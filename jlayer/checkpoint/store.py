@@ -7,7 +7,7 @@ room does not distinguish them.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from jlayer.checkpoint.digest import Expected, rows_of
@@ -24,6 +24,7 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.links import links_followed, links_note
+from jlayer.checkpoint.nested import DECODED_BYTES, Nested
 from jlayer.checkpoint.quantization import (
     Quantization,
     piece_dtypes,
@@ -45,11 +46,24 @@ from jlayer.strict import regular_status
 
 @dataclass(frozen=True, order=True)
 class Segment:
-    """Consecutive bytes of one file."""
+    """Consecutive bytes of one file.
+
+    `nested`: they are scales, which are stored there as codes of one byte, fewer bytes; the first
+    one has the number `first_code` in its matrix.
+    """
 
     file: str
     offset: int
     n_bytes: int
+    nested: Nested | None = field(default=None, compare=False)
+    first_code: int = field(default=0, compare=False)
+
+    @property
+    def stored(self) -> Segment:
+        """The bytes that are read for it."""
+        if self.nested is None:
+            return self
+        return Segment(self.file, self.offset, self.n_bytes // DECODED_BYTES)
 
 
 class Store:
@@ -71,6 +85,7 @@ class Store:
         self.notes: tuple[str, ...] = ()
         self.identities: dict[str, Identity]
         self._where: dict[str, tuple[str, TensorEntry]]
+        self._nested: dict[str, Nested] = {}  # by the name of a piece that is stored as codes
         if is_layered(self.folder):
             self._open_layered()
         else:
@@ -96,7 +111,7 @@ class Store:
 
     def _take_published(self, source):
         self.cfg, self.notes, self.fingerprint = source.cfg, source.notes, source.fingerprint
-        self.quantization = source.quantization
+        self.quantization, self._nested = source.quantization, source.nested
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
@@ -131,8 +146,10 @@ class Store:
         )
 
     def segment_of(self, tensor: str) -> Segment:
-        file, entry = self._where[tensor]
-        return Segment(file, entry.offset, entry.n_bytes)
+        """The bytes of a whole tensor."""
+        _, entry = self._where[tensor]
+        n_bytes = entry.n_bytes * (DECODED_BYTES if tensor in self._nested else 1)
+        return self.rows_segment(tensor, first_row=0, n_bytes=n_bytes)
 
     def expected(self) -> dict[str, Expected]:
         """The expected digest of each tensor; empty for a published folder, which has none."""
@@ -151,7 +168,7 @@ class Store:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, as they are stored."""
         return sum(entry.n_bytes for _, entry in self._where.values())
 
     @property
@@ -163,8 +180,8 @@ class Store:
     def rows_segment(self, tensor: str, *, first_row: int, n_bytes: int) -> Segment:
         """The bytes of consecutive rows of a tensor."""
         file, entry = self._where[tensor]
-        row_bytes = entry.n_bytes // entry.shape[0]
-        return Segment(file, entry.offset + first_row * row_bytes, n_bytes)
+        before = entry.n_bytes // entry.shape[0] * first_row
+        return Segment(file, entry.offset + before, n_bytes, self._nested.get(tensor), before)
 
 
 def locate(

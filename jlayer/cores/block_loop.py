@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jlayer.cores.sums import Block, added, every, every_float, joined, spelled, zeros
+from jlayer.cores.sums import Block, added, chosen, every, floats, joined, numbers, permuted, zeros
 from jlayer.cores.text import FLOATS, INTS, LANES
 from jlayer.encodings.blocks import BLOCKS
 
@@ -105,8 +105,7 @@ class BlockLoop:
 
     def looked_up(self, codes: str, table: str) -> str:
         """What each code stands for: `table` has a number for each of 16. With AVX-512 alone."""
-        kinds = f"{FLOATS} {table}, {INTS} {codes}"  # only the low 4 bits of a lane count
-        return self.code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
+        return permuted(self.code, table, codes)
 
     def evenly(self, mask: int, scale: str, minimum: str):
         """A function of codes, of the bits in `mask` alone -> their weights: the code times
@@ -124,30 +123,8 @@ class BlockLoop:
             table = code.math("fmul", floats(levels), scale, FLOATS)
             return lambda codes: self.looked_up(codes, table)
 
-        def chosen(codes):
-            left, kind = [every_float(level) for level in levels], f"<{LANES} x i1>"
-            for bit in range(4):
-                shifted = code.math("shl", codes, every(31 - bit), INTS)
-                is_set = code.let(f"icmp slt {INTS} {shifted}, zeroinitializer")
-                pairs = zip(left[::2], left[1::2], strict=True)
-                left = [
-                    code.let(f"select {kind} {is_set}, {FLOATS} {odd}, {FLOATS} {even}")
-                    for even, odd in pairs
-                ]
-            return code.math("fmul", left[0], scale, FLOATS)
-
-        return chosen
+        return lambda codes: code.math("fmul", chosen(code, levels, codes), scale, FLOATS)
 
 
 def _all_bytes(number):
     return f"<{', '.join([f'i8 {number}'] * 2 * LANES)}>"
-
-
-def numbers(values) -> str:
-    """Integers, as a constant."""
-    return f"<{', '.join(f'i32 {value}' for value in values)}>"
-
-
-def floats(values) -> str:
-    """Floats, as a constant."""
-    return f"<{', '.join(f'float {spelled(value)}' for value in values)}>"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from jlayer.cores.block_loop import MANY_BYTES, BlockLoop, numbers
-from jlayer.cores.sums import every, every_float
+from jlayer.cores.block_loop import MANY_BYTES, BlockLoop
+from jlayer.cores.sums import every, every_float, numbers
 from jlayer.cores.text import FLOATS, INTS, LANES
 from jlayer.encodings.blocks import E2M1_DOUBLED, IQ4
 

@@ -18,6 +18,7 @@ from jlayer.cores.sums import (
     every,
     every_float,
     joined,
+    permuted,
     spelled,
     zeros,
 )
@@ -180,8 +181,7 @@ def _int4(block, start, stop):
 
     def weights(codes, factor):
         if has_avx512:  # the permutation looks at the low 4 bits of each lane alone
-            kinds = f"{FLOATS} {factor}, {INTS} {codes}"
-            return code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
+            return permuted(code, factor, codes)
         return _levels(code, code.math("and", codes, every(15), INTS), *factor)
 
     def group(first, sums):

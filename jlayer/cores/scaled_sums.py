@@ -1,5 +1,5 @@
-"""The sums of kernels for bytes with scales: integers and FP8, with a scale for some inputs of a
-row, or for all of them."""
+"""The sums of kernels for codes with scales: integers, FP8 and half bytes that name a level, with a
+scale for some inputs of a row, or for all of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ from functools import partial
 
 import numpy as np
 
-from jlayer.cores.sums import Block, added, end_of_steps, every, joined, n_chains, spelled, zeros
+from jlayer.cores.sums import (
+    Block,
+    added,
+    chosen,
+    end_of_steps,
+    every,
+    floats,
+    joined,
+    n_chains,
+    numbers,
+    permuted,
+    spelled,
+    zeros,
+)
 from jlayer.cores.text import FLOATS, INTS, LANES, Function
 from jlayer.encodings.fp8 import FP8
 from jlayer.encodings.grouped import WHOLE_ROW
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.linear import LINEAR
+from jlayer.encodings.tables import FOUR_BITS
 from jlayer.spec import ITEM_BYTES
 
 # Up to so many columns a group's scale multiplies its sums, else its weights.
@@ -25,11 +39,11 @@ _TURN = 128
 
 @dataclass(frozen=True)
 class _Form:
-    """A form by how its bytes become numbers, and by its scales.
+    """A form by how its codes become numbers, and by its scales.
 
-    `decode(code, row, item, n_vectors)`: vectors of 16 numbers of a row from an input on.
-    `n_vectors`: so many at a time. `factor`: all is multiplied by it. `has_none`: the bytes 127 and
-    255 are no numbers, which the sums of their row become too.
+    `decode(block, row, item, n_vectors)`: vectors of 16 numbers of a row from an input on.
+    `n_vectors`: so many at a time. `bits`: of a code. `factor`: all is multiplied by it.
+    `has_none`: the bytes 127 and 255 are no numbers, which the sums of their row become too.
     """
 
     decode: Callable
@@ -38,6 +52,7 @@ class _Form:
     scale_dtype: str
     factor: float = 1.0
     has_none: bool = False
+    bits: int = 8
 
 
 class _Sums:
@@ -71,8 +86,10 @@ class _Sums:
         return self._with_nones(joined(self.block, sums), seen)
 
     def _of_step(self, item, sums):
-        for line in range(0, self.step, 64):
-            self.block.prefetch(item, line)
+        per = 8 // self.form.bits
+        at = self.code.math("udiv", item, per) if per > 1 else item
+        for line in range(0, self.step // per, 64):
+            self.block.prefetch(at, line)
         count, n_vectors = self.step, self.form.n_vectors
         if not self.has_groups:
             return self._added(sums, item, count, n_vectors)
@@ -102,7 +119,7 @@ class _Sums:
         code, block = self.code, self.block
         for first in range(0, count, LANES * n_vectors):
             here = code.math("add", item, first)
-            found = [self.form.decode(code, row, here, n_vectors) for row in block.rows]
+            found = [self.form.decode(block, row, here, n_vectors) for row in block.rows]
             for number in range(n_vectors):
                 weights = [vectors[number] for vectors in found]
                 if scales:
@@ -170,8 +187,8 @@ def _none_if_seen(code, seen):
     return code.spread(code.let(f"select i1 {any_}, float {spelled(np.nan)}, float 0.0"))
 
 
-def _integers(code: Function, row, item, n_vectors, *, how="sext", zero=0):
-    found = []
+def _integers(block: Block, row, item, n_vectors, *, how="sext", zero=0):
+    code, found = block.code, []
     for number in range(n_vectors):
         raw = code.load(f"<{LANES} x i8>", row, code.math("add", item, LANES * number))
         wide = code.let(f"{how} <{LANES} x i8> {raw} to {INTS}")
@@ -180,10 +197,29 @@ def _integers(code: Function, row, item, n_vectors, *, how="sext", zero=0):
     return found
 
 
-def _float8(code: Function, row, item, n_vectors):
+def _half_bytes(block: Block, row, item, n_vectors, *, levels, is_high_first):
+    """The levels that half bytes name, of which two neighbours share a byte."""
+    code, found = block.code, []
+    twice = numbers(lane // 2 for lane in range(LANES))
+    shifts = numbers(4 * (lane % 2 != is_high_first) for lane in range(LANES))
+    for number in range(n_vectors):
+        at = code.math("udiv", code.math("add", item, LANES * number), 2)
+        raw = code.load(f"<{LANES // 2} x i8>", row, at)
+        words = f"<{LANES // 2} x i8> {raw}, <{LANES // 2} x i8> poison, {INTS} {twice}"
+        both = code.let(f"shufflevector {words}")
+        wide = code.let(f"zext <{LANES} x i8> {both} to {INTS}")
+        codes = code.math("lshr", wide, shifts, INTS)
+        if block.has_avx512:
+            found.append(permuted(code, floats(levels), codes))
+        else:
+            found.append(chosen(code, levels, codes))
+    return found
+
+
+def _float8(block: Block, row, item, n_vectors):
     """Numbers of float8_e4m3fn, divided by 256: the same bits are such a float16, whose exponent
     has a bit more. The processor knows how to make float32 of it, small numbers included."""
-    n = LANES * n_vectors
+    code, n = block.code, LANES * n_vectors
     shorts = f"<{n} x i16>"
 
     def every_short(number):
@@ -230,5 +266,11 @@ for _row in LINEAR.values():
         _FORMS[_row.name] = _Form(_decode, 1, _row.group, _row.scale_dtype, _row.factor)
 for _row in FP8.values():
     _FORMS[_row.name] = _Form(_float8, 2, _row.group, _row.scale_dtype, factor=256.0, has_none=True)
+# Of more inputs that share a scale the loop's turn would be long.
+for _row in FOUR_BITS.values():
+    if _row.group <= _TURN:
+        _levels = tuple(map(np.float32, _row.levels))
+        _decode = partial(_half_bytes, levels=_levels, is_high_first=_row.is_high_first)
+        _FORMS[_row.name] = _Form(_decode, 1, _row.group, _row.scale_dtype, bits=_row.bits)
 # The name of an encoding -> its sums, of some inputs of a kernel's rows: (block, start, stop).
 SCALED_SUMS = {name: partial(_sums, form=form) for name, form in _FORMS.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import SCALE, Q
 from jlayer.encodings.linear import INT8_SCB, LINEAR, ORDER, ZERO
-from jlayer.encodings.tables import GLOBAL_SCALE, MXFP4
+from jlayer.encodings.tables import FOUR_BITS, GLOBAL_SCALE, MXFP4
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,13 @@ _OF_HQQ = """
     view_as_float
     """.split()  # noqa: SIM905 - so many names are read better as a paragraph
 _HQQ = {"W_q": Q, "scale": SCALE, "zero": ZERO}
+# What bitsandbytes saves of a matrix beside codes and scales; it is read when a folder is opened.
+QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP = "quant_map", "nested_absmax", "nested_quant_map"
+QUANT_STATE, WEIGHT_FORMAT = "quant_state.bitsandbytes__", "weight_format"
+_STATISTICS = (
+    *(QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP),
+    *(f"{QUANT_STATE}{kind}" for kind in dict.fromkeys(kind for kind, _ in FOUR_BITS)),
+)
 _PACKED = {"packed": Q, "scale": SCALE, "zero_point": ZERO, "g_idx": ORDER, "shape": None}
 
 
@@ -134,6 +141,21 @@ FORMS: dict[str, Form] = {
             ),
             (*FP8, "nvfp4_modelopt"),
             main_dtypes=(FLOAT8, "uint8"),
+        ),
+        Form(
+            "bitsandbytes",
+            (
+                (".weight.absmax", ".weight", SCALE),
+                *((f".weight.{own}", ".weight", own) for own in _STATISTICS),
+            ),
+            tuple(row.name for row in FOUR_BITS.values()),
+        ),
+        Form(
+            "bitsandbytes_8bit",
+            ((".SCB", ".weight", SCALE), (f".{WEIGHT_FORMAT}", ".weight", WEIGHT_FORMAT)),
+            (INT8_SCB.name,),
+            main_dtypes=("int8",),
+            variant_of="bitsandbytes",
         ),
         _repacked("gptq", _GPTQ),
         _repacked("gptq_v2", _GPTQ, variant_of="gptq"),

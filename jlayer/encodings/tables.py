@@ -6,8 +6,8 @@
   and the scale of 32 inputs is one byte s of e8m0, 2 ** (s - 127). The byte 255 stands for no
   number.
 - nf4 and fp4 of bitsandbytes, 4.5 bits per weight: the scale of 64 inputs is the largest magnitude
-  among them, float32. Nested statistics are decoded to this once, which is exact: they are defined
-  as float32.
+  among them, float32. A name that ends in `_g128`, say, has groups of 128. Nested statistics are
+  decoded to this when they are read, which is exact: they are defined as float32.
 - nvfp4, 4.5 bits per weight: the levels of e2m1; the scale of 16 inputs is a float8_e4m3fn, divided
   in float32 by one float32 of all rows, `global_scale` (compressed-tensors); or times it
   (nvfp4_modelopt).
@@ -33,6 +33,8 @@ NF4 = (
 # FP4 of bitsandbytes: a sign, and these twelfths.
 _TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(x / 12 for x in (*_TWELFTHS, 0.0, *(-x for x in _TWELFTHS[1:])))
+# How many inputs share a scale: what bitsandbytes takes as a block size, its own choice first.
+BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 GLOBAL_SCALE = "global_scale"  # a piece
 # A byte of e8m0 that is no number.
 E8M0_NAN = 255
@@ -70,9 +72,14 @@ class Table(Grouped):
         return "e8m0" if piece == SCALE and self.scales == "e8m0" else None
 
 
-def _bitsandbytes(name, levels):
+def _bitsandbytes(kind, levels, size):
     return Table(
-        name, group=64, scale_dtype="float32", levels=levels, scales="number", is_high_first=True
+        kind if size == BLOCK_SIZES[0] else f"{kind}_g{size}",
+        group=size,
+        scale_dtype="float32",
+        levels=levels,
+        scales="number",
+        is_high_first=True,
     )
 
 
@@ -81,12 +88,18 @@ def _nvfp4(name, global_scale):
 
 
 MXFP4 = Table("mxfp4")
+# (kind, block size) of bitsandbytes -> the encoding.
+FOUR_BITS: dict[tuple[str, int], Table] = {
+    (kind, size): _bitsandbytes(kind, levels, size)
+    for kind, levels in (("nf4", NF4), ("fp4", FP4))
+    for size in BLOCK_SIZES
+}
 # Another encoding by levels is a row here; another form of scales, a function where it is decoded.
 TABLES: dict[str, Table] = {
     row.name: row
     for row in (
         MXFP4,
-        *(_bitsandbytes("nf4", NF4), _bitsandbytes("fp4", FP4)),
+        *FOUR_BITS.values(),
         *(_nvfp4("nvfp4", "divides"), _nvfp4("nvfp4_modelopt", "multiplies")),
     )
 }

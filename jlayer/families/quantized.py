@@ -7,8 +7,8 @@ import re
 from functools import lru_cache
 
 from jlayer.encodings.fp8 import BLOCK
-from jlayer.encodings.linear import GROUPS
-from jlayer.encodings.tables import TABLES
+from jlayer.encodings.linear import GROUPS, INT8_SCB
+from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.families.repacked import (
@@ -36,8 +36,16 @@ def read_quantized(fields: Fields) -> Quantized | None:
     """What the config says of published weights, of a method that is known; None: nothing, or that
     jlayer quantized them. Raises CheckpointError or UnsupportedModelError."""
     said = fields.section(SECTION)
-    read = _READ.get(said.raw.get(METHOD))
-    return read(said) if read else None
+    method = method_of(said.raw)
+    read = _READ.get(method)
+    return read(said.changed({METHOD: method})) if read else None
+
+
+def method_of(said: dict) -> object:
+    """The method that a quantization_config names; one that only says in how many bits to load is
+    of bitsandbytes, as for Transformers."""
+    loads = any(said.get(f"load_in_{bits}bit") is True for bits in (4, 8))
+    return said.get(METHOD, "bitsandbytes" if loads else None)
 
 
 def is_left(quantized: Quantized, module: str) -> bool:
@@ -79,12 +87,44 @@ def _read_fp8(said):
             f"{said.where}: weight_block_size is {size!a:.80}, supported: [{BLOCK}, {BLOCK}], or "
             "null for one scale of each matrix"
         )
-    left = [
+    left = _left(said, "modules_to_not_convert", "ignored_layers")
+    return Quantized("fp8", "fp8_tensor" if size is None else "fp8_128x128", left)
+
+
+def _read_bitsandbytes(said):
+    """bitsandbytes: 4 bits (nf4, fp4) or 8. The dtype that it computes in plays no part, nor that
+    as which codes are stored, nor what it does to inputs. Block sizes stand beside each matrix."""
+    _refuse_unknown(
+        said,
+        *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"),
+        *("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
+        *("llm_int8_has_fp16_weight", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type"),
+        *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+    )
+    said.refuse_unless(
+        "bnb_4bit_quant_storage", None, *("int8", "float16", "bfloat16", "float32", "uint8")
+    )
+    is_4bit, is_8bit = said.boolean("load_in_4bit"), said.boolean("load_in_8bit")
+    if is_4bit == is_8bit:
+        raise UnsupportedModelError(
+            f"{said.where}: load_in_4bit and load_in_8bit are both {str(is_4bit).lower()}, "
+            "supported: one of them true"
+        )
+    left = _left(said, "llm_int8_skip_modules")
+    if is_8bit:
+        return Quantized("bitsandbytes_8bit", INT8_SCB.name, left)
+    kinds = {kind: row.name for (kind, size), row in FOUR_BITS.items() if size == BLOCK_SIZES[0]}
+    return Quantized("bitsandbytes", said.choice("bnb_4bit_quant_type", kinds, default="fp4"), left)
+
+
+def _left(said, *keys):
+    """The names of modules under these keys, as Transformers takes them: those that are expressions
+    match up to the end of a word."""
+    return tuple(
         _REGEX + rf"(?:{name})(?:(?<=\.)|(?=\.|$))" if _METACHARACTERS.search(name) else name
-        for key in ("modules_to_not_convert", "ignored_layers")
+        for key in keys
         for name in _names(said, key)
-    ]
-    return Quantized("fp8", "fp8_tensor" if size is None else "fp8_128x128", tuple(left))
+    )
 
 
 def _read_compressed(said):
@@ -202,10 +242,12 @@ def inputs_note(fields: Fields) -> tuple[str, ...]:
     said = fields.section(SECTION)
     groups = said.raw.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
-    asks = said.raw.get(METHOD) == "fp8" or any(
+    method = method_of(said.raw)
+    asks = method == "fp8" or (method == "bitsandbytes" and said.raw.get("load_in_8bit") is True)
+    asks = asks or any(
         isinstance(group, dict) and group.get("input_activations") for group in groups
     )
-    if not asks or said.raw.get(METHOD) not in _READ:
+    if not asks or method not in _READ:
         return ()
     return (
         f"{said.where}: asks for the inputs of matrices to be quantized as well; here weights "
@@ -217,6 +259,7 @@ _READ = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed,
     "modelopt": _read_modelopt,
+    "bitsandbytes": _read_bitsandbytes,
     "gptq": read_gptq,
     "awq": read_awq,
     "hqq": read_hqq,

@@ -213,7 +213,7 @@ class Incoming:
         del self._reads[tile]
         views, totals = read.result(), self._totals
         (segments, _), unit = self._placed[tile], _unit(self.tiles[tile].joined)
-        totals.read_bytes += sum(aligned_span(each)[1] for each in segments)
+        totals.read_bytes += sum(aligned_span(each.stored)[1] for each in segments)
         totals.cached_bytes += self._cached_bytes.pop(tile)
         totals.bounced_bytes += sum(each.n_bytes for each in segments if is_moved(each, unit))
         return views

@@ -24,7 +24,8 @@ def place(store: Store, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placemen
     """The segments to read for a tile, and the position of each part in them.
 
     Parts that are neighbours on disk share a segment if the later part is then aligned to
-    VIEW_ALIGNMENT. A joined tile has one segment for each part, in the order of the parts.
+    VIEW_ALIGNMENT, and none of them is decoded as it is read. A joined tile has one segment for
+    each part, in the order of the parts.
     """
     if tile.joined:
         places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))
@@ -48,4 +49,5 @@ def _span(store, part):
 
 def _follows(span, last):
     joins = last.file == span.file and last.offset + last.n_bytes == span.offset
+    joins = joins and last.nested is None and span.nested is None
     return joins and (span.offset - last.offset) % VIEW_ALIGNMENT == 0

@@ -163,8 +163,7 @@ def test_a_plan_of_a_config_under_any_name(copy_of, capsys):
 CONFIGS = {
     "gptq without a name": {"quantization_config": {"bits": 4, "desc_act": True}},
     "awq without a name": {"quantization_config": {"zero_point": True, "w_bit": 4}},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes"}},
-    "bitsandbytes without a name": {"quantization_config": {"load_in_8bit": True}},
+    "bitsandbytes without a name": {"quantization_config": {"load_in_8bit": False}},
     "compressed-tensors in its older place": {
         "compression_config": {"quant_method": "compressed-tensors", "config_groups": {}}
     },

@@ -629,8 +629,8 @@ for label, changes, words in (
     ("awq", {"quantization_config": {"quant_method": "awq"}}, ("bits is None",)),
     (
         "bitsandbytes",
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        ("bitsandbytes",),
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        ("load_in_4bit and load_in_8bit are both false",),
     ),
 ):
     ROWS[f"config-{label}"] = ("single", config_with(**changes), 3, (*words, "config.json"), {})

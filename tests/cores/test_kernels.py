@@ -22,6 +22,7 @@ FORMS = (
     *BLOCKS,
     *("int8_g32_float16", "int8_row_float32", "int8_scb", "packed8_g64_bfloat16"),
     *("fp8_128x128", "fp8_128x128_bfloat16", "fp8_row_float16", "fp8_tensor"),
+    *("nf4", "fp4_g32", "nf4_g128"),
 )
 # What is taken away from the processor.
 FEATURES = ["", *(["-avx512f"] if platform.machine() == "x86_64" else [])]

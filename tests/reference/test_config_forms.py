@@ -139,16 +139,8 @@ def is_refused_there(folder, config):
 @pytest.mark.parametrize("name", sorted(path.name for path in SHARED_DATA.glob("configs/*.json")))
 def test_a_real_file_is_read_as_transformers_reads_it_or_refused_by_name(tmp_path, name):
     raw = json.loads((SHARED_DATA / "configs" / name).read_text())
-    if name in NOT_DENSE or ".partial" in name:
-        with pytest.raises(
-            UnsupportedModelError, match=NOT_DENSE.get(name, "model_type is missing")
-        ):
+    if ".partial" in name:
+        with pytest.raises(UnsupportedModelError, match="model_type is missing"):
             model_config(raw, where=name)
     else:
         assert differences(raw, tmp_path) == []
-
-
-# Real files that are refused -> the word that says why.
-NOT_DENSE = {
-    "llama-2-13b-derivative-bnb4bit.json": "bitsandbytes",
-}
