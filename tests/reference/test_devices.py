@@ -12,9 +12,9 @@ transformers = pytest.importorskip("transformers")
 
 IDS = np.random.default_rng(0).integers(3, 133, (1, 24))
 FORMS = {
-    **{name: dense_forms for name in dense_forms.DENSE},
-    **{name: mixture_forms for name in mixture_forms.MIXTURES},
-    **{name: latent_forms for name in latent_forms.FORMS},
+    **dict.fromkeys(dense_forms.DENSE, dense_forms),
+    **dict.fromkeys(mixture_forms.MIXTURES, mixture_forms),
+    **dict.fromkeys(latent_forms.FORMS, latent_forms),
 }
 # Those that run in every test session: joined projections, gates of heads, norms of all heads and
 # of each, windows, states, latent attention, routers, a shared expert, weighed inputs.
