@@ -25,6 +25,7 @@ class Form:
     piece under its own name. `words_dtype`: of words in which the bytes of a main piece may be
     stored, the first byte in the low bits. `in_blocks`: a piece whose last axis is cut in two, and
     the length of the last one. `experts_alone`: it has no other matrices.
+    `scalar_axes`: of the one scale of a matrix, as its makers write it.
     `is_repacked`: it does not run as it is, and is converted to its encodings. `variant_of`: the
     method that a config.json names for it, if another.
     """
@@ -36,6 +37,7 @@ class Form:
     words_dtype: str | None = None
     in_blocks: tuple[tuple[str, int], ...] = ()
     experts_alone: bool = False
+    scalar_axes: tuple[int, ...] = (1,)
     is_repacked: bool = False
     variant_of: str = ""
 
@@ -110,6 +112,7 @@ FORMS: dict[str, Form] = {
             ),
             tuple(FP8),
             main_dtypes=(FLOAT8,),
+            scalar_axes=(),
         ),
         Form(
             "compressed-tensors",
@@ -134,6 +137,7 @@ FORMS: dict[str, Form] = {
             ),
             (*FP8, "nvfp4_modelopt"),
             main_dtypes=(FLOAT8, "uint8"),
+            scalar_axes=(),
         ),
         _repacked("gptq", _GPTQ),
         _repacked("gptq_v2", _GPTQ, variant_of="gptq"),

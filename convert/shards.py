@@ -1,0 +1,133 @@
+"""The weights of an export as safetensors files of whole tensors: which there are, and which of
+them an interrupted export has finished."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+
+from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.source import SINGLE, names_in, regular_file
+from jlayer.convert.progress import Progress
+from jlayer.convert.sources.files import (
+    Chunk,
+    FileSource,
+    Place,
+    Room,
+    Source,
+    Strided,
+    open_unchanged,
+    read_bytes,
+)
+from jlayer.convert.transform.outputs import WeightFile
+from jlayer.convert.transform.published import PublishedSource
+from jlayer.errors import CheckpointError
+from jlayer.strict import close
+
+
+class VerifiedSource:
+    """The tensors of a layered folder; each is checked against its digest when it ends."""
+
+    def __init__(self, source: Source, digests: Mapping[str, str]):
+        self._source, self.digests = source, digests
+        self.tensors = source.tensors
+        self.where, self.places_of = source.where, source.places_of
+        self.close = source.close
+
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
+        info = self.tensors[name]
+        digest = TensorDigest(info.shape, info.n_bytes)
+        for chunk in self._source.chunks(name, room):
+            digest.update(chunk)
+            yield chunk
+        if digest.hexdigest() != self.digests[name]:
+            raise CheckpointError(
+                f"{self.where(name)}: tensor {name}: damaged: its digest is not that in the "
+                "manifest; see jlayer verify"
+            )
+
+
+def shards_of(source: PublishedSource, shard_bytes: int, progress: Progress) -> list[WeightFile]:
+    """Files of whole tensors in the order of the model, each of at most `shard_bytes`, or of one
+    larger tensor."""
+    groups, free = [], 0
+    for name, info in source.tensors.items():
+        if not groups or info.n_bytes > free:
+            groups.append({})
+            free = shard_bytes
+        groups[-1][name] = info.shape
+        free -= info.n_bytes
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    return [
+        WeightFile(
+            name,
+            shapes,
+            source,
+            dtype=None,
+            allow_nonfinite=True,
+            progress=progress,
+        )
+        for name, shapes in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
+    ]
+
+
+def finished_shards(
+    aside: str, shards: list[WeightFile], source: PublishedSource, progress: Progress
+) -> set[str]:
+    """The names of the shards that an interrupted export has written as this one would."""
+    names = names_in(aside)
+    present = [shard for shard in shards if shard.name in names]
+    if present:
+        count = f"{len(present)} of {len(shards)} files"
+        progress.note(f"{aside}: resuming: {count}; reading them again")
+    progress.start(sum(shard.source_bytes for shard in present))
+    return {shard.name for shard in present if _is_finished(aside, shard, source, progress)}
+
+
+def _is_finished(aside, shard, source, progress):
+    progress.file(shard.name)
+    if not stat.S_ISREG(os.lstat(os.path.join(aside, shard.name)).st_mode):
+        return False  # no export writes links, and what one leads to may not stay there
+    file = regular_file(aside, shard.name)
+    if file.n_bytes != shard.n_bytes or not _has(file, 0, shard.header):
+        return False
+    infos, places = _parts_in(file, shard, source)
+    written = VerifiedSource(FileSource(infos, places), source.digests)
+    try:
+        for name in infos:
+            for chunk in written.chunks(name):
+                progress.advance(len(chunk))
+    except CheckpointError:
+        return False
+    finally:
+        written.close()
+    made = {name: source.made[name].content for name in shard.tensors}
+    return all(
+        _has(file, shard.tensors[name].offset, content)
+        for name, content in made.items()
+        if content is not None
+    )
+
+
+def _parts_in(file, shard, source):
+    """(what each tensor of the layered folder is, where it lies in a shard)."""
+    infos, places = {}, {}
+    for name, entry in shard.tensors.items():
+        at, row = entry.offset, source.made[name]
+        for part in row.parts:
+            infos[part] = info = source.stored[part]
+            turned = Strided(info.shape, (1, info.shape[0])) if row.inputs_first else None
+            places[part] = (Place(name, file, at, strided=turned),)
+            at += info.n_bytes
+    return infos, places
+
+
+def _has(file, offset, content):
+    """Whether these bytes are in a file. Compares every byte: two headers with the same tensors may
+    differ in metadata that transformers needs."""
+    fd = open_unchanged(file)
+    try:
+        return read_bytes(fd, offset, len(content), file.path) == content
+    finally:
+        close(fd)

@@ -1,0 +1,162 @@
+"""The tensors of a layered folder as they are published: under the names of their form of encoding,
+and experts in one tensor where their family has them so.
+
+Nothing is computed: bytes follow one another in another order at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlayer.checkpoint.encoded import form_of, pieces_of, published_piece
+from jlayer.checkpoint.quantization import Quantization
+from jlayer.convert.sources.beside import Beside
+from jlayer.convert.sources.files import CHUNK_BYTES, Chunk, Place, Room, Source, TensorInfo
+from jlayer.encodings.registry import piece_name
+from jlayer.errors import UnsupportedModelError
+from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
+from jlayer.spec import STORED_BYTES, ModelConfig
+
+
+@dataclass(frozen=True)
+class Made:
+    """A published tensor, and what it is made of: `parts`, tensors of the layered folder that
+    follow one another; with `inputs_first` each of them has its columns as rows. `content`: what it
+    is, of one that lies beside the weights."""
+
+    info: TensorInfo
+    parts: tuple[str, ...] = ()
+    inputs_first: bool = False
+    content: bytes | None = None
+
+
+def made_of(
+    cfg: ModelConfig,
+    quantization: Quantization | None,
+    tensors: Mapping[str, TensorInfo],
+    beside: Mapping[str, Beside],
+    *,
+    where: str,
+) -> dict[str, Made]:
+    """Published name -> what it is made of, in the order of use. `tensors`: those of the layered
+    folder. Raises UnsupportedModelError where experts that are one tensor are encoded in several
+    ways."""
+    table, form = (quantization.table if quantization else None), form_of(cfg)
+    encodings = {name: table and table.of_tensor(name) for name in published_tensors(cfg)}
+    stacks = _stacks(cfg, encodings, tensors, where)
+    first = {stack.parts[0][0]: name for name, stack in stacks.items()}
+    joined = {part for stack in stacks.values() for part, *_ in stack.parts}
+    extras, found = _by_matrix(beside, form), {}
+    for name, shape in published_tensors(cfg).items():
+        if name in first:
+            stack = first[name]
+            found |= _of_stack(stack, stacks[stack], encodings[name], form, tensors)
+        elif name not in joined and encodings[name] is None:
+            found[name] = Made(tensors[name], (name,))
+        elif name not in joined:
+            found |= _of_matrix(name, shape, encodings[name], form, tensors)
+        found |= extras.pop(name, {})
+    return found | {name: made for rest in extras.values() for name, made in rest.items()}
+
+
+class PublishedSource:
+    """The tensors of `made_of`. An expert's matrix whose columns become rows is held in memory
+    while it is turned; of all else some bytes at a time are.
+
+    `stored`: the tensors of the layered folder, and `digests` theirs."""
+
+    def __init__(self, source: Source, digests: Mapping[str, str], made: Mapping[str, Made]):
+        self._source, self.digests, self.made = source, digests, made
+        self.stored = source.tensors
+        self.tensors = {name: row.info for name, row in made.items()}
+        self.close = source.close
+
+    def where(self, name: str) -> str:
+        return self._source.where(self._stored(name))
+
+    def places_of(self, name: str) -> tuple[Place, ...]:
+        return tuple(
+            place for part in self.made[name].parts for place in self._source.places_of(part)
+        )
+
+    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
+        row = self.made[name]
+        if row.content is not None:
+            yield row.content
+        for part in row.parts:
+            if row.inputs_first:
+                yield from self._turned(part)
+            else:
+                yield from self._source.chunks(part, room)
+
+    def _stored(self, name):
+        """A tensor of the layered folder whose file a message about this one names."""
+        return next(iter(self.made[name].parts), None) or next(iter(self._source.tensors))
+
+    def _turned(self, part):
+        info = self._source.tensors[part]
+        raw = bytearray(info.n_bytes)
+        at = 0
+        for chunk in self._source.chunks(part):
+            raw[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        columns = np.frombuffer(raw, f"u{STORED_BYTES[info.dtype]}").reshape(info.shape).T
+        step = max(1, CHUNK_BYTES // (info.n_bytes // len(columns)))
+        for first in range(0, len(columns), step):
+            rows = np.ascontiguousarray(columns[first : first + step])
+            yield memoryview(rows.view(np.uint8)).cast("B")
+
+
+def _stacks(cfg, encodings, tensors, where) -> dict[str, Stacked]:
+    """The tensors of all experts, of a family that publishes no others; none where experts are
+    encoded in a form that has them one by one."""
+    if not cfg.experts or not any(stack.is_only for stack in cfg.experts.stacks):
+        return {}
+    form, found = form_of(cfg), {}
+    for name, stack in stacked_tensors(cfg).items():
+        parts = [part for part, *_ in stack.parts]
+        ways = {encodings[part] or tensors[part].dtype for part in parts}
+        is_plain = not any(encodings[part] for part in parts)
+        if not is_plain and not form.experts_alone:
+            continue
+        if len(ways) > 1:
+            raise UnsupportedModelError(
+                f"{where}: the experts of {name} are not alike ({', '.join(sorted(ways))}), so "
+                "they cannot be one tensor, as which they are published; keep the published folder"
+            )
+        found[name] = stack
+    return found
+
+
+def _of_stack(name, stack, encoding, form, tensors):
+    parts = [part for part, *_ in stack.parts]
+    if encoding is None:
+        info = TensorInfo(tensors[parts[0]].dtype, stack.shape)
+        return {name: Made(info, tuple(parts), stack.inputs_first)}
+    return {
+        form.name_of(name, piece): Made(
+            TensorInfo(dtype, shape), tuple(piece_name(part, piece) for part in parts)
+        )
+        for piece, (dtype, shape) in pieces_of(encoding, form, None, stack).items()
+    }
+
+
+def _of_matrix(name, shape, encoding, form, tensors):
+    found = {}
+    for piece in pieces_of(encoding, None, shape, None):
+        own, dtype, axes = published_piece(encoding, form, name, piece, shape)
+        found[own] = Made(TensorInfo(dtype, axes), (piece_name(name, piece),))
+    return found
+
+
+def _by_matrix(beside, form) -> dict[str, dict[str, Made]]:
+    """Name of a matrix -> what lies beside it."""
+    found: dict[str, dict[str, Made]] = {}
+    for name, one in beside.items():
+        split = form.split(name) if form else None
+        matrix = split[0] if split else name
+        found.setdefault(matrix, {})[name] = Made(one.info, content=one.content)
+    return found
