@@ -30,11 +30,13 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.sides import check_side_files
-from jlayer.checkpoint.source import names_in, read_published_config
+from jlayer.checkpoint.source import names_in, read_published_config, regular_file, side_files
+from jlayer.checkpoint.store import locate
 from jlayer.config import own_quantization, parse_choice
 from jlayer.convert.progress import Progress
 from jlayer.convert.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.sources.beside import decode_beside
+from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.convert.sources.open import CheckedSource, open_source
 from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
 from jlayer.convert.target.disk import (
@@ -167,12 +169,25 @@ def _open_layered(folder, format) -> CheckedSource:
         for tensor, digest in entry.digests.items()
     }
     with links_followed():  # all that is read is held against the manifest
-        source = open_source(folder)
+        source = _open_blocks(folder, manifest) if said == FROM_GGUF else open_source(folder)
     source = replace(source, quantization=manifest.quantization)
     tensors = VerifiedSource(source.tensors, digests)
     if format == "huggingface":
         tensors = _as_published(source, tensors)
     return replace(source, tensors=tensors)
+
+
+def _open_blocks(folder, manifest) -> CheckedSource:
+    """Opens a folder that was converted from GGUF: its pieces are of no published form."""
+    config_bytes, cfg = read_published_config(folder, [])
+    located, _ = locate(folder, cfg, manifest)
+    files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
+    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in located.items()}
+    places = {
+        name: (Place(name, files[path], entry.offset),) for name, (path, entry) in located.items()
+    }
+    sides = side_files(folder, names_in(folder))
+    return CheckedSource(folder, cfg, config_bytes, FileSource(infos, places), sides, ())
 
 
 def _as_published(source, tensors):
@@ -190,7 +205,7 @@ def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
         if format != "gguf":
             raise UnsupportedModelError(
                 f"{folder}: converted from a GGUF file, whose rows and names are not the published "
-                "ones, which is not exported; keep the file"
+                "ones; export with --format gguf"
             )
         return
     form, what = form_of(cfg), cfg.model_type
