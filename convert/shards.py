@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 
 from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.layout import encode_header
 from jlayer.checkpoint.source import SINGLE, names_in, regular_file
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import (
@@ -20,7 +21,6 @@ from jlayer.convert.sources.files import (
     open_unchanged,
     read_bytes,
 )
-from jlayer.convert.transform.outputs import WeightFile
 from jlayer.convert.transform.published import PublishedSource
 from jlayer.errors import CheckpointError
 from jlayer.strict import close
@@ -48,7 +48,32 @@ class VerifiedSource:
             )
 
 
-def shards_of(source: PublishedSource, shard_bytes: int, progress: Progress) -> list[WeightFile]:
+class ShardFile:
+    """A safetensors file of an export; `tensors`: what it holds, in the order of the file."""
+
+    def __init__(
+        self,
+        name: str,
+        shapes: dict[str, tuple[int, ...]],
+        source: PublishedSource,
+        progress: Progress,
+    ):
+        self.name, self._source, self._progress = name, source, progress
+        dtypes = {tensor: source.tensors[tensor].dtype for tensor in shapes}
+        self.header, self.tensors = encode_header(shapes, dtypes)
+        self.source_bytes = sum(entry.n_bytes for entry in self.tensors.values())
+        self.n_bytes = len(self.header) + self.source_bytes
+
+    def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
+        """The file's bytes. Raises CheckpointError where the layered folder is damaged."""
+        yield self.header
+        for tensor in self.tensors:
+            for chunk in self._source.chunks(tensor, room):
+                self._progress.advance(len(chunk))
+                yield chunk
+
+
+def shards_of(source: PublishedSource, shard_bytes: int, progress: Progress) -> list[ShardFile]:
     """Files of whole tensors in the order of the model, each of at most `shard_bytes`, or of one
     larger tensor."""
     groups, free = [], 0
@@ -60,20 +85,13 @@ def shards_of(source: PublishedSource, shard_bytes: int, progress: Progress) -> 
         free -= info.n_bytes
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     return [
-        WeightFile(
-            name,
-            shapes,
-            source,
-            dtype=None,
-            allow_nonfinite=True,
-            progress=progress,
-        )
+        ShardFile(name, shapes, source, progress)
         for name, shapes in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
     ]
 
 
 def finished_shards(
-    aside: str, shards: list[WeightFile], source: PublishedSource, progress: Progress
+    aside: str, shards: list[ShardFile], source: PublishedSource, progress: Progress
 ) -> set[str]:
     """The names of the shards that an interrupted export has written as this one would."""
     names = names_in(aside)

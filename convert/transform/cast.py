@@ -19,7 +19,6 @@ _BYTES = {
     "int8": None,
     "uint8": None,
     "int32": None,
-    "int64": None,
     "e8m0": (0xFF, E8M0_NAN),
     "float8_e4m3fn": (0x7F, 0x7F),
 }

@@ -75,10 +75,10 @@ FORMS = {
 }
 
 
-# Those that differ by more than the size of the vocabulary.
 # What is exported to a file, or is not to be: a file itself has no such form.
 TO_EXPORT = {
     "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "glm4_moe, groups": ("Glm4MoeConfig", {**FORMS["glm4_moe"][1], "n_group": 3, "topk_group": 2}),
     "olmo2": ("Olmo2Config", {}),
     "qwen3_moe, not normed": (
         "Qwen3MoeConfig",
@@ -95,6 +95,7 @@ TO_EXPORT = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral, window": ("MistralConfig", {"sliding_window": 8}),
 }
+# Those that differ by more than the size of the vocabulary.
 MODELS = [name for name in FORMS if "vocabulary" not in name]
 
 
