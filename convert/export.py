@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import time
@@ -37,7 +38,7 @@ from jlayer.convert.progress import Progress
 from jlayer.convert.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.sources.beside import decode_beside
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
-from jlayer.convert.sources.open import CheckedSource, open_source
+from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
 from jlayer.convert.target.disk import (
     TEMPORARY,
@@ -58,7 +59,7 @@ from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.parts import SUFFIX
 from jlayer.small_files import FolderFiles
-from jlayer.strict import is_there, read_json_object, resolve
+from jlayer.strict import is_there, resolve
 
 FORMATS = ("huggingface", "orbax", "gguf")
 SHARD_BYTES = 5_000_000_000
@@ -160,43 +161,41 @@ def _open_layered(folder, format) -> CheckedSource:
             "was converted without --quantize"
         )
     check_side_files(folder, manifest)
-    _, cfg = read_published_config(folder, [])
-    said = own_quantization(read_json_object(os.path.join(folder, CONFIG)))
+    config_bytes, cfg = read_published_config(folder, [])
+    said = own_quantization(json.loads(config_bytes))
     _refuse_others(folder, format, cfg, manifest.quantization, is_from_gguf=said == FROM_GGUF)
+    located, _ = locate(folder, cfg, manifest)
+    with links_followed():  # all that is read is held against the manifest
+        files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
+        sides = side_files(folder, names_in(folder))
+    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in located.items()}
+    places = {
+        name: (Place(name, files[path], entry.offset),) for name, (path, entry) in located.items()
+    }
     digests = {
         tensor: digest
         for entry in manifest.files.values()
         for tensor, digest in entry.digests.items()
     }
-    with links_followed():  # all that is read is held against the manifest
-        source = _open_blocks(folder, manifest) if said == FROM_GGUF else open_source(folder)
-    source = replace(source, quantization=manifest.quantization)
-    tensors = VerifiedSource(source.tensors, digests)
-    if format == "huggingface":
-        tensors = _as_published(source, tensors)
-    return replace(source, tensors=tensors)
+    source = CheckedSource(
+        folder,
+        cfg,
+        config_bytes,
+        VerifiedSource(FileSource(infos, places), digests),
+        sides,
+        (),
+        manifest.quantization,
+    )
+    return _as_published(source) if format == "huggingface" else source
 
 
-def _open_blocks(folder, manifest) -> CheckedSource:
-    """Opens a folder that was converted from GGUF: its pieces are of no published form."""
-    config_bytes, cfg = read_published_config(folder, [])
-    located, _ = locate(folder, cfg, manifest)
-    files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
-    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in located.items()}
-    places = {
-        name: (Place(name, files[path], entry.offset),) for name, (path, entry) in located.items()
-    }
-    sides = side_files(folder, names_in(folder))
-    return CheckedSource(folder, cfg, config_bytes, FileSource(infos, places), sides, ())
-
-
-def _as_published(source, tensors):
-    beside = {}
+def _as_published(source):
+    tensors, beside = source.tensors, {}
     if BESIDE in source.side_files:
         raw = FolderFiles(source.folder).read(BESIDE)
         beside = decode_beside(raw, where=os.path.join(source.folder, BESIDE))
     made = made_of(source.cfg, source.quantization, tensors.tensors, beside, where=source.folder)
-    return PublishedSource(tensors, tensors.digests, made)
+    return replace(source, tensors=PublishedSource(tensors, tensors.digests, made))
 
 
 def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
@@ -210,7 +209,7 @@ def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
         return
     form, what = form_of(cfg), cfg.model_type
     encodings = ", ".join(quantization.table.encodings) if quantization else ""
-    if encodings and form.is_repacked:
+    if encodings and not form.is_exported:
         raise UnsupportedModelError(
             f"{folder}: repacked from {form.method} when it was converted ({encodings}), and its "
             "own layout is not written back; keep the published folder"

@@ -17,7 +17,6 @@ from jlayer.convert.sources.files import (
     Place,
     Room,
     Source,
-    Strided,
     open_unchanged,
     read_bytes,
 )
@@ -108,7 +107,7 @@ def _is_finished(aside, shard, source, progress):
     if not stat.S_ISREG(os.lstat(os.path.join(aside, shard.name)).st_mode):
         return False  # no export writes links, and what one leads to may not stay there
     file = regular_file(aside, shard.name)
-    if file.n_bytes != shard.n_bytes or not _has(file, 0, shard.header):
+    if file.n_bytes != shard.n_bytes or not _has(file, 0, [shard.header]):
         return False
     infos, places = _parts_in(file, shard, source)
     written = VerifiedSource(FileSource(infos, places), source.digests)
@@ -120,32 +119,38 @@ def _is_finished(aside, shard, source, progress):
         return False
     finally:
         written.close()
-    made = {name: source.made[name].content for name in shard.tensors}
-    return all(
-        _has(file, shard.tensors[name].offset, content)
-        for name, content in made.items()
-        if content is not None
-    )
+    return all(_is_made(file, name, entry, source) for name, entry in shard.tensors.items())
 
 
 def _parts_in(file, shard, source):
-    """(what each tensor of the layered folder is, where it lies in a shard)."""
+    """(what each tensor of the layered folder is, where it lies in a shard), of those that lie
+    there as they are."""
     infos, places = {}, {}
     for name, entry in shard.tensors.items():
         at, row = entry.offset, source.made[name]
-        for part in row.parts:
-            infos[part] = info = source.stored[part]
-            turned = Strided(info.shape, (1, info.shape[0])) if row.inputs_first else None
-            places[part] = (Place(name, file, at, strided=turned),)
-            at += info.n_bytes
+        for part in row.parts if row.make is None else ():
+            infos[part] = source.stored[part]
+            places[part] = (Place(name, file, at),)
+            at += infos[part].n_bytes
     return infos, places
 
 
-def _has(file, offset, content):
+def _is_made(file, name, entry, source):
+    """Whether a tensor of a shard is what is made of others; those are read for it."""
+    row = source.made[name]
+    is_as_it_is = row.make is None and row.content is None
+    return is_as_it_is or _has(file, entry.offset, source.chunks(name))
+
+
+def _has(file, offset, chunks):
     """Whether these bytes are in a file. Compares every byte: two headers with the same tensors may
     differ in metadata that transformers needs."""
     fd = open_unchanged(file)
     try:
-        return read_bytes(fd, offset, len(content), file.path) == content
+        for chunk in chunks:
+            if read_bytes(fd, offset, len(chunk), file.path) != chunk:
+                return False
+            offset += len(chunk)
     finally:
         close(fd)
+    return True

@@ -40,13 +40,13 @@ class Beside:
 
 def read_beside(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, Beside]:
     """The tensors beside the weights of a published folder, by their published names; none of a
-    form that is repacked, which no export gives back.
+    form that no export gives back.
 
     `tables`: by file, name -> a Place, and what the file says of the tensor. Raises CheckpointError
     where a file changed, UnsupportedModelError for a large tensor, or StorageError.
     """
     form = form_of(cfg)
-    if form is None or form.is_repacked:
+    if form is None or not form.is_exported:
         return {}
     entries = {
         _in_layers(name): entry

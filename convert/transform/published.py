@@ -1,13 +1,14 @@
 """The tensors of a layered folder as they are published: under the names of their form of encoding,
 and experts in one tensor where their family has them so.
 
-Nothing is computed: bytes follow one another in another order at most.
+No weight is computed: bytes follow one another, in another order at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from jlayer.checkpoint.encoded import form_of, pieces_of, published_piece
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.convert.sources.beside import Beside
 from jlayer.convert.sources.files import CHUNK_BYTES, Chunk, Place, Room, Source, TensorInfo
-from jlayer.encodings.registry import piece_name
+from jlayer.convert.transform.packing import codes_in_words, groups_of_inputs, zeros_in_words
+from jlayer.encodings.grouped import SCALE, Q
+from jlayer.encodings.linear import ORDER, ZERO
+from jlayer.encodings.registry import ENCODINGS, piece_name
 from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
 from jlayer.spec import STORED_BYTES, ModelConfig
@@ -23,13 +27,13 @@ from jlayer.spec import STORED_BYTES, ModelConfig
 
 @dataclass(frozen=True)
 class Made:
-    """A published tensor, and what it is made of: `parts`, tensors of the layered folder that
-    follow one another; with `inputs_first` each of them has its columns as rows. `content`: what it
-    is, of one that lies beside the weights."""
+    """A published tensor, and what it is made of: `parts`, tensors of the layered folder. They
+    follow one another, or `make`, called with a source and them, gives its bytes. `content`: what
+    it is, of one that lies beside the weights."""
 
     info: TensorInfo
     parts: tuple[str, ...] = ()
-    inputs_first: bool = False
+    make: Callable[[Source, tuple[str, ...]], Iterator[Chunk]] | None = None
     content: bytes | None = None
 
 
@@ -57,7 +61,8 @@ def made_of(
         elif name not in joined and encodings[name] is None:
             found[name] = Made(tensors[name], (name,))
         elif name not in joined:
-            found |= _of_matrix(name, shape, encodings[name], form, tensors)
+            of_matrix = _of_packed if form.is_repacked else _of_matrix
+            found |= of_matrix(name, shape, encodings[name], form)
         found |= extras.pop(name, {})
     return found | {name: made for rest in extras.values() for name, made in rest.items()}
 
@@ -86,21 +91,23 @@ class PublishedSource:
         row = self.made[name]
         if row.content is not None:
             yield row.content
+        if row.make is not None:
+            yield from row.make(self._source, row.parts)
+            return
         for part in row.parts:
-            if row.inputs_first:
-                yield from self._turned(part)
-            else:
-                yield from self._source.chunks(part, room)
+            yield from self._source.chunks(part, room)
 
     def _stored(self, name):
         """A tensor of the layered folder whose file a message about this one names."""
         return next(iter(self.made[name].parts), None) or next(iter(self._source.tensors))
 
-    def _turned(self, part):
-        info = self._source.tensors[part]
+
+def turned(source: Source, parts: tuple[str, ...]) -> Iterator[Chunk]:
+    """Matrices one after another, each with its columns as rows."""
+    for part in parts:
+        info, at = source.tensors[part], 0
         raw = bytearray(info.n_bytes)
-        at = 0
-        for chunk in self._source.chunks(part):
+        for chunk in source.chunks(part):
             raw[at : at + len(chunk)] = chunk
             at += len(chunk)
         columns = np.frombuffer(raw, f"u{STORED_BYTES[info.dtype]}").reshape(info.shape).T
@@ -135,7 +142,7 @@ def _of_stack(name, stack, encoding, form, tensors):
     parts = [part for part, *_ in stack.parts]
     if encoding is None:
         info = TensorInfo(tensors[parts[0]].dtype, stack.shape)
-        return {name: Made(info, tuple(parts), stack.inputs_first)}
+        return {name: Made(info, tuple(parts), turned if stack.inputs_first else None)}
     return {
         form.name_of(name, piece): Made(
             TensorInfo(dtype, shape), tuple(piece_name(part, piece) for part in parts)
@@ -144,12 +151,35 @@ def _of_stack(name, stack, encoding, form, tensors):
     }
 
 
-def _of_matrix(name, shape, encoding, form, tensors):
+def _of_matrix(name, shape, encoding, form):
     found = {}
     for piece in pieces_of(encoding, None, shape, None):
         own, dtype, axes = published_piece(encoding, form, name, piece, shape)
         found[own] = Made(TensorInfo(dtype, axes), (piece_name(name, piece),))
     return found
+
+
+def _of_packed(name, shape, encoding, form):
+    """The same of pack-quantized: codes and zeros in words, and the group of each input."""
+    (out, width), row = shape, ENCODINGS[encoding]
+    per, bits = 32 // row.bits, {"bits": row.bits}
+    n_groups = row.n_groups(width)
+    sorted_by = (piece_name(name, ORDER),) if row.is_ordered else ()
+    made = {
+        Q: (("int32", (out, -(-width // per))), partial(codes_in_words, **bits)),
+        SCALE: ((row.scale_dtype, (out, n_groups)), None),
+        ZERO: (("int32", (-(-out // per), n_groups)), partial(zeros_in_words, **bits)),
+        ORDER: (("int32", (width,)), partial(groups_of_inputs, group=row.group)),
+    }
+    return {
+        form.name_of(name, piece): Made(
+            TensorInfo(*info),
+            (piece_name(name, piece), *(sorted_by if piece == Q else ())),
+            make,
+        )
+        for piece, (info, make) in made.items()
+        if piece in row.pieces(shape)
+    }
 
 
 def _by_matrix(beside, form) -> dict[str, dict[str, Made]]:

@@ -4,10 +4,12 @@ shape and its bytes, and the config."""
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.convert.export import export_checkpoint
+from jlayer.convert.sources.words import apart, together
 from jlayer.convert.target.disk import TEMPORARY
 from jlayer.errors import UnsupportedModelError
 from tests.convert.checkpoints import edit_tensors, files_of, read_tensors, split
@@ -32,6 +34,8 @@ ENCODED = {
 COMPRESSED = tuple(test_compressed.FORMS)
 # Families whose experts are published as one tensor alone; of some of them inputs come first.
 STACKED = ("granitemoe", "gemma4", "llama4", "mistral4")
+# Of all forms that are repacked the one whose layout is made again.
+PACKED = ("packed", "packed by row", "packed of 8 bits", "packed sorted")
 BESIDE = "quantization_tensors.json"
 
 
@@ -49,6 +53,8 @@ def published(tmp_path_factory):
                 made[name] = gpt_oss_forms.write(folder, *gpt_oss_forms.drawn())
             elif name == "gpt-oss, plain":
                 made[name] = plain_gpt_oss(folder)
+            elif name in PACKED:
+                made[name], _ = repacked_forms.save(folder, "qwen3_moe", name)
             elif name in COMPRESSED:
                 form = test_compressed.FORMS[name]
                 made[name], _ = fp8_forms.save_encoded(
@@ -82,7 +88,9 @@ def exported(source, folder, **options):
     return folder / "out"
 
 
-@pytest.mark.parametrize("name", [*ENCODED, *COMPRESSED, "gpt-oss", "gpt-oss, plain", *STACKED])
+@pytest.mark.parametrize(
+    "name", [*ENCODED, *COMPRESSED, *PACKED, "gpt-oss", "gpt-oss, plain", *STACKED]
+)
 def test_every_tensor_is_as_it_was_published(published, tmp_path, name):
     source = published(name)
     out = exported(source, tmp_path)
@@ -114,7 +122,7 @@ def test_what_is_beside_the_weights_is_kept_when_a_converted_folder_is_converted
     assert read_tensors(out) == read_tensors(published("nvfp4"))
 
 
-@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "gpt-oss", "llama4", "packed sorted"])
 def test_an_export_that_was_stopped_keeps_what_is_finished_and_right(published, tmp_path, name):
     """A byte is changed in a shard: of each kind of tensors that are made in another way."""
     options = {"format": "huggingface", "shard_bytes": 20_000}
@@ -122,7 +130,12 @@ def test_an_export_that_was_stopped_keeps_what_is_finished_and_right(published, 
     export_checkpoint(tmp_path / "layered", tmp_path / "whole", **options)
     aside = shutil.copytree(tmp_path / "whole", tmp_path / f"out{TEMPORARY}")
     (aside / "config.json").unlink()
-    parts = {"nvfp4 of modelopt": "input_scale", "gpt-oss": "_blocks", "llama4": "experts.down"}
+    parts = {
+        "nvfp4 of modelopt": "input_scale",
+        "gpt-oss": "_blocks",
+        "llama4": "experts.down",
+        "packed sorted": "weight_packed",
+    }
     damaged = [path for path in sorted(aside.glob("*.safetensors")) if flip(path, parts[name])]
     n_shards = len(list(aside.glob("*.safetensors")))
     done = export_checkpoint(tmp_path / "layered", tmp_path / "out", **options)
@@ -151,14 +164,25 @@ def test_an_export_killed_at_any_moment_leaves_none_or_all_of_it(published, tmp_
     assert set(states) == {"none", "new"}
 
 
-REPACKED = ("gptq", "gptq asymmetric", "awq", "hqq", "eetq", "packed")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n", [5, 8, 16])
+def test_words_are_put_together_as_they_are_taken_apart(bits, n):
+    codes = np.random.default_rng(n).integers(0, 1 << bits, (n, 3), dtype=np.uint8)
+    found = together(codes, bits)
+    assert found.shape == (-(-n * bits // 32), 3)
+    again = apart(found, bits)
+    assert np.array_equal(again[:n], codes)
+    assert not again[n:].any()
+
+
+REPACKED = ("gptq", "gptq asymmetric", "gptq sorted", "awq", "hqq", "eetq")
 
 
 @pytest.mark.parametrize("form", REPACKED)
 def test_what_was_repacked_is_refused_with_what_to_keep(tmp_path, form):
     source, _ = repacked_forms.save(tmp_path, "llama", form)
     convert_checkpoint(source, tmp_path / "layered")
-    method = {"gptq asymmetric": "gptq", "packed": "pack-quantized"}.get(form, form)
+    method = form.split()[0]
     for kind in ("huggingface", "orbax", "gguf"):
         target = tmp_path / ("out.gguf" if kind == "gguf" else "out")
         with pytest.raises(UnsupportedModelError) as caught:

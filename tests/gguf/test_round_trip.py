@@ -102,6 +102,19 @@ def test_files_whose_experts_are_apart_and_parts_become_one_of_today(tmp_path):
         assert tensors_of(found) == tensors_of(tmp_path / "m.gguf")
 
 
+def test_layers_that_guess_further_tokens_are_left_out(tmp_path):
+    model = save("glm4_moe", tmp_path / "model")
+
+    def settings(writer, config):
+        writer.kv_data[0].pop("glm4moe.block_count")
+        writer.add_block_count(config["num_hidden_layers"] + 1)
+        writer.add_nextn_predict_layers(1)
+
+    write(model, tmp_path / "m.gguf", settings=settings)
+    write(model, tmp_path / "plain.gguf")
+    assert_same(tmp_path / "plain.gguf", back(tmp_path / "m.gguf", tmp_path))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model with as many rows of an embedding as the bundled tokenizer has tokens, or more."""
