@@ -1,5 +1,7 @@
-"""The weights of an export as safetensors files of whole tensors: which there are, and which of
-them an interrupted export has finished."""
+"""The weights of an export as safetensors files, and which of them an interrupted one has finished.
+
+Every tensor is whole, and is checked on its way against the digest that the manifest has.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a form of encoding has beside the weights, as one small file: scales of a layer's inputs,
-and shapes that are said again.
+"""What a form of encoding has beside the weights, as one small file of a converted folder.
 
-No run of ours reads them; a folder that is exported in its published form has them again.
+These are scales of a layer's inputs, and shapes that are said again. No run of ours reads them; an
+export in the published form writes them.
 """
 
 from __future__ import annotations

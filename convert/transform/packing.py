@@ -1,7 +1,7 @@
-"""The tensors of compressed-tensors' pack-quantized with zeros or sorted inputs, made again of the
-rows that they were repacked into: the inverse of `sources.repacked`, a tensor at a time.
+"""compressed-tensors' pack-quantized made again of what it was repacked into.
 
-Codes are streamed, some rows at a time; zeros and the order of inputs are small, and held.
+The inverse of `sources.repacked`, for zeros and sorted inputs, a tensor at a time. Codes are
+streamed, some rows at a time; zeros and the order of inputs are small, and held.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tensors of a layered folder as they are published: under the names of their form of encoding,
-and experts in one tensor where their family has them so.
+"""The tensors of a layered folder as they are published.
 
-No weight is computed: bytes follow one another, in another order at most.
+They have the names of their form of encoding, and experts are one tensor where their family has
+them so. No weight is computed: bytes follow one another, in another order at most.
 """
 
 from __future__ import annotations
