@@ -35,7 +35,6 @@ from jlayer.checkpoint.source import names_in, read_published_config, regular_fi
 from jlayer.checkpoint.store import locate
 from jlayer.config import own_quantization, parse_choice
 from jlayer.convert.progress import Progress
-from jlayer.convert.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.sources.beside import decode_beside
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.convert.sources.open import CheckedSource
@@ -49,6 +48,7 @@ from jlayer.convert.target.disk import (
     uninterrupted,
 )
 from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.target.space import check_space
 from jlayer.convert.target.write import TargetWriter, refuse_inside
 from jlayer.convert.transform.gguf_model import TYPES, gguf_file

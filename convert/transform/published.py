@@ -105,16 +105,20 @@ class PublishedSource:
 def turned(source: Source, parts: tuple[str, ...]) -> Iterator[Chunk]:
     """Matrices one after another, each with its columns as rows."""
     for part in parts:
-        info, at = source.tensors[part], 0
-        raw = bytearray(info.n_bytes)
-        for chunk in source.chunks(part):
-            raw[at : at + len(chunk)] = chunk
-            at += len(chunk)
-        columns = np.frombuffer(raw, f"u{STORED_BYTES[info.dtype]}").reshape(info.shape).T
-        step = max(1, CHUNK_BYTES // (info.n_bytes // len(columns)))
-        for first in range(0, len(columns), step):
-            rows = np.ascontiguousarray(columns[first : first + step])
-            yield memoryview(rows.view(np.uint8)).cast("B")
+        yield from _turned(source, part)  # whose memory is released before the next one's is taken
+
+
+def _turned(source, name):
+    info, at = source.tensors[name], 0
+    raw = bytearray(info.n_bytes)
+    for chunk in source.chunks(name):
+        raw[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    columns = np.frombuffer(raw, f"u{STORED_BYTES[info.dtype]}").reshape(info.shape).T
+    step = max(1, CHUNK_BYTES // (info.n_bytes // len(columns)))
+    for first in range(0, len(columns), step):
+        rows = np.ascontiguousarray(columns[first : first + step])
+        yield memoryview(rows.view(np.uint8)).cast("B")
 
 
 def _stacks(cfg, encodings, tensors, where) -> dict[str, Stacked]:
