@@ -56,13 +56,15 @@ from jlayer.convert.transform.outputs import SideFile
 from jlayer.convert.transform.published import PublishedSource, made_of
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.layout import FROM_GGUF
-from jlayer.families.registry import published_tensors
+from jlayer.families.registry import is_of_another_part, published_tensors
 from jlayer.gguf.parts import SUFFIX
 from jlayer.small_files import FolderFiles
 from jlayer.strict import is_there, resolve
 
 FORMATS = ("huggingface", "orbax", "gguf")
 SHARD_BYTES = 5_000_000_000
+# What chooses the tokens that a layer attends to (DeepSeek V3.2): a tensor of it.
+_INDEXER = "model.layers.0.self_attn.indexer.wk.weight"
 # The bytes that an Orbax checkpoint needs beside each array: metadata, and entries in two trees.
 _ARRAY_BYTES = 16 << 10
 
@@ -208,6 +210,11 @@ def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
             )
         return
     form, what = form_of(cfg), cfg.model_type
+    if is_of_another_part(cfg, _INDEXER):
+        raise UnsupportedModelError(
+            f"{folder}: a {what} cannot be exported: its indexer, which texts beyond some length "
+            "need, was left out when it was converted; keep the published folder"
+        )
     encodings = ", ".join(quantization.table.encodings) if quantization else ""
     if encodings and not form.is_exported:
         raise UnsupportedModelError(

@@ -6,15 +6,18 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.convert.export import export_checkpoint
-from jlayer.convert.sources.words import apart, together
+from jlayer.convert.sources.words import apart as taken_apart
+from jlayer.convert.sources.words import together
 from jlayer.convert.target.disk import TEMPORARY
 from jlayer.errors import UnsupportedModelError
 from tests.convert.checkpoints import edit_tensors, files_of, read_tensors, split
 from tests.convert.kills import killed
 from tests.reference import (
+    dense_forms,
     fp8_forms,
     gpt_oss_forms,
     latent_forms,
@@ -22,6 +25,7 @@ from tests.reference import (
     repacked_forms,
     test_compressed,
 )
+from tests.reference.test_stacked import apart, cfg_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -36,6 +40,12 @@ COMPRESSED = tuple(test_compressed.FORMS)
 STACKED = ("granitemoe", "gemma4", "llama4", "mistral4")
 # Of all forms that are repacked the one whose layout is made again.
 PACKED = ("packed", "packed by row", "packed of 8 bits", "packed sorted")
+# Models that Transformers has saved, of all families that run here.
+FAMILIES = {
+    "dense": (dense_forms.save, tuple(dense_forms.DENSE)),
+    "mixtures": (mixture_forms.save, tuple(mixture_forms.MIXTURES)),
+    "latent": (latent_forms.save, tuple(latent_forms.FORMS)),
+}
 BESIDE = "quantization_tensors.json"
 
 
@@ -170,7 +180,7 @@ def test_words_are_put_together_as_they_are_taken_apart(bits, n):
     codes = np.random.default_rng(n).integers(0, 1 << bits, (n, 3), dtype=np.uint8)
     found = together(codes, bits)
     assert found.shape == (-(-n * bits // 32), 3)
-    again = apart(found, bits)
+    again = taken_apart(found, bits)
     assert np.array_equal(again[:n], codes)
     assert not again[n:].any()
 
@@ -203,6 +213,39 @@ def test_other_formats_are_refused_by_name(published, tmp_path):
     ):
         with pytest.raises(UnsupportedModelError, match=words):
             export_checkpoint(tmp_path / folder, tmp_path / f"out.{kind}", format=kind)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+def test_a_model_that_lacks_a_part_since_it_was_converted_is_refused(tmp_path, name):
+    convert_checkpoint(latent_forms.save(tmp_path / "source", name), tmp_path / "layered")
+    for kind in ("huggingface", "orbax"):
+        with pytest.raises(UnsupportedModelError, match=f"a {name} cannot be exported: its ind"):
+            export_checkpoint(tmp_path / "layered", tmp_path / "out", format=kind)
+
+
+def test_experts_that_are_not_alike_cannot_be_one_tensor(published, tmp_path):
+    """They may lie one by one in a folder of another program."""
+    source = shutil.copytree(published("granitemoe"), tmp_path / "source")
+    tensors = apart(cfg_of(source), load_file(source / "model.safetensors"))
+    name = next(name for name in tensors if ".experts.1." in name)
+    tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"are not alike \(float16, float32\)"):
+        exported(source, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forms", FAMILIES)
+def test_every_family_is_exported_as_transformers_has_saved_it(tmp_path, forms):
+    save, names = FAMILIES[forms]
+    for name in names:
+        if name in ("deepseek_v32", "glm_moe_dsa"):
+            continue  # refused, above
+        source = save(tmp_path / name / "source", name)
+        (tmp_path / name).mkdir(exist_ok=True)
+        out = exported(source, tmp_path / name)
+        assert read_tensors(out) == read_tensors(source), name
+        shutil.rmtree(tmp_path / name)
 
 
 def test_a_damaged_file_of_what_is_beside_the_weights_is_told(published, tmp_path):

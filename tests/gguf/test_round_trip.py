@@ -102,6 +102,13 @@ def test_files_whose_experts_are_apart_and_parts_become_one_of_today(tmp_path):
         assert tensors_of(found) == tensors_of(tmp_path / "m.gguf")
 
 
+def test_experts_of_several_types_have_no_tensor_of_all(tmp_path):
+    model, kinds = save("mixtral", tmp_path / "model"), {"blk.0.ffn_up.2.": "F16"}
+    write(model, tmp_path / "m.gguf", kind="Q8_0", kinds=kinds, experts_apart=True)
+    with pytest.raises(UnsupportedModelError, match=r"of blk\.0\.ffn_up_exps.* \(float16, q8_0\)"):
+        back(tmp_path / "m.gguf", tmp_path)
+
+
 def test_layers_that_guess_further_tokens_are_left_out(tmp_path):
     model = save("glm4_moe", tmp_path / "model")
 
