@@ -256,13 +256,19 @@ def test_a_damaged_file_of_what_is_beside_the_weights_is_told(published, tmp_pat
 
     held = json.loads((layered / BESIDE).read_text())
     name = next(iter(held))
+    dtype, *rest = held[name]
+    _, data = rest
     for change, words in (
-        ({"dtype": "float64"}, "is 'float64', supported in an export"),
-        ({"shape": [3]}, "has 4 bytes, expected 12"),
-        ({"data": "?"}, "is damaged"),
-        ({"more": 1}, "is damaged"),
+        (["float64", *rest], "is 'float64', supported in an export"),
+        ([dtype, [3], data], "has 4 bytes, expected 12"),
+        ([dtype, [-1], data], "is damaged"),
+        ([dtype, [1], "?"], "is damaged"),
+        ([dtype, 1, data], "is damaged"),
+        ([[], [1], data], "is damaged"),
+        ([*rest], "is damaged"),
+        ({}, "is damaged"),
     ):
-        (layered / BESIDE).write_text(json.dumps({**held, name: held[name] | change}))
+        (layered / BESIDE).write_text(json.dumps({**held, name: change}))
         with pytest.raises(CheckpointError, match="changed since it was converted"):
             export_checkpoint(layered, tmp_path / "out", format="huggingface")
         seal_folder(layered)
