@@ -166,10 +166,16 @@ def _open_layered(folder, format) -> CheckedSource:
     config_bytes, cfg = read_published_config(folder, [])
     said = own_quantization(json.loads(config_bytes))
     _refuse_others(folder, format, cfg, manifest.quantization, is_from_gguf=said == FROM_GGUF)
-    located, _ = locate(folder, cfg, manifest)
     with links_followed():  # all that is read is held against the manifest
-        files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
-        sides = side_files(folder, names_in(folder))
+        tensors, sides = _stored(folder, cfg, manifest), side_files(folder, names_in(folder))
+    source = CheckedSource(folder, cfg, config_bytes, tensors, sides, (), manifest.quantization)
+    return _as_published(source) if format == "huggingface" else source
+
+
+def _stored(folder, cfg, manifest) -> VerifiedSource:
+    """The tensors and pieces that a layered folder holds."""
+    located, _ = locate(folder, cfg, manifest)
+    files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
     infos = {name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in located.items()}
     places = {
         name: (Place(name, files[path], entry.offset),) for name, (path, entry) in located.items()
@@ -179,16 +185,7 @@ def _open_layered(folder, format) -> CheckedSource:
         for entry in manifest.files.values()
         for tensor, digest in entry.digests.items()
     }
-    source = CheckedSource(
-        folder,
-        cfg,
-        config_bytes,
-        VerifiedSource(FileSource(infos, places), digests),
-        sides,
-        (),
-        manifest.quantization,
-    )
-    return _as_published(source) if format == "huggingface" else source
+    return VerifiedSource(FileSource(infos, places), digests)
 
 
 def _as_published(source):
@@ -216,6 +213,11 @@ def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
             "need, was left out when it was converted; keep the published folder"
         )
     encodings = ", ".join(quantization.table.encodings) if quantization else ""
+    if encodings and form is None:
+        raise CheckpointError(
+            f"{os.path.join(folder, CONFIG)}: says nothing of the encodings ({encodings}) that "
+            "weights have; put back its quantization_config"
+        )
     if encodings and not form.is_exported:
         raise UnsupportedModelError(
             f"{folder}: repacked from {form.method} when it was converted ({encodings}), and its "

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jlayer.convert import convert_checkpoint, verify_folder
+from jlayer.convert import convert_checkpoint, seal_folder, verify_folder
 from jlayer.convert.export import export_checkpoint
 from jlayer.convert.sources.words import apart as taken_apart
 from jlayer.convert.sources.words import together
 from jlayer.convert.target.disk import TEMPORARY
-from jlayer.errors import UnsupportedModelError
-from tests.convert.checkpoints import edit_tensors, files_of, read_tensors, split
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from tests.convert.checkpoints import edit_json, edit_tensors, files_of, read_tensors, split
 from tests.convert.kills import killed
 from tests.reference import (
     dense_forms,
@@ -223,6 +223,14 @@ def test_a_model_that_lacks_a_part_since_it_was_converted_is_refused(tmp_path, n
             export_checkpoint(tmp_path / "layered", tmp_path / "out", format=kind)
 
 
+def test_a_config_that_says_nothing_of_encodings_is_refused(published, tmp_path):
+    convert_checkpoint(published("fp8, grid"), tmp_path / "layered")
+    edit_json(tmp_path / "layered" / "config.json", quantization_config=None)
+    seal_folder(tmp_path / "layered")
+    with pytest.raises(CheckpointError, match=r"config.json: says nothing of .* \(fp8_128x128\)"):
+        export_checkpoint(tmp_path / "layered", tmp_path / "out", format="huggingface")
+
+
 def test_experts_that_are_not_alike_cannot_be_one_tensor(published, tmp_path):
     """They may lie one by one in a folder of another program."""
     source = shutil.copytree(published("granitemoe"), tmp_path / "source")
@@ -251,9 +259,6 @@ def test_every_family_is_exported_as_transformers_has_saved_it(tmp_path, forms):
 def test_a_damaged_file_of_what_is_beside_the_weights_is_told(published, tmp_path):
     layered = tmp_path / "layered"
     convert_checkpoint(published("nvfp4"), layered)
-    from jlayer.convert import seal_folder
-    from jlayer.errors import CheckpointError
-
     held = json.loads((layered / BESIDE).read_text())
     name = next(iter(held))
     dtype, *rest = held[name]
