@@ -167,8 +167,7 @@ def assert_tokenizer(found, expected):
             assert found[key] == value, key
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral-v1"])
-@pytest.mark.parametrize("has_json", [False, True])
+@pytest.mark.parametrize(("name", "has_json"), [("llama2", False), ("mistral-v1", True)])
 def test_a_published_tokenizer_model(name, has_json, tmp_path):
     """Its pieces, scores and kinds are those of the library sentencepiece, and text gets the same
     ids."""
