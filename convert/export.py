@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
-import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from jlayer.checkpoint.digest import TensorDigest
+from jlayer.checkpoint.encoded import form_of
 from jlayer.checkpoint.layout import (
+    BESIDE,
     CONFIG,
     INDEX,
     MANIFEST,
@@ -30,25 +31,13 @@ from jlayer.checkpoint.layout import (
 )
 from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.sides import check_side_files
-from jlayer.checkpoint.source import (
-    SINGLE,
-    names_in,
-    read_published_config,
-    regular_file,
-)
+from jlayer.checkpoint.source import names_in, read_published_config, regular_file, side_files
+from jlayer.checkpoint.store import locate
 from jlayer.config import own_quantization, parse_choice
 from jlayer.convert.progress import Progress
-from jlayer.convert.sources.files import (
-    Chunk,
-    FileSource,
-    Place,
-    Room,
-    Source,
-    TensorInfo,
-    open_unchanged,
-    read_bytes,
-)
-from jlayer.convert.sources.open import CheckedSource, open_source
+from jlayer.convert.sources.beside import decode_beside
+from jlayer.convert.sources.files import FileSource, Place, TensorInfo
+from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
 from jlayer.convert.target.disk import (
     TEMPORARY,
@@ -59,19 +48,23 @@ from jlayer.convert.target.disk import (
     uninterrupted,
 )
 from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.target.space import check_space
 from jlayer.convert.target.write import TargetWriter, refuse_inside
 from jlayer.convert.transform.gguf_model import TYPES, gguf_file
-from jlayer.convert.transform.outputs import SideFile, WeightFile
+from jlayer.convert.transform.outputs import SideFile
+from jlayer.convert.transform.published import PublishedSource, made_of
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.layout import FROM_GGUF
-from jlayer.families.registry import published_tensors
+from jlayer.families.registry import is_of_another_part, published_tensors
 from jlayer.gguf.parts import SUFFIX
 from jlayer.small_files import FolderFiles
-from jlayer.strict import close, is_there, read_json_object, resolve
+from jlayer.strict import is_there, resolve
 
 FORMATS = ("huggingface", "orbax", "gguf")
 SHARD_BYTES = 5_000_000_000
+# What chooses the tokens that a layer attends to (DeepSeek V3.2): a tensor of it.
+_INDEXER = "model.layers.0.self_attn.indexer.wk.weight"
 # The bytes that an Orbax checkpoint needs beside each array: metadata, and entries in two trees.
 _ARRAY_BYTES = 16 << 10
 
@@ -110,7 +103,7 @@ def export_checkpoint(
     _check_type(format, type, target)
     refuse_inside(target, folder)
     _check_new(target, is_file=format == "gguf")
-    source = _open_layered(folder)
+    source = _open_layered(folder, format)
     aside = os.path.normpath(target) + (UNFINISHED if format == "orbax" else TEMPORARY)
     try:
         with TargetLock(aside, note=progress.note):
@@ -159,7 +152,7 @@ def _check_new(target, *, is_file):
         raise UsageError(f"{target}: is there already; name a new folder")
 
 
-def _open_layered(folder) -> CheckedSource:
+def _open_layered(folder, format) -> CheckedSource:
     names_in(folder)
     if not is_layered(folder):
         raise CheckpointError(f"{folder}: no {MANIFEST}: only a converted folder is exported")
@@ -170,59 +163,76 @@ def _open_layered(folder) -> CheckedSource:
             "was converted without --quantize"
         )
     check_side_files(folder, manifest)
-    if own_quantization(read_json_object(os.path.join(folder, CONFIG))) == FROM_GGUF:
-        raise UnsupportedModelError(
-            f"{folder}: converted from a GGUF file, whose rows and names are not the published "
-            "ones, which is not exported; keep the file"
-        )
-    _refuse_stacks(folder)
-    if manifest.quantization is not None:
-        encodings = ", ".join(manifest.quantization.table.encodings)
-        raise UnsupportedModelError(
-            f"{folder}: its weights are encoded as they were published ({encodings}), which is not "
-            "exported; keep the published folder, whose codes are the same"
-        )
+    config_bytes, cfg = read_published_config(folder, [])
+    said = own_quantization(json.loads(config_bytes))
+    _refuse_others(folder, format, cfg, manifest.quantization, is_from_gguf=said == FROM_GGUF)
+    with links_followed():  # all that is read is held against the manifest
+        tensors, sides = _stored(folder, cfg, manifest), side_files(folder, names_in(folder))
+    source = CheckedSource(folder, cfg, config_bytes, tensors, sides, (), manifest.quantization)
+    return _as_published(source) if format == "huggingface" else source
+
+
+def _stored(folder, cfg, manifest) -> VerifiedSource:
+    """The tensors and pieces that a layered folder holds."""
+    located, _ = locate(folder, cfg, manifest)
+    files = {path: regular_file(folder, os.path.basename(path)) for path, _ in located.values()}
+    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, (_, entry) in located.items()}
+    places = {
+        name: (Place(name, files[path], entry.offset),) for name, (path, entry) in located.items()
+    }
     digests = {
         tensor: digest
         for entry in manifest.files.values()
         for tensor, digest in entry.digests.items()
     }
-    with links_followed():  # all that is read is held against the manifest
-        source = open_source(folder)
-    return replace(source, tensors=_VerifiedSource(source.tensors, digests))
+    return VerifiedSource(FileSource(infos, places), digests)
 
 
-def _refuse_stacks(folder):
-    """Of a family whose experts are published as one tensor alone no other program would read what
-    holds them one by one, as a layered folder does."""
-    _, cfg = read_published_config(folder, [])
-    if cfg.experts and any(stack.is_only for stack in cfg.experts.stacks):
-        raise UnsupportedModelError(
-            f"{folder}: a {cfg.model_type} cannot be exported: its experts are published as one "
-            "tensor, and lie one by one here; keep the published folder"
-        )
+def _as_published(source):
+    tensors, beside = source.tensors, {}
+    if BESIDE in source.side_files:
+        raw = FolderFiles(source.folder).read(BESIDE)
+        beside = decode_beside(raw, where=os.path.join(source.folder, BESIDE))
+    made = made_of(source.cfg, source.quantization, tensors.tensors, beside, where=source.folder)
+    return replace(source, tensors=PublishedSource(tensors, tensors.digests, made))
 
 
-class _VerifiedSource:
-    """The tensors of a layered folder; each is checked against its digest when it ends."""
-
-    def __init__(self, source: Source, digests: dict[str, str]):
-        self._source, self.digests = source, digests
-        self.tensors = source.tensors
-        self.where, self.places_of = source.where, source.places_of
-        self.close = source.close
-
-    def chunks(self, name: str, room: Room | None = None) -> Iterator[Chunk]:
-        info = self.tensors[name]
-        digest = TensorDigest(info.shape, info.n_bytes)
-        for chunk in self._source.chunks(name, room):
-            digest.update(chunk)
-            yield chunk
-        if digest.hexdigest() != self.digests[name]:
-            raise CheckpointError(
-                f"{self.where(name)}: tensor {name}: damaged: its digest is not that in the "
-                "manifest; see jlayer verify"
+def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
+    """Raises UnsupportedModelError for what the form to write has no place for."""
+    if is_from_gguf:
+        if format != "gguf":
+            raise UnsupportedModelError(
+                f"{folder}: converted from a GGUF file, whose rows and names are not the published "
+                "ones; export with --format gguf"
             )
+        return
+    form, what = form_of(cfg), cfg.model_type
+    if is_of_another_part(cfg, _INDEXER):
+        raise UnsupportedModelError(
+            f"{folder}: a {what} cannot be exported: its indexer, which texts beyond some length "
+            "need, was left out when it was converted; keep the published folder"
+        )
+    encodings = ", ".join(quantization.table.encodings) if quantization else ""
+    if encodings and form is None:
+        raise CheckpointError(
+            f"{os.path.join(folder, CONFIG)}: says nothing of the encodings ({encodings}) that "
+            "weights have; put back its quantization_config"
+        )
+    if encodings and not form.is_exported:
+        raise UnsupportedModelError(
+            f"{folder}: repacked from {form.method} when it was converted ({encodings}), and its "
+            "own layout is not written back; keep the published folder"
+        )
+    if encodings and format != "huggingface":
+        raise UnsupportedModelError(
+            f"{folder}: its weights are encoded as they were published ({encodings}), which "
+            f"{format} has no place for; export with --format huggingface"
+        )
+    if format == "orbax" and cfg.experts and any(one.is_only for one in cfg.experts.stacks):
+        raise UnsupportedModelError(
+            f"{folder}: a {what} cannot be exported to Orbax: its experts are published as one "
+            "tensor, and lie one by one here; export with --format huggingface"
+        )
 
 
 def _empty(aside, *, but: Collection[str] = (), note) -> None:
@@ -239,10 +249,10 @@ def _empty(aside, *, but: Collection[str] = (), note) -> None:
 
 
 def _write_shards(source, aside, shard_bytes, progress):
-    shards = _shards(source, shard_bytes, progress)
+    shards = shards_of(source.tensors, shard_bytes, progress)
     index = encode_index({file.name: file.tensors for file in shards})
     sides = [*_sides(source), *([SideFile(INDEX, index)] if len(shards) > 1 else [])]
-    finished = _finished(aside, shards, source.tensors.digests, progress)
+    finished = finished_shards(aside, shards, source.tensors, progress)
     _empty(aside, but=finished, note=progress.note)
     outputs = [*(shard for shard in shards if shard.name not in finished), *sides]
     check_space(aside, [(output.name, output.n_bytes) for output in outputs], freed={})
@@ -252,73 +262,6 @@ def _write_shards(source, aside, shard_bytes, progress):
             progress.file(output.name)
             writer.write(output.name, output.chunks(), n_bytes=output.n_bytes)
     return len(finished), {output.name: output.n_bytes for output in (*shards, *sides)}
-
-
-def _finished(aside, shards, digests, progress) -> set[str]:
-    """The names of the shards that an interrupted export has written as this one would."""
-    names = names_in(aside)
-    present = [shard for shard in shards if shard.name in names]
-    if present:
-        count = f"{len(present)} of {len(shards)} files"
-        progress.note(f"{aside}: resuming: {count}; reading them again")
-    progress.start(sum(shard.source_bytes for shard in present))
-    return {shard.name for shard in present if _is_finished(aside, shard, digests, progress)}
-
-
-def _is_finished(aside, shard, digests, progress):
-    progress.file(shard.name)
-    if not stat.S_ISREG(os.lstat(os.path.join(aside, shard.name)).st_mode):
-        return False  # no export writes links, and what one leads to may not stay there
-    file = regular_file(aside, shard.name)
-    infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in shard.tensors.items()}
-    places = {name: (Place(name, file, entry.offset),) for name, entry in shard.tensors.items()}
-    written = _VerifiedSource(FileSource(infos, places), digests)
-    try:
-        if file.n_bytes != shard.n_bytes or not _begins_with(file, shard.header):
-            return False
-        for name in infos:
-            for chunk in written.chunks(name):
-                progress.advance(len(chunk))
-    except CheckpointError:
-        return False
-    finally:
-        written.close()
-    return True
-
-
-def _begins_with(file, header):
-    """Compares every byte: two headers with the same tensors may differ in metadata that
-    transformers needs."""
-    fd = open_unchanged(file)
-    try:
-        return read_bytes(fd, 0, len(header), file.path) == header
-    finally:
-        close(fd)
-
-
-def _shards(source, shard_bytes, progress) -> list[WeightFile]:
-    """Files of whole tensors in the order of the model, each of at most `shard_bytes`, or of one
-    larger tensor."""
-    groups, free = [], 0
-    for name, shape in published_tensors(source.cfg).items():
-        n_bytes = source.tensors.tensors[name].n_bytes
-        if not groups or n_bytes > free:
-            groups.append({})
-            free = shard_bytes
-        groups[-1][name] = shape
-        free -= n_bytes
-    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
-    return [
-        WeightFile(
-            name,
-            shapes,
-            source.tensors,
-            dtype=None,
-            allow_nonfinite=True,
-            progress=progress,
-        )
-        for name, shapes in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
-    ]
 
 
 def _write_orbax(source, aside, progress):
@@ -385,7 +328,8 @@ def _counted(chunks, progress):
 
 def _sides(source):
     """Config and tokenizer files, as they are in the layered folder."""
-    others = [SideFile(name, file) for name, file in source.side_files.items() if name != CONFIG]
+    own = (CONFIG, BESIDE)
+    others = [SideFile(name, file) for name, file in source.side_files.items() if name not in own]
     return [*others, SideFile(CONFIG, source.config_bytes)]
 
 

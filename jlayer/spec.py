@@ -34,11 +34,13 @@ from jlayer.parts import (
 # other dtype is refused by name.
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}
 ITEM_BYTES = dict(DTYPES.values())
-# The dtypes that a converted file may hold: encoded weights are integers, or numbers of FP8; where
-# an encoding has its inputs in an order of its own, their places are I32.
+# The dtypes that a file of ours may hold: encoded weights are integers, or numbers of FP8; where an
+# encoding has its inputs in an order of its own, their places are I32. Of a published form that is
+# exported shapes are I64.
 STORED_DTYPES = {
     **DTYPES,
     "I32": ("int32", 4),
+    "I64": ("int64", 8),
     "I8": ("int8", 1),
     "U8": ("uint8", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),

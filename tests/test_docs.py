@@ -101,6 +101,10 @@ TESTED = {
     "jlayer plan path/to/model.gguf --device-memory 4GiB": By(COMMANDS_OF_GGUF),
     "jlayer verify path/to/model.gguf": By(COMMANDS_OF_GGUF),
     "jlayer convert path/to/model.gguf path/to/model-jlayer": By(COMMANDS_OF_GGUF),
+    "jlayer export path/to/model-jlayer path/to/back.gguf --format gguf": By(COMMANDS_OF_GGUF),
+    "jlayer export path/to/Llama-3-8B-jlayer path/to/Llama-3-8B.gguf --format gguf --type q8_0": (
+        Here()
+    ),
     "python benchmarks/fuzz_gguf.py --count 1000000": By("tests/gguf/test_reader.py"),
     # memory.md
     "jlayer plan llama-3.1-70b-instruct --device-memory 4GiB --devices 2 --host-memory 160GiB "

@@ -25,7 +25,7 @@ from jlayer.checkpoint.bitsandbytes import with_statistics
 from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
-from jlayer.checkpoint.layout import CONFIG, INDEX
+from jlayer.checkpoint.layout import BESIDE, CONFIG, INDEX
 from jlayer.checkpoint.names import names_in_use
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.source import (
@@ -47,6 +47,7 @@ from jlayer.checkpoint.source import (
 from jlayer.checkpoint.stacked import unstacked
 from jlayer.config import model_config
 from jlayer.convert.sources import meta, orbax
+from jlayer.convert.sources.beside import encode_beside, read_beside
 from jlayer.convert.sources.files import (
     FileSource,
     Place,
@@ -158,7 +159,8 @@ def _open(folder, names, allow_extra):
     if matrices or found.nested:
         form, read = (RepackedSource, matrices) if matrices else (NestedSource, found.nested)
         tensors = form(infos, places, read)
-    sides = side_files(folder, names)
+    sides, beside = side_files(folder, names), read_beside(cfg, tables.values())
+    sides |= {BESIDE: encode_beside(beside)} if beside else {}
     return CheckedSource(folder, cfg, config_bytes, tensors, sides, tuple(notes), quantization)
 
 

@@ -19,6 +19,16 @@ def apart(words: np.ndarray, bits: int, places: tuple[int, ...] | None = None) -
     return codes.astype(np.uint8).reshape(-1, words.shape[1])
 
 
+def together(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `apart`, without places: uint8 [n, m] -> uint32 [n * bits / 32, m], the last
+    word with zeros where there is no code for it."""
+    per = 32 // bits
+    codes = np.pad(codes, ((0, -len(codes) % per), (0, 0))).astype(np.uint32)
+    shifts = np.arange(per, dtype=np.uint32) * np.uint32(bits)
+    shifted = codes.reshape(-1, per, codes.shape[1]) << shifts[None, :, None]
+    return np.bitwise_or.reduce(shifted, axis=1)
+
+
 def pairs(codes: np.ndarray) -> np.ndarray:
     """Half bytes [rows, in] -> bytes [rows, in / 2], of which the low half is the first input."""
     return codes[:, ::2] | codes[:, 1::2] << 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlayer.convert.progress import Progress
-from jlayer.convert.sources.files import Chunk, Room, Source
+from jlayer.convert.sources.files import Chunk, Room, Source, TensorInfo
 from jlayer.convert.transform.cast import NUMPY_DTYPE, cast, count_nonfinite
 from jlayer.convert.transform.quantize import whole_rows
 from jlayer.encodings.blocks import BLOCKS
@@ -22,12 +22,14 @@ _WIDTH = BLOCKS[_Q8_0].weights
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor of the file, and what it is made of: `stored`, of the source, whose rows are
-    reordered within each of `heads` (0: as they are); or `numbers`, which are float32."""
+    """A tensor of the file, and what it is made of: `stored`, of the source, one after another,
+    whose rows are reordered within each of `heads` (0: as they are); or `numbers`, which are
+    float32. `adds_one`: to each number."""
 
     tensor: NewTensor
-    stored: str = ""
+    stored: tuple[str, ...] = ()
     heads: int = 0
+    adds_one: bool = False
     numbers: tuple[float, ...] = ()
 
 
@@ -51,28 +53,34 @@ class GgufFile:
     @property
     def source_bytes(self) -> int:
         """The bytes that are read for it."""
-        stored = (row.stored for row in self.tensors.values() if row.stored)
+        stored = (name for row in self.tensors.values() for name in row.stored)
         return sum(self._source.tensors[name].n_bytes for name in stored)
 
     def chunks(self, room: Room | None = None) -> Iterator[Chunk]:
         """The file's bytes. Raises CheckpointError for numbers that the new type cannot hold."""
         yield self.header
         for row in self.tensors.values():
-            if row.stored:
-                yield from self._rows(row)
-            else:
+            for name in row.stored:
+                yield from self._rows(row, name)
+            if row.numbers:
                 yield struct.pack(f"<{len(row.numbers)}f", *row.numbers)
             yield padding(row.tensor.n_bytes)
 
-    def _rows(self, row):
-        info, where = self._source.tensors[row.stored], self._where(row)
-        chunks = self._counted(row.stored)
+    def _rows(self, row, name):
+        info, where = self._source.tensors[name], self._where(name)
+        chunks = self._counted(name)
+        if info.dtype not in NUMPY_DTYPE:  # blocks
+            yield from chunks
+            return
         if row.heads:
             width = info.n_bytes // info.shape[0] // NUMPY_DTYPE[info.dtype].itemsize
             chunks = (
                 memoryview(block.view(np.uint8)).cast("B")
                 for block in reordered(chunks, info.dtype, info.shape[0] // row.heads, width)
             )
+        if row.adds_one:
+            chunks = _plus_one(chunks, info.dtype)
+            info = TensorInfo("float32", info.shape)
         if row.tensor.type == _Q8_0:
             for rows in whole_rows(chunks, info.dtype, info.shape[1]):
                 yield memoryview(_finite_q8_0(rows, where)).cast("B")
@@ -86,8 +94,8 @@ class GgufFile:
             self._progress.advance(len(chunk))
             yield chunk
 
-    def _where(self, row):
-        return f"{self._source.where(row.stored)}: tensor {row.stored}"
+    def _where(self, name):
+        return f"{self._source.where(name)}: tensor {name}"
 
 
 def reordered(chunks, dtype: str, head_dim: int, width: int) -> Iterator[np.ndarray]:
@@ -115,6 +123,13 @@ def quantize_q8_0(rows: np.ndarray) -> np.ndarray:
     codes = whole + np.trunc(2 * (scaled - whole))
     raw = np.concatenate([stored.view(np.uint8), codes.astype(np.int8).view(np.uint8)], axis=1)
     return raw.reshape(len(rows), -1)
+
+
+def _plus_one(chunks, dtype):
+    """Numbers as float32 with 1 added, as llama.cpp's converter adds it."""
+    for chunk in chunks:
+        numbers = np.frombuffer(chunk, NUMPY_DTYPE[dtype]).astype(np.float32) + np.float32(1)
+        yield memoryview(numbers.view(np.uint8))
 
 
 def _finite_q8_0(rows, where):

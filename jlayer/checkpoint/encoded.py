@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.encodings.base import WHOLE
+from jlayer.encodings.linear import LINEAR
 from jlayer.encodings.published import FORMS, Form
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
@@ -178,6 +179,23 @@ def pieces_of(
         piece: (dtype, form.axes_of(piece, (*lead, *axes)) if form else (*lead, *axes))
         for piece, (dtype, axes) in ENCODINGS[name].pieces(shape).items()
     }
+
+
+def published_piece(
+    name: str, form: Form, matrix: str, piece: str, shape: tuple[int, ...]
+) -> tuple[str, str, tuple[int, ...]]:
+    """(name, dtype, shape) as published, of a piece of a matrix in the encoding `name`; the inverse
+    of `as_pieces`. `shape`: of the matrix."""
+    row = ENCODINGS[name]
+    dtype, axes = row.pieces(shape)[piece]
+    if piece == row.main and dtype in form.main_dtypes:
+        return matrix, dtype, axes
+    if piece == row.main and form.words_dtype and name in LINEAR:
+        *axes, n_bytes = axes
+        dtype, axes = form.words_dtype, (*axes, n_bytes // WORD_BYTES)
+    elif row.rows_per(piece) == 0:
+        axes = form.scalar_axes
+    return form.name_of(matrix, piece), dtype, axes
 
 
 def table_of(cfg: ModelConfig, encodings: Mapping[str, str]) -> EncodingTable:

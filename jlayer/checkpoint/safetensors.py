@@ -35,7 +35,6 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
     "I16": ("int16", 16),
     "U16": ("uint16", 16),
     "U32": ("uint32", 32),
-    "I64": ("int64", 64),
     "U64": ("uint64", 64),
     "F64": ("float64", 64),
     "C64": ("complex64", 64),

@@ -25,7 +25,9 @@ class Form:
     piece under its own name. `words_dtype`: of words in which the bytes of a main piece may be
     stored, the first byte in the low bits. `in_blocks`: a piece whose last axis is cut in two, and
     the length of the last one. `experts_alone`: it has no other matrices.
-    `is_repacked`: it does not run as it is, and is converted to its encodings. `variant_of`: the
+    `scalar_axes`: of the one scale of a matrix, as its makers write it.
+    `is_repacked`: it does not run as it is, and is converted to its encodings. `is_exported`: a
+    converted folder has all that it takes to write it again. `variant_of`: the
     method that a config.json names for it, if another.
     """
 
@@ -36,7 +38,9 @@ class Form:
     words_dtype: str | None = None
     in_blocks: tuple[tuple[str, int], ...] = ()
     experts_alone: bool = False
+    scalar_axes: tuple[int, ...] = (1,)
     is_repacked: bool = False
+    is_exported: bool = True
     variant_of: str = ""
 
     def split(self, name: str) -> tuple[str, str | None] | None:
@@ -92,8 +96,9 @@ _STATISTICS = (
 _PACKED = {"packed": Q, "scale": SCALE, "zero_point": ZERO, "g_idx": ORDER, "shape": None}
 
 
-def _repacked(method, ends, **more):
-    return Form(method, ends, tuple(LINEAR), is_repacked=True, **more)
+def _repacked(method, ends, *, is_exported=False, **more):
+    how = {"is_repacked": True, "is_exported": is_exported}
+    return Form(method, ends, tuple(LINEAR), **how, **more)
 
 
 FORMS: dict[str, Form] = {
@@ -117,6 +122,7 @@ FORMS: dict[str, Form] = {
             ),
             tuple(FP8),
             main_dtypes=(FLOAT8,),
+            scalar_axes=(),
         ),
         Form(
             "compressed-tensors",
@@ -141,6 +147,7 @@ FORMS: dict[str, Form] = {
             ),
             (*FP8, "nvfp4_modelopt"),
             main_dtypes=(FLOAT8, "uint8"),
+            scalar_axes=(),
         ),
         Form(
             "bitsandbytes",
@@ -171,6 +178,7 @@ FORMS: dict[str, Form] = {
         _repacked(
             "pack-quantized",
             tuple((f".weight_{name}", ".weight", own) for name, own in _PACKED.items()),
+            is_exported=True,
             variant_of="compressed-tensors",
         ),
     )

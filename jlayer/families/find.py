@@ -35,7 +35,7 @@ _SAYS_NOTHING = re.compile(
     r"|(encoder_)?no_repeat_ngram_size|bad_?words_?ids|num_return_sequences|remove_invalid_values"
     r"|exponential_decay_length_penalty|(begin_)?suppress_tokens|finetuning_task|tokenizer_class"
     r"|prefix|task_specific_params|problem_type|chunk_size_feed_forward|cache_implementation"
-    r"|unsloth_.*"
+    r"|unsloth_.*|ep_size|quantization_config"
 )
 
 

@@ -19,7 +19,8 @@ _OUTSIDE = {
     HEAD: "lm_head.weight",
 }
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
-_PUBLISHED = re.compile(r"model\.layers\.([0-9]+)\.(.+)\.(weight|bias)")
+_PUBLISHED = re.compile(r"model\.layers\.([0-9]+)\.(.+)")
+_EXPERT_NUMBER = re.compile(r"\.experts\.[0-9]+\.")
 _ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(0|[1-9][0-9]{0,5})\.weight")
 # Within a layer, without the ending (.weight, .bias) where it stays.
 _LLAMA = {
@@ -126,12 +127,14 @@ def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[
 
 
 def name_in_file(model_type: str, name: str) -> str | None:
-    """The inverse of `published` for what is no expert's: the name in a file of a published tensor;
-    None where there is none."""
+    """The inverse of `published`: the name in a file of a published tensor, which is that of all
+    experts' for one of them; None where there is none."""
     outside = {published: own for own, published in _OUTSIDE.items()}
     match = _PUBLISHED.fullmatch(name)
     if name in outside or match is None:
         return outside.get(name)
     within = {published: own for own, published in NAMES[model_type].items()}
-    own = within.get(match[2])
-    return None if own is None else f"blk.{match[1]}.{own}.{match[3]}"
+    inside = _EXPERT_NUMBER.sub(".experts.{expert}.", match[2])
+    base, _, end = inside.rpartition(".")
+    own = within.get(inside) or (within[base] + f".{end}" if base in within else None)
+    return None if own is None else f"blk.{match[1]}.{own}"

@@ -12,7 +12,6 @@ from jlayer.app.cli import main
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
-from jlayer.convert.export import export_checkpoint
 from jlayer.convert.progress import Progress
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from tests.reference.fp8_forms import GRID, compressed, save
@@ -71,8 +70,6 @@ def test_its_codes_stay_and_no_scheme_is_put_over_them(source, tmp_path):
     assert convert_checkpoint(source, tmp_path / "layered", dtype="bfloat16").status == "unchanged"
     with pytest.raises(UnsupportedModelError, match=r"as they are published \(fp8_128x128\)"):
         convert_checkpoint(source, tmp_path / "int8", quantize="int8")
-    with pytest.raises(UnsupportedModelError, match=r"encoded as they were published \(fp8_128"):
-        export_checkpoint(tmp_path / "layered", tmp_path / "out", format="huggingface")
 
 
 class Stopped(Progress):

@@ -13,12 +13,11 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.checkpoint.layout import read_manifest
 from jlayer.convert import convert_checkpoint
-from jlayer.convert.export import export_checkpoint
 from jlayer.convert.progress import Progress
 from jlayer.convert.target.seal import seal_folder
 from jlayer.convert.verify import verify_folder
 from jlayer.encodings.tables import E8M0_NAN
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.errors import CheckpointError
 from tests.reference.gpt_oss_forms import MXFP4, drawn, write
 
 IDS = np.random.default_rng(0).integers(3, 133, (1, 12))
@@ -165,11 +164,6 @@ def test_plan_and_list_tell_of_them(source, layered, capsys):
         assert main(["list", str(folder.parent), "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)["models"]
         assert (row["state"], row["quantization"]) == ("runs", "mxfp4")
-
-
-def test_such_a_folder_is_not_exported(layered, tmp_path):
-    with pytest.raises(UnsupportedModelError, match=r"gpt_oss cannot be exported: its experts are"):
-        export_checkpoint(layered, tmp_path / "out", format="huggingface")
 
 
 def with_tensor(made, name, change):

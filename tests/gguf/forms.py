@@ -50,6 +50,7 @@ FORMS = {
     ),
     "wide": ("LlamaConfig", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}),
     "vocabulary of 1500": ("LlamaConfig", {"vocab_size": 1500, "num_hidden_layers": 1}),
+    "vocabulary of 4100": ("LlamaConfig", {"vocab_size": 4100, "num_hidden_layers": 1}),
     "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", {"head_dim": 16}),  # llama.cpp takes no other
@@ -74,13 +75,27 @@ FORMS = {
 }
 
 
-# Those that differ by more than the size of the vocabulary.
 # What is exported to a file, or is not to be: a file itself has no such form.
 TO_EXPORT = {
     "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "glm4_moe, groups": ("Glm4MoeConfig", {**FORMS["glm4_moe"][1], "n_group": 3, "topk_group": 2}),
+    "olmo2": ("Olmo2Config", {}),
+    "qwen3_moe, not normed": (
+        "Qwen3MoeConfig",
+        {"num_experts": 6, **_EXPERTS, "norm_topk_prob": False},
+    ),
+    "gemma3, period of 3": (
+        "Gemma3TextConfig",
+        {
+            **_GEMMA,
+            "query_pre_attn_scalar": 32,
+            "layer_types": [*["sliding_attention"] * 2, "full_attention"],
+        },
+    ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral, window": ("MistralConfig", {"sliding_window": 8}),
 }
+# Those that differ by more than the size of the vocabulary.
 MODELS = [name for name in FORMS if "vocabulary" not in name]
 
 

@@ -24,17 +24,21 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_text_goes_on_in_place_and_converted(home, tmp_path, capsys):
-    model, target = str(home / "model.gguf"), str(tmp_path / "layered")
+def test_text_goes_on_in_place_converted_and_exported(home, tmp_path, capsys):
+    model, target, back = (
+        str(p) for p in (home / "model.gguf", tmp_path / "l", tmp_path / "b.gguf")
+    )
     run = ["-p", PROMPT, "-n", "12", "--temperature", "0", "--device", "cpu"]
     assert main(["convert", model, target]) == 0
     assert main(["verify", target]) == 0
+    assert main(["export", target, back, "--format", "gguf"]) == 0
+    assert f"{back}: holds {target} as gguf, " in capsys.readouterr().out
     capsys.readouterr()
     texts = []
-    for ref in (model, str(home), target):
+    for ref in (model, str(home), target, back):
         assert main(["generate", ref, *run]) == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts)) == 1
     assert len(texts[0]) > len(PROMPT)
 
 

@@ -107,7 +107,7 @@ def encode(weight, form: str):
     elif by == "channel":
         scale = weight.abs().amax(dim=1, keepdim=True) / 448
     else:
-        scale = weight.abs().amax().reshape(1) / 448
+        scale = (weight.abs().amax() / 448).reshape(() if form == "tensor" else 1)
     scale = scale.to(getattr(torch, FORMS[form][2]))
     size = {"channel": [1, width], "tensor": None}.get(by, [128, 128])
     wide = _dequantize_fp8_weight(torch.ones(rows, width), scale, size, torch.float32)

@@ -97,6 +97,7 @@ def test_codes_and_scales_stand_for_what_transformers_decodes_them_to(form):
     torch.manual_seed(0)
     weight = torch.randn(300, 140) * torch.logspace(-3, 3, 140)
     codes, scale, expected = encode(weight, form)
+    scale = torch.atleast_1d(scale)
     by = {"grid": "128x128", "block": "128x128", "channel": "row"}.get(form.split()[-1], "tensor")
     dtype = {torch.float32: "", torch.bfloat16: "_bfloat16"}[scale.dtype]
     row = FP8[f"fp8_{by}{dtype}"]

@@ -13,7 +13,7 @@ from jlayer.config import model_config
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
 from jlayer.convert.verify import verify_folder
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.errors import CheckpointError
 from jlayer.families.registry import published_tensors, stacked_tensors
 from tests.reference.mixture_forms import save
 
@@ -164,14 +164,6 @@ def test_of_many_that_are_missing_few_are_named(folders, tmp_path):
     assert "model.norm.weight" in found
     assert f"and {n_missing - 3} more of single experts" in found
     assert found.count(".experts.") == 3
-
-
-@pytest.mark.parametrize("name", ["granitemoe", "llama4"])
-def test_what_transformers_would_not_read_is_not_exported(tmp_path, name):
-    source = save(tmp_path / "source", name)
-    convert_checkpoint(source, tmp_path / "layered")
-    with pytest.raises(UnsupportedModelError, match=f"a {name}.* cannot be exported"):
-        export_checkpoint(tmp_path / "layered", tmp_path / "exported", format="huggingface")
 
 
 def test_what_it_reads_either_way_is_exported_one_by_one(folders, tmp_path):
