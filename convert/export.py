@@ -219,8 +219,9 @@ def _refuse_others(folder, format, cfg, quantization, *, is_from_gguf):
             "weights have; put back its quantization_config"
         )
     if encodings and not form.is_exported:
+        how = "repacked" if form.is_repacked else "taken"
         raise UnsupportedModelError(
-            f"{folder}: repacked from {form.method} when it was converted ({encodings}), and its "
+            f"{folder}: {how} from {form.method} when it was converted ({encodings}), and its "
             "own layout is not written back; keep the published folder"
         )
     if encodings and format != "huggingface":

@@ -14,6 +14,7 @@ from jlayer.convert.sources.words import apart as taken_apart
 from jlayer.convert.sources.words import together
 from jlayer.convert.target.disk import TEMPORARY
 from jlayer.errors import CheckpointError, UnsupportedModelError
+from tests.bitsandbytes_files import save as save_bitsandbytes
 from tests.convert.checkpoints import edit_json, edit_tensors, files_of, read_tensors, split
 from tests.convert.kills import killed
 from tests.reference import (
@@ -201,6 +202,16 @@ def test_what_was_repacked_is_refused_with_what_to_keep(tmp_path, form):
         assert "keep the published folder" in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not target.exists()
+
+
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_what_bitsandbytes_quantized_is_refused_too(tmp_path, is_8bit):
+    """It was written without the statistics and texts that its readers need."""
+    save_bitsandbytes(tmp_path / "source", is_8bit=is_8bit)
+    convert_checkpoint(tmp_path / "source", tmp_path / "layered")
+    with pytest.raises(UnsupportedModelError, match="taken from bitsandbytes.*keep the published"):
+        export_checkpoint(tmp_path / "layered", tmp_path / "out", format="huggingface")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_formats_are_refused_by_name(published, tmp_path):
