@@ -209,7 +209,7 @@ def test_what_bitsandbytes_quantized_is_refused_too(tmp_path, is_8bit):
     """It was written without the statistics and texts that its readers need."""
     save_bitsandbytes(tmp_path / "source", is_8bit=is_8bit)
     convert_checkpoint(tmp_path / "source", tmp_path / "layered")
-    with pytest.raises(UnsupportedModelError, match="taken from bitsandbytes.*keep the published"):
+    with pytest.raises(UnsupportedModelError, match=r"taken from bitsandbytes.*keep the published"):
         export_checkpoint(tmp_path / "layered", tmp_path / "out", format="huggingface")
     assert not (tmp_path / "out").exists()
 
