@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jlayer.cores.sums import Block, added, every, every_float, joined, spelled, zeros
+from jlayer.cores.levels import Decode, by_level, evenly, numbers
+from jlayer.cores.sums import Block, added, every, joined, zeros
 from jlayer.cores.text import FLOATS, INTS, LANES
 from jlayer.encodings.blocks import BLOCKS
 
@@ -23,8 +24,10 @@ class BlockLoop:
         self.block, self.code, self.row = block, block.code, BLOCKS[form]
         self.rows = range(len(block.rows))
 
-    def sums(self, start: str, stop: str, body: Callable[[list[str]], list[str]]) -> list[str]:
-        """`body(sums)` -> the sums after one block of each row."""
+    def sums(
+        self, start: str, stop: str, body: Callable[[BlockLoop, list[str]], list[str]]
+    ) -> list[str]:
+        """`body(loop, sums)` -> the sums after one block of each row."""
 
         def turn(item, sums):
             self.item, weights = item, self.row.weights
@@ -32,7 +35,7 @@ class BlockLoop:
             self.at = self.code.math("mul", number, self.row.n_block_bytes)
             for line in range(0, self.row.n_block_bytes, 64):
                 self.block.prefetch(self.at, line)
-            return body(sums)
+            return body(self, sums)
 
         sums = self.code.loop(start, stop, self.row.weights, turn, zeros(self.block))
         return joined(self.block, sums)
@@ -103,51 +106,14 @@ class BlockLoop:
         some = self.code.let(f"shufflevector {words}")
         return self.floats(self.code.let(f"sext {BYTES} {some} to {INTS}"))
 
-    def looked_up(self, codes: str, table: str) -> str:
-        """What each code stands for: `table` has a number for each of 16. With AVX-512 alone."""
-        kinds = f"{FLOATS} {table}, {INTS} {codes}"  # only the low 4 bits of a lane count
-        return self.code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
+    def evenly(self, mask: int, scale: str, minimum: str) -> Decode:
+        """See `levels`."""
+        return evenly(self.code, mask, scale, minimum, has_avx512=self.block.has_avx512)
 
-    def evenly(self, mask: int, scale: str, minimum: str):
-        """A function of codes, of the bits in `mask` alone -> their weights: the code times
-        `scale`, plus `minimum`, rounded once. Both are numbers in all lanes."""
-        code = self.code
-        if self.block.has_avx512:
-            table = code.fma(floats([n & mask for n in range(16)]), scale, minimum)
-            return lambda codes: self.looked_up(codes, table)
-        return lambda codes: code.fma(self.floats(self.bits(codes, 0, mask)), scale, minimum)
-
-    def by_level(self, levels: Sequence[float], scale: str):
-        """A function of codes of 4 bits -> the level of each, times a scale."""
-        code = self.code
-        if self.block.has_avx512:
-            table = code.math("fmul", floats(levels), scale, FLOATS)
-            return lambda codes: self.looked_up(codes, table)
-
-        def chosen(codes):
-            left, kind = [every_float(level) for level in levels], f"<{LANES} x i1>"
-            for bit in range(4):
-                shifted = code.math("shl", codes, every(31 - bit), INTS)
-                is_set = code.let(f"icmp slt {INTS} {shifted}, zeroinitializer")
-                pairs = zip(left[::2], left[1::2], strict=True)
-                left = [
-                    code.let(f"select {kind} {is_set}, {FLOATS} {odd}, {FLOATS} {even}")
-                    for even, odd in pairs
-                ]
-            return code.math("fmul", left[0], scale, FLOATS)
-
-        return chosen
+    def by_level(self, levels: Sequence[float], scale: str) -> Decode:
+        """See `levels`."""
+        return by_level(self.code, levels, scale, has_avx512=self.block.has_avx512)
 
 
 def _all_bytes(number):
     return f"<{', '.join([f'i8 {number}'] * 2 * LANES)}>"
-
-
-def numbers(values) -> str:
-    """Integers, as a constant."""
-    return f"<{', '.join(f'i32 {value}' for value in values)}>"
-
-
-def floats(values) -> str:
-    """Floats, as a constant."""
-    return f"<{', '.join(f'float {spelled(value)}' for value in values)}>"

@@ -15,6 +15,7 @@ import numpy as np
 
 from jlayer.cores import decode, kernels, packing, wide
 from jlayer.cores.crew import Crew
+from jlayer.cores.grouped import EXTRA
 from jlayer.cores.jobs import FIELDS, address, aligned
 from jlayer.cores.native import Compiler, missing
 from jlayer.cores.sharing import SPIN_S
@@ -245,6 +246,9 @@ class Cores:
             job["end_block"] = block
             job |= {"main": address(main), "main_stride": main.strides[0]}
             job |= {"scale": address(scale), "scale_stride": scale.strides[0]}
+            extra = next((matrix.pieces[n] for n in EXTRA if n in matrix.pieces), None)
+            if extra is not None:
+                job |= {"extra": address(extra), "extra_stride": extra.strides[0]}
             jobs.append([job[field] for field in FIELDS])
         return np.array(jobs, np.int64).reshape(-1, len(FIELDS)), block
 

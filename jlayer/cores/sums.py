@@ -12,6 +12,7 @@ from jlayer.cores.text import FLOATS, LANES, Function
 class Block:
     """The rows and columns of a kernel as it runs: pointers.
 
+    `zeros`: of each row, for forms that have some. `table`: what bytes of scales stand for.
     `length`: inputs of a row, of int4 those of a half. `next_rows`: bytes to the rows that follow.
     `room`: two cache lines of memory for each row.
     """
@@ -19,6 +20,8 @@ class Block:
     code: Function
     rows: list[str]
     scales: list[str]
+    zeros: list[str]
+    table: str
     columns: list[str]
     length: str
     next_rows: str

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.cores.decode import levels, scale_values
+from jlayer.cores.grouped import bfloat16
 from jlayer.cores.jobs import offset
 from jlayer.cores.kernels import ITEM, NAME
 from jlayer.cores.packing import COLUMNS
-from jlayer.cores.scaled_sums import bfloat16
 from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
@@ -170,7 +170,7 @@ class _Wide:
 
     def _int8(self, source, scale, item, lines):
         code = self.code
-        factor = bfloat16(code, scale, code.math("shl", code.math("lshr", item, 7), 1))
+        factor = bfloat16(code, scale, code.math("lshr", item, 7))
         factor = code.spread(factor)
         found = []
         for half in range(2):
