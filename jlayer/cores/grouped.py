@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from jlayer.cores.levels import Decode, by_level, floats, looked_up, numbers, times
-from jlayer.cores.sums import every, spelled
+from jlayer.cores.sums import every, every_float, spelled
 from jlayer.cores.text import FLOATS, INTS, LANES, Function
 from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import WHOLE_ROW
@@ -40,14 +40,16 @@ class Form(ABC):
     """A form by its codes and its scales.
 
     `scale`, `zero`: how they are stored, names of rows of `_NUMBERS`. `factor`: the scales are
-    multiplied by it. `global_scale`: as `encodings.tables` has it. `has_none`: the bytes 127 and
-    255 are no numbers, which `codes` does not see.
+    multiplied by it. `last_factor`: the weights are, rounded once more; of forms with one scale for
+    all inputs. `global_scale`: as `encodings.tables` has it. `has_none`: the bytes 127 and 255 are
+    no numbers, which `codes` does not see if it is not asked to.
     """
 
     group: int
     scale: str
     zero: str | None = None
     factor: float = 1.0
+    last_factor: float = 1.0
     global_scale: str | None = None
     has_none: bool = False
     # Vectors that are best read together.
@@ -68,8 +70,11 @@ class Form(ABC):
         """The same, as a kernel computes it."""
 
     @abstractmethod
-    def codes(self, code: Function, row: Row, item: str, n_vectors: int) -> list[str]:
-        """Vectors of 16 codes of a row, from an input on."""
+    def codes(
+        self, code: Function, row: Row, item: str, n_vectors: int, *, is_checked: bool = False
+    ) -> list[str]:
+        """Vectors of 16 codes of a row, from an input on. `is_checked`: those of no number are
+        NaN."""
 
     @abstractmethod
     def decoder(
@@ -97,6 +102,12 @@ class Form(ABC):
         """How the codes of the group that an input is in become weights."""
         scale = self.group_scale(code, row, item) if is_scaled else None
         return self.decoder(code, scale, self.group_zero(code, row, item), has_avx512=has_avx512)
+
+    def last(self, code: Function, weights: str) -> str:
+        """Weights, times the last factor."""
+        if self.last_factor == 1:
+            return weights
+        return times(code, weights, every_float(np.float32(self.last_factor)))
 
     def group_scale(self, code: Function, row: Row, item: str) -> str:
         """The scale of the group that an input is in, in all lanes."""
@@ -128,8 +139,9 @@ class Bytes(Form):
     def bytes_of(self, code, item):
         return item
 
-    def codes(self, code, row, item, n_vectors):
-        return self.read(code, row.main, item, n_vectors)
+    def codes(self, code, row, item, n_vectors, *, is_checked=False):
+        checks = {"is_checked": is_checked} if self.has_none else {}
+        return self.read(code, row.main, item, n_vectors, **checks)
 
     def decoder(self, code, scale, zero, *, has_avx512):
         def weights(found):
@@ -153,7 +165,7 @@ class HalfBytes(Form):
     def bytes_of(self, code, item):
         return code.math("lshr", item, 1)
 
-    def codes(self, code, row, item, n_vectors):
+    def codes(self, code, row, item, n_vectors, *, is_checked=False):
         """Only the lowest 4 bits of a lane are those of its code."""
         at, found = self.bytes_of(code, item), []
         order = [4 * (n ^ self.is_high_first) for n in range(LANES // 2)]
@@ -203,7 +215,7 @@ def _integers(code: Function, row, item, n_vectors, *, how="sext", zero=0):
 FLOAT8_FACTOR = 256.0
 
 
-def _float8(code: Function, row, item, n_vectors):
+def _float8(code: Function, row, item, n_vectors, *, is_checked):
     """Numbers of float8_e4m3fn, divided by 256: the same bits are such a float16, whose exponent
     has a bit more. The processor knows how to make float32 of it, small numbers included."""
     n = LANES * n_vectors
@@ -216,6 +228,11 @@ def _float8(code: Function, row, item, n_vectors):
     wide = code.let(f"sext <{n} x i8> {raw} to {shorts}")
     bits = code.math("shl", wide, every_short(7), shorts)
     bits = code.math("and", bits, every_short(0xBFFF - (1 << 16)), shorts)
+    if is_checked:
+        doubled = code.math("add", raw, raw, f"<{n} x i8>")
+        is_none = code.let(f"icmp eq <{n} x i8> {doubled}, <{', '.join(['i8 -2'] * n)}>")
+        nones = f"{shorts} {every_short(0x7FFF)}"
+        bits = code.let(f"select <{n} x i1> {is_none}, {nones}, {shorts} {bits}")
     halves = code.let(f"bitcast {shorts} {bits} to <{n} x half>")
     found = []
     for number in range(n_vectors):
@@ -272,7 +289,7 @@ def _of_integers(row):
     read = _integers
     if row.q_dtype == "uint8":
         read = partial(_integers, how="zext", zero=row.zero)
-    return Bytes(**fields, factor=row.factor, read=read)
+    return Bytes(**fields, last_factor=row.factor, read=read)
 
 
 def _of_levels(row):

@@ -85,7 +85,8 @@ class _Sums:
         ]
 
     def _scales(self, item):
-        return [self.form.group_scale(self.code, row, item) for row in self.rows]
+        found = [self.form.group_scale(self.code, row, item) for row in self.rows]
+        return [self.form.last(self.code, scale) for scale in found]
 
     def _added(self, sums, item, count, decoders):
         """The sums after `count` more inputs."""

@@ -12,7 +12,11 @@ from jlayer.cores.cores import Cores, padded_columns
 from jlayer.cores.jobs import aligned
 from jlayer.cores.native import Compiler, missing
 from jlayer.cores.packing import packed_shape
-from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix
+from jlayer.encodings.blocks import BLOCKS
+from jlayer.encodings.registry import encoding
+from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix, placed
+from tests.cores.test_kernels import FORMS as OTHERS
+from tests.encoded import random_pieces
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 BFLOAT16 = ml_dtypes.bfloat16
@@ -54,12 +58,29 @@ def columns(n_columns, width):
     return inputs(n_columns, width).astype(BFLOAT16)
 
 
+def random(form, rows, width):
+    return placed(form, random_pieces(form, rows, width), width, offset=3)
+
+
 @needs_wide
 @pytest.mark.parametrize("n_columns", COLUMNS)
-@pytest.mark.parametrize("form", wide.FORMS)
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_columns):
     for rows, width in SHAPES:
         some, x = matrix(form, rows, width, offset=3), columns(n_columns, width)
+        assert is_wide(cores, [some], x) == [True]
+        (y,) = cores.multiply([some], x)
+        assert_is_product(y, x, some, rounded=True)
+
+
+@needs_wide
+@pytest.mark.parametrize("n_columns", [9, 64])
+@pytest.mark.parametrize("form", OTHERS)
+def test_other_tools_weights_are_rounded_once_too(cores, any_columns, form, n_columns):
+    for rows, width in SHAPES:
+        unit = encoding(form).width_unit if form in BLOCKS else 1
+        some = random(form, rows, -(-width // unit) * unit)
+        x = columns(n_columns, some.width)
         assert is_wide(cores, [some], x) == [True]
         (y,) = cores.multiply([some], x)
         assert_is_product(y, x, some, rounded=True)
