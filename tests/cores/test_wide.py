@@ -16,6 +16,7 @@ from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
 from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix, placed
 from tests.cores.test_kernels import FORMS as OTHERS
+from tests.cores.tiles import SoftwareTiles
 from tests.encoded import random_pieces
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -25,7 +26,7 @@ SHAPES = ((32, 64), (33, 192), (131, 2112), (259, 1024))
 # One group of 16, more of them than one call takes, and some more.
 COLUMNS = (1, 5, 16, 17, 40, 64, 130)
 # How many-column kernels may multiply: as this processor can, or without Intel's tiles.
-WITHOUT_TILES = "-amx-tile"
+WITHOUT_TILES, IN_SOFTWARE = "-amx-tile", "-amx-tile,-amx-bf16"
 
 
 def has_wide():
@@ -35,17 +36,24 @@ def has_wide():
 needs_wide = pytest.mark.skipif(not has_wide(), reason="no AVX-512 with bfloat16")
 
 
-@pytest.fixture(scope="module", params=("", WITHOUT_TILES))
+@pytest.fixture(scope="module", params=["as it is", "without tiles", "tiles in software"])
 def cores(request):
-    with Cores(2, features=request.param) as found:
-        yield found
+    """The kernels of tiles run on every processor: where it has none, in software."""
+    in_software = request.param == "tiles in software"
+    features = {"as it is": "", "without tiles": WITHOUT_TILES}.get(request.param, IN_SOFTWARE)
+    with pytest.MonkeyPatch.context() as patch:
+        if in_software:
+            patch.setattr(module, "Compiler", SoftwareTiles)
+        with Cores(1 if in_software else 2, features=features) as found:
+            assert found.code.has_amx or not in_software
+            yield found
 
 
 @pytest.fixture
 def any_columns(monkeypatch):
     """Any number of columns counts as many."""
     monkeypatch.setattr(module, "WIDE_COLUMNS", {True: {}, False: {}})
-    monkeypatch.setattr(module, "WIDE_ANYWAY", 1)
+    monkeypatch.setattr(module, "WIDE_ANYWAY", {True: 1, False: 1})
 
 
 def is_wide(cores, matrices, x):
@@ -131,6 +139,19 @@ def test_few_columns_and_columns_in_float32_take_the_other_kernels(cores):
     assert is_wide(cores, [some], columns(33, 96)) == [True]
 
 
+@needs_wide
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_code_of_no_number_is_seen_in_the_product_of_its_row_alone(cores, any_columns, code):
+    """Also in the last rows, which are multiplied together with some before them."""
+    for row in (7, 40):
+        pieces = random_pieces("fp8_row", 41, 96)
+        pieces["q"].view(np.uint8)[row, 50] = code
+        for n_columns in (3, 64):
+            x = columns(n_columns, 96)
+            (y,) = cores.multiply([placed("fp8_row", pieces, 96)], x)
+            assert np.argwhere(np.isnan(y)).tolist() == [[n, row] for n in range(n_columns)]
+
+
 def test_shapes_with_a_kernel():
     assert wide.is_native("int4", 32, 128)
     assert not wide.is_native("int4", 32, 96)
@@ -138,6 +159,11 @@ def test_shapes_with_a_kernel():
     assert not wide.is_native("int8", 31, 96)
     assert not wide.is_native("bfloat16", 32, 80)
     assert not wide.is_native("float16", 32, 96)
+    assert wide.is_native("nvfp4", 32, 96)
+    assert not wide.is_native("nvfp4", 32, 48)
+    assert wide.is_native("q4_k", 32, 256)
+    assert not wide.is_native("q4_k", 32, 128)
+    assert not wide.is_native("ordered_packed4_g32_bfloat16", 32, 128)
 
 
 def test_packed_columns():
