@@ -56,6 +56,13 @@ class BlockLoop:
         """16 bytes as integers."""
         return self.code.let(f"{how} {BYTES} {self.load(BYTES, row, first)} to {INTS}")
 
+    def chosen(self, row: int, first: int, integers: str) -> str:
+        """16 integers where the bits of two bytes are set, else zeros."""
+        kind = f"<{LANES} x i1>"
+        are_set = self.code.let(f"bitcast i16 {self.load('i16', row, first)} to {kind}")
+        both = f"{INTS} {integers}, {INTS} zeroinitializer"
+        return self.code.let(f"select {kind} {are_set}, {both}")
+
     def float16(self, row: int, first: int) -> str:
         """The number at a byte, in all lanes."""
         number = self.load("half", row, first)

@@ -42,15 +42,9 @@ def _iq4_nl(loop, row):
 
 
 def _gguf_mxfp4(loop, row):
-    """Half of 2 ** (e - 127): its bits are those of e - 1 and no others, but for the smallest."""
-    code = loop.code
-    e = code.let(f"zext i8 {loop.load('i8', row, 0)} to i32")
-    small = code.math("shl", 1 << 21, code.math("and", e, 1, "i32"), "i32")
-    bits = code.math("shl", code.math("sub", e, 1, "i32"), 23, "i32")
-    is_small = code.let(f"icmp ult i32 {e}, 2")
-    bits = code.let(f"select i1 {is_small}, i32 {small}, i32 {bits}")
-    scale = code.spread(code.let(f"bitcast i32 {bits} to float"))
-    return loop.by_level(E2M1_DOUBLED, scale)
+    byte = loop.code.let(f"zext i8 {loop.load('i8', row, 0)} to i64")
+    scale = loop.code.load("float", "@halves", loop.code.math("shl", byte, 2), align=4)
+    return loop.by_level(E2M1_DOUBLED, loop.code.spread(scale))
 
 
 def _five_bits(loop, sums, *, high_at, has_minimum):
@@ -62,13 +56,11 @@ def _five_bits(loop, sums, *, high_at, has_minimum):
     else:
         minima = [code.math("fmul", scale, every_float(-16), FLOATS) for scale in scales]
     raw = [loop.integers(row, high_at + 4) for row in loop.rows]
-    highs = [code.spread(loop.load("i32", row, high_at), "i32") for row in loop.rows]
     for part in range(2):
         weights = []
         for row in loop.rows:
             low = loop.bits(raw[row], 4 * part, 15)
-            lanes = numbers(range(LANES * part, LANES * part + LANES))
-            high = loop.bits(highs[row], lanes, 1, up=4)
+            high = loop.chosen(row, high_at + 2 * part, every(16))
             number = loop.floats(code.math("or", low, high, INTS))
             weights.append(code.fma(number, scales[row], minima[row]))
         sums = loop.added(sums, weights, LANES * part)

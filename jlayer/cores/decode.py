@@ -42,6 +42,12 @@ def e8m0_values() -> np.ndarray:
     return np.append(np.ldexp(np.ones(E8M0_NAN, np.float32), exponents), np.float32(np.nan))
 
 
+def halved_values() -> np.ndarray:
+    """Half of what each of the 256 bytes of gguf_mxfp4 stands for, float32: its levels are
+    doubled, and every byte is a number."""
+    return np.ldexp(np.ones(256, np.float32), np.arange(256) - 128)
+
+
 def float8_values() -> np.ndarray:
     """The number that each of the 256 bytes of float8_e4m3fn stands for, float32."""
     return np.arange(256).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)

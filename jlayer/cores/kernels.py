@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jlayer.cores.block_loop import BlockLoop
 from jlayer.cores.block_sums import BLOCK_SUMS
-from jlayer.cores.decode import e8m0_values, float8_values, levels, scale_values
+from jlayer.cores.decode import e8m0_values, float8_values, halved_values, levels, scale_values
 from jlayer.cores.grouped import GROUPED
 from jlayer.cores.jobs import offset
 from jlayer.cores.scaled_sums import scaled_sums
@@ -223,6 +223,7 @@ _TABLES = {
     "scales": scale_values(),
     "e8m0": e8m0_values(),
     "float8": float8_values(),
+    "halves": halved_values(),  # of gguf_mxfp4
 }
 
 

@@ -173,9 +173,13 @@ def test_scales_that_are_no_numbers_are_seen_in_the_product(cores):
     assert np.isnan(y).tolist() == [[False, True, False]] * 2
 
 
-def test_every_scale_of_mxfp4_is_exact(cores):
-    """Those below float32's full precision too; beyond, a level may be infinite."""
-    pieces = random_pieces("gguf_mxfp4", 251, 32)
-    pieces["q"][:, 0] = range(251)
+@pytest.mark.parametrize(("n_scales", "code"), [(251, None), (256, 0x11)])
+def test_every_scale_of_mxfp4_is_exact(cores, n_scales, code):
+    """Those below float32's full precision too. Of the largest a level may be infinite: there all
+    are the smallest one."""
+    pieces = random_pieces("gguf_mxfp4", n_scales, 32)
+    pieces["q"][:, 0] = range(n_scales)
+    if code is not None:
+        pieces["q"][:, 1:] = code
     (y,) = cores.multiply([placed("gguf_mxfp4", pieces, 32)], np.eye(32, dtype=np.float32))
     np.testing.assert_array_equal(y.T, decoded("gguf_mxfp4", pieces, 32))
