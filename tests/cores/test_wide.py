@@ -16,6 +16,7 @@ from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
 from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix, placed
 from tests.cores.test_kernels import FORMS as OTHERS
+from tests.cores.test_kernels import with_scales_of_all_kinds
 from tests.cores.tiles import SoftwareTiles
 from tests.encoded import random_pieces
 
@@ -85,7 +86,7 @@ def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_co
 @pytest.mark.parametrize("n_columns", [9, 64])
 @pytest.mark.parametrize("form", OTHERS)
 def test_other_tools_weights_are_rounded_once_too(cores, any_columns, form, n_columns):
-    for rows, width in SHAPES:
+    for rows, width in SHAPES[1:3]:
         unit = encoding(form).width_unit if form in BLOCKS else 1
         some = random(form, rows, -(-width // unit) * unit)
         x = columns(n_columns, some.width)
@@ -137,6 +138,33 @@ def test_few_columns_and_columns_in_float32_take_the_other_kernels(cores):
         assert is_wide(cores, [some], x) == [False]
         assert_is_product(cores.multiply([some], x)[0], x, some)
     assert is_wide(cores, [some], columns(33, 96)) == [True]
+
+
+@needs_wide
+@pytest.mark.parametrize("form", ["mxfp4", "nf4", "nvfp4", "uint4_g64_float16", "fp8_128x128"])
+def test_scales_of_all_kinds(cores, any_columns, form):
+    """The smallest numbers are zeros here: what multiplies bfloat16 knows none below 2 ** -126."""
+    width = 128
+    some, expected = with_scales_of_all_kinds(form, width)
+    with np.errstate(over="ignore"):
+        expected = expected.astype(BFLOAT16).astype(np.float32)
+    some = repeated(some, 32)
+    expected = np.resize(expected, (some.n_rows, width))
+    (y,) = cores.multiply([some], np.eye(width, dtype=BFLOAT16))
+    finite = np.isfinite(expected).all(axis=1)
+    assert len(finite) // 2 <= finite.sum() < len(finite)
+    assert not np.isfinite(y[:, ~finite]).all(axis=0).any()
+    np.testing.assert_allclose(y.T[finite], expected[finite], rtol=0, atol=2**-126)
+
+
+def repeated(some, least):
+    """A matrix again and again, until it has so many rows."""
+    times = -(-least // some.n_rows)
+    pieces = {
+        name: np.concatenate([piece] * times) if encoding(some.form).rows_per(name) else piece
+        for name, piece in some.pieces.items()
+    }
+    return placed(some.form, pieces, some.width)
 
 
 @needs_wide
