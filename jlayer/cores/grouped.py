@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from jlayer.cores.levels import Decode, by_level, floats, looked_up, numbers, times
-from jlayer.cores.sums import every, every_float, spelled
+from jlayer.cores.sums import every, every_float
 from jlayer.cores.text import FLOATS, INTS, LANES, Function
 from jlayer.encodings.fp8 import FLOAT8, FP8
 from jlayer.encodings.grouped import WHOLE_ROW
@@ -111,10 +111,8 @@ class Form(ABC):
 
     def group_scale(self, code: Function, row: Row, item: str) -> str:
         """The scale of the group that an input is in, in all lanes."""
-        scale = self._number(code, self.scale, row.scale, item, row.scales)
-        if self.factor != 1:
-            scale = code.math("fmul", scale, spelled(np.float32(self.factor)), "float")
-        return code.spread(scale)
+        scale = code.spread(self._number(code, self.scale, row.scale, item, row.scales))
+        return scale if self.factor == 1 else times(code, scale, every_float(self.factor))
 
     def group_zero(self, code: Function, row: Row, item: str) -> str | None:
         """The zero of the group that an input is in, in all lanes; None where all have the same."""
@@ -226,13 +224,13 @@ def _float8(code: Function, row, item, n_vectors, *, is_checked):
 
     raw = code.load(f"<{n} x i8>", row, item)
     wide = code.let(f"sext <{n} x i8> {raw} to {shorts}")
-    bits = code.math("shl", wide, every_short(7), shorts)
-    bits = code.math("and", bits, every_short(0xBFFF - (1 << 16)), shorts)
+    bits = code.math("and", wide, every_short(0xFF7F - (1 << 16)), shorts)
+    bits = code.math("shl", bits, every_short(7), shorts)
     if is_checked:
         doubled = code.math("add", raw, raw, f"<{n} x i8>")
-        is_none = code.let(f"icmp eq <{n} x i8> {doubled}, <{', '.join(['i8 -2'] * n)}>")
-        nones = f"{shorts} {every_short(0x7FFF)}"
-        bits = code.let(f"select <{n} x i1> {is_none}, {nones}, {shorts} {bits}")
+        is_some = code.let(f"icmp ne <{n} x i8> {doubled}, <{', '.join(['i8 -2'] * n)}>")
+        both = f"{shorts} {bits}, {shorts} {every_short(0x7FFF)}"
+        bits = code.let(f"select <{n} x i1> {is_some}, {both}")
     halves = code.let(f"bitcast {shorts} {bits} to <{n} x half>")
     found = []
     for number in range(n_vectors):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from jlayer.cores.block_loop import BlockLoop
+from jlayer.cores.block_loop import BYTES, BlockLoop
 from jlayer.cores.block_sums import BLOCK_SUMS
 from jlayer.cores.decode import levels, scale_values
 from jlayer.cores.grouped import GROUPED, Form, HalfBytes, Row
@@ -101,10 +101,11 @@ class _Int4(Lines):
 
 
 class _Grouped(Lines):
-    """Codes with scales."""
+    """Codes with scales. Two lines share a scale where a group is large enough."""
 
     def __init__(self, form: Form):
         self.form = form
+        self.unit = LINE if 0 < form.group < 2 * LINE else 2 * LINE
 
     def begin(self, code, extra):
         return self.form.begin(code, extra)
@@ -119,8 +120,11 @@ class _Grouped(Lines):
 class _Bytes(_Grouped):
     def write(self, code, row, item, lines, *, length, room):
         decode = self.form.decoder_of(code, row, item, is_scaled=True, has_avx512=True)
-        found = self.form.codes(code, row, item, 2, is_checked=True)
-        code.store(PAIRS, rounded(code, *[self.form.last(code, decode(n)) for n in found]), *lines)
+        for number, line in enumerate(lines):
+            here = code.math("add", item, LINE * number)
+            found = self.form.codes(code, row, here, 2, is_checked=True)
+            both = [self.form.last(code, decode(some)) for some in found]
+            code.store(PAIRS, rounded(code, *both), line)
 
 
 class _HalfBytes(_Grouped):
@@ -128,23 +132,30 @@ class _HalfBytes(_Grouped):
     and a table has the weights of 16 codes of the first 16 inputs, then those of the others."""
 
     def write(self, code, row, item, lines, *, length, room):
-        at = self.bytes_of(code, item)
-        raw = code.let(
-            f"zext <{LANES} x i8> {code.load(f'<{LANES} x i8>', row.main, at)} to {INTS}"
-        )
+        table = self._table(code, row, item)
+        for number, line in enumerate(lines):
+            codes = self._codes(code, row, code.math("add", item, LINE * number))
+            code.store(SHORTS, looked_up(code, codes, table), line)
+
+    def _codes(self, code, row, item):
+        bytes_ = code.load(BYTES, row.main, self.bytes_of(code, item))
+        raw = code.let(f"zext {BYTES} {bytes_} to {INTS}")
         shifts = (("lshr", 4), ("shl", 16)) if self.form.is_high_first else (None, ("shl", 12))
         both = [code.math(s[0], raw, every(s[1]), INTS) if s else raw for s in shifts]
         codes = code.let(f"bitcast {INTS} {code.math('or', *both, INTS)} to {SHORTS}")
-        first = second = self._table(code, row, item)
-        if self.form.group == LANES:
-            second = self._table(code, row, code.math("add", item, LANES))
-            codes = code.math("and", codes, every_short(15), SHORTS)
-            halves = ", ".join(f"i16 {LANES * (lane // LANES)}" for lane in range(LINE))
-            codes = code.math("or", codes, f"<{halves}>", SHORTS)
-        table = code.let(f"bitcast {PAIRS} {rounded(code, first, second)} to {SHORTS}")
-        code.store(SHORTS, looked_up(code, codes, table), *lines)
+        if self.form.group != LANES:
+            return codes
+        codes = code.math("and", codes, every_short(15), SHORTS)
+        halves = ", ".join(f"i16 {LANES * (lane // LANES)}" for lane in range(LINE))
+        return code.math("or", codes, f"<{halves}>", SHORTS)
 
     def _table(self, code, row, item):
+        first = second = self._of_group(code, row, item)
+        if self.form.group == LANES:
+            second = self._of_group(code, row, code.math("add", item, LANES))
+        return code.let(f"bitcast {PAIRS} {rounded(code, first, second)} to {SHORTS}")
+
+    def _of_group(self, code, row, item):
         scale, zero = self.form.group_scale(code, row, item), self.form.group_zero(code, row, item)
         return self.form.table(code, scale, zero)
 

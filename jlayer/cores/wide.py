@@ -221,8 +221,8 @@ class _Tiles(_Wide):
         self.part = WHOLE if is_few else self.least_part
         self.block_rows = self.n_tiles * TILE_ROWS if is_few else PART_ROWS
         self.line_bytes = self.n_tiles * TILE_BYTES  # of a line of all rows
-        # A unit of many lines takes turns: a line of all rows is multiplied, some rows are decoded.
-        self.turns = self.lines.n_lines if self.lines.n_lines > 2 else 1
+        # In each turn 32 inputs of all rows are multiplied, and a part of the rows is decoded.
+        self.turns = self.lines.unit // TILE_INPUTS
 
     def _begin(self):
         code = self.code

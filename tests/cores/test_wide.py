@@ -123,7 +123,7 @@ def test_matrices_of_many_kinds_in_one_product(cores, any_columns):
 @needs_wide
 def test_results_beside_are_left_alone(cores, any_columns):
     """Rows before and after, and columns beyond."""
-    some, x = matrix("int8", 45, 96), columns(17, 96)
+    some, x = matrix("int8", 45, 128), columns(17, 128)
     memory = np.full((19, 80), 7, np.float32)
     cores.begin(cores.jobs([some], [memory[:17, 20:65]], 17, x.dtype), x).finish()
     assert_is_product(memory[:17, 20:65], x, some, rounded=True)
@@ -133,11 +133,11 @@ def test_results_beside_are_left_alone(cores, any_columns):
 
 @needs_wide
 def test_few_columns_and_columns_in_float32_take_the_other_kernels(cores):
-    some = matrix("int8", 64, 96)
-    for x in (columns(2, 96), inputs(33, 96)):
+    some = matrix("int8", 64, 128)
+    for x in (columns(2, 128), inputs(33, 128)):
         assert is_wide(cores, [some], x) == [False]
         assert_is_product(cores.multiply([some], x)[0], x, some)
-    assert is_wide(cores, [some], columns(33, 96)) == [True]
+    assert is_wide(cores, [some], columns(33, 128)) == [True]
 
 
 @needs_wide
@@ -172,19 +172,20 @@ def repeated(some, least):
 def test_a_code_of_no_number_is_seen_in_the_product_of_its_row_alone(cores, any_columns, code):
     """Also in the last rows, which are multiplied together with some before them."""
     for row in (7, 40):
-        pieces = random_pieces("fp8_row", 41, 96)
+        pieces = random_pieces("fp8_row", 41, 128)
         pieces["q"].view(np.uint8)[row, 50] = code
         for n_columns in (3, 64):
-            x = columns(n_columns, 96)
-            (y,) = cores.multiply([placed("fp8_row", pieces, 96)], x)
+            x = columns(n_columns, 128)
+            (y,) = cores.multiply([placed("fp8_row", pieces, 128)], x)
             assert np.argwhere(np.isnan(y)).tolist() == [[n, row] for n in range(n_columns)]
 
 
 def test_shapes_with_a_kernel():
     assert wide.is_native("int4", 32, 128)
     assert not wide.is_native("int4", 32, 96)
-    assert wide.is_native("int8", 32, 96)
-    assert not wide.is_native("int8", 31, 96)
+    assert wide.is_native("int8", 32, 128)
+    assert not wide.is_native("int8", 32, 96)
+    assert not wide.is_native("int8", 31, 128)
     assert not wide.is_native("bfloat16", 32, 80)
     assert not wide.is_native("float16", 32, 96)
     assert wide.is_native("nvfp4", 32, 96)
