@@ -155,6 +155,7 @@ class HalfBytes(Form):
 
     levels: Sequence[float] = ()
     is_high_first: bool = False
+    at_once: int = 2
     is_scaled_late = False
 
     def n_bytes(self, n_inputs):
@@ -166,16 +167,13 @@ class HalfBytes(Form):
     def codes(self, code, row, item, n_vectors, *, is_checked=False):
         """Only the lowest 4 bits of a lane are those of its code."""
         at, found = self.bytes_of(code, item), []
-        order = [4 * (n ^ self.is_high_first) for n in range(LANES // 2)]
+        shifts = [4 * (n ^ self.is_high_first) for n in range(LANES // 2)]
+        kind = f"<{2 * n_vectors} x i32>"
+        words = code.load(kind, row.main, at)
         for number in range(n_vectors):
-            words = [
-                code.spread(code.load("i32", row.main, code.math("add", at, 8 * number + n)), "i32")
-                for n in (0, 4)
-            ]
-            lanes = ", ".join(f"i1 {int(lane < LANES // 2)}" for lane in range(LANES))
-            both = ", ".join(f"{INTS} {word}" for word in words)
-            some = code.let(f"select <{LANES} x i1> <{lanes}>, {both}")
-            found.append(code.math("lshr", some, numbers([*order, *order]), INTS))
+            lanes = numbers([2 * number] * (LANES // 2) + [2 * number + 1] * (LANES // 2))
+            some = code.let(f"shufflevector {kind} {words}, {kind} poison, {INTS} {lanes}")
+            found.append(code.math("lshr", some, numbers([*shifts, *shifts]), INTS))
         return found
 
     def decoder(self, code, scale, zero, *, has_avx512):
