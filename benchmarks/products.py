@@ -4,9 +4,12 @@ and number of columns, beside the memory's own speed and XLA's product in bfloat
     python benchmarks/products.py
     python benchmarks/products.py --forms int4,int8 --columns 1,8 --threads 8 --repeats 9
     python benchmarks/products.py --dtype float32
+    python benchmarks/products.py --pairs --forms q4_k,q8_0,nf4
 
 The matrices are those of a 70B layer, at least `--gib` of each form, one after another, so that all
-come from memory. The last line is one JSON object.
+come from memory. With `--pairs` one core multiplies, and each product is followed by that of int4,
+or of int8 for forms of 8 bits; the time is the thread's own, so others may use the machine. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,11 +42,7 @@ def matrices(form: str, least_bytes: int) -> list[Matrix]:
     found, n_bytes = [], 0
     while n_bytes < least_bytes:
         for rows, width in SHAPES:
-            pieces = {
-                name: filled(shape, np.dtype(getattr(ml_dtypes, dtype, dtype)))
-                for name, (dtype, shape) in encoding(form).pieces((rows, width)).items()
-            }
-            found.append(Matrix(form, pieces, width))
+            found.append(one_matrix(form, rows, width))
             n_bytes += found[-1].n_bytes
     return found
 
@@ -144,6 +143,47 @@ def measured(args) -> dict:
         }
 
 
+def of_pairs(args) -> dict:
+    """Packed bytes a second of each form over those of the form it is held against, by columns: the
+    median of pairs, and the fastest of each."""
+    card = common.card()
+    rows, width = SHAPES[0]
+    results: dict[str, dict] = {}
+    with Cores(1) as cores:
+
+        def speed(matrix, x):
+            began = time.thread_time()
+            cores.multiply([matrix], x)
+            return matrix.n_bytes / (time.thread_time() - began)
+
+        peers = {name: one_matrix(name, rows, width) for name in ("int4", "int8")}
+        for form in args.forms.split(","):
+            matrix = one_matrix(form, rows, width)
+            peer = "int8" if matrix.n_bytes > 7 / 8 * rows * width else "int4"
+            results[form] = {"against": peer}
+            for n_columns in map(int, args.columns.split(",")):
+                x = columns(n_columns, width, args.dtype)
+                both = (matrix, peers[peer])
+                [speed(one, x) for one in both]  # the first of each does not count: it compiles
+                found = [[speed(one, x) for one in both] for _ in range(args.repeats)]
+                fastest = max(own for own, _ in found) / max(other for _, other in found)
+                median = statistics.median(own / other for own, other in found)
+                results[form][n_columns] = {"pairs": round(median, 2), "fastest": round(fastest, 2)}
+                words = f"{form:>26} {n_columns:>3} columns: {median:.2f} of {peer}"
+                common.say(f"{words} (of the fastest {fastest:.2f})")
+    shape = {"rows": rows, "inputs": width, "repeats": args.repeats}
+    about = {"card": card, "threads": 1, "dtype": args.dtype} | shape
+    return about | {"of_packed_bytes_per_s": results}
+
+
+def one_matrix(form, rows, width):
+    pieces = {
+        name: filled(shape, np.dtype(getattr(ml_dtypes, dtype, dtype)))
+        for name, (dtype, shape) in encoding(form).pieces((rows, width)).items()
+    }
+    return Matrix(form, pieces, width)
+
+
 def gains(results, args):
     """How much sooner a form is done than XLA's bfloat16, against how many fewer bytes it has."""
     for form in (form for form in args.forms.split(",") if form not in ("bfloat16", "float32")):
@@ -164,7 +204,9 @@ def main():
     parser.add_argument("--threads", type=int, default=None, help="default: as the machine has")
     parser.add_argument("--gib", type=float, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    common.last_line(measured(parser.parse_args()))
+    parser.add_argument("--pairs", action="store_true", help="against int4 or int8, in turn")
+    args = parser.parse_args()
+    common.last_line(of_pairs(args) if args.pairs else measured(args))
 
 
 if __name__ == "__main__":

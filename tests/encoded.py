@@ -20,6 +20,8 @@ def random_pieces(form, rows, width, *, seed=0):
                 numbers = rng.integers(0, 127, shape) | rng.integers(0, 2, shape) << 7
                 numbers = numbers.astype(np.uint8).view(kind)
             found[name] = numbers
+        elif ENCODINGS[form].number_format(name) == "e8m0":
+            found[name] = rng.integers(125, 130, shape, dtype=np.uint8)
         elif kind.itemsize == 1:
             found[name] = rng.integers(0, 256, shape, dtype=np.uint8).view(kind)
         else:

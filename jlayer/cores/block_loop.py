@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jlayer.cores.sums import Block, added, chosen, every, floats, joined, numbers, permuted, zeros
+from jlayer.cores.levels import Decode, by_level, evenly, numbers
+from jlayer.cores.sums import Block, added, every, joined, zeros
 from jlayer.cores.text import FLOATS, INTS, LANES
 from jlayer.encodings.blocks import BLOCKS
 
@@ -23,8 +24,10 @@ class BlockLoop:
         self.block, self.code, self.row = block, block.code, BLOCKS[form]
         self.rows = range(len(block.rows))
 
-    def sums(self, start: str, stop: str, body: Callable[[list[str]], list[str]]) -> list[str]:
-        """`body(sums)` -> the sums after one block of each row."""
+    def sums(
+        self, start: str, stop: str, body: Callable[[BlockLoop, list[str]], list[str]]
+    ) -> list[str]:
+        """`body(loop, sums)` -> the sums after one block of each row."""
 
         def turn(item, sums):
             self.item, weights = item, self.row.weights
@@ -32,7 +35,7 @@ class BlockLoop:
             self.at = self.code.math("mul", number, self.row.n_block_bytes)
             for line in range(0, self.row.n_block_bytes, 64):
                 self.block.prefetch(self.at, line)
-            return body(sums)
+            return body(self, sums)
 
         sums = self.code.loop(start, stop, self.row.weights, turn, zeros(self.block))
         return joined(self.block, sums)
@@ -52,6 +55,13 @@ class BlockLoop:
     def integers(self, row: int, first: int, *, how: str = "zext") -> str:
         """16 bytes as integers."""
         return self.code.let(f"{how} {BYTES} {self.load(BYTES, row, first)} to {INTS}")
+
+    def chosen(self, row: int, first: int, integers: str) -> str:
+        """16 integers where the bits of two bytes are set, else zeros."""
+        kind = f"<{LANES} x i1>"
+        are_set = self.code.let(f"bitcast i16 {self.load('i16', row, first)} to {kind}")
+        both = f"{INTS} {integers}, {INTS} zeroinitializer"
+        return self.code.let(f"select {kind} {are_set}, {both}")
 
     def float16(self, row: int, first: int) -> str:
         """The number at a byte, in all lanes."""
@@ -103,27 +113,13 @@ class BlockLoop:
         some = self.code.let(f"shufflevector {words}")
         return self.floats(self.code.let(f"sext {BYTES} {some} to {INTS}"))
 
-    def looked_up(self, codes: str, table: str) -> str:
-        """What each code stands for: `table` has a number for each of 16. With AVX-512 alone."""
-        return permuted(self.code, table, codes)
+    def evenly(self, mask: int, scale: str, minimum: str) -> Decode:
+        """See `levels`."""
+        return evenly(self.code, mask, scale, minimum, has_avx512=self.block.has_avx512)
 
-    def evenly(self, mask: int, scale: str, minimum: str):
-        """A function of codes, of the bits in `mask` alone -> their weights: the code times
-        `scale`, plus `minimum`, rounded once. Both are numbers in all lanes."""
-        code = self.code
-        if self.block.has_avx512:
-            table = code.fma(floats([n & mask for n in range(16)]), scale, minimum)
-            return lambda codes: self.looked_up(codes, table)
-        return lambda codes: code.fma(self.floats(self.bits(codes, 0, mask)), scale, minimum)
-
-    def by_level(self, levels: Sequence[float], scale: str):
-        """A function of codes of 4 bits -> the level of each, times a scale."""
-        code = self.code
-        if self.block.has_avx512:
-            table = code.math("fmul", floats(levels), scale, FLOATS)
-            return lambda codes: self.looked_up(codes, table)
-
-        return lambda codes: code.math("fmul", chosen(code, levels, codes), scale, FLOATS)
+    def by_level(self, levels: Sequence[float], scale: str) -> Decode:
+        """See `levels`."""
+        return by_level(self.code, levels, scale, has_avx512=self.block.has_avx512)
 
 
 def _all_bytes(number):

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from jlayer.cores.block_loop import MANY_BYTES, BlockLoop
-from jlayer.cores.sums import every, every_float, numbers
+from jlayer.cores.block_loop import MANY_BYTES
+from jlayer.cores.levels import numbers
+from jlayer.cores.sums import every, every_float
 from jlayer.cores.text import FLOATS, INTS, LANES
 from jlayer.encodings.blocks import E2M1_DOUBLED, IQ4
 
 
-def _half_bytes(block, start, stop, *, form, first, weights_of):
+def _half_bytes(loop, sums, *, first, weights_of):
     """Of a block that ends in 16 bytes, whose low halves are the first 16 inputs. `weights_of(loop,
     row)`: a function of codes."""
-    loop = BlockLoop(form, block)
-
-    def body(sums):
-        decode = [weights_of(loop, row) for row in loop.rows]
-        raw = [loop.integers(row, first) for row in loop.rows]
-        sums = loop.added(sums, [decode[row](raw[row]) for row in loop.rows], 0)
-        high = [block.code.math("lshr", some, every(4), INTS) for some in raw]
-        return loop.added(sums, [decode[row](high[row]) for row in loop.rows], LANES)
-
-    return loop.sums(start, stop, body)
+    decode = [weights_of(loop, row) for row in loop.rows]
+    raw = [loop.integers(row, first) for row in loop.rows]
+    sums = loop.added(sums, [decode[row](raw[row]) for row in loop.rows], 0)
+    high = [loop.code.math("lshr", some, every(4), INTS) for some in raw]
+    return loop.added(sums, [decode[row](high[row]) for row in loop.rows], LANES)
 
 
 def _q4_0(loop, row):
@@ -46,55 +42,39 @@ def _iq4_nl(loop, row):
 
 
 def _gguf_mxfp4(loop, row):
-    """Half of 2 ** (e - 127): its bits are those of e - 1 and no others, but for the smallest."""
-    code = loop.code
-    e = code.let(f"zext i8 {loop.load('i8', row, 0)} to i32")
-    small = code.math("shl", 1 << 21, code.math("and", e, 1, "i32"), "i32")
-    bits = code.math("shl", code.math("sub", e, 1, "i32"), 23, "i32")
-    is_small = code.let(f"icmp ult i32 {e}, 2")
-    bits = code.let(f"select i1 {is_small}, i32 {small}, i32 {bits}")
-    scale = code.spread(code.let(f"bitcast i32 {bits} to float"))
-    return loop.by_level(E2M1_DOUBLED, scale)
+    byte = loop.code.let(f"zext i8 {loop.load('i8', row, 0)} to i64")
+    scale = loop.code.load("float", "@halves", loop.code.math("shl", byte, 2), align=4)
+    return loop.by_level(E2M1_DOUBLED, loop.code.spread(scale))
 
 
-def _five_bits(block, start, stop, *, form, high_at, has_minimum):
+def _five_bits(loop, sums, *, high_at, has_minimum):
     """q5_0 and q5_1: the fifth bits of 32 inputs in four bytes."""
-    loop, code = BlockLoop(form, block), block.code
-
-    def body(sums):
-        scales = [loop.float16(row, 0) for row in loop.rows]
-        if has_minimum:
-            minima = [loop.float16(row, 2) for row in loop.rows]
-        else:
-            minima = [code.math("fmul", scale, every_float(-16), FLOATS) for scale in scales]
-        raw = [loop.integers(row, high_at + 4) for row in loop.rows]
-        highs = [code.spread(loop.load("i32", row, high_at), "i32") for row in loop.rows]
-        for part in range(2):
-            weights = []
-            for row in loop.rows:
-                low = loop.bits(raw[row], 4 * part, 15)
-                lanes = numbers(range(LANES * part, LANES * part + LANES))
-                high = loop.bits(highs[row], lanes, 1, up=4)
-                number = loop.floats(code.math("or", low, high, INTS))
-                weights.append(code.fma(number, scales[row], minima[row]))
-            sums = loop.added(sums, weights, LANES * part)
-        return sums
-
-    return loop.sums(start, stop, body)
+    code = loop.code
+    scales = [loop.float16(row, 0) for row in loop.rows]
+    if has_minimum:
+        minima = [loop.float16(row, 2) for row in loop.rows]
+    else:
+        minima = [code.math("fmul", scale, every_float(-16), FLOATS) for scale in scales]
+    raw = [loop.integers(row, high_at + 4) for row in loop.rows]
+    for part in range(2):
+        weights = []
+        for row in loop.rows:
+            low = loop.bits(raw[row], 4 * part, 15)
+            high = loop.chosen(row, high_at + 2 * part, every(16))
+            number = loop.floats(code.math("or", low, high, INTS))
+            weights.append(code.fma(number, scales[row], minima[row]))
+        sums = loop.added(sums, weights, LANES * part)
+    return sums
 
 
-def _q8_0(block, start, stop):
-    loop, code = BlockLoop("q8_0", block), block.code
-
-    def body(sums):
-        scales = [loop.float16(row, 0) for row in loop.rows]
-        for first in (0, LANES):
-            found = [loop.floats(loop.integers(row, 2 + first, how="sext")) for row in loop.rows]
-            pairs = zip(found, scales, strict=True)
-            sums = loop.added(sums, [code.math("fmul", *pair, FLOATS) for pair in pairs], first)
-        return sums
-
-    return loop.sums(start, stop, body)
+def _q8_0(loop, sums):
+    code = loop.code
+    scales = [loop.float16(row, 0) for row in loop.rows]
+    for first in (0, LANES):
+        found = [loop.floats(loop.integers(row, 2 + first, how="sext")) for row in loop.rows]
+        pairs = zip(found, scales, strict=True)
+        sums = loop.added(sums, [code.math("fmul", *pair, FLOATS) for pair in pairs], first)
+    return sums
 
 
 def _bytes_of_words(code, words):
@@ -138,34 +118,31 @@ def _negative(loop, number):
     return loop.code.let(f"fneg {FLOATS} {number}")
 
 
-def _q4_k(block, start, stop):
-    loop, code = BlockLoop("q4_k", block), block.code
+def _q4_k(loop, sums):
+    code = loop.code
 
     def weights_of(row, group):
         return loop.evenly(15, loop.kept(row, group), _negative(loop, loop.kept(row, 8 + group)))
 
-    def body(sums):
-        for row in loop.rows:
-            loop.keep(row, _six_bits(loop, row))
-        for pair in range(4):
-            low, high = ([weights_of(row, 2 * pair + n) for row in loop.rows] for n in range(2))
-            for at in (0, LANES):
-                raw = [loop.integers(row, 16 + 32 * pair + at) for row in loop.rows]
-                some = [low[row](raw[row]) for row in loop.rows]
-                sums = loop.added(sums, some, 64 * pair + at)
-                raw = [code.math("lshr", codes, every(4), INTS) for codes in raw]
-                some = [high[row](raw[row]) for row in loop.rows]
-                sums = loop.added(sums, some, 64 * pair + 32 + at)
-        return sums
-
-    return loop.sums(start, stop, body)
+    for row in loop.rows:
+        loop.keep(row, _six_bits(loop, row))
+    for pair in range(4):
+        low, high = ([weights_of(row, 2 * pair + n) for row in loop.rows] for n in range(2))
+        for at in (0, LANES):
+            raw = [loop.integers(row, 16 + 32 * pair + at) for row in loop.rows]
+            some = [low[row](raw[row]) for row in loop.rows]
+            sums = loop.added(sums, some, 64 * pair + at)
+            raw = [code.math("lshr", codes, every(4), INTS) for codes in raw]
+            some = [high[row](raw[row]) for row in loop.rows]
+            sums = loop.added(sums, some, 64 * pair + 32 + at)
+    return sums
 
 
-def _by_groups(block, start, stop, *, form, scales_of, codes_of, has_minima=False):
+def _by_groups(loop, sums, *, scales_of, codes_of, has_minima=False):
     """Of a block of eight groups of 32 inputs, whose scales `scales_of(loop, row)` keeps: one for
     16 inputs each; with minima, those of a group and then those. `codes_of(loop, row, group)`: the
     codes as 32 bytes."""
-    loop, code = BlockLoop(form, block), block.code
+    code = loop.code
 
     def weights(row, bytes_, group, half):
         number = loop.half_of(bytes_, half)
@@ -174,17 +151,14 @@ def _by_groups(block, start, stop, *, form, scales_of, codes_of, has_minima=Fals
             return code.fma(number, loop.kept(row, group), minimum)
         return code.math("fmul", number, loop.kept(row, 2 * group + half), FLOATS)
 
-    def body(sums):
-        for row in loop.rows:
-            loop.keep(row, scales_of(loop, row))
-        for group in range(8):
-            found = [codes_of(loop, row, group) for row in loop.rows]
-            for half in range(2):
-                some = [weights(row, found[row], group, half) for row in loop.rows]
-                sums = loop.added(sums, some, 32 * group + LANES * half)
-        return sums
-
-    return loop.sums(start, stop, body)
+    for row in loop.rows:
+        loop.keep(row, scales_of(loop, row))
+    for group in range(8):
+        found = [codes_of(loop, row, group) for row in loop.rows]
+        for half in range(2):
+            some = [weights(row, found[row], group, half) for row in loop.rows]
+            sums = loop.added(sums, some, 32 * group + LANES * half)
+    return sums
 
 
 def _codes_of_q5_k(loop, row, group):
@@ -229,37 +203,34 @@ def _codes_of_q3_k(loop, row, group):
     return loop.bytes_joined(low, high, 4)
 
 
-def _q2_k(block, start, stop):
-    loop, code = BlockLoop("q2_k", block), block.code
+def _q2_k(loop, sums):
+    code = loop.code
 
-    def body(sums):
-        for row in loop.rows:
-            raw = loop.integers(row, 0)
-            for line, (shift, at) in enumerate(((0, 80), (4, 82))):
-                some = loop.floats(loop.bits(raw, shift, 15))
-                some = code.math("fmul", some, loop.float16(row, at), FLOATS)
-                loop.keep(row, some, line=line)
-        for half in range(2):
-            for at in (0, LANES):
-                raw = [loop.integers(row, 16 + 32 * half + at) for row in loop.rows]
-                for part in range(4):
-                    first = 128 * half + 32 * part + at
-                    some = []
-                    for row in loop.rows:
-                        minimum = _negative(loop, loop.kept(row, first // LANES, line=1))
-                        weights = loop.evenly(3, loop.kept(row, first // LANES), minimum)
-                        codes = raw[row]
-                        if part:
-                            codes = code.math("lshr", codes, every(2 * part), INTS)
-                        some.append(weights(codes))
-                    sums = loop.added(sums, some, first)
-        return sums
-
-    return loop.sums(start, stop, body)
+    for row in loop.rows:
+        raw = loop.integers(row, 0)
+        for line, (shift, at) in enumerate(((0, 80), (4, 82))):
+            some = loop.floats(loop.bits(raw, shift, 15))
+            some = code.math("fmul", some, loop.float16(row, at), FLOATS)
+            loop.keep(row, some, line=line)
+    for half in range(2):
+        for at in (0, LANES):
+            raw = [loop.integers(row, 16 + 32 * half + at) for row in loop.rows]
+            for part in range(4):
+                first = 128 * half + 32 * part + at
+                some = []
+                for row in loop.rows:
+                    minimum = _negative(loop, loop.kept(row, first // LANES, line=1))
+                    weights = loop.evenly(3, loop.kept(row, first // LANES), minimum)
+                    codes = raw[row]
+                    if part:
+                        codes = code.math("lshr", codes, every(2 * part), INTS)
+                    some.append(weights(codes))
+                sums = loop.added(sums, some, first)
+    return sums
 
 
-def _iq4_xs(block, start, stop):
-    loop, code = BlockLoop("iq4_xs", block), block.code
+def _iq4_xs(loop, sums):
+    code = loop.code
 
     def scales(row):
         """Of eight groups of 32, in the lower lanes."""
@@ -270,36 +241,31 @@ def _iq4_xs(block, start, stop):
         codes = code.math("sub", code.math("or", low, high, INTS), every(32), INTS)
         return code.math("fmul", loop.floats(codes), loop.float16(row, 0), FLOATS)
 
-    def body(sums):
-        for row in loop.rows:
-            loop.keep(row, scales(row))
-        for group in range(8):
-            decode = [loop.by_level(IQ4, loop.kept(row, group)) for row in loop.rows]
-            raw = [loop.integers(row, 8 + LANES * group) for row in loop.rows]
-            sums = loop.added(sums, [decode[row](raw[row]) for row in loop.rows], 32 * group)
-            raw = [code.math("lshr", codes, every(4), INTS) for codes in raw]
-            some = [decode[row](raw[row]) for row in loop.rows]
-            sums = loop.added(sums, some, 32 * group + LANES)
-        return sums
-
-    return loop.sums(start, stop, body)
+    for row in loop.rows:
+        loop.keep(row, scales(row))
+    for group in range(8):
+        decode = [loop.by_level(IQ4, loop.kept(row, group)) for row in loop.rows]
+        raw = [loop.integers(row, 8 + LANES * group) for row in loop.rows]
+        sums = loop.added(sums, [decode[row](raw[row]) for row in loop.rows], 32 * group)
+        raw = [code.math("lshr", codes, every(4), INTS) for codes in raw]
+        some = [decode[row](raw[row]) for row in loop.rows]
+        sums = loop.added(sums, some, 32 * group + LANES)
+    return sums
 
 
-# The name of an encoding -> its sums, of some inputs of a kernel's rows: (block, start, stop).
+# The name of an encoding -> the sums after a block of each row: (loop, the sums before).
 BLOCK_SUMS = {
-    "q4_0": partial(_half_bytes, form="q4_0", first=2, weights_of=_q4_0),
-    "q4_1": partial(_half_bytes, form="q4_1", first=4, weights_of=_q4_1),
-    "q5_0": partial(_five_bits, form="q5_0", high_at=2, has_minimum=False),
-    "q5_1": partial(_five_bits, form="q5_1", high_at=4, has_minimum=True),
+    "q4_0": partial(_half_bytes, first=2, weights_of=_q4_0),
+    "q4_1": partial(_half_bytes, first=4, weights_of=_q4_1),
+    "q5_0": partial(_five_bits, high_at=2, has_minimum=False),
+    "q5_1": partial(_five_bits, high_at=4, has_minimum=True),
     "q8_0": _q8_0,
     "q2_k": _q2_k,
-    "q3_k": partial(_by_groups, form="q3_k", scales_of=_scales_of_q3_k, codes_of=_codes_of_q3_k),
+    "q3_k": partial(_by_groups, scales_of=_scales_of_q3_k, codes_of=_codes_of_q3_k),
     "q4_k": _q4_k,
-    "q5_k": partial(
-        _by_groups, form="q5_k", scales_of=_six_bits, codes_of=_codes_of_q5_k, has_minima=True
-    ),
-    "q6_k": partial(_by_groups, form="q6_k", scales_of=_scales_of_q6_k, codes_of=_codes_of_q6_k),
-    "iq4_nl": partial(_half_bytes, form="iq4_nl", first=2, weights_of=_iq4_nl),
+    "q5_k": partial(_by_groups, scales_of=_six_bits, codes_of=_codes_of_q5_k, has_minima=True),
+    "q6_k": partial(_by_groups, scales_of=_scales_of_q6_k, codes_of=_codes_of_q6_k),
+    "iq4_nl": partial(_half_bytes, first=2, weights_of=_iq4_nl),
     "iq4_xs": _iq4_xs,
-    "gguf_mxfp4": partial(_half_bytes, form="gguf_mxfp4", first=1, weights_of=_gguf_mxfp4),
+    "gguf_mxfp4": partial(_half_bytes, first=1, weights_of=_gguf_mxfp4),
 }

@@ -15,13 +15,13 @@ import numpy as np
 
 from jlayer.cores import decode, kernels, packing, wide
 from jlayer.cores.crew import Crew
+from jlayer.cores.grouped import EXTRA
 from jlayer.cores.jobs import FIELDS, address, aligned
 from jlayer.cores.native import Compiler, missing
 from jlayer.cores.sharing import SPIN_S
 from jlayer.cores.topology import topology
 from jlayer.encodings.grouped import SCALE
 from jlayer.encodings.int4 import INT4
-from jlayer.encodings.int8 import INT8
 from jlayer.encodings.registry import encoding
 from jlayer.errors import UsageError
 
@@ -34,10 +34,13 @@ ROWS = kernels.MOST_ROWS
 WORTH_WAKING = 1 << 20
 # From so many columns on, so many rows at least share each part of the columns while it is near.
 MANY_COLUMNS, MANY_ROWS = 8, 64
-# From so many bfloat16 columns on, rows are decoded once for all of them: with AMX by form, where
-# measured, and without.
-WIDE_COLUMNS = {True: {"bfloat16": 2, INT4.name: 4, INT8.name: 6}, False: {}}
-WIDE_ANYWAY = 16
+# From so many bfloat16 columns on, rows are decoded once for all of them: with AMX and without; by
+# form where measured. Other forms decode as int8 does.
+WIDE_COLUMNS = {
+    True: {"bfloat16": 2, INT4.name: 4},
+    False: {"bfloat16": 12},
+}
+WIDE_ANYWAY = {True: 6, False: 9}
 # Packed bytes that are multiplied by all columns before the next: they stay in a core's own cache.
 CHUNK_BYTES = 128 << 10
 
@@ -216,7 +219,8 @@ class Cores:
         """Whether all columns are multiplied at a time by rows that are decoded once."""
         if dtype != ml_dtypes.bfloat16 or not self.code.has_wide:
             return False
-        least = WIDE_COLUMNS[self.code.has_amx].get(matrix.form, WIDE_ANYWAY)
+        has_amx = self.code.has_amx
+        least = WIDE_COLUMNS[has_amx].get(matrix.form, WIDE_ANYWAY[has_amx])
         is_native = wide.is_native(matrix.form, matrix.n_rows, matrix.width)
         return is_native and n_columns >= least
 
@@ -245,6 +249,9 @@ class Cores:
             job["end_block"] = block
             job |= {"main": address(main), "main_stride": main.strides[0]}
             job |= {"scale": address(scale), "scale_stride": scale.strides[0]}
+            extra = next((matrix.pieces[n] for n in EXTRA if n in matrix.pieces), None)
+            if extra is not None:
+                job |= {"extra": address(extra), "extra_stride": extra.strides[0]}
             jobs.append([job[field] for field in FIELDS])
         return np.array(jobs, np.int64).reshape(-1, len(FIELDS)), block
 

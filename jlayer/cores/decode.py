@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import ml_dtypes
 import numpy as np
 
 from jlayer.encodings.base import WHOLE
@@ -39,6 +40,17 @@ def e8m0_values() -> np.ndarray:
     """The scale that each of the 256 bytes of e8m0 stands for, float32."""
     exponents = np.arange(E8M0_NAN) - 127
     return np.append(np.ldexp(np.ones(E8M0_NAN, np.float32), exponents), np.float32(np.nan))
+
+
+def halved_values() -> np.ndarray:
+    """Half of what each of the 256 bytes of gguf_mxfp4 stands for, float32: its levels are
+    doubled, and every byte is a number."""
+    return np.ldexp(np.ones(256, np.float32), np.arange(256) - 128)
+
+
+def float8_values() -> np.ndarray:
+    """The number that each of the 256 bytes of float8_e4m3fn stands for, float32."""
+    return np.arange(256).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 _SCALES, _LEVELS, _E8M0 = scale_values(), levels(), e8m0_values()

@@ -11,6 +11,7 @@ FIELDS = (
     *("length", "part"),  # inputs of a row as a kernel counts, and those that it takes at a time
     *("n_steps", "steps"),  # how many, and the address of the first
     *("main", "main_stride", "scale", "scale_stride"),
+    *("extra", "extra_stride"),  # the piece of zeros, or of the number of all rows
     *("x", "x_stride", "columns"),  # packed columns are counted, and have no stride
     *("y", "y_stride"),  # of a column
 )

@@ -7,10 +7,12 @@ the same numbers.
 
 from __future__ import annotations
 
+from jlayer.cores.block_loop import BlockLoop
 from jlayer.cores.block_sums import BLOCK_SUMS
-from jlayer.cores.decode import levels, scale_values
+from jlayer.cores.decode import e8m0_values, float8_values, halved_values, levels, scale_values
+from jlayer.cores.grouped import GROUPED
 from jlayer.cores.jobs import offset
-from jlayer.cores.scaled_sums import SCALED_SUMS
+from jlayer.cores.scaled_sums import scaled_sums
 from jlayer.cores.sums import (
     Block,
     added,
@@ -18,7 +20,6 @@ from jlayer.cores.sums import (
     every,
     every_float,
     joined,
-    permuted,
     spelled,
     zeros,
 )
@@ -38,7 +39,7 @@ ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Inputs of a row are a multiple of so many, by form.
 STEPS = {
     INT4.name: 4 * LANES,
-    **dict.fromkeys((*SCALED_SUMS, *ITEM), LANES),
+    **dict.fromkeys((*GROUPED, *ITEM), LANES),
     **{form: encoding(form).width_unit for form in BLOCK_SUMS},
 }
 # What a part of the columns takes: it stays in a core's nearest cache, of 32 or 48 KiB.
@@ -62,6 +63,8 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
 
     main, main_stride = field("main", "ptr"), field("main_stride")
     scale, scale_stride = field("scale", "ptr"), field("scale_stride")
+    extra, extra_stride = field("extra", "ptr"), field("extra_stride")
+    table = GROUPED[form].begin(code, extra) if form in GROUPED else "null"
     x, x_stride = field("x", "ptr"), field("x_stride")
     y, y_stride = field("y", "ptr"), field("y_stride")
     places = [code.math("add", "%column", number) for number in range(n_columns)]
@@ -86,6 +89,8 @@ def kernel(form: str, n_columns: int, *, has_avx512: bool) -> str:
             code,
             [code.at(main, code.math("mul", row, main_stride)) for row in rows],
             [code.at(scale, code.math("mul", scale_row(row), scale_stride)) for row in rows],
+            [code.at(extra, code.math("mul", row, extra_stride)) for row in rows],
+            table,
             columns,
             length,
             code.let(f"select i1 {follows}, i64 {far}, i64 0"),
@@ -121,9 +126,10 @@ def _sums(form, block, start, stop):
     """For each row and column a vector whose lanes add up to the product of some inputs."""
     if form == INT4.name:
         return _int4(block, start, stop)
-    for table in (BLOCK_SUMS, SCALED_SUMS):
-        if form in table:
-            return table[form](block, start, stop)
+    if form in BLOCK_SUMS:
+        return BlockLoop(form, block).sums(start, stop, BLOCK_SUMS[form])
+    if form in GROUPED:
+        return scaled_sums(GROUPED[form], block, start, stop)
     return _plain(block, form, start, stop)
 
 
@@ -181,7 +187,8 @@ def _int4(block, start, stop):
 
     def weights(codes, factor):
         if has_avx512:  # the permutation looks at the low 4 bits of each lane alone
-            return permuted(code, factor, codes)
+            kinds = f"{FLOATS} {factor}, {INTS} {codes}"
+            return code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
         return _levels(code, code.math("and", codes, every(15), INTS), *factor)
 
     def group(first, sums):
@@ -211,10 +218,19 @@ def _levels(code, codes, scale, cube):
     return code.math("fmul", u, code.fma(code.math("fmul", u, u, FLOATS), cube, scale), FLOATS)
 
 
+_TABLES = {
+    "levels": levels(),  # these two of int4
+    "scales": scale_values(),
+    "e8m0": e8m0_values(),
+    "float8": float8_values(),
+    "halves": halved_values(),  # of gguf_mxfp4
+}
+
+
 def tables() -> str:
-    """What int4's half bytes and scales stand for, as constants of a module."""
+    """What half bytes and scales stand for, as constants of a module."""
     lines = []
-    for name, values in (("levels", levels()), ("scales", scale_values())):
+    for name, values in _TABLES.items():
         words = ", ".join(f"float {spelled(value)}" for value in values)
         kind = f"[{len(values)} x float]"
         lines.append(f"@{name} = private constant {kind} [{words}], align 64")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jlayer.cores.text import FLOATS, INTS, LANES, Function
+from jlayer.cores.text import FLOATS, LANES, Function
 
 
 @dataclass
 class Block:
     """The rows and columns of a kernel as it runs: pointers.
 
+    `zeros`: of each row, for forms that have some. `table`: what bytes of scales stand for.
     `length`: inputs of a row, of int4 those of a half. `next_rows`: bytes to the rows that follow.
     `room`: two cache lines of memory for each row.
     """
@@ -20,6 +20,8 @@ class Block:
     code: Function
     rows: list[str]
     scales: list[str]
+    zeros: list[str]
+    table: str
     columns: list[str]
     length: str
     next_rows: str
@@ -69,41 +71,12 @@ def joined(block, sums):
     return [block.code.math("fadd", *pair, FLOATS) for pair in pairs]
 
 
-def permuted(code: Function, table: str, codes: str) -> str:
-    """The float of a table of 16 that the low 4 bits of each lane name. With AVX-512 alone."""
-    kinds = f"{FLOATS} {table}, {INTS} {codes}"
-    return code.let(f"call {FLOATS} @llvm.x86.avx512.permvar.sf.512({kinds})")
-
-
-def chosen(code: Function, levels: Sequence[float], codes: str) -> str:
-    """The level, of 16, that the low 4 bits of each lane name: chosen bit by bit."""
-    left, kind = [every_float(level) for level in levels], f"<{LANES} x i1>"
-    for bit in range(4):
-        shifted = code.math("shl", codes, every(31 - bit), INTS)
-        is_set = code.let(f"icmp slt {INTS} {shifted}, zeroinitializer")
-        left = [
-            code.let(f"select {kind} {is_set}, {FLOATS} {odd}, {FLOATS} {even}")
-            for even, odd in zip(left[::2], left[1::2], strict=True)
-        ]
-    return left[0]
-
-
 def every(number):
     return f"<{', '.join([f'i32 {number}'] * LANES)}>"
 
 
 def every_float(number):
     return f"<{', '.join([f'float {spelled(number)}'] * LANES)}>"
-
-
-def numbers(values) -> str:
-    """Integers, as a constant."""
-    return f"<{', '.join(f'i32 {value}' for value in values)}>"
-
-
-def floats(values) -> str:
-    """16 floats, as a constant."""
-    return f"<{', '.join(f'float {spelled(value)}' for value in values)}>"
 
 
 def spelled(number):

@@ -10,19 +10,16 @@ The columns are packed: see `packing`.
 
 from __future__ import annotations
 
-import ml_dtypes
-import numpy as np
-
-from jlayer.cores.decode import levels, scale_values
+from jlayer.cores import lines
+from jlayer.cores.grouped import Row
 from jlayer.cores.jobs import offset
-from jlayer.cores.kernels import ITEM, NAME
+from jlayer.cores.kernels import NAME, tables
+from jlayer.cores.lines import LINE_BYTES, LINES, PAIRS
 from jlayer.cores.packing import COLUMNS
-from jlayer.cores.scaled_sums import bfloat16
-from jlayer.cores.text import DECLARATIONS, FLOATS, INTS, LANES, Function
-from jlayer.encodings.int4 import INT4
-from jlayer.encodings.int8 import INT8
+from jlayer.cores.text import DECLARATIONS, FLOATS, Function
+from jlayer.encodings.grouped import SCALE
+from jlayer.encodings.registry import encoding
 
-FORMS = ("bfloat16", INT8.name, INT4.name)
 # Rows of a tile of weights, and of sums; inputs of a tile of weights.
 TILE_ROWS = 16
 TILE_INPUTS = 32
@@ -40,13 +37,16 @@ WHOLE = 1 << 40
 AHEAD = 1024
 # Sums that the dot products of pairs keep in registers: rows times groups of columns.
 DOT_SUMS = 16
-PAIRS, SHORTS = f"<{2 * LANES} x bfloat>", f"<{2 * LANES} x i16>"
+# Rows whose lines are decoded by one turn of a loop, at most so many lines of all of them.
+TURN_LINES = 32
 
 
 def is_native(form: str, n_rows: int, width: int) -> bool:
     """Whether there is a kernel for a matrix."""
-    step = 2 * TILE_INPUTS if form == INT4.name else TILE_INPUTS
-    return form in FORMS and n_rows >= ROWS and width % step == 0
+    if form not in LINES or n_rows < ROWS:
+        return False
+    row = LINES[form]
+    return width % (row.unit * (2 if row.is_in_halves else 1)) == 0
 
 
 def steps(n_columns: int) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ def kernel(form: str, n_groups: int, *, has_amx: bool) -> str:
     arguments = ("first", "end", "column", "start")
     code = Function(NAME, [("ptr", "job"), *(("i64", name) for name in arguments)])
     found = (_Tiles if has_amx else _Dots)(code, form, n_groups)
-    return DECLARATIONS + WIDE_DECLARATIONS + _rounded() + found.text()
+    return DECLARATIONS + lines.DECLARATIONS + WIDE_DECLARATIONS + tables() + found.text()
 
 
 class _Wide:
@@ -79,13 +79,17 @@ class _Wide:
 
     def __init__(self, code: Function, form: str, n_groups: int):
         self.code, self.form, self.n_groups = code, form, n_groups
-        self.item_bytes = ITEM.get(form, 1)
+        self.lines = LINES[form]
         self.main, self.main_stride = self.field("main", "ptr"), self.field("main_stride")
         self.scale, self.scale_stride = self.field("scale", "ptr"), self.field("scale_stride")
+        self.extra, self.extra_stride = self.field("extra", "ptr"), self.field("extra_stride")
+        self.table = self.lines.begin(code, self.extra)
         self.length = self.field("length")
-        # int4 walks the two halves of a row side by side.
-        self.n_halves = 2 if form == INT4.name else 1
-        self.group_bytes = code.math("mul", self.length, 2 * COLUMNS * self.n_halves)
+        n_halves = 2 if self.lines.is_in_halves else 1
+        # Inputs of a part, as they are counted: of int4, whose two halves are walked side by side,
+        # those of a half.
+        self.least_part = PART // n_halves
+        self.group_bytes = code.math("mul", self.length, 2 * COLUMNS * n_halves)
         group = code.math("mul", code.math("lshr", "%column", 4), self.group_bytes)
         x = code.at(self.field("x", "ptr"), group)
         self.xs = [code.at(x, code.math("mul", self.group_bytes, n)) for n in range(n_groups)]
@@ -102,7 +106,7 @@ class _Wide:
         """The function."""
         code = self.code
         self.sums = self.room(self.block_rows * COLUMNS * self.n_groups * 4)
-        self.turned = self.room(TILE_BYTES)
+        self.turned, self.row_room = self.room(TILE_BYTES), self.room(self.lines.room_bytes)
         self.columns = code.smaller(
             code.math("sub", self.field("columns"), "%column"), COLUMNS * self.n_groups
         )
@@ -123,6 +127,7 @@ class _Wide:
     def _block(self, first, _):
         """All products of the rows from `first` on."""
         code, rows = self.code, self.n_tiles * TILE_ROWS
+        part_bytes = 0 if self.part == WHOLE else self.lines.n_bytes(self.part)
         end = code.smaller(code.math("add", first, self.block_rows), "%end")
         zero = f"store {FLOATS} zeroinitializer, ptr"
         n_bytes = self.block_rows * COLUMNS * self.n_groups * 4
@@ -143,7 +148,7 @@ class _Wide:
                 is_last = code.let(f"icmp sge i64 {follow}, {end}")
                 down = code.let(f"select i1 {is_last}, i64 {first}, i64 {follow}")
                 down = code.math("mul", code.math("sub", down, here), self.main_stride)
-                right = code.let(f"select i1 {is_last}, i64 {self.part * self.item_bytes}, i64 0")
+                right = code.let(f"select i1 {is_last}, i64 {part_bytes}, i64 0")
                 self._add(here, start, stop, sums, code.math("add", down, right))
 
             code.loop(first, end, rows, some)
@@ -151,66 +156,32 @@ class _Wide:
         code.loop(0, self.length, self.part, part)
         code.loop(first, end, rows, lambda row, _: self._write(*tile(row)))
 
-    def decode(self, row: str, item: str, ahead: str, places) -> None:
-        """Writes the tiles of 32 inputs (of each half) from `item` on, of the rows from `row` on.
-        `places`: of each half's tiles. `ahead`: bytes to what is asked for meanwhile."""
-        code = self.code
-        source = code.at(self.main, code.math("mul", row, self.main_stride))
-        source = code.at(source, code.math("mul", item, self.item_bytes))
-        scale = code.at(self.scale, code.math("mul", row, self.scale_stride))
-        decoded = {INT8.name: self._int8, INT4.name: self._int4}.get(self.form, self._plain)
-        for number in range(self.n_tiles * TILE_ROWS):
-            code.prefetch(source, ahead, locality=2)
-            decoded(source, scale, item, [code.at(place, 64 * number) for place in places])
-            source = code.at(source, self.main_stride)
-            scale = code.at(scale, self.scale_stride)
+    def decode(self, row: str, item: str, ahead: str, places, n_rows: int) -> None:
+        """Writes the lines of a unit of inputs from `item` on, of `n_rows` rows from `row` on.
+        `places`: of the first row's lines. `ahead`: bytes to what is asked for meanwhile."""
+        code, lines, per = self.code, self.lines, encoding(self.form).rows_per(SCALE)
+        at = code.math("add", lines.bytes_of(code, item), ahead)
+        main = code.at(self.main, code.math("mul", row, self.main_stride))
+        zero = code.at(self.extra, code.math("mul", row, self.extra_stride))
+        for number in range(n_rows):
+            if number:
+                main, zero = code.at(main, self.main_stride), code.at(zero, self.extra_stride)
+            for line in range(0, lines.n_bytes(lines.unit), LINE_BYTES):
+                code.prefetch(main, code.math("add", at, line), locality=2)
+            if number == 0 or per > 1:
+                of_scale = code.math("add", row, number)
+                of_scale = code.math("udiv", of_scale, per) if per else "0"
+                scale = code.at(self.scale, code.math("mul", of_scale, self.scale_stride))
+            elif per:
+                scale = code.at(scale, self.scale_stride)
+            here = [code.at(place, LINE_BYTES * number) for place in places]
+            found = Row(main, scale, zero, self.table)
+            lines.write(code, found, item, here, length=self.length, room=self.row_room)
 
-    def _plain(self, source, scale, item, lines):
-        self.code.store(INTS, self.code.load(INTS, source), *lines)
-
-    def _int8(self, source, scale, item, lines):
-        code = self.code
-        factor = bfloat16(code, scale, code.math("shl", code.math("lshr", item, 7), 1))
-        factor = code.spread(factor)
-        found = []
-        for half in range(2):
-            raw = code.load(f"<{LANES} x i8>", source, half * LANES)
-            wide = code.let(f"sext <{LANES} x i8> {raw} to {INTS}")
-            number = code.let(f"sitofp {INTS} {wide} to {FLOATS}")
-            found.append(code.math("fmul", number, factor, FLOATS))
-        low, high = found
-        words = f"{FLOATS} {high}, {FLOATS} {low}"
-        pairs = code.let(f"call {PAIRS} @llvm.x86.avx512bf16.cvtne2ps2bf16.512({words})")
-        code.store(PAIRS, pairs, *lines)
-
-    def _int4(self, source, scale, item, lines):
-        """32 bytes: a group of the first half of the inputs, and one of the second."""
-        code = self.code
-        raw = code.load(f"<{2 * LANES} x i8>", source)
-        codes = code.let(f"zext <{2 * LANES} x i8> {raw} to {SHORTS}")
-        fours = f"<{', '.join(['i16 4'] * 2 * LANES)}>"
-        number = code.math("lshr", item, 5)
-        other = code.math("add", number, code.math("lshr", self.length, 5))
-        fifteens = f"<{', '.join(['i16 15'] * 2 * LANES)}>"
-        low = code.math("and", codes, fifteens, SHORTS)
-        half_shorts = f"<{LANES} x i16>"
-        numbers = [str(lane) if lane < LANES else "poison" for lane in range(2 * LANES)]
-        lanes = ", ".join(f"i32 {number}" for number in numbers)
-        for half, (group, line) in enumerate(zip((number, other), lines, strict=True)):
-            byte = code.let(f"zext i8 {code.load('i8', scale, group)} to i64")
-            table = code.load(half_shorts, "@rounded", code.math("shl", byte, 5), align=32)
-            table = code.let(
-                f"shufflevector {half_shorts} {table}, {half_shorts} poison, "
-                f"<{2 * LANES} x i32> <{lanes}>"
-            )
-            of_half = code.math("lshr", codes, fours, SHORTS) if half else low
-            words = f"{SHORTS} {table}, {SHORTS} {of_half}"
-            found = code.let(f"call {SHORTS} @llvm.x86.avx512.permvar.hi.512({words})")
-            code.store(SHORTS, found, line)
-
-    def in_columns(self, item: str, half: int) -> str:
-        """Bytes from the begin of a group of packed columns to an input of a half."""
-        inputs = self.code.math("add", item, self.code.math("mul", self.length, half))
+    def in_columns(self, item: str, line: str | int) -> str:
+        """Bytes from the begin of a group of packed columns to the inputs of a line of a unit."""
+        step = self.length if self.lines.is_in_halves else TILE_INPUTS
+        inputs = self.code.math("add", item, self.code.math("mul", step, line))
         return self.code.math("shl", inputs, 5)
 
     def _write(self, row, sums):
@@ -247,12 +218,15 @@ class _Tiles(_Wide):
         super().__init__(code, form, n_groups)
         is_few = n_groups <= FEW_GROUPS
         self.n_tiles = 2 if is_few else 1
-        self.part = WHOLE if is_few else PART // self.n_halves
+        self.part = WHOLE if is_few else self.least_part
         self.block_rows = self.n_tiles * TILE_ROWS if is_few else PART_ROWS
+        self.line_bytes = self.n_tiles * TILE_BYTES  # of a line of all rows
+        # In each turn 32 inputs of all rows are multiplied, and a part of the rows is decoded.
+        self.turns = self.lines.unit // TILE_INPUTS
 
     def _begin(self):
         code = self.code
-        self.tiles = self.room(2 * self.n_halves * self.n_tiles * TILE_BYTES)
+        self.tiles = self.room(2 * self.lines.n_lines * self.line_bytes)
         self.before = self.room(64)  # a library may rely on what it has configured in this thread
         code.do(f"call void @llvm.x86.sttilecfg(ptr {self.before})")
         code.do("call void @llvm.x86.ldtilecfg(ptr @config)")
@@ -265,7 +239,7 @@ class _Tiles(_Wide):
         places = [code.at(sums, n * TILE_BYTES) for n in range(self.n_groups * self.n_tiles)]
         for number, place in enumerate(places):
             code.load_tile(number, place)
-        rows = self._plain_rows if self.form in ITEM else self._decoded_rows
+        rows = self._plain_rows if self.form == "bfloat16" else self._decoded_rows
         rows(row, start, stop, follows)
         for number, place in enumerate(places):
             code.store_tile(number, place)
@@ -276,8 +250,8 @@ class _Tiles(_Wide):
         code = self.code
         if self.part != WHOLE:
             return follows
-        row_bytes = code.math("mul", self.length, self.item_bytes)
-        at = code.math("add", code.math("mul", item, self.item_bytes), AHEAD)
+        row_bytes = self.lines.bytes_of(code, self.length)
+        at = code.math("add", self.lines.bytes_of(code, item), AHEAD)
         is_there = code.let(f"icmp slt i64 {at}, {row_bytes}")
         rows = code.math("mul", self.main_stride, self.n_tiles * TILE_ROWS)
         rows = code.math("sub", code.math("add", rows, AHEAD), row_bytes)
@@ -290,7 +264,7 @@ class _Tiles(_Wide):
         starts = [code.math("mul", self.main_stride, TILE_ROWS * n) for n in range(self.n_tiles)]
 
         def step(item, _):
-            source = code.at(row, code.math("mul", item, self.item_bytes))
+            source = code.at(row, self.lines.bytes_of(code, item))
             ahead = self._ahead(item, follows)
             for number in range(self.n_tiles * TILE_ROWS):
                 more = code.math("mul", self.main_stride, number)
@@ -301,29 +275,41 @@ class _Tiles(_Wide):
         code.loop(start, stop, TILE_INPUTS, step)
 
     def _decoded_rows(self, row, start, stop, follows):
-        """Tiles are decoded a step ahead of those that are multiplied."""
-        code, half_bytes = self.code, self.n_tiles * TILE_BYTES
+        """Units are decoded a step ahead of those that are multiplied, some rows for each tile: so
+        both are done at the same time."""
+        code, unit, n_lines = self.code, self.lines.unit, self.lines.n_lines
+        turn_lines, turn_rows = n_lines // self.turns, self.n_tiles * TILE_ROWS // self.turns
 
-        def places(item):
-            turn = code.math("and", code.math("lshr", item, 5), 1)
-            place = code.at(self.tiles, code.math("mul", turn, self.n_halves * half_bytes))
-            return [code.at(place, half * half_bytes) for half in range(self.n_halves)]
+        def lines_of(item):
+            """Where the lines of a unit lie."""
+            turn = code.math("and", code.math("udiv", item, unit), 1)
+            return code.at(self.tiles, code.math("mul", turn, n_lines * self.line_bytes))
 
         def step(item, _):
-            before = code.math("sub", item, TILE_INPUTS)
+            before = code.math("sub", item, unit)
 
-            def multiply(*_):
-                for half, place in enumerate(places(before)):
-                    tiles = [code.at(place, n * TILE_BYTES) for n in range(self.n_tiles)]
-                    self._multiply(tiles, 64, self.in_columns(before, half))
+            def turn(number, _):
+                def multiply(*_):
+                    place = lines_of(before)
+                    for more in range(turn_lines):
+                        line = code.math("add", code.math("mul", number, turn_lines), more)
+                        tile = code.at(place, code.math("mul", line, self.line_bytes))
+                        tiles = [code.at(tile, n * TILE_BYTES) for n in range(self.n_tiles)]
+                        self._multiply(tiles, LINE_BYTES, self.in_columns(before, line))
 
-            def decode(*_):
-                self.decode(row, item, self._ahead(item, follows), places(item))
+                def decode(*_):
+                    first = code.math("mul", number, turn_rows)
+                    place = code.at(lines_of(item), code.math("mul", first, LINE_BYTES))
+                    places = [code.at(place, n * self.line_bytes) for n in range(n_lines)]
+                    ahead = self._ahead(item, follows)
+                    self.decode(code.math("add", row, first), item, ahead, places, turn_rows)
 
-            self._once_if(f"sgt i64 {item}, {start}", multiply)
-            self._once_if(f"slt i64 {item}, {stop}", decode)
+                self._once_if(f"sgt i64 {item}, {start}", multiply)
+                self._once_if(f"slt i64 {item}, {stop}", decode)
 
-        code.loop(start, code.math("add", stop, 1), TILE_INPUTS, step)
+            code.loop(0, self.turns, 1, turn)
+
+        code.loop(start, code.math("add", stop, 1), unit, step)
 
     def _once_if(self, comparison, body):
         code = self.code
@@ -348,23 +334,30 @@ class _Dots(_Wide):
 
     def __init__(self, code, form, n_groups):
         super().__init__(code, form, n_groups)
-        self.n_tiles, self.block_rows = 1, TILE_ROWS
-        self.part = PART // self.n_halves
+        self.n_tiles, self.block_rows, self.part = 1, TILE_ROWS, self.least_part
 
     def _begin(self):
         self.tiles = self.room(PART // TILE_INPUTS * TILE_BYTES)
 
     def _add(self, row, start, stop, sums, follows):
-        code = self.code
+        code, n_lines, unit = self.code, self.lines.n_lines, self.lines.unit
         n_bytes = code.math("shl", code.math("sub", stop, start), 5)
-        halves = [self.part // TILE_INPUTS * TILE_BYTES * half for half in range(self.n_halves)]
+        halves = range(2 if self.lines.is_in_halves else 1)
+        halves = [self.part // TILE_INPUTS * TILE_BYTES * half for half in halves]
+        begins = halves if self.lines.is_in_halves else range(0, n_lines * TILE_BYTES, TILE_BYTES)
+        turn_rows = max(1, min(TILE_ROWS, TURN_LINES // n_lines))
 
         def decode(item, _):
             at = code.math("shl", code.math("sub", item, start), 5)
-            places = [code.at(self.tiles, code.math("add", at, half)) for half in halves]
-            self.decode(row, item, follows, places)
 
-        code.loop(start, stop, TILE_INPUTS, decode)
+            def some(first, _):
+                here = code.math("add", at, code.math("mul", first, LINE_BYTES))
+                places = [code.at(self.tiles, code.math("add", here, begin)) for begin in begins]
+                self.decode(code.math("add", row, first), item, follows, places, turn_rows)
+
+            code.loop(0, TILE_ROWS, turn_rows, some)
+
+        code.loop(start, stop, unit, decode)
         for first in range(0, self.n_groups, 2):
             some = range(first, min(first + 2, self.n_groups))
             step = DOT_SUMS // len(some)
@@ -409,13 +402,6 @@ class _Dots(_Wide):
         return code.loop(0, n_bytes, TILE_BYTES, step, found)
 
 
-def _rounded():
-    """What the half bytes of int4 stand for at each scale, as bfloat16 [256, 16]."""
-    values = (levels() * scale_values()[:, None]).astype(ml_dtypes.bfloat16).view(np.uint16)
-    words = ", ".join(f"i16 {value}" for value in values.reshape(-1))
-    return f"@rounded = private constant [{values.size} x i16] [{words}], align 64\n"
-
-
 # All eight tiles have 16 rows of 64 bytes: palette 1, 15 bytes of no use, bytes of a row, rows.
 _CONFIG = ", ".join(f"i8 {n}" for n in [1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 WIDE_DECLARATIONS = f"""
@@ -426,6 +412,4 @@ declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
 declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {PAIRS}, {PAIRS})
-declare {PAIRS} @llvm.x86.avx512bf16.cvtne2ps2bf16.512({FLOATS}, {FLOATS})
-declare {SHORTS} @llvm.x86.avx512.permvar.hi.512({SHORTS}, {SHORTS})
 """

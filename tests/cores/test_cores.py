@@ -79,7 +79,9 @@ def test_widths_with_a_kernel():
     assert [width for width in range(1, 200) if kernels.is_native("int4", width)] == [64, 128, 192]
     assert kernels.is_native("int8", 16)
     assert not kernels.is_native("bfloat16", 24)
-    assert not kernels.is_native("mxfp4", 64)
+    assert kernels.is_native("nvfp4", 48)
+    assert not kernels.is_native("mxfp4", 24)
+    assert not kernels.is_native("ordered_packed4_g32_bfloat16", 64)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
