@@ -1,8 +1,9 @@
 """What of a test's parameters is tried each time, and what in the longer campaigns alone."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import pytest
+from hypothesis import given, settings
 
 
 def slow_but(values: Iterable, quick: Collection) -> list:
@@ -10,3 +11,18 @@ def slow_but(values: Iterable, quick: Collection) -> list:
     return [
         value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
     ]
+
+
+def examples(quick: int, many: int, **strategies) -> Callable:
+    """Makes a test of a property: `quick` examples are tried each time, `many` in a slow test
+    beside. `strategies`: of each argument of the property."""
+
+    def decorate(check):
+        @pytest.mark.parametrize("n_examples", slow_but((quick, many), (quick,)))
+        def test(n_examples):
+            settings(max_examples=n_examples)(given(**strategies)(check))()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
