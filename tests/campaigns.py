@@ -1,6 +1,7 @@
 """What of a test's parameters is tried each time, and what in the longer campaigns alone."""
 
 from collections.abc import Callable, Collection, Iterable
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,15 @@ def slow_but(values: Iterable, quick: Collection) -> list:
     return [
         value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
     ]
+
+
+def covering(quick: Collection[tuple], *axes: Iterable) -> list:
+    """The rows of the product of these parameters, of which all but the `quick` ones are slow.
+    Between them the quick ones have each value of each axis."""
+    rows = list(product(*axes))
+    for values, tried in zip(zip(*rows, strict=True), zip(*quick, strict=True), strict=True):
+        assert set(values) == set(tried), "a value that is tried in the slow rows alone"
+    return [row if row in quick else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 def examples(quick: int, many: int, **strategies) -> Callable:
