@@ -5,6 +5,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # XLA writes a line for each program that it finds compiled; a failing test would show hundreds.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Workers, and a hundred processes that tests start, would each compile our sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No test is a race: how long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile(
@@ -68,16 +73,22 @@ def pytest_collection_finish():
 
 
 def pytest_configure():
-    """Many tests build the same programs: XLA compiles each once a session."""
+    """Many tests build the same programs: XLA compiles each once a session, for the workers and the
+    processes that tests start alike."""
     import jax
 
     if COMPILED not in os.environ:  # else this is a worker, which has it from the first process
         folder = tempfile.mkdtemp(prefix="jlayer-compiled-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ[COMPILED] = folder
-    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": os.environ[COMPILED],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

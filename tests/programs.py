@@ -1,7 +1,8 @@
 """Few programs: what the shapes of runs are rounded to in tests of what is above them.
 
 A program takes XLA a second of CPU time. How shapes are rounded is shown in `plan`, and how pools
-grow in `engine`; what a server answers does not depend on it.
+grow in those tests of `engine` that ask for `all_shapes`; what a model says, and what a server
+answers, does not depend on it.
 """
 
 from contextlib import contextmanager

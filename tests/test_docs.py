@@ -15,6 +15,7 @@ from benchmarks import described, table
 from jlayer.app.cli import main
 from jlayer.measure import bench as measuring
 from tests.conftest import BUNDLED, REPOSITORY
+from tests.programs import few_shapes
 
 PAGES = {path.name: path.read_text() for path in table.PAGES}
 # The reference of the command line is made from the parsers; what it shows are forms, not commands.
@@ -294,5 +295,6 @@ def test_the_python_examples_run(mine, capsys):
     assert blocks
     for block in blocks:
         code = "\n".join(line[4:] for line in block.splitlines())
-        exec(compile(mine(code), "example", "exec"), {})
+        with few_shapes():
+            exec(compile(mine(code), "example", "exec"), {})
     assert "(1, " in capsys.readouterr().out

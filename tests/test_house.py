@@ -60,13 +60,14 @@ def room(module):
 
 
 @cache
-def parsed(path):
-    return ast.parse(path.read_text())
+def nodes(path):
+    """Of a file, in no order: each is read and parsed once."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
 
 
 def imported(path):
     """(module of ours, name or None) of each import, wherever in the file it stands."""
-    for node in ast.walk(parsed(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -130,7 +131,7 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     for module, path in MODULES.items():
         if room(module) not in GROUND:
             continue
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -142,9 +143,9 @@ def test_the_ground_floor_needs_the_standard_library_alone():
                 assert top in (*sys.stdlib_module_names, "jlayer"), f"{module} imports {name}"
 
 
-def own_names(tree):
+def own_names(path):
     """What a file defines or assigns itself: functions, classes, variables, attributes."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -153,13 +154,13 @@ def own_names(tree):
             yield node.id
 
 
-def private_reaches(tree):
+def private_reaches(path):
     """The private names that a file takes from elsewhere: as an attribute, or to patch it."""
-    own = set(own_names(tree))
-    for node in ast.walk(tree):
+    own = set(own_names(path))
+    for node in nodes(path):
         if isinstance(node, ast.Attribute):
             name = node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "setattr":
             words = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
             name = str(words[0]).rpartition(".")[2] if words else ""
         else:
@@ -172,7 +173,7 @@ def private_reaches(tree):
 def test_no_room_reaches_into_the_private_names_of_another_module(module):
     for other, name in imported(MODULES[module]):
         assert not (name or "").startswith("_") or name == "__version__", f"{other}.{name}"
-    for _, words in private_reaches(parsed(MODULES[module])):
+    for _, words in private_reaches(MODULES[module]):
         raise AssertionError(f"{module} reaches for {words}")
 
 
@@ -192,7 +193,7 @@ REACHED = {
 @pytest.fixture(scope="module")
 def private_names():
     """Those that our own code defines; a test may have to use those of other projects."""
-    names = {name for path in MODULES.values() for name in own_names(parsed(path))}
+    names = {name for path in MODULES.values() for name in own_names(path)}
     return {name for name in names if re.match(r"_[a-z]", name)}
 
 
@@ -200,7 +201,7 @@ def private_names():
 def test_tests_and_benchmarks_use_public_names(private_names, path):
     for other, name in imported(REPOSITORY / path):
         assert not (name or "").startswith("_"), f"{other}.{name}"
-    for name, words in private_reaches(parsed(REPOSITORY / path)):
+    for name, words in private_reaches(REPOSITORY / path):
         allowed = name not in private_names or name in REACHED.get(path, ())
         assert allowed, f"{path} reaches for {words}"
 

@@ -14,7 +14,7 @@ from jlayer.app.cli import main
 from tests.app.chat.talk import TEMPLATE
 from tests.app.processes import finish, start
 from tests.app.screen import PYTHON, on_terminal
-from tests.conftest import BUNDLED, COMPILED
+from tests.conftest import BUNDLED
 
 FLOAT32 = ("--dtype", "float32")  # as the tests beside this one, which share its programs
 ONE, TWO = "Once upon a time there was a king. Who was he?", "And what did he see?"
@@ -47,13 +47,8 @@ def words(template):
 
 @pytest.fixture
 def state(tmp_path):
-    """The environment of a process: folders of its own, programs that were compiled before."""
-    return {
-        "XDG_STATE_HOME": str(tmp_path / "state"),
-        "JAX_COMPILATION_CACHE_DIR": os.environ[COMPILED],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    """The environment of a process with a folder of its own for what it remembers."""
+    return {"XDG_STATE_HOME": str(tmp_path / "state")}
 
 
 @pytest.fixture

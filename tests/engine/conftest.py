@@ -3,7 +3,28 @@
 import pytest
 
 from jlayer.engine.prompt_room import PromptRoom
+from tests import programs
 from tests.engine import drop_in
+
+
+@pytest.fixture(scope="package", autouse=True)
+def few_shapes():
+    """See `tests.programs`."""
+    with programs.few_shapes():
+        yield
+
+
+@pytest.fixture
+def all_shapes():
+    """For tests of the shapes themselves: how pools grow, what a chunk holds, what is promised."""
+    with programs.all_shapes():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def campaigns_have_all_shapes(request):
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("all_shapes")
 
 
 @pytest.fixture(scope="package")

@@ -15,6 +15,8 @@ from tests import made_up
 from tests.families.test_family_is_data import add_families
 from tests.streaming.conftest import set_tile_bytes
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 N_TOKENS = 5
 
 

@@ -196,6 +196,7 @@ def test_what_the_makers_set_is_cut_to_the_room(both, published):
                 jlayer.generate(both.ours, prompt, **asked)
 
 
+@pytest.mark.usefixtures("all_shapes")
 def test_what_the_makers_set_is_cut_to_the_memory(both):
     needed = 0
     with jlayer.AutoModel.from_pretrained(both.folder, device="cpu") as model:

@@ -125,6 +125,7 @@ def test_all_live_caches_are_within_the_budget(fable):
         next(jlayer.stream(model, IDS, max_new_tokens=400, temperature=0))
 
 
+@pytest.mark.usefixtures("all_shapes")
 def test_the_plan_counts_every_live_cache_once(tiny):
     with opened(tiny) as model:
         row = model.engine.plan_for(RunShape(context=64)).device.cache_bytes // 64

@@ -9,6 +9,8 @@ from jlayer.engine import programs
 from jlayer.plan import making as plans
 from tests.model.test_attention import stand_in
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 
 @pytest.mark.parametrize("tile_bytes", [None, 30_000], ids=["whole", "tiles"])
 def test_a_prompt_of_two_chunks(tiny, monkeypatch, tile_bytes):

@@ -15,6 +15,8 @@ from tests.campaigns import slow_but
 from tests.engine.test_engine import IDS, opened
 from tests.streaming.conftest import set_tile_bytes
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 LONG = {"max_new_tokens": 120, "temperature": 0}
 SHAPE = RunShape(1, len(IDS), len(IDS) + 120, sweeps=120)
 

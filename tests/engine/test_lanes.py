@@ -21,6 +21,8 @@ from tests.engine.lanes import GREEDY, PROMPT, Run, alone, check_rows, limited
 from tests.engine.test_engine import opened
 from tests.engine.test_submit import is_idle
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 SAMPLED = {"temperature": 0.9, "seed": 4}
 
 

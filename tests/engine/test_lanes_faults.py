@@ -25,6 +25,8 @@ from tests.engine.lanes import (
 from tests.engine.test_engine import opened
 from tests.streaming.conftest import set_tile_bytes
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 
 @pytest.fixture(scope="module")
 def model(tiny):

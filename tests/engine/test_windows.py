@@ -15,6 +15,8 @@ from tests.convert.checkpoints import edit_json
 from tests.engine.lanes import GREEDY
 from tests.reference import dense_forms, mixture_forms
 
+pytestmark = pytest.mark.usefixtures("all_shapes")
+
 WINDOW = 6  # of the tiny models
 RNG = np.random.default_rng(3)
 PROMPT = RNG.integers(3, 133, 90).tolist()

@@ -19,7 +19,7 @@ from jlayer.parts import Attention
 from jlayer.pieces import Pieces, attention_pieces
 from jlayer.plan.memory import attention_temporary_bytes
 from jlayer.plan.shapes import RunShape
-from tests.campaigns import slow_but
+from tests.campaigns import covering
 
 
 def attention_of(n_heads, n_kv_heads, head_dim):
@@ -122,33 +122,54 @@ CASES = {
     "trees": (4, 8, 16, [0, 16, 5, 1]),
     "one lane": (1, 16, 32, [19]),
 }
-# In "trees" a lane has no entries, one has a whole table, and rows have parents of all kinds; a
-# lane of one token is what most passes have.
-EACH = slow_but(CASES, ("trees", "one lane", "one row for each lane"))
-# The bounds that force pieces, and the pieces of the cases' shapes under them.
-LARGE, SMALLER, LEAST = (64 << 20, 64 << 20), (4 << 10, 4 << 10), (256, 512)
+# The bounds that force pieces of these shapes: on the scores, and on what is gathered.
+BOUNDS = {
+    "whole": (64 << 20, 64 << 20),
+    "pieces": (4 << 10, 4 << 10),
+    "small pieces": (256, 512),
+}
 
 
-@pytest.fixture(
-    params=[LARGE, pytest.param(SMALLER, marks=pytest.mark.slow), LEAST],
-    ids=["whole", "pieces", "small pieces"],
-)
+@pytest.fixture
 def bounds(request, monkeypatch):
-    for name, n_bytes in zip(("SCORE_BYTES", "GATHERED_BYTES"), request.param, strict=True):
+    values = BOUNDS[request.param]
+    for name, n_bytes in zip(("SCORE_BYTES", "GATHERED_BYTES"), values, strict=True):
         monkeypatch.setattr(pieces, name, n_bytes)
-    return request.param
 
 
-@pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
-def test_plain_equals_the_dense_softmax(shape, bounds):
-    given = random_case(*shape)
+def cases(quick, *axes):
+    """Parametrizes by a case, its bounds and more. In "trees" a lane has no entries, one has a
+    whole table, and rows have parents of all kinds; a lane of one token is what most passes
+    have."""
+    names = ("case", "bounds", *(name for name, _ in axes))
+    rows = covering(quick, CASES, BOUNDS, *(values for _, values in axes))
+    return pytest.mark.parametrize(names, rows, indirect=["bounds"])
+
+
+@cases(
+    [
+        *((case, bounds) for case in ("trees", "one lane") for bounds in ("whole", "small pieces")),
+        ("one row for each lane", "small pieces"),
+        ("nothing committed", "pieces"),
+    ]
+)
+def test_plain_equals_the_dense_softmax(case, bounds):
+    given = random_case(*CASES[case])
     expected = dense(*given)
     found = attended(given)
     np.testing.assert_allclose(found[: len(expected)], expected, rtol=0, atol=2e-6)
     assert not found[len(expected) :].any()
 
 
-@pytest.mark.parametrize("case", EACH)
+@cases(
+    [
+        ("trees", "whole"),
+        ("trees", "small pieces"),
+        ("one lane", "small pieces"),
+        ("one row for each lane", "whole"),
+        ("nothing committed", "pieces"),
+    ]
+)
 def test_a_sink_takes_part_once_however_the_entries_are_cut(case, bounds):
     given = random_case(*CASES[case])
     expected = dense(*given, sinks=SINKS)
@@ -164,8 +185,17 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("case", EACH)
+@cases(
+    [
+        *(("trees", "small pieces", limit) for limit in LIMITS),
+        ("trees", "whole", "window"),
+        ("one lane", "whole", "chunks"),
+        ("one lane", "small pieces", "window"),
+        ("one row for each lane", "small pieces", "chunks"),
+        ("nothing committed", "pieces", "window"),
+    ],
+    ("limit", LIMITS),
+)
 def test_a_token_sees_its_window_or_its_chunk(case, limit, bounds):
     """Whatever the position at which a lane's table begins."""
     *arrays, rows = random_case(*CASES[case])
@@ -261,8 +291,17 @@ def test_the_stand_in_takes_what_the_function_of_jax_takes():
     assert set(inspect.signature(stand_in).parameters) <= set(theirs)
 
 
-@pytest.mark.parametrize("blocks", [1, 16], ids=["one part", "many parts"])
-@pytest.mark.parametrize("case", EACH)
+@cases(
+    [
+        *(("trees", "small pieces", parts) for parts in (1, 16)),
+        ("trees", "whole", 16),
+        ("one lane", "whole", 1),
+        ("one lane", "small pieces", 16),
+        ("one row for each lane", "small pieces", 16),
+        ("nothing committed", "pieces", 16),
+    ],
+    ("blocks", (1, 16)),
+)
 def test_flash_is_folded_split_and_merged_exactly(case, blocks, bounds, monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", stand_in)
     monkeypatch.setattr(pieces, "FLASH_BLOCKS", blocks)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import accumulate, groupby
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from jlayer.encodings.registry import ENCODINGS, encoding, piece_name
@@ -23,6 +22,7 @@ from jlayer.plan.cutting import cut, row_ranges
 from jlayer.plan.tiles import Weights
 from jlayer.spec import ALIGNMENT, Place
 from tests import made_up
+from tests.campaigns import examples
 from tests.plan.models import SMALL
 
 
@@ -97,7 +97,7 @@ def rows_by_tensor(tiles):
     return dict(found)
 
 
-@given(any_weights(), sizes, platforms)
+@examples(25, 300, weights=any_weights(), tile_bytes=sizes, platform=platforms)
 def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_bytes, platform):
     cfg = weights.cfg
     expected = {}
@@ -131,7 +131,7 @@ def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_b
                 assert f".layers.{tile.layer}." in part.tensor
 
 
-@given(any_weights(), st.integers(1, 100_000), platforms)
+@examples(25, 300, weights=any_weights(), tile_bytes=st.integers(1, 100_000), platform=platforms)
 def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
     weights, tile_bytes, platform
 ):
@@ -163,7 +163,7 @@ def test_a_tile_has_the_same_rows_of_matrices_that_are_needed_together(
         assert tile.n_bytes - small <= max(tile_bytes, least)
 
 
-@given(any_weights(), st.integers(1, 100_000))
+@examples(25, 300, weights=any_weights(), tile_bytes=st.integers(1, 100_000))
 def test_stages_come_in_order_and_each_begins_and_ends_once(weights, tile_bytes):
     tiles = cut(weights, tile_bytes, platform="cpu").tiles
     kinds = layer_kinds(weights.cfg)
@@ -185,7 +185,7 @@ def test_stages_come_in_order_and_each_begins_and_ends_once(weights, tile_bytes)
         assert (last.kind, last.stage) == (kind, kind.stages[-1])
 
 
-@given(any_weights(), sizes, platforms)
+@examples(25, 300, weights=any_weights(), tile_bytes=sizes, platform=platforms)
 def test_one_tile_of_every_shape_stands_for_all_of_it(weights, tile_bytes, platform):
     tile_bytes = cut_size(weights, tile_bytes)
     tiling = cut(weights, tile_bytes, platform=platform)

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import COMPILED, REPOSITORY
+from tests.conftest import REPOSITORY
 from tests.serving.batch.requests import answers, assert_same, many, written
 
 # The nth write to the output stops in its middle, with the process: a torn line. Lines are asked
@@ -53,13 +53,7 @@ CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def environment():
-    """All processes find compiled what one has compiled."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": os.environ[COMPILED],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+    return os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def start(*words, code=PLAIN):
