@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 
 from jlayer.api import Model
+from jlayer.engine.device import link_speed
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.interrupts import check
 from jlayer.measure.cores import CoresMeasured, measure_cores
@@ -67,14 +68,18 @@ class Bench:
         self.cores: CoresMeasured | None = None
 
     def measure_machine(self):
-        """Measures link, memory, arithmetic and the host's cores, while no weights move or are on
-        the device."""
+        """Measures links, memory, arithmetic and the host's cores, while no weights move or are on
+        the devices. Links are measured together, since some may share a way to main memory; memory
+        and arithmetic of several devices are those of one, so many times."""
         self.forward.settle()
-        device = self.engine.devices.first
+        devices = self.engine.devices
+        n, device = len(devices), devices.first
         if self.has_link:
-            self.speeds["link"] = link_speeds(device)
-        self.speeds["memory"] = memory_speeds(device, min(MEMORY_BYTES, self.sweep_bytes))
-        self.speeds["arithmetic"] = arithmetic_speeds(device, self.engine.dtype)
+            alone = n == 1
+            self.speeds["link"] = link_speeds(device) if alone else _together(devices)
+        n_bytes = min(MEMORY_BYTES, self.sweep_bytes)
+        self.speeds["memory"] = [n * one for one in memory_speeds(device, n_bytes)]
+        self.speeds["arithmetic"] = [n * s for s in arithmetic_speeds(device, self.engine.dtype)]
         self.cores = measure_cores(self.engine, self.plan)
 
     @property
@@ -253,6 +258,11 @@ class Bench:
             "memory": n_bytes / median(self.speeds["memory"]),
             "arithmetic": 2 * n_tokens * n_weights / median(self.speeds["arithmetic"]),
         }
+
+
+def _together(devices):
+    """Bytes/s of all links at once."""
+    return [link_speed(devices) for _ in range(LEAST_ROUNDS)]
 
 
 def _count_weights(cfg):
