@@ -13,16 +13,14 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
-from jlayer.checkpoint.bitsandbytes import with_statistics
 from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import names_in_use
-from jlayer.checkpoint.nested import Nested
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.safetensors import (
     MAX_TENSORS,
@@ -44,6 +42,9 @@ from jlayer.strict import (
     read_small_file,
     regular_status,
 )
+
+if TYPE_CHECKING:
+    from jlayer.checkpoint.nested import Nested
 
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
@@ -122,6 +123,8 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
     }
+    from jlayer.checkpoint.bitsandbytes import with_statistics  # numpy: not for a command's help
+
     with _reading() as read:
         found = with_statistics(cfg, tables, read, where=folder)
     encodings = found.encodings or found_encodings(cfg, found.tables.values())

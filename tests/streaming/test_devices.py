@@ -1,5 +1,6 @@
 """Several devices give the tokens of one, however a model is cut, kept and cached."""
 
+import itertools
 import re
 
 import jax
@@ -13,11 +14,13 @@ from jlayer.engine import device as choosing
 from jlayer.errors import UsageError
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 from tests.engine.test_engine import IDS
 from tests.engine.test_host_cache import tight
 
 N_NEW = 24
+QUICK = [(20_000, 3), (100_000, 2)]  # of bytes of a tile, and devices
 HOW = {"device": "cpu", "dtype": "float32"}
 
 
@@ -38,14 +41,16 @@ def same(found, want):
 
 
 # Of 5000 bytes a tile has a few rows, which three devices cannot share evenly.
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("tile_bytes", [5000, 100_000])
-def test_however_it_is_cut(fable, want, cuts, n, tile_bytes):
+@pytest.mark.parametrize("cut", slow_but(itertools.product((20_000, 100_000), (2, 3)), QUICK))
+def test_however_it_is_cut(fable, want, cuts, cut):
+    tile_bytes, n = cut
     cuts(tile_bytes)
     same(tokens(fable, n), want)
 
 
-@pytest.mark.parametrize("tiers", [list(Tier), [Tier.HOST], [Tier.DEVICE], [Tier.DISK]], ids=str)
+@pytest.mark.parametrize(
+    "tiers", slow_but([tuple(Tier), (Tier.HOST,), (Tier.DEVICE,), (Tier.DISK,)], [tuple(Tier)])
+)
 def test_wherever_tiles_stay(fable, want, tiers_in_turn, tiers):
     tiers_in_turn(*tiers)
     same(tokens(fable, 2), want)
@@ -63,8 +68,7 @@ def test_with_the_cache_in_host_memory(fable, want, n):
 def test_quantized(tmp_path, scheme):
     convert_checkpoint(BUNDLED, tmp_path / "q", quantize=scheme)
     want = tokens(tmp_path / "q", 1, host_share=0)
-    for n in (2, 3):
-        same(tokens(tmp_path / "q", n, host_share=0), want)
+    same(tokens(tmp_path / "q", {"int8": 2, "int4": 3}[scheme], host_share=0), want)
 
 
 def test_beside_the_host_s_cores(fable, want, cuts):
