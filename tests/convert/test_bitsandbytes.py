@@ -30,6 +30,7 @@ from tests.convert.checkpoints import (
     tensors_of,
     write_tensors,
 )
+from tests.convert.refused import assert_refused
 from tests.streaming.conftest import set_tile_bytes
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -57,17 +58,6 @@ def changed(source, folder, edit=None, **config):
         said = json.loads((folder / "config.json").read_text())["quantization_config"] | config
         edit_json(folder / "config.json", quantization_config=said)
     return folder
-
-
-def refused(folder, tmp_path, words):
-    """In place and converted alike, in one line."""
-    for attempt in (
-        lambda: Store(folder),
-        lambda: convert_checkpoint(folder, tmp_path / "target"),
-    ):
-        with pytest.raises(CheckpointError, match=words) as caught:
-            attempt()
-        assert "\n" not in str(caught.value)
 
 
 def without(*ends):
@@ -215,7 +205,7 @@ NESTED = {
 
 @pytest.mark.parametrize(("edit", "words"), NESTED.values(), ids=NESTED)
 def test_tensors_that_do_not_make_a_matrix_are_refused(made, tmp_path, edit, words):
-    refused(changed(made["nested"], tmp_path / "changed", edit), tmp_path, words)
+    assert_refused(changed(made["nested"], tmp_path / "changed", edit), tmp_path, words)
 
 
 def test_whatever_a_text_says_is_read_or_refused(made, tmp_path):
@@ -243,15 +233,15 @@ def test_a_few_problems_are_told_at_once_with_the_number_of_the_others(made, tmp
             del tensors[name]
 
     folder = changed(made["nested"], tmp_path / "changed", edit)
-    refused(folder, tmp_path, r"(missing: [^;]*absmax; ){3}and 11 more$")
+    assert_refused(folder, tmp_path, r"(missing: [^;]*absmax; ){3}and 11 more$")
 
 
 def test_nested_magnitudes_without_what_they_need(made, tmp_path):
     """Of a folder whose statistics are not nested."""
     folder = changed(made["flat"], tmp_path / "one", says(nested_offset=0.5))
-    refused(folder, tmp_path, r"absmax in .* is float32 \[384\], expected uint8 \[384\]")
+    assert_refused(folder, tmp_path, r"absmax in .* is float32 \[384\], expected uint8 \[384\]")
     folder = changed(made["flat"], tmp_path / "two", part(".absmax", "U8", (384,), 384))
-    refused(folder, tmp_path, r"absmax in .* is uint8 \[384\], expected float32 \[384\]")
+    assert_refused(folder, tmp_path, r"absmax in .* is uint8 \[384\], expected float32 \[384\]")
 
 
 def test_a_quantized_router_is_refused(tmp_path):
@@ -259,7 +249,7 @@ def test_a_quantized_router_is_refused(tmp_path):
     more = {"num_local_experts": 2, "architectures": ["MixtralForCausalLM"]}
     folder = save(tmp_path / "mixtral", model_type="mixtral", **more)
     gate = "model.layers.0.block_sparse_moe.gate.weight"
-    refused(folder, tmp_path, rf"encoded, which is not supported of it: {gate} \(nf4\)")
+    assert_refused(folder, tmp_path, rf"encoded, which is not supported of it: {gate} \(nf4\)")
 
 
 def test_a_statistic_in_two_files_is_refused(made, tmp_path):
@@ -271,7 +261,9 @@ def test_a_statistic_in_two_files_is_refused(made, tmp_path):
     weight_map = {**dict.fromkeys(tensors, "a.safetensors"), f"{UP}.absmax": "b.safetensors"}
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
-    refused(folder, tmp_path, f"{UP}.absmax is in a.safetensors and in b.safetensors, expected in")
+    assert_refused(
+        folder, tmp_path, f"{UP}.absmax is in a.safetensors and in b.safetensors, expected in"
+    )
 
 
 def test_a_magnitude_that_is_no_number_is_refused_with_its_place(made, tmp_path):
@@ -311,7 +303,7 @@ INT8 = {
 
 @pytest.mark.parametrize(("edit", "words"), INT8.values(), ids=INT8)
 def test_tensors_of_8_bits_that_do_not_fit_are_refused(made, tmp_path, edit, words):
-    refused(changed(made["int8"], tmp_path / "changed", edit), tmp_path, words)
+    assert_refused(changed(made["int8"], tmp_path / "changed", edit), tmp_path, words)
 
 
 CONFIGS = {
@@ -341,14 +333,16 @@ CONFIGS = {
 
 @pytest.mark.parametrize(("config", "words"), CONFIGS.values(), ids=CONFIGS)
 def test_configs_of_another_form_are_refused(made, tmp_path, config, words):
-    refused(changed(made["nested"], tmp_path / "changed", **config), tmp_path, words)
+    assert_refused(changed(made["nested"], tmp_path / "changed", **config), tmp_path, words)
 
 
 def test_without_its_config_a_folder_is_told_to_want_it(made, tmp_path):
     for name in ("flat", "int8"):
         folder = changed(made[name], tmp_path / name)
         edit_json(folder / "config.json", quantization_config=None)
-        refused(folder, tmp_path, "weights quantized by bitsandbytes, in another form than config")
+        assert_refused(
+            folder, tmp_path, "weights quantized by bitsandbytes, in another form than config"
+        )
 
 
 SKIPPED = ("lm_head", "multi_modal_projector", "model.layers.0.self_attn")
@@ -462,7 +456,7 @@ def test_an_embedding_may_be_quantized_too(made, tmp_path, name):
 def test_an_embedding_with_nested_statistics_is_refused(made, tmp_path):
     folder = changed(made["nested"], tmp_path / "changed", with_embedding("nested", True))
     words = "embed_tokens.weight.absmax in .* has nested statistics, which is not supported of an"
-    refused(folder, tmp_path, words)
+    assert_refused(folder, tmp_path, words)
 
 
 @pytest.mark.parametrize("joins", [False, True])
