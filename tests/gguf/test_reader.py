@@ -301,5 +301,5 @@ def test_damaged_heads_are_read_or_refused_in_one_line(tmp_path):
         path.write_bytes(damaged(whole, rng))
         began = time.monotonic()
         kinds.add(judge(path))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
     assert kinds == {"read", "refused"}

@@ -131,9 +131,10 @@ def test_a_model_that_is_closed_while_it_is_read_leaves_no_thread(
 ):
     cuts(3_000)
     tiers_in_turn(Tier.HOST)
-    real, begun = Incoming.read_tile, threading.Event()
+    real, read, begun = Incoming.read_tile, [], threading.Event()
 
     def slow(executor, tile, slot):
+        read.append(tile)
         begun.set()
         time.sleep(0.02)
         return real(executor, tile, slot)
@@ -143,7 +144,7 @@ def test_a_model_that_is_closed_while_it_is_read_leaves_no_thread(
     with AutoModel.from_pretrained(tiny, device="cpu", watch=watch) as model:
         interrupt_compiling(model, watch, begun)
         n_tiles = len(model.plan.tiles)
-        began = time.monotonic()
-    assert time.monotonic() - began < 0.02 * n_tiles  # not after all of them
+        n_read = len(read)
+    assert len(read) <= n_read + 2 < n_tiles  # those under way, not all of them
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name.startswith("jlayer-reader")]

@@ -106,8 +106,10 @@ def test_a_slow_read_is_as_long_in_the_picture_as_it_was(tiny, monkeypatch):
     reads = timeline.lane("read")
     assert len(reads) >= 4
     inside = [span for span in reads if span.begin > timeline.starts[0]]
-    assert all(0.03 <= span.end - span.begin < 0.3 for span in inside)
-    assert timeline.busy("read") > 0.8 > timeline.busy("put")
+    assert all(span.end - span.begin >= 0.03 for span in inside)
+    seconds = timeline.end - timeline.starts[0]
+    n_readers = len({span.row for span in reads})
+    assert timeline.busy("read") * seconds >= 0.03 * len(inside) / n_readers
 
 
 def test_nothing_is_left_of_a_recorder_and_nothing_is_there_without_one(tiny):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -63,11 +62,9 @@ def test_a_forbidden_template_is_refused_in_one_line(here, name):
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_endless_template_ends(name, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_S", 0.3)
-    start = time.monotonic()
     with pytest.raises(CheckpointError, match="chat template") as caught:
         render_chat(ENDLESS[name], user("x"))
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 5  # a loaded machine, or it would be half a second
 
 
 def test_the_process_can_open_no_file_and_start_no_other():

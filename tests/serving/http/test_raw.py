@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from contextlib import closing
 
 import pytest
@@ -176,7 +175,7 @@ def test_a_method_that_a_path_does_not_have_is_405_with_those_it_has(serving, me
 
 def test_health_answers_while_a_long_text_is_read(serving, client):
     """The tokenizer holds no thread of Python for long."""
-    worst, over = 0.0, threading.Event()
+    n_answered, over = 0, threading.Event()
     text = "a " * 1_000_000
 
     def ask():
@@ -186,9 +185,8 @@ def test_health_answers_while_a_long_text_is_read(serving, client):
     thread = threading.Thread(target=ask)
     thread.start()
     while not over.is_set():
-        began = time.monotonic()
         with raw(serving, method="GET", path="/health", headers=["Connection: close"]) as found:
             assert b" 200 " in read_all(found)
-        worst = max(worst, time.monotonic() - began)
+        n_answered += not over.is_set()
     thread.join()
-    assert worst < 1
+    assert n_answered > 1
