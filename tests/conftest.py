@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -89,6 +90,36 @@ def pytest_configure():
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+class LastPrograms(OrderedDict):
+    """The programs of models that were closed, too: many tests open models that are alike."""
+
+    def __setitem__(self, name, program):
+        super().__setitem__(name, program)
+        self.move_to_end(name)
+        if len(self) > 2000:
+            self.popitem(last=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def less_to_begin_with():
+    """What each model that is opened would do again: compile, and see how fast the cores are with
+    as many bytes as large models have."""
+    from jlayer.engine import compiles, speeds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiles, "all_programs", LastPrograms())
+        patch.setattr(speeds, "MATRIX_BYTES", 1 << 20)
+        yield
+
+
+@pytest.fixture
+def compiled_anew(monkeypatch):
+    """For a test that looks at what is compiled, or at what programs are made of."""
+    from jlayer.engine import compiles
+
+    monkeypatch.setattr(compiles, "all_programs", {})
 
 
 @pytest.fixture(scope="session")

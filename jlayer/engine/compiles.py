@@ -1,12 +1,17 @@
-"""Compiles programs, several at a time, and counts what XLA compiles."""
+"""Compiles programs, several at a time, and counts what XLA compiles.
+
+Models that are open at once, and are alike, share their programs.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import jax
 
@@ -42,19 +47,35 @@ def _compiled_here():
     return getattr(_counted, "here", 0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """`count`: how many XLA compiled for it."""
+
+    run: Callable
+    count: int
+
+
+# The programs of all models that are open.
+all_programs: WeakValueDictionary[Hashable, _Program] = WeakValueDictionary()
+
+
 class Compiler:
     """Compiled programs for some devices, by label and key.
 
-    `at_a_time`: how many are compiled at a time. `compiles`: how many were, by label.
-    `temporary_bytes`: of the program with the most so far, as XLA reports.
+    `of`: what the programs depend on besides label, key, arguments and devices; those of two
+    compilers for which it is equal are the same. `at_a_time`: how many are compiled at a time.
+    `compiles`: how many were, by label. `temporary_bytes`: of the program with the most so far, as
+    XLA reports.
     """
 
-    def __init__(self, devices: Devices, watch: Watch, *, at_a_time: int | None = None):
-        self._devices, self._watch = devices, watch
+    def __init__(
+        self, devices: Devices, watch: Watch, *, of: Hashable, at_a_time: int | None = None
+    ):
+        self._devices, self._watch, self._of = devices, watch, of
         self.compiles: dict[str, int] = {}
         self.temporary_bytes = 0
-        self._programs: dict[tuple, Callable] = {}
-        self._waiting: dict[tuple, tuple[Future, object]] = {}  # and what is compiled
+        self._programs: dict[tuple, _Program] = {}
+        self._waiting: dict[tuple, tuple[Future, object, tuple]] = {}  # and what is compiled
         self._pool: ThreadPoolExecutor | None = None
         self._at_a_time = at_a_time or _at_a_time(devices.first)
 
@@ -66,15 +87,24 @@ class Compiler:
         every device. Inside `together`, None where it is not compiled yet."""
         name = label, key
         if name in self._programs:
-            return self._programs[name]
-        if name not in self._waiting:
-            with deferred(), self._watch.compiling(label):
-                lowered = self._lower(function, args, reuses, results)
-                if self._pool is None:
-                    self._keep(name, *compiled(lowered))
-                else:
-                    self._waiting[name] = (self._pool.submit(compiled, lowered), lowered)
-        return self._programs.get(name)
+            return self._programs[name].run
+        if name in self._waiting:
+            return None
+        shared = self._shared_name(name, args, reuses, results)
+        if (program := all_programs.get(shared)) is not None:
+            return self._keep(name, shared, program)
+        with deferred(), self._watch.compiling(label):
+            lowered = self._lower(function, args, reuses, results)
+            if self._pool is None:
+                return self._keep(name, shared, compiled(lowered))
+            self._waiting[name] = (self._pool.submit(compiled, lowered), lowered, shared)
+        return None
+
+    def _shared_name(self, name, args, reuses, results):
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        results = tuple(jax.tree.leaves(results)), jax.tree.structure(results)
+        return self._of, self._devices.all, name, tree, shapes, reuses, results
 
     @contextmanager
     def together(self):
@@ -92,20 +122,20 @@ class Compiler:
             try:
                 yield
                 alone = []
-                for name, (future, lowered) in self._waiting.items():
+                for name, (future, lowered, shared) in self._waiting.items():
                     with deferred(), self._watch.compiling(name[0]):
                         try:
-                            self._keep(name, *future.result())
+                            self._keep(name, shared, future.result())
                         except jax.errors.JaxRuntimeError as error:
                             if OUT_OF_MEMORY not in str(error):
                                 raise
-                            alone.append((name, lowered))
-                for name, lowered in alone:
+                            alone.append((name, lowered, shared))
+                for name, lowered, shared in alone:
                     with deferred(), self._watch.compiling(name[0]):
-                        self._keep(name, *compiled(lowered))
+                        self._keep(name, shared, compiled(lowered))
             finally:
                 self._pool = None
-                for future, _ in self._waiting.values():
+                for future, *_ in self._waiting.values():
                     future.cancel()
                 self._waiting.clear()
 
@@ -122,11 +152,12 @@ class Compiler:
         function = self._devices.on_each(function, args, results)
         return jax.jit(function, donate_argnums=consumed, out_shardings=results).lower(*placed)
 
-    def _keep(self, name, program, count):
-        temporary = program.memory_analysis().temp_size_in_bytes
+    def _keep(self, name, shared, program):
+        temporary = program.run.memory_analysis().temp_size_in_bytes
         self.temporary_bytes = max(self.temporary_bytes, temporary)
-        self.compiles[name[0]] = self.compiles.get(name[0], 0) + count
-        self._programs[name] = program
+        self.compiles[name[0]] = self.compiles.get(name[0], 0) + program.count
+        self._programs[name] = all_programs[shared] = program
+        return program.run
 
 
 def _at_a_time(device):
@@ -134,7 +165,6 @@ def _at_a_time(device):
     return 1 if device.platform == "cpu" else min(AT_A_TIME, len(os.sched_getaffinity(0)))
 
 
-def compiled(lowered):
-    """(the program, how many XLA compiled for it)"""
+def compiled(lowered) -> _Program:
     before = _compiled_here()
-    return lowered.compile(), _compiled_here() - before
+    return _Program(lowered.compile(), _compiled_here() - before)

@@ -154,7 +154,8 @@ class DraftModel:
     def _program(self, size, n_wanted):
         """({the model, the small arrays in one}, pools) -> (int32 [W, 2, C]: ids, and the bits of
         their logits; pools)."""
-        most = min(CANDIDATES, self.cfg.vocab_size, self._most_ids)
+        most_ids = self._most_ids
+        most = min(CANDIDATES, self.cfg.vocab_size, most_ids)
         small = {
             "ids": jax.ShapeDtypeStruct((size.rows,), "int32"),
             "rows": size.rows_struct,
@@ -172,7 +173,7 @@ class DraftModel:
                 cfg=self.cfg,
                 dtype=self.dtype,
                 most=most,
-                most_ids=self._most_ids,
+                most_ids=most_ids,
             )
             bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
             return jnp.stack([ids, bits], axis=1), pools
@@ -184,7 +185,7 @@ class DraftModel:
             "small": jax.ShapeDtypeStruct((packed_bytes(small),), "uint8"),
         }
         label = f"draft {size.rows} {size.attends()} wanted {n_wanted}"
-        return self._programs.get(label, (), function, (given, self._struct(size.pool)))
+        return self._programs.get(label, most_ids, function, (given, self._struct(size.pool)))
 
     def _reserve(self, n_rows):
         """Makes the pools, or lets them grow."""

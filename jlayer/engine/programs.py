@@ -45,7 +45,7 @@ class Programs:
         self, cfg: ModelConfig, *, dtype: str, devices: Devices, watch: Watch | None = None
     ):
         self.cfg, self.dtype, self.devices = cfg, dtype, devices
-        self._compiler = Compiler(devices, watch or Watch())
+        self._compiler = Compiler(devices, watch or Watch(), of=(cfg, dtype))
         self.pools = PoolPrograms(devices, dtype=dtype, get=self.get)
         self._block_bytes = BLOCK_BYTES[devices.platform]
 
@@ -102,7 +102,8 @@ class Programs:
         }
         given = {"rows": rows}
         given |= self._whole("whole", self._device_leaves(first), wanted.whole if wanted else ())
-        return self.get(f"embed {n_rows}", (wanted,), function, (given,))
+        key = (wanted, *(part.form for part in parts))
+        return self.get(f"embed {n_rows}", key, function, (given,))
 
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""

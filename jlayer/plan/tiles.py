@@ -288,7 +288,8 @@ class Tile:
         """The key of the programs compiled for this tile; equal for all layers of a kind."""
         kind = self.kind and self.kind.name
         stage = self.stage and self.stage.name
-        return (kind, stage, *((part.leaf, part.shape, part.dtype) for part in self.parts))
+        parts = ((part.leaf, part.shape, part.dtype, part.form) for part in self.parts)
+        return (kind, stage, self.n_devices, self.joined, *parts)
 
     def products(self) -> dict[str, int]:
         """Product -> the number of its rows that this tile gives."""

@@ -188,6 +188,7 @@ def test_what_goes_to_a_file_still_does_while_a_terminal_counts(monkeypatch):
     assert "a result" not in stream.getvalue()
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_a_run_on_a_terminal_names_what_opening_compiling_and_sweeping_do(fable, monkeypatch):
     """The hooks are called by the engine, and in this order."""
     terminal(monkeypatch)

@@ -14,6 +14,7 @@ from jlayer.cores.native import Compiler, missing
 from jlayer.cores.packing import packed_shape
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
+from tests.campaigns import slow_but
 from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix, placed
 from tests.cores.test_kernels import FORMS as OTHERS
 from tests.cores.test_kernels import with_scales_of_all_kinds
@@ -83,7 +84,7 @@ def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_co
 
 
 @needs_wide
-@pytest.mark.parametrize("n_columns", [9, 64])
+@pytest.mark.parametrize("n_columns", slow_but([9, 64], (9,)))
 @pytest.mark.parametrize("form", OTHERS)
 def test_other_tools_weights_are_rounded_once_too(cores, any_columns, form, n_columns):
     for rows, width in SHAPES[1:3]:

@@ -1,10 +1,13 @@
 """Programs that are compiled several at a time are the same, are counted once, and fail as one."""
 
+import gc
 import threading
+from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jlayer.engine import compiles
 from jlayer.engine.compiles import Compiler, backend_compiles
@@ -12,12 +15,18 @@ from jlayer.streaming.devices import Devices
 from jlayer.streaming.watch import Watch
 
 STRUCT = jax.ShapeDtypeStruct((3,), "float32")
+MODEL = ("a model", "float32")
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
+
+def compiler_of(model, at_a_time=1):
+    return Compiler(Devices(jax.devices("cpu")[:1]), Watch(), of=model, at_a_time=at_a_time)
 
 
 @pytest.fixture(params=[1, 4])
 def compiler(request):
     """One at a time, as on a CPU, and four."""
-    return Compiler(Devices(jax.devices("cpu")[:1]), Watch(), at_a_time=request.param)
+    return compiler_of(MODEL, request.param)
 
 
 def times(factor):
@@ -41,8 +50,7 @@ def test_programs_asked_for_together_are_there_afterwards(compiler):
 @pytest.mark.parametrize("word", ["RESOURCE_EXHAUSTED", "INTERNAL"])
 def test_one_that_has_no_room_beside_others_is_compiled_alone(monkeypatch, word):
     """Kernels are tried on the device while programs are compiled."""
-    (device,) = jax.devices("cpu")[:1]
-    compiler, failed = Compiler(Devices([device]), Watch(), at_a_time=4), []
+    compiler, failed = compiler_of(MODEL, 4), []
 
     def compiled(lowered):
         if threading.current_thread() is not threading.main_thread() and not failed:
@@ -82,3 +90,62 @@ def test_one_that_fails_fails_all_and_leaves_nothing_behind(compiler):
         compiler.get("right", 0, times(2), (STRUCT,), reuses=False)
     program = compiler.get("right", 0, None, None, reuses=False)
     assert (np.asarray(program(np.ones(3, np.float32))) == 2).all()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 4])
+def test_models_that_are_alike_share_their_programs(monkeypatch, at_a_time):
+    monkeypatch.setattr(compiles, "all_programs", WeakValueDictionary())
+    first, second, other = (
+        compiler_of(model, at_a_time) for model in (MODEL, MODEL, (*MODEL, "more"))
+    )
+    before, found = backend_compiles(), []
+    for each in (first, second, other):
+        with each.together():
+            each.get("times", 2, times(2), (STRUCT,), reuses=False)
+        found.append(each.get("times", 2, None, None, reuses=False))
+    assert backend_compiles() - before == 2
+    assert found[0] is found[1] is not found[2]
+    assert first.compiles == second.compiles == other.compiles == {"times": 1}
+    assert second.temporary_bytes == first.temporary_bytes
+    del first, second, found
+    gc.collect()
+    assert len(compiles.all_programs) == 1  # those of models that were closed are gone
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label": "half"},
+        {"key": 3},
+        {"args": (jax.ShapeDtypeStruct((4,), "float32"),)},
+        {"args": (jax.ShapeDtypeStruct((3,), "int32"),)},
+        {"args": ([STRUCT],)},
+        {"reuses": True},
+        {"results": [SingleDeviceSharding(jax.devices("cpu")[0])]},
+    ],
+    ids=str,
+)
+def test_what_a_program_depends_on_is_not_shared(change):
+    def twice(given):
+        return jax.tree.leaves(given * 2 if hasattr(given, "shape") else given)
+
+    asked = {"label": "times", "key": 2, "args": (STRUCT,), "reuses": False}
+    for more in ({}, change):
+        how = asked | more
+        compiler_of(MODEL).get(how.pop("label"), how.pop("key"), twice, how.pop("args"), **how)
+    assert len(compiles.all_programs) == 2
+
+
+def test_models_that_are_open_at_once_are_compiled_for_once(tiny, monkeypatch):
+    from jlayer import AutoModel
+
+    with (
+        AutoModel.from_pretrained(tiny, device="cpu") as first,
+        AutoModel.from_pretrained(tiny, device="cpu") as second,
+        AutoModel.from_pretrained(tiny, device="cpu", dtype="bfloat16") as other,
+    ):
+        expected, before = first.logits([[5, 17, 99]]), backend_compiles()
+        np.testing.assert_array_equal(second.logits([[5, 17, 99]]), expected)
+        assert backend_compiles() == before
+        other.logits([[5, 17, 99]])
+        assert backend_compiles() > before

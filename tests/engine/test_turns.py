@@ -42,7 +42,7 @@ def expected(published):
 KEPT = [(0, ALL, 0), (3, 5, 2), (0, 0, 0), (2, ALL, 2), (ALL, ALL, 0)]
 
 
-@pytest.mark.parametrize("kept", slow_but(KEPT, KEPT[:2]))
+@pytest.mark.parametrize("kept", slow_but(KEPT, KEPT[1:2]))
 def test_the_numbers_are_the_same(published, expected, monkeypatch, kept):
     on_device, in_host, guessed = kept
     set_expert_rooms(monkeypatch, on_device=on_device, in_host=in_host, guessed=guessed)

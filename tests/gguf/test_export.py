@@ -13,6 +13,7 @@ from jlayer.convert.export import export_checkpoint
 from jlayer.convert.target import space
 from jlayer.errors import CheckpointError, DoesNotFitError, UnsupportedModelError, UsageError
 from jlayer.text.tokenizer import Tokenizer
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED, SHARED_DATA, needs_shared_data
 from tests.gguf.forms import save
 from tests.gguf.test_llamacpp import N_TOKENS, log_probabilities, next_tokens
@@ -31,6 +32,7 @@ NAMES = (
     "qwen3, yarn",
     *("mixtral", "glm4_moe, groups", "gemma3"),  # every byte of others is compared
 )
+FIRST = ("llama, llama3 rope", "qwen2", "mixtral")
 TYPES = {None: "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -66,7 +68,7 @@ def test_every_byte_is_that_of_the_package_gguf(name, kind, tmp_path):
         assert np.array_equal(found[tensor][1].view(np.uint8), data.view(np.uint8)), tensor
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, FIRST))
 def test_the_file_gives_the_logits_of_its_source(name, tmp_path):
     source, path = exported(name, tmp_path)
     logits = []

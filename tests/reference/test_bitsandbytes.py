@@ -17,6 +17,7 @@ from jlayer.cores.decode import decoded
 from jlayer.encodings.registry import ENCODINGS, piece_name
 from jlayer.families.registry import published_tensors
 from jlayer.streaming.direct import Reader, aligned_buffer, aligned_span
+from tests.campaigns import slow_but
 from tests.reference.bitsandbytes_forms import FORMS, dequantized, reference_logits, save
 from tests.reference.fp8_forms import save_encoded
 from tests.streaming.conftest import set_tile_bytes
@@ -34,6 +35,9 @@ LOGITS = [
     ("phi3", "nested in bfloat16"),
     *((name, "nested") for name in ("gemma3_text", "qwen3_moe", "deepseek_v3")),
 ]
+
+PHI3 = ("phi3", "int8")
+FIRST = [("llama", "fp4"), ("qwen3", "some left"), ("qwen3_moe", "nested")]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +60,15 @@ def assert_close(folder, expected, **options):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "form"), LOGITS)
-def test_logits_of_a_prompt_as_published(made, name, form):
-    folder = made(name, form)
+@pytest.mark.parametrize("case", slow_but(LOGITS, FIRST), ids="-".join)
+def test_logits_of_a_prompt_as_published(made, case):
+    folder = made(*case)
     assert_close(folder, reference_logits(folder, IDS))
 
 
-@pytest.mark.parametrize(("name", "form"), [("qwen3", "nested"), ("phi3", "int8")])
-def test_logits_once_converted_and_in_place_by_ranges_of_rows(
-    made, tmp_path, monkeypatch, name, form
-):
-    folder = made(name, form)
+@pytest.mark.parametrize("case", slow_but([("qwen3", "nested"), PHI3], [PHI3]), ids="-".join)
+def test_logits_once_converted_and_in_place_by_ranges_of_rows(made, tmp_path, monkeypatch, case):
+    folder = made(*case)
     expected = reference_logits(folder, IDS)
     assert convert_checkpoint(folder, tmp_path / "layered").status == "converted"
     assert verify_folder(tmp_path / "layered").findings == ()

@@ -14,6 +14,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.encodings.tables import E2M1
 from jlayer.errors import CheckpointError
+from tests.campaigns import slow_but
 from tests.reference.fp8_forms import reference_logits, save_encoded
 from tests.streaming.conftest import set_tile_bytes
 
@@ -164,6 +165,12 @@ ENCODINGS = {
 }
 SIZES = {"hidden_size": 160, "intermediate_size": 320, "head_dim": 32}  # of whole groups of 32
 
+LOGITS = [*((form, "qwen3") for form in FORMS), ("int4 in groups", "qwen3_moe")]
+FIRST = [
+    *((form, "qwen3") for form in ("int4, the last group short", "nvfp4", "fp8 of modelopt")),
+    ("int4 in groups", "qwen3_moe"),
+]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -185,11 +192,9 @@ def logits(folder):
         return model.logits(IDS)
 
 
-@pytest.mark.parametrize(
-    ("form", "name"), [*((form, "qwen3") for form in FORMS), ("int4 in groups", "qwen3_moe")]
-)
-def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, form, name):
-    folder, expected = made(form, name)
+@pytest.mark.parametrize("case", slow_but(LOGITS, FIRST), ids="-".join)
+def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, case):
+    (form, _), (folder, expected) = case, made(*case)
     convert_checkpoint(folder, tmp_path / "layered")
     for each in (folder, tmp_path / "layered"):
         q = "model.layers.1.self_attn.q_proj.weight"
@@ -198,7 +203,7 @@ def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, form, nam
         np.testing.assert_allclose(logits(each), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "fp8 of modelopt"])
+@pytest.mark.parametrize("form", slow_but(["nvfp4", "fp8 of modelopt"], ("fp8 of modelopt",)))
 def test_a_scale_for_all_rows_comes_with_each_tile_and_is_checked(
     made, tmp_path, monkeypatch, form
 ):

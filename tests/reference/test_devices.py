@@ -18,8 +18,8 @@ FORMS = {
 # Those that run in every test session: joined projections, gates of heads, norms of all heads and
 # of each, states, latent attention, routers, a shared expert -> on how many devices.
 FIRST = {
-    **dict.fromkeys(("phi3", "cohere-qk", "qwen3_next"), (2,)),
-    **dict.fromkeys(("olmo2", "deepseek_v3"), (3,)),
+    **dict.fromkeys(("cohere-qk", "deepseek_v3"), (2,)),
+    **dict.fromkeys(("olmo2",), (3,)),
 }
 
 

@@ -14,6 +14,7 @@ from jlayer.encodings.fp8 import FP8
 from jlayer.encodings.registry import ENCODINGS
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import stacked_tensors
+from tests.campaigns import slow_but
 from tests.reference.fp8_forms import FORMS, GRID, MODELS, encode, reference_logits, save
 from tests.reference.mixture_forms import MIXTURES
 from tests.reference.test_stacked import WEIGHTS, cfg_of
@@ -30,6 +31,9 @@ CASES = [
     *(("qwen3", form) for form in FORMS if form != "grid"),
     ("deepseek_v3", "compressed by channel"),
 ]
+
+BY_CHANNEL = ("compressed by channel", 20)
+FIRST = [("qwen3", "grid"), ("qwen3", "compressed by channel"), ("qwen3_moe", "grid")]
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +59,16 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, name, form):
-    folder, expected = made(name, form)
+@pytest.mark.parametrize("case", slow_but(CASES, FIRST), ids="-".join)
+def test_logits_of_a_prompt_as_published_and_converted(made, tmp_path, case):
+    folder, expected = made(*case)
     assert_close(logits(folder), expected)
     convert_checkpoint(folder, tmp_path / "layered")
     assert verify_folder(tmp_path / "layered").findings == ()
     assert_close(logits(tmp_path / "layered"), expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, ("qwen3", "qwen3_moe")))
 def test_tiles_begin_where_a_row_of_scales_does(made, monkeypatch, name):
     folder, expected = made(name, "grid")
     set_tile_bytes(monkeypatch, 4096)
@@ -76,7 +80,7 @@ def test_tiles_begin_where_a_row_of_scales_does(made, monkeypatch, name):
         assert_close(model.logits(IDS), expected)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("name", slow_but(["qwen3", "deepseek_v3"], ("qwen3",)))
 def test_rows_that_the_hosts_cores_multiply(made, name):
     """Half of them, up to where a row of scales begins."""
     folder, expected = made(name, "grid")
@@ -152,8 +156,13 @@ def experts_in_fp8(folder, form, width):
     return apart, whole
 
 
-@pytest.mark.parametrize(("form", "width"), [("grid", 128), ("compressed by channel", 20)])
-def test_experts_in_one_tensor_are_those_that_lie_one_by_one(tmp_path, form, width):
+@pytest.mark.parametrize(
+    "case",
+    slow_but([("grid", 128), BY_CHANNEL], [BY_CHANNEL]),
+    ids="{0[0]}".format,
+)
+def test_experts_in_one_tensor_are_those_that_lie_one_by_one(tmp_path, case):
+    form, width = case
     apart, whole = experts_in_fp8(tmp_path, form, width)
     expected = logits(apart)
     np.testing.assert_array_equal(logits(whole), expected)

@@ -20,7 +20,7 @@ IDS = np.random.default_rng(1).integers(3, 133, N_TOKENS).tolist()
 FORMS = [(mixture_forms, name) for name in mixture_forms.MIXTURES]
 FORMS += [(latent_forms, name) for name in latent_forms.FORMS if "dense" not in name]
 # One of each kind: by groups in float32, with a norm of its own, two experts one after another.
-FIRST = {"glm4_moe", "gemma4", "phimoe"}
+FIRST = {"gemma4"}
 
 
 def said(folder, patch, guessed):

@@ -13,6 +13,7 @@ from jlayer.convert.verify import verify_folder
 from jlayer.cores.decode import decoded
 from jlayer.encodings.registry import ENCODINGS, piece_name
 from jlayer.errors import CheckpointError
+from tests.campaigns import slow_but
 from tests.reference.fp8_forms import reference_logits
 from tests.reference.repacked_forms import FORMS, is_encoded, save
 from tests.streaming.conftest import set_tile_bytes
@@ -28,6 +29,8 @@ LOGITS = [
     *(("qwen3", form) for form in ("gptq sorted", "gptq of 8 bits sorted", "packed sorted")),
     *(("qwen3_moe", form) for form in ("gptq sorted asymmetric", "awq")),
 ]
+
+FIRST = [("llama", "hqq"), ("qwen3", "gptq sorted"), ("qwen3_moe", "awq")]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +53,9 @@ def assert_close(folder, expected, **options):
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "form"), LOGITS)
-def test_logits_of_a_prompt_once_converted(made, tmp_path, monkeypatch, name, form):
-    published, plain = made(name, form)
+@pytest.mark.parametrize("case", slow_but(LOGITS, FIRST), ids="-".join)
+def test_logits_of_a_prompt_once_converted(made, tmp_path, monkeypatch, case):
+    published, plain = made(*case)
     assert convert_checkpoint(published, tmp_path / "layered").status == "converted"
     assert verify_folder(tmp_path / "layered").findings == ()
     expected = reference_logits(plain, IDS)

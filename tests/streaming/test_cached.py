@@ -20,6 +20,7 @@ from jlayer.plan.tiles import Tier
 from jlayer.streaming import direct
 from jlayer.streaming.cached import CachedFile, PageCache, Turn, page_cache_use
 from jlayer.streaming.direct import Reader, aligned_buffer, aligned_span, n_readers
+from tests.campaigns import slow_but
 
 IDS = [5, 17, 99, 3, 64, 128, 1]
 N_BYTES = 1 << 20
@@ -315,7 +316,10 @@ def folder(tiny, tmp_path, data):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-@pytest.mark.parametrize("tiers", [(Tier.HOST,), (Tier.DEVICE,), (Tier.HOST, Tier.DISK)])
+TIERS = [(Tier.HOST,), (Tier.DEVICE,), (Tier.HOST, Tier.DISK)]
+
+
+@pytest.mark.parametrize("tiers", slow_but(TIERS, TIERS[2:]))
 def test_a_model_in_the_page_cache_says_the_same(folder, cuts, tiers_in_turn, tiers, monkeypatch):
     monkeypatch.setattr(engine, "page_cache_use", lambda *_, **__: PageCache.TAKE)
     cuts(3_000)

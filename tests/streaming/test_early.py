@@ -13,6 +13,8 @@ from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.watch import Watch
 from tests.campaigns import slow_but
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
+
 IDS = [5, 17, 99, 3, 64, 128, 1]
 TOKENS = {"max_new_tokens": 4, "do_sample": False}
 
