@@ -54,6 +54,7 @@ LIMITS = {
 # A picture of more than CROWD tiles gets a second one below it that shows CLOSELY of them.
 CROWD, CLOSELY = 90, 14
 NAMELESS = ("draft", "decide")  # lanes whose spans are of no tile
+BY_DEVICE = ("put", "run")  # lanes with a bar for each device
 SOMETIMES = ("draft", "host", "decide")  # lanes that are drawn only where they were used
 LIMITING = 0.8  # a lane that is busy for a smaller share of the time is not the limit
 
@@ -204,7 +205,7 @@ def _draw_window(axes, timeline, begin, end, *, closely):
             axes.axvline((start - zero) * 1e3, color="black", lw=1, ls=":")
             words = {"fontsize": 8, "style": "italic"}
             axes.text((start - zero) * 1e3, len(lanes) + 0.72, " forward pass", **words)
-    _frame(axes, (begin - zero) * 1e3, (end - zero) * 1e3, lanes)
+    _frame(axes, timeline, (begin - zero) * 1e3, (end - zero) * 1e3)
 
 
 def _by_shade(timeline, begin, end):
@@ -238,16 +239,23 @@ def _name(axes, timeline, spans, where, height, width, shade):
             axes.text(middle, height, text, color=colour, **options)
 
 
-def _frame(axes, left, right, lanes):
+def _frame(axes, timeline, left, right):
+    lanes = _lanes(timeline)
     axes.set_xlim(left, right)
     axes.set_ylim(0, len(lanes) + 0.9)
-    words = [f"{lane}: {LANES[lane]}" for lane in reversed(lanes)]
+    words = [f"{lane}: {LANES[lane]}{_on(timeline, lane)}" for lane in reversed(lanes)]
     axes.set_yticks([*(place + 0.5 for place in range(len(lanes))), len(lanes) + 0.4])
     axes.set_yticklabels([*words, "layer"])
     axes.xaxis.set_major_formatter(lambda at, _: f"{at:,.5g}")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(left=False)
+
+
+def _on(timeline, lane):
+    """Words for a lane of several devices, whose bars lie one above another."""
+    n = len({span.row for span in timeline.lane(lane)})
+    return f",\neach of {n} devices" if lane in BY_DEVICE and n > 1 else ""
 
 
 def _draw_layers(axes, timeline, begin, end, place):
@@ -276,8 +284,9 @@ def _tell_busy(axes, timeline):
 
 
 def _runs(timeline):
-    """The spans in which tiles are multiplied, wherever, in order."""
-    spans = timeline.lane("run") + timeline.lane("host")
+    """The spans in which tiles are multiplied, wherever, in order; of several devices those of the
+    first."""
+    spans = [span for span in timeline.lane("run") if span.row == 0] + timeline.lane("host")
     return sorted(spans, key=lambda span: span.end)
 
 

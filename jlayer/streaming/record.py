@@ -1,7 +1,7 @@
 """Records when each step of a sweep really began and ended, for a picture of it.
 
-Reads end in reader threads; puts and runs are asynchronous, so one thread waits for the puts and
-another for the runs. None of this exists unless a recorder is attached.
+Reads end in reader threads; puts and runs are asynchronous, so of each device one thread waits for
+the puts and another for the runs. None of this exists unless a recorder is attached.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Span:
     """The work of a lane on a tile from `begin` to `end` (seconds of one clock); `tile` is None in
     the lane DRAFT, and in the lane "decide" the first of the experts whose choice was waited for.
 
-    `row`: the number of the lane's worker. `guessed`: the tile was put before its layer had decided
+    `row`: the number of the lane's worker, or of the device. `guessed`: the tile was put before its layer had decided
     which experts it uses.
     """
 
@@ -67,7 +67,8 @@ class Timeline:
 
 @dataclass
 class _Mark:
-    """A step in progress: when it was asked for, and the step (`after`) that it depends on."""
+    """A step in progress, on one of the devices: when it was asked for, and the step (`after`) that
+    it depends on."""
 
     tile: int
     asked: float
@@ -79,11 +80,12 @@ class _Mark:
 
 @dataclass
 class _Pending:
-    """A tile between its read and its free: its latest marks, and the pending waits for it."""
+    """A tile between its read and its free: its latest marks, those of its put by device, and the
+    pending waits for it by lane and device."""
 
     read: _Mark | None = None
-    put: _Mark | None = None
-    waits: dict = field(default_factory=dict)
+    puts: dict[int, _Mark] = field(default_factory=dict)
+    waits: dict[tuple[str, int], Future] = field(default_factory=dict)
 
 
 class Recorder:
@@ -91,17 +93,14 @@ class Recorder:
 
     def __init__(self, watch, tiles: Sequence[Tile], tiers: Sequence[Tier]):
         self._watch, self._tiles, self._tiers = watch, tuple(tiles), tuple(tiers)
-        room = len(tiles) * (KEPT_SWEEPS + 1)
+        room = len(tiles) * (KEPT_SWEEPS + 1) * max(tile.n_devices for tile in tiles)
         self._marks = {lane: deque(maxlen=room) for lane in LANES}
         self._drafts = deque(maxlen=KEPT_SWEEPS + 1)
         self._starts = deque(maxlen=KEPT_SWEEPS)
         self._tile_states: dict[int, _Pending] = {}
         self._asked, self._last_run, self._end = 0.0, len(tiles), 0.0
-        self._waiters = {
-            lane: ThreadPoolExecutor(1, thread_name_prefix=f"jlayer-timeline-{lane}")
-            for lane in ("put", "run")
-        }
-        self._last_waits: dict[str, Future | None] = dict.fromkeys(self._waiters)
+        self._waiters: dict[tuple[str, int], ThreadPoolExecutor] = {}
+        self._last_waits: dict[tuple[str, int], Future] = {}
 
     def __enter__(self):
         self._also = self._watch.also(self._on_step, self._on_taken, self._on_draft)
@@ -134,18 +133,22 @@ class Recorder:
                 state.read = _Mark(tile, self._asked, row=None)
                 result.add_done_callback(partial(self._note_read, state.read))
             case Put(tile):
-                state.put = _Mark(tile, self._asked, after=state.read, guessed=step.guessed)
-                self._await("put", state, state.put, result)
+                state.puts = {}
+                for row, own in enumerate(_by_device(result)):
+                    mark = _Mark(tile, self._asked, after=state.read, row=row, guessed=step.guessed)
+                    state.puts[row] = mark
+                    self._await("put", state, mark, own)
                 state.read = None
             case Run(tile, "host"):
                 mark = _Mark(tile, self._asked, after=state.read)
                 result.add_done_callback(partial(self._note_host, mark))
                 state.read = None
             case Run(tile, _, also):
-                for each in (tile, *also):
-                    state = self._tile_states.setdefault(each, _Pending())
-                    mark = _Mark(each, self._asked, after=state.put)
-                    self._await("run", state, mark, result)
+                for row, own in enumerate(_by_device(result)):
+                    for each in (tile, *also):
+                        state = self._tile_states.setdefault(each, _Pending())
+                        mark = _Mark(each, self._asked, after=state.puts.get(row), row=row)
+                        self._await("run", state, mark, own)
             case Free(tile):
                 # A waiter must not hold weights longer than the executor does.
                 for wait in state.waits.values():
@@ -169,12 +172,16 @@ class Recorder:
     def _await(self, lane, state, mark, result):
         # A result that is ready (a put on a CPU always is) is noted here, unless an earlier one is
         # still waited for.
-        in_turn = self._last_waits[lane] is None or self._last_waits[lane].done()
-        if in_turn and all(array.is_ready() for array in jax.tree.leaves(result)):
+        who = lane, mark.row
+        in_turn = who not in self._last_waits or self._last_waits[who].done()
+        if in_turn and all(array.is_ready() for array in result):
             self._note_end(lane, mark, result)
             return
-        wait = self._waiters[lane].submit(self._note_end, lane, mark, result)
-        state.waits[lane] = self._last_waits[lane] = wait
+        if who not in self._waiters:
+            prefix = f"jlayer-timeline-{lane}-{mark.row}"
+            self._waiters[who] = ThreadPoolExecutor(1, thread_name_prefix=prefix)
+        wait = self._waiters[who].submit(self._note_end, lane, mark, result)
+        state.waits[who] = self._last_waits[who] = wait
 
     def _note_end(self, lane, mark, result):
         with suppress(jax.errors.JaxRuntimeError):  # the executor reports it
@@ -192,6 +199,18 @@ class Recorder:
         spans += self._drafts
         inside = tuple(s for s in spans if s.end >= self._starts[0] and s.begin <= end)
         return Timeline(self._tiles, self._tiers, inside, tuple(self._starts), end)
+
+
+def _by_device(result) -> list[list[jax.Array]]:
+    """What each device has of some arrays, in the order of the devices."""
+    leaves = jax.tree.leaves(result)
+    if all(len(leaf.devices()) == 1 for leaf in leaves):
+        return [leaves]
+    found: dict[jax.Device, list[jax.Array]] = {}
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            found.setdefault(shard.device, []).append(shard.data)
+    return [found[device] for device in sorted(found, key=lambda device: device.id)]
 
 
 def _spans(lane, marks):

@@ -94,6 +94,23 @@ def test_the_picture_says_what_limits_and_shows_only_the_tiers_in_use():
     assert {"layer", "0", "1", "2"} <= set(words)
 
 
+def test_several_devices_have_a_bar_each_and_a_tile_counts_once():
+    plain = timeline(30)  # with twice as many runs there would be a second picture
+    own = tuple(replace(span, row=1) for span in plain.spans if span.lane in picture.BY_DEVICE)
+    both = replace(plain, spans=(*plain.spans, *own))
+    found = []
+    for each in (plain, both):
+        (axes,) = picture.draw(each, what="m on d").axes
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        found.append((labels, picture.title(each, "m on d"), len(axes.collections)))
+    (alone, title, bars), (labels, of_both, more) = found
+    assert of_both == title
+    assert labels[1] == alone[1] + ",\neach of 2 devices" == "run: multiply,\neach of 2 devices"
+    assert labels[2].startswith("put: host to device,\neach")
+    assert (labels[0], *labels[3:]) == (alone[0], *alone[3:])
+    assert more > bars
+
+
 def test_a_name_is_no_formula(tmp_path):
     """Two $ enclose one for matplotlib."""
     file = tmp_path / "file.png"

@@ -112,6 +112,24 @@ def test_a_slow_read_is_as_long_in_the_picture_as_it_was(tiny, monkeypatch):
     assert timeline.busy("read") * seconds >= 0.03 * len(inside) / n_readers
 
 
+def test_each_device_has_a_bar_of_its_own(tiny):
+    how = {"device": "cpu", "devices": 2, "keeps_layers": False}
+    with AutoModel.from_pretrained(tiny, **how) as model:
+        timeline = record(model, 2)
+        n_tiles = len(model.plan.tiles)
+    for lane in ("put", "run"):
+        first, second = rows_of(timeline, lane)
+        assert {span.row for span in first} != {span.row for span in second}
+        assert [span.tile for span in first] == [span.tile for span in second]
+        assert len(first) >= 2 * n_tiles
+        for earlier, later in pairwise(first):
+            assert earlier.end <= later.begin
+    assert {span.row for span in timeline.lane("free")} == {0}
+    for run in timeline.lane("run"):
+        puts = [s for s in timeline.lane("put") if (s.tile, s.row) == (run.tile, run.row)]
+        assert run.begin < timeline.starts[1] or any(put.end <= run.begin for put in puts)
+
+
 def test_nothing_is_left_of_a_recorder_and_nothing_is_there_without_one(tiny):
     def threads():
         return [t for t in threading.enumerate() if t.name.startswith("jlayer-timeline")]
