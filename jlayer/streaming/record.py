@@ -30,8 +30,8 @@ class Span:
     """The work of a lane on a tile from `begin` to `end` (seconds of one clock); `tile` is None in
     the lane DRAFT, and in the lane "decide" the first of the experts whose choice was waited for.
 
-    `row`: the number of the lane's worker, or of the device. `guessed`: the tile was put before its layer had decided
-    which experts it uses.
+    `row`: the number of the lane's worker, or of the device. `guessed`: the tile was put before its
+    layer had decided which experts it uses.
     """
 
     lane: str

@@ -21,6 +21,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.parts import Quantized
 from jlayer.plan.machine import PLATFORMS
 from tests.bitsandbytes_files import EIGHT_BITS, FOUR_BITS, edit_state, eight_bits, four_bits, save
+from tests.campaigns import slow_but
 from tests.convert.checkpoints import (
     edit_json,
     edit_tensors,
@@ -459,7 +460,7 @@ def test_an_embedding_with_nested_statistics_is_refused(made, tmp_path):
     assert_refused(folder, tmp_path, words)
 
 
-@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("joins", slow_but([False, True], (True,)))
 def test_nested_scales_pass_through_slots_as_others_do(made, tmp_path, monkeypatch, joins):
     """In ranges of rows, from the disk each time; and in one array of bytes, as on a GPU."""
     convert_checkpoint(made["nested"], tmp_path / "layered")

@@ -12,6 +12,7 @@ from jlayer.engine.programs import Programs
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.time import count_programs
 from tests import made_up
+from tests.campaigns import slow_but
 from tests.families.test_family_is_data import add_families
 from tests.streaming.conftest import set_tile_bytes
 
@@ -109,7 +110,7 @@ def test_the_plan_counts_what_is_called(models, monkeypatch, calls, family, shar
         assert calls.total() == of_device + 12 + 2
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("share", slow_but([0, 0.5], (0.5,)))
 def test_every_chunk_of_a_pass_is_counted(models, monkeypatch, calls, share):
     with opened(models["llama"], monkeypatch, tile_bytes=3_000, share=share) as model:
         plan, hosted = one_pass(model, calls, lanes=5, n_tokens=300)

@@ -118,7 +118,7 @@ STYLES = [{"attention_bias": True, "mlp_bias": True}, {"tied": True}, {}]
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("style", slow_but(STYLES, STYLES[:2]), ids=str)
+@pytest.mark.parametrize("style", slow_but(STYLES, STYLES[1:2]), ids=str)
 def test_logits_are_those_of_the_reference_with_these_weights(tmp_path, scheme, style):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -197,7 +197,7 @@ def test_every_mix_of_tiers_gives_the_same_tokens(layered, whole, monkeypatch):
         assert set(model.plan.tiers) == set(Tier)
 
 
-@pytest.mark.parametrize("tile_bytes", [None, 6_000])
+@pytest.mark.parametrize("tile_bytes", slow_but([None, 6_000], (6_000,)))
 def test_streamed_equals_resident(layered, monkeypatch, tile_bytes):
     """The same programs with weights that were loaded whole, without slots, readers or schedule."""
     monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))

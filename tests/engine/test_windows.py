@@ -11,6 +11,7 @@ from jlayer import AutoModel
 from jlayer.engine.pool import NO_PLACE, Pool, Table
 from jlayer.families.registry import windows_of
 from jlayer.plan.shapes import PoolSizes, RunShape
+from tests.campaigns import slow_but
 from tests.convert.checkpoints import edit_json
 from tests.engine.lanes import GREEDY
 from tests.reference import dense_forms, mixture_forms
@@ -22,7 +23,7 @@ RNG = np.random.default_rng(3)
 PROMPT = RNG.integers(3, 133, 90).tolist()
 
 
-@pytest.fixture(scope="module", params=["gemma3", "llama4"])
+@pytest.fixture(scope="module", params=slow_but(["gemma3", "llama4"], ("gemma3",)))
 def windowed(request, tmp_path_factory):
     """A tiny Gemma 3, of whose layers two have a window; and a Llama 4 with chunks as long."""
     save = {"gemma3": dense_forms, "llama4": mixture_forms}[request.param].save

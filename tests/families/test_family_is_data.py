@@ -32,6 +32,7 @@ from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.spec import Place, Role
 from tests import made_up
+from tests.campaigns import slow_but
 from tests.chain import chain
 from tests.streaming.conftest import set_tile_bytes
 from tests.tiny import stored_arrays
@@ -116,7 +117,7 @@ def test_tiles_of_any_size_are_the_blocks(stored, monkeypatch, tile_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile_bytes", [None, 500])
+@pytest.mark.parametrize("tile_bytes", slow_but([None, 500], (500,)))
 def test_tiles_that_cross_as_one_array_are_the_blocks(stored, monkeypatch, tile_bytes):
     """As on a GPU, whose layout of a tile is the same here; plain tiles never are one array."""
     folder, expected = stored
@@ -129,7 +130,7 @@ def test_tiles_that_cross_as_one_array_are_the_blocks(stored, monkeypatch, tile_
     np.testing.assert_allclose(found, expected, rtol=0, atol=TILED * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("tile_bytes", [None, 3_000])
+@pytest.mark.parametrize("tile_bytes", slow_but([None, 3_000], (3_000,)))
 def test_more_layers_of_the_same_kinds_compile_no_more(tmp_path, monkeypatch, tile_bytes):
     set_tile_bytes(monkeypatch, tile_bytes)
     compiles = []
@@ -143,7 +144,7 @@ def test_more_layers_of_the_same_kinds_compile_no_more(tmp_path, monkeypatch, ti
         assert compiles[0]["block 8 1x8 cache 64 of 64"] == 3  # one for each kind
 
 
-@pytest.mark.parametrize("tile_bytes", [None, 500])
+@pytest.mark.parametrize("tile_bytes", slow_but([None, 500], (500,)))
 def test_a_stage_may_make_its_input_of_what_the_one_before_has_left(
     tmp_path, monkeypatch, tile_bytes
 ):

@@ -26,7 +26,7 @@ STYLES = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "one-kv-head": {"num_key_value_heads": 1},
 }
-QUICK = ("llama3.2", "biased", "one-kv-head")
+QUICK = ("llama3.2", "one-kv-head")
 
 
 @pytest.fixture(params=slow_but(STYLES, QUICK))
