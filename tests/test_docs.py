@@ -88,6 +88,8 @@ TESTED = {
     "jlayer plan owner/name": Parsed(NETWORK),
     "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),
     "jlayer convert path/to/Llama-3-70B path/to/Llama-3-70B-jlayer --delete-source": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/rows-0-of-2 --rows 0/2": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/rows-1-of-2 --rows 1/2": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back-orbax --format orbax": Here(),
     "python benchmarks/convert_torture.py --short": By("tests/convert/test_crash.py"),
