@@ -78,6 +78,9 @@ TESTED = {
     'jlayer chat path/to/Llama-3-8B-Instruct --system "Be brief."': By("tests/app/test_chat.py"),
     # batch.md
     "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl": Here(),
+    'pip install -e ".[ray]"': Parsed(NETWORK),
+    "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl --ray 10.0.0.1:6379 --workers 4 "
+    "--host-memory 64GiB": By("tests/app/test_cluster.py"),
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
