@@ -78,6 +78,7 @@ PURPOSES = {
     "msgspec": "bodies of requests, read by their types",
     "llguidance": "which tokens a schema, an expression or a grammar allows next",
     "python-multipart": "files that are sent to the server as forms",
+    "ray": "batches on a cluster: places workers, replaces those that die, asks again",
     "lm_eval": "the tasks of `jlayer eval harness`",
     "pytest": "runs the tests",
     "pytest-xdist": "runs the tests in two processes",

@@ -30,6 +30,7 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.links import links_followed
+from jlayer.checkpoint.rows import check_host
 from jlayer.checkpoint.sides import check_side_files
 from jlayer.checkpoint.source import names_in, read_published_config, regular_file, side_files
 from jlayer.checkpoint.store import locate
@@ -157,6 +158,7 @@ def _open_layered(folder, format) -> CheckedSource:
     if not is_layered(folder):
         raise CheckpointError(f"{folder}: no {MANIFEST}: only a converted folder is exported")
     manifest = read_manifest(folder)
+    check_host(folder, manifest.host)
     if manifest.quantization is not None and manifest.quantization.scheme is not None:
         raise UnsupportedModelError(
             f"{folder}: quantized, and what was lost cannot be written back; export a folder that "

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from jlayer.checkpoint.layout import CONFIG, read_manifest
+from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
 from jlayer.checkpoint.links import links_followed, links_note
 from jlayer.checkpoint.quantization import (
     Quantization,
     block_matrices,
     quantization_of,
 )
+from jlayer.checkpoint.rows import FEWEST_HOSTS, Host, check_host
 from jlayer.config import own_quantization, parse_choice, read_config
 from jlayer.convert import RESUME
 from jlayer.convert.progress import Progress
@@ -60,6 +61,7 @@ class Summary:
     `n_resumed`: the number of weight files that an interrupted run had finished.
     `removed`: the source files that `delete_source` removed.
     `quantization`: as in the manifest. `block_bits`: mean bits a weight over the layers' matrices.
+    `rows`: the host whose rows alone the target has, as in the manifest; None: it has all.
     """
 
     source: str
@@ -79,6 +81,7 @@ class Summary:
     removed: tuple[str, ...] = ()
     quantization: dict | None = None
     block_bits: float | None = None
+    rows: dict | None = None
 
 
 def convert_checkpoint(
@@ -92,6 +95,7 @@ def convert_checkpoint(
     allow_extra: bool = False,
     allow_nonfinite: bool = False,
     follow_links: bool = False,
+    rows: tuple[int, int] | None = None,
     advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -100,8 +104,9 @@ def convert_checkpoint(
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
     quantizes the matrices and leaves the rest as it would be without. `delete_source` removes each
     weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
-    source lead to outside of it, and names them in a note. `advise` is shown the source once it is
-    checked, and returns further notes for the user.
+    source lead to outside of it, and names them in a note. `rows` (host, hosts): keeps only the
+    rows that the host of this number, from 0, reads where so many hosts run the model together.
+    `advise` is shown the source once it is checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
     a journal, but no manifest. Raises the errors of jlayer.errors.
@@ -133,13 +138,35 @@ def convert_checkpoint(
             f"delete_source and follow_links: {found}",
             command_line=f"--delete-source and --follow-links: {found}",
         )
+    host = _host(rows)
+    if delete_source and host:
+        found = "the rows of the other hosts would be lost with the source; choose one of them"
+        raise UsageError(
+            f"delete_source and rows: {found}",
+            command_line=f"--delete-source and --rows: {found}",
+        )
     options = Options(
-        dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links
+        dtype, quantize, overwrite, delete_source, allow_extra, allow_nonfinite, follow_links, host
     )
     with _advice_to_resume(target):
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
             return _convert(source, target, options, advise, progress, started)
+
+
+def _host(rows):
+    """The host of `rows`. Raises UsageError where there is none such."""
+    if rows is None:
+        return None
+    try:
+        number, n = rows
+        return Host.from_dict({"host": number, "hosts": n})
+    except (TypeError, ValueError):
+        found = f"found {rows!a}, expected the number of a host, from 0, and how many there are"
+        raise UsageError(
+            f"rows: {found}, such as (0, {FEWEST_HOSTS})",
+            command_line=f"--rows: {found}, such as 0/{FEWEST_HOSTS}",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -157,6 +184,7 @@ def _advice_to_resume(target):
 def _convert(source, target, options, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
+    _refuse_rows(source)
     _refuse_quantized(source)
     try:
         with links_followed(wanted=options.follow_links) as taken:
@@ -205,6 +233,17 @@ def _refuse_quantized(source):
         )
 
 
+def _refuse_rows(source):
+    """Raises CheckpointError for a folder that holds the rows of one host alone."""
+    if not is_layered(source):
+        return
+    try:
+        host = read_manifest(source).host
+    except (CheckpointError, StorageError):
+        return  # its weights are checked as those of any other source
+    check_host(source, host)
+
+
 def choose_quantization(
     checked: CheckedSource, scheme: str | None, journal: Journal | None, progress: Progress
 ) -> Quantization | None:
@@ -249,6 +288,7 @@ def _summary(layered: LayeredTarget, checked, target, status, started) -> Summar
         notes=checked.notes,
         n_resumed=layered.n_resumed,
         removed=tuple(layered.removed),
+        rows=layered.host and layered.host.as_dict(),
         quantization=quantization and quantization.as_dict(),
         block_bits=(
             quantization.block_bits(published_tensors(checked.cfg))

@@ -31,7 +31,9 @@ from jlayer.config import read_config
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import file_chunks, hash_stream
 from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.transform.rows import host_spans, stored_spans
 from jlayer.errors import CheckpointError
+from jlayer.families.registry import published_tensors
 from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.spec import ModelConfig
 from jlayer.strict import read_small_file
@@ -146,17 +148,28 @@ def _disagreements(manifest: Manifest, cfg: ModelConfig) -> Iterator[str]:
     if manifest.family != cfg.model_type:
         yield f"the manifest is of family {manifest.family!a}, {CONFIG} of {cfg.model_type}"
     expected = weight_files(cfg, manifest.quantization)
+    spans = _expected_spans(manifest, cfg)
     for name in (CONFIG, INDEX, *expected):
         if name not in manifest.files:
             yield f"{name} is not in the manifest"
     for name, entry in manifest.files.items():
         shapes = {tensor: place.shape for tensor, place in entry.tensors.items()}
-        if shapes != expected.get(name, {}):
+        if entry.whole_shapes != expected.get(name, {}):
             yield f"{name} holds other tensors or shapes in the manifest than by {CONFIG}"
+        elif entry.spans != {tensor: spans[tensor] for tensor in shapes if tensor in spans}:
+            yield f"{name} holds other rows in the manifest than those of {manifest.host.words}"
         elif shapes:
             dtypes = {tensor: place.dtype for tensor, place in entry.tensors.items()}
-            if encode_header(shapes, dtypes)[1] != entry.tensors:
+            if encode_header(shapes, dtypes, whole=entry.whole_shapes)[1] != entry.tensors:
                 yield f"{name} is not laid out as this format lays out files"
+
+
+def _expected_spans(manifest, cfg):
+    """Which rows of its tensors a folder should hold, of those of which not all."""
+    if manifest.host is None:
+        return {}
+    spans = host_spans(cfg, manifest.quantization, manifest.host)
+    return stored_spans(spans, manifest.quantization, published_tensors(cfg))
 
 
 def _file_findings(folder, name, entry: FileEntry, progress) -> Iterator[str]:

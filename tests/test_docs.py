@@ -78,6 +78,9 @@ TESTED = {
     'jlayer chat path/to/Llama-3-8B-Instruct --system "Be brief."': By("tests/app/test_chat.py"),
     # batch.md
     "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl": Here(),
+    'pip install -e ".[ray]"': Parsed(NETWORK),
+    "jlayer batch path/to/Llama-3-8B requests.jsonl answers.jsonl --ray 10.0.0.1:6379 --workers 4 "
+    "--host-memory 64GiB": By("tests/app/test_cluster.py"),
     # converting.md
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-jlayer": Here(),
     "jlayer verify path/to/Llama-3-8B-jlayer": Here(),
@@ -88,6 +91,8 @@ TESTED = {
     "jlayer plan owner/name": Parsed(NETWORK),
     "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),
     "jlayer convert path/to/Llama-3-70B path/to/Llama-3-70B-jlayer --delete-source": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/rows-0-of-2 --rows 0/2": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/rows-1-of-2 --rows 1/2": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back-orbax --format orbax": Here(),
     "python benchmarks/convert_torture.py --short": By("tests/convert/test_crash.py"),

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from jlayer.checkpoint.layout import CONFIG, check_seal, seal
 from jlayer.checkpoint.quantization import Quantization
+from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.sides import side_names
 from jlayer.checkpoint.source import SourceFile, names_in, regular_file
 from jlayer.config import model_config
@@ -91,6 +92,7 @@ def describe_source(
     dtype: str | None,
     quantization: Quantization | None,
     restorable: bool,
+    host: Host | None = None,
 ) -> dict:
     """A source and its conversion as plain JSON, by which a later run knows both again.
 
@@ -111,6 +113,8 @@ def describe_source(
     }
     if quantization is not None:
         description["quantization"] = quantization.as_dict()
+    if host is not None:
+        description["rows"] = host.as_dict()
     if restorable:
         description["whole"] = {
             "config": checked.config_bytes.decode(),
@@ -145,14 +149,15 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
     anew = "or start again with --overwrite"
     if removed:
         anew = f"since it cannot start again: {', '.join(removed)} are removed already"
-    for option, before, after in (
-        ("dtype", then["dtype"], now["dtype"]),
-        ("quantize", _scheme_of(then), _scheme_of(now)),
+    for option, before, after, absent in (
+        ("dtype", then["dtype"], now["dtype"], "as published"),
+        ("quantize", _scheme_of(then), _scheme_of(now), "as published"),
+        ("rows", _host_of(then), _host_of(now), "of all hosts"),
     ):
         if before != after:
             raise UsageError(
-                f"{target}: its conversion began with {option} {before or 'as published'}, not "
-                f"{after or 'as published'}; run that command again to resume, {anew}"
+                f"{target}: its conversion began with {option} {before or absent}, not "
+                f"{after or absent}; run that command again to resume, {anew}"
             )
     name = _first_change(then, now)
     if name is None:
@@ -183,6 +188,10 @@ def quantization_to_resume(
     if _first_change(journal.source, now):
         return None
     return Quantization.from_dict(journal.source["quantization"])
+
+
+def _host_of(source):
+    return Host.from_dict(source["rows"]) if "rows" in source else None
 
 
 def _scheme_of(source):

@@ -20,6 +20,7 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.quantization import Quantization
+from jlayer.checkpoint.rows import Host
 from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import check_unchanged, hash_stream
 from jlayer.convert.sources.open import CheckedSource
@@ -59,7 +60,8 @@ _NO_SHA256 = "0" * 64  # has the length of a digest, which is all that a size de
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller of a conversion asked for; `dtype` and `quantize` None: as published."""
+    """What the caller of a conversion asked for; `dtype` and `quantize` None: as published; `host`
+    None: all rows."""
 
     dtype: str | None
     quantize: str | None
@@ -68,6 +70,7 @@ class Options:
     allow_extra: bool
     allow_nonfinite: bool
     follow_links: bool
+    host: Host | None = None
 
 
 class LayeredTarget:
@@ -96,11 +99,12 @@ class LayeredTarget:
             quantizer=quantizer,
             allow_nonfinite=options.allow_nonfinite,
             progress=progress,
+            host=options.host,
         )
         self.sides: list[Output] = side_outputs(
             checked, self.weights, dtype=options.dtype, scheme=options.quantize
         )
-        self.n_resumed = 0
+        self.host, self.n_resumed = options.host, 0
         self.removed: list[str] = []
         self._folder, self._checked, self._options = folder, checked, options
         self._progress = progress
@@ -120,6 +124,7 @@ class LayeredTarget:
             self._checked,
             dtype=options.dtype,
             quantization=self.quantization,
+            host=options.host,
             restorable=options.delete_source or (journal is not None and bool(journal.removed)),
         )
         self._journal = Journal(source)
@@ -289,7 +294,8 @@ class LayeredTarget:
             manifest = read_manifest(self._folder)
         except CheckpointError as error:
             raise self._refusal(f"its manifest cannot be read: {error}") from None
-        wanted = Manifest(self._checked.cfg.model_type, "", {}, self.quantization)
+        family = self._checked.cfg.model_type
+        wanted = Manifest(family, "", {}, self.quantization, self._options.host)
         difference = first_difference(manifest, wanted, self.weights, self.sides)
         if difference is not None:
             raise self._refusal(difference)
@@ -316,6 +322,7 @@ class LayeredTarget:
                 finished[output.name].sha256,
                 output.tensors,
                 finished[output.name].digests,
+                output.spans,
             )
             for output in self.weights
         }
@@ -323,7 +330,7 @@ class LayeredTarget:
             side.name: FileEntry(side.n_bytes, sides[side.name], {}, {}) for side in self.sides
         }
         family = self._checked.cfg.model_type
-        return Manifest(family, self.fingerprint(), files, self.quantization)
+        return Manifest(family, self.fingerprint(), files, self.quantization, self._options.host)
 
 
 def _finished(output: WeightFile, sha256: str) -> FinishedFile:

@@ -155,6 +155,9 @@ def first_difference(
         return f"family {manifest.family}"
     if manifest.quantization != wanted.quantization:
         return f"quantized as {_scheme_of(manifest)} there, as {_scheme_of(wanted)} here"
+    if manifest.host != wanted.host:
+        there, here = (each.host or "of all hosts" for each in (manifest, wanted))
+        return f"rows {there} there, {here} here"
     for name in sorted({output.name for output in [*weights, *sides]} ^ manifest.files.keys()):
         return f"{name} is in only one of them{_seal_advice(name)}"
     for output in weights:

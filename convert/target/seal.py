@@ -129,7 +129,7 @@ def _check_config(folder, manifest):
 
 def _check_shapes(path: str, folder: str, manifest: Manifest, cfg: ModelConfig):
     """All tensors, and no others: a config of fewer layers would fit those that are left."""
-    here = {name: t.shape for entry in manifest.files.values() for name, t in entry.tensors.items()}
+    here = {n: shape for file in manifest.files.values() for n, shape in file.whole_shapes.items()}
     wanted = stored_tensors(published_tensors(cfg), manifest.quantization)
     wrong = sorted(
         name for name in here.keys() | wanted.keys() if here.get(name) != wanted.get(name)

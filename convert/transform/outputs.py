@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from jlayer.checkpoint.digest import TensorDigest
-from jlayer.checkpoint.layout import CONFIG, INDEX, encode_header, encode_index, file_of
+from jlayer.checkpoint.layout import (
+    CONFIG,
+    INDEX,
+    encode_header,
+    encode_index,
+    file_of,
+    order_of_tensors,
+)
 from jlayer.checkpoint.quantization import Quantization, piece_dtypes, stored_tensors
+from jlayer.checkpoint.rows import Host, Span
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.config import OWN_QUANTIZATION
 from jlayer.convert.progress import Progress
@@ -23,6 +31,7 @@ from jlayer.convert.sources.files import Chunk, Room, Source, SourceFile, file_c
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.transform.cast import cast, count_nonfinite
 from jlayer.convert.transform.quantize import Quantizer, whole_rows
+from jlayer.convert.transform.rows import host_spans, only, stored_spans
 from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.holders import text_only
@@ -49,9 +58,11 @@ class WeightFile:
     """A safetensors file of the target.
 
     `published`: the source tensors that it is made from. `tensors`: what it holds, where a
-    quantized tensor is several pieces. `header`: its first bytes. After all `chunks` were read,
-    `digests` has the digest of each tensor, and `nonfinite` counts, by tensor, the NaN and infinite
-    numbers that `allow_nonfinite` let through.
+    quantized tensor is several pieces. `header`: its first bytes. `spans`: which rows of a tensor
+    it holds, of those of which it does not hold all; all are read, checked and hashed, so that
+    every host knows the source by the same fingerprint. After all `chunks` were read, `digests` has
+    the digest of each tensor, and `nonfinite` counts, by tensor, the NaN and infinite numbers that
+    `allow_nonfinite` let through.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class WeightFile:
         progress: Progress,
         quantization: Quantization | None = None,
         quantizer: Quantizer | None = None,
+        spans: Mapping[str, Span] | None = None,
     ):
         kept = quantization and quantization.as_published
         in_source = stored_tensors(shapes, kept)
@@ -79,14 +91,20 @@ class WeightFile:
             for tensor, shape in shapes.items()
             if quantization and tensor in in_source and quantization.scheme_of(tensor, shape)
         }
-        self._quantizer = quantizer
+        self._quantizer, self._matrix_spans = quantizer, dict(spans or {})
+        self.spans = stored_spans(self._matrix_spans, quantization, shapes)
         self._numbers = _number_formats(shapes, kept)
         after = {tensor: dtype or own for tensor, own in before.items()}
-        self.header, self.tensors = encode_header(
-            stored_tensors(shapes, quantization), after | piece_dtypes(shapes, quantization)
-        )
+        stored = stored_tensors(shapes, quantization)
+        dtypes = after | piece_dtypes(shapes, quantization)
+        held = {
+            name: (self.spans[name].n, *shape[1:]) if name in self.spans else shape
+            for name, shape in stored.items()
+        }
+        self.header, self.tensors = encode_header(held, dtypes, whole=stored)
+        self._order_of_all_rows = self._read_order(order_of_tensors(stored, dtypes))
         self.n_bytes = len(self.header) + sum(entry.n_bytes for entry in self.tensors.values())
-        changes = before != after or self._schemes
+        changes = before != after or self._schemes or self.spans
         self._source_header = encode_header(in_source, before)[0] if changes else None
         self._source_digest = None
         self._later_pieces: dict[str, list[bytes]] = {}  # pieces that come later in the file
@@ -98,16 +116,36 @@ class WeightFile:
         self._later_pieces.clear()
         yield self.header
         for tensor, entry in self.tensors.items():
-            digest = TensorDigest(entry.shape, entry.n_bytes)
+            span = self.spans.get(tensor)
+            first_row = span.first if span and len(entry.shape) > 1 else 0
+            digest = TensorDigest(entry.shape, entry.n_bytes, first_row=first_row)
             whole, _ = split_piece(tensor)
             for chunk in (
                 self._piece_chunks(whole, tensor)
                 if whole in self._schemes
                 else self._tensor_chunks(tensor, entry.dtype, room)
+                if span is None
+                else self._span_chunks(tensor, entry, span)
             ):
                 digest.update(chunk)
                 yield chunk
             self.digests[tensor] = digest.hexdigest()
+        if self._read_order(self.tensors) != self._order_of_all_rows:
+            self._source_digest = self._digest_of_all_rows()
+
+    def _read_order(self, stored):
+        """The source tensors in the order in which these stored ones are made of them."""
+        names = ((split_piece(name)[0], name) for name in stored)
+        return list(dict.fromkeys(base if base in self._schemes else own for base, own in names))
+
+    def _digest_of_all_rows(self):
+        """The hash of the source's bytes as a file with all rows has them. Read again, for odd
+        sizes alone: what it holds is aligned in another order than all rows are."""
+        digest = hashlib.sha256(self._source_header)
+        for tensor in self._order_of_all_rows:
+            for chunk in self._source.chunks(tensor):
+                digest.update(chunk)
+        return digest
 
     @property
     def source_bytes(self) -> int:
@@ -121,6 +159,12 @@ class WeightFile:
         where something changes. Valid after all `chunks` were read.
         """
         return sha256 if self._source_digest is None else self._source_digest.hexdigest()
+
+    def _span_chunks(self, tensor, entry, span):
+        """The bytes of some rows of a tensor."""
+        chunks, row_bytes = self._tensor_chunks(tensor, entry.dtype, None), entry.n_bytes // span.n
+        views = (memoryview(chunk).cast("B") for chunk in chunks)
+        return only(views, span.first * row_bytes, entry.n_bytes)
 
     def _piece_chunks(self, tensor, wanted):
         """The bytes of one piece of a quantized matrix.
@@ -167,7 +211,11 @@ class WeightFile:
                     self._source_digest.update(chunk)
                 yield chunk
 
-        return whole_rows(checked(), info.dtype, info.shape[1])
+        span, rows = (
+            self._matrix_spans.get(tensor),
+            whole_rows(checked(), info.dtype, info.shape[1]),
+        )
+        return only(rows, span.first, span.n) if span else rows
 
     def _where(self, tensor):
         return f"{self._source.where(tensor)}: tensor {tensor}"
@@ -244,8 +292,11 @@ def weight_outputs(
     quantizer: Quantizer,
     allow_nonfinite: bool,
     progress: Progress,
+    host: Host | None = None,
 ) -> list[WeightFile]:
-    """The weight files of a layered folder, in the order in which a sweep reads them."""
+    """The weight files of a layered folder, in the order in which a sweep reads them; `host`: with
+    the rows that this one reads, see `transform.rows`."""
+    spans = host_spans(checked.cfg, quantization, host) if host else {}
     files: dict[str, dict] = {}
     for tensor, shape in published_tensors(checked.cfg).items():
         files.setdefault(file_of(tensor), {})[tensor] = shape
@@ -259,6 +310,7 @@ def weight_outputs(
             quantizer=quantizer,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
+            spans={tensor: spans[tensor] for tensor in shapes if tensor in spans},
         )
         for name, shapes in files.items()
     ]

@@ -47,10 +47,10 @@ def names_of(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*args.served_name, own, name_of(own)]))
 
 
-def check_packages(verb: str, packages: Sequence[str]) -> None:
-    """Raises UsageError where one is not installed."""
+def check_packages(verb: str, packages: Sequence[str], *, extra: str = "serve") -> None:
+    """Raises UsageError where one is not installed; `extra`: what of ours brings it."""
     for name in packages:
         if find_spec(name) is None:
             raise UsageError(
-                f'{verb}: the package {name} is not installed; pip install -e ".[serve]"'
+                f'{verb}: the package {name} is not installed; pip install -e ".[{extra}]"'
             )

@@ -36,11 +36,15 @@ def rows_digest(data, row_bytes: int, *, first_row: int = 0) -> int:
 
 
 class TensorDigest:
-    """Computes the digest of a tensor whose bytes arrive in order, in chunks of any size."""
+    """Computes the digest of a tensor whose bytes arrive in order, in chunks of any size.
 
-    def __init__(self, shape: tuple[int, ...], n_bytes: int):
+    `first_row`: the number of its first row, where it is some rows of another one. So the digests
+    of ranges that make up a matrix add up to that of the matrix.
+    """
+
+    def __init__(self, shape: tuple[int, ...], n_bytes: int, *, first_row: int = 0):
         self._row_bytes = n_bytes // rows_of(shape)
-        self._next_row, self._sum, self._rest = 0, 0, b""
+        self._next_row, self._sum, self._rest = first_row, 0, b""
 
     def update(self, chunk) -> None:
         view = memoryview(chunk).cast("B")

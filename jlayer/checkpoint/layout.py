@@ -11,9 +11,11 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jlayer.checkpoint.quantization import Quantization, stored_tensors
+from jlayer.checkpoint.rows import Host, Span
 from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import Q
@@ -29,6 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 DIGEST = "xxh3_128_rows"  # the key of a tensor's digest: see `digest`
+ROWS = "rows"  # the key of what is said of rows, where not all of them are there
 SEAL = "sha256"  # the key of a sealed file's own hash, taken over its other keys
 EMBED_FILE = "embed.safetensors"
 FINAL_FILE = "final.safetensors"
@@ -124,32 +127,55 @@ def is_side_file(name: str) -> bool:
 class FileEntry:
     """The manifest's entry of one file; `tensors` is empty for a file without weights.
 
-    `digests`: tensor -> the digest of its rows, see `digest`.
+    `digests`: tensor -> the digest of its rows, see `digest`. `spans`: tensor -> which rows of it
+    are here, of those of which not all are.
     """
 
     n_bytes: int
     sha256: str
     tensors: dict[str, TensorEntry]
     digests: dict[str, str]
+    spans: dict[str, Span] = field(default_factory=dict)
+
+    @property
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> its shape with all rows."""
+        shapes = {name: entry.shape for name, entry in self.tensors.items()}
+        return shapes | {name: span.whole_shape(shapes[name]) for name, span in self.spans.items()}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a finished folder. No time, host or run, so equal input gives equal bytes."""
+    """The contents of a finished folder. No time, machine or run, so equal input gives equal bytes.
+
+    `host`: whose rows alone it holds, see `checkpoint.rows`; None: all.
+    """
 
     family: str
     source_fingerprint: str
     files: dict[str, FileEntry]
     quantization: Quantization | None = None
+    host: Host | None = None
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """Tensor -> which rows of it are in the folder, of those of which not all are."""
+        return {name: span for file in self.files.values() for name, span in file.spans.items()}
 
 
-def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> list[str]:
+def order_of_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    *,
+    held: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[str]:
     """The order of tensors in a file: matrices first, largest first, then norms and biases.
 
     So large tensors begin aligned, and small ones are together at the end. Tensors of equal size
     are sorted by name. The pieces of a quantized matrix are neighbours, the main one first, so that
     one request reads them. If mixed dtypes would put a tensor at an offset that is no
-    multiple of its element size, which no reader can view, wider dtypes come first.
+    multiple of its element size, which no reader can view, wider dtypes come first. `held`: the
+    shapes of what a file holds of them, some rows; it has the order of all rows.
     """
 
     def key(name):
@@ -165,20 +191,23 @@ def order_of_tensors(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str])
     for name in order:
         if at % STORED_BYTES[dtypes[name]]:
             return sorted(order, key=lambda name: -STORED_BYTES[dtypes[name]])
-        at += _n_bytes(shapes[name], dtypes[name])
+        at += _n_bytes((held or shapes)[name], dtypes[name])
     return order
 
 
 def encode_header(
-    shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    *,
+    whole: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """(the bytes of a file before its data, the entry of each tensor in the order of offsets).
 
-    The header is padded with spaces (which the format allows) so that the data begins at a multiple
-    of ALIGNMENT.
+    `whole`: the shapes with all rows, where a file holds only some. The header is padded with
+    spaces (which the format allows) so that the data begins at a multiple of ALIGNMENT.
     """
     table, at = {}, 0
-    for name in order_of_tensors(shapes, dtypes):
+    for name in order_of_tensors(whole or shapes, dtypes, held=shapes):
         table[name] = (at, _n_bytes(shapes[name], dtypes[name]))
         at = sum(table[name])
     raw = {
@@ -227,6 +256,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
                     "offset": place.offset,
                     DIGEST: entry.digests[tensor],
                 }
+                | _encode_span(entry.spans.get(tensor))
                 for tensor, place in entry.tensors.items()
             },
         }
@@ -239,7 +269,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "quantization": manifest.quantization and manifest.quantization.as_dict(),
         "source": {"fingerprint": manifest.source_fingerprint},
         "files": files,
-    }
+    } | ({ROWS: manifest.host.as_dict()} if manifest.host else {})
     return seal(body)
 
 
@@ -287,11 +317,14 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         fingerprint, family = raw["source"]["fingerprint"], raw["family"]
         if not isinstance(family, str) or not _SHA256.fullmatch(fingerprint):
             raise ValueError("family or fingerprint")
+        host = Host.from_dict(raw[ROWS]) if ROWS in raw else None
+        if host is None and any(entry.spans for entry in files.values()):
+            raise ValueError(ROWS)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error}); convert the source again"
         ) from None
-    return Manifest(family, fingerprint, files, quantization)
+    return Manifest(family, fingerprint, files, quantization, host)
 
 
 def _quantization(found, path):
@@ -314,7 +347,7 @@ def _file_entry(name, raw):
     TypeError or AttributeError into a CheckpointError."""
     if not (is_weight_file(name) or is_side_file(name) or name == INDEX):
         raise ValueError(f"file name {name!a}")
-    n_bytes, tensors, digests = raw["bytes"], {}, {}
+    n_bytes, tensors, digests, spans = raw["bytes"], {}, {}, {}
     for tensor, place in raw["tensors"].items():
         dtype, _ = STORED_DTYPES[place["dtype"]]
         shape, offset = tuple(place["shape"]), place["offset"]
@@ -324,9 +357,22 @@ def _file_entry(name, raw):
             raise ValueError(f"{DIGEST} of {tensor!a}")
         tensors[tensor] = TensorEntry(dtype, shape, offset, _n_bytes(shape, dtype))
         digests[tensor] = place[DIGEST]
+        if ROWS in place:
+            spans[tensor] = _span(place[ROWS], shape)
     if type(n_bytes) is not int or n_bytes < 0 or not _SHA256.fullmatch(raw["sha256"]):
         raise ValueError(f"bytes or sha256 of {name!a}")
-    return FileEntry(n_bytes, raw["sha256"], tensors, digests)
+    return FileEntry(n_bytes, raw["sha256"], tensors, digests, spans)
+
+
+def _encode_span(span):
+    return {ROWS: {"first": span.first, "of": span.whole}} if span else {}
+
+
+def _span(raw, shape):
+    first, whole = raw["first"], raw["of"]
+    if type(first) is not int or type(whole) is not int or len(raw) != 2:
+        raise ValueError(ROWS)
+    return Span(first, shape[0], whole)
 
 
 def _n_bytes(shape, dtype):

@@ -30,6 +30,7 @@ from jlayer.checkpoint.quantization import (
     piece_dtypes,
     stored_tensors,
 )
+from jlayer.checkpoint.rows import Host, Span, check_host
 from jlayer.checkpoint.safetensors import TensorEntry, read_header
 from jlayer.checkpoint.sides import check_side_files, is_side_changed
 from jlayer.checkpoint.source import Identity, identity_of, names_in, open_published
@@ -73,11 +74,15 @@ class Store:
     None) and gets the checks of the converter. `fingerprint` distinguishes models; `identities`
     shows whether a file was changed later; `notes`: for the user. `follow_links`: take what links
     in a published folder lead to outside of it, and name them in a note. (Files of a layered folder
-    may lie anywhere: the manifest vouches for them.) Raises CheckpointError if the folder is
-    incomplete, damaged, or of another form.
+    may lie anywhere: the manifest vouches for them.) `host`: the one that reads its own rows, where
+    several run the model; a folder may hold these alone, and rows are numbered as in the whole
+    model all the same. Raises CheckpointError if the folder is incomplete, damaged, of another
+    form, or holds the rows of another host.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, follow_links: bool = False):
+    def __init__(
+        self, folder: str | os.PathLike, *, follow_links: bool = False, host: Host | None = None
+    ):
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
         self.manifest: Manifest | None = None
@@ -86,23 +91,25 @@ class Store:
         self.identities: dict[str, Identity]
         self._where: dict[str, tuple[str, TensorEntry]]
         self._nested: dict[str, Nested] = {}  # by the name of a piece that is stored as codes
+        self._spans: dict[str, Span] = {}  # of tensors of which only some rows are here
         if is_layered(self.folder):
-            self._open_layered()
+            self._open_layered(host)
         else:
             with links_followed(wanted=follow_links) as taken:
                 opened = open_gguf if is_gguf(self.folder) else open_published
                 self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
 
-    def _open_layered(self):
+    def _open_layered(self, host):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
+        check_host(self.folder, self.manifest.host, host)
         if self.manifest.family != self.cfg.model_type:
             raise CheckpointError(
                 f"{self.folder}: {MANIFEST} is of a {self.manifest.family!a} model, config.json "
                 f"says {self.cfg.model_type!r}; put back the config, or convert the source again"
             )
         self.fingerprint = self.manifest.source_fingerprint
-        self.quantization = self.manifest.quantization
+        self.quantization, self._spans = self.manifest.quantization, self.manifest.spans
         self._where, self.identities = locate(self.folder, self.cfg, self.manifest)
         self.notes = (
             *check_side_files(self.folder, self.manifest),
@@ -146,10 +153,11 @@ class Store:
         )
 
     def segment_of(self, tensor: str) -> Segment:
-        """The bytes of a whole tensor."""
+        """The bytes of a whole tensor, or of all its rows that are here."""
         _, entry = self._where[tensor]
         n_bytes = entry.n_bytes * (DECODED_BYTES if tensor in self._nested else 1)
-        return self.rows_segment(tensor, first_row=0, n_bytes=n_bytes)
+        first_row = self._spans[tensor].first if tensor in self._spans else 0
+        return self.rows_segment(tensor, first_row=first_row, n_bytes=n_bytes)
 
     def expected(self) -> dict[str, Expected]:
         """The expected digest of each tensor; empty for a published folder, which has none."""
@@ -178,10 +186,25 @@ class Store:
         return [name for name, shape in shapes.items() if not is_matrix(name, shape)]
 
     def rows_segment(self, tensor: str, *, first_row: int, n_bytes: int) -> Segment:
-        """The bytes of consecutive rows of a tensor."""
+        """The bytes of consecutive rows of a tensor. Raises CheckpointError where the folder has
+        other rows alone."""
         file, entry = self._where[tensor]
-        before = entry.n_bytes // entry.shape[0] * first_row
+        row_bytes = entry.n_bytes // entry.shape[0]
+        if tensor in self._spans:
+            first_row = self._own_row(tensor, first_row, n_bytes // row_bytes)
+        before = row_bytes * first_row
         return Segment(file, entry.offset + before, n_bytes, self._nested.get(tensor), before)
+
+    def _own_row(self, tensor, first_row, n_rows):
+        span = self._spans[tensor]
+        own = span.own_row(first_row, n_rows)
+        if own is None:
+            raise CheckpointError(
+                f"{self.folder}: tensor {tensor}: holds rows {span.first} to {span.end} of "
+                f"{span.whole}, expected {first_row} to {first_row + n_rows}; convert the source "
+                "again, with the same jlayer on every host"
+            )
+        return own
 
 
 def locate(
@@ -193,6 +216,7 @@ def locate(
     expected = stored_tensors(shapes, manifest.quantization)
     dtypes = piece_dtypes(shapes, manifest.quantization)
     where, identities, problems, by_config = {}, {}, [], []
+    spans = manifest.spans
     weight_files = [EMBED_FILE, *map(layer_file, range(cfg.num_hidden_layers)), FINAL_FILE]
     for name in weight_files:
         if name not in manifest.files:
@@ -212,10 +236,8 @@ def locate(
     for tensor, shape in expected.items():
         if tensor not in where:
             by_config.append(f"{tensor} is missing")
-        elif where[tensor][1].shape != shape:
-            by_config.append(
-                f"{tensor} has shape {where[tensor][1].shape}, config.json says {shape}"
-            )
+        elif (found := _whole_shape(where[tensor][1], spans.get(tensor))) != shape:
+            by_config.append(f"{tensor} has shape {found}, config.json says {shape}")
         elif tensor in dtypes and where[tensor][1].dtype != dtypes[tensor]:
             problems.append(
                 f"{tensor} is {where[tensor][1].dtype}, by its quantization {dtypes[tensor]}"
@@ -227,3 +249,7 @@ def locate(
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise CheckpointError(f"{folder}: {'; '.join(found[:5])}{more}; {advice}")
     return where, identities
+
+
+def _whole_shape(entry: TensorEntry, span: Span | None):
+    return span.whole_shape(entry.shape) if span else entry.shape

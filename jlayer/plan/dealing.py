@@ -50,3 +50,13 @@ def deals_heads(attention: Attention | None, n: int) -> bool:
     norms = attention.head_norms
     # A norm over all heads is taken of all.
     return norms is None or (norms.over != "flat" and len(norms.q) == len(norms.k) == 1)
+
+
+def host_rows(n_rows: int, *, row_unit: int, host: int, hosts: int) -> slice | None:
+    """The rows of a matrix that one of several hosts reads, numbered from 0; its own devices share
+    them. None: each host has all rows, see `dealt`."""
+    deal = dealt(n_rows, row_unit=row_unit, n=hosts)
+    if deal is None:
+        return None
+    first = deal.first(host)
+    return slice(first, first + deal.height)

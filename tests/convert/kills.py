@@ -26,14 +26,16 @@ def killed(verb: str, source: Path, expected: Path, *, n_last: int = 1000) -> li
     """The manifest after each kill, of an export the target: "none", "old", "new" or "other"; after
     the same command again, "differs" where the folder or file is not `expected`.
 
-    "convert" converts `source`; "seal" seals a copy of it; "export FORMAT" exports it.
+    "convert" converts `source`, "convert 0/2" the rows of that host alone; "seal" seals a copy of
+    it; "export FORMAT" exports it.
     """
     command = [sys.executable, "-m", "tests.convert.kills", verb, source, expected, str(n_last)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def _states(verb, source, expected, n_last):
+def _states(verb, of, source, expected, n_last):
+    rows = tuple(map(int, of.split("/"))) if of else None
     with tempfile.TemporaryDirectory(dir=expected.parent) as home:
         folder, whole = Path(home) / "folder", files_of(expected)
         before = files_of(source).get(MANIFEST)
@@ -47,7 +49,7 @@ def _states(verb, source, expected, n_last):
             if verb == "seal":
                 seal_folder(folder)
             else:
-                convert_checkpoint(source, folder)
+                convert_checkpoint(source, folder, rows=rows)
 
         start()
         n_calls = len(counted(work, CHANGES))
@@ -96,7 +98,7 @@ def _content(path):
 
 if __name__ == "__main__":
     verb, source, expected, n_last = sys.argv[1:]
-    verb, _, format = verb.partition(" ")
-    rest = (Path(source), Path(expected), int(n_last))
-    states = _states_of_export(format, *rest) if format else _states(verb, *rest)
+    verb, _, of = verb.partition(" ")
+    rest = (of, Path(source), Path(expected), int(n_last))
+    states = _states_of_export(*rest) if verb == "export" else _states(verb, *rest)
     print(json.dumps(list(states)))

@@ -12,7 +12,7 @@ from jlayer.app.cli import main
 from jlayer.encodings.registry import SCHEMES
 from jlayer.parts import Attention, HeadNorms, Norm
 from jlayer.plan.cutting import cut
-from jlayer.plan.dealing import deals_heads, dealt
+from jlayer.plan.dealing import deals_heads, dealt, host_rows
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
@@ -35,6 +35,17 @@ def test_every_row_is_taken_once_and_from_whole_units(n_rows, unit, n):
     assert taken == list(range(n_rows))
     # No device has more than a unit beyond its share.
     assert deal.height - n_rows / n < unit
+
+
+@given(st.integers(1, 400), st.sampled_from([1, 2, 16, 128]), st.integers(1, 7))
+def test_hosts_have_the_ranges_that_devices_would_have(n_rows, unit, hosts):
+    deal = dealt(n_rows, row_unit=unit, n=hosts)
+    for host in range(hosts):
+        rows = host_rows(n_rows, row_unit=unit, host=host, hosts=hosts)
+        if deal is None:
+            assert rows is None
+        else:
+            assert (rows.start, rows.stop) == (deal.first(host), deal.first(host) + deal.height)
 
 
 def test_one_device_has_everything():

@@ -8,12 +8,17 @@ gets its error there.
 
 Each answer is on the disk when it counts as finished. A batch that was stopped, in whatever way,
 goes on when the same command is run again.
+
+With --ray workers of a Ray cluster answer the lines, each with a model of its own, and OUT has them
+in the order of IN. IN may then be a file of an object store, such as s3://...
 """
 
 from __future__ import annotations
 
+import os
 import time
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import ExitStack, closing, contextmanager
 
 from jlayer.app import options, progress
 from jlayer.app.ending import Interrupted, code_of, word_of
@@ -23,8 +28,12 @@ from jlayer.app.streams import draws, tell
 from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check, released
+from jlayer.run_config import RunConfig
 
 NEEDED = ("msgspec",)
+NEEDED_FOR_RAY = ("ray", "pyarrow", "pandas")
+# What an answer says of its tokens -> the field of the sum.
+USAGE = {"prompt_tokens": "prompt_tokens", "completion_tokens": "new_tokens"}
 TOLD_S = 60.0  # between two lines of progress where none can be drawn
 
 
@@ -32,10 +41,22 @@ def add_arguments(parser):
     parser.add_argument("ref", metavar="MODEL", help=options.REF)
     parser.add_argument("input", metavar="IN", help="a file with one request a line (JSON lines)")
     parser.add_argument("output", metavar="OUT", help="a file for the answers; is gone on with")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="answer on a Ray cluster: HOST:PORT of its head, auto (this machine's), or local",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="how many models --ray opens (default: 1)"
+    )
     add_served(parser)
 
 
 def run(args) -> dict:
+    if args.ray is not None:
+        return _run_on_ray(args)
+    if args.workers is not None:
+        raise UsageError("--workers: found without --ray; say which cluster they are of")
     said = {"names": names_of(args), "chat_template": template_of(args)}
     check_packages("batch", NEEDED)
     from jlayer.serving.batch.journal import Journal
@@ -51,6 +72,103 @@ def run(args) -> dict:
     if not args.json:
         print(_line(found))
     return found
+
+
+def _run_on_ray(args):
+    said = {"names": names_of(args), "chat_template": template_of(args)}
+    check_packages("batch", NEEDED)
+    check_packages("batch", NEEDED_FOR_RAY, extra="ray")
+    n_workers = 1 if args.workers is None else args.workers
+    if n_workers < 1:
+        raise UsageError(f"--workers: found {n_workers}, expected a number from 1 up")
+    from jlayer.app import cluster
+    from jlayer.serving.batch.journal import Journal
+    from jlayer.serving.batch.lines import Lines
+    from jlayer.serving.batch.names import Names
+
+    needs = cluster.needs_of(RunConfig.from_options(**run_options(args)))
+    with ExitStack() as stack:
+        connection, source = cluster.connected(args.ray), args.input
+        if cluster.is_url(source):
+            stack.enter_context(connection)
+            source = stack.enter_context(cluster.fetched(source))
+        with released():
+            lines = stack.enter_context(Lines(source, called=args.input))
+        journal = stack.enter_context(Journal(args.output, note=tell))
+        stack.enter_context(_kept(args.output, lines, journal))
+        if lines.is_file(journal.status):
+            raise UsageError(f"{args.output}: is the input; name another file for the output")
+        if source == args.input:
+            stack.enter_context(connection)
+        cluster.check_room(needs, n_workers)
+        ref, run = _seen_from_workers(args)
+        key = cluster.key_on_a_worker(ref, needs, run, said)
+        journal.read(Names(lines.digest, key))
+        tell(_begins(args, lines, journal))
+        own = {"served_names": said["names"], "chat_template": said["chat_template"]}
+        own |= {"digest": lines.digest, "key": key, **run}
+        found = _write_all(args, lines, journal, cluster.answered, (ref, needs, n_workers), own)
+    if not args.json:
+        print(_line(found))
+    return found
+
+
+def _seen_from_workers(args):
+    """(MODEL, the options of its run), with the paths of folders that are here written out."""
+    options = {**run_options(args), "offline": args.offline}
+    if options.get("draft") is not None:
+        options["draft"] = _whole_path(options["draft"])
+    return _whole_path(args.ref), options
+
+
+def _whole_path(ref):
+    return os.path.abspath(ref) if os.path.exists(ref) else ref
+
+
+def _write_all(args, lines, journal, answered, where, options):
+    """Has all lines answered that are not yet, and writes the answers in order."""
+    from jlayer.serving.batch.journal import is_refused
+
+    n_before, began, told = len(journal.finished), time.monotonic(), time.monotonic() + TOLD_S
+    usage, first_refusal = Counter(), None
+    left = [
+        lines.raw(at).decode()
+        for at, line in enumerate(lines)
+        if line.custom_id not in journal.finished
+    ]
+    with closing(answered(left, *where, **options)) as found:
+        for answers in found:
+            journal.add(answers)
+            for answer in answers:
+                body = answer["response"]["body"]
+                usage.update({name: body.get("usage", {}).get(name, 0) for name in USAGE})
+                if is_refused(answer) and first_refusal is None:
+                    first_refusal = _words_of(answer, lines)
+            if time.monotonic() >= told:
+                told = time.monotonic() + TOLD_S
+                tell(f"{len(journal.finished):,} of {len(lines):,} lines")
+    if first_refusal is not None:
+        tell(f"{args.input}: {first_refusal}")
+    seconds = time.monotonic() - began
+    return {
+        "input": args.input,
+        "output": args.output,
+        "model": args.ref,
+        **_counts(lines, journal),
+        "answered_before": n_before,
+        "first_refusal": first_refusal,
+        **{field: usage[name] for name, field in USAGE.items()},
+        "seconds": seconds,
+        "lines_per_s": (len(journal.finished) - n_before) / max(seconds, 1e-9),
+        "tokens_per_s": usage["completion_tokens"] / max(seconds, 1e-9),
+    }
+
+
+def _words_of(refused, lines):
+    number = next(line.number for line in lines if line.custom_id == refused["custom_id"])
+    response = refused["response"]
+    message = response["body"]["error"]["message"]
+    return f"line {number}: {response['status_code']}, {message}"
 
 
 @contextmanager
@@ -138,7 +256,9 @@ def _line(found):
     before = found["answered_before"]
     kept = f" ({before:,} of them before)" if before else ""
     took = f"; {found['new_tokens']:,} tokens in {time_words(found['seconds'])}, "
-    took += f"{found['lines_per_s']:.2f} lines/s, {found['tokens_a_pass']:.1f} tokens a pass"
+    took += f"{found['lines_per_s']:.2f} lines/s"
+    if "tokens_a_pass" in found:
+        took += f", {found['tokens_a_pass']:.1f} tokens a pass"
     return (
         f"{found['output']}: holds the answers of all {found['lines']:,} lines{kept}{refused}"
         f"{took if found['answered'] > before else ''}"

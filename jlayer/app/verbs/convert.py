@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="keep weights that are NaN or infinite"
     )
+    parser.add_argument(
+        "--rows",
+        metavar="I/N",
+        help="keep only the rows that host I (from 0) of N reads, which run the model together",
+    )
     options.add_follow_links(parser)
     options.add_offline(parser)
 
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> dict:
     from jlayer.app.refusals import refused_in_source
     from jlayer.convert import RESUME, convert_checkpoint, is_begun
 
+    rows = _rows(args.rows)
     if args.delete_source and not args.yes:
         _ask(args)
     source = _source(args)
@@ -100,6 +106,7 @@ def run(args: argparse.Namespace) -> dict:
                 allow_extra=args.allow_extra,
                 allow_nonfinite=args.allow_nonfinite,
                 follow_links=args.follow_links,
+                rows=rows,
                 advise=refused_in_source,
                 progress=progress,
             )
@@ -123,6 +130,16 @@ def run(args: argparse.Namespace) -> dict:
     if not args.json:
         print(_line(done))
     return dataclasses.asdict(done)
+
+
+def _rows(words):
+    """(host, hosts) of --rows. Raises UsageError."""
+    if words is None:
+        return None
+    number, slash, n = words.partition("/")
+    if not (slash and all(part.isascii() and part.isdigit() for part in (number, n))):
+        raise UsageError(f"--rows: found {words!a}, expected I/N, such as 0/2: host I of N, from 0")
+    return int(number), int(n)
 
 
 def _ask(args):
@@ -151,8 +168,9 @@ def _line(done):
     dtypes = ", ".join(f"{n} tensors in {dtype}" for dtype, n in done.dtypes.items())
     n_at_int8 = len(done.quantization["at_int8"]) if done.quantization else 0
     verb = "already holds all of" if done.status == "unchanged" else "holds"
+    of = f"the rows of host {done.rows['host']} of {done.rows['hosts']} of " if done.rows else ""
     return (
-        f"{done.target}: {verb} {done.source}, {done.n_layers} layers in {done.n_files} files, "
+        f"{done.target}: {verb} {of}{done.source}, {done.n_layers} layers in {done.n_files} files, "
         f"{done.target_bytes:,} bytes, {dtypes}"
         + (
             f"; layers quantized to {done.quantization['scheme']}, "

@@ -17,6 +17,7 @@ from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
 from jlayer.checkpoint.quantization import Quantization, published_quantization, quantization_of
+from jlayer.checkpoint.rows import check_host
 from jlayer.checkpoint.source import names_in
 from jlayer.checkpoint.store import Store
 from jlayer.config import model_config, planned_dtype, read_config
@@ -170,6 +171,8 @@ def find_config(ref: str, *, offline: bool = False) -> ModelConfig:
         names = names_in(ref)
         if CONFIG not in names:
             refuse_adapter(ref, names)
+        if is_layered(ref):
+            check_host(ref, read_manifest(ref).host)
         return read_config(ref)
     if is_hub_id(ref) and not ref.endswith(".json"):
         with released():

@@ -74,16 +74,19 @@ class WrongLines(UsageError):
 
 class Lines:
     """The requests of a file that was checked whole; close it. `digest`: SHA-256 of the file.
+    `called`: what messages call it, if not by its path.
 
     Raises WrongLines, UsageError (there is no such file) or StorageError.
     """
 
-    def __init__(self, path: str | os.PathLike, *, limits: Limits | None = None):
-        self.path = os.fspath(path)
+    def __init__(
+        self, path: str | os.PathLike, *, limits: Limits | None = None, called: str | None = None
+    ):
+        self.path = called or os.fspath(path)
         self._limits = limits or Limits()
         self._numbers, self._starts, self._lengths = array("Q"), array("Q"), array("Q")
         self._hashes = array("Q")  # of each line, to see that nobody changes it meanwhile
-        self._file = self._opened()
+        self._file = self._opened(path)
         try:
             self.digest = self._check()
         except OSError as error:
@@ -101,6 +104,10 @@ class Lines:
         return (self[at] for at in range(len(self)))
 
     def __getitem__(self, at: int) -> Line:
+        return line_of(self.raw(at), number=self._numbers[at])
+
+    def raw(self, at: int) -> bytes:
+        """The bytes of a line, in UTF-8. Raises what reading all of them does."""
         number = self._numbers[at]
         try:
             self._file.seek(self._starts[at])
@@ -112,8 +119,7 @@ class Lines:
                 f"{self.path}: line {number} was changed while the batch runs; put back what was "
                 "there, and run the same command again"
             )
-        found = _parsed(raw)
-        return Line(number, found["custom_id"], found["url"], found["body"])
+        return raw
 
     def __enter__(self) -> Lines:
         return self
@@ -128,11 +134,11 @@ class Lines:
         """Whether a file is this one, under whatever name."""
         return os.path.samestat(os.fstat(self._file.fileno()), status)
 
-    def _opened(self) -> BinaryIO:
-        if not os.path.exists(self.path):
+    def _opened(self, path) -> BinaryIO:
+        if not os.path.exists(path):
             raise UsageError(f"{self.path}: does not exist; name a file of requests, one a line")
         try:
-            return os.fdopen(open_regular(self.path), "rb")
+            return os.fdopen(open_regular(path), "rb")
         except CheckpointError as error:
             raise UsageError(f"{error}; a batch is read more than once") from None
 
@@ -176,16 +182,13 @@ class Lines:
         if raw is None:
             return f"longer than {MOST_LINE_BYTES:,} bytes"
         try:
-            found = _parsed(raw)
+            line = line_of(raw, number=number, url=self._limits.url)
         except JlayerError as error:
             return str(error)
-        problem = _problem_in(found, self._limits.url)
-        if problem is not None:
-            return problem
-        key = xxhash.xxh3_128_digest(found["custom_id"].encode())
+        key = xxhash.xxh3_128_digest(line.custom_id.encode())
         before = seen.setdefault(key, number)
         if before != number:
-            return f"custom_id {found['custom_id']!a:.80} stands in line {before} already"
+            return f"custom_id {line.custom_id!a:.80} stands in line {before} already"
         self._numbers.append(number)
         self._starts.append(start)
         self._lengths.append(len(raw))
@@ -206,6 +209,16 @@ class Lines:
         more = f"; and {n_more} more" if n_more else ""
         listed = "; ".join(map(str, problems))
         return f"{self.path}: {listed}{more}; nothing was run, correct the file first"
+
+
+def line_of(raw: bytes, *, number: int, url: str | None = None) -> Line:
+    """The request of a line. `url`: the only one that it may name; None: any of URLS. Raises
+    UsageError where it is none."""
+    found = _parsed(raw)
+    problem = _problem_in(found, url)
+    if problem is not None:
+        raise UsageError(problem)
+    return Line(number, found["custom_id"], found["url"], found["body"])
 
 
 def _is_marked(raw):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from jlayer.api import Model
 from jlayer.checkpoint.layout import SIDE_FILES, encode_manifest
+from jlayer.checkpoint.store import Store
 
 _HALF = 16  # hexadecimal digits
 _PREFIX = "batch_req_"
@@ -60,12 +61,18 @@ def _hashed(*parts):
 def model_key(model: Model, **options) -> str:
     """A digest of all that texts depend on beside the requests: weights, tokenizer, templates,
     dtype, context, and further `options` of whoever answers."""
-    store = model.engine.store
+    return key_of(
+        model.engine.store, dtype=model.dtype, context_limit=model.context_limit, **options
+    )
+
+
+def key_of(store: Store, *, dtype: str, context_limit: int, **options) -> str:
+    """The same, of a model whose weights are not loaded."""
     if store.manifest is not None:
         weights = hashlib.sha256(encode_manifest(store.manifest)).hexdigest()
     else:
         weights = store.fingerprint
-    digest = hashlib.sha256(repr((weights, model.dtype, model.context_limit)).encode())
+    digest = hashlib.sha256(repr((weights, dtype, context_limit)).encode())
     digest.update(repr(sorted(options.items())).encode())
     for name in SIDE_FILES:
         try:
