@@ -46,6 +46,7 @@ def write(
     settings=None,
     words=None,
     freqs: np.ndarray | None = None,
+    quantize=gguf.quantize,
     drawn: bool = False,
     routers: bool = False,
     experts_apart: bool = False,
@@ -56,10 +57,10 @@ def write(
 
     `kind`: the type of its matrices; `kinds`: that of some, by a part of their name in the file;
     one whose rows are no multiple of its block becomes F16. `settings(writer, config)`: further
-    metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies. `drawn`: blocks
-    are random where the package has no quantizer. `routers`: are matrices too.
-    `experts_apart`: each has tensors of its own, as in files of 2023. `split_max_tensors`: of a
-    part, where it is split.
+    metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies.
+    `quantize(array, kind)`: who writes blocks; `drawn`: they are random. `routers`: are matrices
+    too. `experts_apart`: each has tensors of its own, as in files of 2023. `split_max_tensors`: of
+    a part, where it is split.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
     arch, is_permuted, adds_one = ARCHITECTURES[config["model_type"]]
@@ -85,7 +86,7 @@ def write(
             ]
             array = permuted(array, heads)
         own = next((value for part, value in (kinds or {}).items() if part in name), kind)
-        array = _add(writer, name, array, own, rng, drawn, routers)
+        array = _add(writer, name, array, own, quantize, rng if drawn else None, routers)
         if is_permuted and _ROWS.fullmatch(published[0]):
             array = permuted(array, heads, back=True)
         if adds_one and name.endswith("norm.weight"):
@@ -134,7 +135,7 @@ def _name(names, published):
     return found
 
 
-def _add(writer, name, array, kind, rng, drawn, routers):
+def _add(writer, name, array, kind, quantize, rng, routers):
     """Adds a tensor, a matrix in `kind`, and returns what it decodes to. Vectors and routers stay
     float32, as in files of llama.cpp."""
     if array.ndim < 2 or ("ffn_gate_inp" in name and not routers):
@@ -142,11 +143,11 @@ def _add(writer, name, array, kind, rng, drawn, routers):
     type_of = gguf.GGMLQuantizationType[kind]
     block, _ = gguf.GGML_QUANT_SIZES[type_of]
     if array.shape[-1] % block:
-        type_of, drawn = gguf.GGMLQuantizationType.F16, False
-    if drawn and block > 1:
+        type_of, block = gguf.GGMLQuantizationType.F16, 1
+    if rng is not None and block > 1:
         raw = blocks(kind, (*array.shape[:-1], array.shape[-1] // block), rng)
     else:
-        raw = gguf.quantize(np.ascontiguousarray(array), type_of)
+        raw = quantize(np.ascontiguousarray(array), type_of)
     writer.add_tensor(name, raw, raw_dtype=type_of)
     return gguf.dequantize(raw, type_of).reshape(array.shape).astype(np.float32)
 

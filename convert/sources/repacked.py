@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -36,12 +37,18 @@ _GPTQ = ("gptq", "gptq_v2")
 @dataclass(frozen=True)
 class Matrix:
     """A matrix that is repacked: the published form, its encoding afterwards, its shape, and what
-    it is made of, by piece."""
+    it is made of, by piece. `bits`: of its published codes."""
 
     method: str
     encoding: Linear
     shape: tuple[int, int]
     sources: Mapping[str, tuple[Place, TensorInfo]]
+    bits: int
+
+    @property
+    def middle(self) -> int:
+        """The zero of published codes that have no other."""
+        return 1 << self.bits - 1
 
     def sources_of(self, piece: str) -> list[Place]:
         """What a piece is made of; of symmetric GPTQ the zeros are compared, and left out."""
@@ -95,7 +102,7 @@ def _matrix(cfg, shape, parts):
     else:
         zeros = said.zero_dtype
         row = linear(said.bits, said.group, dtype, zero_dtype=zeros, is_ordered=said.is_ordered)
-    return Matrix(method, row, shape, parts)
+    return Matrix(method, row, shape, parts, cfg.quantized.bits or row.bits)
 
 
 def _of_hqq(shape, parts, said):
@@ -111,13 +118,20 @@ def _of_hqq(shape, parts, said):
 def _wanted(matrix):
     """Piece -> (dtypes, shape) as published; the words of a row, or of a column, are whole."""
     (out, width), row = matrix.shape, matrix.encoding
-    per, groups, numbers = 32 // row.bits, row.n_groups(width), tuple(ITEM_BYTES)
-    size = row.group or width
+    groups, numbers, size = row.n_groups(width), tuple(ITEM_BYTES), row.group or width
+    per = Fraction(32, matrix.bits)  # codes of a word
     if matrix.method == "awq":
         return {
             Q: (("int32",), (width, -(-out // per))),
             SCALE: (numbers, (groups, out)),
             ZERO: (("int32",), (groups, -(-out // per))),
+        }
+    if matrix.method == "awq_gemv":
+        n_words = _gemv_words(groups, size)
+        return {
+            Q: (("int32",), (out, -(-width // per))),
+            SCALE: (numbers, (out, 8 * n_words)),
+            ZERO: (("int32",), (out, n_words)),
         }
     if matrix.method == "hqq":
         n_rows = out * groups
@@ -143,6 +157,13 @@ def _wanted(matrix):
     }
 
 
+def _gemv_words(n_groups, size):
+    """The words of zeros in a row of AWQ's gemv, of eight groups each, padded for its kernel
+    (AutoAWQ's `calculate_zeros_width`)."""
+    n_words, unit = -(-n_groups // 8), max(1, 128 // size)
+    return -(-n_words // unit) * unit
+
+
 def _wrong(cfg, name, matrix):
     """What is wrong with the pieces of a matrix, as its file has them."""
     wanted, form = _wanted(matrix), form_of(cfg)
@@ -165,7 +186,8 @@ def _wrong(cfg, name, matrix):
     divides = {
         "awq": (out, 8, "outputs in words"),
         "eetq": (out, 2, "outputs in pairs"),
-        "gptq": (width, 32 // matrix.encoding.bits, "inputs in words"),
+        "awq_gemv": (width, 8, "inputs in words"),
+        "gptq": (width, 32 if 32 % matrix.bits else 32 // matrix.bits, "inputs in words"),
         "hqq": (
             out * matrix.encoding.n_groups(width),
             8 // matrix.encoding.bits,
@@ -174,6 +196,8 @@ def _wrong(cfg, name, matrix):
     }
     divides["gptq_v2"] = divides["gptq"]
     checks = [divides[matrix.method]] if matrix.method in divides else []
+    if matrix.method in _GPTQ and 32 % matrix.bits:
+        checks.append((out, 32, "outputs in words"))
     checks.append((width, matrix.encoding.parts, "inputs in bytes"))
     if matrix.method == "eetq":
         checks.append((width, 64, "inputs in runs"))
@@ -218,9 +242,16 @@ class RepackedSource(FileSource):
             yield rows if order is None else words.in_order(rows, order, of.encoding.bits)
 
     def _gptq_codes(self, of):
-        return self._in_bytes(*_turned(of.sources[Q]), of)
+        turned = _turned(of.sources[Q])
+        if of.bits == of.encoding.bits:
+            yield from self._in_bytes(*turned, of)
+            return
+        # Codes without zeros of their own are moved as far as the middle is.
+        more = 0 if of.encoding.zero_dtype else of.encoding.zero - of.middle
+        for rows in self._strips(*turned, unit_bytes=8 * of.shape[1]):
+            yield words.pairs(words.of_stream(rows, of.bits) + np.uint8(more))
 
-    def _packed_codes(self, of):
+    def _rows_of_words(self, of):
         return self._in_bytes(*of.sources[Q], of)
 
     def _in_bytes(self, place, info, of):
@@ -263,7 +294,8 @@ class RepackedSource(FileSource):
             self._check_zeros(of)
         is_turned = of.method in (*_GPTQ, "awq")
         place, info = _turned(of.sources[SCALE]) if is_turned else of.sources[SCALE]
-        yield from self._strips(place, info)
+        for rows in self._strips(place, info):
+            yield rows[:, : of.encoding.n_groups(of.shape[1])] if of.method == "awq_gemv" else rows
 
     def _zeros(self, of):
         """Rows of zeros: bytes, or numbers as they are."""
@@ -271,12 +303,20 @@ class RepackedSource(FileSource):
         if of.method == "hqq":
             yield from self._strips(place, info)
             return
+        if of.method == "awq_gemv":
+            for rows in self._strips(place, info):
+                yield words.of_stream(rows, of.bits)[:, : of.encoding.n_groups(of.shape[1])]
+            return
         if of.method != "pack-quantized":
             place, info = _turned((place, info))
-        left, bits = of.shape[0], of.encoding.bits
-        for rows in self._strips(place, info):
-            rows = words.one_more(rows, bits) if of.method == "gptq" else rows
+        left, bits = of.shape[0], of.bits
+        for rows in self._strips(place, info, n_together=1 if 32 % bits == 0 else bits):
+            is_less = of.method == "gptq"
+            if is_less and 32 % bits == 0:
+                rows, is_less = words.one_more(rows, bits), False
             zeros = words.apart(rows, bits, words.AWQ_PLACES if of.method == "awq" else None)
+            if is_less:  # of codes that words share, each by itself, as GPTQModel does it
+                zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
             yield zeros[:left]
             left -= len(zeros)
 
@@ -284,11 +324,11 @@ class RepackedSource(FileSource):
         """Raises CheckpointError where symmetric GPTQ has a zero that is not in the middle."""
         place, _ = of.sources[ZERO]
         for zeros in self._zeros(of):
-            others = zeros[zeros != of.encoding.zero]
+            others = zeros[zeros != of.middle]
             if others.size:
                 raise CheckpointError(
                     f"{place.file.path}: tensor {place.name} has a zero of {others[0]}, expected "
-                    f"{of.encoding.zero} of all, since sym is true; is checkpoint_format "
+                    f"{of.middle} of all, since sym is true; is checkpoint_format "
                     f"{of.method}? else set sym to false in config.json"
                 )
 
@@ -318,10 +358,11 @@ class RepackedSource(FileSource):
             )
         yield order
 
-    def _strips(self, place, info, *, unit_bytes=0):
-        """All rows of a tensor, unsigned, some at a time; a row becomes `unit_bytes`, or is as
-        large as it is."""
+    def _strips(self, place, info, *, unit_bytes=0, n_together=1):
+        """All rows of a tensor, unsigned, a multiple of `n_together` at a time; a row becomes
+        `unit_bytes`, or is as large as it is."""
         step = max(1, CHUNK_BYTES // max(unit_bytes, row_bytes(info)))
+        step = -(-step // n_together) * n_together
         for first in range(0, info.shape[0], step):
             yield self._rows(place, info, first, min(step, info.shape[0] - first))
 
@@ -345,5 +386,6 @@ _CODES = {
     "awq": RepackedSource._awq_codes,
     "hqq": RepackedSource._hqq_codes,
     "eetq": RepackedSource._eetq_codes,
-    "pack-quantized": RepackedSource._packed_codes,
+    "pack-quantized": RepackedSource._rows_of_words,
+    "awq_gemv": RepackedSource._rows_of_words,
 }

@@ -14,9 +14,20 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 def apart(words: np.ndarray, bits: int, places: tuple[int, ...] | None = None) -> np.ndarray:
     """Codes of words that lie one below the other: uint32 [words, n] -> uint8 [words * 32 / bits,
     n]. `places`: where in a word each code is; by default the lowest is the first."""
+    if 32 % bits:
+        return of_stream(words.T, bits).T
     shifts = np.array(places or range(32 // bits), np.uint32) * np.uint32(bits)
     codes = words[:, None, :] >> shifts[None, :, None] & np.uint32((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(-1, words.shape[1])
+
+
+def of_stream(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of rows of words, of which the bits follow on each other: uint32 [n, words] -> uint8
+    [n, words * 32 / bits]. A code may begin in a word and end in the next one, as GPTQ's of 3 bits
+    do; a row has whole codes."""
+    rows = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    each = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, bits)
+    return np.packbits(each, axis=2, bitorder="little")[:, :, 0]
 
 
 def together(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -45,7 +56,7 @@ def in_order(packed: np.ndarray, order: np.ndarray, bits: int) -> np.ndarray:
 def one_more(words: np.ndarray, bits: int) -> np.ndarray:
     """Zeros that are stored less one, in words uint32: what carries, carries on in the word, as it
     was taken away (GPTQModel's conversion of gptq to gptq_v2)."""
-    return words + np.uint32({4: 0x11111111, 8: 0x01010101}[bits])
+    return words + np.uint32({2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
 
 
 def eetq_rows(raw: np.ndarray) -> np.ndarray:

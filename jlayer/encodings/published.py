@@ -169,6 +169,7 @@ FORMS: dict[str, Form] = {
         _repacked("gptq", _GPTQ),
         _repacked("gptq_v2", _GPTQ, variant_of="gptq"),
         _repacked("awq", _GPTQ[:-1]),
+        _repacked("awq_gemv", _GPTQ[:-1], variant_of="awq"),
         _repacked(
             "hqq",
             (
@@ -185,7 +186,8 @@ FORMS: dict[str, Form] = {
         ),
     )
 }
-# Those that a model of any family may have.
-OF_ALL_FAMILIES = tuple(
-    name for name, form in FORMS.items() if not form.experts_alone and not form.variant_of
+# The methods that a model of any family may name. AutoRound has no form of its own.
+OF_ALL_FAMILIES = (
+    *(name for name, form in FORMS.items() if not form.experts_alone and not form.variant_of),
+    "auto-round",
 )

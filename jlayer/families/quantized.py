@@ -13,6 +13,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.families.repacked import (
     is_repacked,
+    read_auto_round,
     read_awq,
     read_eetq,
     read_gptq,
@@ -262,6 +263,7 @@ _READ = {
     "bitsandbytes": _read_bitsandbytes,
     "gptq": read_gptq,
     "awq": read_awq,
+    "auto-round": read_auto_round,
     "hqq": read_hqq,
     "eetq": read_eetq,
 }

@@ -1,6 +1,6 @@
 """What a quantization_config says of weights that are repacked when they are converted: GPTQ, AWQ,
-HQQ, EETQ, and compressed-tensors' pack-quantized with zeros or with sorted inputs. What would make
-it another form is refused by name."""
+AutoRound's names for both, HQQ, EETQ, and compressed-tensors' pack-quantized with zeros or with
+sorted inputs. What would make it another form is refused by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from jlayer.families.fields import Fields
 from jlayer.parts import Quantized
 
 BITS, GROUPS = (4, 8), (32, 64, 128, -1)
+GPTQ_BITS = (2, 3, *BITS)  # fewer than 4 are put into half bytes
+# AWQ's version -> the method that reads it.
+_AWQ_VERSIONS = {"gemm": "awq", "gemv": "awq_gemv"}
+# What AutoRound calls the forms of others. Its own is GPTQ's, with zeros as they are.
+_OF_AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
 _USUAL = "float16"  # of scales, as far as a config tells
 # How compressed-tensors says that groups are not of neighbours.
 _SORTED = ("group", True)
@@ -32,23 +43,61 @@ def read_gptq(said: Fields) -> Quantized:
                 f"{said.where}: dynamic has other settings for {name!a:.80}, which is not "
                 "supported; take the model's unquantized checkpoint"
             )
-    bits, group = _one_of(said, "bits", BITS), _group(said, "group_size")
-    is_ordered = said.boolean("desc_act") and group != WHOLE_ROW
+    return _gptq(said, *(named or {"gptq"}), is_ordered=said.boolean("desc_act"))
+
+
+def _gptq(said, method, *, is_ordered):
+    bits, group = _one_of(said, "bits", GPTQ_BITS), _group(said, "group_size")
     zeros = None if said.boolean("sym", default=True) else "uint8"
-    row = linear(bits, group, _USUAL, zero_dtype=zeros, is_ordered=is_ordered)
-    return Quantized(*(named or {"gptq"}), row.name)
+    is_ordered = is_ordered and group != WHOLE_ROW
+    row = linear(max(bits, BITS[0]), group, _USUAL, zero_dtype=zeros, is_ordered=is_ordered)
+    return Quantized(method, row.name, bits=bits if bits < BITS[0] else 0)
 
 
 def read_awq(said: Fields) -> Quantized:
-    """AWQ, in the order of its kernel gemm."""
+    """AWQ, in the order of its kernel gemm or gemv. Its zeros are stored in any case, also where
+    `zero_point` says that they are all in the middle."""
+    methods = set()
     for key in ("version", "format"):
         version = said.raw.get(key)
-        if version is not None and str(version).lower() != "gemm":
-            raise UnsupportedModelError(f"{said.where}: {key} is {version!a:.80}, supported: gemm")
-    said.refuse_unless("zero_point", True)
+        if version is not None and str(version).lower() not in _AWQ_VERSIONS:
+            raise UnsupportedModelError(
+                f"{said.where}: {key} is {version!a:.80}, supported: {', '.join(_AWQ_VERSIONS)}"
+            )
+        methods |= {_AWQ_VERSIONS[str(version).lower()]} if version is not None else set()
+    if len(methods) > 1:
+        raise UnsupportedModelError(
+            f"{said.where}: version is {said.raw['version']!a:.80} and format "
+            f"{said.raw['format']!a:.80}, expected the same"
+        )
+    said.boolean("zero_point", default=True)
+    return _awq(said, *(methods or {"awq"}))
+
+
+def _awq(said, method):
     bits, group = _one_of(said, "bits", (4,)), _group(said, "group_size")
     row = linear(bits, group, _USUAL, zero_dtype="uint8")
-    return Quantized("awq", row.name, _left(said, "modules_to_not_convert"))
+    return Quantized(method, row.name, _left(said, "modules_to_not_convert"))
+
+
+def read_auto_round(said: Fields) -> Quantized:
+    """AutoRound: the tensors of GPTQ or AWQ, under a name of its own. `extra_config` may leave
+    modules as they are, at 16 bits or more."""
+    form = said.raw.get("packing_format")
+    if form not in _OF_AUTO_ROUND:
+        raise UnsupportedModelError(
+            f"{said.where}: packing_format is {form!a:.80}, supported: {', '.join(_OF_AUTO_ROUND)}"
+        )
+    said.refuse_unless("data_type", None, "int")
+    for own in _sections(said.section("extra_config")):
+        bits = own.raw.get("bits")
+        if type(bits) is not int or bits < 16:
+            raise UnsupportedModelError(
+                f"{own.where} has settings of its own, bits {bits!a:.80}, supported: 16 or more "
+                "(plain numbers); take the model's unquantized checkpoint"
+            )
+    method = _OF_AUTO_ROUND[form]
+    return _awq(said, method) if method == "awq" else _gptq(said, method, is_ordered=False)
 
 
 def read_hqq(said: Fields) -> Quantized:

@@ -177,7 +177,7 @@ CONFIGS = {
     },
     **{
         method: {"quantization_config": {"quant_method": method}}
-        for method in ("quark", "spqr", "torchao", "vptq", "auto-round", "intel/inc")
+        for method in ("quark", "spqr", "torchao", "vptq", "intel/inc")
     },
 }
 

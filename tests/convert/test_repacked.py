@@ -137,15 +137,22 @@ def test_tensors_that_are_not_of_the_form(copy_of, tmp_path, label):
 
 WEIGHTS = {"nbits": 4, "group_size": 64, "axis": 1}
 CONFIGS = {
-    "bits": ("gptq", {"bits": 3}, "bits is 3, supported: 4, 8"),
-    "few bits": ("gptq", {"bits": 2}, "bits is 2, supported: 4, 8"),
+    "bits": ("gptq", {"bits": 5}, "bits is 5, supported: 2, 3, 4, 8"),
+    "fewer bits than there are": ("gptq", {"bits": 2}, "expected int32 [8, 192]"),
     "group": ("gptq", {"group_size": 48}, "group_size is 48, supported: 32, 64, 128, -1"),
     "format": ("gptq", {"checkpoint_format": "marlin"}, "supported: gptq, gptq_v2"),
     "two formats": ("gptq", {"format": "gptq_v2"}, "checkpoint_format"),
     "dynamic": ("gptq", {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic has other settings"),
-    "awq's kernel": ("awq", {"version": "gemv"}, "version is 'gemv', supported: gemm"),
+    "awq's kernel": ("awq", {"version": "gemv_fast"}, "version is 'gemv_fast', supported: gemm"),
+    "another of awq's kernels": ("awq", {"version": "gemv"}, "expected int32 [192, 16]"),
+    "two of awq's kernels": ("awq", {"format": "gemv"}, "version is 'gemm' and format 'gemv'"),
     "awq's bits": ("awq", {"bits": 8}, "bits is 8, supported: 4"),
-    "awq without zeros": ("awq", {"zero_point": False}, "zero_point is False"),
+    "auto-round's form": ("auto-round", {"packing_format": "x"}, "packing_format is 'x', supp"),
+    "auto-round's numbers": ("auto-round", {"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
+    "auto-round's settings of one": (
+        *("auto-round", {"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}}),
+        "settings of its own, bits 8",
+    ),
     "awq's group": ("awq", {"group_size": 128}, "inputs in groups of 128, expected a multiple"),
     "hqq's axis": (
         *("hqq", {"quant_config": {"weight_quant_params": {**WEIGHTS, "axis": 0}}}),

@@ -1,4 +1,5 @@
-"""GGUF's block types, decoded by numpy and by JAX: bit for bit as llama.cpp's package gguf does."""
+"""GGUF's block types, decoded by numpy and by JAX: bit for bit as llama.cpp's package gguf does,
+and as llama.cpp itself decodes the blocks that it has quantized."""
 
 import jax
 import numpy as np
@@ -65,6 +66,32 @@ def test_every_code_decodes_to_what_gguf_says(row):
         np.where(is_small, np.float32(0), found), np.where(is_small, np.float32(0), expected)
     )
     assert (np.abs(found[is_small]) < 2.0**-120).all()
+
+
+def weights_to_quantize():
+    """Rows as of a trained matrix, some with outliers, large, tiny, of one sign, sparse, zero."""
+    rows = np.random.default_rng(0).normal(0, 0.05, (64, WIDTH)).astype(np.float32)
+    rows[8:16, ::37] *= 20
+    rows[16:24] *= np.float32(1000)
+    rows[24:32] *= np.float32(1e-5)
+    rows[32:40] = np.abs(rows[32:40])
+    rows[40:48, 100:] = 0
+    rows[48] = 0
+    return rows
+
+
+@pytest.mark.parametrize("row", BLOCKS.values(), ids=BLOCKS)
+def test_what_llama_cpp_has_quantized_decodes_as_it_says(row):
+    quantizer = pytest.importorskip("tests.gguf.quantizer")
+    weights = weights_to_quantize()
+    q = quantizer.quantize(weights, type_of(row))
+    expected = quantizer.dequantize(q, type_of(row))
+    # These are real blocks: near what was quantized, with many codes.
+    assert np.abs(expected - weights)[:8].max() < 0.3 * np.abs(weights[:8]).max()
+    assert len(np.unique(q)) > 100
+    assert_same_bits(decoded(row.name, {"q": q}, WIDTH), expected)
+    weight = Encoded({"q": q}, encoding=row.name, block_bytes=1 << 20)
+    assert_same_bits(np.asarray(jax.jit(dequantize, static_argnums=1)(weight, WIDTH)), expected)
 
 
 @pytest.mark.parametrize("row", BLOCKS.values(), ids=BLOCKS)

@@ -103,7 +103,7 @@ def test_greedy_tokens_are_those_of_llama_cpp(kind, tmp_path, record_property):
         same = next((n for n, (one, two) in pairs if one != two), N_TOKENS)
         gap = 0.0
         if same < N_TOKENS:
-            likely = log_probabilities(model, [*ids, *own])[len(ids) - 1 + same]
+            likely = log_probabilities(model.logits([[*ids, *own]])[0])[len(ids) - 1 + same]
             gap = likely[own[same]] - likely[other[same]]
     record_property(kind, f"{same} tokens are the same; at the first other {gap:.4f}")
     assert 0 <= gap <= 0.3

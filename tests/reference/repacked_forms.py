@@ -55,6 +55,21 @@ def _packed(bits, group, **more):
 
 
 _AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+
+
+def _auto_round(form, bits, group, *, sym=True, **more):
+    return {
+        "quant_method": "auto-round",
+        "packing_format": form,
+        "bits": bits,
+        "group_size": group,
+        "sym": sym,
+        "data_type": "int",
+        "autoround_version": "0.16.1",
+        **more,
+    }
+
+
 FORMS = {
     "gptq": _gptq("gptq", 4, 32),
     "gptq asymmetric": _gptq("gptq", 4, 64, sym=False),
@@ -63,7 +78,19 @@ FORMS = {
     "gptq of 8 bits": _gptq("gptq_v2", 8, 128, sym=False),
     "gptq of 8 bits sorted": _gptq("gptq", 8, 64, desc_act=True),
     "gptq by row": _gptq("gptq_v2", 4, -1, sym=False),
+    "gptq of 2 bits": _gptq("gptq", 2, 32),
+    "gptq of 2 bits asymmetric": _gptq("gptq", 2, 64, sym=False, desc_act=True),
+    "gptq of 3 bits": _gptq("gptq", 3, 32, desc_act=True),
+    "gptq of 3 bits asymmetric": _gptq("gptq", 3, 64, sym=False),
+    "gptq of 3 bits by row": _gptq("gptq_v2", 3, -1, sym=False),
     "awq": {**_AWQ, "group_size": 64},
+    "awq gemv": {**_AWQ, "version": "GEMV", "group_size": 64},
+    "awq gemv of small groups": {**_AWQ, "version": "gemv", "group_size": 32},
+    "auto-round": _auto_round("auto_round", 3, 32, sym=False),
+    "auto-round in gptq": _auto_round(
+        "auto_round:auto_gptq", 4, 64, extra_config={"lm_head": {"bits": 16}}
+    ),
+    "auto-round in awq": _auto_round("auto_round:auto_awq", 4, 32, sym=False),
     "hqq": _hqq(4, 64),
     "hqq of 8 bits": _hqq(8, 32),
     "eetq": {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]},
@@ -92,6 +119,8 @@ def encode(weight: np.ndarray, form: str, *, seed: int = 0) -> tuple[dict, np.nd
     of_input = np.arange(width) // group
     if is_sorted:
         of_input = of_input[rng.permutation(width)]
+    said = as_first_named(said)
+    method = said["quant_method"]
     codes = np.empty((out, width), np.int64)
     scales, zeros = np.empty((out, n_groups), np.float16), np.empty((out, n_groups))
     for number in range(n_groups):
@@ -112,6 +141,17 @@ def encode(weight: np.ndarray, form: str, *, seed: int = 0) -> tuple[dict, np.nd
     return written(said, codes, scales, zeros, of_input, bits), meant
 
 
+def as_first_named(said: dict) -> dict:
+    """What AutoRound's names stand for."""
+    form = said.get("packing_format")
+    if form == "auto_round:auto_awq":
+        return {**_AWQ, "group_size": said["group_size"]}
+    if form is None:
+        return said
+    version = "gptq" if form == "auto_round:auto_gptq" else "gptq_v2"
+    return _gptq(version, said["bits"], said["group_size"], sym=said["sym"]) | {"has_places": False}
+
+
 def _settings(said, width):
     """(bits, inputs of a group, whether zeros are in the middle, whether inputs are sorted)"""
     if said["quant_method"] == "hqq":
@@ -127,6 +167,8 @@ def _settings(said, width):
 
 def _words(codes, bits):
     """Codes [n, m] of which those that lie one below the other share words, the first lowest."""
+    if bits == 3:
+        return _words_of_three(codes)
     per = 32 // bits
     found = np.zeros((-(-len(codes) // per), codes.shape[1]), np.uint32)
     for at, row in enumerate(codes):
@@ -134,13 +176,34 @@ def _words(codes, bits):
     return found.view(np.int32)
 
 
+def _words_of_three(codes):
+    """As the first GPTQ packed 3 bits, step by step: ten codes, two bits of the next one; the third
+    bit, ten codes, one bit; two bits, ten codes."""
+    found = np.zeros((len(codes) // 32 * 3, codes.shape[1]), np.uint32)
+    codes = codes.astype(np.uint32) & np.uint32(7)
+    at = row = 0
+    while row < len(found):
+        for place in range(10):
+            found[row] |= codes[at + place] << np.uint32(3 * place)
+        found[row] |= codes[at + 10] << np.uint32(30)
+        found[row + 1] |= codes[at + 10] >> np.uint32(2)
+        for place in range(10):
+            found[row + 1] |= codes[at + 11 + place] << np.uint32(3 * place + 1)
+        found[row + 1] |= codes[at + 21] << np.uint32(31)
+        found[row + 2] |= codes[at + 21] >> np.uint32(1)
+        for place in range(10):
+            found[row + 2] |= codes[at + 22 + place] << np.uint32(3 * place + 2)
+        at, row = at + 32, row + 3
+    return found.view(np.int32)
+
+
 def _write_gptq(said, codes, scales, zeros, of_input, bits):
     less = 1 if said["checkpoint_format"] == "gptq" else 0
-    return {
+    places = {"g_idx": of_input.astype(np.int32)} if said.get("has_places", True) else {}
+    return places | {
         "qweight": _words(codes.T, bits),
         "qzeros": np.ascontiguousarray(_words(zeros - less, bits).T),
         "scales": np.ascontiguousarray(scales.T),
-        "g_idx": of_input.astype(np.int32),
     }
 
 
@@ -151,8 +214,24 @@ def _write_awq(said, codes, scales, zeros, of_input, bits):
             found |= rows[:, place::8].astype(np.uint32) << np.uint32(4 * at)
         return found.view(np.int32)
 
+    if said["version"].lower() == "gemv":
+        return _write_gemv(said["group_size"], codes, scales, zeros)
     scales = np.ascontiguousarray(scales.T)
     return {"qweight": words(codes.T), "qzeros": words(zeros.T), "scales": scales}
+
+
+def _write_gemv(group, codes, scales, zeros):
+    """Rows of words, each of eight neighbours. Of zeros there are so many words that a group of 128
+    and more has any number of them, one of 64 an even one, one of 32 a multiple of four; scales are
+    padded in the same way."""
+    unit = max(1, 128 // group)
+    width = -(-zeros.shape[1] // (8 * unit)) * 8 * unit
+    more = ((0, 0), (0, width - zeros.shape[1]))
+    return {
+        "qweight": np.ascontiguousarray(_words(codes.T, 4).T),
+        "qzeros": np.ascontiguousarray(_words(np.pad(zeros, more).T, 4).T),
+        "scales": np.pad(scales, more),
+    }
 
 
 def _write_hqq(said, codes, scales, zeros, of_input, bits):

@@ -26,8 +26,9 @@ TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
 IDS = np.random.default_rng(0).integers(3, 133, (1, 12))
 LOGITS = [
     *(("llama", form) for form in ("gptq", "awq", "hqq", "eetq", "packed")),
+    *(("llama", form) for form in ("gptq of 2 bits", "awq gemv", "auto-round")),
     *(("qwen3", form) for form in ("gptq sorted", "gptq of 8 bits sorted", "packed sorted")),
-    *(("qwen3_moe", form) for form in ("gptq sorted asymmetric", "awq")),
+    *(("qwen3_moe", form) for form in ("gptq sorted asymmetric", "awq", "gptq of 3 bits")),
 ]
 
 FIRST = [("llama", "hqq"), ("qwen3", "gptq sorted"), ("qwen3_moe", "awq")]
@@ -92,7 +93,10 @@ def test_every_weight_is_what_the_formula_says(made, monkeypatch, form, chunk_by
     checked.tensors.close()
 
 
-@pytest.mark.parametrize("form", ["gptq sorted", "awq", "hqq", "eetq", "packed"])
+@pytest.mark.parametrize(
+    "form",
+    ["gptq sorted", "gptq of 3 bits", "awq", "awq gemv", "auto-round", "hqq", "eetq", "packed"],
+)
 def test_in_place_they_are_refused_with_the_command_that_repacks_them(made, form):
     folder, _ = made("llama", form)
     with pytest.raises(CheckpointError) as caught:
