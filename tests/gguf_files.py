@@ -18,6 +18,7 @@ _ARCH = gguf.MODEL_ARCH
 ARCHITECTURES = {
     "llama": (_ARCH.LLAMA, True, False),
     "mixtral": (_ARCH.LLAMA, True, False),
+    "ministral3": (_ARCH.MISTRAL3, True, False),
     "qwen2": (_ARCH.QWEN2, False, False),
     "qwen2_moe": (_ARCH.QWEN2MOE, False, False),
     "qwen3": (_ARCH.QWEN3, False, False),
@@ -295,9 +296,9 @@ _OWN = {
 }
 # How many elements of a head are turned, where the converter says so.
 _TURNED = {
-    **dict.fromkeys(("llama", "mixtral", "smollm3", "arcee", "granite", "granitemoe"), 1.0),
+    **dict.fromkeys(("llama", "mixtral", "ministral3", "smollm3", "arcee"), 1.0),
     **dict.fromkeys(("glm4", "glm4_moe", "nemotron"), 0.5),
-    **dict.fromkeys(("phi3", "cohere2", "minimax_m2"), 1.0),
+    **dict.fromkeys(("granite", "granitemoe", "phi3", "cohere2", "minimax_m2"), 1.0),
     "stablelm": 0.25,
 }
 
@@ -357,7 +358,13 @@ def _of_ernie(writer, config):
     writer.add_expert_shared_feed_forward_length(width)
 
 
+def _of_ministral3(writer, config):
+    writer.add_rope_scaling_yarn_log_mul(config["rope_parameters"]["mscale_all_dim"])
+    writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
+
+
 _MORE = {
+    "ministral3": _of_ministral3,
     "ernie4_5_moe": _of_ernie,
     "olmo": lambda writer, config: writer.add_layer_norm_eps(1e-5),
     "olmo3": _of_olmo3,

@@ -29,6 +29,7 @@ _APART = {GATES: "apart"}
 # A new architecture is a row here, and its names in `names`.
 ARCHITECTURES = {
     "llama": Architecture(mixtures.llama_or_mixtral, _INTERLEAVED),
+    "mistral3": Architecture(dense.mistral3, _INTERLEAVED),
     "qwen2": Architecture(dense.qwen2),
     "qwen2moe": Architecture(mixtures.qwen2moe),
     "qwen3": Architecture(dense.qwen3),

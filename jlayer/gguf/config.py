@@ -51,6 +51,8 @@ def _common(said):
     if heads < 1:
         raise said.refusal(f"{said.architecture}.attention.head_count", heads, "a number from 1")
     head_dim = said.integer("attention.key_length", width // heads)
+    if head_dim < 1:
+        raise said.refusal(f"{said.architecture}.attention.key_length", head_dim, "a number from 1")
     if said.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError(
             f"{said.where}: attention.value_length is {said.integer('attention.value_length')}, "

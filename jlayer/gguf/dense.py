@@ -8,7 +8,7 @@ from __future__ import annotations
 from jlayer.errors import UnsupportedModelError
 from jlayer.gguf.metadata import Metadata
 from jlayer.gguf.names import has_bias
-from jlayer.gguf.rope import ORIGINAL, rope_parameters
+from jlayer.gguf.rope import ORIGINAL, YARN_WEIGHT, rope_parameters
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -16,6 +16,19 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def llama(said: Metadata) -> dict:
     """Llama and Mistral."""
     return {"model_type": "llama", **_biases(said), "rope_parameters": rope_parameters(said)}
+
+
+def mistral3(said: Metadata) -> dict:
+    """Ministral 3, whose queries grow with their position; without that Mistral Small 3, which is a
+    Llama."""
+    beta = said.number("attention.temperature_scale", 0.0)
+    if not beta:
+        return llama(said)
+    weights = {"mscale": 1.0, "mscale_all_dim": said.number(YARN_WEIGHT)}
+    return {
+        "model_type": "ministral3",
+        "rope_parameters": {**rope_parameters(said), **weights, "llama_4_scaling_beta": beta},
+    }
 
 
 def qwen2(said: Metadata) -> dict:

@@ -160,7 +160,7 @@ def _n_shared(said):
     """The number of shared experts, which are one MLP as wide as all of them."""
     width, n_shared = (
         said.integer("expert_feed_forward_length"),
-        said.integer("expert_shared_count"),
+        said.integer("expert_shared_count", 0),
     )
     shared = said.integer("expert_shared_feed_forward_length", width * n_shared)
     if shared != width * n_shared:

@@ -141,7 +141,9 @@ _GRANITE_MOE = {
 }
 # Model type -> the names within a layer.
 NAMES = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "olmo", "smollm3", "granite"), _LLAMA),
+    **dict.fromkeys(
+        ("llama", "ministral3", "qwen2", "qwen3", "olmo", "smollm3", "granite"), _LLAMA
+    ),
     **dict.fromkeys(("ernie4_5", "cohere", "cohere2", "gemma"), _LLAMA),
     **dict.fromkeys(("nemotron", "arcee"), _NO_GATE),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _OLMO2),

@@ -10,6 +10,8 @@ from jlayer.gguf.tensors import floats
 
 _TYPES = ("none", "linear", "yarn", "longrope")
 ORIGINAL = "rope.scaling.original_context_length"
+# What divides YaRN's attention factor: mscale_all_dim.
+YARN_WEIGHT = "rope.scaling.yarn_log_multiplier"
 # Multiplies cos and sin, beside the factors of long texts.
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
 

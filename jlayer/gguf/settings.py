@@ -16,7 +16,7 @@ from jlayer.families.layout import GAINS, LAYOUT_KEY, PAIRS, as_laid_out
 from jlayer.gguf.architectures import ARCHITECTURES, LAYER
 from jlayer.gguf.mixtures import SIGMOID
 from jlayer.gguf.names import FACTORS, LONG_FACTORS, SHORT_FACTORS, name_in_file
-from jlayer.gguf.rope import ATTENTION_FACTOR, ORIGINAL
+from jlayer.gguf.rope import ATTENTION_FACTOR, ORIGINAL, YARN_WEIGHT
 from jlayer.parts import Attention, Rope
 from jlayer.spec import ModelConfig
 
@@ -96,6 +96,11 @@ def _phi3(cfg):
     return {**_window_of(cfg), ORIGINAL: _turned(cfg).switches_at or cfg.max_position_embeddings}
 
 
+def _ministral3(cfg):
+    """Another YaRN than one whose factor cancels out is another model when it is read back."""
+    return {"attention.temperature_scale": float(cfg.attention.grows.beta), YARN_WEIGHT: 1.0}
+
+
 def _stablelm(cfg):
     return {"use_parallel_residual": cfg.is_parallel}
 
@@ -164,6 +169,7 @@ ROWS = {
     "llama": Row("llama", "llama"),
     "mistral": Row("llama", "llama"),
     "mixtral": Row("llama", "mixtral", _experts),
+    "ministral3": Row("mistral3", "ministral3", _ministral3),
     "qwen2": Row("qwen2", "qwen2"),
     "qwen2_moe": Row("qwen2moe", "qwen2_moe", _with_shared),
     "qwen3": Row("qwen3", "qwen3"),

@@ -72,6 +72,19 @@ FORMS = {
     "vocabulary of 4100": ("LlamaConfig", {"vocab_size": 4100, "num_hidden_layers": 1}),
     "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "sliding_window": None,
+            "rope_parameters": {
+                **_YARN,
+                "original_max_position_embeddings": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "qwen2": ("Qwen2Config", {"head_dim": 16}),  # llama.cpp takes no other
     "qwen3": ("Qwen3Config", {}),
     "qwen3, yarn": ("Qwen3Config", {"rope_parameters": _YARN}),

@@ -119,7 +119,11 @@ def test_what_is_refused_of_other_models(name, settings, words, tmp_path):
 
 
 def test_counts_beyond_the_file_are_refused(tmp_path, model):
-    for key, value in (("attention.head_count", 0), ("block_count", 1 << 30)):
+    for key, value in (
+        ("attention.head_count", 0),
+        ("attention.key_length", 0),
+        ("block_count", 1 << 30),
+    ):
         write(model, tmp_path / "m.gguf", settings=raw(f"qwen3.{key}", "uint32", value))
         with pytest.raises(CheckpointError, match=f"{key} is {value}, expected"):
             Store(tmp_path / "m.gguf")

@@ -30,6 +30,7 @@ NAMES = (
     "qwen3",
     "qwen3, yarn",
     *("phi3, long texts", "stablelm, parallel", "nemotron", "cohere2", "olmo3", "smollm3"),
+    "ministral3",
     *("mixtral", "glm4_moe, groups", "gemma3"),  # every byte of others is compared
 )
 TYPES = {None: "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
