@@ -4,6 +4,7 @@ its writer, its names of tensors, its quantizers. None of the code that reads th
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,18 +14,46 @@ from safetensors import safe_open
 
 # model_type -> (architecture, whose rows of queries and keys are reordered, whose gains have 1
 # added), as llama.cpp's converter does it.
+_ARCH = gguf.MODEL_ARCH
 ARCHITECTURES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True, False),
-    "mixtral": (gguf.MODEL_ARCH.LLAMA, True, False),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False, False),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False, False),
-    "qwen3_moe": (gguf.MODEL_ARCH.QWEN3MOE, False, False),
-    "gemma": (gguf.MODEL_ARCH.GEMMA, False, True),
-    "gemma2": (gguf.MODEL_ARCH.GEMMA2, False, True),
-    "gemma3_text": (gguf.MODEL_ARCH.GEMMA3, False, True),
-    "glm4_moe": (gguf.MODEL_ARCH.GLM4_MOE, False, False),
+    "llama": (_ARCH.LLAMA, True, False),
+    "mixtral": (_ARCH.LLAMA, True, False),
+    "ministral3": (_ARCH.MISTRAL3, True, False),
+    "qwen2": (_ARCH.QWEN2, False, False),
+    "qwen2_moe": (_ARCH.QWEN2MOE, False, False),
+    "qwen3": (_ARCH.QWEN3, False, False),
+    "qwen3_moe": (_ARCH.QWEN3MOE, False, False),
+    "olmo": (_ARCH.OLMO, True, False),
+    "olmo2": (_ARCH.OLMO2, False, False),
+    "olmo3": (_ARCH.OLMO2, False, False),
+    "olmoe": (_ARCH.OLMOE, False, False),
+    "exaone4": (_ARCH.EXAONE4, False, False),
+    "smollm3": (_ARCH.SMOLLM3, True, False),
+    "arcee": (_ARCH.ARCEE, True, False),
+    "seed_oss": (_ARCH.SEED_OSS, False, False),
+    "granite": (_ARCH.GRANITE, True, False),
+    "granitemoe": (_ARCH.GRANITE_MOE, True, False),
+    "glm4": (_ARCH.GLM4, False, False),
+    "glm4_moe": (_ARCH.GLM4_MOE, False, False),
+    "phi3": (_ARCH.PHI3, False, False),
+    "ernie4_5": (_ARCH.ERNIE4_5, False, False),
+    "ernie4_5_moe": (_ARCH.ERNIE4_5_MOE, False, False),
+    "hunyuan_v1_dense": (_ARCH.HUNYUAN_DENSE, False, False),
+    "hunyuan_v1_moe": (_ARCH.HUNYUAN_MOE, False, False),
+    "cohere": (_ARCH.COMMAND_R, False, False),
+    "cohere2": (_ARCH.COHERE2, False, False),
+    "minimax_m2": (_ARCH.MINIMAXM2, False, False),
+    "starcoder2": (_ARCH.STARCODER2, False, False),
+    "stablelm": (_ARCH.STABLELM, False, False),
+    "nemotron": (_ARCH.NEMOTRON, False, True),
+    "gemma": (_ARCH.GEMMA, False, True),
+    "gemma2": (_ARCH.GEMMA2, False, True),
+    "gemma3_text": (_ARCH.GEMMA3, False, True),
 }
-_EXPERT = re.compile(r"(.+\.experts)\.([0-9]+)\.(.+)")
+# Of each expert, or of each head: all are one tensor in a file.
+_ONE_OF_MANY = re.compile(r"(.+\.experts|.+(?=\.norms))(?:\.norms)?\.([0-9]+)\.(.+)")
+# Both matrices of Granite's experts are published as one, and are two in a file.
+_BOTH, _HALVES = "block_sparse_moe.input_linear", ("mlp.experts.gate_proj", "mlp.experts.up_proj")
 _ROWS = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
 
@@ -75,9 +104,8 @@ def write(
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
     rng, decoded = np.random.default_rng(0), {}
-    for name, (published, array) in _stacked(
-        saved_tensors(folder), names, apart=experts_apart
-    ).items():
+    tensors = _apart(saved_tensors(folder))
+    for name, (published, array) in _stacked(tensors, names, apart=experts_apart).items():
         if adds_one and name.endswith("norm.weight"):
             array = array + 1
         if is_permuted and _ROWS.fullmatch(published[0]):
@@ -96,7 +124,7 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return decoded
+    return _joined(decoded)
 
 
 def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
@@ -105,11 +133,34 @@ def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray
     return array.reshape(*cut, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
+def _apart(tensors):
+    """Tensors by name, of which those that hold two are two."""
+    found = {}
+    for name, array in tensors.items():
+        if _BOTH in name:
+            halves = zip(_HALVES, np.split(array, 2, axis=1), strict=True)
+            found |= {name.replace(_BOTH, half): part for half, part in halves}
+        else:
+            found[name] = array
+    return found
+
+
+def _joined(tensors):
+    """The inverse of `_apart`."""
+    found = dict(tensors)
+    for name in tensors:
+        if name.endswith(f"{_HALVES[0]}.weight"):
+            names = [name.replace(_HALVES[0], half) for half in _HALVES]
+            both = np.concatenate([found.pop(half) for half in names], axis=1)
+            found[name.replace(_HALVES[0], _BOTH)] = both
+    return found
+
+
 def _stacked(tensors, names, *, apart):
     """Name in the file -> (published names, array), with all experts of a layer in one."""
     experts, found = {}, {}
     for name, array in tensors.items():
-        if match := _EXPERT.fullmatch(name):
+        if match := _ONE_OF_MANY.fullmatch(name):
             experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = (name, array)
         else:
             found[_name(names, name)] = ((name,), array)
@@ -138,7 +189,8 @@ def _name(names, published):
 def _add(writer, name, array, kind, quantize, rng, routers):
     """Adds a tensor, a matrix in `kind`, and returns what it decodes to. Vectors and routers stay
     float32, as in files of llama.cpp."""
-    if array.ndim < 2 or ("ffn_gate_inp" in name and not routers):
+    is_router = "ffn_gate_inp" in name and not routers
+    if array.ndim < 2 or is_router or name.endswith((".bias", "_norm.weight")):
         kind = "F32"
     type_of = gguf.GGMLQuantizationType[kind]
     block, _ = gguf.GGML_QUANT_SIZES[type_of]
@@ -181,10 +233,81 @@ def blocks(kind: str, shape: tuple[int, ...], rng, *, largest: float = 0.2) -> n
     return raw.reshape(*shape[:-1], -1)
 
 
+# Whose head_dim llama.cpp's converter leaves out.
+_SHARES_OUT = ("granite", "granitemoe", "phi3", "stablelm")
+# What each of these keys of a config becomes, whatever the model.
+_NUMBERS = {
+    "rms_norm_eps": "add_layer_norm_rms_eps",
+    "layer_norm_eps": "add_layer_norm_eps",
+    "norm_epsilon": "add_layer_norm_eps",
+    "num_local_experts": "add_expert_count",
+    "num_experts": "add_expert_count",
+    "num_experts_per_tok": "add_expert_used_count",
+}
+_GRANITE = {
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
+}
+# The same, of one model type.
+_OWN = {
+    "qwen2_moe": {
+        "moe_intermediate_size": "add_expert_feed_forward_length",
+        "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    },
+    "qwen3_moe": {"moe_intermediate_size": "add_expert_feed_forward_length"},
+    "olmo": {"clip_qkv": "add_clamp_kqv"},
+    "olmo3": {"sliding_window": "add_sliding_window"},
+    "exaone4": {"sliding_window": "add_sliding_window"},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "glm4_moe": {
+        "n_routed_experts": "add_expert_count",
+        "n_shared_experts": "add_expert_shared_count",
+        "moe_intermediate_size": "add_expert_feed_forward_length",
+        "first_k_dense_replace": "add_leading_dense_block_count",
+        "routed_scaling_factor": "add_expert_weights_scale",
+        "norm_topk_prob": "add_expert_weights_norm",
+    },
+    "phi3": {"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"},
+    "ernie4_5_moe": {
+        "moe_num_experts": "add_expert_count",
+        "moe_k": "add_expert_used_count",
+        "moe_num_shared_experts": "add_expert_shared_count",
+        "moe_intermediate_size": "add_expert_feed_forward_length",
+        "moe_layer_start_index": "add_leading_dense_block_count",
+        "moe_layer_interval": "add_interleave_moe_layer_step",
+    },
+    "hunyuan_v1_moe": {
+        "moe_topk": "add_expert_used_count",
+        "intermediate_size": "add_expert_feed_forward_length",
+    },
+    "cohere": {"logit_scale": "add_logit_scale"},
+    "cohere2": {"logit_scale": "add_logit_scale", "sliding_window": "add_sliding_window"},
+    "minimax_m2": {"intermediate_size": "add_expert_feed_forward_length"},
+    "stablelm": {"use_parallel_residual": "add_parallel_residual"},
+    "nemotron": {"norm_eps": "add_layer_norm_eps"},
+    "gemma2": {
+        "sliding_window": "add_sliding_window",
+        "attn_logit_softcapping": "add_attn_logit_softcapping",
+        "final_logit_softcapping": "add_final_logit_softcapping",
+    },
+    "gemma3_text": {"sliding_window": "add_sliding_window"},
+}
+# How many elements of a head are turned, where the converter says so.
+_TURNED = {
+    **dict.fromkeys(("llama", "mixtral", "ministral3", "smollm3", "arcee"), 1.0),
+    **dict.fromkeys(("glm4", "glm4_moe", "nemotron"), 0.5),
+    **dict.fromkeys(("granite", "granitemoe", "phi3", "cohere2", "minimax_m2"), 1.0),
+    "stablelm": 0.25,
+}
+
+
 def _write_settings(writer, config):
+    kind, heads = config["model_type"], config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    heads = config["num_attention_heads"]
+    full = rope.get("full_attention", rope)
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -192,30 +315,67 @@ def _write_settings(writer, config):
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind not in _SHARES_OUT:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(full["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
-    if config["model_type"] in ("llama", "mixtral"):
-        writer.add_rope_dimension_count(head_dim)
-    n_experts = config.get("num_local_experts", config.get("num_experts"))
-    if n_experts:
-        writer.add_expert_count(n_experts)
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    if config.get("moe_intermediate_size"):
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    if config["model_type"] == "glm4_moe":
-        writer.add_rope_dimension_count(head_dim // 2)
-        writer.add_expert_count(config["n_routed_experts"])
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_shared_count(config["n_shared_experts"])
-        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_expert_weights_scale(config["routed_scaling_factor"])
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-    if config["model_type"].startswith(("gemma2", "gemma3")):
-        writer.add_sliding_window(config["sliding_window"])
-    if config["model_type"] == "gemma2":
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    for key, method in {**_NUMBERS, **_OWN.get(kind, {})}.items():
+        if config.get(key) is not None:
+            getattr(writer, method)(config[key])
+    if kind in _TURNED:
+        turned = full.get("partial_rotary_factor", _TURNED[kind])
+        writer.add_rope_dimension_count(int(head_dim * turned))
+    if kind in _MORE:
+        _MORE[kind](writer, config)
+
+
+def _flags(writer, config):
+    if config.get("sliding_window"):
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        writer.add_sliding_window_pattern(slides)
+
+
+def _of_olmo3(writer, config):
+    _flags(writer, config)
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+
+
+def _of_phi3(writer, config):
+    writer.add_sliding_window(config["sliding_window"] or 0)
+    rope, length = config["rope_parameters"], config["max_position_embeddings"]
+    if "long_factor" in rope:
+        original = config["original_max_position_embeddings"]
+        scale = math.log(length / original) / math.log(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + scale))
+        for own in ("long", "short"):
+            factors = np.array(rope[f"{own}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{own}.weight", factors)
+
+
+def _of_ernie(writer, config):
+    """Twice the width of an expert, in released models."""
+    width = config["intermediate_size"] // config["num_key_value_heads"]
+    writer.add_expert_shared_feed_forward_length(width)
+
+
+def _of_ministral3(writer, config):
+    writer.add_rope_scaling_yarn_log_mul(config["rope_parameters"]["mscale_all_dim"])
+    writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
+
+
+_MORE = {
+    "ministral3": _of_ministral3,
+    "ernie4_5_moe": _of_ernie,
+    "olmo": lambda writer, config: writer.add_layer_norm_eps(1e-5),
+    "olmo3": _of_olmo3,
+    "exaone4": _flags,
+    "phi3": _of_phi3,
+    "hunyuan_v1_moe": lambda writer, config: writer.add_expert_shared_feed_forward_length(
+        config["intermediate_size"]
+    ),
+    **dict.fromkeys(
+        ("glm4_moe", "minimax_m2"),
+        lambda writer, config: writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
+    ),
+}

@@ -17,7 +17,6 @@ from jlayer.errors import UnsupportedModelError
 from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import is_matrix, is_of_an_expert, published_tensors
 from jlayer.gguf.config import config_of
-from jlayer.gguf.names import FACTORS
 from jlayer.gguf.reader import GgufTensor, Head
 from jlayer.gguf.settings import (
     adds_one,
@@ -26,6 +25,7 @@ from jlayer.gguf.settings import (
     heads_of,
     refuse_differences,
     settings_of,
+    settings_of_factors,
 )
 from jlayer.gguf.vocabulary import vocabulary_of
 from jlayer.gguf.writer import NewTensor
@@ -66,6 +66,7 @@ def gguf_file(
     values = settings_of(cfg, where=where)
     tensors = _tensors(source, TYPES[kind] if kind else None)
     _refuse_what_is_lost(cfg, values, tensors, where)
+    values |= settings_of_factors(cfg)
     n_bytes = Counter()
     for row in tensors.values():
         n_bytes[row.tensor.type] += row.tensor.n_bytes
@@ -75,19 +76,19 @@ def gguf_file(
 
 
 def _tensors(source, kind):
-    cfg, where, found = source.cfg, source.folder, {}
+    cfg, where, found, of_many = source.cfg, source.folder, {}, {}
     _refuse_other_type(source, kind)
-    of_experts: dict[str, list[Written]] = {}
+    parts: dict[str, list[Written]] = {}
     for name, shape in published_tensors(cfg).items():
         own, row = file_name(cfg, name, where=where), _written(source, name, shape, kind)
-        if is_of_an_expert(name):
-            of_experts.setdefault(own, []).append(row)
+        parts.setdefault(own, []).append(row)
         found[own] = row
-    for own, rows in of_experts.items():
+        if is_of_an_expert(name) or len(parts[own]) > 1:
+            of_many[own] = parts[own]
+    for own, rows in of_many.items():
         found[own] = _joined(own, rows, where)
-    factors = factors_of(cfg)
-    if factors is not None:
-        found[FACTORS] = Written(NewTensor("float32", (len(factors),)), numbers=factors)
+    for own, numbers in factors_of(cfg).items():
+        found[own] = Written(NewTensor("float32", (len(numbers),)), numbers=numbers)
     return found
 
 
@@ -126,7 +127,8 @@ def _written(source, name, shape, kind):
 
 
 def _joined(own, rows, where):
-    """One tensor of all experts. Raises UnsupportedModelError where they differ."""
+    """One tensor of all experts, or of the norms of all heads. Raises UnsupportedModelError where
+    they differ."""
     first, *others = (row.tensor for row in rows)
     if any(other != first for other in others):
         types = ", ".join(sorted({row.tensor.type for row in rows}))
@@ -143,7 +145,7 @@ def _refuse_what_is_lost(cfg, values, tensors, where):
     infos = {
         name: GgufTensor(where, row.tensor.type, row.tensor.shape, 0, row.tensor.n_bytes)
         for name, row in tensors.items()
-        if name != FACTORS  # its numbers are in a file
+        if not row.numbers  # they are read from a file
     }
     read = model_config(config_of(Head(where, values, infos)), where=where)
     refuse_differences(cfg, read, where=where)

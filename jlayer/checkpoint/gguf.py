@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, listed
 from jlayer.checkpoint.encoded import table_of
@@ -64,6 +65,7 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
             further.add(name)
             continue
         for own, part in published(cfg.model_type, name, tensor):
+            part = _as_row(part, shapes.get(own))
             entry = TensorEntry(part.type, part.shape, part.offset, part.n_bytes)
             if part.type in BLOCKS and own in shapes:
                 _check_is_matrix(own, name, part, shapes[own])
@@ -76,6 +78,12 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
         names = listed(sorted(further))
         notes.append(f"{head.path}: left out, since they guess further tokens: {names}")
     return tables, encodings
+
+
+def _as_row(part, shape):
+    """A tensor; one that is published as a matrix of one row is a vector in files of 2024, and may
+    be one today."""
+    return replace(part, shape=shape) if shape == (1, *part.shape) else part
 
 
 def _check_is_matrix(own, name, part, shape):

@@ -13,8 +13,10 @@ from dataclasses import dataclass, fields, replace
 from jlayer.errors import UnsupportedModelError
 from jlayer.families.fields import Fields
 from jlayer.families.layout import GAINS, LAYOUT_KEY, PAIRS, as_laid_out
-from jlayer.gguf.config import ARCHITECTURES
-from jlayer.gguf.names import name_in_file
+from jlayer.gguf.architectures import ARCHITECTURES, LAYER
+from jlayer.gguf.mixtures import SIGMOID
+from jlayer.gguf.names import FACTORS, LONG_FACTORS, SHORT_FACTORS, name_in_file
+from jlayer.gguf.rope import ATTENTION_FACTOR, ORIGINAL, YARN_WEIGHT
 from jlayer.parts import Attention, Rope
 from jlayer.spec import ModelConfig
 
@@ -34,18 +36,77 @@ def _experts_of_a_width(cfg):
     return {**_experts(cfg), "expert_feed_forward_length": cfg.experts.width}
 
 
+def _minimax_m2(cfg):
+    return {**_experts_of_a_width(cfg), "expert_gating_func": SIGMOID}
+
+
 def _glm4moe(cfg):
-    router, shared = cfg.experts.router, cfg.experts.shared
+    router = cfg.experts.router
     return {
         **_experts_of_a_width(cfg),
-        "expert_shared_count": shared.width // cfg.experts.width if shared else 0,
+        **_shared_and_dense(cfg),
         "expert_group_count": router.n_groups,
         "expert_group_used_count": router.n_chosen_groups,
-        "expert_gating_func": 2,  # sigmoid
+        "expert_gating_func": SIGMOID,
         "expert_weights_scale": float(router.scale),
         "expert_weights_norm": router.renormalizes,
+    }
+
+
+def _ernie4_5_moe(cfg):
+    """Other periods are refused: llama.cpp opens no file with dense layers after the first."""
+    own = _with_shared(cfg) if cfg.experts.shared else _experts_of_a_width(cfg)
+    return {**own, **_shared_and_dense(cfg), "interleave_moe_layer_step": 1}
+
+
+def _shared_and_dense(cfg):
+    shared = cfg.experts.shared
+    return {
+        "expert_shared_count": shared.width // cfg.experts.width if shared else 0,
         "leading_dense_block_count": cfg.experts.layers.count(False),
     }
+
+
+def _with_shared(cfg):
+    return {
+        **_experts_of_a_width(cfg),
+        "expert_shared_feed_forward_length": cfg.experts.shared.width,
+    }
+
+
+def _granite(cfg):
+    return {
+        "attention.scale": float(cfg.attention.scale),
+        "embedding_scale": float(cfg.embedding_scale.value),
+        "residual_scale": float(cfg.residual_scale),
+        "logit_scale": float(1 / cfg.logits.scale),
+    }
+
+
+def _granitemoe(cfg):
+    return {**_experts(cfg), **_granite(cfg)}
+
+
+def _cohere(cfg):
+    return {"logit_scale": float(cfg.logits.scale)}
+
+
+def _phi3(cfg):
+    """The length of short texts, which all files have; of other models it is the longest."""
+    return {**_window_of(cfg), ORIGINAL: _turned(cfg).switches_at or cfg.max_position_embeddings}
+
+
+def _ministral3(cfg):
+    """Another YaRN than one whose factor cancels out is another model when it is read back."""
+    return {"attention.temperature_scale": float(cfg.attention.grows.beta), YARN_WEIGHT: 1.0}
+
+
+def _stablelm(cfg):
+    return {"use_parallel_residual": cfg.is_parallel}
+
+
+def _olmo(cfg):
+    return {"attention.clamp_kqv": float(cfg.attention.clip)} if cfg.attention.clip else {}
 
 
 def _window_of(cfg):
@@ -69,15 +130,37 @@ def _gemma3(cfg):
     return {**_window_of(cfg), "rope.freq_base_swa": float(sliding.rope.theta)}
 
 
+def _flags(cfg):
+    """Of each layer whether it slides."""
+    windows = {one.name: one.window for one in cfg.attentions}
+    names = cfg.layer_types or (cfg.attention.name,) * cfg.num_hidden_layers
+    return {"attention.sliding_window_pattern": tuple(bool(windows[name]) for name in names)}
+
+
+def _olmo3(cfg):
+    return {**_gemma3(cfg), **_flags(cfg)}
+
+
+def _exaone4(cfg):
+    slides = any(one.window for one in cfg.attentions)
+    return {**_window_of(cfg), **_flags(cfg)} if slides else {}
+
+
+def _cohere2(cfg):
+    return {**_window_of(cfg), **_cohere(cfg)}
+
+
 @dataclass(frozen=True)
 class Row:
     """How a model type is written: its architecture, the model type that is read back, and the
-    settings that are its own. `slides`: some of its layers have a window."""
+    settings that are its own. `slides`: some of its layers have a window. `has_long_factors`: its
+    files have the factors of LongRoPE."""
 
     architecture: str
     read_as: str
     more: Callable[[ModelConfig], dict] = _nothing_more
     slides: bool = False
+    has_long_factors: bool = False
 
 
 # A new model type is a row here; its names are in `names`, and what is changed in its values in
@@ -86,10 +169,34 @@ ROWS = {
     "llama": Row("llama", "llama"),
     "mistral": Row("llama", "llama"),
     "mixtral": Row("llama", "mixtral", _experts),
+    "ministral3": Row("mistral3", "ministral3", _ministral3),
     "qwen2": Row("qwen2", "qwen2"),
+    "qwen2_moe": Row("qwen2moe", "qwen2_moe", _with_shared),
     "qwen3": Row("qwen3", "qwen3"),
     "qwen3_moe": Row("qwen3moe", "qwen3_moe", _experts_of_a_width),
+    "olmo": Row("olmo", "olmo", _olmo),
+    "olmo2": Row("olmo2", "olmo2"),
+    "olmo3": Row("olmo2", "olmo3", _olmo3, slides=True),
+    "olmoe": Row("olmoe", "olmoe", _experts),
+    "exaone4": Row("exaone4", "exaone4", _exaone4, slides=True),
+    "smollm3": Row("smollm3", "smollm3"),
+    "arcee": Row("arcee", "arcee"),
+    "seed_oss": Row("seed_oss", "seed_oss"),
+    "granite": Row("granite", "granite", _granite),
+    "granitemoe": Row("granitemoe", "granitemoe", _granitemoe),
+    "glm4": Row("glm4", "glm4"),
     "glm4_moe": Row("glm4moe", "glm4_moe", _glm4moe),
+    "phi3": Row("phi3", "phi3", _phi3, slides=True, has_long_factors=True),
+    "ernie4_5": Row("ernie4_5", "ernie4_5"),
+    "ernie4_5_moe": Row("ernie4_5-moe", "ernie4_5_moe", _ernie4_5_moe),
+    "hunyuan_v1_dense": Row("hunyuan-dense", "hunyuan_v1_dense"),
+    "hunyuan_v1_moe": Row("hunyuan-moe", "hunyuan_v1_moe", _with_shared),
+    "cohere": Row("command-r", "cohere", _cohere),
+    "cohere2": Row("cohere2", "cohere2", _cohere2, slides=True),
+    "minimax_m2": Row("minimax-m2", "minimax_m2", _minimax_m2),
+    "starcoder2": Row("starcoder2", "starcoder2"),
+    "stablelm": Row("stablelm", "stablelm", _stablelm),
+    "nemotron": Row("nemotron", "nemotron"),
     "gpt_oss": Row("gpt-oss", "gpt_oss", _gpt_oss, slides=True),
     "gemma": Row("gemma", "gemma"),
     "gemma2": Row("gemma2", "gemma2", _gemma2, slides=True),
@@ -122,7 +229,7 @@ def file_name(cfg: ModelConfig, tensor: str, *, where: str) -> str:
 def heads_of(cfg: ModelConfig, tensor: str) -> int:
     """The heads whose rows of a published tensor are to be reordered; 0: none are. A model that was
     converted from GGUF has them in that order already."""
-    if PAIRS not in _layout(cfg) or cfg.attention.rope.interleaved:
+    if PAIRS not in _layout(cfg) or _turned(cfg).interleaved:
         return 0
     module = tensor.rpartition(".")[0].rpartition(".")[2]
     heads = {"q_proj": cfg.attention.n_heads, "k_proj": cfg.attention.n_kv_heads}
@@ -142,7 +249,7 @@ def _layout(cfg):
 def settings_of(cfg: ModelConfig, *, where: str) -> dict[str, object]:
     """The metadata of a model, without those of its tokenizer. Raises UnsupportedModelError."""
     row = row_of(cfg, where=where)
-    how = next((one for one in cfg.attentions if one.window is None), cfg.attention)
+    rope, how = _turned(cfg), cfg.attention
     if not row.slides and any(one.window is not None for one in cfg.attentions):
         raise UnsupportedModelError(
             f"{where}: a {cfg.model_type} with a window of {_window(cfg)} tokens cannot be "
@@ -157,31 +264,42 @@ def settings_of(cfg: ModelConfig, *, where: str) -> dict[str, object]:
         "attention.head_count_kv": how.n_kv_heads,
         "attention.key_length": how.head_dim,
         "attention.value_length": how.head_dim,
-        "attention.layer_norm_rms_epsilon": cfg.norm.eps,
-        "rope.freq_base": float(how.rope.theta),
-        "rope.dimension_count": int(how.head_dim * how.rope.partial),
+        (ARCHITECTURES[row.architecture].eps or (LAYER,))[0]: cfg.norm.eps,
+        "rope.freq_base": float(rope.theta),
+        "rope.dimension_count": int(how.head_dim * rope.partial),
         "vocab_size": cfg.vocab_size,
-        **_scaling(how.rope, where),
+        **_scaling(rope, row, where),
         **row.more(cfg),
     }
     start = {"general.architecture": row.architecture, "general.quantization_version": 2}
     return {**start, **{f"{row.architecture}.{key}": value for key, value in own.items()}}
 
 
-def factors_of(cfg: ModelConfig) -> tuple[float, ...] | None:
-    """The divisors of the frequencies, which are a tensor of a file; None: there are
-    none."""
-    how = cfg.attention
-    if how.rope.type == "longrope":
-        return how.rope.long_factor
-    if how.rope.type != "llama3":
-        return None
-    return tuple(_llama3_factor(how.rope, 2 * n / how.head_dim) for n in range(how.head_dim // 2))
+def factors_of(cfg: ModelConfig) -> dict[str, tuple[float, ...]]:
+    """The divisors of the frequencies, which are tensors of a file, by their names there."""
+    rope, head_dim = _turned(cfg), cfg.attention.head_dim
+    if rope.type == "llama3":
+        numbers = tuple(_llama3_factor(rope, 2 * n / head_dim) for n in range(head_dim // 2))
+        return {FACTORS: numbers}
+    if rope.type != "longrope":
+        return {}
+    if _is_of_factors(rope):
+        return {FACTORS: rope.long_factor}
+    return {LONG_FACTORS: rope.long_factor, SHORT_FACTORS: rope.short_factor}
+
+
+def settings_of_factors(cfg: ModelConfig) -> dict[str, object]:
+    """The metadata beside the tensors of `factors_of`."""
+    rope = _turned(cfg)
+    if rope.type != "longrope" or _is_of_factors(rope):
+        return {}
+    start = ROWS[cfg.model_type].architecture
+    return {f"{start}.{ATTENTION_FACTOR}": float(rope.attention_factor)}
 
 
 def refuse_differences(cfg: ModelConfig, read: ModelConfig, *, where: str) -> None:
     """Raises UnsupportedModelError where the config `read` of the written metadata, without the
-    tensor of `factors_of`, says anything else than `cfg`."""
+    tensors of `factors_of`, says anything else than `cfg`."""
     laid_out = as_laid_out(Fields({LAYOUT_KEY: dict(_layout(cfg))}, where), cfg)
     expected = replace(
         laid_out,
@@ -205,17 +323,25 @@ def refuse_differences(cfg: ModelConfig, read: ModelConfig, *, where: str) -> No
 
 def _as_read(one: Attention) -> Attention:
     rope = one.rope
-    if rope.type in ("llama3", "longrope"):  # said by `factors_of` alone
-        rope = Rope(rope.theta, interleaved=rope.interleaved)
+    if rope is not None and rope.type in ("llama3", "longrope"):  # said by `factors_of` alone
+        rope = Rope(rope.theta, partial=rope.partial, interleaved=rope.interleaved)
     return replace(one, rope=rope)
+
+
+def _turned(cfg):
+    """The rotary embedding, of layers without a window where they have one: it may be scaled."""
+    found = [one for one in cfg.attentions if one.rope is not None]
+    return min(found, key=lambda one: one.window is not None).rope
 
 
 def _window(cfg):
     return next(one.window for one in cfg.attentions if one.window is not None)
 
 
-def _scaling(rope, where):
+def _scaling(rope, row, where):
     if rope.type in ("default", "llama3") or _is_of_factors(rope):
+        return {}
+    if rope.type == "longrope" and row.has_long_factors:
         return {}
     if rope.type not in ("linear", "yarn"):
         raise UnsupportedModelError(
@@ -224,7 +350,7 @@ def _scaling(rope, where):
         )
     found = {"rope.scaling.type": rope.type, "rope.scaling.factor": float(rope.factor)}
     if rope.type == "yarn":
-        found["rope.scaling.original_context_length"] = rope.original_max_position_embeddings
+        found[ORIGINAL] = rope.original_max_position_embeddings
         found["rope.scaling.yarn_beta_fast"] = float(rope.beta_fast)
         found["rope.scaling.yarn_beta_slow"] = float(rope.beta_slow)
     return found

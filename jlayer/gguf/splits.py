@@ -39,6 +39,7 @@ _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
 )
+_SEED = rf"{_CONTRACTIONS}{_WORDS}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,17 @@ _LLAMA_BPE = SplitKind((_LLAMA3,), whole_words_first=True, adds_bos=True)
 _QWEN = SplitKind((_QWEN2,), normalizer="NFC")
 _DIGITS = SplitKind((r"\p{N}", _GPT2))
 KINDS: dict[str, SplitKind] = {
-    "gpt-2": SplitKind((_GPT2,)),
-    "phi-2": SplitKind((_GPT2,)),
+    **dict.fromkeys(("gpt-2", "phi-2", "exaone4"), SplitKind((_GPT2,))),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe"), _LLAMA_BPE),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan"), _QWEN),
     "qwen35": SplitKind((_QWEN35,), normalizer="NFC"),
     "glm4": SplitKind((_LLAMA3,), whole_words_first=True),
-    "chatglm-bpe": SplitKind((_LLAMA3,)),
-    "gpt-4o": SplitKind((_GPT4O,)),
+    **dict.fromkeys(("chatglm-bpe", "dbrx", "smaug-bpe"), SplitKind((_LLAMA3,))),
+    **dict.fromkeys(("gpt-4o", "minimax-m2"), SplitKind((_GPT4O,))),
     "tekken": SplitKind((_TEKKEN,), whole_words_first=True, adds_bos=True),
-    "deepseek-v3": SplitKind(_DEEPSEEK3),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), SplitKind(_DEEPSEEK3)),
+    "seed-coder": SplitKind((_SEED,)),
+    "olmo": SplitKind((_GPT2,), normalizer="NFC"),
+    "command-r": SplitKind(_DIGITS.splits, normalizer="NFC"),
     **dict.fromkeys(("smollm", "starcoder", "refact"), _DIGITS),
 }

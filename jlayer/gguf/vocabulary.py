@@ -25,7 +25,7 @@ _BYTE_TEXT = re.compile("<0x[0-9A-F]{2}>")
 # converter writes.
 _WRITTEN = (
     *("gpt-2", "llama-bpe", "qwen2", "qwen35", "glm4", "chatglm-bpe", "gpt-4o", "tekken"),
-    *("deepseek-v3", "smollm"),
+    *("deepseek-v3", "smollm", "seed-coder", "olmo", "command-r"),
 )
 # Splitting that needs no expression of its own: what `split into single digits` is.
 _DIGIT = r"\p{N}"

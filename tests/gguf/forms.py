@@ -19,6 +19,7 @@ _SIZES = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+    "pad_token_id": 0,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 32}
 _LLAMA3 = {
@@ -35,6 +36,24 @@ _YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+# Heads that share out the width, without which llama.cpp takes no model of some architectures.
+_SHARED_OUT = {"head_dim": 16}
+_LAYER_NORMS = {**_SHARED_OUT, "rms_norm_eps": None}
+_FACTORS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0, 1.1, 1.3, 1.4, 1.6],
+    "long_factor": [1.0, 1.2, 2.0, 3.0, 4.0, 8.0],
+    "partial_rotary_factor": 0.75,
+}
+_WINDOWS = {"sliding_window": 5, "num_hidden_layers": 5}
+_FIVE = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
 _GEMMA = {"tie_word_embeddings": True, "sliding_window": 5}
 # Name -> (the class of its config in Transformers, what differs from _SIZES).
 FORMS = {
@@ -53,6 +72,19 @@ FORMS = {
     "vocabulary of 4100": ("LlamaConfig", {"vocab_size": 4100, "num_hidden_layers": 1}),
     "vocabulary of 32000": ("LlamaConfig", {"vocab_size": 32000, "num_hidden_layers": 1}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "sliding_window": None,
+            "rope_parameters": {
+                **_YARN,
+                "original_max_position_embeddings": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "qwen2": ("Qwen2Config", {"head_dim": 16}),  # llama.cpp takes no other
     "qwen3": ("Qwen3Config", {}),
     "qwen3, yarn": ("Qwen3Config", {"rope_parameters": _YARN}),
@@ -69,6 +101,119 @@ FORMS = {
             **_EXPERTS,
         },
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_SHARED_OUT,
+            **_EXPERTS,
+            "num_experts": 6,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "olmo": ("OlmoConfig", {**_LAYER_NORMS, "clip_qkv": 0.7}),
+    "olmo2": ("Olmo2Config", _SHARED_OUT),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **_SHARED_OUT,
+            **_WINDOWS,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": _YARN,
+            },
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {**_SHARED_OUT, "num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {**_SHARED_OUT, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "exaone4, window": ("Exaone4Config", {**_SHARED_OUT, **_WINDOWS, "layer_types": _FIVE}),
+    "smollm3": (
+        "SmolLM3Config",
+        {**_SHARED_OUT, "num_hidden_layers": 5},
+    ),
+    "arcee": ("ArceeConfig", {}),
+    "seed_oss": ("SeedOssConfig", {"attention_out_bias": False}),
+    "granite": ("GraniteConfig", {**_SHARED_OUT, **_FACTORS, "tie_word_embeddings": True}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {**_SHARED_OUT, **_FACTORS, "num_local_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "glm4": ("Glm4Config", {"attention_bias": True}),
+    "phi3": (
+        "Phi3Config",
+        {**_SHARED_OUT, "sliding_window": None, "original_max_position_embeddings": 512},
+    ),
+    "phi3, long texts": (
+        "Phi3Config",
+        {
+            **_SHARED_OUT,
+            "sliding_window": None,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "phi3, short texts": (
+        "Phi3Config",
+        {
+            **_SHARED_OUT,
+            "sliding_window": None,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "ernie4_5": ("Ernie4_5Config", {"use_bias": False, "tie_word_embeddings": True}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "intermediate_size": 128,
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_interval": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "hunyuan": ("HunYuanDenseV1Config", {}),
+    "hunyuan_moe": ("HunYuanMoEV1Config", {"num_experts": 6, "moe_topk": 2}),
+    "cohere": ("CohereConfig", {**_LAYER_NORMS, "logit_scale": 0.25, "tie_word_embeddings": True}),
+    "cohere, norms": (
+        "CohereConfig",
+        {**_LAYER_NORMS, "logit_scale": 0.25, "tie_word_embeddings": True, "use_qk_norm": True},
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        {**_LAYER_NORMS, **_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True},
+    ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "starcoder2": (
+        "Starcoder2Config",
+        {**_LAYER_NORMS, "sliding_window": None, "tie_word_embeddings": True},
+    ),
+    "stablelm": ("StableLmConfig", {**_LAYER_NORMS, "use_qkv_bias": True}),
+    "stablelm, parallel": (
+        "StableLmConfig",
+        {**_LAYER_NORMS, "qk_layernorm": True, "use_parallel_residual": True},
+    ),
+    "nemotron": ("NemotronConfig", _LAYER_NORMS),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**_GEMMA, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
@@ -79,7 +224,23 @@ FORMS = {
 TO_EXPORT = {
     "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
     "glm4_moe, groups": ("Glm4MoeConfig", {**FORMS["glm4_moe"][1], "n_group": 3, "topk_group": 2}),
-    "olmo2": ("Olmo2Config", {}),
+    "glm": ("GlmConfig", {}),
+    "ernie4_5_moe, every second": (
+        "Ernie4_5_MoeConfig",
+        {
+            **FORMS["ernie4_5_moe"][1],
+            "moe_layer_interval": 2,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "starcoder2, window": (
+        "Starcoder2Config",
+        {**FORMS["starcoder2"][1], "sliding_window": 8},
+    ),
+    "smollm3, every third": (
+        "SmolLM3Config",
+        {**FORMS["smollm3"][1], "no_rope_layers": [1, 1, 0, 1, 1]},
+    ),
     "qwen3_moe, not normed": (
         "Qwen3MoeConfig",
         {"num_experts": 6, **_EXPERTS, "norm_topk_prob": False},

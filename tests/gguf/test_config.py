@@ -1,5 +1,6 @@
 """What a GGUF file's metadata and tensors say of a model, and what is refused of them."""
 
+import re
 import struct
 
 import gguf
@@ -11,7 +12,8 @@ from jlayer.checkpoint.store import Store
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
-from jlayer.gguf.config import ARCHITECTURES, config_of
+from jlayer.gguf.architectures import ARCHITECTURES
+from jlayer.gguf.config import config_of
 from jlayer.gguf.metadata import shortest
 from jlayer.gguf.names import NAMES
 from jlayer.gguf.parts import open_head
@@ -34,7 +36,7 @@ def test_names_are_those_of_llama_cpp():
     for model_type, arch in archs.items():
         names = gguf.get_tensor_name_map(arch, 1)
         for own, published in NAMES[model_type].items():
-            name = f"model.layers.0.{published}".replace(".{expert}", "")
+            name = re.sub(r"(\.norms)?\.{number}", "", f"model.layers.0.{published}")
             base = own.removesuffix(".weight").removesuffix(".bias")
             found = names.get_name(name.replace("e_score_correction_bias", "e_score_correction"))
             # A table has names that its architecture lacks: norms of heads, of Llama.
@@ -91,6 +93,57 @@ def test_what_is_refused_of_the_metadata(settings, kind, words, tmp_path, model)
     assert words in message
     assert str(path) in message
     assert "\n" not in message
+
+
+# Of other models: what is fixed in a family, and what only looks like saying nothing.
+OF_OTHERS = [
+    ("olmo", raw("olmo.attention.layer_norm_epsilon", "float32", 1e-6), "layer_norm_epsilon is 1e"),
+    ("granite", raw("granite.rope.scaling.finetuned", "bool", False), "no rotary embedding"),
+    ("granite", raw("granite.expert_shared_feed_forward_length", "uint32", 8), "shared_feed"),
+    ("minimax_m2", raw("minimax-m2.expert_gating_func", "uint32", 1), "expert_gating_func is 1"),
+    ("minimax_m2", raw("minimax-m2.expert_feed_forward_length", "uint32", 8), "length is 8, supp"),
+    ("qwen2_moe", raw("qwen2moe.expert_weights_norm", "bool", True), "expert_weights_norm is True"),
+    ("hunyuan_moe", raw("hunyuan-moe.expert_shared_count", "uint32", 2), "shared_count is 2"),
+    ("ernie4_5_moe", raw("ernie4_5-moe.expert_shared_count", "uint32", 1), "length is 64, supp"),
+    ("phi3", raw("phi3.rope.scaling.type", "string", "longrope"), "frequencies are missing"),
+    ("phi3, long texts", raw("phi3.rope.scaling.type", "string", "yarn"), "expected one of them"),
+    ("glm4", raw("glm4.rope.dimension_count", "uint32", 64), "dimension_count is 64"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "words"), OF_OTHERS)
+def test_what_is_refused_of_other_models(name, settings, words, tmp_path):
+    write(save(name, tmp_path / "model"), tmp_path / "m.gguf", settings=settings)
+    with pytest.raises(UnsupportedModelError, match=re.escape(words)):
+        Store(tmp_path / "m.gguf")
+
+
+def test_counts_beyond_the_file_are_refused(tmp_path, model):
+    for key, value in (
+        ("attention.head_count", 0),
+        ("attention.key_length", 0),
+        ("block_count", 1 << 30),
+    ):
+        write(model, tmp_path / "m.gguf", settings=raw(f"qwen3.{key}", "uint32", value))
+        with pytest.raises(CheckpointError, match=f"{key} is {value}, expected"):
+            Store(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "ernie4_5_moe"])
+def test_a_matrix_of_one_row_may_be_a_vector(name, tmp_path, monkeypatch):
+    """It was one in files of 2024."""
+    folder, paths = save(name, tmp_path / "model"), (tmp_path / "m.gguf", tmp_path / "n.gguf")
+    write(folder, paths[0])
+    expected, add = Store(paths[0]), gguf.GGUFWriter.add_tensor
+
+    def add_vector(writer, own, array, **more):
+        add(writer, own, array[0] if array.shape[0] == 1 else array, **more)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_vector)
+    write(folder, paths[1])
+    assert Store(paths[1]).cfg == expected.cfg
+    rows = [sum(t.shape[0] == 1 for t in head.tensors.values()) for head in map(open_head, paths)]
+    assert rows[0] > rows[1] == 0
 
 
 def test_keys_that_say_nothing_are_no_matter(tmp_path, model):

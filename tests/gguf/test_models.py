@@ -30,6 +30,7 @@ def rope_factors(config):
 
 def scaling(writer, config):
     rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     if rope.get("rope_type") in ("linear", "yarn"):
         writer.add_string(f"{writer.arch}.rope.scaling.type", rope["rope_type"])
         writer.add_rope_scaling_factor(rope["factor"])

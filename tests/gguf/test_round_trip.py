@@ -27,6 +27,7 @@ from tests.text.samples import SPECIAL, TEXTS, folder_of
 
 # Keys that a writer may leave out where they say what is usual.
 USUAL = (
+    *("attention.key_length", "attention.value_length", "attention.sliding_window_pattern"),
     *("rope.dimension_count", "rope.freq_base_swa", "rope.scaling.yarn_beta_fast"),
     *("rope.scaling.yarn_beta_slow", "expert_group_count", "expert_group_used_count"),
     *("general.quantization_version", "general.file_type", "tokenizer.ggml.model", "vocab_size"),
@@ -187,7 +188,13 @@ def test_a_published_tokenizer_model(name, has_json, tmp_path):
         assert own.encode(text) == published.encode(text), text
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mixtral", "qwen3_moe", "glm4_moe", "gemma2", "gemma3", "qwen2_moe", "ernie4_5_moe"),
+        *("granitemoe", "minimax_m2", "phi3, long texts", "stablelm, parallel", "cohere2", "olmo3"),
+    ],
+)
 def test_llama_cpp_takes_what_is_exported_as_the_same_model(name, tmp_path):
     served, path = pytest.importorskip("tests.gguf.llamacpp").Served, tmp_path / "m.gguf"
     write(save(name, tmp_path / "model"), path, settings=numbered)
