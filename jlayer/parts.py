@@ -323,11 +323,13 @@ class Experts:
 class Quantized:
     """What a config says of weights that are published encoded: the name of the `method`, the
     `encoding` that its matrices have as far as a config tells, and patterns of the names of modules
-    that are `left` as plain numbers."""
+    that are `left` as plain numbers. `encodings`: of all groups of modules, where a config tells
+    them apart; each in the commonest dtype of scales."""
 
     method: str
     encoding: str
     left: tuple[str, ...] = ()
+    encodings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jlayer.checkpoint.agree import first_few
 from jlayer.checkpoint.encoded import form_of
 from jlayer.convert.sources import words
 from jlayer.convert.sources.files import (
@@ -70,16 +71,17 @@ def to_repack(
                 if piece in parts:
                     problems.append(f"{entry[0].name} is in two files, expected one")
                 parts[piece] = entry
-    matrices = {}
+    matrices, wrong = {}, []
     for name, parts in found.items():
         matrix = _matrix(cfg, shapes[name], parts)
-        problems += _wrong(cfg, name, matrix)
+        wrong += _wrong(cfg, name, matrix)
         matrices[name] = matrix
         for piece, (dtype, shape) in matrix.encoding.pieces(matrix.shape).items():
             if piece in parts:
                 place = parts[piece][0]
                 entry = (place, TensorInfo(dtype, shape))
                 tables[place.file.name][piece_name(name, piece)] = entry
+    problems += first_few(wrong)
     return tables, matrices
 
 
@@ -147,6 +149,9 @@ def _wrong(cfg, name, matrix):
     """What is wrong with the pieces of a matrix, as its file has them."""
     wanted, form = _wanted(matrix), form_of(cfg)
     for piece, (place, info) in matrix.sources.items():
+        if piece not in wanted:
+            yield f"{place.name} in {place.file.name} is no part of a matrix of {matrix.method}"
+            continue
         dtypes, shape = wanted[piece]
         if info.dtype not in dtypes or info.shape != shape:
             yield (

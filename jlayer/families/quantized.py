@@ -10,7 +10,7 @@ from jlayer.encodings.fp8 import BLOCK
 from jlayer.encodings.linear import GROUPS, INT8_SCB
 from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.fields import Fields
+from jlayer.families.fields import Fields, as_integer
 from jlayer.families.repacked import (
     is_repacked,
     read_awq,
@@ -143,7 +143,8 @@ def _read_compressed(said):
     if is_repacked(said):
         return read_packed(said, _names(said, "ignore"))
     usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
-    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"))
+    named = tuple(dict.fromkeys(usual))
+    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"), named)
 
 
 def _encoding_of_group(said, group):
@@ -154,7 +155,7 @@ def _encoding_of_group(said, group):
             f"{group.where}: weights is missing: only weights that are quantized are supported"
         )
     form = group.raw.get("format") or said.raw.get("format")
-    if form not in _COMPRESSED:
+    if not isinstance(form, str) or form not in _COMPRESSED:
         raise UnsupportedModelError(
             f"{said.where}: format {form!a:.80} is not supported; supported: "
             f"{', '.join(_COMPRESSED)}"
@@ -170,13 +171,13 @@ def _integer_encoding(kind):
     """A function of a group's weights -> their encoding, of integers of this kind."""
 
     def encoding(weights):
-        bits = weights.raw.get("num_bits")
+        bits = as_integer(weights.raw.get("num_bits", 8))  # as compressed-tensors takes it
         kind_of = f"{kind}{bits}" if kind == "packed" else kind
         if weights.raw.get("strategy") == "channel":
             return f"{kind_of}_row_bfloat16"
         weights.refuse_unless("strategy", "channel", "group")
-        size = weights.raw.get("group_size")
-        if f"g{size}" not in GROUPS:
+        size = as_integer(weights.raw.get("group_size"))
+        if type(size) is not int or f"g{size}" not in GROUPS:
             raise UnsupportedModelError(
                 f"{weights.where}: group_size is {size!a:.80}, supported: "
                 f"{', '.join(str(n) for n in GROUPS.values() if n)}"

@@ -18,10 +18,10 @@ _SORTED = ("group", True)
 
 def read_gptq(said: Fields) -> Quantized:
     """GPTQ: `checkpoint_format` (or `format`) says whether zeros are stored less one."""
-    named = {said.raw[key] for key in ("checkpoint_format", "format") if said.has(key)}
-    if len(named) > 1 or not named <= {"gptq", "gptq_v2"}:
+    named = [said.raw[key] for key in ("checkpoint_format", "format") if said.has(key)]
+    if any(name not in ("gptq", "gptq_v2") or name != named[0] for name in named):
         raise UnsupportedModelError(
-            f"{said.where}: checkpoint_format is {', '.join(sorted(map(ascii, named))):.80}, "
+            f"{said.where}: checkpoint_format is {', '.join(map(ascii, named)):.80}, "
             "supported: gptq, gptq_v2"
         )
     said.refuse_unless("pack_dtype", None, "int32")
@@ -36,7 +36,7 @@ def read_gptq(said: Fields) -> Quantized:
     is_ordered = said.boolean("desc_act") and group != WHOLE_ROW
     zeros = None if said.boolean("sym", default=True) else "uint8"
     row = linear(bits, group, _USUAL, zero_dtype=zeros, is_ordered=is_ordered)
-    return Quantized(*(named or {"gptq"}), row.name)
+    return Quantized(named[0] if named else "gptq", row.name)
 
 
 def read_awq(said: Fields) -> Quantized:
