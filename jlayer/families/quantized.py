@@ -22,6 +22,9 @@ from jlayer.families.repacked import (
 from jlayer.parts import Quantized
 
 NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
+# What to do about a config of another form, and about one that is damaged.
+_TAKE_ANOTHER = "take another checkpoint of the model, such as the unquantized one"
+_PUT_BACK = "put back the config.json that was published with the weights"
 SECTION, METHOD = "quantization_config", "quant_method"
 # How patterns of compressed-tensors begin that are regular expressions.
 _REGEX = "re:"
@@ -38,7 +41,12 @@ def read_quantized(fields: Fields) -> Quantized | None:
     said = fields.section(SECTION)
     method = method_of(said.raw)
     read = _READ.get(method)
-    return read(said.changed({METHOD: method})) if read else None
+    try:
+        return read(said.changed({METHOD: method})) if read else None
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}; {_TAKE_ANOTHER}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_PUT_BACK}") from None
 
 
 def method_of(said: dict) -> object:
@@ -134,8 +142,7 @@ def _read_compressed(said):
     sparsity.refuse_unless("format", None, "dense")
     if said.section("transform_config").raw.get("config_groups"):
         raise UnsupportedModelError(
-            f"{said.where}: transform_config turns the inputs of matrices, which is not supported; "
-            "take the model's unquantized checkpoint"
+            f"{said.where}: transform_config turns the inputs of matrices, which is not supported"
         )
     groups = said.section("config_groups")
     if not groups.raw:

@@ -29,8 +29,7 @@ def read_gptq(said: Fields) -> Quantized:
     for name in dynamic.raw:
         if not name.startswith("-:"):  # that is, but for what is left out
             raise UnsupportedModelError(
-                f"{said.where}: dynamic has other settings for {name!a:.80}, which is not "
-                "supported; take the model's unquantized checkpoint"
+                f"{said.where}: dynamic has other settings for {name!a:.80}, which is not supported"
             )
     bits, group = _one_of(said, "bits", BITS), _group(said, "group_size")
     is_ordered = said.boolean("desc_act") and group != WHOLE_ROW
@@ -107,7 +106,7 @@ def read_packed(said: Fields, left: tuple[str, ...]) -> Quantized:
     if len(rows) > 1:
         raise UnsupportedModelError(
             f"{said.where}: config_groups has {len(rows)} forms of weights, supported with zeros "
-            "or sorted inputs: one; take the model's unquantized checkpoint"
+            "or sorted inputs: one"
         )
     return Quantized("pack-quantized", *rows, left)
 
