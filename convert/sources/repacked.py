@@ -63,10 +63,12 @@ def to_repack(
     """
     shapes, found = published_tensors(cfg), {}
     tables = {shard: dict(table) for shard, table in tables.items()}
+    done = {matrix for table in tables.values() for matrix in _repacked_already(table)}
     for table in tables.values():
         for name in list(table):
             matrix, piece = split_piece(name)
-            if piece != WHOLE and name not in shapes and len(shapes.get(matrix, ())) == 2:
+            is_piece = piece != WHOLE and name not in shapes and matrix not in done
+            if is_piece and len(shapes.get(matrix, ())) == 2:
                 parts, entry = found.setdefault(matrix, {}), table.pop(name)
                 if piece in parts:
                     problems.append(f"{entry[0].name} is in two files, expected one")
@@ -83,6 +85,14 @@ def to_repack(
                 tables[place.file.name][piece_name(name, piece)] = entry
     problems += first_few(wrong)
     return tables, matrices
+
+
+def _repacked_already(table):
+    """The matrices whose codes have our own name in the file: it is of a converted folder."""
+    for name, (place, _) in table.items():
+        matrix, piece = split_piece(name)
+        if piece == Q and split_piece(place.name)[1] == Q:
+            yield matrix
 
 
 def _matrix(cfg, shape, parts):

@@ -27,7 +27,7 @@ from jlayer.encodings.published import (
     QUANT_STATE,
     WEIGHT_FORMAT,
 )
-from jlayer.encodings.registry import piece_name
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, Table
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import EMBEDDING
@@ -130,6 +130,12 @@ def _with_four_bits(cfg, tables, read, where):
 
 def _parts(cfg, tables, where):
     """Matrix -> what it is made of: WHOLE, SCALE, or the name of a statistic -> its tensor."""
+    converted = next((n for t in tables.values() for n in t if split_piece(n)[1] == Q), None)
+    if converted:
+        raise UnsupportedModelError(
+            f"{where}: tensor {converted} is of a converted folder, which lacks the statistics of "
+            "the published one; convert the published folder again"
+        )
     ends = {own for _, _, own in form_of(cfg).ends}
     shapes, parts, weights = published_tensors(cfg), {}, []
     for shard, table in tables.items():

@@ -80,11 +80,11 @@ IN_PLACE: dict[str, tuple[dict, str]] = {
         _compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
         "int8_row_bfloat16",
     ),
-    "packed": (
+    "symmetric": (
         _compressed("pack-quantized", num_bits=4, group_size=32, **_INT),
         "packed4_g32_bfloat16",
     ),
-    "packed of 8": (
+    "symmetric of 8 bits": (
         _compressed("pack-quantized", num_bits=8, group_size=64, **_INT),
         "packed8_g64_bfloat16",
     ),

@@ -30,7 +30,7 @@ def test_a_whole_folder_has_the_weights_of_its_formula(folders, tmp_path, kind):
 
 
 def test_other_weights_are_seen(folders):
-    folder = folders.sound("packed")
+    folder = folders.sound("symmetric")
     found = {name: array.copy() for name, array in fuzz_quantized.weights_of(folder).items()}
     found["model.layers.0.mlp.up_proj.weight"][3, 5] += 1
     with pytest.raises(AssertionError, match=r"up_proj.weight: 1 other weights"):
@@ -89,18 +89,26 @@ def shorter_scales(config, tensors):
 NOT_AS_SAID = "encoded, but not as quantization_config says"
 # What once ended in a traceback, was read as other weights, or told in lines without end.
 FOUND = {
-    "a format that is an object": ("packed", said(format={"a": 1}), "format {'a': 1} is not supp"),
+    "a format that is an object": (
+        "symmetric",
+        said(format={"a": 1}),
+        "format {'a': 1} is not supp",
+    ),
     "a format that is a list": ("packed by row", said(format=["x"]), "format ['x'] is not supp"),
     "a version that is an object": (
         *("gptq", said(checkpoint_format={"a": 1})),
         "checkpoint_format is {'a': 1}, supported: gptq, gptq_v2",
     ),
-    "bits that are none": ("packed", of_weights(num_bits=None), "num_bits is None, supported: 8"),
+    "bits that are none": (
+        "symmetric",
+        of_weights(num_bits=None),
+        "num_bits is None, supported: 8",
+    ),
     "bits left out": (
-        *("packed", of_weights("num_bits")),
+        *("symmetric", of_weights("num_bits")),
         f"{NOT_AS_SAID} (packed8_g32_bfloat16): {Q_PROJ}.weight (packed4_g32_bfloat16), ",
     ),
-    "a group in words": ("packed", of_weights(group_size="32"), "group_size is '32', supported"),
+    "a group in words": ("symmetric", of_weights(group_size="32"), "group_size is '32', supported"),
     "a piece of another form": (
         *("eetq", with_tensor(f"{GATE}.weight.zero", "F32", (1,), 4)),
         f"{GATE}.weight.zero in model.safetensors is no part of a matrix of eetq",
@@ -115,10 +123,10 @@ FOUND = {
     ),
     "numbers of float8 as integers": (
         *("float by channel", seen_as(f"{Q_PROJ}.weight", "I8", (128, 128))),
-        f"{NOT_AS_SAID} (fp8_row_bfloat16): {Q_PROJ}.weight (int8_g128_bfloat16)",
+        f"{NOT_AS_SAID} (fp8_row_bfloat16): {Q_PROJ}.weight (int8_row_bfloat16)",
     ),
     "scales of larger groups": (
-        *("packed of 8", seen_as(f"{Q_PROJ}.weight_scale", "BF16", (128, 1))),
+        *("symmetric of 8 bits", seen_as(f"{Q_PROJ}.weight_scale", "BF16", (128, 1))),
         f"{NOT_AS_SAID} (packed8_g64_bfloat16): {Q_PROJ}.weight (packed8_g128_bfloat16)",
     ),
     "what is wrong with every matrix": ("gptq", shorter_scales, "; and 4 more"),
@@ -142,6 +150,6 @@ def test_what_was_found_is_refused(folders, tmp_path, kind, edit, words):
 
 
 def test_bits_that_are_a_whole_number_are_taken_however_they_are_written(folders):
-    config, tensors = copy.deepcopy(folders.whole["packed"][0]), folders.whole["packed"][1]
+    config, tensors = copy.deepcopy(folders.whole["symmetric"][0]), folders.whole["symmetric"][1]
     weights(config["quantization_config"]).update(num_bits=4.0, group_size=32.0)
     assert Store(folders.written(config, tensors)).form_of(f"{Q_PROJ}.weight")[:7] == "packed4"
