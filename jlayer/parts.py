@@ -323,12 +323,14 @@ class Experts:
 class Quantized:
     """What a config says of weights that are published encoded: the name of the `method`, the
     `encoding` that its matrices have as far as a config tells, and patterns of the names of modules
-    that are `left` as plain numbers. `bits`: of the published codes, where they are fewer than the
-    encoding has; 0: as many."""
+    that are `left` as plain numbers. `encodings`: of all groups of modules, where a config tells
+    them apart; each in the commonest dtype of scales. `bits`: of the published codes, where they
+    are fewer than the encoding has; 0: as many."""
 
     method: str
     encoding: str
     left: tuple[str, ...] = ()
+    encodings: tuple[str, ...] = ()
     bits: int = 0
 
 

@@ -141,8 +141,8 @@ def _open(folder, names, allow_extra):
     if form_of(cfg) and form_of(cfg).is_repacked:
         tables, matrices = to_repack(cfg, tables, misplaced)
     found = with_statistics(cfg, tables, _bytes_of, where=folder)
-    encodings = {name: matrix.encoding.name for name, matrix in matrices.items()}
-    encodings = encodings or found.encodings or found_encodings(cfg, found.tables.values())
+    encodings = found.encodings or found_encodings(cfg, found.tables.values())
+    encodings |= {name: matrix.encoding.name for name, matrix in matrices.items()}
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in found.tables.items()

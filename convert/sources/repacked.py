@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from jlayer.checkpoint.agree import first_few
 from jlayer.checkpoint.encoded import form_of
 from jlayer.convert.sources import words
 from jlayer.convert.sources.files import (
@@ -69,25 +70,36 @@ def to_repack(
     """
     shapes, found = published_tensors(cfg), {}
     tables = {shard: dict(table) for shard, table in tables.items()}
+    done = {matrix for table in tables.values() for matrix in _repacked_already(table)}
     for table in tables.values():
         for name in list(table):
             matrix, piece = split_piece(name)
-            if piece != WHOLE and name not in shapes and len(shapes.get(matrix, ())) == 2:
+            is_piece = piece != WHOLE and name not in shapes and matrix not in done
+            if is_piece and len(shapes.get(matrix, ())) == 2:
                 parts, entry = found.setdefault(matrix, {}), table.pop(name)
                 if piece in parts:
                     problems.append(f"{entry[0].name} is in two files, expected one")
                 parts[piece] = entry
-    matrices = {}
+    matrices, wrong = {}, []
     for name, parts in found.items():
         matrix = _matrix(cfg, shapes[name], parts)
-        problems += _wrong(cfg, name, matrix)
+        wrong += _wrong(cfg, name, matrix)
         matrices[name] = matrix
         for piece, (dtype, shape) in matrix.encoding.pieces(matrix.shape).items():
             if piece in parts:
                 place = parts[piece][0]
                 entry = (place, TensorInfo(dtype, shape))
                 tables[place.file.name][piece_name(name, piece)] = entry
+    problems += first_few(wrong)
     return tables, matrices
+
+
+def _repacked_already(table):
+    """The matrices whose codes have our own name in the file: it is of a converted folder."""
+    for name, (place, _) in table.items():
+        matrix, piece = split_piece(name)
+        if piece == Q and split_piece(place.name)[1] == Q:
+            yield matrix
 
 
 def _matrix(cfg, shape, parts):
@@ -168,6 +180,9 @@ def _wrong(cfg, name, matrix):
     """What is wrong with the pieces of a matrix, as its file has them."""
     wanted, form = _wanted(matrix), form_of(cfg)
     for piece, (place, info) in matrix.sources.items():
+        if piece not in wanted:
+            yield f"{place.name} in {place.file.name} is no part of a matrix of {matrix.method}"
+            continue
         dtypes, shape = wanted[piece]
         if info.dtype not in dtypes or info.shape != shape:
             yield (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from jlayer.checkpoint.encoded import NONE_ENCODED, name_of_piece
 from jlayer.checkpoint.foreign import refuse_quantized_tensors
@@ -41,7 +42,7 @@ from jlayer.spec import ITEM_BYTES, ModelConfig
 EXTRA = "not of this model"
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
 _LISTED = 200  # names in one message
-_TOLD = 3  # of those of single experts
+_TOLD = 3  # of those of single experts; and of problems that all matrices may have
 
 
 def find_misplaced(
@@ -145,6 +146,7 @@ def check_tensors(
         *gathered("dtype of what is encoded", _of_other_piece(found, dtypes)),
         *gathered("encoded, which is not supported of it", _not_to_be_encoded(cfg, quantization)),
         *gathered(f"encoded, but left out by {SECTION}", _left_but_encoded(cfg, quantization)),
+        *_of_another_kind(cfg, quantization),
         *refused_extra(folder, extra, notes, label=extra_label),
     ]
     if problems:
@@ -170,6 +172,14 @@ def gathered(label: str | None, names: Iterable[str]) -> list[str]:
     """One problem of all that is wrong in the same way, or none."""
     names = list(names)
     return [f"{label}: {listed(names)}"] if names else []
+
+
+def first_few(problems: Iterable[object]) -> list[str]:
+    """The first ones, and the number of the others: what is wrong with every matrix would be told
+    hundreds of times."""
+    problems = list(map(str, problems))
+    more = [f"and {len(problems) - _TOLD} more"] if len(problems) > _TOLD else []
+    return [*problems[:_TOLD], *more]
 
 
 def listed(names: Iterable[str]) -> str:
@@ -280,6 +290,31 @@ def _left_but_encoded(cfg, quantization):
             module = name.removesuffix(".weight")
             if quantization.table.of_tensor(name) and is_left(cfg.quantized, module):
                 yield name
+
+
+def _of_another_kind(cfg, quantization):
+    """The first few matrices with codes of another kind than the config names, or other groups: a
+    header that lies would have them taken for other numbers."""
+    named = cfg.quantized.encodings if cfg.quantized else ()
+    table = quantization.table if quantization and named else NONE_ENCODED
+    shapes = published_tensors(cfg) if table else {}
+    found = {name: table.of_tensor(name) for name in shapes}
+    others = [
+        f"{name} ({encoding})"
+        for name, encoding in found.items()
+        if encoding is not None
+        and _kind_of(encoding, shapes[name]) not in [_kind_of(n, shapes[name]) for n in named]
+    ]
+    return gathered(f"encoded, but not as {SECTION} says ({', '.join(named)})", first_few(others))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(name, shape):
+    """What tells the encodings of a matrix apart, but for the dtype of their scales."""
+    row = ENCODINGS[name]
+    pieces = row.pieces(shape)
+    axes = {piece: axes if math.prod(axes) > 1 else (1,) for piece, (_, axes) in pieces.items()}
+    return type(row), pieces[row.main], axes
 
 
 def _missing(name):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jlayer.checkpoint.agree import first_few
 from jlayer.checkpoint.encoded import form_of
 from jlayer.checkpoint.nested import BLOCK, DTYPE, Nested
 from jlayer.encodings.base import WHOLE
@@ -26,7 +27,7 @@ from jlayer.encodings.published import (
     QUANT_STATE,
     WEIGHT_FORMAT,
 )
-from jlayer.encodings.registry import piece_name
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, Table
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import EMBEDDING
@@ -43,7 +44,6 @@ _DTYPES = ("float32", "bfloat16", "float16")  # that weights are rounded to once
 _STATE_BYTES = 4096  # more than any JSON text of a matrix has
 _LEVELS_DIFFER = 1e-6  # of the largest level, 1: how they are rounded
 _LARGEST = float(np.finfo(np.float32).max)
-_TOLD = 3  # problems in a message
 
 
 class _Part(NamedTuple):
@@ -90,8 +90,9 @@ def _with_eight_bits(cfg, tables, read, where):
         for name, (place, info) in table.items():
             matrix, _, own = name.rpartition(".")
             if own == WEIGHT_FORMAT and matrix in shapes:
-                layout = bytes(read(place, info)) if info.shape in ((), (1,)) else b""
-                if info.dtype != "uint8" or layout != b"\0":
+                is_byte = info.dtype == "uint8" and info.shape in ((), (1,))
+                layout = bytes(read(place, info)) if is_byte else b""
+                if layout != b"\0":
                     raise UnsupportedModelError(
                         f"{where}: {place.name} in {place.file.name} is {info.dtype} "
                         f"{list(layout) or list(info.shape)}, supported: uint8 [0] (by rows)"
@@ -123,14 +124,18 @@ def _with_four_bits(cfg, tables, read, where):
         if nested is not None:
             found.nested[piece_name(matrix, SCALE)] = nested
     if problems:
-        more = f"; and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
-        told = "; ".join(map(str, problems[:_TOLD]))
-        raise type(problems[0])(f"{where}: {told}{more}")
+        raise type(problems[0])(f"{where}: {'; '.join(first_few(problems))}")
     return found
 
 
 def _parts(cfg, tables, where):
     """Matrix -> what it is made of: WHOLE, SCALE, or the name of a statistic -> its tensor."""
+    converted = next((n for t in tables.values() for n in t if split_piece(n)[1] == Q), None)
+    if converted:
+        raise UnsupportedModelError(
+            f"{where}: tensor {converted} is of a converted folder, which lacks the statistics of "
+            "the published one; convert the published folder again"
+        )
     ends = {own for _, _, own in form_of(cfg).ends}
     shapes, parts, weights = published_tensors(cfg), {}, []
     for shard, table in tables.items():

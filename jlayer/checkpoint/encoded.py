@@ -101,7 +101,7 @@ def form_of(cfg: ModelConfig) -> Form | None:
 
 def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Mapping[str, tuple]:
     """A file's tensors as pieces: those that are main pieces by their dtype named so, and a single
-    scale with one axis, whatever it is stored with.
+    scale with the axes of the usual encoding, or with one, whatever it is stored with.
 
     `table`: name -> a place and what the file says: a TensorEntry, or a TensorInfo. Raises
     CheckpointError where a main piece is there under both names.
@@ -116,12 +116,13 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
         if name in shapes or name in stacks:
             is_main = info.dtype in form.main_dtypes and len(info.shape) >= 2
             return piece_name(name, main) if is_main else name, (place, info)
-        _, piece = split_piece(name)
+        matrix, piece = split_piece(name)
         if piece == main and info.dtype == form.words_dtype:
             *axes, n_words = info.shape
             return name, (place, info.seen_as("uint8", (*axes, WORD_BYTES * n_words)))
         if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
-            return name, (place, info.seen_as(info.dtype, (1,)))
+            axes = _axes_of_one(cfg, shapes.get(matrix, ()), piece)
+            return name, (place, info.seen_as(info.dtype, axes))
         return name, (place, info)
 
     found = {}
@@ -134,6 +135,14 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
             )
         found[piece] = entry
     return found
+
+
+def _axes_of_one(cfg, shape, piece):
+    """The axes of a piece that is a single number: of a grid with one square, or of one row, there
+    are two."""
+    usual = ENCODINGS[cfg.quantized.encoding].pieces(shape) if len(shape) == 2 else {}
+    _, axes = usual.get(piece, ("", (1,)))
+    return axes if math.prod(axes) == 1 else (1,)
 
 
 def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, str]:
@@ -160,7 +169,9 @@ def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> 
             misfits = [piece for piece, own in pieces.items() if wanted.get(piece) != own]
             dtypes = {piece: dtype for piece, (dtype, _) in wanted.items()}
             others = [piece for piece, (dtype, _) in pieces.items() if dtypes.get(piece) != dtype]
-            return len(others), len(misfits), len(wanted.keys() - pieces.keys())
+            # A group of as many inputs as a row has is the whole row: as the config says it.
+            is_other = ENCODINGS[name].group != ENCODINGS[cfg.quantized.encoding].group
+            return len(others), len(misfits), len(wanted.keys() - pieces.keys()), is_other
 
         return min(names, key=differences)
 

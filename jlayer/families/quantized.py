@@ -10,7 +10,7 @@ from jlayer.encodings.fp8 import BLOCK
 from jlayer.encodings.linear import GROUPS, INT8_SCB
 from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.fields import Fields
+from jlayer.families.fields import Fields, as_integer
 from jlayer.families.repacked import (
     is_repacked,
     read_auto_round,
@@ -23,6 +23,9 @@ from jlayer.families.repacked import (
 from jlayer.parts import Quantized
 
 NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
+# What to do about a config of another form, and about one that is damaged.
+_TAKE_ANOTHER = "take another checkpoint of the model, such as the unquantized one"
+_PUT_BACK = "put back the config.json that was published with the weights"
 SECTION, METHOD = "quantization_config", "quant_method"
 # How patterns of compressed-tensors begin that are regular expressions.
 _REGEX = "re:"
@@ -39,7 +42,12 @@ def read_quantized(fields: Fields) -> Quantized | None:
     said = fields.section(SECTION)
     method = method_of(said.raw)
     read = _READ.get(method)
-    return read(said.changed({METHOD: method})) if read else None
+    try:
+        return read(said.changed({METHOD: method})) if read else None
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}; {_TAKE_ANOTHER}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_PUT_BACK}") from None
 
 
 def method_of(said: dict) -> object:
@@ -135,8 +143,7 @@ def _read_compressed(said):
     sparsity.refuse_unless("format", None, "dense")
     if said.section("transform_config").raw.get("config_groups"):
         raise UnsupportedModelError(
-            f"{said.where}: transform_config turns the inputs of matrices, which is not supported; "
-            "take the model's unquantized checkpoint"
+            f"{said.where}: transform_config turns the inputs of matrices, which is not supported"
         )
     groups = said.section("config_groups")
     if not groups.raw:
@@ -144,7 +151,8 @@ def _read_compressed(said):
     if is_repacked(said):
         return read_packed(said, _names(said, "ignore"))
     usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
-    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"))
+    named = tuple(dict.fromkeys(usual))
+    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"), named)
 
 
 def _encoding_of_group(said, group):
@@ -155,7 +163,7 @@ def _encoding_of_group(said, group):
             f"{group.where}: weights is missing: only weights that are quantized are supported"
         )
     form = group.raw.get("format") or said.raw.get("format")
-    if form not in _COMPRESSED:
+    if not isinstance(form, str) or form not in _COMPRESSED:
         raise UnsupportedModelError(
             f"{said.where}: format {form!a:.80} is not supported; supported: "
             f"{', '.join(_COMPRESSED)}"
@@ -171,13 +179,13 @@ def _integer_encoding(kind):
     """A function of a group's weights -> their encoding, of integers of this kind."""
 
     def encoding(weights):
-        bits = weights.raw.get("num_bits")
+        bits = as_integer(weights.raw.get("num_bits", 8))  # as compressed-tensors takes it
         kind_of = f"{kind}{bits}" if kind == "packed" else kind
         if weights.raw.get("strategy") == "channel":
             return f"{kind_of}_row_bfloat16"
         weights.refuse_unless("strategy", "channel", "group")
-        size = weights.raw.get("group_size")
-        if f"g{size}" not in GROUPS:
+        size = as_integer(weights.raw.get("group_size"))
+        if type(size) is not int or f"g{size}" not in GROUPS:
             raise UnsupportedModelError(
                 f"{weights.where}: group_size is {size!a:.80}, supported: "
                 f"{', '.join(str(n) for n in GROUPS.values() if n)}"

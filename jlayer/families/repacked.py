@@ -29,10 +29,10 @@ _SORTED = ("group", True)
 
 def read_gptq(said: Fields) -> Quantized:
     """GPTQ: `checkpoint_format` (or `format`) says whether zeros are stored less one."""
-    named = {said.raw[key] for key in ("checkpoint_format", "format") if said.has(key)}
-    if len(named) > 1 or not named <= {"gptq", "gptq_v2"}:
+    named = [said.raw[key] for key in ("checkpoint_format", "format") if said.has(key)]
+    if any(name not in ("gptq", "gptq_v2") or name != named[0] for name in named):
         raise UnsupportedModelError(
-            f"{said.where}: checkpoint_format is {', '.join(sorted(map(ascii, named))):.80}, "
+            f"{said.where}: checkpoint_format is {', '.join(map(ascii, named)):.80}, "
             "supported: gptq, gptq_v2"
         )
     said.refuse_unless("pack_dtype", None, "int32")
@@ -40,10 +40,9 @@ def read_gptq(said: Fields) -> Quantized:
     for name in dynamic.raw:
         if not name.startswith("-:"):  # that is, but for what is left out
             raise UnsupportedModelError(
-                f"{said.where}: dynamic has other settings for {name!a:.80}, which is not "
-                "supported; take the model's unquantized checkpoint"
+                f"{said.where}: dynamic has other settings for {name!a:.80}, which is not supported"
             )
-    return _gptq(said, *(named or {"gptq"}), is_ordered=said.boolean("desc_act"))
+    return _gptq(said, named[0] if named else "gptq", is_ordered=said.boolean("desc_act"))
 
 
 def _gptq(said, method, *, is_ordered):
@@ -156,7 +155,7 @@ def read_packed(said: Fields, left: tuple[str, ...]) -> Quantized:
     if len(rows) > 1:
         raise UnsupportedModelError(
             f"{said.where}: config_groups has {len(rows)} forms of weights, supported with zeros "
-            "or sorted inputs: one; take the model's unquantized checkpoint"
+            "or sorted inputs: one"
         )
     return Quantized("pack-quantized", *rows, left)
 

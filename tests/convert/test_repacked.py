@@ -7,10 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
+from jlayer.checkpoint.source import SourceFile
 from jlayer.checkpoint.store import Store
+from jlayer.config import model_config
 from jlayer.convert import convert_checkpoint
+from jlayer.convert.sources.files import Place, TensorInfo
+from jlayer.convert.sources.repacked import to_repack
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from tests.reference.repacked_forms import save
+from tests.reference.repacked_forms import FORMS, save
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -111,6 +115,11 @@ TENSORS = {
         *("packed sorted", with_("weight_g_idx", set_at(0, 9))),
         ("q_proj.weight_g_idx", "group 9"),
     ),
+    "packed with zeros of its own": (
+        "packed sorted",
+        lambda tensors: tensors.update({Q_PROJ + "weight_zero_point": np.zeros((24, 4), "i4")}),
+        ("q_proj.weight_zero_point is there, but symmetric is true",),
+    ),
     "both plain and packed": (
         "gptq",
         lambda tensors: tensors.update({Q_PROJ + "weight": np.zeros((192, 128), np.float32)}),
@@ -136,6 +145,7 @@ def test_tensors_that_are_not_of_the_form(copy_of, tmp_path, label):
 
 
 WEIGHTS = {"nbits": 4, "group_size": 64, "axis": 1}
+PACKED = {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}
 CONFIGS = {
     "bits": ("gptq", {"bits": 5}, "bits is 5, supported: 2, 3, 4, 8"),
     "fewer bits than there are": ("gptq", {"bits": 2}, "expected int32 [8, 192]"),
@@ -167,6 +177,33 @@ CONFIGS = {
         "view_as_float is True",
     ),
     "eetq's weights": ("eetq", {"weights": "int4"}, "weights is 'int4'"),
+    "hqq without settings": (
+        *("hqq", {"quant_config": {}}),
+        "quant_config is missing, supported: settings with weight_quant_params",
+    ),
+    "packed in two forms": (
+        "packed",
+        {
+            "config_groups": {
+                str(bits): {"weights": {**PACKED, "num_bits": bits}} for bits in (4, 8)
+            }
+        },
+        "config_groups has 2 forms of weights, supported with zeros or sorted inputs: one",
+    ),
+    "packed in a format of its own": (
+        "packed",
+        {"config_groups": {"a": {"weights": PACKED}, "b": {"weights": PACKED, "format": "x"}}},
+        "b: format is 'x', supported: 'pack-quantized'",
+    ),
+    "awq's modules": (
+        *("awq", {"modules_to_not_convert": "lm_head"}),
+        "modules_to_not_convert is 'lm_head', expected a list of names",
+    ),
+    "hqq's modules": ("hqq", {"skip_modules": [1]}, "skip_modules is [1], expected a list of"),
+    "eetq's modules": (
+        *("eetq", {"modules_to_not_convert": {"a": 1}}),
+        "modules_to_not_convert is {'a': 1}, expected a list of names",
+    ),
 }
 
 
@@ -181,6 +218,75 @@ def test_settings_that_are_not_supported(copy_of, tmp_path, label):
         convert_checkpoint(source, tmp_path / "target")
     assert words in str(caught.value)
     assert str(source) in str(caught.value)
+    if "inputs in groups" not in words:  # which only the tensors show
+        assert str(caught.value).endswith(("such as the unquantized one", "with the weights"))
+
+
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+# Form, sizes, module -> what does not divide.
+DIVIDES = {
+    "awq's outputs": (
+        *("awq", {"head_dim": 36}, "self_attn.q_proj"),
+        "has 36 outputs in words of 8, expected a multiple",
+    ),
+    "awq's inputs": (
+        *("awq", {"intermediate_size": 96}, "mlp.down_proj"),
+        "has 96 inputs in groups of 64, expected a multiple",
+    ),
+    "gptq's inputs": (
+        *("gptq", {"intermediate_size": 36}, "mlp.down_proj"),
+        "has 36 inputs in words of 8, expected a multiple",
+    ),
+    "gptq's inputs of 8 bits": (
+        *("gptq of 8 bits", {"intermediate_size": 38}, "mlp.down_proj"),
+        "has 38 inputs in words of 4, expected a multiple",
+    ),
+    "hqq's groups": (
+        *("hqq", {"intermediate_size": 35}, "mlp.gate_proj"),
+        "has 35 groups in pairs of 2, expected a multiple",
+    ),
+    "hqq's inputs": (
+        *("hqq", {"intermediate_size": 96}, "mlp.down_proj"),
+        "has 96 inputs in groups of 64, expected a multiple",
+    ),
+    "eetq's outputs": (
+        *("eetq", {"intermediate_size": 35}, "mlp.gate_proj"),
+        "has 35 outputs in pairs of 2, expected a multiple",
+    ),
+    "eetq's inputs": (
+        *("eetq", {"intermediate_size": 96}, "mlp.down_proj"),
+        "has 96 inputs in runs of 64, expected a multiple",
+    ),
+    "packed inputs": (
+        *("packed by row", {"intermediate_size": 35}, "mlp.down_proj"),
+        "has 35 inputs in bytes of 2, expected a multiple",
+    ),
+    "packed groups": (
+        *("packed", {"intermediate_size": 48}, "mlp.down_proj"),
+        "has 48 inputs in groups of 32, expected a multiple",
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "sizes", "module", "words"), DIVIDES.values(), ids=DIVIDES)
+def test_sizes_that_do_not_divide(form, sizes, module, words):
+    """Asked of one scale of a matrix: what its codes would be is told as well."""
+    sizes = {"intermediate_size": 64, "head_dim": 64} | sizes
+    cfg = model_config({**SIZES, **sizes, SECTION: FORMS[form]}, where="here")
+    name = f"model.layers.0.{module}.weight"
+    place = Place("scale", SourceFile("file", "file", "file", 0, ()), 0)
+    table = {f"{name}.scale": (place, TensorInfo("float16", (1, 1)))}
+    problems = []
+    to_repack(cfg, {"file": table}, problems)
+    assert f"{name} {words}" in problems
 
 
 def test_the_quantizer_s_own_file_may_lie_beside_a_config_that_says_the_same(copy_of, tmp_path):

@@ -263,26 +263,30 @@ def _write_packed(said, codes, scales, zeros, of_input, bits):
 
 
 def _eetq(weight):
-    """The layout of EETQ's kernels, step by step as its `cutlass_preprocessors.cc` has them."""
-    out, width = weight.shape
     scales = (np.abs(weight).max(1) / 127).astype(np.float16)
     codes = np.clip(np.round(weight / scales[:, None].astype(np.float32)), -127, 127)
-    rows = codes.astype(np.int8).T  # [in, out], as it is quantized
+    numbers = in_places_of_eetq(codes.astype(np.int8)).view(np.uint8) + np.uint8(128)
+    meant = codes.astype(np.float32) * scales[:, None].astype(np.float32)
+    return {"weight": numbers.view(np.int8), "weight_scales": scales}, meant
+
+
+def in_places_of_eetq(codes: np.ndarray) -> np.ndarray:
+    """Items [out, in] -> [in, out], where EETQ's kernels have them, step by step as its
+    `cutlass_preprocessors.cc` puts them there."""
+    out, width = codes.shape
+    rows = codes.T  # as it is quantized
     permuted = np.empty_like(rows)
     for row in range(width):
         tile = row % 16
         permuted[row] = rows[row - tile + 8 * (tile % 4 // 2) + tile % 2 + 2 * (tile // 4)]
-    columns, words = np.ascontiguousarray(permuted.T).view(np.uint32), width // 4
-    flat = np.empty(out * words, np.uint32)
+    columns, words = permuted.T.reshape(out, width // 4, 4), width // 4
+    flat = np.empty((out * words, 4), codes.dtype)
     for column in range(out):
         for word in range(words):
             base = word // 16 * 16
             at = 2 * base + 16 * (column % 2) + word % 16
             flat[column // 2 * words * 2 + at] = columns[column, word]
-    numbers = flat.view(np.uint8) + np.uint8(128)
-    numbers = numbers.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(width, out).view(np.int8)
-    meant = codes.astype(np.float32) * scales[:, None].astype(np.float32)
-    return {"weight": np.ascontiguousarray(numbers), "weight_scales": scales}, meant
+    return flat[:, [0, 2, 1, 3]].reshape(width, out)
 
 
 def save(folder: Path, name: str, form: str) -> tuple[Path, Path]:

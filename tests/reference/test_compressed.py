@@ -243,6 +243,10 @@ WRONG = {
         said("pack-quantized", actorder="group", **GROUP),
         "run once they are repacked; run: jlayer convert",
     ),
+    "no weights": (
+        {**said("pack-quantized"), "config_groups": {"a": {"input_activations": {}}}},
+        "config_groups: a: weights is missing: only weights that are quantized are supported",
+    ),
     "another algorithm": (modelopt("W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported; supp"),
     "too many stars": (
         {**modelopt("NVFP4"), "ignore": ["*a*b*c*d*e"]},
