@@ -254,29 +254,46 @@ def _packed(said, own, shape):
 
 
 def _apart(words, bits):
-    """Codes that share words, one below the other: [n, m] -> [n * 32 / bits, m]."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
-    found = words.view(np.uint32)[:, None] >> shifts & np.uint32((1 << bits) - 1)
-    return found.reshape(-1, words.shape[1])
+    """Codes one below the other in a stream of bits, the lowest first: words [n, m] ->
+    [n * 32 / bits, m]."""
+    stream = words.view(np.uint32)[:, None] >> np.arange(32, dtype=np.uint32)[:, None] & 1
+    of_codes = stream.reshape(-1, bits, words.shape[1])
+    return (of_codes << np.arange(bits, dtype=np.uint32)[:, None]).sum(1, dtype=np.uint32)
 
 
 def _gptq(said, own, shape):
-    """GPTQ, or AWQ, whose words are of outputs."""
-    scale = own["scales"].astype(np.float32).T
-    if said["quant_method"] == "awq":
-        order = np.argsort(repacked_forms.AWQ_ORDER)
-        codes, zeros = (
-            _apart(own[end].T, 4).reshape(-1, 8, own[end].shape[0])[:, order].reshape(shape[0], -1)
-            for end in ("qweight", "qzeros")
-        )
-        places = np.arange(shape[1]) // (shape[1] // scale.shape[1])
+    """GPTQ, or AWQ; AutoRound has other names for them."""
+    scale = own["scales"].astype(np.float32)
+    form = said.get("packing_format")
+    if said["quant_method"] == "awq" or form in ("auto_round:auto_awq", "auto_round:awq"):
+        codes, zeros, scale = _awq(said, own, scale, shape)
+        places = np.arange(shape[1]) // said["group_size"]
         return (codes.astype(np.float32) - zeros.astype(np.float32)[:, places]) * scale[:, places]
-    bits, stored = said["bits"], own["qzeros"].view(np.uint32)
-    if (said.get("checkpoint_format") or said.get("format") or "gptq") == "gptq":
+    bits, stored, scale = said["bits"], own["qzeros"].view(np.uint32), scale.T
+    is_less = (said.get("checkpoint_format") or said.get("format") or "gptq") == "gptq"
+    if form is not None:
+        is_less = form != "auto_round"
+    if is_less and bits != 3:
         stored = stored + np.uint32(sum(1 << at for at in range(0, 32, bits)))
     codes, zeros = _apart(own["qweight"], bits).T, _apart(stored.T, bits)[: shape[0]]
+    if is_less and bits == 3:  # codes that words share
+        zeros = zeros + 1 & 7
     places = own.get("g_idx", np.arange(shape[1]) // (-(-shape[1] // scale.shape[1])))
     return (codes.astype(np.float32) - zeros.astype(np.float32)[:, places]) * scale[:, places]
+
+
+def _awq(said, own, scale, shape):
+    """(codes [out, in], zeros and scales [out, groups]), of the kernel whose words are of inputs, or
+    of the one whose words are of outputs."""
+    ends = ("qweight", "qzeros")
+    version = said.get("version") or said.get("format") or "gemm"
+    if "packing_format" not in said and version.lower() == "gemv":
+        return *(_apart(own[end].T, 4).T for end in ends), scale
+    order = np.argsort(repacked_forms.AWQ_ORDER)
+    return *(
+        _apart(own[end].T, 4).reshape(-1, 8, own[end].shape[0])[:, order].reshape(shape[0], -1)
+        for end in ends
+    ), scale.T
 
 
 def _hqq(said, own, shape):
