@@ -337,4 +337,5 @@ def meant_by_experts(held: dict[str, np.ndarray], stem: str, expert: int) -> np.
     """The weights float32 [out, in] of an expert of gpt-oss: of `stem`_blocks and `stem`_scales."""
     blocks, scales = held[f"{stem}_blocks"][expert], held[f"{stem}_scales"][expert]
     levels = _LEVELS[np.stack([blocks & 15, blocks >> 4], -1)].reshape(*scales.shape, 32)
-    return (levels * _e8m0(scales)[..., None]).reshape(len(scales), -1)
+    with np.errstate(all="ignore"):  # damaged scales
+        return (levels * _e8m0(scales)[..., None]).reshape(len(scales), -1)
