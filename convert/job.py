@@ -45,6 +45,7 @@ from jlayer.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.parts import is_gguf, model_at
 from jlayer.spec import ITEM_BYTES
@@ -220,13 +221,18 @@ def _convert(source, target, options, advise, progress, started):
 
 
 def _refuse_quantized(source):
-    """Raises UnsupportedModelError for a folder that this project has quantized: its precision is
-    lost already."""
+    """Raises UnsupportedModelError for a folder that this project has quantized, whose precision is
+    lost already, or has made from a GGUF file: the types of its blocks are in its manifest alone.
+    """
     try:
         config = read_json_object(os.path.join(source, CONFIG))
     except (CheckpointError, StorageError):
         return  # the checks of the source say what is wrong
     scheme = own_quantization(config)
+    if scheme == FROM_GGUF:
+        raise UnsupportedModelError(
+            f"{source}: converted already, from a GGUF file; convert that file again"
+        )
     if scheme is not None:
         raise UnsupportedModelError(
             f"{source}: quantized already ({scheme!a}); convert the checkpoint that it was made of"

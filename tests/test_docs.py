@@ -97,6 +97,9 @@ TESTED = {
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back-orbax --format orbax": Here(),
     "python benchmarks/convert_torture.py --short": By("tests/convert/test_crash.py"),
     "python benchmarks/fuzz_headers.py --count 1000": By("tests/convert/test_fuzz.py"),
+    "python benchmarks/fuzz_quantized.py --count 1000": By(
+        "tests/convert/test_damaged_quantized.py"
+    ),
     # errors.md
     "jlayer plan llama-3.1-8b-instruct --device-memory 900MiB": Here(code=4, shows=True),
     # evaluating.md

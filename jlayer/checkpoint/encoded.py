@@ -120,6 +120,9 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
         if piece == main and info.dtype == form.words_dtype:
             *axes, n_words = info.shape
             return name, (place, info.seen_as("uint8", (*axes, WORD_BYTES * n_words)))
+        if piece not in (WHOLE, main) and matrix in stacks:
+            axes = _axes_of_few(cfg, stacks[matrix], piece, info.shape)
+            return name, (place, info.seen_as(info.dtype, axes))
         if piece not in (WHOLE, main) and math.prod(info.shape) == 1:
             axes = _axes_of_one(cfg, shapes.get(matrix, ()), piece)
             return name, (place, info.seen_as(info.dtype, axes))
@@ -145,6 +148,17 @@ def _axes_of_one(cfg, shape, piece):
     return axes if math.prod(axes) == 1 else (1,)
 
 
+def _axes_of_few(cfg, stack, piece, shape):
+    """The axes of a piece of all experts: [experts, n] where there are n numbers for each, one, or
+    one for each of its matrices; else as they are."""
+    usual = ENCODINGS[cfg.quantized.encoding]
+    n_experts, *_ = stack.shape
+    is_few = piece in usual.pieces(stack.of_expert) and usual.rows_per(piece) == 0
+    if is_few and shape[:1] == (n_experts,) and math.prod(shape[1:]) in (1, stack.n_parts):
+        return (n_experts, math.prod(shape[1:]))
+    return shape
+
+
 def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> dict[str, str]:
     """The encodings of all tensors of which the files hold pieces, and of those that hold all
     experts, by their published names.
@@ -160,7 +174,10 @@ def found_encodings(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> 
             matrix, piece = split_piece(name)
             shape = stacks[matrix].of_expert if matrix in stacks else shapes.get(matrix, ())
             if piece != WHOLE and name not in shapes and len(shape) == 2:
-                found.setdefault(matrix, {}).setdefault(piece, (info.dtype, tuple(info.shape)))
+                axes = tuple(info.shape)
+                if matrix in stacks and len(axes) == 2:  # one number for each matrix, or expert
+                    axes = (*axes[:1], 1)
+                found.setdefault(matrix, {}).setdefault(piece, (info.dtype, axes))
     names = form.encodings if form else ()
 
     def chosen(matrix, pieces):

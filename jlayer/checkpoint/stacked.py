@@ -55,8 +55,13 @@ def unstacked(
         else:
             wanted = pieces_of(encodings[matrix], form_of(cfg), None, stack)
             _, shape = wanted.get(piece, (None, info.shape))
+            if len(shape) == 2 and info.shape == (shape[0], stack.n_parts):
+                shape = info.shape  # a number for each matrix of an expert, not for all of them
             _check_shape(place, info, shape, ("experts", "rows", "columns", "bytes"), where)
-            cut = _cut(stack, piece, encodings[matrix], where=f"{where}: tensor {place.name}")
+            if len(shape) == 2:
+                cut = _few(stack, piece, shape[1])
+            else:
+                cut = _cut(stack, piece, encodings[matrix], where=f"{where}: tensor {place.name}")
             parts = {
                 part: rows(place, info, first, n, inputs_first=False) for part, first, n in cut
             }
@@ -78,6 +83,15 @@ def _check_shape(place, info, shape, axes, where):
         )
 
 
+def _few(stack: Stacked, piece: str, n_each: int) -> list[tuple[str, int, int]]:
+    """The same as `_cut`, of a piece [experts, n_each]: the matrices of an expert have a number
+    each, or one together."""
+    return [
+        (piece_name(part, piece), n // stack.n_parts * n_each + n % stack.n_parts % n_each, 1)
+        for n, (part, *_) in enumerate(stack.parts)
+    ]
+
+
 def _cut(stack: Stacked, piece: str, name: str, *, where: str) -> list[tuple[str, int, int]]:
     """Of a piece that holds all experts: (name of a matrix's piece, its first row, the number of
     its rows), where rows are counted through all experts."""
@@ -86,12 +100,10 @@ def _cut(stack: Stacked, piece: str, name: str, *, where: str) -> list[tuple[str
     found, at = [], 0
     for part, first, n in stack.parts:
         begins = first % n_rows
-        is_cut = n != n_rows if per == 0 else begins % per or (n % per and begins + n < n_rows)
-        if is_cut:
-            expected = f"a multiple of {per}" if per else "a tensor of its own"
+        if begins % per or (n % per and begins + n < n_rows):
             raise CheckpointError(
-                f"{where}: {n} rows of a matrix beside those of others, expected {expected}, since "
-                f"{name} has one row of scales for them; save the experts one by one"
+                f"{where}: {n} rows of a matrix beside those of others, expected a multiple of "
+                f"{per}, since {name} has one row of scales for them; save the experts one by one"
             )
         _, (count, *_) = encoding.pieces((n, width))[piece]
         found.append((piece_name(part, piece), at, count))

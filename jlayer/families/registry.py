@@ -171,6 +171,11 @@ class Stacked(NamedTuple):
         """The shape of what one expert has of it, rows first."""
         return self.shape[:0:-1] if self.inputs_first else self.shape[1:]
 
+    @property
+    def n_parts(self) -> int:
+        """How many leaves of one expert it holds."""
+        return len(self.parts) // self.shape[0]
+
 
 @lru_cache(maxsize=8)
 def stacked_tensors(cfg: ModelConfig) -> dict[str, Stacked]:

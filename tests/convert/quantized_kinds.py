@@ -283,8 +283,8 @@ def _gptq(said, own, shape):
 
 
 def _awq(said, own, scale, shape):
-    """(codes [out, in], zeros and scales [out, groups]), of the kernel whose words are of inputs, or
-    of the one whose words are of outputs."""
+    """(codes [out, in], zeros and scales [out, groups]), of the kernel whose words are of inputs or
+    the one whose words are of outputs."""
     ends = ("qweight", "qzeros")
     version = said.get("version") or said.get("format") or "gemm"
     if "packing_format" not in said and version.lower() == "gemv":
@@ -354,4 +354,5 @@ def meant_by_experts(held: dict[str, np.ndarray], stem: str, expert: int) -> np.
     """The weights float32 [out, in] of an expert of gpt-oss: of `stem`_blocks and `stem`_scales."""
     blocks, scales = held[f"{stem}_blocks"][expert], held[f"{stem}_scales"][expert]
     levels = _LEVELS[np.stack([blocks & 15, blocks >> 4], -1)].reshape(*scales.shape, 32)
-    return (levels * _e8m0(scales)[..., None]).reshape(len(scales), -1)
+    with np.errstate(all="ignore"):  # damaged scales
+        return (levels * _e8m0(scales)[..., None]).reshape(len(scales), -1)

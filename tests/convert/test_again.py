@@ -9,8 +9,10 @@ from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
 from jlayer.encodings.published import FORMS
 from jlayer.errors import CheckpointError, UnsupportedModelError
+from tests import gguf_files
 from tests.convert.checkpoints import edit_tensors, read_tensors
 from tests.convert.quantized_kinds import BITSANDBYTES, KINDS, SINGLE, write
+from tests.gguf.forms import save
 
 STATISTICS = [kind for kind, options in BITSANDBYTES.items() if not options.get("is_8bit")]
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"  # of 64 rows and 128 inputs: a square of a grid
@@ -47,6 +49,13 @@ def test_without_the_statistics_of_its_codes_it_does_not(made, tmp_path, kind):
     _, layered = made(kind)
     with pytest.raises(UnsupportedModelError, match="lacks the statistics of the published one; c"):
         convert_checkpoint(layered, tmp_path / "again")
+
+
+def test_one_of_a_gguf_file_does_not(tmp_path):
+    gguf_files.write(save("llama", tmp_path / "model"), tmp_path / "m.gguf", kind="Q8_0")
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
+    with pytest.raises(UnsupportedModelError, match=r"from a GGUF file; convert that file again"):
+        convert_checkpoint(tmp_path / "layered", tmp_path / "again")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 logits of Transformers for what they stand for."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -128,8 +129,9 @@ def test_the_store_says_which_tensor_has_which_encoding(made):
     assert store.form_of("lm_head.weight") == "float32"
 
 
-def experts_in_fp8(folder, form, width):
-    """Two folders of one model whose experts are in FP8: one by one, and in tensors of all."""
+def experts_in_fp8(folder, form, width, *, axes=None):
+    """Two folders of one model whose experts are in FP8: one by one, and in tensors of all. `axes`:
+    of the scales of gates and ups, where each matrix has one, or both of an expert have."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -141,12 +143,21 @@ def experts_in_fp8(folder, form, width):
     tensors = load_file(apart / WEIGHTS)
     for name in [name for name in tensors if ".experts." in name]:
         tensors[name], tensors[f"{name}_scale_inv"], _ = encode(tensors[name].float(), form)
-    raw = json.loads((apart / "config.json").read_text()) | {"quantization_config": GRID}
+        if form == "tensor" and "up_proj" in name and math.prod(axes) == config.num_experts:
+            gate = f"{name.replace('up_proj', 'gate_proj')}_scale_inv"
+            tensors[f"{name}_scale_inv"] = tensors[gate].clone()
+    said = GRID if axes is None else FORMS[form][0]
+    raw = json.loads((apart / "config.json").read_text()) | {"quantization_config": said}
     (apart / "config.json").write_text(json.dumps(raw))
     save_file(tensors, apart / WEIGHTS)
     for name, stack in stacked_tensors(cfg_of(apart)).items():
         for end in ("", "_scale_inv"):
             parts = [tensors.pop(part + end) for part, *_ in stack.parts]
+            if end and axes is not None:
+                own = axes if "gate_up" in name else (len(parts), *(1 for _ in axes[1:]))
+                each = torch.stack(parts[:: len(parts) // math.prod(own)])
+                tensors[name + end] = each.reshape(own)
+                continue
             joined = torch.cat([part.view(torch.uint8) for part in parts])
             joined = joined.view(parts[0].dtype).reshape(stack.shape[0], -1, parts[0].shape[1])
             tensors[name + end] = joined.contiguous()
@@ -168,6 +179,35 @@ def test_experts_in_one_tensor_are_those_that_lie_one_by_one(tmp_path, case):
     np.testing.assert_array_equal(logits(whole), expected)
     convert_checkpoint(whole, tmp_path / "layered")
     np.testing.assert_array_equal(logits(tmp_path / "layered"), expected)
+
+
+# [experts] where a gate and its up have one scale together, or [experts, 2] where each has its own,
+# as Transformers' FP8Experts has them with a third axis.
+@pytest.mark.parametrize("more", slow_but([(), (1,), (1, 1), (2,), (2, 1)], [(), (2, 1)]))
+def test_experts_with_one_scale_of_a_matrix_may_be_one_tensor(tmp_path, more):
+    n_experts = MIXTURES["qwen3_5_moe"].config["num_experts"]
+    apart, whole = experts_in_fp8(tmp_path, "tensor", 20, axes=(n_experts, *more))
+    expected = logits(apart)
+    np.testing.assert_array_equal(logits(whole), expected)
+    convert_checkpoint(whole, tmp_path / "layered")
+    np.testing.assert_array_equal(logits(tmp_path / "layered"), expected)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    assert {Store(folder).form_of(name) for folder in (apart, whole)} == {"fp8_tensor_bfloat16"}
+
+
+def test_another_number_of_scales_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    n_experts = MIXTURES["qwen3_5_moe"].config["num_experts"]
+    _, whole = experts_in_fp8(tmp_path, "tensor", 20, axes=(n_experts, 1, 1))
+    tensors = load_file(whole / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("gate_up_proj_scale_inv"))
+    tensors[name] = torch.ones(n_experts, 3, 1, dtype=torch.bfloat16)
+    save_file(tensors, whole / WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {name} is \[{n_experts}, 3, 1\], by config"
+    ):
+        Store(whole)
 
 
 def test_experts_whose_scales_are_shared_are_not_cut_apart(tmp_path):
