@@ -1,7 +1,9 @@
 """What a GGUF file's metadata and tensors say of a model, and what is refused of them."""
 
+import math
 import re
 import struct
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.store import Store
-from jlayer.config import read_config
+from jlayer.config import model_config, read_config
 from jlayer.convert import convert_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.gguf.architectures import ARCHITECTURES
@@ -17,7 +19,8 @@ from jlayer.gguf.config import config_of
 from jlayer.gguf.metadata import shortest
 from jlayer.gguf.names import NAMES
 from jlayer.gguf.parts import open_head
-from tests.gguf.forms import save
+from tests.gguf.forms import MODELS, save
+from tests.gguf.test_models import scaling
 from tests.gguf_files import ARCHITECTURES as WRITTEN
 from tests.gguf_files import write
 
@@ -144,6 +147,31 @@ def test_a_matrix_of_one_row_may_be_a_vector(name, tmp_path, monkeypatch):
     assert Store(paths[1]).cfg == expected.cfg
     rows = [sum(t.shape[0] == 1 for t in head.tensors.values()) for head in map(open_head, paths)]
     assert rows[0] > rows[1] == 0
+
+
+WRONG = (0, 1, 1 << 31, -1, 0.0, -1.0, math.nan, math.inf, True, "x", (), (1, 2), (0.5,), (True,))
+
+
+def refusal(head):
+    """Why a head is refused; "" where it is read."""
+    try:
+        model_config(config_of(head), where=head.path)
+    except (CheckpointError, UnsupportedModelError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "rope" not in name])
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(name, tmp_path):
+    path = tmp_path / "m.gguf"
+    write(save(name, tmp_path / "model"), path, settings=scaling)
+    head = open_head(path)
+    own = [key for key in head.values if key.startswith(f"{head.values['general.architecture']}.")]
+    told = [
+        refusal(replace(head, values={**head.values, key: value})) for key in own for value in WRONG
+    ]
+    assert sum(map(bool, told)) > len(own)
+    assert "\n" not in "".join(told)
 
 
 def test_keys_that_say_nothing_are_no_matter(tmp_path, model):
