@@ -13,6 +13,7 @@ from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
 from jlayer.engine.deciding import leave
+from jlayer.engine.hosts import DiffersError
 from jlayer.errors import StorageError
 from jlayer.interrupts import STOPS, released
 from jlayer.plan.tiles import Tier
@@ -53,6 +54,8 @@ def told_to_others():
     except StorageError as error:  # perhaps since another is lost
         leave(str(error), waits=True)
         raise
+    except DiffersError:
+        raise  # as in the others
     except Exception as error:
         leave(str(error))
         raise

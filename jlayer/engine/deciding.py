@@ -11,7 +11,7 @@ import atexit
 import sys
 from collections.abc import Mapping
 
-from jlayer.engine.hosts import Hosts, Placement
+from jlayer.engine.hosts import Hosts, Placement, end_at_once
 from jlayer.errors import UsageError
 
 _hosts: Hosts | None = None  # as JAX, a process is in one group from its start to its end
@@ -67,7 +67,15 @@ def leave(line: str, *, waits: bool = False) -> None:
         _hosts.leave(line, waits=waits)
 
 
+def end(code: int) -> None:
+    """Ends this process at once, where it has left early; else returns. At its end JAX waits for
+    the others, and aborts."""
+    if _hosts is not None and _hosts.is_ending:
+        end_at_once(code)
+
+
 def is_one_of_several() -> bool:
+    """Whether other processes run the same model."""
     return _hosts is not None
 
 
@@ -77,3 +85,4 @@ def _finish():
         _hosts.finish()
     else:
         _hosts.leave(f"{type(error).__name__}: {error}")
+        end_at_once(1)  # as Python ends after a traceback

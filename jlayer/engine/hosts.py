@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from os import _exit  # no clean-up, which would wait for what the other threads wait for
@@ -34,6 +34,10 @@ MOST_BYTES = 1 << 28  # of a message
 # Open MPI and what follows PMI.
 RANKS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
+
+class DiffersError(UsageError):
+    """Something differs from host to host. It is raised in every process: none waits."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,22 @@ def placement_of(run, environment: Mapping[str, str] = os.environ) -> Placement 
 class Hosts:
     """The connection of this process to the others, by way of process 0.
 
-    `names`: of each process its host and process id. `end`: called in a thread, with the line that
+    `names`: of each process its host and process id. `is_ending`: whether this one has left, or is
+    about to. `end`: called in a thread, with the line that
     says why, when another host is lost or has ended early.
     """
 
-    def __init__(self, placement: Placement, end: Callable[[str], None] | None = None):
+    def __init__(self, placement: Placement):
         """Waits for all processes. Raises StorageError where they do not come, UsageError where two
         have the same number, or others are meant."""
         self.placement, self.n, self.number = placement, placement.n, placement.number
-        self._end = end or end_process
+        self.end = end_process
         self._name = f"{socket.gethostname()}, process {os.getpid()}"
         self._sockets: dict[int, socket.socket] = {}
         self._locks: dict[int, threading.Lock] = {}
         self._arrived: dict[int, queue.Queue] = {}
         self._gone: set[int] = set()
-        self._is_ending = False
+        self.is_ending = False
         self._changed = threading.Condition()
         if self.number == 0:
             self._accept_all()
@@ -207,12 +212,12 @@ class Hosts:
         return self.sent(label, found)
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Raises UsageError on each of them where these differ, with the first that does."""
+        """Raises DiffersError on each of them where these differ, with the first that does."""
         for name, value in facts.items():
             found = self.collected(f"compare {name}", value)
             other = next((number for number in range(self.n) if found[number] != found[0]), None)
             if other is not None:
-                raise UsageError(
+                raise DiffersError(
                     f"{name}: found {found[0]!r:.200} on host 0 ({self.names[0]}) and "
                     f"{found[other]!r:.200} on host {other} ({self.names[other]}), expected the "
                     "same on every host; give each the same command and model"
@@ -241,7 +246,7 @@ class Hosts:
             _send(self._sockets[peer], message)
 
     def _beat(self):
-        while not self._is_ending:
+        while not self.is_ending:
             for peer in self._sockets:
                 self._send(peer, ["alive"])
             time.sleep(BEAT_S)
@@ -266,12 +271,12 @@ class Hosts:
                     return self._is_lost(peer, "is lost: its connection broke")
 
     def _is_lost(self, number, why):
-        if self._is_ending:
+        if self.is_ending:
             return
-        self._is_ending = True
+        self.is_ending = True
         for peer in self._sockets.keys() - {number}:
             self._send(peer, ["ended", number, why])
-        self._end(f"host {number} ({self.names[number]}) {why}; start all of them again")
+        self.end(f"host {number} ({self.names[number]}) {why}; start all of them again")
 
     # At the end.
 
@@ -280,16 +285,16 @@ class Hosts:
         collective has failed, say, and the loss that is the reason is about to be seen."""
         if waits:
             time.sleep(SEEN_S)
-        if not self._is_ending:
-            self._is_ending = True
+        if not self.is_ending:
+            self.is_ending = True
             for peer in self._sockets:
                 self._send(peer, ["ended", self.number, line])
 
     def finish(self) -> None:
         """Waits until the others are done as well, so that none sees another's end as a loss."""
-        if self._is_ending:
+        if self.is_ending:
             return
-        self._is_ending = True
+        self.is_ending = True
         with self._changed:
             if self.number != 0:
                 self._send(0, ["bye"])
@@ -301,11 +306,17 @@ class Hosts:
 
 def end_process(line: str) -> None:
     """Ends this process at once: its other threads may wait for a lost host for ever."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
     with suppress(OSError):
         os.write(2, f"jlayer: {' '.join(line.split())}\n".encode())
-    _exit(StorageError.exit_code)
+    end_at_once(StorageError.exit_code)
+
+
+def end_at_once(code: int) -> None:
+    """Ends this process without the clean-up that JAX would do at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    _exit(code)
 
 
 def _free_port(address, family):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from tests.conftest import REPOSITORY
@@ -43,8 +44,10 @@ def started(*commands, n_devices=1):
 
 
 def ended(processes):
-    """(exit code, stdout, stderr) of each."""
-    found = [one.communicate(timeout=PATIENCE_S) for one in processes]
+    """(exit code, stdout, stderr) of each. They are read at the same time: one that waits for its
+    reader keeps the others waiting."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        found = list(readers.map(lambda one: one.communicate(timeout=PATIENCE_S), processes))
     return [(one.returncode, *texts) for one, texts in zip(processes, found, strict=True)]
 
 

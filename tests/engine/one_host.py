@@ -29,6 +29,7 @@ def answer(case, group):
             "seed": found.seed,
             "logits": logits.ravel().tolist(),
             "read_bytes": found.stats["read_bytes"],
+            "sweep_bytes": found.plan["sweep"]["bytes"],
             "cache_bytes": found.plan["host"]["cache_bytes"],
             "device": found.device,
         }

@@ -6,6 +6,8 @@ text, it is read from stdin. The newline at the end of a file or of stdin is not
 
 from __future__ import annotations
 
+import json
+
 from jlayer.app import options
 from jlayer.app import picture as timeline
 from jlayer.app.inputs import (
@@ -22,8 +24,8 @@ from jlayer.app.streams import quiet
 from jlayer.app.templates import TEMPLATE, VARIABLE, add_template, system_of, template_of
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
-from jlayer.engine.hosts import placement_of
-from jlayer.errors import UsageError
+from jlayer.engine.hosts import end_process, placement_of
+from jlayer.errors import StorageError, UsageError
 from jlayer.interrupts import check
 from jlayer.run_config import RunConfig
 
@@ -84,11 +86,20 @@ def run(args) -> dict | None:
         opened(args.ref, offline=args.offline, **run_options) as model,
     ):
         check()
+        if model.engine.hosts is not None and args.json:
+            model.engine.hosts.end = print_loss
         decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
             show = write_text if is_first and not args.json else None
             found = follow(model, decoding, show, verbose=args.verbose)
     return found if is_first else None
+
+
+def print_loss(line: str) -> None:
+    """Ends the process where another host is lost, with the object that --json asks for."""
+    error = {"error": line, "exit_code": StorageError.exit_code}
+    write_text(f"{json.dumps(error)}\n")
+    end_process(line)
 
 
 def chat_form(args) -> dict:
