@@ -15,6 +15,7 @@ import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import generation_file, read_generation_config, unknown_name
+from jlayer.engine.alike import refuse_several
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
 from jlayer.engine.decoding import Decoding, Generation
@@ -71,6 +72,7 @@ class AutoModel:
         to 1; "auto": as measured, where it pays. `watch` is told what opening does, and becomes the
         model's own. Further options: `device` ("cpu" or "gpu"), `devices` (how many, or "all": each
         gets its share of the rows of every layer, over its own link, and has `device_memory`),
+        `coordinator`, `processes` and `process_id` (one model on several hosts: docs/hosts.md),
         `context`, `follow_links` (take what links in the folder lead to outside), and those of
         transformers: what has a meaning here is taken (`device_map`, `torch_dtype`, `revision`,
         `local_files_only`), what changes nothing is passed over (`trust_remote_code`: code in a
@@ -285,6 +287,7 @@ class Model:
         have no room for it beside the others, it begins as these end. Raises what `generate` does
         of the arguments, and DoesNotFitError where there would be no room for it alone.
         """
+        refuse_several("submit")
         form = {name: options.pop(name) for name in FORMS if name in options}
         begin, _ = self.prepared(prompt, options=options, **form)
         return self._background.submit(begin(most_unread=None, waits=True), owner=self)

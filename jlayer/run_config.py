@@ -25,6 +25,9 @@ class RunConfig:
     draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
     devices: int | None = 1  # its first so many; None: all
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
+    coordinator: str | None = None  # of several processes, ADDR:PORT where number 0 listens
+    processes: int | None = None  # on as many hosts
+    process_id: int | None = None  # from 0 up
 
     @classmethod
     def from_options(cls, **options) -> RunConfig:
@@ -52,6 +55,9 @@ class RunConfig:
             options["host_share"] = _share(options["host_share"])
         if "devices" in options:
             options["devices"] = _devices(options["devices"])
+        for name, least in (("processes", 1), ("process_id", 0)):
+            if options.get(name) is not None:
+                options[name] = _number(options[name], name, least)
         if options.get("draft") is not None:
             options["draft"] = _path(options["draft"], option="draft")
         context = options.get("context")
@@ -79,9 +85,14 @@ def _devices(value):
     """A number of devices from 1 up; None for "all"."""
     if value == "all":
         return None
+    return _number(value, "devices", 1, ", or all")
+
+
+def _number(value, option, least, more=""):
     words = str(value).strip()
-    if isinstance(value, bool) or not words.isascii() or not words.isdigit() or int(words) < 1:
-        raise UsageError(f"devices: found {value!r:.80}, expected a number from 1 up, or all")
+    if isinstance(value, bool) or not words.isascii() or not words.isdigit() or int(words) < least:
+        found = f"{option}: found {value!r:.80}, expected a number from {least} up{more}"
+        raise UsageError(found)
     return int(words)
 
 

@@ -149,6 +149,11 @@ TESTED = {
     "jlayer bench --from-disk --json": By("tests/app/test_bench.py"),
     'pip install -e ".[timeline]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --timeline generate.png': Here(),
+    # hosts.md
+    'jlayer generate path/to/Llama-3-70B -p "Once upon a time" --coordinator 10.0.0.1:7070 '
+    "--processes 2 --process-id 0": By("tests/engine/test_hosts.py"),
+    'jlayer generate path/to/Llama-3-70B -p "Once upon a time" --coordinator 10.0.0.1:7070 '
+    "--processes 2 --process-id 1": By("tests/engine/test_hosts.py"),
     # quantization.md
     "jlayer eval compare path/to/Llama-3-8B-jlayer path/to/Llama-3-8B-int4 "
     "--text stories.txt": Here(),

@@ -17,6 +17,7 @@ from jlayer.app import options
 from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.parser import Parser
 from jlayer.app.streams import OutputError, ReaderLeft, prepare, quiet, takes_utf8
+from jlayer.engine.deciding import end
 from jlayer.errors import JlayerError
 from jlayer.interrupts import STOPS, check, hold, release, released
 
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     holds_here = hold()
     try:
-        return _outcome(sys.argv[1:] if argv is None else argv)
+        code = _outcome(sys.argv[1:] if argv is None else argv)
+        end(code)
+        return code
     finally:
         if holds_here:
             release()

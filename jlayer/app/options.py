@@ -79,6 +79,18 @@ def speed(words: str | None, option: str) -> int | None:
     return found
 
 
+PROCESSES = {
+    "coordinator": ("ADDR:PORT", "of several processes, where number 0 listens"),
+    "processes": ("N", "the same command runs N times, on as many hosts (docs/hosts.md)"),
+    "process_id": ("I", "which of them this is, from 0 (default: as a launcher says)"),
+}
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    for name, (metavar, line) in PROCESSES.items():
+        parser.add_argument(flag(name), metavar=metavar, help=line)
+
+
 def add_draft(parser: argparse.ArgumentParser) -> None:
     line = "a smaller model with the same tokenizer, which guesses tokens; it stays on the device"
     parser.add_argument("--draft", metavar="REF", help=line)

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from jlayer.app import progress
-from jlayer.app.ending import Interrupted
+from jlayer.app.ending import Interrupted, word_of
 from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
+from jlayer.engine.deciding import leave
+from jlayer.engine.hosts import DiffersError
+from jlayer.errors import StorageError
 from jlayer.interrupts import STOPS, released
 from jlayer.plan.tiles import Tier
 from jlayer.run_config import RunConfig
@@ -31,9 +34,31 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
     with progress.opening() as watch:
         from jlayer.api import AutoModel
 
-        model = AutoModel.from_pretrained(folder, watch=watch, **options)
-    with model:
+        with told_to_others():
+            model = AutoModel.from_pretrained(folder, watch=watch, **options)
+    with model, told_to_others():
         yield model
+
+
+@contextmanager
+def told_to_others():
+    """Tells the other processes of the model, if there are some, why this one ends early."""
+    try:
+        yield
+    except STOPS as stop:
+        leave(word_of(stop))
+        raise
+    except Interrupted as stop:
+        leave(str(stop))
+        raise
+    except StorageError as error:  # perhaps since another is lost
+        leave(str(error), waits=True)
+        raise
+    except DiffersError:
+        raise  # as in the others
+    except Exception as error:
+        leave(str(error))
+        raise
 
 
 def follow(model, decoding, show, *, view=None, before: str = "", verbose=False) -> dict:

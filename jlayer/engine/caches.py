@@ -108,7 +108,7 @@ class Caches:
         room = self._make_room(layer, struct)
         if old is not None:
             for into, entries in zip(jax.tree.leaves(room), jax.tree.leaves(old), strict=True):
-                into[: len(entries)] = np.asarray(entries)
+                into[: len(entries)] = self._programs.pools.fetch(entries)
             self._drop_room(layer)
         self._rooms[layer], self.layers[layer] = room, None
 
@@ -127,7 +127,8 @@ class Caches:
 
     def _struct(self, layer):
         dtype = self._programs.dtype
-        return cache_struct(self._kinds[layer].cache, n_rows=self._n_rows(layer), dtype=dtype)
+        own = self._programs.pools.of_host(self._kinds[layer])
+        return cache_struct(own, n_rows=self._n_rows(layer), dtype=dtype)
 
     def _make_room(self, layer, struct) -> LayerCache:
         """Arrays in memory of their own, pinned where there is a link."""
@@ -154,7 +155,7 @@ class Caches:
     def _put(self, layer, room):
         if not self._has_link:  # a CPU's arrays would be views of the room, which is written
             room = jax.tree.map(np.copy, room)
-        return jax.device_put(room, self._programs.pools.over(self._kinds[layer]))
+        return self._programs.pools.put(self._kinds[layer], room)
 
     # A forward pass with pools in host memory.
 
@@ -204,7 +205,7 @@ class Caches:
             is_real = rows < self._n_rows(layer)
             pairs = zip(jax.tree.leaves(self._rooms[layer]), jax.tree.leaves(entries), strict=True)
             for room, new in pairs:
-                room[rows[is_real]] = np.asarray(new)[is_real]
+                room[rows[is_real]] = self._programs.pools.fetch(new)[is_real]
 
     def give_up(self) -> None:
         """A forward pass has ended early. After a failure of the device the memory of a pool that a

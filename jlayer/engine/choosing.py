@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlayer.engine.deciding import decided
 from jlayer.engine.picking import in_order, likeliest, routed
 from jlayer.engine.programs import Programs
 from jlayer.engine.residents import Residents
@@ -38,16 +40,22 @@ class Chooser:
         """The experts that some row uses, those of most rows first; all wait here for the router.
         `following`: the first tile of the next layer's experts, if they are to be guessed."""
         found = [self._routing(chunk, following) for chunk in passing]
-        counts, weights = 0, 0.0
-        for number, (chunk, routings) in enumerate(zip(passing, found, strict=True)):
-            routings = self._landings.fetch(number, routings)
-            real, n_rows = chunk.part.real, chunk.part.size.rows
-            routing, *guess = routings.reshape(-1, n_rows, routings.shape[-1])
-            chunk.n_routed = routed(routing, real)
-            counts = counts + chunk.n_routed
-            weights = weights + sum(each[real].sum(axis=0) for each in guess)
-        guessed = likeliest(weights) if following is not None else ()
-        return Decision(in_order(counts), guessed)
+
+        def looked_at():
+            each, weights = [], 0.0
+            for number, (chunk, routings) in enumerate(zip(passing, found, strict=True)):
+                routings = self._landings.fetch(number, routings)
+                real, n_rows = chunk.part.real, chunk.part.size.rows
+                routing, *guess = routings.reshape(-1, n_rows, routings.shape[-1])
+                each.append(routed(routing, real))
+                weights = weights + sum(one[real].sum(axis=0) for one in guess)
+            guessed = likeliest(weights) if following is not None else ()
+            return each, guessed
+
+        counts, guessed = decided("experts", looked_at)
+        for chunk, of_chunk in zip(passing, counts, strict=True):
+            chunk.n_routed = np.asarray(of_chunk)
+        return Decision(in_order(np.sum(counts, axis=0)), guessed)
 
     def close(self) -> None:
         """Releases the memory that decisions come to."""

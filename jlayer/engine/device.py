@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 
+import numpy as np
+
 from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memories
+from jlayer.engine.hosts import Hosts
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
 from jlayer.sizes import human
-from jlayer.streaming.devices import Devices
+from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
+HEARTBEAT_S = 3600  # of JAX's own look at other processes: `engine.hosts` sees sooner what is lost
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Lets JAX launch programs in a thread of its own, so that the host goes on meanwhile: the launches
 # of a program take 0.1 to 0.3 ms.
@@ -30,11 +35,12 @@ def choose(
     device_memory: int | None,
     *,
     n_devices: int | None = 1,
+    hosts: Hosts | None = None,
     pinned_bytes: int = 0,
     host_memory: int = 0,
 ) -> tuple[Devices, int, int]:
     """Chooses the first `n_devices` (None: all) for `device`: "cpu", "gpu" or None (GPUs if there
-    are some).
+    are some). With several `hosts` so many of each, in order of the process; JAX joins them.
 
     Returns (devices, budget of each in bytes, bytes of the driver's context). `pinned_bytes`: the
     most host memory that will be pinned for weights; its page tables take device memory, and those
@@ -59,26 +65,82 @@ def choose(
         if n_devices is not None and n_devices < len(there):  # JAX would take memory of all
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(n_devices))))
         device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_bytes + tables)
+    if hosts is not None:
+        _join(jax, hosts, on_cpu=device == "cpu" or before is None)
     found = _devices(jax, "cpu" if device == "cpu" else None)
     if device == "gpu" and found[0].platform != "gpu":
         raise UsageError(
             "device: gpu was asked for, but JAX finds none; "
             'install the GPU build (pip install -e ".[cuda]"), or ask for --device cpu'
         )
+    of_hosts = [
+        [one for one in found if one.process_index == number]
+        for number in range(hosts.n if hosts else 1)
+    ]
+    found = of_hosts[hosts.number if hosts else 0]
     if n_devices is not None and n_devices > len(found):
         raise UsageError(
             f"devices: {n_devices} asked for, but JAX finds {len(found)} {found[0].platform} here; "
             f"ask for at most {len(found)}, or for all"
         )
-    devices, budget = Devices(found[:n_devices]), device_memory or DEFAULT_DEVICE_MEMORY
+    if hosts is not None:
+        hosts.agree({"devices": len(found[:n_devices]), "platform": found[0].platform})
+    devices = Devices([one for of_host in of_hosts for one in of_host[:n_devices]])
+    if hosts is not None and not devices.has_link:
+        _meet(jax, devices)
+    budget = device_memory or DEFAULT_DEVICE_MEMORY
     if devices.platform != "gpu":
         return devices, budget, 0
     _keep_compiled(jax)
-    limit = max(_check_cap(one, budget) for one in devices.all)
+    limit = max(_check_cap(one, budget) for one in devices.own)
     context = PLATFORMS["gpu"].context_bytes
     if not started:
         context = _context_bytes(before, _of_each(gpu_memories()[:n_devices]), limit)
     return devices, budget, context + tables
+
+
+def _join(jax, hosts, *, on_cpu):
+    """Makes JAX see the devices of all processes. Raises UsageError where it was started before."""
+    if jax.distributed.is_initialized():
+        return
+    if _is_started():
+        raise UsageError(
+            "processes: JAX was started before in this process, for it alone; load the model "
+            "before other JAX work"
+        )
+    if on_cpu:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM for itself, and end the process by its own, much later.
+    jax.config.update("jax_enable_preemption_service", False)
+    address = hosts.placement.address
+    where = f"[{address}]:{hosts.jax_port}" if ":" in address else f"{address}:{hosts.jax_port}"
+    jax.distributed.initialize(
+        where,
+        hosts.n,
+        hosts.number,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=where,
+        heartbeat_timeout_seconds=HEARTBEAT_S,
+    )
+
+
+def _meet(jax, devices):
+    """Has the devices of all processes exchange something for the first time. Gloo, which they do
+    it by, says on descriptor 1 that it has connected, and results go there."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        number = devices.put(np.zeros(1, np.float32))
+        everywhere = devices.everywhere
+        gather = devices.on_each(
+            lambda x: jax.lax.all_gather(x, MESH_AXES[ROWS]), (number,), everywhere
+        )
+        jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(number))
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _of_each(memories):
@@ -191,7 +253,8 @@ def _check_cap(found, budget):
 
 
 def link_speed(devices: Devices) -> float | None:
-    """Bytes/s from pinned memory to all devices together, the best of five; None for a CPU.
+    """Bytes/s from pinned memory to all devices of this host together, the best of five; None for
+    a CPU.
 
     Five transfers minus one transfer: so the latency of a call does not count.
     """
@@ -210,4 +273,4 @@ def link_speed(devices: Devices) -> float | None:
         one, several = (min(seconds(count) for _ in range(5)) for count in (1, 5))
     finally:
         pinned.close()
-    return 4 * len(devices) * LINK_PROBE_BYTES / max(several - one, 1e-9)
+    return 4 * len(devices.own) * LINK_PROBE_BYTES / max(several - one, 1e-9)

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from jlayer.engine.hosting import hosted_heights
 from jlayer.families.base import Function
+from jlayer.plan.dealing import Deal
 from jlayer.plan.tiles import Tile
 from jlayer.spec import Leaf
 
@@ -17,12 +18,14 @@ from jlayer.spec import Leaf
 class StageShape:
     """What the programs of a stage depend on in a forward pass, beside its tiles.
 
-    `widths`: product -> its rows in each tile that the device multiplies. `hosted`: matrix -> its
+    `widths`: product -> its rows in each tile that the device multiplies, of all hosts; `hosts`:
+    product -> how they are dealt out to hosts, where they are. `hosted`: matrix -> its
     rows that the host multiplies. `next_input`: the function that makes the next stage's input, if
     it has one; `next_whole`: the leaves that this reads.
     """
 
     widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    hosts: tuple[tuple[str, Deal], ...] = ()
     hosted: tuple[tuple[str, int], ...] = ()
     next_input: Function | None = None
     next_whole: tuple[Leaf, ...] = ()
@@ -54,6 +57,7 @@ def divided(tiles: Sequence[Tile], hosted: frozenset[int]) -> Division:
     """The division of tiles; widths and heights are in their order."""
     widths: dict = {}
     of_host: dict = {}
+    deals: dict = {}
     for index, tile in enumerate(tiles):
         if tile.stage is None:
             continue
@@ -63,12 +67,14 @@ def divided(tiles: Sequence[Tile], hosted: frozenset[int]) -> Division:
             of_stage = widths.setdefault(_stage_key(tile), {})
             for name, width in tile.products().items():
                 of_stage[name] = (*of_stage.get(name, ()), width)
+            deals.setdefault(_stage_key(tile), {}).update(_deals_of(tile))
     stages = {_stage_key(tile): tile.stage for tile in tiles if tile.stage is not None}
     heights = {key: hosted_heights(found, stages[key]) for key, found in of_host.items()}
     following = _next_inputs(tiles)
     shapes = {
         key: StageShape(
             widths=tuple(widths.get(key, {}).items()),
+            hosts=tuple(deals.get(key, {}).items()),
             hosted=tuple(heights.get(key, {}).items()),
             **following.get(key, {}),
         )
@@ -94,6 +100,14 @@ def _next_inputs(tiles):
             leaves = tuple(following.kind.leaf(name) for name in wanted.whole)
             found[_stage_key(tile)] = {"next_input": wanted, "next_whole": leaves}
     return found
+
+
+def _deals_of(tile):
+    """Product -> how its rows are dealt out to hosts, of those that are."""
+    present = {part.matrix for part in tile.parts}
+    groups = [group for group in tile.stage.groups if group.leaves[0] in present]
+    deals = {group.product: tile.hosts_of(group.leaves[0]) for group in groups}
+    return {name: deal for name, deal in deals.items() if deal is not None}
 
 
 def _stage_key(tile):

@@ -18,6 +18,7 @@ from jlayer.checkpoint.store import Store
 from jlayer.cores.native import missing
 from jlayer.engine import device as choosing
 from jlayer.engine import residents
+from jlayer.engine.alike import compare, hosts_of, machine_of_all
 from jlayer.engine.caches import Caches
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
@@ -66,7 +67,9 @@ class Engine:
         self.run = run
         self.watch, self.totals = watch or Watch(), Totals()
         self.watch.phase("reading headers")
+        self.hosts = hosts_of(run)
         self.store = Store(folder, follow_links=run.follow_links)
+        compare(run, self.store)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.draft = None if run.draft is None else self._open_draft(run.draft)
@@ -141,25 +144,25 @@ class Engine:
             run.device,
             run.device_memory,
             n_devices=run.devices,
+            hosts=self.hosts,
             pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        return Machine(
-            platform=self.devices.platform,
+        return machine_of_all(
+            self.devices,
             device_budget=budget,
             host_budget=host_budget,
             context_bytes=context_bytes,
             baseline_bytes=anonymous_bytes(),
             disk_speed=disk_speed(self.store.files) or DEFAULT_DISK,
             link_speed=choosing.link_speed(self.devices),
-            n_devices=len(self.devices),
             cores=len(os.sched_getaffinity(0)),
         )
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
-        if self.run.host_share == 0:
+        if self.run.host_share == 0 or self.hosts is not None:
             return self.plan_for(shape)
         if self.run.host_share is None:
             alone = self.plan_for(shape)
@@ -291,8 +294,8 @@ class Engine:
         if self.host is not None:
             self.host.forget()
         if old is not None and plan.tiles is old.tiles:
-            if _streamed(plan) != _streamed(self.plan):
-                old.retier(*_streamed(plan))
+            if plan.streamed != self.plan.streamed:
+                old.retier(*plan.streamed)
             self.plan = plan
             return
         if old is not None:
@@ -385,7 +388,7 @@ class Engine:
         self.host_peak_bytes = max(self.host_peak_bytes, anonymous_bytes())
         dealt = self.totals.most_live_bytes + self.plan.tier_bytes(Tier.DEVICE)
         held = (
-            -(-dealt // len(self.devices))
+            -(-dealt // len(self.devices.own))
             + self.caches.n_bytes
             + self.sweeper.most_activation_bytes
             + self._residents.n_bytes
@@ -399,7 +402,7 @@ class Engine:
 
         JAX reports no allocator statistics on a CPU: there the peak is a sum of what is held.
         """
-        stats = [one.memory_stats() or {} for one in self.devices.all]
+        stats = [one.memory_stats() or {} for one in self.devices.own]
         peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
         measured = peak and peak + self._machine.context_bytes
         return {
@@ -442,8 +445,3 @@ def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
         return gain > 0
     refill_s = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
     return gain > OTHER_TILES_S + refill_s
-
-
-def _streamed(plan):
-    """What of a plan its executor can change to."""
-    return plan.tiers, plan.attending, plan.experts

@@ -3,7 +3,7 @@ programs that every device runs (`Devices.on_each`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -20,28 +20,68 @@ from jlayer.streaming.devices import HEADS, MESH_AXES, ROWS
 
 def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dict:
     """Products [R, rows] by name, of the rows of a tile that each device has -> of all rows of the
-    tile. They cross together: a collective costs time."""
+    tile: those of one host after another, where they are dealt out to several. They cross together:
+    a collective costs time."""
     deals = {
-        group.product: deal
+        group.product: found
         for group in stage.groups
-        if group.product in products and (deal := tile.deal_of(tile.heights[group.leaves[0]]))
+        if group.product in products
+        and any(found := _deals(tile, group.leaves[0], tile.heights[group.leaves[0]]))
     }
     if not deals:
         return dict(products)
     joined = jnp.concatenate([products[name] for name in deals], axis=-1)
     each, found, at = jax.lax.all_gather(joined, MESH_AXES[ROWS]), dict(products), 0
-    for name, deal in deals.items():
-        found[name] = _in_order(each[:, :, at : at + deal.height], deal)
-        at += deal.height
+    for name, (deal, hosts) in deals.items():
+        width = products[name].shape[-1]
+        own = each[:, :, at : at + width]
+        found[name] = jnp.concatenate(_of_hosts(own, deal, hosts, tile.n_devices), axis=-1)
+        at += width
     return found
 
 
-def gathered_rows(leaf: jax.Array, deal: Deal | None) -> jax.Array:
-    """The rows [height, ...] of a leaf that each device has -> all of its rows [rows, ...]."""
-    if deal is None:
+def gathered_in_order(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dict:
+    """`gathered`, of a tile with all rows of its matrices: the products [R, rows] in their
+    order."""
+    found = gathered(products, stage, tile)
+    return {
+        group.product: in_order_of_hosts([found[group.product]], tile.hosts_of(group.leaves[0]))
+        for group in stage.groups
+        if group.product in found
+    }
+
+
+def in_order_of_hosts(parts: Sequence[jax.Array], hosts: Deal | None) -> jax.Array:
+    """The products of the tiles of a matrix, as `gathered` gives them, joined: [R, rows]."""
+    if hosts is None:
+        return join(parts)
+    each = [part.reshape(part.shape[0], hosts.n, -1) for part in parts]
+    return _in_order(jnp.moveaxis(join(each), 1, 0), hosts)
+
+
+def gathered_rows(leaf: jax.Array, tile: Tile, matrix: str, n_rows: int) -> jax.Array:
+    """The rows [height, ...] of a leaf that each device has -> all of its rows [rows, ...].
+    `n_rows`: those that a host has."""
+    deal, hosts = _deals(tile, matrix, n_rows)
+    if deal is None and hosts is None:
         return leaf
     each = jax.lax.all_gather(leaf.reshape(leaf.shape[0], -1).T, MESH_AXES[ROWS])
-    return _in_order(each, deal).T.reshape(deal.n_rows, *leaf.shape[1:])
+    found = jnp.stack(_of_hosts(each, deal, hosts, tile.n_devices))
+    found = found[0] if hosts is None else _in_order(found, hosts)
+    return found.T.reshape(found.shape[1], *leaf.shape[1:])
+
+
+def _deals(tile, matrix, n_rows):
+    """How rows of a matrix are dealt out: those of a host to its devices, all to hosts."""
+    return tile.deal_of(n_rows), tile.hosts_of(matrix)
+
+
+def _of_hosts(each, deal, hosts, n_devices):
+    """[devices of all, R, height] -> [R, rows] of each host; of the first, where all have the
+    same."""
+    n_hosts = hosts.n if hosts else 1
+    own = (each[host * n_devices : (host + 1) * n_devices] for host in range(n_hosts))
+    return [_in_order(found, deal) if deal else found[0] for found in own]
 
 
 def _in_order(each, deal):

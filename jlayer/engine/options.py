@@ -10,8 +10,10 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from jlayer.config import unknown_name
+from jlayer.engine.deciding import decided
 from jlayer.engine.ranges import RANGES, checked
 from jlayer.engine.unread import (
     HARMLESS,
@@ -173,7 +175,9 @@ class SamplingOptions:
     def seeded(self) -> SamplingOptions:
         """These options with a seed, which the system draws where none is given."""
         # 53 bits, so that a seed survives JSON readers that know only float64.
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
+        if self.seed is not None:
+            return self
+        return replace(self, seed=decided("seed", partial(secrets.randbits, 53)))
 
     @property
     def lengths_are_published(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -27,15 +27,17 @@ class Outgoing:
         """Bytes that wait on the device now."""
         return sum(n_bytes for _, n_bytes, _, _ in self._waiting)
 
-    def add(self, output: jax.Array, places: np.ndarray, row: int) -> None:
-        """Starts the transfer of logits [padded W, v], which begin at vocabulary row `row`;
-        `places` [W] says whose they are."""
+    def add(
+        self, output: jax.Array, places: np.ndarray, ranges: Sequence[tuple[slice, int]]
+    ) -> None:
+        """Starts the transfer of logits [padded W, v]; `places` [W] says whose they are, `ranges`
+        which columns begin at which vocabulary row."""
         output.copy_to_host_async()
-        self._add(partial(np.asarray, output), output.nbytes, places, row)
+        self._add(partial(np.asarray, output), output.nbytes, places, ranges)
 
     def add_hosted(self, fetch: Callable[[], np.ndarray], places: np.ndarray, row: int) -> None:
         """Notes logits [W, v] that the host's cores are at; `fetch` waits for them."""
-        self._add(fetch, 0, places, row)
+        self._add(fetch, 0, places, [(slice(None), row)])
 
     def finish(self) -> None:
         """Waits for the remaining ones."""
@@ -48,5 +50,7 @@ class Outgoing:
             self._fetch()
 
     def _fetch(self):
-        fetch, _, places, row = self._waiting.popleft()
-        self._take(fetch()[: len(places)], places, row)
+        fetch, _, places, ranges = self._waiting.popleft()
+        output = fetch()[: len(places)]
+        for columns, row in ranges:
+            self._take(output[:, columns], places, row)

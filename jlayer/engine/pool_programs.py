@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jlayer.families.base import LayerKind, rows_cache
+from jlayer.families.base import CacheSpec, LayerKind, rows_cache
 from jlayer.model.cache import Cache, cache_struct, empty_cache
 from jlayer.plan.dealing import deals_heads
 from jlayer.streaming.devices import HEADS, Devices
+
+HEADS_AXIS = 1  # of the entries of a pool
 
 
 class PoolPrograms:
@@ -27,7 +30,20 @@ class PoolPrograms:
 
     def over(self, kind: LayerKind) -> jax.sharding.Sharding:
         """Where the arrays of a pool are."""
-        return self._devices.over(None, HEADS if self.deals_heads(kind) else None)
+        axes = [None] * HEADS_AXIS
+        return self._devices.over(*axes, HEADS if self.deals_heads(kind) else None)
+
+    def of_host(self, kind: LayerKind) -> CacheSpec:
+        """What one host has of each entry."""
+        return self._part(kind, self._devices.n_hosts)
+
+    def fetch(self, entries: jax.Array) -> np.ndarray:
+        """What this host has of the entries of a pool."""
+        return self._devices.fetch_own(entries, HEADS_AXIS)
+
+    def put(self, kind: LayerKind, room: Cache) -> Cache:
+        """Begins to put what this host has of a pool."""
+        return self._devices.put_own(room, self.over(kind))
 
     def struct(self, kind: LayerKind, n_rows: int) -> Cache:
         """The shapes of a pool of a layer, and where they are."""
@@ -39,7 +55,7 @@ class PoolPrograms:
 
     def empty(self, kind: LayerKind, *, n_rows: int) -> Callable:
         """The program () -> an empty pool of a layer, allocated on the devices."""
-        own = self._own(kind)
+        own = self._part(kind, len(self._devices))
 
         def make():
             return empty_cache(own, n_rows=n_rows, dtype=self._dtype)
@@ -68,9 +84,9 @@ class PoolPrograms:
         label, how = f"written rows {n_rows} of {pool}", {"reuses": False}
         return self._get(label, (kind.cache,), rows_of, given, results=self.over(kind), **how)
 
-    def _own(self, kind):
-        """What a device has of each entry."""
+    def _part(self, kind, n):
+        """Of each entry what there is in each of `n` equal parts of the devices."""
         if not self.deals_heads(kind):
             return kind.cache
-        n_kv_heads = kind.attention.n_kv_heads // len(self._devices)
+        n_kv_heads = kind.attention.n_kv_heads // n
         return rows_cache(replace(kind.attention, n_kv_heads=n_kv_heads))

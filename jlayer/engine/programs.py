@@ -20,7 +20,13 @@ from jlayer.engine.calls import Call
 from jlayer.engine.compiles import Compiler
 from jlayer.engine.device import has_flash
 from jlayer.engine.division import StageShape
-from jlayer.engine.gathering import gathered, gathered_rows, own_heads
+from jlayer.engine.gathering import (
+    gathered,
+    gathered_in_order,
+    gathered_rows,
+    in_order_of_hosts,
+    own_heads,
+)
 from jlayer.engine.picking import input_reads, picked_input, picks
 from jlayer.engine.pool_programs import PoolPrograms
 from jlayer.engine.size import Size
@@ -133,7 +139,7 @@ class Programs:
             experts = [(partial(self.weights, tile, put), number) for put, number in pairs]
             flow = {name: given[name] for name in reads}
             how = {"n_rows": size.rows, "picked": picked, "stacked": stacked}
-            how["gather"] = partial(gathered, tile=tile)
+            how["gather"] = partial(gathered_in_order, tile=tile)
             return {"mixed": mix_together(tile.kind, flow, experts, **how)}, ()
 
         given = self.flow(tile, size, reads)
@@ -179,6 +185,8 @@ class Programs:
                 own = self._multiplied(tile, picked_input(tile, flow, picked), weights)
                 for name, part in own.items():
                     products.setdefault(name, []).append(part)
+            for name, deal in shape.hosts:
+                products[name] = in_order_of_hosts(products[name], deal)
             if picked and finish.reads:
                 products = {
                     name: spread(join(parts), picked_rows(flow, picked), size.rows)
@@ -284,9 +292,9 @@ class Programs:
         function reads uncut decoded."""
         found = self._join(tile.parts, _parts_in(put, tile))
         widths = {part.matrix: part.width for part in tile.parts}
-        deals = {part.matrix: tile.deal_of(part.n_rows) for part in tile.parts}
+        rows = {part.matrix: part.n_rows for part in tile.parts}
         uncut = {
-            name: gathered_rows(as_array(found[name], widths[name]), deals[name])
+            name: gathered_rows(as_array(found[name], widths[name]), tile, name, rows[name])
             for name in tile.uncut
         }
         return found | uncut

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
-from jlayer.engine.drawing import Drawn, draw_all
+from jlayer.engine.deciding import decided
+from jlayer.engine.drawing import Drawn, draw_all, draw_on_one
 from jlayer.engine.fork import check_process
 from jlayer.engine.home import Home
 from jlayer.engine.lane import Lane
@@ -165,14 +167,14 @@ class Scheduler:
                     return True
                 raise
             engine.note_peaks()
-            seconds = Seconds(drafting_s, sweep_s, clock.lap())
+            seconds = Seconds(*decided("seconds", [drafting_s, sweep_s, clock.lap()]))
             self._commit(riders, logits, drawn, seconds, engine.totals.since(before))
             speculation.learn(drawn, parts, seconds)
             n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)
             if n_prompt_rows < sum(r.n_rows for r in riders) and n_compiled == sum(
                 engine.compiles.values()
             ):
-                self._room.learn(engine.plan, n_prompt_rows=n_prompt_rows, seconds=sweep_s)
+                self._room.learn(engine.plan, n_prompt_rows=n_prompt_rows, seconds=seconds.sweep)
             return True
 
     def _choose(self, lanes, plan):
@@ -226,13 +228,17 @@ class Scheduler:
     def _draw(self, executor, riders, logits, parts):
         """Draws tokens for every lane whose tokens are all in; a lane that cannot draw, or whose
         prompt cannot be scored, fails alone. Changes nothing."""
-        drawn = [Drawn(r, [], [], is_finite=False) for r in riders if not logits.are_finite(r)]
-        done = [rider for rider in riders if rider.is_complete and logits.are_finite(rider)]
-        drawn += [Drawn(rider, [], []) for rider in done if not rider.n_drawn]
-        drawn += draw_all([(rider, logits.of(rider)) for rider in done if rider.n_drawn])
+        drawn = draw_on_one(riders, partial(_drawn, riders, logits))
         failed = [one for one in drawn if not one.is_finite]
         error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
         return [one if one.is_finite else replace(one, error=error) for one in drawn]
+
+
+def _drawn(riders, logits):
+    drawn = [Drawn(r, [], [], is_finite=False) for r in riders if not logits.are_finite(r)]
+    done = [rider for rider in riders if rider.is_complete and logits.are_finite(rider)]
+    drawn += [Drawn(rider, [], []) for rider in done if not rider.n_drawn]
+    return drawn + draw_all([(rider, logits.of(rider)) for rider in done if rider.n_drawn])
 
 
 def _waited_for(lanes):

@@ -113,9 +113,10 @@ class Sweeper:
             check()
             outputs = (advance or self.advance)(tile, arrays, passing)
             if tile.kind is None:
+                ranges = self._vocabulary(tile)
                 for output, chunk in zip(outputs, passing, strict=True):
                     if chunk.part.n_wanted:
-                        outgoing.add(output, chunk.part.places, tile.parts[0].first_row)
+                        outgoing.add(output, chunk.part.places, ranges)
             if not is_known:
                 held = outgoing.device_bytes + sum(chunk.n_bytes for chunk in passing)
                 most_held = max(most_held, held)
@@ -222,6 +223,14 @@ class Sweeper:
             chunk.flow |= results
             outputs.append(chunk.flow["mixed"])
         return outputs
+
+    def _vocabulary(self, tile):
+        """(columns of a head tile's logits, the first row of the vocabulary) of each range."""
+        part = tile.parts[0]
+        if part.hosts is None:
+            return [(slice(None), part.first_row)]
+        at = part.first_row - part.hosts.first(self.programs.devices.number)
+        return part.hosts.of_all(at, part.n_rows)
 
     def _end_stage(self, tile, passing, arrays=None):
         """Ends a stage of which the host multiplies some rows, at its last tile -> its outputs."""

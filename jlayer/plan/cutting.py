@@ -19,6 +19,7 @@ from jlayer.families.registry import (
     layer_kinds,
     layer_tensor_name,
 )
+from jlayer.plan.dealing import dealt
 from jlayer.plan.joined import joined
 from jlayer.plan.tiles import Part, Tile, Weights
 from jlayer.plan.tiling import Tiling
@@ -27,10 +28,21 @@ from jlayer.spec import ALIGNMENT, Leaf, Place
 
 @dataclass(frozen=True)
 class _Target:
-    """What tiles are for: a platform, and how many of its devices."""
+    """What tiles are for: a platform, and how many of its devices; one of several hosts."""
 
     platform: str
-    n_devices: int
+    n_devices: int = 1
+    host: int = 0
+    n_hosts: int = 1
+
+    def own(self, parts: Sequence[Part]) -> list[Part]:
+        """Of whole matrices of the same height, and of their biases, the rows of this host."""
+        row_unit = _row_unit(parts)
+        deal = row_unit and dealt(parts[0].n_rows, row_unit=row_unit, n=self.n_hosts)
+        if deal is None:
+            return list(parts)
+        first = deal.first(self.host)
+        return [replace(part.of_rows(first, deal.height), hosts=deal) for part in parts]
 
 
 def cut(
@@ -39,17 +51,20 @@ def cut(
     *,
     platform: str,
     n_devices: int = 1,
+    host: int = 0,
+    n_hosts: int = 1,
     shares: tuple[tuple[str, float], ...] = (),
 ) -> Tiling:
     """Cuts a forward pass into tiles of at most about `tile_bytes`; None: whole layers.
 
-    `n_devices`: the rows of each tile are dealt out to so many; not those of whole layers.
+    `n_devices`: the rows of each tile are dealt out to so many; not those of whole layers. `host`:
+    of each matrix the rows that this one of `n_hosts` reads (`dealing.host_rows`).
     `shares`: (encoding, the share of the rows of its matrices that is set apart for the host's
     cores); whole layers have no such rows.
     """
-    is_apart = bool(shares) or n_devices > 1
+    is_apart = bool(shares) or n_devices * n_hosts > 1
     assert tile_bytes is not None or not is_apart, "a whole layer is multiplied in one place"
-    target = _Target(platform, n_devices)
+    target = _Target(platform, n_devices, host, n_hosts)
     cfg, tiles_of, alike = weights.cfg, {}, []
     share_of = dict(shares)
     for layer, kind in enumerate(layer_kinds(cfg)):
@@ -146,11 +161,13 @@ def _layer_tiles(weights, kind, layer, tile_bytes, target, share_of):
             for on_host in (True, False)
             for parts in _packed(
                 *(weights, kind, stage, layer, expert, tile_bytes, share, on_host),
-                n_devices=target.n_devices,
+                target=target,
             )
         ]
         if whole := [
-            part for leaf in kind.moving_of(stage.finish) for part in _parts(weights, leaf, layer)
+            part
+            for leaf in kind.moving_of(stage.finish)
+            for part in target.own(_parts(weights, leaf, layer))
         ]:
             chosen.append((False, tuple(whole)))
         if not chosen:
@@ -171,9 +188,12 @@ def _whole_expert(weights, kind, layer, tile_bytes, target):
         return None
 
     def parts_of_expert(expert):
-        matrices = (name for stage in kind.expert_stages for name in stage.leaves)
-        leaves = (leaf for name in matrices for leaf in kind.with_bias(name))
-        return tuple(part for leaf in leaves for part in _parts(weights, leaf, layer, expert))
+        groups = (group for stage in kind.expert_stages for group in stage.groups)
+        return tuple(
+            part
+            for group in groups
+            for part in target.own(_group_parts(weights, kind, group, layer, expert))
+        )
 
     n_bytes = sum(part.n_bytes for part in parts_of_expert(0))
     if tile_bytes is not None and n_bytes > tile_bytes:
@@ -196,13 +216,13 @@ def _tile(name, kind, stage, layer, parts, *, target, expert=None, **ends):
         platform=target.platform,
         dtype=dtypes.pop() if len(dtypes) == 1 else "uint8",
     )
-    if target.n_devices > 1:
+    if target.n_devices * target.n_hosts > 1:
         layout = None  # the rows of a part lie together, those of a device's parts do not
     tile = Tile(name, kind, stage, layer, parts, expert=expert, joined=layout, **ends)
     return replace(tile, n_devices=target.n_devices)
 
 
-def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, *, n_devices):
+def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, *, target):
     """The parts of each tile of a stage, of the rows for the host or of the others: row ranges of
     one group after another.
 
@@ -210,10 +230,10 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, 
     """
     packed, room = [], 0
     for group in stage.groups:
-        leaves = [kind.leaf(name) for name in group.leaves]
-        whole = [part for leaf in leaves for part in _parts(weights, leaf, layer, expert)]
-        for first, n_rows in _ranges(whole, tile_bytes, share_of, on_host, n_devices):
-            parts = _rows(weights, kind, group, layer, expert, first, n_rows)
+        own = target.own(_group_parts(weights, kind, group, layer, expert))
+        matrices = [part for part in own if part.matrix in group.leaves]
+        for first, n_rows in _ranges(matrices, tile_bytes, share_of, on_host, target.n_devices):
+            parts = [part.of_rows(first, n_rows) for part in own]
             size = sum(part.n_bytes for part in parts if part.matrix in group.leaves)
             if packed and size <= room and not _holds(packed[-1], group):
                 packed[-1] += parts
@@ -227,12 +247,12 @@ def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, 
 def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host, n_devices):
     """(first row, number of rows) of each range of matrices of the same height, for one side. The
     rows of each but the last come out even among the devices."""
-    n_rows, row_unit = whole[0].n_rows, math.lcm(*(part.encoding.row_unit for part in whole))
+    n_rows, row_unit = whole[0].n_rows, _row_unit(whole)
     # A piece that has a row for many is small: where it begins on disk does not matter.
     row_bytes = [
         part.n_bytes // n_rows for part in whole if part.encoding.rows_per(part.piece) == 1
     ]
-    if not all(part.encoding.by_rows for part in whole):
+    if row_unit is None:
         return [] if on_host else [(0, n_rows)]
     share = min(share_of.get(part.form, 0.0) for part in whole)
     first = host_rows(n_rows, row_bytes, share, row_unit=row_unit)
@@ -243,18 +263,25 @@ def _ranges(whole: Sequence[Part], tile_bytes, share_of, on_host, n_devices):
     return [(begin + row, n) for row, n in ranges]
 
 
+def _row_unit(parts):
+    """The rows that stay together; None: all of them."""
+    if not all(part.encoding.by_rows for part in parts):
+        return None
+    return math.lcm(*(part.encoding.row_unit for part in parts))
+
+
 def _holds(parts, group: Group):
     """Whether the parts include rows of a group. A tile has only one range of each matrix."""
     return any(part.matrix in group.leaves for part in parts)
 
 
-def _rows(weights, kind, group, layer, expert, first, n_rows):
-    """A range of rows of a group's matrices and their biases."""
+def _group_parts(weights, kind, group, layer, expert):
+    """A group's matrices and their biases."""
     return [
-        whole.of_rows(first, n_rows)
+        part
         for matrix in group.leaves
         for leaf in kind.with_bias(matrix)
-        for whole in _parts(weights, leaf, layer, expert)
+        for part in _parts(weights, leaf, layer, expert)
     ]
 
 
@@ -264,20 +291,17 @@ def _parts(weights, leaf, layer, expert=None):
 
 def _head_tiles(weights, tile_bytes, target, share_of):
     leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
-    whole = parts_of(leaf, leaf.published, weights)
-    biases = [
-        part
-        for bias in head_biases(weights.cfg)
-        for part in parts_of(bias, bias.published, weights)
-    ]
+    leaves = (leaf, *head_biases(weights.cfg))
+    own = target.own([part for one in leaves for part in parts_of(one, one.published, weights)])
+    matrices = [part for part in own if part.matrix == leaf.name]
     ranges = [
         (on_host, *found)
         for on_host in (True, False)
-        for found in _ranges(whole, tile_bytes, share_of, on_host, target.n_devices)
+        for found in _ranges(matrices, tile_bytes, share_of, on_host, target.n_devices)
     ]
     tiles = []
     for index, (on_host, first, n_rows) in enumerate(ranges):
-        parts = tuple(part.of_rows(first, n_rows) for part in (*whole, *biases))
+        parts = tuple(part.of_rows(first, n_rows) for part in own)
         ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
         name = f"head {index + 1}/{len(ranges)}"
         tile = _tile(name, None, stage, None, parts, target=target, **ends)

@@ -134,7 +134,8 @@ class Machine:
 
     `n_devices`: alike, with the device budget each; `link_speed`: of all of their links. On a CPU
     it is the speed of multiplying plain weights in memory. `host`: the speeds of the host's own
-    cores, where they were measured.
+    cores, where they were measured. With several hosts this is `host_number` of `n_hosts` alike: a
+    plan is of what one of them reads and holds.
     """
 
     platform: str
@@ -147,10 +148,17 @@ class Machine:
     cores: int = 2
     host: HostSpeeds | None = None
     n_devices: int = 1
+    n_hosts: int = 1
+    host_number: int = 0
 
     @property
     def kind(self) -> Platform:
         return PLATFORMS[self.platform]
+
+    @property
+    def all_devices(self) -> int:
+        """Those of all hosts."""
+        return self.n_devices * self.n_hosts
 
     @property
     def runtime_bytes(self) -> int:

@@ -111,7 +111,7 @@ def make_plan(
     """
     tilings = {} if tilings is None else tilings
     # A whole layer is multiplied in one place, and has no experts to choose from.
-    is_cut = bool(shares) or weights.cfg.experts is not None or machine.n_devices > 1
+    is_cut = bool(shares) or weights.cfg.experts is not None or machine.all_devices > 1
     tile_sizes = tuple(size for size in TILE_BYTES if size is not None or not is_cut)
 
     def bare(tile_bytes, limits):
@@ -158,8 +158,14 @@ def tiling_of(
 ) -> Tiling:
     """The tiling that is cut like this: of `tilings`, to which it is added if it is not there."""
     if (tile_bytes, shares) not in tilings:
-        on = {"platform": machine.platform, "n_devices": machine.n_devices}
-        tiling = cut(weights, tile_bytes, **on, shares=shares)
+        tiling = cut(
+            *(weights, tile_bytes),
+            platform=machine.platform,
+            n_devices=machine.n_devices,
+            host=machine.host_number,
+            n_hosts=machine.n_hosts,
+            shares=shares,
+        )
         tilings[tiling.cut_as] = tiling
     return tilings[tile_bytes, shares]
 

@@ -96,7 +96,7 @@ def run_needs(
     """
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     pools = pool_sizes(load, windows_of(cfg), least_pool)
-    n = machine.n_devices
+    n = machine.all_devices
     return [
         _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item, n_devices=n),
         Need(

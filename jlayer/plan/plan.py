@@ -272,6 +272,11 @@ class Plan:
             "the unquantized folder, if speed matters",
         )
 
+    @property
+    def streamed(self) -> tuple:
+        """What of a plan an executor can change to."""
+        return self.tiers, self.attending, self.experts
+
     def as_dict(self) -> dict:
         """The plan as `plan --json` prints it."""
         kept = memory.kept_needs(self.tiling, self.tiers)

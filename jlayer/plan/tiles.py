@@ -100,7 +100,8 @@ class Part:
     `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part, from its
     `first_row` on. `n_rows`: of the matrix, of which a row of a piece may be for several; of a
     vector its numbers. `width`: numbers in a row of the matrix. `form`: the name of its encoding. A
-    matrix that cannot be cut by rows is whole.
+    matrix that cannot be cut by rows is whole. `hosts`: how the rows of the matrix are dealt out to
+    hosts, of which this is in the range of one; None: each host has all of them.
     """
 
     leaf: str
@@ -113,6 +114,7 @@ class Part:
     form: str = ""
     width: int = 0
     n_rows: int = 0
+    hosts: Deal | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -140,7 +142,8 @@ class Part:
         return self.n_rows * self.width if len(self.shape) > 1 else self.width
 
     def of_rows(self, first: int, n_rows: int) -> Part:
-        """A range of the rows of a whole leaf, from a multiple of its encoding's `row_unit` on."""
+        """A range of the rows of a leaf, or of a host's, from a multiple of its encoding's
+        `row_unit` on."""
         if not self.encoding.by_rows:
             assert (first, n_rows) == (0, self.n_rows), "it is moved as a whole"
             return self
@@ -149,7 +152,7 @@ class Part:
             return replace(self, n_rows=n_rows)
         assert first % per == 0, "a row of a piece would be cut"
         shape = (-(-n_rows // per), *self.shape[1:])
-        return replace(self, shape=shape, first_row=first // per, n_rows=n_rows)
+        return replace(self, shape=shape, first_row=self.first_row + first // per, n_rows=n_rows)
 
     def share(self, first: int, n_rows: int) -> Part:
         """Some rows of this part, from its own row `first` on, a multiple of the encoding's
@@ -182,7 +185,9 @@ class Tile:
     `kind`: of its layer; None for the head. `stage`: the stage whose rows it has; None for a whole
     layer, or a whole expert. `begins_stage`, `ends_stage`: whether it has the first and last rows
     of its stage. `joined`: its layout if it crosses the link as one array. `for_host`: whether its
-    rows are set apart for the host's cores. `n_devices`: to how many its rows are dealt out.
+    rows are set apart for the host's cores. `n_devices`: to how many of a host its rows are dealt
+    out. With several hosts it has the rows that one of them reads; those of the others have the
+    same shapes.
     """
 
     name: str
@@ -223,6 +228,10 @@ class Tile:
         if self.n_devices == 1 or self._row_unit is None:
             return None
         return dealt(n_rows, row_unit=self._row_unit, n=self.n_devices)
+
+    def hosts_of(self, matrix: str) -> Deal | None:
+        """How all rows of one of its matrices are dealt out to hosts; None: each has all."""
+        return next(part.hosts for part in self.parts if part.matrix == matrix)
 
     @cached_property
     def share(self) -> Tile:
@@ -292,10 +301,10 @@ class Tile:
         return (kind, stage, self.n_devices, self.joined, *parts)
 
     def products(self) -> dict[str, int]:
-        """Product -> the number of its rows that this tile gives."""
-        heights = self.heights
-        return {
-            group.product: heights[group.leaves[0]]
-            for group in self.stage.groups
-            if group.leaves[0] in heights
-        }
+        """Product -> the number of its rows that this tile gives, of all hosts."""
+        heights, found = self.heights, {}
+        for group in self.stage.groups:
+            if group.leaves[0] in heights:
+                hosts = self.hosts_of(group.leaves[0])
+                found[group.product] = heights[group.leaves[0]] * (hosts.n if hosts else 1)
+        return found

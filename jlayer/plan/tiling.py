@@ -137,13 +137,13 @@ class Tiling:
 
     @cached_property
     def head_rows(self) -> int:
-        """The most rows of the head in one tile."""
-        return max(sum(tile.heights.values()) for tile, _ in self.distinct if tile.kind is None)
+        """The most rows of the head in one tile, of all hosts."""
+        return max(_all_rows(tile) for tile, _ in self.distinct if tile.kind is None)
 
     @cached_property
     def most_rows(self) -> int:
-        """The most rows of matrices in one tile."""
-        return max(sum(tile.heights.values()) for tile, _ in self.distinct)
+        """The most rows of matrices in one tile, of all hosts."""
+        return max(_all_rows(tile) for tile, _ in self.distinct)
 
     @cached_property
     def decoded_bytes(self) -> int:
@@ -180,7 +180,14 @@ class Tiling:
         dtype = resident_dtype(tile.kind.leaf(part.matrix), self._dtype)
         if part.encoding.is_plain:
             return part.decoded_bytes(dtype, self._platform)
-        return part.n_weights * (ITEM_BYTES["float32"] + ITEM_BYTES[dtype])
+        n_weights = part.n_weights * (part.hosts.n if part.hosts else 1)
+        return n_weights * (ITEM_BYTES["float32"] + ITEM_BYTES[dtype])
+
+
+def _all_rows(tile):
+    """The rows of a tile's matrices that one host reads, and those of the others."""
+    hosts = {matrix: tile.hosts_of(matrix) for matrix in tile.heights}
+    return sum(n * (hosts[name].n if hosts[name] else 1) for name, n in tile.heights.items())
 
 
 def _for_layer(cfg, tiles, layer):

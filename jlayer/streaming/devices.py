@@ -1,7 +1,8 @@
 """The devices of a model: what each has of every array.
 
 An array is on all of them, or its rows are dealt out (`plan.dealing`). One table maps the words for
-axes to axes of the mesh, and nothing else names those; with one device it is empty.
+axes to axes of the mesh, and nothing else names those; with one device it is empty. With several
+hosts the mesh is over the devices of all, in order of the process; a process puts to its own.
 """
 
 from __future__ import annotations
@@ -23,25 +24,32 @@ MESH_AXES = {ROWS: "devices", HEADS: "devices"}
 
 
 class Devices:
-    """Some devices, alike. `first`: the one whose memory and link are measured."""
+    """Some devices, alike: `all`, of which `own` are of this process, as many as each has; `number`
+    is its own. `first`: the one whose memory and link are measured."""
 
     def __init__(self, devices: Sequence[jax.Device]):
         self.all = tuple(devices)
-        self.first = self.all[0]
+        self.own = tuple(one for one in self.all if one.process_index == jax.process_index())
+        self.n_hosts = len(self.all) // len(self.own)
+        self.number = jax.process_index() if self.n_hosts > 1 else 0
+        self.first = self.own[0]
         self.platform = platform_of(self.first.platform)
         self.has_link = PLATFORMS[self.platform].has_link
         self.mesh = Mesh(np.array(self.all), ("devices",)) if len(self) > 1 else None
         self.everywhere = self.over()
-        self.put = putter(self.all, self.everywhere, has_link=self.has_link)
-        dealt = self.over(ROWS)
-        self._put_dealt = putter(self.all, dealt, has_link=self.has_link)
+        how = {"has_link": self.has_link, "n_hosts": self.n_hosts}
+        self.put = putter(self.own, self.everywhere, **how)
+        self._put_dealt = putter(self.own, self.over(ROWS), **how)
 
     def __len__(self) -> int:
         return len(self.all)
 
     def __str__(self) -> str:
         kinds = f"{self.first.platform}:{self.first.id} ({self.first.device_kind})"
-        return kinds if len(self) == 1 else f"{len(self)} x {self.first.device_kind}"
+        if len(self) == 1:
+            return kinds
+        each = f"{len(self.own)} x {self.first.device_kind}"
+        return each if self.n_hosts == 1 else f"{self.n_hosts} hosts with {each}"
 
     def over(self, *axes: str | None) -> jax.sharding.Sharding:
         """Of an array with these axes, those that are in the table dealt out; all else is on every
@@ -49,6 +57,20 @@ class Devices:
         if self.mesh is None:
             return SingleDeviceSharding(self.first)
         return NamedSharding(self.mesh, PartitionSpec(*(axis and MESH_AXES[axis] for axis in axes)))
+
+    def put_own(self, arrays, sharding):
+        """Begins to put arrays: of an axis that is dealt out what this process has of it."""
+        if self.n_hosts == 1:
+            return jax.device_put(arrays, sharding)
+        put = partial(jax.make_array_from_process_local_data, sharding)
+        return jax.tree.map(put, arrays)
+
+    def fetch_own(self, array: jax.Array, axis: int) -> np.ndarray:
+        """What this process has of an array that is dealt out along an axis, if any; else all."""
+        if self.n_hosts == 1 or isinstance(array, np.ndarray) or array.is_fully_replicated:
+            return np.asarray(array)
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[axis].start)
+        return np.concatenate([shard.data for shard in shards], axis=axis)
 
     def put_tile(self, tile: Tile, views):
         """Begins to put what was read of a tile: to each device its rows."""
@@ -93,8 +115,11 @@ class Devices:
 
 
 def ranges_of(tile: Tile, part: Part) -> list[slice] | None:
-    """The rows of a part of a tile, or of its piece, that each device has; None: all of them."""
-    deal = tile.deal_of(part.n_rows)
-    if deal is None or part.is_for_all_rows:
+    """The rows of a part of a tile, or of its piece, that each device of this process has; None:
+    each device of every process has all of them, and the same."""
+    if part.is_for_all_rows:
         return None
-    return [part.rows_of_piece(deal.first(number), deal.height) for number in range(deal.n)]
+    deal = tile.deal_of(part.n_rows)
+    if deal is not None:
+        return [part.rows_of_piece(deal.first(number), deal.height) for number in range(deal.n)]
+    return [slice(0, part.shape[0])] * tile.n_devices if part.hosts else None

@@ -15,14 +15,20 @@ import numpy as np
 TRIAL = np.arange(3, dtype=np.uint8)
 
 
-def putter(devices: Sequence[jax.Device], sharding, *, has_link: bool) -> Callable:
+def putter(
+    devices: Sequence[jax.Device], sharding, *, has_link: bool, n_hosts: int = 1
+) -> Callable:
     """A function (an array, or arrays by name) -> the same on each of the devices, on their way.
     Given a list, one for each device, the array of which these are the rows. `sharding`: of the
-    array.
+    array. With several hosts these are the devices of one; the others put their part of the array
+    to theirs.
 
     Without a link an aligned array may be the host's memory itself, as `jax.device_put` has it.
     """
-    put = (_direct(devices, sharding) if has_link else None) or _public(devices, sharding)
+    if n_hosts > 1:
+        put = _part(devices, sharding, n_hosts)
+    else:
+        put = (_direct(devices, sharding) if has_link else None) or _public(devices, sharding)
 
     def put_all(arrays):
         if isinstance(arrays, dict):
@@ -38,6 +44,20 @@ def _public(devices, sharding):
             return jax.device_put(array, sharding)
         own = [jax.device_put(*pair) for pair in zip(array, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(_shape(array), sharding, own)
+
+    return put
+
+
+def _part(devices, sharding, n_hosts):
+    """`jax.device_put` would first ask the other hosts whether they put the same."""
+
+    def put(array):
+        is_dealt = isinstance(array, list)
+        shape, each = _shape(array), array if is_dealt else [array] * len(devices)
+        if is_dealt:
+            shape = (n_hosts * shape[0], *shape[1:])
+        own = [jax.device_put(*pair) for pair in zip(each, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, own)
 
     return put
 

@@ -37,15 +37,54 @@ def test_every_row_is_taken_once_and_from_whole_units(n_rows, unit, n):
     assert deal.height - n_rows / n < unit
 
 
-@given(st.integers(1, 400), st.sampled_from([1, 2, 16, 128]), st.integers(1, 7))
-def test_hosts_have_the_ranges_that_devices_would_have(n_rows, unit, hosts):
-    deal = dealt(n_rows, row_unit=unit, n=hosts)
-    for host in range(hosts):
-        rows = host_rows(n_rows, row_unit=unit, host=host, hosts=hosts)
-        if deal is None:
-            assert rows is None
-        else:
-            assert (rows.start, rows.stop) == (deal.first(host), deal.first(host) + deal.height)
+@given(st.integers(1, 400), st.sampled_from([1, 2, 16, 128]), st.integers(2, 7), st.data())
+def test_hosts_have_the_same_rows_whatever_their_devices(n_rows, unit, n, data):
+    own = [host_rows(n_rows, row_unit=unit, host=host, hosts=n) for host in range(n)]
+    deal = dealt(n_rows, row_unit=unit, n=n)
+    if deal is None:
+        assert own == [None] * n
+        return
+    assert {rows.stop - rows.start for rows in own} == {deal.height}
+    assert set().union(*(range(rows.start, rows.stop) for rows in own)) == set(range(n_rows))
+    # Tile by tile, each some rows from the same place of every range on: each row is taken once.
+    step, taken = data.draw(st.integers(1, deal.height)), []
+    for at in range(0, deal.height, step):
+        count = min(step, deal.height - at)
+        joined = [rows.start + row for rows in own for row in range(at, at + count)]
+        for columns, first in deal.of_all(at, count):
+            assert joined[columns] == list(range(first, first + len(joined[columns])))
+            taken += joined[columns]
+    assert sorted(taken) == list(range(n_rows))
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int4"])
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_hosts_together_read_every_row(form, n_devices):
+    weights, read = weights_of(SMALL_8B, stored=form), {}
+    for host in range(3):
+        on = {"platform": "cpu", "n_devices": n_devices, "host": host, "n_hosts": 3}
+        for tile in cut(weights, 8 << 20, **on).tiles:
+            for part in tile.parts:
+                rows = read.setdefault(part.tensor, set())
+                rows.add((host, range(part.first_row, part.first_row + part.shape[0])))
+    for tensor, found in read.items():
+        of_hosts = [
+            {row for own_host, own in found if own_host == host for row in own} for host in range(3)
+        ]
+        n_rows = max(map(max, of_hosts)) + 1
+        assert set().union(*of_hosts) == set(range(n_rows)), tensor
+        assert {len(rows) for rows in of_hosts} == {-(-n_rows // 3)}, tensor
+
+
+def test_two_hosts_need_half_the_host_memory_and_read_half():
+    weights, run = weights_of(SMALL_8B), RunShape(1, 4, 64)
+    on = {"platform": "gpu", "device_budget": 2 << 30, "host_budget": 64 << 30, "link_speed": 2e10}
+    alone, both = (
+        make_plan(weights, machine(**on, n_hosts=n, host_number=n - 1), run) for n in (1, 2)
+    )
+    assert both.tiling.n_bytes == alone.tiling.n_bytes // 2
+    assert both.decode_seconds < alone.decode_seconds / 1.8
+    assert both.device.cache_bytes == alone.device.cache_bytes // 2
 
 
 def test_one_device_has_everything():

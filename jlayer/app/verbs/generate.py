@@ -6,6 +6,8 @@ text, it is read from stdin. The newline at the end of a file or of stdin is not
 
 from __future__ import annotations
 
+import json
+
 from jlayer.app import options
 from jlayer.app import picture as timeline
 from jlayer.app.inputs import (
@@ -18,11 +20,14 @@ from jlayer.app.inputs import (
 )
 from jlayer.app.running import follow, opened, write_text
 from jlayer.app.sampling import add_sampling, check_draft_of, sampling_of
+from jlayer.app.streams import quiet
 from jlayer.app.templates import TEMPLATE, VARIABLE, add_template, system_of, template_of
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
-from jlayer.errors import UsageError
+from jlayer.engine.hosts import end_process, placement_of
+from jlayer.errors import StorageError, UsageError
 from jlayer.interrupts import check
+from jlayer.run_config import RunConfig
 
 MISSING = (
     "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
@@ -47,6 +52,7 @@ def add_arguments(parser):
         "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
     )
     options.add_run(parser)
+    options.add_processes(parser)
     options.add_draft(parser)
     options.add_context(parser)
     options.add_offline(parser)
@@ -57,7 +63,7 @@ def add_arguments(parser):
     )
 
 
-def run(args) -> dict:
+def run(args) -> dict | None:
     timeline.check_file(args.timeline)
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(args, name) is not None and not args.json:
@@ -70,15 +76,30 @@ def run(args) -> dict:
         return show_prompt(args, prompt, form)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, "context", "draft", "follow_links"),
+        **options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links"),
     }
     check_draft_of(sampling, run_options)
-    with opened(args.ref, offline=args.offline, **run_options) as model:
+    placement = placement_of(RunConfig.from_options(**run_options))
+    is_first = placement is None or placement.number == 0  # of several processes, which prints
+    with (
+        quiet(args.quiet or not is_first),
+        opened(args.ref, offline=args.offline, **run_options) as model,
+    ):
         check()
+        if model.engine.hosts is not None and args.json:
+            model.engine.hosts.end = print_loss
         decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
-            show = None if args.json else write_text
-            return follow(model, decoding, show, verbose=args.verbose)
+            show = write_text if is_first and not args.json else None
+            found = follow(model, decoding, show, verbose=args.verbose)
+    return found if is_first else None
+
+
+def print_loss(line: str) -> None:
+    """Ends the process where another host is lost, with the object that --json asks for."""
+    error = {"error": line, "exit_code": StorageError.exit_code}
+    write_text(f"{json.dumps(error)}\n")
+    end_process(line)
 
 
 def chat_form(args) -> dict:

@@ -1,0 +1,96 @@
+"""What must be equal on all hosts of a model, and what all of them have of a machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+from jlayer import __version__
+from jlayer.checkpoint.store import Store
+from jlayer.engine.deciding import agree, is_one_of_several, joined, least
+from jlayer.engine.hosts import Hosts, placement_of
+from jlayer.engine.ids import Row
+from jlayer.engine.options import SamplingOptions
+from jlayer.errors import UsageError
+from jlayer.plan.machine import Machine
+from jlayer.run_config import RunConfig
+from jlayer.streaming.devices import Devices
+
+# Options of a run that a host has for itself.
+OWN = ("host_memory", "coordinator", "processes", "process_id", "follow_links")
+# The most of all hosts; of everything else they have the least.
+MOST = ("context_bytes", "baseline_bytes")
+
+
+def hosts_of(run: RunConfig) -> Hosts | None:
+    """The other processes that the options name, once all are there; None without some. Raises
+    UsageError, also for an option that several processes cannot have yet, and StorageError."""
+    placement = placement_of(run)
+    if placement is None:
+        return joined(None)
+    if run.host_share:
+        raise UsageError(
+            "host_share: the host's cores multiply nothing where there are several processes; "
+            "leave it out, or set it to 0"
+        )
+    if run.draft is not None:
+        raise UsageError("draft: several processes have no draft model; leave it out")
+    return joined(placement)
+
+
+def compare(run: RunConfig, store: Store) -> None:
+    """Raises UsageError in every process where options, versions or the model differ in one."""
+    if not is_one_of_several():
+        return
+    options = {name: value for name, value in asdict(run).items() if name not in OWN}
+    digests = sorted((name, found.digest) for name, found in store.expected().items())
+    agree(
+        {
+            "the version of jlayer": __version__,
+            "the version of jax": version("jax"),
+            **options,
+            "the model's config": _digest(repr(store.cfg)),
+            "the model's weights": _digest(repr(digests)),
+        }
+    )
+
+
+def compare_run(rows: Sequence[Row], options: SamplingOptions) -> None:
+    """The same for the prompts of a run, and how they are continued."""
+    if is_one_of_several():
+        ids = [row.ids for row in rows]
+        shown = f"{sum(map(len, ids))} tokens, {str(ids)[:40]}.. ({_digest(repr(ids))})"
+        agree({"prompt": shown, **{name: repr(value) for name, value in asdict(options).items()}})
+
+
+def refuse_several(name: str) -> None:
+    """Raises UsageError for a function that threads call, where there are several processes."""
+    if is_one_of_several():
+        raise UsageError(
+            f"{name}: the order of threads may differ from host to host, and there are several "
+            "processes; use generate"
+        )
+
+
+def machine_of_all(devices: Devices, **found: float | None) -> Machine:
+    """The machine of a plan, of these figures of this host. Of each it has what every host has: a
+    plan must fit all, and be the same on each."""
+    signed = {name: _signed(name, value) for name, value in found.items()}
+    of_all = {name: _signed(name, value) for name, value in least("machine", signed).items()}
+    return Machine(
+        platform=devices.platform,
+        n_devices=len(devices.own),
+        n_hosts=devices.n_hosts,
+        host_number=devices.number,
+        **of_all,
+    )
+
+
+def _signed(name, value):
+    return -value if name in MOST else value
+
+
+def _digest(words):
+    return hashlib.sha256(words.encode()).hexdigest()[:16]

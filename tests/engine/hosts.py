@@ -1,0 +1,70 @@
+"""Starts the processes that are the hosts of a model, on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from tests.conftest import REPOSITORY
+
+PATIENCE_S = 240  # the machine may be busy
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def groups(n):
+    """The options of each of `n` processes."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [
+        {"coordinator": coordinator, "processes": n, "process_id": number} for number in range(n)
+    ]
+
+
+@contextmanager
+def started(*commands, n_devices=1):
+    """A process for each of these command lines of Python; none is left at the end."""
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+    how = {"env": env, "stdin": subprocess.DEVNULL, "text": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    found = [subprocess.Popen([sys.executable, *map(str, one)], **how) for one in commands]
+    try:
+        yield found
+    finally:
+        for one in found:
+            one.kill()
+            one.wait()
+
+
+def ended(processes):
+    """(exit code, stdout, stderr) of each. They are read at the same time: one that waits for its
+    reader keeps the others waiting."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        found = list(readers.map(lambda one: one.communicate(timeout=PATIENCE_S), processes))
+    return [(one.returncode, *texts) for one, texts in zip(processes, found, strict=True)]
+
+
+def generate(folder, group, *words):
+    """The command line of one host."""
+    options = [word for name in group for word in (f"--{name.replace('_', '-')}", group[name])]
+    return ["-m", "jlayer", "generate", folder, "--device", "cpu", *options, *words]
+
+
+def answers(cases, n_hosts, n_devices):
+    """What each host gives for the cases of `one_host`, by their names."""
+    asked = [json.dumps({"group": group, "cases": cases}) for group in groups(n_hosts)]
+    with started(
+        *(["-m", "tests.engine.one_host", one] for one in asked), n_devices=n_devices
+    ) as processes:
+        results = ended(processes)
+    for code, _, errors in results:
+        assert code == 0, errors
+    lines = [[json.loads(line) for line in out.splitlines()] for _, out, _ in results]
+    return [{one["name"]: one for one in of_host} for of_host in lines]

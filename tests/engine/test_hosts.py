@@ -1,0 +1,219 @@
+"""One model on several hosts, which are processes of this machine: the tokens and logits of one
+host, each byte read once, and an end for all when one is lost."""
+
+import json
+import re
+import shlex
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer import AutoModel
+from jlayer.app.cli import main
+from jlayer.convert import convert_checkpoint
+from jlayer.engine.alike import hosts_of
+from jlayer.engine.hosts import placement_of
+from jlayer.errors import UsageError
+from jlayer.run_config import RunConfig
+from tests.conftest import BUNDLED, REPOSITORY
+from tests.engine.hosts import answers, ended, generate, groups, started
+from tests.reference import mixture_forms
+
+IDS = [1, 5, 9, 33, 7]
+GREEDY = {"max_new_tokens": 5, "temperature": 0}
+DRAWN = {"max_new_tokens": 5, "temperature": 0.9, "eos_token_id": None}
+
+
+def case(name, folder, run=GREEDY, **more):
+    """What `one_host` does once."""
+    return {"name": name, "folder": str(folder), "ids": IDS, "run": run, **more}
+
+
+def alone(one):
+    """What one process gives, with one device: tokens, logits, bytes of a forward pass."""
+    with AutoModel.from_pretrained(one["folder"], device="cpu", dtype="float32") as model:
+        found = jlayer.generate(model, IDS, **one["run"])
+        return found.token_ids, model.logits([IDS]).ravel(), found.plan["sweep"]["bytes"]
+
+
+def assert_same(cases, n_hosts, n_devices):
+    found = answers(cases, n_hosts, n_devices)
+    for one in cases:
+        each = [of_host[one["name"]] for of_host in found]
+        run = one["run"] if each[0]["seed"] is None else {**one["run"], "seed": each[0]["seed"]}
+        tokens, logits, n_bytes = alone({**one, "run": run})
+        for own in each:
+            assert own["token_ids"] == tokens, one["name"]
+            close = {"rtol": 0, "atol": 1e-5 * np.abs(logits).max(), "err_msg": one["name"]}
+            np.testing.assert_allclose(own["logits"], logits, **close)
+            assert own["device"].startswith(f"{n_hosts} hosts with"), own["device"]
+            if one.get("reads_its_share"):
+                assert own["sweep_bytes"] == n_bytes // n_hosts
+                assert own["read_bytes"] < 1.05 * own["sweep_bytes"]
+            assert (own["cache_bytes"] > 0) == one.get("is_tight", False)
+    return found
+
+
+def test_two_hosts_with_two_devices_each(fable, tmp_path):
+    """Tiles of some rows, experts whose routes process 0 decides, and tokens that it draws."""
+    mixture_forms.save(tmp_path / "mixtral", "mixtral")
+    both = {"options": {"devices": 2}}
+    cases = [
+        case("cut", fable, tile_bytes=100_000, reads_its_share=True, **both),
+        case("experts", tmp_path / "mixtral", **both),
+        case("drawn", fable, DRAWN),
+    ]
+    first, second = assert_same(cases, 2, 2)
+    assert first["drawn"]["seed"] == second["drawn"]["seed"] is not None
+
+
+@pytest.mark.slow
+def test_caches_in_host_memory_and_quantized_weights(fable, tmp_path):
+    convert_checkpoint(BUNDLED, tmp_path / "int4", quantize="int4")
+    run = {"max_new_tokens": 120, "temperature": 0}
+    cases = [
+        case("caches", fable, run, is_tight=True, options={"devices": 2}),
+        case("int4", tmp_path / "int4", options={"devices": 2}, reads_its_share=True),
+    ]
+    assert_same(cases, 2, 2)
+
+
+@pytest.mark.slow
+def test_three_hosts_that_rows_do_not_come_out_even_for(fable):
+    assert_same([case("three", fable, tile_bytes=100_000)], 3, 1)
+
+
+def commands_of_the_page():
+    text = (REPOSITORY / "docs" / "hosts.md").read_text()
+    return [shlex.split(line) for line in re.findall(r"(?m)^ {4}(jlayer generate .*)", text)]
+
+
+def test_the_page_s_commands_run_and_one_prints(fable):
+    """`jlayer generate`, as the page has it, but for the folder and the address."""
+    own = {"path/to/Llama-3-70B": str(fable), "10.0.0.1:7070": groups(1)[0]["coordinator"]}
+    commands = [[own.get(word, word) for word in words[1:]] for words in commands_of_the_page()]
+    assert len(commands) == 2
+    more = ["--device", "cpu", "--temperature", "0", "-n", "3", "--json"]
+    with started(*(["-m", "jlayer", *words, *more] for words in commands)) as processes:
+        (code, out, _), other = ended(processes)
+    assert (code, other) == (0, (0, "", ""))
+    assert json.loads(out)["device"] == "2 hosts with 1 x cpu"
+
+
+def lose_one(fable, number, how, *words):
+    """Both hosts after one of them got a signal in the middle of a text -> what they end with, and
+    after how long."""
+    words = ("-p", "Once upon a time", "-n", "400", "--temperature", "0", *words)
+    with started(*(generate(fable, group, *words) for group in groups(2))) as processes:
+        assert processes[0].stdout.read(1)  # the text has begun
+        processes[number].send_signal(how)
+        began = time.monotonic()
+        found = ended(processes)
+        return found, time.monotonic() - began
+
+
+def test_a_host_that_is_killed_ends_the_other(fable):
+    found, seconds = lose_one(fable, 1, signal.SIGKILL)
+    assert [code for code, *_ in found] == [6, -signal.SIGKILL]
+    line = found[0][2].splitlines()[-1]
+    assert re.fullmatch(r"jlayer: host 1 \(.*\) is lost: its connection broke; .* again", line)
+    assert seconds < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        (signal.SIGINT, 130, "ended early: interrupted"),
+        (signal.SIGTERM, 143, "ended early: terminated"),
+        (signal.SIGKILL, -signal.SIGKILL, "is lost: its connection broke"),
+    ],
+)
+def test_however_a_host_ends_so_do_all(fable, number, how, code, words):
+    found, seconds = lose_one(fable, number, how)
+    assert found[number][0] == code
+    assert found[1 - number][0] == 6
+    assert words in found[1 - number][2].splitlines()[-1]
+    assert seconds < 10
+
+
+@pytest.mark.slow
+def test_a_host_that_stands_still_for_a_while_only_slows(fable):
+    words = ("-p", "Once upon a time", "-n", "20", "--temperature", "0")
+    with started(*(generate(fable, group, *words) for group in groups(2))) as processes:
+        begin = processes[0].stdout.read(1)
+        processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        processes[1].send_signal(signal.SIGCONT)
+        (code, text, _), other = ended(processes)
+    assert (code, other) == (0, (0, "", ""))
+    assert len((begin + text).split()) > 10
+
+
+def test_what_differs_is_refused_on_every_host(fable):
+    first, second = groups(2)
+    commands = [
+        generate(fable, first, "-p", "One"),
+        generate(fable, second, "-p", "One", "--dtype", "float32"),
+    ]
+    line = r"jlayer: dtype: found None on host 0 \(.*\) and 'float32' on host 1 \(.*\), expected"
+    with started(*commands) as processes:
+        for code, out, errors in ended(processes):
+            assert (code, out) == (2, "")
+            assert re.match(line, errors)
+
+
+def placed(environment=None, **options):
+    found = placement_of(RunConfig.from_options(**options), environment or {})
+    return found and (found.address, found.port, found.n, found.number)
+
+
+def test_where_the_processes_are():
+    assert placed() is placed(processes=1) is None
+    whole = {"coordinator": "node-a:70", "processes": "3", "process_id": "2"}
+    assert placed(**whole) == ("node-a", 70, 3, 2)
+    assert placed(coordinator="[::1]:70", processes=2, process_id=0) == ("::1", 70, 2, 0)
+    told = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:70", "SLURM_PROCID": "1"}
+    assert placed(told, processes=2) == ("10.0.0.1", 70, 2, 1)
+    assert placed(told, processes=2, process_id=0)[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coordinator": "a:1"}, "processes: none given"),
+        ({"processes": 2}, "coordinator: none given"),
+        ({"processes": 2, "coordinator": "a:1"}, "process_id: none given"),
+        ({"processes": 2, "coordinator": "a:1", "process_id": 2}, "expected a number from 0 to 1"),
+        ({"processes": 2, "coordinator": "a", "process_id": 0}, "expected ADDR:PORT"),
+        ({"processes": 2, "coordinator": "a:0", "process_id": 0}, "expected ADDR:PORT"),
+        ({"processes": 0}, "processes: found 0, expected a number from 1 up"),
+        ({"processes": 2, "process_id": -1}, "process_id: found -1, expected a number from 0 up"),
+    ],
+)
+def test_what_is_no_place_is_refused(options, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        placed(**options)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"host_share": 0.5}, "host_share: the host's cores multiply nothing"),
+        ({"draft": "x"}, "draft: several processes have no draft model"),
+    ],
+)
+def test_what_several_processes_cannot_have_is_refused_before_any_is_waited_for(fable, more, words):
+    options = {**groups(2)[0], **more}
+    with pytest.raises(UsageError, match=words):
+        hosts_of(RunConfig.from_options(**options))
+
+
+@pytest.mark.parametrize("verb", ["chat", "serve", "bench"])
+def test_other_commands_do_not_have_the_options(verb, fable, capsys):
+    assert main([verb, str(fable), "--processes", "2"]) == 2
+    assert "--processes" in capsys.readouterr().err
