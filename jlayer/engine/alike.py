@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
 from jlayer import __version__
+from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.store import Store
 from jlayer.engine.deciding import agree, is_one_of_several, joined, least
 from jlayer.engine.hosts import Hosts, placement_of
@@ -40,19 +42,28 @@ def hosts_of(run: RunConfig) -> Hosts | None:
     return joined(placement)
 
 
-def compare(run: RunConfig, store: Store) -> None:
-    """Raises UsageError in every process where options, versions or the model differ in one."""
-    if not is_one_of_several():
-        return
+def opened(folder: str | os.PathLike, run: RunConfig, hosts: Hosts | None) -> Store:
+    """The weights of a model, of which each host may have its own rows alone. Raises
+    CheckpointError, UnsupportedModelError or StorageError, and UsageError in every process where
+    options, versions or the model differ in one."""
+    if hosts is None:
+        return Store(folder, follow_links=run.follow_links)
+    store = Store(folder, follow_links=run.follow_links, host=Host(hosts.number, hosts.n))
+    _compare(run, store)
+    return store
+
+
+def _compare(run, store):
     options = {name: value for name, value in asdict(run).items() if name not in OWN}
-    digests = sorted((name, found.digest) for name, found in store.expected().items())
+    # Not the digests: a host may have its own rows alone, of which each checks its own.
+    weights = store.manifest and (store.fingerprint, store.quantization)
     agree(
         {
             "the version of jlayer": __version__,
             "the version of jax": version("jax"),
             **options,
             "the model's config": _digest(repr(store.cfg)),
-            "the model's weights": _digest(repr(digests)),
+            "the model's weights": _digest(repr(weights)),
         }
     )
 

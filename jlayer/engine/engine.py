@@ -14,11 +14,10 @@ from dataclasses import replace
 from functools import partial
 
 from jlayer.checkpoint.digest import Checks
-from jlayer.checkpoint.store import Store
 from jlayer.cores.native import missing
 from jlayer.engine import device as choosing
 from jlayer.engine import residents
-from jlayer.engine.alike import compare, hosts_of, machine_of_all
+from jlayer.engine.alike import hosts_of, machine_of_all, opened
 from jlayer.engine.caches import Caches
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.fork import check_process, is_forked
@@ -68,8 +67,7 @@ class Engine:
         self.watch, self.totals = watch or Watch(), Totals()
         self.watch.phase("reading headers")
         self.hosts = hosts_of(run)
-        self.store = Store(folder, follow_links=run.follow_links)
-        compare(run, self.store)
+        self.store = opened(folder, run, self.hosts)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.draft = None if run.draft is None else self._open_draft(run.draft)
