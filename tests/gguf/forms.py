@@ -258,6 +258,11 @@ TO_EXPORT = {
 }
 # Those that differ by more than the size of the vocabulary.
 MODELS = [name for name in FORMS if "vocabulary" not in name]
+# Those that run in every session: of each way to lay out a model one.
+FIRST = (
+    *("llama, tied, biases", "qwen3, yarn", "olmo2", "granitemoe", "phi3, long texts", "cohere2"),
+    *("minimax_m2", "starcoder2", "gemma2"),
+)
 
 
 def save(name: str, folder: Path) -> Path:

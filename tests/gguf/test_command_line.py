@@ -95,6 +95,7 @@ def test_what_needs_a_converted_folder_says_so(home, tmp_path, capsys, words):
     assert "found a GGUF model, expected a folder; convert it first" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_draft_may_be_a_gguf_file(home, capsys):
     words = ["generate", str(BUNDLED), "--draft", str(home / "model.gguf"), "-p", PROMPT, "-n", "6"]
     assert main([*words, "--device", "cpu", "--temperature", "0"]) == 0

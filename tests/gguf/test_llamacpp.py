@@ -13,7 +13,7 @@ from jlayer import AutoModel
 from jlayer.gguf.reader import read_head
 from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
-from tests.gguf.forms import MODELS, logits_with, save
+from tests.gguf.forms import FIRST, MODELS, logits_with, save
 from tests.gguf.test_models import IDS, scaling
 from tests.gguf.words import of_json
 from tests.gguf_files import saved_tensors, write
@@ -162,7 +162,7 @@ def numbered(writer, config):
 OTHERS = ("llama, llama3 rope", "cohere, norms", "exaone4, window")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in OTHERS])
+@pytest.mark.parametrize("name", slow_but([n for n in MODELS if n not in OTHERS], FIRST))
 def test_llama_cpp_reads_the_metadata_in_the_same_way(name, tmp_path):
     """What is held against Transformers is held against llama.cpp here: the file is its own."""
     served = pytest.importorskip("tests.gguf.llamacpp").Served

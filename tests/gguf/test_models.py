@@ -10,7 +10,8 @@ from jlayer.convert.export import export_checkpoint
 from jlayer.errors import UnsupportedModelError
 from jlayer.families.registry import published_tensors
 from jlayer.gguf.reader import read_head
-from tests.gguf.forms import MODELS, logits_with, save
+from tests.campaigns import slow_but
+from tests.gguf.forms import FIRST, MODELS, logits_with, save
 from tests.gguf_files import write
 
 pytestmark = pytest.mark.reference
@@ -45,7 +46,7 @@ def agree(folder, path, decoded, *, tolerance=1e-5):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, FIRST))
 def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
     folder = save(name, tmp_path / "model")
     freqs = None
@@ -71,7 +72,9 @@ def test_numbers_of_16_bits(kind, tmp_path):
     agree(folder, tmp_path / "m.gguf", decoded)
 
 
-@pytest.mark.parametrize("name", ["llama, tied, biases", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize(
+    "name", slow_but(["llama, tied, biases", "qwen3_moe", "gemma2"], ("qwen3_moe",))
+)
 def test_blocks_of_llama_cpps_quantizer(name, tmp_path):
     folder = save(name, tmp_path / "model")
     decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")

@@ -14,10 +14,11 @@ from jlayer.encodings.blocks import BLOCKS
 from jlayer.errors import UnsupportedModelError
 from jlayer.gguf.splits import KINDS
 from jlayer.text.tokenizer import Tokenizer
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 from tests.convert.kills import killed
 from tests.gguf import test_gpt_oss
-from tests.gguf.forms import MODELS, save
+from tests.gguf.forms import FIRST, MODELS, save
 from tests.gguf.test_llamacpp import numbered
 from tests.gguf.test_models import IDS, MIXES, rope_factors, scaling
 from tests.gguf.words import of_json, of_sentencepiece
@@ -62,7 +63,7 @@ def assert_same(path, other):
     assert [key for key in found.keys() - expected.keys() if not key.endswith(USUAL)] == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, FIRST))
 def test_a_file_of_each_architecture(name, tmp_path):
     folder, freqs = save(name, tmp_path / "model"), None
     if "llama3" in name:
@@ -129,7 +130,7 @@ def small(tmp_path_factory):
     return save("vocabulary of 4100", tmp_path_factory.mktemp("model") / "model")
 
 
-@pytest.mark.parametrize("pre", sorted(KINDS))
+@pytest.mark.parametrize("pre", slow_but(sorted(KINDS), ("gpt-2", "llama-bpe", "qwen2")))
 def test_a_tokenizer_of_bytes(pre, small, tmp_path):
     """A name of a way of splitting may become another one of the same way."""
     size = json.loads((small / "config.json").read_text())["vocab_size"]
@@ -168,10 +169,14 @@ def assert_tokenizer(found, expected):
             assert found[key] == value, key
 
 
-@pytest.mark.parametrize(("name", "has_json"), [("llama2", False), ("mistral-v1", True)])
-def test_a_published_tokenizer_model(name, has_json, tmp_path):
+V1 = ("mistral-v1", True)
+
+
+@pytest.mark.parametrize("case", slow_but([("llama2", False), V1], [V1]), ids="{0[0]}".format)
+def test_a_published_tokenizer_model(case, tmp_path):
     """Its pieces, scores and kinds are those of the library sentencepiece, and text gets the same
     ids."""
+    name, has_json = case
     folder = folder_of(name)
     model = save("vocabulary of 32000", tmp_path / "model")
     json_alone = ("tokenizer.json",) if has_json else ()
