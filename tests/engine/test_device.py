@@ -23,6 +23,7 @@ class Gpu:
     """A device whose allocator was capped by the environment when JAX started."""
 
     platform = "gpu"
+    process_index = 0
 
     def __init__(self, total):
         self._total = total

@@ -62,9 +62,8 @@ def test_two_hosts_with_two_devices_each(fable, tmp_path):
     mixture_forms.save(tmp_path / "mixtral", "mixtral")
     both = {"options": {"devices": 2}}
     cases = [
-        case("cut", fable, tile_bytes=100_000, reads_its_share=True, **both),
+        case("drawn", fable, DRAWN, tile_bytes=100_000, reads_its_share=True, **both),
         case("experts", tmp_path / "mixtral", **both),
-        case("drawn", fable, DRAWN),
     ]
     first, second = assert_same(cases, 2, 2)
     assert first["drawn"]["seed"] == second["drawn"]["seed"] is not None
