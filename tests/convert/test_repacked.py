@@ -149,6 +149,8 @@ CONFIGS = {
     "awq's bits": ("awq", {"bits": 8}, "bits is 8, supported: 4"),
     "auto-round's form": ("auto-round", {"packing_format": "x"}, "packing_format is 'x', supp"),
     "auto-round's numbers": ("auto-round", {"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
+    "gptq's rotations": ("gptq", {"rotation_configs": [{}]}, "rotation_configs is"),
+    "auto-round's rotations": ("auto-round", {"rotation_configs": [{}]}, "rotation_configs is"),
     "auto-round's settings of one": (
         *("auto-round", {"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}}),
         "settings of its own, bits 8",
