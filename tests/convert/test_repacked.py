@@ -185,8 +185,9 @@ def test_settings_that_are_not_supported(copy_of, tmp_path, label):
     assert str(source) in str(caught.value)
 
 
-def test_the_quantizer_s_own_file_may_lie_beside_a_config_that_says_the_same(copy_of, tmp_path):
-    source = copy_of("gptq")
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_gptqmodels_own_file_may_lie_beside_what_it_writes(copy_of, tmp_path, form):
+    source = copy_of(form)
     (source / "quantize_config.json").write_text("{}")
     assert convert_checkpoint(source, tmp_path / "target").status == "converted"
     assert convert_checkpoint(source, tmp_path / "target").status == "unchanged"
