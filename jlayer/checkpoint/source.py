@@ -53,6 +53,8 @@ _QUANTIZER_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
+# Whose file lies beside the weights of other methods too: GPTQModel quantizes to AWQ as well.
+_ALSO_WRITES = {"gptq": ("awq",)}
 # Published names of weights written by torch.save.
 MODEL_PICKLE = re.compile(r"(pytorch_model.*\.bin|consolidated.*\.pth)")
 _COMPARED_BYTES = 4 << 20
@@ -194,7 +196,7 @@ def refuse_quantizer_files(folder: str, names: Iterable[str], *, said: str | Non
     """Raises UnsupportedModelError if one of the names belongs to a quantizer. `said`: the method
     that config.json names, whose file may be there: it says the same again."""
     for name, method in _QUANTIZER_FILES.items():
-        if name in names and method != said:
+        if name in names and said not in (method, *_ALSO_WRITES.get(method, ())):
             raise UnsupportedModelError(f"{os.path.join(folder, name)}: {quantized_by(method)}")
 
 

@@ -22,6 +22,13 @@ from jlayer.families.repacked import (
 )
 from jlayer.parts import Quantized
 
+# What AutoRound saves beside the method's own settings: the scheme, and how it searched.
+_OF_AUTO_ROUND = """
+    act_bits act_data_type act_dynamic act_group_size act_sym amp autoround_version batch_size bits
+    block_name_to_quantize data_type enable_minmax_tuning enable_norm_bias_tuning
+    enable_quanted_input gradient_accumulate_steps group_size iters low_gpu_mem_usage lr minmax_lr
+    nsamples provider scale_dtype seqlen supported_types sym to_quant_block_names
+    """.split()  # noqa: SIM905 - so many names are read better as a paragraph
 NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
 # What to do about a config of another form, and about one that is damaged.
 _TAKE_ANOTHER = "take another checkpoint of the model, such as the unquantized one"
@@ -80,12 +87,16 @@ def _patterns(left):
 
 def _read_fp8(said):
     """DeepSeek's form, and those of Qwen, MiniMax and Mistral. The scales of activations play no
-    part: weights alone are quantized here."""
+    part: weights alone are quantized here. AutoRound says more, of how it worked."""
     _refuse_unknown(
         said,
         *("activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers"),
         *("fmt", "scale_fmt", "dequantize", "modules_to_convert", "expert_dtype"),
+        *(_OF_AUTO_ROUND if said.has("autoround_version") else ()),
     )
+    said.refuse_unless("bits", 8)
+    said.refuse_unless("data_type", "fp")
+    said.refuse_unless("sym", True)
     said.refuse_unless("activation_scheme", "static", "dynamic")
     said.refuse_unless("fmt", "float8_e4m3fn", None, "e4m3")
     said.refuse_unless("expert_dtype", None, "fp8")

@@ -15,7 +15,7 @@ GPTQ_BITS = (2, 3, *BITS)  # fewer than 4 are put into half bytes
 # AWQ's version -> the method that reads it.
 _AWQ_VERSIONS = {"gemm": "awq", "gemv": "awq_gemv"}
 # What AutoRound calls the forms of others. Its own is GPTQ's, with zeros as they are.
-_OF_AUTO_ROUND = {
+_PACKINGS = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:gptq": "gptq",
     "auto_round": "gptq_v2",
@@ -46,6 +46,7 @@ def read_gptq(said: Fields) -> Quantized:
 
 
 def _gptq(said, method, *, is_ordered):
+    _refuse_rotations(said)
     bits, group = _one_of(said, "bits", GPTQ_BITS), _group(said, "group_size")
     zeros = None if said.boolean("sym", default=True) else "uint8"
     is_ordered = is_ordered and group != WHOLE_ROW
@@ -74,18 +75,24 @@ def read_awq(said: Fields) -> Quantized:
 
 
 def _awq(said, method):
+    _refuse_rotations(said)
     bits, group = _one_of(said, "bits", (4,)), _group(said, "group_size")
     row = linear(bits, group, _USUAL, zero_dtype="uint8")
     return Quantized(method, row.name, _left(said, "modules_to_not_convert"))
+
+
+def _refuse_rotations(said):
+    """Of AutoRound, in whichever form: they would turn the inputs of matrices."""
+    said.refuse_unless("rotation_configs", None, [])
 
 
 def read_auto_round(said: Fields) -> Quantized:
     """AutoRound: the tensors of GPTQ or AWQ, under a name of its own. `extra_config` may leave
     modules as they are, at 16 bits or more."""
     form = said.raw.get("packing_format")
-    if form not in _OF_AUTO_ROUND:
+    if form not in _PACKINGS:
         raise UnsupportedModelError(
-            f"{said.where}: packing_format is {form!a:.80}, supported: {', '.join(_OF_AUTO_ROUND)}"
+            f"{said.where}: packing_format is {form!a:.80}, supported: {', '.join(_PACKINGS)}"
         )
     said.refuse_unless("data_type", None, "int")
     for own in _sections(said.section("extra_config")):
@@ -95,7 +102,7 @@ def read_auto_round(said: Fields) -> Quantized:
                 f"{own.where} has settings of its own, bits {bits!a:.80}, supported: 16 or more "
                 "(plain numbers); take the model's unquantized checkpoint"
             )
-    method = _OF_AUTO_ROUND[form]
+    method = _PACKINGS[form]
     return _awq(said, method) if method == "awq" else _gptq(said, method, is_ordered=False)
 
 

@@ -52,6 +52,7 @@ def nodes():
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_local_worker_answers_what_is_left_as_one_process_does(fable, tmp_path):
     source = written(tmp_path / "in", [*SIMPLE[:4], request("wrong", max_tokens=-1)])
     assert main(command(fable, source, tmp_path / "alone")) == 0

@@ -221,3 +221,44 @@ def test_plan_and_list_tell_of_it(source, tmp_path, capsys):
     assert main(["list", str(tmp_path / "models"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["models"]
     assert [(row["state"], row["quantization"]) for row in rows] == [("runs", "fp8")] * 2
+
+
+# What AutoRound 0.16.1 writes for its scheme FP8_BLOCK, beside GRID.
+OF_AUTO_ROUND = {
+    "autoround_version": "0.16.1",
+    "bits": 8,
+    "data_type": "fp",
+    "group_size": [128, 128],
+    "sym": True,
+    "act_bits": 8,
+    "act_data_type": "fp",
+    "act_dynamic": True,
+    "act_group_size": 128,
+    "act_sym": True,
+    "block_name_to_quantize": "model.layers",
+    "enable_quanted_input": False,
+}
+
+
+def test_what_autoround_says_of_its_work_is_no_matter(source, tmp_path):
+    said = {"quantization_config": {**GRID, **OF_AUTO_ROUND}}
+    assert Store(changed(source, tmp_path / "said", config=said)).form_of(UP) == "fp8_128x128"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"bits": 4}, "bits is 4, supported: 8"),
+        ({"data_type": "mx_fp"}, "data_type is 'mx_fp', supported: 'fp'"),
+        ({"sym": False}, "sym is False"),
+        ({"rotation_configs": [{}]}, "'rotation_configs' is not known of fp8"),
+        ({"extra_config": {"lm_head": {"bits": 4}}}, "'extra_config' is not known of fp8"),
+        ({"autoround_version": None}, "'act_bits' is not known of fp8"),
+    ],
+)
+def test_settings_of_autoround_that_would_matter(source, tmp_path, more, words):
+    said = {"quantization_config": {**GRID, **OF_AUTO_ROUND, **more}}
+    if more == {"autoround_version": None}:
+        del said["quantization_config"]["autoround_version"]
+    with pytest.raises(UnsupportedModelError, match=words):
+        Store(changed(source, tmp_path / "said", config=said))

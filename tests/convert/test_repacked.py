@@ -163,6 +163,8 @@ CONFIGS = {
     "awq's bits": ("awq", {"bits": 8}, "bits is 8, supported: 4"),
     "auto-round's form": ("auto-round", {"packing_format": "x"}, "packing_format is 'x', supp"),
     "auto-round's numbers": ("auto-round", {"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
+    "gptq's rotations": ("gptq", {"rotation_configs": [{}]}, "rotation_configs is"),
+    "auto-round's rotations": ("auto-round", {"rotation_configs": [{}]}, "rotation_configs is"),
     "auto-round's settings of one": (
         *("auto-round", {"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}}),
         "settings of its own, bits 8",
@@ -293,8 +295,9 @@ def test_sizes_that_do_not_divide(form, sizes, module, words):
     assert f"{name} {words}" in problems
 
 
-def test_the_quantizer_s_own_file_may_lie_beside_a_config_that_says_the_same(copy_of, tmp_path):
-    source = copy_of("gptq")
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_gptqmodels_own_file_may_lie_beside_what_it_writes(copy_of, tmp_path, form):
+    source = copy_of(form)
     (source / "quantize_config.json").write_text("{}")
     assert convert_checkpoint(source, tmp_path / "target").status == "converted"
     assert convert_checkpoint(source, tmp_path / "target").status == "unchanged"

@@ -20,7 +20,8 @@ def answer(case, group):
     if case.get("is_tight"):
         tiles = {name: options[name] for name in options.keys() - HOW.keys()}
         options["device_memory"] = tight(case["folder"], **tiles)
-    with AutoModel.from_pretrained(case["folder"], **options) as model:
+    folder = case["folder"].format(**group)
+    with AutoModel.from_pretrained(folder, **options) as model:
         found = jlayer.generate(model, case["ids"], **case["run"])
         logits = model.logits([case["ids"]])
         return {

@@ -2,8 +2,10 @@
 host, each byte read once, and an end for all when one is lost."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -69,6 +71,52 @@ def test_two_hosts_with_two_devices_each(fable, tmp_path):
     assert first["drawn"]["seed"] == second["drawn"]["seed"] is not None
 
 
+@pytest.fixture(scope="module")
+def of_hosts(tmp_path_factory):
+    """The folders of two hosts, each with its own rows: fill in a `process_id`."""
+    home = tmp_path_factory.mktemp("rows")
+    for host in range(2):
+        convert_checkpoint(BUNDLED, home / str(host), rows=(host, 2))
+    return home / "{process_id}"
+
+
+def test_each_host_has_its_own_rows_alone_and_together_they_read_each_byte_once(fable, of_hosts):
+    one = case("rows", of_hosts, tile_bytes=100_000)
+    first, second = ([of_host["rows"]] for of_host in answers([one], 2, 1))
+    tokens, logits, n_bytes = alone({**one, "folder": fable})
+    for own in (*first, *second):
+        assert own["token_ids"] == tokens
+        np.testing.assert_allclose(own["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    assert sum(own["sweep_bytes"] for own in (*first, *second)) == n_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_folder_of_another_host_and_a_damaged_row_end_all(of_hosts, tmp_path, damage):
+    """The digests of rows that only one host has are checked by it."""
+    folders = [str(of_hosts).format(process_id=number) for number in ((0, 1) if damage else (1, 0))]
+    if damage:
+        folders[1] = shutil.copytree(folders[1], tmp_path / "damaged")
+        with open(folders[1] / "layer-00001.safetensors", "r+b") as file:
+            file.seek(-5_000, os.SEEK_END)
+            byte = file.read(1)[0] ^ 1
+            file.seek(-5_000, os.SEEK_END)
+            file.write(bytes([byte]))
+    words = ("-p", "Once", "-n", "3")
+    commands = (
+        generate(folder, group, *words) for folder, group in zip(folders, groups(2), strict=True)
+    )
+    with started(*commands) as processes:
+        found = ended(processes)
+    if damage:
+        assert [code for code, *_ in found] == [6, 3]
+        assert "its digest is not that of what was converted" in found[1][2]
+        return
+    for number, (code, out, errors) in enumerate(found):
+        assert (code in (3, 6), out) == (True, "")
+        assert "holds the rows of host" in errors or f"host {1 - number}" in errors
+
+
 @pytest.mark.slow
 def test_caches_in_host_memory_and_quantized_weights(fable, tmp_path):
     convert_checkpoint(BUNDLED, tmp_path / "int4", quantize="int4")
@@ -119,7 +167,7 @@ def test_a_host_that_is_killed_ends_the_other(fable):
     assert [code for code, *_ in found] == [6, -signal.SIGKILL]
     line = found[0][2].splitlines()[-1]
     assert re.fullmatch(r"jlayer: host 1 \(.*\) is lost: its connection broke; .* again", line)
-    assert seconds < 10
+    assert seconds < 60  # it takes 2, where the machine is not loaded
 
 
 @pytest.mark.slow
@@ -137,7 +185,7 @@ def test_however_a_host_ends_so_do_all(fable, number, how, code, words):
     assert found[number][0] == code
     assert found[1 - number][0] == 6
     assert words in found[1 - number][2].splitlines()[-1]
-    assert seconds < 10
+    assert seconds < 60  # it takes 2, where the machine is not loaded
 
 
 @pytest.mark.slow
