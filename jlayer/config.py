@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.families.common import stray_window
-from jlayer.families.fields import Fields
-from jlayer.families.find import find_family, printable
+from jlayer.families.fields import Fields, printable
+from jlayer.families.find import find_family
 from jlayer.families.holders import text_only
 from jlayer.families.layout import as_laid_out
 from jlayer.families.quantized import inputs_note, method_of, read_quantized

@@ -284,9 +284,10 @@ def _check_tiling(ordered, data_start, file_bytes, where):
 
 
 def _short(value):
-    """A value from outside, shortened for a message: it may have thousands of digits."""
+    """A value from outside, as it may stand in a message: it may have thousands of digits."""
     try:
         text = str(value)
     except ValueError:  # more digits than Python prints
         return "of thousands of digits"
+    text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -29,6 +29,11 @@ def as_integer(value):
     return int(value) if type(value) is float and value.is_integer() else value
 
 
+def printable(word: str, *, longest: int = 80) -> str:
+    """Text from outside, made printable for a message, and no longer than that."""
+    return (word if word.isprintable() else ascii(word))[:longest]
+
+
 @dataclass(frozen=True)
 class Fields:
     """The fields of a config, or of an object in it. `where` names it in errors.
@@ -115,7 +120,8 @@ class Fields:
         value = self.raw.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise UnsupportedModelError(
-                f"{self.where}: {name} {value!r} is not supported; supported: {', '.join(known)}"
+                f"{self.where}: {name} {value!r:.80} is not supported; supported: "
+                f"{', '.join(known)}"
             )
         return known[value]
 
@@ -135,9 +141,9 @@ class Fields:
         value = self.raw.get(name) or {}
         if not isinstance(value, Mapping):
             raise CheckpointError(
-                f"{self.where}: {name} is {value!r:.80}, expected an object or null"
+                f"{self.where}: {printable(name)} is {value!r:.80}, expected an object or null"
             )
-        return Fields(value, f"{self.where}: {name}")
+        return Fields(value, f"{self.where}: {printable(name)}")
 
     def refuse_unless(self, name: str, *values: object) -> None:
         """Raises UnsupportedModelError where the key is there with another value than these; the
@@ -154,4 +160,4 @@ class Fields:
     def _shown(self, name):
         if name not in self.raw:
             return "missing"
-        return "null" if self.raw[name] is None else repr(self.raw[name])
+        return "null" if self.raw[name] is None else f"{self.raw[name]!r:.80}"

@@ -7,7 +7,7 @@ import re
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import Family
-from jlayer.families.fields import Fields
+from jlayer.families.fields import Fields, printable
 from jlayer.families.holders import HOLDERS
 from jlayer.families.llama import LLAMA
 from jlayer.families.registry import FAMILIES
@@ -65,11 +65,6 @@ def find_family(raw: dict, *, where: str) -> Family:
                 f"{family.model_type!r}, of {family.architecture}: remove the wrong one"
             )
     return family
-
-
-def printable(word: str) -> str:
-    """Text from outside, made printable for a message."""
-    return word if word.isprintable() else ascii(word)
 
 
 def _is_of_another(name, family, known):

@@ -3,6 +3,7 @@ and which modules are left as plain numbers. What would make it another form is 
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 
@@ -39,6 +40,10 @@ _REGEX = "re:"
 # An expression of a file from outside: a repeated group could take exponential time.
 _REPEATED_GROUP = re.compile(r"\)\s*[*+?{]")
 _MOST_CHARACTERS, _MOST_STARS = 200, 4
+# What repeats a character, and so may take as many steps as a name has characters, some 64.
+_STAR, _STEPS_OF_STAR = re.compile(r"[*+{]\??|(?<!\()\?"), 64
+# Of all expressions of a list, for each name: some milliseconds.
+_MOST_STEPS = 4 * _STEPS_OF_STAR**_MOST_STARS
 # What makes a name of modules an expression, as Transformers takes it: not the dots alone.
 _METACHARACTERS = re.compile(r"[*+?\[\](){}|^$\\]")
 
@@ -48,7 +53,7 @@ def read_quantized(fields: Fields) -> Quantized | None:
     jlayer quantized them. Raises CheckpointError or UnsupportedModelError."""
     said = fields.section(SECTION)
     method = method_of(said.raw)
-    read = _READ.get(method)
+    read = _READ.get(method) if isinstance(method, str) else None
     try:
         return read(said.changed({METHOD: method})) if read else None
     except UnsupportedModelError as error:
@@ -305,25 +310,38 @@ def _names(said, key):
     names = said.raw.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
-    for name in names:
-        if _METACHARACTERS.search(name) and said.raw[METHOD] not in _GLOBS:
+    expressions = list(filter(_METACHARACTERS.search, names))
+    for name in expressions:
+        if said.raw[METHOD] not in _GLOBS:
             _check_expression(said, key, name)
         elif name.count("*") > _MOST_STARS:
             raise UnsupportedModelError(
                 f"{said.where}: {key} has {name!a:.80}, supported: up to {_MOST_STARS} stars"
             )
+    steps = sum(map(_steps, expressions))
+    if steps > _MOST_STEPS:
+        raise UnsupportedModelError(
+            f"{said.where}: {key} has {len(expressions)} expressions that take up to {steps} steps "
+            f"for a name, supported: {_MOST_STEPS}"
+        )
     return tuple(names)
+
+
+def _steps(expression):
+    """At most so many ways there are to match an expression with a name: each star may take any
+    number of characters, each group one of its alternatives."""
+    alternatives = (1 + part.count("|") for part in re.split("[()]", expression))
+    return _STEPS_OF_STAR ** len(_STAR.findall(expression)) * math.prod(alternatives)
 
 
 def _check_expression(said, key, name):
     expression = name.removeprefix(_REGEX)
-    is_long = (
-        len(expression) > _MOST_CHARACTERS or len(re.findall("[*+{]", expression)) > _MOST_STARS
-    )
+    is_long = len(expression) > _MOST_CHARACTERS or len(_STAR.findall(expression)) > _MOST_STARS
     if is_long or _REPEATED_GROUP.search(expression):
         raise UnsupportedModelError(
             f"{said.where}: {key} has the expression {name!a:.80}, supported: up to "
-            f"{_MOST_CHARACTERS} characters, without groups that repeat"
+            f"{_MOST_CHARACTERS} characters and {_MOST_STARS} of * + ? {{, without groups that "
+            "repeat"
         )
     try:
         re.compile(expression)
