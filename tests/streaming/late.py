@@ -83,4 +83,4 @@ def with_late_copies(monkeypatch):
     monkeypatch.setattr(executor, "PLATFORMS", linked)
     monkeypatch.setattr(executor, "Driver", LateCopies)
     monkeypatch.setattr(slots, "Driver", LateCopies)
-    monkeypatch.setattr(devices, "putter", lambda *_, has_link: copied)
+    monkeypatch.setattr(devices, "putter", lambda *_, has_link, n_hosts: copied)
