@@ -204,7 +204,8 @@ class Recorder:
 def _by_device(result) -> list[list[jax.Array]]:
     """What each device has of some arrays, in the order of the devices."""
     leaves = jax.tree.leaves(result)
-    if all(len(leaf.devices()) == 1 for leaf in leaves):
+    # Of one device it may be a room, with its own ways to wait.
+    if all(not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1 for leaf in leaves):
         return [leaves]
     found: dict[jax.Device, list[jax.Array]] = {}
     for leaf in leaves:
