@@ -31,7 +31,7 @@ def test_greedy_tokens_are_those_of_llama_cpp(kind, tmp_path, record_property):
     write(BUNDLED, path, kind=kind, words=of_json(BUNDLED, "gpt-2", adds_bos=True))
     for prompt, found in compared(path, PROMPTS).items():
         assert found.apart <= APART[kind]
-        record_property(f"{kind}, {prompt}", found)
+        record_property(f"{kind}, {prompt}", str(found))
 
 
 # How far from the float32 product of the decoded weights log probabilities may be: here it is the
@@ -56,7 +56,7 @@ def test_a_file_that_llama_cpp_has_quantized(case, tmp_path, record_property):
     assert {name: written[name].upper() for name in kinds} == kinds
     for prompt, found in compared(path, PROMPTS[:n_prompts], folder, decoded).items():
         assert found.own_error <= NEAR <= found.other_error
-        record_property(f"{mix}, rows of {width}, {prompt}", found)
+        record_property(f"{mix}, rows of {width}, {prompt}", str(found))
 
 
 @dataclass(frozen=True)
