@@ -70,3 +70,8 @@ class Generate:
         Run(self._desk, self._answerer, lines, journal, self._names).run()
         texts = [json.dumps(journal.finished[line.custom_id]) for line in lines]
         return {**batch, self._answers: np.array(texts, object)}
+
+    def close(self) -> None:
+        """Ends what runs and closes the model; the end of the process does as well."""
+        self._desk.stop()
+        self._model.close()

@@ -113,7 +113,10 @@ def _read_fp8(said):
             "null for one scale of each matrix"
         )
     left = _left(said, "modules_to_not_convert", "ignored_layers")
-    return Quantized("fp8", "fp8_tensor" if size is None else "fp8_128x128", left)
+    if size is None:
+        return Quantized("fp8", "fp8_tensor", left)
+    # One scale is not taken for a whole grid.
+    return Quantized("fp8", "fp8_128x128", left, ("fp8_128x128", "fp8_row_bfloat16"))
 
 
 def _read_bitsandbytes(said):

@@ -76,11 +76,12 @@ def test_a_local_worker_answers_what_is_left_as_one_process_does(fable, tmp_path
 # Without a cluster.
 
 
-def test_generate_adds_a_column_of_answers(fable, tmp_path, capsys):
+def test_generate_adds_a_column_of_answers(fable, tmp_path, capsys, request):
     source = written(tmp_path / "in", SIMPLE[:2])
     assert main(command(fable, source, tmp_path / "alone")) == 0
     lines = np.array(source.read_text().splitlines(), object)
     generate = Generate(fable, column="request", answers="found", device="cpu", dtype="float32")
+    request.addfinalizer(generate.close)
     rows = generate({"request": lines, "number": np.arange(2)})
     assert list(rows) == ["request", "number", "found"]
     expected = list(answers(tmp_path / "alone").values())

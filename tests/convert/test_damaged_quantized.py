@@ -129,6 +129,10 @@ FOUND = {
         *("symmetric of 8 bits", seen_as(f"{Q_PROJ}.weight_scale", "BF16", (128, 1))),
         f"{NOT_AS_SAID} (packed8_g64_bfloat16): {Q_PROJ}.weight (packed8_g128_bfloat16)",
     ),
+    "a grid that was cut off to one scale": (
+        *("fp8", seen_as(f"{GATE}.weight_scale_inv", "F32", (1, 1))),
+        f"{NOT_AS_SAID} (fp8_128x128, fp8_row_bfloat16): {GATE}.weight (fp8_tensor)",
+    ),
     "what is wrong with every matrix": ("gptq", shorter_scales, "; and 4 more"),
 }
 

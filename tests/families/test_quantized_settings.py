@@ -59,6 +59,14 @@ def test_a_config_is_refused_in_one_line_that_is_not_long(said, words):
     assert len(str(caught.value)) < 500
 
 
+def test_three_bits_without_groups_are_read():
+    """As itdevwu/Genz-70b-GPTQ@1b1336fdba79 says it, which was refused once."""
+    said = {"quant_method": "gptq", "bits": 3, "group_size": -1, "desc_act": True, "sym": True}
+    raw = {**TINY, "quantization_config": {**said, "damp_percent": 0.1}}
+    found = model_config(raw, where="config.json").quantized
+    assert (found.method, found.bits, found.encoding) == ("gptq", 3, "packed4_row_float16")
+
+
 def test_the_method_of_what_jlayer_quantized_is_no_matter():
     raw = {**TINY, "quantization_config": {"by": "jlayer", "quant_method": ["fp8"]}}
     assert model_config(raw, where="config.json").quantized is None

@@ -47,7 +47,9 @@ def test_the_host_has_room_for_every_copy_of_logits_on_its_way():
     counts = {"alive": 0, "most": 0}
     outgoing = Outgoing(lambda output, places, row: None)
     for place in range(8):
-        outgoing.add(Copied(np.zeros((2, 3), np.float32), counts), np.array([place]), 0)
+        outgoing.add(
+            Copied(np.zeros((2, 3), np.float32), counts), np.array([place]), [(slice(None), 0)]
+        )
     outgoing.finish()
     assert counts == {"alive": 0, "most": OUTGOING}
     shape = {"batch": 4, "longest": 512, "context": 512}

