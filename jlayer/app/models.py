@@ -16,10 +16,16 @@ from enum import Enum
 
 from jlayer.app.forms import GGUF, META, Form, form_of
 from jlayer.checkpoint.agree import listed
+from jlayer.checkpoint.encoded import is_repacked
 from jlayer.checkpoint.foreign import kinds_of
 from jlayer.checkpoint.layout import CONFIG
 from jlayer.checkpoint.quantization import published_quantization
-from jlayer.checkpoint.source import names_in, quantizer_in, refuse_quantizer_files
+from jlayer.checkpoint.source import (
+    names_in,
+    quantization_said,
+    quantizer_in,
+    refuse_quantizer_files,
+)
 from jlayer.checkpoint.store import Store
 from jlayer.config import model_config, planned_dtype, quantization_named
 from jlayer.errors import JlayerError, UnsupportedModelError
@@ -139,16 +145,18 @@ def _look(model, follow_links):
             model.form, model.files = form.name, form.files
     if wrong is not None:
         raise wrong
-    refuse_quantizer_files(folder, names)
+    refuse_quantizer_files(folder, names, said=quantization_said(folder))
+    runs = form is not None and form.runs
     if raw is not None:
         cfg = model_config(raw, where=os.path.join(home, CONFIG))
         dtype = planned_dtype(cfg, None)
         quantization = published_quantization(cfg)
         model.weights = unseen_weights(cfg, quantization, stored=dtype, dtype=dtype)
+        runs = runs and not is_repacked(cfg)
     missing = _missing(form, raw, home)
     if missing:
         model.state, model.reason = State.INCOMPLETE, f"{folder}: {missing}"
-    elif form.runs:
+    elif runs:
         store = Store(folder, follow_links=follow_links)
         model.weights = Weights(store.cfg, store.form_of, store.float_dtype)
         model.notes = store.notes

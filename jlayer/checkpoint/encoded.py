@@ -99,6 +99,12 @@ def form_of(cfg: ModelConfig) -> Form | None:
     return FORMS[cfg.quantized.method] if cfg.quantized else None
 
 
+def is_repacked(cfg: ModelConfig) -> bool:
+    """Whether weights of the form that the config names run only after they are converted."""
+    form = form_of(cfg)
+    return form is not None and form.is_repacked
+
+
 def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Mapping[str, tuple]:
     """A file's tensors as pieces: those that are main pieces by their dtype named so, and a single
     scale with the axes of the usual encoding, or with one, whatever it is stored with.

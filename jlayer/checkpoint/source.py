@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
-from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, is_repacked, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
@@ -109,7 +109,7 @@ def open_published(folder: str) -> Published:
         _refuse_weights(folder, names)
     notes = adapter_notes(folder, names)
     config_bytes, cfg = read_published_config(folder, notes)
-    if form_of(cfg) and form_of(cfg).is_repacked:
+    if is_repacked(cfg):
         raise CheckpointError(repacked_first(folder, cfg.quantized.method))
     shards, weight_map = find_shards(folder, names, SINGLE, INDEX, notes)
     files = shard_files(folder, shards)

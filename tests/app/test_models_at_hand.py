@@ -24,6 +24,7 @@ from tests.app.processes import start
 from tests.app.screen import PYTHON, on_terminal
 from tests.cache import FIRST, SECOND, THIRD, cached, everything, share
 from tests.conftest import BUNDLED, REPOSITORY
+from tests.convert import quantized_kinds
 from tests.convert.checkpoints import files_of
 from tests.hub_server import COMMIT, Hub, library_turned_to
 
@@ -275,6 +276,18 @@ def test_orbax_is_to_be_converted(tmp_path, capsys):
     model = listed(capsys, tmp_path)[f"{tmp_path}/orbax"]
     assert (model["form"], model["state"]) == ("orbax", "convert")
     assert model["seconds_a_token"] > 0
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_what_is_repacked_is_to_be_converted(tmp_path, capsys, has_file):
+    """The file that GPTQ's libraries write beside the config says the same again."""
+    quantized_kinds.write(tmp_path / "gptq", "gptq")
+    if has_file:
+        (tmp_path / "gptq" / "quantize_config.json").write_text("{}")
+    model = listed(capsys, tmp_path)[f"{tmp_path}/gptq"]
+    assert (model["quantization"], model["state"]) == ("gptq", "convert")
+    assert model["seconds_a_token"] > 0
+    assert model["advice"] == f"jlayer convert {tmp_path}/gptq gptq-jlayer"
 
 
 def test_nothing_is_said_with_where_it_was_looked_for(cache, tmp_path, capsys):
