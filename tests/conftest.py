@@ -98,7 +98,7 @@ class LastPrograms(OrderedDict):
     def __setitem__(self, name, program):
         super().__setitem__(name, program)
         self.move_to_end(name)
-        if len(self) > 2000:
+        if len(self) > 500:  # each takes some twenty of the 65,530 mappings of a process
             self.popitem(last=False)
 
 
