@@ -90,7 +90,7 @@ def read_auto_round(said: Fields) -> Quantized:
     """AutoRound: the tensors of GPTQ or AWQ, under a name of its own. `extra_config` may leave
     modules as they are, at 16 bits or more."""
     form = said.raw.get("packing_format")
-    if form not in _PACKINGS:
+    if not isinstance(form, str) or form not in _PACKINGS:
         raise UnsupportedModelError(
             f"{said.where}: packing_format is {form!a:.80}, supported: {', '.join(_PACKINGS)}"
         )

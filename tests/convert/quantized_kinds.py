@@ -171,7 +171,7 @@ def meant(said: dict, held: dict[str, np.ndarray], name: str, shape) -> np.ndarr
     `held`: the tensors of its file.
     """
     module = name.removesuffix("weight")
-    form = FORMS.get(said.get("quant_method")) if isinstance(said, dict) else None
+    form = _form_of(said) if isinstance(said, dict) else None
     own = {}
     for key, array in held.items():
         base, piece = split_piece(key)
@@ -184,6 +184,15 @@ def meant(said: dict, held: dict[str, np.ndarray], name: str, shape) -> np.ndarr
             if needed <= own.keys():
                 return formula(said, own, shape)
     return None
+
+
+def _form_of(said):
+    """The names of a folder's tensors; AutoRound's are those of GPTQ or AWQ."""
+    method = said.get("quant_method")
+    if method == "auto-round":
+        is_awq = said.get("packing_format") in ("auto_round:auto_awq", "auto_round:awq")
+        method = "awq" if is_awq else "gptq"
+    return FORMS.get(method)
 
 
 def _plain(said, own, shape):
@@ -264,7 +273,7 @@ def _apart(words, bits):
 def _gptq(said, own, shape):
     """GPTQ, or AWQ; AutoRound has other names for them."""
     scale = own["scales"].astype(np.float32)
-    form = said.get("packing_format")
+    form = said.get("packing_format") if said["quant_method"] == "auto-round" else None
     if said["quant_method"] == "awq" or form in ("auto_round:auto_awq", "auto_round:awq"):
         codes, zeros, scale = _awq(said, own, scale, shape)
         places = np.arange(shape[1]) // said["group_size"]
@@ -287,7 +296,7 @@ def _awq(said, own, scale, shape):
     the one whose words are of outputs."""
     ends = ("qweight", "qzeros")
     version = said.get("version") or said.get("format") or "gemm"
-    if "packing_format" not in said and version.lower() == "gemv":
+    if said["quant_method"] == "awq" and version.lower() == "gemv":
         return *(_apart(own[end].T, 4).T for end in ends), scale
     order = np.argsort(repacked_forms.AWQ_ORDER)
     return *(

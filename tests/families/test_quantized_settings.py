@@ -32,6 +32,10 @@ REFUSED = {
         {"quant_method": "modelopt", "quant_algo": "x" * 5000},
         "quant_algo 'x{79} is not supported",
     ),
+    "a form of AutoRound that is no name": (
+        {"quant_method": "auto-round", "packing_format": ["auto_round"]},
+        r"packing_format is \['auto_round'\], supported: auto_round",
+    ),
     "optional characters": (
         {**COMPRESSED, "ignore": ["re:" + ".?" * 60 + "!"]},
         r"up to 200 characters and 4 of \* \+ \? \{",
