@@ -35,3 +35,15 @@ def random_pieces(form, rows, width, *, seed=0):
             raw = scales.view(np.uint8).reshape(len(blocks), -1)
             blocks[:, at : at + raw.shape[1]] = raw
     return found
+
+
+def compressed_tensors(form: str, **weights) -> dict:
+    """The quantization_config of compressed-tensors for weights of one group, in this format."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }

@@ -21,7 +21,7 @@ from jlayer.encodings.tables import E2M1, NF4
 from jlayer.families.registry import published_tensors
 from tests import bitsandbytes_files
 from tests.convert.checkpoints import Tensor, tensors_of, write_tensors
-from tests.encoded import random_pieces
+from tests.encoded import compressed_tensors, random_pieces
 from tests.reference import fp8_forms, gpt_oss_forms, repacked_forms
 
 SINGLE, CONFIG = "model.safetensors", "config.json"
@@ -51,17 +51,6 @@ SIZES = {
 _GPT_OSS = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
 
 
-def _compressed(form, **weights):
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
 def _modelopt(algorithm, **weights):
     group = {"weights": {"type": "float", **weights}}
     return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"g": group}}
@@ -77,19 +66,19 @@ IN_PLACE: dict[str, tuple[dict, str]] = {
     "float by channel": (fp8_forms.compressed("channel"), "fp8_row_bfloat16"),
     "float by block": (fp8_forms.FORMS["compressed by block"][0], "fp8_128x128"),
     "int": (
-        _compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+        compressed_tensors("int-quantized", num_bits=8, type="int", strategy="channel"),
         "int8_row_bfloat16",
     ),
     "symmetric": (
-        _compressed("pack-quantized", num_bits=4, group_size=32, **_INT),
+        compressed_tensors("pack-quantized", num_bits=4, group_size=32, **_INT),
         "packed4_g32_bfloat16",
     ),
     "symmetric of 8 bits": (
-        _compressed("pack-quantized", num_bits=8, group_size=64, **_INT),
+        compressed_tensors("pack-quantized", num_bits=8, group_size=64, **_INT),
         "packed8_g64_bfloat16",
     ),
-    "mxfp4": (_compressed("mxfp4-pack-quantized", group_size=32, **_FLOAT), "mxfp4"),
-    "nvfp4": (_compressed("nvfp4-pack-quantized", group_size=16, **_FLOAT), "nvfp4"),
+    "mxfp4": (compressed_tensors("mxfp4-pack-quantized", group_size=32, **_FLOAT), "mxfp4"),
+    "nvfp4": (compressed_tensors("nvfp4-pack-quantized", group_size=16, **_FLOAT), "nvfp4"),
     "modelopt fp8": (_modelopt("FP8"), "fp8_tensor"),
     "modelopt nvfp4": (_modelopt("NVFP4", group_size=16), "nvfp4_modelopt"),
 }

@@ -15,6 +15,7 @@ from jlayer.convert import convert_checkpoint
 from jlayer.encodings.tables import E2M1
 from jlayer.errors import CheckpointError
 from tests.campaigns import slow_but
+from tests.encoded import compressed_tensors
 from tests.reference.fp8_forms import reference_logits, save_encoded
 from tests.streaming.conftest import set_tile_bytes
 
@@ -24,17 +25,6 @@ pytestmark = pytest.mark.reference
 
 TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
 IDS = np.random.default_rng(0).integers(3, 133, (1, 12))
-
-
-def said(form, **weights):
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
 
 
 def grouped(weight, size):
@@ -135,21 +125,30 @@ def modelopt(algorithm, **weights):
 
 INT = {"type": "int", "strategy": "group"}
 FORMS = {
-    "int4 in groups": (said("pack-quantized", num_bits=4, group_size=32, **INT), integers(4, 32)),
+    "int4 in groups": (
+        compressed_tensors("pack-quantized", num_bits=4, group_size=32, **INT),
+        integers(4, 32),
+    ),
     "int4, the last group short": (
-        said("pack-quantized", num_bits=4, group_size=128, **INT),
+        compressed_tensors("pack-quantized", num_bits=4, group_size=128, **INT),
         integers(4, 128, dtype=torch.float32),
     ),
     "int8 packed": (
-        said("pack-quantized", num_bits=8, group_size=64, **INT),
+        compressed_tensors("pack-quantized", num_bits=8, group_size=64, **INT),
         integers(8, 64, dtype=torch.float16),
     ),
     "int8 by channel": (
-        said("int-quantized", num_bits=8, type="int", strategy="channel"),
+        compressed_tensors("int-quantized", num_bits=8, type="int", strategy="channel"),
         integers(8, None, packed=False),
     ),
-    "mxfp4": (said("mxfp4-pack-quantized", num_bits=4, group_size=32, type="float"), mxfp4),
-    "nvfp4": (said("nvfp4-pack-quantized", num_bits=4, group_size=16, type="float"), nvfp4),
+    "mxfp4": (
+        compressed_tensors("mxfp4-pack-quantized", num_bits=4, group_size=32, type="float"),
+        mxfp4,
+    ),
+    "nvfp4": (
+        compressed_tensors("nvfp4-pack-quantized", num_bits=4, group_size=16, type="float"),
+        nvfp4,
+    ),
     "nvfp4 of modelopt": (modelopt("NVFP4", num_bits=4, group_size=16), nvfp4_modelopt),
     "fp8 of modelopt": (modelopt("FP8", num_bits=8), fp8_modelopt),
 }
@@ -228,23 +227,23 @@ def test_a_scale_for_all_rows_comes_with_each_tile_and_is_checked(
 GROUP = {"num_bits": 4, "group_size": 32, **INT}
 WRONG = {
     "a group of another size": (
-        said("pack-quantized", **{**GROUP, "group_size": 48}),
+        compressed_tensors("pack-quantized", **{**GROUP, "group_size": 48}),
         "group_size is 48, supported: 32, 64, 128",
     ),
     "a group of another size in nvfp4": (
-        said("nvfp4-pack-quantized", num_bits=4, group_size=32, type="float"),
+        compressed_tensors("nvfp4-pack-quantized", num_bits=4, group_size=32, type="float"),
         "group_size is 32, supported: 16",
     ),
     "zeros of their own": (
-        said("pack-quantized", **{**GROUP, "symmetric": False}),
+        compressed_tensors("pack-quantized", **{**GROUP, "symmetric": False}),
         "run once they are repacked; run: jlayer convert",
     ),
     "inputs in another order": (
-        said("pack-quantized", actorder="group", **GROUP),
+        compressed_tensors("pack-quantized", actorder="group", **GROUP),
         "run once they are repacked; run: jlayer convert",
     ),
     "no weights": (
-        {**said("pack-quantized"), "config_groups": {"a": {"input_activations": {}}}},
+        {**compressed_tensors("pack-quantized"), "config_groups": {"a": {"input_activations": {}}}},
         "config_groups: a: weights is missing: only weights that are quantized are supported",
     ),
     "another algorithm": (modelopt("W4A8_AWQ"), "quant_algo 'W4A8_AWQ' is not supported; supp"),
@@ -256,7 +255,10 @@ WRONG = {
         modelopt("NVFP4", group_size=32),
         "group_size is 32, supported: 16",
     ),
-    "three bits": (said("pack-quantized", **{**GROUP, "num_bits": 3}), "num_bits is 3, supported"),
+    "three bits": (
+        compressed_tensors("pack-quantized", **{**GROUP, "num_bits": 3}),
+        "num_bits is 3, supported",
+    ),
 }
 
 
