@@ -163,10 +163,11 @@ def _host(rows):
         number, n = rows
         return Host.from_dict({"host": number, "hosts": n})
     except (TypeError, ValueError):
-        found = f"found {rows!a}, expected the number of a host, from 0, and how many there are"
+        wanted = "expected the number of a host, from 0, and how many there are, such as"
+        typed = "/".join(map(str, rows)) if isinstance(rows, tuple) else rows
         raise UsageError(
-            f"rows: {found}, such as (0, {FEWEST_HOSTS})",
-            command_line=f"--rows: {found}, such as 0/{FEWEST_HOSTS}",
+            f"rows: found {rows!a}, {wanted} (0, {FEWEST_HOSTS})",
+            command_line=f"--rows: found {typed!a}, {wanted} 0/{FEWEST_HOSTS}",
         ) from None
 
 
