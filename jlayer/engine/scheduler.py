@@ -160,14 +160,15 @@ class Scheduler:
                 engine.sweeper.run(executor, parts, logits.take, check=somebody_is_there)
                 sweep_s = clock.lap()
                 drawn = self._draw(executor, riders, logits, parts)
+                engine.note_peaks()
+                # Where it waits for another host's word, it may be stopped.
+                seconds = Seconds(*decided("seconds", [drafting_s, sweep_s, clock.lap()]))
             except BaseException as error:
                 for rider in riders:
                     rider.release(engine.caches.pool)
                 if isinstance(error, _NobodyLeft):
                     return True
                 raise
-            engine.note_peaks()
-            seconds = Seconds(*decided("seconds", [drafting_s, sweep_s, clock.lap()]))
             self._commit(riders, logits, drawn, seconds, engine.totals.since(before))
             speculation.learn(drawn, parts, seconds)
             n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)

@@ -194,6 +194,24 @@ def test_an_interrupt_of_the_search_for_what_is_not_finite_changes_nothing(model
     assert found == [want]
 
 
+def test_an_interrupt_where_another_host_s_word_is_waited_for_changes_nothing(model, monkeypatch):
+    """After all tokens were drawn, it left the entries of the pass to nobody."""
+    want = alone(model, PROMPT[:9], max_new_tokens=4, **GREEDY)
+    run = Run(model, PROMPT[:9], max_new_tokens=4, **GREEDY)
+
+    def decided(label, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler, "decided", decided)
+        with pytest.raises(KeyboardInterrupt):
+            run.advance()
+    check_rows(model, run)
+    assert not run.lanes[0].table.rows.size
+    assert within(30, run.tokens) == [want]
+    run.close()
+
+
 SAMPLED = {"max_new_tokens": 3, "temperature": 0.9, "seed": 5}
 SOME = [PROMPT, [*PROMPT[:30], 3], [4, 4]]
 
