@@ -146,8 +146,8 @@ def raw_link_speed(*, n_bytes: int = 512 << 20, repeats: int = 12) -> list[float
 
 
 class GpuWatch:
-    """Samples what the GPU holds in all (nvidia-smi, MiB), in a thread; `peak` is the largest
-    seen."""
+    """Samples what the fullest GPU holds in all (nvidia-smi, MiB), in a thread; `peak` is the
+    largest seen."""
 
     def __init__(self, every_s: float = 0.2):
         self.before = self.peak = used_mib()
@@ -193,7 +193,7 @@ print(peak)
 
 def used_mib() -> int:
     found = _smi("memory.used")
-    return int(found.split()[0]) if found else 0
+    return max(map(int, found.split()), default=0)
 
 
 def summary(values: list[float]) -> dict:

@@ -49,7 +49,7 @@ def sweep(folder: Path, args, n_tokens: int) -> dict:
     script = Path(__file__).with_name("sweep.py")
     words = [sys.executable, str(script), str(folder), "--no-raw", "--tokens", str(n_tokens)]
     words += ["--sweeps", str(args.sweeps), "--context", str(max(64, n_tokens))]
-    for option in ("device", "device_memory", "host_memory"):
+    for option in ("device", "device_memory", "host_memory", "host_share"):
         if getattr(args, option):
             words += [f"--{option.replace('_', '-')}", getattr(args, option)]
     words += ["--disk"] * args.disk
@@ -94,6 +94,7 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--device-memory")
     parser.add_argument("--host-memory")
+    parser.add_argument("--host-share", default="auto", help="0: no core takes part; see sweep.py")
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
     words = f"of {', '.join(KINDS)}; each may end in :LAYERS"
     parser.add_argument("--kinds", default="int8,int4", help=words)

@@ -74,6 +74,8 @@ def main():
     parser.add_argument("--device-memory", default="4GiB")
     parser.add_argument("--host-memory")
     parser.add_argument("--device")
+    parser.add_argument("--devices", default="1")
+    parser.add_argument("--host-share", default="auto")
     parser.add_argument("--tokens", default="64,1")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--sweeps", type=int, default=5)
@@ -98,6 +100,8 @@ def main():
             device=args.device,
             device_memory=args.device_memory,
             host_memory=args.host_memory,
+            devices=args.devices,
+            host_share=args.host_share,
             keeps_layers=not args.disk,
         )
         result["sweeps"] = []

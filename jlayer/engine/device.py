@@ -28,6 +28,13 @@ _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Lets JAX launch programs in a thread of its own, so that the host goes on meanwhile: the launches
 # of a program take 0.1 to 0.3 ms.
 _ASYNC = "PJRT_GPU_ENABLE_ASYNC_DISPATCH"
+# NCCL takes device memory for each of its channels, of which it opens 24 between two H100s. Fewer
+# and smaller ones take 416 MiB less: what 128 tokens of a 70B layer give crosses as fast, that of
+# 512 tokens in 0.67 ms instead of 0.19.
+MEETING = {
+    "NCCL_MAX_NCHANNELS": "4",
+    "NCCL_BUFFSIZE": str(1 << 20),
+}
 
 
 def choose(
@@ -64,7 +71,10 @@ def choose(
         os.environ.setdefault(_ASYNC, "1")
         if n_devices is not None and n_devices < len(there):  # JAX would take memory of all
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(n_devices))))
-        device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_bytes + tables)
+        several = (hosts.n if hosts else 1) * (n_devices or len(there))
+        for name, value in MEETING.items() if several > 1 else ():
+            os.environ.setdefault(name, value)
+        device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_of(several) + tables)
     if hosts is not None:
         _join(jax, hosts, on_cpu=device == "cpu" or before is None)
     found = _devices(jax, "cpu" if device == "cpu" else None)
@@ -86,16 +96,17 @@ def choose(
     if hosts is not None:
         hosts.agree({"devices": len(found[:n_devices]), "platform": found[0].platform})
     devices = Devices([one for of_host in of_hosts for one in of_host[:n_devices]])
-    if hosts is not None and not devices.has_link:
+    if len(devices) > 1 and (hosts is not None or devices.has_link):
         _meet(jax, devices)
     budget = device_memory or DEFAULT_DEVICE_MEMORY
     if devices.platform != "gpu":
         return devices, budget, 0
     _keep_compiled(jax)
     limit = max(_check_cap(one, budget) for one in devices.own)
-    context = PLATFORMS["gpu"].context_bytes
+    context = PLATFORMS["gpu"].context_of(len(devices))
     if not started:
-        context = _context_bytes(before, _of_each(gpu_memories()[:n_devices]), limit)
+        taken = _taken_bytes(before, _of_each(gpu_memories()[:n_devices]), limit)
+        context = max(context, taken)
     return devices, budget, context + tables
 
 
@@ -125,8 +136,9 @@ def _join(jax, hosts, *, on_cpu):
 
 
 def _meet(jax, devices):
-    """Has the devices of all processes exchange something for the first time. Gloo, which they do
-    it by, says on descriptor 1 that it has connected, and results go there."""
+    """Has the devices of all processes exchange something for the first time: what NCCL takes of
+    their memory is then taken. Gloo, which CPUs do it by, says on descriptor 1 that it has
+    connected, and results go there."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -214,11 +226,10 @@ def has_flash(device, *, head_dim: int, dtype: str) -> bool:
     )
 
 
-def _context_bytes(before, after, limit):
-    """Device memory that the driver took besides the allocator's pool when JAX started."""
-    if before is None or after is None:
-        return PLATFORMS["gpu"].context_bytes
-    return max(PLATFORMS["gpu"].context_bytes, before[1] - after[1] - limit)
+def _taken_bytes(before, after, limit):
+    """Device memory that the driver took besides the allocator's pool when JAX started; 0 where it
+    does not tell."""
+    return 0 if before is None or after is None else before[1] - after[1] - limit
 
 
 def _cap(memory, device_memory, context_bytes):

@@ -158,19 +158,19 @@ FEW_IN_FLOAT32 = 8
 
 
 def _grouped_product(x, weight):
-    return jax.lax.platform_dependent(
-        x, weight, cpu=_grouped_on_cpu, default=partial(_by_blocks, block_product=_joined_product)
-    )
+    on_gpu = partial(_by_blocks, block_product=_joined_product, blocks=_in_a_row)
+    return jax.lax.platform_dependent(x, weight, cpu=_grouped_on_cpu, default=on_gpu)
 
 
 def _grouped_on_cpu(x, weight):
     if math.prod(x.shape[:-1]) <= FEW_IN_FLOAT32:
         x = x.astype(jnp.float32)
-    return _by_blocks(x, weight, block_product=_parts_product)
+    return _by_blocks(x, weight, block_product=_parts_product, blocks=_in_a_loop)
 
 
-def _by_blocks(x, weight, *, block_product):
-    """The product, one block of rows after another; the last block may overlap the one before."""
+def _by_blocks(x, weight, *, block_product, blocks):
+    """The product, one block of rows after another; the last block may overlap the one before.
+    `blocks`: how they follow one another."""
     row = ENCODINGS[weight.encoding]
     if ORDER in weight.pieces:
         x = jnp.take(x, _order(weight), axis=-1, mode="clip")
@@ -178,18 +178,34 @@ def _by_blocks(x, weight, *, block_product):
     n_rows, width = weight.n_rows, x.shape[-1]
     height = block_rows(n_rows, width * x.dtype.itemsize, weight.block_bytes)
 
-    def rows_from(first):
+    def rows_from(first, x):
         return block_product(x, _parts(weight, first, height, width))
 
     if height == n_rows:
-        return rows_from(0)
+        return rows_from(0, x)
     firsts = np.minimum(np.arange(0, n_rows, height, dtype=np.int32), n_rows - height)
-    blocks = jax.lax.map(rows_from, jnp.asarray(firsts))
     n_whole, rest = divmod(n_rows, height)
-    products = jnp.moveaxis(blocks[:n_whole], 0, -2).reshape(*x.shape[:-1], n_whole * height)
+    return blocks(rows_from, firsts, x, n_whole=n_whole, rest=rest)
+
+
+def _in_a_loop(rows_from, firsts, x, *, n_whole, rest):
+    """For a CPU: a loop, which is compiled once. Of the last block only the last `rest` rows."""
+    found = jax.lax.map(partial(rows_from, x=x), jnp.asarray(firsts))
+    products = jnp.moveaxis(found[:n_whole], 0, -2).reshape(*x.shape[:-1], -1)
     if rest:
-        products = jnp.concatenate([products, blocks[-1][..., height - rest :]], axis=-1)
+        products = jnp.concatenate([products, found[-1][..., -rest:]], axis=-1)
     return products
+
+
+def _in_a_row(rows_from, firsts, x, *, n_whole, rest):
+    """For a GPU: `_in_a_loop` without the loop, which would launch a third more kernels. The input
+    of each block waits for the product before it: so one decoded block is there at a time."""
+    found, own = [], x
+    for first in firsts.tolist():
+        found.append(rows_from(first, own))
+        own, _ = jax.lax.optimization_barrier((x, found[-1]))
+    last = [found[-1][..., -rest:]] if rest else []
+    return jnp.concatenate([*found[:n_whole], *last], axis=-1)
 
 
 def _joined_product(x, parts):

@@ -58,7 +58,8 @@ def bytes_seconds(
     if hosted and machine.host is not None:
         speed = machine.host.link or speed
     host_s = _host_seconds(machine, tiling, hosted, rows)
-    return max(disk_s, moved / speed + gaps, host_s, arithmetic / GPU_ARITHMETIC)
+    arithmetic_s = arithmetic / machine.n_devices / GPU_ARITHMETIC
+    return max(disk_s, moved / speed + gaps, host_s, arithmetic_s)
 
 
 def steps_seconds(

@@ -15,6 +15,7 @@ from jlayer.plan.machine import PLATFORMS
 
 GIB = 1 << 30
 CONTEXT = PLATFORMS["gpu"].context_bytes
+MEETING = PLATFORMS["gpu"].meeting_bytes
 CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 ASYNC = "PJRT_GPU_ENABLE_ASYNC_DISPATCH"
 
@@ -38,10 +39,12 @@ def gpu(monkeypatch):
     monkeypatch.delenv(CAP, raising=False)
     monkeypatch.delenv(ASYNC, raising=False)
 
-    def put(total, free, *, is_started=False):
-        monkeypatch.setattr(device, "gpu_memories", lambda: [(total, free)])
-        monkeypatch.setattr(jax, "devices", lambda *_: [Gpu(total)])
-        # Private, since JAX has started in this process, and nothing undoes that.
+    def put(total, free, *, n=1, is_started=False):
+        monkeypatch.setattr(device, "gpu_memories", lambda: [(total, free)] * n)
+        monkeypatch.setattr(jax, "devices", lambda *_: [Gpu(total) for _ in range(n)])
+        # Private, since these exchange nothing, and since JAX has started in this process, and
+        # nothing undoes that.
+        monkeypatch.setattr(device, "_meet", lambda *_: None)
         monkeypatch.setattr(device, "_is_started", lambda: is_started)
 
     return put
@@ -63,6 +66,19 @@ def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_s
     monkeypatch.setenv(ASYNC, "0")
     device.choose("gpu", 4 * GIB)
     assert os.environ[ASYNC] == "0"
+
+
+def test_what_several_devices_exchange_by_is_taken_from_the_allocator_and_kept_small(
+    gpu, monkeypatch
+):
+    """NCCL takes memory of its own: without room for it 1536 MiB became 2349."""
+    for name in device.MEETING:
+        monkeypatch.delenv(name, raising=False)
+    gpu(8 * GIB, 6 * GIB, n=2)
+    devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
+    assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT + MEETING)
+    assert float(os.environ[CAP]) == pytest.approx((4 * GIB - context) / (8 * GIB), abs=1e-6)
+    assert {name: os.environ[name] for name in device.MEETING} == device.MEETING
 
 
 def test_page_tables_of_pinned_memory_are_taken_from_the_allocator(gpu):

@@ -1,5 +1,7 @@
 """A product with weights of any encoding is that of the decoded weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,16 @@ def width_of(form):
     return 3 * ENCODINGS[form].width_unit if form in BLOCKS else 80
 
 
+def chosen(*args, cpu, default, on_gpu):
+    return (default if on_gpu else cpu)(*args)
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_a_product_is_that_of_the_decoded_weights(form):
-    """In blocks that overlap, from pieces in one array of bytes."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_product_is_that_of_the_decoded_weights(form, on_gpu, monkeypatch):
+    """In blocks that overlap, from pieces in one array of bytes. What a GPU would run is run
+    here."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", partial(chosen, on_gpu=on_gpu))
     width = width_of(form)
     pieces = random_pieces(form, ROWS, width)
     exact = decoded(form, pieces, width)
@@ -39,7 +48,7 @@ def test_a_product_is_that_of_the_decoded_weights(form):
     }
     weight = Encoded(held, encoding=form, block_bytes=8 * 4 * width)
     x = np.random.default_rng(1).standard_normal((3, width)).astype(np.float32)
-    found = jax.jit(product)(jnp.asarray(x), weight)
+    found = jax.jit(lambda x, weight: product(x, weight))(jnp.asarray(x), weight)
     assert found.dtype == jnp.float32
     assert (np.abs(found - x @ exact.T) <= 1e-6 * (np.abs(x) @ np.abs(exact.T))).all()
 

@@ -93,7 +93,7 @@ def run(args) -> dict:
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
-        context_bytes=PLATFORMS[args.device].context_bytes,
+        context_bytes=PLATFORMS[args.device].context_of(run.devices),
         disk_speed=disk_speed or _measured(args.ref) or DEFAULT_DISK,
         link_speed=link_speed and link_speed * run.devices,
         cores=len(os.sched_getaffinity(0)),
