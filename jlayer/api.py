@@ -14,22 +14,21 @@ from functools import partial
 import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
-from jlayer.config import generation_file, read_generation_config, unknown_name
-from jlayer.engine.alike import refuse_several
+from jlayer.config import generation_file, read_generation_config
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
+from jlayer.engine.deciding import follows
 from jlayer.engine.decoding import Decoding, Generation
 from jlayer.engine.engine import Engine
+from jlayer.engine.following import follow
 from jlayer.engine.ids import as_rows, encoded, like
 from jlayer.engine.lane import Step
-from jlayer.engine.loading import NAMES, translated
+from jlayer.engine.loading import NAMES, check_names, translated
 from jlayer.engine.options import (
     SamplingOptions,
     check_draft,
-    check_given,
     configured,
     is_option,
-    option_names,
 )
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.stops import given_tokenizer
@@ -287,7 +286,6 @@ class Model:
         have no room for it beside the others, it begins as these end. Raises what `generate` does
         of the arguments, and DoesNotFitError where there would be no room for it alone.
         """
-        refuse_several("submit")
         form = {name: options.pop(name) for name in FORMS if name in options}
         begin, _ = self.prepared(prompt, options=options, **form)
         return self._background.submit(begin(most_unread=None, waits=True), owner=self)
@@ -306,6 +304,18 @@ class Model:
         pad = sampling.padding_id
         rows, one = encode_prompts(self.text, prompt, folder=self.folder, pad=pad, **form)
         return partial(Decoding, self.engine, rows, sampling, text=self.text), one
+
+    @property
+    def follows(self) -> bool:
+        """Whether this process is one of several, and not process 0: then `follow` is all that it
+        does."""
+        return follows()
+
+    def follow(self) -> None:
+        """Does what process 0 does with the model, on the devices of this process, until process 0
+        closes it. Raises UsageError in process 0, and what a forward pass raises."""
+        with deferred():
+            follow(self.engine)
 
     def close(self):
         """Stops the reader threads and closes the files.
@@ -434,16 +444,7 @@ def _opened(model_or_ref, options):
     loads = own | {name for name in NAMES if not is_option(name)}
     run = {name: value for name, value in rest.items() if name in loads}
     rest = {name: value for name, value in rest.items() if name not in loads}
-    _check_names(rest, own)
+    check_names(rest, own)
     check_draft(rest.get("speculate"), run.get("draft"), unused=True)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form
-
-
-def _check_names(options, run_options):
-    """Refuses unknown options before the model is opened; the hint may name a run option."""
-    known = [*run_options, *CHAT_OPTIONS, *option_names()]
-    for name in options:
-        if not is_option(name):
-            raise UsageError(unknown_name("option", name, known))
-    check_given(options)

@@ -7,8 +7,9 @@ notes the signal, and `check` acts on it: between two steps of a sweep, two comp
 of opening a model.
 
 The command line holds signals from its first statement on (`hold`), and releases them only where it
-waits for something else (`released`). A program that uses jlayer as a library keeps its own
-handlers; `deferred` holds them back while it is entered.
+waits for something else (`released`), and not at all where nothing may end halfway
+(`uninterrupted`). A program that uses jlayer as a library keeps its own handlers; `deferred` holds
+them back while it is entered.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ STOPS = (KeyboardInterrupt, Terminated)
 class _Held:
     """The handlers that were replaced, and the signal that is noted.
 
-    `at_once`: act on a signal when it comes, not at the next `check`.
+    `at_once`: act on a signal when it comes, not at the next `check`. `is_put_off`: act on none.
     """
 
     def __init__(self):
-        self.at_once = False
+        self.at_once = self.is_put_off = False
         self._handlers = {}
         self._noted = None
 
@@ -51,14 +52,14 @@ class _Held:
 
     def _on_signal(self, number, frame):
         self._noted = (number, frame)
-        if self.at_once:
+        if self.at_once and not self.is_put_off:
             self.at_once = False  # a second signal does not interrupt the clean-up
             # The note stays: if this exception is dropped, `released` acts on it at its end.
             self._handlers[number](number, frame)
 
     def check(self):
         """Acts on a signal that is noted: calls the handler that was replaced."""
-        if self._noted is not None:
+        if self._noted is not None and not self.is_put_off:
             (number, frame), self._noted = self._noted, None
             self._handlers[number](number, frame)
 
@@ -141,6 +142,21 @@ def released():
         raise
     finally:
         _leave(held, before)
+
+
+@contextmanager
+def uninterrupted():
+    """Inside, held signals are not acted on: what is begun there is ended. The next safe point
+    after it acts on them."""
+    held = _held
+    if held is None or held.is_put_off or not _in_main_thread():
+        yield
+        return
+    held.is_put_off = True
+    try:
+        yield
+    finally:
+        held.is_put_off = False
 
 
 def imported(name: str):

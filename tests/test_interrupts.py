@@ -9,7 +9,7 @@ import pytest
 
 from jlayer import interrupts
 from jlayer.api import AutoModel
-from jlayer.interrupts import Terminated, check, deferred, released
+from jlayer.interrupts import Terminated, check, deferred, released, uninterrupted
 from jlayer.streaming.watch import Watch
 from tests.conftest import BUNDLED
 
@@ -44,6 +44,19 @@ def test_in_a_place_that_waits_it_is_acted_on_at_once(held, number):
     with pytest.raises(STOP[number]), released():
         raise_and_fail(number)
     check()  # it was acted on
+
+
+@pytest.mark.parametrize("number", STOP)
+def test_where_nothing_may_end_halfway_it_waits_for_the_next_check_after_that(held, number):
+    with uninterrupted():
+        signal.raise_signal(number)
+        check()
+        with released(), deferred(), uninterrupted():
+            signal.raise_signal(number)
+        check()
+    with pytest.raises(STOP[number]):
+        check()
+    check()
 
 
 def test_a_signal_that_came_before_ends_a_wait_before_it_begins(held):

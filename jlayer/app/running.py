@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -12,7 +12,7 @@ from jlayer.app.ending import Interrupted, word_of
 from jlayer.app.inputs import folder_of, name_of
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.engine.deciding import leave
+from jlayer.engine.deciding import agree, leave
 from jlayer.engine.hosts import DiffersError
 from jlayer.errors import StorageError
 from jlayer.interrupts import STOPS, released
@@ -22,10 +22,13 @@ from jlayer.sizes import human
 
 
 @contextmanager
-def opened(ref, *, offline: bool = False, **options) -> Iterator:
-    """Yields the model that REF names, and closes it. `options`: those of `RunConfig`.
+def opened(
+    ref, *, offline: bool = False, compared: Mapping[str, object] | None = None, **options
+) -> Iterator:
+    """Yields the model that REF names, and closes it. `options`: those of `RunConfig`. `compared`:
+    what else must be equal in all processes, where there are several.
 
-    Raises what `AutoModel.from_pretrained` does.
+    Raises what `AutoModel.from_pretrained` does, and UsageError where something differs.
     """
     RunConfig.from_options(**options)  # a usage error comes before a download
     if options.get("draft") is not None:
@@ -36,6 +39,7 @@ def opened(ref, *, offline: bool = False, **options) -> Iterator:
 
         with told_to_others():
             model = AutoModel.from_pretrained(folder, watch=watch, **options)
+            agree(compared or {})
     with model, told_to_others():
         yield model
 

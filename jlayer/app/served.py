@@ -23,6 +23,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(TEMPLATE, metavar="F", help="a file with another template")
     options.add_run(parser)
+    options.add_processes(parser)
     options.add_draft(parser)
     options.add_context(parser)
     options.add_offline(parser)
@@ -30,7 +31,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> dict:
-    return options.given(args, *options.RUN, "context", "draft", "follow_links")
+    return options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links")
 
 
 def template_of(args: argparse.Namespace) -> str | None:

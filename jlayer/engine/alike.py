@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
 from jlayer import __version__
 from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.store import Store
-from jlayer.engine.deciding import agree, is_one_of_several, joined, least
+from jlayer.engine.deciding import agree, follows, joined, least
 from jlayer.engine.hosts import Hosts, placement_of
-from jlayer.engine.ids import Row
-from jlayer.engine.options import SamplingOptions
 from jlayer.errors import UsageError
 from jlayer.plan.machine import Machine
+from jlayer.plan.plan import Plan
 from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
 
@@ -37,8 +35,6 @@ def hosts_of(run: RunConfig) -> Hosts | None:
             "host_share: the host's cores multiply nothing where there are several processes; "
             "leave it out, or set it to 0"
         )
-    if run.draft is not None:
-        raise UsageError("draft: several processes have no draft model; leave it out")
     return joined(placement)
 
 
@@ -68,21 +64,19 @@ def _compare(run, store):
     )
 
 
-def compare_run(rows: Sequence[Row], options: SamplingOptions) -> None:
-    """The same for the prompts of a run, and how they are continued."""
-    if is_one_of_several():
-        ids = [row.ids for row in rows]
-        shown = f"{sum(map(len, ids))} tokens, {str(ids)[:40]}.. ({_digest(repr(ids))})"
-        agree({"prompt": shown, **{name: repr(value) for name, value in asdict(options).items()}})
-
-
-def refuse_several(name: str) -> None:
-    """Raises UsageError for a function that threads call, where there are several processes."""
-    if is_one_of_several():
+def refuse_follower() -> None:
+    """Raises UsageError in a process that only does what process 0 tells."""
+    if follows():
         raise UsageError(
-            f"{name}: the order of threads may differ from host to host, and there are several "
-            "processes; use generate"
+            "hosts: process 0 alone takes prompts; call follow() of the model in this one, which "
+            "does the same on its own devices until process 0 closes the model"
         )
+
+
+def told_of(plan: Plan) -> str:
+    """What must be equal of the plans that all processes make, in a few letters."""
+    cut, load = plan.tiling.cut_as, plan.load
+    return _digest(repr((cut, plan.tiers, plan.cache, load, plan.ring, plan.ahead, plan.experts)))
 
 
 def machine_of_all(devices: Devices, **found: float | None) -> Machine:

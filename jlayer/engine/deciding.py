@@ -1,18 +1,26 @@
-"""What process 0 decides for all processes of a model: what follows from rounding, clocks, chance
-or the machine, which may differ from host to host.
+"""What process 0 decides for all processes of a model, and tells the others.
 
-All run the same programs in the same order, or they wait for each other for ever. So each place
-where the host takes such a decision asks here.
+Prompts, lanes, tables and texts are known to process 0 alone. All run the same programs in the same
+order, or they wait for each other for ever: so it tells each step ahead of it (`step`), and the
+others do the same (`engine.following`). Inside a step it decides what follows from rounding
+(`decided`).
 """
 
 from __future__ import annotations
 
-import atexit
 import sys
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from jlayer.engine.hosts import Hosts, Placement, end_at_once
-from jlayer.errors import UsageError
+from jlayer.errors import JlayerError, StorageError, UsageError
+from jlayer.interrupts import uninterrupted
+
+STEP = "what follows"  # the label of a step
+END = "end"  # the step in which the model is closed
+BUG = 1  # the exit code of what is no error of ours
 
 _hosts: Hosts | None = None  # as JAX, a process is in one group from its start to its end
 
@@ -23,7 +31,7 @@ def joined(placement: Placement | None) -> Hosts | None:
     global _hosts
     if _hosts is None and placement is not None:
         _hosts = Hosts(placement)
-        atexit.register(_finish)
+        weakref.finalize(_hosts, _finish)  # runs at exit, after the models that are closed there
     if _hosts is not None and _hosts.placement != placement:
         raise UsageError(
             f"processes: this process is number {_hosts.number} of {_hosts.n} until it ends; open "
@@ -77,6 +85,49 @@ def end(code: int) -> None:
 def is_one_of_several() -> bool:
     """Whether other processes run the same model."""
     return _hosts is not None
+
+
+def follows() -> bool:
+    """Whether this process does what process 0 tells, and decides nothing."""
+    return _hosts is not None and _hosts.number != 0
+
+
+@contextmanager
+def step(what: str, given: Callable[[], list] = list) -> Iterator[None]:
+    """Inside, process 0 does what the others do as well, on the devices of all: it tells them
+    before. Does nothing where there are no others, and in these. `given`: gives what they need to
+    know for it, as JSON.
+
+    No signal ends a step halfway. Where an error does, the others cannot go on, and this process
+    cannot either: they end, and it does with the error, at once if it is in another thread. Raises
+    StorageError where the others have ended."""
+    if _hosts is None or follows():
+        yield
+        return
+    if _hosts.is_ending:
+        raise StorageError("hosts: the other processes have ended; start all of them again")
+    _hosts.sent(STEP, [what, *given()])
+    try:
+        with uninterrupted():
+            yield
+    except BaseException as error:
+        line = f"{error}" if isinstance(error, JlayerError) else f"{type(error).__name__}: {error}"
+        leave(line, waits=isinstance(error, StorageError))
+        if threading.current_thread() is not threading.main_thread():
+            _hosts.end(line, getattr(error, "exit_code", BUG))
+        raise
+
+
+def end_others() -> None:
+    """Process 0 closes the model: the others need not wait for another step."""
+    if _hosts is not None and not follows() and not _hosts.is_ending:
+        _hosts.sent(STEP, [END])
+
+
+def told() -> list:
+    """The next step, once process 0 tells it: [what, more that is given, ..]. Raises
+    StorageError."""
+    return _hosts.sent(STEP, None)
 
 
 def _finish():

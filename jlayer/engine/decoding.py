@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
-from jlayer.engine.alike import compare_run
 from jlayer.engine.engine import Engine
 from jlayer.engine.ids import Row
 from jlayer.engine.kept import Ended
@@ -98,7 +97,6 @@ class Decoding:
         self._engine, self.options = engine, options
         for row in rows:
             engine.check_ids(row.ids, begin=options.bos_token_id)
-        compare_run(rows, options)
         limits = []
         for row in rows:
             n_prompt = len(row.ids)

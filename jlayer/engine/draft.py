@@ -24,9 +24,11 @@ from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.whole import likeliest, one_kind
 from jlayer.plan.shapes import LEAST_ROWS
 from jlayer.plan.tiles import Weights
+from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
 from jlayer.streaming.executor import first_line
 from jlayer.streaming.watch import Watch
+from jlayer.text.same import check_same_tokens
 
 # The likeliest tokens that are looked at after each guess. (In trees of 512 nodes more change
 # nothing.)
@@ -212,6 +214,21 @@ class DraftModel:
         """The shapes of the pools of all layers, one after another."""
         kind, n_layers = one_kind(self.cfg), self.cfg.num_hidden_layers
         return cache_struct(kind.cache, n_rows=n_layers * n_rows, dtype=self.dtype)
+
+
+def draft_for(store: Store, run: RunConfig, dtype: str) -> DraftModel | None:
+    """The draft model that the options name; None without one. `store`: of the model that it
+    guesses for. Raises UsageError where it has other tokens, and what opening a folder raises."""
+    if run.draft is None:
+        return None
+    draft = DraftModel(run.draft, dtype=dtype, follow_links=run.follow_links)
+    check_same_tokens(
+        store.folder,
+        run.draft,
+        vocab_size=store.cfg.vocab_size,
+        draft_vocab_size=draft.cfg.vocab_size,
+    )
+    return draft
 
 
 def _n_wanted(part):

@@ -8,15 +8,13 @@ whatever was guessed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from jlayer import errors
 from jlayer.drafting.tree import ROOT
-from jlayer.engine.deciding import decided, is_one_of_several
 from jlayer.engine.riders import Rider
 from jlayer.engine.sample import Choice
 from jlayer.errors import JlayerError
@@ -33,29 +31,6 @@ class Drawn:
     nodes: list[int]
     error: JlayerError | None = None
     is_finite: bool = True
-
-
-def draw_on_one(riders: Sequence[Rider], draw: Callable[[], list[Drawn]]) -> list[Drawn]:
-    """What `draw` gives for these riders; with several processes what it gives process 0."""
-    if not is_one_of_several():
-        return draw()
-    found = decided("tokens", lambda: [_packed(one, riders) for one in draw()])
-    return [_unpacked(riders, *each) for each in found]
-
-
-def _packed(drawn, riders):
-    (place,) = (place for place, rider in enumerate(riders) if rider is drawn.rider)
-    choices = [[one.token_id, one.logprob, one.top] for one in drawn.choices]
-    error = drawn.error and [type(drawn.error).__name__, str(drawn.error)]
-    return [place, choices, drawn.nodes, error, drawn.is_finite]
-
-
-def _unpacked(riders, place, choices, nodes, error, is_finite):
-    choices = [
-        Choice(int(token), logprob, tuple(map(tuple, top))) for token, logprob, top in choices
-    ]
-    error = error and getattr(errors, error[0])(error[1])
-    return Drawn(riders[place], choices, nodes, error, is_finite)
 
 
 def draw_all(pairs: Sequence[tuple[Rider, np.ndarray]]) -> list[Drawn]:

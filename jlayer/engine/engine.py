@@ -8,7 +8,7 @@ change; that does not affect a run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,24 +17,26 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.cores.native import missing
 from jlayer.engine import device as choosing
 from jlayer.engine import residents
-from jlayer.engine.alike import hosts_of, machine_of_all, opened
+from jlayer.engine.alike import hosts_of, machine_of_all, opened, refuse_follower, told_of
 from jlayer.engine.caches import Caches
-from jlayer.engine.draft import DraftModel
+from jlayer.engine.deciding import end_others, follows, step
+from jlayer.engine.draft import draft_for
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
 from jlayer.engine.hosting import Host, cores_beside
 from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
+from jlayer.engine.messages import packed_shape
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
-from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
 from jlayer.plan.machine import DEFAULT_DISK, Machine
-from jlayer.plan.making import fitting, make_plan, matrix_forms, refit, with_host
+from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_sizes
 from jlayer.plan.tiles import Tier, Weights
@@ -44,11 +46,8 @@ from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.watch import Totals, Watch
-from jlayer.text.same import check_same_tokens
 
 CLOSED = "this model is closed; open it again with AutoModel.from_pretrained"
-# Seconds that a change to other tiles costs once: new programs are compiled.
-OTHER_TILES_S = 5.0
 # A forward pass over fewer bytes of host memory is not divided: it would not make up for measuring.
 LEAST_HOSTED_BYTES = 256 << 20
 NEARLY = 1.02  # keep the current tiles while a pass takes at most so much longer than the best
@@ -70,13 +69,13 @@ class Engine:
         self.store = opened(folder, run, self.hosts)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
-        self.draft = None if run.draft is None else self._open_draft(run.draft)
+        self.draft = draft_for(self.store, run, self.dtype)
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
         self._machine = self._look_at_machine()
         self.watch.phase("planning")
         self.programs = Programs(self.cfg, dtype=self.dtype, devices=self.devices, watch=self.watch)
-        self._ledger = Ledger(on_empty=self._drop_entries)
+        self._ledger = Ledger(on_empty=self.drop_entries)
         self.kept = Kept(self._ledger)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
@@ -97,7 +96,7 @@ class Engine:
             )
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.devices)
-            if self.draft is not None:
+            if self.draft is not None and not follows():
                 self.watch.phase("loading the draft model")
                 self.draft.load(self.devices.first, most_ids=self.cfg.vocab_size, watch=self.watch)
         except BaseException:
@@ -117,19 +116,10 @@ class Engine:
         self.device_peak_bytes = 0
         self.load_s = clock.lap()
 
-    def _open_draft(self, folder):
-        """Raises UsageError where it has other tokens, and what opening a folder raises."""
-        draft = DraftModel(folder, dtype=self.dtype, follow_links=self.run.follow_links)
-        check_same_tokens(
-            self.store.folder,
-            folder,
-            vocab_size=self.cfg.vocab_size,
-            draft_vocab_size=draft.cfg.vocab_size,
-        )
-        return draft
-
-    def _drop_entries(self):
-        self.caches.drop()
+    def drop_entries(self) -> None:
+        """Frees the pools; no run may be alive."""
+        with step("drop"):
+            self.caches.drop()
         if self.draft is not None:
             self.draft.drop()
 
@@ -205,8 +195,9 @@ class Engine:
             return str(error)
         return None
 
-    def _plan_for(self, shape, *, alone):
-        held, least_pool = self._ledger.alive, self.caches.sizes
+    def _plan_for(self, shape, *, alone=False, held=None):
+        held = self._ledger.alive if held is None else held
+        least_pool = self.caches.sizes
         if alone:
             held, least_pool = (), None
         tilings, same = {}, None
@@ -238,7 +229,7 @@ class Engine:
 
         forms = matrix_forms(self.weights)
         best = with_host(plan_of, forms, self.run.host_share, self._machine.host)
-        if same is not None and same.fits and not (best.fits and _pays(same, best, shape.sweeps)):
+        if same is not None and same.fits and not (best.fits and pays(same, best, shape.sweeps)):
             return same
         return best
 
@@ -253,19 +244,43 @@ class Engine:
     def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
         """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run
         that it replaces. Raises DoesNotFitError where the budgets do not hold it beside the runs
-        that are alive, UsageError where the model is closed."""
+        that are alive, UsageError where the model is closed, or process 0 decides."""
         check_process()  # the lock may have been held when the process was forked
+        refuse_follower()
         with self._ledger.turn():
             if self._closed:
                 raise UsageError(CLOSED)
             with self._ledger.without(instead_of):
-                plan = self._fitting_plan(shape)
+                plan, held = self._fitting_plan(shape), self._ledger.alive
+            with step("admit", lambda: self._what_is_admitted(shape, held, plan)):
+                self._make_room(plan)
             shape = replace(shape, nodes=plan.shapes.nodes)
             ticket = Ticket(self._ledger, shape, plan, self.caches.pool)
-            self._stream_as(plan)
-            self.caches.reserve(pool_sizes(plan.load, windows_of(self.cfg)), plan.cache)
             self._ledger.enter(ticket)
             return ticket
+
+    def _what_is_admitted(self, shape, held, plan):
+        shapes = packed_shape(shape), [packed_shape(each) for each in held]
+        return [*shapes, self._executor is not None, told_of(plan)]
+
+    def admit_as_told(
+        self, shape: RunShape, held: Sequence[RunShape], is_streaming: bool, digest: str
+    ) -> None:
+        """Makes room for a run that process 0 has admitted beside those of `held`, by the same
+        plan. `is_streaming`: whether it had an executor; `digest`: of its plan. Raises
+        StorageError where another plan is made here."""
+        with self.turn() if is_streaming else self._ledger.turn():
+            plan = fitting(partial(self._plan_for, held=held), shape)
+            if told_of(plan) != digest:
+                raise StorageError(
+                    "hosts: this one plans a run in another way than process 0; give all the same "
+                    "command and model, and report it"
+                )
+            self._make_room(plan)
+
+    def _make_room(self, plan):
+        self._stream_as(plan)
+        self.caches.reserve(pool_sizes(plan.load, windows_of(self.cfg)), plan.cache)
 
     def _fitting_plan(self, shape):
         while True:
@@ -419,9 +434,10 @@ class Engine:
             return
         self._closed = True
         executor = self._executor
-        if executor is not None:
+        if executor is not None and self.hosts is None:  # the others would wait for the rest of it
             executor.refuse(UsageError(CLOSED))
         with self._ledger.turn():
+            end_others()
             if self._executor is not None:
                 self._executor.close()
                 self._executor = None
@@ -430,16 +446,3 @@ class Engine:
             self.sweeper.chooser.close()
             if self.host is not None:
                 self.host.close()
-
-
-def _pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
-    """Whether changing to plan `best` saves time over `n_sweeps` forward passes.
-
-    Other tiles need new programs, and the host tier is read again. The same tiles in other tiers
-    cost nothing: the next pass reads what is missing, as it would have anyway.
-    """
-    gain = (same.cautious_seconds - best.cautious_seconds) * n_sweeps
-    if best.tiling is same.tiling:
-        return gain > 0
-    refill_s = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
-    return gain > OTHER_TILES_S + refill_s

@@ -13,7 +13,6 @@ import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.chunk import Chunk
-from jlayer.engine.deciding import decided
 from jlayer.engine.home import Home
 from jlayer.engine.ledger import Ticket
 from jlayer.errors import StorageError, UsageError
@@ -166,7 +165,7 @@ class Forward:
             parts, new = self._parts(ids, starts, all_logits)
             try:
                 engine.sweeper.run(executor, parts, take)
-                if not decided("finite logits", lambda: bool(are_finite())):
+                if not are_finite():
                     raise engine.sweeper.find_nonfinite(executor, parts)
             except BaseException:
                 for rows in new:

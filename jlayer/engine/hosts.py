@@ -85,8 +85,8 @@ class Hosts:
     """The connection of this process to the others, by way of process 0.
 
     `names`: of each process its host and process id. `is_ending`: whether this one has left, or is
-    about to. `end`: called in a thread, with the line that
-    says why, when another host is lost or has ended early.
+    about to. `end`: called in a thread, with the line that says why, when another host is lost or
+    has ended early; and with the exit code, where this one cannot go on.
     """
 
     def __init__(self, placement: Placement):
@@ -304,11 +304,11 @@ class Hosts:
                 self._send(peer, ["bye"])
 
 
-def end_process(line: str) -> None:
+def end_process(line: str, code: int = StorageError.exit_code) -> None:
     """Ends this process at once: its other threads may wait for a lost host for ever."""
     with suppress(OSError):
         os.write(2, f"jlayer: {' '.join(line.split())}\n".encode())
-    end_at_once(StorageError.exit_code)
+    end_at_once(code)
 
 
 def end_at_once(code: int) -> None:

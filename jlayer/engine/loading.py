@@ -4,9 +4,12 @@ where they change nothing, refused with a reason where they would."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from jlayer.checkpoint.hub import is_hub_id
+from jlayer.config import unknown_name
+from jlayer.engine.options import check_given, is_option, option_names
+from jlayer.engine.prompts import CHAT_OPTIONS
 from jlayer.errors import UsageError
 
 # Name -> (values that ask for nothing, what to do instead). Each would change what is loaded.
@@ -119,3 +122,13 @@ def _device(name, value):
     if word not in _DEVICES or isinstance(value, bool):
         raise UsageError(f"{name}: found {word!r}, expected cpu, gpu (the first one) or auto")
     return _DEVICES[word]
+
+
+def check_names(options: Collection[str], run_options: Iterable[str]) -> None:
+    """Refuses unknown options before the model is opened; the hint may name a run option. Raises
+    UsageError."""
+    known = [*run_options, *CHAT_OPTIONS, *option_names()]
+    for name in options:
+        if not is_option(name):
+            raise UsageError(unknown_name("option", name, known))
+    check_given(options)

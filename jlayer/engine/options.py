@@ -10,10 +10,8 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 from jlayer.config import unknown_name
-from jlayer.engine.deciding import decided
 from jlayer.engine.ranges import RANGES, checked
 from jlayer.engine.unread import (
     HARMLESS,
@@ -177,7 +175,7 @@ class SamplingOptions:
         # 53 bits, so that a seed survives JSON readers that know only float64.
         if self.seed is not None:
             return self
-        return replace(self, seed=decided("seed", partial(secrets.randbits, 53)))
+        return replace(self, seed=secrets.randbits(53))
 
     @property
     def lengths_are_published(self) -> bool:

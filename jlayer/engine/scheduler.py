@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
-from jlayer.engine.deciding import decided
-from jlayer.engine.drawing import Drawn, draw_all, draw_on_one
+from jlayer.engine.deciding import is_one_of_several
+from jlayer.engine.drawing import Drawn, draw_all
 from jlayer.engine.fork import check_process
 from jlayer.engine.home import Home
 from jlayer.engine.lane import Lane
@@ -144,9 +143,10 @@ class Scheduler:
                 return False
             clock, before, speculation = Clock(), replace(engine.totals), self._speculation
             n_compiled = sum(engine.compiles.values())
+            can_end_early = not is_one_of_several()  # else the others would wait for the rest
 
             def somebody_is_there():
-                if all(rider.lane.has_left for rider in riders):
+                if can_end_early and all(rider.lane.has_left for rider in riders):
                     raise _NobodyLeft
 
             try:
@@ -161,8 +161,7 @@ class Scheduler:
                 sweep_s = clock.lap()
                 drawn = self._draw(executor, riders, logits, parts)
                 engine.note_peaks()
-                # Where it waits for another host's word, it may be stopped.
-                seconds = Seconds(*decided("seconds", [drafting_s, sweep_s, clock.lap()]))
+                seconds = Seconds(drafting_s, sweep_s, clock.lap())
             except BaseException as error:
                 for rider in riders:
                     rider.release(engine.caches.pool)
@@ -229,7 +228,7 @@ class Scheduler:
     def _draw(self, executor, riders, logits, parts):
         """Draws tokens for every lane whose tokens are all in; a lane that cannot draw, or whose
         prompt cannot be scored, fails alone. Changes nothing."""
-        drawn = draw_on_one(riders, partial(_drawn, riders, logits))
+        drawn = _drawn(riders, logits)
         failed = [one for one in drawn if not one.is_finite]
         error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
         return [one if one.is_finite else replace(one, error=error) for one in drawn]

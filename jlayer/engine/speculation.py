@@ -17,7 +17,6 @@ from jlayer.drafting.lookup import ALONE, WITH_DRAFT, Index
 from jlayer.drafting.tree import Tree
 from jlayer.drafting.width import Patience
 from jlayer.engine.batch import Part
-from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.draft import DraftModel
 from jlayer.engine.drawing import Drawn
 from jlayer.engine.growing import Grower
@@ -28,7 +27,6 @@ from jlayer.engine.report import Seconds
 from jlayer.engine.riders import Rider
 from jlayer.engine.seats import Seat
 from jlayer.engine.widths import Widths, pass_rows, shares
-from jlayer.errors import UsageError
 from jlayer.pieces import DELTA_BLOCK
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import CHUNK_ROWS, chunks, power_of_two
@@ -76,12 +74,6 @@ class Speculation:
         if options.speculate == "off" or sweeps < 2:
             return 0
         most = options.draft_tokens
-        if is_one_of_several():
-            if options.speculate != "auto" or most is not None:
-                raise UsageError(
-                    "speculate: several processes guess no tokens; leave it out, with draft_tokens"
-                )
-            return 0
         if most is None:
             # Unasked for, and it would not make up for compiling its programs.
             unasked = options.speculate == "auto" and not drafts

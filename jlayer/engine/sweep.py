@@ -15,8 +15,10 @@ from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
 from jlayer.engine.choosing import Chooser
 from jlayer.engine.chunk import OF_STAGE, BoundCall, Chunk
+from jlayer.engine.deciding import step
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
+from jlayer.engine.messages import packed_parts
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.picking import picked_lengths
 from jlayer.engine.programs import Programs
@@ -62,11 +64,13 @@ class Sweeper:
 
     def compile(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Compiles all programs of a forward pass of chunks like these."""
-        self._compile(executor, parts, self._hosted(count_rows(parts)))
+        with step("compile", lambda: [packed_parts(parts)]):
+            self._compile(executor, parts, self._hosted(count_rows(parts)))
 
     def fill(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Starts reading the first weights, ahead of a forward pass of chunks like these."""
-        executor.fill(self._hosted(count_rows(parts)))
+        with step("fill", lambda: [packed_parts(parts)]):
+            executor.fill(self._hosted(count_rows(parts)))
 
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
@@ -101,6 +105,10 @@ class Sweeper:
         The rows are written to the pools; nothing else of the pools changes, so a pass that is
         repeated or given up leaves the committed rows as they were.
         """
+        with step("run", lambda: [packed_parts(parts)]):
+            self._run(executor, parts, take, advance, check)
+
+    def _run(self, executor, parts, take, advance, check):
         n_rows = count_rows(parts)
         hosted = frozenset() if advance else self._hosted(n_rows)
         division = self._compile(executor, parts, hosted)

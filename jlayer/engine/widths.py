@@ -11,6 +11,7 @@ import numpy as np
 
 from jlayer.drafting.scores import Calibration
 from jlayer.drafting.width import Pace, best_width, goes_on
+from jlayer.engine.deciding import step
 from jlayer.engine.lane import Lane
 from jlayer.engine.pace import filled_share, predicted_seconds
 from jlayer.engine.programs import Programs
@@ -39,7 +40,8 @@ class Widths:
         """Measures what was not measured yet, ahead of a forward pass."""
         if plan.load.nodes and plan.tiling is not self._paced:
             most = min(plan.load.n_rows, CHUNK_ROWS[-1])
-            self._pace = Pace(predicted_seconds(plan, self._programs, most_rows=most))
+            with step("time", lambda: [most]):
+                self._pace = Pace(predicted_seconds(plan, self._programs, most_rows=most))
             self._paced = plan.tiling
 
     def usual(self, lanes: Sequence[Lane], plan: Plan, *, drafts: bool) -> int:

@@ -40,6 +40,8 @@ from jlayer.plan.tiling import Tiling
 TILE_BYTES = (None, *(mib << 20 for mib in (256, 128, 64, 48, 32, 16, 8, 4, 2, 1)))
 # Device memory left free when tiles that stay fill the rest.
 RESERVE_BYTES = 96 << 20
+# Seconds that a change to other tiles costs once: new programs are compiled.
+OTHER_TILES_S = 5.0
 
 
 def with_host(
@@ -343,6 +345,19 @@ def _with_kept(plan, tiers, experts):
         device=replace(device, resident_bytes=device.resident_bytes + kept.device),
         host=replace(host, resident_bytes=host.resident_bytes + kept.host),
     )
+
+
+def pays(same: Plan, best: Plan, n_sweeps: int) -> bool:
+    """Whether changing to plan `best` saves time over `n_sweeps` forward passes.
+
+    Other tiles need new programs, and the host tier is read again. The same tiles in other tiers
+    cost nothing: the next pass reads what is missing, as it would have anyway.
+    """
+    gain = (same.cautious_seconds - best.cautious_seconds) * n_sweeps
+    if best.tiling is same.tiling:
+        return gain > 0
+    refill_s = best.tier_bytes(Tier.HOST) / best.machine.disk_speed
+    return gain > OTHER_TILES_S + refill_s
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[bool]:

@@ -95,7 +95,7 @@ def test_the_options_reach_the_opened_model_and_its_run(monkeypatch, capsys):
         given.update(options)
         raise Stop
 
-    monkeypatch.setattr("jlayer.app.verbs.generate.opened", opened)
+    monkeypatch.setattr("jlayer.app.together.opened", opened)
     with pytest.raises(Stop):
         main([*GENERATE, "--draft", "d", "--speculate", "draft", "--draft-tokens", "8"])
     assert given["draft"] == "d"

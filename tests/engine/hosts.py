@@ -28,13 +28,17 @@ def groups(n):
 
 
 @contextmanager
-def started(*commands, n_devices=1):
-    """A process for each of these command lines of Python; none is left at the end."""
+def started(*commands, n_devices=1, stdin=subprocess.DEVNULL):
+    """A process for each of these command lines of Python; none is left at the end. `stdin`: of the
+    first."""
     flags = f"--xla_force_host_platform_device_count={n_devices}"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
-    how = {"env": env, "stdin": subprocess.DEVNULL, "text": True}
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    found = [subprocess.Popen([sys.executable, *map(str, one)], **how) for one in commands]
+    how = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    inputs = [stdin, *[subprocess.DEVNULL] * (len(commands) - 1)]
+    found = [
+        subprocess.Popen([sys.executable, *map(str, one)], stdin=own, **how)
+        for one, own in zip(commands, inputs, strict=True)
+    ]
     try:
         yield found
     finally:
@@ -53,16 +57,23 @@ def ended(processes):
 
 def generate(folder, group, *words):
     """The command line of one host."""
+    return command("generate", folder, group, *words)
+
+
+def command(verb, folder, group, *words):
     options = [word for name in group for word in (f"--{name.replace('_', '-')}", group[name])]
-    return ["-m", "jlayer", "generate", folder, "--device", "cpu", *options, *words]
+    return ["-m", "jlayer", verb, folder, *words, "--device", "cpu", *options]
+
+
+def started_for(cases, n_hosts, n_devices=1):
+    """The hosts for the cases of `one_host`."""
+    asked = [json.dumps({"group": group, "cases": cases}) for group in groups(n_hosts)]
+    return started(*(["-m", "tests.engine.one_host", one] for one in asked), n_devices=n_devices)
 
 
 def answers(cases, n_hosts, n_devices):
     """What each host gives for the cases of `one_host`, by their names."""
-    asked = [json.dumps({"group": group, "cases": cases}) for group in groups(n_hosts)]
-    with started(
-        *(["-m", "tests.engine.one_host", one] for one in asked), n_devices=n_devices
-    ) as processes:
+    with started_for(cases, n_hosts, n_devices) as processes:
         results = ended(processes)
     for code, _, errors in results:
         assert code == 0, errors

@@ -1,12 +1,14 @@
 """One of several processes, which are the hosts of a model: run by `test_hosts` as
 `python -m tests.engine.one_host '{"process_id": 1, "cases": ...}'`. Prints a line of JSON for each
-case."""
+case. Process 0 gives the tokens and the logits, and the others follow."""
 
 import json
 import sys
+import time
 
 import jlayer
 from jlayer import AutoModel
+from jlayer.errors import StorageError, UsageError
 from jlayer.plan import making
 from tests.engine.test_host_cache import tight
 
@@ -22,19 +24,67 @@ def answer(case, group):
         options["device_memory"] = tight(case["folder"], **tiles)
     folder = case["folder"].format(**group)
     with AutoModel.from_pretrained(folder, **options) as model:
-        found = jlayer.generate(model, case["ids"], **case["run"])
-        logits = model.logits([case["ids"]])
+        found = model.follow() if model.follows else GIVEN[case.get("how", "generate")](model, case)
         return {
             "name": case["name"],
-            "token_ids": found.token_ids,
-            "seed": found.seed,
-            "logits": logits.ravel().tolist(),
-            "read_bytes": found.stats["read_bytes"],
-            "sweep_bytes": found.plan["sweep"]["bytes"],
-            "cache_bytes": found.plan["host"]["cache_bytes"],
-            "device": found.device,
+            "refused": said_by(jlayer.generate, model, case["ids"]) if model.follows else None,
+            "read_bytes": model.engine.totals.read_bytes,
+            "sweep_bytes": model.plan.tiling.n_bytes,
+            "device": model.engine.device_name,
+            **(found or {}),
         }
 
+
+def generated(model, case):
+    found = jlayer.generate(model, case["ids"], **case["run"])
+    return {
+        "token_ids": found.token_ids,
+        "seed": found.seed,
+        "logits": model.logits([case["ids"]]).ravel().tolist(),
+        "cache_bytes": found.plan["host"]["cache_bytes"],
+        "drafted": found.stats["drafted"],
+        "sweeps": found.stats["sweeps"],
+    }
+
+
+def submitted(model, case):
+    """Texts that are cancelled while they ride alone, some that share forward passes, and one that
+    comes when all of them have ended."""
+    n_cancelled = [cancelled(model, case) for _ in range(4)]
+    runs = [model.submit(prompt, **case["run"]) for prompt in case["prompts"]]
+    found = [run.result(timeout=120).token_ids for run in runs]
+    found.append(model.submit(case["ids"], **case["run"]).result(timeout=120).token_ids)
+    return {"texts": found, "n_cancelled": n_cancelled}
+
+
+def cancelled(model, case):
+    """How many tokens a text got before it was cancelled, in the middle of a pass."""
+    run = model.submit(case["ids"], max_new_tokens=200, eos_token_id=None, temperature=0)
+    for _ in range(3):
+        next(run)
+    time.sleep(0.002)
+    run.cancel()
+    return len(run.result().token_ids)
+
+
+def failed(model, case):
+    """The reader of process 0 fails in a pass that another thread drives."""
+
+    def begin(written):
+        raise StorageError("layer 1: the disk is gone")
+
+    model.engine.caches.begin = begin
+    return model.submit(case["ids"], **case["run"]).result(timeout=120)
+
+
+def said_by(function, *given):
+    try:
+        function(*given)
+    except UsageError as error:
+        return str(error)
+
+
+GIVEN = {"generate": generated, "submit": submitted, "fail": failed}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])

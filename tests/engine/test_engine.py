@@ -293,7 +293,7 @@ def test_an_executor_that_cannot_be_made_leaves_the_live_runs_as_they_were(fable
     with opened(fable) as model:
         streams = jlayer.stream(model, IDS, **OPTIONS)
         tokens = list(next(streams).token_ids)
-        monkeypatch.setattr("jlayer.engine.engine.OTHER_TILES_S", -1e9)
+        monkeypatch.setattr("jlayer.plan.making.OTHER_TILES_S", -1e9)
         monkeypatch.setattr("jlayer.engine.engine.NEARLY", 0.0)
         monkeypatch.setattr("jlayer.plan.making.TILE_BYTES", (100_000,))
         with monkeypatch.context() as broken:

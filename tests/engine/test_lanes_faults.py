@@ -194,16 +194,16 @@ def test_an_interrupt_of_the_search_for_what_is_not_finite_changes_nothing(model
     assert found == [want]
 
 
-def test_an_interrupt_where_another_host_s_word_is_waited_for_changes_nothing(model, monkeypatch):
-    """After all tokens were drawn, it left the entries of the pass to nobody."""
+def test_an_interrupt_after_the_tokens_are_drawn_changes_nothing(model, monkeypatch):
+    """It left the entries of the pass to nobody."""
     want = alone(model, PROMPT[:9], max_new_tokens=4, **GREEDY)
     run = Run(model, PROMPT[:9], max_new_tokens=4, **GREEDY)
 
-    def decided(label, value):
+    def note_peaks():
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, "decided", decided)
+        patched.setattr(model.engine, "note_peaks", note_peaks)
         with pytest.raises(KeyboardInterrupt):
             run.advance()
     check_rows(model, run)

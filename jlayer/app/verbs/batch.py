@@ -22,9 +22,10 @@ from contextlib import ExitStack, closing, contextmanager
 
 from jlayer.app import options, progress
 from jlayer.app.ending import Interrupted, code_of, word_of
-from jlayer.app.running import describe, opened
+from jlayer.app.running import describe
 from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
 from jlayer.app.streams import draws, tell
+from jlayer.app.together import followed, opened_for
 from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check, released
@@ -52,13 +53,15 @@ def add_arguments(parser):
     add_served(parser)
 
 
-def run(args) -> dict:
+def run(args) -> dict | None:
     if args.ray is not None:
         return _run_on_ray(args)
     if args.workers is not None:
         raise UsageError("--workers: found without --ray; say which cluster they are of")
     said = {"names": names_of(args), "chat_template": template_of(args)}
     check_packages("batch", NEEDED)
+    if followed(args, run_options(args)):
+        return None
     from jlayer.serving.batch.journal import Journal
     from jlayer.serving.batch.lines import Lines
 
@@ -67,7 +70,7 @@ def run(args) -> dict:
     with lines, Journal(args.output, note=tell) as journal, _kept(args.output, lines, journal):
         if lines.is_file(journal.status):
             raise UsageError(f"{args.output}: is the input; name another file for the output")
-        with opened(args.ref, offline=args.offline, **run_options(args)) as model:
+        with opened_for(args, run_options(args)) as model:
             found = _answer_all(args, model, lines, journal, said)
     if not args.json:
         print(_line(found))
@@ -75,6 +78,8 @@ def run(args) -> dict:
 
 
 def _run_on_ray(args):
+    if args.processes is not None:
+        raise UsageError("--processes: found with --ray, whose workers have a model each; leave it")
     said = {"names": names_of(args), "chat_template": template_of(args)}
     check_packages("batch", NEEDED)
     check_packages("batch", NEEDED_FOR_RAY, extra="ray")

@@ -11,10 +11,11 @@ import sys
 
 from jlayer.app import options
 from jlayer.app.inputs import folder_of
-from jlayer.app.running import describe, opened
+from jlayer.app.running import describe
 from jlayer.app.sampling import SAMPLING, add_sampling, check_draft_of, sampling_of
 from jlayer.app.streams import is_terminal, tell
 from jlayer.app.templates import TEMPLATE, add_template, system_of, template_of
+from jlayer.app.together import followed, opened_for
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
 from jlayer.errors import UsageError
@@ -41,22 +42,25 @@ def add_arguments(parser):
     parser.add_argument("--preset", metavar="NAME", help="options for a kind of machine, by name")
     add_template(parser)
     options.add_run(parser)
+    options.add_processes(parser)
     options.add_draft(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
 
 
-def run(args) -> dict:
+def run(args) -> dict | None:
     sampling = sampling_of(args, NAMES)
     form, system = template_of(args), system_of(args)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, "context", "draft", "follow_links"),
+        **options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links"),
     }
     check_draft_of(sampling, run_options)
     template = _checked_template(args, form, system)
-    with opened(args.ref, offline=args.offline, **run_options) as model:
+    if followed(args, run_options):
+        return None
+    with opened_for(args, run_options) as model:
         from jlayer.app.chat.history import state_path
         from jlayer.app.chat.page import Page
         from jlayer.app.chat.session import Session

@@ -6,8 +6,6 @@ text, it is read from stdin. The newline at the end of a file or of stdin is not
 
 from __future__ import annotations
 
-import json
-
 from jlayer.app import options
 from jlayer.app import picture as timeline
 from jlayer.app.inputs import (
@@ -18,16 +16,14 @@ from jlayer.app.inputs import (
     read_text,
     without_line_end,
 )
-from jlayer.app.running import follow, opened, write_text
+from jlayer.app.running import follow, write_text
 from jlayer.app.sampling import add_sampling, check_draft_of, sampling_of
-from jlayer.app.streams import quiet
 from jlayer.app.templates import TEMPLATE, VARIABLE, add_template, system_of, template_of
+from jlayer.app.together import followed, opened_for
 from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
-from jlayer.engine.hosts import end_process, placement_of
-from jlayer.errors import StorageError, UsageError
+from jlayer.errors import UsageError
 from jlayer.interrupts import check
-from jlayer.run_config import RunConfig
 
 MISSING = (
     "prompt: none given, and stdin is {found}; write it after MODEL, use -p TEXT or "
@@ -79,27 +75,14 @@ def run(args) -> dict | None:
         **options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links"),
     }
     check_draft_of(sampling, run_options)
-    placement = placement_of(RunConfig.from_options(**run_options))
-    is_first = placement is None or placement.number == 0  # of several processes, which prints
-    with (
-        quiet(args.quiet or not is_first),
-        opened(args.ref, offline=args.offline, **run_options) as model,
-    ):
+    if followed(args, run_options):
+        return None
+    with opened_for(args, run_options) as model:
         check()
-        if model.engine.hosts is not None and args.json:
-            model.engine.hosts.end = print_loss
         decoding, _ = model.decoding(prompt, options=sampling, **form)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
-            show = write_text if is_first and not args.json else None
-            found = follow(model, decoding, show, verbose=args.verbose)
-    return found if is_first else None
-
-
-def print_loss(line: str) -> None:
-    """Ends the process where another host is lost, with the object that --json asks for."""
-    error = {"error": line, "exit_code": StorageError.exit_code}
-    write_text(f"{json.dumps(error)}\n")
-    end_process(line)
+            show = None if args.json else write_text
+            return follow(model, decoding, show, verbose=args.verbose)
 
 
 def chat_form(args) -> dict:

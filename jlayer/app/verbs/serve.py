@@ -14,6 +14,7 @@ from jlayer.app import options
 from jlayer.app.inputs import argument_text, read_text
 from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
 from jlayer.app.streams import tell
+from jlayer.app.together import followed, opened_for
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
 from jlayer.run_config import RunConfig
@@ -72,7 +73,7 @@ def add_arguments(parser):
     add_served(parser)
 
 
-def run(args) -> dict:
+def run(args) -> dict | None:
     _check(args)
     key, template = api_key(args), template_of(args)
     if not is_loopback(args.host) and key is None:
@@ -81,6 +82,8 @@ def run(args) -> dict:
             f"--api-key-file F (or set {KEY}), or leave --host out"
         )
     check_packages("serve", NEEDED)
+    if followed(args, run_options(args)):
+        return None
     from jlayer.serving.http.guard import Rules
     from jlayer.serving.http.running import Serving, listen
     from jlayer.serving.http.site import Site
@@ -109,11 +112,10 @@ def run(args) -> dict:
 @contextmanager
 def _opened(args):
     """Yields the model and its desk."""
-    from jlayer.app.running import opened
     from jlayer.serving.desk import Desk
     from jlayer.serving.queue import Limits
 
-    with opened(args.ref, offline=args.offline, **run_options(args)) as model:
+    with opened_for(args, run_options(args)) as model:
         desk = Desk(model, limits=Limits(people=args.max_queue))
         desk.start()
         try:

@@ -1,0 +1,108 @@
+"""Process 0 of several decides who rides, what is guessed and what is drawn; the others follow."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jlayer
+from jlayer import AutoModel
+from jlayer.engine.batch import Entry, arrange
+from jlayer.engine.messages import packed_parts, unpacked_parts
+from jlayer.engine.pool import Pool
+from jlayer.plan.shapes import PoolSizes
+from tests.conftest import BUNDLED
+from tests.engine.hosts import answers, ended, started_for
+
+IDS = [1, 5, 9, 33, 7, 12, 1, 5, 9]
+GREEDY = {"max_new_tokens": 24, "temperature": 0, "eos_token_id": None}
+PROMPTS = [[4, 4, 8], IDS, [*IDS, 40, 41, 42]]
+DRAWN = {**GREEDY, "temperature": 0.9, "seed": 7}
+
+
+def alone(*prompts, **run):
+    """What one process gives for each prompt, one after another."""
+    with AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:
+        return [jlayer.generate(model, prompt, **run).token_ids for prompt in prompts]
+
+
+def case(name, run, **more):
+    return {"name": name, "folder": str(BUNDLED), "ids": IDS, "run": run, **more}
+
+
+def leaves(parts):
+    return jax.tree.leaves([(part.tokens, part.wanted, part.places, part.rows) for part in parts])
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """What two hosts give for some cases, by their names."""
+    drafted = {"options": {"draft": str(BUNDLED)}}
+    lookup = {"speculate": "lookup", "draft_tokens": 7}
+    cases = [
+        case("draft", {**GREEDY, "draft_tokens": 7}, **drafted),
+        case("drawn", {**DRAWN, "draft_tokens": 7}, **drafted),
+        case("lookup", {**GREEDY, **lookup}),
+        case("submit", {**DRAWN, "max_new_tokens": 8}, how="submit", prompts=PROMPTS),
+    ]
+    return answers(cases, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["draft", "drawn", "lookup"])
+def test_guesses_are_those_of_process_0_and_change_no_token(hosts, name):
+    found = hosts[0][name]
+    assert [found["token_ids"]] == alone(IDS, **(DRAWN if name == "drawn" else GREEDY))
+    assert found["drafted"] > 0
+    if name == "draft":  # it is the model itself
+        assert found["sweeps"] < len(found["token_ids"]) / 3
+
+
+def test_texts_that_are_submitted_and_cancelled_in_process_0_ride_on_all(hosts):
+    found = hosts[0]["submit"]
+    assert found["texts"] == alone(*PROMPTS, IDS, **{**DRAWN, "max_new_tokens": 8})
+    assert all(0 < count < 200 for count in found["n_cancelled"])
+
+
+def test_another_process_takes_no_prompt(hosts):
+    refused = hosts[1]["submit"]["refused"]
+    assert refused.startswith("hosts: process 0 alone takes prompts; call follow()")
+
+
+@pytest.mark.slow
+def test_a_pass_that_fails_in_another_thread_of_process_0_ends_all():
+    """It has no way to go on: the others are in the middle of the pass."""
+    asked = started_for([case("fail", GREEDY, how="fail")], 2)
+    with asked as processes:
+        (code, _, errors), (other, _, lines) = ended(processes)
+    assert (code, other) == (6, 6)
+    assert errors.splitlines()[-1] == "jlayer: layer 1: the disk is gone"
+    assert "ended early: layer 1: the disk is gone" in lines.splitlines()[-1]
+
+
+def test_a_process_by_itself_follows_nobody():
+    with AutoModel.from_pretrained(BUNDLED, device="cpu") as model:
+        assert not model.follows
+        with pytest.raises(jlayer.UsageError, match="follow: this is process 0, or the only one"):
+            model.follow()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"windows": (8,)}, {"has_state": True}], ids=["plain", "windows", "states"]
+)
+def test_chunks_are_told_as_they_are(more):
+    pool = Pool(**more)
+    slots = 6 if more.get("has_state") else 0
+    pool.grow(PoolSizes(64, tuple(32 for _ in pool.windows), slots))
+    tree, text = pool.take(5), pool.take(7)
+    none = np.zeros(0, np.int32)
+    entries = [
+        Entry([5, 6, 7, 8, 9], none, tree, 64, wanted=3, parents=(-1, 0, 0, 1, 1), n_kept=1),
+        Entry([1, 2, 3, 4], text[:3], text[3:], 64, is_long=True, n_kept=4),
+    ]
+    parts = arrange(entries, pool=64, windows=pool.windows, switches=True, slots=slots)
+    told = unpacked_parts(json.loads(json.dumps(packed_parts(parts))))
+    assert [part.size for part in told] == [part.size for part in parts]
+    for own, other in zip(leaves(parts), leaves(told), strict=True):
+        assert own.dtype == other.dtype
+        np.testing.assert_array_equal(own, other)
