@@ -23,6 +23,7 @@ from jlayer.engine.deciding import end_others, follows, step
 from jlayer.engine.draft import draft_for
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
+from jlayer.engine.helping import Helping
 from jlayer.engine.hosting import Host, cores_beside
 from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
@@ -80,7 +81,7 @@ class Engine:
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
         self._closed = False
         self._executor: Executor | None = None
-        self.host: Host | None = None
+        self.host, self.helping = None, Helping()
         self.notes: tuple[str, ...] = ()  # for the user; none is an error
         self.plan = self._first_plan(RunShape(context=run.context or 1))
         self.plan.check()
@@ -108,7 +109,7 @@ class Engine:
             self._residents,
             self.caches,
             host=self.host,
-            hosted=lambda n_rows: self.plan.hosted(n_rows),
+            hosted=lambda n_rows: self.helping.hosted(self.plan, n_rows),
         )
         self.speculation = Speculation(self, self.draft)
         self.scheduler = Scheduler(self, self.speculation)

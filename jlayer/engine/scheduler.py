@@ -26,6 +26,7 @@ from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders
 from jlayer.engine.speculation import Speculation
+from jlayer.engine.sweep import count_rows
 from jlayer.interrupts import check, deferred
 
 PATIENCE_S = 0.5  # signals are looked for at least so often by who waits for another thread
@@ -171,9 +172,10 @@ class Scheduler:
             self._commit(riders, logits, drawn, seconds, engine.totals.since(before))
             speculation.learn(drawn, parts, seconds)
             n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)
-            if n_prompt_rows < sum(r.n_rows for r in riders) and n_compiled == sum(
-                engine.compiles.values()
-            ):
+            if n_compiled < sum(engine.compiles.values()):
+                return True  # it took longer than the next one of its kind
+            engine.helping.learn(engine.plan, n_rows=count_rows(parts), seconds=seconds.sweep)
+            if n_prompt_rows < sum(r.n_rows for r in riders):
                 self._room.learn(engine.plan, n_prompt_rows=n_prompt_rows, seconds=seconds.sweep)
             return True
 

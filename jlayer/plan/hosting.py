@@ -86,11 +86,12 @@ def hosted_tiles(
     tiers: Sequence[Tier],
     speeds: HostSpeeds | None,
     *,
+    link: float,
     rows: int,
     always: bool,
 ) -> frozenset[int]:
-    """The tiles that the host multiplies in a forward pass of `rows` rows. `always`: all that were
-    set apart for it."""
+    """The tiles that the host multiplies in a forward pass of `rows` rows. `link`: its bytes/s
+    while the cores rest. `always`: all that were set apart for it."""
     apart = [
         index
         for index, tile in enumerate(tiling.shapes)
@@ -112,11 +113,12 @@ def hosted_tiles(
         for size, tier in zip(tiling.device_sizes, tiers, strict=True)
         if tier is not Tier.DEVICE
     )
+    # Beside cores that read the same memory the link is slower than by itself.
     crossing = sum(tiling.sizes[index] for index in apart) / speeds.link
-    alone, exchange = passing / speeds.link, EXCHANGE_S * count_stages(tiling, apart)
-    share = balanced(on_host, crossing, alone, exchange)
-    with_host = max(alone - share * crossing, share * on_host + exchange)
-    if with_host > WORTH * alone:
+    all_crossing, exchange = passing / speeds.link, EXCHANGE_S * count_stages(tiling, apart)
+    share = balanced(on_host, crossing, all_crossing, exchange)
+    with_host = max(all_crossing - share * crossing, share * on_host + exchange)
+    if with_host > WORTH * passing / link:
         return frozenset()
     return frozenset(_some_of_each_stage(tiling, apart, share))
 

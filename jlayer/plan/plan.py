@@ -105,7 +105,10 @@ class Plan:
         known = self._hosted
         if n_rows not in known:
             known[n_rows] = hosting.hosted_tiles(
-                self.tiling, self.tiers, self.machine.host, rows=n_rows, always=self.always_hosted
+                *(self.tiling, self.tiers, self.machine.host),
+                link=self.machine.bytes_per_s,
+                rows=n_rows,
+                always=self.always_hosted,
             )
         return known[n_rows]
 
@@ -187,15 +190,19 @@ class Plan:
         token for each lane."""
         known = self._narrow
         if n_rows not in known:
-            known[n_rows] = self._seconds_of_few(n_rows)
+            known[n_rows] = self._seconds_of_few(n_rows, self.hosted(n_rows))
         return known[n_rows]
+
+    def unaided_seconds(self, n_rows: int) -> float:
+        """`narrow_seconds`, if the host's cores multiplied nothing."""
+        return self._seconds_of_few(n_rows, frozenset())
 
     @cached_property
     def _narrow(self):
         return {}
 
-    def _seconds_of_few(self, n_rows):
-        n_chunks, hosted = self.load.n_decode_chunks, self.hosted(n_rows)
+    def _seconds_of_few(self, n_rows, hosted):
+        n_chunks = self.load.n_decode_chunks
         bytes_s = time.bytes_seconds(
             *(self.machine, self.tiling, self.tiers),
             n_chunks=n_chunks,

@@ -121,6 +121,21 @@ def test_the_widest_passes_are_left_to_the_device_however_fast_the_cores_are():
     assert not plan.hosted(256)
 
 
+def test_a_share_is_held_against_the_link_as_it_is_while_the_cores_rest():
+    """It was held against the link beside the cores, which is slower; so cores were taken that cost
+    more of the link than they gave."""
+    weights = weights_of(LLAMA_70B)
+    machine = machine_of(device_budget=1536 * MIB, host_budget=200 << 30)
+    hosted = []
+    for beside in (50e9, 20e9):
+        found = replace(machine, link_speed=55e9, host=speeds(100e9, beside))
+        shares = (("bfloat16", 0.5),)
+        plan = make_plan(weights, found, RunShape(1, 1, 64), shares=shares)
+        hosted.append([len(plan.hosted(rows)) for rows in (1, 64)])
+    assert hosted[0][0] > hosted[0][1] > 0
+    assert hosted[1] == [hosted[1][0], 0]
+
+
 def test_slow_cores_and_what_fits_the_device_are_left_alone():
     assert planned(1e9).host_share == 0
     assert planned(100e9, budget=160 << 30).host_share == 0
@@ -137,7 +152,7 @@ def test_a_tile_that_stays_on_the_device_is_not_the_hosts():
     weights = weights_of(SMALL)
     tiling = cut(weights, MIB // 8, platform="gpu", shares=(("bfloat16", 1.0),))
     tiers = [Tier.DEVICE if i % 2 else Tier.HOST for i in range(len(tiling.shapes))]
-    found = hosted_tiles(tiling, tiers, None, rows=1, always=True)
+    found = hosted_tiles(tiling, tiers, None, link=1e9, rows=1, always=True)
     assert found == {i for i in range(len(tiers)) if i % 2 == 0}
 
 
