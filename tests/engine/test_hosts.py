@@ -4,7 +4,6 @@ host, each byte read once, and an end for all when one is lost."""
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import time
@@ -20,8 +19,8 @@ from jlayer.engine.alike import hosts_of
 from jlayer.engine.hosts import placement_of
 from jlayer.errors import UsageError
 from jlayer.run_config import RunConfig
-from tests.conftest import BUNDLED, REPOSITORY
-from tests.engine.hosts import answers, ended, generate, groups, started
+from tests.conftest import BUNDLED
+from tests.engine.hosts import answers, commands_of_the_page, ended, generate, groups, started
 from tests.engine.test_host_cache import tight
 from tests.reference import mixture_forms
 
@@ -139,18 +138,12 @@ def test_three_hosts_that_rows_do_not_come_out_even_for(fable):
     assert_same([case("three", fable, tile_bytes=100_000)], 3, 1)
 
 
-def commands_of_the_page():
-    text = (REPOSITORY / "docs" / "hosts.md").read_text()
-    return [shlex.split(line) for line in re.findall(r"(?m)^ {4}(jlayer generate .*)", text)]
-
-
 def test_the_page_s_commands_run_and_one_prints(fable):
     """`jlayer generate`, as the page has it, but for the folder and the address."""
-    own = {"path/to/Llama-3-70B": str(fable), "10.0.0.1:7070": groups(1)[0]["coordinator"]}
-    commands = [[own.get(word, word) for word in words[1:]] for words in commands_of_the_page()]
+    commands = commands_of_the_page("generate", **{"path/to/Llama-3-70B": fable})
     assert len(commands) == 2
-    more = ["--device", "cpu", "--temperature", "0", "-n", "3", "--json"]
-    with started(*(["-m", "jlayer", *words, *more] for words in commands)) as processes:
+    more = ["--temperature", "0", "-n", "3", "--json"]
+    with started(*([*words, *more] for words in commands)) as processes:
         (code, out, _), other = ended(processes)
     assert (code, other) == (0, (0, "", ""))
     assert json.loads(out)["device"] == "2 hosts with 1 x cpu"
