@@ -96,9 +96,8 @@ def run_needs(
     """
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     pools = pool_sizes(load, windows_of(cfg), least_pool)
-    n = machine.all_devices
     return [
-        _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item, n_devices=n),
+        _cache_need(cfg, cache, pools, load.n_rows, item_bytes=item, machine=machine),
         Need(
             "activation",
             device=activation_bytes(cfg, load, item_bytes=item, whole=tiling.is_whole)
@@ -171,25 +170,31 @@ def _pool_bytes(cfg, kind, pools, item_bytes):
 POOLS_ON_DEVICE = 2
 
 
-def _cache_need(cfg, tier, pools, n_rows, *, item_bytes, n_devices):
-    """The pools. In host memory each has a page of slack, and what a forward pass writes comes back
-    from two layers at a time."""
+def _cache_need(cfg, tier, pools, n_rows, *, item_bytes, machine):
+    """The pools: of each host, and each device, those of its own heads where they are dealt out. In
+    host memory each has a page of slack, and what a forward pass writes comes back from two layers
+    at a time."""
+
+    def own(kind, pools, n):
+        """What one of `n` has of it, as the heads are dealt out to all devices."""
+        is_dealt = deals_heads(kind.attention, machine.all_devices)
+        return _pool_bytes(cfg, kind, pools, item_bytes) // (n if is_dealt else 1)
 
     def on_a_device(kind, pools):
-        n = n_devices if deals_heads(kind.attention, n_devices) else 1
-        return _pool_bytes(cfg, kind, pools, item_bytes) // n
+        return own(kind, pools, machine.all_devices)
 
+    counted = counted_kinds(cfg)
     if tier is Tier.DEVICE:
-        counted = counted_kinds(cfg)
         return Need("cache", device=sum(n * on_a_device(kind, pools) for kind, n in counted))
-    whole = cache_bytes(cfg, pools, item_bytes=item_bytes)
+    on_host = sum(n * own(kind, pools, machine.n_hosts) for kind, n in counted)
     largest = max(on_a_device(kind, pools) for kind in _kinds(cfg))
     written = n_rows * max(_pool_bytes(cfg, kind, 1, item_bytes) for kind in _kinds(cfg))
-    on_host = whole + cfg.num_hidden_layers * 2 * ALIGNMENT
+    back = n_rows * max(own(kind, 1, machine.n_hosts) for kind in _kinds(cfg))
+    slack = cfg.num_hidden_layers * 2 * ALIGNMENT
     return Need(
         "cache",
         device=POOLS_ON_DEVICE * (largest + written),
-        host=on_host + POOLS_ON_DEVICE * written,
+        host=on_host + slack + POOLS_ON_DEVICE * back,
     )
 
 

@@ -12,7 +12,7 @@ from jlayer.app.cli import main
 from tests.app.chat.talk import TEMPLATE
 from tests.app.screen import PYTHON, on_terminal
 from tests.app.test_chat import COMMAND
-from tests.engine.hosts import command, ended, groups, started
+from tests.engine.hosts import command, commands_of_the_page, ended, groups, started
 from tests.serving.batch.requests import answers, assert_same, request, written
 
 FLOAT32 = ("--dtype", "float32")  # in bfloat16 who else rides may change a token
@@ -33,11 +33,20 @@ def test_a_batch_is_answered_by_process_0_as_by_one(fable, tmp_path):
     source, folder = written(tmp_path / "in", REQUESTS), str(fable)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert main(["batch", folder, str(source), one, "--device", "cpu", *FLOAT32]) == 0
-    with started(*commands("batch", fable, source, two, "--json", *FLOAT32)) as processes:
+    own = {"path/to/Llama-3-70B": folder, "requests.jsonl": source, "answers.jsonl": two}
+    commands = commands_of_the_page("batch", **own)  # of `jlayer batch`
+    assert len(commands) == 2
+    with started(*([*words, "--json", *FLOAT32] for words in commands)) as processes:
         (code, out, _), other = ended(processes)
     assert (code, other) == (0, (0, "", ""))
     assert json.loads(out)["answered"] == len(REQUESTS)
     assert_same(answers(tmp_path / "two"), answers(tmp_path / "one"))
+
+
+def test_workers_of_a_cluster_are_no_hosts_of_one_model(fable, tmp_path, capsys):
+    words = [str(fable), "in", "out", "--ray", "local", "--processes", "2"]
+    assert main(["batch", *words]) == 2
+    assert "--processes: found with --ray" in capsys.readouterr().err
 
 
 @pytest.mark.slow

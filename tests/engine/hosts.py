@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -63,6 +65,17 @@ def generate(folder, group, *words):
 def command(verb, folder, group, *words):
     options = [word for name in group for word in (f"--{name.replace('_', '-')}", group[name])]
     return ["-m", "jlayer", verb, folder, *words, "--device", "cpu", *options]
+
+
+def commands_of_the_page(verb, **own):
+    """What docs/hosts.md shows of a verb, as command lines of Python; `own`: words in place of some
+    that it shows."""
+    text = (REPOSITORY / "docs" / "hosts.md").read_text()
+    address = groups(1)[0]["coordinator"]
+    found = re.findall(rf"(?m)^ {{4}}jlayer ({verb} .*)", text)
+    own = {"10.0.0.1:7070": address, **own}
+    lines = [[own.get(word, word) for word in shlex.split(words)] for words in found]
+    return [["-m", "jlayer", *words, "--device", "cpu"] for words in lines]
 
 
 def started_for(cases, n_hosts, n_devices=1):

@@ -10,7 +10,6 @@ import jlayer
 from jlayer import AutoModel
 from jlayer.errors import StorageError, UsageError
 from jlayer.plan import making
-from tests.engine.test_host_cache import tight
 
 HOW = {"device": "cpu", "dtype": "float32"}
 
@@ -19,9 +18,6 @@ def answer(case, group):
     """What a model gives here: the case names its folder, its tile size, its options and a run."""
     making.TILE_BYTES = (case["tile_bytes"],) if "tile_bytes" in case else making.TILE_BYTES
     options = {**HOW, **group, **case.get("options", {})}
-    if case.get("is_tight"):
-        tiles = {name: options[name] for name in options.keys() - HOW.keys()}
-        options["device_memory"] = tight(case["folder"], **tiles)
     folder = case["folder"].format(**group)
     with AutoModel.from_pretrained(folder, **options) as model:
         found = model.follow() if model.follows else GIVEN[case.get("how", "generate")](model, case)
@@ -36,12 +32,16 @@ def answer(case, group):
 
 
 def generated(model, case):
-    found = jlayer.generate(model, case["ids"], **case["run"])
+    decoding, _ = model.decoding(case["ids"], options=case["run"])
+    held = max(model.engine.caches.host_bytes for _ in decoding)
+    (found,) = decoding.generations()
     return {
         "token_ids": found.token_ids,
         "seed": found.seed,
         "logits": model.logits([case["ids"]]).ravel().tolist(),
+        "read_bytes": found.stats["read_bytes"],
         "cache_bytes": found.plan["host"]["cache_bytes"],
+        "held_cache_bytes": held,
         "drafted": found.stats["drafted"],
         "sweeps": found.stats["sweeps"],
     }

@@ -1,6 +1,7 @@
 """Process 0 of several decides who rides, what is guessed and what is drawn; the others follow."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,8 +13,8 @@ from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.messages import packed_parts, unpacked_parts
 from jlayer.engine.pool import Pool
 from jlayer.plan.shapes import PoolSizes
-from tests.conftest import BUNDLED
-from tests.engine.hosts import answers, ended, started_for
+from tests.conftest import BUNDLED, REPOSITORY
+from tests.engine.hosts import answers, ended, groups, started, started_for
 
 IDS = [1, 5, 9, 33, 7, 12, 1, 5, 9]
 GREEDY = {"max_new_tokens": 24, "temperature": 0, "eos_token_id": None}
@@ -67,6 +68,21 @@ def test_texts_that_are_submitted_and_cancelled_in_process_0_ride_on_all(hosts):
 def test_another_process_takes_no_prompt(hosts):
     refused = hosts[1]["submit"]["refused"]
     assert refused.startswith("hosts: process 0 alone takes prompts; call follow()")
+
+
+@pytest.mark.slow
+def test_the_page_s_example_runs():
+    text = (REPOSITORY / "docs" / "hosts.md").read_text()
+    (block,) = re.findall(r"(?m)^    from jlayer import .*\n(?:    .*\n|\n)*", text)
+    code = "\n".join(line[4:] for line in block.splitlines())
+    code = code.replace("path/to/Llama-3-70B", str(BUNDLED))
+    code = code.replace("10.0.0.1:7070", groups(1)[0]["coordinator"])
+    own = [code.replace("=2)", f"=2, process_id={number}, device='cpu')") for number in range(2)]
+    with started(*(["-c", one] for one in own)) as processes:
+        (first, text, _), (second, other, _) = ended(processes)
+    with AutoModel.from_pretrained(BUNDLED, device="cpu") as model:
+        assert text == jlayer.generate(model, "Once upon a time").text + "\n"
+    assert (first, second, other) == (0, 0, "")
 
 
 @pytest.mark.slow

@@ -21,11 +21,12 @@ LONG = {"max_new_tokens": 120, "temperature": 0}
 SHAPE = RunShape(1, len(IDS), len(IDS) + 120, sweeps=120)
 
 
-def tight(folder, shape=SHAPE, **options):
-    """The smallest device budget that holds a run, with its pools in host memory."""
+def tight(folder, shape=SHAPE, on=None, **options):
+    """The smallest device budget that holds a run, with its pools in host memory. `on`: what
+    differs of the machine."""
     with opened(folder, **options) as model:
         engine = model.engine
-        machine = replace(engine.plan.machine, device_budget=1)
+        machine = replace(engine.plan.machine, device_budget=1, **(on or {}))
         needed = make_plan(engine.weights, machine, shape)
     assert needed.cache is Tier.HOST
     return needed.device_peak_bytes

@@ -88,6 +88,18 @@ def test_two_hosts_need_half_the_host_memory_and_read_half():
     assert both.device.cache_bytes == alone.device.cache_bytes // 2
 
 
+def test_of_pools_in_host_memory_each_host_has_those_of_its_own_heads():
+    weights, run = weights_of(SMALL_8B), RunShape(1, 4, 100_000)
+    on = {"platform": "gpu", "device_budget": 1 << 30, "host_budget": 64 << 30, "link_speed": 2e10}
+    alone, both, three = (
+        make_plan(weights, machine(**on, n_hosts=n, host_number=n - 1), run) for n in (1, 2, 3)
+    )
+    assert alone.cache is both.cache is three.cache is Tier.HOST
+    assert both.host.cache_bytes == pytest.approx(alone.host.cache_bytes / 2, rel=0.01)
+    # Its 8 heads do not come out even.
+    assert three.host.cache_bytes == pytest.approx(alone.host.cache_bytes, rel=0.01)
+
+
 def test_one_device_has_everything():
     assert dealt(64, row_unit=1, n=1) is None
 
