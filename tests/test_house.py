@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -61,31 +62,67 @@ def room(module):
     return {"": "app", "__main__": "app"}.get(rest, rest.split(".")[0])
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Of one file. `imports`: (module, name or None) of each import, wherever in it.
+    `own`: what the file defines or assigns itself: functions, classes, variables, attributes.
+    `reached`: (name, expression) of each private name that it takes from elsewhere: as an
+    attribute, or to patch it."""
+
+    imports: tuple
+    own: frozenset
+    reached: tuple
+
+
 @cache
-def nodes(path):
-    """Of a file, in no order: each is read and parsed once."""
-    return tuple(ast.walk(ast.parse(path.read_text())))
+def facts(path):
+    """Each file is parsed once. Its tree is not kept: Python's collector would go through the trees
+    of all files again and again."""
+    nodes = tuple(ast.walk(ast.parse(path.read_text())))
+    own = frozenset(own_names(nodes))
+    return Facts(tuple(imports(path, nodes)), own, tuple(private_reaches(nodes, own)))
+
+
+def imports(path, nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def own_names(nodes):
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def private_reaches(nodes, own):
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "setattr":
+            words = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
+            name = str(words[0]).rpartition(".")[2] if words else ""
+        else:
+            continue
+        if re.match(r"_[a-z]", name) and name not in own:
+            yield name, ast.unparse(node)
 
 
 def imported(path):
-    """(module of ours, name or None) of each import, wherever in the file it stands."""
-    for node in nodes(path):
-        if isinstance(node, ast.Import):
-            found = [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            found = [
-                (f"{node.module}.{alias.name}", None)
-                if f"{node.module}.{alias.name}" in MODULES
-                else (node.module, alias.name)
-                for alias in node.names
-            ]
-        else:
-            continue
-        for module, name in found:
-            assert module.split(".")[0] != "convert", f"{path}: a user's convert.py would go before"
-            if module.split(".")[0] == "jlayer":
-                yield module, name
+    """(module of ours, name or None) of each import."""
+    for module, name in facts(path).imports:
+        if f"{module}.{name}" in MODULES:
+            module, name = f"{module}.{name}", None
+        assert module.split(".")[0] != "convert", f"{path}: a user's convert.py would go before"
+        if module.split(".")[0] == "jlayer":
+            yield module, name
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -134,49 +171,16 @@ def test_the_ground_floor_needs_the_standard_library_alone():
     for module, path in MODULES.items():
         if room(module) not in GROUND:
             continue
-        for node in nodes(path):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            else:
-                continue
-            for name in names:
-                top = name.split(".")[0]
-                assert top in (*sys.stdlib_module_names, "jlayer"), f"{module} imports {name}"
-
-
-def own_names(path):
-    """What a file defines or assigns itself: functions, classes, variables, attributes."""
-    for node in nodes(path):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.attr
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-
-
-def private_reaches(path):
-    """The private names that a file takes from elsewhere: as an attribute, or to patch it."""
-    own = set(own_names(path))
-    for node in nodes(path):
-        if isinstance(node, ast.Attribute):
-            name = node.attr
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "setattr":
-            words = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
-            name = str(words[0]).rpartition(".")[2] if words else ""
-        else:
-            continue
-        if re.match(r"_[a-z]", name) and name not in own:
-            yield name, ast.unparse(node)
+        for name, _ in facts(path).imports:
+            top = name.split(".")[0]
+            assert top in (*sys.stdlib_module_names, "jlayer"), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_room_reaches_into_the_private_names_of_another_module(module):
     for other, name in imported(MODULES[module]):
         assert not (name or "").startswith("_") or name == "__version__", f"{other}.{name}"
-    for _, words in private_reaches(MODULES[module]):
+    for _, words in facts(MODULES[module]).reached:
         raise AssertionError(f"{module} reaches for {words}")
 
 
@@ -196,7 +200,7 @@ REACHED = {
 @pytest.fixture(scope="module")
 def private_names():
     """Those that our own code defines; a test may have to use those of other projects."""
-    names = {name for path in MODULES.values() for name in own_names(path)}
+    names = {name for path in MODULES.values() for name in facts(path).own}
     return {name for name in names if re.match(r"_[a-z]", name)}
 
 
@@ -204,7 +208,7 @@ def private_names():
 def test_tests_and_benchmarks_use_public_names(private_names, path):
     for other, name in imported(REPOSITORY / path):
         assert not (name or "").startswith("_"), f"{other}.{name}"
-    for name, words in private_reaches(REPOSITORY / path):
+    for name, words in facts(REPOSITORY / path).reached:
         allowed = name not in private_names or name in REACHED.get(path, ())
         assert allowed, f"{path} reaches for {words}"
 

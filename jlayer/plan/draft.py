@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from jlayer.encodings.registry import encoding
 from jlayer.families.registry import (
@@ -55,16 +56,28 @@ def draft_need(weights: Weights, machine: Machine, load: Shapes, *, pool: int) -
     """All that a draft needs for the runs of `load`: weights, a pool of as many rows (`pool`) as
     the model's own, and an upper bound of its program's temporaries."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
-    forms = draft_forms(weights, machine.platform)
     rows = min(CHUNK_ROWS[-1], max(LEAST_ROWS, power_of_two(load.chunk)))
     return Need(
         "draft",
-        device=sum(forms.values())
+        device=_weight_bytes(weights, machine.platform)
         + cache_bytes(cfg, pool, item_bytes=item)
         + _row_bytes(cfg, load, rows, item_bytes=item, platform=machine.platform)
-        + _layer_bytes(cfg, forms, pool, item_bytes=item)
-        + _decoded_bytes(weights, machine.platform),
+        + _most_entry_bytes(cfg, pool, item_bytes=item),
     )
+
+
+def _weight_bytes(weights, platform):
+    """All weights, and the copies of some that its program makes. A plan asks for them with each of
+    a thousand lengths and numbers of lanes; they are the same for all."""
+    known = _known_bytes.setdefault(weights, {})
+    if platform not in known:
+        forms = draft_forms(weights, platform)
+        copies = _layer_bytes(weights.cfg, forms) + _decoded_bytes(weights, platform)
+        known[platform] = sum(forms.values()) + copies
+    return known[platform]
+
+
+_known_bytes: WeakKeyDictionary[Weights, dict[str, int]] = WeakKeyDictionary()
 
 
 def _bytes(weights, name, shape, platform):
@@ -97,15 +110,19 @@ def _row_bytes(cfg: ModelConfig, load, rows, *, item_bytes, platform):
     )
 
 
-def _layer_bytes(cfg, forms: Mapping[str, int], pool, *, item_bytes):
-    """A layer's weights and its part of the pool, as the scan over all layers copies them out."""
+def _layer_bytes(cfg, forms: Mapping[str, int]):
+    """A layer's weights, as the scan over all layers copies them out."""
     sizes = dict.fromkeys(range(cfg.num_hidden_layers), 0)
     for name, n_bytes in forms.items():
         if (layer := layer_of(name)) is not None:
             sizes[layer] += n_bytes
-    kinds = layer_kinds(cfg)
-    entries = (kind.cache.n_bytes(n_rows=pool, item_bytes=item_bytes) for kind in kinds)
-    return max(sizes.values()) + max(entries)
+    return max(sizes.values())
+
+
+def _most_entry_bytes(cfg, pool, *, item_bytes):
+    """A layer's part of the pool, which the scan copies out too."""
+    kinds = set(layer_kinds(cfg))
+    return max(kind.cache.n_bytes(n_rows=pool, item_bytes=item_bytes) for kind in kinds)
 
 
 def _decoded_bytes(weights: Weights, platform):

@@ -6,9 +6,11 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 
 PROGRAM = f"{shlex.quote(sys.executable)} -m jlayer"
@@ -81,9 +83,14 @@ def test_without_stdout_a_command_does_its_work_and_ends_as_always(commands, nam
     assert all(line.startswith("jlayer: ") for line in err.splitlines())
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)"])
-@pytest.mark.parametrize("name", VERBS)
-def test_without_stderr_stdout_has_the_result_alone(commands, whole, name, stderr):
+# Each command, and each way in which there is no stderr.
+QUICK = [*product(("2>&-",), LIGHT), ("2>/dev/full", "plan"), ("2> >(true)", "plan")]
+NO_STDERR = product(("2>&-", "2>/dev/full", "2> >(true)"), (*LIGHT, "generate", "eval"))
+
+
+@pytest.mark.parametrize("case", slow_but(NO_STDERR, QUICK), ids=" ".join)
+def test_without_stderr_stdout_has_the_result_alone(commands, whole, case):
+    stderr, name = case
     code, out, err = shell(f"{commands[name]} {stderr}")
     assert (code, err) == (0, "")
     if name == "export":  # to another folder each time

@@ -15,6 +15,7 @@ from jlayer.encodings.linear import INT8_SCB, LINEAR
 from jlayer.encodings.registry import encoding
 from jlayer.encodings.tables import TABLES
 from jlayer.model.products import Encoded, dequantize
+from tests.campaigns import slow_but
 from tests.cores.matrices import assert_is_product, inputs, placed
 from tests.encoded import random_pieces
 
@@ -29,6 +30,10 @@ FORMS = (
     *("packed4_g32_bfloat16", "packed4_g128_float16", "packed4_row_float32"),
     *("uint4_g64_float16", "uint4_g128_bfloat16_bytes", "uint4_row_float32", "uint8_g32_float32"),
 )
+# A kernel for such a group takes LLVM a second, and is one for a shorter group with more blocks of
+# it; nf4_g4096 is in every session.
+LONG = ("nf4_g1024", "nf4_g2048", "fp4_g1024", "fp4_g2048", "fp4_g4096")
+QUICK = [form for form in FORMS if form not in LONG]
 # One of each kind of integers. Those whose inputs are sorted have no kernel.
 KINDS = {
     (row.bits, row.q_dtype, row.zero_dtype, row.is_ordered, row.factor): name
@@ -47,7 +52,7 @@ def cores(request):
         yield found
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
 def test_every_weight_is_the_decoded_one(cores, form):
     """Bit for bit: each column has a single input that is not zero."""
     rows, width = ROWS.get(form, 5), 256
@@ -60,7 +65,7 @@ def test_every_weight_is_the_decoded_one(cores, form):
         np.testing.assert_array_equal(y.T, expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
 def test_a_product_is_that_of_the_decoded_weights(cores, form):
     """A block alone or a short last group, and more inputs than a part of many columns has; of any
     alignment."""
@@ -72,7 +77,9 @@ def test_a_product_is_that_of_the_decoded_weights(cores, form):
             assert_is_product(cores.multiply([some], x)[0], x, some)
 
 
-@pytest.mark.parametrize("form", sorted({*FORMS, *KINDS.values()}))
+@pytest.mark.parametrize(
+    "form", slow_but(sorted({*FORMS, *KINDS.values()}), {*QUICK, *KINDS.values()})
+)
 def test_weights_are_multiplied_as_a_program_decodes_them(cores, form):
     rows, width = ROWS.get(form, 7), 256
     pieces = random_pieces(form, rows, width)
@@ -94,7 +101,7 @@ def test_any_number_of_columns(cores, form):
         assert_is_product(y, x[:n_columns], some)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
 def test_rows_can_be_cut_at_every_unit(cores, form):
     """Each range of rows is multiplied as it is within the whole matrix."""
     unit = encoding(form).row_unit
@@ -136,7 +143,7 @@ def with_scales_of_all_kinds(form, width):
 WITH_SCALES = [form for form in FORMS if form not in BLOCKS and encoding(form).rows_per("scale")]
 
 
-@pytest.mark.parametrize("form", WITH_SCALES)
+@pytest.mark.parametrize("form", slow_but(WITH_SCALES, QUICK))
 def test_scales_of_all_kinds(cores, form):
     """A row for each. Where a weight of it is infinite or no number, the product shows it."""
     some, expected = with_scales_of_all_kinds(form, 128)
