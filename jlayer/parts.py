@@ -146,8 +146,9 @@ class Latent:
     `rope_dim` numbers, which the rotary embedding turns, is the same for all heads: an entry of the
     cache is these. A head's query has `nope_dim` numbers that are not turned before `rope_dim` that
     are; its value has `value_dim`. `q_rank`: of the latent that queries are made of; None: they are
-    projected at once. `norm`: of both latents. `scale`, `grows`: as of `Attention`. `name`: of the
-    kind of these layers.
+    projected at once. `norm`: of both latents. `scale`, `grows`: as of `Attention`. `is_apart`:
+    keys and values are made of a latent by two matrices, not by one. `name`: of the kind of these
+    layers.
     """
 
     n_heads: int
@@ -160,6 +161,7 @@ class Latent:
     scale: float = 1.0
     norm: Norm = Norm()
     grows: Growth | None = None
+    is_apart: bool = False
     name: str = "latent_attention"
     window: None = None  # such layers have none
 
@@ -385,6 +387,8 @@ def latent_sizes(latent: Latent) -> dict[str, int]:
         "rank": latent.rank,
         "entry": latent.entry,
         "keys_and_values": n * (latent.nope_dim + latent.value_dim),
+        "nope": latent.nope_dim,
+        "ranks": n * latent.rank,
         "values": n * latent.value_dim,
     }
 

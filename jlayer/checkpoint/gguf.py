@@ -20,7 +20,7 @@ from jlayer.config import model_config
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import piece_name
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.registry import is_matrix, published_tensors
+from jlayer.families.registry import is_latent_matrix, is_matrix, published_tensors
 from jlayer.gguf.config import config_of, encoded
 from jlayer.gguf.names import layer_of, published
 from jlayer.gguf.parts import open_head
@@ -92,7 +92,7 @@ def _check_is_matrix(own, name, part, shape):
             f"{part.path}: tensor {name} is {list(part.shape)}, by the metadata {list(shape)}; "
             "fetch the file again"
         )
-    if not is_matrix(own, shape):
+    if not is_matrix(own, shape) and not is_latent_matrix(own):
         raise UnsupportedModelError(
             f"{part.path}: tensor {name} is {part.type}, but {own} is used whole, and supported as "
             f"plain numbers alone ({', '.join(ITEM_BYTES)}); take a file in which it is"

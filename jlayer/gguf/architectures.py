@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from jlayer.families.layout import GAINS, GATES, PAIRS
-from jlayer.gguf import dense, mixtures
+from jlayer.gguf import dense, latent, mixtures
 from jlayer.gguf.metadata import Metadata
 
 RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
@@ -16,11 +16,13 @@ RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 class Architecture:
     """How a model of `general.architecture` becomes a config. `config`: metadata -> the fields
     that are the family's own, `model_type` among them. `layout`: what is changed in the values.
-    `eps`: the key of its norms' epsilon, and the family's name for it; None: no config has one."""
+    `eps`: the key of its norms' epsilon, and the family's name for it; None: no config has one.
+    `is_latent`: attention is over latents, and `config` tells of its heads."""
 
     config: Callable[[Metadata], dict]
     layout: Mapping[str, str] = field(default_factory=dict)
     eps: tuple[str, str] | None = (RMS, "rms_norm_eps")
+    is_latent: bool = False
 
 
 _INTERLEAVED = {PAIRS: "interleaved"}
@@ -56,6 +58,7 @@ ARCHITECTURES = {
     "starcoder2": Architecture(dense.starcoder2, eps=(LAYER, "norm_epsilon")),
     "stablelm": Architecture(dense.stablelm, eps=(LAYER, "layer_norm_eps")),
     "nemotron": Architecture(dense.nemotron, _WITH_ONE, eps=(LAYER, "norm_eps")),
+    "deepseek2": Architecture(latent.deepseek2, is_latent=True),
     "gpt-oss": Architecture(mixtures.gpt_oss, _APART),
     "gemma": Architecture(dense.gemma, _WITH_ONE),
     "gemma2": Architecture(dense.gemma2, _WITH_ONE),

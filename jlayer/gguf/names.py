@@ -113,6 +113,20 @@ _ERNIE_MOE = {
     **_shared("shared_experts"),
     "exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias",
 }
+_DEEPSEEK = {
+    **_LLAMA,
+    **_QWEN_EXPERTS,
+    **_shared("shared_experts"),
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
 _HUNYUAN_MOE = {
     **_HUNYUAN,
     **_QWEN_EXPERTS,
@@ -139,6 +153,8 @@ _GRANITE_MOE = {
     "ffn_up_exps": "block_sparse_moe.experts.{number}.up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.{number}.down_proj",
 }
+# One matrix for each head, which are one with the rows of all.
+_OF_HEADS = ("attn_k_b", "attn_v_b")
 # Model type -> the names within a layer.
 NAMES = {
     **dict.fromkeys(
@@ -166,6 +182,7 @@ NAMES = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "gpt_oss": _GPT_OSS,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
 }
 
 
@@ -197,6 +214,9 @@ def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[
     if own not in names and base not in names:
         yield name, tensor
         return
+    if base in _OF_HEADS and len(tensor.shape) == 3:
+        heads, rows, width = tensor.shape
+        tensor = replace(tensor, shape=(heads * rows, width))
     to = f"model.layers.{match[1]}.{names.get(own) or f'{names[base]}.{end}'}"
     if "{number}" not in to or number is not None:
         yield to.format(number=number), tensor

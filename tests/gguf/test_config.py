@@ -110,6 +110,7 @@ OF_OTHERS = [
     ("ernie4_5_moe", raw("ernie4_5-moe.expert_shared_count", "uint32", 1), "length is 64, supp"),
     ("phi3", raw("phi3.rope.scaling.type", "string", "longrope"), "frequencies are missing"),
     ("phi3, long texts", raw("phi3.rope.scaling.type", "string", "yarn"), "expected one of them"),
+    ("deepseek_v2", raw("deepseek2.expert_weights_norm", "bool", True), "norm_topk_prob is True"),
     ("glm4", raw("glm4.rope.dimension_count", "uint32", 64), "dimension_count is 64"),
 ]
 
