@@ -118,8 +118,10 @@ class Delta:
 
     It keeps a state for each lane, of one size however long the text is. `kernel`: the tokens that
     an output of its convolution is made of, `activation` follows it. `norm`: of each head's output,
-    before the gate. `is_grouped`: what is projected comes in two matrices, whose rows are ordered
-    by key head; else in four. `name`: of the kind of these layers.
+    before the gate. `inputs`: the matrices that give what is projected. "apart": four; "grouped":
+    two, whose rows are ordered by key head; "half": two as in "apart", and one as in "grouped".
+    `is_tiled`: value head n has the key head n modulo their number; else those of a key head are
+    neighbours. `has_rates`: A_log is -exp(A_log) already. `name`: of the kind of these layers.
     """
 
     n_key_heads: int
@@ -129,7 +131,9 @@ class Delta:
     kernel: int
     norm: Norm = Norm()
     activation: str = "silu"
-    is_grouped: bool = False
+    inputs: str = "apart"
+    is_tiled: bool = False
+    has_rates: bool = False
     name: str = "linear_attention"
 
     @property

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
+from tests.gguf_delta import QKV, QKVZ, Z, apart, changed, joined
 from tests.gguf_settings import write_settings
 
 # model_type -> (architecture, whose rows of queries and keys are reordered, whose gains have 1
@@ -49,6 +50,9 @@ ARCHITECTURES = {
     "nemotron": (_ARCH.NEMOTRON, False, True),
     "deepseek_v2": (_ARCH.DEEPSEEK2, False, False),
     "deepseek_v3": (_ARCH.DEEPSEEK2, False, False),
+    "qwen3_next": (_ARCH.QWEN3NEXT, False, True),
+    "qwen3_5_text": (_ARCH.QWEN35, False, True),
+    "qwen3_5_moe_text": (_ARCH.QWEN35MOE, False, True),
     "gemma": (_ARCH.GEMMA, False, True),
     "gemma2": (_ARCH.GEMMA2, False, True),
     "gemma3_text": (_ARCH.GEMMA3, False, True),
@@ -83,7 +87,7 @@ def write(
     drawn: bool = False,
     routers: bool = False,
     experts_apart: bool = False,
-    latents_whole: bool = False,
+    older: bool = False,
     split_max_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes the model in `folder` as a GGUF, and returns its tensors as they are in it, decoded,
@@ -93,16 +97,16 @@ def write(
     one whose rows are no multiple of its block becomes F16. `settings(writer, config)`: further
     metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies.
     `quantize(array, kind)`: who writes blocks; `drawn`: they are random. `routers`: are matrices
-    too. `experts_apart`: each has tensors of its own, as in files of 2023. `latents_whole`: one
-    matrix makes keys and values of a latent, as in files of 2024. `split_max_tensors`: of a part,
-    where it is split.
+    too. `experts_apart`: each has tensors of its own, as in files of 2023. `older`: one
+    matrix makes keys and values of a latent, as in files of 2024, or gives all but b and a of a
+    gated DeltaNet. `split_max_tensors`: of a part, where it is split.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
     arch, is_permuted, adds_one = ARCHITECTURES[config["model_type"]]
     n_layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(arch, n_layers + config.get("num_nextn_predict_layers", 0))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=split_max_tensors)
-    write_settings(writer, config, latents_whole=latents_whole)
+    write_settings(writer, config, older=older)
     if settings is not None:
         settings(writer, config)
     if words is not None:
@@ -110,10 +114,10 @@ def write(
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
     rng, decoded = np.random.default_rng(0), {}
-    tensors = _apart(saved_tensors(folder), None if latents_whole else config)
+    tensors = _apart(saved_tensors(folder), None if older else config)
     for name, (published, array) in _stacked(tensors, names, apart=experts_apart).items():
-        if adds_one and name.endswith("norm.weight"):
-            array = array + 1
+        adds = adds_one and name.endswith("norm.weight") and "ssm_norm" not in name
+        array = changed(published[0], array + 1 if adds else array, config)
         if is_permuted and _ROWS.fullmatch(published[0]):
             heads = config[
                 "num_attention_heads" if ".q_proj" in published[0] else "num_key_value_heads"
@@ -123,14 +127,13 @@ def write(
         array = _add(writer, name, array, own, quantize, rng if drawn else None, routers)
         if is_permuted and _ROWS.fullmatch(published[0]):
             array = permuted(array, heads, back=True)
-        if adds_one and name.endswith("norm.weight"):
-            array = array - 1
+        array = changed(published[0], array - 1 if adds else array, config, back=True)
         decoded |= zip(published, array if len(published) > 1 else [array], strict=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return _joined(decoded)
+    return _joined(decoded, config)
 
 
 def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
@@ -141,7 +144,8 @@ def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray
 
 def _apart(tensors, config):
     """Tensors by name, of which those that hold two are two. `config`: where what makes keys and
-    values of a latent is two as well, of keys turned around for each head."""
+    values of a latent is two as well, of keys turned around for each head, and what has the gates
+    of a gated DeltaNet."""
     found = {}
     for name, array in tensors.items():
         if config is not None and _LATENT in name:
@@ -149,8 +153,10 @@ def _apart(tensors, config):
             keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
             found[name.replace(_LATENT, "k_b_proj")] = keys.swapaxes(1, 2)
             found[name.replace(_LATENT, "v_b_proj")] = values
-            continue
-        if _BOTH in name:
+        elif config is not None and QKVZ in name:
+            parts = zip((QKV, Z), apart(array, config), strict=True)
+            found |= {name.replace(QKVZ, part): array for part, array in parts}
+        elif _BOTH in name:
             halves = zip(_HALVES, np.split(array, 2, axis=1), strict=True)
             found |= {name.replace(_BOTH, half): part for half, part in halves}
         else:
@@ -158,7 +164,7 @@ def _apart(tensors, config):
     return found
 
 
-def _joined(tensors):
+def _joined(tensors, config):
     """The inverse of `_apart`."""
     found = dict(tensors)
     for name in tensors:
@@ -166,6 +172,9 @@ def _joined(tensors):
             names = [name.replace(_HALVES[0], half) for half in _HALVES]
             both = np.concatenate([found.pop(half) for half in names], axis=1)
             found[name.replace(_HALVES[0], _BOTH)] = both
+        if f"{QKV}." in name and config["model_type"] == "qwen3_next":
+            parts = (found.pop(name), found.pop(name.replace(QKV, Z)))
+            found[name.replace(QKV, QKVZ)] = joined(*parts, config)
         if "k_b_proj" in name:
             keys, values = found.pop(name), found.pop(name.replace("k_b_proj", "v_b_proj"))
             both = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
@@ -198,6 +207,7 @@ def _stacked(tensors, names, *, apart):
 def _name(names, published):
     if published.endswith("e_score_correction_bias"):
         published = published.replace("_bias", ".bias")
+    published = published.replace(".dt_bias", ".dt_proj.bias")
     found = names.get_name(published, try_suffixes=(".weight", ".bias"))
     assert found is not None, f"gguf has no name for {published}"
     return found
@@ -206,7 +216,7 @@ def _name(names, published):
 def _add(writer, name, array, kind, quantize, rng, routers):
     """Adds a tensor, a matrix in `kind`, and returns what it decodes to. Vectors and routers stay
     float32, as in files of llama.cpp."""
-    is_router = "ffn_gate_inp" in name and not routers
+    is_router = ("ffn_gate_inp" in name and not routers) or "conv1d" in name
     if array.ndim < 2 or is_router or name.endswith((".bias", "_norm.weight")):
         kind = "F32"
     type_of = gguf.GGMLQuantizationType[kind]

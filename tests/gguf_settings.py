@@ -25,6 +25,10 @@ _GRANITE = {
     "residual_multiplier": "add_residual_scale",
     "logits_scaling": "add_logit_scale",
 }
+_QWEN_SHARED = {
+    "moe_intermediate_size": "add_expert_feed_forward_length",
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+}
 _DEEPSEEK = {
     "n_routed_experts": "add_expert_count",
     "n_shared_experts": "add_expert_shared_count",
@@ -39,10 +43,7 @@ _DEEPSEEK = {
 }
 # The same, of one model type.
 _OWN = {
-    "qwen2_moe": {
-        "moe_intermediate_size": "add_expert_feed_forward_length",
-        "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
-    },
+    "qwen2_moe": _QWEN_SHARED,
     "qwen3_moe": {"moe_intermediate_size": "add_expert_feed_forward_length"},
     "olmo": {"clip_qkv": "add_clamp_kqv"},
     "olmo3": {"sliding_window": "add_sliding_window"},
@@ -58,6 +59,8 @@ _OWN = {
         "norm_topk_prob": "add_expert_weights_norm",
     },
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
+    "qwen3_next": _QWEN_SHARED,
+    "qwen3_5_moe_text": _QWEN_SHARED,
     "phi3": {"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"},
     "ernie4_5_moe": {
         "moe_num_experts": "add_expert_count",
@@ -88,12 +91,12 @@ _TURNED = {
     **dict.fromkeys(("llama", "mixtral", "ministral3", "smollm3", "arcee"), 1.0),
     **dict.fromkeys(("glm4", "glm4_moe", "nemotron"), 0.5),
     **dict.fromkeys(("granite", "granitemoe", "phi3", "cohere2", "minimax_m2"), 1.0),
-    "stablelm": 0.25,
+    **dict.fromkeys(("stablelm", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 0.25),
 }
 
 
-def write_settings(writer, config: dict, *, latents_whole: bool = False) -> None:
-    """Adds what `config` says of the model. `latents_whole`: as of `gguf_files.write`."""
+def write_settings(writer, config: dict, *, older: bool = False) -> None:
+    """Adds what `config` says of the model. `older`: as of `gguf_files.write`."""
     kind, heads = config["model_type"], config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
@@ -101,10 +104,11 @@ def write_settings(writer, config: dict, *, latents_whole: bool = False) -> None
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    if config.get("intermediate_size"):
+        writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     if "kv_lora_rank" in config:
-        _write_latent(writer, config, latents_whole)
+        _write_latent(writer, config, older)
     else:
         writer.add_head_count_kv(config["num_key_value_heads"])
     if kind not in _SHARES_OUT and "kv_lora_rank" not in config:
@@ -122,14 +126,14 @@ def write_settings(writer, config: dict, *, latents_whole: bool = False) -> None
         _MORE[kind](writer, config)
 
 
-def _write_latent(writer, config, latents_whole):
+def _write_latent(writer, config, older):
     """Files of today have one key for all heads, the latent; those of 2024 a key for each."""
     rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     key, value = config["qk_nope_head_dim"] + turned, config["v_head_dim"]
-    writer.add_head_count_kv(config["num_attention_heads"] if latents_whole else 1)
-    writer.add_key_length(key if latents_whole else rank + turned)
-    writer.add_value_length(value if latents_whole else rank)
-    if not latents_whole:
+    writer.add_head_count_kv(config["num_attention_heads"] if older else 1)
+    writer.add_key_length(key if older else rank + turned)
+    writer.add_value_length(value if older else rank)
+    if not older:
         writer.add_key_length_mla(key)
         writer.add_value_length_mla(value)
     writer.add_rope_dimension_count(turned)
@@ -137,6 +141,18 @@ def _write_latent(writer, config, latents_whole):
         writer.add_rope_scaling_yarn_log_mul(0.1 * config["rope_parameters"]["mscale_all_dim"])
     if config["model_type"] == "deepseek_v3":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def _of_delta(writer, config):
+    n_values = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(n_values)
+    writer.add_ssm_inner_size(n_values * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(4)
+    if config["model_type"] != "qwen3_next":
+        writer.add_rope_dimension_sections([2, 1, 1, 0])
 
 
 def _flags(writer, config):
@@ -175,6 +191,7 @@ def _of_ministral3(writer, config):
 
 _MORE = {
     "ministral3": _of_ministral3,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _of_delta),
     "ernie4_5_moe": _of_ernie,
     "olmo": lambda writer, config: writer.add_layer_norm_eps(1e-5),
     "olmo3": _of_olmo3,

@@ -81,9 +81,14 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
 
 
 def _as_row(part, shape):
-    """A tensor; one that is published as a matrix of one row is a vector in files of 2024, and may
-    be one today."""
-    return replace(part, shape=shape) if shape == (1, *part.shape) else part
+    """A tensor, with axes of one as published. A matrix of one row is a vector in files of 2024,
+    and may be one today; taps of a convolution have two axes."""
+    is_same = shape is not None and _beyond_one(shape) == _beyond_one(part.shape)
+    return replace(part, shape=shape) if is_same else part
+
+
+def _beyond_one(shape):
+    return [size for size in shape if size != 1]
 
 
 def _check_is_matrix(own, name, part, shape):

@@ -12,7 +12,6 @@ from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.layout import FROM_GGUF, LAYOUT_KEY
 from jlayer.families.registry import FAMILIES
 from jlayer.gguf.architectures import ARCHITECTURES
-from jlayer.gguf.latent import layout_of_latents
 from jlayer.gguf.metadata import Metadata
 from jlayer.gguf.names import EMBEDDING, HEAD
 from jlayer.gguf.reader import Head
@@ -39,7 +38,7 @@ def config_of(head: Head) -> dict:
     config = {**_common(said), **heads, **_eps(said, row.eps), **row.config(said), **_MARK}
     config["architectures"] = [FAMILIES[config["model_type"]].architecture]
     said.refuse_unread()
-    layout = {**row.layout, **layout_of_latents(head)}
+    layout = {**row.layout, **row.by_file(head)}
     return {**config, LAYOUT_KEY: layout} if layout else config
 
 

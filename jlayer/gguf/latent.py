@@ -17,7 +17,7 @@ SOFTMAX = 1  # of expert_gating_func
 _OF_WEIGHT = 0.1
 
 
-def layout_of_latents(head: Head) -> dict[str, str]:
+def layout_of(head: Head) -> dict[str, str]:
     """The layout of the matrices that make keys and values of latents, for a model that has two;
     else nothing."""
     return {KEYS: "apart"} if "blk.0.attn_k_b.weight" in head.tensors else {}

@@ -97,10 +97,28 @@ _QWEN_EXPERTS = {
     "ffn_down_exps": "mlp.experts.{number}.down_proj",
 }
 _QWEN_MOE = {**_LLAMA, **_QWEN_EXPERTS}
-_QWEN2_MOE = {
-    **_QWEN_MOE,
+_QWEN35 = {
+    **_AFTER_ATTENTION,
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_QWEN_SHARED = {
+    **_QWEN_EXPERTS,
     **_shared("shared_expert"),
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_QWEN3_NEXT = {
+    **_without(_QWEN35, "ssm_beta", "ssm_alpha"),
+    **_QWEN_SHARED,
+    "ssm_in": "linear_attn.in_proj_qkvz",
+    "ssm_ba": "linear_attn.in_proj_ba",
 }
 _GLM4_MOE = {
     **_AFTER_ATTENTION,
@@ -172,7 +190,10 @@ NAMES = {
         "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
     },
     "granitemoe": _GRANITE_MOE,
-    "qwen2_moe": _QWEN2_MOE,
+    "qwen2_moe": {**_LLAMA, **_QWEN_SHARED},
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": {**_QWEN35, **_QWEN_SHARED},
+    "qwen3_next": _QWEN3_NEXT,
     "glm4": _GLM4,
     "glm4_moe": _GLM4_MOE,
     "phi3": _PHI3,

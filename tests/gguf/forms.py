@@ -79,6 +79,15 @@ _YARN_OF_LATENTS = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
+_DELTA = {
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,  # llama.cpp takes no other
+    "rms_norm_eps": 1e-2,  # else heads whose outputs nearly cancel are all rounding
+}
+_OF_DELTA = {**_DELTA, **_EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 48}
 # Name -> (the class of its config in Transformers, what differs from _SIZES).
 FORMS = {
     "llama": ("LlamaConfig", {}),
@@ -267,6 +276,13 @@ FORMS = {
         "DeepseekV2Config",
         {**_LATENT, "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 27},
     ),
+    "qwen3_next": ("Qwen3NextConfig", _OF_DELTA),
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_5, of unequal heads": (
+        "Qwen3_5TextConfig",
+        {**_DELTA, "linear_key_head_dim": 10, "linear_value_head_dim": 14},
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_OF_DELTA, "intermediate_size": None}),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**_GEMMA, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
@@ -312,11 +328,12 @@ TO_EXPORT = {
 # Those that differ by more than the size of the vocabulary.
 MODELS = [name for name in FORMS if "vocabulary" not in name]
 # Those that no file is exported of.
-NOT_EXPORTED = [name for name in MODELS if name.startswith("deepseek")]
+NOT_EXPORTED = [name for name in MODELS if name.startswith(("deepseek", "qwen3_5", "qwen3_next"))]
 # Those that run in every session: of each way to lay out a model one.
 FIRST = (
     *("llama, tied, biases", "qwen3, yarn", "olmo2", "granitemoe", "phi3, long texts", "cohere2"),
     *("minimax_m2", "starcoder2", "gemma2", "deepseek_v3", "deepseek_v2"),
+    *("qwen3_next", "qwen3_5"),
 )
 
 

@@ -62,8 +62,24 @@ def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
 def test_keys_and_values_of_a_latent_by_one_matrix(kind, tmp_path):
     """As in files of 2024."""
     folder = save("deepseek_v3", tmp_path / "model")
-    decoded = write(folder, tmp_path / "m.gguf", kind=kind, latents_whole=True)
+    decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
     assert "blk.0.attn_kv_b.weight" in read_head(tmp_path / "m.gguf").tensors
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_gated_delta_net_with_one_matrix(kind, tmp_path):
+    """As in the first files of Qwen3-Next."""
+    folder = save("qwen3_next", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
+    assert "blk.0.ssm_in.weight" in read_head(tmp_path / "m.gguf").tensors
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+def test_a_gated_delta_net_in_blocks(tmp_path):
+    folder = save("qwen3_5", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    assert read_head(tmp_path / "m.gguf").tensors["blk.0.ssm_out.weight"].type == "q8_0"
     agree(folder, tmp_path / "m.gguf", decoded)
 
 
