@@ -118,8 +118,10 @@ class Delta:
 
     It keeps a state for each lane, of one size however long the text is. `kernel`: the tokens that
     an output of its convolution is made of, `activation` follows it. `norm`: of each head's output,
-    before the gate. `is_grouped`: what is projected comes in two matrices, whose rows are ordered
-    by key head; else in four. `name`: of the kind of these layers.
+    before the gate. `inputs`: the matrices that give what is projected. "apart": four; "grouped":
+    two, whose rows are ordered by key head; "half": two as in "apart", and one as in "grouped".
+    `is_tiled`: value head n has the key head n modulo their number; else those of a key head are
+    neighbours. `has_rates`: A_log is -exp(A_log) already. `name`: of the kind of these layers.
     """
 
     n_key_heads: int
@@ -129,7 +131,9 @@ class Delta:
     kernel: int
     norm: Norm = Norm()
     activation: str = "silu"
-    is_grouped: bool = False
+    inputs: str = "apart"
+    is_tiled: bool = False
+    has_rates: bool = False
     name: str = "linear_attention"
 
     @property
@@ -146,8 +150,9 @@ class Latent:
     `rope_dim` numbers, which the rotary embedding turns, is the same for all heads: an entry of the
     cache is these. A head's query has `nope_dim` numbers that are not turned before `rope_dim` that
     are; its value has `value_dim`. `q_rank`: of the latent that queries are made of; None: they are
-    projected at once. `norm`: of both latents. `scale`, `grows`: as of `Attention`. `name`: of the
-    kind of these layers.
+    projected at once. `norm`: of both latents. `scale`, `grows`: as of `Attention`. `is_apart`:
+    keys and values are made of a latent by two matrices, not by one. `name`: of the kind of these
+    layers.
     """
 
     n_heads: int
@@ -160,6 +165,7 @@ class Latent:
     scale: float = 1.0
     norm: Norm = Norm()
     grows: Growth | None = None
+    is_apart: bool = False
     name: str = "latent_attention"
     window: None = None  # such layers have none
 
@@ -385,6 +391,8 @@ def latent_sizes(latent: Latent) -> dict[str, int]:
         "rank": latent.rank,
         "entry": latent.entry,
         "keys_and_values": n * (latent.nope_dim + latent.value_dim),
+        "nope": latent.nope_dim,
+        "ranks": n * latent.rank,
         "values": n * latent.value_dim,
     }
 

@@ -62,11 +62,12 @@ def expands(latent: Latent, *, tokens: int) -> bool:
 def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
     """Bytes of latent attention's temporaries. `among`: those of attention among the latents.
 
-    The matrix of keys and values, cut by heads, as float32 at most. Before and after what is among
+    The matrix of keys and values, cut by heads, as float32 at most; where it is two, once more.
+    Before and after what is among
     the latents, for each row its queries, those among the latents, and what a head gives, float32
     and as it goes on."""
     of_head = latent.nope_dim + latent.value_dim
-    matrix = latent.n_heads * of_head * latent.rank
+    matrix = (1 + latent.is_apart) * latent.n_heads * of_head * latent.rank
     row = latent.n_heads * (latent.entry + of_head + latent.rope_dim) + latent.entry
     return 4 * matrix + max(among, 2 * 4 * n_rows * row)
 
@@ -74,17 +75,19 @@ def latent_bytes(latent: Latent, *, n_rows: int, among: int) -> int:
 def expanded_bytes(latent: Latent, *, n_rows: int, lanes: int, tokens: int, capacity: int) -> int:
     """Bytes of latent attention's temporaries where a key and a value are made of each entry.
 
-    The matrix of keys and values, as float32 at most. Of a piece of the entries what is made of
-    them (float32, and as it goes on), the keys with their shared part, and both as float32 again;
-    the scores, as in any attention. Of each row its query, as it comes and by head, and what is
-    mixed so far, before and after a piece, and as it goes on."""
+    The matrix of keys and values, as float32 at most; where it is joined of two, once more. Of a
+    piece of the entries what is made of them (float32, and as it goes on), the keys with their
+    shared part, and both as float32 again; the scores, as in any attention. Of each row its query,
+    as it comes and by head, and what is mixed so far, before and after a piece, and as it goes
+    on."""
     how, made = latent.of_heads, latent.nope_dim + latent.value_dim
     pieces = attention_pieces(how, lanes=lanes, tokens=tokens, capacity=capacity)
     entries = pieces.lanes * max(capacity // pieces.committed, tokens // pieces.fresh)
     of_entries = 2 * (made + how.head_dim) + latent.value_dim
     of_rows = 2 * how.head_dim + 3 * latent.value_dim
     scores = 7 * tokens * entries // 2
-    numbers = latent.rank * made + entries * of_entries + n_rows * of_rows + scores
+    matrix = (1 + latent.is_apart) * latent.rank * made
+    numbers = matrix + entries * of_entries + n_rows * of_rows + scores
     return 4 * latent.n_heads * numbers
 
 

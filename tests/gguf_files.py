@@ -4,13 +4,15 @@ its writer, its names of tensors, its quantizers. None of the code that reads th
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
 import gguf
 import numpy as np
 from safetensors import safe_open
+
+from tests.gguf_delta import QKV, QKVZ, Z, apart, changed, joined
+from tests.gguf_settings import write_settings
 
 # model_type -> (architecture, whose rows of queries and keys are reordered, whose gains have 1
 # added), as llama.cpp's converter does it.
@@ -46,6 +48,11 @@ ARCHITECTURES = {
     "starcoder2": (_ARCH.STARCODER2, False, False),
     "stablelm": (_ARCH.STABLELM, False, False),
     "nemotron": (_ARCH.NEMOTRON, False, True),
+    "deepseek_v2": (_ARCH.DEEPSEEK2, False, False),
+    "deepseek_v3": (_ARCH.DEEPSEEK2, False, False),
+    "qwen3_next": (_ARCH.QWEN3NEXT, False, True),
+    "qwen3_5_text": (_ARCH.QWEN35, False, True),
+    "qwen3_5_moe_text": (_ARCH.QWEN35MOE, False, True),
     "gemma": (_ARCH.GEMMA, False, True),
     "gemma2": (_ARCH.GEMMA2, False, True),
     "gemma3_text": (_ARCH.GEMMA3, False, True),
@@ -54,6 +61,7 @@ ARCHITECTURES = {
 _ONE_OF_MANY = re.compile(r"(.+\.experts|.+(?=\.norms))(?:\.norms)?\.([0-9]+)\.(.+)")
 # Both matrices of Granite's experts are published as one, and are two in a file.
 _BOTH, _HALVES = "block_sparse_moe.input_linear", ("mlp.experts.gate_proj", "mlp.experts.up_proj")
+_LATENT = "kv_b_proj"
 _ROWS = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
 
@@ -79,6 +87,7 @@ def write(
     drawn: bool = False,
     routers: bool = False,
     experts_apart: bool = False,
+    older: bool = False,
     split_max_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes the model in `folder` as a GGUF, and returns its tensors as they are in it, decoded,
@@ -88,15 +97,16 @@ def write(
     one whose rows are no multiple of its block becomes F16. `settings(writer, config)`: further
     metadata; `words(writer)`: the tokenizer. `freqs`: divisors of the frequencies.
     `quantize(array, kind)`: who writes blocks; `drawn`: they are random. `routers`: are matrices
-    too. `experts_apart`: each has tensors of its own, as in files of 2023. `split_max_tensors`: of
-    a part, where it is split.
+    too. `experts_apart`: each has tensors of its own, as in files of 2023. `older`: one
+    matrix makes keys and values of a latent, as in files of 2024, or gives all but b and a of a
+    gated DeltaNet. `split_max_tensors`: of a part, where it is split.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
     arch, is_permuted, adds_one = ARCHITECTURES[config["model_type"]]
     n_layers = config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(arch, n_layers + config.get("num_nextn_predict_layers", 0))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=split_max_tensors)
-    _write_settings(writer, config)
+    write_settings(writer, config, older=older)
     if settings is not None:
         settings(writer, config)
     if words is not None:
@@ -104,10 +114,10 @@ def write(
     if freqs is not None:
         writer.add_tensor("rope_freqs.weight", freqs.astype(np.float32))
     rng, decoded = np.random.default_rng(0), {}
-    tensors = _apart(saved_tensors(folder))
+    tensors = _apart(saved_tensors(folder), None if older else config)
     for name, (published, array) in _stacked(tensors, names, apart=experts_apart).items():
-        if adds_one and name.endswith("norm.weight"):
-            array = array + 1
+        adds = adds_one and name.endswith("norm.weight") and "ssm_norm" not in name
+        array = changed(published[0], array + 1 if adds else array, config)
         if is_permuted and _ROWS.fullmatch(published[0]):
             heads = config[
                 "num_attention_heads" if ".q_proj" in published[0] else "num_key_value_heads"
@@ -117,14 +127,13 @@ def write(
         array = _add(writer, name, array, own, quantize, rng if drawn else None, routers)
         if is_permuted and _ROWS.fullmatch(published[0]):
             array = permuted(array, heads, back=True)
-        if adds_one and name.endswith("norm.weight"):
-            array = array - 1
+        array = changed(published[0], array - 1 if adds else array, config, back=True)
         decoded |= zip(published, array if len(published) > 1 else [array], strict=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return _joined(decoded)
+    return _joined(decoded, config)
 
 
 def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
@@ -133,11 +142,21 @@ def permuted(array: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray
     return array.reshape(*cut, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _apart(tensors):
-    """Tensors by name, of which those that hold two are two."""
+def _apart(tensors, config):
+    """Tensors by name, of which those that hold two are two. `config`: where what makes keys and
+    values of a latent is two as well, of keys turned around for each head, and what has the gates
+    of a gated DeltaNet."""
     found = {}
     for name, array in tensors.items():
-        if _BOTH in name:
+        if config is not None and _LATENT in name:
+            heads = array.reshape(config["num_attention_heads"], -1, array.shape[-1])
+            keys, values = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+            found[name.replace(_LATENT, "k_b_proj")] = keys.swapaxes(1, 2)
+            found[name.replace(_LATENT, "v_b_proj")] = values
+        elif config is not None and QKVZ in name:
+            parts = zip((QKV, Z), apart(array, config), strict=True)
+            found |= {name.replace(QKVZ, part): array for part, array in parts}
+        elif _BOTH in name:
             halves = zip(_HALVES, np.split(array, 2, axis=1), strict=True)
             found |= {name.replace(_BOTH, half): part for half, part in halves}
         else:
@@ -145,7 +164,7 @@ def _apart(tensors):
     return found
 
 
-def _joined(tensors):
+def _joined(tensors, config):
     """The inverse of `_apart`."""
     found = dict(tensors)
     for name in tensors:
@@ -153,6 +172,13 @@ def _joined(tensors):
             names = [name.replace(_HALVES[0], half) for half in _HALVES]
             both = np.concatenate([found.pop(half) for half in names], axis=1)
             found[name.replace(_HALVES[0], _BOTH)] = both
+        if f"{QKV}." in name and config["model_type"] == "qwen3_next":
+            parts = (found.pop(name), found.pop(name.replace(QKV, Z)))
+            found[name.replace(QKV, QKVZ)] = joined(*parts, config)
+        if "k_b_proj" in name:
+            keys, values = found.pop(name), found.pop(name.replace("k_b_proj", "v_b_proj"))
+            both = np.concatenate([keys.swapaxes(1, 2), values], axis=1)
+            found[name.replace("k_b_proj", _LATENT)] = both.reshape(-1, both.shape[-1])
     return found
 
 
@@ -181,6 +207,7 @@ def _stacked(tensors, names, *, apart):
 def _name(names, published):
     if published.endswith("e_score_correction_bias"):
         published = published.replace("_bias", ".bias")
+    published = published.replace(".dt_bias", ".dt_proj.bias")
     found = names.get_name(published, try_suffixes=(".weight", ".bias"))
     assert found is not None, f"gguf has no name for {published}"
     return found
@@ -189,7 +216,7 @@ def _name(names, published):
 def _add(writer, name, array, kind, quantize, rng, routers):
     """Adds a tensor, a matrix in `kind`, and returns what it decodes to. Vectors and routers stay
     float32, as in files of llama.cpp."""
-    is_router = "ffn_gate_inp" in name and not routers
+    is_router = ("ffn_gate_inp" in name and not routers) or "conv1d" in name
     if array.ndim < 2 or is_router or name.endswith((".bias", "_norm.weight")):
         kind = "F32"
     type_of = gguf.GGMLQuantizationType[kind]
@@ -231,151 +258,3 @@ def blocks(kind: str, shape: tuple[int, ...], rng, *, largest: float = 0.2) -> n
         scales = (largest / factor * rng.uniform(0.5, 1, shape)).astype(np.float16)
         raw[..., at : at + 2] = scales[..., None].view(np.uint8)
     return raw.reshape(*shape[:-1], -1)
-
-
-# Whose head_dim llama.cpp's converter leaves out.
-_SHARES_OUT = ("granite", "granitemoe", "phi3", "stablelm")
-# What each of these keys of a config becomes, whatever the model.
-_NUMBERS = {
-    "rms_norm_eps": "add_layer_norm_rms_eps",
-    "layer_norm_eps": "add_layer_norm_eps",
-    "norm_epsilon": "add_layer_norm_eps",
-    "num_local_experts": "add_expert_count",
-    "num_experts": "add_expert_count",
-    "num_experts_per_tok": "add_expert_used_count",
-}
-_GRANITE = {
-    "attention_multiplier": "add_attention_scale",
-    "embedding_multiplier": "add_embedding_scale",
-    "residual_multiplier": "add_residual_scale",
-    "logits_scaling": "add_logit_scale",
-}
-# The same, of one model type.
-_OWN = {
-    "qwen2_moe": {
-        "moe_intermediate_size": "add_expert_feed_forward_length",
-        "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
-    },
-    "qwen3_moe": {"moe_intermediate_size": "add_expert_feed_forward_length"},
-    "olmo": {"clip_qkv": "add_clamp_kqv"},
-    "olmo3": {"sliding_window": "add_sliding_window"},
-    "exaone4": {"sliding_window": "add_sliding_window"},
-    "granite": _GRANITE,
-    "granitemoe": _GRANITE,
-    "glm4_moe": {
-        "n_routed_experts": "add_expert_count",
-        "n_shared_experts": "add_expert_shared_count",
-        "moe_intermediate_size": "add_expert_feed_forward_length",
-        "first_k_dense_replace": "add_leading_dense_block_count",
-        "routed_scaling_factor": "add_expert_weights_scale",
-        "norm_topk_prob": "add_expert_weights_norm",
-    },
-    "phi3": {"original_max_position_embeddings": "add_rope_scaling_orig_ctx_len"},
-    "ernie4_5_moe": {
-        "moe_num_experts": "add_expert_count",
-        "moe_k": "add_expert_used_count",
-        "moe_num_shared_experts": "add_expert_shared_count",
-        "moe_intermediate_size": "add_expert_feed_forward_length",
-        "moe_layer_start_index": "add_leading_dense_block_count",
-        "moe_layer_interval": "add_interleave_moe_layer_step",
-    },
-    "hunyuan_v1_moe": {
-        "moe_topk": "add_expert_used_count",
-        "intermediate_size": "add_expert_feed_forward_length",
-    },
-    "cohere": {"logit_scale": "add_logit_scale"},
-    "cohere2": {"logit_scale": "add_logit_scale", "sliding_window": "add_sliding_window"},
-    "minimax_m2": {"intermediate_size": "add_expert_feed_forward_length"},
-    "stablelm": {"use_parallel_residual": "add_parallel_residual"},
-    "nemotron": {"norm_eps": "add_layer_norm_eps"},
-    "gemma2": {
-        "sliding_window": "add_sliding_window",
-        "attn_logit_softcapping": "add_attn_logit_softcapping",
-        "final_logit_softcapping": "add_final_logit_softcapping",
-    },
-    "gemma3_text": {"sliding_window": "add_sliding_window"},
-}
-# How many elements of a head are turned, where the converter says so.
-_TURNED = {
-    **dict.fromkeys(("llama", "mixtral", "ministral3", "smollm3", "arcee"), 1.0),
-    **dict.fromkeys(("glm4", "glm4_moe", "nemotron"), 0.5),
-    **dict.fromkeys(("granite", "granitemoe", "phi3", "cohere2", "minimax_m2"), 1.0),
-    "stablelm": 0.25,
-}
-
-
-def _write_settings(writer, config):
-    kind, heads = config["model_type"], config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
-    full = rope.get("full_attention", rope)
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    if kind not in _SHARES_OUT:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(full["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    for key, method in {**_NUMBERS, **_OWN.get(kind, {})}.items():
-        if config.get(key) is not None:
-            getattr(writer, method)(config[key])
-    if kind in _TURNED:
-        turned = full.get("partial_rotary_factor", _TURNED[kind])
-        writer.add_rope_dimension_count(int(head_dim * turned))
-    if kind in _MORE:
-        _MORE[kind](writer, config)
-
-
-def _flags(writer, config):
-    if config.get("sliding_window"):
-        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
-        writer.add_sliding_window_pattern(slides)
-
-
-def _of_olmo3(writer, config):
-    _flags(writer, config)
-    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
-
-
-def _of_phi3(writer, config):
-    writer.add_sliding_window(config["sliding_window"] or 0)
-    rope, length = config["rope_parameters"], config["max_position_embeddings"]
-    if "long_factor" in rope:
-        original = config["original_max_position_embeddings"]
-        scale = math.log(length / original) / math.log(original)
-        writer.add_rope_scaling_attn_factors(math.sqrt(1 + scale))
-        for own in ("long", "short"):
-            factors = np.array(rope[f"{own}_factor"], np.float32)
-            writer.add_tensor(f"rope_factors_{own}.weight", factors)
-
-
-def _of_ernie(writer, config):
-    """Twice the width of an expert, in released models."""
-    width = config["intermediate_size"] // config["num_key_value_heads"]
-    writer.add_expert_shared_feed_forward_length(width)
-
-
-def _of_ministral3(writer, config):
-    writer.add_rope_scaling_yarn_log_mul(config["rope_parameters"]["mscale_all_dim"])
-    writer.add_attn_temperature_scale(config["rope_parameters"]["llama_4_scaling_beta"])
-
-
-_MORE = {
-    "ministral3": _of_ministral3,
-    "ernie4_5_moe": _of_ernie,
-    "olmo": lambda writer, config: writer.add_layer_norm_eps(1e-5),
-    "olmo3": _of_olmo3,
-    "exaone4": _flags,
-    "phi3": _of_phi3,
-    "hunyuan_v1_moe": lambda writer, config: writer.add_expert_shared_feed_forward_length(
-        config["intermediate_size"]
-    ),
-    **dict.fromkeys(
-        ("glm4_moe", "minimax_m2"),
-        lambda writer, config: writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID),
-    ),
-}

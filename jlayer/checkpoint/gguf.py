@@ -20,7 +20,7 @@ from jlayer.config import model_config
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import piece_name
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.registry import is_matrix, published_tensors
+from jlayer.families.registry import is_latent_matrix, is_matrix, published_tensors
 from jlayer.gguf.config import config_of, encoded
 from jlayer.gguf.names import layer_of, published
 from jlayer.gguf.parts import open_head
@@ -81,9 +81,14 @@ def _tables(head: Head, cfg: ModelConfig, files: Mapping[str, SourceFile], notes
 
 
 def _as_row(part, shape):
-    """A tensor; one that is published as a matrix of one row is a vector in files of 2024, and may
-    be one today."""
-    return replace(part, shape=shape) if shape == (1, *part.shape) else part
+    """A tensor, with axes of one as published. A matrix of one row is a vector in files of 2024,
+    and may be one today; taps of a convolution have two axes."""
+    is_same = shape is not None and _beyond_one(shape) == _beyond_one(part.shape)
+    return replace(part, shape=shape) if is_same else part
+
+
+def _beyond_one(shape):
+    return [size for size in shape if size != 1]
 
 
 def _check_is_matrix(own, name, part, shape):
@@ -92,7 +97,7 @@ def _check_is_matrix(own, name, part, shape):
             f"{part.path}: tensor {name} is {list(part.shape)}, by the metadata {list(shape)}; "
             "fetch the file again"
         )
-    if not is_matrix(own, shape):
+    if not is_matrix(own, shape) and not is_latent_matrix(own):
         raise UnsupportedModelError(
             f"{part.path}: tensor {name} is {part.type}, but {own} is used whole, and supported as "
             f"plain numbers alone ({', '.join(ITEM_BYTES)}); take a file in which it is"

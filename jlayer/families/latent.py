@@ -17,6 +17,9 @@ from jlayer.spec import Leaf, ModelConfig, Role
 # The names of its matrices and norms.
 Q, Q_A, Q_B, Q_NORM = "q_proj", "q_a_proj", "q_b_proj", "q_a_layernorm"
 KV_A, KV_B, KV_NORM = "kv_a_proj_with_mqa", "kv_b_proj", "kv_a_layernorm"
+# In the place of KV_B where it is apart: of each head what its keys are made by, turned around, and
+# what its values are made by.
+K_B, V_B = "k_b_proj", "v_b_proj"
 OUT = "o_proj"
 _MODULE = "self_attn"
 # What such a layer adds to the flow; see `families.base`.
@@ -57,9 +60,16 @@ def _leaves(latent):
         *queries,
         leaf(KV_A, ("entry", "width")),
         leaf(KV_NORM, ("rank",), Role.NORM),
-        leaf(KV_B, ("keys_and_values", "rank"), Role.NORM, moves=True),
+        *(leaf(name, axes, Role.NORM, moves=True) for name, axes in _expanding(latent).items()),
         leaf(OUT, ("width", "values")),
     )
+
+
+def _expanding(latent):
+    """What makes keys and values of a latent: name -> axes."""
+    if latent.is_apart:
+        return {K_B: ("ranks", "nope"), V_B: ("values", "rank")}
+    return {KV_B: ("keys_and_values", "rank")}
 
 
 def _biases(cfg, latent):
@@ -75,7 +85,8 @@ def _biases(cfg, latent):
 
 def _stages(latent, qkv: Stage):
     """From the input of attention to the input of its last matrix."""
-    attend = Function("attend_latent", ("cache", "rows"), ("x", "cache"), (KV_NORM, KV_B), latent)
+    used = (KV_NORM, *_expanding(latent))
+    attend = Function("attend_latent", ("cache", "rows"), ("x", "cache"), used, latent)
     if latent.q_rank is None:
         return (replace(qkv, name="latent", groups=(one(Q), one(KV_A)), finish=attend),)
     queries = Function("query_latent", (), ("x", *OF_LATENT), (Q_NORM,), latent)

@@ -3,7 +3,10 @@ what the weight of a norm stands for, and what is one matrix. The same model, re
 
 llama.cpp's converter reorders the rows of queries and keys of some models, so that the elements
 which the rotary embedding turns together are neighbours; it adds 1 to gains that are published as
-1 + weight; and it makes two matrices of one whose rows are of the gate and of the other in turn.
+1 + weight; it makes two matrices of one whose rows are of the gate and of the other in turn; and
+two of the one that makes keys and values of a latent, the rows of each head's keys turned around.
+Of a gated DeltaNet it orders value heads in another way, has -exp(A_log) in the place of A_log, and
+takes the gates out of the matrix that gives queries, keys and values.
 None of this is undone: the config says so under LAYOUT_KEY, and the parts follow.
 """
 
@@ -13,14 +16,23 @@ from dataclasses import replace
 
 from jlayer.errors import CheckpointError
 from jlayer.families.fields import Fields
-from jlayer.parts import Attention
+from jlayer.parts import Attention, Latent
 from jlayer.spec import ModelConfig
 
 LAYOUT_KEY = "gguf_layout"
 # The scheme in the quantization_config of a config that was made from a GGUF file.
 FROM_GGUF = "gguf"
-PAIRS, GAINS, GATES = "rope_pairs", "norm_gains", "expert_gates"
-_KNOWN = {PAIRS: "interleaved", GAINS: "whole", GATES: "apart"}
+PAIRS, GAINS, GATES, KEYS = "rope_pairs", "norm_gains", "expert_gates", "latent_keys"
+HEADS, RATES, INPUTS = "value_heads", "decay_rates", "delta_inputs"
+_KNOWN = {
+    PAIRS: "interleaved",
+    GAINS: "whole",
+    GATES: "apart",
+    KEYS: "apart",
+    HEADS: "tiled",
+    RATES: "whole",
+    INPUTS: "half",
+}
 
 
 def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
@@ -44,11 +56,26 @@ def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
     if GATES in said.raw and cfg.experts:
         mlp = replace(cfg.experts.mlp, form="gated", gate="gate_proj", up="up_proj")
         cfg = replace(cfg, experts=replace(cfg.experts, mlp=mlp, stacks=()))
+    if KEYS in said.raw:
+        cfg = replace(cfg, attentions=tuple(map(_apart, cfg.attentions)))
+    if cfg.delta is not None:
+        cfg = replace(cfg, delta=_delta(said, cfg.delta))
     return cfg
+
+
+def _delta(said, delta):
+    changes = {"is_tiled": HEADS in said.raw, "has_rates": RATES in said.raw}
+    if INPUTS in said.raw:
+        changes["inputs"] = said.raw[INPUTS]
+    return replace(delta, **changes)
 
 
 def _interleaved(one):
     return one if one.rope is None else replace(one, rope=replace(one.rope, interleaved=True))
+
+
+def _apart(one):
+    return replace(one, is_apart=True) if isinstance(one, Latent) else one
 
 
 def _with_gain(one, gain):

@@ -34,12 +34,11 @@ _STACKS = (
     Stack("mlp.experts.down_proj", ("down_proj",)),
 )
 # The matrices that a gated DeltaNet's input is multiplied by, with the axis of their rows.
-_GROUPED = {"in_proj_qkvz": "qkvz", "in_proj_ba": "two_value_heads"}
-_APART = {
-    "in_proj_qkv": "channels",
-    "in_proj_z": "values",
-    "in_proj_b": "value_heads",
-    "in_proj_a": "value_heads",
+_QKV, _BA = {"in_proj_qkv": "channels", "in_proj_z": "values"}, {"in_proj_ba": "two_value_heads"}
+_INPUTS = {
+    "apart": {**_QKV, "in_proj_b": "value_heads", "in_proj_a": "value_heads"},
+    "grouped": {"in_proj_qkvz": "qkvz", **_BA},
+    "half": {**_QKV, **_BA},
 }
 # What it uses uncut: (our name, as published, axes).
 _WHOLE = (
@@ -64,7 +63,7 @@ def _kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
 
 def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
     """A layer with attention -> the same with a gated DeltaNet in its place."""
-    inputs, sizes = _GROUPED if delta.is_grouped else _APART, tuple(delta_sizes(delta).items())
+    inputs, sizes = _INPUTS[delta.inputs], tuple(delta_sizes(delta).items())
 
     def leaf(name, published, axes, role=Role.MATRIX):
         return Leaf(name, f"linear_attn.{published}", axes, role, sizes=sizes)
@@ -88,7 +87,7 @@ def _with_delta(full: LayerKind, delta: Delta) -> LayerKind:
     )
 
 
-def _qwen3_5(fields: Fields, *, kv_heads: int = 4, is_grouped: bool = False) -> ModelConfig:
+def _qwen3_5(fields: Fields, *, kv_heads: int = 4, inputs: str = "apart") -> ModelConfig:
     """The positions of a text are one number each: `mrope_section` changes nothing."""
     sizes = read_sizes(fields, kv_heads=kv_heads, head_dim=256, longest=32768)
     period = fields.integer("full_attention_interval", default=4)
@@ -110,11 +109,11 @@ def _qwen3_5(fields: Fields, *, kv_heads: int = 4, is_grouped: bool = False) -> 
     cfg = config(fields, sizes, [how], layer_types=types, norm=norm, qkv_bias=bias, out_bias=bias)
     if LINEAR not in types:
         return cfg
-    delta = _delta(fields, Norm(norm.eps), cfg.mlp.activation, is_grouped)
+    delta = _delta(fields, Norm(norm.eps), cfg.mlp.activation, inputs)
     return replace(cfg, delta=delta)
 
 
-def _delta(fields, norm, activation, is_grouped):
+def _delta(fields, norm, activation, inputs):
     heads = {"limit": LIMITS["num_attention_heads"]}
     size = {"limit": LIMITS["head_dim"]}
     n_keys = fields.integer("linear_num_key_heads", default=16, **heads)
@@ -137,14 +136,14 @@ def _delta(fields, norm, activation, is_grouped):
         kernel=kernel,
         norm=norm,
         activation=activation,
-        is_grouped=is_grouped,
+        inputs=inputs,
         name=LINEAR,
     )
 
 
 def _qwen3_next(fields: Fields) -> ModelConfig:
     """Qwen3.5 with other leaves. A layer has experts unless `mlp_only_layers` has its number."""
-    cfg = _qwen3_5(fields, kv_heads=2, is_grouped=True)
+    cfg = _qwen3_5(fields, kv_heads=2, inputs="grouped")
     layers = sparse_layers(fields)
     if fields.from_zero("num_experts", default=512) == 0 or (layers and not any(layers)):
         return cfg

@@ -50,8 +50,8 @@ FAMILIES: dict[str, Family] = {
 
 # How the names of tensors with two axes end that are used whole, as published: norms of heads
 # (Cohere), routers, the gates of shared experts, correction biases (Ernie), the matrix that makes
-# keys and values of a latent.
-_LATENT = ".kv_b_proj.weight"
+# keys and values of a latent, or those that do.
+_LATENT = (".kv_b_proj.weight", ".k_b_proj.weight", ".v_b_proj.weight")
 _WHOLE = (
     "norm.weight",
     ".gate.weight",
@@ -61,7 +61,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
-    _LATENT,
+    *_LATENT,
 )
 
 _OF_AN_EXPERT = re.compile(r"\.experts\.[0-9]+\.")

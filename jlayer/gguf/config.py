@@ -34,10 +34,12 @@ def config_of(head: Head) -> dict:
             f"{head.path}: a model of the architecture {said.architecture[:80]!a}, which is not "
             f"supported as GGUF; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    config = {**_common(said), **_eps(said, row.eps), **row.config(said), **_MARK}
+    heads = {} if row.is_latent else _heads(said)
+    config = {**_common(said), **heads, **_eps(said, row.eps), **row.config(said), **_MARK}
     config["architectures"] = [FAMILIES[config["model_type"]].architecture]
     said.refuse_unread()
-    return {**config, LAYOUT_KEY: dict(row.layout)} if row.layout else config
+    layout = {**row.layout, **row.by_file(head)}
+    return {**config, LAYOUT_KEY: layout} if layout else config
 
 
 def encoded(config: dict) -> bytes:
@@ -47,17 +49,6 @@ def encoded(config: dict) -> bytes:
 
 def _common(said):
     """What all architectures have in common."""
-    heads, width = said.integer("attention.head_count"), said.integer("embedding_length")
-    if heads < 1:
-        raise said.refusal(f"{said.architecture}.attention.head_count", heads, "a number from 1")
-    head_dim = said.integer("attention.key_length", width // heads)
-    if head_dim < 1:
-        raise said.refusal(f"{said.architecture}.attention.key_length", head_dim, "a number from 1")
-    if said.integer("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedModelError(
-            f"{said.where}: attention.value_length is {said.integer('attention.value_length')}, "
-            f"and key_length {head_dim}; supported: the same"
-        )
     embedding = said.head.tensors.get(EMBEDDING)
     if embedding is None:
         raise CheckpointError(
@@ -72,16 +63,32 @@ def _common(said):
         )
     return {
         "vocab_size": embedding.shape[0],
-        "hidden_size": width,
+        "hidden_size": said.integer("embedding_length"),
         "intermediate_size": said.integer("feed_forward_length", None)
         or said.integer("expert_feed_forward_length"),
         "num_hidden_layers": n_layers - further,
-        "num_attention_heads": heads,
-        "num_key_value_heads": said.integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
         "max_position_embeddings": said.integer("context_length"),
         "tie_word_embeddings": HEAD not in said.head.tensors,
         "dtype": _dtype(embedding.type),
+    }
+
+
+def _heads(said):
+    heads, width = said.integer("attention.head_count"), said.integer("embedding_length")
+    if heads < 1:
+        raise said.refusal(f"{said.architecture}.attention.head_count", heads, "a number from 1")
+    head_dim = said.integer("attention.key_length", width // heads)
+    if head_dim < 1:
+        raise said.refusal(f"{said.architecture}.attention.key_length", head_dim, "a number from 1")
+    if said.integer("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError(
+            f"{said.where}: attention.value_length is {said.integer('attention.value_length')}, "
+            f"and key_length {head_dim}; supported: the same"
+        )
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": said.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
     }
 
 

@@ -13,7 +13,11 @@ from jlayer.gguf.reader import Head, LongArray, short
 
 # Keys of a model that say nothing of its numbers, whatever their value.
 _SAYS_NOTHING = frozenset(
-    ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "attention.causal_mask_type")
+    (
+        *("vocab_size", "rope.scaling.finetuned", "tensor_data_layout"),
+        # Of positions of several numbers, which are one and the same in a text.
+        *("attention.causal_mask_type", "rope.dimension_sections"),
+    )
 )
 # Keys that some writers leave in files of models that have no such thing -> the values that say so.
 _NEUTRAL = {

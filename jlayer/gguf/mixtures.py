@@ -21,7 +21,7 @@ def llama_or_mixtral(said: Metadata) -> dict:
     return {
         "model_type": "mixtral",
         "sliding_window": None,
-        **_experts(said, "num_local_experts"),
+        **experts_of(said, "num_local_experts"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -40,7 +40,7 @@ def qwen2moe(said: Metadata) -> dict:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "qkv_bias": has_bias(said.head, "attn_q"),
-        **_experts(said, "num_experts"),
+        **experts_of(said, "num_experts"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -52,7 +52,7 @@ def qwen3moe(said: Metadata) -> dict:
         "norm_topk_prob": said.boolean("expert_weights_norm", True),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        **_experts(said, "num_experts"),
+        **experts_of(said, "num_experts"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -62,7 +62,7 @@ def olmoe(said: Metadata) -> dict:
     return {
         "model_type": "olmoe",
         "norm_topk_prob": False,
-        **_experts(said, "num_experts"),
+        **experts_of(said, "num_experts"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -70,7 +70,7 @@ def olmoe(said: Metadata) -> dict:
 def granitemoe(said: Metadata) -> dict:
     return {
         "model_type": "granitemoe",
-        **_experts(said, "num_local_experts"),
+        **experts_of(said, "num_local_experts"),
         **granite_factors(said),
     }
 
@@ -82,14 +82,14 @@ def minimax_m2(said: Metadata) -> dict:
     _refuse_unless(said, "expert_gating_func", said.integer("expert_gating_func"), SIGMOID)
     return {
         "model_type": "minimax_m2",
-        **_experts(said, "num_local_experts"),
+        **experts_of(said, "num_local_experts"),
         "rope_parameters": rope_parameters(said, in_part=True),
     }
 
 
 def ernie4_5_moe(said: Metadata) -> dict:
     """The first layers are dense, and after them those that are no multiple of a period."""
-    width, n_shared = said.integer("expert_feed_forward_length"), _n_shared(said)
+    width, n_shared = said.integer("expert_feed_forward_length"), shared_count(said)
     return {
         "model_type": "ernie4_5_moe",
         "use_bias": has_bias(said.head, "attn_q"),
@@ -97,7 +97,7 @@ def ernie4_5_moe(said: Metadata) -> dict:
         "moe_num_shared_experts": n_shared,
         "moe_layer_start_index": said.integer("leading_dense_block_count"),
         "moe_layer_interval": said.integer("interleave_moe_layer_step"),
-        **_experts(said, "moe_num_experts", "moe_k"),
+        **experts_of(said, "moe_num_experts", "moe_k"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -111,7 +111,7 @@ def hunyuan_moe(said: Metadata) -> dict:
     return {
         "model_type": "hunyuan_v1_moe",
         "attention_bias": has_bias(said.head, "attn_q"),
-        **_experts(said, "num_experts", "moe_topk"),
+        **experts_of(said, "num_experts", "moe_topk"),
         "rope_parameters": rope_parameters(said),
     }
 
@@ -125,7 +125,7 @@ def glm4moe(said: Metadata) -> dict:
         "attention_bias": has_bias(said.head, "attn_q"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in said.head.tensors,
         "moe_intermediate_size": said.integer("expert_feed_forward_length"),
-        "n_shared_experts": _n_shared(said),
+        "n_shared_experts": shared_count(said),
         "n_group": said.integer("expert_group_count", 1),
         "topk_group": said.integer("expert_group_used_count", 1),
         "first_k_dense_replace": said.integer("leading_dense_block_count"),
@@ -133,7 +133,7 @@ def glm4moe(said: Metadata) -> dict:
         "norm_topk_prob": said.boolean("expert_weights_norm", False),
         "num_nextn_predict_layers": said.integer("nextn_predict_layers", 0),
         "partial_rotary_factor": 0.5,
-        **_experts(said, "n_routed_experts"),
+        **experts_of(said, "n_routed_experts"),
         "rope_parameters": rope_parameters(said, turned=head_dim // 2),
     }
 
@@ -146,17 +146,17 @@ def gpt_oss(said: Metadata) -> dict:
         "model_type": "gpt_oss",
         "sliding_window": said.integer("attention.sliding_window"),
         "layer_types": layer_types(said, period=2),
-        **_experts(said, "num_local_experts"),
+        **experts_of(said, "num_local_experts"),
         "rope_parameters": {**rope_parameters(said), "truncate": False},
     }
 
 
-def _experts(said, count, chosen="num_experts_per_tok"):
+def experts_of(said: Metadata, count: str, chosen: str = "num_experts_per_tok") -> dict:
     """How many there are, and how many each token has, under a family's names."""
     return {count: said.integer("expert_count"), chosen: said.integer("expert_used_count")}
 
 
-def _n_shared(said):
+def shared_count(said: Metadata) -> int:
     """The number of shared experts, which are one MLP as wide as all of them."""
     width, n_shared = (
         said.integer("expert_feed_forward_length"),

@@ -97,10 +97,28 @@ _QWEN_EXPERTS = {
     "ffn_down_exps": "mlp.experts.{number}.down_proj",
 }
 _QWEN_MOE = {**_LLAMA, **_QWEN_EXPERTS}
-_QWEN2_MOE = {
-    **_QWEN_MOE,
+_QWEN35 = {
+    **_AFTER_ATTENTION,
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_QWEN_SHARED = {
+    **_QWEN_EXPERTS,
     **_shared("shared_expert"),
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+}
+_QWEN3_NEXT = {
+    **_without(_QWEN35, "ssm_beta", "ssm_alpha"),
+    **_QWEN_SHARED,
+    "ssm_in": "linear_attn.in_proj_qkvz",
+    "ssm_ba": "linear_attn.in_proj_ba",
 }
 _GLM4_MOE = {
     **_AFTER_ATTENTION,
@@ -112,6 +130,20 @@ _ERNIE_MOE = {
     **_QWEN_MOE,
     **_shared("shared_experts"),
     "exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias",
+}
+_DEEPSEEK = {
+    **_LLAMA,
+    **_QWEN_EXPERTS,
+    **_shared("shared_experts"),
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
 _HUNYUAN_MOE = {
     **_HUNYUAN,
@@ -139,6 +171,8 @@ _GRANITE_MOE = {
     "ffn_up_exps": "block_sparse_moe.experts.{number}.up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.{number}.down_proj",
 }
+# One matrix for each head, which are one with the rows of all.
+_OF_HEADS = ("attn_k_b", "attn_v_b")
 # Model type -> the names within a layer.
 NAMES = {
     **dict.fromkeys(
@@ -156,7 +190,10 @@ NAMES = {
         "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
     },
     "granitemoe": _GRANITE_MOE,
-    "qwen2_moe": _QWEN2_MOE,
+    "qwen2_moe": {**_LLAMA, **_QWEN_SHARED},
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": {**_QWEN35, **_QWEN_SHARED},
+    "qwen3_next": _QWEN3_NEXT,
     "glm4": _GLM4,
     "glm4_moe": _GLM4_MOE,
     "phi3": _PHI3,
@@ -166,6 +203,7 @@ NAMES = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "gpt_oss": _GPT_OSS,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
 }
 
 
@@ -197,6 +235,9 @@ def published(model_type: str, name: str, tensor: GgufTensor) -> Iterator[tuple[
     if own not in names and base not in names:
         yield name, tensor
         return
+    if base in _OF_HEADS and len(tensor.shape) == 3:
+        heads, rows, width = tensor.shape
+        tensor = replace(tensor, shape=(heads * rows, width))
     to = f"model.layers.{match[1]}.{names.get(own) or f'{names[base]}.{end}'}"
     if "{number}" not in to or number is not None:
         yield to.format(number=number), tensor

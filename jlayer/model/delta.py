@@ -57,16 +57,13 @@ def gated_delta(products, whole: Mapping, cache: StateCache, rows: Rows, *, how:
     tokens = jnp.concatenate([before.swapaxes(1, 2), mixed], axis=1)
     conv = last_inputs(tokens, parents, rows.kept)
     mixed = convolved(tokens, whole["conv1d"][:, 0], parents, activation=how.activation)
-    out, state = delta_rule(
-        *_queries_keys_values(mixed, how),
-        decay(to_g, whole["A_log"], whole["dt_bias"]),
-        # The reference rounds beta to the dtype that is computed in.
-        jax.nn.sigmoid(to_beta.astype(jnp.float32)).astype(dtype).astype(jnp.float32),
-        state,
-        rows.seen,
-        rows.kept,
-        is_chain=rows.is_chain,
-    )
+    q, k, v = _queries_keys_values(mixed, how)
+    # The reference rounds beta to the dtype that is computed in.
+    beta = jax.nn.sigmoid(to_beta.astype(jnp.float32)).astype(dtype).astype(jnp.float32)
+    g = decay(to_g, whole["A_log"], whole["dt_bias"], has_rates=how.has_rates)
+    v, g, beta = (_by_key_head(each, how) for each in (v, g, beta))
+    out, state = delta_rule(q, k, v, g, beta, state, rows.seen, rows.kept, is_chain=rows.is_chain)
+    out = _by_key_head(out, how, back=True)
     gated = normed(out.astype(dtype), how.norm, whole["norm"]).astype(jnp.float32)
     gated = (gated * jax.nn.silu(z.astype(jnp.float32))).astype(dtype)
     padding = ((0, n_rows - b * t), (0, 0))
@@ -77,25 +74,32 @@ def gated_delta(products, whole: Mapping, cache: StateCache, rows: Rows, *, how:
 def _parts(products, how):
     """What is convolved [R, C]: queries, keys and values; and the gate z [R, N, E], and what beta
     and g are made of, [R, N] each."""
-    n, e = how.n_value_heads, how.value_dim
-    if how.is_grouped:
-        return _parts_by_key_head(products, how)
-    z = products["in_proj_z"]
-    z = z.reshape(z.shape[0], n, e)
-    return products["in_proj_qkv"], z, products["in_proj_b"], products["in_proj_a"]
+    if how.inputs == "grouped":
+        mixed, z = _mixed_by_key_head(products["in_proj_qkvz"], how)
+    else:
+        mixed, z = products["in_proj_qkv"], products["in_proj_z"]
+    z = z.reshape(z.shape[0], how.n_value_heads, how.value_dim)
+    if how.inputs == "apart":
+        return mixed, z, products["in_proj_b"], products["in_proj_a"]
+    rows, ba = z.shape[0], products["in_proj_ba"].reshape(z.shape[0], how.n_key_heads, -1)
+    return mixed, z, *(half.reshape(rows, -1) for half in jnp.split(ba, 2, axis=-1))
 
 
-def _parts_by_key_head(products, how):
-    """Of matrices whose rows are, for each key head: query, key, values, gates; and b, a."""
-    k, h, e = how.n_key_heads, how.key_dim, how.value_dim
-    g = how.n_value_heads // k
-    qkvz, ba = products["in_proj_qkvz"], products["in_proj_ba"]
-    rows = qkvz.shape[0]
-    ends = [h, 2 * h, 2 * h + g * e]
-    *qkv, z = jnp.split(qkvz.reshape(rows, k, -1), ends, axis=-1)
-    to_beta, to_g = (half.reshape(rows, -1) for half in jnp.split(ba.reshape(rows, k, -1), 2, -1))
-    mixed = jnp.concatenate([part.reshape(rows, -1) for part in qkv], axis=-1)
-    return mixed, z.reshape(rows, k * g, e), to_beta, to_g
+def _mixed_by_key_head(qkvz, how):
+    """Of a matrix whose rows are, for each key head: query, key, values, gates."""
+    h, k = how.key_dim, how.n_key_heads
+    rows, values = qkvz.shape[0], how.n_value_heads // k * how.value_dim
+    *qkv, z = jnp.split(qkvz.reshape(rows, k, -1), [h, 2 * h, 2 * h + values], axis=-1)
+    return jnp.concatenate([part.reshape(rows, -1) for part in qkv], axis=-1), z
+
+
+def _by_key_head(x, how, *, back=False):
+    """x [B, T, N, ...] with the value heads of a key head beside each other; or `back`, as they are
+    projected."""
+    if not how.is_tiled:
+        return x
+    cut = (how.n_key_heads, -1) if back else (-1, how.n_key_heads)
+    return x.reshape(*x.shape[:2], *cut, *x.shape[3:]).swapaxes(2, 3).reshape(x.shape)
 
 
 def _queries_keys_values(mixed, how):
@@ -114,12 +118,13 @@ def unit(x):
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPS)
 
 
-def decay(a, a_log, dt_bias):
+def decay(a, a_log, dt_bias, *, has_rates: bool = False):
     """g [..., N] float32, the logarithm of what is left of the state: -exp(A_log) softplus(a +
-    dt_bias). `a` [..., N], the others [N]."""
+    dt_bias). `a` [..., N], the others [N]. `has_rates`: `a_log` is -exp(A_log) already."""
     a, a_log, dt_bias = (each.astype(jnp.float32) for each in (a, a_log, dt_bias))
     shape = (1,) * (a.ndim - 1) + a_log.shape
-    return -jnp.exp(a_log).reshape(shape) * jax.nn.softplus(a + dt_bias.reshape(shape))
+    rates = a_log if has_rates else -jnp.exp(a_log)
+    return rates.reshape(shape) * jax.nn.softplus(a + dt_bias.reshape(shape))
 
 
 # The convolution. A lane's tokens are its last W-1 before the chunk, oldest first, then its T rows.

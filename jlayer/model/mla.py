@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from jlayer.families.latent import KV_A, KV_B, KV_NORM, Q_A, Q_B, Q_NORM, Q
+from jlayer.families.latent import K_B, KV_A, KV_B, KV_NORM, Q_A, Q_B, Q_NORM, V_B, Q
 from jlayer.model.attention import attention
 from jlayer.model.cache import LatentCache, LayerCache, Rows, write_latent
 from jlayer.model.ops import grown, normed, rotate
@@ -43,17 +43,20 @@ def attend_latent(
     """
     (q,) = (products[name] for name in (Q, Q_B) if name in products)
     latent = products[KV_A] if latent is None else latent
-    kv_b, queries = whole[KV_B].astype(q.dtype), q.reshape(len(q), how.n_heads, -1)
+    queries = q.reshape(len(q), how.n_heads, -1)
     entries = _entries(latent, whole[KV_NORM], rows, how)
     # Written first, as in `stages`: so the cache's memory is reused.
     cache = write_latent(cache, entries, rows)
-    attend = _over_heads if expands(how, tokens=rows.seen.shape[1]) else _among_latents
-    return attend(queries, kv_b, entries, cache, rows, how), cache
+    if expands(how, tokens=rows.seen.shape[1]):
+        kv_b = _joined(whole, how, q.dtype)
+        return _over_heads(queries, kv_b, entries, cache, rows, how), cache
+    by_head = _by_head(whole, how, q.dtype)
+    return _among_latents(queries, by_head, entries, cache, rows, how), cache
 
 
-def _among_latents(q, kv_b, entries, cache, rows, how):
+def _among_latents(q, by_head, entries, cache, rows, how):
     """Queries [R, N, nope + rope] -> [R, N*value], in the space of the latents."""
-    keys, values = _by_head(kv_b, how)
+    keys, values = by_head
     plain, turned = _turned(q, rows, how)
     # Heads first: XLA's CPU has no such product of bfloat16 with the rows first.
     among = _product("nrh,nhl->rnl", plain.swapaxes(0, 1), keys)
@@ -89,11 +92,23 @@ def _entries(latent, weight, rows, how):
     return jnp.concatenate([normal, turned], axis=-1)
 
 
-def _by_head(kv_b, how):
-    """kv_b [N*(nope + value), rank] -> its rows for keys [N, nope, rank] and values
-    [N, value, rank]."""
-    by_head = kv_b.reshape(how.n_heads, how.nope_dim + how.value_dim, how.rank)
+def _by_head(whole, how, dtype):
+    """What makes keys [N, nope, rank] and values [N, value, rank]. Where they are apart, as
+    [N*rank, nope] and [N*value, rank]."""
+    if how.is_apart:
+        keys, values = (whole[name].astype(dtype) for name in (K_B, V_B))
+        keys = keys.reshape(how.n_heads, how.rank, how.nope_dim).swapaxes(1, 2)
+        return keys, values.reshape(how.n_heads, how.value_dim, how.rank)
+    both = whole[KV_B].astype(dtype)
+    by_head = both.reshape(how.n_heads, how.nope_dim + how.value_dim, how.rank)
     return by_head[:, : how.nope_dim], by_head[:, how.nope_dim :]
+
+
+def _joined(whole, how, dtype):
+    """The same as one matrix [N*(nope + value), rank]."""
+    if how.is_apart:
+        return jnp.concatenate(_by_head(whole, how, dtype), axis=1).reshape(-1, how.rank)
+    return whole[KV_B].astype(dtype)
 
 
 def _turned(q, rows, how):

@@ -55,6 +55,39 @@ _LONGROPE = {
 _WINDOWS = {"sliding_window": 5, "num_hidden_layers": 5}
 _FIVE = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
 _GEMMA = {"tie_word_embeddings": True, "sliding_window": 5}
+# No two axes are equal.
+_LATENT = {
+    **_EXPERTS,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+_YARN_OF_LATENTS = {
+    **_YARN,
+    "factor": 40.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+_DELTA = {
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,  # llama.cpp takes no other
+    "rms_norm_eps": 1e-2,  # else heads whose outputs nearly cancel are all rounding
+}
+_OF_DELTA = {**_DELTA, **_EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 48}
 # Name -> (the class of its config in Transformers, what differs from _SIZES).
 FORMS = {
     "llama": ("LlamaConfig", {}),
@@ -214,6 +247,42 @@ FORMS = {
         {**_LAYER_NORMS, "qk_layernorm": True, "use_parallel_residual": True},
     ),
     "nemotron": ("NemotronConfig", _LAYER_NORMS),
+    "deepseek_v3": ("DeepseekV3Config", {**_LATENT, "n_group": 3, "topk_group": 2}),
+    "deepseek_v3, yarn, not normed": (
+        "DeepseekV3Config",
+        {**_LATENT, "norm_topk_prob": False, "rope_parameters": _YARN_OF_LATENTS},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**_LATENT, "norm_topk_prob": False, "rope_parameters": _YARN_OF_LATENTS},
+    ),
+    "deepseek_v2, groups": (
+        "DeepseekV2Config",
+        {
+            **_LATENT,
+            "norm_topk_prob": False,
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+        },
+    ),
+    # Rows of which blocks can be made.
+    "deepseek_v3, wide": (
+        "DeepseekV3Config",
+        {**_LATENT, "kv_lora_rank": 160, "qk_nope_head_dim": 32, "v_head_dim": 128},
+    ),
+    # llama.cpp knows models that project queries at once by their number of layers.
+    "deepseek_v2, lite": (
+        "DeepseekV2Config",
+        {**_LATENT, "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 27},
+    ),
+    "qwen3_next": ("Qwen3NextConfig", _OF_DELTA),
+    "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
+    "qwen3_5, of unequal heads": (
+        "Qwen3_5TextConfig",
+        {**_DELTA, "linear_key_head_dim": 10, "linear_value_head_dim": 14},
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_OF_DELTA, "intermediate_size": None}),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**_GEMMA, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "query_pre_attn_scalar": 32, "num_hidden_layers": 7}),
@@ -258,10 +327,13 @@ TO_EXPORT = {
 }
 # Those that differ by more than the size of the vocabulary.
 MODELS = [name for name in FORMS if "vocabulary" not in name]
+# Those that no file is exported of.
+NOT_EXPORTED = [name for name in MODELS if name.startswith(("deepseek", "qwen3_5", "qwen3_next"))]
 # Those that run in every session: of each way to lay out a model one.
 FIRST = (
     *("llama, tied, biases", "qwen3, yarn", "olmo2", "granitemoe", "phi3, long texts", "cohere2"),
-    *("minimax_m2", "starcoder2", "gemma2"),
+    *("minimax_m2", "starcoder2", "gemma2", "deepseek_v3", "deepseek_v2"),
+    *("qwen3_next", "qwen3_5"),
 )
 
 

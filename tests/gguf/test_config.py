@@ -110,6 +110,9 @@ OF_OTHERS = [
     ("ernie4_5_moe", raw("ernie4_5-moe.expert_shared_count", "uint32", 1), "length is 64, supp"),
     ("phi3", raw("phi3.rope.scaling.type", "string", "longrope"), "frequencies are missing"),
     ("phi3, long texts", raw("phi3.rope.scaling.type", "string", "yarn"), "expected one of them"),
+    ("deepseek_v2", raw("deepseek2.expert_weights_norm", "bool", True), "norm_topk_prob is True"),
+    ("qwen3_5", raw("qwen35.ssm.inner_size", "uint32", 95), "ssm.inner_size is 95"),
+    ("qwen3_5", raw("qwen35.full_attention_interval", "uint32", 9), "supported: at least one"),
     ("glm4", raw("glm4.rope.dimension_count", "uint32", 64), "dimension_count is 64"),
 ]
 

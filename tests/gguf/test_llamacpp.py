@@ -155,11 +155,18 @@ def numbered(writer, config):
     writer.add_token_merges(["t 0"])
     writer.add_eos_token_id(1)
     scaling(writer, config)
+    if "linear_num_key_heads" in config:
+        # llama.cpp takes it for the epsilon of the norms of queries and keys, too.
+        writer.kv_data[0].pop(f"{writer.arch}.attention.layer_norm_rms_epsilon")
+        writer.add_layer_norm_rms_eps(1e-6)
 
 
 # What llama.cpp takes for another model: it has norms of heads for Command R+ alone, by its number
 # of layers, and windows for the EXAONE 4 of 32B alone, in the same way.
-OTHERS = ("llama, llama3 rope", "cohere, norms", "exaone4, window")
+OTHERS = (
+    *("llama, llama3 rope", "cohere, norms", "exaone4, window"),
+    "qwen3_5, of unequal heads",
+)
 
 
 @pytest.mark.parametrize("name", slow_but([n for n in MODELS if n not in OTHERS], FIRST))

@@ -39,10 +39,10 @@ def scaling(writer, config):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def agree(folder, path, decoded, *, tolerance=1e-5):
-    expected = logits_with(folder, decoded, IDS)
+def agree(folder, path, decoded, *, ids=IDS, tolerance=1e-5):
+    expected = logits_with(folder, decoded, ids)
     with AutoModel.from_pretrained(path, device="cpu", dtype="float32") as model:
-        found = model.logits([IDS])[0]
+        found = model.logits([ids])[0]
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
@@ -56,6 +56,40 @@ def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
         freqs = rope_factors(AutoConfig.from_pretrained(folder))
     decoded = write(folder, tmp_path / "m.gguf", settings=scaling, freqs=freqs)
     agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_keys_and_values_of_a_latent_by_one_matrix(kind, tmp_path):
+    """As in files of 2024."""
+    folder = save("deepseek_v3", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
+    assert "blk.0.attn_kv_b.weight" in read_head(tmp_path / "m.gguf").tensors
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_gated_delta_net_with_one_matrix(kind, tmp_path):
+    """As in the first files of Qwen3-Next."""
+    folder = save("qwen3_next", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
+    assert "blk.0.ssm_in.weight" in read_head(tmp_path / "m.gguf").tensors
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+def test_a_gated_delta_net_in_blocks(tmp_path):
+    folder = save("qwen3_5", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    assert read_head(tmp_path / "m.gguf").tensors["blk.0.ssm_out.weight"].type == "q8_0"
+    agree(folder, tmp_path / "m.gguf", decoded)
+
+
+def test_keys_and_values_in_blocks_of_a_long_text(tmp_path):
+    """Which has keys of its own for each head: see `pieces.expands`."""
+    folder = save("deepseek_v3, wide", tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    tensors = read_head(tmp_path / "m.gguf").tensors
+    assert {tensors[f"blk.0.attn_{name}_b.weight"].type for name in "kv"} == {"q8_0"}
+    agree(folder, tmp_path / "m.gguf", decoded, ids=[17 * n % 131 for n in range(200)])
 
 
 def test_experts_one_by_one(tmp_path):
