@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,13 @@ def sweep(args, n_devices: int, n_tokens: int) -> dict:
     for option in ("device", "device_memory", "host_memory"):
         if getattr(args, option):
             words += [f"--{option.replace('_', '-')}", getattr(args, option)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    *lines, last = done.stdout.splitlines()
-    for line in lines:
-        common.say(f"  {line}")
-    found = json.loads(last)
+    faults = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a crash says where
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False, env=faults)
+    for line in done.stdout.splitlines():
+        if not line.startswith("{"):
+            common.say(f"  {line}")
+    done.check_returncode()
+    found = json.loads(done.stdout.splitlines()[-1])
     return {**found["sweeps"][0], "devices": n_devices, "smi_peak_mib": found["smi_peak_mib"]}
 
 
