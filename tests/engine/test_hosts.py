@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.convert import convert_checkpoint
 from jlayer.engine.alike import hosts_of
-from jlayer.engine.hosts import placement_of
+from jlayer.engine.hosts import Hosts, placement_of
 from jlayer.errors import UsageError
 from jlayer.run_config import RunConfig
 from tests.conftest import BUNDLED
@@ -256,3 +257,41 @@ def test_what_several_processes_cannot_have_is_refused_before_any_is_waited_for(
 def test_other_commands_do_not_have_the_options(verb, fable, capsys):
     assert main([verb, str(fable), "--processes", "2"]) == 2
     assert "--processes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two():
+    """Both ends of a connection, in one process."""
+    options = groups(2)
+    places = [placement_of(RunConfig.from_options(**one), {}) for one in options]
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(Hosts, places))
+    yield found
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(Hosts.finish, found))
+
+
+def test_what_takes_long_to_send_arrives_whole(two):
+    """It was cut off after 0.2 s, as what is received in pieces is."""
+    first, second = two
+    words = "x" * 150_000_000
+    with ThreadPoolExecutor(1) as other:
+        arrived = other.submit(second.sent, "words", None)
+        first.sent("words", words)
+        assert arrived.result(timeout=60) == words
+        first.sent("more", 1)
+        assert second.sent("more", None) == 1
+
+
+def test_what_is_sent_in_the_middle_of_sending_comes_before_it(two):
+    """A garbage collection may end a run, of which the others are told."""
+    first, second = two
+
+    class Ending:
+        def tolist(self):
+            first.sent("ended", 1)
+            return 2
+
+    first.sent("outer", Ending())
+    assert second.sent("ended", None) == 1
+    assert second.sent("outer", None) == 2
