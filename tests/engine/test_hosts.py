@@ -23,7 +23,7 @@ from jlayer.run_config import RunConfig
 from tests.conftest import BUNDLED
 from tests.engine.hosts import answers, commands_of_the_page, ended, generate, groups, started
 from tests.engine.test_host_cache import tight
-from tests.reference import mixture_forms
+from tests.reference import dense_forms, latent_forms, mixture_forms
 
 IDS = [1, 5, 9, 33, 7]
 GREEDY = {"max_new_tokens": 5, "temperature": 0}
@@ -132,6 +132,19 @@ def test_caches_in_host_memory_and_quantized_weights(fable, tmp_path):
         case("int4", tmp_path / "int4", options={"devices": 2}, reads_at_most=1.3),
     ]
     assert_same(cases, 2, 2)
+
+
+@pytest.mark.slow
+def test_windows_states_and_latents_are_told_too(tmp_path):
+    """Of layers with these process 0 tells other places in the cache."""
+    forms = {"gemma3": dense_forms, "qwen3_next": dense_forms, "deepseek_v3": latent_forms}
+    for name, form in forms.items():
+        form.save(tmp_path / name, name)
+    run = {"max_new_tokens": 30, "temperature": 0, "eos_token_id": None}
+    guessed = {**run, "speculate": "lookup", "draft_tokens": 7}
+    cases = [case(name, tmp_path / name, run) for name in forms]
+    cases += [case(f"{name}, guessed", tmp_path / name, guessed) for name in forms]
+    assert_same(cases, 2, 1)
 
 
 @pytest.mark.slow
