@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Hosts:
         self.end = end_process
         self._name = f"{socket.gethostname()}, process {os.getpid()}"
         self._sockets: dict[int, socket.socket] = {}
-        self._locks: dict[int, threading.Lock] = {}
+        self._outgoing: dict[int, _Outgoing] = {}
         self._arrived: dict[int, queue.Queue] = {}
         self._gone: set[int] = set()
         self.is_ending = False
@@ -106,7 +107,8 @@ class Hosts:
         else:
             self._connect()
         for peer in self._sockets:
-            self._arrived[peer], self._locks[peer] = queue.Queue(), threading.Lock()
+            self._arrived[peer] = queue.Queue()
+            self._outgoing[peer] = _Outgoing(self._sockets[peer])
             threading.Thread(target=self._read, args=(peer,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -242,8 +244,12 @@ class Hosts:
             return value
 
     def _send(self, peer, message):
-        with suppress(OSError), self._locks[peer]:  # its reader sees that it is lost
-            _send(self._sockets[peer], message)
+        try:
+            self._outgoing[peer].send(message)
+        except TimeoutError:
+            self._is_lost(peer, f"is lost: it takes nothing for {LOST_S:.0f} s")
+        except OSError:
+            pass  # its reader sees that it is lost
 
     def _beat(self):
         while not self.is_ending:
@@ -289,6 +295,7 @@ class Hosts:
             self.is_ending = True
             for peer in self._sockets:
                 self._send(peer, ["ended", self.number, line])
+                self._outgoing[peer].wait(SEEN_S)
 
     def finish(self) -> None:
         """Waits until the others are done as well, so that none sees another's end as a loss."""
@@ -302,6 +309,34 @@ class Hosts:
         if self.number == 0:
             for peer in self._sockets:
                 self._send(peer, ["bye"])
+                self._outgoing[peer].wait(SEEN_S)
+
+
+class _Outgoing:
+    """What is sent over a connection, from any thread, in order. A garbage collection in the middle
+    of it may send more: that waits until it is done."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection.dup()  # whose time to send is not that of receiving
+        self._connection.settimeout(LOST_S)
+        self._waiting: deque[bytes] = deque()
+        self._lock = threading.Lock()
+
+    def send(self, message) -> None:
+        """Sends it, or leaves it to who is sending. Raises OSError."""
+        self._waiting.append(_encoded(message))
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                while self._waiting:
+                    self._connection.sendall(self._waiting.popleft())
+            finally:
+                self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Until nothing waits to be sent, or so long."""
+        is_patient = _within(seconds)
+        while (self._waiting or self._lock.locked()) and is_patient():
+            time.sleep(LOOK_S / 10)
 
 
 def end_process(line: str, code: int = StorageError.exit_code) -> None:
@@ -326,8 +361,12 @@ def _free_port(address, family):
 
 
 def _send(connection, message):
+    connection.sendall(_encoded(message))
+
+
+def _encoded(message):
     data = json.dumps(message, default=lambda array: array.tolist()).encode()
-    connection.sendall(len(data).to_bytes(4, "big") + data)
+    return len(data).to_bytes(4, "big") + data
 
 
 def _within(seconds):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.convert import convert_checkpoint
 from jlayer.engine.alike import hosts_of
-from jlayer.engine.hosts import placement_of
+from jlayer.engine.hosts import Hosts, placement_of
 from jlayer.errors import UsageError
 from jlayer.run_config import RunConfig
 from tests.conftest import BUNDLED
 from tests.engine.hosts import answers, commands_of_the_page, ended, generate, groups, started
 from tests.engine.test_host_cache import tight
-from tests.reference import mixture_forms
+from tests.reference import dense_forms, latent_forms, mixture_forms
 
 IDS = [1, 5, 9, 33, 7]
 GREEDY = {"max_new_tokens": 5, "temperature": 0}
@@ -127,6 +128,19 @@ def test_caches_in_host_memory_and_quantized_weights(fable, tmp_path):
         case("int4", tmp_path / "int4", options={"devices": 2}, reads_at_most=1.3),
     ]
     assert_same(cases, 2, 2)
+
+
+@pytest.mark.slow
+def test_windows_states_and_latents_are_told_too(tmp_path):
+    """Of layers with these process 0 tells other places in the cache."""
+    forms = {"gemma3": dense_forms, "qwen3_next": dense_forms, "deepseek_v3": latent_forms}
+    for name, form in forms.items():
+        form.save(tmp_path / name, name)
+    run = {"max_new_tokens": 30, "temperature": 0, "eos_token_id": None}
+    guessed = {**run, "speculate": "lookup", "draft_tokens": 7}
+    cases = [case(name, tmp_path / name, run) for name in forms]
+    cases += [case(f"{name}, guessed", tmp_path / name, guessed) for name in forms]
+    assert_same(cases, 2, 1)
 
 
 @pytest.mark.slow
@@ -252,3 +266,41 @@ def test_what_several_processes_cannot_have_is_refused_before_any_is_waited_for(
 def test_other_commands_do_not_have_the_options(verb, fable, capsys):
     assert main([verb, str(fable), "--processes", "2"]) == 2
     assert "--processes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two():
+    """Both ends of a connection, in one process."""
+    options = groups(2)
+    places = [placement_of(RunConfig.from_options(**one), {}) for one in options]
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(Hosts, places))
+    yield found
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(Hosts.finish, found))
+
+
+def test_what_takes_long_to_send_arrives_whole(two):
+    """It was cut off after 0.2 s, as what is received in pieces is."""
+    first, second = two
+    words = "x" * 150_000_000
+    with ThreadPoolExecutor(1) as other:
+        arrived = other.submit(second.sent, "words", None)
+        first.sent("words", words)
+        assert arrived.result(timeout=60) == words
+        first.sent("more", 1)
+        assert second.sent("more", None) == 1
+
+
+def test_what_is_sent_in_the_middle_of_sending_comes_before_it(two):
+    """A garbage collection may end a run, of which the others are told."""
+    first, second = two
+
+    class Ending:
+        def tolist(self):
+            first.sent("ended", 1)
+            return 2
+
+    first.sent("outer", Ending())
+    assert second.sent("ended", None) == 1
+    assert second.sent("outer", None) == 2

@@ -14,7 +14,6 @@ from jlayer.app import options
 from jlayer.app.inputs import argument_text, read_text
 from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
 from jlayer.app.streams import tell
-from jlayer.app.together import followed, opened_for
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
 from jlayer.run_config import RunConfig
@@ -82,6 +81,8 @@ def run(args) -> dict | None:
             f"--api-key-file F (or set {KEY}), or leave --host out"
         )
     check_packages("serve", NEEDED)
+    from jlayer.app.together import followed
+
     if followed(args, run_options(args)):
         return None
     from jlayer.serving.http.guard import Rules
@@ -112,6 +113,7 @@ def run(args) -> dict | None:
 @contextmanager
 def _opened(args):
     """Yields the model and its desk."""
+    from jlayer.app.together import opened_for
     from jlayer.serving.desk import Desk
     from jlayer.serving.queue import Limits
 
