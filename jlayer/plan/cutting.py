@@ -176,8 +176,9 @@ def _layer_tiles(weights, kind, layer, tile_bytes, target, share_of):
         for index, (on_host, parts) in enumerate(chosen):
             name = f"layer {layer} {stage.name}{number} {index + 1}/{len(chosen)}"
             ends = {"begins_stage": index == 0, "ends_stage": index == len(chosen) - 1}
+            ends["for_host"] = on_host
             tile = _tile(name, kind, stage, layer, tuple(parts), target=target, **ends)
-            tiles.append(replace(tile, for_host=on_host, expert=expert))
+            tiles.append(tile if expert is None else replace(tile, expert=expert))
     return tiles
 
 
@@ -218,8 +219,8 @@ def _tile(name, kind, stage, layer, parts, *, target, expert=None, **ends):
     )
     if target.n_devices * target.n_hosts > 1:
         layout = None  # the rows of a part lie together, those of a device's parts do not
-    tile = Tile(name, kind, stage, layer, parts, expert=expert, joined=layout, **ends)
-    return replace(tile, n_devices=target.n_devices)
+    how = {"expert": expert, "joined": layout, "n_devices": target.n_devices}
+    return Tile(name, kind, stage, layer, parts, **how, **ends)
 
 
 def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, *, target):
@@ -304,6 +305,6 @@ def _head_tiles(weights, tile_bytes, target, share_of):
         parts = tuple(part.of_rows(first, n_rows) for part in own)
         ends = {"begins_stage": index == 0, "ends_stage": index == len(ranges) - 1}
         name = f"head {index + 1}/{len(ranges)}"
-        tile = _tile(name, None, stage, None, parts, target=target, **ends)
-        tiles.append(replace(tile, for_host=on_host))
+        ends["for_host"] = on_host
+        tiles.append(_tile(name, None, stage, None, parts, target=target, **ends))
     return tiles

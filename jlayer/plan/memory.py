@@ -62,7 +62,7 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
 
 def slots_needs(machine: Machine, tiling: Tiling, *, ring: int, ahead: int) -> list[Need]:
     """The slots of the ring, and of that of experts if there are some."""
-    of_experts = passing((tile for tiles in tiling.experts for tile in tiles), ahead)
+    of_experts = passing((tile for tile, _ in tiling.distinct if tile.expert is not None), ahead)
     counts = [(ring, ahead), (of_experts + ring - ahead, of_experts)]
     sizes = zip(tiling.largest, tiling.most_on_device, counts, strict=False)
     return [

@@ -128,7 +128,7 @@ def forms(monkeypatch, given, how=HOW):
     return found
 
 
-@pytest.mark.parametrize("how", [HOW, GROWS], ids=["plain", "grows"])
+@pytest.mark.parametrize("how", slow_but((HOW, GROWS), (GROWS,)), ids=["plain", "grows"])
 @pytest.mark.parametrize("most_bytes", slow_but([None, 2_000], (2_000,)))
 def test_both_forms_give_the_same_in_one_piece_and_in_many(monkeypatch, given, how, most_bytes):
     if most_bytes:

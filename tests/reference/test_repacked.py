@@ -55,15 +55,22 @@ def assert_close(folder, expected, **options):
 
 
 @pytest.mark.parametrize("case", slow_but(LOGITS, FIRST), ids="-".join)
-def test_logits_of_a_prompt_once_converted(made, tmp_path, monkeypatch, case):
+def test_logits_of_a_prompt_once_converted(made, tmp_path, case):
     published, plain = made(*case)
     assert convert_checkpoint(published, tmp_path / "layered").status == "converted"
     assert verify_folder(tmp_path / "layered").findings == ()
-    expected = reference_logits(plain, IDS)
-    assert_close(tmp_path / "layered", expected)
-    set_tile_bytes(monkeypatch, 4096)  # ranges of rows
-    assert_close(tmp_path / "layered", expected)
-    assert_close(tmp_path / "layered", expected, host_share=0.5)
+    assert_close(tmp_path / "layered", reference_logits(plain, IDS))
+
+
+# One with a kernel for the host's cores.
+@pytest.mark.parametrize("case", slow_but(LOGITS, FIRST[:1]), ids="-".join)
+@pytest.mark.parametrize("share", slow_but((0, 0.5), (0.5,)))
+def test_logits_by_ranges_of_rows(made, tmp_path, monkeypatch, case, share):
+    """Those that the host's cores multiply too."""
+    published, plain = made(*case)
+    convert_checkpoint(published, tmp_path / "layered")
+    set_tile_bytes(monkeypatch, 4096)
+    assert_close(tmp_path / "layered", reference_logits(plain, IDS), host_share=share)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 1000])
