@@ -22,6 +22,7 @@ from jlayer.checkpoint.agree import (
     settle_head,
 )
 from jlayer.checkpoint.bitsandbytes import with_statistics
+from jlayer.checkpoint.divisors import refuse_zero_divisors
 from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
@@ -142,6 +143,7 @@ def _open(folder, names, allow_extra):
         tables, matrices = to_repack(cfg, tables, misplaced)
     found = with_statistics(cfg, tables, _bytes_of, where=folder)
     encodings = found.encodings or found_encodings(cfg, found.tables.values())
+    refuse_zero_divisors(found.tables, encodings, _bytes_of, where=folder)
     encodings |= {name: matrix.encoding.name for name, matrix in matrices.items()}
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)

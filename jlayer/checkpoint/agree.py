@@ -41,6 +41,7 @@ from jlayer.spec import ITEM_BYTES, ModelConfig
 
 EXTRA = "not of this model"
 UNSUPPORTED_DTYPE = f"dtype not supported (supported: {', '.join(ITEM_BYTES)})"
+_OTHER_SHAPE = "shape (fetch weights and config of one version)"
 _LISTED = 200  # names in one message
 _TOLD = 3  # of those of single experts; and of problems that all matrices may have
 
@@ -140,7 +141,7 @@ def check_tensors(
     problems = [
         *problems,
         *gathered("missing", _few_of_experts(map(_missing, _as_published(cfg, missing)))),
-        *gathered("shape", _misshapen(found, expected)),
+        *gathered(_OTHER_SHAPE, _misshapen(found, expected)),
         *gathered("copies that differ", _unequal(found, expected)),
         *gathered(UNSUPPORTED_DTYPE, other_dtype),
         *gathered("dtype of what is encoded", _of_other_piece(found, dtypes)),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
+from jlayer.checkpoint.divisors import refuse_zero_divisors
 from jlayer.checkpoint.encoded import as_pieces, found_encodings, is_repacked, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
@@ -129,7 +130,8 @@ def open_published(folder: str) -> Published:
 
     with _reading() as read:
         found = with_statistics(cfg, tables, read, where=folder)
-    encodings = found.encodings or found_encodings(cfg, found.tables.values())
+        encodings = found.encodings or found_encodings(cfg, found.tables.values())
+        refuse_zero_divisors(found.tables, encodings, read, where=folder)
     tables = {
         shard: unstacked(cfg, table, rows_of, encodings, where=files[shard].path)
         for shard, table in found.tables.items()
