@@ -107,6 +107,8 @@ TESTED = {
     "jlayer eval harness path/to/Llama-3-8B --tasks arc_easy,hellaswag": Parsed(NETWORK),
     # gguf.md
     'jlayer generate path/to/model.gguf -p "Once upon a time"': By(COMMANDS_OF_GGUF),
+    'jlayer generate owner/name:Q4_K_M -p "Once upon a time"': Parsed(NETWORK),
+    "jlayer pull owner/name:name-Q4_K_M.gguf@main": Parsed(NETWORK),
     "jlayer plan path/to/model.gguf --device-memory 4GiB": By(COMMANDS_OF_GGUF),
     "jlayer verify path/to/model.gguf": By(COMMANDS_OF_GGUF),
     "jlayer convert path/to/model.gguf path/to/model-jlayer": By(COMMANDS_OF_GGUF),

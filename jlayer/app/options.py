@@ -8,7 +8,7 @@ from jlayer.errors import UsageError
 from jlayer.sizes import parse_bytes
 
 SLOWEST = 1_000_000  # bytes a second; what is below lacks its unit
-REF = "a folder, or a hub id: owner/name[@revision]"
+REF = "a folder, or a hub id: owner/name[:FILE][@revision]"
 # option -> (what --help says, the default in words)
 RUN = {
     "device_memory": ("the most memory of the process on the device", "4GiB"),

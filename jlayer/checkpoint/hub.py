@@ -7,7 +7,6 @@ HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from enum import Enum
 
 from jlayer.catalogue import names
 from jlayer.checkpoint.download import Download
+from jlayer.checkpoint.hub_errors import AbsentError, UnreachableError, translated
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_document, is_side_file
 from jlayer.checkpoint.sides import with_templates
 from jlayer.checkpoint.source import (
@@ -31,13 +31,14 @@ from jlayer.checkpoint.source import (
     repacked_first,
 )
 from jlayer.encodings.published import FORMS
-from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, StorageError, UsageError
-from jlayer.gguf.parts import model_at
+from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, UsageError
+from jlayer.gguf.parts import holds_gguf_alone, model_at, models_in, one_model, parts_of
 from jlayer.sizes import human
 
-_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+_ID = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?::(?P<file>\w[^@:\s]*))?(?:@(?P<revision>[^@\s]+))?", re.ASCII
+)
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_STAYS = "what is fetched stays"
 
 
 class Weights(Enum):
@@ -51,7 +52,8 @@ class Weights(Enum):
 
 @dataclass(frozen=True)
 class Pulled:
-    """A model that is whole in the cache: its folder, the commit, and what a run reads of it."""
+    """A model that is whole in the cache: its folder, or its GGUF file, the commit, and what a run
+    reads of it."""
 
     folder: str
     revision: str
@@ -60,7 +62,7 @@ class Pulled:
 
 
 def is_id(ref: str) -> bool:
-    """Whether `ref` has the form of a hub id, with or without a revision."""
+    """Whether `ref` has the form of a hub id, with or without a GGUF file and a revision."""
     return _ID.fullmatch(ref) is not None
 
 
@@ -78,9 +80,10 @@ def local_folder(
     option: str | None = None,
 ) -> str:
     """The local folder or GGUF file of `ref`: a path as it is, of a folder that holds nothing else
-    its GGUF file; for `owner/name[@revision]` the folder in the
-    cache, after fetching what is missing. `option`: what names it, for the message that there is no
-    such folder.
+    its GGUF file; for `owner/name[@revision]` the folder in the cache, after fetching what is
+    missing, or the GGUF file where the repository holds one and no other weights; for
+    `owner/name:Q4_K_M` the GGUF file whose name ends so, or is this. `option`: what names it,
+    for the message that there is no such folder.
 
     Raises NetworkError (access denied, not found, rate limit, server error, offline and not in the
     cache), DoesNotFitError before the first byte, CheckpointError, UsageError or StorageError.
@@ -110,9 +113,9 @@ def pull(ref: str, *, note: Callable[[str], None] | None = None, progress=None) 
         raise UsageError(f"{ref!a}: no hub id; expected owner/name or owner/name@revision")
     repo = _Repo(ref, offline=False, note=note or _tell)
     repo.require_network()
-    folder = repo.fetch(Weights.RUN, progress)
-    sizes = [os.path.getsize(os.path.join(folder, name)) for name in repo.wanted]
-    return Pulled(folder, os.path.basename(folder), len(sizes), sum(sizes))
+    found = repo.fetch(Weights.RUN, progress)
+    sizes = [os.path.getsize(os.path.join(repo.commit_folder, name)) for name in repo.wanted]
+    return Pulled(found, os.path.basename(repo.commit_folder), len(sizes), sum(sizes))
 
 
 def cached_folder(ref: str) -> str | None:
@@ -126,6 +129,11 @@ def cached_folder(ref: str) -> str | None:
 def hub_config(ref: str, *, offline: bool = False) -> str:
     """The path of a hub id's config.json, the only file fetched; notes the size of the rest."""
     repo = _Repo(ref, offline=offline, note=_tell)
+    if repo.file is not None:
+        raise UsageError(
+            f"{ref}: the config of a GGUF model is in its file, which a plan does not fetch; run: "
+            f"jlayer pull {ref}, and name the file that it prints"
+        )
     folder = repo.folder()
     repo.weigh()
     return os.path.join(folder, CONFIG)
@@ -142,12 +150,13 @@ class _Repo:
         from huggingface_hub import constants
 
         match = _ID.fullmatch(ref)
-        self._ref, self._repo = ref, match["repo"]
+        self._ref, self._repo, self.file = ref, match["repo"], match["file"]
         self._revision = match["revision"] or "main"
         self._endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         self._cache, self._note = constants.HF_HUB_CACHE, note
         self._offline = offline or constants.HF_HUB_OFFLINE
         self.wanted: list[str] = []  # what was fetched, or was there
+        self.commit_folder = ""  # in which it is
 
     def require_network(self) -> None:
         if self._offline:
@@ -158,19 +167,77 @@ class _Repo:
         return os.path.dirname(self._get(CONFIG, revision=self._revision))
 
     def fetch(self, weights: Weights, progress=None) -> str:
-        """The commit's folder, with the files that are wanted in it."""
-        folder = self.folder()
-        sizes = self._sizes(folder)
+        """The commit's folder, with the files that are wanted in it; or a GGUF file in it."""
+        if self.file is not None:
+            return self._fetch_gguf(progress)
+        try:
+            folder = self.commit_folder = self.folder()
+        except (AbsentError, UnreachableError):  # a GGUF model needs no config
+            if not models_in(self._names()):
+                raise
+            return self._fetch_gguf(progress)
+        sizes = self._sizes(os.path.basename(folder))
         if sizes is None:
             names = with_templates(folder, os.listdir(folder))
             self.wanted = self._wanted(folder, names, weights)
             self._require(folder, self.wanted)
             return folder
+        if holds_gguf_alone(sizes):
+            return self._fetch_gguf(progress)
         said = quantization_said(folder)
         refuse_quantizer_files(self._ref, sizes, said=said)
         if weights is Weights.RUN and said in FORMS and FORMS[said].is_repacked:
             raise CheckpointError(repacked_first(self._ref, said))
         self.wanted = self._wanted(folder, sizes, weights)
+        self._bring(folder, sizes, progress)
+        return folder
+
+    def _fetch_gguf(self, progress) -> str:
+        """The path of a GGUF file in the cache, of its first part where it is split."""
+        sizes = self._sizes(self._revision)
+        if sizes is None:
+            self.commit_folder = self._cached_folder()
+        names = _files_in(self.commit_folder) if sizes is None else sizes
+        if sizes is None and not models_in(names):
+            raise NetworkError(
+                f"{self._ref}: {self._unreachable()}, and no GGUF model of it is in the cache; "
+                "fetch it with the network on"
+            )
+        name = one_model(self.file, names, ref=self._ref)
+        self.wanted = parts_of(name)
+        if sizes is None:
+            self._require(self.commit_folder, self.wanted)
+        else:
+            os.makedirs(self.commit_folder, exist_ok=True)
+            # By the name of the revision, which is then known without the network, too.
+            self._bring(self.commit_folder, sizes, progress, revision=self._revision)
+        return os.path.join(self.commit_folder, name)
+
+    def _names(self):
+        """The files of the revision, or those in the cache where the hub cannot be asked."""
+        try:
+            sizes = self._sizes(self._revision)
+        except AbsentError:
+            return ()
+        return _files_in(self._cached_folder()) if sizes is None else sizes
+
+    def _cached_folder(self):
+        """The folder of the revision's commit, by what the cache knows of it."""
+        place = self._place()
+        try:
+            with open(os.path.join(place, "refs", self._revision)) as file:
+                commit = file.read().strip()
+        except OSError:
+            commit = self._revision
+        return os.path.join(place, "snapshots", commit)
+
+    def _place(self):
+        from huggingface_hub.file_download import repo_folder_name
+
+        return os.path.join(self._cache, repo_folder_name(repo_id=self._repo, repo_type="model"))
+
+    def _bring(self, folder, sizes, progress, *, revision=None):
+        """Fetches what is wanted and missing in the commit's folder."""
         missing = [name for name in self.wanted if not _is_in(folder, name)]
         absent = [name for name in missing if name not in sizes]
         if absent:
@@ -184,15 +251,19 @@ class _Repo:
             for name in missing:
                 if download:
                     download.file(name)
-                self._get(name, revision=os.path.basename(folder))
+                self._get(name, revision=revision or os.path.basename(folder))
                 if download:
                     download.done(name)
-        return folder
+        if not all(_is_in(folder, name) for name in self.wanted):
+            raise NetworkError(
+                f"{self._ref}: its revision {self._revision} changed while it was fetched; run the "
+                "same command again"
+            )
 
     def weigh(self) -> None:
         """Notes the size of what a run would fetch, without fetching it."""
         folder = self.folder()
-        sizes = self._sizes(folder) or {}
+        sizes = self._sizes(os.path.basename(folder)) or {}
         weights = [name for name in sizes if name.endswith(".safetensors")]
         if weights:
             n_bytes = sum(sizes[name] for name in weights if not _is_in(folder, name))
@@ -274,7 +345,7 @@ class _Repo:
                 f"{self._cache}; make room, or set HF_HOME to a folder elsewhere"
             )
 
-    def _sizes(self, folder) -> dict[str, int] | None:
+    def _sizes(self, revision) -> dict[str, int] | None:
         """Bytes to fetch of each file of the commit (0 if in the cache); None if the hub cannot be
         asked."""
         if self._offline:
@@ -285,11 +356,12 @@ class _Repo:
         try:
             with self._translated():
                 info = api.model_info(
-                    self._repo, revision=os.path.basename(folder), files_metadata=True, timeout=10
+                    self._repo, revision=revision, files_metadata=True, timeout=10
                 )
-        except _UnreachableError:
+        except UnreachableError:
             return None
-        blobs = os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs")
+        blobs = os.path.join(self._place(), "blobs")
+        self.commit_folder = os.path.join(self._place(), "snapshots", info.sha)
         sizes = {}
         for file in info.siblings:
             blob = file.lfs.sha256 if file.lfs else file.blob_id
@@ -305,7 +377,7 @@ class _Repo:
             place = {"cache_dir": self._cache, "revision": revision}
             path = try_to_load_from_cache(self._repo, name, **place)
             if not isinstance(path, str):
-                raise NetworkError(
+                raise AbsentError(
                     f"{self._ref}: offline, and {name} is not in the cache; fetch it with the "
                     "network on"
                 )
@@ -332,61 +404,19 @@ class _Repo:
         except HFValidationError:
             raise UsageError(f"{self._ref}: no such file or folder, and no hub id either") from None
         except (OSError, HTTPError) as error:
-            raise self._error(error, name) from error
+            at = {"repo": self._repo, "revision": self._revision, "endpoint": self._endpoint}
+            raise translated(error, name, ref=self._ref, **at) from error
         finally:
             logging.set_verbosity(verbosity)
 
-    def _error(self, error, name):
-        from huggingface_hub import errors as hub
 
-        ref, endpoint = self._ref, self._endpoint
-        chain = [error]
-        while chain[-1].__cause__ is not None:
-            chain.append(chain[-1].__cause__)
-
-        def first(kind):
-            return next((each for each in chain if isinstance(each, kind)), None)
-
-        if first(hub.GatedRepoError):
-            return NetworkError(
-                f"{ref}: gated: ask for access on {endpoint}/{self._repo}, and set HF_TOKEN"
-            )
-        if first(hub.RevisionNotFoundError):
-            return NetworkError(f"{ref}: no revision {self._revision!r} on {endpoint}")
-        if first(hub.RemoteEntryNotFoundError):
-            return NetworkError(f"{ref}: no {name} on {endpoint}; not a model that jlayer reads")
-        response = getattr(first(hub.HfHubHTTPError), "response", None)
-        status = response.status_code if response is not None else None
-        if first(hub.RepositoryNotFoundError) and status != 403:
-            return NetworkError(
-                f"{ref}: no such folder here, and no such model on {endpoint} ({status}), or a "
-                "private one; check the name, or set HF_TOKEN"
-            )
-        if status in (401, 403):
-            return NetworkError(
-                f"{ref}: {endpoint} denies access to {name} ({status}); set HF_TOKEN to one that "
-                "may read it"
-            )
-        if status == 429:
-            return NetworkError(
-                f"{ref}: {endpoint} limits how often it is asked (429); wait some minutes, or set "
-                f"HF_TOKEN; {_STAYS}"
-            )
-        if status is not None:
-            return NetworkError(f"{ref}: {endpoint} fails ({status}); try again later; {_STAYS}")
-        system = first(OSError)
-        if system is not None and system.errno is not None and not first(hub.HTTPError):
-            if system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return DoesNotFitError(f"{ref}: no room to go on in the cache; {_STAYS}")
-            return StorageError(f"{ref}: {name} cannot be written ({system.strerror}); {_STAYS}")
-        return _UnreachableError(
-            f"{ref}: {endpoint} cannot be reached, or {name} was cut off; look after the network "
-            f"and run the same command again; {_STAYS}"
-        )
-
-
-class _UnreachableError(NetworkError):
-    """The hub did not answer (as opposed to a refusal)."""
+def _files_in(folder):
+    """The paths of all files in a folder, from there."""
+    return [
+        os.path.relpath(os.path.join(base, name), folder)
+        for base, _, names in os.walk(folder)
+        for name in names
+    ]
 
 
 def _is_in(folder, name):

@@ -29,11 +29,20 @@ def is_gguf(ref: str | os.PathLike) -> bool:
 
 
 def models_in(names: Collection[str]) -> list[str]:
-    """Of the names in a folder those of GGUF models: of a split one the first part."""
+    """Of names, or of paths, those of GGUF models: of a split one the first part."""
     found = [name for name in sorted(names) if name.lower().endswith(SUFFIX)]
-    found = [name for name in found if not _SIBLING.fullmatch(name)]
+    found = [name for name in found if not _SIBLING.fullmatch(os.path.basename(name))]
     parts = {name: _PART.fullmatch(name) for name in found}
     return [name for name in found if parts[name] is None or int(parts[name][2]) == 1]
+
+
+def models_called(said: str | None, names: Collection[str]) -> list[str]:
+    """Of the models among `names` those that `said` means: the name of a file, or how it ends, as
+    "Q4_K_M" of "X-Q4_K_M.gguf", in capitals or not. None: all."""
+    found = models_in(names)
+    if said is None or said in found:
+        return found if said is None else [said]
+    return [name for name in found if f"-{_stem(name)}".lower().endswith(_ends(said))]
 
 
 def parts_of(path: str) -> list[str]:
@@ -54,14 +63,39 @@ def model_at(ref: str | os.PathLike) -> str:
         names = os.listdir(ref)
     except OSError as error:
         raise StorageError(f"{ref}: cannot be read ({error.strerror})") from None
-    found = [] if any(map(_WEIGHTS.fullmatch, names)) else models_in(names)
+    found = models_in(names) if holds_gguf_alone(names) else []
     if len(found) > 1:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CheckpointError(
-            f"{ref}: holds {len(found)} GGUF models ({', '.join(map(ascii, found[:5]))}{more}); "
-            "name the file of one"
+            f"{ref}: holds {len(found)} GGUF models ({_listed(found)}); name the file of one"
         )
     return os.path.join(ref, found[0]) if found else ref
+
+
+def holds_gguf_alone(names: Collection[str]) -> bool:
+    """Whether there are GGUF models among these files, and no other weights."""
+    return bool(models_in(names)) and not any(map(_WEIGHTS.fullmatch, names))
+
+
+def one_model(said: str | None, names: Collection[str], *, ref: str) -> str:
+    """The one GGUF model that is meant of a repository's files: see `models_called`. Raises
+    CheckpointError, with a list of them, where there are several or none."""
+    found = models_called(said, names)
+    if len(found) == 1:
+        return found[0]
+    there = found or models_in(names)
+    if not there:
+        raise CheckpointError(f"{ref}: holds no GGUF model; name a repository that does")
+    counted = f"{len(found)} GGUF models" + (" of this name" if said and found else "")
+    raise CheckpointError(
+        f"{ref}: {'holds ' + counted if found else 'no GGUF model of this name'} "
+        f"({_listed(there, 40)}); name one by its file, or by how its name ends: "
+        f"{ref.partition(':')[0].partition('@')[0]}:{_stem(there[0]).rpartition('-')[2]}"
+    )
+
+
+def _listed(names, most=5):
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(ascii, names[:most]))}{more}"
 
 
 def open_head(path: str | os.PathLike) -> Head:
@@ -92,6 +126,17 @@ def open_head(path: str | os.PathLike) -> Head:
                 f"{[number, count]}; fetch the file again"
             )
     return replace(first, tensors=_joined(heads), parts=tuple(paths))
+
+
+def _stem(name):
+    """A model's name without the ending, and without the number of a part."""
+    name = os.path.basename(name)
+    match = _PART.fullmatch(name)
+    return match[1] if match else name[: -len(SUFFIX)]
+
+
+def _ends(said):
+    return tuple(f"{before}{said.lower()}" for before in "-.")
 
 
 def _part(path, match, number):

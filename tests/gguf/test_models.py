@@ -164,6 +164,16 @@ def test_a_converted_file_gives_the_same_numbers(tmp_path):
     assert seal_folder(target).status == "unchanged"
 
 
+@pytest.mark.parametrize("name", slow_but(("deepseek_v3, wide", "qwen3_5"), ("qwen3_5",)))
+def test_a_converted_file_that_is_not_exported_gives_the_same_numbers(name, tmp_path):
+    folder = save(name, tmp_path / "model")
+    decoded = write(folder, tmp_path / "m.gguf", kind="Q8_0")
+    convert_checkpoint(tmp_path / "m.gguf", tmp_path / "layered")
+    agree(folder, tmp_path / "layered", decoded)
+    with pytest.raises(UnsupportedModelError, match="cannot be exported to GGUF; supported: "):
+        export_checkpoint(tmp_path / "layered", tmp_path / "back.gguf", format="gguf")
+
+
 def test_transformers_refuses_a_converted_file(tmp_path):
     """Its rows are in another order: it would give other numbers."""
     from transformers import AutoModelForCausalLM

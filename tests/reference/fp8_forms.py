@@ -71,6 +71,7 @@ def compressed(strategy: str) -> dict:
 # Name of a form -> (quantization_config, the end of the scales' names, the scales' dtype).
 FORMS = {
     "grid": (GRID, "_scale_inv", "float32"),
+    "ue8m0 grid": ({**GRID, "scale_fmt": "ue8m0"}, "_scale_inv", "float32"),
     "tensor": (
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
         *("_scale_inv", "bfloat16"),
@@ -104,6 +105,8 @@ def encode(weight, form: str):
         blocks = torch.nn.functional.pad(weight, (0, -width % 128, 0, -rows % 128))
         blocks = blocks.reshape(-(-rows // 128), 128, -(-width // 128), 128)
         scale = blocks.abs().amax(dim=(1, 3)) / 448
+        if form.startswith("ue8m0"):
+            scale = scale.log2().ceil().exp2()
     elif by == "channel":
         scale = weight.abs().amax(dim=1, keepdim=True) / 448
     else:

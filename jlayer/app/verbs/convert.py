@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of the published checkpoint, or a hub id: owner/name[@revision]",
+        help="folder of the published checkpoint, or a hub id: owner/name[:FILE][@revision]",
     )
     parser.add_argument("target", metavar="TARGET", help="folder for the layered checkpoint")
     parser.add_argument(

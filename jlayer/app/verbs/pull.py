@@ -27,7 +27,7 @@ _LINK = re.compile(r"https?://[^/]+/")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="a hub id: owner/name[@revision]")
+    parser.add_argument("id", metavar="ID", help="a hub id: owner/name[:FILE][@revision]")
     options.add_offline(parser)  # as elsewhere, to be refused in our words
 
 
