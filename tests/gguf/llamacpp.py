@@ -19,7 +19,8 @@ class Served:
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
         params.warmup, params.fit_params, params.port = False, False, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        # Several would wait for each other in a loop: workers of pytest share the cores.
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self._server = xllamacpp.Server(params)
 
     def tokenize(self, text: str, *, with_special: bool = True) -> list[int]:
