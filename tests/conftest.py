@@ -73,11 +73,9 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_configure(config):
+def pytest_configure():
     """Many tests build the same programs: XLA compiles each once a session, for the workers and the
-    processes that tests start alike. It leaves out most optimizations, which would take a quarter
-    of the time of all tests, for programs that run for milliseconds; with any other `-m` than that
-    of every session programs are those that users have, as in the long campaigns."""
+    processes that tests start alike."""
     import jax
 
     if COMPILED not in os.environ:  # else this is a worker, which has it from the first process
@@ -88,7 +86,6 @@ def pytest_configure(config):
         "jax_compilation_cache_dir": os.environ[COMPILED],
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": config.option.markexpr == "not slow",
     }
     for name, value in settings.items():
         jax.config.update(name, value)
