@@ -29,13 +29,16 @@ _QWEN_SHARED = {
     "moe_intermediate_size": "add_expert_feed_forward_length",
     "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
 }
-_DEEPSEEK = {
+_GLM = {
     "n_routed_experts": "add_expert_count",
     "n_shared_experts": "add_expert_shared_count",
     "moe_intermediate_size": "add_expert_feed_forward_length",
     "first_k_dense_replace": "add_leading_dense_block_count",
     "routed_scaling_factor": "add_expert_weights_scale",
     "norm_topk_prob": "add_expert_weights_norm",
+}
+_DEEPSEEK = {
+    **_GLM,
     "n_group": "add_expert_group_count",
     "topk_group": "add_expert_group_used_count",
     "q_lora_rank": "add_q_lora_rank",
@@ -50,14 +53,7 @@ _OWN = {
     "exaone4": {"sliding_window": "add_sliding_window"},
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
-    "glm4_moe": {
-        "n_routed_experts": "add_expert_count",
-        "n_shared_experts": "add_expert_shared_count",
-        "moe_intermediate_size": "add_expert_feed_forward_length",
-        "first_k_dense_replace": "add_leading_dense_block_count",
-        "routed_scaling_factor": "add_expert_weights_scale",
-        "norm_topk_prob": "add_expert_weights_norm",
-    },
+    "glm4_moe": _GLM,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
     "qwen3_next": _QWEN_SHARED,
     "qwen3_5_moe_text": _QWEN_SHARED,

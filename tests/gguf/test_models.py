@@ -59,20 +59,15 @@ def test_a_file_gives_the_logits_of_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_keys_and_values_of_a_latent_by_one_matrix(kind, tmp_path):
-    """As in files of 2024."""
-    folder = save("deepseek_v3", tmp_path / "model")
+@pytest.mark.parametrize(
+    ("form", "matrix"), [("deepseek_v3", "attn_kv_b"), ("qwen3_next", "ssm_in")]
+)
+def test_what_older_files_have_in_one_matrix(form, matrix, kind, tmp_path):
+    """Keys and values of a latent, as in files of 2024; all inputs of a gated DeltaNet, as in the
+    first files of Qwen3-Next."""
+    folder = save(form, tmp_path / "model")
     decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
-    assert "blk.0.attn_kv_b.weight" in read_head(tmp_path / "m.gguf").tensors
-    agree(folder, tmp_path / "m.gguf", decoded)
-
-
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_a_gated_delta_net_with_one_matrix(kind, tmp_path):
-    """As in the first files of Qwen3-Next."""
-    folder = save("qwen3_next", tmp_path / "model")
-    decoded = write(folder, tmp_path / "m.gguf", kind=kind, older=True)
-    assert "blk.0.ssm_in.weight" in read_head(tmp_path / "m.gguf").tensors
+    assert f"blk.0.{matrix}.weight" in read_head(tmp_path / "m.gguf").tensors
     agree(folder, tmp_path / "m.gguf", decoded)
 
 
