@@ -31,7 +31,7 @@ _ASYNC = "PJRT_GPU_ENABLE_ASYNC_DISPATCH"
 # NCCL takes device memory for each of its channels, of which it opens 24 between two H100s. Fewer
 # and smaller ones take 416 MiB less: what 128 tokens of a 70B layer give crosses as fast, that of
 # 512 tokens in 0.67 ms instead of 0.19.
-MEETING = {
+NCCL_SETTINGS = {
     "NCCL_MAX_NCHANNELS": "4",
     "NCCL_BUFFSIZE": str(1 << 20),
 }
@@ -72,7 +72,7 @@ def choose(
         if n_devices is not None and n_devices < len(there):  # JAX would take memory of all
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(n_devices))))
         several = (hosts.n if hosts else 1) * (n_devices or len(there))
-        for name, value in MEETING.items() if several > 1 else ():
+        for name, value in NCCL_SETTINGS.items() if several > 1 else ():
             os.environ.setdefault(name, value)
         device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_of(several) + tables)
     if hosts is not None:

@@ -47,7 +47,7 @@ class Platform:
     more than the speed of bytes does, so plans are chosen as if it were `steps_vary` times as long.
 
     Device memory: `context_bytes` of the driver's context and libraries outside the allocator,
-    until measured; `meeting_bytes` more of them where several devices exchange what they multiply;
+    until measured; `collective_bytes` more of them where several devices exchange their products;
     `library_bytes` inside it, for XLA's libraries, the workspace of a product, and fragmentation,
     and `shared_bytes` more with several devices. Host memory: `baseline_bytes` of the process with
     JAX started and a model opened, if not measured (a plan from a config alone); `compiler_bytes`
@@ -62,7 +62,7 @@ class Platform:
     program_s: float
     steps_vary: float
     context_bytes: int
-    meeting_bytes: int
+    collective_bytes: int
     library_bytes: int
     shared_bytes: int
     baseline_bytes: int
@@ -70,7 +70,7 @@ class Platform:
 
     def context_of(self, n_devices: int) -> int:
         """`context_bytes` on each of so many devices."""
-        return self.context_bytes + (self.meeting_bytes if n_devices > 1 else 0)
+        return self.context_bytes + (self.collective_bytes if n_devices > 1 else 0)
 
     def libraries_of(self, n_devices: int) -> int:
         """`library_bytes` on each of so many devices."""
@@ -87,7 +87,7 @@ PLATFORMS = {
         program_s=50e-6,
         steps_vary=1.5,
         context_bytes=640 << 20,  # 0.62 GiB on an H200
-        meeting_bytes=496 << 20,  # NCCL: 404 MiB of programs, 48 of buffers (two H100s)
+        collective_bytes=496 << 20,  # NCCL: 404 MiB of programs, 48 of buffers (two H100s)
         library_bytes=256 << 20,  # libraries 140 MB, workspace 40 MB on an H200
         shared_bytes=128 << 20,  # without it, 14 bfloat16 layers in 1536 MiB each ran out of memory
         baseline_bytes=270 << 20,
@@ -102,7 +102,7 @@ PLATFORMS = {
         program_s=0.0,
         steps_vary=1.0,
         context_bytes=0,
-        meeting_bytes=0,
+        collective_bytes=0,
         library_bytes=0,
         shared_bytes=0,
         baseline_bytes=76 << 20,

@@ -15,7 +15,7 @@ from jlayer.plan.machine import PLATFORMS
 
 GIB = 1 << 30
 CONTEXT = PLATFORMS["gpu"].context_bytes
-MEETING = PLATFORMS["gpu"].meeting_bytes
+COLLECTIVE = PLATFORMS["gpu"].collective_bytes
 CAP = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 ASYNC = "PJRT_GPU_ENABLE_ASYNC_DISPATCH"
 
@@ -72,13 +72,13 @@ def test_what_several_devices_exchange_by_is_taken_from_the_allocator_and_kept_s
     gpu, monkeypatch
 ):
     """NCCL takes memory of its own: without room for it 1536 MiB became 2349."""
-    for name in device.MEETING:
+    for name in device.NCCL_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     gpu(8 * GIB, 6 * GIB, n=2)
     devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
-    assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT + MEETING)
+    assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT + COLLECTIVE)
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - context) / (8 * GIB), abs=1e-6)
-    assert {name: os.environ[name] for name in device.MEETING} == device.MEETING
+    assert {name: os.environ[name] for name in device.NCCL_SETTINGS} == device.NCCL_SETTINGS
 
 
 def test_page_tables_of_pinned_memory_are_taken_from_the_allocator(gpu):
