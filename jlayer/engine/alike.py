@@ -89,6 +89,7 @@ def machine_of_all(devices: Devices, **found: float | None) -> Machine:
         n_devices=len(devices.own),
         n_hosts=devices.n_hosts,
         host_number=devices.number,
+        collectives=devices.collectives,
         **of_all,
     )
 

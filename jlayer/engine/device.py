@@ -18,7 +18,8 @@ from jlayer.engine.hosts import Hosts
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
 from jlayer.sizes import human
-from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
+from jlayer.streaming import exchange
+from jlayer.streaming.devices import Devices
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
@@ -71,10 +72,11 @@ def choose(
         os.environ.setdefault(_ASYNC, "1")
         if n_devices is not None and n_devices < len(there):  # JAX would take memory of all
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(n_devices))))
-        several = (hosts.n if hosts else 1) * (n_devices or len(there))
-        for name, value in NCCL_SETTINGS.items() if several > 1 else ():
+        collectives = by_collectives(n_devices or len(there), hosts)
+        for name, value in NCCL_SETTINGS.items() if collectives else ():
             os.environ.setdefault(name, value)
-        device_memory = _cap(before, device_memory, PLATFORMS["gpu"].context_of(several) + tables)
+        context = PLATFORMS["gpu"].context_of(collectives=collectives)
+        device_memory = _cap(before, device_memory, context + tables)
     if hosts is not None:
         _join(jax, hosts, on_cpu=device == "cpu" or before is None)
     found = _devices(jax, "cpu" if device == "cpu" else None)
@@ -103,11 +105,16 @@ def choose(
         return devices, budget, 0
     _keep_compiled(jax)
     limit = max(_check_cap(one, budget) for one in devices.own)
-    context = PLATFORMS["gpu"].context_of(len(devices))
+    context = PLATFORMS["gpu"].context_of(collectives=devices.collectives)
     if not started:
         taken = _taken_bytes(before, _of_each(gpu_memories()[:n_devices]), limit)
         context = max(context, taken)
     return devices, budget, context + tables
+
+
+def by_collectives(n_devices: int, hosts: Hosts | None = None) -> bool:
+    """Whether so many GPUs of each host exchange their products by NCCL."""
+    return hosts is not None or (n_devices > 1 and not exchange.is_available())
 
 
 def _join(jax, hosts, *, on_cpu):
@@ -145,9 +152,7 @@ def _meet(jax, devices):
         os.dup2(nowhere, 1)
         number = devices.put(np.zeros(1, np.float32))
         everywhere = devices.everywhere
-        gather = devices.on_each(
-            lambda x: jax.lax.all_gather(x, MESH_AXES[ROWS]), (number,), everywhere
-        )
+        gather = devices.on_each(devices.all_gather, (number,), everywhere)
         jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(number))
     finally:
         os.dup2(kept, 1)

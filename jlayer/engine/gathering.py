@@ -1,9 +1,9 @@
 """What several devices have of an array -> all of it, on each of them. All of this is inside
-programs that every device runs (`Devices.on_each`)."""
+programs that every device runs (`Devices.on_each`); `gather` is `Devices.all_gather`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,10 +15,12 @@ from jlayer.families.decoder import SINKS
 from jlayer.model.stages import call, join
 from jlayer.plan.dealing import Deal
 from jlayer.plan.tiles import Tile
-from jlayer.streaming.devices import HEADS, MESH_AXES, ROWS
+from jlayer.streaming.devices import HEADS, MESH_AXES
+
+Gather = Callable[[jax.Array], jax.Array]
 
 
-def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dict:
+def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile, gather: Gather) -> dict:
     """Products [R, rows] by name, of the rows of a tile that each device has -> of all rows of the
     tile: those of one host after another, where they are dealt out to several. They cross together:
     a collective costs time."""
@@ -31,7 +33,7 @@ def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dic
     if not deals:
         return dict(products)
     joined = jnp.concatenate([products[name] for name in deals], axis=-1)
-    each, found, at = jax.lax.all_gather(joined, MESH_AXES[ROWS]), dict(products), 0
+    each, found, at = gather(joined), dict(products), 0
     for name, (deal, hosts) in deals.items():
         width = products[name].shape[-1]
         own = each[:, :, at : at + width]
@@ -40,10 +42,12 @@ def gathered(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dic
     return found
 
 
-def gathered_in_order(products: Mapping[str, jax.Array], stage: Stage, tile: Tile) -> dict:
+def gathered_in_order(
+    products: Mapping[str, jax.Array], stage: Stage, tile: Tile, gather: Gather
+) -> dict:
     """`gathered`, of a tile with all rows of its matrices: the products [R, rows] in their
     order."""
-    found = gathered(products, stage, tile)
+    found = gathered(products, stage, tile, gather)
     return {
         group.product: in_order_of_hosts([found[group.product]], tile.hosts_of(group.leaves[0]))
         for group in stage.groups
@@ -59,13 +63,15 @@ def in_order_of_hosts(parts: Sequence[jax.Array], hosts: Deal | None) -> jax.Arr
     return _in_order(jnp.moveaxis(join(each), 1, 0), hosts)
 
 
-def gathered_rows(leaf: jax.Array, tile: Tile, matrix: str, n_rows: int) -> jax.Array:
+def gathered_rows(
+    leaf: jax.Array, tile: Tile, matrix: str, n_rows: int, gather: Gather
+) -> jax.Array:
     """The rows [height, ...] of a leaf that each device has -> all of its rows [rows, ...].
     `n_rows`: those that a host has."""
     deal, hosts = _deals(tile, matrix, n_rows)
     if deal is None and hosts is None:
         return leaf
-    each = jax.lax.all_gather(leaf.reshape(leaf.shape[0], -1).T, MESH_AXES[ROWS])
+    each = gather(leaf.reshape(leaf.shape[0], -1).T)
     found = jnp.stack(_of_hosts(each, deal, hosts, tile.n_devices))
     found = found[0] if hosts is None else _in_order(found, hosts)
     return found.T.reshape(found.shape[1], *leaf.shape[1:])
@@ -92,7 +98,9 @@ def _in_order(each, deal):
     return jnp.concatenate(own, axis=-1)
 
 
-def own_heads(finish: Function, flow: Mapping, whole: Mapping, products: Mapping) -> dict:
+def own_heads(
+    finish: Function, flow: Mapping, whole: Mapping, products: Mapping, gather: Gather
+) -> dict:
     """`model.stages.call` of the function that attends, of which each device does its own heads.
     Its cache has the keys and values of those."""
     how, products = finish.how, {name: join(parts) for name, parts in products.items()}
@@ -106,7 +114,7 @@ def own_heads(finish: Function, flow: Mapping, whole: Mapping, products: Mapping
     results = call(replace(finish, how=own), flow, _own_leaves(how, whole, n), products)
     cache = results.pop("cache")
     ((name, mixed),) = results.items()
-    each = jax.lax.all_gather(mixed, MESH_AXES[HEADS])
+    each = gather(mixed)
     return {name: jnp.moveaxis(each, 0, 1).reshape(each.shape[1], -1), "cache": cache}
 
 

@@ -53,7 +53,7 @@ class Programs:
         self.cfg, self.dtype, self.devices = cfg, dtype, devices
         self._compiler = Compiler(devices, watch or Watch(), of=(cfg, dtype))
         self.pools = PoolPrograms(devices, dtype=dtype, get=self.get)
-        self._block_bytes = BLOCK_BYTES[devices.platform]
+        self._block_bytes, self._gather = BLOCK_BYTES[devices.platform], devices.all_gather
 
     def calls_at(
         self,
@@ -139,7 +139,7 @@ class Programs:
             experts = [(partial(self.weights, tile, put), number) for put, number in pairs]
             flow = {name: given[name] for name in reads}
             how = {"n_rows": size.rows, "picked": picked, "stacked": stacked}
-            how["gather"] = partial(gathered_in_order, tile=tile)
+            how["gather"] = partial(gathered_in_order, tile=tile, gather=self._gather)
             return {"mixed": mix_together(tile.kind, flow, experts, **how)}, ()
 
         given = self.flow(tile, size, reads)
@@ -192,7 +192,8 @@ class Programs:
                     name: spread(join(parts), picked_rows(flow, picked), size.rows)
                     for name, parts in products.items()
                 }
-            finishes = own_heads if by_heads and finish.how == tile.kind.attention else call
+            is_dealt = by_heads and finish.how == tile.kind.attention
+            finishes = partial(own_heads, gather=self._gather) if is_dealt else call
             results = finishes(finish, flow, weights | given.get("whole", {}), products)
             if following:
                 whole = given.get("next_whole", {})
@@ -294,14 +295,16 @@ class Programs:
         widths = {part.matrix: part.width for part in tile.parts}
         rows = {part.matrix: part.n_rows for part in tile.parts}
         uncut = {
-            name: gathered_rows(as_array(found[name], widths[name]), tile, name, rows[name])
+            name: gathered_rows(
+                as_array(found[name], widths[name]), tile, name, rows[name], self._gather
+            )
             for name in tile.uncut
         }
         return found | uncut
 
     def _multiplied(self, tile, x, weights):
         """Inside a program: x [R, in] times the rows of a tile -> products [R, rows] by name."""
-        return gathered(multiply(tile.stage, x, weights), tile.stage, tile)
+        return gathered(multiply(tile.stage, x, weights), tile.stage, tile, self._gather)
 
     def _join(self, parts, arrays):
         pieces, forms = {}, {}

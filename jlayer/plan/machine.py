@@ -47,9 +47,9 @@ class Platform:
     more than the speed of bytes does, so plans are chosen as if it were `steps_vary` times as long.
 
     Device memory: `context_bytes` of the driver's context and libraries outside the allocator,
-    until measured; `collective_bytes` more of them where several devices exchange their products;
+    until measured; `collective_bytes` more of them where several exchange their products by NCCL;
     `library_bytes` inside it, for XLA's libraries, the workspace of a product, and fragmentation,
-    and `shared_bytes` more with several devices. Host memory: `baseline_bytes` of the process with
+    and `shared_bytes` more beside NCCL. Host memory: `baseline_bytes` of the process with
     JAX started and a model opened, if not measured (a plan from a config alone); `compiler_bytes`
     for compiling a run's programs.
     """
@@ -68,13 +68,13 @@ class Platform:
     baseline_bytes: int
     compiler_bytes: int
 
-    def context_of(self, n_devices: int) -> int:
-        """`context_bytes` on each of so many devices."""
-        return self.context_bytes + (self.collective_bytes if n_devices > 1 else 0)
+    def context_of(self, *, collectives: bool) -> int:
+        """`context_bytes` on each device. `collectives`: whether NCCL is used."""
+        return self.context_bytes + (self.collective_bytes if collectives else 0)
 
-    def libraries_of(self, n_devices: int) -> int:
-        """`library_bytes` on each of so many devices."""
-        return self.library_bytes + (self.shared_bytes if n_devices > 1 else 0)
+    def libraries_of(self, *, collectives: bool) -> int:
+        """`library_bytes` on each device."""
+        return self.library_bytes + (self.shared_bytes if collectives else 0)
 
 
 PLATFORMS = {
@@ -150,7 +150,8 @@ class Machine:
 
     `n_devices`: alike, with the device budget each; `link_speed`: of all of their links. On a CPU
     it is the speed of multiplying plain weights in memory. `host`: the speeds of the host's own
-    cores, where they were measured. With several hosts this is `host_number` of `n_hosts` alike: a
+    cores, where they were measured. `collectives`: whether GPUs exchange their products by NCCL,
+    and not by the driver's copies. With several hosts this is `host_number` of `n_hosts` alike: a
     plan is of what one of them reads and holds.
     """
 
@@ -166,6 +167,7 @@ class Machine:
     n_devices: int = 1
     n_hosts: int = 1
     host_number: int = 0
+    collectives: bool = False
 
     @property
     def kind(self) -> Platform:

@@ -55,7 +55,7 @@ def fixed_needs(weights: Weights, machine: Machine, tiling: Tiling, *, ring: int
         Need("context", device=machine.context_bytes),
         *slots_needs(machine, tiling, ring=ring, ahead=ahead),
         Need("resident", device=resident_bytes(weights)),
-        Need("temporary", device=machine.kind.libraries_of(machine.all_devices)),
+        Need("temporary", device=machine.kind.libraries_of(collectives=machine.collectives)),
         Need("runtime", host=machine.runtime_bytes),
     ]
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jlayer.plan.machine import PLATFORMS, platform_of
 from jlayer.plan.tiles import Part, Tile
+from jlayer.streaming import exchange
 from jlayer.streaming.putting import putter
 
 ROWS, HEADS = "rows", "kv_heads"
@@ -25,7 +26,8 @@ MESH_AXES = {ROWS: "devices", HEADS: "devices"}
 
 class Devices:
     """Some devices, alike: `all`, of which `own` are of this process, as many as each has; `number`
-    is its own. `first`: the one whose memory and link are measured."""
+    is its own. `first`: the one whose memory and link are measured. `collectives`: whether they
+    exchange what each has by NCCL; `by_copies`: whether by the driver's copies."""
 
     def __init__(self, devices: Sequence[jax.Device]):
         self.all = tuple(devices)
@@ -39,6 +41,7 @@ class Devices:
         self.everywhere = self.over()
         how = {"has_link": self.has_link, "n_hosts": self.n_hosts}
         self.put = putter(self.own, self.everywhere, **how)
+        self.by_copies, self.collectives = self._exchange()
         self._put_dealt = putter(self.own, self.over(ROWS), **how)
 
     def __len__(self) -> int:
@@ -57,6 +60,20 @@ class Devices:
         if self.mesh is None:
             return SingleDeviceSharding(self.first)
         return NamedSharding(self.mesh, PartitionSpec(*(axis and MESH_AXES[axis] for axis in axes)))
+
+    def _exchange(self):
+        """(whether these exchange by the driver's copies, whether by NCCL, as XLA does between
+        GPUs)."""
+        if len(self) == 1 or not PLATFORMS[self.platform].collective_bytes:
+            return False, False
+        by_copies = self.n_hosts == 1 and exchange.begin(self.own, self.platform)
+        return by_copies, not by_copies
+
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """Inside a program that every device runs: what each has -> [devices, *x.shape] on each."""
+        if self.by_copies:
+            return exchange.all_gather(x, len(self))
+        return jax.lax.all_gather(x, MESH_AXES[ROWS])
 
     def put_own(self, arrays, sharding):
         """Begins to put arrays: of an axis that is dealt out what this process has of it."""

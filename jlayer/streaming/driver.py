@@ -34,12 +34,13 @@ _ARGUMENTS = {
 
 
 class Driver:
-    """Pins memory, and copies between it and the device. `close` releases everything."""
+    """Pins memory, and copies between it and a device, of which `number` is JAX's number among
+    those of this process. `close` releases everything."""
 
-    def __init__(self):
+    def __init__(self, number: int = 0):
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._context = ctypes.c_void_p()
-        self._device = 0
+        self._device = number
         self._call("cuInit", 0)  # JAX has done it, where it has started
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         for name, kinds in _ARGUMENTS.items():
@@ -47,6 +48,15 @@ class Driver:
         self._registered: dict[int, np.ndarray] = {}  # by address
         self._stream: ctypes.c_void_p | None = None
         self._events: list[ctypes.c_void_p] = []
+
+    @property
+    def context(self) -> int:
+        """The handle of the device's primary context."""
+        return self._context.value
+
+    def function(self, name: str) -> int:
+        """The address of a function of the driver."""
+        return ctypes.cast(getattr(self._cuda, name), ctypes.c_void_p).value
 
     def fetch(self, array: jax.Array, into: np.ndarray) -> None:
         """Copies an array of the device to pinned memory of the same bytes, and waits for it. JAX

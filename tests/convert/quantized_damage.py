@@ -189,12 +189,12 @@ def change_numbers(config, tensors, rng, others):
     if word == "U8" and "quant_state" in name and rng.random() < 0.7:
         tensors[name] = _changed_text(data, rng)
         return
-    raw = bytearray(data)
+    raw, size = bytearray(data), max(1, int(_ITEM[word]))
     for _ in range(rng.choice((1, 1, 3))):
-        n = len(raw) // int(_ITEM[word])
+        n = len(raw) // size
         if not n:
             return
-        at = rng.randrange(n) * int(_ITEM[word])
+        at = rng.randrange(n) * size
         with np.errstate(all="ignore"):
             new = (
                 np.array(rng.choice(_NUMBERS)).astype(_FLOATS[word]).tobytes()

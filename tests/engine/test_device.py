@@ -12,6 +12,7 @@ from jlayer.engine import device
 from jlayer.engine.gpu import gpu_memories, gpu_memory
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.machine import PLATFORMS
+from jlayer.streaming import exchange
 
 GIB = 1 << 30
 CONTEXT = PLATFORMS["gpu"].context_bytes
@@ -57,6 +58,16 @@ def test_the_allocator_gets_what_the_context_leaves(gpu):
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - CONTEXT) / (8 * GIB), abs=1e-6)
 
 
+def test_copies_between_devices_need_no_memory(gpu, monkeypatch):
+    exchanges_by_copies(monkeypatch, True)
+    for name in device.NCCL_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    gpu(8 * GIB, 6 * GIB, n=2)
+    devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
+    assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT)
+    assert not any(name in os.environ for name in device.NCCL_SETTINGS)
+
+
 def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_says_no(
     gpu, monkeypatch
 ):
@@ -68,10 +79,14 @@ def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_s
     assert os.environ[ASYNC] == "0"
 
 
-def test_what_several_devices_exchange_by_is_taken_from_the_allocator_and_kept_small(
-    gpu, monkeypatch
-):
-    """NCCL takes memory of its own: without room for it 1536 MiB became 2349."""
+def exchanges_by_copies(monkeypatch, are_possible):
+    monkeypatch.setattr(exchange, "is_available", lambda: are_possible)
+    monkeypatch.setattr(exchange, "begin", lambda *_: are_possible)
+
+
+def test_what_nccl_takes_is_taken_from_the_allocator_and_kept_small(gpu, monkeypatch):
+    """It takes memory of its own: without room for it 1536 MiB became 2349."""
+    exchanges_by_copies(monkeypatch, False)
     for name in device.NCCL_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     gpu(8 * GIB, 6 * GIB, n=2)

@@ -13,7 +13,6 @@ from jlayer.encodings.registry import SCHEMES
 from jlayer.parts import Attention, HeadNorms, Norm
 from jlayer.plan.cutting import cut
 from jlayer.plan.dealing import deals_heads, dealt, host_rows
-from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.making import make_plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
@@ -123,7 +122,6 @@ def test_two_devices_need_half_the_memory_for_weights_and_take_half_the_time():
     weights, run = weights_of(SMALL_8B), RunShape(1, 4, 64)
     on = {"platform": "gpu", "device_budget": 2 << 30, "host_budget": 64 << 30}
     alone = make_plan(weights, machine(**on, link_speed=20e9), run)
-    on["device_budget"] += PLATFORMS["gpu"].shared_bytes
     both = make_plan(weights, machine(**on, link_speed=40e9, n_devices=2), run)
     assert both.put_bytes < alone.put_bytes
     kept = [plan.tier_bytes(Tier.DEVICE) for plan in (alone, both)]

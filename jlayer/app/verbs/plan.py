@@ -89,15 +89,19 @@ def run(args) -> dict:
     draft = _draft(args, cfg, run.dtype or planned_dtype(cfg, None))
     disk_speed = options.speed(args.disk_speed, "--disk-speed")
     link_speed = options.speed(args.link_speed, "--link-speed")
+    collectives = run.devices > 1 and missing() is not None  # as a run decides it on one host
     machine = Machine(
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
-        context_bytes=PLATFORMS[args.device].context_of(run.devices),
+        context_bytes=PLATFORMS[args.device].context_of(
+            collectives=run.devices > 1 and missing() is not None
+        ),
         disk_speed=disk_speed or _measured(args.ref) or DEFAULT_DISK,
         link_speed=link_speed and link_speed * run.devices,
         cores=len(os.sched_getaffinity(0)),
         n_devices=run.devices,
+        collectives=collectives,
     )
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
     if run.host_share or not (machine.kind.has_link or missing()):

@@ -1,0 +1,131 @@
+"""How devices of one process give each other what each has, inside their programs, by the driver's
+copies: NCCL takes 450 MiB of each GPU, which is a third of a small budget (two H100s).
+
+XLA calls a function of ours at the place of the exchange (`cores.exchange`), which llvmlite
+compiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlayer.cores import native
+from jlayer.cores.exchange import (
+    CONTEXT,
+    COPY,
+    DEVICE_BYTES,
+    DONE_EVENT,
+    FIRST_DEVICE,
+    HAS_STREAMS,
+    POP,
+    PUSH,
+    READY_EVENT,
+    RECORD,
+    SLEEPS,
+    WAIT,
+    module,
+    offsets,
+)
+from jlayer.cores.jobs import address, aligned
+from jlayer.plan.machine import PLATFORMS
+from jlayer.streaming.driver import Driver
+
+MOST_DEVICES = 64
+TARGET = "jlayer_all_gather"
+# How often one that waits for others sleeps for 20 us (of which Linux makes 70) before it gives up.
+MOST_SLEEPS = 1_000_000
+_HEADER = Path("xla", "ffi", "api", "c_api.h")
+_DRIVER = {
+    RECORD: "cuEventRecord",
+    WAIT: "cuStreamWaitEvent",
+    COPY: "cuMemcpyPeerAsync",
+    PUSH: "cuCtxPushCurrent_v2",
+    POP: "cuCtxPopCurrent_v2",
+}
+# What stands for them on a CPU, where there are no streams: all is done at once.
+_AT_ONCE = {place: "copy_now" if place == COPY else "nothing" for place in _DRIVER}
+_NAMES = {"gpu": "CUDA", "cpu": "cpu"}  # of platforms, as XLA has them
+
+
+@cache
+def is_available() -> bool:
+    """Whether this JAX can call functions of ours, and llvmlite can compile them. Starts no
+    device."""
+    return native.missing() is None and _offsets() is not None
+
+
+def begin(devices: Sequence[jax.Device], platform: str, *, most_sleeps: int = MOST_SLEEPS) -> bool:
+    """Prepares the exchange between the first devices of this process; false where that cannot
+    be."""
+    numbers = [device.local_hardware_id for device in devices]
+    if not is_available() or numbers != list(range(len(numbers))) or len(numbers) > MOST_DEVICES:
+        return False
+    _meeting(platform).admit(len(numbers), most_sleeps)
+    return True
+
+
+def all_gather(x: jax.Array, n_devices: int) -> jax.Array:
+    """Inside a program that every device runs: what each has -> [devices, *x.shape] on each, as
+    `jax.lax.all_gather`; after `begin`. If one of them does not come, the program fails after a
+    minute or two."""
+    numbers = {"n_bytes": np.int64(x.size * x.dtype.itemsize), "n_devices": np.int64(n_devices)}
+    result = jax.ShapeDtypeStruct((n_devices, *x.shape), x.dtype)
+    call = jax.custom_batching.custom_vmap(lambda x: jax.ffi.ffi_call(TARGET, result)(x, **numbers))
+
+    @call.def_vmap
+    def together(_, __, x):
+        return jnp.moveaxis(all_gather(x, n_devices), 1, 0), True
+
+    return call(x)
+
+
+class _Meeting:
+    """The control block of a platform's devices, and the function that meets there. Kept for the
+    life of the process, as programs are that call it."""
+
+    def __init__(self, platform: str):
+        self._control = aligned(FIRST_DEVICE + MOST_DEVICES * DEVICE_BYTES)
+        self._control[:] = 0
+        names = ("all_gather", "nothing", "copy_now")
+        text = module(address(self._control), _offsets())
+        found = dict(zip(names, native.Compiler().compiled(text, *names), strict=True))
+        self._drivers: list[Driver] = []
+        self._has_streams = PLATFORMS[platform].has_link
+        self._write(HAS_STREAMS, int(self._has_streams))
+        for place, name in _AT_ONCE.items():
+            self._write(place, found[name])
+        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(found["all_gather"])
+        capsule = jax.ffi.pycapsule(function)
+        jax.ffi.register_ffi_target(TARGET, capsule, platform=_NAMES[platform])
+
+    def admit(self, n_devices, most_sleeps):
+        """Notes what belongs to the first devices."""
+        self._write(SLEEPS, most_sleeps)
+        while self._has_streams and len(self._drivers) < n_devices:
+            number = len(self._drivers)
+            driver = Driver(number)
+            self._drivers.append(driver)
+            for place, name in _DRIVER.items():
+                self._write(place, driver.function(name))
+            own = FIRST_DEVICE + number * DEVICE_BYTES
+            self._write(own + CONTEXT, driver.context)
+            for place in (READY_EVENT, DONE_EVENT):
+                self._write(own + place, driver.event().value)
+
+    def _write(self, place, value):
+        self._control[place : place + 8].view(np.int64)[0] = value
+
+
+_meeting = cache(_Meeting)
+
+
+@cache
+def _offsets():
+    return offsets(Path(jax.ffi.include_dir()) / _HEADER)
