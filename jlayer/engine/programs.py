@@ -403,10 +403,10 @@ def _reads(functions: Sequence[Function]) -> set[str]:
 
 
 def _parts_in(put, tile: Tile) -> dict:
-    """Inside a program: a tile's parts by leaf, from the arrays that were put."""
+    """Inside a program: what a device has of a tile's parts by leaf, from what was put there."""
     if not tile.joined:
         return put
     return {
         part.leaf: InBlob(put, offset, part.shape, part.dtype)
-        for part, offset in zip(tile.parts, tile.joined.offsets, strict=True)
+        for part, offset in zip(tile.share.parts, tile.joined.offsets, strict=True)
     }

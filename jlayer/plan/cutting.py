@@ -210,17 +210,18 @@ def _whole_expert(weights, kind, layer, tile_bytes, target):
 
 def _tile(name, kind, stage, layer, parts, *, target, expert=None, **ends):
     """`expert`: of a tile that has all of it."""
+    how = {"expert": expert, "n_devices": target.n_devices, **ends}
+    tile = Tile(name, kind, stage, layer, parts, **how)
+    if not tile.comes_out_even:
+        return tile
     dtypes = {part.dtype for part in parts} if expert is not None else {"uint8"}
     layout = joined(
-        [part.n_bytes for part in parts],
+        [part.n_bytes for part in tile.share.parts],
         is_plain=expert is None and all(part.encoding.is_plain for part in parts),
         platform=target.platform,
         dtype=dtypes.pop() if len(dtypes) == 1 else "uint8",
     )
-    if target.n_devices * target.n_hosts > 1:
-        layout = None  # the rows of a part lie together, those of a device's parts do not
-    how = {"expert": expert, "joined": layout, "n_devices": target.n_devices}
-    return Tile(name, kind, stage, layer, parts, **how, **ends)
+    return replace(tile, joined=layout)
 
 
 def _packed(weights, kind, stage, layer, expert, tile_bytes, share_of, on_host, *, target):

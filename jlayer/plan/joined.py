@@ -25,8 +25,8 @@ MOST_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Joined:
-    """The layout of a tile's parts in one array: the offset of each, and the bytes of all. `dtype`:
-    of the array; bytes, unless all parts are of one."""
+    """The layout of what a device has of a tile's parts in one array: the offset of each, and the
+    bytes of all. `dtype`: of the array; bytes, unless all parts are of one."""
 
     offsets: tuple[int, ...]
     n_bytes: int
@@ -36,6 +36,11 @@ class Joined:
     def shape(self) -> tuple[int]:
         """Of the array."""
         return (self.n_bytes // np.dtype(self.dtype).itemsize,)
+
+    def all_offsets(self, n_devices: int) -> tuple[int, ...]:
+        """Those of one device's parts after another's."""
+        firsts = (device * self.n_bytes for device in range(n_devices))
+        return tuple(first + offset for first in firsts for offset in self.offsets)
 
 
 def joined(

@@ -184,7 +184,8 @@ class Tile:
 
     `kind`: of its layer; None for the head. `stage`: the stage whose rows it has; None for a whole
     layer, or a whole expert. `begins_stage`, `ends_stage`: whether it has the first and last rows
-    of its stage. `joined`: its layout if it crosses the link as one array. `for_host`: whether its
+    of its stage. `joined`: the layout of what each device has if that crosses the link as one
+    array; in host memory one device's lies after another's. `for_host`: whether its
     rows are set apart for the host's cores. `n_devices`: to how many of a host its rows are dealt
     out. With several hosts it has the rows that one of them reads; those of the others have the
     same shapes.
@@ -214,7 +215,16 @@ class Tile:
     @property
     def room_bytes(self) -> int:
         """Bytes in host memory, without the slack around the parts of a tile that is not joined."""
-        return self.joined.n_bytes if self.joined else self.n_bytes
+        return self.n_devices * self.joined.n_bytes if self.joined else self.n_bytes
+
+    @property
+    def comes_out_even(self) -> bool:
+        """Whether each device has rows of its own of every part, as many as the others, or needs
+        all of one, such as a scale for all rows."""
+        if self.n_devices == 1:
+            return True
+        deals = [self.deal_of(part.n_rows) for part in self.parts if not part.is_for_all_rows]
+        return all(deal is not None and deal.is_even for deal in deals) and not self.for_host
 
     @cached_property
     def _row_unit(self) -> int | None:
@@ -239,9 +249,14 @@ class Tile:
         shapes."""
         if self.n_devices == 1:
             return self
+        return replace(self, parts=self.parts_of(0), n_devices=1)
+
+    def parts_of(self, device: int) -> tuple[Part, ...]:
+        """What a device has of its parts."""
         deals = [(part, self.deal_of(part.n_rows)) for part in self.parts]
-        parts = tuple(part.share(0, deal.height) if deal else part for part, deal in deals)
-        return replace(self, parts=parts, n_devices=1)
+        return tuple(
+            part.share(deal.first(device), deal.height) if deal else part for part, deal in deals
+        )
 
     @property
     def n_arrays(self) -> int:

@@ -128,8 +128,11 @@ class Tiling:
     @cached_property
     def slack(self) -> int:
         """Bytes of a host slot beyond its tile: two disk blocks for each segment, of which a part
-        has at most one."""
-        return ALIGNMENT * 2 * max(len(tile.parts) for tile, _ in self.distinct)
+        has at most one; one for each device where the tile is joined."""
+        n_segments = (
+            len(tile.parts) * (tile.n_devices if tile.joined else 1) for tile, _ in self.distinct
+        )
+        return ALIGNMENT * 2 * max(n_segments)
 
     @cached_property
     def n_bytes(self) -> int:

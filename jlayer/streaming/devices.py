@@ -93,6 +93,10 @@ class Devices:
         """Begins to put what was read of a tile: to each device its rows."""
         if len(self) == 1:
             return self.put(views)
+        if tile.joined:
+            (length,) = tile.joined.shape
+            firsts = range(0, tile.n_devices * length, length)
+            return self._put_dealt([views[first : first + length] for first in firsts])
         return {part.leaf: self._put_part(tile, part, views[part.leaf]) for part in tile.parts}
 
     def _put_part(self, tile, part, view):
@@ -104,7 +108,9 @@ class Devices:
     def struct_of(self, tile: Tile):
         """The shapes of what `put_tile` gives."""
         if tile.joined:
-            return jax.ShapeDtypeStruct(tile.joined.shape, tile.joined.dtype)
+            (length,), sharding = tile.joined.shape, self.over(ROWS) if len(self) > 1 else None
+            shape = (len(self) * length,)
+            return jax.ShapeDtypeStruct(shape, tile.joined.dtype, sharding=sharding)
         return {part.leaf: self._struct_of_part(tile, part) for part in tile.parts}
 
     def _struct_of_part(self, tile, part):

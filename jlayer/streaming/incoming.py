@@ -57,7 +57,7 @@ class Incoming:
         checks.restart()
         self._placed = [place(store, tile) for tile in tiles]
         self._sizes = [
-            tile.joined.n_bytes if tile.joined else slot_bytes_for(segments)
+            tile.room_bytes if tile.joined else slot_bytes_for(segments)
             for tile, (segments, _) in zip(tiles, self._placed, strict=True)
         ]
         self._ring = ring
@@ -150,10 +150,11 @@ class Incoming:
 
         Returns what to put: views of the parts by leaf, or one array for a joined tile.
         """
-        (segments, places), layout = self._placed[tile], self.tiles[tile].joined
+        (segments, places), whole = self._placed[tile], self.tiles[tile]
+        layout = whole.joined
         try:
             memory = self._memory_for(tile, slot)
-            pieces = split_room(memory, segments, layout and layout.offsets)
+            pieces = split_room(memory, segments, layout and layout.all_offsets(whole.n_devices))
             fills = not isinstance(slot, int) or tile in self._read_once
             with self._reader.turn(fills=fills) as turn:
                 shifts = [
@@ -167,7 +168,7 @@ class Incoming:
         except JlayerError as error:
             raise type(error)(f"{self.tiles[tile].name}: {error}") from None
         if layout:
-            return memory[: layout.n_bytes].view(layout.dtype)
+            return memory[: whole.room_bytes].view(layout.dtype)
         return {
             placed.part.leaf: view(pieces[placed.segment], shifts[placed.segment], placed)
             for placed in places

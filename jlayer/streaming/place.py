@@ -25,11 +25,12 @@ def place(store: Store, tile: Tile) -> tuple[tuple[Segment, ...], tuple[Placemen
 
     Parts that are neighbours on disk share a segment if the later part is then aligned to
     VIEW_ALIGNMENT, and none of them is decoded as it is read. A joined tile has one segment for
-    each part, in the order of the parts.
+    each part of each device, in the order of the devices and of the parts.
     """
     if tile.joined:
-        places = (Placement(part, index, 0) for index, part in enumerate(tile.parts))
-        return tuple(_span(store, part) for part in tile.parts), tuple(places)
+        parts = [part for device in range(tile.n_devices) for part in tile.parts_of(device)]
+        places = (Placement(part, index, 0) for index, part in enumerate(parts))
+        return tuple(_span(store, part) for part in parts), tuple(places)
     spans = sorted((_span(store, part), part.tensor, part.first_row, part) for part in tile.parts)
     segments: list[Segment] = []
     places = []

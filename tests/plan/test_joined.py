@@ -51,6 +51,35 @@ def test_a_tile_is_laid_out_by_the_bytes_of_its_own_parts(stored, tile_bytes):
         assert tile.n_arrays == len({part.matrix for part in tile.parts if len(part.shape) == 2})
 
 
+@pytest.mark.parametrize("stored", SCHEMES)
+def test_of_several_devices_each_has_its_own_rows_in_one_array(stored):
+    tiling = cut(weights_of(SMALL, stored=stored), 100_000, platform="gpu", n_devices=2)
+    for tile in tiling.tiles:
+        parts = [tile.parts_of(device) for device in range(2)]
+        sizes = [part.n_bytes for part in parts[0]]
+        assert tile.joined == joined(sizes, is_plain=False, platform="gpu")
+        assert sizes == [part.n_bytes for part in parts[1]]
+        assert tile.room_bytes == 2 * tile.device_bytes == 2 * tile.joined.n_bytes
+        n_bytes = tile.joined.n_bytes
+        offsets = [*tile.joined.offsets, *(n_bytes + at for at in tile.joined.offsets)]
+        assert tile.joined.all_offsets(2) == tuple(offsets)
+        for whole, first, second in zip(tile.parts, *parts, strict=True):
+            assert first.first_row == whole.first_row
+            assert second.first_row == first.first_row + first.shape[0]
+            assert first.shape[0] + second.shape[0] == whole.shape[0]
+
+
+def test_rows_that_do_not_come_out_even_cross_array_by_array():
+    """The bytes of some rows would be read twice. So do those for the host's cores, which look for
+    each array."""
+    shares = (("int8", 0.5),)
+    for options in ({"n_devices": 7}, {"n_devices": 2, "shares": shares}):
+        tiling = cut(weights_of(SMALL, stored="int8"), 100_000, platform="gpu", **options)
+        apart = [tile for tile in tiling.tiles if not tile.comes_out_even]
+        assert apart
+        assert all((tile.joined is None) == (tile in apart) for tile in tiling.tiles)
+
+
 @pytest.mark.parametrize(
     ("stored", "platform"), [("bfloat16", "gpu"), ("int8", "cpu"), ("int4", "cpu")]
 )

@@ -1,9 +1,12 @@
 """Every family on two and three devices gives the logits and the tokens that it gives on one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from jlayer import AutoModel
+from jlayer.plan.machine import PLATFORMS
 from tests.reference import dense_forms, gpt_oss_forms, latent_forms, mixture_forms
 
 torch = pytest.importorskip("torch")
@@ -18,6 +21,12 @@ FORMS = {
 # Those that run in every test session: norms of all heads and of each, latent attention, routers, a
 # shared expert -> (on how many devices, how many tokens of a text that goes on).
 FIRST = {"cohere-qk": (2, 0), "deepseek_v3": (2, 3), "olmo2": (3, 0)}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Experts and quantized tiles cross to each device as one array, as they do to GPUs."""
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
 
 
 def found(folder, n, n_new):
@@ -38,7 +47,7 @@ def test_those_of_every_session_are_there():
 
 
 @pytest.mark.parametrize("name", sorted(FIRST))
-def test_a_family(tmp_path, name):
+def test_a_family(tmp_path, name, joined):
     FORMS[name].save(tmp_path / "model", name)
     assert_same(tmp_path / "model", *FIRST[name])
 
@@ -52,6 +61,14 @@ def test_any_family(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_sinks_and_experts_as_published(tmp_path):
+@pytest.mark.parametrize("name", sorted(mixture_forms.MIXTURES))
+def test_joined_experts(tmp_path, name, joined):
+    mixture_forms.save(tmp_path / "model", name)
+    assert_same(tmp_path / "model", 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_sinks_and_experts_as_published(tmp_path, n, joined):
     gpt_oss_forms.write(tmp_path / "model", *gpt_oss_forms.drawn())
-    assert_same(tmp_path / "model", 2)
+    assert_same(tmp_path / "model", n)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.engine import device as choosing
 from jlayer.errors import UsageError
+from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier
+from jlayer.streaming.steps import Put
 from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 from tests.engine.test_engine import IDS
@@ -65,11 +68,32 @@ def test_with_the_cache_in_host_memory(fable, want, n):
     assert found[2].plan["host"]["cache_bytes"] > 0
 
 
-@pytest.mark.parametrize("scheme", slow_but(["int8", "int4"], ("int4",)))
-def test_quantized(tmp_path, scheme):
+# Where tiles are joined, as on a GPU, those whose rows three devices cannot share evenly are not.
+@pytest.mark.parametrize(
+    "case",
+    slow_but(
+        itertools.product(["int8", "int4"], (2, 3), (False, True)),
+        [("int4", 3, False), ("int4", 2, True)],
+    ),
+)
+def test_quantized(tmp_path, monkeypatch, case):
+    scheme, n, joins = case
     convert_checkpoint(BUNDLED, tmp_path / "q", quantize=scheme)
     want = tokens(tmp_path / "q", 1, host_share=0)
-    same(tokens(tmp_path / "q", {"int8": 2, "int4": 3}[scheme], host_share=0), want)
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=joins))
+    same(tokens(tmp_path / "q", n, host_share=0), want)
+
+
+def test_a_joined_tile_crosses_as_one_array_to_each(tmp_path, monkeypatch):
+    convert_checkpoint(BUNDLED, tmp_path / "q", quantize="int4")
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=True))
+    put = []
+    with AutoModel.from_pretrained(tmp_path / "q", devices=2, host_share=0, **HOW) as model:
+        model.engine.watch.on_taken = lambda step, made: isinstance(step, Put) and put.append(made)
+        model.logits([IDS])
+        tiles = {tile.joined.n_bytes for tile in model.plan.tiles}
+    assert {made.addressable_data(0).nbytes for made in put} == tiles
+    assert {made.nbytes for made in put} == {2 * n_bytes for n_bytes in tiles}
 
 
 def test_beside_the_host_s_cores(fable, want, cuts):
