@@ -7,7 +7,6 @@ compiles.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from jlayer.cores.exchange import (
 )
 from jlayer.cores.jobs import address, aligned
 from jlayer.plan.machine import PLATFORMS
+from jlayer.streaming.capsule import capsule
 from jlayer.streaming.driver import Driver
 
 MOST_DEVICES = 64
@@ -101,9 +101,8 @@ class _Meeting:
         self._write(HAS_STREAMS, int(self._has_streams))
         for place, name in _AT_ONCE.items():
             self._write(place, found[name])
-        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(found["all_gather"])
-        capsule = jax.ffi.pycapsule(function)
-        jax.ffi.register_ffi_target(TARGET, capsule, platform=_NAMES[platform])
+        function = capsule(found["all_gather"])
+        jax.ffi.register_ffi_target(TARGET, function, platform=_NAMES[platform])
 
     def admit(self, n_devices, most_sleeps):
         """Notes what belongs to the first devices."""

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jlayer.plan.machine import PLATFORMS, platform_of
+from jlayer.streaming.capsule import capsule
 from jlayer.streaming.devices import Devices
 from jlayer.streaming.slots import HostMemory
 
@@ -97,9 +98,6 @@ class _Tensor(ctypes.Structure):
 
 
 CPU, CUDA, FLOAT = 1, 2, 2
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 # JAX calls a deleter when the array goes, perhaps as late as at exit, when no Python can run: this
 # function of the C library changes nothing. The descriptions are read then, and are small.
 _NOTHING = ctypes.cast(ctypes.CDLL(None).labs, ctypes.c_void_p).value
@@ -131,4 +129,4 @@ class _Capsule:
         return self._device
 
     def __dlpack__(self, **_):
-        return _new_capsule(ctypes.addressof(self._tensor), b"dltensor", None)
+        return capsule(ctypes.addressof(self._tensor), b"dltensor")

@@ -25,6 +25,11 @@ from jlayer.streaming.experts import ExpertStream, followers
 from jlayer.streaming.steps import Decision, Fetch, Free, Put, PutCache, Read, Run, Step, Take
 
 
+# With so many tiles on the device at a time, the next one is called before one is waited for: that
+# takes the host as long as a small tile takes to cross the link.
+MANY_AHEAD = 3
+
+
 def sweeps(
     tiers: Sequence[Tier],
     *,
@@ -91,7 +96,8 @@ class _Stream:
         self._moves = self._all_moves()
         self._to_read: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet read
         self._to_put: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet put
-        self._on_device: deque[tuple[int, int]] = deque()  # (move, tile) put, not yet freed
+        self._on_device: deque[tuple[int, int]] = deque()  # (move, tile) put, not yet called
+        self._ran: deque[tuple[int, int]] = deque()  # (move, tile) called, not yet freed
         self._on_host: deque[tuple[int, int]] = deque()  # (move, tile) of the host, not yet run
 
     def _all_moves(self) -> Iterator[tuple[int, int, bool]]:
@@ -148,16 +154,25 @@ class _Stream:
             while after in self._hosted and self._tiers[after] is Tier.HOST:
                 yield from self._run_on_host(after)
                 after += 1
+            yield from self._free_ran()  # those before it
+            self._ran.append(self._on_device.popleft())
             yield from self._put_ahead(self._ahead)
-            number, _ = self._on_device.popleft()
-            slot = self._slots.pop(number)
-            yield Free(tile, slot, after=tile)
-            if slot is not None:
-                self._free.append(slot)
+            is_next = self._on_device and self._on_device[0][1] == after
+            if self._ahead < MANY_AHEAD or not is_next:
+                yield from self._free_ran()
             yield from self._read_ahead()
             tile = after
         if self._experts:
             yield from self._experts.end()
+
+    def _free_ran(self):
+        """Waits for the tiles that have been called, and frees them."""
+        while self._ran:
+            number, tile = self._ran.popleft()
+            slot = self._slots.pop(number)
+            yield Free(tile, slot, after=tile)
+            if slot is not None:
+                self._free.append(slot)
 
     def _run(self, tile, on="device"):
         if tile not in self._attending:
@@ -229,13 +244,16 @@ class _Stream:
 
     @property
     def _n_under_way(self):
-        return len(self._to_put) + len(self._on_device) + len(self._on_host)
+        on_device = len(self._on_device) + len(self._ran)
+        return len(self._to_put) + on_device + len(self._on_host)
 
     def _put_ahead(self, limit):
         """Puts until `limit` tiles are on the device, or until the next tile has no slot yet."""
         steps = []
         limit = min(limit, len(self._passing) - len(self._hosted))
-        while len(self._on_device) < limit and (self._to_put or self._queue_a_put()):
+        while len(self._on_device) + len(self._ran) < limit and (
+            self._to_put or self._queue_a_put()
+        ):
             number, tile = self._to_put[0]
             if number not in self._slots:
                 steps += self._read_ahead()

@@ -59,6 +59,15 @@ def test_wherever_tiles_stay(fable, want, tiers_in_turn, tiers):
     same(tokens(fable, 2), want)
 
 
+@pytest.mark.parametrize("n", slow_but([1, 2], (2,)))
+def test_with_many_tiles_ahead(fable, want, cuts, tiers_in_turn, monkeypatch, n):
+    """As on a GPU: a tile is called before the one before it is waited for."""
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], ahead=4))
+    cuts(100_000)
+    tiers_in_turn(Tier.HOST, Tier.HOST, Tier.DISK)
+    same(tokens(fable, n), want)
+
+
 # Of the two key/value heads each device has all, where there are three.
 @pytest.mark.parametrize("n", slow_but([2, 3], (2,)))
 def test_with_the_cache_in_host_memory(fable, want, n):

@@ -1,6 +1,7 @@
 """What devices of one process give each other inside their programs, by copies of our own: all of
 it, on each, as XLA's collectives do."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from jlayer.cores import native
 from jlayer.cores.exchange import offsets
 from jlayer.streaming import exchange
 from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
+from jlayer.streaming.landing import Landings
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=native.missing() or "")
 AXIS = MESH_AXES[ROWS]
@@ -88,6 +90,21 @@ def test_devices_that_are_not_the_first_and_other_versions_of_xla_are_left_to_xl
     assert found["Stream_Get"] - found["Error_Create"] == 16
     (tmp_path / "c_api.h").write_text(header.format(1))
     assert offsets(tmp_path / "c_api.h") is None
+
+
+def test_beside_memory_that_programs_read_where_it_is():
+    """Both hand addresses to JAX, which sets the types of the one function for it."""
+    jax.ffi.pycapsule(native_function())
+    exchange.begin(jax.devices()[:2], "cpu")
+    landings = Landings(Devices(jax.devices()[:1]))
+    landing = landings.of("any", 2, 64)
+    landing.memory[:] = 3
+    assert np.asarray(landing.on_device()).sum() == 2 * 64 * 3
+    landings.close()
+
+
+def native_function():
+    return ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: None)
 
 
 BY_COPIES = """

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.schedule import sweeps
+from jlayer.streaming.schedule import MANY_AHEAD, sweeps
 from jlayer.streaming.steps import Free, Put, Read, Run
 
 N_SWEEPS = 4
@@ -174,6 +174,22 @@ def test_the_next_tiles_are_on_their_way_before_a_sweep_waits_for_one(n_tiles, a
         on_device += isinstance(step, Put) - isinstance(step, Free)
         if isinstance(step, Free):
             assert on_device == ahead - 1  # all but the one that leaves
+
+
+@given(plans)
+def test_the_next_tile_is_called_before_one_is_waited_for_where_many_are_ahead(plan):
+    """Else the device rests while the host wakes up and calls."""
+    tiers, ring, ahead, _, _ = plan
+    passing = [tier is not Tier.DEVICE and i not in hosted_in(plan) for i, tier in enumerate(tiers)]
+    has_room = all(tier is not Tier.DISK for tier in tiers) or ring > ahead
+    for one in steps_of(plan)[1]:
+        at = {(type(step), step.tile): number for number, step in enumerate(one)}
+        for tile in range(len(tiers) - 1):
+            if passing[tile] and passing[tile + 1]:
+                is_called = at[Run, tile + 1] < at[Free, tile]
+                assert not is_called or ahead >= MANY_AHEAD
+                if ahead >= MANY_AHEAD and has_room:
+                    assert is_called
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=25), st.integers(2, 4))
