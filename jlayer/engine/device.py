@@ -10,20 +10,22 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 
 from jlayer.engine.gpu import DEFAULT_DEVICE_MEMORY, gpu_memories
 from jlayer.engine.hosts import Hosts
-from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
 from jlayer.sizes import human
 from jlayer.streaming import exchange
-from jlayer.streaming.devices import Devices
+from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
 LINK_PROBE_BYTES = 16 << 20
+MEETING = 1 << 16  # numbers that each device sends the others when they meet
 HEARTBEAT_S = 3600  # of JAX's own look at other processes: `engine.hosts` sees sooner what is lost
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Lets JAX launch programs in a thread of its own, so that the host goes on meanwhile: the launches
@@ -144,16 +146,36 @@ def _join(jax, hosts, *, on_cpu):
 
 def _meet(jax, devices):
     """Has the devices of all processes exchange something for the first time: what NCCL takes of
-    their memory is then taken. Gloo, which CPUs do it by, says on descriptor 1 that it has
-    connected, and results go there."""
+    their memory is then taken. Raises StorageError where what arrives is not what was sent: on some
+    boards copies from GPU to GPU do that (https://docs.nvidia.com/deeplearning/nccl/user-guide/
+    docs/troubleshooting.html, on ACS)."""
+    sent = devices.put(np.arange(MEETING, dtype=np.int32))
+    everywhere = devices.everywhere
+
+    def each(sent):
+        return devices.all_gather(sent + MEETING * jax.lax.axis_index(MESH_AXES[ROWS]))
+
+    with _quiet():
+        gather = devices.on_each(each, (sent,), everywhere)
+        came = jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(sent))
+    expected = np.arange(len(devices) * MEETING).reshape(-1, MEETING)
+    for shard in came.addressable_shards:
+        if not np.array_equal(shard.data, expected):
+            raise StorageError(
+                f"{shard.device}: what other devices sent did not arrive as it was; run with one "
+                "device, or switch off PCI access control (ACS) or the IOMMU of this machine"
+            )
+
+
+@contextmanager
+def _quiet():
+    """Gloo, which CPUs of several hosts exchange by, says on descriptor 1 that it has connected;
+    results go there."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
-        number = devices.put(np.zeros(1, np.float32))
-        everywhere = devices.everywhere
-        gather = devices.on_each(devices.all_gather, (number,), everywhere)
-        jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(number))
+        yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)

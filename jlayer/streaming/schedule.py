@@ -24,7 +24,6 @@ from jlayer.plan.tiles import Tier
 from jlayer.streaming.experts import ExpertStream, followers
 from jlayer.streaming.steps import Decision, Fetch, Free, Put, PutCache, Read, Run, Step, Take
 
-
 # With so many tiles on the device at a time, the next one is called before one is waited for: that
 # takes the host as long as a small tile takes to cross the link.
 MANY_AHEAD = 3

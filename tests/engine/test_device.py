@@ -10,9 +10,10 @@ import pytest
 
 from jlayer.engine import device
 from jlayer.engine.gpu import gpu_memories, gpu_memory
-from jlayer.errors import DoesNotFitError, UsageError
+from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.plan.machine import PLATFORMS
 from jlayer.streaming import exchange
+from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
 
 GIB = 1 << 30
 CONTEXT = PLATFORMS["gpu"].context_bytes
@@ -195,3 +196,12 @@ def test_flash_attention_is_for_16_bits_on_cards_that_have_it(
     found = cudnn and SimpleNamespace(cudnn_get_version=lambda: cudnn)
     monkeypatch.setattr(jax._src.lib, "cuda_versions", found)
     assert device.has_flash(card, head_dim=head_dim, dtype=dtype) is has
+
+
+def test_devices_that_do_not_get_what_was_sent_are_refused(monkeypatch):
+    """On some boards copies from GPU to GPU arrive damaged: tokens would be wrong."""
+    devices = Devices(jax.devices("cpu")[:2])
+    device._meet(jax, devices)
+    monkeypatch.setattr(devices, "all_gather", lambda x: jax.lax.all_gather(x, MESH_AXES[ROWS]) ^ 1)
+    with pytest.raises(StorageError, match="did not arrive as it was; run with one device"):
+        device._meet(jax, devices)
