@@ -145,7 +145,7 @@ TESTED = {
     'pip install -e ".[cores]"': Parsed(NETWORK),
     'jlayer generate path/to/Llama-3-8B-int4 -p "Once upon a time" --host-share 0.5': Here(),
     "python benchmarks/cards.py path/to/Llama-3-70B-jlayer --devices 1,2 "
-    "--device-memory 2048MiB --tokens 1,64,512": By("tests/measure/test_cards.py"),
+    "--device-memory 1536MiB --tokens 1,64,512": By("tests/measure/test_cards.py"),
     "python benchmarks/shares.py path/to/Llama-3-70B-jlayer --device-memory 1536MiB "
     "--shares 0,auto --tokens 1,2,8": By("tests/measure/test_shares.py"),
     "python benchmarks/opening.py path/to/Llama-3-70B-int4 --device-memory 1536MiB "
