@@ -29,6 +29,7 @@ LOCAL, AUTO = "local", "auto"
 TASK_LINES = 16
 MOST_TASKS = 4096  # of a batch; of a longer one each has more lines
 MOST_DEATHS = 3  # of workers one after another, while they open the model; then the batch ends
+MOST_TRIES = 4  # to answer the same lines, where each time the worker or its node dies
 CONNECT_S = 5.0
 
 
@@ -182,7 +183,6 @@ def answered(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    # A worker that dies later is replaced, and its tasks asked again, however often: Ray's default.
     context.max_consecutive_actor_init_deaths = MOST_DEATHS
     answers = ray.data.from_items(list(lines), override_num_blocks=n_tasks).map_batches(
         _Worker,
@@ -198,13 +198,18 @@ def answered(
         num_cpus=needs["CPU"],
         num_gpus=needs.get("GPU"),
         memory=needs["memory"],
+        # A worker that dies is replaced however often; what it was at is not asked without end.
+        max_task_retries=MOST_TRIES - 1,
     )
+    n_answered = 0
     with closing(iter(answers.iter_batches(batch_size=None, prefetch_batches=0))) as batches:
         while True:
-            with _errors_of_workers(), released():
+            where = f", for the last of several times, at line {n_answered + 1} or later"
+            with _errors_of_workers(where), released():
                 batch = next(batches, None)
             if batch is None:
                 return
+            n_answered += len(batch["answer"])
             for text in filter(None, batch["error"]):
                 raise _unpacked(text)
             yield [json.loads(text) for text in batch["answer"]]
@@ -226,8 +231,9 @@ def _quiet_stderr():
 
 
 @contextmanager
-def _errors_of_workers():
-    """Raises an error of ours that a worker raised as it is, and Ray's own in one line."""
+def _errors_of_workers(where: str = ""):
+    """Raises an error of ours that a worker raised as it is, and Ray's own in one line. `where`:
+    among what is left to be answered."""
     from ray.exceptions import RayError
 
     try:
@@ -240,7 +246,8 @@ def _errors_of_workers():
             raise
         found = str(error).strip().splitlines()
         raise StorageError(
-            f"--ray: a worker or its node was lost ({found[0]}); see Ray's logs for the reason"
+            f"--ray: a worker or its node was lost{where} ({found[0]}); see Ray's logs for the "
+            "reason"
         ) from error
 
 

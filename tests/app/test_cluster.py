@@ -170,15 +170,15 @@ def wait_for_lines(process, path, n):
         time.sleep(0.05)
 
 
-def workers():
-    """The processes that have a model, by Ray's name of them."""
+def workers(doing=""):
+    """The processes that have a model, and do this, by Ray's name of them."""
     found = []
     for home in Path("/proc").iterdir():
         try:
             title = (home / "cmdline").read_bytes() if home.name.isdigit() else b""
         except OSError:  # it has ended meanwhile
             continue
-        if title.startswith(b"ray::MapWorker"):
+        if title.startswith(b"ray::MapWorker") and doing.encode() in title:
             found.append(int(home.name))
     return found
 
@@ -208,6 +208,23 @@ def test_a_worker_that_is_killed_is_replaced_and_no_line_is_lost(fable, nodes, a
     found = answers(output)
     assert list(found) == [f"line {at}" for at in range(200)]
     assert_same(found, answers(expected))
+
+
+@pytest.mark.slow
+def test_lines_that_kill_every_worker_are_not_asked_without_end(fable, nodes, tmp_path):
+    source = written(tmp_path / "in", many(40))
+    process = start(*command(fable, source, tmp_path / "out", "--ray", nodes, "--workers", "1"))
+    n_killed, deadline = 0, time.monotonic() + 240
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        for worker in workers("submit"):
+            os.kill(worker, signal.SIGKILL)
+            n_killed += 1
+        time.sleep(0.01)
+    _, err = process.communicate()
+    assert process.returncode == 6, err
+    assert "a worker or its node was lost, for the last of several times, at line" in err
+    assert 4 <= n_killed <= 8
 
 
 @pytest.mark.slow
