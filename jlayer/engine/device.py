@@ -116,7 +116,7 @@ def choose(
 
 def by_collectives(n_devices: int, hosts: Hosts | None = None) -> bool:
     """Whether so many GPUs of each host exchange their products by NCCL."""
-    return hosts is not None or (n_devices > 1 and not exchange.is_available())
+    return hosts is not None or (n_devices > 1 and exchange.missing() is not None)
 
 
 def _join(jax, hosts, *, on_cpu):

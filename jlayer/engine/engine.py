@@ -82,7 +82,7 @@ class Engine:
         self._closed = False
         self._executor: Executor | None = None
         self.host, self.helping = None, Helping()
-        self.notes: tuple[str, ...] = ()  # for the user; none is an error
+        self.notes = self.devices.notes  # for the user; none is an error
         self.plan = self._first_plan(RunShape(context=run.context or 1))
         self.plan.check()
         # This is the smallest run, so no plan of another run is much faster.
@@ -158,10 +158,10 @@ class Engine:
             if not alone.fits or alone.put_bytes < LEAST_HOSTED_BYTES:
                 return alone
             if why := missing():
-                self.notes = (f"the host's cores do not help to multiply: {why}",)
+                self.notes += (f"the host's cores do not help to multiply: {why}",)
                 return alone
         elif why := missing():
-            self.notes = (f"the host's share is multiplied by numpy, which is slow: {why}",)
+            self.notes += (f"the host's share is multiplied by numpy, which is slow: {why}",)
         self.host = Host(cores_beside(self._machine), self.devices)
         self.watch.phase("measuring the cores")
         forms = matrix_forms(self.weights)

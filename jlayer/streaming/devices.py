@@ -69,6 +69,13 @@ class Devices:
         by_copies = self.n_hosts == 1 and exchange.begin(self.own, self.platform)
         return by_copies, not by_copies
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user; none is an error."""
+        if not self.collectives or self.n_hosts > 1:
+            return ()
+        return (f"the GPUs exchange by NCCL, which takes 450 MiB of each: {exchange.missing()}",)
+
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Inside a program that every device runs: what each has -> [devices, *x.shape] on each."""
         if self.by_copies:

@@ -54,18 +54,18 @@ _AT_ONCE = {place: "copy_now" if place == COPY else "nothing" for place in _DRIV
 _NAMES = {"gpu": "CUDA", "cpu": "cpu"}  # of platforms, as XLA has them
 
 
-@cache
-def is_available() -> bool:
-    """Whether this JAX can call functions of ours, and llvmlite can compile them. Starts no
-    device."""
-    return native.missing() is None and _offsets() is not None
+def missing() -> str | None:
+    """What to do so that this is possible, in one line; None where it is. Starts no device."""
+    if (why := native.missing()) is not None:
+        return why
+    return None if _offsets() else "this version of jaxlib has no interface for it that is known"
 
 
 def begin(devices: Sequence[jax.Device], platform: str, *, most_sleeps: int = MOST_SLEEPS) -> bool:
     """Prepares the exchange between the first devices of this process; false where that cannot
     be."""
     numbers = [device.local_hardware_id for device in devices]
-    if not is_available() or numbers != list(range(len(numbers))) or len(numbers) > MOST_DEVICES:
+    if missing() or numbers != list(range(len(numbers))) or len(numbers) > MOST_DEVICES:
         return False
     _meeting(platform).admit(len(numbers), most_sleeps)
     return True

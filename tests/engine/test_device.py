@@ -67,6 +67,7 @@ def test_copies_between_devices_need_no_memory(gpu, monkeypatch):
     devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
     assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT)
     assert not any(name in os.environ for name in device.NCCL_SETTINGS)
+    assert devices.notes == ()
 
 
 def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_says_no(
@@ -81,7 +82,7 @@ def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_s
 
 
 def exchanges_by_copies(monkeypatch, are_possible):
-    monkeypatch.setattr(exchange, "is_available", lambda: are_possible)
+    monkeypatch.setattr(exchange, "missing", lambda: None if are_possible else "install it")
     monkeypatch.setattr(exchange, "begin", lambda *_: are_possible)
 
 
@@ -95,6 +96,8 @@ def test_what_nccl_takes_is_taken_from_the_allocator_and_kept_small(gpu, monkeyp
     assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT + COLLECTIVE)
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - context) / (8 * GIB), abs=1e-6)
     assert {name: os.environ[name] for name in device.NCCL_SETTINGS} == device.NCCL_SETTINGS
+    (note,) = devices.notes
+    assert "by NCCL, which takes 450 MiB of each: install it" in note
 
 
 def test_page_tables_of_pinned_memory_are_taken_from_the_allocator(gpu):
