@@ -89,6 +89,7 @@ PURPOSES = {
     "gguf": "writes GGUF files and decodes their blocks; reference for ours, in the tests",
     "xllamacpp": "llama.cpp, whose tokens GGUF files are to give, in the tests",
     "bitsandbytes": "quantizes models and decodes their weights; reference for ours, in the tests",
+    "peft": "saves adapters and merges them; reference for ours, in the tests",
     "accelerate": "Transformers needs it to load what bitsandbytes has quantized, in the tests",
     "openai": "a client of the server, in the tests",
     "httpx": "a client of the server, in the tests",

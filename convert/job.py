@@ -34,6 +34,7 @@ from jlayer.convert.target.resume import (
     source_was_deleted,
 )
 from jlayer.convert.target.write import check_target, remove_temporaries
+from jlayer.convert.transform.merged import merged
 from jlayer.convert.transform.quantize import Quantizer, sample_errors
 from jlayer.convert.verify import verify_folder
 from jlayer.encodings.int4 import INT4
@@ -97,6 +98,7 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     follow_links: bool = False,
     rows: tuple[int, int] | None = None,
+    merge: str | os.PathLike | None = None,
     advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -107,6 +109,8 @@ def convert_checkpoint(
     weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
     source lead to outside of it, and names them in a note. `rows` (host, hosts): keeps only the
     rows that the host of this number, from 0, reads where so many hosts run the model together.
+    `merge`: a folder with an adapter as PEFT saves it, which is merged into the matrices before
+    anything else is done with them.
     `advise` is shown the source once it is checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
@@ -139,6 +143,12 @@ def convert_checkpoint(
             f"delete_source and follow_links: {found}",
             command_line=f"--delete-source and --follow-links: {found}",
         )
+    if delete_source and merge is not None:
+        found = "the model without the adapter would be lost; choose one of them"
+        raise UsageError(
+            f"delete_source and merge: {found}",
+            command_line=f"--delete-source and --merge: {found}",
+        )
     host = _host(rows)
     if delete_source and host:
         found = "the rows of the other hosts would be lost with the source; choose one of them"
@@ -152,7 +162,7 @@ def convert_checkpoint(
     with _advice_to_resume(target):
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
-            return _convert(source, target, options, advise, progress, started)
+            return _convert(source, target, options, merge, advise, progress, started)
 
 
 def _host(rows):
@@ -183,7 +193,7 @@ def _advice_to_resume(target):
         raise
 
 
-def _convert(source, target, options, advise, progress, started):
+def _convert(source, target, options, merge, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
     _refuse_rows(source)
@@ -198,6 +208,8 @@ def _convert(source, target, options, advise, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
+        if merge is not None:
+            checked = merged(checked, merge)
         further = [*links_note(source, taken), *(advise(checked) if advise else ())]
         checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:

@@ -91,6 +91,9 @@ TESTED = {
     "jlayer plan owner/name": Parsed(NETWORK),
     "jlayer convert owner/name path/to/converted --offline": Parsed(NETWORK),
     "jlayer convert path/to/Llama-3-70B path/to/Llama-3-70B-jlayer --delete-source": Here(),
+    "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-tuned --merge path/to/adapter": By(
+        "tests/convert/test_merge.py"
+    ),
     "jlayer convert path/to/Llama-3-8B path/to/rows-0-of-2 --rows 0/2": Here(),
     "jlayer convert path/to/Llama-3-8B path/to/rows-1-of-2 --rows 1/2": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),

@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from jlayer.checkpoint.layout import CONFIG, check_seal, seal
+from jlayer.checkpoint.layout import CONFIG, MERGED, check_seal, seal
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.sides import side_names
@@ -153,6 +153,7 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
         ("dtype", then["dtype"], now["dtype"], "as published"),
         ("quantize", _scheme_of(then), _scheme_of(now), "as published"),
         ("rows", _host_of(then), _host_of(now), "of all hosts"),
+        ("merge", then["sides"].get(MERGED), now["sides"].get(MERGED), "of no adapter"),
     ):
         if before != after:
             raise UsageError(

@@ -19,7 +19,9 @@ from jlayer.strict import close, open_regular, read_json_object
 _ADAPTER = re.compile(r"adapter_(model\.(safetensors|bin)|config\.json)")
 _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
-_MERGE = "merge it into its base model (PEFT: merge_and_unload) and take the result"
+_MERGE = (
+    "merge it into its base model (jlayer convert BASE TARGET --merge ADAPTER) and take the result"
+)
 _TAKE = "take the model's checkpoint of safetensors files"
 _ITS_FILE = "take the model's own file, which ends in .gguf"
 _ITS_FOLDER = "name the folder that it lies in"

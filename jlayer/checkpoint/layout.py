@@ -53,6 +53,7 @@ SIDE_FILES = (
 )
 # What a published form of encoding has beside the weights: see `convert.sources.beside`.
 BESIDE = "quantization_tensors.json"
+MERGED = "merged_adapters.json"  # which adapters the weights have in them
 TEMPLATES = "additional_chat_templates"  # the one folder of which files are kept
 # Names that a tokenizer or processor of transformers reads, and jlayer does not.
 _READ_BY_OTHERS = frozenset(
@@ -119,7 +120,12 @@ def is_side_file(name: str) -> bool:
     folder, _, own = name.rpartition("/")
     if folder:
         return folder == TEMPLATES and own.endswith(".jinja") and is_relative_path(own)
-    known = name in SIDE_FILES or name in _READ_BY_OTHERS or name == BESIDE or is_document(name)
+    known = (
+        name in SIDE_FILES
+        or name in _READ_BY_OTHERS
+        or name in (BESIDE, MERGED)
+        or is_document(name)
+    )
     return known or _OF_A_VERSION.fullmatch(name) is not None
 
 

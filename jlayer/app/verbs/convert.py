@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="keep only the rows that host I (from 0) of N reads, which run the model together",
     )
+    parser.add_argument(
+        "--merge",
+        metavar="ADAPTER",
+        help="merge a low-rank adapter into the weights: a folder as PEFT saves it (LoRA, DoRA)",
+    )
     options.add_follow_links(parser)
     options.add_offline(parser)
 
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace) -> dict:
                 allow_nonfinite=args.allow_nonfinite,
                 follow_links=args.follow_links,
                 rows=rows,
+                merge=args.merge,
                 advise=refused_in_source,
                 progress=progress,
             )
