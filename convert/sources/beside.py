@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jlayer.checkpoint.encoded import form_of
+from jlayer.checkpoint.safetensors import BITS_OF_SMALL
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.base import BODY
@@ -89,7 +91,10 @@ def _in_layers(name):
 
 
 def _as_read(place: Place, info):
-    seen = TensorInfo(_OF_SIZE[_item_bytes(info.dtype)], tuple(info.shape))
+    if bits := BITS_OF_SMALL.get(info.dtype):
+        seen = TensorInfo("uint8", (math.prod(info.shape) * bits // 8,))
+    else:
+        seen = TensorInfo(_OF_SIZE[_item_bytes(info.dtype)], tuple(info.shape))
     if seen.n_bytes > MOST_BYTES:
         raise UnsupportedModelError(
             f"{place.file.path}: tensor {place.name} is no weight by its name and has "

@@ -24,7 +24,8 @@ from jlayer.encodings.published import SHAPE_END
 from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING, HEAD
-from jlayer.families.quantized import SECTION, is_left
+from jlayer.families.left import is_left
+from jlayer.families.quantized import SECTION
 from jlayer.families.registry import (
     is_beside,
     is_dropped,

@@ -13,7 +13,7 @@ from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.published import FORMS
 from jlayer.encodings.registry import ENCODINGS, SCHEMES, piece_name
-from jlayer.families.quantized import is_left
+from jlayer.families.left import is_left
 from jlayer.families.registry import (
     is_latent_matrix,
     is_matrix,

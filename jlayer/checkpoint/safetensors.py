@@ -47,6 +47,8 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
     "F6_E2M3": ("float6_e2m3fn", 6),
     "F6_E3M2": ("float6_e3m2fn", 6),
 }
+# Bits of a number, of the dtypes that share bytes.
+BITS_OF_SMALL = {name: bits for name, bits in _DTYPES.values() if bits % 8}
 _PICKLE = "a pickle, not safetensors; take the model's checkpoint of safetensors files"
 # First bytes of other files that people have under a .safetensors name, and what to tell them.
 _NOT_SAFETENSORS = (

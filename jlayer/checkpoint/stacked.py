@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from jlayer.checkpoint.encoded import form_of, pieces_of
 from jlayer.encodings.base import WHOLE
-from jlayer.encodings.registry import ENCODINGS, piece_name, split_piece
+from jlayer.encodings.registry import ENCODINGS, piece_name, piece_names, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.registry import Stacked, stacked_tensors
 from jlayer.spec import ModelConfig
@@ -41,7 +41,8 @@ def unstacked(
         stack, piece = stacks.get(name), WHOLE
         if stack is None:
             matrix, piece = split_piece(name)
-            stack = stacks.get(matrix) if matrix in encodings else None
+            if matrix in encodings and piece in piece_names(encodings[matrix]):
+                stack = stacks.get(matrix)
         if stack is None:
             parts = {name: (place, info)}
         elif piece == WHOLE:

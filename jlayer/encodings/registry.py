@@ -34,6 +34,12 @@ def encoding(name: str) -> Encoding:
     return ENCODINGS[name]
 
 
+def piece_names(name: str) -> frozenset[str]:
+    """The pieces of an encoding, whatever the shape of a matrix."""
+    row = ENCODINGS[name]
+    return frozenset(row.pieces((1, row.width_unit)))
+
+
 def piece_name(name: str, piece: str) -> str:
     """The name of a piece of a tensor or leaf: `X.weight.q`, or `X.weight` for the piece WHOLE."""
     return name if piece == WHOLE else f"{name}.{piece}"

@@ -3,15 +3,14 @@ and which modules are left as plain numbers. What would make it another form is 
 
 from __future__ import annotations
 
-import math
 import re
-from functools import lru_cache
 
 from jlayer.encodings.fp8 import BLOCK
 from jlayer.encodings.linear import GROUPS, INT8_SCB
 from jlayer.encodings.tables import BLOCK_SIZES, FOUR_BITS, TABLES
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields, as_integer
+from jlayer.families.left import METHOD, REGEX, names_in, names_left
 from jlayer.families.repacked import (
     is_repacked,
     read_auto_round,
@@ -34,18 +33,7 @@ NVFP4_GROUP = TABLES["nvfp4_modelopt"].group
 # What to do about a config of another form, and about one that is damaged.
 _TAKE_ANOTHER = "take another checkpoint of the model, such as the unquantized one"
 _PUT_BACK = "put back the config.json that was published with the weights"
-SECTION, METHOD = "quantization_config", "quant_method"
-# How patterns of compressed-tensors begin that are regular expressions.
-_REGEX = "re:"
-# An expression of a file from outside: a repeated group could take exponential time.
-_REPEATED_GROUP = re.compile(r"\)\s*[*+?{]")
-_MOST_CHARACTERS, _MOST_STARS = 200, 4
-# What repeats a character, and so may take as many steps as a name has characters, some 64.
-_STAR, _STEPS_OF_STAR = re.compile(r"[*+{]\??|(?<!\()\?"), 64
-# Of all expressions of a list, for each name: some milliseconds.
-_MOST_STEPS = 4 * _STEPS_OF_STAR**_MOST_STARS
-# What makes a name of modules an expression, as Transformers takes it: not the dots alone.
-_METACHARACTERS = re.compile(r"[*+?\[\](){}|^$\\]")
+SECTION = "quantization_config"
 
 
 def read_quantized(fields: Fields) -> Quantized | None:
@@ -67,27 +55,6 @@ def method_of(said: dict) -> object:
     of bitsandbytes, as for Transformers."""
     loads = any(said.get(f"load_in_{bits}bit") is True for bits in (4, 8))
     return said.get(METHOD, "bitsandbytes" if loads else None)
-
-
-def is_left(quantized: Quantized, module: str) -> bool:
-    """Whether a module, by its published name, is left as plain numbers: named in full, by a module
-    that it is in, by the end of its name, or by an expression."""
-    names, expression = _patterns(quantized.left)
-    words = module.split(".")
-    starts = (".".join(words[:n]) for n in range(1, len(words) + 1))
-    ends = (".".join(words[n:]) for n in range(1, len(words)))
-    return any(name in names for name in (*starts, *ends)) or bool(
-        expression and expression.match(module)
-    )
-
-
-@lru_cache(maxsize=16)
-def _patterns(left):
-    expressions = [name.removeprefix(_REGEX) for name in left if name.startswith(_REGEX)]
-    names = frozenset(name for name in left if not name.startswith(_REGEX))
-    return names, re.compile(
-        "|".join(f"(?:{each})" for each in expressions)
-    ) if expressions else None
 
 
 def _read_fp8(said):
@@ -112,7 +79,7 @@ def _read_fp8(said):
             f"{said.where}: weight_block_size is {size!a:.80}, supported: [{BLOCK}, {BLOCK}], or "
             "null for one scale of each matrix"
         )
-    left = _left(said, "modules_to_not_convert", "ignored_layers")
+    left = names_left(said, "modules_to_not_convert", "ignored_layers")
     if size is None:
         return Quantized("fp8", "fp8_tensor", left)
     # One scale is not taken for a whole grid.
@@ -138,21 +105,11 @@ def _read_bitsandbytes(said):
             f"{said.where}: load_in_4bit and load_in_8bit are both {str(is_4bit).lower()}, "
             "supported: one of them true"
         )
-    left = _left(said, "llm_int8_skip_modules")
+    left = names_left(said, "llm_int8_skip_modules")
     if is_8bit:
         return Quantized("bitsandbytes_8bit", INT8_SCB.name, left)
     kinds = {kind: row.name for (kind, size), row in FOUR_BITS.items() if size == BLOCK_SIZES[0]}
     return Quantized("bitsandbytes", said.choice("bnb_4bit_quant_type", kinds, default="fp4"), left)
-
-
-def _left(said, *keys):
-    """The names of modules under these keys, as Transformers takes them: those that are expressions
-    match up to the end of a word."""
-    return tuple(
-        _REGEX + rf"(?:{name})(?:(?<=\.)|(?=\.|$))" if _METACHARACTERS.search(name) else name
-        for key in keys
-        for name in _names(said, key)
-    )
 
 
 def _read_compressed(said):
@@ -168,10 +125,10 @@ def _read_compressed(said):
     if not groups.raw:
         raise CheckpointError(f"{groups.where} is missing, expected a group of modules")
     if is_repacked(said):
-        return read_packed(said, _names(said, "ignore"))
+        return read_packed(said, names_in(said, "ignore"))
     usual = [_encoding_of_group(said, groups.section(name)) for name in groups.raw]
     named = tuple(dict.fromkeys(usual))
-    return Quantized("compressed-tensors", usual[0], _names(said, "ignore"), named)
+    return Quantized("compressed-tensors", usual[0], names_in(said, "ignore"), named)
 
 
 def _encoding_of_group(said, group):
@@ -256,13 +213,13 @@ def _read_modelopt(said):
         weights.refuse_unless("type", None, "float")
         if encoding == "nvfp4_modelopt":
             weights.refuse_unless("group_size", None, NVFP4_GROUP)
-    left = [_glob(name) for key in ("ignore", "exclude_modules") for name in _names(said, key)]
+    left = [_glob(name) for key in ("ignore", "exclude_modules") for name in names_in(said, key)]
     return Quantized("modelopt", encoding, tuple(left))
 
 
 def _glob(name):
     """A name in which "*" stands for anything, as an expression."""
-    return _REGEX + re.escape(name).replace(r"\*", ".*") + "$" if "*" in name else name
+    return REGEX + re.escape(name).replace(r"\*", ".*") + "$" if "*" in name else name
 
 
 def inputs_note(fields: Fields) -> tuple[str, ...]:
@@ -303,52 +260,3 @@ def _refuse_unknown(said, *known):
             f"{said.where}: {unknown[0]!a:.80} is not known of {said.raw[METHOD]}; supported: "
             f"{', '.join(known)}"
         )
-
-
-_GLOBS = ("modelopt",)  # methods whose names of modules are no expressions, but for stars
-
-
-def _names(said, key):
-    """A list of the names of modules, and of patterns of them."""
-    names = said.raw.get(key) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
-    expressions = list(filter(_METACHARACTERS.search, names))
-    for name in expressions:
-        if said.raw[METHOD] not in _GLOBS:
-            _check_expression(said, key, name)
-        elif name.count("*") > _MOST_STARS:
-            raise UnsupportedModelError(
-                f"{said.where}: {key} has {name!a:.80}, supported: up to {_MOST_STARS} stars"
-            )
-    steps = sum(map(_steps, expressions))
-    if steps > _MOST_STEPS:
-        raise UnsupportedModelError(
-            f"{said.where}: {key} has {len(expressions)} expressions that take up to {steps} steps "
-            f"for a name, supported: {_MOST_STEPS}"
-        )
-    return tuple(names)
-
-
-def _steps(expression):
-    """At most so many ways there are to match an expression with a name: each star may take any
-    number of characters, each group one of its alternatives."""
-    alternatives = (1 + part.count("|") for part in re.split("[()]", expression))
-    return _STEPS_OF_STAR ** len(_STAR.findall(expression)) * math.prod(alternatives)
-
-
-def _check_expression(said, key, name):
-    expression = name.removeprefix(_REGEX)
-    is_long = len(expression) > _MOST_CHARACTERS or len(_STAR.findall(expression)) > _MOST_STARS
-    if is_long or _REPEATED_GROUP.search(expression):
-        raise UnsupportedModelError(
-            f"{said.where}: {key} has the expression {name!a:.80}, supported: up to "
-            f"{_MOST_CHARACTERS} characters and {_MOST_STARS} of * + ? {{, without groups that "
-            "repeat"
-        )
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise CheckpointError(
-            f"{said.where}: {key} has {name!a:.80}, expected a regular expression ({error})"
-        ) from None

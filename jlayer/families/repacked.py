@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from jlayer.encodings.grouped import WHOLE_ROW
 from jlayer.encodings.linear import LINEAR, linear
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.errors import UnsupportedModelError
 from jlayer.families.fields import Fields
+from jlayer.families.left import names_left
 from jlayer.parts import Quantized
 
 BITS, GROUPS = (4, 8), (32, 64, 128, -1)
@@ -78,7 +79,7 @@ def _awq(said, method):
     _refuse_rotations(said)
     bits, group = _one_of(said, "bits", (4,)), _group(said, "group_size")
     row = linear(bits, group, _USUAL, zero_dtype="uint8")
-    return Quantized(method, row.name, _left(said, "modules_to_not_convert"))
+    return Quantized(method, row.name, names_left(said, "modules_to_not_convert"))
 
 
 def _refuse_rotations(said):
@@ -123,14 +124,14 @@ def read_hqq(said: Fields) -> Quantized:
         group = weights.raw.get("group_size")
         group = WHOLE_ROW if group is None else _group(weights, "group_size")
         rows.append(linear(bits, group, _USUAL, zero_dtype=_USUAL))
-    return Quantized("hqq", rows[0].name, _left(said, "skip_modules"))
+    return Quantized("hqq", rows[0].name, names_left(said, "skip_modules"))
 
 
 def read_eetq(said: Fields) -> Quantized:
     """EETQ: int8, a scale for each row."""
     said.refuse_unless("weights", "int8")
     row = LINEAR[f"int8_row_{_USUAL}"]
-    return Quantized("eetq", row.name, _left(said, "modules_to_not_convert"))
+    return Quantized("eetq", row.name, names_left(said, "modules_to_not_convert"))
 
 
 def is_repacked(said: Fields) -> bool:
@@ -183,10 +184,3 @@ def _one_of(said, key, known):
 def _group(said, key):
     size = _one_of(said, key, GROUPS)
     return WHOLE_ROW if size == -1 else size
-
-
-def _left(said, key):
-    names = said.raw.get(key) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{said.where}: {key} is {names!a:.80}, expected a list of names")
-    return tuple(names)

@@ -276,7 +276,8 @@ def _gptq(said, own, shape):
     codes, zeros = _apart(own["qweight"], bits).T, _apart(stored.T, bits)[: shape[0]]
     if is_less and bits == 3:  # codes that words share
         zeros = zeros + 1 & 7
-    places = own.get("g_idx", np.arange(shape[1]) // (-(-shape[1] // scale.shape[1])))
+    size = said["group_size"] if said["group_size"] > 0 else shape[1]
+    places = own.get("g_idx", np.arange(shape[1]) // size)
     return (codes.astype(np.float32) - zeros.astype(np.float32)[:, places]) * scale[:, places]
 
 
