@@ -63,4 +63,4 @@ def test_numbers_of_half_a_byte_beside_the_weights(tmp_path):
     folder = folder_of("mxfp4", tmp_path, **{shape: ("F4", (32,), bytes(range(16)))})
     convert_checkpoint(folder, tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match="float4_e2m1fn"):
-        export_checkpoint(tmp_path / "out", tmp_path / "back", format="safetensors")
+        export_checkpoint(tmp_path / "out", tmp_path / "back", format="huggingface")
