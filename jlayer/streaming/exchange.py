@@ -61,13 +61,24 @@ def missing() -> str | None:
     return None if _offsets() else "this version of jaxlib has no interface for it that is known"
 
 
+def hindrance(devices: Sequence[jax.Device]) -> str | None:
+    """Why these devices of this process cannot exchange so, in one line; None where they can."""
+    if (why := missing()) is not None:
+        return why
+    numbers = [device.local_hardware_id for device in devices]
+    if numbers != list(range(len(numbers))):
+        return f"only the first GPUs in their order copy to each other, not {numbers}"
+    if len(numbers) > MOST_DEVICES:
+        return f"at most {MOST_DEVICES} copy to each other"
+    return None
+
+
 def begin(devices: Sequence[jax.Device], platform: str, *, most_sleeps: int = MOST_SLEEPS) -> bool:
     """Prepares the exchange between the first devices of this process; false where that cannot
     be."""
-    numbers = [device.local_hardware_id for device in devices]
-    if missing() or numbers != list(range(len(numbers))) or len(numbers) > MOST_DEVICES:
+    if hindrance(devices):
         return False
-    _meeting(platform).admit(len(numbers), most_sleeps)
+    _meeting(platform).admit(len(devices), most_sleeps)
     return True
 
 
