@@ -323,6 +323,16 @@ def test_a_folder_that_has_no_adapter_is_told(base, adapter, tmp_path):
         convert_checkpoint(base, tmp_path / "out", merge=copy)
 
 
+def test_links_of_an_adapter_are_followed_where_that_is_allowed(base, adapter, tmp_path):
+    copy, outside = changed(adapter, tmp_path), tmp_path / "outside"
+    (copy / WEIGHTS).rename(outside)
+    (copy / WEIGHTS).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="or allow it with follow_links=True"):
+        convert_checkpoint(base, tmp_path / "out", merge=copy)
+    done = convert_checkpoint(base, tmp_path / "out", merge=copy, follow_links=True)
+    assert f"{copy}: links followed outside the folder: {WEIGHTS} to {outside}" in done.notes
+
+
 def test_what_cannot_be_merged(base, adapter, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="missing, expected an adapter's folder"):
         convert_checkpoint(base, tmp_path / "out", merge=base)
