@@ -107,8 +107,9 @@ def convert_checkpoint(
     Without `dtype` every tensor keeps its dtype and its bytes. `quantize` ("int8" or "int4")
     quantizes the matrices and leaves the rest as it would be without. `delete_source` removes each
     weight file of the source as soon as nothing needs it. `follow_links` takes what links in the
-    source lead to outside of it, and names them in a note. `rows` (host, hosts): keeps only the
-    rows that the host of this number, from 0, reads where so many hosts run the model together.
+    source, or in the folder of `merge`, lead to outside of it, and names them in a note. `rows`
+    (host, hosts): keeps only the rows that the host of this number, from 0, reads where so many
+    hosts run the model together.
     `merge`: a folder with an adapter as PEFT saves it, which is merged into the matrices before
     anything else is done with them.
     `advise` is shown the source once it is checked, and returns further notes for the user.
@@ -208,9 +209,12 @@ def _convert(source, target, options, merge, advise, progress, started):
                 return _verified_without_source(source, target, progress, started)
         raise
     try:
+        further = links_note(source, taken)
         if merge is not None:
-            checked = merged(checked, merge)
-        further = [*links_note(source, taken), *(advise(checked) if advise else ())]
+            with links_followed(wanted=options.follow_links) as taken:
+                checked = merged(checked, merge)
+            further += links_note(os.fspath(merge), taken)
+        further += advise(checked) if advise else ()
         checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:
             progress.note(note)

@@ -67,7 +67,9 @@ class MergedSource:
             yield from self._source.chunks(name, room)
             return
         dtype, first = self.tensors[name].dtype, 0
-        a, b = self._read(added.a), self._read(added.b) * np.float32(added.scale)
+        a, b = self._read(added.a), self._read(added.b)
+        with np.errstate(over="ignore"):  # what is not finite is found below
+            b = b * np.float32(added.scale)
         lengths = self._read(added.magnitude) if added.magnitude else None
         for rows in whole_rows(self._source.chunks(name), dtype, added.shape[1]):
             own = slice(first, first + len(rows))

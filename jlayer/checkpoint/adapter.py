@@ -16,25 +16,33 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jlayer.checkpoint.agree import listed
+from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import SourceFile, names_in, read_shard, regular_file
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.fields import Fields, printable
-from jlayer.families.registry import published_tensors
+from jlayer.families.registry import family_of, head_leaf, published_tensors
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _NAME = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, (_A, _B, _MAGNITUDE)))})")
+# Where the modules of transformers have the text model of a multimodal one.
+_TEXT_MODELS = ("model.language_model.", "language_model.model.")
 # What is read, and what says how an adapter was made or where: the tensors tell the rest.
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
-_TOLD = {
-    *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout"),
-    *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    *("target_modules", "task_type"),
+_READ = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
+_TOLD = {
+    *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout"),
+    *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
+    "task_type",
+}
+_ALL_LINEAR = "all-linear"
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which the sum is computed
 # Keys whose values change what is computed -> those under which it is what stands above.
 _ONLY = {
     "bias": ("none",),
@@ -81,13 +89,7 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     """The adapter in a folder, for a model. Raises CheckpointError, UnsupportedModelError or
     StorageError."""
     folder = os.fspath(folder)
-    names = names_in(folder)
-    for name in (CONFIG, WEIGHTS):
-        if name not in names:
-            raise CheckpointError(
-                f"{os.path.join(folder, name)}: missing, expected an adapter's folder, as PEFT "
-                "saves it"
-            )
+    _check_names(folder)
     config = regular_file(folder, CONFIG)
     raw = read_small_file(config.real)
     fields = Fields(parse_json_object(raw, what=config.path), config.path)
@@ -96,12 +98,28 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     tensors = read_shard(file)
     modules = _modules(file, tensors)
     shapes = published_tensors(cfg)
-    _check_modules(file, modules, shapes, cfg)
+    named = _matrices(file, modules, shapes, cfg)
+    _check_targets(fields, file, modules)
     matrices = {
-        f"{module}.weight": _low_rank(file, fields, module, parts, tensors, shapes)
-        for module, parts in modules.items()
+        name: _low_rank(file, fields, module, modules[module], tensors, shapes[name])
+        for name, module in named.items()
     }
     return Adapter(folder, file, tensors, matrices, raw)
+
+
+def _check_names(folder):
+    expected = "expected an adapter's folder, as PEFT saves it"
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder, {expected}")
+    names = names_in(folder)
+    if WEIGHTS not in names and _PICKLE in names:
+        raise UnsupportedModelError(
+            f"{os.path.join(folder, _PICKLE)}: an adapter's pickle is not read; load it with PEFT, "
+            f"save it again (save_pretrained), and take the folder with {WEIGHTS}"
+        )
+    for name in (CONFIG, WEIGHTS):
+        if name not in names:
+            raise CheckpointError(f"{os.path.join(folder, name)}: missing, {expected}")
 
 
 def _check_supported(fields):
@@ -137,26 +155,104 @@ def _modules(file, tensors):
     return found
 
 
-def _check_modules(file, modules, shapes, cfg):
-    unknown = [module for module in modules if len(shapes.get(f"{module}.weight", ())) != 2]
-    if unknown:
-        raise CheckpointError(
-            f"{file.path}: has modules that are no matrices of the model: {listed(unknown)}; take "
-            "the model that the adapter was trained for"
-        )
-    tied = [module for module in modules if _is_shared(f"{module}.weight", cfg)]
+def _matrices(file, modules, shapes, cfg):
+    """Published name of a matrix -> the module that it is in."""
+    tied = [module for module in modules if _is_shared(module, cfg)]
     if tied:
         raise UnsupportedModelError(
             f"{file.path}: changes {listed(tied)}, which the model uses twice, {_LACKS}"
         )
+    leads = [lead for lead in _TEXT_MODELS if any(module.startswith(lead) for module in modules)]
+    used = frozenset(shapes) - {family_of(cfg).embedding.published}  # no product: PEFT has others
+    names = Names(cfg, used, *leads[:1])
+    table = {f"{module}.weight": module for module in modules}
+    found = names.renamed(table, where=file.path)
+    unknown = [
+        module for name, module in found.items() if name not in used or len(shapes[name]) != 2
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{file.path}: has modules that are no matrices of the model: {listed(unknown)}; "
+            "take the model that the adapter was trained for or, if that is this one, merge it "
+            "with PEFT (merge_and_unload) and take the result"
+        )
+    return found
 
 
-def _is_shared(name, cfg):
-    return cfg.tie_word_embeddings and name in ("lm_head.weight", "model.embed_tokens.weight")
+def _is_shared(module, cfg):
+    """Whether a module is the embedding or the head, where they are one; under any lead."""
+    family = family_of(cfg)
+    ends = {leaf.published.split(".")[-2] for leaf in (family.embedding, family.head_matrix)}
+    return head_leaf(cfg) is family.embedding and module.rpartition(".")[2] in ends
 
 
-def _low_rank(file, fields, module, parts, tensors, shapes):
-    name = f"{module}.weight"
+def _check_targets(fields, file, modules):
+    """PEFT passes over tensors of modules that the config does not name, with a warning."""
+    others = [module for module in modules if not _is_target(fields, module)]
+    if others:
+        raise CheckpointError(
+            f"{file.path}: has {listed(others)}, which target_modules, exclude_modules or "
+            f"layers_to_transform in {CONFIG} leave out; fetch both again"
+        )
+
+
+def _is_target(fields, module):
+    """As `check_target_module_exists` of PEFT's tuners/tuners_utils.py. Without targets in the
+    config PEFT knows those of many models, and the tensors are taken as they are."""
+    if _is_among(fields, "exclude_modules", module):
+        return False
+    targets = fields.raw.get("target_modules")
+    if targets is None or (isinstance(targets, str) and targets.lower() == _ALL_LINEAR):
+        return True
+    if not _is_among(fields, "target_modules", module):
+        return False
+    return isinstance(targets, str) or _is_of_layers(fields, module)
+
+
+def _is_among(fields, key, module):
+    """Whether a pattern matches the whole name, or one of a list of names its end."""
+    found = fields.raw.get(key)
+    if isinstance(found, str):
+        return _match(fields, key, found, module, how=re.fullmatch) is not None
+    return any(f".{module}".endswith(f".{name}") for name in _list_of(fields, key, str))
+
+
+def _is_of_layers(fields, module):
+    wanted = fields.raw.get("layers_to_transform")
+    layers = [wanted] if type(wanted) is int else _list_of(fields, "layers_to_transform", int)
+    if not layers:
+        return True
+    given = fields.raw.get("layers_pattern")
+    names = [given] if given and isinstance(given, str) else None
+    names = names or _list_of(fields, "layers_pattern", str)
+    around = r"(?:^|.*?\.){}\.(?P<layer>\d+)\." if names else r".*?\.{}\.(?P<layer>\d+)\."
+    how = {"around": around}
+    matches = (_match(fields, "layers_pattern", n, module, **how) for n in names or [r"[^.]*"])
+    match = next(filter(None, matches), None)
+    return match is not None and match["layer"] is not None and int(match["layer"]) in layers
+
+
+def _list_of(fields, key, kind):
+    found = fields.raw.get(key) or []
+    if not isinstance(found, list) or any(type(value) is not kind for value in found):
+        one = {int: "a number", str: "a pattern or a name"}[kind]
+        raise CheckpointError(
+            f"{fields.where}: {key} is {found!a:.80}, expected {one}, or a list of them"
+        )
+    return found
+
+
+def _match(fields, key, pattern, module, *, around="{}", how=re.match):
+    """`around`: what PEFT has around a pattern of the config."""
+    try:
+        return how(around.replace("{}", pattern), module)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(
+            f"{fields.where}: {key} has {printable(pattern)!a}, which is no pattern ({error})"
+        ) from None
+
+
+def _low_rank(file, fields, module, parts, tensors, shape):
     missing = [part for part in (_A, _B) if part not in parts]
     if missing:
         raise CheckpointError(f"{file.path}: {module} has no {missing[0]}; fetch the file again")
@@ -169,7 +265,7 @@ def _low_rank(file, fields, module, parts, tensors, shapes):
         )
     rank = _of_module(fields, "rank_pattern", module, fields.integer("r"))
     alpha = _of_module(fields, "alpha_pattern", module, fields.positive("lora_alpha"))
-    out, width = shapes[name]
+    out, width = shape
     expected = {_A: (rank, width), _B: (out, rank), _MAGNITUDE: (out,)}
     for part, tensor in parts.items():
         entry = tensors[tensor]
@@ -182,6 +278,11 @@ def _low_rank(file, fields, module, parts, tensors, shapes):
                 "trained for"
             )
     root = math.sqrt(rank) if fields.boolean("use_rslora") else rank
+    if alpha / root > _LARGEST:
+        raise CheckpointError(
+            f"{fields.where}: lora_alpha is {alpha:g} for {module}, expected less than "
+            f"{_LARGEST:.3g} times its rank; fetch the file again"
+        )
     magnitude = parts.get(_MAGNITUDE)
     return LowRank(parts[_A], parts[_B], magnitude, rank, alpha / root, (out, width))
 
@@ -192,13 +293,7 @@ def _of_module(fields, key, module, default):
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{fields.where}: {key} is {patterns!a:.80}, expected an object")
     for pattern in patterns:
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise CheckpointError(
-                f"{fields.where}: {key} has {printable(pattern)!a}, which is no pattern ({error})"
-            ) from None
-        if matches:
+        if _match(fields, key, pattern, module, around=r"(.*\.)?({})$"):
             own = Fields(patterns, f"{fields.where}: {key}")
             return own.integer(pattern) if key == "rank_pattern" else own.positive(pattern)
     return default

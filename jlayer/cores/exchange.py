@@ -9,6 +9,10 @@ exchange in it, so that a run that was given up leaves nothing behind:
 - Each copies the parts of all to its own result, after these events, and records another.
 - Each goes on after these: then nobody reads its part any more.
 
+One for which the driver refuses something says no more, so that all of them fail: who waits for it
+gives up. Programs of so many devices have places of their own in the block: some of the devices may
+be at an exchange of fewer while the others have yet to see that the last one is done.
+
 All of that is queued in the devices' own streams; the threads wait for one another only until it is
 queued. Without streams (CPUs, in tests) the parts are copied at once.
 """
@@ -22,8 +26,9 @@ from pathlib import Path
 from jlayer.cores.sharing import PAUSE
 
 LINE = 128  # processors fetch cache lines in pairs
-# The control block: addresses of the driver's functions; then for each device what it tells the
-# others, each on a line of its own, and what only it uses.
+MOST_DEVICES = 64
+# The control block: addresses of the driver's functions; then for each number of devices, and each
+# device, what it tells the others, each on a line of its own, and what only it uses.
 RECORD, WAIT, COPY, PUSH, POP, HAS_STREAMS, SLEEPS = range(0, 7 * 8, 8)
 FIRST_DEVICE = LINE
 POSTED, SOURCE = 0, 8
@@ -31,6 +36,8 @@ DONE = LINE
 RUN, COUNT = 2 * LINE, 2 * LINE + 8
 CONTEXT, READY_EVENT, DONE_EVENT = 3 * LINE, 3 * LINE + 8, 3 * LINE + 16
 DEVICE_BYTES = 4 * LINE
+GROUP_BYTES = MOST_DEVICES * DEVICE_BYTES
+CONTROL_BYTES = FIRST_DEVICE + (MOST_DEVICES + 1) * GROUP_BYTES
 # How often a thread asks whether the others have come before it sleeps for 20 us in between;
 # `SLEEPS` says how often it sleeps before it gives up.
 PATIENCE = 20_000
@@ -60,6 +67,11 @@ def module(control: int, found: dict[str, int]) -> str:
     words = {name: value for name, value in globals().items() if isinstance(value, int)}
     words |= found | {"CONTROL": control, "PAUSE": PAUSE[platform.machine()]}
     return re.sub(r"\{(\w+)\}", lambda match: str(words[match[1]]), CODE)
+
+
+def place_of(device: int, n_devices: int) -> int:
+    """Where the control block has what is of a device among so many."""
+    return FIRST_DEVICE + n_devices * GROUP_BYTES + device * DEVICE_BYTES
 
 
 def _text(name: str, words: str) -> str:
@@ -207,7 +219,8 @@ known:
   %n_devices = call i64 @number_of(ptr %frame, i64 1)
   %from = call ptr @data_of(ptr %frame, i64 72)
   %to = call ptr @data_of(ptr %frame, i64 112)
-  %devices = getelementptr i8, ptr %control, i64 {FIRST_DEVICE}
+  %groups = getelementptr i8, ptr %control, i64 {FIRST_DEVICE}
+  %devices = getelementptr [{GROUP_BYTES} x i8], ptr %groups, i64 %n_devices
   %own = getelementptr [{DEVICE_BYTES} x i8], ptr %devices, i64 %device
   %run_at = getelementptr i8, ptr %own, i64 {RUN}
   %count_at = getelementptr i8, ptr %own, i64 {COUNT}
@@ -253,12 +266,15 @@ post:
   %pushed = call i32 %push(ptr %context)
   %recorded = call i32 %record(ptr %ready_event, ptr %stream)
   %code1 = or i32 %pushed, %recorded
+  %is_ready = icmp eq i32 %code1, 0
+  br i1 %is_ready, label %say_ready, label %refusal
+say_ready:
   store ptr %from, ptr %source_at, align 8
   store atomic i64 %word, ptr %posted_at release, align 8
   br label %gather
 gather:                                   ; its own part first, so that not all read from one
-  %step = phi i64 [0, %post], [%step_next, %take]
-  %code2 = phi i32 [%code1, %post], [%code3, %take]
+  %step = phi i64 [0, %say_ready], [%step_next, %take]
+  %code2 = phi i32 [0, %say_ready], [%code3, %take]
   %onward = add i64 %device, %step
   %other = urem i64 %onward, %n_devices
   %its = getelementptr [{DEVICE_BYTES} x i8], ptr %devices, i64 %other
@@ -281,17 +297,20 @@ take:
   %code3 = or i32 %code2, %queued
   %step_next = add i64 %step, 1
   %more = icmp slt i64 %step_next, %n_devices
-  br i1 %more, label %gather, label %say_done
-say_done:
+  br i1 %more, label %gather, label %gathered
+gathered:
   %recorded_done = call i32 %record(ptr %done_event, ptr %stream)
   %code4 = or i32 %code3, %recorded_done
+  %is_done = icmp eq i32 %code4, 0
+  br i1 %is_done, label %say_done, label %refusal
+say_done:
   store atomic i64 %word, ptr %done_at release, align 8
   br label %leave
 leave:
   %turn = phi i64 [1, %say_done], [%turn_next, %release]
-  %code5 = phi i32 [%code4, %say_done], [%code6, %release]
+  %code5 = phi i32 [0, %say_done], [%code6, %release]
   %some_left = icmp slt i64 %turn, %n_devices
-  br i1 %some_left, label %another, label %end
+  br i1 %some_left, label %another, label %left
 another:
   %onward2 = add i64 %device, %turn
   %other2 = urem i64 %onward2, %n_devices
@@ -306,12 +325,11 @@ release:
   %code6 = or i32 %code5, %waited2
   %turn_next = add i64 %turn, 1
   br label %leave
-end:
-  %popped = call i32 %pop(ptr %old)
-  %code7 = or i32 %code5, %popped
-  %well = icmp eq i32 %code7, 0
+left:
+  %well = icmp eq i32 %code5, 0
   br i1 %well, label %all_well, label %refusal
 all_well:
+  %popped = call i32 %pop(ptr %old)
   ret ptr null
 no_answer:
   %why = phi ptr [%no_run, %called], [%no_device, %which], [%no_stream, %ask_stream]
@@ -321,6 +339,7 @@ lost:
   %error = call ptr @failed(ptr %frame, ptr @apart)
   ret ptr %error
 refusal:
+  %popped3 = call i32 %pop(ptr %old)
   %error2 = call ptr @failed(ptr %frame, ptr @refused)
   ret ptr %error2
 }

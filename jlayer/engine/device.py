@@ -21,6 +21,7 @@ from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
 from jlayer.sizes import human
 from jlayer.streaming import exchange
 from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
+from jlayer.streaming.executor import first_line
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
@@ -146,8 +147,8 @@ def _join(jax, hosts, *, on_cpu):
 
 def _meet(jax, devices):
     """Has the devices of all processes exchange something for the first time: what NCCL takes of
-    their memory is then taken. Raises StorageError where what arrives is not what was sent: on some
-    boards copies from GPU to GPU do that (https://docs.nvidia.com/deeplearning/nccl/user-guide/
+    their memory is then taken. Raises StorageError where that fails, and where what arrives is not
+    what was sent: on some boards copies from GPU to GPU do that (https://docs.nvidia.com/deeplearning/nccl/user-guide/
     docs/troubleshooting.html, on ACS)."""
     sent = devices.put(np.arange(MEETING, dtype=np.int32))
     everywhere = devices.everywhere
@@ -157,7 +158,13 @@ def _meet(jax, devices):
 
     with _quiet():
         gather = devices.on_each(each, (sent,), everywhere)
-        came = jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(sent))
+        try:
+            came = jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(sent))
+        except jax.errors.JaxRuntimeError as error:
+            raise StorageError(
+                f"{devices}: they cannot exchange what each has ({first_line(error)}); run with "
+                "one device"
+            ) from error
     expected = np.arange(len(devices) * MEETING).reshape(-1, MEETING)
     for shard in came.addressable_shards:
         if not np.array_equal(shard.data, expected):

@@ -74,7 +74,8 @@ class Devices:
         """For the user; none is an error."""
         if not self.collectives or self.n_hosts > 1:
             return ()
-        return (f"the GPUs exchange by NCCL, which takes 450 MiB of each: {exchange.missing()}",)
+        why = exchange.hindrance(self.own)
+        return (f"the GPUs exchange by NCCL, which takes 450 MiB of each: {why}",)
 
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Inside a program that every device runs: what each has -> [devices, *x.shape] on each."""

@@ -18,11 +18,11 @@ import numpy as np
 from jlayer.cores import native
 from jlayer.cores.exchange import (
     CONTEXT,
+    CONTROL_BYTES,
     COPY,
-    DEVICE_BYTES,
     DONE_EVENT,
-    FIRST_DEVICE,
     HAS_STREAMS,
+    MOST_DEVICES,
     POP,
     PUSH,
     READY_EVENT,
@@ -31,13 +31,13 @@ from jlayer.cores.exchange import (
     WAIT,
     module,
     offsets,
+    place_of,
 )
 from jlayer.cores.jobs import address, aligned
 from jlayer.plan.machine import PLATFORMS
 from jlayer.streaming.capsule import capsule
 from jlayer.streaming.driver import Driver
 
-MOST_DEVICES = 64
 TARGET = "jlayer_all_gather"
 # How often one that waits for others sleeps for 20 us (of which Linux makes 70) before it gives up.
 MOST_SLEEPS = 1_000_000
@@ -61,13 +61,24 @@ def missing() -> str | None:
     return None if _offsets() else "this version of jaxlib has no interface for it that is known"
 
 
+def hindrance(devices: Sequence[jax.Device]) -> str | None:
+    """Why these devices of this process cannot exchange so, in one line; None where they can."""
+    if (why := missing()) is not None:
+        return why
+    numbers = [device.local_hardware_id for device in devices]
+    if numbers != list(range(len(numbers))):
+        return f"only the first GPUs in their order copy to each other, not {numbers}"
+    if len(numbers) > MOST_DEVICES:
+        return f"at most {MOST_DEVICES} copy to each other"
+    return None
+
+
 def begin(devices: Sequence[jax.Device], platform: str, *, most_sleeps: int = MOST_SLEEPS) -> bool:
     """Prepares the exchange between the first devices of this process; false where that cannot
     be."""
-    numbers = [device.local_hardware_id for device in devices]
-    if missing() or numbers != list(range(len(numbers))) or len(numbers) > MOST_DEVICES:
+    if hindrance(devices):
         return False
-    _meeting(platform).admit(len(numbers), most_sleeps)
+    _meeting(platform).admit(len(devices), most_sleeps)
     return True
 
 
@@ -91,12 +102,13 @@ class _Meeting:
     life of the process, as programs are that call it."""
 
     def __init__(self, platform: str):
-        self._control = aligned(FIRST_DEVICE + MOST_DEVICES * DEVICE_BYTES)
+        self._control = aligned(CONTROL_BYTES)
         self._control[:] = 0
         names = ("all_gather", "nothing", "copy_now")
         text = module(address(self._control), _offsets())
         found = dict(zip(names, native.Compiler().compiled(text, *names), strict=True))
         self._drivers: list[Driver] = []
+        self._admitted: set[int] = set()  # numbers of devices
         self._has_streams = PLATFORMS[platform].has_link
         self._write(HAS_STREAMS, int(self._has_streams))
         for place, name in _AT_ONCE.items():
@@ -107,16 +119,18 @@ class _Meeting:
     def admit(self, n_devices, most_sleeps):
         """Notes what belongs to the first devices."""
         self._write(SLEEPS, most_sleeps)
-        while self._has_streams and len(self._drivers) < n_devices:
-            number = len(self._drivers)
-            driver = Driver(number)
-            self._drivers.append(driver)
-            for place, name in _DRIVER.items():
-                self._write(place, driver.function(name))
-            own = FIRST_DEVICE + number * DEVICE_BYTES
+        if not self._has_streams or n_devices in self._admitted:
+            return
+        while len(self._drivers) < n_devices:
+            self._drivers.append(Driver(len(self._drivers)))
+        for place, name in _DRIVER.items():
+            self._write(place, self._drivers[0].function(name))
+        for device, driver in enumerate(self._drivers[:n_devices]):
+            own = place_of(device, n_devices)
             self._write(own + CONTEXT, driver.context)
             for place in (READY_EVENT, DONE_EVENT):
                 self._write(own + place, driver.event().value)
+        self._admitted.add(n_devices)
 
     def _write(self, place, value):
         self._control[place : place + 8].view(np.int64)[0] = value

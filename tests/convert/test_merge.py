@@ -1,6 +1,7 @@
 """`jlayer convert --merge`: the weights that PEFT's own merge gives, and what is refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -18,11 +19,14 @@ from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from tests.convert.checkpoints import numbers, read_tensors
 from tests.convert.quantized_kinds import IN_PLACE, write
 from tests.reference import dense_forms
+from tests.reference.test_multimodal import save as save_multimodal
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 IDS = np.random.default_rng(0).integers(3, 60, (1, 12))
 FORMS = {
     "lora": {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
@@ -45,9 +49,11 @@ def base(tmp_path_factory):
     return folder
 
 
-def adapted(base, folder, *, dtype=torch.float32, **options):
+def adapted(
+    base, folder, *, dtype=torch.float32, kind=transformers.AutoModelForCausalLM, **options
+):
     """Saves an adapter of random weights for a model -> the model with it, merged by PEFT."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = kind.from_pretrained(base, dtype=dtype)
     tuned = peft.get_peft_model(model, peft.LoraConfig(**options))
     torch.manual_seed(0)
     for name, value in tuned.named_parameters():
@@ -96,6 +102,27 @@ def test_the_weights_are_those_of_peft(base, tmp_path, form):
         logits = expected(torch.tensor(IDS)).logits.numpy()
     with AutoModel.from_pretrained(tmp_path / "out", device="cpu", dtype="float32") as model:
         np.testing.assert_allclose(model.logits(IDS), logits, atol=1e-5 * np.abs(logits).max())
+
+
+OF_THE_TEXT = r".*language_model.*\.(q_proj|down_proj)"
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "llama4"])
+def test_of_the_text_model_in_a_multimodal_one(tmp_path, name):
+    """Its modules have other names than its published tensors, and than a text model's."""
+    base, kind = save_multimodal(tmp_path / "base", name), transformers.AutoModelForImageTextToText
+    options = {"r": 4, "target_modules": OF_THE_TEXT, "rank_pattern": {"layers.1.*q_proj": 2}}
+    expected = adapted(base, tmp_path / "adapter", kind=kind, **options).state_dict()
+    convert_checkpoint(base, tmp_path / "out", merge=tmp_path / "adapter")
+    convert_checkpoint(base, tmp_path / "plain")
+    own, before = (read_tensors(tmp_path / out) for out in ("out", "plain"))
+    norm = re.compile(r".*language_model\..*\bnorm\.weight")
+    lead = next(filter(norm.fullmatch, expected)).removesuffix("norm.weight")
+    changed = {name for name in own if own[name] != before[name]}
+    assert {name.split(".")[-2] for name in changed} >= {"q_proj", "down_proj"}
+    for name in changed:
+        wanted = expected[lead + name.removeprefix("model.")].numpy()
+        np.testing.assert_allclose(numbers(own[name]), wanted, rtol=0, atol=2e-6, err_msg=name)
 
 
 def test_one_rounding_to_the_dtype_of_the_base(tmp_path):
@@ -187,6 +214,16 @@ def test_what_is_not_supported_is_refused_by_name(base, adapter, tmp_path, confi
         ({"use_dora": True}, "has no lora_magnitude_vector, but use_dora is true"),
         ({"rank_pattern": [1]}, "rank_pattern is [1], expected an object"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern has '(', which is no pattern"),
+        ({"alpha_pattern": {"a{99999999999999999999}": 1}}, "which is no pattern (the repetition"),
+        ({"rank_pattern": {"(" * 3000 + ")" * 3000: 1}}, "which is no pattern (maximum recursion"),
+        ({"lora_alpha": 1e300}, "lora_alpha is 1e+300 for model.layers.0.mlp.down_proj, expected"),
+        ({"target_modules": ["k_proj", "v_proj"]}, "layers.0.mlp.down_proj, model.layers.0.mlp.g"),
+        ({"target_modules": r".*\.mlp\..*"}, "has model.layers.0.self_attn.k_proj"),
+        ({"target_modules": 5}, "target_modules is 5, expected a pattern or a name, or a list"),
+        ({"exclude_modules": ["q_proj"]}, "has model.layers.0.self_attn.q_proj, model.layers.1"),
+        ({"layers_to_transform": [1, 2]}, "has model.layers.0.mlp.down_proj"),
+        ({"layers_to_transform": 0, "layers_pattern": "h"}, "has model.layers.0.mlp.down_proj"),
+        ({"layers_to_transform": True}, "layers_to_transform is True, expected a number"),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern: q_proj is 2.5"),
     ],
 )
@@ -196,6 +233,9 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(base, adapter, tmp_
     assert said in str(error.value)
 
 
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
 def edited(adapter, tmp_path, edit):
     """A copy of an adapter with other tensors."""
     copy = changed(adapter, tmp_path)
@@ -203,9 +243,6 @@ def edited(adapter, tmp_path, edit):
     edit(tensors)
     save_file(tensors, copy / WEIGHTS)
     return copy
-
-
-A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +267,19 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda t: t.update({A: t[A].astype(np.int8)}), CheckpointError, "is int8 [4, "),
         (lambda t: t.update({A: np.full_like(t[A], 3e38)}), CheckpointError, "not finite"),
         (lambda t: t.clear(), CheckpointError, "has no tensors"),
+        (
+            lambda t: t.update({A.replace("model.layers", "layers"): t[A].copy()}),
+            CheckpointError,
+            "no matrices of the model: layers.0.self_attn.q_proj; take the model that the adapter "
+            "was trained for or, if that is this one, merge it with PEFT",
+        ),
+        (
+            lambda t: t.update(
+                {f"{EMBEDDING}.lora_{x}.weight": t[n] for x, n in zip("AB", (A, B), strict=True)}
+            ),
+            CheckpointError,
+            "no matrices of the model: model.embed_tokens",
+        ),
     ],
 )
 def test_tensors_that_are_not_an_adapter_of_this_model_are_refused(
@@ -249,6 +299,38 @@ def test_a_base_that_is_quantized_is_refused(base, adapter, tmp_path):
     write(published, next(iter(IN_PLACE)))
     with pytest.raises(UnsupportedModelError, match="take the plain checkpoint of this model"):
         convert_checkpoint(published, tmp_path / "out", merge=adapter)
+
+
+def test_a_head_that_is_the_embedding_too_is_refused(adapter, tmp_path):
+    dense_forms.save(tmp_path / "tied", "ministral3")
+    assert json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"]
+    adapted(tmp_path / "tied", tmp_path / "adapter", r=2, target_modules=["q_proj"])
+
+    def edit(tensors):
+        tensors.update({A.replace("model.layers.0.self_attn.q_proj", "lm_head"): tensors[A]})
+
+    copy = edited(tmp_path / "adapter", tmp_path, edit)
+    with pytest.raises(UnsupportedModelError, match="changes lm_head, which the model uses twice"):
+        convert_checkpoint(tmp_path / "tied", tmp_path / "out", merge=copy)
+
+
+def test_a_folder_that_has_no_adapter_is_told(base, adapter, tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder, expected an adapter's folder"):
+        convert_checkpoint(base, tmp_path / "out", merge=tmp_path / "nowhere")
+    copy = changed(adapter, tmp_path)
+    (copy / WEIGHTS).rename(copy / "adapter_model.bin")
+    with pytest.raises(UnsupportedModelError, match="an adapter's pickle is not read; load it"):
+        convert_checkpoint(base, tmp_path / "out", merge=copy)
+
+
+def test_links_of_an_adapter_are_followed_where_that_is_allowed(base, adapter, tmp_path):
+    copy, outside = changed(adapter, tmp_path), tmp_path / "outside"
+    (copy / WEIGHTS).rename(outside)
+    (copy / WEIGHTS).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="or allow it with follow_links=True"):
+        convert_checkpoint(base, tmp_path / "out", merge=copy)
+    done = convert_checkpoint(base, tmp_path / "out", merge=copy, follow_links=True)
+    assert f"{copy}: links followed outside the folder: {WEIGHTS} to {outside}" in done.notes
 
 
 def test_what_cannot_be_merged(base, adapter, tmp_path, capsys):

@@ -208,3 +208,11 @@ def test_devices_that_do_not_get_what_was_sent_are_refused(monkeypatch):
     monkeypatch.setattr(devices, "all_gather", lambda x: jax.lax.all_gather(x, MESH_AXES[ROWS]) ^ 1)
     with pytest.raises(StorageError, match="did not arrive as it was; run with one device"):
         device._meet(jax, devices)
+
+    def fails(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the driver refused to copy\nof no interest")
+
+    monkeypatch.setattr(devices, "all_gather", fails)
+    found = r"cannot exchange what each has \(INTERNAL: the driver refused to copy\); run with one"
+    with pytest.raises(StorageError, match=found):
+        device._meet(jax, devices)

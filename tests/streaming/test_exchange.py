@@ -4,6 +4,7 @@ it, on each, as XLA's collectives do."""
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jlayer.cores import native
 from jlayer.cores.exchange import offsets
+from jlayer.plan.machine import PLATFORMS
 from jlayer.streaming import exchange
 from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
 from jlayer.streaming.landing import Landings
@@ -80,6 +82,7 @@ def test_one_that_does_not_come_fails_the_program_and_not_the_next():
 
 def test_devices_that_are_not_the_first_and_other_versions_of_xla_are_left_to_xla(tmp_path):
     assert not exchange.begin(jax.devices()[1:3], "cpu")
+    assert exchange.hindrance(jax.devices()[:2]) is None
     assert offsets(tmp_path / "c_api.h") is None
     header = "#define XLA_FFI_API_MAJOR {}\n#define XLA_FFI_API_MINOR 0\n" + "".join(
         f"_XLA_FFI_API_STRUCT_FIELD(XLA_FFI_{name});\n"
@@ -90,6 +93,13 @@ def test_devices_that_are_not_the_first_and_other_versions_of_xla_are_left_to_xl
     assert found["Stream_Get"] - found["Error_Create"] == 16
     (tmp_path / "c_api.h").write_text(header.format(1))
     assert offsets(tmp_path / "c_api.h") is None
+
+
+def test_devices_that_are_left_to_xla_are_told_why(monkeypatch):
+    as_gpus = replace(PLATFORMS["cpu"], collective_bytes=1)
+    monkeypatch.setitem(PLATFORMS, "cpu", as_gpus)
+    (note,) = Devices(jax.devices()[1:3]).notes
+    assert note.endswith("only the first GPUs in their order copy to each other, not [1, 2]")
 
 
 def test_beside_memory_that_programs_read_where_it_is():

@@ -94,9 +94,7 @@ def run(args) -> dict:
         platform=args.device,
         device_budget=run.device_memory,
         host_budget=run.host_memory,
-        context_bytes=PLATFORMS[args.device].context_of(
-            collectives=run.devices > 1 and missing() is not None
-        ),
+        context_bytes=PLATFORMS[args.device].context_of(collectives=collectives),
         disk_speed=disk_speed or _measured(args.ref) or DEFAULT_DISK,
         link_speed=link_speed and link_speed * run.devices,
         cores=len(os.sched_getaffinity(0)),
