@@ -1,0 +1,19 @@
+"""What tests of the command line share, but for those that start it as a process."""
+
+import pytest
+
+from tests import programs
+
+
+@pytest.fixture(scope="package", autouse=True)
+def few_shapes():
+    """See `tests.programs`."""
+    with programs.few_shapes():
+        yield
+
+
+@pytest.fixture
+def all_shapes():
+    """For what is said of the bytes of a plan, or runs the same programs as a process."""
+    with programs.all_shapes():
+        yield
