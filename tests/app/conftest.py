@@ -10,10 +10,3 @@ def few_shapes():
     """See `tests.programs`."""
     with programs.few_shapes():
         yield
-
-
-@pytest.fixture
-def all_shapes():
-    """For what is said of the bytes of a plan, or runs the same programs as a process."""
-    with programs.all_shapes():
-        yield
