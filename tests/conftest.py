@@ -115,6 +115,22 @@ def less_to_begin_with():
 
 
 @pytest.fixture
+def all_shapes():
+    """Where runs have few shapes, for tests of the shapes themselves: how pools grow, what a chunk
+    holds, what is promised."""
+    from tests import programs
+
+    with programs.all_shapes():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def campaigns_have_all_shapes(request):
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("all_shapes")
+
+
+@pytest.fixture
 def compiled_anew(monkeypatch):
     """For a test that looks at what is compiled, or at what programs are made of."""
     from jlayer.engine import compiles

@@ -153,7 +153,7 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
     if len(runs) == 1:
         return runs[0]
     lanes = sum(run.batch for run in runs)
-    decode = _trees(tuple(lane_rows(run) for run in runs for _ in range(run.batch)), most)
+    decode = tree_panes(tuple(lane_rows(run) for run in runs for _ in range(run.batch)), most)
     return replace(
         max(runs, key=lambda run: run.n_rows),
         batch=lanes,
@@ -173,8 +173,8 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
 
 
 @lru_cache(maxsize=256)
-def _trees(lengths, most):
-    """The panes of lanes with trees of so many tokens."""
+def tree_panes(lengths: tuple[int, ...], most: int) -> list[Pane]:
+    """The panes of lanes with trees of so many tokens, in chunks of at most `most` rows."""
     return pack(lengths, most, whole=range(len(lengths)))
 
 

@@ -13,6 +13,7 @@ import pytest
 from jlayer.app.cli import VERBS, main
 from jlayer.app.verbs import plan
 from tests.app.processes import finish, start
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 
 PROMPT = "Once upon a time there was a little girl who"
@@ -115,13 +116,14 @@ def test_stdin_that_is_no_text_is_refused_where_it_fails(fable):
     assert b"stdin: not UTF-8 at byte 3" in done.stderr
 
 
-def test_a_signal_while_programs_are_compiled_ends_cleanly(fable):
+@pytest.mark.parametrize("delays", slow_but([(0.3,), (0.1, 0.3, 0.4)], [(0.3,)]))
+def test_a_signal_while_programs_are_compiled_ends_cleanly(fable, delays):
     """An exception out of the middle of a compilation once crashed the process at its end.
 
-    Three at once, since most of it is waiting: each a little later after its first line.
+    Several at once, since most of it is waiting: each a little later after its first line.
     """
-    processes = [start("generate", fable, *RUN, "-n", "900", "--json") for _ in range(3)]
-    for process, delay in zip(processes, (0.1, 0.3, 0.4), strict=True):
+    processes = [start("generate", fable, *RUN, "-n", "900", "--json") for _ in delays]
+    for process, delay in zip(processes, delays, strict=True):
         assert "cpu:0" in process.stderr.readline()
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)

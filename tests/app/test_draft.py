@@ -12,7 +12,7 @@ from jlayer.app.cli import main
 from jlayer.errors import CheckpointError, UsageError
 from tests.conftest import BUNDLED
 
-PLAN = ["plan", "llama-3.1-70b-instruct"]
+PLAN = ["plan", "llama-3.1-8b-instruct"]
 MODE = ["--speculate", "draft"]
 GENERATE = ["generate", "/no/such", "-p", "x", "--device", "cpu"]
 
@@ -120,6 +120,7 @@ def test_an_opened_model_without_a_draft_refuses_to_use_one():
         assert found.token_ids == plain.token_ids
 
 
+@pytest.mark.usefixtures("all_shapes")
 def test_a_plan_shows_the_share_of_a_draft_model(capsys, monkeypatch):
     draft = ["--draft", "llama-3.2-1b-instruct"]
     alone, both = printed(capsys, *PLAN), printed(capsys, *PLAN, *draft)
@@ -170,7 +171,7 @@ def test_a_plan_of_configs_tells_of_another_vocabulary(capsys):
     """Tokens themselves are compared where both are folders."""
     assert main([*PLAN, "--draft", "llama-2-7b-hf", "--device-memory", "24GiB"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "draft: llama-2-7b-hf has a vocabulary of 32000, and llama-3.1-70b-instruct" in line
+    assert "draft: llama-2-7b-hf has a vocabulary of 32000, and llama-3.1-8b-instruct" in line
     assert main([*PLAN, "--draft", "llama-3.2-1b-instruct"]) == 0
     assert capsys.readouterr().err == ""
 

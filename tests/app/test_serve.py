@@ -1,4 +1,4 @@
-"""`jlayer serve` as a process: what it refuses to start with, and how it ends."""
+"""`jlayer serve`: what it refuses to start with, and, as a process, how it ends."""
 
 import json
 import re
@@ -11,6 +11,8 @@ import time
 import httpx
 import pytest
 
+from jlayer.app.cli import main
+from jlayer.serving.http.running import Serving
 from tests.app.processes import finish, start
 from tests.conftest import BUNDLED
 
@@ -19,11 +21,23 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True}
 ASYNC = {"Prefer": "respond-async"}
 
 
-def refused(*words, **options):
-    code, out, err = finish(start("serve", *words, **options))
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1, err
-    return code, err
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """(exit code, stderr) of `jlayer serve WORDS`, in this process, where it serves nobody."""
+
+    def serves(serving):
+        raise AssertionError("it was not refused")
+
+    monkeypatch.setattr(Serving, "wait", serves)
+
+    def outcome(*words):
+        code = main(["serve", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.strip().splitlines()) == 1, err
+        return code, err
+
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -47,13 +61,13 @@ def refused(*words, **options):
         (["--host", "192.0.2.1", "--api-key", "k"], "--host"),
     ],
 )
-def test_what_cannot_be_started_is_a_line_and_a_code(words, named):
+def test_what_cannot_be_started_is_a_line_and_a_code(refused, words, named):
     code, err = refused(BUNDLED, "--port", "0", *words)
     assert code == 2
     assert named in err
 
 
-def test_a_port_in_use_is_a_line_and_a_code():
+def test_a_port_in_use_is_a_line_and_a_code(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -204,7 +218,7 @@ def test_killed_under_load_and_started_again_all_that_was_accepted_is_answered_o
     assert sum("accept" in line for line in ended) == 36
 
 
-def test_a_second_server_does_not_take_the_firsts_folder(tmp_path):
+def test_a_second_server_does_not_take_the_firsts_folder(refused, tmp_path):
     with Server("--state", tmp_path / "state"):
         code, err = refused(BUNDLED, "--port", "0", "--state", tmp_path / "state")
     assert code == 7

@@ -1,12 +1,14 @@
 """What a terminal shows at the end is the text and the lines about it, each once."""
 
 import re
+from itertools import islice
 
 import pytest
 
 import jlayer
 from tests.app.screen import PYTHON, Screen, on_terminal
 from tests.conftest import BUNDLED
+from tests.programs import all_shapes
 
 # Pieces that a renderer of markup, of emoji codes or of tabs would change, a line longer than the
 # terminal, and one that ends in its last column.
@@ -89,9 +91,10 @@ sys.exit(run())
 
 @pytest.fixture(scope="module")
 def pieces():
-    """What each token adds to the text."""
-    prompt, options = "Once upon a time", {"max_new_tokens": 400, "device": "cpu"}
-    return [step.text for step in jlayer.stream(BUNDLED, prompt, **options)]
+    """What each token adds to the text: the first 400, of the programs that the command has."""
+    prompt, options = "Once upon a time", {"max_new_tokens": 900, "device": "cpu"}
+    with all_shapes():
+        return [step.text for step in islice(jlayer.stream(BUNDLED, prompt, **options), 400)]
 
 
 @pytest.mark.parametrize("columns", [80])

@@ -15,7 +15,6 @@ from jlayer.encodings.linear import INT8_SCB, LINEAR
 from jlayer.encodings.registry import encoding
 from jlayer.encodings.tables import TABLES
 from jlayer.model.products import Encoded, dequantize
-from tests.campaigns import slow_but
 from tests.cores.matrices import assert_is_product, inputs, placed
 from tests.encoded import random_pieces
 
@@ -41,18 +40,31 @@ KINDS = {
     if row.group == 32 or row is INT8_SCB
 }
 # What is taken away from the processor.
-FEATURES = ["", *(["-avx512f"] if platform.machine() == "x86_64" else [])]
+FEATURES = {"as it is": ""}
+if platform.machine() == "x86_64":
+    FEATURES["without AVX-512"] = "-avx512f"
 
 
-@pytest.fixture(
-    scope="module", params=FEATURES, ids=["as it is", "without AVX-512"][: len(FEATURES)]
-)
+@pytest.fixture(scope="module", params=FEATURES)
 def cores(request):
-    with Cores(2, features=request.param) as found:
+    with Cores(2, features=FEATURES[request.param]) as found:
         yield found
 
 
-@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
+def on_each(forms, quick):
+    """Parametrizes by the processor and the form. In every session all `quick` forms run on the
+    processor as it is, and each third of them on narrower registers, from the same source."""
+    every_third = {"as it is": quick, "without AVX-512": sorted(quick)[::3]}
+    slow = pytest.mark.slow
+    rows = [
+        pytest.param(name, form, marks=() if form in every_third[name] else slow)
+        for name in FEATURES
+        for form in forms
+    ]
+    return pytest.mark.parametrize(("cores", "form"), rows, indirect=["cores"])
+
+
+@on_each(FORMS, QUICK)
 def test_every_weight_is_the_decoded_one(cores, form):
     """Bit for bit: each column has a single input that is not zero."""
     rows, width = ROWS.get(form, 5), 256
@@ -65,7 +77,7 @@ def test_every_weight_is_the_decoded_one(cores, form):
         np.testing.assert_array_equal(y.T, expected)
 
 
-@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
+@on_each(FORMS, QUICK)
 def test_a_product_is_that_of_the_decoded_weights(cores, form):
     """A block alone or a short last group, and more inputs than a part of many columns has; of any
     alignment."""
@@ -77,9 +89,7 @@ def test_a_product_is_that_of_the_decoded_weights(cores, form):
             assert_is_product(cores.multiply([some], x)[0], x, some)
 
 
-@pytest.mark.parametrize(
-    "form", slow_but(sorted({*FORMS, *KINDS.values()}), {*QUICK, *KINDS.values()})
-)
+@on_each(sorted({*FORMS, *KINDS.values()}), {*QUICK, *KINDS.values()})
 def test_weights_are_multiplied_as_a_program_decodes_them(cores, form):
     rows, width = ROWS.get(form, 7), 256
     pieces = random_pieces(form, rows, width)
@@ -101,7 +111,7 @@ def test_any_number_of_columns(cores, form):
         assert_is_product(y, x[:n_columns], some)
 
 
-@pytest.mark.parametrize("form", slow_but(FORMS, QUICK))
+@on_each(FORMS, QUICK)
 def test_rows_can_be_cut_at_every_unit(cores, form):
     """Each range of rows is multiplied as it is within the whole matrix."""
     unit = encoding(form).row_unit
@@ -143,7 +153,7 @@ def with_scales_of_all_kinds(form, width):
 WITH_SCALES = [form for form in FORMS if form not in BLOCKS and encoding(form).rows_per("scale")]
 
 
-@pytest.mark.parametrize("form", slow_but(WITH_SCALES, QUICK))
+@on_each(WITH_SCALES, QUICK)
 def test_scales_of_all_kinds(cores, form):
     """A row for each. Where a weight of it is infinite or no number, the product shows it."""
     some, expected = with_scales_of_all_kinds(form, 128)

@@ -14,7 +14,7 @@ from jlayer.cores.native import Compiler, missing
 from jlayer.cores.packing import packed_shape
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
-from tests.campaigns import slow_but
+from tests.campaigns import covering
 from tests.cores.matrices import FORMS, assert_is_product, inputs, matrix, placed
 from tests.cores.test_kernels import FORMS as OTHERS
 from tests.cores.test_kernels import with_scales_of_all_kinds
@@ -38,7 +38,10 @@ def has_wide():
 needs_wide = pytest.mark.skipif(not has_wide(), reason="no AVX-512 with bfloat16")
 
 
-@pytest.fixture(scope="module", params=["as it is", "without tiles", "tiles in software"])
+PROCESSORS = ("as it is", "without tiles", "tiles in software")
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
 def cores(request):
     """The kernels of tiles run on every processor: where it has none, in software."""
     in_software = request.param == "tiles in software"
@@ -84,8 +87,16 @@ def test_a_product_is_that_of_the_rounded_weights(cores, any_columns, form, n_co
 
 
 @needs_wide
-@pytest.mark.parametrize("n_columns", slow_but([9, 64], (9,)))
-@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize(
+    ("cores", "form", "n_columns"),
+    covering(
+        [("as it is", form, 9) for form in OTHERS]
+        + [(name, form, 9) for name in PROCESSORS[1:] for form in OTHERS[::3]]
+        + [("as it is", OTHERS[0], 64)],
+        *(PROCESSORS, OTHERS, (9, 64)),
+    ),
+    indirect=["cores"],
+)
 def test_other_tools_weights_are_rounded_once_too(cores, any_columns, form, n_columns):
     for rows, width in SHAPES[1:3]:
         unit = encoding(form).width_unit if form in BLOCKS else 1

@@ -14,19 +14,6 @@ def few_shapes():
         yield
 
 
-@pytest.fixture
-def all_shapes():
-    """For tests of the shapes themselves: how pools grow, what a chunk holds, what is promised."""
-    with programs.all_shapes():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def campaigns_have_all_shapes(request):
-    if request.node.get_closest_marker("slow"):
-        request.getfixturevalue("all_shapes")
-
-
 @pytest.fixture(scope="package")
 def both(tmp_path_factory):
     """A tiny model opened here and in transformers; nothing published, no end token."""

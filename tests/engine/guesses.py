@@ -14,7 +14,7 @@ PROMPT = [7 + n for n in range(20)]
 POOL = 1024  # rows: of one size, so that few programs are compiled
 
 
-def few_shapes(patch):
+def few_pools(patch):
     """Pools of one size, and nothing timed for long ahead of a run."""
     patch.setattr("jlayer.engine.pace.ENOUGH_S", 0.0)
     patch.setattr("jlayer.engine.engine.pool_sizes", _at_least)

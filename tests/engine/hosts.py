@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from tests.conftest import REPOSITORY
+from tests.programs import has_few_shapes
 
 PATIENCE_S = 240  # the machine may be busy
 
@@ -79,8 +80,9 @@ def commands_of_the_page(verb, **own):
 
 
 def started_for(cases, n_hosts, n_devices=1):
-    """The hosts for the cases of `one_host`."""
-    asked = [json.dumps({"group": group, "cases": cases}) for group in groups(n_hosts)]
+    """The hosts for the cases of `one_host`, with few shapes where the test has few."""
+    same = {"cases": cases, "has_few_shapes": has_few_shapes()}
+    asked = [json.dumps({"group": group, **same}) for group in groups(n_hosts)]
     return started(*(["-m", "tests.engine.one_host", one] for one in asked), n_devices=n_devices)
 
 

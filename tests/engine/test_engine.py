@@ -173,6 +173,7 @@ def test_a_run_leaves_nothing_behind_however_it_ends(tiny, ending):
         assert model.engine.n_alive == 0
 
 
+@pytest.mark.usefixtures("all_shapes")
 def test_a_run_reports_the_plan_that_it_was_admitted_by(tiny):
     with opened(tiny) as model:
         first, _ = model.decoding(IDS, options={"max_new_tokens": 3, "temperature": 0})
@@ -199,6 +200,7 @@ def test_a_run_counts_what_its_own_forward_passes_moved(tiny):
     assert other.stats["put_bytes"] * 8 == want["put_bytes"] * 3
 
 
+@pytest.mark.usefixtures("all_shapes")
 def test_host_layers_come_back_once_a_long_batch_is_over(fable):
     """Its plan was kept for small runs until the model was opened again."""
     small = RunShape(1, 8, 64, sweeps=50)

@@ -18,7 +18,7 @@ from tests.engine.hosts import answers, ended, groups, started, started_for
 
 IDS = [1, 5, 9, 33, 7, 12, 1, 5, 9]
 GREEDY = {"max_new_tokens": 24, "temperature": 0, "eos_token_id": None}
-PROMPTS = [[4, 4, 8], IDS, [*IDS, 40, 41, 42]]
+PROMPTS = [[4, 4, 8], [*IDS, 40, 41, 42]]
 DRAWN = {**GREEDY, "temperature": 0.9, "seed": 7}
 
 

@@ -72,21 +72,28 @@ def of_hosts(tmp_path_factory):
     return home / "{process_id}"
 
 
+BOTH = {"options": {"devices": 2}}
+TILES = {"tile_bytes": 100_000, "reads_at_most": 1.05}
+
+
 def test_two_hosts_with_two_devices_each(fable, of_hosts, tmp_path):
-    """Tiles of some rows, experts whose routes process 0 decides, and tokens that it draws; and
-    where each host has a folder with its own rows alone, together they read each byte once."""
+    """Tiles of some rows, experts whose routes process 0 decides, and tokens that it draws; where
+    each host has a folder with its own rows alone, together they read each byte once."""
     mixture_forms.save(tmp_path / "mixtral", "mixtral")
-    both = {"options": {"devices": 2}}
-    tiles = {"tile_bytes": 100_000, "reads_at_most": 1.05}
     cases = [
-        case("drawn", fable, DRAWN, **tiles, **both),
-        case("experts", tmp_path / "mixtral", **both),
-        case("rows", of_hosts, DRAWN, whole=str(fable), **tiles, **both),
+        case("experts", tmp_path / "mixtral", **BOTH),
+        case("rows", of_hosts, DRAWN, whole=str(fable), **TILES, **BOTH),
     ]
     first, second = assert_same(cases, 2, 2)
+    assert first["rows"]["seed"] is not None
+    assert "token_ids" not in second["rows"]
+
+
+@pytest.mark.slow
+def test_of_a_folder_that_both_have_each_byte_is_read_once_too(fable):
+    first, second = assert_same([case("drawn", fable, DRAWN, **TILES, **BOTH)], 2, 2)
     assert first["drawn"]["seed"] is not None
     assert "token_ids" not in second["drawn"]
-    assert "token_ids" not in second["rows"]
 
 
 @pytest.mark.slow
@@ -148,8 +155,10 @@ def test_three_hosts_that_rows_do_not_come_out_even_for(fable):
     assert_same([case("three", fable, tile_bytes=100_000)], 3, 1)
 
 
+@pytest.mark.slow
 def test_the_page_s_commands_run_and_one_prints(fable):
-    """`jlayer generate`, as the page has it, but for the folder and the address."""
+    """`jlayer generate`, as the page has it, but for the folder and the address. In every session
+    `test_together` runs those of `jlayer batch`."""
     commands = commands_of_the_page("generate", **{"path/to/Llama-3-70B": fable})
     assert len(commands) == 2
     more = ["--temperature", "0", "-n", "3", "--json"]

@@ -16,7 +16,7 @@ from jlayer.text.tokenizer import Tokenizer
 from tests.campaigns import slow_but
 from tests.conftest import BUNDLED, SHARED_DATA, needs_shared_data
 from tests.gguf.forms import save
-from tests.gguf.test_llamacpp import N_TOKENS, log_probabilities, next_tokens
+from tests.gguf.test_llamacpp import log_probabilities, next_tokens
 from tests.gguf_files import permuted, saved_tensors, write
 from tests.text.samples import TEXTS
 
@@ -91,8 +91,8 @@ def test_rows_of_heads_are_reordered(tmp_path):
     assert not np.array_equal(permuted(own, 4), own)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_greedy_tokens_are_those_of_llama_cpp(kind, tmp_path, record_property):
+@pytest.mark.parametrize("kind", slow_but(("f16", "q8_0"), ("f16",)))
+def test_greedy_tokens_are_those_of_llama_cpp(kind, n_tokens, tmp_path, record_property):
     served = pytest.importorskip("tests.gguf.llamacpp").Served
     path = tmp_path / "m.gguf"
     convert_checkpoint(BUNDLED, tmp_path / "layered")
@@ -101,12 +101,12 @@ def test_greedy_tokens_are_those_of_llama_cpp(kind, tmp_path, record_property):
     with AutoModel.from_pretrained(path, device="cpu", dtype="float32") as model:
         ids = model.text.encode("Once upon a time")
         assert ids == peer.tokenize("Once upon a time")
-        own = next_tokens(model, ids)
-        other = [row["id"] for row in peer.greedy(ids, N_TOKENS)]
+        own = next_tokens(model, ids, n_tokens)
+        other = [row["id"] for row in peer.greedy(ids, n_tokens)]
         pairs = enumerate(zip(own, other, strict=True))
-        same = next((n for n, (one, two) in pairs if one != two), N_TOKENS)
+        same = next((n for n, (one, two) in pairs if one != two), n_tokens)
         gap = 0.0
-        if same < N_TOKENS:
+        if same < n_tokens:
             likely = log_probabilities(model.logits([[*ids, *own]])[0])[len(ids) - 1 + same]
             gap = likely[own[same]] - likely[other[same]]
     record_property(kind, f"{same} tokens are the same; at the first other {gap:.4f}")

@@ -2,6 +2,7 @@
 with bitsandbytes' own weights bit for bit, and with the logits that Transformers has of them."""
 
 import shutil
+from importlib.util import find_spec
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +25,12 @@ from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.reference
+# Importing it takes seconds, which a worker that runs none of these need not spend.
+is_missing = find_spec("bitsandbytes") is None
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.skipif(is_missing, reason="bitsandbytes is not installed"),
+]
 
 TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
 IDS = np.random.default_rng(0).integers(3, 133, (1, 12))

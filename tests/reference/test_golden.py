@@ -8,6 +8,7 @@ import pytest
 from jlayer import AutoModel
 from jlayer.app.cli import main
 from jlayer.convert import convert_checkpoint
+from tests import programs
 from tests.conftest import BUNDLED, SHARED_DATA, needs_shared_data
 
 pytestmark = [pytest.mark.reference, needs_shared_data]
@@ -35,6 +36,13 @@ def golden(name):
             [entry["id"] for entry in top],
             [entry["logit"] for entry in top],
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_shapes():
+    """Prompts are of many lengths."""
+    with programs.few_shapes():
+        yield
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)

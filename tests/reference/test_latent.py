@@ -83,7 +83,7 @@ def test_logits_of_a_prompt(sources, expected, name):
         assert_close(model.logits(IDS), expected(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(FORMS, FIRST[:1]))
 def test_logits_of_a_prompt_of_which_few_tokens_come_at_a_time(sources, expected, name):
     with AutoModel.from_pretrained(sources(name), device="cpu") as model:
         forward = model.engine.start(RunShape(longest=8, context=N_TOKENS, all_logits=True))

@@ -1,15 +1,18 @@
-"""What tests of guessed tokens share: few shapes, a pair of models, and what they give plainly."""
+"""What tests of guessed tokens share: pools of one size, a pair of models, and what they give
+plainly."""
 
 import pytest
 
+from tests import programs
 from tests.engine import guesses
 from tests.engine.guesses import Plain, is_whole, tiny_pair
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    with pytest.MonkeyPatch.context() as patch:
-        guesses.few_shapes(patch)
+def pools_of_one_size():
+    """Chunks have as many rows as without a test: how wide a tree may be is about them."""
+    with programs.all_shapes(), pytest.MonkeyPatch.context() as patch:
+        guesses.few_pools(patch)
         yield
 
 

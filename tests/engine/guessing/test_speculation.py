@@ -1,6 +1,8 @@
 """Guessed tokens change nothing: speculative decoding is plain decoding token for token, whatever
 is guessed, by whomever and how much. Faults in the middle are in `test_speculation_faults`."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 import jlayer
 from jlayer.convert import convert_checkpoint
+from tests.campaigns import slow_but
 from tests.conftest import BUNDLED
 from tests.engine.guesses import PROMPT, Made, Plain, is_whole, n_passes
 from tests.engine.test_engine import opened
@@ -40,19 +43,13 @@ def fable_plain(fable_model):
 WIDTHS = {1: 24, 2: 24, 7: 24, 8: 24, 15: 24, 63: 210, 200: 210}  # -> new tokens
 
 
-# Every width is compiled for by itself: those between the others, and the largest, take long.
-LONG = (2, 8, 63, 200)
+# Each mode, and a chain, a tree and the widest tree of a chunk of 16 rows.
+QUICK = [("auto", 15), ("lookup", 7), ("draft", 1), ("draft", 15)]
 
 
-@pytest.mark.parametrize(
-    ("mode", "width"),
-    [
-        pytest.param(mode, width, marks=[pytest.mark.slow] if width in LONG else [])
-        for mode in MODES
-        for width in WIDTHS
-    ],
-)
-def test_every_mode_and_width_gives_the_plain_tokens(model, plain, mode, width):
+@pytest.mark.parametrize("case", slow_but(product(MODES, WIDTHS), QUICK), ids=str)
+def test_every_mode_and_width_gives_the_plain_tokens(model, plain, case):
+    mode, width = case
     for temperature in (0, 0.7, 1):
         options = {"max_new_tokens": WIDTHS[width], "temperature": temperature, **SEED}
         (found,) = plain.check(PROMPT, speculate=mode, draft_tokens=width, **options)

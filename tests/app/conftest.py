@@ -1,4 +1,4 @@
-"""What tests of a chat share."""
+"""What tests of the command line share, but for those that start it as a process."""
 
 import pytest
 
