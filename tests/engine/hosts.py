@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def started(*commands, n_devices=1, stdin=subprocess.DEVNULL):
     flags = f"--xla_force_host_platform_device_count={n_devices}"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     how = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell has its background processes ignore it.
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     inputs = [stdin, *[subprocess.DEVNULL] * (len(commands) - 1)]
     found = [
         subprocess.Popen([sys.executable, *map(str, one)], stdin=own, **how)
