@@ -45,6 +45,9 @@ PATIENCE = 20_000
 CALLED = ("Error_Create", "Stream_Get", "RunId_Get", "DeviceOrdinal_Get")
 _FIRST_FUNCTION = 48  # bytes into the table of them
 _FIELD = re.compile(r"_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_(\w+)\);")
+# What is read so many bytes into something: two instructions, as which one line of ours stands.
+_FIELD_READ = re.compile(r"%(\w+) = field (\w+), ptr (%\w+), i64 (\S+)")
+_READ = r"%\1_at = getelementptr i8, ptr \3, i64 \4\n  %\1 = load \2, ptr %\1_at, align 8"
 _VERSION = re.compile(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)")
 
 
@@ -66,7 +69,7 @@ def module(control: int, found: dict[str, int]) -> str:
     `offsets`."""
     words = {name: value for name, value in globals().items() if isinstance(value, int)}
     words |= found | {"CONTROL": control, "PAUSE": PAUSE[platform.machine()]}
-    return re.sub(r"\{(\w+)\}", lambda match: str(words[match[1]]), CODE)
+    return re.sub(r"\{(\w+)\}", lambda match: str(words[match[1]]), _FIELD_READ.sub(_READ, CODE))
 
 
 def place_of(device: int, n_devices: int) -> int:
@@ -106,8 +109,7 @@ again:
 tired:
   %slept = sub i64 %more, {PATIENCE}
   %control = inttoptr i64 {CONTROL} to ptr
-  %sleeps_at = getelementptr i8, ptr %control, i64 {SLEEPS}
-  %sleeps = load i64, ptr %sleeps_at, align 8
+  %sleeps = field i64, ptr %control, i64 {SLEEPS}
   %hopeful = icmp slt i64 %slept, %sleeps
   br i1 %hopeful, label %sleep, label %lost
 sleep:
@@ -129,10 +131,8 @@ define ptr @failed(ptr %frame, ptr %message) nounwind {
   store ptr %message, ptr %error_message, align 8
   %error_code = getelementptr i8, ptr %error, i64 24
   store i32 13, ptr %error_code, align 8
-  %api_at = getelementptr i8, ptr %frame, i64 16
-  %api = load ptr, ptr %api_at, align 8
-  %create_at = getelementptr i8, ptr %api, i64 {Error_Create}
-  %create = load ptr, ptr %create_at, align 8
+  %api = field ptr, ptr %frame, i64 16
+  %create = field ptr, ptr %api, i64 {Error_Create}
   %made = call ptr %create(ptr %error)
   ret ptr %made
 }
@@ -142,16 +142,13 @@ define ptr @asked(ptr %frame, ptr %question, i64 %size, i64 %which) nounwind {
   store i64 %size, ptr %question, align 8
   %ext = getelementptr i8, ptr %question, i64 8
   store ptr null, ptr %ext, align 8
-  %context_at = getelementptr i8, ptr %frame, i64 24
-  %context = load ptr, ptr %context_at, align 8
+  %context = field ptr, ptr %frame, i64 24
   %context_to = getelementptr i8, ptr %question, i64 16
   store ptr %context, ptr %context_to, align 8
   %answer = getelementptr i8, ptr %question, i64 24
   store i64 0, ptr %answer, align 8
-  %api_at = getelementptr i8, ptr %frame, i64 16
-  %api = load ptr, ptr %api_at, align 8
-  %function_at = getelementptr i8, ptr %api, i64 %which
-  %function = load ptr, ptr %function_at, align 8
+  %api = field ptr, ptr %frame, i64 16
+  %function = field ptr, ptr %api, i64 %which
   %error = call ptr %function(ptr %question)
   ret ptr %error
 }
@@ -161,19 +158,16 @@ define ptr @data_of(ptr %frame, i64 %list) nounwind {
   %list_at = getelementptr i8, ptr %frame, i64 %list
   %buffers = load ptr, ptr %list_at, align 8
   %buffer = load ptr, ptr %buffers, align 8
-  %data_at = getelementptr i8, ptr %buffer, i64 24
-  %data = load ptr, ptr %data_at, align 8
+  %data = field ptr, ptr %buffer, i64 24
   ret ptr %data
 }
 
 ; A number among the attributes, which are sorted by name.
 define i64 @number_of(ptr %frame, i64 %which) nounwind {
-  %list_at = getelementptr i8, ptr %frame, i64 160
-  %list = load ptr, ptr %list_at, align 8
+  %list = field ptr, ptr %frame, i64 160
   %one_at = getelementptr ptr, ptr %list, i64 %which
   %scalar = load ptr, ptr %one_at, align 8
-  %value_at = getelementptr i8, ptr %scalar, i64 8
-  %value = load ptr, ptr %value_at, align 8
+  %value = field ptr, ptr %scalar, i64 8
   %number = load i64, ptr %value, align 8
   ret i64 %number
 }
@@ -183,18 +177,15 @@ entry:
   %question = alloca [32 x i8], align 8
   %old = alloca ptr, align 8
   %control = inttoptr i64 {CONTROL} to ptr
-  %ext_at = getelementptr i8, ptr %frame, i64 8
-  %ext = load ptr, ptr %ext_at, align 8
+  %ext = field ptr, ptr %frame, i64 8
   %plain = icmp eq ptr %ext, null
   br i1 %plain, label %called, label %extended
 extended:
-  %kind_at = getelementptr i8, ptr %ext, i64 8
-  %kind = load i32, ptr %kind_at, align 8
+  %kind = field i32, ptr %ext, i64 8
   %about = icmp eq i32 %kind, 1
   br i1 %about, label %describe, label %called
 describe:                                 ; which version of the layout this is written for
-  %description_at = getelementptr i8, ptr %ext, i64 24
-  %description = load ptr, ptr %description_at, align 8
+  %description = field ptr, ptr %ext, i64 24
   %major = getelementptr i8, ptr %description, i64 24
   store i32 {MAJOR}, ptr %major, align 4
   %minor = getelementptr i8, ptr %description, i64 28
@@ -233,27 +224,18 @@ known:
   store i64 %count, ptr %count_at, align 8
   %run_high = shl i64 %run, 20
   %word = add i64 %run_high, %count
-  %record_at = getelementptr i8, ptr %control, i64 {RECORD}
-  %record = load ptr, ptr %record_at, align 8
-  %wait_at = getelementptr i8, ptr %control, i64 {WAIT}
-  %wait = load ptr, ptr %wait_at, align 8
-  %copy_at = getelementptr i8, ptr %control, i64 {COPY}
-  %copy = load ptr, ptr %copy_at, align 8
-  %push_at = getelementptr i8, ptr %control, i64 {PUSH}
-  %push = load ptr, ptr %push_at, align 8
-  %pop_at = getelementptr i8, ptr %control, i64 {POP}
-  %pop = load ptr, ptr %pop_at, align 8
-  %context_at = getelementptr i8, ptr %own, i64 {CONTEXT}
-  %context = load ptr, ptr %context_at, align 8
-  %ready_event_at = getelementptr i8, ptr %own, i64 {READY_EVENT}
-  %ready_event = load ptr, ptr %ready_event_at, align 8
-  %done_event_at = getelementptr i8, ptr %own, i64 {DONE_EVENT}
-  %done_event = load ptr, ptr %done_event_at, align 8
+  %record = field ptr, ptr %control, i64 {RECORD}
+  %wait = field ptr, ptr %control, i64 {WAIT}
+  %copy = field ptr, ptr %control, i64 {COPY}
+  %push = field ptr, ptr %control, i64 {PUSH}
+  %pop = field ptr, ptr %control, i64 {POP}
+  %context = field ptr, ptr %own, i64 {CONTEXT}
+  %ready_event = field ptr, ptr %own, i64 {READY_EVENT}
+  %done_event = field ptr, ptr %own, i64 {DONE_EVENT}
   %source_at = getelementptr i8, ptr %own, i64 {SOURCE}
   %posted_at = getelementptr i8, ptr %own, i64 {POSTED}
   %done_at = getelementptr i8, ptr %own, i64 {DONE}
-  %streams_at = getelementptr i8, ptr %control, i64 {HAS_STREAMS}
-  %streams = load i64, ptr %streams_at, align 8
+  %streams = field i64, ptr %control, i64 {HAS_STREAMS}
   %has_streams = icmp ne i64 %streams, 0
   br i1 %has_streams, label %ask_stream, label %post
 ask_stream:
@@ -284,10 +266,8 @@ gather:                                   ; its own part first, so that not all 
 take:
   %its_source = getelementptr i8, ptr %its, i64 {SOURCE}
   %source = load ptr, ptr %its_source, align 8
-  %its_context_at = getelementptr i8, ptr %its, i64 {CONTEXT}
-  %its_context = load ptr, ptr %its_context_at, align 8
-  %its_ready_at = getelementptr i8, ptr %its, i64 {READY_EVENT}
-  %its_ready = load ptr, ptr %its_ready_at, align 8
+  %its_context = field ptr, ptr %its, i64 {CONTEXT}
+  %its_ready = field ptr, ptr %its, i64 {READY_EVENT}
   %place_offset = mul i64 %other, %n_bytes
   %place = getelementptr i8, ptr %to, i64 %place_offset
   %waited = call i32 %wait(ptr %stream, ptr %its_ready, i32 0)
@@ -319,8 +299,7 @@ another:
   %came2 = call i1 @await(ptr %its_done, i64 %word)
   br i1 %came2, label %release, label %lost
 release:
-  %its_done_event_at = getelementptr i8, ptr %its2, i64 {DONE_EVENT}
-  %its_done_event = load ptr, ptr %its_done_event_at, align 8
+  %its_done_event = field ptr, ptr %its2, i64 {DONE_EVENT}
   %waited2 = call i32 %wait(ptr %stream, ptr %its_done_event, i32 0)
   %code6 = or i32 %code5, %waited2
   %turn_next = add i64 %turn, 1

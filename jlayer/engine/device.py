@@ -148,8 +148,8 @@ def _join(jax, hosts, *, on_cpu):
 def _meet(jax, devices):
     """Has the devices of all processes exchange something for the first time: what NCCL takes of
     their memory is then taken. Raises StorageError where that fails, and where what arrives is not
-    what was sent: on some boards copies from GPU to GPU do that (https://docs.nvidia.com/deeplearning/nccl/user-guide/
-    docs/troubleshooting.html, on ACS)."""
+    what was sent: on some boards copies from GPU to GPU do that (NCCL's guide, troubleshooting:
+    https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html)."""
     sent = devices.put(np.arange(MEETING, dtype=np.int32))
     everywhere = devices.everywhere
 

@@ -59,12 +59,23 @@ def test_the_allocator_gets_what_the_context_leaves(gpu):
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - CONTEXT) / (8 * GIB), abs=1e-6)
 
 
-def test_copies_between_devices_need_no_memory(gpu, monkeypatch):
-    exchanges_by_copies(monkeypatch, True)
-    for name in device.NCCL_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    gpu(8 * GIB, 6 * GIB, n=2)
-    devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
+@pytest.fixture
+def two_gpus(gpu, monkeypatch):
+    """Chooses two GPUs that can exchange by copies, or cannot -> what `choose` returns."""
+
+    def choose(*, by_copies):
+        monkeypatch.setattr(exchange, "missing", lambda: None if by_copies else "install it")
+        monkeypatch.setattr(exchange, "begin", lambda *_: by_copies)
+        for name in device.NCCL_SETTINGS:
+            monkeypatch.delenv(name, raising=False)
+        gpu(8 * GIB, 6 * GIB, n=2)
+        return device.choose("gpu", 4 * GIB, n_devices=2)
+
+    return choose
+
+
+def test_copies_between_devices_need_no_memory(two_gpus):
+    devices, budget, context = two_gpus(by_copies=True)
     assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT)
     assert not any(name in os.environ for name in device.NCCL_SETTINGS)
     assert devices.notes == ()
@@ -81,18 +92,9 @@ def test_programs_are_launched_in_a_thread_of_their_own_unless_the_environment_s
     assert os.environ[ASYNC] == "0"
 
 
-def exchanges_by_copies(monkeypatch, are_possible):
-    monkeypatch.setattr(exchange, "missing", lambda: None if are_possible else "install it")
-    monkeypatch.setattr(exchange, "begin", lambda *_: are_possible)
-
-
-def test_what_nccl_takes_is_taken_from_the_allocator_and_kept_small(gpu, monkeypatch):
+def test_what_nccl_takes_is_taken_from_the_allocator_and_kept_small(two_gpus):
     """It takes memory of its own: without room for it 1536 MiB became 2349."""
-    exchanges_by_copies(monkeypatch, False)
-    for name in device.NCCL_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    gpu(8 * GIB, 6 * GIB, n=2)
-    devices, budget, context = device.choose("gpu", 4 * GIB, n_devices=2)
+    devices, budget, context = two_gpus(by_copies=False)
     assert (len(devices), budget, context) == (2, 4 * GIB, CONTEXT + COLLECTIVE)
     assert float(os.environ[CAP]) == pytest.approx((4 * GIB - context) / (8 * GIB), abs=1e-6)
     assert {name: os.environ[name] for name in device.NCCL_SETTINGS} == device.NCCL_SETTINGS
