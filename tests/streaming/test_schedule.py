@@ -6,6 +6,7 @@ from itertools import islice, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.schedule import MANY_AHEAD, sweeps
 from jlayer.streaming.steps import Free, Put, Read, Run
@@ -179,6 +180,7 @@ def test_the_next_tiles_are_on_their_way_before_a_sweep_waits_for_one(n_tiles, a
 @given(plans)
 def test_the_next_tile_is_called_before_one_is_waited_for_where_many_are_ahead(plan):
     """Else the device rests while the host wakes up and calls."""
+    assert PLATFORMS["gpu"].ahead >= MANY_AHEAD
     tiers, ring, ahead, _, _ = plan
     passing = [tier is not Tier.DEVICE and i not in hosted_in(plan) for i, tier in enumerate(tiers)]
     has_room = all(tier is not Tier.DISK for tier in tiers) or ring > ahead
