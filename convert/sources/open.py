@@ -16,6 +16,7 @@ from jlayer.checkpoint.agree import (
     UNSUPPORTED_DTYPE,
     check_tensors,
     find_misplaced,
+    first_few,
     gathered,
     listed,
     refused_extra,
@@ -23,7 +24,7 @@ from jlayer.checkpoint.agree import (
 )
 from jlayer.checkpoint.bitsandbytes import with_statistics
 from jlayer.checkpoint.divisors import refuse_zero_divisors
-from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, table_of
+from jlayer.checkpoint.encoded import as_pieces, form_of, found_encodings, misnamed, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_adapter, refuse_other_forms
 from jlayer.checkpoint.gguf import open_gguf
 from jlayer.checkpoint.layout import BESIDE, CONFIG, INDEX
@@ -138,6 +139,7 @@ def _open(folder, names, allow_extra):
     tables = {
         shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
     }
+    misplaced += first_few(misnamed(cfg, tables.values()))
     matrices = {}
     if form_of(cfg) and form_of(cfg).is_repacked:
         tables, matrices = to_repack(cfg, tables, misplaced)

@@ -77,12 +77,6 @@ def to_repack(
             is_piece = piece != WHOLE and name not in shapes and matrix not in done
             if is_piece and len(shapes.get(matrix, ())) == 2:
                 parts, entry = found.setdefault(matrix, {}), table.pop(name)
-                if entry[0].name.endswith(piece_name(".weight", piece)):  # a name of ours
-                    form = form_of(cfg)
-                    problems.append(
-                        f"{entry[0].name} is no tensor of {form.method}, expected "
-                        f"{form.name_of(matrix, piece)}"
-                    )
                 if piece in parts:
                     problems.append(f"{entry[0].name} is in two files, expected one")
                 parts[piece] = entry

@@ -22,6 +22,7 @@ from jlayer.families.registry import Stacked, published_tensors, stacked_tensors
 from jlayer.spec import ModelConfig
 
 WORD_BYTES = 4  # of int32
+_OWN_END = 3  # parts of a name that tell q_proj.weight.scale (ours) from q_proj.scale (of hqq)
 _NUMBERS = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _OF_EXPERT = re.compile(r"(?<=\.experts\.)[0-9]+(?=\.)")
 
@@ -144,6 +145,34 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
             )
         found[piece] = entry
     return found
+
+
+def misnamed(cfg: ModelConfig, tables: Iterable[Mapping[str, tuple]]) -> list[str]:
+    """What is wrong with the names of pieces in files: those that are ours beside others of their
+    matrix as they are published. Where all are ours (of a converted folder), nothing is.
+
+    `tables`: by file, as `as_pieces` gives them.
+    """
+    form, shapes = form_of(cfg), published_tensors(cfg)
+    if form is None:
+        return []
+    main = ENCODINGS[form.encodings[0]].main
+    published, own = set(), {}
+    for table in tables:
+        for name, (place, _) in table.items():
+            matrix, piece = split_piece(name)
+            if piece == WHOLE or name in shapes or form.name_of(matrix, piece) == name:
+                continue
+            if place.name.split(".")[-_OWN_END:] == name.split(".")[-_OWN_END:]:
+                own.setdefault(matrix, {})[piece] = place.name
+            else:
+                published.add(matrix)
+    return [
+        f"{name} is no tensor of {form.method}, expected {form.name_of(matrix, piece)}"
+        for matrix, pieces in own.items()
+        if matrix in published or main not in pieces
+        for piece, name in pieces.items()
+    ]
 
 
 def _axes_of_one(cfg, shape, piece):

@@ -15,9 +15,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from jlayer.checkpoint.agree import EXTRA, check_tensors, find_misplaced, listed, settle_head
+from jlayer.checkpoint.agree import (
+    EXTRA,
+    check_tensors,
+    find_misplaced,
+    first_few,
+    listed,
+    settle_head,
+)
 from jlayer.checkpoint.divisors import refuse_zero_divisors
-from jlayer.checkpoint.encoded import as_pieces, found_encodings, is_repacked, table_of
+from jlayer.checkpoint.encoded import as_pieces, found_encodings, is_repacked, misnamed, table_of
 from jlayer.checkpoint.foreign import adapter_notes, refuse_file, refuse_other_forms
 from jlayer.checkpoint.layout import CONFIG, INDEX, is_weight_file
 from jlayer.checkpoint.links import real_path
@@ -126,6 +133,7 @@ def open_published(folder: str) -> Published:
     tables = {
         shard: as_pieces(cfg, table, where=files[shard].path) for shard, table in tables.items()
     }
+    misplaced += first_few(misnamed(cfg, tables.values()))
     from jlayer.checkpoint.bitsandbytes import with_statistics  # numpy: not for a command's help
 
     with _reading() as read:

@@ -5,12 +5,16 @@ import json
 
 import pytest
 
+from jlayer.checkpoint.encoded import form_of
+from jlayer.checkpoint.source import read_published_config
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
+from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError, JlayerError, UnsupportedModelError
 from tests.convert.checkpoints import edit_json, tensors_of, write_tensors
-from tests.convert.quantized_kinds import CONFIG, SINGLE, write
+from tests.convert.quantized_kinds import CONFIG, KINDS, SINGLE, write
+from tests.reference.repacked_forms import FORMS as REPACKED
 
 
 def folder_of(kind, tmp_path, **added):
@@ -36,14 +40,26 @@ def test_a_piece_that_the_encoding_of_experts_does_not_have(tmp_path, one):
             attempt(folder)
 
 
-def test_a_name_of_ours_among_published_ones(tmp_path):
-    """A converted folder names a piece so; in words, as here, it would be read as bytes."""
-    published, own = f"{LAYER}self_attn.q_proj.weight_zero_point", f"{LAYER}self_attn.q_proj.weight"
-    write(tmp_path / "whole", "packed")
-    zeros = tensors_of(tmp_path / "whole" / SINGLE)[published]
-    folder = folder_of("packed", tmp_path, **{published: None, f"{own}.zero": zeros})
-    with pytest.raises(CheckpointError, match=rf"zero is no tensor of .*, expected {published}"):
-        convert_checkpoint(folder, tmp_path / "out")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_of_ours_among_published_ones(tmp_path, kind):
+    """A converted folder names a piece so; where the two differ it could be read as another."""
+    write(tmp_path / "whole", kind)
+    cfg = read_published_config(str(tmp_path / "whole"), [])[1]
+    form, tensors, n_tried = form_of(cfg), tensors_of(tmp_path / "whole" / SINGLE), 0
+    for published in tensors:
+        matrix, piece = form.split(published) or (published, None)
+        own = None if piece is None else piece_name(matrix, piece)
+        if own in (None, published) or split_piece(own) != (matrix, piece):
+            continue  # it has one name, or is none of ours
+        renamed = {own if name == published else name: one for name, one in tensors.items()}
+        write_tensors(tmp_path / "whole" / SINGLE, renamed)
+        for attempt in (Store, lambda folder: convert_checkpoint(folder, tmp_path / "out")):
+            if attempt is Store and kind in REPACKED:
+                continue
+            with pytest.raises(CheckpointError, match=f"{own} is no tensor.*expected {published}"):
+                attempt(tmp_path / "whole")
+        n_tried += 1
+    assert n_tried or kind.startswith("4")
 
 
 @pytest.mark.parametrize(
