@@ -124,7 +124,7 @@ def as_pieces(cfg: ModelConfig, table: Mapping[str, tuple], *, where: str) -> Ma
             is_main = info.dtype in form.main_dtypes and len(info.shape) >= 2
             return piece_name(name, main) if is_main else name, (place, info)
         matrix, piece = split_piece(name)
-        if piece == main and info.dtype == form.words_dtype:
+        if piece == main and info.dtype == form.words_dtype and info.shape:
             *axes, n_words = info.shape
             return name, (place, info.seen_as("uint8", (*axes, WORD_BYTES * n_words)))
         if piece not in (WHOLE, main) and matrix in stacks:

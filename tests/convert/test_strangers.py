@@ -62,6 +62,14 @@ def test_a_name_of_ours_among_published_ones(tmp_path, kind):
     assert n_tried or kind.startswith("4")
 
 
+def test_codes_that_are_one_number(tmp_path):
+    codes = f"{LAYER}self_attn.q_proj.weight_packed"
+    folder = folder_of("symmetric", tmp_path, **{codes: ("I32", (), bytes(4))})
+    for attempt in (Store, lambda folder: convert_checkpoint(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=codes):
+            attempt(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "key"), [("eetq", "modules_to_not_convert"), ("hqq", "skip_modules")]
 )
