@@ -10,7 +10,7 @@ from jlayer import AutoModel
 from jlayer.convert import convert_checkpoint
 from jlayer.engine.gpu import gpu_memories
 from jlayer.plan import making as plans
-from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
+from jlayer.streaming.devices import MESH_AXES, ROWS
 from tests.conftest import BUNDLED
 
 pytestmark = [
@@ -24,8 +24,16 @@ pytestmark = [
 IDS = np.random.default_rng(0).integers(0, 4096, (1, 40)).tolist()
 
 
-def test_what_they_exchange_is_what_xla_exchanges():
-    devices = Devices(jax.devices()[:2])
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    """Of a model, which starts JAX within its promise."""
+    folder = tmp_path_factory.mktemp("two") / "model"
+    convert_checkpoint(BUNDLED, folder)
+    with AutoModel.from_pretrained(folder, device="gpu", devices=2) as model:
+        yield model.engine.devices
+
+
+def test_what_they_exchange_is_what_xla_exchanges(devices):
     assert devices.by_copies
     for shape in ((2, 4), (512, 14336)):
         put = jax.device_put(np.random.default_rng(0).random(shape, np.float32), devices.over(ROWS))
