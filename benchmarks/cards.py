@@ -4,10 +4,11 @@ bring, in turns.
     python benchmarks/cards.py FOLDER --devices 1,2 --device-memory 1536MiB --tokens 1,64,512
     python benchmarks/cards.py FOLDER --devices 1,2 --host-share auto
 
-Each number of cards and of tokens is run by `sweep.py` in a fresh process, `--rounds` times in
-turn. Without a core of the host beside them (`--host-share 0`, as it is here unless told), the
-links do all the work, and n cards are n links. Memory is that of the fullest card by nvidia-smi.
-The last line is one JSON object.
+Each number of cards is run by `sweep.py` in a process of its own, and all take turns, pass by pass:
+what others do with the host's memory meets them alike. Without a core of the host beside them
+(`--host-share 0`, as it is here unless told), the links do all the work, and n cards are n links.
+Memory is that of the fullest card by nvidia-smi, once the process has passed through the model and
+waits for its turn, without what others hold there. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,40 +21,61 @@ import sys
 from pathlib import Path
 
 import common
+from sweep import TURN
 
 
-def sweep(args, n_devices: int, n_tokens: int) -> dict:
-    """What `sweep.py` finds, from its last line."""
-    script = Path(__file__).with_name("sweep.py")
-    words = [sys.executable, str(script), args.folder, "--no-raw", "--tokens", str(n_tokens)]
-    words += ["--sweeps", str(args.sweeps), "--devices", str(n_devices)]
-    words += ["--host-share", args.host_share, "--context", str(max(64, n_tokens))]
-    for option in ("device", "device_memory", "host_memory"):
-        if getattr(args, option):
-            words += [f"--{option.replace('_', '-')}", getattr(args, option)]
-    faults = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a crash says where
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False, env=faults)
-    for line in done.stdout.splitlines():
-        if not line.startswith("{"):
+class Cards:
+    """`sweep.py` over some cards, in a process that waits for its turns."""
+
+    def __init__(self, args, n_devices: int, n_tokens: int):
+        script, held = Path(__file__).with_name("sweep.py"), common.used_mib()
+        words = [sys.executable, str(script), args.folder, "--no-raw", "--tokens", str(n_tokens)]
+        words += ["--sweeps", str(args.turns), "--devices", str(n_devices), "--in-turn"]
+        words += ["--host-share", args.host_share, "--context", str(max(64, n_tokens))]
+        for option in ("device", "device_memory", "host_memory"):
+            if getattr(args, option):
+                words += [f"--{option.replace('_', '-')}", getattr(args, option)]
+        faults = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a crash says where
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._child = subprocess.Popen(words, env=faults, **pipes)
+        self._said: list[str] = []
+        self._wait()
+        self.n_devices, self.smi_mib = n_devices, common.used_mib() - held
+
+    def take_turn(self):
+        """Has it pass through the model once, and waits for that."""
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+        self._wait()
+
+    def found(self) -> dict:
+        """What it found; it has ended."""
+        if self._child.wait():
+            raise SystemExit(f"sweep.py over {self.n_devices} ended with {self._child.returncode}")
+        for line in self._said[:-1]:
             common.say(f"  {line}")
-    done.check_returncode()
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {**found["sweeps"][0], "devices": n_devices, "smi_peak_mib": found["smi_peak_mib"]}
+        row = json.loads(self._said[-1])["sweeps"][0]
+        return {**row, "devices": self.n_devices, "smi_mib": self.smi_mib}
+
+    def _wait(self):
+        for line in self._child.stdout:
+            if line.strip() == TURN:
+                return
+            self._said.append(line.strip())
 
 
-def gained(rows: list[dict]) -> list[dict]:
-    """Of the rows of one round: how many times as fast as the first number of cards each is, over
-    the same tokens, and the bytes that all links bring a second."""
-    first = {row["tokens"]: row for row in reversed(rows)}
-    return [
-        {
-            "devices": row["devices"],
-            "tokens": row["tokens"],
-            "times_as_fast": first[row["tokens"]]["sweep_s"]["median"] / row["sweep_s"]["median"],
-            "bytes_per_s": row["put_bytes_per_s"],
-        }
-        for row in rows
-    ]
+def in_turns(args, numbers: list[int], n_tokens: int) -> list[dict]:
+    """What each number of cards takes, and how many times as fast as the first it is: turn by
+    turn."""
+    of_all = [Cards(args, n, n_tokens) for n in numbers]
+    for _ in range(args.turns):
+        for cards in of_all:
+            cards.take_turn()
+    rows = [cards.found() for cards in of_all]
+    for row in rows:
+        pairs = zip(rows[0]["seconds"], row["seconds"], strict=True)
+        row["times_as_fast"] = common.summary([first / own for first, own in pairs])
+    return rows
 
 
 def main():
@@ -65,28 +87,20 @@ def main():
     parser.add_argument("--host-memory")
     parser.add_argument("--host-share", default="0")
     parser.add_argument("--tokens", default="1,64,512")
-    parser.add_argument("--sweeps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=12)
     args = parser.parse_args()
     numbers, sizes = ([int(n) for n in words.split(",")] for words in (args.devices, args.tokens))
-    result = {"card": common.card(), "options": {**vars(args), "folder": None}, "rounds": []}
-    for number in range(args.rounds):
-        common.say(f"round {number + 1}")
-        rows = [sweep(args, n, n_tokens) for n_tokens in sizes for n in numbers]
-        result["rounds"].append(rows)
-    rounds = [gained(rows) for rows in result["rounds"]]
-    result["gained"] = []
-    for of_all in zip(*rounds, strict=True):
-        of_all = list(of_all)
-        times = common.summary([row["times_as_fast"] for row in of_all])
-        speeds = common.summary([row["bytes_per_s"] for row in of_all])
-        result["gained"].append({**of_all[0], "times_as_fast": times, "bytes_per_s": speeds})
-        common.say(
-            f"{of_all[0]['tokens']:5} tokens, {of_all[0]['devices']} cards: "
-            f"{times['median']:.3f} times as fast as {numbers[0]} ({times['min']:.3f}-"
-            f"{times['max']:.3f}); {speeds['median'] / 1e9:.1f} GB/s"
-        )
-    result["smi_peak_mib"] = max(row["smi_peak_mib"] for rows in result["rounds"] for row in rows)
+    result = {"card": common.card(), "options": {**vars(args), "folder": None}, "rows": []}
+    for n_tokens in sizes:
+        for row in in_turns(args, numbers, n_tokens):
+            result["rows"].append(row)
+            times, seconds = row["times_as_fast"], row["sweep_s"]
+            common.say(
+                f"{n_tokens:5} tokens, {row['devices']} cards: {seconds['median']:.3f} s "
+                f"({seconds['min']:.3f}-{seconds['max']:.3f}), {times['median']:.3f} times as fast "
+                f"as {numbers[0]} ({times['min']:.3f}-{times['max']:.3f}); "
+                f"{row['put_bytes_per_s'] / 1e9:.1f} GB/s; {row['smi_mib']} MiB"
+            )
     common.last_line(result)
 
 

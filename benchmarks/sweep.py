@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import sys
 import time
 
 import common
+
+TURN = "turn"
 
 
 def weight_files(folder: str) -> list[str]:
@@ -32,8 +35,15 @@ def in_use(model) -> int | None:
     return (model.engine.devices.first.memory_stats() or {}).get("bytes_in_use")
 
 
-def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
-    """Seconds of sweeps of `n_tokens`, after a first one that compiles and fills what stays."""
+def in_turn() -> None:
+    """Waits for its turn: `cards.py`, which runs others between, says it by a line."""
+    common.say(TURN)
+    sys.stdin.readline()
+
+
+def measure(model, n_tokens: int, n_sweeps: int, context: int, before=lambda: None) -> dict:
+    """Seconds of sweeps of `n_tokens`, after a first one that compiles and fills what stays.
+    `before`: called before each."""
     began = time.perf_counter()
     from jlayer.plan.shapes import RunShape
 
@@ -42,19 +52,21 @@ def measure(model, n_tokens: int, n_sweeps: int, context: int) -> dict:
     ids = [(7 * i) % model.config.vocab_size for i in range(n_tokens)]
     forward.sweep([ids], [0])
     first_s = time.perf_counter() - began
-    seconds, before = [], model.engine.totals.put_bytes
+    seconds, put = [], model.engine.totals.put_bytes
     read, stall = model.engine.totals.read_bytes, model.engine.totals.stall_s
     for _ in range(n_sweeps):
+        before()
         began = time.perf_counter()
         forward.sweep([ids], [0])
         seconds.append(time.perf_counter() - began)
-    put = (model.engine.totals.put_bytes - before) / n_sweeps
+    put = (model.engine.totals.put_bytes - put) / n_sweeps
     forward.close()
     found = common.summary(seconds)
     return {
         "tokens": n_tokens,
         "first_s": first_s,
         "sweep_s": found,
+        "seconds": seconds,
         "put_bytes": put,
         "read_bytes": (model.engine.totals.read_bytes - read) / n_sweeps,
         "put_bytes_per_s": put / found["median"],
@@ -80,6 +92,7 @@ def main():
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--sweeps", type=int, default=5)
     parser.add_argument("--disk", action="store_true", help="keep nothing: all from disk")
+    parser.add_argument("--in-turn", action="store_true", help="wait for a line before each sweep")
     parser.add_argument("--no-raw", action="store_true", help="do not measure link and disk")
     args = parser.parse_args()
     files = weight_files(args.folder)
@@ -106,7 +119,10 @@ def main():
         )
         result["sweeps"] = []
         for n_tokens in map(int, args.tokens.split(",")):
-            found = measure(model, n_tokens, args.sweeps, max(args.context, n_tokens))
+            context = max(args.context, n_tokens)
+            found = measure(
+                model, n_tokens, args.sweeps, context, *([in_turn] if args.in_turn else ())
+            )
             result["sweeps"].append(found)
             share = found["put_bytes_per_s"] / result.get("raw_link", {"median": 1e9})["median"]
             common.say(
