@@ -69,13 +69,13 @@ class AutoModel:
         tokenizer, a folder or a hub id, which stays on the device and guesses tokens. `host_share`:
         of the weights in host memory, the share that its own cores multiply where they lie, from 0
         to 1; "auto": as measured, where it pays. `watch` is told what opening does, and becomes the
-        model's own. Further options: `device` ("cpu" or "gpu"), `devices` (how many, or "all": each
-        gets its share of the rows of every layer, over its own link, and has `device_memory`),
-        `coordinator`, `processes` and `process_id` (one model on several hosts: docs/hosts.md),
-        `context`, `follow_links` (take what links in the folder lead to outside), and those of
-        transformers: what has a meaning here is taken (`device_map`, `torch_dtype`, `revision`,
-        `local_files_only`), what changes nothing is passed over (`trust_remote_code`: code in a
-        checkpoint is never run), the rest is refused.
+        model's own. Further options: `adapter` (a folder, as PEFT saves it: docs/adapters.md),
+        `device` ("cpu" or "gpu"), `devices` (how many, or "all": each has `device_memory`, and its
+        share of the rows of every layer), `coordinator`, `processes` and `process_id` (several
+        hosts: docs/hosts.md), `context`, `follow_links` (take what links in the folder lead to
+        outside), and those of transformers: what has a meaning here is taken (`device_map`,
+        `torch_dtype`, `revision`, `local_files_only`), what changes nothing is passed over
+        (`trust_remote_code`: code in a checkpoint is never run), the rest is refused.
 
         Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.

@@ -23,6 +23,7 @@ class RunConfig:
     keeps_layers: bool = True  # False: every forward pass reads all layers from disk
     host_share: float | None = None  # of the rows in host memory, multiplied there; None: auto
     draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
+    adapter: str | None = None  # the folder of a low-rank adapter that is used beside the weights
     devices: int | None = 1  # its first so many; None: all
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
     coordinator: str | None = None  # of several processes, ADDR:PORT where number 0 listens
@@ -58,8 +59,9 @@ class RunConfig:
         for name, least in (("processes", 1), ("process_id", 0)):
             if options.get(name) is not None:
                 options[name] = _number(options[name], name, least)
-        if options.get("draft") is not None:
-            options["draft"] = _path(options["draft"], option="draft")
+        for name, expected in (("draft", "a folder or a hub id"), ("adapter", "a folder")):
+            if options.get(name) is not None:
+                options[name] = _path(options[name], name, expected)
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
@@ -96,7 +98,7 @@ def _number(value, option, least, more=""):
     return int(words)
 
 
-def _path(value, *, option):
+def _path(value, option, expected):
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise UsageError(f"{option}: found {value!r:.80}, expected a folder or a hub id")
+        raise UsageError(f"{option}: found {value!r:.80}, expected {expected}")
     return os.fspath(value)

@@ -23,6 +23,7 @@ from jlayer.parts import (
     Experts,
     Latent,
     Logits,
+    LowRanks,
     Mlp,
     Norm,
     Places,
@@ -64,7 +65,8 @@ class ModelConfig:
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
-    `quantized`: what is said of published weights that are no plain numbers.
+    `quantized`: what is said of published weights that are no plain numbers. `adapter`: what is
+    added to some matrices, by an adapter that is used beside them.
     """
 
     model_type: str
@@ -94,6 +96,7 @@ class ModelConfig:
     layer_scalar: bool = False
     logits: Logits = Logits()
     quantized: Quantized | None = None
+    adapter: LowRanks | None = None
 
     @property
     def attention(self) -> Attention | Latent:
@@ -121,6 +124,7 @@ class Role(Enum):
 
     MATRIX = "matrix"
     BIAS = "bias"  # streamed with the rows of its matrix
+    LOW_RANK = "low rank"  # of an adapter: with the rows of its matrix, or for all of them
     NORM = "norm"
     EXACT = "exact"  # float32, whatever is computed in
     TABLE = "table"
@@ -129,6 +133,7 @@ class Role(Enum):
 PLACE_OF = {
     Role.MATRIX: Place.TILE,
     Role.BIAS: Place.TILE,
+    Role.LOW_RANK: Place.TILE,
     Role.NORM: Place.DEVICE,
     Role.EXACT: Place.DEVICE,
     Role.TABLE: Place.ROWS,
@@ -141,9 +146,9 @@ class Leaf:
 
     `name`: in our trees. `published`: on disk, without the layer prefix. `axes`: in words; the
     sizes of those of one kind of layer are in `sizes`, the others in `axis_sizes`. `of`: the matrix
-    that a bias belongs to. `n_experts`: each of so many experts has one, with its number for
-    `{expert}` in the published name; 0: the layer has one. `moves`: a function reads it uncut, and
-    it is too large to stay on the device: it is streamed as one tile.
+    that a bias belongs to, or what an adapter adds. `n_experts`: each of so many experts has one,
+    with its number for `{expert}` in the published name; 0: the layer has one. `moves`: a function
+    reads it uncut, and it is too large to stay on the device: it is streamed as one tile.
     """
 
     name: str

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import described, table
 from jlayer.app.cli import main
 from jlayer.measure import bench as measuring
+from tests.adapters import write_adapter
 from tests.conftest import BUNDLED, REPOSITORY
 from tests.programs import few_shapes
 
@@ -94,6 +95,7 @@ TESTED = {
     "jlayer convert path/to/Llama-3-8B path/to/Llama-3-8B-tuned --merge path/to/adapter": By(
         "tests/convert/test_merge.py"
     ),
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --adapter path/to/adapter': Here(),
     "jlayer convert path/to/Llama-3-8B path/to/rows-0-of-2 --rows 0/2": Here(),
     "jlayer convert path/to/Llama-3-8B path/to/rows-1-of-2 --rows 1/2": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),
@@ -219,6 +221,7 @@ def mine(tmp_path):
     (tmp_path / "requests.jsonl").write_text(json.dumps(line))
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-8B")
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-70B")
+    write_adapter(tmp_path / "adapter", BUNDLED)
     return lambda text: text.replace("path/to", str(tmp_path))
 
 

@@ -270,7 +270,8 @@ def _key(ref, run, served):
 
     offline = run.pop("offline", False)
     config = RunConfig.from_options(**run)
-    store = Store(local_folder(ref, offline=offline), follow_links=config.follow_links)
+    how = {"follow_links": config.follow_links, "adapter": config.adapter}
+    store = Store(local_folder(ref, offline=offline), **how)
     context = config.context or store.cfg.max_position_embeddings
     dtype = config.dtype or store.float_dtype
     return key_of(store, dtype=dtype, context_limit=context, **served)

@@ -41,11 +41,12 @@ def add_arguments(parser) -> None:
     options.add_run(parser)
     options.add_context(parser)
     options.add_offline(parser)
+    options.add_adapter(parser)
     options.add_follow_links(parser)
 
 
 def run(args) -> dict:
-    run_options = options.given(args, *options.RUN, "context", "follow_links")
+    run_options = options.given(args, *options.RUN, "context", "adapter", "follow_links")
     tasks = _check(args, run_options)
     with (
         opened(args.ref, offline=args.offline, **run_options) as model,

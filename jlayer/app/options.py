@@ -96,6 +96,11 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", metavar="REF", help=line)
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    line = "a low-rank adapter, as PEFT saves it, that is used beside the weights"
+    parser.add_argument("--adapter", metavar="FOLDER", help=line)
+
+
 def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not use the network")
 

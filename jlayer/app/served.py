@@ -25,13 +25,16 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
     options.add_processes(parser)
     options.add_draft(parser)
+    options.add_adapter(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
 
 
 def run_options(args: argparse.Namespace) -> dict:
-    return options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links")
+    return options.given(
+        args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+    )
 
 
 def template_of(args: argparse.Namespace) -> str | None:

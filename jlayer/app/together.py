@@ -19,7 +19,7 @@ from jlayer.run_config import RunConfig
 # what process 0 alone reads, writes, listens at and shows, and what is secret.
 OWN = frozenset(
     (
-        *("ref", "draft", "follow_links", "offline", "host_memory"),
+        *("ref", "draft", "adapter", "follow_links", "offline", "host_memory"),
         *("coordinator", "processes", "process_id"),
         *("input", "output", "prompt_file", "state", "timeline"),
         *("host", "port", "api_key", "api_key_file"),

@@ -19,9 +19,18 @@ from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import SourceFile, names_in, read_shard, regular_file
+from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.adapted import A_END, B_END, multiplied
 from jlayer.families.fields import Fields, printable
-from jlayer.families.registry import family_of, head_leaf, published_tensors
+from jlayer.families.registry import (
+    family_of,
+    head_leaf,
+    layer_kinds,
+    layer_tensor_name,
+    published_tensors,
+)
+from jlayer.parts import LowRanks
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
@@ -105,6 +114,68 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
         for name, module in named.items()
     }
     return Adapter(folder, file, tensors, matrices, raw)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An adapter as it is used beside the weights of a model: its tensors by the names that they
+    have there, each in the adapter's file, and their encodings."""
+
+    low_ranks: LowRanks
+    tensors: dict[str, TensorEntry]
+    forms: dict[str, str]
+
+
+def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
+    """Raises UnsupportedModelError for one that can only be merged, or CheckpointError where its
+    numbers are not all finite."""
+    lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
+    others = adapter.matrices.keys() - _multiplied(cfg)
+    if lengths or others:
+        what = "scales the rows of" if lengths else "changes what is not multiplied row by row:"
+        raise UnsupportedModelError(
+            f"{adapter.folder}: {what} {listed(sorted(lengths or others))}, which is not done as "
+            "layers stream; merge it: jlayer convert MODEL TARGET --merge ADAPTER"
+        )
+    _check_finite(adapter)
+    tensors, forms = {}, {}
+    for name, added in adapter.matrices.items():
+        stem = name.removesuffix("weight")
+        tensors[stem + A_END], tensors[stem + B_END] = (
+            adapter.tensors[one] for one in (added.a, added.b)
+        )
+        forms[stem + A_END] = FOR_ALL_ROWS[adapter.tensors[added.a].dtype].name
+        forms[stem + B_END] = adapter.tensors[added.b].dtype
+    rows = ((name, added.rank, added.scale) for name, added in adapter.matrices.items())
+    return Beside(LowRanks(tuple(sorted(rows))), tensors, forms)
+
+
+def _check_finite(adapter):
+    """Reads it once: it is small."""
+    import ml_dtypes  # not for a command's help
+    import numpy as np
+
+    with open(adapter.file.real, "rb") as file:
+        for name, entry in adapter.tensors.items():
+            file.seek(entry.offset)
+            raw = np.frombuffer(
+                file.read(entry.n_bytes), getattr(ml_dtypes, entry.dtype, entry.dtype)
+            )
+            if not np.isfinite(raw).all():
+                raise CheckpointError(
+                    f"{adapter.file.path}: {name} has NaN or infinite numbers, expected finite "
+                    "ones; fetch the file again, or take an earlier state of the adapter"
+                )
+
+
+def _multiplied(cfg):
+    """The published names of the matrices that are multiplied by rows, without experts."""
+    found = {head_leaf(cfg).published}
+    for layer, kind in enumerate(layer_kinds(cfg)):
+        own = multiplied(kind)
+        leaves = (leaf for leaf in kind.leaves if leaf.name in own)
+        found |= {layer_tensor_name(cfg, leaf, layer) for leaf in leaves}
+    return found
 
 
 def _check_names(folder):

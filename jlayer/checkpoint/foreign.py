@@ -19,8 +19,9 @@ from jlayer.strict import close, open_regular, read_json_object
 _ADAPTER = re.compile(r"adapter_(model\.(safetensors|bin)|config\.json)")
 _ADAPTER_CONFIG = "adapter_config.json"
 _BASE = "base_model_name_or_path"
-_MERGE = (
-    "merge it into its base model (jlayer convert BASE TARGET --merge ADAPTER) and take the result"
+_USE = (
+    "give it beside its base model (jlayer generate BASE --adapter ADAPTER), or merge it into that "
+    "(jlayer convert BASE TARGET --merge ADAPTER)"
 )
 _TAKE = "take the model's checkpoint of safetensors files"
 _ITS_FILE = "take the model's own file, which ends in .gguf"
@@ -110,7 +111,7 @@ def adapter_notes(folder: str, names: Iterable[str]) -> list[str]:
         return []
     return [
         f"{os.path.join(folder, found[0])}: an adapter (LoRA) beside the weights, which is not "
-        f"applied; to apply it, {_MERGE}"
+        f"applied; to apply it, {_USE}"
     ]
 
 
@@ -121,7 +122,8 @@ def refuse_adapter(folder: str, names: Iterable[str]) -> None:
     if found:
         raise UnsupportedModelError(
             f"{folder}: an adapter (LoRA) without the model that it is for ({found[0]}"
-            f"{_base_of(folder, found)}), which is not supported; {_MERGE}"
+            f"{_base_of(folder, found)}), which is not supported; take the model's own folder, and "
+            f"{_USE}"
         )
 
 

@@ -6,10 +6,12 @@ room does not distinguish them.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from jlayer.checkpoint.adapter import beside, read_adapter
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.foreign import adapter_notes
 from jlayer.checkpoint.gguf import open_gguf
@@ -76,12 +78,18 @@ class Store:
     in a published folder lead to outside of it, and name them in a note. (Files of a layered folder
     may lie anywhere: the manifest vouches for them.) `host`: the one that reads its own rows, where
     several run the model; a folder may hold these alone, and rows are numbered as in the whole
-    model all the same. Raises CheckpointError if the folder is incomplete, damaged, of another
-    form, or holds the rows of another host.
+    model all the same. `adapter`: the folder of one that is used beside the weights: its
+    tensors are among those of the model, under names of their own. Raises CheckpointError if the
+    folder is incomplete, damaged, of another form, or holds the rows of another host.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, *, follow_links: bool = False, host: Host | None = None
+        self,
+        folder: str | os.PathLike,
+        *,
+        follow_links: bool = False,
+        host: Host | None = None,
+        adapter: str | os.PathLike | None = None,
     ):
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
@@ -92,6 +100,8 @@ class Store:
         self._where: dict[str, tuple[str, TensorEntry]]
         self._nested: dict[str, Nested] = {}  # by the name of a piece that is stored as codes
         self._spans: dict[str, Span] = {}  # of tensors of which only some rows are here
+        self.adapter_digest: str | None = None
+        self._beside: dict[str, str] = {}  # an adapter's tensor -> its encoding
         if is_layered(self.folder):
             self._open_layered(host)
         else:
@@ -99,6 +109,8 @@ class Store:
                 opened = open_gguf if is_gguf(self.folder) else open_published
                 self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
+        if adapter is not None:
+            self._take_adapter(read_adapter(adapter, self.cfg))
 
     def _open_layered(self, host):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
@@ -122,6 +134,16 @@ class Store:
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
+    def _take_adapter(self, adapter):
+        """Its fingerprint is another one: so are its tokens."""
+        found = beside(adapter, self.cfg)
+        self.cfg = replace(self.cfg, adapter=found.low_ranks)
+        self._where |= {name: (adapter.file.path, entry) for name, entry in found.tensors.items()}
+        self._beside, self.adapter_digest = found.forms, adapter.digest
+        self.identities = {**self.identities, adapter.file.path: adapter.file.identity}
+        both = f"{self.fingerprint} {self.adapter_digest}"
+        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+
     def form_of(self, tensor: str) -> str:
         """The name of a published tensor's encoding on disk: a dtype, or a scheme."""
         return self._forms[tensor]
@@ -130,15 +152,17 @@ class Store:
     def _forms(self):
         """Encodings by tensor; cached, since a plan asks for every tensor many times."""
         if self.quantization is None:
-            return {name: entry.form for name, (_, entry) in self._where.items()}
+            return {name: entry.form for name, (_, entry) in self._where.items()} | self._beside
         schemes = {
             name: self.quantization.scheme_of(name, shape)
             for name, shape in published_tensors(self.cfg).items()
+            if name not in self._beside
         }
-        return {
+        forms = {
             name: scheme.name if scheme else self._where[name][1].dtype
             for name, scheme in schemes.items()
         }
+        return forms | self._beside
 
     @property
     def float_dtype(self) -> str:
@@ -181,9 +205,13 @@ class Store:
 
     @property
     def vectors(self) -> list[str]:
-        """The tensors that are no matrices: norms and biases."""
+        """The tensors of the model that are no matrices: norms and biases."""
         shapes = published_tensors(self.cfg)
-        return [name for name, shape in shapes.items() if not is_matrix(name, shape)]
+        return [
+            name
+            for name, shape in shapes.items()
+            if not is_matrix(name, shape) and name not in self._beside
+        ]
 
     def rows_segment(self, tensor: str, *, first_row: int, n_bytes: int) -> Segment:
         """The bytes of consecutive rows of a tensor. Raises CheckpointError where the folder has

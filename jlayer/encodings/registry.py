@@ -24,6 +24,8 @@ _ROWS = (
 )
 ENCODINGS: dict[str, Encoding] = {row.name: row for row in _ROWS}
 assert len(ENCODINGS) == len(_ROWS), "two encodings have one name"
+# Of arrays that stand beside a matrix, and are no matrices.
+_BESIDE = {row.name: row for row in plain.FOR_ALL_ROWS.values()}
 # The encodings that the converter can quantize to.
 SCHEMES: dict[str, Grouped] = {row.name: row for row in (INT8, INT4)}
 # The names of the pieces of all encodings; which there are does not depend on a matrix's shape.
@@ -31,7 +33,7 @@ _PIECES = {piece for row in _ROWS for piece in row.pieces((1, row.width_unit))} 
 
 
 def encoding(name: str) -> Encoding:
-    return ENCODINGS[name]
+    return ENCODINGS.get(name) or _BESIDE[name]
 
 
 def piece_names(name: str) -> frozenset[str]:

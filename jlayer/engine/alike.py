@@ -19,7 +19,7 @@ from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
 
 # Options of a run that a host has for itself.
-OWN = ("host_memory", "coordinator", "processes", "process_id", "follow_links")
+OWN = ("host_memory", "coordinator", "processes", "process_id", "follow_links", "adapter")
 # The most of all hosts; of everything else they have the least.
 MOST = ("context_bytes", "baseline_bytes")
 
@@ -42,9 +42,10 @@ def opened(folder: str | os.PathLike, run: RunConfig, hosts: Hosts | None) -> St
     """The weights of a model, of which each host may have its own rows alone. Raises
     CheckpointError, UnsupportedModelError or StorageError, and UsageError in every process where
     options, versions or the model differ in one."""
+    how = {"follow_links": run.follow_links, "adapter": run.adapter}
     if hosts is None:
-        return Store(folder, follow_links=run.follow_links)
-    store = Store(folder, follow_links=run.follow_links, host=Host(hosts.number, hosts.n))
+        return Store(folder, **how)
+    store = Store(folder, **how, host=Host(hosts.number, hosts.n))
     _compare(run, store)
     return store
 
@@ -60,6 +61,7 @@ def _compare(run, store):
             **options,
             "the model's config": _digest(repr(store.cfg)),
             "the model's weights": _digest(repr(weights)),
+            "the adapter": store.adapter_digest,
         }
     )
 

@@ -74,7 +74,7 @@ def _matrix(store, weights, reader, checks, leaf, tensor, device):
         (whole,) = pieces.values()
         return jax.device_put(scaled_rows(whole), device)
     put = {piece: jax.device_put(array, device) for piece, array in pieces.items()}
-    return weight(put, encoding=parts[0].form, block_bytes=BLOCK_BYTES[platform])
+    return weight(put, form=parts[0].form, block_bytes=BLOCK_BYTES[platform])
 
 
 def _read(store, reader, checks, part):

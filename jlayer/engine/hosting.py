@@ -17,7 +17,7 @@ import numpy as np
 
 from jlayer.cores.cores import Cores, Jobs, Matrix, padded_columns
 from jlayer.cores.topology import topology
-from jlayer.families.base import Stage, bias_name
+from jlayer.families.base import Stage, bias_name, low_rank_names
 from jlayer.model.ops import final_logits
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Tile
@@ -127,6 +127,7 @@ class HostedStage:
         firsts = accumulate(heights.values(), initial=0)
         self._firsts = dict(zip(heights, firsts, strict=False))
         self._x: np.ndarray | None = None
+        self._x32: np.ndarray | None = None
         self._waiting: list[HostedTile] = []  # not begun yet
         self._begun: list[HostedTile] = []
         self._product = None
@@ -175,11 +176,13 @@ class HostedStage:
         self._product.finish()
         self._product = None
         for one in self._begun:
-            biases = {name: one.views.get(bias_name(name)) for name in one.tile.heights}
-            if any(bias is not None for bias in biases.values()):
-                for name, place in self._places(one.tile).items():
-                    if biases[name] is not None:
-                        place += biases[name].astype(np.float32)
+            scales = {leaf: s for group in one.tile.stage.groups for leaf, s in group.scales}
+            for name, place in self._places(one.tile).items():
+                if name in scales:
+                    a, b = (one.views[each].astype(np.float32) for each in low_rank_names(name))
+                    place += np.float32(scales[name]) * ((self._in_float32() @ a.T) @ b.T)
+                if (bias := one.views.get(bias_name(name))) is not None:
+                    place += bias.astype(np.float32)
         self._begun = []
 
     def _all_places(self):
@@ -196,6 +199,12 @@ class HostedStage:
             begin = self._firsts[name] + first_rows[name]
             places[name] = self._landing.memory[:n_rows, begin : begin + height]
         return places
+
+    def _in_float32(self):
+        """The real rows of all chunks [C, in] in float32: what an adapter's part is computed in."""
+        if self._x32 is None:
+            self._x32 = self._input().astype(np.float32)
+        return self._x32
 
     def _input(self):
         """The real rows of all chunks [C, in]: bfloat16 as it is, else float32."""
@@ -233,7 +242,7 @@ def matrices_of(tile: Tile, views: Mapping[str, np.ndarray]) -> dict[str, Matrix
     pieces: dict[str, dict] = {}
     of = {}
     for part in tile.parts:
-        if part.piece or len(part.shape) == 2:  # a piece for all rows has one axis
+        if part.of is None:
             pieces.setdefault(part.matrix, {})[part.piece] = views[part.leaf]
             if part.has_rows:
                 of[part.matrix] = part

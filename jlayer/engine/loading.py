@@ -14,8 +14,8 @@ from jlayer.errors import UsageError
 
 # Name -> (values that ask for nothing, what to do instead). Each would change what is loaded.
 REFUSED = {
-    "adapter_kwargs": ((None, {}), "merge the adapter into the weights first"),
-    "adapter_name": ((None, "default"), "merge the adapter into the weights first"),
+    "adapter_kwargs": ((None, {}), "give its folder as adapter"),
+    "adapter_name": ((None, "default"), "give its folder as adapter"),
     "compression": ((None,), "convert the model with --quantize int4 or int8, and open the result"),
     "config": ((None,), "change config.json in the folder"),
     "delete_original": ((None, False), "jlayer convert has --delete-source"),

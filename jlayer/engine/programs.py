@@ -312,7 +312,7 @@ class Programs:
             pieces.setdefault(part.matrix, {})[part.piece] = arrays[part.leaf]
             forms[part.matrix] = part.form
         return {
-            name: weight(pieces_of_leaf, encoding=forms[name], block_bytes=self._block_bytes)
+            name: weight(pieces_of_leaf, form=forms[name], block_bytes=self._block_bytes)
             for name, pieces_of_leaf in pieces.items()
         }
 

@@ -113,18 +113,25 @@ class Group:
 
     A tile holds the same rows of each matrix. `combine` names the pure function of
     `model.stages` that combines the products, and `how` is its form; None for a single matrix.
-    `product` names the result.
+    `product` names the result. `scales`: (a matrix, by what an adapter's part of its product is
+    multiplied).
     """
 
     product: str
     leaves: tuple[str, ...]
     combine: str | None = None
     how: object = None
+    scales: tuple[tuple[str, float], ...] = ()
 
 
 def bias_name(matrix: str) -> str:
     """The name in our trees of the bias of a matrix."""
     return f"{matrix}_bias"
+
+
+def low_rank_names(matrix: str) -> tuple[str, str]:
+    """The names in our trees of what an adapter has for a matrix: A [rank, in], B [out, rank]."""
+    return f"{matrix}_lora_a", f"{matrix}_lora_b"
 
 
 def one(leaf: str) -> Group:
@@ -296,7 +303,7 @@ class LayerKind:
                 yield from ((stage, expert) for stage in stages)
 
     def with_bias(self, matrix: str) -> tuple[Leaf, ...]:
-        """A matrix and, if the model has it, its bias."""
+        """A matrix and, if the model has them, its bias and what an adapter adds."""
         return (self.leaf(matrix), *(leaf for leaf in self.leaves if leaf.of == matrix))
 
     def kept_in(self, place: Place) -> tuple[Leaf, ...]:

@@ -25,6 +25,7 @@ from jlayer.families import (
     phi,
     qwen_next,
 )
+from jlayer.families.adapted import A_END, B_END, adapted_kinds, low_rank_leaves, with_scales
 from jlayer.families.base import (
     FINAL_NORM,
     LAYER_PREFIX,
@@ -50,7 +51,7 @@ FAMILIES: dict[str, Family] = {
 
 # How the names of tensors with two axes end that are used whole, as published: norms of heads
 # (Cohere), routers, the gates of shared experts, correction biases (Ernie), the matrix that makes
-# keys and values of a latent, or those that do.
+# keys and values of a latent, or those that do; and what an adapter has beside a matrix.
 _LATENT = (".kv_b_proj.weight", ".k_b_proj.weight", ".v_b_proj.weight")
 _WHOLE = (
     "norm.weight",
@@ -61,6 +62,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
+    *(f".{end}" for end in (A_END, B_END)),
     *_LATENT,
 )
 
@@ -76,7 +78,10 @@ def family_of(cfg: ModelConfig) -> Family:
 @lru_cache(maxsize=64)
 def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
     """The kind of each decoder layer, with the leaves that this model has."""
-    return family_of(cfg).kinds(cfg)
+    kinds = family_of(cfg).kinds(cfg)
+    if cfg.adapter is None:
+        return kinds
+    return adapted_kinds(cfg, kinds, lambda leaf, layer: layer_tensor_name(cfg, leaf, layer))
 
 
 @lru_cache(maxsize=64)
@@ -107,9 +112,9 @@ def final_norm_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
 
 def final_leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     """The leaves after the layers: the final norm and, unless tied to the embedding, the head; and
-    its bias, if it has one."""
+    what stands beside it."""
     head = () if cfg.tie_word_embeddings else (family_of(cfg).head_matrix,)
-    return (*final_norm_leaves(cfg), *head, *head_biases(cfg))
+    return (*final_norm_leaves(cfg), *head, *beside_head(cfg))
 
 
 def head_leaf(cfg: ModelConfig) -> Leaf:
@@ -118,20 +123,28 @@ def head_leaf(cfg: ModelConfig) -> Leaf:
     return family.embedding if cfg.tie_word_embeddings else family.head_matrix
 
 
-def head_biases(cfg: ModelConfig) -> tuple[Leaf, ...]:
-    """The bias of the head; () where it has none."""
-    if not cfg.head_bias:
-        return ()
-    published = family_of(cfg).head_matrix.published.removesuffix("weight") + "bias"
-    matrix = head_leaf(cfg).name
-    return (Leaf(bias_name(matrix), published, ("vocab",), Role.BIAS, of=matrix),)
+def beside_head(cfg: ModelConfig) -> tuple[Leaf, ...]:
+    """The bias of the head, and what an adapter adds to it; () where it has none."""
+    found, matrix = [], head_leaf(cfg)
+    if cfg.head_bias:
+        published = family_of(cfg).head_matrix.published.removesuffix("weight") + "bias"
+        found.append(Leaf(bias_name(matrix.name), published, ("vocab",), Role.BIAS, of=matrix.name))
+    if added := _added_to_head(cfg):
+        found += low_rank_leaves(cfg, matrix, added[0])
+    return tuple(found)
+
+
+def _added_to_head(cfg):
+    """(rank, scale) of what an adapter adds to the head; None: nothing."""
+    return cfg.adapter and cfg.adapter.of_matrix.get(head_leaf(cfg).published)
 
 
 @lru_cache(maxsize=64)
 def head_stage(cfg: ModelConfig) -> Stage:
     """The stage after the last layer; its products are the logits."""
-    groups = (one(head_leaf(cfg).name),)
-    return Stage("head", groups, input=head_input(cfg), logits=cfg.logits)
+    groups, added = (one(head_leaf(cfg).name),), _added_to_head(cfg)
+    stage = Stage("head", groups, input=head_input(cfg), logits=cfg.logits)
+    return with_scales(stage, {head_leaf(cfg).name: added[1]}) if added else stage
 
 
 def head_input(cfg: ModelConfig) -> Function:

@@ -81,7 +81,7 @@ def main_form(plan: Plan) -> str:
     n_bytes: dict[str, int] = {}
     for tile, _ in [pair for pair in certain if pair[1] is not Tier.DEVICE] or certain:
         for part in tile.parts:
-            if len(part.shape) == 2:
+            if len(part.shape) == 2 and part.of is None:
                 n_bytes[part.form] = n_bytes.get(part.form, 0) + part.n_bytes
     return max(n_bytes, key=n_bytes.get)
 

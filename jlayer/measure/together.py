@@ -58,7 +58,7 @@ def together(plan: Plan, speeds: HostSpeeds | None, n_tokens: int) -> Together |
         return None
     passing = [index for index, tier in enumerate(plan.tiers) if tier is not Tier.DEVICE]
     parts = [part for index in passing for part in plan.tiling.shapes[index].parts]
-    forms = {part.form for part in parts if len(part.shape) == 2}  # of biases nobody asks
+    forms = {part.form for part in parts if part.of is None and len(part.shape) == 2}
     if not forms <= dict(speeds.forms).keys():
         return None
     return Together(

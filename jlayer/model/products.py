@@ -18,7 +18,7 @@ from flax import struct
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import block_rows
 from jlayer.encodings.linear import ORDER
-from jlayer.encodings.registry import ENCODINGS
+from jlayer.encodings.registry import ENCODINGS, encoding
 from jlayer.model.blocks import DECODE_BLOCKS
 from jlayer.model.codes import in_order, in_rows
 from jlayer.model.decoding import DECODE_GROUPED
@@ -84,16 +84,17 @@ class ScaledRows:
     scale: jax.Array  # [out] float32
 
 
-def weight(pieces: dict, *, encoding: str, block_bytes: int):
+def weight(pieces: dict, *, form: str, block_bytes: int):
     """A vector, or some rows of a matrix, from its pieces: an array if it is plain; InputsFirst if
-    it is plain but for their order; else Encoded.
+    it is plain but for their order; else Encoded. `form`: the name of its encoding.
 
     A plain array inside a blob is sliced out; pieces of other encodings stay inside.
     """
-    if ENCODINGS[encoding].is_plain:
+    row = encoding(form)
+    if row.is_plain:
         array = _rows(pieces[WHOLE], 0, pieces[WHOLE].shape[0])
-        return array if ENCODINGS[encoding].by_rows else InputsFirst(array)
-    return Encoded(pieces, encoding=encoding, block_bytes=block_bytes)
+        return array if row.by_rows else InputsFirst(array)
+    return Encoded(pieces, encoding=form, block_bytes=block_bytes)
 
 
 # Up to this many columns the CPU computes weight @ x.T instead of x @ weight.T.

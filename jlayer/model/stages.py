@@ -12,7 +12,16 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 
-from jlayer.families.base import Function, Join, JoinBoth, LayerKind, NormAt, Stage, bias_name
+from jlayer.families.base import (
+    Function,
+    Join,
+    JoinBoth,
+    LayerKind,
+    NormAt,
+    Stage,
+    bias_name,
+    low_rank_names,
+)
 from jlayer.families.decoder import SINKS
 from jlayer.model.attention import attention
 from jlayer.model.cache import write
@@ -65,14 +74,14 @@ def block(kind: LayerKind) -> Callable:
 def multiply(stage: Stage, x, weights: Mapping) -> dict:
     """x [R, in] times some rows of a stage's matrices -> products [R, rows] by name.
 
-    `weights`: by leaf, the same rows of each matrix of a group, and of its bias. A group whose
-    leaves are missing is skipped.
+    `weights`: by leaf, the same rows of each matrix of a group, and of what stands beside it. A
+    group whose leaves are missing is skipped.
     """
     products = {}
     for group in stage.groups:
         if group.leaves[0] not in weights:
             continue
-        parts = [_linear(stage, x, weights, leaf) for leaf in group.leaves]
+        parts = [_linear(stage, group, x, weights, leaf) for leaf in group.leaves]
         products[group.product] = COMBINE[group.combine](*parts, how=group.how)
     return products
 
@@ -114,8 +123,11 @@ def join(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def _linear(stage, x, weights, leaf):
-    given = x, weights[leaf], weights.get(bias_name(leaf))
+def _linear(stage, group, x, weights, leaf):
+    low_rank = None
+    if scale := dict(group.scales).get(leaf):
+        low_rank = (*(weights[name] for name in low_rank_names(leaf)), scale)
+    given = x, weights[leaf], weights.get(bias_name(leaf)), low_rank
     return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 
 

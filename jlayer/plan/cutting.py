@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from jlayer.encodings.registry import encoding, piece_name
 from jlayer.families.base import Group
 from jlayer.families.registry import (
-    head_biases,
+    beside_head,
     head_leaf,
     head_stage,
     layer_kinds,
@@ -109,6 +109,7 @@ def parts_of(leaf: Leaf, tensor: str, weights: Weights) -> list[Part]:
             form=form,
             width=shape[-1],
             n_rows=shape[0],
+            of=leaf.of,
         )
         for piece, (dtype, piece_shape) in encoding(form).pieces(shape).items()
     ]
@@ -278,7 +279,7 @@ def _holds(parts, group: Group):
 
 
 def _group_parts(weights, kind, group, layer, expert):
-    """A group's matrices and their biases."""
+    """A group's matrices and what stands beside each."""
     return [
         part
         for matrix in group.leaves
@@ -293,7 +294,7 @@ def _parts(weights, leaf, layer, expert=None):
 
 def _head_tiles(weights, tile_bytes, target, share_of):
     leaf, stage = head_leaf(weights.cfg), head_stage(weights.cfg)
-    leaves = (leaf, *head_biases(weights.cfg))
+    leaves = (leaf, *beside_head(weights.cfg))
     own = target.own([part for one in leaves for part in parts_of(one, one.published, weights)])
     matrices = [part for part in own if part.matrix == leaf.name]
     ranges = [

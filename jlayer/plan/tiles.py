@@ -100,7 +100,8 @@ class Part:
     `q_proj.scale` of the same rows). `tensor`: the tensor on disk. `shape`: of this part, from its
     `first_row` on. `n_rows`: of the matrix, of which a row of a piece may be for several; of a
     vector its numbers. `width`: numbers in a row of the matrix. `form`: the name of its encoding. A
-    matrix that cannot be cut by rows is whole. `hosts`: how the rows of the matrix are dealt out to
+    matrix that cannot be cut by rows is whole. `of`: the matrix beside which it stands: a bias, or
+    what an adapter adds. `hosts`: how the rows of the matrix are dealt out to
     hosts, of which this is in the range of one; None: each host has all of them.
     """
 
@@ -114,6 +115,7 @@ class Part:
     form: str = ""
     width: int = 0
     n_rows: int = 0
+    of: str | None = None
     hosts: Deal | None = None
 
     @property
@@ -270,7 +272,7 @@ class Tile:
         return {
             part.matrix: part.n_rows
             for part in self.parts
-            if len(part.shape) == 2 and part.matrix not in uncut
+            if len(part.shape) == 2 and part.matrix not in uncut and part.of is None
         }
 
     @property

@@ -19,6 +19,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from tests.convert.checkpoints import numbers, read_tensors
 from tests.convert.quantized_kinds import IN_PLACE, write
 from tests.reference import dense_forms
+from tests.reference.adapters import FORMS, adapted
 from tests.reference.test_multimodal import save as save_multimodal
 
 torch = pytest.importorskip("torch")
@@ -28,18 +29,6 @@ peft = pytest.importorskip("peft")
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 IDS = np.random.default_rng(0).integers(3, 60, (1, 12))
-FORMS = {
-    "lora": {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
-    "few modules": {"r": 3, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
-    "rslora": {"r": 4, "target_modules": r".*\.(k|gate)_proj", "use_rslora": True},
-    "patterns": {
-        "r": 4,
-        "target_modules": "all-linear",
-        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
-        "alpha_pattern": {r"layers\.\d\.self_attn\..*": 3},
-    },
-    "dora": {"r": 4, "target_modules": "all-linear", "use_dora": True},
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +36,6 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
     dense_forms.save(folder, "llama")
     return folder
-
-
-def adapted(
-    base, folder, *, dtype=torch.float32, kind=transformers.AutoModelForCausalLM, **options
-):
-    """Saves an adapter of random weights for a model -> the model with it, merged by PEFT."""
-    model = kind.from_pretrained(base, dtype=dtype)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(**options))
-    torch.manual_seed(0)
-    for name, value in tuned.named_parameters():
-        if "magnitude" in name:
-            value.data.mul_(1 + 0.2 * torch.rand_like(value))
-        elif "lora_" in name:
-            torch.nn.init.normal_(value, std=0.2)
-    tuned.save_pretrained(folder)
-    return tuned.merge_and_unload()
 
 
 def changed(adapter, tmp_path, **config):
@@ -110,9 +83,12 @@ OF_THE_TEXT = r".*language_model.*\.(q_proj|down_proj)"
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "llama4"])
 def test_of_the_text_model_in_a_multimodal_one(tmp_path, name):
     """Its modules have other names than its published tensors, and than a text model's."""
-    base, kind = save_multimodal(tmp_path / "base", name), transformers.AutoModelForImageTextToText
+    base, load = (
+        save_multimodal(tmp_path / "base", name),
+        transformers.AutoModelForImageTextToText.from_pretrained,
+    )
     options = {"r": 4, "target_modules": OF_THE_TEXT, "rank_pattern": {"layers.1.*q_proj": 2}}
-    expected = adapted(base, tmp_path / "adapter", kind=kind, **options).state_dict()
+    expected = adapted(base, tmp_path / "adapter", load=load, **options).state_dict()
     convert_checkpoint(base, tmp_path / "out", merge=tmp_path / "adapter")
     convert_checkpoint(base, tmp_path / "plain")
     own, before = (read_tensors(tmp_path / out) for out in ("out", "plain"))

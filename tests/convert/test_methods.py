@@ -115,7 +115,7 @@ def test_a_folder_of_an_adapter_alone_names_its_base(tmp_path, capsys, content, 
     (folder / "adapter_model.safetensors").write_bytes(b"")
     named = f", base_model_name_or_path {base}" if base else ""
     said = f"an adapter (LoRA) without the model that it is for ({ADAPTER}{named})"
-    assert_refused(folder, tmp_path / "target", said, "merge it into its base model")
+    assert_refused(folder, tmp_path / "target", said, "give it beside its base model")
     for words in (["plan"], ["generate", "-p", "x", "--device", "cpu"]):
         assert main([*words, str(folder)]) == 3
         assert said in capsys.readouterr().err

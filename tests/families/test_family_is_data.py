@@ -73,7 +73,7 @@ def logits_by_blocks(folder):
             piece: jnp.asarray(arrays[piece_name(name, piece)])
             for piece in encoding(form).pieces(shapes[name])
         }
-        return weight(pieces, encoding=form, block_bytes=BLOCK_BYTES["cpu"])
+        return weight(pieces, form=form, block_bytes=BLOCK_BYTES["cpu"])
 
     table = whole(family_of(cfg).embedding.published)
     if isinstance(table, Encoded):

@@ -12,7 +12,7 @@ from jlayer.encodings.registry import ENCODINGS, encoding, piece_name
 from jlayer.families import deepseek
 from jlayer.families.registry import (
     FAMILIES,
-    head_biases,
+    beside_head,
     head_leaf,
     layer_kinds,
     layer_tensor_name,
@@ -106,7 +106,7 @@ def test_tiles_cover_the_rows_of_each_streamed_leaf_exactly_once(weights, tile_b
             if leaf.place is Place.TILE:
                 expected[layer_tensor_name(cfg, leaf, layer, expert)] = leaf.shape(cfg)
     head = head_leaf(cfg)
-    expected |= {leaf.published: leaf.shape(cfg) for leaf in (head, *head_biases(cfg))}
+    expected |= {leaf.published: leaf.shape(cfg) for leaf in (head, *beside_head(cfg))}
     pieces = {
         piece_name(name, piece): (dtype, shape)
         for name, whole in expected.items()

@@ -193,7 +193,7 @@ def test_half_bytes_stand_for_what_transformers_decodes():
     there = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].numpy().T
     with np.errstate(over="ignore"):
         here = decoded(MXFP4.name, pieces, width)
-    held = weight(pieces, encoding=MXFP4.name, block_bytes=1 << 20)
+    held = weight(pieces, form=MXFP4.name, block_bytes=1 << 20)
     on_device = np.asarray(dequantize(held, width))
 
     def bits(numbers, least):

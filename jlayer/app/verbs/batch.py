@@ -121,8 +121,9 @@ def _run_on_ray(args):
 def _seen_from_workers(args):
     """(MODEL, the options of its run), with the paths of folders that are here written out."""
     options = {**run_options(args), "offline": args.offline}
-    if options.get("draft") is not None:
-        options["draft"] = _whole_path(options["draft"])
+    for name in ("draft", "adapter"):
+        if options.get(name) is not None:
+            options[name] = _whole_path(options[name])
     return _whole_path(args.ref), options
 
 

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_run(parser)
     options.add_draft(parser)
+    options.add_adapter(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -77,7 +78,7 @@ def _pass_words(number):
 
 def _options(args):
     """The run options. The buffers of the disk's measurement are part of the host's budget."""
-    found = options.given(args, *options.RUN, "context", "draft", "follow_links")
+    found = options.given(args, *options.RUN, "context", "draft", "adapter", "follow_links")
     if args.host_memory is not None:
         from jlayer.measure.machine import HOST_BYTES
 

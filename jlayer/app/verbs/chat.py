@@ -44,6 +44,7 @@ def add_arguments(parser):
     options.add_run(parser)
     options.add_processes(parser)
     options.add_draft(parser)
+    options.add_adapter(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -54,7 +55,9 @@ def run(args) -> dict | None:
     form, system = template_of(args), system_of(args)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links"),
+        **options.given(
+            args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+        ),
     }
     check_draft_of(sampling, run_options)
     template = _checked_template(args, form, system)

@@ -50,6 +50,7 @@ def add_arguments(parser):
     two.add_argument(
         "--scratch", metavar="DIR", help="folder for A's logits (default: the system's, /tmp)"
     )
+    options.add_adapter(one)
     for own in (one, two):
         own.add_argument(
             "--text", metavar="FILE", required=True, help="the text, UTF-8; - is stdin"
@@ -77,7 +78,8 @@ def add_arguments(parser):
 def run(args) -> dict:
     if args.kind == "harness":
         return harness.run(args)
-    run_options = options.given(args, *options.RUN, "follow_links")
+    own = ("adapter",) if args.kind == "perplexity" else ()
+    run_options = options.given(args, *options.RUN, *own, "follow_links")
     _check(args, run_options)
     text = read_text(args.text, option="--text")
     cut = {"length": args.window, "stride": args.stride, "told": _tell}

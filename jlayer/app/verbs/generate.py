@@ -50,6 +50,7 @@ def add_arguments(parser):
     options.add_run(parser)
     options.add_processes(parser)
     options.add_draft(parser)
+    options.add_adapter(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -72,7 +73,9 @@ def run(args) -> dict | None:
         return show_prompt(args, prompt, form)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
-        **options.given(args, *options.RUN, *options.PROCESSES, "context", "draft", "follow_links"),
+        **options.given(
+            args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+        ),
     }
     check_draft_of(sampling, run_options)
     if followed(args, run_options):

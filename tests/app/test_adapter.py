@@ -1,0 +1,69 @@
+"""`--adapter` on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlayer
+from jlayer.app.cli import main
+from jlayer.checkpoint.adapter import WEIGHTS
+from tests.adapters import write_adapter
+from tests.conftest import BUNDLED
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "own", BUNDLED)
+
+
+def test_generate_gives_the_text_of_python(adapter, capsys):
+    words = ["generate", BUNDLED, "-p", PROMPT, "--adapter", adapter, "--temperature", "0"]
+    words += ["--max-new-tokens", "12", "--device", "cpu", "--json"]
+    assert main([*map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    texts = [
+        jlayer.generate(
+            jlayer.AutoModel.from_pretrained(BUNDLED, adapter=each, device="cpu"),
+            PROMPT,
+            temperature=0,
+            max_new_tokens=12,
+        ).text
+        for each in (adapter, None)
+    ]
+    assert found == texts[0] != texts[1]
+
+
+def refused(capsys, *words, code):
+    assert main([*map(str, words)]) == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "bench"])
+def test_other_verbs_look_at_it_too(adapter, tmp_path, capsys, verb):
+    tensors = load_file(adapter / WEIGHTS)
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = np.nan
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in adapter.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, broken / WEIGHTS)
+    port = ["--port", "0"] if verb == "serve" else []
+    words = [verb, BUNDLED, "--adapter", broken, "--device", "cpu", *port]
+    assert f"{name} has NaN or infinite numbers" in refused(capsys, *words, code=3)
+
+
+def test_of_two_models_it_is_not_known_which_one_has_it(adapter, capsys):
+    words = ["eval", "compare", BUNDLED, BUNDLED, "--text", "x", "--adapter", adapter]
+    assert "--adapter" in refused(capsys, *words, code=2)
+
+
+def test_a_folder_that_has_none(tmp_path, capsys):
+    words = ["generate", BUNDLED, "-p", PROMPT, "--device", "cpu", "--adapter", tmp_path]
+    assert "missing, expected an adapter's folder, as PEFT saves it" in refused(
+        capsys, *words, code=3
+    )

@@ -1,0 +1,195 @@
+"""An adapter beside the weights gives the logits and the tokens of the model that PEFT merges it
+into: streamed, with the host's cores, on several devices, over quantized weights."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jlayer import AutoModel
+from jlayer.checkpoint.adapter import CONFIG, WEIGHTS
+from jlayer.checkpoint.store import Store
+from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.plan import making as plans
+from jlayer.plan.machine import PLATFORMS
+from tests.quantized import converted, stand_for
+from tests.reference import dense_forms, latent_forms, mixture_forms
+from tests.reference.adapters import FORMS, adapted
+from tests.reference.drawn import drawn_here, drawn_there
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+IDS = np.random.default_rng(0).integers(3, 60, (1, 24))
+PROMPTS = IDS[:, :9].tolist()
+BESIDE = {name: options for name, options in FORMS.items() if not options.get("use_dora")}
+EVERYTHING = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}
+# Matrices that every mixture of experts multiplies by rows, where it has them.
+ATTENTION = r".*\.(q|k|v|o)_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    dense_forms.save(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    """By form: (the folder of an adapter, the logits and tokens of the model that PEFT merges it
+    into)."""
+    found = {}
+
+    def of(form):
+        if form not in found:
+            folder = tmp_path_factory.mktemp("adapter")
+            found[form] = folder, of_peft(adapted(base, folder, **FORMS[form]))
+        return found[form]
+
+    return of
+
+
+def of_peft(merged):
+    with torch.no_grad():
+        logits = merged(torch.tensor(IDS)).logits.numpy()
+    return logits, drawn_there(merged, PROMPTS, n_new=5)
+
+
+def of_jlayer(folder, adapter, *, n_new=0, **options):
+    with AutoModel.from_pretrained(
+        folder, adapter=adapter, device="cpu", dtype="float32", **options
+    ) as model:
+        return model.logits(IDS), drawn_here(model, PROMPTS, n_new=n_new) if n_new else None
+
+
+def assert_same(own, expected, *, tolerance=1e-5):
+    allowed = tolerance * np.abs(expected[0]).max()
+    np.testing.assert_allclose(own[0], expected[0], rtol=0, atol=allowed)
+    assert own[1] in (None, expected[1])
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_a_form(base, made, form):
+    adapter, expected = made(form)
+    assert_same(of_jlayer(base, adapter, n_new=5, host_share=0), expected)
+
+
+@pytest.mark.parametrize("host_share", [0.5, 1])
+def test_with_cores_of_the_host(base, made, host_share):
+    adapter, expected = made("patterns")
+    assert_same(of_jlayer(base, adapter, host_share=host_share), expected)
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_in_tiles(base, made, monkeypatch, devices):
+    """Of a few rows each; on several devices also as one array, as they cross to GPUs."""
+    adapter, expected = made("patterns")
+    monkeypatch.setattr(plans, "TILE_BYTES", (1500,))
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=devices > 1))
+    assert_same(of_jlayer(base, adapter, devices=devices, host_share=0), expected)
+
+
+def test_the_head_too(base, tmp_path):
+    options = {**EVERYTHING, "target_modules": ["lm_head", "o_proj"]}
+    expected = of_peft(adapted(base, tmp_path, **options))
+    for share in (0, 1):
+        assert_same(of_jlayer(base, tmp_path, host_share=share), expected)
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_over_quantized_weights(tmp_path, scheme):
+    """As over the weights that they stand for."""
+    source, layered = converted(tmp_path, scheme)
+    stand_for(source, layered)
+    expected = of_peft(adapted(source, tmp_path / "adapter", **EVERYTHING))
+    for share in (0, 0.5):
+        own = of_jlayer(layered, tmp_path / "adapter", host_share=share)
+        assert_same(own, expected, tolerance=3e-5)
+
+
+FIRST = ("phi3", "qwen2")  # fused matrices, biases
+DENSE = dict.fromkeys(dense_forms.DENSE, "all-linear")
+
+
+def family(name, folder, targets, forms):
+    forms.save(folder / "model", name)
+    options = {"r": 3, "lora_alpha": 7, "target_modules": targets}
+    merged = adapted(folder / "model", folder / "adapter", load=forms.load, **options)
+    with torch.no_grad():
+        expected = merged(torch.tensor(IDS)).logits.numpy()
+    with AutoModel.from_pretrained(
+        folder / "model", adapter=folder / "adapter", device="cpu", dtype="float32"
+    ) as model:
+        found = model.logits(IDS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_family(tmp_path, name):
+    family(name, tmp_path, DENSE[name], dense_forms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DENSE.keys() - set(FIRST)))
+def test_any_dense_family(tmp_path, name):
+    family(name, tmp_path, DENSE[name], dense_forms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(mixture_forms.MIXTURES))
+def test_attention_of_a_mixture(tmp_path, name):
+    family(name, tmp_path, ATTENTION, mixture_forms)
+
+
+def test_lengths_of_rows_are_refused_with_what_to_do(base, tmp_path):
+    adapted(base, tmp_path, **FORMS["dora"])
+    with pytest.raises(UnsupportedModelError, match=r"scales the rows of .*q_proj.*--merge"):
+        Store(base, adapter=tmp_path)
+
+
+def test_a_matrix_that_is_used_uncut_is_refused(tmp_path):
+    latent_forms.save(tmp_path / "model", "deepseek_v3")
+    options = {"r": 2, "target_modules": ["kv_b_proj", "o_proj"]}
+    adapted(tmp_path / "model", tmp_path / "adapter", **options)
+    with pytest.raises(UnsupportedModelError, match=r"by row: \S+kv_b_proj.weight.*--merge"):
+        Store(tmp_path / "model", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_model_is_refused(made, tmp_path):
+    dense_forms.save(tmp_path, "phi3")
+    with pytest.raises(CheckpointError, match="take the model that the adapter was trained for"):
+        Store(tmp_path, adapter=made("lora")[0])
+
+
+def test_another_adapter_is_another_model(base, made, tmp_path):
+    adapter, _ = made("lora")
+    shutil.copytree(adapter, tmp_path / "other")
+    tensors = load_file(adapter / WEIGHTS)
+    name = next(iter(tensors))
+    tensors[name][0, 0] += 1
+    save_file(tensors, tmp_path / "other" / WEIGHTS)
+    prints = {
+        Store(base, adapter=folder).fingerprint for folder in (None, adapter, tmp_path / "other")
+    }
+    assert len(prints) == 3
+
+
+def test_it_is_counted(base, made):
+    """B once; A with each tile that has rows of its matrix."""
+    adapter, _ = made("lora")
+    rank = json.loads((adapter / CONFIG).read_text())["r"]
+    with_it, without = (
+        AutoModel.from_pretrained(base, adapter=folder, device="cpu", dtype="float32", host_share=0)
+        for folder in (adapter, None)
+    )
+    with with_it, without:
+        sums = [sum(tile.n_bytes for tile in model.plan.tiles) for model in (with_it, without)]
+        kind = without.engine.plan.tiles[0].kind
+        sizes = [leaf.shape(without.config) for leaf in kind.leaves if leaf.name.endswith("proj")]
+    n_layers = 3
+    assert sums[0] - sums[1] == 4 * n_layers * sum(rank * (out + width) for out, width in sizes)
