@@ -37,6 +37,17 @@ def test_generate_gives_the_text_of_python(adapter, capsys):
     assert found == texts[0] != texts[1]
 
 
+def test_a_plan_counts_it(adapter, capsys):
+    """Whole layers: each array of it is in one tile."""
+    words = ["plan", str(BUNDLED), "--device", "cpu", "--host-share", "0", "--json"]
+    found = []
+    for more in ([], ["--adapter", str(adapter)]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["sweep"]["bytes"])
+    n_bytes = sum(array.nbytes for array in load_file(adapter / WEIGHTS).values())
+    assert found[1] - found[0] == n_bytes
+
+
 def refused(capsys, *words, code):
     assert main([*map(str, words)]) == code
     return capsys.readouterr().err

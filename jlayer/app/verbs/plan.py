@@ -13,6 +13,7 @@ from jlayer import catalogue
 from jlayer.app import options
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
+from jlayer.checkpoint.adapter import beside, read_adapter
 from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
@@ -53,6 +54,7 @@ def add_arguments(parser):
     )
     options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
     options.add_draft(parser)
+    options.add_adapter(parser)
     options.add_context(parser, default=512)
     parser.add_argument(
         "--batch", type=int, metavar="N", default=1, help="lanes, texts at a time (default: 1)"
@@ -104,7 +106,7 @@ def run(args) -> dict:
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
     if run.host_share or not (machine.kind.has_link or missing()):
         machine = replace(machine, host=expected_speeds(machine))
-    weights = _weights(args.ref, cfg, quantization, run.dtype)
+    weights = _with_adapter(_weights(args.ref, cfg, quantization, run.dtype), args.adapter)
     shape = RunShape(args.batch, args.context, args.context)
     tilings: dict = {}
 
@@ -201,6 +203,14 @@ def _weights(
     return unseen_weights(
         *(cfg, quantization), stored=stored, dtype=dtype or stored, as_published=as_published
     )
+
+
+def _with_adapter(weights: Weights, adapter: str | None) -> Weights:
+    if adapter is None:
+        return weights
+    found = beside(read_adapter(adapter, weights.cfg), weights.cfg)
+    cfg = replace(weights.cfg, adapter=found.low_ranks)
+    return Weights(cfg, lambda name: found.forms.get(name) or weights.form_of(name), weights.dtype)
 
 
 def _draft(args, cfg, dtype) -> Weights | None:
