@@ -65,7 +65,8 @@ class ModelConfig:
     `is_parallel`: attention and MLP have the same input, and are added together. `layer_scalar`: a
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
-    `quantized`: what is said of published weights that are no plain numbers. `adapter`: what is
+    `quantized`: what is said of published weights that are no plain numbers. `layout`: what of the
+    values is not as published, by the names of `families.layout`. `adapter`: what is
     added to some matrices, by an adapter that is used beside them.
     """
 
@@ -96,6 +97,7 @@ class ModelConfig:
     layer_scalar: bool = False
     logits: Logits = Logits()
     quantized: Quantized | None = None
+    layout: tuple[str, ...] = ()
     adapter: LowRanks | None = None
 
     @property

@@ -10,7 +10,7 @@ from jlayer.checkpoint.adapter import CONFIG, WEIGHTS
 from jlayer.config import read_config
 from jlayer.families.registry import published_tensors
 
-TARGETS = ("q_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "down_proj")
 
 
 def write_adapter(folder: Path, base: Path, *, rank: int = 2, size: float = 0.1) -> Path:

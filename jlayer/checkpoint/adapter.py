@@ -12,8 +12,9 @@ import hashlib
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import BinaryIO
 
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.names import Names
@@ -23,10 +24,12 @@ from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.adapted import A_END, B_END, multiplied
 from jlayer.families.fields import Fields, printable
+from jlayer.families.layout import is_rearranged, paired_heads
 from jlayer.families.registry import (
     family_of,
     head_leaf,
     layer_kinds,
+    layer_of,
     layer_tensor_name,
     published_tensors,
 )
@@ -63,7 +66,8 @@ _LACKS = "which is not supported; merge it with PEFT (merge_and_unload) and take
 @dataclass(frozen=True)
 class LowRank:
     """What is added to one matrix: the tensors `a` and `b` of the adapter, and `magnitude` if it
-    has one. `shape`: of the matrix."""
+    has one. `shape`: of the matrix. `heads`: the rows of so many heads are in pairs there
+    (`families.layout`), and are not in the adapter; None: in the same order."""
 
     a: str
     b: str
@@ -71,6 +75,14 @@ class LowRank:
     rank: int
     scale: float
     shape: tuple[int, int]
+    heads: int | None = None
+
+    def ordered(self, rows):
+        """An array of the adapter with a row for each of the matrix's, in the order of those."""
+        if self.heads is None:
+            return rows
+        halves = rows.reshape(self.heads, 2, -1, *rows.shape[1:])
+        return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,10 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     named = _matrices(file, modules, shapes, cfg)
     _check_targets(fields, file, modules)
     matrices = {
-        name: _low_rank(file, fields, module, modules[module], tensors, shapes[name])
+        name: replace(
+            _low_rank(file, fields, module, modules[module], tensors, shapes[name]),
+            heads=paired_heads(cfg, name, _attention_of(cfg, name)),
+        )
         for name, module in named.items()
     }
     return Adapter(folder, file, tensors, matrices, raw)
@@ -119,11 +134,13 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
 @dataclass(frozen=True)
 class Beside:
     """An adapter as it is used beside the weights of a model: its tensors by the names that they
-    have there, each in the adapter's file, and their encodings."""
+    have there, each with the path of a file, and their encodings. `memory`: what holds a file that
+    is in memory alone, if there is one."""
 
     low_ranks: LowRanks
-    tensors: dict[str, TensorEntry]
+    tensors: dict[str, tuple[str, TensorEntry]]
     forms: dict[str, str]
+    memory: BinaryIO | None
 
 
 def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
@@ -138,16 +155,33 @@ def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
             "layers stream; merge it: jlayer convert MODEL TARGET --merge ADAPTER"
         )
     _check_finite(adapter)
-    tensors, forms = {}, {}
+    tensors, forms, memory = {}, {}, None
     for name, added in adapter.matrices.items():
         stem = name.removesuffix("weight")
         tensors[stem + A_END], tensors[stem + B_END] = (
-            adapter.tensors[one] for one in (added.a, added.b)
+            (adapter.file.path, adapter.tensors[one]) for one in (added.a, added.b)
         )
+        if added.heads is not None:
+            memory = memory or os.fdopen(os.memfd_create("jlayer-adapter"), "w+b")
+            tensors[stem + B_END] = _reordered(adapter, added, memory)
         forms[stem + A_END] = FOR_ALL_ROWS[adapter.tensors[added.a].dtype].name
         forms[stem + B_END] = adapter.tensors[added.b].dtype
     rows = ((name, added.rank, added.scale) for name, added in adapter.matrices.items())
-    return Beside(LowRanks(tuple(sorted(rows))), tensors, forms)
+    return Beside(LowRanks(tuple(sorted(rows))), tensors, forms, memory)
+
+
+def _reordered(adapter, added, memory):
+    """B with its rows as those of the matrix, in memory -> (the path there, its entry)."""
+    import numpy as np  # not for a command's help
+
+    entry = adapter.tensors[added.b]
+    with open(adapter.file.real, "rb") as file:
+        file.seek(entry.offset)
+        raw = np.frombuffer(file.read(entry.n_bytes), f"V{ITEM_BYTES[entry.dtype]}")
+    offset = memory.seek(0, os.SEEK_END)
+    memory.write(added.ordered(raw.reshape(entry.shape)).tobytes())
+    memory.flush()
+    return f"/proc/self/fd/{memory.fileno()}", entry._replace(offset=offset)
 
 
 def _check_finite(adapter):
@@ -176,6 +210,11 @@ def _multiplied(cfg):
         leaves = (leaf for leaf in kind.leaves if leaf.name in own)
         found |= {layer_tensor_name(cfg, leaf, layer) for leaf in leaves}
     return found
+
+
+def _attention_of(cfg, name):
+    layer = layer_of(name)
+    return None if layer is None else layer_kinds(cfg)[layer].attention
 
 
 def _check_names(folder):
@@ -246,6 +285,11 @@ def _matrices(file, modules, shapes, cfg):
             f"{file.path}: has modules that are no matrices of the model: {listed(unknown)}; "
             "take the model that the adapter was trained for or, if that is this one, merge it "
             "with PEFT (merge_and_unload) and take the result"
+        )
+    if rearranged := [module for name, module in found.items() if is_rearranged(cfg, name)]:
+        raise UnsupportedModelError(
+            f"{file.path}: changes {listed(rearranged)}, whose rows are in another order where the "
+            "model comes from a GGUF file; take its plain checkpoint"
         )
     return found
 

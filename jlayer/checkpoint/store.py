@@ -138,9 +138,15 @@ class Store:
         """Its fingerprint is another one: so are its tokens."""
         found = beside(adapter, self.cfg)
         self.cfg = replace(self.cfg, adapter=found.low_ranks)
-        self._where |= {name: (adapter.file.path, entry) for name, entry in found.tensors.items()}
+        self._where |= found.tensors
+        self._memory = found.memory
         self._beside, self.adapter_digest = found.forms, adapter.digest
-        self.identities = {**self.identities, adapter.file.path: adapter.file.identity}
+        paths = {path for path, _ in found.tensors.values()} - {adapter.file.path}
+        self.identities = {
+            **self.identities,
+            adapter.file.path: adapter.file.identity,
+            **{path: identity_of(os.stat(path)) for path in paths},
+        }
         both = f"{self.fingerprint} {self.adapter_digest}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
 

@@ -12,6 +12,7 @@ None of this is undone: the config says so under LAYOUT_KEY, and the parts follo
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from jlayer.errors import CheckpointError
@@ -33,6 +34,23 @@ _KNOWN = {
     RATES: "whole",
     INPUTS: "half",
 }
+_IN_PAIRS = re.compile(r".*\.self_attn\.([qk])_proj\..*")
+_OF_DELTA = re.compile(r".*\.linear_attn\..*")
+
+
+def paired_heads(cfg: ModelConfig, tensor: str, attention: Attention | None) -> int | None:
+    """The heads of a published matrix whose rows i and i + H/2 of each head are neighbours here, 2i
+    and 2i + 1; None: its rows are in the published order. `attention`: of its layer."""
+    match = _IN_PAIRS.fullmatch(tensor)
+    if match is None or PAIRS not in cfg.layout or attention is None:
+        return None
+    return attention.n_heads if match[1] == "q" else attention.n_kv_heads
+
+
+def is_rearranged(cfg: ModelConfig, tensor: str) -> bool:
+    """Whether a published matrix is cut or ordered in yet another way here: what is made for the
+    published one, such as an adapter, is not for this."""
+    return _OF_DELTA.fullmatch(tensor) is not None and not {HEADS, INPUTS}.isdisjoint(cfg.layout)
 
 
 def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
@@ -47,6 +65,7 @@ def as_laid_out(fields: Fields, cfg: ModelConfig) -> ModelConfig:
                 f"{said.where}: {name!a:.80} is {value!a:.80}, supported: "
                 f"{', '.join(f'{key} {word}' for key, word in _KNOWN.items())}"
             )
+    cfg = replace(cfg, layout=tuple(sorted(said.raw)))
     if PAIRS in said.raw:
         cfg = replace(cfg, attentions=tuple(map(_interleaved, cfg.attentions)))
     if GAINS in said.raw:

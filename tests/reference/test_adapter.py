@@ -12,9 +12,13 @@ from safetensors.numpy import load_file, save_file
 from jlayer import AutoModel
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS
 from jlayer.checkpoint.store import Store
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.export import export_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.plan import making as plans
 from jlayer.plan.machine import PLATFORMS
+from tests.adapters import write_adapter
+from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
 from tests.reference import dense_forms, latent_forms, mixture_forms
 from tests.reference.adapters import FORMS, adapted
@@ -144,6 +148,29 @@ def test_any_dense_family(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(mixture_forms.MIXTURES))
 def test_attention_of_a_mixture(tmp_path, name):
     family(name, tmp_path, ATTENTION, mixture_forms)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """(a GGUF file, whose rows of queries and keys are in another order, by heads; an adapter for
+    it; the logits of the model with that)."""
+    folder = tmp_path_factory.mktemp("gguf")
+    convert_checkpoint(BUNDLED, folder / "layered")
+    export_checkpoint(folder / "layered", folder / "model.gguf", format="gguf")
+    adapter = write_adapter(folder / "adapter", BUNDLED)
+    return folder / "model.gguf", adapter, of_jlayer(BUNDLED, adapter)
+
+
+@pytest.mark.parametrize("host_share", [0, 1])
+def test_over_a_gguf_file(gguf, host_share):
+    file, adapter, expected = gguf
+    assert_same(of_jlayer(file, adapter, host_share=host_share), expected)
+
+
+def test_over_what_was_a_gguf_file(gguf, tmp_path):
+    file, adapter, expected = gguf
+    convert_checkpoint(file, tmp_path / "layered")
+    assert_same(of_jlayer(tmp_path / "layered", adapter), expected)
 
 
 def test_lengths_of_rows_are_refused_with_what_to_do(base, tmp_path):
