@@ -181,7 +181,8 @@ def _reordered(adapter, added, memory):
     offset = memory.seek(0, os.SEEK_END)
     memory.write(added.ordered(raw.reshape(entry.shape)).tobytes())
     memory.flush()
-    return f"/proc/self/fd/{memory.fileno()}", entry._replace(offset=offset)
+    found = TensorEntry(entry.dtype, entry.shape, offset, entry.n_bytes)
+    return f"/proc/self/fd/{memory.fileno()}", found
 
 
 def _check_finite(adapter):
