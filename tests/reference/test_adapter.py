@@ -117,7 +117,10 @@ def test_over_quantized_weights(tmp_path, scheme):
 
 
 FIRST = ("phi3", "qwen2")  # fused matrices, biases
-DENSE = dict.fromkeys(dense_forms.DENSE, "all-linear")
+# PEFT takes routers and fused experts for linear too where a family can have some.
+DENSE = dict.fromkeys(dense_forms.DENSE, "all-linear") | {
+    "qwen3_next": r".*\.(q_proj|o_proj|in_proj_qkvz|in_proj_ba|out_proj|up_proj)"
+}
 
 
 def family(name, folder, targets, forms):
@@ -148,6 +151,34 @@ def test_any_dense_family(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(mixture_forms.MIXTURES))
 def test_attention_of_a_mixture(tmp_path, name):
     family(name, tmp_path, ATTENTION, mixture_forms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("forms", "name", "targets"),
+    [
+        (latent_forms, "deepseek_v3", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]),
+        (mixture_forms, "qwen2_moe", r".*\.(q_proj|shared_expert\.(gate|up|down)_proj)"),
+    ],
+)
+def test_latents_and_a_shared_expert(tmp_path, forms, name, targets):
+    family(name, tmp_path, targets, forms)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_in_16_bits(base, tmp_path, dtype):
+    from safetensors import torch as files
+
+    adapted(base, tmp_path, **EVERYTHING)
+    tensors = files.load_file(tmp_path / WEIGHTS)
+    short = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    files.save_file(short, tmp_path / WEIGHTS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = peft.PeftModel.from_pretrained(model, tmp_path)
+    with torch.no_grad():
+        expected = tuned(torch.tensor(IDS)).logits.numpy(), None
+    for share in (0, 1):
+        assert_same(of_jlayer(base, tmp_path, host_share=share), expected)
 
 
 @pytest.fixture(scope="module")
