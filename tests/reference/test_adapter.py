@@ -119,7 +119,7 @@ def test_over_quantized_weights(tmp_path, scheme):
 FIRST = ("phi3", "qwen2")  # fused matrices, biases
 # PEFT takes routers and fused experts for linear too where a family can have some.
 DENSE = dict.fromkeys(dense_forms.DENSE, "all-linear") | {
-    "qwen3_next": r".*\.(q_proj|o_proj|in_proj_qkvz|in_proj_ba|out_proj|up_proj)"
+    "qwen3_next": r".*\.(q_proj|o_proj|in_proj_qkvz|in_proj_ba|out_proj)"
 }
 
 
