@@ -101,6 +101,7 @@ class Store:
         self._nested: dict[str, Nested] = {}  # by the name of a piece that is stored as codes
         self._spans: dict[str, Span] = {}  # of tensors of which only some rows are here
         self.adapter_digest: str | None = None
+        self._in_memory: set[str] = set()  # files that are there alone
         self._beside: dict[str, str] = {}  # an adapter's tensor -> its encoding
         if is_layered(self.folder):
             self._open_layered(host)
@@ -141,12 +142,15 @@ class Store:
         self._where |= found.tensors
         self._memory = found.memory
         self._beside, self.adapter_digest = found.forms, adapter.digest
-        paths = {path for path, _ in found.tensors.values()} - {adapter.file.path}
+        self._in_memory = {path for path, _ in found.tensors.values()} - {adapter.file.path}
         self.identities = {
             **self.identities,
             adapter.file.path: adapter.file.identity,
-            **{path: identity_of(os.stat(path)) for path in paths},
+            **{path: identity_of(os.stat(path)) for path in self._in_memory},
         }
+        if os.path.realpath(adapter.folder) == os.path.realpath(self.folder):
+            beside_weights = adapter_notes(self.folder, names_in(self.folder))
+            self.notes = tuple(note for note in self.notes if note not in beside_weights)
         both = f"{self.fingerprint} {self.adapter_digest}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
 
@@ -201,8 +205,9 @@ class Store:
 
     @property
     def files(self) -> list[str]:
-        """Paths of the weight files, in the order of use."""
-        return list(dict.fromkeys(path for path, _ in self._where.values()))
+        """Paths of the weight files on disk, in the order of use."""
+        paths = dict.fromkeys(path for path, _ in self._where.values())
+        return [path for path in paths if path not in self._in_memory]
 
     @property
     def weight_bytes(self) -> int:

@@ -179,7 +179,10 @@ class HostedStage:
             scales = {leaf: s for group in one.tile.stage.groups for leaf, s in group.scales}
             for name, place in self._places(one.tile).items():
                 if name in scales:
-                    a, b = (one.views[each].astype(np.float32) for each in low_rank_names(name))
+                    a, b = (
+                        one.views[each].astype(np.float32, copy=False)
+                        for each in low_rank_names(name)
+                    )
                     place += np.float32(scales[name]) * ((self._in_float32() @ a.T) @ b.T)
                 if (bias := one.views.get(bias_name(name))) is not None:
                     place += bias.astype(np.float32)
@@ -203,7 +206,7 @@ class HostedStage:
     def _in_float32(self):
         """The real rows of all chunks [C, in] in float32: what an adapter's part is computed in."""
         if self._x32 is None:
-            self._x32 = self._input().astype(np.float32)
+            self._x32 = self._input().astype(np.float32, copy=False)
         return self._x32
 
     def _input(self):

@@ -58,7 +58,7 @@ class Weights:
     def published_bytes(self) -> int:
         """Bytes of all tensors before jlayer quantized some, if any: the last that has plain
         numbers has the published dtype. What is published in another encoding stays in it."""
-        shapes = published_tensors(self.cfg)
+        shapes = published_tensors(replace(self.cfg, adapter=None))
         forms = [self.form_of(name) for name in shapes]
         vectors = (form for form in reversed(forms) if encoding(form).is_plain)
         plain = next(vectors, self.cfg.dtype or "bfloat16")
@@ -132,6 +132,11 @@ class Part:
         return self.piece == self.encoding.main
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether it is what an adapter has for a matrix: A, or some rows of B."""
+        return self.of is not None and len(self.shape) == 2
+
+    @property
     def is_for_all_rows(self) -> bool:
         """Whether it is a piece that comes whole with each range of rows: one scale for all."""
         return self.encoding.rows_per(self.piece) == 0
@@ -173,8 +178,8 @@ class Part:
         return slice(first // per, -(-(first + n_rows) // per)) if per else None
 
     def decoded_bytes(self, dtype: str, platform: str) -> int:
-        """Bytes of the decoded copy of its weights."""
-        if not self.n_weights:
+        """Bytes of the decoded copy of its weights; what an adapter adds is never in `dtype`."""
+        if not self.n_weights or self.is_low_rank:
             return 0
         n_rows = self.n_weights // self.width
         return self.encoding.decoded_bytes(n_rows, self.width, dtype=dtype, platform=platform)

@@ -1,20 +1,26 @@
 """What things need of memory, as closed formulas: held against compiled programs."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from jlayer.checkpoint.quantization import published_quantization
 from jlayer.encodings.grouped import BLOCK_BYTES
+from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.encodings.registry import SCHEMES
 from jlayer.engine.division import divided
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.programs import Programs
 from jlayer.engine.size import Size
+from jlayer.families.adapted import A_END, B_END
+from jlayer.families.registry import published_tensors
+from jlayer.parts import LowRanks
 from jlayer.plan.cutting import cut
-from jlayer.plan.memory import OUTGOING, logits_bytes, temporary_bytes
+from jlayer.plan.memory import OUTGOING, landing_bytes, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
-from jlayer.plan.tiles import unseen_weights
+from jlayer.plan.tiles import Weights, unseen_weights
 from jlayer.streaming.devices import Devices
 from tests.plan.models import (
     LLAMA_70B,
@@ -163,6 +169,50 @@ def test_experts_in_mxfp4_are_decoded_within_the_formula(
     bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
     found = programs.temporary_bytes
     assert found <= bound <= MOST_ABOVE["tiles"] * found
+
+
+ADAPTED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapted(stored, of, *, dtype="bfloat16", rank=48):
+    """Weights with an adapter whose A and B are of the dtype `of`."""
+    plain = weights_of(SMALL, stored=stored, dtype=dtype)
+    names = [name for name in published_tensors(SMALL) if name.split(".")[-2] in ADAPTED]
+    cfg = replace(SMALL, adapter=LowRanks(tuple((name, rank, 2.0) for name in sorted(names))))
+    forms = {A_END: FOR_ALL_ROWS[of].name, B_END: of}
+
+    def form_of(name):
+        end = next((end for end in forms if name.endswith(f".{end}")), None)
+        return plain.form_of(name) if end is None else forms[end]
+
+    return Weights(cfg, form_of, dtype)
+
+
+@pytest.mark.parametrize("of", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [2, 512])
+@pytest.mark.parametrize("tile_bytes", [None, 100_000])
+def test_what_an_adapter_adds_stays_within_the_formula(
+    of, tokens, tile_bytes, without_machine_code_optimised
+):
+    weights = adapted("bfloat16", of)
+    tiling = cut(weights, tile_bytes, platform="cpu")
+    programs = Programs(weights.cfg, dtype="bfloat16", devices=Devices(jax.devices("cpu")[:1]))
+    compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False)
+    shapes = Shapes(1, (64,), 64, tokens, tokens)
+    bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
+    found = programs.temporary_bytes
+    assert found <= bound <= 3 * found
+
+
+def test_an_adapter_is_neither_published_nor_landed_in():
+    weights, plain = adapted("int8", "float32"), weights_of(SMALL, stored="int8", dtype="bfloat16")
+    assert weights.published_bytes == plain.published_bytes
+    shapes = Shapes(1, (64,), 64, 64, 64)
+    found = [
+        landing_bytes(cut(each, 100_000, platform="gpu", shares=(("int8", 0.5),)), shapes)
+        for each in (weights, plain)
+    ]
+    assert found[0] == found[1] > 0
 
 
 def compile_all(programs, tiling, size, *, with_head, hosted=frozenset()):

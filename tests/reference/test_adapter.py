@@ -17,6 +17,7 @@ from jlayer.convert.export import export_checkpoint
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.plan import making as plans
 from jlayer.plan.machine import PLATFORMS
+from jlayer.serving.batch.names import key_of
 from tests.adapters import write_adapter
 from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
@@ -198,6 +199,21 @@ def test_over_a_gguf_file(gguf, host_share):
     assert_same(of_jlayer(file, adapter, host_share=host_share), expected)
 
 
+def test_what_is_in_memory_is_no_file_of_the_disk(gguf):
+    file, adapter, _ = gguf
+    store = Store(file, adapter=adapter)
+    assert store.files == [str(file), str(adapter / WEIGHTS)]
+    assert len(store.identities) == 3
+
+
+def test_one_that_lies_beside_the_weights_is_not_said_to_be_left_out(base, made, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    shutil.copytree(made("lora")[0], folder, dirs_exist_ok=True)
+    notes = [" ".join(Store(folder, adapter=each).notes) for each in (None, folder)]
+    assert "an adapter (LoRA) beside the weights, which is not applied" in notes[0]
+    assert "adapter" not in notes[1]
+
+
 def test_over_what_was_a_gguf_file(gguf, tmp_path):
     file, adapter, expected = gguf
     convert_checkpoint(file, tmp_path / "layered")
@@ -231,10 +247,11 @@ def test_another_adapter_is_another_model(base, made, tmp_path):
     name = next(iter(tensors))
     tensors[name][0, 0] += 1
     save_file(tensors, tmp_path / "other" / WEIGHTS)
-    prints = {
-        Store(base, adapter=folder).fingerprint for folder in (None, adapter, tmp_path / "other")
-    }
-    assert len(prints) == 3
+    convert_checkpoint(base, tmp_path / "layered")
+    for model in (base, tmp_path / "layered"):
+        stores = [Store(model, adapter=each) for each in (None, adapter, tmp_path / "other")]
+        keys = {key_of(store, dtype="float32", context_limit=64) for store in stores}
+        assert len({store.fingerprint for store in stores}) == len(keys) == 3
 
 
 def test_it_is_counted(base, made):

@@ -72,6 +72,7 @@ def key_of(store: Store, *, dtype: str, context_limit: int, **options) -> str:
         weights = hashlib.sha256(encode_manifest(store.manifest)).hexdigest()
     else:
         weights = store.fingerprint
+    weights = (weights, store.adapter_digest)
     digest = hashlib.sha256(repr((weights, dtype, context_limit)).encode())
     digest.update(repr(sorted(options.items())).encode())
     for name in SIDE_FILES:
