@@ -135,9 +135,10 @@ def _attend(q, k, v, table, length, seen, places, reach, *, cache, pieces, how, 
     width = jax.eval_shape(expand, k)[1].shape[-1] if expand else h
     start = nothing(grouped, width) if sinks is None else only_sinks(grouped, sinks)
     state = _over(fresh, start, of_chunk, pieces.fresh)
-    step = table.shape[1] // pieces.committed
-    firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
-    state = _over(committed, state, (_cut(table, pieces.committed), firsts), pieces.committed)
+    if table.shape[1]:
+        step = table.shape[1] // pieces.committed
+        firsts = jnp.arange(pieces.committed, dtype=jnp.int32) * step
+        state = _over(committed, state, (_cut(table, pieces.committed), firsts), pieces.committed)
     mixed = state.values / state.total[..., None]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, -1).astype(q.dtype)
 

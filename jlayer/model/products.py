@@ -226,8 +226,13 @@ def _parts_product(x, parts):
 
 def dequantize(weight: Encoded, width: int):
     """The decoded weights, float32 [out, in]; `width` is in."""
+    return decoded_rows(weight, 0, weight.n_rows, width)
+
+
+def decoded_rows(weight: Encoded, first, count: int, width: int):
+    """Some rows of the decoded weights, float32 [count, in]; `first` may be traced."""
     row = ENCODINGS[weight.encoding]
-    parts = jnp.concatenate(_parts(weight, 0, weight.n_rows, width), axis=1)
+    parts = jnp.concatenate(_parts(weight, first, count, width), axis=1)
     weights = in_rows(parts, parts=row.parts, run=row.run)
     if ORDER in weight.pieces:
         return jnp.zeros_like(weights).at[:, _order(weight)].set(weights)

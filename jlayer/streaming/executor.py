@@ -8,8 +8,9 @@ multiply a tile where it lies, in the background.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Protocol
 
 import jax
@@ -72,7 +73,8 @@ class Executor:
     for the first time is checked against `checks`, in a reader thread. `page_cache`: how it is
     used; what is read in every sweep is never left there. `experts`: how many experts each layer
     that has some keeps on the device and in host memory; what passes of the others has slots of
-    its own (`plan.experts.passing`).
+    its own (`plan.experts.passing`). `repeats`: a tile that comes again in a sweep -> the first
+    that is the same; where it stays in host memory, it is there once.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class Executor:
         attending: tuple[int, ...] = (),
         page_cache: PageCache = PageCache.TAKE,
         experts: ExpertRooms = NO_EXPERTS,
+        repeats: Mapping[int, int] = MappingProxyType({}),
     ):
-        self.tiles = tiles
+        self.tiles, self._repeats = tiles, repeats
         self._devices, self._has_link = devices, PLATFORMS[devices.platform].has_link
         self.totals, self._watch = totals, watch
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
@@ -113,6 +116,7 @@ class Executor:
             totals=totals,
             watch=watch,
             page_cache=page_cache,
+            repeats=repeats,
         )
         self._keep(tiers)
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device, or its room
@@ -148,7 +152,7 @@ class Executor:
         """Of experts the schedule decides which stay."""
         certain = [n for n, tile in enumerate(self.tiles) if tile.expert is None]
         self.incoming.keep(
-            (n for n in certain if tiers[n] is Tier.HOST),
+            (n for n in certain if tiers[n] is Tier.HOST and n not in self._repeats),
             read_once=(n for n in certain if tiers[n] is Tier.DEVICE),
         )
 
@@ -204,7 +208,7 @@ class Executor:
                 self._tiers,
                 ring=self._ring,
                 ahead=self._ahead,
-                in_place=self.incoming.there,
+                in_place=(*self.incoming.there, *self._repeats),
                 attending=self._attending,
                 hosted=self._hosted,
                 experts=self.experts,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import MappingProxyType
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Incoming:
     what they hold. `expert_ring` slots more are for experts.
 
     `pin`: the memory is registered with the driver. `page_cache`: how it is used; what is read in
-    every sweep is never left there.
+    every sweep is never left there. `repeats`: as of the executor.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Incoming:
         totals: Totals,
         watch: Watch,
         page_cache: PageCache,
+        repeats: Mapping[int, int] = MappingProxyType({}),
     ):
-        self.tiles = tiles
+        self.tiles, self._repeats = tiles, repeats
         self._kept, self._read_once = frozenset(), frozenset()
         self._totals, self._watch = totals, watch
         self._checks, self._checked = checks, set()
@@ -196,7 +198,7 @@ class Incoming:
         """What is there of a tile, once it has been read. `check` is called while it is waited
         for."""
         if tile not in self._reads:
-            return self._there[tile]
+            return self._there[self._repeats.get(tile, tile)]
         views = self._await_read(tile, check)
         if not isinstance(self._slot_of[tile], int):
             self._there[tile] = views

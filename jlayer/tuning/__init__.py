@@ -1,0 +1,1 @@
+"""Trains low-rank adapters of a model whose frozen layers stream."""
