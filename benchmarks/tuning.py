@@ -1,0 +1,143 @@
+"""Steps of tuning under a memory budget: seconds beside what the link needs for the bytes, and
+beside the same programs with the weights on the device already; memory by nvidia-smi.
+
+    python benchmarks/tuning.py FOLDER --device-memory 4GiB --tokens-per-step 4096 --length 512
+
+The weights that are there already are those of one layer for all, so that they fit: nothing crosses
+the link but what a step keeps and its adapters. What a step says means nothing here: its text is
+random. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import common
+
+
+def resident_sweep(base):
+    """What the executor's `sweep` does, with the weights of one tile of each shape on the device
+    already -> a function that is called as it is."""
+    import jax
+
+    arrays = {}
+
+    class There:
+        def sweep(self, run):
+            outputs = []
+            for tile in base.tiles:
+                outputs.append(run(tile, arrays[tile.signature]))
+                if len(outputs) > 4:
+                    jax.block_until_ready(outputs.pop(0))
+            jax.block_until_ready(outputs)
+
+    def keep(run):
+        def kept(tile, found):
+            if tile.signature not in arrays:
+                arrays[tile.signature] = jax.tree.map(lambda array: array + 0, found)
+            return run(tile, found)
+
+        base.executor.sweep(kept)
+
+    class Keeping:
+        def sweep(self, run):
+            keep(run)
+
+    return Keeping(), There()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--device-memory", default="4GiB")
+    parser.add_argument("--host-memory")
+    parser.add_argument("--device")
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tile-mib", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--no-resident", action="store_true")
+    parser.add_argument("--profile")
+    args = parser.parse_args()
+    result = {"card": common.card(), "options": vars(args)}
+    if args.device != "cpu":
+        result["raw_link"] = common.summary(common.raw_link_speed())
+        common.say(f"raw link {result['raw_link']['median'] / 1e9:.2f} GB/s")
+    with common.GpuWatch() as watch:
+        import numpy as np
+        from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
+        from jlayer.tuning.lanes import Lanes
+
+        from jlayer.config import read_config
+        from jlayer.run_config import RunConfig
+        from jlayer.tuning.base import Base
+        from jlayer.tuning.rows import chunks_of
+
+        how = AdapterConfig(rank=args.rank)
+        targets = targets_of(read_config(args.folder), how)
+        state = fresh(targets, how, 0)
+        run = RunConfig.from_options(
+            device_memory=args.device_memory, host_memory=args.host_memory, device=args.device
+        )
+        base = Base(
+            args.folder, run, dict.fromkeys(targets, how.scale), tile_bytes=args.tile_mib << 20
+        )
+        n = args.tokens_per_step // args.length
+        ids = np.random.default_rng(0).integers(0, base.cfg.vocab_size, (n, args.length + 1))
+        shape = (n, args.length)
+        lanes = Lanes(
+            ids=ids[:, :-1].astype(np.int32),
+            targets=ids[:, 1:].astype(np.int32),
+            weights=np.ones(shape, np.float32),
+            positions=np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
+            texts=np.ones(shape, np.int32),
+        )
+        chunks = list(chunks_of(base.cfg, lanes, share=1 / lanes.ids.size))
+
+        def timed(executor, steps):
+            seconds, before = [], base.totals.put_bytes
+            for _ in range(steps):
+                began = time.perf_counter()
+                found = base.stepper.run(executor, chunks, state)
+                seconds.append(time.perf_counter() - began)
+            loss = float(sum(part.sum() for part in found.losses)) / lanes.ids.size
+            return seconds, (base.totals.put_bytes - before) / steps, loss
+
+        first, _, _ = timed(base.executor, 1)
+        if args.profile:
+            import jax
+
+            with jax.profiler.trace(args.profile):
+                timed(base.executor, 1)
+        seconds, put, loss = timed(base.executor, args.steps)
+        result |= {"first_s": first[0], "step_s": common.summary(seconds), "put_bytes": put}
+        result |= {"loss": loss, "smi_streamed_mib": watch.peak, "visits": len(base.visits)}
+        stats = base.devices.first.memory_stats() or {}
+        result["allocator_peak_bytes"] = stats.get("peak_bytes_in_use")
+        result["temporary_bytes"] = base.programs.temporary_bytes
+        step = result["step_s"]["median"]
+        words = f"{step:.3f} s a step, {put / 1e9:.2f} GB put"
+        if "raw_link" in result:
+            result["link_s"] = put / result["raw_link"]["median"]
+            words += f", {result['link_s']:.3f} s of the link"
+        common.say(words + f"; smi {watch.peak} MiB; compiles {base.programs.compiles}")
+        if not args.no_resident:
+            keeping, there = resident_sweep(base)
+            timed(keeping, 1)
+            alone, _, _ = timed(there, args.steps)
+            result["resident_s"] = common.summary(alone)
+            least = max(result.get("link_s", 0), result["resident_s"]["median"])
+            result["ratio"] = step / least
+            common.say(
+                f"{result['resident_s']['median']:.3f} s with the weights there; "
+                f"ratio {result['ratio']:.2f}"
+            )
+        base.close()
+    result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
+    common.last_line(result)
+
+
+if __name__ == "__main__":
+    main()

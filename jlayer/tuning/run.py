@@ -1,0 +1,279 @@
+"""A run of tuning from its data to a folder of PEFT's: steps, held-out perplexity, checkpoints.
+
+Beside OUT there is `OUT.tuning` as long as the run is not complete: killed at any moment, the same
+run goes on from its last checkpoint, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jlayer.errors import UsageError
+from jlayer.run_config import RunConfig
+from jlayer.streaming.watch import Watch
+from jlayer.tuning.adapter import AdapterConfig, low_ranks, save_adapter
+from jlayer.tuning.base import Base
+from jlayer.tuning.lanes import Lanes, Steps, packed, padded
+from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
+from jlayer.tuning.rows import chunks_of
+from jlayer.tuning.saving import Checkpoints, Saved
+from jlayer.tuning.settings import Settings
+from jlayer.tuning.step import State
+
+WORK = ".tuning"  # after the name of OUT, while a run is not complete
+FORM = 1  # of what a checkpoint's facts say
+
+
+@dataclass(frozen=True)
+class Told:
+    """A step that is done. `loss`: nats a token, before the step; `rate`: the learning rate;
+    `length`: of all gradients, before they were clipped; `tokens`: those that were learned from;
+    `seconds`: the step took; `perplexity`: of held-out text after it, where that was due."""
+
+    step: int
+    n_steps: int
+    epoch: float
+    loss: float
+    rate: float
+    length: float
+    tokens: int
+    seconds: float
+    put_bytes: int
+    perplexity: float | None = None
+
+    def as_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "steps": self.n_steps,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "learning_rate": self.rate,
+            "gradient_norm": self.length,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "put_bytes": self.put_bytes,
+            **({} if self.perplexity is None else {"perplexity": self.perplexity}),
+        }
+
+
+@dataclass
+class History:
+    """What a run tells of itself so far: `steps` as of `Told.as_dict`, and the held-out perplexity
+    before the first one."""
+
+    steps: list[dict] = field(default_factory=list)
+    before: float | None = None
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Before, and after the last step that it was measured after; None without held-out
+        text."""
+        found = [step["perplexity"] for step in self.steps if "perplexity" in step]
+        return None if self.before is None or not found else (self.before, found[-1])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done. `begun`: the adapters at the start; `alphas`: of matrices that have
+    another than `how`; `examples`, `held_out`: cut to the length already, the latter may be empty.
+    `facts`: what else must be the same for a run to go on, for JSON."""
+
+    folder: str
+    out: str
+    run: RunConfig
+    settings: Settings
+    how: AdapterConfig
+    begun: State
+    examples: Sequence
+    held_out: Sequence
+    facts: Mapping
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+
+class Tuning:
+    """A run that is open, at the step that it has come to. Raises UsageError where what is there
+    was begun otherwise, and what opening a model raises."""
+
+    def __init__(self, work: Work, *, watch: Watch | None = None):
+        self._work, settings = work, work.settings
+        self.steps = Steps(
+            work.examples, settings.length, settings.lanes, settings.seed, settings.packs
+        )
+        self.n_steps = settings.steps or self.steps.n_steps(settings.epochs)
+        self.history = History()
+        os.makedirs(work.out + WORK, exist_ok=True)
+        self._facts = json.loads(json.dumps({"form": FORM, **work.facts}))
+        scales = low_ranks(work.begun, work.how, work.alphas).of_matrix
+        self.base = Base(
+            work.folder,
+            work.run,
+            {name: scale for name, (_, scale) in scales.items()},
+            dropout=settings.dropout,
+            watch=watch,
+        )
+        try:
+            self._checkpoints = Checkpoints(work.out + WORK)
+            self._begin(self._checkpoints.latest())
+        except BaseException:
+            self.base.close()
+            raise
+        self._adam = AdamW(settings, self.base.devices.put)
+        self._rates = rates_of(settings, self.n_steps)
+        self._held_out = list(_by_step(work.held_out, settings)) if work.held_out else []
+        self._saved = self.step
+
+    def _begin(self, saved: Saved | None):
+        if saved is None:
+            self.step, self.state = 0, dict(self._work.begun)
+            self._moments = Moments.of(self.state)
+            return
+        self._check_same(saved.facts["run"])
+        self.step, self.state = saved.step, saved.params
+        self._moments = Moments(saved.mu, saved.nu, saved.step)
+        told = saved.facts["history"]
+        self.history = History(told["steps"], told["before"])
+
+    def _check_same(self, found):
+        for name in {**found, **self._facts}:
+            there, here = found.get(name), self._facts.get(name)
+            if there != here:
+                raise UsageError(
+                    f"{self._work.out + WORK}: was begun with {name} {there!r}, not {here!r}; give "
+                    "what it was begun with, or remove the folder to begin anew"
+                )
+
+    def go_on(self, check: Callable[[], None] = lambda: None) -> Iterator[Told]:
+        """Takes the steps that are left. `check`: called at every tile; what it raises ends the
+        run, which can be gone on with."""
+        settings = self._work.settings
+        if self._held_out and self.history.before is None:
+            self.history.before = self.perplexity(check)
+        while self.step < self.n_steps:
+            told = self._step(check)
+            self.step += 1
+            is_last = self.step == self.n_steps
+            if self._held_out and (is_last or _is_due(self.step, settings.eval_every)):
+                told = _with_perplexity(told, self.perplexity(check))
+            self.history.steps.append(told.as_dict())
+            if is_last or _is_due(self.step, settings.save_every):
+                self.save()
+            yield told
+
+    def _step(self, check):
+        began, before = time.perf_counter(), self.base.totals.put_bytes
+        number, settings = self.step, self._work.settings
+        lanes = self.steps.step(number)
+        total = float(lanes.weights.sum(dtype=np.float64))
+        chunks = list(chunks_of(self.base.cfg, lanes, share=1 / total))
+        noise = (settings.seed, number) if settings.dropout else ()
+        found = self.base.stepper.run(
+            self.base.executor, chunks, self.state, noise=noise, check=check
+        )
+        loss = _sum_of(found.losses, chunks)
+        length, rate = length_of(found.gradients), float(self._rates(number))
+        self.state, self._moments = self._adam.step(
+            self.state,
+            found.gradients,
+            self._moments,
+            rate=rate,
+            factor=clip_factor(length, settings.clip),
+        )
+        return Told(
+            step=number + 1,
+            n_steps=self.n_steps,
+            epoch=self.steps.epoch_of(number + 1),
+            loss=loss,
+            rate=rate,
+            length=length,
+            tokens=int((lanes.weights > 0).sum()),
+            seconds=time.perf_counter() - began,
+            put_bytes=self.base.totals.put_bytes - before,
+        )
+
+    def perplexity(self, check: Callable[[], None] = lambda: None) -> float:
+        """Of the held-out text, as the weights of its tokens count."""
+        total = weight = 0.0
+        for lanes in self._held_out:
+            chunks = list(chunks_of(self.base.cfg, lanes, share=1.0))
+            found = self.base.stepper.run(
+                self.base.executor, chunks, self.state, trains=False, check=check
+            )
+            total += _sum_of(found.losses, chunks)
+            weight += float(lanes.weights.sum(dtype=np.float64))
+        return math.exp(total / weight)
+
+    def save(self) -> None:
+        """Writes a checkpoint, if there is none of this step."""
+        if self._saved == self.step:
+            return
+        history = {"steps": self.history.steps, "before": self.history.before}
+        self._checkpoints.save(
+            Saved(
+                step=self.step,
+                params=self.state,
+                mu=self._moments.mean,
+                nu=self._moments.square,
+                facts={"run": self._facts, "history": history},
+            )
+        )
+        self._saved = self.step
+
+    def finish(self, card: str, *, base: str) -> None:
+        """Writes the adapter to OUT, and removes what the run needed to go on. `base`: what the
+        adapter says that it was trained for; `card`: the text of its README.md."""
+        work = self._work
+        save_adapter(
+            work.out,
+            self.state,
+            self.base.cfg,
+            work.how,
+            base=base,
+            card=card,
+            dropout=work.settings.dropout,
+            alphas=work.alphas,
+        )
+        self._checkpoints.close()
+        shutil.rmtree(work.out + WORK, ignore_errors=True)
+
+    def close(self) -> None:
+        self._checkpoints.close()
+        self.base.close()
+
+
+def _is_due(step, every):
+    return every > 0 and step % every == 0
+
+
+def _with_perplexity(told, found):
+    return Told(**{**vars(told), "perplexity": found})
+
+
+def _sum_of(losses, chunks):
+    return float(
+        sum(
+            np.dot(found.astype(np.float64), chunk.weights.astype(np.float64))
+            for found, chunk in zip(losses, chunks, strict=True)
+        )
+    )
+
+
+def _by_step(examples, settings) -> Iterator[Lanes]:
+    """Held-out texts in their order, as lanes of as many as a step has; the last ones are empty."""
+    whole = (packed if settings.packs else padded)(examples, settings.length)
+    n, count = len(whole.ids), settings.lanes
+    for first in range(0, n, count):
+        own = {name: array[first : first + count] for name, array in vars(whole).items()}
+        yield Lanes(**{name: _filled(array, count) for name, array in own.items()})
+
+
+def _filled(array, count):
+    empty = np.zeros((count - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, empty])
