@@ -76,7 +76,8 @@ class TunePrograms:
 
     def rows_back(self, visit: Visit, x, weights, low_ranks, noises, dy: Mapping, sums: dict):
         """Adds what a tile's rows give: `dy` by product -> `sums`: "dx" float32 [R, in], and
-        "low" by matrix the gradients of A and B. x None: nothing needs it."""
+        "low" by matrix the gradients of A and B -> (the new sums, something to wait for). x None:
+        nothing needs it."""
 
         def function(given, sums):
             x, low_ranks = given["x"], given["low"]
@@ -95,7 +96,7 @@ class TunePrograms:
 
         given = self._given(visit, x, weights, low_ranks, noises) | {"dy": dy}
         key = (*self._key("rows back", visit, low_ranks, noises), x is None)
-        return self._run(key, function, given, sums)
+        return self._added(key, function, given, sums)
 
     def _given(self, visit, x, weights, low_ranks, noises):
         own = [name for name, _ in visit.offsets if name in low_ranks]
@@ -179,7 +180,7 @@ class TunePrograms:
         return ended
 
     def expert(self, visit: Visit, unit: Unit, weights, number, flow: Mapping):
-        """`mixed` with what an expert adds, float32 [R, D]."""
+        """(`mixed` with what an expert adds, float32 [R, D], something to wait for)."""
 
         def function(given, mixed):
             added = self._expert(visit, unit, given)
@@ -188,10 +189,11 @@ class TunePrograms:
         given = {name: flow[name] for name in OF_AN_EXPERT if name != "mixed"}
         given |= {"weights": weights, "number": number}
         key = ("expert", visit.tile.signature)
-        return self._run(key, function, given, flow["mixed"])
+        return self._added(key, function, given, flow["mixed"])
 
     def expert_back(self, visit: Visit, unit: Unit, weights, number, flow, dmixed, sums: dict):
-        """Adds what an expert gives to the gradients of `inputs` and `routing`, both float32."""
+        """Adds what an expert gives to the gradients of `inputs` and `routing`, both float32 ->
+        (the new sums, something to wait for)."""
 
         def function(given, sums):
             added = self._expert(visit, unit, given)
@@ -202,7 +204,7 @@ class TunePrograms:
 
         given = {name: flow[name] for name in ("inputs", "routing")}
         given |= {"weights": weights, "number": number, "dmixed": dmixed}
-        return self._run(("expert back", visit.tile.signature), function, given, sums)
+        return self._added(("expert back", visit.tile.signature), function, given, sums)
 
     def _expert(self, visit, unit, given):
         weights = self._programs.weights(visit.tile, given["weights"])
@@ -227,8 +229,8 @@ class TunePrograms:
 
         return self._run(("head begin",), function, {"whole": whole, "hidden": hidden})
 
-    def head_rows(self, visit: Visit, x, weights, targets, sums: HeadSums) -> HeadSums:
-        """The sums with some rows of the head; targets int32 [R]."""
+    def head_rows(self, visit: Visit, x, weights, targets, sums: HeadSums):
+        """(The sums with some rows of the head, something to wait for); targets int32 [R]."""
         leaf = head_leaf(self._cfg).name
 
         def function(given, sums):
@@ -239,7 +241,7 @@ class TunePrograms:
 
         ((_, first),) = visit.offsets
         given = {"x": x, "weights": weights, "targets": targets, "first": np.int32(first)}
-        return self._run(("head rows", visit.tile.signature), function, given, sums)
+        return self._added(("head rows", visit.tile.signature), function, given, sums)
 
     def head_end(self, whole, hidden, sums: HeadSums, weights):
         """(the losses of the rows float32 [R], the gradient of sum(weights * losses) by hidden
@@ -275,6 +277,16 @@ class TunePrograms:
     def _unit_key(self, visit, weights):
         tile = visit.tile
         return tile.kind.name, visit.unit, tile.signature if weights else None
+
+    def _added(self, key, function, given, sums):
+        """What a function makes of `sums`, in their memory; and a number that is there when they
+        are. The sums themselves cannot be waited for: the next program has their memory."""
+
+        def adds(given, sums):
+            found = function(given, sums)
+            return found, jax.tree.leaves(found)[0].ravel()[0]
+
+        return self._run(key, adds, given, sums)
 
     def _run(self, key, function, *args):
         if key not in self._ready:

@@ -224,8 +224,9 @@ class _OnWay:
         for chunk in self._chunks:
             if unit.of_experts:
                 number = self._on.number(tile.expert)
-                chunk.flow["mixed"] = self._of.expert(visit, unit, arrays, number, chunk.flow)
-                found.append(chunk.flow["mixed"])
+                mixed, done = self._of.expert(visit, unit, arrays, number, chunk.flow)
+                chunk.flow["mixed"] = mixed
+                found.append(done)
                 continue
             if tile.heights:
                 own = self._of.rows(visit, chunk.flow[unit.source], arrays, lows, self._drop(chunk))
@@ -233,7 +234,9 @@ class _OnWay:
                     chunk.products.setdefault(visit.unit, {}).setdefault(name, []).append(part)
                     found.append(part)
             if visit.is_last:
-                found += self._end(visit, unit, arrays, chunk).values()
+                given = self._end(visit, unit, arrays, chunk)
+                # The next expert takes the memory of that sum: it is not waited for.
+                found += [array for name, array in given.items() if name != "mixed"]
         return found
 
     def _drop(self, chunk):
@@ -269,9 +272,9 @@ class _OnWay:
             if visit.is_first:
                 chunk.head = self._of.head_begin(whole, hidden)
             x, sums = chunk.head
-            sums = self._of.head_rows(visit, x, arrays, chunk.targets, sums)
+            sums, done = self._of.head_rows(visit, x, arrays, chunk.targets, sums)
             chunk.head = x, sums
-            found.append(sums.total)
+            found.append(done)
             if visit.is_last:
                 chunk.losses, dhidden = self._of.head_end(whole, hidden, sums, chunk.weights)
                 chunk.back, chunk.flow, chunk.head = {"hidden": dhidden}, {}, None
@@ -322,7 +325,7 @@ class _OnWay:
             return self._expert_back(visit, unit, arrays)
         for chunk in self._chunks:
             if visit.is_first:
-                self._end_back(visit, unit, arrays, chunk)
+                found += self._end_back(visit, unit, arrays, chunk)
             if visit.tile.heights:
                 found.append(self._rows_back(visit, unit, arrays, chunk))
             if visit.is_last:
@@ -345,6 +348,7 @@ class _OnWay:
         for name, gradient in of_reads.items():
             self._add_back(chunk, name, gradient)
         chunk.dx = None
+        return jax.tree.leaves((chunk.dy, of_reads))
 
     def _add_back(self, chunk, name, gradient):
         before = chunk.back.get(name)
@@ -362,10 +366,10 @@ class _OnWay:
             chunk.dx = jnp.zeros((chunk.weights.shape[0], width), jnp.float32)
         x = chunk.kept[visit.unit].get(unit.source)
         sums = {"dx": chunk.dx, "low": low}
-        sums = self._of.rows_back(visit, x, arrays, own, self._drop(chunk), dy, sums)
+        sums, done = self._of.rows_back(visit, x, arrays, own, self._drop(chunk), dy, sums)
         chunk.dx = sums["dx"]
         self._gradients |= sums["low"]
-        return chunk.dx
+        return done
 
     def _leave_unit(self, visit, unit, chunk):
         if chunk.dx is not None:
@@ -383,9 +387,9 @@ class _OnWay:
                 zeros = jnp.zeros(kept[name].shape, jnp.float32)
                 sums[name] = zeros if before is None else before.astype(jnp.float32)
             dmixed = chunk.back["mixed"]
-            sums = self._of.expert_back(visit, unit, arrays, number, kept, dmixed, sums)
+            sums, done = self._of.expert_back(visit, unit, arrays, number, kept, dmixed, sums)
             chunk.back |= sums
-            found.append(sums["inputs"])
+            found.append(done)
         return found
 
     def _leave_layer(self, layer, kind):
