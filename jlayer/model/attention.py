@@ -86,7 +86,8 @@ def attention(
     if pieces.lanes == b:
         mixed = attend(jax.tree.map(lambda of_all: of_all[0], given))
     else:
-        mixed = jax.lax.map(attend, given)
+        # On the way back a group is computed again: the scores of all are never kept.
+        mixed = jax.lax.map(jax.checkpoint(attend), given)
     mixed = mixed.reshape(b * t, -1)
     return jnp.pad(mixed, ((0, q.shape[0] - b * t), (0, 0)))
 
@@ -153,7 +154,7 @@ def _cut(entries, n_pieces, axis=1):
 def _over(step, state, pieces, n_pieces):
     if n_pieces == 1:
         return step(state, jax.tree.map(lambda of_all: of_all[0], pieces))[0]
-    return jax.lax.scan(step, state, pieces)[0]
+    return jax.lax.scan(jax.checkpoint(step), state, pieces)[0]
 
 
 def nothing(grouped, width: int) -> Mixed:

@@ -27,6 +27,7 @@ from jlayer.model.backward import (
 from jlayer.model.cache import empty_cache
 from jlayer.model.experts import stage_input
 from jlayer.model.stages import call, join
+from jlayer.plan.tiles import Tile
 from jlayer.spec import ModelConfig
 from jlayer.tuning.units import OF_AN_EXPERT, Unit, units_of
 from jlayer.tuning.visits import Visit
@@ -39,6 +40,9 @@ class TunePrograms:
     def __init__(self, cfg: ModelConfig, programs: Programs, *, dropout: float = 0.0):
         self._cfg, self._programs, self._dropout = cfg, programs, dropout
         self._dtype, self._ready = programs.dtype, {}
+        self._numbers: dict[int, int] = {}
+        self._of_signature: dict[tuple, int] = {}
+        self._tiles: list[Tile] = []
 
     def begin(self, kind: LayerKind, whole: Mapping, hidden):
         """hidden [R, D] -> x [R, D], the input of a layer's first unit."""
@@ -188,7 +192,7 @@ class TunePrograms:
 
         given = {name: flow[name] for name in OF_AN_EXPERT if name != "mixed"}
         given |= {"weights": weights, "number": number}
-        key = ("expert", visit.tile.signature)
+        key = ("expert", self._number(visit.tile))
         return self._added(key, function, given, flow["mixed"])
 
     def expert_back(self, visit: Visit, unit: Unit, weights, number, flow, dmixed, sums: dict):
@@ -204,7 +208,7 @@ class TunePrograms:
 
         given = {name: flow[name] for name in ("inputs", "routing")}
         given |= {"weights": weights, "number": number, "dmixed": dmixed}
-        return self._added(("expert back", visit.tile.signature), function, given, sums)
+        return self._added(("expert back", self._number(visit.tile)), function, given, sums)
 
     def _expert(self, visit, unit, given):
         weights = self._programs.weights(visit.tile, given["weights"])
@@ -241,7 +245,7 @@ class TunePrograms:
 
         ((_, first),) = visit.offsets
         given = {"x": x, "weights": weights, "targets": targets, "first": np.int32(first)}
-        return self._added(("head rows", visit.tile.signature), function, given, sums)
+        return self._added(("head rows", self._number(visit.tile)), function, given, sums)
 
     def head_end(self, whole, hidden, sums: HeadSums, weights):
         """(the losses of the rows float32 [R], the gradient of sum(weights * losses) by hidden
@@ -270,13 +274,22 @@ class TunePrograms:
             return {}
         return {name: Noise(key, self._dropout) for name, key in keys.items()}
 
+    def _number(self, tile):
+        """One number for all tiles of a shape: their signatures are long, and there is a call for
+        each at every step."""
+        if id(tile) not in self._numbers:
+            self._tiles.append(tile)  # so that its id stays its own
+            number = self._of_signature.setdefault(tile.signature, len(self._of_signature))
+            self._numbers[id(tile)] = number
+        return self._numbers[id(tile)]
+
     def _key(self, label, visit, low_ranks, noises):
         ranks = tuple((n, low_ranks[n].a.shape[0]) for n, _ in visit.offsets if n in low_ranks)
-        return label, visit.tile.signature, ranks, bool(noises)
+        return label, self._number(visit.tile), ranks, bool(noises)
 
     def _unit_key(self, visit, weights):
         tile = visit.tile
-        return tile.kind.name, visit.unit, tile.signature if weights else None
+        return tile.kind.name, visit.unit, self._number(tile) if weights else None
 
     def _added(self, key, function, given, sums):
         """What a function makes of `sums`, in their memory; and a number that is there when they
