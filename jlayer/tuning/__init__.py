@@ -1,0 +1,1 @@
+"""Training low-rank adapters of a model whose frozen layers are streamed."""
