@@ -46,7 +46,8 @@ _TEXT_MODELS = ("model.language_model.", "language_model.model.")
 # What is read, and what says how an adapter was made or where: the tensors tell the rest.
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
 }
 _TOLD = {
     *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout"),
@@ -247,6 +248,12 @@ def _check_supported(fields):
             found = printable(str(value))
             raise UnsupportedModelError(f"{fields.where}: {printable(key)} is {found}, {_LACKS}")
 
+    named = _list_of(fields, "target_parameters", str)
+    if others := [name for name in named if not name.endswith(".weight")]:
+        raise UnsupportedModelError(
+            f"{fields.where}: target_parameters has {listed(others)}, {_LACKS}"
+        )
+
 
 def _modules(file, tensors):
     """Module -> the tensors of its A, B and magnitude by their kind."""
@@ -309,14 +316,16 @@ def _check_targets(fields, file, modules):
     others = [module for module in modules if not _is_target(fields, module)]
     if others:
         raise CheckpointError(
-            f"{file.path}: has {listed(others)}, which target_modules, exclude_modules or "
-            f"layers_to_transform in {CONFIG} leave out; fetch both again"
+            f"{file.path}: has {listed(others)}, which target_modules, target_parameters, "
+            f"exclude_modules or layers_to_transform in {CONFIG} leave out; fetch both again"
         )
 
 
 def _is_target(fields, module):
     """As `check_target_module_exists` of PEFT's tuners/tuners_utils.py. Without targets in the
     config PEFT knows those of many models, and the tensors are taken as they are."""
+    if _is_by_weight(fields, module):
+        return True
     if _is_among(fields, "exclude_modules", module):
         return False
     targets = fields.raw.get("target_modules")
@@ -325,6 +334,12 @@ def _is_target(fields, module):
     if not _is_among(fields, "target_modules", module):
         return False
     return isinstance(targets, str) or _is_of_layers(fields, module)
+
+
+def _is_by_weight(fields, module):
+    """Whether a matrix is there by the name of its parameter: PEFT computes the same then."""
+    ends = _list_of(fields, "target_parameters", str)
+    return any(f".{module}.weight".endswith(f".{end}") for end in ends)
 
 
 def _is_among(fields, key, module):
@@ -381,8 +396,9 @@ def _low_rank(file, fields, module, parts, tensors, shape):
             f"{file.path}: {module} {words[0]} {_MAGNITUDE}, but use_dora is {words[1]} in "
             f"{CONFIG}; fetch both again"
         )
-    rank = _of_module(fields, "rank_pattern", module, fields.integer("r"))
-    alpha = _of_module(fields, "alpha_pattern", module, fields.positive("lora_alpha"))
+    named = f"{module}.weight" if _is_by_weight(fields, module) else module
+    rank = _of_module(fields, "rank_pattern", named, fields.integer("r"))
+    alpha = _of_module(fields, "alpha_pattern", named, fields.positive("lora_alpha"))
     out, width = shape
     expected = {_A: (rank, width), _B: (out, rank), _MAGNITUDE: (out,)}
     for part, tensor in parts.items():

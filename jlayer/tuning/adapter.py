@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from jlayer.strict import parse_json_object
 from jlayer.tuning.disk import new_folder
 from jlayer.tuning.modules import (
     choices,
+    is_named_by_weight,
     module_of,
     name_there,
     said_of_targets,
@@ -38,6 +40,7 @@ from jlayer.tuning.modules import (
 
 ALL = "all"
 CARD = "README.md"
+_END = ".weight"
 State = dict[str, dict]
 _LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which the sum is computed
 _PARTS = {"a": A_END, "b": B_END}
@@ -262,8 +265,11 @@ def _config(state, cfg, how, *, base, dropout, alphas, lead):
     defaults: an older PEFT warns of those that it does not know."""
     ranks = {name: len(parts["a"]) for name, parts in state.items() if len(parts["a"]) != how.rank}
     alphas = {name: alphas[name] for name in state if alphas.get(name, how.alpha) != how.alpha}
+    targets = said_of_targets(cfg, state, lead)
+    if "target_parameters" in targets:
+        dropout = 0.0  # PEFT refuses another one there, and has no use for it when it computes
     return {
-        "alpha_pattern": _by_pattern(alphas, lead),
+        "alpha_pattern": _by_pattern(cfg, alphas, lead),
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "bias": "none",
@@ -277,18 +283,18 @@ def _config(state, cfg, how, *, base, dropout, alphas, lead):
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": how.rank,
-        "rank_pattern": _by_pattern(ranks, lead),
+        "rank_pattern": _by_pattern(cfg, ranks, lead),
         "revision": None,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": how.rslora,
-        **said_of_targets(cfg, state, lead),
+        **targets,
     }
 
 
-def _by_pattern(values, lead):
+def _by_pattern(cfg, values, lead):
     return {
-        name_there(name, lead).replace(".", r"\."): as_integer(value)
+        re.escape(name_there(name, lead) + _END * is_named_by_weight(cfg, name)): as_integer(value)
         for name, value in values.items()
     }
 

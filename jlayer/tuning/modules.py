@@ -7,7 +7,6 @@ A module is a published name without `.weight`. Its end is what follows the numb
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,15 @@ from jlayer.families.registry import (
 from jlayer.spec import ModelConfig
 
 _END = ".weight"
+# Of these model types PEFT (0.18 and later, with transformers 5) takes a target of such a name, in
+# whatever module, for the experts, which transformers has as one parameter
+# (peft/utils/transformers_weight_conversion.py). Dense layers and shared experts have them too, and
+# are found by the name of the parameter, as the same LoRA (PEFT 0.17 and later).
+_FUSED = ("gate_proj", "up_proj", "down_proj")
+_OF_FUSED_EXPERTS = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+    *("ernie4_5_moe", "qwen3_moe", "qwen3_next", "hunyuan_v1_moe", "olmoe"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,22 +104,42 @@ def choices(cfg: ModelConfig) -> list[str]:
 
 
 def said_of_targets(cfg: ModelConfig, names: Iterable[str], lead: str = BODY) -> dict:
-    """What the config of an adapter says of the matrices that it is for: `target_modules` and
-    `layers_to_transform`.
+    """What the config of an adapter says of the matrices that it is for: `target_modules`,
+    `layers_to_transform` and, where there are such, `target_parameters`.
 
     Ends where they name these matrices and no others of the model, in all layers or in some; else,
-    and where another model is around the text's, a pattern of whole names.
+    and where another model is around the text's, whole names.
     """
     found = [module_of(cfg, name) for name in names]
     own = {one.published for one in found}
-    others = [
-        module_of(cfg, name) for name in {**trainable(cfg), **untrained(cfg)} if name not in own
-    ]
+    known = {**trainable(cfg), **untrained(cfg)}
+    others = [module_of(cfg, name) for name in known if name not in own]
+    weights = [one for one in found if _is_named_by_weight(cfg, one)]
+    said = _said(found=[one for one in found if one not in weights], others=others, lead=lead)
+    if weights:
+        ends = _ends_of(weights, others) if lead == BODY else None
+        called = ends or [name_there(one.published, lead) for one in weights]
+        said["target_parameters"] = [one + _END for one in called]
+    return said
+
+
+def is_named_by_weight(cfg: ModelConfig, published: str) -> bool:
+    """Whether PEFT finds a matrix by the name of its parameter alone (`target_parameters`)."""
+    return _is_named_by_weight(cfg, module_of(cfg, published))
+
+
+def _is_named_by_weight(cfg, module):
+    return cfg.model_type in _OF_FUSED_EXPERTS and module.end.split(".")[-1] in _FUSED
+
+
+def _said(found, others, lead):
     layers = sorted({one.layer for one in found})
     for among in (None, layers) if lead == BODY else ():
-        if ends := _ends_of(found, [one for one in others if among is None or one.layer in among]):
+        ends = _ends_of(found, [one for one in others if among is None or one.layer in among])
+        if ends is not None:
             return {"target_modules": ends, "layers_to_transform": among}
-    return {"target_modules": _pattern(found, others, lead), "layers_to_transform": None}
+    called = [name_there(one.published, lead) for one in found]
+    return {"target_modules": called, "layers_to_transform": None}
 
 
 def _ends_of(found, others):
@@ -129,15 +157,3 @@ def _shortest(end: str, others: Collection[str]) -> str | None:
     return next(
         (one for one in tries if not any(f".{o}".endswith(f".{one}") for o in others)), None
     )
-
-
-def _pattern(found, others, lead):
-    """One that matches the whole names of these modules alone."""
-    elsewhere = {one.end for one in others}
-    by_layers: dict[str, list[str]] = {}
-    for end in dict.fromkeys(one.end for one in found):
-        layers = "|".join(str(one.layer) for one in found if one.end == end)
-        where = f"(?:{layers})" if end in elsewhere else r"\d+"
-        by_layers.setdefault(where, []).append(re.escape(end))
-    start = re.escape(lead) + r"layers\."
-    return "|".join(rf"{start}{where}\.(?:{'|'.join(ends)})" for where, ends in by_layers.items())
