@@ -24,7 +24,7 @@ from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
 from jlayer.families.adapted import A_END, B_END, multiplied
 from jlayer.families.fields import Fields, printable
-from jlayer.families.layout import is_rearranged, paired_heads
+from jlayer.families.layout import in_pairs, is_rearranged, paired_heads
 from jlayer.families.registry import (
     family_of,
     head_leaf,
@@ -46,7 +46,8 @@ _TEXT_MODELS = ("model.language_model.", "language_model.model.")
 # What is read, and what says how an adapter was made or where: the tensors tell the rest.
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
 }
 _TOLD = {
     *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout"),
@@ -66,23 +67,22 @@ _LACKS = "which is not supported; merge it with PEFT (merge_and_unload) and take
 @dataclass(frozen=True)
 class LowRank:
     """What is added to one matrix: the tensors `a` and `b` of the adapter, and `magnitude` if it
-    has one. `shape`: of the matrix. `heads`: the rows of so many heads are in pairs there
-    (`families.layout`), and are not in the adapter; None: in the same order."""
+    has one. `scale`: what B A is multiplied by; PEFT makes it of `alpha`. `shape`: of the matrix.
+    `heads`: the rows of so many heads are in pairs there (`families.layout`), and are not in the
+    adapter; None: in the same order."""
 
     a: str
     b: str
     magnitude: str | None
     rank: int
+    alpha: float
     scale: float
     shape: tuple[int, int]
     heads: int | None = None
 
     def ordered(self, rows):
         """An array of the adapter with a row for each of the matrix's, in the order of those."""
-        if self.heads is None:
-            return rows
-        halves = rows.reshape(self.heads, 2, -1, *rows.shape[1:])
-        return halves.swapaxes(1, 2).reshape(rows.shape)
+        return rows if self.heads is None else in_pairs(rows, self.heads)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     matrices = {
         name: replace(
             _low_rank(file, fields, module, modules[module], tensors, shapes[name]),
-            heads=paired_heads(cfg, name, _attention_of(cfg, name)),
+            heads=heads_in_pairs(cfg, name),
         )
         for name, module in named.items()
     }
@@ -147,7 +147,7 @@ def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
     """Raises UnsupportedModelError for one that can only be merged, or CheckpointError where its
     numbers are not all finite."""
     lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
-    others = adapter.matrices.keys() - _multiplied(cfg)
+    others = adapter.matrices.keys() - {head_leaf(cfg).published, *layer_matrices(cfg)}
     if lengths or others:
         what = "scales the rows of" if lengths else "changes what is not multiplied row by row:"
         raise UnsupportedModelError(
@@ -203,19 +203,22 @@ def _check_finite(adapter):
                 )
 
 
-def _multiplied(cfg):
-    """The published names of the matrices that are multiplied by rows, without experts."""
-    found = {head_leaf(cfg).published}
+def layer_matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Published name -> shape of the matrices in layers that are multiplied by rows, in the model's
+    order: not those of experts, and none that a function reads uncut."""
+    found = {}
     for layer, kind in enumerate(layer_kinds(cfg)):
         own = multiplied(kind)
         leaves = (leaf for leaf in kind.leaves if leaf.name in own)
-        found |= {layer_tensor_name(cfg, leaf, layer) for leaf in leaves}
+        found |= {layer_tensor_name(cfg, leaf, layer): leaf.shape(cfg) for leaf in leaves}
     return found
 
 
-def _attention_of(cfg, name):
+def heads_in_pairs(cfg: ModelConfig, name: str) -> int | None:
+    """As `families.layout.paired_heads`, of a matrix by its published name alone."""
     layer = layer_of(name)
-    return None if layer is None else layer_kinds(cfg)[layer].attention
+    attention = None if layer is None else layer_kinds(cfg)[layer].attention
+    return paired_heads(cfg, name, attention)
 
 
 def _check_names(folder):
@@ -244,6 +247,12 @@ def _check_supported(fields):
         if not is_known:
             found = printable(str(value))
             raise UnsupportedModelError(f"{fields.where}: {printable(key)} is {found}, {_LACKS}")
+
+    named = _list_of(fields, "target_parameters", str)
+    if others := [name for name in named if not name.endswith(".weight")]:
+        raise UnsupportedModelError(
+            f"{fields.where}: target_parameters has {listed(others)}, {_LACKS}"
+        )
 
 
 def _modules(file, tensors):
@@ -307,14 +316,16 @@ def _check_targets(fields, file, modules):
     others = [module for module in modules if not _is_target(fields, module)]
     if others:
         raise CheckpointError(
-            f"{file.path}: has {listed(others)}, which target_modules, exclude_modules or "
-            f"layers_to_transform in {CONFIG} leave out; fetch both again"
+            f"{file.path}: has {listed(others)}, which target_modules, target_parameters, "
+            f"exclude_modules or layers_to_transform in {CONFIG} leave out; fetch both again"
         )
 
 
 def _is_target(fields, module):
     """As `check_target_module_exists` of PEFT's tuners/tuners_utils.py. Without targets in the
     config PEFT knows those of many models, and the tensors are taken as they are."""
+    if _is_by_weight(fields, module):
+        return True
     if _is_among(fields, "exclude_modules", module):
         return False
     targets = fields.raw.get("target_modules")
@@ -323,6 +334,12 @@ def _is_target(fields, module):
     if not _is_among(fields, "target_modules", module):
         return False
     return isinstance(targets, str) or _is_of_layers(fields, module)
+
+
+def _is_by_weight(fields, module):
+    """Whether a matrix is there by the name of its parameter: PEFT computes the same then."""
+    ends = _list_of(fields, "target_parameters", str)
+    return any(f".{module}.weight".endswith(f".{end}") for end in ends)
 
 
 def _is_among(fields, key, module):
@@ -379,8 +396,9 @@ def _low_rank(file, fields, module, parts, tensors, shape):
             f"{file.path}: {module} {words[0]} {_MAGNITUDE}, but use_dora is {words[1]} in "
             f"{CONFIG}; fetch both again"
         )
-    rank = _of_module(fields, "rank_pattern", module, fields.integer("r"))
-    alpha = _of_module(fields, "alpha_pattern", module, fields.positive("lora_alpha"))
+    named = f"{module}.weight" if _is_by_weight(fields, module) else module
+    rank = _of_module(fields, "rank_pattern", named, fields.integer("r"))
+    alpha = _of_module(fields, "alpha_pattern", named, fields.positive("lora_alpha"))
     out, width = shape
     expected = {_A: (rank, width), _B: (out, rank), _MAGNITUDE: (out,)}
     for part, tensor in parts.items():
@@ -400,7 +418,7 @@ def _low_rank(file, fields, module, parts, tensors, shape):
             f"{_LARGEST:.3g} times its rank; fetch the file again"
         )
     magnitude = parts.get(_MAGNITUDE)
-    return LowRank(parts[_A], parts[_B], magnitude, rank, alpha / root, (out, width))
+    return LowRank(parts[_A], parts[_B], magnitude, rank, alpha, alpha / root, (out, width))
 
 
 def _of_module(fields, key, module, default):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.families.base import BODY
 from jlayer.families.fields import Fields
 from jlayer.families.registry import FAMILIES
 
@@ -20,12 +21,15 @@ _OUTER = (
 @dataclass(frozen=True)
 class Holder:
     """A model with a text model in it. `texts`: the types that this may have, the first where its
-    section is silent. `tied`: whether the head is the embedding where nothing is said."""
+    section is silent. `tied`: whether the head is the embedding where nothing is said. `lead`: what
+    stands before the modules of the text model in the one that transformers makes for texts; where
+    it makes none, in the whole model."""
 
     model_type: str
     architecture: str
     texts: tuple[str, ...]
     tied: bool = True
+    lead: str = "model.language_model."
 
 
 HOLDERS = {
@@ -37,12 +41,17 @@ HOLDERS = {
             *("mistral3", "Mistral3ForConditionalGeneration"),
             ("mistral", "ministral", "ministral3", "mistral4"),
         ),
-        Holder("llama4", "Llama4ForConditionalGeneration", ("llama4_text",), tied=False),
-        Holder("qwen3_5", "Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), tied=False),
+        Holder(
+            *("llama4", "Llama4ForConditionalGeneration"),
+            *(("llama4_text",), False, BODY),
+        ),
+        Holder(
+            *("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+            *(("qwen3_5_text",), False, BODY),
+        ),
         Holder(
             *("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
-            ("qwen3_5_moe_text",),
-            tied=False,
+            *(("qwen3_5_moe_text",), False, BODY),
         ),
     )
 }
@@ -83,6 +92,13 @@ def text_only(raw: dict, *, where: str) -> dict:
         "model_type": model_type,
         "tie_word_embeddings": tied,
     }
+
+
+def module_lead(raw: dict) -> str:
+    """What stands before the names of the text model's modules, in the model that transformers
+    makes of a config.json."""
+    holder = _holder(raw)
+    return BODY if holder is None else holder.lead
 
 
 def _refuse_another(raw, holder, where):

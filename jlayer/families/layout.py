@@ -47,6 +47,18 @@ def paired_heads(cfg: ModelConfig, tensor: str, attention: Attention | None) -> 
     return attention.n_heads if match[1] == "q" else attention.n_kv_heads
 
 
+def in_pairs(rows, heads: int):
+    """An array of published rows, in the order of `paired_heads`."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def in_halves(rows, heads: int):
+    """The inverse of `in_pairs`: the rows in the published order."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
 def is_rearranged(cfg: ModelConfig, tensor: str) -> bool:
     """Whether a published matrix is cut or ordered in yet another way here: what is made for the
     published one, such as an adapter, is not for this."""
