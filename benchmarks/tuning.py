@@ -56,7 +56,6 @@ def main():
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--tile-mib", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-resident", action="store_true")
     parser.add_argument("--profile")
@@ -67,26 +66,25 @@ def main():
         common.say(f"raw link {result['raw_link']['median'] / 1e9:.2f} GB/s")
     with common.GpuWatch() as watch:
         import numpy as np
-        from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
-        from jlayer.tuning.lanes import Lanes
 
         from jlayer.config import read_config
         from jlayer.run_config import RunConfig
+        from jlayer.tuning.adapter import AdapterConfig, fresh, low_ranks, targets_of
         from jlayer.tuning.base import Base
+        from jlayer.tuning.lanes import Lanes
         from jlayer.tuning.rows import chunks_of
+        from jlayer.tuning.settings import Settings
 
         how = AdapterConfig(rank=args.rank)
-        targets = targets_of(read_config(args.folder), how)
-        state = fresh(targets, how, 0)
+        state = fresh(targets_of(read_config(args.folder), how), how, 0)
         run = RunConfig.from_options(
             device_memory=args.device_memory, host_memory=args.host_memory, device=args.device
         )
-        base = Base(
-            args.folder, run, dict.fromkeys(targets, how.scale), tile_bytes=args.tile_mib << 20
-        )
-        n = args.tokens_per_step // args.length
-        ids = np.random.default_rng(0).integers(0, base.cfg.vocab_size, (n, args.length + 1))
-        shape = (n, args.length)
+        settings = Settings(tokens_per_step=args.tokens_per_step, length=args.length)
+        base = Base(args.folder, run, settings, low_ranks(state, how))
+        result["plan"] = base.plan.as_dict()
+        shape = (settings.lanes, args.length)
+        ids = np.random.default_rng(0).integers(0, base.cfg.vocab_size, (*shape[:1], shape[1] + 1))
         lanes = Lanes(
             ids=ids[:, :-1].astype(np.int32),
             targets=ids[:, 1:].astype(np.int32),
@@ -94,7 +92,8 @@ def main():
             positions=np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
             texts=np.ones(shape, np.int32),
         )
-        chunks = list(chunks_of(base.cfg, lanes, share=1 / lanes.ids.size))
+        count = base.plan.lanes_of_chunk
+        chunks = list(chunks_of(base.cfg, lanes, count, share=1 / lanes.ids.size))
 
         def timed(executor, steps):
             seconds, before = [], base.totals.put_bytes
@@ -113,7 +112,7 @@ def main():
                 timed(base.executor, 1)
         seconds, put, loss = timed(base.executor, args.steps)
         result |= {"first_s": first[0], "step_s": common.summary(seconds), "put_bytes": put}
-        result |= {"loss": loss, "smi_streamed_mib": watch.peak, "visits": len(base.visits)}
+        result |= {"loss": loss, "smi_streamed_mib": watch.peak, "visits": len(base.plan.visits)}
         stats = base.devices.first.memory_stats() or {}
         result["allocator_peak_bytes"] = stats.get("peak_bytes_in_use")
         result["temporary_bytes"] = base.programs.temporary_bytes
@@ -122,7 +121,10 @@ def main():
         if "raw_link" in result:
             result["link_s"] = put / result["raw_link"]["median"]
             words += f", {result['link_s']:.3f} s of the link"
-        common.say(words + f"; smi {watch.peak} MiB; compiles {base.programs.compiles}")
+        plan = base.plan
+        words += f" ({plan.seconds:.3f} s foreseen)"
+        common.say(words + f"; smi {watch.peak} MiB of {plan.as_dict()['device_peak_bytes'] >> 20}")
+        common.say(f"{count} lanes a chunk, tiles of {plan.tiling.tile_bytes >> 20} MiB")
         if not args.no_resident:
             keeping, there = resident_sweep(base)
             timed(keeping, 1)

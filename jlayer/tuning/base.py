@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
@@ -12,41 +12,71 @@ from jlayer.engine import residents
 from jlayer.engine.alike import machine_of_all
 from jlayer.engine.programs import Programs
 from jlayer.engine.report import anonymous_bytes, available_bytes
-from jlayer.families.registry import layer_kinds, layer_tensor_name
-from jlayer.plan.cutting import cut
-from jlayer.plan.machine import DEFAULT_DISK
-from jlayer.plan.tiles import Tier, Weights
+from jlayer.errors import UsageError
+from jlayer.families.registry import has_state
+from jlayer.parts import LowRanks
+from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
 from jlayer.streaming.cached import page_cache_use
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.watch import Totals, Watch
-from jlayer.tuning.step import Stepper, Trained
-from jlayer.tuning.visits import streamed, tiers_of, visits_of
-
-TILE_BYTES = 64 << 20
+from jlayer.tuning.planning import TunePlan, make_plan, trained_of
+from jlayer.tuning.settings import Settings
+from jlayer.tuning.step import Stepper
 
 
 class Base:
-    """A model whose weights stay as they are. `scales`: published name of a matrix -> by what its
-    adapter's product is multiplied."""
+    """A model whose weights stay as they are, and the `plan` of what is done with it. `adapter`:
+    what is trained. `plan_of`: makes the plan, of the weights, the machine, `settings` and that.
+
+    Raises what opening a model raises, and DoesNotFitError.
+    """
 
     def __init__(
         self,
         folder: str | os.PathLike,
         run: RunConfig,
-        scales: Mapping[str, float],
+        settings: Settings,
+        adapter: LowRanks,
         *,
-        dropout: float = 0.0,
         watch: Watch | None = None,
-        tile_bytes: int = TILE_BYTES,
+        plan_of: Callable[..., TunePlan] = make_plan,
     ):
         self.watch, self.totals = watch or Watch(), Totals()
+        self.watch.phase("reading headers")
         self.store = Store(folder, follow_links=run.follow_links)
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
+        _check(self.cfg, self.dtype, settings)
+        machine = self._look_at_machine(run)
+        self.watch.phase("planning")
+        self.plan = plan_of(self.weights, machine, settings, adapter)
+        self.plan.check()
+        self.programs = Programs(self.cfg, dtype=self.dtype, devices=self.devices, watch=self.watch)
+        self.embedding = Embedding(self.store, self.weights)
+        self.watch.phase("reading norms and biases")
+        try:
+            checks = Checks(self.store.expected())
+            self.residents = residents.load(self.store, self.weights, checks, self.devices)
+            self.executor = self._make_executor(checks)
+        except BaseException:
+            self.embedding.close()
+            raise
+        self.stepper = Stepper(
+            self.programs,
+            self.embedding,
+            self.residents,
+            self.plan.visits,
+            trained_of(self.cfg, adapter),
+            dropout=settings.dropout,
+        )
+
+    def _look_at_machine(self, run) -> Machine:
+        self.watch.phase("starting the device")
         host_budget = run.host_memory or available_bytes() * 4 // 5
         self.devices, budget, context_bytes = choosing.choose(
             run.device,
@@ -54,7 +84,8 @@ class Base:
             pinned_bytes=min(host_budget, self.store.weight_bytes),
             host_memory=host_budget,
         )
-        self.machine = machine_of_all(
+        self.watch.phase("measuring the disk and the link")
+        return machine_of_all(
             self.devices,
             device_budget=budget,
             host_budget=host_budget,
@@ -64,41 +95,23 @@ class Base:
             link_speed=choosing.link_speed(self.devices),
             cores=len(os.sched_getaffinity(0)),
         )
-        self.programs = Programs(self.cfg, dtype=self.dtype, devices=self.devices, watch=self.watch)
-        tiling = cut(self.weights, tile_bytes, platform=self.devices.platform)
-        self.trained = trained_of(self.cfg, scales)
-        leaves = {layer: frozenset(of) for layer, of in self.trained.items()}
-        self.visits = visits_of(tiling.tiles, leaves)
-        self.tiles, repeats = streamed(self.visits)
-        room = host_budget // 2
-        tiers = tiers_of(self.tiles, repeats, room, tiling.slack)
-        self.embedding = Embedding(self.store, self.weights)
-        checks = Checks(self.store.expected())
-        self.residents = residents.load(self.store, self.weights, checks, self.devices)
-        self.stepper = Stepper(
-            self.programs,
-            self.embedding,
-            self.residents,
-            self.visits,
-            self.trained,
-            dropout=dropout,
-        )
-        ahead = min(self.machine.kind.ahead, len(self.tiles))
-        from_disk = sum(
-            t.n_bytes for t, tier in zip(self.tiles, tiers, strict=True) if tier is Tier.DISK
-        )
-        self.executor = Executor(
+
+    def _make_executor(self, checks):
+        plan = self.plan
+        return Executor(
             self.store,
-            self.tiles,
-            tiers,
-            ring=ahead + 2,
-            ahead=ahead,
+            plan.tiles,
+            plan.tiers,
+            ring=plan.ring,
+            ahead=plan.ahead,
             devices=self.devices,
             totals=self.totals,
             watch=self.watch,
             checks=checks,
-            page_cache=page_cache_use(True, kept_bytes=from_disk, free_bytes=available_bytes()),
-            repeats=repeats,
+            page_cache=page_cache_use(
+                True, kept_bytes=plan.disk_bytes, free_bytes=available_bytes()
+            ),
+            repeats=plan.repeats,
         )
 
     def close(self) -> None:
@@ -107,12 +120,19 @@ class Base:
         self.embedding.close()
 
 
-def trained_of(cfg, scales: Mapping[str, float]) -> Trained:
-    """The adapters of each layer that has some, by leaf."""
-    found = {}
-    for layer, kind in enumerate(layer_kinds(cfg)):
-        names = {leaf.name: layer_tensor_name(cfg, leaf, layer) for leaf in kind.leaves}
-        own = {leaf: (name, scales[name]) for leaf, name in names.items() if name in scales}
-        if own:
-            found[layer] = own
-    return found
+def _check(cfg, dtype, settings):
+    """Raises UsageError for what is not trained."""
+    if dtype == "float16":
+        raise UsageError(
+            "dtype: small gradients vanish in float16; compute in bfloat16 or float32 (--dtype)"
+        )
+    if settings.length > cfg.max_position_embeddings:
+        raise UsageError(
+            f"length: {settings.length} tokens, the model's own limit is "
+            f"{cfg.max_position_embeddings}; take at most that (--length)"
+        )
+    if settings.packs and has_state(cfg):
+        raise UsageError(
+            "packs: this model keeps a state from token to token, which texts in one lane would "
+            "share; give each a lane of its own (--padded)"
+        )

@@ -1,4 +1,5 @@
 """placeholder"""
+
 from dataclasses import dataclass
 
 

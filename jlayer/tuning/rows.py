@@ -11,23 +11,11 @@ from jlayer.model.cache import Rows
 from jlayer.spec import ModelConfig
 from jlayer.tuning.step import ChunkRows
 
-# The most rows of a chunk, unless a lane has more. A program is called for each chunk at each tile,
-# which takes the host about 0.1 ms.
-CHUNK_ROWS = 2048
 
-
-def lanes_of_chunk(length: int, n_lanes: int) -> int:
-    """How many lanes of so many tokens a chunk has: as many as CHUNK_ROWS holds, of which there is
-    a whole number of chunks."""
-    most = max(1, min(n_lanes, CHUNK_ROWS // length))
-    return max(count for count in range(1, most + 1) if n_lanes % count == 0)
-
-
-def chunks_of(cfg: ModelConfig, lanes, *, share: float) -> Iterator[ChunkRows]:
-    """The chunks of some `lanes.Lanes`, whose weights count `share` times."""
-    n, length = lanes.ids.shape
-    count = lanes_of_chunk(length, n)
-    for first in range(0, n, count):
+def chunks_of(cfg: ModelConfig, lanes, count: int, *, share: float) -> Iterator[ChunkRows]:
+    """The chunks of some `lanes.Lanes`, each of `count` lanes, whose weights count `share`
+    times."""
+    for first in range(0, len(lanes.ids), count):
         some = slice(first, first + count)
         texts = lanes.texts[some]
         yield ChunkRows(

@@ -111,14 +111,8 @@ class Tuning:
         self.history = History()
         os.makedirs(work.out + WORK, exist_ok=True)
         self._facts = json.loads(json.dumps({"form": FORM, **work.facts}))
-        scales = low_ranks(work.begun, work.how, work.alphas).of_matrix
-        self.base = Base(
-            work.folder,
-            work.run,
-            {name: scale for name, (_, scale) in scales.items()},
-            dropout=settings.dropout,
-            watch=watch,
-        )
+        adapter = low_ranks(work.begun, work.how, work.alphas)
+        self.base = Base(work.folder, work.run, settings, adapter, watch=watch)
         try:
             self._checkpoints = Checkpoints(work.out + WORK)
             self._begin(self._checkpoints.latest())
@@ -172,7 +166,7 @@ class Tuning:
         number, settings = self.step, self._work.settings
         lanes = self.steps.step(number)
         total = float(lanes.weights.sum(dtype=np.float64))
-        chunks = list(chunks_of(self.base.cfg, lanes, share=1 / total))
+        chunks = self._chunks(lanes, 1 / total)
         noise = (settings.seed, number) if settings.dropout else ()
         found = self.base.stepper.run(
             self.base.executor, chunks, self.state, noise=noise, check=check
@@ -198,11 +192,15 @@ class Tuning:
             put_bytes=self.base.totals.put_bytes - before,
         )
 
+    def _chunks(self, lanes, share):
+        base = self.base
+        return list(chunks_of(base.cfg, lanes, base.plan.lanes_of_chunk, share=share))
+
     def perplexity(self, check: Callable[[], None] = lambda: None) -> float:
         """Of the held-out text, as the weights of its tokens count."""
         total = weight = 0.0
         for lanes in self._held_out:
-            chunks = list(chunks_of(self.base.cfg, lanes, share=1.0))
+            chunks = self._chunks(lanes, 1.0)
             found = self.base.stepper.run(
                 self.base.executor, chunks, self.state, trains=False, check=check
             )

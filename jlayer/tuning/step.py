@@ -20,12 +20,10 @@ from jlayer.streaming.executor import Executor
 from jlayer.tuning.kept import Inputs, Sent
 from jlayer.tuning.programs import TunePrograms
 from jlayer.tuning.units import again, units_of
-from jlayer.tuning.visits import Visit, Way
+from jlayer.tuning.visits import Trained, Visit, Way, leaves_of
 
 # Published name of a matrix -> its "a" [rank, in] and "b" [out, rank], float32.
 State = Mapping[str, Mapping[str, np.ndarray]]
-# Layer -> its leaves that have an adapter -> (published name, by what B A is multiplied).
-Trained = Mapping[int, Mapping[str, tuple[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -303,7 +301,7 @@ class _OnWay:
         self._gradients = {}
 
     def _needs(self, layer, kind):
-        return again(kind, frozenset(self._on.trained.get(layer, ())))
+        return again(kind, leaves_of(self._on.trained, layer))
 
     def _keep(self, layer, kind, unit):
         """Keeps what a unit's gradients need of the flow before it, and nothing more of the unit

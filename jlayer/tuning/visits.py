@@ -15,6 +15,14 @@ from jlayer.families.base import LayerKind
 from jlayer.plan.tiles import Tier, Tile
 from jlayer.tuning.units import again, units_of
 
+# Layer -> its leaves that have an adapter -> (published name, by what B A is multiplied).
+Trained = Mapping[int, Mapping[str, tuple[str, float]]]
+
+
+def leaves_of(trained: Trained, layer: int) -> frozenset[str]:
+    """The matrices of a layer that have an adapter."""
+    return frozenset(trained.get(layer, ()))
+
 
 class Way(Enum):
     """What is done at a tile."""

@@ -10,9 +10,11 @@ from safetensors.numpy import load_file
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
 from jlayer.families.registry import has_state
+from jlayer.parts import LowRanks
 from jlayer.run_config import RunConfig
-from jlayer.tuning import rows
+from jlayer.tuning import planning, rows
 from jlayer.tuning.base import Base
+from jlayer.tuning.settings import Settings
 from tests.quantized import converted, stand_for
 from tests.reference import dense_forms, latent_forms, mixture_forms
 from tests.reference.test_adapter import ATTENTION, DENSE
@@ -69,21 +71,28 @@ def of_peft(base, folder, texts, load, options):
 
 
 def state_of(folder, cfg):
-    """(the adapter's numbers, the scale of each matrix, the tensors of each)."""
+    """(the adapter's numbers, what it adds to which matrix, the tensors of each)."""
     adapter, tensors = read_adapter(folder, cfg), load_file(folder / WEIGHTS)
     pairs = {name: {"a": low.a, "b": low.b} for name, low in adapter.matrices.items()}
     state = {n: {side: tensors[t] for side, t in pair.items()} for n, pair in pairs.items()}
-    return state, {name: low.scale for name, low in adapter.matrices.items()}, pairs
+    rows = ((name, low.rank, low.scale) for name, low in adapter.matrices.items())
+    return state, LowRanks(tuple(sorted(rows))), pairs
 
 
 def compare(base, source, folder, load, options, *, tile_bytes, tolerance=1e-4):
     cfg = read_config(base)
     lanes, texts = some_lanes(min(60, cfg.vocab_size), packs=not has_state(cfg))
     losses, gradients = of_peft(source, folder, texts, load, options)
-    state, scales, pairs = state_of(folder, cfg)
-    model = Base(base, RunConfig(**RUN, dtype="float32"), scales, tile_bytes=tile_bytes)
+    state, adapter, pairs = state_of(folder, cfg)
+    settings = Settings(tokens_per_step=4 * LENGTH, length=LENGTH, packs=not has_state(cfg))
+    run = RunConfig(**RUN, dtype="float32")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(planning, "TILE_BYTES", (tile_bytes,))
+        monkeypatch.setattr(planning, "CHUNK_ROWS", (2 * LENGTH,))
+        model = Base(base, run, settings, adapter)
     try:
-        chunks = list(rows.chunks_of(model.cfg, lanes, share=1.0))
+        assert model.plan.lanes_of_chunk == 2
+        chunks = list(rows.chunks_of(model.cfg, lanes, 2, share=1.0))
         found = model.stepper.run(model.executor, chunks, state)
     finally:
         model.close()
@@ -108,11 +117,6 @@ def family(name, folder, targets, forms, *, tile_bytes=2000):
         *(folder / "model", folder / "model", folder / "adapter", forms.load, options),
         tile_bytes=tile_bytes,
     )
-
-
-@pytest.fixture(autouse=True)
-def two_lanes_in_a_chunk(monkeypatch):
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 2 * LENGTH)
 
 
 @pytest.mark.parametrize("tile_bytes", [1 << 20, 1500])
