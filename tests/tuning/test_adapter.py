@@ -317,3 +317,11 @@ def test_the_config_is_whole_json(tmp_path, cfg):
     assert type(said["lora_alpha"]) is int
     assert said["lora_dropout"] == 0.05
     assert said["base_model_name_or_path"] == "org/model"
+
+
+def test_parameters_of_experts_are_refused(tmp_path, cfg):
+    how = AdapterConfig(targets=("q_proj",))
+    save(tmp_path / "a", drawn(cfg, how), cfg, how)
+    edit_json(tmp_path / "a" / CONFIG, target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(UnsupportedModelError, match=r"target_parameters has mlp.experts.gate_up"):
+        load_adapter(tmp_path / "a", cfg)
