@@ -3,9 +3,9 @@ beside the same programs with the weights on the device already; memory by nvidi
 
     python benchmarks/tuning.py FOLDER --device-memory 4GiB --tokens-per-step 4096 --length 512
 
-The weights that are there already are those of one layer for all, so that they fit: nothing crosses
-the link but what a step keeps and its adapters. What a step says means nothing here: its text is
-random. The last line is one JSON object.
+With `--resident`, in a process of its own with more memory, the weights of one layer are there
+already and stand for all layers: nothing crosses the link but what a step keeps, and its adapters.
+What a step says means nothing: its text is random. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,37 +14,35 @@ import argparse
 import time
 
 import common
+import jax
 
 
-def resident_sweep(base):
-    """What the executor's `sweep` does, with the weights of one tile of each shape on the device
-    already -> a function that is called as it is."""
-    import jax
+class Resident:
+    """Sweeps as the executor's, with the weights of one tile of each shape on the device already;
+    the first one brings them there."""
 
-    arrays = {}
+    def __init__(self, base):
+        self._base, self._arrays = base, {}
 
-    class There:
-        def sweep(self, run):
-            outputs = []
-            for tile in base.tiles:
-                outputs.append(run(tile, arrays[tile.signature]))
-                if len(outputs) > 4:
-                    jax.block_until_ready(outputs.pop(0))
-            jax.block_until_ready(outputs)
+    def sweep(self, run):
+        """As the executor's."""
+        if not self._arrays:
+            self._base.executor.sweep(self._keeping(run))
+            return
+        outputs = []
+        for tile in self._base.plan.tiles:
+            outputs.append(run(tile, self._arrays[tile.signature]))
+            if len(outputs) > 4:
+                jax.block_until_ready(outputs.pop(0))
+        jax.block_until_ready(outputs)
 
-    def keep(run):
-        def kept(tile, found):
-            if tile.signature not in arrays:
-                arrays[tile.signature] = jax.tree.map(lambda array: array + 0, found)
+    def _keeping(self, run):
+        def keeping(tile, found):
+            if tile.signature not in self._arrays:
+                self._arrays[tile.signature] = jax.tree.map(lambda array: array + 0, found)
             return run(tile, found)
 
-        base.executor.sweep(kept)
-
-    class Keeping:
-        def sweep(self, run):
-            keep(run)
-
-    return Keeping(), There()
+        return keeping
 
 
 def main():
@@ -57,7 +55,7 @@ def main():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--no-resident", action="store_true")
+    parser.add_argument("--resident", action="store_true", help="with the weights there already")
     parser.add_argument("--profile")
     args = parser.parse_args()
     result = {"card": common.card(), "options": vars(args)}
@@ -104,13 +102,12 @@ def main():
             loss = float(sum(part.sum() for part in found.losses)) / lanes.ids.size
             return seconds, (base.totals.put_bytes - before) / steps, loss
 
-        first, _, _ = timed(base.executor, 1)
+        executor = Resident(base) if args.resident else base.executor
+        first, _, _ = timed(executor, 1)
         if args.profile:
-            import jax
-
             with jax.profiler.trace(args.profile):
-                timed(base.executor, 1)
-        seconds, put, loss = timed(base.executor, args.steps)
+                timed(executor, 1)
+        seconds, put, loss = timed(executor, args.steps)
         result |= {"first_s": first[0], "step_s": common.summary(seconds), "put_bytes": put}
         result |= {"loss": loss, "smi_streamed_mib": watch.peak, "visits": len(base.plan.visits)}
         stats = base.devices.first.memory_stats() or {}
@@ -125,17 +122,6 @@ def main():
         words += f" ({plan.seconds:.3f} s foreseen)"
         common.say(words + f"; smi {watch.peak} MiB of {plan.as_dict()['device_peak_bytes'] >> 20}")
         common.say(f"{count} lanes a chunk, tiles of {plan.tiling.tile_bytes >> 20} MiB")
-        if not args.no_resident:
-            keeping, there = resident_sweep(base)
-            timed(keeping, 1)
-            alone, _, _ = timed(there, args.steps)
-            result["resident_s"] = common.summary(alone)
-            least = max(result.get("link_s", 0), result["resident_s"]["median"])
-            result["ratio"] = step / least
-            common.say(
-                f"{result['resident_s']['median']:.3f} s with the weights there; "
-                f"ratio {result['ratio']:.2f}"
-            )
         base.close()
     result["smi_peak_mib"], result["smi_before_mib"] = watch.peak, watch.before
     common.last_line(result)

@@ -117,6 +117,7 @@ class Base:
     def close(self) -> None:
         """Ends the readers' threads and closes the files."""
         self.executor.close()
+        self.stepper.close()
         self.embedding.close()
 
 

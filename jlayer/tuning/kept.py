@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 
-class Sent:
-    """Arrays on their way from the device to host memory."""
+class Down:
+    """Brings arrays from the device to host memory, in the background: to begin a copy takes a
+    millisecond and more, in which the next weights would not be on their way."""
 
-    def __init__(self, arrays):
-        self._arrays = arrays
-        for array in jax.tree.leaves(arrays):
-            array.copy_to_host_async()
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jlayer-down")
 
-    def arrived(self):
-        """The same as arrays of numpy, once all are there."""
-        return jax.tree.map(np.asarray, self._arrays)
+    def send(self, arrays) -> Future:
+        """Begins with a tree of arrays; the result is the same with arrays of numpy."""
+        return self._pool.submit(jax.tree.map, np.asarray, arrays)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Inputs:
@@ -26,10 +29,10 @@ class Inputs:
     `has_link`: whether the device has a memory of its own; without one the arrays stay as they
     are."""
 
-    def __init__(self, put: Callable, *, has_link: bool):
-        self._put, self._has_link = put, has_link
+    def __init__(self, put: Callable, down: Down, *, has_link: bool):
+        self._put, self._down, self._has_link = put, down, has_link
         self._there: dict[int, list] = {}
-        self._sent: dict[int, Sent] = {}
+        self._sent: dict[int, Future] = {}
         self._coming: dict[int, list] = {}
 
     def keep(self, layer: int, arrays: list) -> None:
@@ -39,12 +42,12 @@ class Inputs:
             self._there[layer] = arrays
             return
         self.settle()
-        self._sent[layer] = Sent(arrays)
+        self._sent[layer] = self._down.send(arrays)
 
     def settle(self) -> None:
         """Waits for what is on its way."""
         for layer, sent in self._sent.items():
-            self._there[layer] = sent.arrived()
+            self._there[layer] = sent.result()
         self._sent.clear()
 
     def fetch(self, layer: int) -> None:

@@ -43,6 +43,7 @@ class TunePrograms:
         self._numbers: dict[int, int] = {}
         self._of_signature: dict[tuple, int] = {}
         self._tiles: list[Tile] = []
+        self._firsts: dict[int, jax.Array] = {}
 
     def begin(self, kind: LayerKind, whole: Mapping, hidden):
         """hidden [R, D] -> x [R, D], the input of a layer's first unit."""
@@ -108,7 +109,7 @@ class TunePrograms:
             "x": x,
             "weights": weights,
             "low": {name: low_ranks[name] for name in own},
-            "firsts": {name: np.int32(first) for name, first in visit.offsets if name in own},
+            "firsts": {name: self._first(first) for name, first in visit.offsets if name in own},
             "noise": {name: noises[name] for name in own if name in noises},
         }
 
@@ -244,7 +245,7 @@ class TunePrograms:
             return add_head_rows(sums, given["x"], *own, given["targets"], first, how=how)
 
         ((_, first),) = visit.offsets
-        given = {"x": x, "weights": weights, "targets": targets, "first": np.int32(first)}
+        given = {"x": x, "weights": weights, "targets": targets, "first": self._first(first)}
         return self._added(("head rows", self._number(visit.tile)), function, given, sums)
 
     def head_end(self, whole, hidden, sums: HeadSums, weights):
@@ -262,6 +263,25 @@ class TunePrograms:
 
         given = {"whole": whole, "hidden": hidden, "sums": sums, "weights": weights}
         return self._run(("head end",), function, given)
+
+    def zeros(self, like):
+        """Zeros of the shapes and dtypes of a tree."""
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(like))
+        key = ("zeros", jax.tree.structure(like), shapes)
+        if key not in self._ready:
+            structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+
+            def function():
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structs)
+
+            self._ready[key] = self._programs.get("tune zeros", key, function, ())
+        return self._ready[key]()
+
+    def _first(self, row):
+        """The number of a row, on the device."""
+        if row not in self._firsts:
+            self._firsts[row] = self._programs.devices.put(np.asarray(row, np.int32))
+        return self._firsts[row]
 
     def sum(self, one, other):
         """Of two gradients of the same; in float32 if one of them is."""

@@ -5,10 +5,10 @@ that has an adapter. Frozen weights stream as in a run; of a layer's numbers onl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlayer.engine.programs import Programs
@@ -17,7 +17,7 @@ from jlayer.model.backward import LowRank
 from jlayer.model.cache import Rows
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
-from jlayer.tuning.kept import Inputs, Sent
+from jlayer.tuning.kept import Down, Inputs
 from jlayer.tuning.programs import TunePrograms
 from jlayer.tuning.units import again, units_of
 from jlayer.tuning.visits import Trained, Visit, Way, leaves_of
@@ -86,6 +86,7 @@ class Stepper:
         # (kind, unit) -> the shapes of its products and of what its functions read
         self.shapes: dict[tuple, tuple] = {}
         self._numbers: dict[int, jax.Array] = {}  # of experts, on the device
+        self.down = Down()
 
     def run(
         self,
@@ -125,6 +126,10 @@ class Stepper:
             given["whole"] = {name: leaves[name] for name in wanted.whole}
         return program(given)["hidden"]
 
+    def close(self) -> None:
+        """Ends the thread that brings arrays down."""
+        self.down.close()
+
     def number(self, expert: int):
         """The number of an expert on the device."""
         if expert not in self._numbers:
@@ -139,10 +144,10 @@ class _OnWay:
         self._on, self._of, self._state = stepper, stepper.of, state
         self._noise, self._trains = noise, trains
         put = stepper.devices.put
-        self._inputs = Inputs(put, has_link=stepper.devices.has_link)
+        self._inputs = Inputs(put, stepper.down, has_link=stepper.devices.has_link)
         self._lows: dict[int, dict[str, LowRank]] = {}  # layer -> its adapters on the device
         self._gradients: dict[str, LowRank] = {}  # of the present layer, by leaf
-        self._sent: dict[str, Sent] = {}
+        self._sent: dict[int, Future] = {}  # layer -> its gradients, on their way
         layers = [visit.tile.layer for visit in stepper.visits if visit.way is Way.FORWARD]
         self._last = max(layers)
         self._chunks = [
@@ -157,8 +162,12 @@ class _OnWay:
 
     def end(self) -> Found:
         losses = [np.asarray(chunk.losses) for chunk in self._chunks]
-        found = {name: sent.arrived() for name, sent in self._sent.items()}
-        return Found(losses, {name: {"a": low.a, "b": low.b} for name, low in found.items()})
+        found = {}
+        for layer, sent in self._sent.items():
+            trained = self._on.trained[layer]
+            for leaf, low in sent.result().items():
+                found[trained[leaf][0]] = {"a": low.a, "b": low.b}
+        return Found(losses, {name: found[name] for name in self._state if name in found})
 
     def take(self, visit: Visit, arrays):
         """Moves every chunk through a visit -> something to wait for."""
@@ -298,7 +307,7 @@ class _OnWay:
         self._keep(layer, kind, 0)
         if layer - 1 >= min(self._on.trained):
             self._inputs.fetch(layer - 1)
-        self._gradients = {}
+        self._gradients = self._of.zeros(self._lows.get(layer, {}))
 
     def _needs(self, layer, kind):
         return again(kind, leaves_of(self._on.trained, layer))
@@ -357,11 +366,11 @@ class _OnWay:
         lows = self._lows.get(layer, {})
         names = tuple(dict(visit.offsets))
         own = {name: lows[name] for name in names if name in lows}
-        low = {name: self._gradients.get(name) or _zeros(own[name]) for name in own}
+        low = {name: self._gradients[name] for name in own}
         dy = {name: chunk.dy[name].pop() for name in tile.products()}
         if chunk.dx is None:
-            width = tile.parts[0].width
-            chunk.dx = jnp.zeros((chunk.weights.shape[0], width), jnp.float32)
+            rows, width = chunk.weights.shape[0], tile.parts[0].width
+            chunk.dx = self._of.zeros(jax.ShapeDtypeStruct((rows, width), "float32"))
         x = chunk.kept[visit.unit].get(unit.source)
         sums = {"dx": chunk.dx, "low": low}
         sums, done = self._of.rows_back(visit, x, arrays, own, self._drop(chunk), dy, sums)
@@ -382,8 +391,8 @@ class _OnWay:
             sums = {}
             for name in ("inputs", "routing"):
                 before = chunk.back.pop(name, None)
-                zeros = jnp.zeros(kept[name].shape, jnp.float32)
-                sums[name] = zeros if before is None else before.astype(jnp.float32)
+                shape = jax.ShapeDtypeStruct(kept[name].shape, "float32")
+                sums[name] = self._of.zeros(shape) if before is None else before
             dmixed = chunk.back["mixed"]
             sums, done = self._of.expert_back(visit, unit, arrays, number, kept, dmixed, sums)
             chunk.back |= sums
@@ -399,9 +408,8 @@ class _OnWay:
             dhidden = chunk.back["hidden"]
             chunk.back = {"hidden": self._of.begin_back(kind, given, hidden, dx, dhidden)}
             chunk.flow, chunk.kept, chunk.products = {}, {}, {}
-        for leaf, gradient in self._gradients.items():
-            name, _ = self._on.trained[layer][leaf]
-            self._sent[name] = Sent(gradient)
+        if self._gradients:
+            self._sent[layer] = self._on.down.send(self._gradients)
         self._gradients = {}
         self._lows.pop(layer, None)
         return [chunk.back["hidden"] for chunk in self._chunks]
@@ -409,10 +417,6 @@ class _OnWay:
 
 def _shape(array):
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _zeros(low: LowRank) -> LowRank:
-    return jax.tree.map(jnp.zeros_like, low)
 
 
 def _uncut(visit, arrays):
