@@ -33,6 +33,7 @@ VERBS = {
     "chat": ("jlayer.app.verbs.chat", "talk with a model, in the terminal or over a pipe"),
     "serve": ("jlayer.app.verbs.serve", "answer OpenAI's protocol over HTTP, with a page"),
     "batch": ("jlayer.app.verbs.batch", "answer a file of requests, line by line"),
+    "tune": ("jlayer.app.verbs.tune", "train a low-rank adapter of a model"),
     "bench": (
         "jlayer.app.verbs.bench",
         "measure each stage against its limit, then the whole",

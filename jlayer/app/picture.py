@@ -65,28 +65,28 @@ def add_option(parser) -> None:
     )
 
 
-def check_file(path: str | None) -> None:
+def check_file(path: str | None, *, option: str = "--timeline") -> None:
     """Raises UsageError or StorageError where a picture cannot be drawn or written to `path` (None:
-    no picture). Leaves `path` as it was."""
+    no picture), which was given as `option`. Leaves `path` as it was."""
     if path is None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
-            '--timeline: needs matplotlib; pip install -e ".[timeline]", or leave it out'
+            f'{option}: needs matplotlib; pip install -e ".[timeline]", or leave it out'
         )
     if not path.endswith(".png"):
-        raise UsageError(f"--timeline: found {path!r}, expected a name that ends in .png")
+        raise UsageError(f"{option}: found {path!r}, expected a name that ends in .png")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise UsageError(f"--timeline: {folder} is no folder; make it, or name another")
+        raise UsageError(f"{option}: {folder} is no folder; make it, or name another")
     is_there = os.path.lexists(path)
     if is_there and not stat.S_ISREG(os.stat(path).st_mode):
-        raise UsageError(f"--timeline: {path} is not a regular file; name another")
+        raise UsageError(f"{option}: {path} is not a regular file; name another")
     try:
         with open(path, "ab"):
             pass
     except OSError as error:
-        raise StorageError(f"--timeline: {path}: {error.strerror}; name another") from None
+        raise StorageError(f"{option}: {path}: {error.strerror}; name another") from None
     if not is_there:
         os.remove(path)
 

@@ -6,6 +6,7 @@ run goes on from its last checkpoint, to the same bytes.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -16,11 +17,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jlayer.checkpoint.adapter import WEIGHTS
 from jlayer.errors import UsageError
 from jlayer.run_config import RunConfig
 from jlayer.streaming.watch import Watch
 from jlayer.tuning.adapter import AdapterConfig, low_ranks, save_adapter
 from jlayer.tuning.base import Base
+from jlayer.tuning.disk import sync_folder
 from jlayer.tuning.lanes import Lanes, Steps, packed, padded
 from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
 from jlayer.tuning.rows import chunks_of
@@ -29,6 +32,7 @@ from jlayer.tuning.settings import Settings
 from jlayer.tuning.step import State
 
 WORK = ".tuning"  # after the name of OUT, while a run is not complete
+MADE = "made"  # in that folder, the adapter before it is moved to OUT
 FORM = 1  # of what a checkpoint's facts say
 
 
@@ -224,12 +228,15 @@ class Tuning:
         )
         self._saved = self.step
 
-    def finish(self, card: str, *, base: str) -> None:
+    def finish(self, card: str, *, base: str, lead: str) -> None:
         """Writes the adapter to OUT, and removes what the run needed to go on. `base`: what the
-        adapter says that it was trained for; `card`: the text of its README.md."""
+        adapter says that it was trained for; `card`: the text of its README.md; `lead`: as of
+        `save_adapter`. Raises UsageError where OUT is there, and is not this adapter."""
         work = self._work
+        made = os.path.join(work.out + WORK, MADE)
+        shutil.rmtree(made, ignore_errors=True)
         save_adapter(
-            work.out,
+            made,
             self.state,
             self.base.cfg,
             work.how,
@@ -237,13 +244,28 @@ class Tuning:
             card=card,
             dropout=work.settings.dropout,
             alphas=work.alphas,
+            lead=lead,
         )
+        if not os.path.lexists(work.out):
+            os.rename(made, work.out)
+            sync_folder(os.path.dirname(os.path.abspath(work.out)))
+        elif not _is_same(made, work.out):  # else it was stopped before the folder was removed
+            raise UsageError(
+                f"{work.out}: is there already, and is another adapter; move it away, and run the "
+                "same command again"
+            )
         self._checkpoints.close()
         shutil.rmtree(work.out + WORK, ignore_errors=True)
 
     def close(self) -> None:
         self._checkpoints.close()
         self.base.close()
+
+
+def _is_same(one, other):
+    """Whether two folders have the same weights of an adapter."""
+    files = [os.path.join(folder, WEIGHTS) for folder in (one, other)]
+    return all(map(os.path.isfile, files)) and filecmp.cmp(*files, shallow=False)
 
 
 def _is_due(step, every):
