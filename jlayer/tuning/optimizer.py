@@ -3,7 +3,7 @@ pass through the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -32,7 +32,7 @@ class Moments:
         return cls(zeros, jax.tree.map(np.copy, zeros), 0)
 
 
-def rates_of(settings: Settings, n_steps: int) -> optax.Schedule:
+def rates_of(settings: Settings, n_steps: int) -> Callable[[int], float]:
     """(number of a step from 0) -> its learning rate, as transformers' schedules of these names."""
     rate, warmup = settings.learning_rate, int(np.ceil(settings.warmup * n_steps))
     rest = max(1, n_steps - warmup)
@@ -41,9 +41,15 @@ def rates_of(settings: Settings, n_steps: int) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(rate, 0.0, rest),
         "cosine": lambda: optax.cosine_decay_schedule(rate, rest),
     }[settings.schedule]()
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    joined = after
+    if warmup:
+        joined = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+
+    def rate_at(step):
+        with jax.numpy_dtype_promotion("standard"):
+            return float(joined(step))
+
+    return rate_at
 
 
 def length_of(gradients: State) -> float:
@@ -65,8 +71,9 @@ class AdamW:
 
         def update(state, gradient, mean, square, count, rate, factor):
             moments = optax.ScaleByAdamState(count, mean, square)
-            change, moments = adam.update(gradient * factor, moments, state)
-            change, _ = decay.update(change, optax.EmptyState(), state)
+            with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+                change, moments = adam.update(gradient * factor, moments, state)
+                change, _ = decay.update(change, optax.EmptyState(), state)
             return state - rate * change, moments.mu, moments.nu
 
         self._update = jax.jit(update)

@@ -176,7 +176,7 @@ class Tuning:
             self.base.executor, chunks, self.state, noise=noise, check=check
         )
         loss = _sum_of(found.losses, chunks)
-        length, rate = length_of(found.gradients), float(self._rates(number))
+        length, rate = length_of(found.gradients), self._rates(number)
         self.state, self._moments = self._adam.step(
             self.state,
             found.gradients,
