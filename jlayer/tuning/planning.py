@@ -40,7 +40,7 @@ CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
 READING = 2  # host slots beyond the tiles on the device, for the reads in progress
 FLOAT32 = 4
 # Multiplications and additions a second: of a GPU in 16 bits (H200, 4096 rows), of a CPU's core.
-GPU_OPERATIONS, CORE_OPERATIONS = 4e14, 1.5e11
+GPU_OPERATIONS, CORE_OPERATIONS = 2.6e14, 1.5e11
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 
 from jlayer import catalogue
-from jlayer.app import options
+from jlayer.app import options, tuned
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
 from jlayer.checkpoint.adapter import beside, read_adapter
@@ -64,9 +64,11 @@ def add_arguments(parser):
     )
     options.add_speeds(parser)
     options.add_offline(parser)
+    tuned.add_arguments(parser)
 
 
 def run(args) -> dict:
+    tuned.check(args)
     args.ref = model_at(args.ref)
     if args.batch < 1:
         raise UsageError(f"--batch: found {args.batch}, expected a number of lanes from 1 up")
@@ -106,6 +108,8 @@ def run(args) -> dict:
     # A run measures the cores; what this machine has says nothing of the one that is planned for.
     if run.host_share or not (machine.kind.has_link or missing()):
         machine = replace(machine, host=expected_speeds(machine))
+    if args.tune:
+        return tuned.run(args, _weights(args.ref, cfg, quantization, run.dtype), machine)
     weights = _with_adapter(_weights(args.ref, cfg, quantization, run.dtype), args.adapter)
     shape = RunShape(args.batch, args.context, args.context)
     tilings: dict = {}
