@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -11,6 +12,7 @@ from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
 from jlayer.families.registry import has_state
 from jlayer.parts import LowRanks
+from jlayer.plan.need import total
 from jlayer.run_config import RunConfig
 from jlayer.tuning import planning, rows
 from jlayer.tuning.base import Base
@@ -79,6 +81,10 @@ def state_of(folder, cfg):
     return state, LowRanks(tuple(sorted(rows))), pairs
 
 
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 def compare(base, source, folder, load, options, *, tile_bytes, tolerance=1e-4):
     cfg = read_config(base)
     lanes, texts = some_lanes(min(60, cfg.vocab_size), packs=not has_state(cfg))
@@ -89,13 +95,23 @@ def compare(base, source, folder, load, options, *, tile_bytes, tolerance=1e-4):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(planning, "TILE_BYTES", (tile_bytes,))
         monkeypatch.setattr(planning, "CHUNK_ROWS", (2 * LENGTH,))
+        before = live_bytes()
         model = Base(base, run, settings, adapter)
+    held = []
     try:
         assert model.plan.lanes_of_chunk == 2
         chunks = list(rows.chunks_of(model.cfg, lanes, 2, share=1.0))
-        found = model.stepper.run(model.executor, chunks, state)
+
+        def check():
+            held.append(live_bytes() - before)
+
+        found = model.stepper.run(model.executor, chunks, state, check=check)
+        temporary = model.programs.temporary_bytes
     finally:
         model.close()
+    planned = model.plan.device
+    assert temporary <= planned.temporary_bytes
+    assert max(held) + temporary <= total(planned)
     own = np.concatenate(found.losses).reshape(lanes.texts.shape)
     own = own[lanes.texts > 0]
     expected = np.concatenate(losses)
