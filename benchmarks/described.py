@@ -61,7 +61,9 @@ PURPOSES = {
     "ml_dtypes": "the dtype bfloat16 for numpy",
     "safetensors": "the file format. Headers are read by our own strict reader; the library writes "
     "and reads the files of the tests, and Transformers needs it",
-    "orbax-checkpoint": "the Orbax format. Its own saves are the reference in the tests",
+    "orbax-checkpoint": "the Orbax format, and checkpoints of `jlayer tune`. Its own saves are the "
+    "reference in the tests",
+    "optax": "AdamW, and the schedules of its learning rate, in `jlayer tune`",
     "tensorstore": "reads and writes Orbax arrays, one at a time",
     "backports.zstd": "unpacks Orbax chunks as streams (Python 3.14 has it built in)",
     "transformers": "`model.tokenizer` in Python; the reference that the tests compare with",
@@ -71,7 +73,7 @@ PURPOSES = {
     "rich": "progress bars, and the width of characters on a terminal",
     "jinja2": "chat templates",
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
-    "matplotlib": "draws the picture of `--timeline`",
+    "matplotlib": "draws the pictures of `--timeline` and `--picture`",
     "llvmlite": "compiles the kernels with which the host's cores multiply weights in host memory",
     "starlette": "the server's table of paths, and requests as Python reads them",
     "uvicorn": "the server's HTTP",

@@ -180,6 +180,12 @@ TESTED = {
     "--allow-host llm.example.com": Parsed(SERVES),
     "jlayer serve path/to/Llama-3-8B --state path/to/state": Parsed(SERVES),
     "python benchmarks/serving.py --only together,leaving": By("tests/serving/test_soak.py"),
+    # tuning.md
+    "jlayer tune path/to/Llama-3-8B path/to/data.jsonl path/to/tuned": Here(),
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --adapter path/to/tuned': Here(),
+    "jlayer tune path/to/Llama-3-8B path/to/data.jsonl path/to/author --targets q_proj,v_proj "
+    "--rank 8 --held-out path/to/data.jsonl --picture loss.png": Here(),
+    "jlayer plan llama-3.1-70b-instruct --tune --host-memory 200GiB": Here(),
     # speculation.md
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --draft llama-3.2-1b-instruct "
     "--device-memory 4GiB --host-memory 64GiB": Here(shows=True),
@@ -218,6 +224,7 @@ def mine(tmp_path):
     (tmp_path / "stories.txt").write_text("Once upon a time there was a little girl.\n" * 3)
     body = {"prompt": "Once upon a time", "max_tokens": 4}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "data.jsonl").write_text('{"text": "Once upon a time there was a girl."}\n' * 3)
     (tmp_path / "requests.jsonl").write_text(json.dumps(line))
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-8B")
     shutil.copytree(BUNDLED, tmp_path / "Llama-3-70B")

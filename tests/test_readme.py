@@ -95,7 +95,7 @@ def test_every_option_of_every_command_is_described():
     for name in [*names, "eval perplexity", "eval compare", "eval harness"]:
         text = described.printed_help(name)
         section = page.split(f"## jlayer {name}\n")[1].split("\n## ")[0]
-        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.split("options:")[1]))
+        options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text.split("options:")[1]))
         assert options, name
         for option in options - {"--help"}:
             assert f"`{option}`" in section, option
@@ -149,10 +149,10 @@ def test_links_and_paths_lead_somewhere():
 def test_options_in_the_text_exist():
     options = {"--help"}
     for name in [*described.commands(), "eval perplexity", "eval compare", "eval harness"]:
-        options |= set(re.findall(r"--[a-z][a-z-]+", described.printed_help(name)))
+        options |= set(re.findall(r"--[a-z][a-z0-9-]+", described.printed_help(name)))
     for path, text in PAGES.items():
         for words in INLINE.findall(text):
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", words):
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", words):
                 assert option in options, f"{path.name}: {words}"
             if words.startswith("jlayer "):
                 command = words.split()[1]

@@ -31,7 +31,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-RUN = {"device": "cpu", "device_memory": 1 << 30, "host_memory": 1 << 30, "dtype": "float32"}
+RUN = {"device": "cpu", "device_memory": 1 << 30, "host_memory": 4 << 30, "dtype": "float32"}
 STEPS = 30
 SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.01, "warmup": 0.1, "steps": STEPS}
 

@@ -27,7 +27,7 @@ peft = pytest.importorskip("peft")
 
 LENGTH = 12
 EVERYTHING = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}
-RUN = {"device": "cpu", "device_memory": 1 << 30, "host_memory": 1 << 30}
+RUN = {"device": "cpu", "device_memory": 1 << 30, "host_memory": 4 << 30}
 
 
 def some_lanes(n_vocab, *, packs):
