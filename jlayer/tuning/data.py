@@ -121,8 +121,7 @@ def _line_rows(path, digest):
         where = f"{path}: line {number}"
         if len(raw) > MOST_TEXT_BYTES:
             raise UsageError(
-                f"{where}: longer than {MOST_TEXT_BYTES >> 20} MiB; give it in parts, as several "
-                "lines"
+                f"{where}: longer than {MOST_TEXT_BYTES >> 20} MiB; give it in parts, as lines"
             )
         digest.update(raw)
         if number == 1:
