@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,6 +97,7 @@ class Work:
     `facts`: what else must be the same for a run to go on, for JSON."""
 
     folder: str
+    out: str
     run: RunConfig
     settings: Settings
     how: AdapterConfig
@@ -107,12 +109,18 @@ class Work:
 
 
 class Tuning:
-    """A run that is open, at the step that it has come to. `place`: entered, and left after it is
-    closed. Raises UsageError where what is there was begun otherwise, and what opening a model
-    raises."""
+    """A run that is open, at the step that it has come to. `place`: of OUT, where the caller has
+    entered it already. Raises UsageError where what is there was begun otherwise, what entering
+    that raises, and what opening a model raises."""
 
-    def __init__(self, work: Work, place: WorkFolder, *, watch: Watch | None = None):
-        self._work, self._place, settings = work, place, work.settings
+    def __init__(self, work: Work, *, place: WorkFolder | None = None, watch: Watch | None = None):
+        with ExitStack() as stack:
+            self._place = place or stack.enter_context(WorkFolder(work.out))
+            self._open(work, watch)
+            self._stack = stack.pop_all()
+
+    def _open(self, work, watch):
+        self._work, settings = work, work.settings
         self.steps = Steps(
             work.examples, settings.length, settings.lanes, settings.seed, settings.packs
         )
@@ -122,7 +130,7 @@ class Tuning:
         adapter = low_ranks(work.begun, work.how, work.alphas)
         self.base = Base(work.folder, work.run, settings, adapter, watch=watch)
         try:
-            self._checkpoints = Checkpoints(place.path)
+            self._checkpoints = Checkpoints(self._place.path)
             self._begin(self._checkpoints.latest())
         except BaseException:
             self.base.close()
@@ -270,8 +278,9 @@ class Tuning:
         place.remove()
 
     def close(self) -> None:
-        self._checkpoints.close()
-        self.base.close()
+        with self._stack:
+            self._checkpoints.close()
+            self.base.close()
 
 
 def check_same(there: Mapping, here: Mapping, *, where: str) -> None:

@@ -31,7 +31,7 @@ def child(asked):
         os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stderr.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    exec(asked["code"])
+    exec(asked["code"], globals())
     code = main(asked["words"])
     sys.stdout.flush()
     os._exit(code)
@@ -44,17 +44,17 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-# Kills itself at the nth call of a function of a module.
+# Sends itself a signal at the nth call of a function.
 AT = """
-import {module} as module
-left, real = {n}, module.{name}
-def killed(*words, **more):
+import jlayer.tuning.disk as disk, jlayer.tuning.run as run, jlayer.tuning.saving as saving
+left, real = {n}, {where}.{name}
+def stopped(*words, **more):
     global left
     left -= 1
     if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{signal})
     return real(*words, **more)
-module.{name} = killed
+{where}.{name} = stopped
 """
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 STEPS = 5
@@ -62,6 +62,8 @@ COMMON = (
     *("--steps", STEPS, "--tokens-per-step", 64, "--length", 32, "--rank", 2, "--save-every", 1),
     *("--device", "cpu", "--learning-rate", 0.01),
 )
+HELD = "HELD"  # stands for a file of text that is held out
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -125,30 +127,38 @@ def parent():
     process.wait(60)
 
 
-@pytest.fixture
-def begin(parent, tmp_path):
-    """Call it with the name of OUT and more words of the command: a run that is under way."""
+@pytest.fixture(scope="module")
+def begin(parent, tmp_path_factory):
+    """Call it with OUT and more words of the command: a run that is under way. `at`: where it is
+    sent a signal (SIGKILL if none is named)."""
+    folder = tmp_path_factory.mktemp("data")
     texts = [f"Once upon a time there was a girl number {n} who had a cat. " for n in range(30)]
     for name, some in {"data": texts, "held": texts[:3]}.items():
         lines = (json.dumps({"text": text * (1 + n % 3)}) for n, text in enumerate(some))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
-    def begin(out, *words, code=""):
-        words = ("tune", BUNDLED, tmp_path / "data.jsonl", tmp_path / out, *COMMON, *words)
-        files = {name: str(tmp_path / f"{out}.std{name}") for name in ("out", "err")}
+    def begin(out, *words, at=None):
+        words = [folder / "held.jsonl" if word == HELD else word for word in words]
+        words = ("tune", BUNDLED, folder / "data.jsonl", out, *COMMON, *words)
+        files = {name: f"{out}.std{name}" for name in ("out", "err")}
+        code = AT.format(**{"signal": "SIGKILL"} | at) if at else ""
         return Run(parent, {"words": list(map(str, words)), "code": code, **files})
 
     return begin
 
 
-@pytest.fixture
-def undisturbed(begin, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(begin, tmp_path_factory):
     """Call it with words of the command: what such a run makes."""
+    known = {}
 
-    def make(*words, out="undisturbed"):
-        run = begin(out, *words)
-        assert run.code == 0, run.err
-        return made(tmp_path / out)
+    def make(*words):
+        if words not in known:
+            out = tmp_path_factory.mktemp("undisturbed") / "out"
+            run = begin(out, *words)
+            assert run.code == 0, run.err
+            known[words] = made(out)
+        return known[words]
 
     return make
 
@@ -161,50 +171,57 @@ def made(folder):
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
+ALL = ("--dropout", 0.1, "--held-out", HELD, "--eval-every", 3)
+
+
 def test_killed_three_times_it_makes_the_same_bytes(begin, undisturbed, tmp_path):
     """In the middle of a checkpoint, in a step, and after OUT was moved to its place."""
-    expected = undisturbed("--dropout", 0.1)
+    expected, out = undisturbed(*ALL), tmp_path / "out"
     moments = (
-        {"module": "jlayer.tuning.saving", "name": "sync_tree", "n": 2},
-        {"module": "jlayer.tuning.run", "name": "length_of", "n": 2},
-        {"module": "jlayer.tuning.disk", "name": "sync_folder", "n": 2},
+        {"where": "saving", "name": "sync_tree", "n": 2},
+        {"where": "run", "name": "length_of", "n": 2},
+        {"where": "disk.WorkFolder", "name": "remove", "n": 1},
     )
     kept = []
     for moment in moments:
-        run = begin("out", "--dropout", 0.1, code=AT.format(**moment))
+        run = begin(out, *ALL, at=moment)
         assert run.code == -signal.SIGKILL, run.err
-        kept.append(max(int(n) for n in os.listdir(tmp_path / f"out{WORK}") if n.isdigit()))
+        kept.append(max(int(n) for n in os.listdir(f"{out}{WORK}") if n.isdigit()))
     assert kept == [2, 3, STEPS]
-    assert (tmp_path / "out").is_dir()
-    run = begin("out", "--dropout", 0.1)
+    assert out.is_dir()
+    run = begin(out, *ALL)
     assert run.code == 0, run.err
     assert f"goes on after step {STEPS} of {STEPS}" in run.err
-    assert run.out.startswith(f"{tmp_path}/out: {STEPS} steps, loss ")
-    assert made(tmp_path / "out") == expected
+    assert run.out.startswith(f"{out}: {STEPS} steps, loss ")
+    assert made(out) == expected
 
 
-@pytest.mark.parametrize("number", CODES)
-def test_a_signal_is_one_line_and_the_same_command_goes_on(begin, undisturbed, tmp_path, number):
-    # What is due between two steps is not lost: it comes while the third step's text is measured.
-    words = ("--held-out", tmp_path / "held.jsonl", "--eval-every", 3, "--save-every", 0)
-    expected = undisturbed(*words)
-    signals = AT.format(module="jlayer.tuning.run", name="_sum_of", n=5)
-    run = begin("out", *words, "--json", code=signals.replace("SIGKILL", number.name))
-    assert run.code == CODES[number], run.err
-    assert run.err.splitlines()[-1] == (
-        f"jlayer: stopped after step 3 of {STEPS}; the same command goes on"
-    )
-    steps = [json.loads(line) for line in run.out.splitlines()]
-    assert [step["step"] for step in steps[:-1]] == [1, 2]
-    word = "interrupted" if number == signal.SIGINT else "terminated"
-    assert (steps[-1]["finish_reason"], steps[-1]["steps"]) == (word, 3)
-    assert not (tmp_path / "out").exists()
-    run = begin("out", *words, "--json")
+def test_a_signal_is_one_line_and_the_same_command_goes_on(begin, undisturbed, tmp_path):
+    """What is due between two steps is not lost: the signal comes while the text that is held out
+    is measured after the third and the last one."""
+    expected, out = undisturbed(*ALL), tmp_path / "out"
+    words = (*ALL, "--save-every", 0, "--json")
+    found = []
+    for number, n, step in ((signal.SIGINT, 2, 3), (signal.SIGTERM, 2, STEPS)):
+        at = {"where": "run.Tuning", "name": "perplexity", "n": n, "signal": number.name}
+        run = begin(out, *words, at=at)
+        assert run.code == CODES[number], run.err
+        assert run.err.splitlines()[-1] == (
+            f"jlayer: stopped after step {step} of {STEPS}; the same command goes on"
+        )
+        lines = [json.loads(line) for line in run.out.splitlines()]
+        found += lines[:-1]
+        assert (lines[-1]["finish_reason"], lines[-1]["steps"]) == (WORDS[number], step)
+        assert not out.exists()
+    run = begin(out, *words)
     assert run.code == 0, run.err
-    steps = [json.loads(line) for line in run.out.splitlines()]
-    assert [step["step"] for step in steps[:-1]] == [3, 4, 5]
-    assert ["perplexity" in step for step in steps] == [True, False, True, True]
-    assert made(tmp_path / "out") == expected
+    found += [json.loads(line) for line in run.out.splitlines()]
+    assert [(line["step"], "perplexity" in line) for line in found[:-1]] == [
+        *((1, False), (2, False), (3, True)),
+        *((4, False), (5, True)),
+    ]
+    assert found[-1]["finish_reason"] == "complete"
+    assert made(out) == expected
 
 
 class Moments:
@@ -246,9 +263,9 @@ def names(folder):
 
 @pytest.mark.slow
 def test_killed_at_thirty_moments_it_makes_the_same_bytes(begin, undisturbed, tmp_path):
-    held = ("--held-out", tmp_path / "held.jsonl", "--eval-every", 2)
+    held = ("--held-out", HELD, "--eval-every", 2)
     settings = ((), ("--dropout", 0.2), held, (*held, "--dropout", 0.2, "--save-every", 2))
-    expected = [undisturbed(*one, out=f"undisturbed {n}") for n, one in enumerate(settings)]
+    expected = [undisturbed(*one) for one in settings]
     assert len({tuple(files.values()) for files in expected}) == len(settings)
     moments, n_kills, n_ends, n_run = Moments(random.Random(11)), 0, 0, 0
     while n_kills < 30:
@@ -256,14 +273,14 @@ def test_killed_at_thirty_moments_it_makes_the_same_bytes(begin, undisturbed, tm
         out = tmp_path / f"out {n_run}"
         n_run += 1
         for _ in range(12):
-            run = begin(out.name, *settings[kind])
+            run = begin(out, *settings[kind])
             if not moments.kill(run, out):
                 break
             n_kills += 1
             if out.exists() and not names(f"{out}{WORK}"):
                 n_ends += 1  # nothing is left to do, but to remove what is aside
                 break
-        run = begin(out.name, *settings[kind])
+        run = begin(out, *settings[kind])
         if run.code == 2:
             assert f"{out}: is there already" in run.err
         else:

@@ -155,7 +155,7 @@ def run(args) -> dict:
         folder = folder_of(args.ref, offline=args.offline)
         work, data = _work(args, folder, run, settings, how)
         with progress.opening() as watch:
-            tuning = Tuning(work, place, watch=watch)
+            tuning = Tuning(work, place=place, watch=watch)
         with closing(tuning):
             return _go_on(args, tuning, work, data)
 
@@ -189,6 +189,7 @@ def _work(args, folder, run, settings, how):
     _tell_of(data, begun, settings)
     work = Work(
         folder=folder,
+        out=args.out,
         run=run,
         settings=settings,
         how=how,
