@@ -13,26 +13,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jlayer.checkpoint.adapter import WEIGHTS
-from jlayer.errors import UsageError
+from jlayer.errors import StorageError, UsageError
 from jlayer.run_config import RunConfig
 from jlayer.streaming.watch import Watch
 from jlayer.tuning.adapter import AdapterConfig, State, low_ranks, save_adapter
 from jlayer.tuning.base import Base
-from jlayer.tuning.disk import sync_folder
+from jlayer.tuning.disk import MADE, WorkFolder
 from jlayer.tuning.lanes import Lanes, Steps, packed, padded
 from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
 from jlayer.tuning.rows import chunks_of
 from jlayer.tuning.saving import Checkpoints, Saved
 from jlayer.tuning.settings import Settings
 
-WORK = ".tuning"  # after the name of OUT, while a run is not complete
-MADE = "made"  # in that folder, the adapter before it is moved to OUT
 FORM = 1  # of what a checkpoint's facts say
+DIGEST = 32  # letters; a fact of so many is a digest, and tells nobody anything
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ class Told:
             "put_bytes": self.put_bytes,
             **({} if self.perplexity is None else {"perplexity": self.perplexity}),
         }
+
+    @classmethod
+    def of(cls, found: Mapping) -> Told:
+        """Of what `as_dict` gives."""
+        words = {"steps": "n_steps", "learning_rate": "rate", "gradient_norm": "length"}
+        return cls(**{words.get(name, name): value for name, value in found.items()})
 
 
 @dataclass
@@ -102,23 +108,29 @@ class Work:
 
 
 class Tuning:
-    """A run that is open, at the step that it has come to. Raises UsageError where what is there
-    was begun otherwise, and what opening a model raises."""
+    """A run that is open, at the step that it has come to. `place`: of OUT, where the caller has
+    entered it already. Raises UsageError where what is there was begun otherwise, what entering
+    that raises, and what opening a model raises."""
 
-    def __init__(self, work: Work, *, watch: Watch | None = None):
+    def __init__(self, work: Work, *, place: WorkFolder | None = None, watch: Watch | None = None):
+        with ExitStack() as stack:
+            self._place = place or stack.enter_context(WorkFolder(work.out))
+            self._open(work, watch)
+            self._stack = stack.pop_all()
+
+    def _open(self, work, watch):
         self._work, settings = work, work.settings
         self.steps = Steps(
             work.examples, settings.length, settings.lanes, settings.seed, settings.packs
         )
         self.n_steps = settings.steps or self.steps.n_steps(settings.epochs)
         self.history = History()
-        os.makedirs(work.out + WORK, exist_ok=True)
         self._facts = json.loads(json.dumps({"form": FORM, **work.facts}))
         adapter = low_ranks(work.begun, work.how, work.alphas)
         self.base = Base(work.folder, work.run, settings, adapter, work.begun, watch=watch)
         self._layout = self.base.stepper.layout
         try:
-            self._checkpoints = Checkpoints(work.out + WORK)
+            self._checkpoints = Checkpoints(self._place.path)
             self._begin(self._checkpoints.latest())
         except BaseException:
             self.base.close()
@@ -134,21 +146,22 @@ class Tuning:
             self.step, self._flats = 0, self._layout.flat(self._work.begun)
             self._moments = Moments.of(self._flats)
             return
-        self._check_same(saved.facts["run"])
+        check_same(saved.facts["run"], self._facts, where=self._place.path)
         self.step, flat = saved.step, self._layout.flat
         self._flats = flat(saved.params)
         self._moments = Moments(flat(saved.mu), flat(saved.nu), saved.step)
         told = saved.facts["history"]
         self.history = History(told["steps"], told["before"])
+        if self.step < self.n_steps:
+            self._refuse_another()
 
-    def _check_same(self, found):
-        for name in {**found, **self._facts}:
-            there, here = found.get(name), self._facts.get(name)
-            if there != here:
-                raise UsageError(
-                    f"{self._work.out + WORK}: was begun with {name} {there!r}, not {here!r}; give "
-                    "what it was begun with, or remove the folder to begin anew"
-                )
+    def _refuse_another(self):
+        """What is at OUT now is not of this run, which comes to it later."""
+        if os.path.lexists(self._place.out):
+            raise UsageError(
+                f"{self._place.out}: is there already, and is not of the run in "
+                f"{self._place.path}; move it away, and run the same command again"
+            )
 
     @property
     def state(self) -> State:
@@ -161,16 +174,22 @@ class Tuning:
         settings = self._work.settings
         if self._held_out and self.history.before is None:
             self.history.before = self.perplexity(check)
-        while self.step < self.n_steps:
-            told = self._step(check)
-            self.step += 1
-            is_last = self.step == self.n_steps
-            if self._held_out and (is_last or _is_due(self.step, settings.eval_every)):
-                told = _with_perplexity(told, self.perplexity(check))
-            self.history.steps.append(told.as_dict())
-            if is_last or _is_due(self.step, settings.save_every):
+        # A run that was stopped between a step and its perplexity goes on with that.
+        while self.step < self.n_steps or self._is_unmeasured():
+            if not self._is_unmeasured():
+                self.history.steps.append(self._step(check).as_dict())
+                self.step += 1
+            if self._is_unmeasured():
+                self.history.steps[-1]["perplexity"] = self.perplexity(check)
+            if self.step == self.n_steps or _is_due(self.step, settings.save_every):
                 self.save()
-            yield told
+            yield Told.of(self.history.steps[-1])
+
+    def _is_unmeasured(self):
+        """Whether the perplexity after the last step is due, and not known."""
+        is_last = self.step == self.n_steps
+        is_due = self.step and (is_last or _is_due(self.step, self._work.settings.eval_every))
+        return bool(self._held_out and is_due and "perplexity" not in self.history.steps[-1])
 
     def _step(self, check):
         began, before = time.perf_counter(), self.base.totals.put_bytes
@@ -186,6 +205,11 @@ class Tuning:
         )
         loss = _sum_of(found.losses, chunks)
         length, rate = length_of(found.gradients), self._rates(number)
+        if not math.isfinite(loss) or not math.isfinite(length):
+            raise UsageError(
+                f"step {number + 1}: the loss or its gradient is not finite; begin anew with a "
+                "lower --learning-rate, or run jlayer verify on the model"
+            )
         self._flats, self._moments = self._adam.step(
             self._flats,
             found.gradients,
@@ -249,34 +273,66 @@ class Tuning:
         """Writes the adapter to OUT, and removes what the run needed to go on. `base`: what the
         adapter says that it was trained for; `card`: the text of its README.md; `lead`: as of
         `save_adapter`. Raises UsageError where OUT is there, and is not this adapter."""
-        work = self._work
-        made = os.path.join(work.out + WORK, MADE)
+        work, place = self._work, self._place
+        made = os.path.join(place.path, MADE)
         shutil.rmtree(made, ignore_errors=True)
-        save_adapter(
-            made,
-            self.state,
-            self.base.cfg,
-            work.how,
-            base=base,
-            card=card,
-            dropout=work.settings.dropout,
-            alphas=work.alphas,
-            lead=lead,
-        )
-        if not os.path.lexists(work.out):
-            os.rename(made, work.out)
-            sync_folder(os.path.dirname(os.path.abspath(work.out)))
-        elif not _is_same(made, work.out):  # else it was stopped before the folder was removed
-            raise UsageError(
-                f"{work.out}: is there already, and is another adapter; move it away, and run the "
-                "same command again"
+        try:
+            save_adapter(
+                made,
+                self.state,
+                self.base.cfg,
+                work.how,
+                base=base,
+                card=card,
+                dropout=work.settings.dropout,
+                alphas=work.alphas,
+                lead=lead,
             )
+            if not os.path.lexists(place.out):
+                place.move_out()
+            elif not _is_same(made, place.out):  # else the run was stopped right after it was moved
+                self._refuse_another()
+        except StorageError as error:
+            raise StorageError(
+                f"{error}; all steps are kept, and the same command ends the run"
+            ) from None
         self._checkpoints.close()
-        shutil.rmtree(work.out + WORK, ignore_errors=True)
+        place.remove()
 
     def close(self) -> None:
-        self._checkpoints.close()
-        self.base.close()
+        with self._stack:
+            self._checkpoints.close()
+            self.base.close()
+
+
+def check_same(there: Mapping, here: Mapping, *, where: str) -> None:
+    """Whether a run was begun with what it is to go on with: names and values for JSON. Raises
+    UsageError, which names all that differ."""
+    found = [
+        _difference(name, there.get(name), here.get(name))
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if not found:
+        return
+    advice = "give what it was begun with, or remove the folder to begin anew"
+    if any(name in one for one in found for name in ("--steps", "--epochs")):
+        advice += (
+            " (the learning rate of each step hangs on how many there are: to train longer, end "
+            "this run, and begin another with its OUT as --adapter)"
+        )
+    raise UsageError(f"{where}: was begun with {', and '.join(found)}; {advice}")
+
+
+def _difference(name, there, here):
+    if any(isinstance(value, str) and len(value) >= DIGEST for value in (there, here)):
+        how = "no" if there is None else "a" if here is None else "another"
+        return f"{how} {name}"
+    return f"{name} {_shown(there)}, not {_shown(here)}"
+
+
+def _shown(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_same(one, other):
@@ -287,10 +343,6 @@ def _is_same(one, other):
 
 def _is_due(step, every):
     return every > 0 and step % every == 0
-
-
-def _with_perplexity(told, found):
-    return Told(**{**vars(told), "perplexity": found})
 
 
 def _sum_of(losses, chunks):

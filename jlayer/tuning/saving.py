@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.interrupts import imported
 from jlayer.tuning.adapter import State
-from jlayer.tuning.disk import sync_folder, sync_tree
+from jlayer.tuning.disk import UNSAVED, sync_folder, sync_tree
 
 _TREES = ("params", "mu", "nu")
 _STATE, _FACTS = "state", "facts"  # the items of a step
 _FORMAT = "jlayer tune 1"
 _VECTOR = "numbers"
 _CHUNK_BYTES = 64 << 20  # written at once
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _SPARE_BYTES = 1 << 20  # of a disk, for what Orbax writes beside the numbers
 _CODE = re.compile(r"os_error_code='([0-9]+)'")  # as tensorstore has the system's errors
 
@@ -225,7 +224,7 @@ def _digest(vector, facts):
 def _remove_unfinished(folder):
     """Removes what a run that was killed, or had no room, has not finished."""
     try:
-        names = [name for name in os.listdir(folder) if _UNFINISHED in name]
+        names = [name for name in os.listdir(folder) if UNSAVED in name]
     except FileNotFoundError:
         return
     except OSError as error:

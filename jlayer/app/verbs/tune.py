@@ -12,26 +12,28 @@ A run that was stopped, in whatever way, goes on when the same command is run ag
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import time
-from contextlib import closing, nullcontext
+from array import array
+from contextlib import closing, nullcontext, suppress
 from dataclasses import fields
 from importlib import metadata
 
 from jlayer.app import options, progress
-from jlayer.app import picture as timeline
 from jlayer.app.ending import Interrupted, word_of
 from jlayer.app.inputs import folder_of, name_of, read_text
 from jlayer.app.status import Status
-from jlayer.app.streams import draws, takes_utf8, tell
+from jlayer.app.streams import ReaderLeft, draws, takes_utf8, tell
 from jlayer.app.words import time_words
-from jlayer.errors import UsageError
+from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.tuning.adapter import AdapterConfig
+from jlayer.tuning.disk import WorkFolder
 from jlayer.tuning.settings import SCHEDULES, Settings
 
 RUN = ("device_memory", "host_memory", "dtype", "device")
@@ -141,23 +143,25 @@ def _layers(words):
 
 def run(args) -> dict:
     settings, how = settings_of(args), adapter_of(args)
+    _refuse_together(args)
     run = RunConfig.from_options(**options.given(args, *RUN, "follow_links"))
-    timeline.check_file(args.picture, option="--picture")
-    from jlayer.tuning.run import WORK, Tuning
+    if args.picture is not None:
+        from jlayer.app.picture import check_file
 
-    goes_on = os.path.isdir(args.out + WORK)
-    if os.path.lexists(args.out) and not goes_on:
-        raise UsageError(f"{args.out}: is there already; name a new folder, or remove it")
-    folder = folder_of(args.ref, offline=args.offline)
-    work, told = _work(args, folder, run, settings, how)
-    with progress.opening() as watch:
-        tuning = Tuning(work, watch=watch)
-    with closing(tuning):
-        return _go_on(args, tuning, work, told)
+        check_file(args.picture, option="--picture")
+    with WorkFolder(args.out, note=tell) as place:
+        from jlayer.tuning.run import Tuning
+
+        folder = folder_of(args.ref, offline=args.offline)
+        work, data = _work(args, folder, run, settings, how)
+        with progress.opening() as watch:
+            tuning = Tuning(work, place=place, watch=watch)
+        with closing(tuning):
+            return _go_on(args, tuning, work, data)
 
 
 def _work(args, folder, run, settings, how):
-    """(what is to be done, what the card says of the data)."""
+    """(what is to be done, the data)."""
     from jlayer.checkpoint.store import Store
     from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
     from jlayer.tuning import lanes
@@ -166,44 +170,23 @@ def _work(args, folder, run, settings, how):
     from jlayer.tuning.run import Work
 
     store = Store(folder, follow_links=run.follow_links)
-    cfg, fingerprint = store.cfg, store.fingerprint
-    alphas, adapter_digest = {}, None
+    alphas, begun_with = {}, None
     if args.adapter is None:
-        targets = targets_of(cfg, how)
-        begun = fresh(targets, how, settings.seed)
+        begun = fresh(targets_of(store.cfg, how), how, settings.seed)
     else:
-        _refuse_beside(args)
-        found = load_adapter(args.adapter, cfg)
-        begun, how, alphas, adapter_digest = found.state, found.how, found.alphas, found.digest
+        found = load_adapter(args.adapter, store.cfg)
+        begun, how, alphas, begun_with = found.state, found.how, found.alphas, found.digest
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:
         raise UsageError(NO_TOKENIZER.format(folder=folder))
-    template = args.chat_template and read_text(args.chat_template, option="--chat-template")
+    template = None
+    if args.chat_template is not None:
+        template = read_text(args.chat_template, option="--chat-template")
     data = read_data(args.data, tokenizer, chat_template=template)
-    held_out = args.held_out and read_data(args.held_out, tokenizer, chat_template=template)
-    facts = {
-        "version of jlayer": metadata.version("jlayer"),
-        "model": fingerprint,
-        "dtype": run.dtype,
-        "adapter": adapter_digest,
-        "data": data.sha256,
-        "held-out data": held_out.sha256 if held_out else None,
-        "chat template": template,
-        **{f"--{name.replace('_', '-')}": value for name, value in vars(how).items()},
-        **{f"--{name.replace('_', '-')}": value for name, value in settings.as_dict().items()},
-    }
-    facts = {name: list(v) if isinstance(v, tuple) else v for name, v in facts.items()}
-    for name in ("--save-every", "--eval-every"):
-        facts.pop(name)
-    examples = lanes.cut(data.examples, settings.length)
-    tell(
-        f"{len(data.examples):,} texts, {data.n_tokens:,} tokens to learn from; an adapter of "
-        f"{sum(pair['a'].size + pair['b'].size for pair in begun.values()):,} numbers for "
-        f"{len(begun)} matrices"
-    )
-    n_cut = sum(len(one.ids) > settings.length + 1 for one in data.examples)
-    if n_cut:
-        tell(f"{n_cut:,} of them are longer than {settings.length} tokens, and cut into pieces")
+    held_out = None
+    if args.held_out is not None:
+        held_out = read_data(args.held_out, tokenizer, chat_template=template)
+    _tell_of(data, begun, settings)
     work = Work(
         folder=folder,
         out=args.out,
@@ -211,12 +194,56 @@ def _work(args, folder, run, settings, how):
         settings=settings,
         how=how,
         begun=begun,
-        examples=examples,
+        examples=lanes.cut(data.examples, settings.length),
         held_out=lanes.cut(held_out.examples, settings.length) if held_out else (),
-        facts=facts,
+        facts={
+            "jlayer": metadata.version("jlayer"),
+            "MODEL": store.fingerprint,
+            "--dtype": run.dtype or store.float_dtype,
+            "--adapter": begun_with,
+            "DATA": _digest_of(data),
+            "--held-out": held_out and _digest_of(held_out),
+            **_facts(how, settings),
+        },
         alphas=alphas,
     )
     return work, data
+
+
+def _facts(how, settings):
+    """What must be the same for a run to go on, by the names of the options."""
+    found = {**vars(how), **settings.as_dict(), "padded": not settings.packs}
+    others = ("packs", "eval_every", "save_every")
+    return {options.flag(name): value for name, value in found.items() if name not in others}
+
+
+def _digest_of(data):
+    """Of a file and the tokens that it became, which hang on the tokenizer and the template."""
+    digest = hashlib.sha256(data.sha256.encode())
+    for one in data.examples:
+        digest.update(array("q", one.ids).tobytes() + array("d", one.weights).tobytes())
+    return digest.hexdigest()
+
+
+def _tell_of(data, begun, settings):
+    n_numbers = sum(pair["a"].size + pair["b"].size for pair in begun.values())
+    tell(
+        f"{len(data.examples):,} texts, {data.n_tokens:,} tokens to learn from; an adapter of "
+        f"{n_numbers:,} numbers for {len(begun)} matrices"
+    )
+    n_cut = sum(len(one.ids) > settings.length + 1 for one in data.examples)
+    if n_cut:
+        tell(f"{n_cut:,} of them are longer than {settings.length} tokens, and cut into pieces")
+
+
+def _refuse_together(args):
+    """Options of which one leaves the other without a use."""
+    if args.steps is not None and args.epochs is not None:
+        raise UsageError("--epochs: found beside --steps, which is in its place; leave one out")
+    if args.eval_every and args.held_out is None:
+        raise UsageError("--eval-every: found without --held-out, of which there is none; name one")
+    if args.adapter is not None:
+        _refuse_beside(args)
 
 
 def _refuse_beside(args):
@@ -229,29 +256,56 @@ def _refuse_beside(args):
 
 
 def _go_on(args, tuning, work, data):
-    view = _View(tuning)
     if tuning.step:
         tell(f"goes on after step {tuning.step} of {tuning.n_steps}")
-    say = _say_json if args.json else _say
     try:
-        with Status(view.lines) if draws() else nullcontext():
-            for told in tuning.go_on(lambda: check()):
-                view.told = told
-                say(told, view.left(told))
+        _take_steps(args, tuning)
+        tuning.finish(_card(args, tuning, work, data), base=_base(args), lead=_lead(work.folder))
     except STOPS as stop:
         tuning.save()
-        tell(f"stopped after step {tuning.step} of {tuning.n_steps}; the same command goes on")
+        tell(f"stopped {_after(tuning)}; the same command {_then(tuning)}")
         raise Interrupted(stop, _result(args, tuning, word_of(stop))) from None
+    except JlayerError:
+        _keep(tuning)
+        raise
     finally:
-        if args.picture and tuning.history.steps:
-            from jlayer.tuning.picture import draw_losses
-
-            draw_losses(tuning.history, args.picture, what=f"{name_of(args.ref)}: loss")
-    tuning.finish(_card(args, tuning, work, data), base=_base(args), lead=_lead(work.folder))
+        _draw(args, tuning)
     found = _result(args, tuning, "complete")
     if not args.json:
         print(_last_line(found))
     return found
+
+
+def _take_steps(args, tuning):
+    view = _View(tuning)
+    say = _say_json if args.json else _say
+    with Status(view.lines) if draws() else nullcontext():
+        for told in tuning.go_on(lambda: check()):
+            view.told = told
+            say(told, view.left(told))
+
+
+def _keep(tuning):
+    """After an error: the steps since the last checkpoint may have taken hours."""
+    with suppress(JlayerError):  # the first error is the one to report
+        tuning.save()
+        tell(f"ended by an error {_after(tuning)}; the same command {_then(tuning)}")
+
+
+def _after(tuning):
+    return f"after step {tuning.step} of {tuning.n_steps}" if tuning.step else "before any step"
+
+
+def _then(tuning):
+    return "goes on" if tuning.step else "begins anew"
+
+
+def _draw(args, tuning):
+    if args.picture is None or not tuning.history.steps:
+        return
+    from jlayer.tuning.picture import draw_losses
+
+    draw_losses(tuning.history, args.picture, what=f"{name_of(args.ref)}: loss")
 
 
 def _result(args, tuning, why):
@@ -279,7 +333,8 @@ def _last_line(found):
 
 
 def _say_json(told, left):
-    print(json.dumps(told.as_dict(), ensure_ascii=not takes_utf8(sys.stdout)), flush=True)
+    with suppress(ReaderLeft):  # the run is not for its reader alone
+        print(json.dumps(told.as_dict(), ensure_ascii=not takes_utf8(sys.stdout)), flush=True)
 
 
 def _say(told, left):
@@ -300,8 +355,9 @@ class _View:
         """The time that is left, in words."""
         done = told.step - self._first
         rest = told.n_steps - told.step
-        seconds = (time.monotonic() - self._began) / done * rest
-        return f"  {time_words(seconds)} left" if rest else ""
+        if not rest or not done:
+            return ""
+        return f"  {time_words((time.monotonic() - self._began) / done * rest)} left"
 
     def lines(self):
         told, plan = self.told, self._tuning.base.plan
