@@ -33,7 +33,7 @@ ROOMS = (
         "run_config",
     ),
     *("catalogue", "model", "cores", "checkpoint", "plan", "streaming", "text", "drafting"),
-    *("engine", "api", "measure", "serving", "batch", "app"),
+    *("engine", "api", "measure", "tuning", "serving", "batch", "app"),
 )
 GROUND = ROOMS[: ROOMS.index("model")]
 # What the converter stands on: it needs no JAX.
