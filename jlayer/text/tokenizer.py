@@ -214,8 +214,11 @@ def _is_left_out(library, token_id):
 
 
 def _shifted(spans, n):
-    """Spans of a text with `n` characters put before it, in the text."""
-    return [(max(begin - n, 0), max(end - n, 0)) for begin, end in spans] if n else spans
+    """Spans of a text with `n` characters put before it, in the text: what stands for those alone
+    is of its first character. (0, 0), of what is no text's, stays."""
+    if not n:
+        return spans
+    return [(max(begin - n, 0), max(end - n, 1) if end else 0) for begin, end in spans]
 
 
 def _check_text(text):
