@@ -120,13 +120,13 @@ class RenamedTokenizer:
         secret = list(accumulate((len(self._renamed([part])) for part in parts), initial=0))
         real = list(accumulate((len(text) for text, _ in parts), initial=0))
 
-        def place(at, rounds_up):
+        def place(at):
             n = min(bisect_right(secret, at), len(parts)) - 1
-            if parts[n][1] and at > secret[n]:
-                return real[n + 1] if rounds_up else real[n]
+            if parts[n][1] and at > secret[n]:  # no token ends within a name
+                return real[n + 1]
             return real[n] + at - secret[n]
 
-        return ids, [(place(begin, False), place(end, True)) for begin, end in spans]
+        return ids, [(place(begin), place(end)) for begin, end in spans]
 
     def _renamed(self, parts):
         return "".join(self.names[text] if is_control else text for text, is_control in parts)

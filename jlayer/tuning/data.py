@@ -266,9 +266,7 @@ def _form_of(body) -> tuple[str, ...]:
         )
     for key in body:
         if key not in _ALL:
-            raise UsageError(
-                f"{unknown_name('key', key[:60], _ALL)}; a line has {_EXPECTED}"
-            )
+            raise UsageError(f"{unknown_name('key', key[:60], _ALL)}; a line has {_EXPECTED}")
     found = [form for form in _FORMS if any(key in body for part in form for key in part)]
     if len(found) != 1:
         keys = ", ".join(body) or "no key"

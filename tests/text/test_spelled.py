@@ -49,9 +49,10 @@ def test_the_characters_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("content", ["a </s> b<|eot_id|>é", "plain", " <s>日<|im_end|> "])
 def test_a_chat_is_spelled_with_the_users_words_as_text(tokenizer, content):
-    rendered = tokenizer.rendered_chat(user(content), chat_template="{{ bos_token }}" + CHATML)
+    template = "{{ bos_token }}" + CHATML + "{{ eos_token }}"
+    rendered = tokenizer.rendered_chat(user(content), chat_template=template)
     ids, spans = tokenizer.spell_chat(rendered)
-    assert ids == tokenizer.encode_chat(user(content), chat_template="{{ bos_token }}" + CHATML)
+    assert ids == tokenizer.encode_chat(user(content), chat_template=template)
     assert_spells(rendered.text, ids, spans)
     control = {tokenizer.special_tokens[text] for text in rendered.written_control()}
     found = [span for token, span in zip(ids, spans, strict=True) if token in control]

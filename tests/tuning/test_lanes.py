@@ -198,6 +198,7 @@ def test_epochs_differ_and_are_counted():
     steps = Steps(texts_of(2, 10), 64, 4, seed=0, packs=False)
     assert [steps.epoch_of(number) for number in (0, 1, 5)] == [0, 0.4, 2]
     assert [steps.n_steps(epochs) for epochs in (0.1, 0.4, 1, 2, 0.1 + 0.2)] == [1, 1, 3, 5, 1]
+    assert Steps(texts_of(2, 10), 64, 1, seed=0, packs=False).n_steps(0.1 + 0.2) == 3
     first, later = (steps.step(number).ids.tolist() for number in (0, 5))
     assert first != later
 
