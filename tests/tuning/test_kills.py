@@ -1,5 +1,5 @@
-"""`jlayer tune` stopped by kill -9 and by signals: once gone on with, OUT is byte for byte that of an
-undisturbed run.
+"""`jlayer tune` stopped by kill -9 and by signals: once gone on with, OUT is byte for byte that of
+an undisturbed run.
 
 Imports take half of such a run. So one process makes them, and each run is a fork of it; no backend
 of JAX's is started before that.
