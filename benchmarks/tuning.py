@@ -55,6 +55,7 @@ def main():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--chunk-rows", type=int, help="in the place of the plan's choice")
     parser.add_argument("--resident", action="store_true", help="with the weights there already")
     parser.add_argument("--profile")
     args = parser.parse_args()
@@ -67,6 +68,7 @@ def main():
 
         from jlayer.config import read_config
         from jlayer.run_config import RunConfig
+        from jlayer.tuning import planning
         from jlayer.tuning.adapter import AdapterConfig, fresh, low_ranks, targets_of
         from jlayer.tuning.base import Base
         from jlayer.tuning.lanes import Lanes
@@ -79,7 +81,10 @@ def main():
             device_memory=args.device_memory, host_memory=args.host_memory, device=args.device
         )
         settings = Settings(tokens_per_step=args.tokens_per_step, length=args.length)
-        base = Base(args.folder, run, settings, low_ranks(state, how))
+        if args.chunk_rows:
+            planning.CHUNK_ROWS = (args.chunk_rows,)
+        base = Base(args.folder, run, settings, low_ranks(state, how), state)
+        flats = base.stepper.layout.flat(state)
         result["plan"] = base.plan.as_dict()
         shape = (settings.lanes, args.length)
         ids = np.random.default_rng(0).integers(0, base.cfg.vocab_size, (*shape[:1], shape[1] + 1))
@@ -97,7 +102,7 @@ def main():
             seconds, before = [], base.totals.put_bytes
             for _ in range(steps):
                 began = time.perf_counter()
-                found = base.stepper.run(executor, chunks, state)
+                found = base.stepper.run(executor, chunks, flats, following=chunks)
                 seconds.append(time.perf_counter() - began)
             loss = float(sum(part.sum() for part in found.losses)) / lanes.ids.size
             return seconds, (base.totals.put_bytes - before) / steps, loss

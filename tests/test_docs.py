@@ -186,6 +186,8 @@ TESTED = {
     "jlayer tune path/to/Llama-3-8B path/to/data.jsonl path/to/author --targets q_proj,v_proj "
     "--rank 8 --held-out path/to/data.jsonl --picture loss.png": Here(),
     "jlayer plan llama-3.1-70b-instruct --tune --host-memory 200GiB": Here(),
+    "python benchmarks/tuning.py path/to/Llama-3-70B-jlayer --device-memory 4GiB "
+    "--tokens-per-step 4096 --length 512": By("tests/measure/test_tuning.py"),
     # speculation.md
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --draft llama-3.2-1b-instruct "
     "--device-memory 4GiB --host-memory 64GiB": Here(shows=True),

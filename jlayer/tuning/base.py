@@ -23,6 +23,8 @@ from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.watch import Totals, Watch
+from jlayer.tuning.adapter import State
+from jlayer.tuning.flat import Layout
 from jlayer.tuning.planning import TunePlan, make_plan, trained_of
 from jlayer.tuning.settings import Settings
 from jlayer.tuning.step import Stepper
@@ -30,7 +32,8 @@ from jlayer.tuning.step import Stepper
 
 class Base:
     """A model whose weights stay as they are, and the `plan` of what is done with it. `adapter`:
-    what is trained. `plan_of`: makes the plan, of the weights, the machine, `settings` and that.
+    what is trained, of the shapes of `state`. `plan_of`: makes the plan, of the weights, the
+    machine, `settings` and that.
 
     Raises what opening a model raises, and DoesNotFitError.
     """
@@ -41,6 +44,7 @@ class Base:
         run: RunConfig,
         settings: Settings,
         adapter: LowRanks,
+        state: State,
         *,
         watch: Watch | None = None,
         plan_of: Callable[..., TunePlan] = make_plan,
@@ -71,7 +75,7 @@ class Base:
             self.embedding,
             self.residents,
             self.plan.visits,
-            trained_of(self.cfg, adapter),
+            Layout.of(trained_of(self.cfg, adapter), state),
             dropout=settings.dropout,
         )
 

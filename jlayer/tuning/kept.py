@@ -20,6 +20,10 @@ class Down:
         """Begins with a tree of arrays; the result is the same with arrays of numpy."""
         return self._pool.submit(jax.tree.map, np.asarray, arrays)
 
+    def call(self, function: Callable, *args) -> Future:
+        """Calls a function there."""
+        return self._pool.submit(function, *args)
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 

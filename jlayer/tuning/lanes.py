@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from jlayer.errors import UsageError
 from jlayer.tuning.data import Example
-
-# A text is put beside others in one of so many lanes that were begun last.
-OPEN_LANES = 64
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def cut(examples: Sequence[Example], length: int) -> list[Example]:
     for example in examples:
         for first in range(0, max(1, len(example.ids) - 1), length):
             some = slice(first, first + length + 1)
-            weights = (0.0, *example.weights[some][1:])
+            weights = [0.0, *example.weights[some][1:]]
             if any(weights):
-                found.append(Example(example.ids[some], weights))
+                found.append(Example.of(example.ids[some], weights))
     if not found:
         raise UsageError("data: nothing in it counts: every weight is 0; give some text weight")
     return found
@@ -50,43 +50,61 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return draw.permutation(n)
 
 
-def packed(examples: Sequence[Example], length: int) -> Lanes:
-    """Texts beside each other: each goes to the fullest of the lanes begun last that has room."""
-    lanes, is_open = [], []  # (the room that is left, the lane's number)
-    for example in examples:
+def placed(examples: Sequence[Example], length: int) -> list[list[int]]:
+    """Of each lane the numbers of its texts: each goes to the fullest of all lanes that has room.
+
+    In an order by chance that fills lanes as well as if the long texts came first, and what shares
+    a lane is by chance too.
+    """
+    lanes, with_room, rooms = [], {}, []  # room -> the lanes that have it; the rooms, ascending
+    for number, example in enumerate(examples):
         size = len(example.ids) - 1
-        rooms = [(room, lane) for room, lane in is_open if room >= size]
-        if rooms:
-            room, lane = min(rooms)
-            is_open.remove((room, lane))
-        else:
-            room, lane = length, len(lanes)
+        at = bisect_left(rooms, size)
+        if at == len(rooms):
+            lane, room = len(lanes), length
             lanes.append([])
-        lanes[lane].append(example)
-        if room > size:
-            is_open = [*is_open, (room - size, lane)][-OPEN_LANES:]
-    return _filled(lanes, length)
+        else:
+            room = rooms[at]
+            lane = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at], with_room[room]
+        lanes[lane].append(number)
+        if room == size:
+            continue
+        if room - size not in with_room:
+            with_room[room - size] = []
+            insort(rooms, room - size)
+        with_room[room - size].append(lane)
+    return lanes
+
+
+def packed(examples: Sequence[Example], length: int) -> Lanes:
+    """Texts beside each other."""
+    return filled(examples, placed(examples, length), length)
 
 
 def padded(examples: Sequence[Example], length: int) -> Lanes:
     """One text a lane."""
-    return _filled([[example] for example in examples], length)
+    return filled(examples, [[number] for number in range(len(examples))], length)
 
 
-def _filled(lanes, length) -> Lanes:
+def filled(examples: Sequence[Example], lanes: Sequence[Sequence[int]], length: int) -> Lanes:
+    """Lanes of which each has the texts of some numbers."""
     n = len(lanes)
     found = {
         name: np.zeros((n, length), np.float32 if name == "weights" else np.int32)
         for name in ("ids", "targets", "weights", "positions", "texts")
     }
+    counting = np.arange(length, dtype=np.int32)
     for lane, of_lane in enumerate(lanes):
         at = 0
-        for number, example in enumerate(of_lane, 1):
+        for text, number in enumerate(of_lane, 1):
+            example = examples[number]
             ids, size = np.asarray(example.ids, np.int32), len(example.ids) - 1
             own = lane, slice(at, at + size)
             found["ids"][own], found["targets"][own] = ids[:-1], ids[1:]
-            found["weights"][own] = example.weights[1:]
-            found["positions"][own], found["texts"][own] = np.arange(size), number
+            found["weights"][own] = np.asarray(example.weights, np.float32)[1:]
+            found["positions"][own], found["texts"][own] = counting[:size], text
             at += size
     return Lanes(**found)
 
@@ -100,40 +118,45 @@ class Steps:
         self, examples: Sequence[Example], length: int, count: int, seed: int, packs: bool
     ):
         self._examples, self._length, self._count = examples, length, count
-        self._seed, self._put = seed, packed if packs else padded
+        self._seed, self._packs = seed, packs
         self._firsts = [0]  # of each epoch the number of its first lane
-        self._kept: dict[int, Lanes] = {}
+        self._kept: dict[int, list[list[int]]] = {}
 
     def step(self, number: int) -> Lanes:
         """The lanes of a step."""
-        first, end, epoch, parts = number * self._count, (number + 1) * self._count, 0, []
-        while self._first(epoch + 1) <= first:
-            epoch += 1
+        first, end = number * self._count, (number + 1) * self._count
+        epoch, lanes = self._epoch_of(first), []
         while first < end:
-            lanes, begin = self._epoch(epoch), self._first(epoch)
-            some = slice(first - begin, min(end, self._first(epoch + 1)) - begin)
-            parts.append({name: array[some] for name, array in vars(lanes).items()})
+            begin = self._first(epoch)
+            lanes += self._epoch(epoch)[first - begin : end - begin]
             first, epoch = self._first(epoch + 1), epoch + 1
-        return Lanes(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+        return filled(self._examples, lanes, self._length)
 
     def epoch_of(self, number: int) -> float:
         """How often the data was gone through before a step."""
-        first, epoch = number * self._count, 0
-        while self._first(epoch + 1) <= first:
-            epoch += 1
-        size = self._first(epoch + 1) - self._first(epoch)
-        return epoch + (first - self._first(epoch)) / size
+        first = number * self._count
+        epoch = self._epoch_of(first)
+        begin, end = self._first(epoch), self._first(epoch + 1)
+        return epoch + (first - begin) / (end - begin)
 
     def n_steps(self, epochs: float) -> int:
         """The steps after which the data was gone through so often."""
-        whole, part = int(epochs), epochs - int(epochs)
-        size = self._first(whole + 1) - self._first(whole) if part else 0
-        lanes = self._first(whole) + part * size
-        return max(1, int(np.ceil(lanes / self._count)))
+        often = Fraction(repr(epochs))  # 1.1 is 11/10 here, and no more than that
+        whole, part = int(often), often % 1
+        lanes = Fraction(self._first(whole))
+        if part:
+            lanes += part * (self._first(whole + 1) - self._first(whole))
+        return max(1, math.ceil(lanes / self._count))
+
+    def _epoch_of(self, lane):
+        """The epoch that a lane is in, of all that follow one another."""
+        while self._firsts[-1] <= lane:
+            self._first(len(self._firsts))
+        return bisect_right(self._firsts, lane) - 1
 
     def _first(self, epoch):
         while len(self._firsts) <= epoch:
-            size = len(self._epoch(len(self._firsts) - 1).ids)
+            size = len(self._epoch(len(self._firsts) - 1)) if self._packs else len(self._examples)
             self._firsts.append(self._firsts[-1] + size)
         return self._firsts[epoch]
 
@@ -141,6 +164,10 @@ class Steps:
         if epoch not in self._kept:
             if len(self._kept) > 1:
                 self._kept.pop(min(self._kept))
-            numbers = order(len(self._examples), self._seed, epoch)
-            self._kept[epoch] = self._put([self._examples[n] for n in numbers], self._length)
+            numbers = order(len(self._examples), self._seed, epoch).tolist()
+            lanes = [[number] for number in numbers]
+            if self._packs:
+                some = placed([self._examples[number] for number in numbers], self._length)
+                lanes = [[numbers[at] for at in lane] for lane in some]
+            self._kept[epoch] = lanes
         return self._kept[epoch]

@@ -1,35 +1,35 @@
-"""AdamW on the adapters, matrix by matrix: its moments are in host memory as the adapters are, and
+"""AdamW on the adapters, layer by layer: its moments are in host memory as the adapters are, and
 pass through the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 import optax
 
+from jlayer.tuning.flat import Flats
 from jlayer.tuning.settings import Settings
-from jlayer.tuning.step import State
 
-# So many matrices are on the device at a time.
-AT_A_TIME = 8
+PART = 1 << 22  # numbers
 
 
 @dataclass(frozen=True)
 class Moments:
     """AdamW's: of each gradient the running mean, and that of its square; after `count` steps."""
 
-    mean: State
-    square: State
+    mean: Flats
+    square: Flats
     count: int
 
     @classmethod
-    def of(cls, state: State) -> Moments:
+    def of(cls, flats: Flats) -> Moments:
         """Before the first step."""
-        zeros = jax.tree.map(np.zeros_like, dict(state))
-        return cls(zeros, jax.tree.map(np.copy, zeros), 0)
+        zeros = [{layer: np.zeros_like(one) for layer, one in flats.items()} for _ in range(2)]
+        return cls(*zeros, 0)
 
 
 def rates_of(settings: Settings, n_steps: int) -> Callable[[int], float]:
@@ -52,13 +52,18 @@ def rates_of(settings: Settings, n_steps: int) -> Callable[[int], float]:
     return rate_at
 
 
-def length_of(gradients: State) -> float:
-    """Of all gradients together: the root of the sum of their squares, summed in float64."""
-    return float(np.sqrt(sum(float(np.vdot(a, a)) for a in map(_wide, jax.tree.leaves(gradients)))))
+def length_of(gradients: Flats) -> float:
+    """Of all gradients together: the root of the sum of their squares, each layer's summed in
+    float64."""
+    return math.sqrt(sum(_squares(one) for one in gradients.values()))
 
 
-def _wide(array):
-    return array.astype(np.float64)
+def _squares(vector):
+    """A part at a time: the vectors of a large model in float64 would be twice as large."""
+    parts = (
+        vector[first : first + PART].astype(np.float64) for first in range(0, len(vector), PART)
+    )
+    return sum(float(np.dot(part, part)) for part in parts)
 
 
 class AdamW:
@@ -79,37 +84,28 @@ class AdamW:
         self._update = jax.jit(update)
 
     def step(
-        self, state: State, gradients: State, moments: Moments, *, rate: float, factor: float
-    ) -> tuple[dict, Moments]:
+        self, flats: Flats, gradients: Flats, moments: Moments, *, rate: float, factor: float
+    ) -> tuple[dict[int, np.ndarray], Moments]:
         """(the adapters after a step, the moments). `factor`: multiplies the gradients first."""
         count = self._put(np.asarray(moments.count, np.int32))
         numbers = [self._put(np.asarray(each, np.float32)) for each in (rate, factor)]
-        found, waiting = {}, []
-
-        def finish(some):
-            for name, side, results in some:
-                found[name, side] = [np.asarray(each) for each in results]
-
-        for name, pair in state.items():
-            for side in pair:
-                each = (tree[name][side] for tree in (state, gradients, *_trees(moments)))
-                results = self._update(*map(self._put, each), count, *numbers)
-                waiting.append((name, side, results))
-            if len(waiting) > 2 * AT_A_TIME:
-                finish(waiting[: len(waiting) // 2])
-                del waiting[: len(waiting) // 2]
-        finish(waiting)
-        trees = [
-            {name: {side: found[name, side][n] for side in pair} for name, pair in state.items()}
-            for n in range(3)
-        ]
-        return trees[0], Moments(trees[1], trees[2], moments.count + 1)
+        found: tuple[dict, dict, dict] = ({}, {}, {})
+        before = None
+        for layer in flats:
+            each = (trees[layer] for trees in (flats, gradients, moments.mean, moments.square))
+            results = self._update(*map(self._put, each), count, *numbers)
+            if before is not None:
+                _fetch(*before, found)
+            before = layer, results  # the next one is on its way before this one comes back
+        _fetch(*before, found)
+        return found[0], Moments(found[1], found[2], moments.count + 1)
 
 
-def _trees(moments: Moments) -> tuple[Mapping, Mapping]:
-    return moments.mean, moments.square
+def _fetch(layer, results, found):
+    for one, into in zip(results, found, strict=True):
+        into[layer] = np.asarray(one)
 
 
 def clip_factor(length: float, clip: float) -> float:
     """By what gradients of this length are multiplied, so that they are no longer than `clip`."""
-    return 1.0 if not clip or length <= clip else clip / length
+    return 1.0 if not clip else min(1.0, clip / (length + 1e-6))  # as torch has it

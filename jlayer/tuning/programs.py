@@ -6,7 +6,8 @@ for all layers of a kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jlayer.families.base import LayerKind, bias_name
 from jlayer.families.registry import head_input, head_leaf
 from jlayer.model.backward import (
     HeadSums,
+    LowRank,
     Noise,
     add_head_rows,
     loss_back,
@@ -29,6 +31,7 @@ from jlayer.model.experts import stage_input
 from jlayer.model.stages import call, join
 from jlayer.plan.tiles import Tile
 from jlayer.spec import ModelConfig
+from jlayer.tuning.flat import Row
 from jlayer.tuning.units import OF_AN_EXPERT, Unit, units_of
 from jlayer.tuning.visits import Visit
 
@@ -264,6 +267,31 @@ class TunePrograms:
         given = {"whole": whole, "hidden": hidden, "sums": sums, "weights": weights}
         return self._run(("head end",), function, given)
 
+    def apart(self, rows: Sequence[Row], vector) -> dict[str, LowRank]:
+        """The adapters of a layer by leaf, from their vector."""
+
+        def function(vector):
+            found, at = {}, 0
+            for row in rows:
+                sides = {}
+                for side, shape in row.sides:
+                    size = math.prod(shape)
+                    sides[side] = vector[at : at + size].reshape(shape)
+                    at += size
+                found[row.leaf] = LowRank(**sides, scale=row.scale)
+            return found
+
+        return self._run(("apart", _shapes_of(rows)), function, vector)
+
+    def joined(self, rows: Sequence[Row], low_ranks: Mapping[str, LowRank]):
+        """The vector of a layer's adapters, or of their gradients."""
+
+        def function(given):
+            parts = [getattr(given[row.leaf], side) for row in rows for side, _ in row.sides]
+            return jnp.concatenate([part.ravel() for part in parts])
+
+        return self._run(("joined", _shapes_of(rows)), function, dict(low_ranks))
+
     def zeros(self, like):
         """Zeros of the shapes and dtypes of a tree."""
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(like))
@@ -327,6 +355,10 @@ class TunePrograms:
             label = f"tune {key[0]}"
             self._ready[key] = self._programs.get(label, key, function, shapes)
         return self._ready[key](*args)
+
+
+def _shapes_of(rows):
+    return tuple((row.leaf, row.scale, row.a, row.b) for row in rows)
 
 
 def _shape_key(products):

@@ -22,7 +22,7 @@ from jlayer.checkpoint.adapter import WEIGHTS
 from jlayer.errors import StorageError, UsageError
 from jlayer.run_config import RunConfig
 from jlayer.streaming.watch import Watch
-from jlayer.tuning.adapter import AdapterConfig, low_ranks, save_adapter
+from jlayer.tuning.adapter import AdapterConfig, State, low_ranks, save_adapter
 from jlayer.tuning.base import Base
 from jlayer.tuning.disk import MADE, WorkFolder
 from jlayer.tuning.lanes import Lanes, Steps, packed, padded
@@ -30,7 +30,6 @@ from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rate
 from jlayer.tuning.rows import chunks_of
 from jlayer.tuning.saving import Checkpoints, Saved
 from jlayer.tuning.settings import Settings
-from jlayer.tuning.step import State
 
 FORM = 1  # of what a checkpoint's facts say
 DIGEST = 32  # letters; a fact of so many is a digest, and tells nobody anything
@@ -128,7 +127,8 @@ class Tuning:
         self.history = History()
         self._facts = json.loads(json.dumps({"form": FORM, **work.facts}))
         adapter = low_ranks(work.begun, work.how, work.alphas)
-        self.base = Base(work.folder, work.run, settings, adapter, watch=watch)
+        self.base = Base(work.folder, work.run, settings, adapter, work.begun, watch=watch)
+        self._layout = self.base.stepper.layout
         try:
             self._checkpoints = Checkpoints(self._place.path)
             self._begin(self._checkpoints.latest())
@@ -137,17 +137,19 @@ class Tuning:
             raise
         self._adam = AdamW(settings, self.base.devices.put)
         self._rates = rates_of(settings, self.n_steps)
+        self._next: tuple = (None, None, None)  # a step's number, its lanes and chunks
         self._held_out = list(_by_step(work.held_out, settings)) if work.held_out else []
         self._saved = self.step
 
     def _begin(self, saved: Saved | None):
         if saved is None:
-            self.step, self.state = 0, dict(self._work.begun)
-            self._moments = Moments.of(self.state)
+            self.step, self._flats = 0, self._layout.flat(self._work.begun)
+            self._moments = Moments.of(self._flats)
             return
         check_same(saved.facts["run"], self._facts, where=self._place.path)
-        self.step, self.state = saved.step, saved.params
-        self._moments = Moments(saved.mu, saved.nu, saved.step)
+        self.step, flat = saved.step, self._layout.flat
+        self._flats = flat(saved.params)
+        self._moments = Moments(flat(saved.mu), flat(saved.nu), saved.step)
         told = saved.facts["history"]
         self.history = History(told["steps"], told["before"])
         if self.step < self.n_steps:
@@ -160,6 +162,11 @@ class Tuning:
                 f"{self._place.out}: is there already, and is not of the run in "
                 f"{self._place.path}; move it away, and run the same command again"
             )
+
+    @property
+    def state(self) -> State:
+        """The adapters as they are now."""
+        return self._layout.views(self._flats)
 
     def go_on(self, check: Callable[[], None] = lambda: None) -> Iterator[Told]:
         """Takes the steps that are left. `check`: called at every tile; what it raises ends the
@@ -187,17 +194,24 @@ class Tuning:
     def _step(self, check):
         began, before = time.perf_counter(), self.base.totals.put_bytes
         number, settings = self.step, self._work.settings
-        lanes = self.steps.step(number)
-        total = float(lanes.weights.sum(dtype=np.float64))
-        chunks = self._chunks(lanes, 1 / total)
+        lanes, chunks = self._of_step(number)
+        following = self._of_step(number + 1)[1] if number + 1 < self.n_steps else ()
         noise = (settings.seed, number) if settings.dropout else ()
         found = self.base.stepper.run(
-            self.base.executor, chunks, self.state, noise=noise, check=check
+            *(self.base.executor, chunks, self._flats),
+            following=following,
+            noise=noise,
+            check=check,
         )
         loss = _sum_of(found.losses, chunks)
         length, rate = length_of(found.gradients), self._rates(number)
-        self.state, self._moments = self._adam.step(
-            self.state,
+        if not math.isfinite(loss) or not math.isfinite(length):
+            raise UsageError(
+                f"step {number + 1}: the loss or its gradient is not finite; begin anew with a "
+                "lower --learning-rate, or run jlayer verify on the model"
+            )
+        self._flats, self._moments = self._adam.step(
+            self._flats,
             found.gradients,
             self._moments,
             rate=rate,
@@ -215,6 +229,14 @@ class Tuning:
             put_bytes=self.base.totals.put_bytes - before,
         )
 
+    def _of_step(self, number):
+        """(the lanes of a step, the same as chunks)."""
+        if self._next[0] != number:
+            lanes = self.steps.step(number)
+            total = float(lanes.weights.sum(dtype=np.float64))
+            self._next = number, lanes, self._chunks(lanes, 1 / total)
+        return self._next[1:]
+
     def _chunks(self, lanes, share):
         base = self.base
         return list(chunks_of(base.cfg, lanes, base.plan.lanes_of_chunk, share=share))
@@ -225,7 +247,7 @@ class Tuning:
         for lanes in self._held_out:
             chunks = self._chunks(lanes, 1.0)
             found = self.base.stepper.run(
-                self.base.executor, chunks, self.state, trains=False, check=check
+                self.base.executor, chunks, self._flats, trains=False, check=check
             )
             total += _sum_of(found.losses, chunks)
             weight += float(lanes.weights.sum(dtype=np.float64))
@@ -240,8 +262,8 @@ class Tuning:
             Saved(
                 step=self.step,
                 params=self.state,
-                mu=self._moments.mean,
-                nu=self._moments.square,
+                mu=self._layout.views(self._moments.mean),
+                nu=self._layout.views(self._moments.square),
                 facts={"run": self._facts, "history": history},
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 from jlayer.errors import UsageError
@@ -46,24 +45,17 @@ class Settings:
             value = getattr(self, name)
             if value is None and name == "steps":
                 continue
-            whole = name in WHOLE
-            is_number = type(value) is int or (type(value) is float and not whole)
-            if not is_number or not math.isfinite(value) or not least <= value <= most:
-                kind = "a whole number" if whole else "a number"
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(
-                    f"{name}: found {value!r}, expected {kind} {words}",
-                    command_line=f"{option}: found {value!r}, expected {kind} {words}",
-                )
+            kinds = (int,) if name in WHOLE else (int, float)
+            if type(value) not in kinds or not least <= value <= most:  # NaN is in no range
+                kind = "a whole number" if name in WHOLE else "a number"
+                raise _error(name, value, f"{kind} {words}")
         if self.schedule not in SCHEDULES:
-            found = f"schedule: found {self.schedule!r}, expected {', '.join(SCHEDULES)}"
-            raise UsageError(found, command_line=f"--{found}")
+            raise _error("schedule", self.schedule, ", ".join(SCHEDULES))
+        if type(self.packs) is not bool:
+            raise _error("packs", self.packs, "True or False")
         if self.tokens_per_step < self.length:
-            found = (
-                f"tokens_per_step: found {self.tokens_per_step}, expected at least one text of "
-                f"length {self.length}: take more, or a smaller length"
-            )
-            raise UsageError(found)
+            words = f"at least one text of length {self.length}; take more, or a smaller length"
+            raise _error("tokens_per_step", self.tokens_per_step, words)
 
     @property
     def lanes(self) -> int:
@@ -75,23 +67,32 @@ class Settings:
         return asdict(self)
 
 
+def _error(name, value, expected):
+    is_long = type(value) is int and value.bit_length() > 200  # Python writes no number that long
+    found = f"found {'a number too large' if is_long else ascii(value)[:60]}, expected {expected}"
+    return UsageError(f"{name}: {found}", command_line=f"--{name.replace('_', '-')}: {found}")
+
+
 _LARGE = 1 << 31
+# The optimiser computes in float32: below it a learning rate would be 0, AdamW's division by 0, and
+# a beta 1, which divides by 0 too.
+_SMALL, _BELOW_1 = 1e-30, 0.999999
 # Setting -> (the least, the most, the same in words).
 RANGES = {
-    "learning_rate": (5e-324, 1e3, "above 0 and at most 1000"),
+    "learning_rate": (_SMALL, 1e3, "above 0 (1e-30 or more) and at most 1000"),
     "warmup": (0, 1, "from 0 to 1: a share of the steps"),
     "weight_decay": (0, 1e3, "from 0 to 1000"),
-    "beta1": (0, 1 - 1e-16, "from 0 and below 1"),
-    "beta2": (0, 1 - 1e-16, "from 0 and below 1"),
-    "epsilon": (5e-324, 1.0, "above 0 and at most 1"),
-    "clip": (0, 1e30, "from 0, which is no limit"),
+    "beta1": (0, _BELOW_1, f"from 0 to {_BELOW_1}"),
+    "beta2": (0, _BELOW_1, f"from 0 to {_BELOW_1}"),
+    "epsilon": (_SMALL, 1.0, "above 0 (1e-30 or more) and at most 1"),
+    "clip": (0, 1e30, "from 0, which is no limit, to 1e30"),
     "dropout": (0, 0.99, "from 0 to 0.99"),
-    "tokens_per_step": (1, _LARGE, "of 1 or more"),
-    "length": (2, _LARGE, "of 2 or more"),
-    "epochs": (5e-324, 1e6, "above 0"),
-    "steps": (1, _LARGE, "of 1 or more"),
-    "seed": (0, (1 << 63) - 1, "from 0"),
-    "eval_every": (0, _LARGE, "from 0, which is at the end alone"),
-    "save_every": (0, _LARGE, "from 0, which is at the end alone"),
+    "tokens_per_step": (1, _LARGE, f"from 1 to {_LARGE}"),
+    "length": (2, _LARGE, f"from 2 to {_LARGE}"),
+    "epochs": (_SMALL, 1e4, "above 0 and at most 10000"),
+    "steps": (1, _LARGE, f"from 1 to {_LARGE}"),
+    "seed": (0, (1 << 63) - 1, "from 0 to 2^63 - 1"),
+    "eval_every": (0, _LARGE, f"from 0, which is at the end alone, to {_LARGE}"),
+    "save_every": (0, _LARGE, f"from 0, which is at the end alone, to {_LARGE}"),
 }
 WHOLE = ("tokens_per_step", "length", "steps", "seed", "eval_every", "save_every")

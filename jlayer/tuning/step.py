@@ -4,7 +4,7 @@ that has an adapter. Frozen weights stream as in a run; of a layer's numbers onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -17,13 +17,11 @@ from jlayer.model.backward import LowRank
 from jlayer.model.cache import Rows
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
+from jlayer.tuning.flat import Flats, Layout
 from jlayer.tuning.kept import Down, Inputs
 from jlayer.tuning.programs import TunePrograms
 from jlayer.tuning.units import again, units_of
-from jlayer.tuning.visits import Trained, Visit, Way, leaves_of
-
-# Published name of a matrix -> its "a" [rank, in] and "b" [out, rank], float32.
-State = Mapping[str, Mapping[str, np.ndarray]]
+from jlayer.tuning.visits import Visit, Way
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,10 @@ class ChunkRows:
 @dataclass(frozen=True)
 class Found:
     """What a step gives. `losses`: float32 [R] of each chunk, of every row; `gradients`: of the sum
-    of weighted losses by the adapters; {} where none were asked for."""
+    of weighted losses by the adapters, as vectors; {} where none were asked for."""
 
     losses: list[np.ndarray]
-    gradients: dict[str, dict[str, np.ndarray]]
+    gradients: dict[int, np.ndarray]
 
 
 @dataclass
@@ -67,7 +65,8 @@ class _Chunk:
 
 
 class Stepper:
-    """Takes chunks through the visits of a step. `dropout`: of what the adapters multiply."""
+    """Takes chunks through the visits of a step. `layout`: of the adapters that are trained;
+    `dropout`: of what they multiply."""
 
     def __init__(
         self,
@@ -75,11 +74,14 @@ class Stepper:
         embedding: Embedding,
         residents: Residents,
         visits: Sequence[Visit],
-        trained: Trained,
+        layout: Layout,
         *,
         dropout: float = 0.0,
     ):
-        self.visits, self.trained, self.residents = visits, trained, residents
+        self.visits, self.layout, self.residents = visits, layout, residents
+        self.trained = {
+            layer: frozenset(row.leaf for row in rows) for layer, rows in layout.layers.items()
+        }
         self.devices, self.dtype = programs.devices, programs.dtype
         self.of = TunePrograms(programs.cfg, programs, dropout=dropout)
         self._programs, self._embedding = programs, embedding
@@ -87,36 +89,52 @@ class Stepper:
         self.shapes: dict[tuple, tuple] = {}
         self._numbers: dict[int, jax.Array] = {}  # of experts, on the device
         self.down = Down()
+        self._ahead: dict[bytes, Future] = {}  # ids of a chunk -> its rows of the embedding
 
     def run(
         self,
         executor: Executor,
         chunks: Sequence[ChunkRows],
-        state: State,
+        flats: Flats,
         *,
+        following: Sequence[ChunkRows] = (),
         trains: bool = True,
         noise: Sequence[int] = (),
         check: Callable[[], None] = lambda: None,
     ) -> Found:
-        """One step. `trains`: whether gradients are computed; `noise`: numbers that dropout follows
-        from; without them nothing is dropped. `check`: called at every tile; what it raises ends
-        the step."""
-        on_way = _OnWay(self, state, chunks, noise=noise, trains=trains)
+        """One step, with the adapters in some vectors.
+
+        `following`: the chunks of the next step, whose rows of the embedding are read meanwhile.
+        `trains`: whether gradients are computed; `noise`: numbers that dropout follows from;
+        without them nothing is dropped. `check`: called at every tile; what it raises ends the
+        step.
+        """
+        on_way = _OnWay(self, flats, chunks, noise=noise, trains=trains)
         visits = iter(self.visits)
 
         def run(tile, arrays):
             check()
             visit = next(visits)
             assert visit.tile.name == tile.name, "runs come in the order of visits"
+            if visit.way is Way.HEAD and visit.is_first:
+                self._read_ahead(following)
             return on_way.take(visit, arrays)
 
         executor.sweep(run)
         return on_way.end()
 
+    def _read_ahead(self, chunks):
+        self._ahead = {one.ids.tobytes(): self.down.call(self._rows_of, one.ids) for one in chunks}
+
+    def _rows_of(self, ids):
+        """The rows of the embedding of ids [R], by leaf."""
+        unique, place = np.unique(ids, return_inverse=True)
+        return {leaf: some[place] for leaf, some in self._embedding.read(unique).items()}
+
     def embed(self, ids):
         """ids [R] -> hidden [R, D] on the device."""
-        unique, place = np.unique(ids, return_inverse=True)
-        rows = {leaf: some[place] for leaf, some in self._embedding.read(unique).items()}
+        ahead = self._ahead.pop(ids.tobytes(), None)
+        rows = self._rows_of(ids) if ahead is None else ahead.result()
         first = self.visits[0].tile
         program = self._programs.embed(self._embedding.parts, first, n_rows=len(ids))
         given = {"rows": self.devices.put(rows)}
@@ -140,8 +158,8 @@ class Stepper:
 class _OnWay:
     """A step that is under way."""
 
-    def __init__(self, stepper, state, chunks, *, noise, trains):
-        self._on, self._of, self._state = stepper, stepper.of, state
+    def __init__(self, stepper, flats, chunks, *, noise, trains):
+        self._on, self._of, self._flats = stepper, stepper.of, flats
         self._noise, self._trains = noise, trains
         put = stepper.devices.put
         self._inputs = Inputs(put, stepper.down, has_link=stepper.devices.has_link)
@@ -162,12 +180,7 @@ class _OnWay:
 
     def end(self) -> Found:
         losses = [np.asarray(chunk.losses) for chunk in self._chunks]
-        found = {}
-        for layer, sent in self._sent.items():
-            trained = self._on.trained[layer]
-            for leaf, low in sent.result().items():
-                found[trained[leaf][0]] = {"a": low.a, "b": low.b}
-        return Found(losses, {name: found[name] for name in self._state if name in found})
+        return Found(losses, {layer: sent.result() for layer, sent in self._sent.items()})
 
     def take(self, visit: Visit, arrays):
         """Moves every chunk through a visit -> something to wait for."""
@@ -207,11 +220,8 @@ class _OnWay:
             chunk.keys = self._keys(number, layer)
 
     def _put_adapters(self, layer):
-        put = self._on.devices.put
-        return {
-            leaf: LowRank(put(self._state[name]["a"]), put(self._state[name]["b"]), scale)
-            for leaf, (name, scale) in self._on.trained[layer].items()
-        }
+        vector = self._on.devices.put(self._flats[layer])
+        return self._of.apart(self._on.layout.layers[layer], vector)
 
     def _keys(self, number, layer):
         """What the dropout of each adapter of a layer follows from, in one chunk."""
@@ -221,7 +231,7 @@ class _OnWay:
             leaf: self._on.devices.put(
                 np.random.SeedSequence([*self._noise, number, layer, index]).generate_state(2)
             )
-            for index, leaf in enumerate(self._on.trained.get(layer, ()))
+            for index, leaf in enumerate(row.leaf for row in self._on.layout.layers.get(layer, ()))
         }
 
     def _multiply(self, visit, arrays):
@@ -310,7 +320,7 @@ class _OnWay:
         self._gradients = self._of.zeros(self._lows.get(layer, {}))
 
     def _needs(self, layer, kind):
-        return again(kind, leaves_of(self._on.trained, layer))
+        return again(kind, self._on.trained.get(layer, frozenset()))
 
     def _keep(self, layer, kind, unit):
         """Keeps what a unit's gradients need of the flow before it, and nothing more of the unit
@@ -409,7 +419,8 @@ class _OnWay:
             chunk.back = {"hidden": self._of.begin_back(kind, given, hidden, dx, dhidden)}
             chunk.flow, chunk.kept, chunk.products = {}, {}, {}
         if self._gradients:
-            self._sent[layer] = self._on.down.send(self._gradients)
+            rows = self._on.layout.layers[layer]
+            self._sent[layer] = self._on.down.send(self._of.joined(rows, self._gradients))
         self._gradients = {}
         self._lows.pop(layer, None)
         return [chunk.back["hidden"] for chunk in self._chunks]
