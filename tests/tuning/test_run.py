@@ -3,6 +3,7 @@ done, and its steps are those of torch and Transformers."""
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -17,10 +18,14 @@ from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
 from jlayer.tuning.data import Example
 from jlayer.tuning.disk import LOCK, MADE, UNFINISHED, WORK, WorkFolder
 from jlayer.tuning.lanes import cut
+from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
 from jlayer.tuning.run import Tuning, Work, check_same
 from jlayer.tuning.settings import Settings
 from tests.reference import dense_forms
 from tests.tuning.states import assert_equal_states
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 RUN = RunConfig(device="cpu", device_memory=1 << 30, host_memory=4 << 30, dtype="float32")
 HOW = AdapterConfig(rank=2, alpha=4, targets=("q_proj", "down_proj"))
@@ -311,3 +316,86 @@ def test_what_was_begun_otherwise_is_told_by_its_name():
     assert told(**{"--layers": [2], "--rank": 3}) == (
         f"there: was begun with --layers 0,1, not 2, and with --rank 2, not 3; {end}"
     )
+
+
+def test_a_run_that_was_begun_by_another_version_or_otherwise(work):
+    go(work(facts={"jlayer": "0.1"}), n_steps=1)
+    with pytest.raises(UsageError, match=r"out.tuning: was begun with jlayer 0.1, not 0.2; give"):
+        Tuning(work(facts={"jlayer": "0.2"}))
+    assert [one.step for one in go(work(facts={"jlayer": "0.1"}))[0]] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("n_steps", "warmup"), [(40, 0.1), (40, 0.0), (7, 0.5), (1, 0.03), (3, 1)])
+def test_rates_are_those_of_transformers(schedule, n_steps, warmup):
+    settings = Settings(learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    own = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    there = transformers.get_scheduler(
+        name, own, num_warmup_steps=math.ceil(warmup * n_steps), num_training_steps=n_steps
+    )
+    rate_at = rates_of(settings, n_steps)
+    for step in range(n_steps):
+        expected = there.get_last_lr()[0]  # in float64; here in float32
+        np.testing.assert_allclose(rate_at(step), expected, rtol=1e-6, atol=3e-4 * 1e-7)
+        own.step()
+        there.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_those_of_torch_s_adamw(weight_decay):
+    """Of random gradients, of which some are longer than the clip, with a rate of each step."""
+    import jax
+
+    settings = Settings(weight_decay=weight_decay, beta1=0.8, beta2=0.95, epsilon=1e-6, clip=9.0)
+    draw = np.random.default_rng(0)
+    here = {layer: draw.standard_normal(n, np.float32) for layer, n in ((0, 37), (2, 64))}
+    there = {layer: torch.tensor(one.copy(), requires_grad=True) for layer, one in here.items()}
+    betas = (settings.beta1, settings.beta2)
+    other = torch.optim.AdamW(there.values(), betas=betas, eps=1e-6, weight_decay=weight_decay)
+    adam, moments = AdamW(settings, jax.device_put), Moments.of(here)
+    factors = []
+    for step in range(30):
+        rate = 1e-2 / (step + 1)
+        gradients = {n: draw.standard_normal(len(one), np.float32) for n, one in here.items()}
+        length = length_of(gradients)
+        factors.append(clip_factor(length, settings.clip))
+        here, moments = adam.step(here, gradients, moments, rate=rate, factor=factors[-1])
+        for layer, one in there.items():
+            one.grad = torch.tensor(gradients[layer])
+        found = torch.nn.utils.clip_grad_norm_(there.values(), settings.clip)
+        np.testing.assert_allclose(length, float(found), rtol=1e-6)
+        other.param_groups[0]["lr"] = rate
+        other.step()
+    assert min(factors) < 1 == max(factors)
+    assert moments.count == 30
+    for layer, one in there.items():
+        expected = one.detach().numpy()
+        # Of each number; those near 0 came there from others that were larger.
+        np.testing.assert_allclose(here[layer], expected, rtol=1e-6, atol=1e-6)
+        distance = np.linalg.norm(here[layer] - expected) / np.linalg.norm(expected)
+        assert distance < 1e-6
+
+
+def test_gradients_are_clipped_together_where_they_are_longer():
+    gradients = {0: np.full(9, 1.0, np.float32), 1: np.full(16, -1.0, np.float32)}
+    assert length_of(gradients) == 5
+    assert clip_factor(5.0, 0.0) == 1
+    assert clip_factor(5.0, 6.0) == 1
+    assert clip_factor(5.0, 2.0) == pytest.approx(0.4, rel=1e-6)
+
+
+def test_a_run_clips_and_follows_its_rates(work):
+    """What is told of each step is of the schedule; a small clip makes small steps."""
+    told, state = go(work("free", clip=0.0, steps=3, warmup=0.0, weight_decay=0.0))
+    rates = [0.02 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
+    np.testing.assert_allclose([one.rate for one in told], rates, rtol=1e-6)
+    clipped, other = go(work("clipped", clip=1e-9, steps=3, warmup=0.0, weight_decay=0.0))
+    assert clipped[0].length == told[0].length > 1e-3
+    # Gradients of 1e-9 are small beside AdamW's epsilon, 1e-8.
+    begun = work().begun
+    moved = [
+        max(float(np.abs(one[name]["b"] - begun[name]["b"]).max()) for name in begun)
+        for one in (state, other)
+    ]
+    assert moved[1] < 0.2 * moved[0]
