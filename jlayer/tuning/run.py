@@ -321,14 +321,14 @@ def check_same(there: Mapping, here: Mapping, *, where: str) -> None:
             " (the learning rate of each step hangs on how many there are: to train longer, end "
             "this run, and begin another with its OUT as --adapter)"
         )
-    raise UsageError(f"{where}: was begun with {', and '.join(found)}; {advice}")
+    raise UsageError(f"{where}: was begun {', and '.join(found)}; {advice}")
 
 
 def _difference(name, there, here):
     if any(isinstance(value, str) and len(value) >= DIGEST for value in (there, here)):
-        how = "no" if there is None else "a" if here is None else "another"
+        how = "without" if there is None else "with" if here is None else "with another"
         return f"{how} {name}"
-    return f"{name} {_shown(there)}, not {_shown(here)}"
+    return f"with {name} {_shown(there)}, not {_shown(here)}"
 
 
 def _shown(value):

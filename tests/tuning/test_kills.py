@@ -36,12 +36,13 @@ def child(asked):
     sys.stdout.flush()
     os._exit(code)
 
-for line in sys.stdin:
+while line := sys.stdin.readline():
     asked = json.loads(line)
     pid = os.fork()
     if not pid:
         child(asked)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then its number is not given to another process
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 # Sends itself a signal at the nth call of a function.
@@ -72,42 +73,38 @@ class Run:
 
     def __init__(self, parent, asked):
         self._parent, self._asked, self._code = parent, asked, None
-        parent.stdin.write(json.dumps(asked) + "\n")
-        parent.stdin.flush()
-        self.pid = int(parent.stdout.readline())
+        self.pid = self._ask(json.dumps(asked))
+
+    def _ask(self, line):
+        self._parent.stdin.write(line + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
 
     @property
     def code(self):
         if self._code is None:
-            self._code = int(self._parent.stdout.readline())
+            self._code = self._ask("wait")
         return self._code
 
     @property
     def err(self):
-        return Path(self._asked["err"]).read_text()
+        path = Path(self._asked["err"])  # which the run opens
+        return path.read_text() if path.exists() else ""
 
     @property
     def out(self):
         return Path(self._asked["out"]).read_text()
 
     def is_over(self):
-        """A process that has ended, and was not waited for, has no command line."""
+        """A process that has ended and was not waited for has no command line."""
         return not Path(f"/proc/{self.pid}/cmdline").read_bytes()
-
-    def send(self, number):
-        """Only what was not waited for has this process's number for sure."""
-        assert self._code is None
-        os.kill(self.pid, number)
 
     def until(self, is_so):
         """Waits until something is so; False where it ends before."""
         ends = time.monotonic() + 120
         while not is_so():
             assert time.monotonic() < ends, self.err
-            try:
-                if self.is_over():
-                    return False
-            except FileNotFoundError:
+            if self.is_over():
                 return False
             time.sleep(0.001)
         return True
@@ -245,13 +242,12 @@ class Moments:
         else:
             ends = {MADE, MADE + UNFINISHED}
             is_so, most = (lambda: ends & set(names(work)) or os.path.exists(out)), 0.02
-        if not run.until(is_so):
-            return False
-        time.sleep(self.chance.uniform(0, most))
-        run.send(signal.SIGKILL)
-        was_killed = run.code == -signal.SIGKILL
-        self.seen[kind] += was_killed
-        return was_killed
+        if run.until(is_so):
+            time.sleep(self.chance.uniform(0, most))
+            os.kill(run.pid, signal.SIGKILL)
+        assert run.code in (0, -signal.SIGKILL), run.err
+        self.seen[kind] += run.code != 0
+        return run.code != 0
 
 
 def names(folder):

@@ -131,13 +131,11 @@ def _layers(words):
     found = []
     for part in words.split(","):
         first, dash, last = part.strip().partition("-")
-        if (
-            not first.isdigit()
-            or (dash and not last.isdigit())
-            or (dash and int(last) < int(first))
-        ):
+        ends = [first, last] if dash else [first, first]
+        is_so = all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends)
+        if not is_so or int(ends[1]) < int(ends[0]):
             raise UsageError(f"--layers: found {words!r}, expected numbers as in 0-15,20")
-        found += range(int(first), int(last if dash else first) + 1)
+        found += range(int(ends[0]), int(ends[1]) + 1)
     return tuple(found)
 
 
