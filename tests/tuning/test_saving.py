@@ -262,7 +262,7 @@ def test_it_is_quiet(tmp_path, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_second_for_fifty_megabytes(tmp_path):
+def test_the_newest_of_large_ones_is_found(tmp_path):
     names = [f"model.layers.{n}.self_attn.{m}_proj.weight" for n in range(60) for m in "qkvo"]
     draw = np.random.default_rng(0)
 
