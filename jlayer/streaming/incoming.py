@@ -164,7 +164,8 @@ class Incoming:
                     for segment, piece in zip(segments, pieces, strict=True)
                 ]
             self._cached_bytes[tile] = turn.cached_bytes
-            if tile not in self._checked:
+            # Each row is checked once: what comes again is not.
+            if tile not in self._checked and tile not in self._repeats:
                 self._check(pieces, shifts, places)
                 self._checked.add(tile)
         except JlayerError as error:
