@@ -290,7 +290,10 @@ def _temporary_bytes(weights, tiling, settings, count):
     high = max(sum(tile.heights.values()) for tile, _ in tiling.distinct) if rows else 0
     of_rows = FLOAT32 * rows * (2 * wide + 3 * high)
     of_head = FLOAT32 * rows * (3 * cfg.hidden_size + 3 * tiling.head_rows)
-    return max(of_rows, of_head, _mixing_bytes(cfg, settings.length, count)) + tiling.decoded_bytes
+    # What is decoded to float32 is brought into order, and rounded.
+    decoded = tiling.decoded_bytes * (1 + 2 * FLOAT32 // ITEM_BYTES[weights.dtype])
+    mixing = _mixing_bytes(cfg, settings.length, count) + tiling.decoded_bytes
+    return max(of_rows + decoded, of_head + decoded, mixing)
 
 
 def _mixing_bytes(cfg, length, count):

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.export import export_checkpoint
 from jlayer.families.registry import has_state
 from jlayer.parts import LowRanks
 from jlayer.plan.need import total
@@ -17,8 +19,15 @@ from jlayer.run_config import RunConfig
 from jlayer.tuning import planning, rows
 from jlayer.tuning.base import Base
 from jlayer.tuning.settings import Settings
+from tests.conftest import BUNDLED
 from tests.quantized import converted, stand_for
-from tests.reference import dense_forms, latent_forms, mixture_forms
+from tests.reference import (
+    dense_forms,
+    fp8_forms,
+    gpt_oss_forms,
+    latent_forms,
+    mixture_forms,
+)
 from tests.reference.test_adapter import ATTENTION, DENSE
 
 torch = pytest.importorskip("torch")
@@ -193,3 +202,38 @@ def test_some_layers_alone(tmp_path):
     where = tmp_path / "model", tmp_path / "model", tmp_path / "adapter"
     compare(*where, dense_forms.load, options, tile_bytes=1500)
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["layers_to_transform"] == [1]
+
+
+PLAIN = transformers.AutoModelForCausalLM.from_pretrained
+
+
+@pytest.mark.slow
+def test_experts_in_mxfp4(tmp_path):
+    config, tensors = gpt_oss_forms.drawn()
+    base = gpt_oss_forms.write(tmp_path / "model", config, tensors)
+
+    def load(folder, dtype):
+        return gpt_oss_forms.in_transformers(config, tensors, dtype)
+
+    options = {**EVERYTHING, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    compare(base, base, tmp_path / "adapter", load, options, tile_bytes=1 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["grid", "compressed by channel"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_over_fp8(tmp_path, name, form):
+    """As over the weights that they stand for."""
+    base, plain = fp8_forms.save(tmp_path, name, form)
+    targets = ["o_proj"] + (["q_a_proj"] if name == "deepseek_v3" else ["q_proj", "down_proj"])
+    options = {**EVERYTHING, "target_modules": targets}
+    compare(base, plain, tmp_path / "adapter", PLAIN, options, tile_bytes=1 << 20)
+
+
+@pytest.mark.slow
+def test_over_a_gguf_file(tmp_path):
+    convert_checkpoint(BUNDLED, tmp_path / "model")
+    file = tmp_path / "model.gguf"
+    export_checkpoint(tmp_path / "model", file, format="gguf", type="bf16")
+    options = {**EVERYTHING, "target_modules": ["v_proj", "down_proj"]}
+    compare(file, BUNDLED, tmp_path / "adapter", PLAIN, options, tile_bytes=100_000)
