@@ -226,7 +226,9 @@ def test_an_out_that_is_there_is_left_as_it_is(tune, tmp_path, capsys):
     out = tmp_path / "out"
     said = f"jlayer: {out}: is there already; name a new folder"
     out.mkdir()
+    before = os.stat(tmp_path).st_mtime_ns
     assert line(model="no model") == said
+    assert os.stat(tmp_path).st_mtime_ns == before  # nothing was made beside it either
     out.rmdir()
     out.write_text("of the user")
     assert line() == said
@@ -339,6 +341,24 @@ def test_what_was_done_before_an_error_is_kept(tune, tmp_path, monkeypatch, caps
     assert (step["step"], result["exit_code"]) == (1, 6)
     assert tune() == 0
     assert "goes on after step 1 of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("then", ["begins anew", "goes on"])
+def test_a_signal_while_it_is_opened(tune, request, monkeypatch, capsys, then):
+    from jlayer.tuning.saving import Checkpoints
+
+    if then == "goes on":
+        request.getfixturevalue("begun")
+
+    def latest(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "latest", latest)
+    assert tune() == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"jlayer: stopped before it was open; the same command {then}",
+        "jlayer: interrupted",
+    ]
 
 
 class Left(io.StringIO):
