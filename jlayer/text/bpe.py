@@ -57,3 +57,15 @@ def ids_of(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+
+def spelled(
+    tokenizer, text: str, *, add_special_tokens: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids that `ids_of` gives, and of each the (begin, end) of its characters in `text`: (0, 0)
+    for those that are added. Tokens of one character's bytes all have that character."""
+    if len(text) < LONG_TEXT:
+        found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        found = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+    return found.ids, found.offsets

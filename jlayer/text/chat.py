@@ -6,7 +6,7 @@ of its text are real is decided with `marks`. Ids are left to `tokenizer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, UsageError
@@ -14,9 +14,9 @@ from jlayer.small_files import SmallFiles
 from jlayer.text import sandbox
 from jlayer.text.inputs import OpenEnd, plain_inputs, plain_variables, without_marks_beyond
 from jlayer.text.marks import (
-    ControlTokens,
     Rendered,
     control_parts,
+    control_tokens,
     keys_of,
     mapped,
     mark_control_tokens,
@@ -134,6 +134,8 @@ def render_chat(
     special: Iterable[str] = (),
     added: Iterable[str] = (),
     options: Mapping | None = None,
+    render: Callable | None = None,
+    finds_generated: bool = False,
 ) -> Rendered:
     """The text of `messages`, and which of its control tokens the template wrote.
 
@@ -141,9 +143,10 @@ def render_chat(
     `continue_final_message`: end within the last message instead, after its content, or after what
     it has under another key. `tokens`: the tokenizer's named tokens (bos_token and so on). Control
     tokens are all `special` tokens, and those of the `added` tokens that stand in the template's
-    source. `options`: further variables. Where a template looks into the content, marks can change
-    its text; weaker marks are tried then, and without any that work, text that holds a special
-    token is refused.
+    source. `options`: further variables. `render`: in place of `sandbox.render`.
+    `finds_generated`: find what stands in {% generation %}. Where a template looks into the
+    content, marks can change its text; weaker marks are tried then, and without any that work, text
+    that holds a special token is refused.
     Raises UsageError (messages, tools or variables that are none, or that the template refuses) or
     CheckpointError (a template that is damaged, forbidden things, or without end).
     """
@@ -166,27 +169,51 @@ def render_chat(
     variants = [plain | rest | options, *variants]
     if end is not None:
         variants = [end.tagged(variables) for variables in variants]
-    text, marked, which = _rendered(template, variants, marks, usual=rest)
+    render = render or sandbox.render
+    text, marked, which = _rendered(render, template, variants, marks, usual=rest)
+    generated = ()
+    if finds_generated:
+        found = render(template, variants[:1], marks, generation=True)[0]
+        generated = generated_spans(found, text, marks)
     if end is not None:
         n = end.length(text)
         text = text[:n]
         marked = None if marked is None else without_marks_beyond(marked, n, marks)
     if marked is not None:
         known = markings[which][1]
-        return Rendered(text, control_parts(user_parts(marked, marks), known), known)
+        return Rendered(text, control_parts(user_parts(marked, marks), known), known, generated)
     _refuse_parts_of_control_tokens(plain, special)
-    return Rendered(text, control_parts([(text, False)], control), control)
+    return Rendered(text, control_parts([(text, False)], control), control, generated)
 
 
-def _rendered(template, variants, marks, *, usual):
+def generated_spans(found: str, text: str, marks: str) -> tuple[tuple[int, int], ...]:
+    """(begin, end) in `text` of what stands between marks in `found`, the same text with them.
+
+    Raises UsageError where it is another text, or marks stand within marks.
+    """
+    order = "".join(character for character in found if character in marks)
+    if found.translate(str.maketrans("", "", marks)) != text or order.replace(marks, ""):
+        raise UsageError(
+            "chat template: what it has in {% generation %} is changed or stands within another, "
+            "so it cannot be told what the assistant says; give a template that does not"
+        )
+    spans, at = [], 0
+    for piece, is_inside in user_parts(found, marks):
+        if is_inside:
+            spans.append((at, at + len(piece)))
+        at += len(piece)
+    return tuple(spans)
+
+
+def _rendered(render, template, variants, marks, *, usual):
     """What the template gives. Where it fails, a plain chat tells whose fault that is."""
     try:
-        return sandbox.render(template, variants, marks)
+        return render(template, variants, marks)
     except sandbox.Failed as error:
         for more in ({}, _PLAIN_INPUTS):
             plain = plain_inputs([{"role": "user", "content": "x"}], **more)
             try:
-                sandbox.render(template, [plain | usual], marks)
+                render(template, [plain | usual], marks)
             except (CheckpointError, UsageError):
                 continue
             raise UsageError(
@@ -198,7 +225,7 @@ def _rendered(template, variants, marks, *, usual):
 
 def _markings(marks, control, special):
     """(how a string is marked, the control tokens it tells apart), the strongest way first."""
-    of_control, of_special = ControlTokens(control), ControlTokens(special)
+    of_control, of_special = control_tokens(control), control_tokens(special)
     return (
         (lambda text: mark_whole(text, marks), control),
         (lambda text: mark_control_tokens(text, marks, of_control), control),
@@ -208,14 +235,14 @@ def _markings(marks, control, special):
 
 def _refuse_control_tokens(names, special):
     """Keys and options carry no marks, so a token in them would count as the template's."""
-    pattern = ControlTokens(special).pattern
+    pattern = control_tokens(special).pattern
     for name in names:
         if pattern.search(name):
             raise UsageError(f"{name[:60]!r} holds a special token; only message text may")
 
 
 def _refuse_parts_of_control_tokens(plain, special):
-    tokens = ControlTokens(special)
+    tokens = control_tokens(special)
     for string in strings_of(plain):
         if tokens.found_in(string):
             raise UsageError(

@@ -52,11 +52,15 @@ def check_version() -> None:
         raise ImportError(f"jinja2 {jinja2.__version__} has known ways out of its sandbox")
 
 
-def compile_template(source: str, *, now: datetime) -> jinja2.Template:
-    """`now`: what strftime_now writes. Raises TemplateSyntaxError."""
+def compile_template(
+    source: str, *, now: datetime, generation: tuple[str, str] = ("", "")
+) -> jinja2.Template:
+    """`now`: what strftime_now writes. `generation`: what is written before and after the body of
+    each {% generation %}. Raises TemplateSyntaxError."""
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
+    environment.extend(generation=generation)
     environment.filters["tojson"] = to_json
     environment.globals |= {
         "raise_exception": raise_exception,
@@ -85,7 +89,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} marks assistant text for training; here its body is plain text."""
+    """{% generation %} marks assistant text for training; its body is plain text, between the two
+    texts that `compile_template` was given."""
 
     tags = frozenset({"generation"})
 
@@ -96,7 +101,8 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _body(self, caller):
-        return caller()
+        before, after = self.environment.generation
+        return before + caller() + after
 
 
 class Dict:

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -42,26 +42,22 @@ _KINDS = {"refused": UsageError, "missing": UsageError, "failed": Failed}
 # This process
 
 
-def render(template: str, variants: Sequence[Mapping], marks: str) -> Answer:
+def render(
+    template: str,
+    variants: Sequence[Mapping],
+    marks: str,
+    *,
+    generation: bool = False,
+    now: datetime | None = None,
+) -> Answer:
     """The text of the first of `variants`, and of the next one that differs by its marks alone.
 
-    `variants`: the template's variables, plain and then marked in several ways. Raises UsageError
-    (the template refuses the messages), CheckpointError (a template that is damaged, forbidden
-    things or meets a limit) or StorageError (no process can be started).
+    `variants`: the template's variables, plain and then marked in several ways. `generation`: put
+    the marks around what the template has in {% generation %}. `now`: in place of the clock. Raises
+    UsageError (the template refuses the messages), CheckpointError (a template that is damaged,
+    forbidden things or meets a limit) or StorageError (no process can be started).
     """
-    if len(template) > MAX_TEMPLATE_BYTES:
-        raise CheckpointError(
-            f"chat template: {len(template)} characters, over the limit of {MAX_TEMPLATE_BYTES}"
-        )
-    payload = {
-        "template": template,
-        "variants": variants,
-        "marks": marks,
-        # One clock reading for all variants, or they could differ by a second.
-        "now": datetime.now().isoformat(),
-        "cpu_s": CPU_S,
-        "memory_bytes": MEMORY_BYTES,
-    }
+    payload = payload_of(template, variants, marks, generation=generation, now=now)
     done = run_apart("sandbox", json.dumps(payload).encode(), what="chat template")
     if done is None:
         raise CheckpointError(f"chat template: gave no text within {WALL_S} s")
@@ -70,21 +66,44 @@ def render(template: str, variants: Sequence[Mapping], marks: str) -> Answer:
     return read_answer(json.loads(done.stdout))
 
 
+def payload_of(
+    template: str,
+    variants: Sequence[Mapping],
+    marks: str,
+    *,
+    generation: bool,
+    now: datetime | None,
+) -> dict:
+    """What the process is told. Raises CheckpointError (a template that is too long)."""
+    if len(template) > MAX_TEMPLATE_BYTES:
+        raise CheckpointError(
+            f"chat template: {len(template)} characters, over the limit of {MAX_TEMPLATE_BYTES}"
+        )
+    return {
+        "template": template,
+        "variants": variants,
+        "marks": marks,
+        "generation": generation,
+        # One clock reading for all variants, or they could differ by a second.
+        "now": (now or datetime.now()).isoformat(),
+        "cpu_s": CPU_S,
+        "memory_bytes": MEMORY_BYTES,
+    }
+
+
 def run_apart(module: str, payload: bytes, *, what: str) -> subprocess.CompletedProcess | None:
     """A process of its own that calls `child` of a module of this room, with `payload` as its
     input; None where it took longer than WALL_S. `what`: its task, for the error.
 
     Raises StorageError (no process can be started).
     """
-    path = [str(_ROOT), *_absolute(sys.path)]
-    kept = {name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ}
     try:
         return subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _START.format(module), *path],
+            command_of(module),
             input=payload,
             capture_output=True,
             timeout=WALL_S,
-            env=kept,
+            env=environment(),
         )
     except subprocess.TimeoutExpired:
         return None
@@ -92,6 +111,17 @@ def run_apart(module: str, payload: bytes, *, what: str) -> subprocess.Completed
         raise StorageError(
             f"{what}: no process could be started for it ({error.strerror})"
         ) from None
+
+
+def command_of(module: str) -> list[str]:
+    """The command that calls `child` of a module of this room."""
+    path = [str(_ROOT), *_absolute(sys.path)]
+    return [sys.executable, "-I", "-S", "-c", _START.format(module), *path]
+
+
+def environment() -> dict[str, str]:
+    """The environment of such a process."""
+    return {name: os.environ[name] for name in ("TZ", "LD_LIBRARY_PATH") if name in os.environ}
 
 
 def _absolute(entries):
@@ -160,19 +190,23 @@ def limit_process(*, cpu_s: float, memory_bytes: int) -> None:
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-def render_variants(payload: Mapping, *, limit: int) -> dict:
+def render_variants(payload: Mapping, *, limit: int, compiled: Callable | None = None) -> dict:
     """The text of the first variant, and of the first other one that equals it but for the marks.
 
     {"text", "marked", "which"} or {"error", "message"}. Runs the template in the calling process,
-    so it is for `child`, and for tests with templates that are known.
+    so it is for `child`, and for tests with templates that are known. `compiled`: in place of
+    `jinja.compile_template`.
     """
     from jlayer.text import jinja
+
+    compiled = compiled or jinja.compile_template
 
     first, *marked = payload["variants"]
     unmark = str.maketrans("", "", payload["marks"])
     now = datetime.fromisoformat(payload["now"])
+    generation = tuple(payload["marks"]) if payload.get("generation") else ("", "")
     try:
-        template = jinja.compile_template(payload["template"], now=now)
+        template = compiled(payload["template"], now=now, generation=generation)
         text = jinja.render(template, first, limit=limit)
     except jinja.Refused as error:
         return {"error": "refused", "message": _one_line(str(error))}

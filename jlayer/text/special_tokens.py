@@ -6,11 +6,13 @@ Functions here change a tokenizer of the `tokenizers` library, or make another o
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from jlayer.errors import CheckpointError
-from jlayer.text.bpe import ids_of
+from jlayer.text.bpe import ids_of, spelled
 from jlayer.text.declared import text_of
 
 
@@ -105,6 +107,26 @@ class RenamedTokenizer:
 
     def encode(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """Original ids of `parts`, pairs of (text, whether it is a control token)."""
-        text = "".join(self.names[text] if is_control else text for text, is_control in parts)
-        encoded = ids_of(self.tokenizer, text, add_special_tokens=False)
+        encoded = ids_of(self.tokenizer, self._renamed(parts), add_special_tokens=False)
         return [self.real_ids.get(token, token) for token in encoded]
+
+    def spell(self, parts: Iterable[tuple[str, bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and of each the (begin, end) of its characters in the text that the
+        parts make."""
+        parts = list(parts)
+        encoded, spans = spelled(self.tokenizer, self._renamed(parts), add_special_tokens=False)
+        ids = [self.real_ids.get(token, token) for token in encoded]
+        # Where each part begins: in the text with secret names, and in the real one.
+        secret = list(accumulate((len(self._renamed([part])) for part in parts), initial=0))
+        real = list(accumulate((len(text) for text, _ in parts), initial=0))
+
+        def place(at):
+            n = min(bisect_right(secret, at), len(parts)) - 1
+            if parts[n][1] and at > secret[n]:  # no token ends within a name
+                return real[n + 1]
+            return real[n] + at - secret[n]
+
+        return ids, [(place(begin), place(end)) for begin, end in spans]
+
+    def _renamed(self, parts):
+        return "".join(self.names[text] if is_control else text for text, is_control in parts)

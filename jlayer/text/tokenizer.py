@@ -8,12 +8,12 @@ token by token to `stream`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from jlayer.errors import UsageError
 from jlayer.small_files import files_of
-from jlayer.text.bpe import build, ids_of
+from jlayer.text.bpe import build, ids_of, spelled
 from jlayer.text.chat import read_templates, render_chat, select_template
 from jlayer.text.classes import SPACE
 from jlayer.text.declared import read_declared
@@ -101,7 +101,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping], **options) -> str:
         """The text that `encode_chat` encodes, with the same arguments."""
-        return self._rendered(messages, **options).text
+        return self.rendered_chat(messages, **options).text
 
     def encode_chat(self, messages: Sequence[Mapping], **options) -> list[int]:
         """Ids of `messages` in the model's chat format, with BOS only if the template writes it.
@@ -112,23 +112,52 @@ class Tokenizer:
         without such words the ids are those of the rendered text.
         Raises UsageError (messages that the template refuses) or CheckpointError (a bad template).
         """
-        rendered = self._rendered(messages, **options)
+        rendered = self.rendered_chat(messages, **options)
         if rendered.found_control() == rendered.written_control():
             return self.encode(rendered.text, add_special_tokens=False)
         return self.encode_parts(rendered)
+
+    def spell(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and of each the (begin, end) of its characters in `text`; (0, 0) for
+        BOS and EOS that are added. Raises what `encode` does."""
+        _check_text(text)
+        shift = len(self._with_first_space(text)) - len(text)
+        text = self._with_first_space(text)
+        spell = partial(spelled, self.library, text, add_special_tokens=add_special_tokens)
+        ids, spans = build(spell, where=self.where)
+        return ids, _shifted(spans, shift)
+
+    def spell_chat(self, rendered: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode_chat`, of what `rendered_chat` gave, and of each the (begin, end) of
+        its characters in the text. Raises what `encode_parts` does."""
+        if rendered.found_control() == rendered.written_control():
+            return self.spell(rendered.text, add_special_tokens=False)
+        ids, spans = self._by_parts(rendered, RenamedTokenizer.spell)
+        self._check_control(ids, rendered)
+        shift = len(self._with_first_space(rendered.text)) - len(rendered.text)
+        return ids, _shifted(spans, shift)
 
     def encode_parts(self, rendered: Rendered) -> list[int]:
         """Ids of `rendered`, where control tokens are recognised only if the template wrote them.
 
         Raises UsageError where the tokenizer makes such a token of the user's text all the same.
         """
+        ids = self._by_parts(rendered, RenamedTokenizer.encode)
+        self._check_control(ids, rendered)
+        return ids
+
+    def _by_parts(self, rendered, encode):
         _check_text(rendered.text)
         if rendered.control not in self._renamed:
             self._renamed[rendered.control] = RenamedTokenizer.of(self.library, rendered.control)
         parts = rendered.parts
         if self._with_first_space(rendered.text) != rendered.text:
             parts = ((" ", False), *parts)
-        ids = self._renamed[rendered.control].encode(parts)
+        return encode(self._renamed[rendered.control], parts)
+
+    def _check_control(self, ids, rendered):
         control_ids = {self._added_tokens[token] for token in rendered.control}
         expected = [self._added_tokens[text] for text in rendered.written_control()]
         if [token for token in ids if token in control_ids] != expected:
@@ -136,19 +165,22 @@ class Tokenizer:
                 "messages hold the text of a special token, and this tokenizer makes that token of "
                 "it even as plain text; take it out"
             )
-        return ids
 
-    def _rendered(
+    def rendered_chat(
         self,
-        messages,
+        messages: Sequence[Mapping],
         *,
+        render: Callable | None = None,
+        finds_generated: bool = False,
         add_generation_prompt=None,
         continue_final_message=False,
         tools=None,
         documents=None,
         chat_template=None,
         **variables,
-    ):
+    ) -> Rendered:
+        """What `encode_chat` encodes, with the same arguments. `render`, `finds_generated`: see
+        `chat.render_chat`."""
         source = select_template(self.chat_templates, chat_template, has_tools=tools is not None)
         return render_chat(
             source,
@@ -161,6 +193,8 @@ class Tokenizer:
             special=self.special_tokens,
             added=self._added_tokens,
             options=variables,
+            render=render,
+            finds_generated=finds_generated,
         )
 
     def _with_first_space(self, text):
@@ -177,6 +211,14 @@ def _is_left_out(library, token_id):
     file says that it is special, and another that it is not."""
     shown, hidden = (library.decode([token_id], skip_special_tokens=skip) for skip in (False, True))
     return bool(shown) and not hidden
+
+
+def _shifted(spans, n):
+    """Spans of a text with `n` characters put before it, in the text: what stands for those alone
+    is of its first character. (0, 0), of what is no text's, stays."""
+    if not n:
+        return spans
+    return [(max(begin - n, 0), max(end - n, 1) if end else 0) for begin, end in spans]
 
 
 def _check_text(text):

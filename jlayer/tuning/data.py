@@ -1,309 +1,412 @@
-"""Data to learn from -> tokens, and by how much the prediction of each counts.
+"""The texts that a model is tuned on, as tokens: read from JSON lines, or from a plain text.
 
-A file of JSON lines has on each line one of the FORMS; a text file is one long text.
+A line has exactly one of: `text`; `prompt` and `completion`; `instruction`, `input` and `output`
+(Alpaca's); `messages`. Everything is checked as it is read, and the first bad line refuses the
+file. What the assistant says in `messages` is found in `turns`; into lanes texts come in `lanes`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
 
-from jlayer.errors import CheckpointError, StorageError, UsageError
-from jlayer.interrupts import check
+from jlayer.config import unknown_name
+from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.strict import GIT_LFS, open_regular, parse_json_object
+from jlayer.text.inputs import plain_variables
 from jlayer.text.tokenizer import Tokenizer
-from jlayer.tuning.answers import WEIGHT, Chats, common, kind_of, messages_of, weight_of
+from jlayer.tuning.turns import Span, Turns, weights_of
 
-# The tokenizers library takes some 130 bytes of memory for each byte of a text that it encodes.
-MOST_TEXT_BYTES = 32 << 20
-MOST_MESSAGE = 600  # characters of an error
+LINES, PLAIN = (".jsonl", ".json"), (".txt",)
+MOST_LINE_BYTES = 32 << 20  # as of a batch's line
+MOST_PLAIN_BYTES = 64 << 20  # encoding takes some thirty times that
+# A weight is multiplied by another, and float32 must hold the product and sums of it.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_JSON_SPACE = b" \t\r\n"
-LINES, TEXT = (".jsonl", ".json"), (".txt", ".md")
-# Form -> its keys, those that may be left out.
-FORMS = {
-    "text": (("text",), ()),
-    "prompt and completion": (("prompt", "completion"), ("tools",)),
-    "instruction and output": (("instruction", "output"), ("input",)),
-    "messages": (("messages",), ("tools",)),
-}
-# The prompts of Stanford Alpaca's data, as everybody has them.
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+# The keys of each form; those in the second part may be missing.
+_FORMS = (
+    (("text",), ()),
+    (("prompt", "completion"), ()),
+    (("instruction", "output"), ("input",)),
+    (("messages",), ()),
 )
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+_WEIGHT, _OF_CHATS = "weight", ("tools", "chat_template_kwargs")
+# Options of a rendering, which are decided here.
+_OWN_OPTIONS = (
+    *("tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("render", "finds_generated"),
 )
+_EXPECTED = "text, prompt and completion, instruction (with input) and output, or messages"
+_ALL = (_WEIGHT, *_OF_CHATS, *(key for form in _FORMS for part in form for key in part))
+_WORDS = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text. `ids`: int32; `weights`: float32, of each id by how much its prediction from those
-    before it counts; nothing predicts the first."""
+    """A text as tokens. `weights`: of each id, by how much its prediction from those before counts
+    in the loss; the first is always 0. All are 0 where the data give the text weight 0."""
 
-    ids: array
-    weights: array
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
 
     @classmethod
     def of(cls, ids: Iterable[int], weights: Iterable[float]) -> Example:
         """From numbers of any kind, of which there are as many."""
-        return cls(array("i", ids), array("f", weights))
+        return cls(tuple(map(int, ids)), tuple(map(float, weights)))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
-    """The examples of a file, in its order. `sha256`: of its bytes."""
+    """The examples of a file, in its order, and the SHA-256 of its bytes."""
 
-    examples: list[Example] = field(default_factory=list)
-    sha256: str = ""
+    examples: list[Example]
+    sha256: str
 
     @property
     def n_tokens(self) -> int:
         """Of those that are learned from."""
         return sum(len(one.weights) - one.weights.count(0.0) for one in self.examples)
 
-
-def read_data(
-    path: str | os.PathLike, tokenizer: Tokenizer, *, chat_template: str | None = None
-) -> Data:
-    """All examples of a file. `chat_template`: for messages, in the place of the model's own.
-
-    Raises UsageError, with the number of the line, for what cannot be learned from; StorageError.
-    """
-    path = os.fspath(path)
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in LINES + TEXT:
-        found = f"ends in {suffix}" if suffix else "has no ending"
-        raise UsageError(
-            f"{path}: its name {found}, expected {' or '.join(LINES)} (an example a line) or "
-            f"{' or '.join(TEXT)} (one text); rename it to what it is"
-        )
-    encoder, digest = _Encoder(tokenizer, chat_template), hashlib.sha256()
-    rows = _text_rows(path, digest) if suffix in TEXT else _line_rows(path, digest)
-    data = Data(list(_in_threads(lambda row: _example(encoder, *row), rows)))
-    data.sha256 = digest.hexdigest()
-    if not data.examples:
-        raise UsageError(f"{path}: has no example, expected one a line; name a file with some")
-    return data
+    @property
+    def digest(self) -> str:
+        """Of the file and of the tokens that it became, which hang on the tokenizer and the
+        template; some templates write the date."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for one in self.examples:
+            digest.update(array("q", one.ids).tobytes() + array("d", one.weights).tobytes())
+        return digest.hexdigest()
 
 
-# Files -> rows: (what is read, its place, its bytes)
-
-
-def _text_rows(path, digest):
-    raw = next(_pieces(path, lambda file: file.read(MOST_TEXT_BYTES + 1)), b"")
-    if len(raw) > MOST_TEXT_BYTES:
-        raise UsageError(
-            f"{path}: longer than {MOST_TEXT_BYTES >> 20} MiB, the most of one text; give it in "
-            f'parts, as lines of {{"text": ...}} in a file {LINES[0]}'
-        )
-    _refuse_pointer(raw, path)
-    digest.update(raw)
+def read_data(path: str | os.PathLike, tokenizer: Tokenizer, **options) -> Data:
+    """The data of a file. `options`, and what is raised: as of `read_examples`."""
+    examples = read_examples(path, tokenizer, **options)
     try:
-        text = raw.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; convert it to UTF-8") from None
-    if not text:
-        raise UsageError(f"{path}: is empty, expected a text; name a file with some")
-    yield {"text": text}, path, len(raw)
-
-
-def _line_rows(path, digest):
-    lines = _pieces(path, lambda file: file.readline(MOST_TEXT_BYTES + 1))
-    for number, raw in enumerate(lines, 1):
-        where = f"{path}: line {number}"
-        if len(raw) > MOST_TEXT_BYTES:
-            raise UsageError(
-                f"{where}: longer than {MOST_TEXT_BYTES >> 20} MiB; give it in parts, as lines"
-            )
-        digest.update(raw)
-        if number == 1:
-            _refuse_pointer(raw, path)
-            raw = raw.removeprefix(_BYTE_ORDER_MARK)
-        if raw := raw.strip(_JSON_SPACE):
-            yield raw, where, len(raw)
-
-
-def _pieces(path, read) -> Iterator[bytes]:
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            while raw := read(file):
-                yield raw
-    except CheckpointError as error:
-        raise UsageError(str(error)) from None
+        with open(path, "rb") as file:
+            return Data(examples, hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _refuse_pointer(raw, path):
-    if raw.startswith(GIT_LFS):
-        raise UsageError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
+def read_examples(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    chat_template: str | None = None,
+    turns_apart: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> list[Example]:
+    """The texts of a file, in its order: .jsonl or .json, with an object a line, or .txt, which is
+    one text.
 
+    A `text` counts whole; of a prompt and its completion the completion alone; of messages what the
+    assistant says. All but messages end with the end-of-text token, which counts, where the
+    tokenizer has one, and begin with BOS as the tokenizer was published; special tokens written in
+    them are real, as in `Tokenizer.encode`. Messages are by the chat template: `chat_template` (a
+    name or a source) or the model's own; words of messages that are special tokens stay text.
+    `weight`, of a line or of the assistant's message, multiplies. `turns_apart`: a chat whose
+    template writes turns in another way once others follow becomes a text for each turn, as
+    the model would see it then; without it such a chat is refused.
+    `on_bytes`: is told how many bytes were read so far.
 
-def _in_threads(make, rows):
-    """What `make` gives for each row, in their order. A chat template runs in a process of its own,
-    for which a thread only waits."""
-    n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        for some in _blocks(rows, 8 * n_threads):
-            check()
-            yield from pool.map(make, some) if len(some) > 1 else map(make, some)
-
-
-def _blocks(rows, most, most_bytes=1 << 20):
-    """Rows in lists, so that long ones are not encoded at the same time."""
-    block, size = [], 0
-    try:
-        for found, where, n_bytes in rows:
-            block.append((found, where))
-            size += n_bytes
-            if len(block) == most or size > most_bytes:
-                yield block
-                block, size = [], 0
-    except UsageError:
-        yield block  # a line before it may be the first that is wrong
-        raise
-    yield block
-
-
-# A row -> an example
-
-
-def _example(encoder, found, where):
-    """Raises UsageError, with the place."""
-    try:
-        return encoder.example(_object(found) if isinstance(found, bytes) else found)
-    except (UsageError, CheckpointError) as error:
-        both = (f"{where}: {_shortened(words)}" for words in (str(error), error.command_line))
-        raise UsageError(next(both), command_line=next(both)) from None
-
-
-_THIS = "this line"
-
-
-def _object(raw):
-    try:
-        return parse_json_object(raw, what=_THIS, advice="mend it")
-    except CheckpointError as error:
-        if raw.startswith(b"["):
-            words = "found a list, expected an object a line; jq -c '.[]' makes lines of a list"
-        elif raw == b"{":
-            words = "found an object that goes on, expected one a line; jq -c . makes such lines"
-        else:
-            words = str(error).removeprefix(f"{_THIS}: ")
-            words = words.replace(" at line 1, column", " at column")
-        raise UsageError(words) from None
-
-
-class _Encoder:
-    """Makes examples of objects, with one tokenizer. Errors do not name the place."""
-
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None):
-        self._tokenizer, self._chats = tokenizer, Chats(tokenizer, chat_template)
-        self._begin, self._end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._adds_end = self._end is not None and tokenizer.encode("")[-1:] == [self._end]
-
-    def example(self, found: Mapping) -> Example:
-        """The example in an object. Raises UsageError."""
-        found = dict(found)
-        weight = weight_of(found.pop(WEIGHT, 1), WEIGHT)
-        ids, weights = getattr(self, _READERS[_form_of(found)])(found)
-        if len(ids) < 2:
-            raise UsageError(
-                f"makes {len(ids)} tokens, expected 2 or more: each is learned from those before "
-                "it; leave it out"
-            )
-        return Example.of(ids, [0.0, *(weight * one for one in weights[1:])])
-
-    def text(self, found):
-        """A text, all of which is learned."""
-        ids = self._ended(self._encoded(_text(found, "text")))
-        return ids, [1.0] * len(ids)
-
-    def completion(self, found):
-        """A prompt, and a completion that is learned."""
-        prompt, completion = found["prompt"], found["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            messages = messages_of(prompt, "prompt") + messages_of(completion, "completion")
-            return self._chats.encoded(messages, found.get("tools"), first=len(prompt))
-        if isinstance(prompt, list) or isinstance(completion, list):
-            raise UsageError(
-                f"prompt is {kind_of(prompt)}, completion {kind_of(completion)}; expected two "
-                "texts, or two lists of messages"
-            )
-        prompt, completion = (_text(found, name) for name in ("prompt", "completion"))
-        if found.get("tools") is not None:
-            raise UsageError("tools: found beside texts, expected only with messages; leave it out")
-        return self._completed(prompt, completion)
-
-    def instruction(self, found):
-        """An instruction, perhaps an input, and an output that is learned."""
-        instruction, output = (_text(found, name) for name in ("instruction", "output"))
-        if found.get("input") in (None, ""):
-            return self._completed(_WITHOUT_INPUT.format(instruction=instruction), output)
-        form = _WITH_INPUT.format(instruction=instruction, input=_text(found, "input"))
-        return self._completed(form, output)
-
-    def messages(self, found):
-        """A conversation, of which is learned what the assistant says."""
-        return self._chats.encoded(messages_of(found["messages"], "messages"), found.get("tools"))
-
-    def _completed(self, prompt, completion):
-        before = self._encoded(prompt)
-        ids = self._ended(self._encoded(prompt + completion))
-        # A token that begins in the prompt and ends in the completion is learned.
-        n = common(before[:-1] if self._adds_end else before, ids)
-        return ids, [0.0] * n + [1.0] * (len(ids) - n)
-
-    def _encoded(self, text):
-        """With the token that begins a text once, where the text has it too."""
-        ids = self._tokenizer.encode(text)
-        twice = self._begin is not None and ids[:2] == [self._begin] * 2
-        return ids[1:] if twice else ids
-
-    def _ended(self, ids):
-        return ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
-
-
-_READERS = {
-    "text": "text",
-    "prompt and completion": "completion",
-    "instruction and output": "instruction",
-    "messages": "messages",
-}  # form -> who reads it
-
-
-def _form_of(found):
-    for form, (needed, more) in FORMS.items():
-        if found.keys() >= set(needed):
-            if others := found.keys() - {*needed, *more}:
-                raise UsageError(
-                    f"found {', '.join(sorted(others))} beside {form}; leave out what is not of "
-                    "one form"
-                )
-            return form
-    keys = ", ".join(sorted(found)) or "nothing"
-    raise UsageError(f"found {keys}, expected one of: {'; '.join(FORMS)}")
-
-
-def _text(found, name):
-    value = found[name]
-    if not isinstance(value, str) or not value:
+    Raises UsageError ("FILE line N: ...": what is wrong), StorageError, or CheckpointError (a chat
+    template or tokenizer that is damaged).
+    """
+    name = os.fspath(path)
+    kind = os.path.splitext(name)[1].lower()
+    if kind not in (*LINES, *PLAIN):
+        known = ", ".join((*LINES, *PLAIN))
         raise UsageError(
-            f"{name}: found {kind_of(value)}, expected some text; mend the line, or leave it out"
+            f"{name}: its name ends in {kind!a}, expected one of {known}: JSON with an object a "
+            "line, or plain text; rename it to what it holds"
         )
-    return value
+    with (
+        _opened(name) as file,
+        Turns(tokenizer, chat_template=chat_template, apart=turns_apart) as t,
+    ):
+        reader = _Reader(tokenizer, t)
+        try:
+            read = _of_plain(file, name, reader) if kind in PLAIN else _of_lines(file, name, reader)
+            found = []
+            for examples in read:
+                found += examples
+                if on_bytes is not None:
+                    on_bytes(file.tell())
+        except OSError as error:
+            raise StorageError(f"{name}: cannot be read ({error.strerror})") from None
+    if not found:
+        raise UsageError(f"{name}: has no line that is not empty; expected {_EXPECTED}, one a line")
+    return found
 
 
-def _shortened(words):
-    """On one line, and of a length that can be read: names and texts of any kind stand in it."""
-    if len(words) > MOST_MESSAGE:
-        words = f"{words[: MOST_MESSAGE // 2]} ... {words[-MOST_MESSAGE // 2 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+# The file
+
+
+def _opened(name) -> BinaryIO:
+    if not os.path.exists(name):
+        raise UsageError(f"{name}: does not exist; name a file of texts")
+    try:
+        return os.fdopen(open_regular(name), "rb")
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+
+
+def _of_plain(file, name, reader):
+    raw = file.read(MOST_PLAIN_BYTES + 1)
+    if len(raw) > MOST_PLAIN_BYTES:
+        raise UsageError(
+            f"{name}: over {MOST_PLAIN_BYTES:,} bytes, which is the limit of one text; write it as "
+            'several, a line each: {"text": ...}, in a file that ends in .jsonl'
+        )
+    _refuse_pointer(raw, name)
+    try:
+        text = raw.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not UTF-8 (byte {error.start}); convert it to UTF-8") from None
+    if not text.strip():
+        raise UsageError(f"{name}: has no text; expected the text to tune on")
+    with _located(name):
+        yield [reader.text(text, 1.0)]
+
+
+def _of_lines(file, name, reader):
+    for number, raw in _raw_lines(file):
+        where = f"{name} line {number}"
+        if raw is None:
+            raise UsageError(
+                f"{where}: longer than {MOST_LINE_BYTES:,} bytes, expected an object a line; split "
+                "the text into several lines"
+            )
+        if number == 1:
+            _refuse_pointer(raw, name)
+        with _located(where):
+            yield reader.line(_parsed(raw))
+
+
+def _raw_lines(file) -> Iterator[tuple[int, bytes | None]]:
+    """(number, its bytes) of each line that is not empty; None for the bytes of one that is too
+    long."""
+    number = 1
+    while raw := file.readline(MOST_LINE_BYTES + 2):
+        is_short = len(raw.rstrip(b"\r\n")) <= MOST_LINE_BYTES
+        if number == 1:
+            raw = raw.removeprefix(_BYTE_ORDER_MARK)
+        if not is_short:
+            yield number, None
+        elif raw := raw.rstrip():
+            yield number, raw
+        number += 1
+
+
+def _refuse_pointer(raw, name):
+    if raw.startswith(GIT_LFS):
+        raise UsageError(f"{name}: a Git LFS pointer, not the file; run: git lfs pull")
+
+
+def _parsed(raw):
+    if raw.lstrip()[:1] == b"[":
+        raise UsageError(
+            "found a JSON list, expected an object a line; write each object of the list as a line"
+        )
+    try:
+        return parse_json_object(raw, what="", advice="expected a JSON object a line")
+    except CheckpointError as error:
+        raise UsageError(str(error).removeprefix(": ")) from None
+
+
+class _located:
+    """Errors within are told with where they are."""
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, JlayerError):
+            words = f"{self._where}: {error.command_line}"
+            raise kind(f"{self._where}: {error}", command_line=words) from None
+
+
+# A line
+
+
+class _Reader:
+    """Makes examples of lines."""
+
+    def __init__(self, tokenizer: Tokenizer, turns: Turns):
+        self._tokenizer, self._turns = tokenizer, turns
+        # One int for each id, since a text's own would take 28 bytes a token.
+        self._ints: dict[int, int] = {}
+
+    def line(self, body: Mapping) -> list[Example]:
+        keys = _form_of(body)
+        weight = _weight(body, "weight")
+        if keys[0] == "text":
+            return [self.text(_said(body, "text"), weight)]
+        if keys[0] == "instruction":
+            return [self._completed(_alpaca(body), _said(body, "output"), weight)]
+        if keys[0] == "messages":
+            return self._chat(body, _messages(body, "messages"), weight)
+        prompt, completion = body["prompt"], body["completion"]
+        if not isinstance(prompt, list) and not isinstance(completion, list):
+            _refuse_of_chats(body, "a prompt that is text")
+            return [self._completed(_text(body, "prompt"), _said(body, "completion"), weight)]
+        messages, rest = _messages(body, "prompt"), _messages(body, "completion")
+        silent = [(message, 0.0) for message, _ in messages]
+        return self._chat(body, [*silent, *rest], weight)
+
+    def text(self, text: str, weight: float) -> Example:
+        return self._completed("", text, weight)
+
+    def _completed(self, prompt, completion, weight):
+        text = prompt + completion
+        ids, offsets = self._tokenizer.spell(text)
+        weights = weights_of(offsets, [Span(len(prompt), len(text), weight)])
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:  # the text begins with it, and it was added
+            ids, weights = ids[1:], weights[1:]
+        if eos is not None:
+            if ids[-1:] != [eos]:
+                ids, weights = [*ids, eos], [*weights, 0.0]
+            weights[-1] = weight
+        return self._example(ids, weights, is_silent=not weight)
+
+    def _chat(self, body, messages, weight):
+        shared = [weight * own for _, own in messages]
+        found = self._turns.texts(
+            [message for message, _ in messages],
+            shared,
+            tools=body.get("tools"),
+            variables=_variables(body),
+        )
+        return [self._example(*each, is_silent=not any(shared)) for each in found]
+
+    def _example(self, ids, weights, *, is_silent) -> Example:
+        weights = [0.0, *weights[1:]]
+        if not is_silent and not any(weights):
+            raise UsageError(
+                f"has {len(ids)} token{'s' if len(ids) != 1 else ''}, none of which is predicted "
+                "from others before it; leave the line out, or give it weight 0"
+            )
+        return Example(tuple(self._ints.setdefault(i, i) for i in ids), tuple(weights))
+
+
+def _form_of(body) -> tuple[str, ...]:
+    """The keys that a line's form needs."""
+    if "conversations" in body:
+        raise UsageError(
+            'key \'conversations\', expected messages: a list of {"role": ..., "content": ...}'
+        )
+    for key in body:
+        if key not in _ALL:
+            raise UsageError(f"{unknown_name('key', key[:60], _ALL)}; a line has {_EXPECTED}")
+    found = [form for form in _FORMS if any(key in body for part in form for key in part)]
+    if len(found) != 1:
+        keys = ", ".join(body) or "no key"
+        raise UsageError(f"found {keys}; expected exactly one of {_EXPECTED}")
+    needed, _ = found[0]
+    missing = [key for key in needed if key not in body]
+    if missing:
+        raise UsageError(f"no {missing[0]}; expected {' and '.join(needed)} together")
+    if needed[0] in ("text", "instruction"):
+        _refuse_of_chats(body, needed[0])
+    return needed
+
+
+def _refuse_of_chats(body, what):
+    for key in _OF_CHATS:
+        if key in body:
+            raise UsageError(f"{key} beside {what}; only messages have it, so leave it out")
+
+
+def _variables(body) -> dict:
+    variables = plain_variables(body.get("chat_template_kwargs"))
+    for name in variables:
+        if name in _OWN_OPTIONS:
+            raise UsageError(f"chat_template_kwargs: {name} is none of them; leave it out")
+    return variables
+
+
+def _text(body, key) -> str:
+    if not isinstance(body[key], str):
+        raise UsageError(f"{key}: found {_kind(body[key])}, expected text")
+    return body[key]
+
+
+def _said(body, key) -> str:
+    if not _text(body, key):
+        raise UsageError(f"{key}: is empty, expected what to learn; leave the line out")
+    return body[key]
+
+
+def _kind(value):
+    return _WORDS.get(type(value), "a number")
+
+
+def _weight(body, where) -> float:
+    weight = body.get(_WEIGHT, 1)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT):
+        found = f"{weight!a:.40}" if is_number else _kind(weight)
+        raise UsageError(
+            f"{where}: found {found}, expected 0, or a number from {LEAST_WEIGHT:g} to "
+            f"{MOST_WEIGHT:g}"
+        )
+    return math.fabs(weight)  # -0.0 is 0
+
+
+def _alpaca(body) -> str:
+    """The prompt in Stanford Alpaca's words, which models tuned on such data are asked with."""
+    instruction = _said(body, "instruction")
+    given = _text(body, "input") if "input" in body else ""
+    paired = ", paired with an input that provides further context" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+        + (f"### Input:\n{given}\n\n" if given else "")
+        + "### Response:\n"
+    )
+
+
+def _messages(body, key) -> Sequence[tuple[dict, float]]:
+    """Each message without its weight, and the weight, which is 0 unless it is the assistant's."""
+    messages = body[key]
+    if not isinstance(messages, list):
+        raise UsageError(
+            f"{key}: found {_kind(messages)}, expected a list of messages"
+            + (" as the other of prompt and completion is" if key != "messages" else "")
+        )
+    found = [_message(message, f"{key}[{at}]") for at, message in enumerate(messages)]
+    said = any(message["role"] == "assistant" for message, _ in found)
+    if not said and key != "prompt":
+        raise UsageError(f"{key}: no message of the assistant among {len(found)}; nothing to learn")
+    return found
+
+
+def _message(message, where):
+    if not isinstance(message, dict):
+        raise UsageError(f"{where}: found {_kind(message)}, expected an object")
+    if not isinstance(message.get("role"), str):
+        raise UsageError(f"{where}: role is {_kind(message.get('role'))}, expected text")
+    weight, rest = _weight(message, f"{where}.weight"), dict(message)
+    has_weight = rest.pop(_WEIGHT, None) is not None
+    if message["role"] != "assistant":
+        if has_weight:
+            raise UsageError(
+                f"{where}: a weight on a message of the {message['role']:.20}; only the "
+                "assistant's are learnt and have one"
+            )
+        return rest, 0.0
+    content = message.get("content")
+    is_empty = not (content.strip() if isinstance(content, str) else content)
+    if weight and is_empty and not message.get("tool_calls"):
+        raise UsageError(
+            f"{where}: the assistant says nothing; give it content or tool_calls, or weight 0"
+        )
+    return rest, weight

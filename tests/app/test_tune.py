@@ -207,8 +207,8 @@ def test_what_the_model_does_not_have_is_refused(tune, data, tmp_path, capsys):
     assert "--chat-template: " in line("--chat-template", tmp_path / "none")
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"text": "a cat"}\n{"txt": 1}\n')
-    assert f"{wrong}: line 2: " in line(source=wrong)
-    assert f"{wrong}: line 2: " in line("--held-out", wrong)
+    assert f"{wrong} line 2: " in line(source=wrong)
+    assert f"{wrong} line 2: " in line("--held-out", wrong)
     assert "none.jsonl" in line(source=tmp_path / "none.jsonl")
     assert sorted(os.listdir(tmp_path)) == ["data.jsonl", "held.jsonl", "wrong.jsonl"]
 

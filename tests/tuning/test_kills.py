@@ -172,6 +172,7 @@ FEW = ("--targets", "q_proj,down_proj", "--layers", "5")  # compiled in half the
 ALL = ("--dropout", 0.1, "--held-out", HELD, "--eval-every", 3, *FEW)
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_makes_the_same_bytes(begin, undisturbed, tmp_path):
     """In the middle of a checkpoint, in a step, and after OUT was moved to its place."""
     expected, out = undisturbed(*ALL), tmp_path / "out"

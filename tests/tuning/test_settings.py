@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import fields
 
-import jax
 import numpy as np
 import pytest
 
@@ -138,13 +137,12 @@ def test_the_lanes_of_a_step():
 )
 def test_the_ends_of_the_ranges_are_finite_in_float32(extreme, gradient):
     settings = Settings(**extreme)
-    state = {"q": {"a": np.ones((2, 3), np.float32)}}
-    gradients = {"q": {"a": np.full((2, 3), gradient, np.float32)}}
+    state = {0: np.ones(6, np.float32)}
+    gradients = {0: np.full(6, gradient, np.float32)}
     adam, moments = AdamW(settings, lambda array: array), Moments.of(state)
     for _ in range(3):
-        with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
-            state, moments = adam.step(
-                state, gradients, moments, rate=settings.learning_rate, factor=1.0
-            )
-        assert np.isfinite(state["q"]["a"]).all()
+        state, moments = adam.step(
+            state, gradients, moments, rate=settings.learning_rate, factor=1.0
+        )
+        assert np.isfinite(state[0]).all()
     assert np.float32(settings.learning_rate) > 0

@@ -12,12 +12,10 @@ A run that was stopped, in whatever way, goes on when the same command is run ag
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
-from array import array
 from contextlib import closing, nullcontext, suppress
 from dataclasses import fields
 from importlib import metadata
@@ -72,6 +70,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--chat-template", metavar="FILE", help="for messages, in the place of the model's own"
     )
+    line = "make a text of each turn of a chat, where a template rewrites earlier turns"
+    parser.add_argument("--turns-apart", action="store_true", help=line)
     options.add_run(parser, RUN)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -190,10 +190,11 @@ def _work(args, folder, run, settings, how):
     template = None
     if args.chat_template is not None:
         template = read_text(args.chat_template, option="--chat-template")
-    data = read_data(args.data, tokenizer, chat_template=template)
+    how_read = {"chat_template": template, "turns_apart": args.turns_apart}
+    data = read_data(args.data, tokenizer, **how_read)
     held_out = None
     if args.held_out is not None:
-        held_out = read_data(args.held_out, tokenizer, chat_template=template)
+        held_out = read_data(args.held_out, tokenizer, **how_read)
     _tell_of(data, begun, settings)
     work = Work(
         folder=folder,
@@ -209,8 +210,8 @@ def _work(args, folder, run, settings, how):
             "MODEL": store.fingerprint,
             "--dtype": run.dtype or store.float_dtype,
             "--adapter": begun_with,
-            "DATA": _digest_of(data),
-            "--held-out": held_out and _digest_of(held_out),
+            "DATA": data.digest,
+            "--held-out": held_out and held_out.digest,
             **_facts(how, settings),
         },
         alphas=alphas,
@@ -223,14 +224,6 @@ def _facts(how, settings):
     found = {**vars(how), **settings.as_dict(), "padded": not settings.packs}
     others = ("packs", "eval_every", "save_every")
     return {options.flag(name): value for name, value in found.items() if name not in others}
-
-
-def _digest_of(data):
-    """Of a file and the tokens that it became, which hang on the tokenizer and the template."""
-    digest = hashlib.sha256(data.sha256.encode())
-    for one in data.examples:
-        digest.update(array("q", one.ids).tobytes() + array("d", one.weights).tobytes())
-    return digest.hexdigest()
 
 
 def _tell_of(data, begun, settings):
