@@ -91,7 +91,7 @@ class WorkFolder:
         try:
             if not any(self._take() for _ in range(TRIES)):
                 raise StorageError(f"{self.path}: cannot be made; name another OUT")
-            if not self._has_checkpoints():  # another may have made OUT meanwhile
+            if not self.has_checkpoints():  # another may have made OUT meanwhile
                 refuse_existing(self.out)
         except BaseException:
             self._leave()
@@ -101,6 +101,10 @@ class WorkFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._leave()
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run goes on here. Raises StorageError."""
+        return any(map(_is_number, self._names()))
 
     def move_out(self) -> None:
         """Moves the adapter that was made in here to OUT. Raises StorageError."""
@@ -143,9 +147,6 @@ class WorkFolder:
             return os.listdir(self.path)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from None
-
-    def _has_checkpoints(self):
-        return any(map(_is_number, self._names()))
 
     def _take(self) -> bool:
         """Tries to take the lock; False where its holder has just removed the file."""

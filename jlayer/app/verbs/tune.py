@@ -148,14 +148,24 @@ def run(args) -> dict:
 
         check_file(args.picture, option="--picture")
     with WorkFolder(args.out, note=tell) as place:
-        from jlayer.tuning.run import Tuning
-
-        folder = folder_of(args.ref, offline=args.offline)
-        work, data = _work(args, folder, run, settings, how)
-        with progress.opening() as watch:
-            tuning = Tuning(work, place=place, watch=watch)
+        try:
+            tuning, work, data = _opened(args, place, run, settings, how)
+        except STOPS:
+            then = "goes on" if place.has_checkpoints() else "begins anew"
+            tell(f"stopped before it was open; the same command {then}")
+            raise
         with closing(tuning):
             return _go_on(args, tuning, work, data)
+
+
+def _opened(args, place, run, settings, how):
+    """(the run, what is to be done, the data)."""
+    from jlayer.tuning.run import Tuning
+
+    folder = folder_of(args.ref, offline=args.offline)
+    work, data = _work(args, folder, run, settings, how)
+    with progress.opening() as watch:
+        return Tuning(work, place=place, watch=watch), work, data
 
 
 def _work(args, folder, run, settings, how):
