@@ -223,7 +223,7 @@ def test_a_file_is_one_room(module):
 
 LIGHT = (
     *("--help", "convert --help", "plan --help", "verify --help", "generate --help"),
-    *("chat --help", "chat /does/not/exist"),
+    *("chat --help", "chat /does/not/exist", "tune --help"),
     *("export --help", "export /does/not/exist /tmp/x --format orbax"),
     *("demo --help", "bench --help", "generate", "plan", "nonsense"),
     *("list --help", "pull --help", "remove --help", "pull x --offline", "pull a/b/"),

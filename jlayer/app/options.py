@@ -101,6 +101,26 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="FOLDER", help=line)
 
 
+# Option of an adapter or of its training -> (its kind, metavar, what --help says).
+TRAINING = {
+    "rank": (int, "N", "the rank of an adapter's matrices"),
+    "targets": (str, "LIST", "the matrices that get an adapter: all, or names as q_proj,v_proj"),
+    "tokens_per_step": (int, "N", "the tokens of a step of tuning"),
+    "length": (int, "N", "the most tokens of a text in tuning; longer ones are cut into pieces"),
+}
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Adds what the size of a step of tuning depends on, each with its default in words."""
+    from jlayer.tuning.adapter import AdapterConfig
+    from jlayer.tuning.settings import Settings
+
+    defaults = {**vars(AdapterConfig()), **Settings().as_dict()}
+    for name, (kind, metavar, line) in TRAINING.items():
+        shown = f"{line} (default: {defaults[name]})"
+        parser.add_argument(flag(name), type=kind, metavar=metavar, help=shown)
+
+
 def add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not use the network")
 

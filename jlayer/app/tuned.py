@@ -12,32 +12,20 @@ from jlayer.parts import LowRanks
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Weights
 from jlayer.sizes import human
-from jlayer.tuning.adapter import AdapterConfig, targets_of
+from jlayer.tuning.adapter import ALL, AdapterConfig, targets_of
 from jlayer.tuning.planning import described, make_plan
 from jlayer.tuning.settings import Settings
-
-# Option -> what --help says.
-_OPTIONS = {
-    "rank": "of the adapter",
-    "tokens_per_step": "the tokens of a step",
-    "length": "the most tokens of a text",
-}
 
 
 def add_arguments(parser) -> None:
     """Adds --tune, and what such a plan depends on."""
     parser.add_argument("--tune", action="store_true", help="plan for jlayer tune instead of a run")
-    defaults = {"rank": AdapterConfig().rank, **Settings().as_dict()}
-    for name, line in _OPTIONS.items():
-        shown = f"with --tune, {line} (default: {defaults[name]})"
-        parser.add_argument(options.flag(name), type=int, metavar="N", help=shown)
-    shown = "with --tune, the matrices with an adapter (default: all)"
-    parser.add_argument("--targets", metavar="LIST", help=shown)
+    options.add_training(parser)
 
 
 def check(args) -> None:
     """Raises UsageError for options that are of the other kind of plan."""
-    given = [name for name in (*_OPTIONS, "targets") if getattr(args, name) is not None]
+    given = [name for name in options.TRAINING if getattr(args, name) is not None]
     if not args.tune and given:
         raise UsageError(f"{options.flag(given[0])}: found without --tune, which it belongs to")
     others = ("draft", "adapter", "devices", "host_share")
@@ -53,9 +41,7 @@ def run(args, weights: Weights, machine: Machine) -> dict:
     )
     given = options.given(args, "rank")
     given |= {"alpha": 2 * args.rank} if args.rank else {}
-    given |= (
-        {"targets": tuple(args.targets.split(","))} if args.targets not in (None, "all") else {}
-    )
+    given |= {"targets": tuple(args.targets.split(","))} if args.targets not in (None, ALL) else {}
     how = AdapterConfig(**given)
     rows = tuple(sorted((name, how.rank, how.scale) for name in targets_of(weights.cfg, how)))
     plan = make_plan(weights, replace(machine, host=None), settings, LowRanks(rows))

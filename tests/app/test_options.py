@@ -47,7 +47,10 @@ def by_flag():
 
 # `convert --dtype` casts the weights, the others compute in it. `plan --quantize` plans for what
 # `convert --quantize` makes. `eval harness --chat` is of questions.
-TWO_MEANINGS = {"--chat", "--chat-template", "--dtype", "--quantize", "--system", "--template-var"}
+TWO_MEANINGS = {
+    *("--chat", "--chat-template", "--dtype", "--quantize", "--system", "--template-var"),
+    *("--adapter", "--seed"),  # of a run, and of what is trained
+}
 
 
 def test_an_option_of_several_verbs_has_one_line_of_help():

@@ -45,8 +45,6 @@ SETTINGS = {
     "epsilon": (float, "X", "of AdamW"),
     "clip": (float, "X", "the most length of all gradients together; 0: any"),
     "dropout": (float, "SHARE", "of what the adapters multiply"),
-    "tokens_per_step": (int, "N", "the tokens of a step"),
-    "length": (int, "N", "the most tokens of a text; longer ones are cut into pieces"),
     "epochs": (float, "N", "how often the data is gone through"),
     "steps": (int, "N", "how many steps there are, in the place of --epochs"),
     "seed": (int, "N", "of the order, the first numbers and dropout"),
@@ -80,16 +78,10 @@ def add_arguments(parser):
 
 def add_adapter_options(parser) -> None:
     """What a new adapter is like."""
-    of = AdapterConfig()
-    parser.add_argument("--rank", type=int, metavar="N", help=f"(default: {of.rank})")
+    options.add_training(parser)
     parser.add_argument("--alpha", type=float, metavar="X", help="(default: twice the rank)")
     parser.add_argument(
         "--rslora", action="store_true", help="divide alpha by the rank's square root"
-    )
-    parser.add_argument(
-        "--targets",
-        metavar="LIST",
-        help="the matrices that get one: all, or names such as q_proj,v_proj (default: all)",
     )
     parser.add_argument("--layers", metavar="LIST", help="such as 0-15,20 (default: all)")
 
