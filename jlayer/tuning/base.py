@@ -18,6 +18,7 @@ from jlayer.parts import LowRanks
 from jlayer.plan.machine import DEFAULT_DISK, Machine
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
+from jlayer.spec import ModelConfig
 from jlayer.streaming.cached import page_cache_use
 from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
@@ -55,7 +56,7 @@ class Base:
         self.cfg = self.store.cfg
         self.dtype = run.dtype or self.store.float_dtype
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
-        _check(self.cfg, self.dtype, settings)
+        check_trained(self.cfg, self.dtype, settings)
         machine = self._look_at_machine(run)
         self.watch.phase("planning")
         self.plan = plan_of(self.weights, machine, settings, adapter)
@@ -125,7 +126,7 @@ class Base:
         self.embedding.close()
 
 
-def _check(cfg, dtype, settings):
+def check_trained(cfg: ModelConfig, dtype: str, settings: Settings) -> None:
     """Raises UsageError for what is not trained."""
     if dtype == "float16":
         raise UsageError(

@@ -166,10 +166,12 @@ def _work(args, folder, run, settings, how):
     from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
     from jlayer.tuning import lanes
     from jlayer.tuning.adapter import fresh, load_adapter, targets_of
+    from jlayer.tuning.base import check_trained
     from jlayer.tuning.data import read_data
     from jlayer.tuning.run import Work
 
     store = Store(folder, follow_links=run.follow_links)
+    check_trained(store.cfg, run.dtype or store.float_dtype, settings)
     alphas, begun_with = {}, None
     if args.adapter is None:
         begun = fresh(targets_of(store.cfg, how), how, settings.seed)
