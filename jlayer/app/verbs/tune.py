@@ -37,7 +37,7 @@ from jlayer.tuning.settings import SCHEDULES, Settings
 RUN = ("device_memory", "host_memory", "dtype", "device")
 # Setting -> (its kind, metavar, what --help says).
 SETTINGS = {
-    "learning_rate": (float, "X", "the highest"),
+    "learning_rate": (float, "X", "the highest, from which it falls"),
     "warmup": (float, "SHARE", "the share of the steps in which it is reached"),
     "weight_decay": (float, "X", "of AdamW"),
     "beta1": (float, "X", "of AdamW"),
@@ -47,7 +47,7 @@ SETTINGS = {
     "dropout": (float, "SHARE", "of what the adapters multiply"),
     "epochs": (float, "N", "how often the data is gone through"),
     "steps": (int, "N", "how many steps there are, in the place of --epochs"),
-    "seed": (int, "N", "of the order, the first numbers and dropout"),
+    "seed": (int, "N", "of the order of texts, the first numbers of A, and dropout"),
     "eval_every": (int, "N", "measure --held-out every so many steps; 0: at the end alone"),
     "save_every": (int, "N", "write a checkpoint every so many steps; 0: at the end alone"),
 }
@@ -79,7 +79,7 @@ def add_arguments(parser):
 def add_adapter_options(parser) -> None:
     """What a new adapter is like."""
     options.add_training(parser)
-    parser.add_argument("--alpha", type=float, metavar="X", help="(default: twice the rank)")
+    parser.add_argument("--alpha", type=float, metavar="X", help="what B A is multiplied by, times the rank (default: twice it)")
     parser.add_argument(
         "--rslora", action="store_true", help="divide alpha by the rank's square root"
     )
