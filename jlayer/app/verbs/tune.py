@@ -79,7 +79,12 @@ def add_arguments(parser):
 def add_adapter_options(parser) -> None:
     """What a new adapter is like."""
     options.add_training(parser)
-    parser.add_argument("--alpha", type=float, metavar="X", help="what B A is multiplied by, times the rank (default: twice it)")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        metavar="X",
+        help="B A is multiplied by alpha / rank (default: 2 x rank)",
+    )
     parser.add_argument(
         "--rslora", action="store_true", help="divide alpha by the rank's square root"
     )
