@@ -215,9 +215,9 @@ def _needs(weights, machine, settings, trained, tiling, count, adapter) -> list[
         Need("activation", device=4 * max(of_layer)),
         Need("temporary", device=_temporary_bytes(weights, tiling, settings, count)),
         Need("activation", device=rows // settings.length * settings.length**2),  # what is seen
-        # Adapters, their gradients and moments, the same again while a step makes new ones; what is
-        # written of them at a time.
-        Need("runtime", host=7 * state),
+        # Adapters, their gradients and moments, the same again while a step makes new ones, and
+        # what they began as; or, of adapters and moments, what is written of them at a time.
+        Need("runtime", host=10 * state),
         Need("cache", host=inputs) if machine.kind.has_link else Need("activation", device=inputs),
         Need("embedding", host=chunk * cfg.hidden_size * FLOAT32 + rows * 64),
         Need("runtime", host=machine.kind.compiler_bytes),

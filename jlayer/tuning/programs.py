@@ -332,8 +332,9 @@ class TunePrograms:
         return self._numbers[id(tile)]
 
     def _key(self, label, visit, low_ranks, noises):
-        ranks = tuple((n, low_ranks[n].a.shape[0]) for n, _ in visit.offsets if n in low_ranks)
-        return label, self._number(visit.tile), ranks, bool(noises)
+        own = [(name, low_ranks[name]) for name, _ in visit.offsets if name in low_ranks]
+        forms = tuple((name, low.a.shape[0], low.scale) for name, low in own)
+        return label, self._number(visit.tile), forms, bool(noises)
 
     def _unit_key(self, visit, weights):
         tile = visit.tile

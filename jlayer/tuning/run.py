@@ -31,6 +31,7 @@ from jlayer.tuning.rows import chunks_of
 from jlayer.tuning.saving import Checkpoints, Saved
 from jlayer.tuning.settings import Settings
 
+MOST_NATS = 700.0  # whose exponential is a number
 FORM = 1  # of what a checkpoint's facts say
 DIGEST = 32  # letters; a fact of so many is a digest, and tells nobody anything
 
@@ -251,7 +252,13 @@ class Tuning:
             )
             total += _sum_of(found.losses, chunks)
             weight += float(lanes.weights.sum(dtype=np.float64))
-        return math.exp(total / weight)
+        mean = total / weight
+        if not mean < MOST_NATS:  # nor NaN
+            raise UsageError(
+                f"the held-out text after step {self.step} has {mean:.3g} nats a token, of which "
+                "there is no perplexity; begin anew with a lower --learning-rate"
+            )
+        return math.exp(mean)
 
     def save(self) -> None:
         """Writes a checkpoint, if there is none of this step."""

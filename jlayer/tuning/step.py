@@ -85,7 +85,8 @@ class Stepper:
         self.devices, self.dtype = programs.devices, programs.dtype
         self.of = TunePrograms(programs.cfg, programs, dropout=dropout)
         self._programs, self._embedding = programs, embedding
-        # (kind, unit) -> the shapes of its products and of what its functions read
+        # (layer, unit) -> the shapes of its products and of what its functions read. Layers of a
+        # kind may be cut in other ways, where their matrices are in other encodings.
         self.shapes: dict[tuple, tuple] = {}
         self._numbers: dict[int, jax.Array] = {}  # of experts, on the device
         self.down = Down()
@@ -261,7 +262,7 @@ class _OnWay:
 
     def _end(self, visit, unit, arrays, chunk):
         products = chunk.products.get(visit.unit, {})
-        key = (visit.tile.kind.name, visit.unit)
+        key = (visit.tile.layer, visit.unit)
         if key not in self._on.shapes:
             reads = {name: chunk.flow[name] for name in unit.reads}
             self._on.shapes[key] = jax.tree.map(_shape, (products, reads))
@@ -353,7 +354,7 @@ class _OnWay:
 
     def _end_back(self, visit, unit, arrays, chunk):
         """The gradients of a unit's products, and of the flow before it."""
-        products, reads = self._on.shapes[visit.tile.kind.name, visit.unit]
+        products, reads = self._on.shapes[visit.tile.layer, visit.unit]
         if not unit.is_linear:
             kept = chunk.kept[visit.unit]
             products = chunk.products.pop(visit.unit, {})

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from safetensors import torch as torch_files
 from safetensors.numpy import load_file
 
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
@@ -237,3 +238,24 @@ def test_over_a_gguf_file(tmp_path):
     export_checkpoint(tmp_path / "model", file, format="gguf", type="bf16")
     options = {**EVERYTHING, "target_modules": ["v_proj", "down_proj"]}
     compare(file, BUNDLED, tmp_path / "adapter", PLAIN, options, tile_bytes=100_000)
+
+
+@pytest.mark.slow
+def test_other_scales_in_other_layers(tmp_path):
+    dense_forms.save(tmp_path / "model", "llama")
+    options = {**EVERYTHING, "alpha_pattern": {"layers.1.self_attn.q_proj": 14}}
+    where = tmp_path / "model", tmp_path / "model", tmp_path / "adapter"
+    compare(*where, dense_forms.load, options, tile_bytes=1500)
+
+
+@pytest.mark.slow
+def test_layers_of_a_kind_that_are_stored_in_other_ways(tmp_path):
+    """Such have other tiles: of a matrix in 16 bits a tile has twice the rows."""
+    dense_forms.save(tmp_path / "model", "llama")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = torch_files.load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+    torch_files.save_file(tensors, file, metadata={"format": "pt"})
+    where = tmp_path / "model", tmp_path / "model", tmp_path / "adapter"
+    compare(*where, dense_forms.load, EVERYTHING, tile_bytes=1500)

@@ -232,6 +232,8 @@ def _tell_of(data, begun, settings):
         f"{n_numbers:,} numbers for {len(begun)} matrices"
     )
     n_cut = sum(len(one.ids) > settings.length + 1 for one in data.examples)
+    if settings.tokens_per_step % settings.length:
+        tell(f"a step has {settings.lanes * settings.length} tokens, in lanes of {settings.length}")
     if n_cut:
         tell(f"{n_cut:,} of them are longer than {settings.length} tokens, and cut into pieces")
 
@@ -265,11 +267,14 @@ def _go_on(args, tuning, work, data):
         tuning.save()
         tell(f"stopped {_after(tuning)}; the same command {_then(tuning)}")
         raise Interrupted(stop, _result(args, tuning, word_of(stop))) from None
-    except JlayerError:
+    except Exception:  # a failure of the device too: the steps that are done are whole
         _keep(tuning)
         raise
     finally:
-        _draw(args, tuning)
+        try:
+            _draw(args, tuning)
+        except JlayerError as error:  # how the run ended is more than its picture
+            tell(str(error))
     found = _result(args, tuning, "complete")
     if not args.json:
         print(_last_line(found))
