@@ -34,8 +34,8 @@ class Moments:
 
 def rates_of(settings: Settings, n_steps: int) -> Callable[[int], float]:
     """(number of a step from 0) -> its learning rate, as transformers' schedules of these names."""
-    # A rate begins at 0: a run of one step would learn nothing.
-    warmup = min(int(np.ceil(settings.warmup * n_steps)), n_steps - 1)
+    # A rate that is reached begins at 0: a run of one step would learn nothing.
+    warmup = int(np.ceil(settings.warmup * n_steps)) if n_steps > 1 else 0
     rate = settings.learning_rate
     rest = max(1, n_steps - warmup)
     after = {
