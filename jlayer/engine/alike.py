@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -11,12 +12,15 @@ from jlayer import __version__
 from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.store import Store
 from jlayer.engine.deciding import agree, follows, joined, least
+from jlayer.engine.device import link_speed
 from jlayer.engine.hosts import Hosts, placement_of
+from jlayer.engine.report import anonymous_bytes
 from jlayer.errors import UsageError
-from jlayer.plan.machine import Machine
+from jlayer.plan.machine import DEFAULT_DISK, Machine
 from jlayer.plan.plan import Plan
 from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
+from jlayer.streaming.direct import disk_speed
 
 # Options of a run that a host has for itself.
 OWN = ("host_memory", "coordinator", "processes", "process_id", "follow_links", "adapter")
@@ -93,6 +97,19 @@ def machine_of_all(devices: Devices, **found: float | None) -> Machine:
         host_number=devices.number,
         collectives=devices.collectives,
         **of_all,
+    )
+
+
+def measured_machine(devices: Devices, files: Sequence[str], **given: int) -> Machine:
+    """The machine of a plan over the files of a model, whose disk and link are measured. `given`:
+    its budgets, and the bytes of the driver's context."""
+    return machine_of_all(
+        devices,
+        **given,
+        baseline_bytes=anonymous_bytes(),
+        disk_speed=disk_speed(files) or DEFAULT_DISK,
+        link_speed=link_speed(devices),
+        cores=len(os.sched_getaffinity(0)),
     )
 
 

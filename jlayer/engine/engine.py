@@ -17,7 +17,7 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.cores.native import missing
 from jlayer.engine import device as choosing
 from jlayer.engine import residents
-from jlayer.engine.alike import hosts_of, machine_of_all, opened, refuse_follower, told_of
+from jlayer.engine.alike import hosts_of, measured_machine, opened, refuse_follower, told_of
 from jlayer.engine.caches import Caches
 from jlayer.engine.deciding import end_others, follows, step
 from jlayer.engine.draft import draft_for
@@ -36,14 +36,13 @@ from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
-from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.machine import Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_sizes
 from jlayer.plan.tiles import Tier, Weights
 from jlayer.run_config import RunConfig
 from jlayer.streaming.cached import page_cache_use
-from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.watch import Totals, Watch
@@ -138,15 +137,9 @@ class Engine:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        return machine_of_all(
-            self.devices,
-            device_budget=budget,
-            host_budget=host_budget,
-            context_bytes=context_bytes,
-            baseline_bytes=anonymous_bytes(),
-            disk_speed=disk_speed(self.store.files) or DEFAULT_DISK,
-            link_speed=choosing.link_speed(self.devices),
-            cores=len(os.sched_getaffinity(0)),
+        budgets = {"device_budget": budget, "host_budget": host_budget}
+        return measured_machine(
+            self.devices, self.store.files, **budgets, context_bytes=context_bytes
         )
 
     def _first_plan(self, shape):

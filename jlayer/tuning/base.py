@@ -9,18 +9,17 @@ from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.engine import device as choosing
 from jlayer.engine import residents
-from jlayer.engine.alike import machine_of_all
+from jlayer.engine.alike import measured_machine
 from jlayer.engine.programs import Programs
-from jlayer.engine.report import anonymous_bytes, available_bytes
+from jlayer.engine.report import available_bytes
 from jlayer.errors import UsageError
 from jlayer.families.registry import has_state
 from jlayer.parts import LowRanks
-from jlayer.plan.machine import DEFAULT_DISK, Machine
+from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
 from jlayer.spec import ModelConfig
 from jlayer.streaming.cached import page_cache_use
-from jlayer.streaming.direct import disk_speed
 from jlayer.streaming.embedding import Embedding
 from jlayer.streaming.executor import Executor
 from jlayer.streaming.watch import Totals, Watch
@@ -90,15 +89,9 @@ class Base:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        return machine_of_all(
-            self.devices,
-            device_budget=budget,
-            host_budget=host_budget,
-            context_bytes=context_bytes,
-            baseline_bytes=anonymous_bytes(),
-            disk_speed=disk_speed(self.store.files) or DEFAULT_DISK,
-            link_speed=choosing.link_speed(self.devices),
-            cores=len(os.sched_getaffinity(0)),
+        budgets = {"device_budget": budget, "host_budget": host_budget}
+        return measured_machine(
+            self.devices, self.store.files, **budgets, context_bytes=context_bytes
         )
 
     def _make_executor(self, checks):
