@@ -37,6 +37,13 @@ TILE_BYTES = tuple(mib << 20 for mib in (128, 64, 32, 16, 8, 4, 2, 1))
 # The most rows of a chunk that are tried, unless a lane has more. A program is called for each
 # chunk at each tile, which takes the host about 0.1 ms.
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128, 64)
+ENOUGH_ROWS = 1024  # more tiles ahead are worth more than more rows (H100, 70B shape, bfloat16)
+# The most tiles on the device at a time. On the way back a layer's arithmetic comes in lumps, each
+# longer than a few tiles take to cross the link: with more of them there the link goes on. Some
+# room stays free, since a program's temporaries are in one piece: with 8 ahead in all of 4096 MiB
+# there was none of 391 MiB left (H100, 70B shape, tiles of 128 MiB).
+MOST_AHEAD = 6
+SPARE = 0.3  # of the largest temporaries
 READING = 2  # host slots beyond the tiles on the device, for the reads in progress
 FLOAT32 = 4
 # Multiplications and additions a second: of a GPU in 16 bits (H200, 4096 rows), of a CPU's core.
@@ -138,17 +145,37 @@ def trained_of(cfg: ModelConfig, adapter: LowRanks) -> Trained:
 def make_plan(
     weights: Weights, machine: Machine, settings: Settings, adapter: LowRanks
 ) -> TunePlan:
-    """The plan with the largest chunks and tiles that fit; if none fits, the smallest (`check`
-    refuses). `adapter`: what is trained."""
+    """The plan with the largest chunks and tiles that fit, and the most tiles ahead; if none fits,
+    the smallest (`check` refuses). `adapter`: what is trained."""
     trained = trained_of(weights.cfg, adapter)
     lengths = [lanes_of_chunk(settings.length, settings.lanes, rows) for rows in CHUNK_ROWS]
     counts = list(dict.fromkeys(lengths))
     for tile_bytes in TILE_BYTES:
         tiling = cut(weights, _least(weights, tile_bytes), platform=machine.platform)
-        for count in counts:
-            plan = _plan(weights, machine, settings, adapter, trained, tiling, count)
+
+        def plan_of(count, ahead, tiling=tiling):
+            given = weights, machine, settings, adapter, trained, tiling
+            return _plan(*given, count, ahead)
+
+        for number, count in enumerate(counts):
+            plan = plan_of(count, machine.kind.ahead)
             if plan.fits:
-                return plan
+                enough = [n for n in counts[number + 1 :] if n * settings.length >= ENOUGH_ROWS]
+                return _further_ahead(plan, plan_of, [count, *enough])
+    return plan
+
+
+def _further_ahead(plan, plan_of, counts):
+    """The one with most tiles ahead that the budgets hold, where there is a link; none of those
+    that stay in host memory gives way to them. `counts`: the lanes of a chunk that are tried."""
+    if not plan.machine.kind.has_link:
+        return plan
+    for ahead in range(MOST_AHEAD, plan.ahead, -1):
+        for found in (plan_of(count, ahead) for count in counts):
+            free = found.device.budget_bytes - total(found.device)
+            is_spare = free >= SPARE * found.device.temporary_bytes
+            if found.fits and is_spare and found.disk_bytes <= plan.disk_bytes:
+                return found
     return plan
 
 
@@ -161,10 +188,10 @@ def _least(weights, tile_bytes):
     return max(tile_bytes, 2 * ITEM_BYTES["float32"] * numbers)
 
 
-def _plan(weights, machine, settings, adapter, trained, tiling, count):
+def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead):
     visits = visits_of(tiling.tiles, {n: frozenset(of) for n, of in trained.items()})
     tiles, repeats = streamed(visits)
-    ahead = min(machine.kind.ahead, len(tiles))
+    ahead = min(ahead, len(tiles))
     needs = [
         *memory.fixed_needs(weights, machine, tiling, ring=ahead + READING, ahead=ahead),
         *_needs(weights, machine, settings, trained, tiling, count, adapter),
@@ -306,9 +333,11 @@ def _mixing_bytes(cfg, length, count):
             attention = kind.attention or kind.latent.of_heads
             pieces = attention_pieces(attention, lanes=count, tokens=length, capacity=0)
             heads, size = attention.n_heads, attention.head_dim
-            scores = 6 * FLOAT32 * pieces.lanes * heads * length * (length // pieces.fresh)
-            found = scores + 8 * FLOAT32 * count * length * heads * size
-            found += 2 * FLOAT32 * (pieces.fresh - 1) * pieces.lanes * heads * length * size
+            # Scores and their gradients, of a piece. What is turned and multiplied, and the same on
+            # the way back, of all rows. What was mixed before each piece.
+            scores = 2 * FLOAT32 * pieces.lanes * heads * length * (length // pieces.fresh)
+            row = FLOAT32 * length * heads * size
+            found = scores + 9 * count * row + (pieces.fresh - 1) * pieces.lanes * row
         most = max(most, found)
     return most
 
