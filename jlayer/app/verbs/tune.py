@@ -205,7 +205,7 @@ def _work(args, folder, run, settings, how):
         examples=lanes.cut(data.examples, settings.length),
         held_out=lanes.cut(held_out.examples, settings.length) if held_out else (),
         facts={
-            "jlayer": metadata.version("jlayer"),
+            **{name: metadata.version(name) for name in ("jlayer", "jax")},
             "MODEL": store.fingerprint,
             "--dtype": run.dtype or store.float_dtype,
             "--adapter": begun_with,
