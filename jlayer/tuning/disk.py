@@ -121,6 +121,8 @@ class WorkFolder:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             os.rename(self.path, aside)
+            # A power cut must not leave it under its name, with a part of its checkpoints.
+            sync_folder(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
             raise StorageError(
                 f"{self.path}: cannot be removed ({error.strerror}); {self.out} is complete, "
@@ -182,6 +184,7 @@ class WorkFolder:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path)
                 self._made.append(path)
+                sync_folder(os.path.dirname(path))
 
     def _lock(self, fd):
         try:
