@@ -39,8 +39,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 def texts(seed, n=12):
     draw = np.random.default_rng(seed)
     sizes = draw.integers(4, 20, n)
-    return [Example(tuple(draw.integers(3, 133, s).tolist()), (0.0, *[1.0] * (s - 1)))
-            for s in sizes.tolist()]  # fmt: skip
+    return [Example.of(draw.integers(3, 133, size)) for size in sizes.tolist()]
 
 
 @pytest.fixture
