@@ -18,6 +18,7 @@ import numpy as np
 
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
+from jlayer.sizes import counted
 from jlayer.strict import GIT_LFS, open_regular, parse_json_object
 from jlayer.text.inputs import plain_variables
 from jlayer.text.tokenizer import Tokenizer
@@ -340,7 +341,7 @@ class _Reader:
         weights = [0.0, *weights[1:]]
         if not is_silent and not any(weights):
             raise UsageError(
-                f"has {len(ids)} token{'s' if len(ids) != 1 else ''}, none of which is predicted "
+                f"has {counted(len(ids), 'token')}, none of which is predicted "
                 "from others before it; leave the line out, or give it weight 0"
             )
         return Example.of(ids, weights)

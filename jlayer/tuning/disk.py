@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
 
+from jlayer.checkpoint.adapter import WEIGHTS
 from jlayer.errors import LockedError, StorageError, UsageError
 from jlayer.strict import close, is_there, resolve
 
@@ -29,6 +30,12 @@ def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises UsageError where something of that name is there, be it an empty folder, and
     StorageError where none can be made. Changes nothing."""
     path = os.fspath(folder)
+    if is_there(os.path.join(path, WEIGHTS), follow=False):
+        raise UsageError(
+            f"{path}: is there already, and is an adapter that is complete, so nothing is left to "
+            f"do; use it by --adapter {path}, or name a new folder (with --adapter {path} to train "
+            "it further)"
+        )
     if is_there(path, follow=False):
         raise UsageError(f"{path}: is there already; name a new folder")
     parent = os.path.dirname(resolve(path, strict=False))
