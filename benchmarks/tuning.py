@@ -95,7 +95,7 @@ def main():
             positions=np.broadcast_to(np.arange(args.length, dtype=np.int32), shape),
             texts=np.ones(shape, np.int32),
         )
-        count = base.plan.lanes_of_chunk
+        count = base.plan.order.chunk_lanes
         chunks = list(chunks_of(base.cfg, lanes, count, share=1 / lanes.ids.size))
 
         def timed(executor, steps):

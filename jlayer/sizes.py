@@ -1,4 +1,4 @@
-"""Sizes in bytes, read from text and written as text."""
+"""Sizes in bytes, read from text and written as text; and counts of things."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def human(n_bytes: int) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.2f} {unit}"
     return f"{n_bytes} B"
+
+
+def counted(n: int, noun: str, plural: str | None = None) -> str:
+    """So many of a thing: "1 text", "1,204 texts", "2 matrices". `plural`: where it is no "s"
+    more."""
+    return f"{n:,} {noun if n == 1 else plural or f'{noun}s'}"
 
 
 def _bytes_in(text):

@@ -7,7 +7,7 @@ import pytest
 from jlayer.config import model_config, read_config
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.run_config import RunConfig
-from jlayer.sizes import human, parse_bytes
+from jlayer.sizes import counted, human, parse_bytes
 from tests.conftest import BUNDLED
 
 SIZES = {
@@ -97,3 +97,11 @@ def test_a_config_that_a_clone_left_at_git_lfs_is_named(tmp_path):
     (tmp_path / "config.json").write_text(pointer)
     with pytest.raises(CheckpointError, match=r"config\.json: a Git LFS pointer.* git lfs pull"):
         read_config(tmp_path)
+
+
+def test_one_thing_is_said_as_one():
+    assert [counted(n, "text") for n in (0, 1, 2, 1204)] == [
+        *("0 texts", "1 text", "2 texts", "1,204 texts"),
+    ]
+    assert counted(1, "forward pass", "forward passes") == "1 forward pass"
+    assert counted(3, "forward pass", "forward passes") == "3 forward passes"

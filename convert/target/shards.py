@@ -24,6 +24,7 @@ from jlayer.convert.sources.files import (
 )
 from jlayer.convert.transform.published import PublishedSource
 from jlayer.errors import CheckpointError
+from jlayer.sizes import counted
 from jlayer.strict import close
 
 
@@ -98,7 +99,7 @@ def finished_shards(
     names = names_in(aside)
     present = [shard for shard in shards if shard.name in names]
     if present:
-        count = f"{len(present)} of {len(shards)} files"
+        count = f"{len(present)} of {counted(len(shards), 'file')}"
         progress.note(f"{aside}: resuming: {count}; reading them again")
     progress.start(sum(shard.source_bytes for shard in present))
     return {shard.name for shard in present if _is_finished(aside, shard, source, progress)}

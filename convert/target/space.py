@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jlayer.convert.target.disk import failure
 from jlayer.errors import DoesNotFitError
+from jlayer.sizes import counted
 
 
 def peak_of(sizes: Sequence[tuple[str, int]], *, freed: Mapping[str, int], block: int) -> int:
@@ -49,6 +50,6 @@ def check_space(
     n_inodes = status.f_favail + len(replaced_bytes)
     if status.f_files and len(sizes) > n_inodes:
         raise DoesNotFitError(
-            f"{target}: need {len(sizes)} files, have {n_inodes} inodes free on its file system; "
-            "remove some files, or name a folder elsewhere"
+            f"{target}: need {counted(len(sizes), 'file')}, have {counted(n_inodes, 'inode')} free "
+            "on its file system; remove some files, or name a folder elsewhere"
         )

@@ -16,6 +16,7 @@ from typing import TextIO
 from jlayer.app.status import REFRESH_S, Status
 from jlayer.app.streams import draws, is_pipe, tell
 from jlayer.interrupts import check
+from jlayer.sizes import counted
 from jlayer.streaming.steps import Read, Run
 
 PATIENCE_S = 1.0  # shorter phases and sweeps show nothing
@@ -165,12 +166,13 @@ class View:
         elapsed = time.perf_counter() - self._began
         if elapsed < PATIENCE_S:
             return ""
-        counted = f"{self._words(self._sweep)}: {self._done} of {self._n_layers} layers"
+        n_layers = counted(self._n_layers, "layer")
+        words = f"{self._words(self._sweep)}: {self._done} of {n_layers}"
         if not self._done:
-            return f"{counted}, {elapsed:.0f} s"
+            return f"{words}, {elapsed:.0f} s"
         each = elapsed / self._done
         left = each * (self._n_layers - self._done)
-        return f"{counted}, {each:.2f} s a layer, {duration(left)} left"
+        return f"{words}, {each:.2f} s a layer, {duration(left)} left"
 
 
 class AnswerView(View):

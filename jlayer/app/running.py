@@ -18,7 +18,7 @@ from jlayer.errors import StorageError
 from jlayer.interrupts import STOPS, released
 from jlayer.plan.tiles import Tier
 from jlayer.run_config import RunConfig
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def _guessing(model, decoding):
         by = {"draft": "the draft", "lookup": "lookup"}.get(mode, "the draft and lookup")
         by = "lookup" if draft is None else by
         each = " for each text" if len(decoding.lanes) > 1 else ""
-        words += f"; {by} may guess {decoding.n_guesses} tokens a forward pass{each}"
+        words += f"; {by} may guess {counted(decoding.n_guesses, 'token')} a forward pass{each}"
     return words
 
 
@@ -174,8 +174,9 @@ def summary(found) -> str:
     reasons = ", ".join(sorted({one.finish_reason for one in found}))
     drawn = "greedy" if found[0].seed is None else f"seed {found[0].seed}"
     return (
-        f"{sum(len(one.token_ids) for one in found)} tokens ({reasons}), {drawn}, "
-        f"{stats['tokens_per_s']:.2f} tokens/s, {stats['sweeps']} forward passes, "
+        f"{counted(sum(len(one.token_ids) for one in found), 'token')} ({reasons}), {drawn}, "
+        f"{stats['tokens_per_s']:.2f} tokens/s, "
+        f"{counted(stats['sweeps'], 'forward pass', 'forward passes')}, "
         f"{_guessed(stats)}{_each(stats, took, time_words(predicted))}, "
         f"{human(stats['put_bytes'])} moved, load {stats['load_s']:.2f} s, "
         f"prefill {stats['prefill_s']:.2f} s, waited {stats['stall_s']:.2f} s for weights"

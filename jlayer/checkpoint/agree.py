@@ -37,7 +37,7 @@ from jlayer.families.registry import (
     published_tensors,
     stacked_tensors,
 )
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 from jlayer.spec import ITEM_BYTES, ModelConfig
 
 EXTRA = "not of this model"
@@ -202,7 +202,9 @@ def _left_out(folder, cfg, found):
             n_bytes = math.prod(info.shape) * ITEM_BYTES.get(info.dtype, 1)
             parts.setdefault(part, []).append(n_bytes)
     if parts:
-        sizes = (f"{part} ({len(n)} tensors, {human(sum(n))})" for part, n in parts.items())
+        sizes = (
+            f"{part} ({counted(len(n), 'tensor')}, {human(sum(n))})" for part, n in parts.items()
+        )
         yield (
             f"{folder}: only the text's part runs; left out: {', '.join(sizes)}; they are in no "
             "converted folder, so --delete-source would delete them for good"
@@ -213,8 +215,9 @@ def _of_inputs(folder, cfg, found):
     """A note of the tensors that a form of encoding has beside the weights."""
     beside = sorted(n for n in found if is_beside(cfg, n) and not n.endswith(SHAPE_END))
     if beside:
+        what = "that are no weights" if len(beside) > 1 else "that is no weight"
         yield (
-            f"{folder}: left out {len(beside)} tensors that are no weights, by "
+            f"{folder}: left out {counted(len(beside), 'tensor')} {what}, by "
             f"{cfg.quantized.method} (scales of inputs): {beside[0]}, ..."
         )
 

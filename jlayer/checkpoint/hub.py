@@ -33,7 +33,7 @@ from jlayer.checkpoint.source import (
 from jlayer.encodings.published import FORMS
 from jlayer.errors import CheckpointError, DoesNotFitError, NetworkError, UsageError
 from jlayer.gguf.parts import holds_gguf_alone, model_at, models_in, one_model, parts_of
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 
 _ID = re.compile(
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?::(?P<file>\w[^@:\s]*))?(?:@(?P<revision>[^@\s]+))?", re.ASCII
@@ -242,12 +242,12 @@ class _Repo:
         absent = [name for name in missing if name not in sizes]
         if absent:
             raise CheckpointError(
-                f"{self._ref}: {len(absent)} weight files that its index names are not on the hub: "
-                f"{listed(absent)}"
+                f"{self._ref}: its index names {counted(len(absent), 'weight file')} that the hub "
+                f"does not have: {listed(absent)}"
             )
         self._check_space(folder, missing, sum(sizes[name] for name in missing))
-        counted = {name: sizes[name] for name in missing}
-        with self._watched(folder, counted, progress) as download:
+        of_missing = {name: sizes[name] for name in missing}
+        with self._watched(folder, of_missing, progress) as download:
             for name in missing:
                 if download:
                     download.file(name)

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlayer.sizes import counted
+
 # Up to so many cores all of them multiply; with more, one is left for whoever feeds them.
 FEW_CORES = 4
 
@@ -30,7 +32,7 @@ def topology(
     n_cores = len({_core(root, processor) for processor in allowed})
     words = [f"{n_cores} core{'s' * (n_cores > 1)}"]
     if n_cores < len(allowed):
-        words.append(f"of {len(allowed)} hardware threads")
+        words.append(f"of {counted(len(allowed), 'hardware thread')}")
     quota = _quota(root, group)
     if quota < n_cores:
         words.append(f"and a quota of {quota:g} of them")

@@ -23,6 +23,7 @@ from jlayer.engine.unread import (
     refusal,
 )
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
+from jlayer.sizes import counted
 
 DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
 
@@ -198,7 +199,8 @@ class SamplingOptions:
         width = n_prompt if width is None else width
         room = math.inf if context is None else max(0, context - n_prompt)
         if self.max_new_tokens is not None:
-            wanted, asked = self.max_new_tokens, f"max_new_tokens: {n_prompt} prompt tokens + "
+            wanted = self.max_new_tokens
+            asked = f"max_new_tokens: {counted(n_prompt, 'prompt token')} + "
             asked += f"{wanted} new ones"
         elif self.max_length is not None:
             wanted, asked = self.max_length - width, f"max_length: {self.max_length} tokens"

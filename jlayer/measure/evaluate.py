@@ -19,6 +19,7 @@ from jlayer.engine.scores import Scores
 from jlayer.errors import UsageError
 from jlayer.measure.scratch import Scratch
 from jlayer.plan.shapes import RunShape
+from jlayer.sizes import counted
 
 MOST_WINDOWS = 64  # a sweep; more only cost activations
 
@@ -226,7 +227,7 @@ def _sizes(model, ids, length, stride, default=None):
     length = (default or _longest(model)) if length is None else length
     stride = length if stride is None else stride
     if len(ids) < 2:
-        raise UsageError(f"text: {len(ids)} tokens, expected at least 2")
+        raise UsageError(f"text: {counted(len(ids), 'token')}, expected at least 2")
     if not 2 <= length <= limit:
         raise UsageError(f"window: found {length}, expected from 2 to the context of {limit}")
     if not 1 <= stride <= length:

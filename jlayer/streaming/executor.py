@@ -123,6 +123,7 @@ class Executor:
         self._passing: set[int] = set()  # the tiles on the device that do not stay
         self._outputs: dict[int, object] = {}  # passing tile -> the output of its run
         self._hosted: frozenset[int] = frozenset()  # the tiles that the host's cores multiply
+        self._n_tiles = len(tiles)  # how many a sweep goes through
         self._multiplying: list[Waitable] = []  # of this sweep
         self._last_output = None
         self._lists = None  # the next lists of steps; None: no read or put is in progress
@@ -195,17 +196,18 @@ class Executor:
         if self._lists is None:
             self.incoming.read_early()
 
-    def fill(self, hosted: frozenset[int] = frozenset()):
+    def fill(self, hosted: frozenset[int] = frozenset(), n_tiles: int | None = None):
         """Starts the reads and puts that come before the first sweep, unless already started.
-        `hosted`: see `sweep`."""
-        if hosted != self._hosted:
+        `hosted`, `n_tiles`: see `sweep`."""
+        n_tiles = len(self.tiles) if n_tiles is None else n_tiles
+        if (hosted, n_tiles) != (self._hosted, self._n_tiles):
             if self._lists is not None:
                 self._abandon()
-            self._hosted = hosted
+            self._hosted, self._n_tiles = hosted, n_tiles
         if self._lists is None:
             self.incoming.begin()
             self._lists = sweeps(
-                self._tiers,
+                self._tiers[: self._n_tiles],
                 ring=self._ring,
                 ahead=self._ahead,
                 in_place=(*self.incoming.there, *self._repeats),
@@ -223,6 +225,7 @@ class Executor:
         *,
         multiply: Callable[[Tile, dict, bool], Waitable] | None = None,
         hosted: frozenset[int] = frozenset(),
+        n_tiles: int | None = None,
         decide: Callable[[Tile, Tile | None], Decision] | None = None,
         guesses: bool = False,
         run_together: Callable[[Sequence[Tile], Sequence], object] | None = None,
@@ -230,14 +233,15 @@ class Executor:
         """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
         are in host memory, for the steps that move them; without it they stay there. `hosted`: the
         tiles that `multiply` (tile, arrays by leaf, whether they stay there) uses instead, as they
-        lie in host memory. `decide`: (a layer's first tile with an expert, the same of the next
-        layer if its experts are to be guessed) -> which are used; without it all of them are.
-        `guesses`: whether guesses may be asked for. `run_together` uses experts that are one tile
-        each, as many as one call does; without it `run` uses each.
+        lie in host memory. `n_tiles`: over so many of the first tiles alone, where no experts are
+        decided. `decide`: (a layer's first tile with an expert, the same of the next layer if its
+        experts are to be guessed) -> which are used; without it all of them are. `guesses`: whether
+        guesses may be asked for. `run_together` uses experts that are one tile each, as many as one
+        call does; without it `run` uses each.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
-        self.fill(hosted)
+        self.fill(hosted, n_tiles)
         self._caches, self._multiply, self._decide = caches, multiply, decide
         self._run_together = run_together
         self._multiplying.clear()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import numpy as np
+
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
+from jlayer.sizes import counted
 from jlayer.strict import GIT_LFS, open_regular, parse_json_object
 from jlayer.text.inputs import plain_variables
 from jlayer.text.tokenizer import Tokenizer
@@ -46,18 +48,65 @@ _ALL = (_WEIGHT, *_OF_CHATS, *(key for form in _FORMS for part in form for key i
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """A text as tokens. `weights`: of each id, by how much its prediction from those before counts
-    in the loss; the first is always 0. All are 0 where the data give the text weight 0."""
+    """A text as tokens: 4 bytes for each, since the texts are all in memory.
 
-    ids: tuple[int, ...]
-    weights: tuple[float, ...]
+    `ids`: int32 [n]. `weights`: float32 [n], of each id by how much its prediction from those
+    before counts in the loss; the first is always 0. None: each of the others counts once. All are
+    0 where the data give the text weight 0.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None = None
 
     @classmethod
-    def of(cls, ids: Iterable[int], weights: Iterable[float]) -> Example:
+    def of(cls, ids: Sequence[int], weights: Sequence[float] | None = None) -> Example:
         """From numbers of any kind, of which there are as many."""
-        return cls(tuple(map(int, ids)), tuple(map(float, weights)))
+        own = np.asarray(ids, np.int32)
+        if weights is None:
+            return cls(own)
+        found = np.asarray(weights, np.float32)
+        assert found.shape == own.shape, (found.shape, own.shape)
+        assert not found[:1].any(), "the first token is not predicted"
+        return cls(own) if (found[1:] == 1).all() else cls(own, found)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Example):
+            return NotImplemented
+        return np.array_equal(self.ids, other.ids) and np.array_equal(
+            self.all_weights, other.all_weights
+        )
+
+    __hash__ = None
+
+    @property
+    def all_weights(self) -> np.ndarray:
+        """Those of every id, where they are None too."""
+        if self.weights is not None:
+            return self.weights
+        found = np.ones(len(self), np.float32)
+        found[:1] = 0
+        return found
+
+    @property
+    def n_learned(self) -> int:
+        """How many tokens count."""
+        if self.weights is None:
+            return max(0, len(self) - 1)
+        return int(np.count_nonzero(self.weights))
+
+    def piece(self, first: int, end: int) -> Example:
+        """Some of its tokens, of which the first is not predicted. The ids are not copied."""
+        ids = self.ids[first:end]
+        if self.weights is None:
+            return Example(ids)
+        weights = self.weights[first:end].copy()
+        weights[:1] = 0
+        return Example.of(ids, weights)
 
 
 @dataclass(frozen=True)
@@ -70,7 +119,7 @@ class Data:
     @property
     def n_tokens(self) -> int:
         """Of those that are learned from."""
-        return sum(len(one.weights) - one.weights.count(0.0) for one in self.examples)
+        return sum(one.n_learned for one in self.examples)
 
     @property
     def digest(self) -> str:
@@ -78,7 +127,10 @@ class Data:
         template; some templates write the date."""
         digest = hashlib.sha256(self.sha256.encode())
         for one in self.examples:
-            digest.update(array("q", one.ids).tobytes() + array("d", one.weights).tobytes())
+            digest.update(f"{len(one)} {one.weights is not None} ".encode())
+            digest.update(one.ids.tobytes())
+            if one.weights is not None:
+                digest.update(one.weights.tobytes())
         return digest.hexdigest()
 
 
@@ -241,8 +293,6 @@ class _Reader:
 
     def __init__(self, tokenizer: Tokenizer, turns: Turns):
         self._tokenizer, self._turns = tokenizer, turns
-        # One int for each id, since a text's own would take 28 bytes a token.
-        self._ints: dict[int, int] = {}
 
     def line(self, body: Mapping) -> list[Example]:
         keys = _form_of(body)
@@ -291,10 +341,10 @@ class _Reader:
         weights = [0.0, *weights[1:]]
         if not is_silent and not any(weights):
             raise UsageError(
-                f"has {len(ids)} token{'s' if len(ids) != 1 else ''}, none of which is predicted "
+                f"has {counted(len(ids), 'token')}, none of which is predicted "
                 "from others before it; leave the line out, or give it weight 0"
             )
-        return Example(tuple(self._ints.setdefault(i, i) for i in ids), tuple(weights))
+        return Example.of(ids, weights)
 
 
 def _form_of(body) -> tuple[str, ...]:

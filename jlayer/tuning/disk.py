@@ -11,6 +11,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
 
+from jlayer.checkpoint.adapter import WEIGHTS
 from jlayer.errors import LockedError, StorageError, UsageError
 from jlayer.strict import close, is_there, resolve
 
@@ -29,6 +30,12 @@ def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises UsageError where something of that name is there, be it an empty folder, and
     StorageError where none can be made. Changes nothing."""
     path = os.fspath(folder)
+    if is_there(os.path.join(path, WEIGHTS), follow=False):
+        raise UsageError(
+            f"{path}: is there already, and is an adapter that is complete, so nothing is left to "
+            f"do; use it by --adapter {path}, or name a new folder (with --adapter {path} to train "
+            "it further)"
+        )
     if is_there(path, follow=False):
         raise UsageError(f"{path}: is there already; name a new folder")
     parent = os.path.dirname(resolve(path, strict=False))
@@ -121,6 +128,8 @@ class WorkFolder:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             os.rename(self.path, aside)
+            # A power cut must not leave it under its name, with a part of its checkpoints.
+            sync_folder(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
             raise StorageError(
                 f"{self.path}: cannot be removed ({error.strerror}); {self.out} is complete, "
@@ -182,6 +191,7 @@ class WorkFolder:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path)
                 self._made.append(path)
+                sync_folder(os.path.dirname(path))
 
     def _lock(self, fd):
         try:

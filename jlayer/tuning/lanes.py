@@ -34,11 +34,11 @@ def cut(examples: Sequence[Example], length: int) -> list[Example]:
     out. Raises UsageError where none is left."""
     found = []
     for example in examples:
-        for first in range(0, max(1, len(example.ids) - 1), length):
-            some = slice(first, first + length + 1)
-            weights = [0.0, *example.weights[some][1:]]
-            if any(weights):
-                found.append(Example.of(example.ids[some], weights))
+        for first in range(0, max(1, len(example) - 1), length):
+            is_whole = not first and len(example) <= length + 1
+            piece = example if is_whole else example.piece(first, first + length + 1)
+            if piece.n_learned:
+                found.append(piece)
     if not found:
         raise UsageError("data: nothing in it counts: every weight is 0; give some text weight")
     return found
@@ -58,7 +58,7 @@ def placed(examples: Sequence[Example], length: int) -> list[list[int]]:
     """
     lanes, with_room, rooms = [], {}, []  # room -> the lanes that have it; the rooms, ascending
     for number, example in enumerate(examples):
-        size = len(example.ids) - 1
+        size = len(example) - 1
         at = bisect_left(rooms, size)
         if at == len(rooms):
             lane, room = len(lanes), length
@@ -100,10 +100,10 @@ def filled(examples: Sequence[Example], lanes: Sequence[Sequence[int]], length: 
         at = 0
         for text, number in enumerate(of_lane, 1):
             example = examples[number]
-            ids, size = np.asarray(example.ids, np.int32), len(example.ids) - 1
+            ids, size = example.ids, len(example) - 1
             own = lane, slice(at, at + size)
             found["ids"][own], found["targets"][own] = ids[:-1], ids[1:]
-            found["weights"][own] = np.asarray(example.weights, np.float32)[1:]
+            found["weights"][own] = 1 if example.weights is None else example.weights[1:]
             found["positions"][own], found["texts"][own] = counting[:size], text
             at += size
     return Lanes(**found)

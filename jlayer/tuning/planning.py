@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from jlayer.errors import DoesNotFitError
 from jlayer.families.registry import layer_kinds, layer_tensor_name
@@ -46,14 +47,28 @@ MOST_AHEAD = 6
 SPARE = 0.3  # of the largest temporaries
 READING = 2  # host slots beyond the tiles on the device, for the reads in progress
 FLOAT32 = 4
+SMALLER = "take a smaller --tokens-per-step or --length"  # where a plan does not fit
 # Multiplications and additions a second: of a GPU in 16 bits (H200, 4096 rows), of a CPU's core.
 GPU_OPERATIONS, CORE_OPERATIONS = 2.6e14, 1.5e11
 
 
 @dataclass(frozen=True)
+class Order:
+    """What the order of a step's sums and the masks of dropout hang on, besides its settings: runs
+    of one order come to the same bytes, whatever of the weights stays in which memory. `platform`:
+    of the device; `tile_bytes`: as the weights are cut; `chunk_lanes`: how many lanes are a chunk.
+    """
+
+    platform: str
+    tile_bytes: int
+    chunk_lanes: int
+
+
+@dataclass(frozen=True)
 class TunePlan:
     """`visits`: of a step; `tiles`: theirs, as they are streamed, and their `tiers`; `repeats`: as
-    of the executor. `lanes_of_chunk`: how many lanes are a chunk. `seconds`: about those of a step.
+    of the executor. `order`: what a run that is gone on with must have too. `seconds`: about those
+    of a step.
     """
 
     machine: Machine
@@ -64,7 +79,7 @@ class TunePlan:
     tiers: tuple[Tier, ...]
     ring: int
     ahead: int
-    lanes_of_chunk: int
+    order: Order
     device: DeviceMemory
     host: HostMemory
     seconds: float
@@ -89,14 +104,15 @@ class TunePlan:
         pairs = zip(self.tiles, self.tiers, strict=True)
         return sum(tile.n_bytes for tile, tier in pairs if tier is Tier.DISK)
 
-    def check(self) -> None:
-        """Raises DoesNotFitError, with the sum, where the budgets do not hold it."""
+    def check(self, subject: str = "tuning", other: str = SMALLER) -> None:
+        """Raises DoesNotFitError, with the sum, where the budgets do not hold it. `subject`: what
+        needs the memory; `other`: what can be done besides giving it more."""
         for what, found in (("device", self.device), ("host", self.host)):
             if total(found) > found.budget_bytes:
                 raise DoesNotFitError(
-                    f"tuning needs {human(total(found))} of {what} memory, of which "
+                    f"{subject} needs {human(total(found))} of {what} memory, of which "
                     f"{human(found.budget_bytes)} may be used ({terms_of(found)}); give it "
-                    f"--{what}-memory, or take a smaller --tokens-per-step or --length",
+                    f"--{what}-memory, or {other}",
                     report=self.as_dict(),
                 )
 
@@ -143,25 +159,36 @@ def trained_of(cfg: ModelConfig, adapter: LowRanks) -> Trained:
 
 
 def make_plan(
-    weights: Weights, machine: Machine, settings: Settings, adapter: LowRanks
+    weights: Weights,
+    machine: Machine,
+    settings: Settings,
+    adapter: LowRanks,
+    *,
+    order: Order | None = None,
 ) -> TunePlan:
     """The plan with the largest chunks and tiles that fit, and the most tiles ahead; if none fits,
-    the smallest (`check` refuses). `adapter`: what is trained."""
+    the smallest (`check` refuses). `adapter`: what is trained. `order`: of a run that was begun,
+    whose chunks and tiles are taken whether or not they fit; it is of this platform."""
     trained = trained_of(weights.cfg, adapter)
+
+    def plan_of(tiling, count, ahead):
+        return _plan(weights, machine, settings, adapter, trained, tiling, count, ahead)
+
+    if order is not None:
+        assert order.platform == machine.platform, order
+        of_tiles = partial(plan_of, cut(weights, order.tile_bytes, platform=machine.platform))
+        plan = of_tiles(order.chunk_lanes, machine.kind.ahead)
+        return _further_ahead(plan, of_tiles, [order.chunk_lanes])
     lengths = [lanes_of_chunk(settings.length, settings.lanes, rows) for rows in CHUNK_ROWS]
     counts = list(dict.fromkeys(lengths))
     for tile_bytes in TILE_BYTES:
-        tiling = cut(weights, _least(weights, tile_bytes), platform=machine.platform)
-
-        def plan_of(count, ahead, tiling=tiling):
-            given = weights, machine, settings, adapter, trained, tiling
-            return _plan(*given, count, ahead)
-
+        least = _least(weights, tile_bytes)
+        of_tiles = partial(plan_of, cut(weights, least, platform=machine.platform))
         for number, count in enumerate(counts):
-            plan = plan_of(count, machine.kind.ahead)
+            plan = of_tiles(count, machine.kind.ahead)
             if plan.fits:
                 enough = [n for n in counts[number + 1 :] if n * settings.length >= ENOUGH_ROWS]
-                return _further_ahead(plan, plan_of, [count, *enough])
+                return _further_ahead(plan, of_tiles, [count, *enough])
     return plan
 
 
@@ -218,7 +245,7 @@ def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead):
         tiers=tiers,
         ring=ahead + READING,
         ahead=ahead,
-        lanes_of_chunk=count,
+        order=Order(machine.platform, tiling.cut_as[0], count),
         device=device,
         host=host_memory(machine.host_budget, needs),
         seconds=_seconds(weights, machine, settings, visits, tiles, tiers, count),

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -27,12 +27,15 @@ from jlayer.tuning.base import Base
 from jlayer.tuning.disk import MADE, WorkFolder
 from jlayer.tuning.lanes import Lanes, Steps, packed, padded
 from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
+from jlayer.tuning.planning import Order, TunePlan, make_plan
 from jlayer.tuning.rows import chunks_of
 from jlayer.tuning.saving import Checkpoints, Saved
 from jlayer.tuning.settings import Settings
 
 MOST_NATS = 700.0  # whose exponential is a number
-FORM = 1  # of what a checkpoint's facts say
+FORM = 2  # of what a checkpoint's facts say
+DEVICE = "--device"  # a fact that the plan has
+ANEW = "remove the folder to begin anew with another plan"
 DIGEST = 32  # letters; a fact of so many is a digest, and tells nobody anything
 
 
@@ -116,10 +119,11 @@ class Tuning:
     def __init__(self, work: Work, *, place: WorkFolder | None = None, watch: Watch | None = None):
         with ExitStack() as stack:
             self._place = place or stack.enter_context(WorkFolder(work.out))
-            self._open(work, watch)
+            self._checkpoints = stack.enter_context(Checkpoints(self._place.path))
+            self._open(work, watch, stack)
             self._stack = stack.pop_all()
 
-    def _open(self, work, watch):
+    def _open(self, work, watch, stack):
         self._work, settings = work, work.settings
         self.steps = Steps(
             work.examples, settings.length, settings.lanes, settings.seed, settings.packs
@@ -128,26 +132,43 @@ class Tuning:
         self.history = History()
         self._facts = json.loads(json.dumps({"form": FORM, **work.facts}))
         adapter = low_ranks(work.begun, work.how, work.alphas)
-        self.base = Base(work.folder, work.run, settings, adapter, work.begun, watch=watch)
+        saved = None
+
+        def plan_of(weights, machine, *words):
+            # Only now has JAX what must be set before Orbax starts it.
+            nonlocal saved
+            saved = self._checkpoints.latest()
+            return self._plan(saved, weights, machine, *words)
+
+        given = work.folder, work.run, settings, adapter, work.begun
+        self.base = Base(*given, watch=watch, plan_of=plan_of)
+        stack.callback(self.base.close)
         self._layout = self.base.stepper.layout
-        try:
-            self._checkpoints = Checkpoints(self._place.path)
-            self._begin(self._checkpoints.latest())
-        except BaseException:
-            self.base.close()
-            raise
+        self._begin(saved)
         self._adam = AdamW(settings, self.base.devices.put)
         self._rates = rates_of(settings, self.n_steps)
         self._next: tuple = (None, None, None)  # a step's number, its lanes and chunks
         self._held_out = list(_by_step(work.held_out, settings)) if work.held_out else []
         self._saved = self.step
 
+    def _plan(self, saved: Saved | None, weights, machine, *words) -> TunePlan:
+        """A new plan; or that of the run that is gone on with, so that it comes to the same
+        bytes."""
+        if saved is None:
+            return make_plan(weights, machine, *words)
+        where, order = self._place.path, saved.facts["order"]
+        there = {**saved.facts["run"], DEVICE: order["platform"]}
+        check_same(there, {**self._facts, DEVICE: machine.platform}, where=where)
+        plan = make_plan(weights, machine, *words, order=Order(**order))
+        plan.check(f"{where}: the plan that the run was begun with", ANEW)
+        return plan
+
     def _begin(self, saved: Saved | None):
         if saved is None:
             self.step, self._flats = 0, self._layout.flat(self._work.begun)
             self._moments = Moments.of(self._flats)
+            self._refuse_another()
             return
-        check_same(saved.facts["run"], self._facts, where=self._place.path)
         self.step, flat = saved.step, self._layout.flat
         self._flats = flat(saved.params)
         self._moments = Moments(flat(saved.mu), flat(saved.nu), saved.step)
@@ -240,7 +261,7 @@ class Tuning:
 
     def _chunks(self, lanes, share):
         base = self.base
-        return list(chunks_of(base.cfg, lanes, base.plan.lanes_of_chunk, share=share))
+        return list(chunks_of(base.cfg, lanes, base.plan.order.chunk_lanes, share=share))
 
     def perplexity(self, check: Callable[[], None] = lambda: None) -> float:
         """Of the held-out text, as the weights of its tokens count."""
@@ -271,7 +292,11 @@ class Tuning:
                 params=self.state,
                 mu=self._layout.views(self._moments.mean),
                 nu=self._layout.views(self._moments.square),
-                facts={"run": self._facts, "history": history},
+                facts={
+                    "run": self._facts,
+                    "order": asdict(self.base.plan.order),
+                    "history": history,
+                },
             )
         )
         self._saved = self.step
@@ -307,9 +332,7 @@ class Tuning:
         place.remove()
 
     def close(self) -> None:
-        with self._stack:
-            self._checkpoints.close()
-            self.base.close()
+        self._stack.close()
 
 
 def check_same(there: Mapping, here: Mapping, *, where: str) -> None:

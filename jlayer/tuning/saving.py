@@ -2,9 +2,12 @@
 steps of an `orbax.checkpoint.CheckpointManager`.
 
 A step appears whole or not at all: Orbax writes it beside, under a name that says so, and renames
-it; here it is synced. The trees are written as one vector, and the facts say what lies where in it:
-Orbax takes about a millisecond an array, of which a large model has thousands, and where one of
-several cannot be written, those that are still under way print tracebacks of their own.
+it; here it is synced, and a file in it says so. One without that file may be anything after a power
+cut: if its numbers are those of its digest it is taken, else it is removed.
+
+The trees are written as one vector, and the facts say what lies where in it: Orbax takes about a
+millisecond an array, of which a large model has thousands, and where one of several cannot be
+written, those that are still under way print tracebacks of their own.
 Orbax does not check the numbers that it reads; a digest of them is among the facts.
 """
 
@@ -21,11 +24,15 @@ from dataclasses import dataclass
 
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.interrupts import imported
+from jlayer.strict import close
 from jlayer.tuning.adapter import State
 from jlayer.tuning.disk import UNSAVED, sync_folder, sync_tree
 
 _TREES = ("params", "mu", "nu")
 _STATE, _FACTS = "state", "facts"  # the items of a step
+SYNCED = "synced"  # a file in a step that is on the disk
+# What else Orbax makes in a step, besides its items.
+_OF_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _FORMAT = "jlayer tune 1"
 _VECTOR = "numbers"
 _CHUNK_BYTES = 64 << 20  # written at once
@@ -47,8 +54,9 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own; the newest `keep` stay. The caller sees
-    to it that no other process uses the folder. A context manager.
+    """The checkpoints of one run, in a folder of their own; the newest `keep` stay: with two, one
+    is on the disk at any moment. The caller sees to it that no other process uses the folder. A
+    context manager.
 
     Orbax starts JAX's backends: what must be set before that is set before the first call. Saving
     takes twice the state's bytes of host memory for the time being.
@@ -66,28 +74,43 @@ class Checkpoints:
 
     def latest(self) -> Saved | None:
         """The newest complete one, byte for byte as it was saved; None where there is none. What a
-        killed run has left unfinished is removed.
+        killed run or a power cut has left unfinished is removed.
 
         Raises CheckpointError for one that is damaged, or StorageError.
         """
-        if not self._steps():
-            return None
-        step = self._steps()[-1]
+        for step in reversed(self._steps()):
+            found = self._read_whole(step)
+            if found is not None:
+                return found
+        return None
+
+    def _read_whole(self, step):
+        """A step; None where it was unfinished, and is removed."""
+        path = self._path(step)
         try:
-            return self._read(step)
+            found = self._read(step)
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             code = _code_of(error)
             if code not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-                raise StorageError(
-                    f"{self._path(step)}: cannot be read ({os.strerror(code)})"
-                ) from None
-            raise CheckpointError(self._damage(step, _first_line(error))) from None
+                raise StorageError(f"{path}: cannot be read ({os.strerror(code)})") from None
+            if not _is_unfinished(path):
+                raise CheckpointError(self._damage(step, _first_line(error))) from None
+            self._remove(step)
+            return None
+        if not _is_synced(path):
+            try:
+                self._sync(step)
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+        return found
 
     def save(self, saved: Saved) -> None:
         """Writes one; it is whole and on the disk when this returns. Its step is above all others.
 
         Raises StorageError; then those before it are as they were.
         """
+        if os.path.lexists(self._path(saved.step)) and not _is_synced(self._path(saved.step)):
+            self._remove(saved.step)  # an error, or a signal, has come before it was on the disk
         steps = self._steps()
         assert not steps or saved.step > steps[-1], (saved.step, steps)
         vector, facts = _packed(saved)
@@ -95,14 +118,13 @@ class Checkpoints:
             os.makedirs(self._folder, exist_ok=True)
             self._check_room(vector.nbytes)
             self._write(saved.step, vector, facts)
-            sync_tree(self._path(saved.step))
-            sync_folder(self._folder)
+            self._sync(saved.step)
         except (ValueError, OSError) as error:
             code = _code_of(error)
             why = _first_line(error) if code is None else os.strerror(code)
             _remove_unfinished(self._folder)
             raise StorageError(
-                f"{self._path(saved.step)}: cannot be saved ({why}); {_advice(code, self._steps())}"
+                f"{self._path(saved.step)}: cannot be saved ({why}); {_advice(code, steps)}"
             ) from None
 
     def close(self) -> None:
@@ -123,6 +145,24 @@ class Checkpoints:
 
     def _path(self, step):
         return os.path.join(self._folder, str(step))
+
+    def _sync(self, step):
+        """Makes a step durable, and says so in it."""
+        path = self._path(step)
+        sync_tree(path)
+        close(os.open(os.path.join(path, SYNCED), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        sync_folder(path)
+        sync_folder(self._folder)
+
+    def _remove(self, step):
+        """Removes a step, of which Orbax's manager may know. Raises StorageError."""
+        self.close()
+        try:
+            shutil.rmtree(self._path(step))
+        except OSError as error:
+            raise StorageError(
+                f"{self._path(step)}: cannot be removed ({error.strerror}); remove it yourself"
+            ) from None
 
     def _manager(self):
         """Orbax's, of the steps that are there when it is made."""
@@ -180,6 +220,18 @@ class Checkpoints:
             f"{self._path(step)}: a damaged checkpoint ({why}); remove it, and the same command "
             f"{then}"
         )
+
+
+def _is_synced(path):
+    return os.path.lexists(os.path.join(path, SYNCED))
+
+
+def _is_unfinished(path):
+    """Whether a power cut may have left this of a step: a part of what is made in one."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return False
+    own = (_STATE, _FACTS, *_OF_ORBAX)
+    return all(name in own or UNSAVED in name for name in os.listdir(path))
 
 
 def _packed(saved):

@@ -88,6 +88,8 @@ class Stepper:
         # (layer, unit) -> the shapes of its products and of what its functions read. Layers of a
         # kind may be cut in other ways, where their matrices are in other encodings.
         self.shapes: dict[tuple, tuple] = {}
+        ways = [visit.way for visit in visits]
+        self._n_forward = sum(way in (Way.FORWARD, Way.HEAD) for way in ways)  # the first ones
         self._numbers: dict[int, jax.Array] = {}  # of experts, on the device
         self.down = Down()
         self._ahead: dict[bytes, Future] = {}  # ids of a chunk -> its rows of the embedding
@@ -106,9 +108,9 @@ class Stepper:
         """One step, with the adapters in some vectors.
 
         `following`: the chunks of the next step, whose rows of the embedding are read meanwhile.
-        `trains`: whether gradients are computed; `noise`: numbers that dropout follows from;
-        without them nothing is dropped. `check`: called at every tile; what it raises ends the
-        step.
+        `trains`: whether gradients are computed; else the way forward is all. `noise`: numbers
+        that dropout follows from; without them nothing is dropped. `check`: called at every tile;
+        what it raises ends the step.
         """
         on_way = _OnWay(self, flats, chunks, noise=noise, trains=trains)
         visits = iter(self.visits)
@@ -121,7 +123,7 @@ class Stepper:
                 self._read_ahead(following)
             return on_way.take(visit, arrays)
 
-        executor.sweep(run)
+        executor.sweep(run, n_tiles=None if trains else self._n_forward)
         return on_way.end()
 
     def _read_ahead(self, chunks):
@@ -189,8 +191,6 @@ class _OnWay:
             return self._head(visit, arrays)
         if visit.way is Way.FORWARD:
             return self._forward(visit, arrays)
-        if not self._trains:
-            return None
         return self._again(visit, arrays) if visit.way is Way.AGAIN else self._back(visit, arrays)
 
     # Forward.

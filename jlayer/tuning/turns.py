@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jlayer.errors import JlayerError, UsageError
+from jlayer.sizes import counted
 from jlayer.text.chat import select_template
 from jlayer.text.conventions import convention_of
 from jlayer.text.marks import Rendered
@@ -183,8 +184,8 @@ def _generated(whole, messages, weights) -> list[Span]:
         said = said[:1] * len(blocks)
     if len(said) != len(blocks):
         raise UsageError(
-            f"messages: the chat template marks {len(blocks)} parts as the assistant's, of "
-            f"{len(said)} messages with different weights; give these one weight"
+            f"messages: the chat template marks {counted(len(blocks), 'part')} as the assistant's, "
+            f"of {counted(len(said), 'message')} with different weights; give these one weight"
         )
     return [Span(*block, weight) for block, weight in zip(blocks, said, strict=True)]
 

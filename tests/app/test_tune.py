@@ -60,8 +60,11 @@ def test_it_trains_an_adapter_that_generates_and_goes_on_from_it(tune, fable, tm
     before = files(tmp_path / "out")
     # The same command has nothing to do, and changes nothing.
     assert tune() == 2
-    assert (
-        capsys.readouterr().err == f"jlayer: {tmp_path}/out: is there already; name a new folder\n"
+    out = tmp_path / "out"
+    assert capsys.readouterr().err == (
+        f"jlayer: {out}: is there already, and is an adapter that is complete, so nothing is left "
+        f"to do; use it by --adapter {out}, or name a new folder (with --adapter {out} to train it "
+        "further)\n"
     )
     assert files(tmp_path / "out") == before
     # Another run begins with it.
@@ -113,11 +116,13 @@ def test_json_is_a_line_a_step_and_the_result(tune, tmp_path, capsys):
 
 
 def test_quiet_says_the_result_alone(tune, fable, data, tmp_path, capsys):
-    words = ("tune", fable, data, f"{tmp_path}/out/", *STEPS, *RUN, "--quiet")
+    steps = ("--steps", "1", *STEPS[2:])
+    words = ("tune", fable, data, f"{tmp_path}/out/", *steps, *RUN, "--quiet")
     assert main(list(map(str, words))) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.count("\n") == 1
+    assert captured.out.startswith(f"{tmp_path}/out/: 1 step, loss ")
     assert len(files(tmp_path / "out")) == 3  # the end of a name may be a slash
 
 

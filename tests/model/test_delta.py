@@ -110,6 +110,48 @@ def test_a_long_chain_is_taken_in_blocks_or_at_once(is_chain, n_kept):
     check(given, state, chain(2 * BLOCK), range(n_kept), is_chain=is_chain)
 
 
+def gradients_by_single_steps(given, state, weights, n_kept):
+    """Of the weighted outputs and state by q, k, v, g, beta and the state, row after row by torch
+    in float64."""
+    torch = pytest.importorskip("torch")
+    given = [torch.tensor(np.float64(each), requires_grad=True) for each in (*given, state)]
+    *rows, running = given
+    q, k = (each.repeat_interleave(3, dim=2) for each in rows[:2])
+    v, g, beta = rows[2:]
+    total = 0.0
+    for row in range(v.shape[1]):
+        decayed = running * g[:, row].exp()[..., None, None]
+        found = torch.einsum("bnhe,bnh->bne", decayed, k[:, row])
+        update = beta[:, row, :, None] * (v[:, row] - found)
+        running = decayed + k[:, row, :, :, None] * update[:, :, None]
+        out = torch.einsum("bnhe,bnh->bne", running, q[:, row])
+        total = total + (out * torch.tensor(np.float64(weights[0][:, row]))).sum()
+        if row + 1 == n_kept:
+            total = total + (running * torch.tensor(np.float64(weights[1]))).sum()
+    total.backward()
+    return [each.grad.numpy() for each in given]
+
+
+def test_the_way_back_through_blocks_is_that_through_single_steps():
+    """Blocks hand each other the gradient of their state."""
+    n_tokens = 2 * BLOCK
+    given, state = random_given(n_tokens, lanes=2)
+    rng, n_kept = np.random.default_rng(1), n_tokens - 5
+    weights = [rng.normal(0, 1, shape).astype(np.float32)
+               for shape in (given[2].shape, state.shape)]  # fmt: skip
+    seen = np.broadcast_to(np.tri(n_tokens, dtype=bool), (2, n_tokens, n_tokens))
+    kept = np.broadcast_to(np.arange(n_tokens) < n_kept, (2, n_tokens))
+
+    def loss(given, state):
+        found = delta_rule(*given, state, seen, kept, is_chain=True)
+        return sum((one * weight).sum() for one, weight in zip(found, weights, strict=True))
+
+    *of_rows, of_state = jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(given, state))
+    expected = gradients_by_single_steps(given, state, weights, n_kept)
+    for found, there in zip((*of_rows, of_state), expected, strict=True):
+        close(found, there)
+
+
 @pytest.mark.parametrize("kept", [(), (0,), (0, 3), (0, 1, 2, 5), (7,)])
 def test_a_tree_is_each_of_its_rows_after_its_ancestors(kept):
     given, state = random_given(len(TREE))

@@ -46,7 +46,7 @@ def some_texts(n_vocab, n=24):
         for _ in range(int(draw.integers(4, 40))):
             ids.append(int(after[ids[-1]] if draw.random() < 0.8 else draw.integers(3, n_vocab)))
         weights = draw.choice([0.0, 0.5, 1.0], len(ids) - 1, p=[0.3, 0.2, 0.5])
-        found.append(Example(tuple(ids), (0.0, *map(float, weights))))
+        found.append(Example.of(ids, [0.0, *weights]))
     return found
 
 
@@ -178,7 +178,7 @@ def test_another_author(tmp_path):
 
     def example(text):
         ids = tokenizer.encode(text)
-        return Example(tuple(ids), (0.0, *[1.0] * (len(ids) - 1)))
+        return Example.of(ids)
 
     settings = Settings(
         learning_rate=1e-3, steps=40, tokens_per_step=2048, length=256, eval_every=0

@@ -109,7 +109,7 @@ def compare(base, source, folder, load, options, *, tile_bytes, tolerance=1e-4):
         model = Base(base, run, settings, adapter, state)
     held = []
     try:
-        assert model.plan.lanes_of_chunk == 2
+        assert model.plan.order.chunk_lanes == 2
         chunks = list(rows.chunks_of(model.cfg, lanes, 2, share=1.0))
 
         def check():

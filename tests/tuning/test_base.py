@@ -1,6 +1,7 @@
 """Wherever the frozen weights lie, a step gives the same; they are checked, and read as often as
 they have to be."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -38,9 +39,10 @@ def folder(tmp_path_factory):
     return folder / "model"
 
 
-def steps_of(folder, tiers, monkeypatch, n=1):
-    """(the losses and gradients of some steps, the bytes read, those of all weights once). `tiers`:
-    (number of a visit, its tile) -> where it is kept."""
+@contextmanager
+def opened(folder, tiers, monkeypatch):
+    """(a base, the chunks of a step, its adapters). `tiers`: (number of a visit, its tile) -> where
+    it is kept."""
     monkeypatch.setattr(planning, "TILE_BYTES", (1500,))
 
     def plan_of(*given):
@@ -59,12 +61,22 @@ def steps_of(folder, tiers, monkeypatch, n=1):
         texts = [Example.of(draw.integers(3, 60, size), [0.0, *[1.0] * (size - 1)])
                  for size in (17, 9, 8)]  # fmt: skip
         chunks = list(chunks_of(base.cfg, packed(texts, 16), 1, share=1.0))
-        flats = base.stepper.layout.flat(state)
-        found = [base.stepper.run(base.executor, chunks, flats) for _ in range(n)]
-        firsts = [t for i, t in enumerate(base.plan.tiles) if i not in base.plan.repeats]
-        return found, base.totals.read_bytes, sum(tile.n_bytes for tile in firsts)
+        yield base, chunks, base.stepper.layout.flat(state)
     finally:
         base.close()
+
+
+def once(base):
+    """The bytes of all weights."""
+    tiles = enumerate(base.plan.tiles)
+    return sum(tile.n_bytes for number, tile in tiles if number not in base.plan.repeats)
+
+
+def steps_of(folder, tiers, monkeypatch, n=1):
+    """(the losses and gradients of some steps, the bytes read, those of all weights once)."""
+    with opened(folder, tiers, monkeypatch) as (base, chunks, flats):
+        found = [base.stepper.run(base.executor, chunks, flats) for _ in range(n)]
+        return found, base.totals.read_bytes, once(base)
 
 
 TIERS = {
@@ -86,6 +98,32 @@ def test_the_same_wherever_they_lie(folder, monkeypatch):
     assert n_host >= once
     assert 3 * STEPS * n_host > found["disk"][1] > 2 * STEPS * n_host
     assert n_host < found["both"][1] < found["disk"][1]
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+def test_held_out_text_goes_through_each_tile_once(folder, monkeypatch, tiers):
+    """And the steps before and after it are as they would be without."""
+    with opened(folder, TIERS[tiers], monkeypatch) as (base, chunks, flats):
+
+        def run(**how):
+            before = base.totals.put_bytes, base.totals.read_bytes
+            found = base.stepper.run(base.executor, chunks, flats, **how)
+            after = base.totals.put_bytes, base.totals.read_bytes
+            return found, [a - b for a, b in zip(after, before, strict=True)]
+
+        (first, of_step), *measured, (last, _) = (
+            *(run(), run(trains=False), run(trains=False)),
+            *(run(trains=False), run()),
+        )
+        for found, _ in measured:
+            assert found.gradients == {}
+            np.testing.assert_array_equal(found.losses, first.losses)
+        put, read = measured[-1][1]  # what is ahead is of the next one then
+        assert put == once(base) < of_step[0] / 2
+        assert read == 0 if tiers == "host" else 0 < read < of_step[1] / 2
+        np.testing.assert_array_equal(last.losses, first.losses)
+        for layer, gradient in first.gradients.items():
+            np.testing.assert_array_equal(last.gradients[layer], gradient)
 
 
 @pytest.mark.parametrize("tiers", ["host", "disk"])

@@ -1,6 +1,7 @@
 """Texts for tuning: which tokens a line has, which of them count, and what is refused."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -9,6 +10,7 @@ from jlayer.text.renderer import MOST_BYTES, Renderer
 from jlayer.text.sandbox import render
 from jlayer.tuning import data
 from jlayer.tuning.data import Example, read_examples
+from jlayer.tuning.lanes import cut
 from tests.text.built import files_of
 from tests.text.chats import TEMPLATES
 from tests.text.families import FAMILIES
@@ -48,7 +50,7 @@ def read(tmp_path):
 def runs(tokenizer, example):
     """(text, weight) of the stretches of one weight."""
     found = []
-    for token, weight in zip(example.ids, example.weights, strict=True):
+    for token, weight in zip(example.ids.tolist(), example.all_weights.tolist(), strict=True):
         if not found or found[-1][1] != weight:
             found.append(([], weight))
         found[-1][0].append(token)
@@ -97,7 +99,8 @@ def test_a_text_counts_whole_between_bos_and_the_end_of_text(read, large, text):
     (one,) = read(large, {"text": text})
     assert list(one.ids) == [*large.encode(text), large.eos_token_id]
     assert one.ids[0] == large.bos_token_id
-    assert one.weights == (0.0, *[1.0] * (len(one.ids) - 1))
+    assert one.weights is None
+    assert one.all_weights.tolist() == [0.0, *[1.0] * (len(one) - 1)]
 
 
 def test_a_plain_file_is_one_text(read):
@@ -105,7 +108,32 @@ def test_a_plain_file_is_one_text(read):
     for raw in (whole.encode(), b"\xef\xbb\xbf" + whole.encode()):
         (one,) = read(bundled(), raw, name="data.TXT")
         assert list(one.ids) == [*bundled().encode(whole), bundled().eos_token_id]
-        assert sum(one.weights) == len(one.ids) - 1
+        assert one.n_learned == len(one) - 1
+
+
+def test_a_text_takes_four_bytes_a_token(read):
+    """And four more where its tokens count by other weights than 1; cut into pieces, as many."""
+    words = "Once upon a time there was a king. " * 200
+    lines = [{"text": words}] * 20, [{"prompt": words, "completion": words}] * 20
+    for some, least in zip(lines, (4, 8), strict=True):
+        read(bundled(), some[0])  # what is there once
+        tracemalloc.start()
+        try:
+            found = read(bundled(), *some)
+            n_bytes, n_tokens = tracemalloc.get_traced_memory()[0], sum(map(len, found))
+            assert n_tokens > 20_000
+            assert least * n_tokens < n_bytes < 1.5 * least * n_tokens
+            pieces = cut(found, 512)
+            n_more = tracemalloc.get_traced_memory()[0] - n_bytes
+            assert sum(map(len, pieces)) > n_tokens / 2
+            assert n_more < (least - 4 + 2) * n_tokens
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_text_of_nothing_has_nothing_to_learn():
+    assert [Example.of(range(n)).n_learned for n in (0, 1, 2, 5)] == [0, 0, 1, 4]
+    assert Example.of([5, 6, 7], [0, 2, 0]).n_learned == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +166,7 @@ def test_a_token_of_the_prompt_and_the_completion_counts(read, llama3):
 
 def test_neither_bos_nor_the_end_of_text_stands_twice(read, llama3):
     (one,) = read(llama3, {"text": "<|begin_of_text|>a king<|end_of_text|>"})
-    assert one.ids == read(llama3, {"text": "a king"})[0].ids
+    assert [one] == read(llama3, {"text": "a king"})
     assert learnt(llama3, one) == ["a king<|end_of_text|>"]
     (one,) = read(llama3, {"prompt": "a", "completion": " king<|end_of_text|>"})
     assert learnt(llama3, one) == [" king<|end_of_text|>"]
@@ -160,7 +188,7 @@ def test_alpacas_lines_have_the_words_of_stanford(read, llama3):
         "<|begin_of_text|>Below is an instruction that describes a task. Write a response that "
         "appropriately completes the request.\n\n### Instruction:\nAdd {x}.\n\n### Response:\n"
     )
-    assert third == Example(one.ids, (0.0,) * len(one.ids))
+    assert third == Example.of(one.ids, [0.0] * len(one))
     del row["input"]
     assert read(llama3, row) == [other]
 
@@ -260,7 +288,7 @@ def test_generation_marks_count_as_in_transformers(read, families, family):
             continue  # there it is the token
         (example,) = read(one, {"messages": messages}, chat_template=template)
         assert list(example.ids) == found["input_ids"]
-        assert [bool(weight) for weight in example.weights] == list(
+        assert [bool(weight) for weight in example.all_weights] == list(
             map(bool, [0, *found["assistant_masks"][1:]])
         )
 
@@ -289,10 +317,10 @@ def test_each_marked_part_has_the_weight_of_its_message(read, families):
 def test_real_templates_llama_2_and_the_older_one_of_llama_3(read, llama2, llama3):
     (one,) = read(llama2, {"messages": TURNS})
     assert learnt(llama2, one) == [" the cat </s>", " went home </s>"]
-    assert one.ids.count(llama2.bos_token_id) == 2  # the template's, one for each user's turn
+    assert list(one.ids).count(llama2.bos_token_id) == 2  # the template's, one for each user's turn
     (one,) = read(llama3, {"messages": TURNS})  # ends with the beginning of an answer, always
     assert learnt(llama3, one) == ["the cat<|eot_id|>", "went home<|eot_id|>"]
-    assert one.ids.count(llama3.bos_token_id) == 1
+    assert list(one.ids).count(llama3.bos_token_id) == 1
 
 
 def test_words_that_are_special_tokens_stay_text_in_messages(read, llama3):
@@ -309,7 +337,7 @@ def test_a_prompt_of_messages_is_silent(read, families):
     one, _ = families["gemma 3"]
     (example,) = read(one, {"prompt": TURNS[:3], "completion": TURNS[3:]})
     (whole,) = read(one, {"messages": TURNS})
-    assert example.ids == whole.ids
+    assert list(example.ids) == list(whole.ids)
     assert learnt(one, example) == ["went home<end_of_turn>"]
 
 

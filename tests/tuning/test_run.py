@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 
 from jlayer.config import read_config
-from jlayer.errors import LockedError, StorageError, UsageError
+from jlayer.engine import alike
+from jlayer.errors import DoesNotFitError, LockedError, StorageError, UsageError
+from jlayer.plan.need import total
 from jlayer.run_config import RunConfig
+from jlayer.sizes import human
+from jlayer.tuning import base, planning
 from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
 from jlayer.tuning.data import Example
 from jlayer.tuning.disk import LOCK, MADE, UNFINISHED, WORK, WorkFolder
@@ -35,8 +39,7 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 def texts(seed, n=12):
     draw = np.random.default_rng(seed)
     sizes = draw.integers(4, 20, n)
-    return [Example(tuple(draw.integers(3, 133, s).tolist()), (0.0, *[1.0] * (s - 1)))
-            for s in sizes.tolist()]  # fmt: skip
+    return [Example.of(draw.integers(3, 133, size)) for size in sizes.tolist()]
 
 
 @pytest.fixture
@@ -119,6 +122,54 @@ def test_two_steps_and_three_are_five(work, tmp_path):
     assert same(first + rest) == same(told)
     assert_equal_states(found, state)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.fixture
+def less(work, monkeypatch):
+    """(a run with less memory, for which a new plan cuts a step into other chunks; how many bytes
+    of the device the first plan needs)"""
+    monkeypatch.setattr(planning, "CHUNK_ROWS", (32, 16))
+    tuning = Tuning(work("asked"))
+    n_bytes, chunk = total(tuning.base.plan.device), tuning.base.plan.order.chunk_lanes
+    tuning.close()
+    small = replace(RUN, device_memory=n_bytes - 1)
+    tuning = Tuning(replace(work("asked"), run=small))
+    assert tuning.base.plan.order.chunk_lanes < chunk
+    tuning.close()
+    return small, n_bytes
+
+
+def test_a_run_goes_on_with_its_plan_whatever_memory_is_free(work, less, tmp_path):
+    """Of other chunks dropout would be another, and sums be in another order."""
+    small, _ = less
+    few = {"held_out": False, "steps": 2}
+    go(replace(work("whole", **few), run=small))
+    go(work("of more", **few))
+    go(replace(work(**few), run=small), n_steps=1)
+    go(work(**few))
+    expected = files(tmp_path / "whole")
+    assert files(tmp_path / "out") == expected != files(tmp_path / "of more")
+
+
+def test_a_plan_that_does_not_fit_any_more_is_one_line(work, less, tmp_path):
+    small, n_bytes = less
+    go(work(), n_steps=2)
+    with pytest.raises(DoesNotFitError) as error:
+        Tuning(replace(work(), run=small))
+    start = f"{tmp_path}/out{WORK}: the plan that the run was begun with needs {human(n_bytes)} of "
+    assert str(error.value).startswith(f"{start}device memory, of which ")
+    end = "give it --device-memory, or remove the folder to begin anew with another plan"
+    assert str(error.value).endswith(end)
+    assert [one.step for one in go(work())[0]] == [3, 4, 5]
+
+
+def test_a_run_goes_on_on_the_kind_of_device_that_it_was_begun_on(work, monkeypatch):
+    go(work(), n_steps=1)
+    real = alike.measured_machine
+    there = lambda *given, **more: replace(real(*given, **more), platform="gpu")  # noqa: E731
+    monkeypatch.setattr(base, "measured_machine", there)
+    with pytest.raises(UsageError, match="was begun with --device cpu, not gpu; give what it was"):
+        Tuning(work())
 
 
 def test_stopped_at_any_safe_point_nothing_is_lost(work, tmp_path):

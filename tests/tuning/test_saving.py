@@ -1,5 +1,6 @@
 """Checkpoints of a run: what is found is what was saved, whatever happened in between."""
 
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.tuning.saving import Checkpoints, Saved
+from jlayer.tuning.saving import SYNCED, Checkpoints, Saved
 from tests.conftest import REPOSITORY
 
 NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.10.mlp.down_proj.weight")
@@ -133,8 +134,91 @@ def test_damage_is_told_by_name_or_harmless(tmp_path):
     assert len(told) >= 5  # the numbers' own files have random names
 
 
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def fill(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cuts(folder):
+    """(what is not on the disk, the change, the paths that it is made to) for states that a power
+    cut can leave of a step that was renamed and not synced: names are there or not, and files that
+    are there may have nothing in them, or zeros."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    yield "nothing", remove, []
+    yield "any name", remove, sorted(folder.iterdir())
+    for change in (remove, empty, fill):
+        yield f"any file: {change.__name__}", change, files
+        yield from ((f"{p.relative_to(folder)}: {change.__name__}", change, [p]) for p in files)
+    for item in ("facts", "state"):
+        yield item, remove, [folder / item]
+
+
+def test_a_power_cut_before_a_step_is_synced_leaves_the_one_before_it(tmp_path):
+    """Whatever of it is on the disk: it is whole, or the run goes on from the one before it."""
+    with Checkpoints(tmp_path / "kept") as run:
+        for step in (20, 30):
+            run.save(saved(step))
+    (tmp_path / "kept" / "30" / SYNCED).unlink()
+    run, taken = tmp_path / "run", {}
+    for what, _, _ in cuts(tmp_path / "kept" / "30"):
+        shutil.copytree(tmp_path / "kept", run)
+        ((_, change, paths),) = [one for one in cuts(run / "30") if one[0] == what]
+        for path in paths:
+            change(path)
+        with Checkpoints(run) as checkpoints:
+            found = checkpoints.latest()
+            taken[what] = found.step
+            assert_same(found, saved(found.step))
+            if what.startswith("any"):
+                checkpoints.save(saved(30))
+                assert_same(checkpoints.latest(), saved(30))
+        shutil.rmtree(run)
+    assert taken.pop("nothing") == 30
+    assert {step for what, step in taken.items() if what.startswith("any")} == {20}
+    assert taken["facts"] == taken["state"] == taken["state/manifest.ocdbt: remove"] == 20
+    assert len(taken) > 30
+
+
+def test_without_one_before_it_a_power_cut_leaves_none(tmp_path):
+    (tmp_path / "7").mkdir()
+    with Checkpoints(tmp_path) as run:
+        assert run.latest() is None
+        run.save(saved(7))
+        assert_same(run.latest(), saved(7))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "Input/output error")])
+def test_a_step_that_was_not_synced_is_saved_again(tmp_path, monkeypatch, error):
+    """It has its name already."""
+
+    def fsync(_):
+        raise error
+
+    with Checkpoints(tmp_path) as run:
+        run.save(saved(3))
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises((KeyboardInterrupt, StorageError)) as found:
+            run.save(saved(4))
+        if isinstance(error, OSError):
+            assert str(found.value).endswith(
+                "give the same command again, and it goes on from step 3"
+            )
+        assert sorted(os.listdir(tmp_path)) == ["3", "4"]
+        monkeypatch.undo()
+        run.save(saved(4))
+        assert_same(run.latest(), saved(4))
+
+
 def test_a_folder_of_another_program_is_damage(tmp_path):
     (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "own").write_text("of the user")
     with Checkpoints(tmp_path) as run, pytest.raises(CheckpointError, match=r"7: .*begins anew$"):
         run.latest()
 

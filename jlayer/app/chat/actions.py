@@ -13,17 +13,18 @@ from jlayer.app.chat.reading import Cleared, Keyboard, Pipe
 from jlayer.app.chat.turns import Speaker, Totals
 from jlayer.app.words import time_words
 from jlayer.errors import UsageError
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 from jlayer.strict import is_there
 
 NO_SYSTEM = ('""', "''")  # how an empty system message is written
+# What is shown of a turn: of one, and of others.
 SHOWN = {
-    "turns": "{:,} answers",
-    "prompt_tokens": "{:,} tokens of prompts",
-    "kept_tokens": "{:,} of them kept from the turn before",
-    "new_tokens": "{:,} new tokens",
-    "rows": "{:,} tokens computed",
-    "forward_passes": "{:,} forward passes",
+    "turns": ("answer", "answers"),
+    "prompt_tokens": ("token of prompts", "tokens of prompts"),
+    "kept_tokens": ("of them kept from the turn before",) * 2,
+    "new_tokens": ("new token", "new tokens"),
+    "rows": ("token computed", "tokens computed"),
+    "forward_passes": ("forward pass", "forward passes"),
 }
 
 
@@ -173,7 +174,8 @@ def stats(session: Home, command: Command) -> None:
 
 
 def _sum(totals, skip=()):
-    words = [form.format(getattr(totals, name)) for name, form in SHOWN.items() if name not in skip]
+    shown = {name: nouns for name, nouns in SHOWN.items() if name not in skip}
+    words = [counted(getattr(totals, name), *nouns) for name, nouns in shown.items()]
     return ", ".join([*words, time_words(totals.seconds) if totals.seconds else "0 s"])
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 from jlayer.app.chat.conversation import Conversation
 from jlayer.app.chat.turns import Speaker
+from jlayer.sizes import counted
 
 MOST_LINES = 8
 MOST_WORDS = 40  # characters of a message that are shown of it
@@ -29,14 +30,16 @@ def offers(
     lines = []
     for drop in range(1, min(n_before, n_needed, MOST_LINES) + 1):
         gained = n_tokens(drop - 1) - n_tokens(drop)
-        lines.append(f"/drop {drop:<4}{_named(conversation, drop)}: {gained:,} tokens")
+        lines.append(f"/drop {drop:<4}{_named(conversation, drop)}: {counted(gained, 'token')}")
     if MOST_LINES < n_needed <= n_before:
         gained = n_tokens(MOST_LINES) - n_tokens(n_needed)
-        lines.append(f"/drop {n_needed:<4}and those up to {n_needed}: {gained:,} tokens")
+        lines.append(f"/drop {n_needed:<4}and those up to {n_needed}: {counted(gained, 'token')}")
     if lines and n_needed <= n_before:
         lines[-1] += "; then it fits"
     if conversation.system is not None:
-        lines.append(f"/system   the system message, {_of_system(speaker, conversation):,} tokens")
+        lines.append(
+            f"/system   the system message, {counted(_of_system(speaker, conversation), 'token')}"
+        )
     if n_needed > n_before:
         lines.append(
             f"{'':10}the message itself has {n_tokens(n_before):,} tokens: make it shorter"

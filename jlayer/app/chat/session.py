@@ -22,6 +22,7 @@ from jlayer.app.status import DIM, PLAIN
 from jlayer.app.streams import draws, tell
 from jlayer.errors import DoesNotFitError, JlayerError
 from jlayer.interrupts import STOPS, Terminated, check
+from jlayer.sizes import counted
 
 FULL = (ContextFull, DoesNotFitError)
 # How an answer that is no whole one is marked, by its finish_reason.
@@ -272,7 +273,9 @@ def summary(turn: Totals, answer: Answer, model) -> str:
     """A turn in one line."""
     found, n_new = answer.found, turn.prompt_tokens - turn.kept_tokens
     return (
-        f"{turn.new_tokens} tokens ({found.finish_reason}), {found.stats['tokens_per_s']:.2f} "
-        f"tokens/s, {turn.forward_passes} forward passes; prompt {turn.prompt_tokens:,} tokens, "
-        f"{n_new:,} computed; context {answer.n_context:,} of {model.context_limit:,}"
+        f"{counted(turn.new_tokens, 'token')} ({found.finish_reason}), "
+        f"{found.stats['tokens_per_s']:.2f} tokens/s, "
+        f"{counted(turn.forward_passes, 'forward pass', 'forward passes')}; prompt "
+        f"{counted(turn.prompt_tokens, 'token')}, {n_new:,} computed; context "
+        f"{answer.n_context:,} of {model.context_limit:,}"
     )

@@ -17,6 +17,7 @@ from jlayer.engine.options import SamplingOptions
 from jlayer.errors import UsageError
 from jlayer.interrupts import STOPS, check
 from jlayer.plan.shapes import RunShape
+from jlayer.sizes import counted
 from jlayer.text.chat import select_template
 from jlayer.text.reasoning import CONTENT, REASONING, ReasoningSplitter, reasoning_marks_of
 
@@ -29,8 +30,8 @@ class ContextFull(UsageError):
 
     def __init__(self, n_prompt: int, *, context: int, least: int):
         super().__init__(
-            f"context: {n_prompt:,} tokens with this message, and an answer needs room for "
-            f"{least}; the context is {context:,}, so {n_prompt + least - context:,} have to go"
+            f"context: {counted(n_prompt, 'token')} with this message, and an answer needs room "
+            f"for {least}; the context is {context:,}, so {n_prompt + least - context:,} have to go"
         )
 
 

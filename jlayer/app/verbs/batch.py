@@ -30,6 +30,7 @@ from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check, released
 from jlayer.run_config import RunConfig
+from jlayer.sizes import counted
 
 NEEDED = ("msgspec",)
 NEEDED_FOR_RAY = ("ray", "pyarrow", "pandas")
@@ -152,7 +153,7 @@ def _write_all(args, lines, journal, answered, where, options):
                     first_refusal = _words_of(answer, lines)
             if time.monotonic() >= told:
                 told = time.monotonic() + TOLD_S
-                tell(f"{len(journal.finished):,} of {len(lines):,} lines")
+                tell(f"{len(journal.finished):,} of {counted(len(lines), 'line')}")
     if first_refusal is not None:
         tell(f"{args.input}: {first_refusal}")
     seconds = time.monotonic() - began
@@ -183,7 +184,8 @@ def _kept(path, lines, journal):
     from jlayer.serving.batch.journal import GO_ON
 
     def words():
-        return f"{len(journal.finished):,} of {len(lines):,} lines are answered and kept; {GO_ON}"
+        n_lines = counted(len(lines), "line")
+        return f"{len(journal.finished):,} of {n_lines} are answered and kept; {GO_ON}"
 
     try:
         yield
@@ -224,7 +226,7 @@ def _answer_all(args, model, lines, journal, said):
 
 def _begins(args, lines, journal):
     n_before = f", {len(journal.finished):,} of them answered before" if journal.finished else ""
-    return f"{args.input}: {len(lines):,} lines{n_before}"
+    return f"{args.input}: {counted(len(lines), 'line')}{n_before}"
 
 
 def _counts(lines, journal):
@@ -261,7 +263,7 @@ def _line(found):
     refused = f", {found['refused']:,} of them with an error" if found["refused"] else ""
     before = found["answered_before"]
     kept = f" ({before:,} of them before)" if before else ""
-    took = f"; {found['new_tokens']:,} tokens in {time_words(found['seconds'])}, "
+    took = f"; {counted(found['new_tokens'], 'token')} in {time_words(found['seconds'])}, "
     took += f"{found['lines_per_s']:.2f} lines/s"
     if "tokens_a_pass" in found:
         took += f", {found['tokens_a_pass']:.1f} tokens a pass"
@@ -294,10 +296,11 @@ class View:
 
     def line(self) -> str:
         batch, desk = self._batch, self._desk.status()
-        parts = [f"{batch.n_done:,} of {batch.n_lines:,} lines"]
+        parts = [f"{batch.n_done:,} of {counted(batch.n_lines, 'line')}"]
         if batch.n_done > batch.n_before:
             parts.append(f"{batch.lines_per_s:.2f} lines/s")
-        parts.append(f"{desk.riders} riders, sweep {desk.pass_} layer {desk.layer}/{desk.n_layers}")
+        place = f"sweep {desk.pass_} layer {desk.layer}/{desk.n_layers}"
+        parts.append(f"{counted(desk.riders, 'rider')}, {place}")
         if desk.phase is not None:
             parts.append(desk.phase)
         if batch.eta_s is not None:

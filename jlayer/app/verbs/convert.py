@@ -26,6 +26,7 @@ from jlayer.checkpoint.layout import EMBED_FILE, is_layered
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.interrupts import STOPS, released
+from jlayer.sizes import counted
 from jlayer.spec import ITEM_BYTES
 
 
@@ -171,13 +172,13 @@ def _ask(args):
 
 
 def _line(done):
-    dtypes = ", ".join(f"{n} tensors in {dtype}" for dtype, n in done.dtypes.items())
+    dtypes = ", ".join(f"{counted(n, 'tensor')} in {dtype}" for dtype, n in done.dtypes.items())
     n_at_int8 = len(done.quantization["at_int8"]) if done.quantization else 0
     verb = "already holds all of" if done.status == "unchanged" else "holds"
     of = f"the rows of host {done.rows['host']} of {done.rows['hosts']} of " if done.rows else ""
     return (
-        f"{done.target}: {verb} {of}{done.source}, {done.n_layers} layers in {done.n_files} files, "
-        f"{done.target_bytes:,} bytes, {dtypes}"
+        f"{done.target}: {verb} {of}{done.source}, {counted(done.n_layers, 'layer')} in "
+        f"{counted(done.n_files, 'file')}, {done.target_bytes:,} bytes, {dtypes}"
         + (
             f"; layers quantized to {done.quantization['scheme']}, "
             f"{done.block_bits:.2f} bits a weight"

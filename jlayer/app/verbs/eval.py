@@ -26,6 +26,7 @@ from jlayer.app.streams import is_terminal, tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 from jlayer.run_config import RunConfig
+from jlayer.sizes import counted
 
 
 def add_arguments(parser):
@@ -172,4 +173,4 @@ def _line(found):
 def _tell(done, of):
     check()
     if is_terminal(sys.stderr) or done == of:
-        tell(f"{done} of {of} windows")
+        tell(f"{done} of {counted(of, 'window')}")

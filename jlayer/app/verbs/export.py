@@ -12,6 +12,7 @@ import dataclasses
 
 from jlayer.app.streams import conversion_progress, tell
 from jlayer.interrupts import released
+from jlayer.sizes import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +45,8 @@ def run(args: argparse.Namespace) -> dict:
         progress.close()
     if not args.json:
         print(
-            f"{done.target}: holds {args.folder} as {args.format}, {done.n_tensors} tensors, "
-            f"{done.target_bytes:,} bytes"
+            f"{done.target}: holds {args.folder} as {args.format}, "
+            f"{counted(done.n_tensors, 'tensor')}, {done.target_bytes:,} bytes"
         )
     tell(f"wrote {done.target_bytes:,} bytes in {done.elapsed_s:.2f} s")
     return dataclasses.asdict(done)

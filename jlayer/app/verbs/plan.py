@@ -40,7 +40,7 @@ from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape
 from jlayer.plan.tiles import Tier, Weights, unseen_weights
 from jlayer.run_config import RunConfig
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 from jlayer.spec import ModelConfig
 from jlayer.strict import parse_json_object, read_json_object
 from jlayer.text.same import check_same_tokens
@@ -277,7 +277,7 @@ def described(quantization: Quantization, cfg: ModelConfig) -> str:
         for leaf in kind.leaves:
             at_int8 = layer_tensor_name(cfg, leaf, layer) in quantization.at_int8
             counts[leaf.name] = counts.get(leaf.name, 0) + at_int8
-    kept = ", ".join(f"{name} of {n} layers" for name, n in counts.items() if n)
+    kept = ", ".join(f"{name} of {counted(n, 'layer')}" for name, n in counts.items() if n)
     bits, kept_as = quantization.block_bits(published_tensors(cfg)), quantization.table.encodings
     return (
         f"{quantization.scheme}, {bits:.2f} bits a weight in the layers; embedding and head int8"
@@ -369,7 +369,7 @@ def _times(plan):
 def _tokens(plan):
     """How many tokens the time of a forward pass is for."""
     if plan.n_chunks > 1 or plan.host_product_bytes:
-        return f" with {plan.shapes.n_rows} tokens of prompts"
+        return f" with {counted(plan.shapes.n_rows, 'token')} of prompts"
     return ", one token or 64" if plan.machine.kind.has_link else " for one token"
 
 

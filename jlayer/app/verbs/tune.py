@@ -29,7 +29,7 @@ from jlayer.app.words import time_words
 from jlayer.errors import JlayerError, UsageError
 from jlayer.interrupts import STOPS, check
 from jlayer.run_config import RunConfig
-from jlayer.sizes import human
+from jlayer.sizes import counted, human
 from jlayer.tuning.adapter import AdapterConfig
 from jlayer.tuning.disk import WorkFolder
 from jlayer.tuning.settings import SCHEDULES, Settings
@@ -205,7 +205,7 @@ def _work(args, folder, run, settings, how):
         examples=lanes.cut(data.examples, settings.length),
         held_out=lanes.cut(held_out.examples, settings.length) if held_out else (),
         facts={
-            "jlayer": metadata.version("jlayer"),
+            **{name: metadata.version(name) for name in ("jlayer", "jax")},
             "MODEL": store.fingerprint,
             "--dtype": run.dtype or store.float_dtype,
             "--adapter": begun_with,
@@ -228,14 +228,15 @@ def _facts(how, settings):
 def _tell_of(data, begun, settings):
     n_numbers = sum(pair["a"].size + pair["b"].size for pair in begun.values())
     tell(
-        f"{len(data.examples):,} texts, {data.n_tokens:,} tokens to learn from; an adapter of "
-        f"{n_numbers:,} numbers for {len(begun)} matrices"
+        f"{counted(len(data.examples), 'text')}, {counted(data.n_tokens, 'token')} to learn from; "
+        f"an adapter of {n_numbers:,} numbers for {counted(len(begun), 'matrix', 'matrices')}"
     )
-    n_cut = sum(len(one.ids) > settings.length + 1 for one in data.examples)
+    n_cut = sum(len(one) > settings.length + 1 for one in data.examples)
     if settings.tokens_per_step % settings.length:
         tell(f"a step has {settings.lanes * settings.length} tokens, in lanes of {settings.length}")
     if n_cut:
-        tell(f"{n_cut:,} of them are longer than {settings.length} tokens, and cut into pieces")
+        are = "is" if n_cut == 1 else "are"
+        tell(f"{n_cut:,} of them {are} longer than {settings.length} tokens, and cut into pieces")
 
 
 def _refuse_together(args):
@@ -331,7 +332,7 @@ def _result(args, tuning, why):
 
 
 def _last_line(found):
-    words = f"{found['out']}: {found['steps']} steps, loss {found['loss']:.4f}"
+    words = f"{found['out']}: {counted(found['steps'], 'step')}, loss {found['loss']:.4f}"
     if found["perplexity"] is not None:
         words += f", perplexity {found['perplexity_before']:.4g} -> {found['perplexity']:.4g}"
     return words

@@ -13,6 +13,7 @@ import dataclasses
 from jlayer.app.streams import conversion_progress
 from jlayer.errors import CheckpointError
 from jlayer.interrupts import released
+from jlayer.sizes import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     finally:
         progress.close()
     if verdict.findings:
-        count = f"{len(verdict.findings)} finding{'s' if len(verdict.findings) > 1 else ''}"
+        count = counted(len(verdict.findings), "finding")
         raise CheckpointError(
             f"{verdict.folder}: {count}: {'; '.join(verdict.findings)}; {verdict.advice}"
         )
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
         if not verdict.has_checksums:
             checked = "its structure is right (GGUF has no checksums: its weights were not read)"
         print(
-            f"{verdict.folder}: whole, {verdict.n_layers} layers in {verdict.n_files} files, "
-            f"{verdict.folder_bytes:,} bytes, {checked}"
+            f"{verdict.folder}: whole, {counted(verdict.n_layers, 'layer')} in "
+            f"{counted(verdict.n_files, 'file')}, {verdict.folder_bytes:,} bytes, {checked}"
         )
     return dataclasses.asdict(verdict)
