@@ -18,7 +18,7 @@ from jlayer.run_config import RunConfig
 from jlayer.tuning import planning
 from jlayer.tuning.adapter import AdapterConfig, low_ranks, targets_of
 from jlayer.tuning.base import Base
-from jlayer.tuning.data import Example
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import packed
 from jlayer.tuning.planning import make_plan
 from jlayer.tuning.rows import chunks_of
