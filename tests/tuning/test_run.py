@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jlayer.config import read_config
+from jlayer.durable import LOCK
 from jlayer.engine import alike
 from jlayer.errors import DoesNotFitError, LockedError, StorageError, UsageError
 from jlayer.plan.need import total
@@ -19,8 +20,8 @@ from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.tuning import base, planning
 from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
-from jlayer.tuning.data import Example
-from jlayer.tuning.disk import LOCK, MADE, UNFINISHED, WORK, WorkFolder
+from jlayer.tuning.disk import MADE, UNFINISHED, WORK, WorkFolder
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import cut
 from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
 from jlayer.tuning.run import Tuning, Work, check_same
