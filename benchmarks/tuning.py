@@ -24,13 +24,13 @@ class Resident:
     def __init__(self, base):
         self._base, self._arrays = base, {}
 
-    def sweep(self, run):
+    def sweep(self, run, *, n_tiles=None):
         """As the executor's."""
         if not self._arrays:
-            self._base.executor.sweep(self._keeping(run))
+            self._base.executor.sweep(self._keeping(run), n_tiles=n_tiles)
             return
         outputs = []
-        for tile in self._base.plan.tiles:
+        for tile in self._base.plan.tiles[:n_tiles]:
             outputs.append(run(tile, self._arrays[tile.signature]))
             if len(outputs) > 4:
                 jax.block_until_ready(outputs.pop(0))

@@ -48,13 +48,14 @@ from jlayer.convert.target.disk import (
     sync_folder,
     uninterrupted,
 )
-from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.lock import TargetLock
 from jlayer.convert.target.shards import VerifiedSource, finished_shards, shards_of
 from jlayer.convert.target.space import check_space
 from jlayer.convert.target.write import TargetWriter, refuse_inside
 from jlayer.convert.transform.gguf_model import TYPES, gguf_file
 from jlayer.convert.transform.outputs import SideFile
 from jlayer.convert.transform.published import PublishedSource, made_of
+from jlayer.durable import LOCK
 from jlayer.errors import CheckpointError, StorageError, UnsupportedModelError, UsageError
 from jlayer.families.layout import FROM_GGUF
 from jlayer.families.registry import is_of_another_part, published_tensors

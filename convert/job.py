@@ -26,7 +26,7 @@ from jlayer.convert.progress import Progress
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.target.journal import Journal, quantization_to_resume
 from jlayer.convert.target.layered import LayeredTarget, Options
-from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.lock import TargetLock
 from jlayer.convert.target.resume import (
     is_begun,
     journal_to_resume,
@@ -37,6 +37,7 @@ from jlayer.convert.target.write import check_target, remove_temporaries
 from jlayer.convert.transform.merged import merged
 from jlayer.convert.transform.quantize import Quantizer, sample_errors
 from jlayer.convert.verify import verify_folder
+from jlayer.durable import LOCK
 from jlayer.encodings.int4 import INT4
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import (

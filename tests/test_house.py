@@ -18,6 +18,7 @@ ROOMS = (
     *(
         "errors",
         "strict",
+        "durable",
         "interrupts",
         "protobuf",
         "tokenizer_files",

@@ -18,7 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from jlayer.convert.sources.files import Chunk
-from jlayer.convert.target.disk import failure, write_all
+from jlayer.convert.target.disk import failure
+from jlayer.durable import write_all
 from jlayer.spec import ALIGNMENT
 from jlayer.strict import close
 

@@ -6,16 +6,16 @@ Nothing here knows what the files hold.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator
 
+from jlayer import durable
+from jlayer.durable import FULL, write_all
 from jlayer.errors import DoesNotFitError, JlayerError, StorageError
 from jlayer.strict import close, is_there, resolve
 
 # The suffix of a file until it is whole and synced.
 TEMPORARY = ".jlayer-tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def failure(path: str, error: OSError, doing: str) -> JlayerError:
@@ -62,14 +62,9 @@ def make_folders(folder: str) -> list[str]:
 def sync_folder(folder: str) -> None:
     """Makes the names in a folder durable. Raises DoesNotFitError or StorageError."""
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            close(fd)
+        durable.sync_folder(folder)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: folders need no sync on this file system
-            raise failure(folder, error, "synced") from None
+        raise failure(folder, error, "synced") from None
 
 
 def remove(path: str) -> None:
@@ -100,14 +95,6 @@ def written_aside(path: str) -> Iterator[str]:
         with contextlib.suppress(JlayerError):  # the first error is the one to report
             remove(aside)
         raise
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of `data`: a full disk or a signal may shorten one write without an error."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def replace_file(path: str, content: bytes) -> None:

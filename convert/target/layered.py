@@ -32,7 +32,6 @@ from jlayer.convert.target.journal import (
     describe_source,
     remove_journal,
 )
-from jlayer.convert.target.lock import LOCK
 from jlayer.convert.target.resume import (
     first_difference,
     intact_files,
@@ -52,6 +51,7 @@ from jlayer.convert.transform.outputs import (
     weight_outputs,
 )
 from jlayer.convert.transform.quantize import Quantizer
+from jlayer.durable import LOCK
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.strict import is_there
 

@@ -1,26 +1,15 @@
-"""One converter at a time on a target: flock on a file in it.
-
-The system releases the lock when the process ends, in whatever way. So a lock file that a dead
-process left behind blocks nobody; its content only serves messages.
-"""
+"""One converter at a time on a target: a lock on a file in it."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import socket
-import time
 from collections.abc import Callable
 
-from jlayer.convert.target.disk import FULL, failure, make_folders, remove, uninterrupted
+from jlayer.convert.target.disk import failure, make_folders, remove, uninterrupted
+from jlayer.durable import LOCK, is_file_of, lock_holder, open_lock, sign_lock, take_lock
 from jlayer.errors import JlayerError, LockedError
 from jlayer.strict import close
-
-LOCK = ".jlayer-lock"
-# The errors of file systems without such locks.
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class TargetLock:
@@ -57,7 +46,7 @@ class TargetLock:
         """Tries to take the lock; False where its holder has just removed the file."""
         self._made += make_folders(self.folder)
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = open_lock(self._path)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -82,35 +71,31 @@ class TargetLock:
 
     def _lock(self, fd):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            without = take_lock(fd)
         except BlockingIOError:
             raise LockedError(
-                f"{self.folder}: another converter is at work on it ({_holder(fd)}); wait until it "
-                "is done, or stop it and run the same command again"
+                f"{self.folder}: another converter is at work on it ({lock_holder(fd)}); wait "
+                "until it is done, or stop it and run the same command again"
             ) from None
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise failure(self._path, error, "locked") from None
+            raise failure(self._path, error, "locked") from None
+        if without is not None:
             self._note(
-                f"{self.folder}: its file system has no locks ({error.strerror}); "
+                f"{self.folder}: its file system has no locks ({without.strerror}); "
                 "see that no other converter works on it"
             )
 
     def _is_in_place(self, fd):
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(fd))
-        except FileNotFoundError:
-            return False
+            return is_file_of(fd, self._path)
         except OSError as error:
             raise failure(self._path, error, "looked at") from None
 
     def _sign(self, fd):
         try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            sign_lock(fd)
         except OSError as error:
-            if error.errno not in FULL:  # on a full disk the lock is needed to clean up
-                raise failure(self._path, error, "written") from None
+            raise failure(self._path, error, "written") from None
 
     def _remove_made(self):
         for folder in reversed(self._made):
@@ -118,16 +103,3 @@ class TargetLock:
                 uninterrupted(os.rmdir, folder)
             except OSError:  # not empty, and so are all above it
                 return
-
-
-def _holder(fd):
-    """The holder of the lock, in its own words, which it writes a moment after it has the lock."""
-    for _ in range(50):
-        try:
-            content = os.pread(fd, 200, 0)
-        except OSError:
-            break
-        if content.endswith(b"\n"):
-            return ascii(content.decode(errors="replace").strip())[1:-1]
-        time.sleep(0.01)
-    return "unknown process"

@@ -33,7 +33,7 @@ from jlayer.convert.target.disk import (
     written_aside,
 )
 from jlayer.convert.target.journal import JOURNAL
-from jlayer.convert.target.lock import LOCK
+from jlayer.durable import LOCK
 from jlayer.errors import StorageError, UsageError
 
 

@@ -7,11 +7,17 @@ takes for the same bytes, while the link takes as long as ever. Both end at the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from jlayer.encodings.registry import encoding
-from jlayer.plan.machine import CPU_DECODED_WEIGHTS, HostSpeeds
+from jlayer.plan.machine import (
+    CORE_LOW_RANK_NUMBERS,
+    CORE_LOW_RANK_OPERATIONS,
+    CPU_DECODED_WEIGHTS,
+    HostSpeeds,
+)
 from jlayer.plan.tiles import Tier
 from jlayer.plan.tiling import Tiling
 
@@ -32,15 +38,21 @@ Shares = tuple[tuple[str, float], ...]
 
 
 def seconds_on_host(speeds: HostSpeeds, tiling: Tiling, tiles: Sequence[int], rows: int) -> float:
-    """Seconds for the host's cores to multiply these tiles by `rows` columns."""
-    n_bytes: dict[str, int] = {}
+    """Seconds for the host's cores to multiply these tiles by `rows` columns, and for one of them
+    to add what adapters do."""
+    n_bytes, low_rank = {}, 0
     for index in tiles:
         for part in tiling.shapes[index].parts:
-            n_bytes[part.form] = n_bytes.get(part.form, 0) + part.n_bytes
+            if part.is_low_rank:
+                low_rank += math.prod(part.shape)
+            else:
+                n_bytes[part.form] = n_bytes.get(part.form, 0) + part.n_bytes
     known = dict(speeds.forms)
-    return sum(
+    products = sum(
         size * speeds.seconds_a_byte(form, rows) for form, size in n_bytes.items() if form in known
     )
+    each = 1 / CORE_LOW_RANK_NUMBERS + 2 * rows / CORE_LOW_RANK_OPERATIONS
+    return products + low_rank * each
 
 
 def auto_shares(

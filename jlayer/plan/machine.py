@@ -114,6 +114,10 @@ PLATFORMS = {
 # Bytes/s at which a core multiplies weights where they lie, by encoding; many columns take longer.
 # The memory's limit is CPU_MOST.
 CORE_SPEEDS = {"int4": 5e9, "int8": 8e9, "bfloat16": 9e9, "float16": 9e9, "float32": 10e9}
+# What one core takes for what an adapter adds, beside products of the host: numbers of A and B a
+# second, which are read and made float32, and multiplications and additions (ranks of 16 and 64, 1
+# to 128 columns, AVX-512: 0.5e9 to 2.8e9, 4e9 to 42e9; the fewer columns, the fewer).
+CORE_LOW_RANK_NUMBERS, CORE_LOW_RANK_OPERATIONS = 1.5e9, 1.5e10
 COLUMNS_OF_CORES = ((1, 1.0), (16, 0.5), (64, 0.125))
 
 

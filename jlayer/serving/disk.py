@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from jlayer.durable import room_advice, sync_folder, write_all
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.strict import close
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # the suffix of a file until it is whole
-
-
-def room_advice(error: OSError) -> str:
-    """What to do where a disk is full; empty for other errors."""
-    return "; free some space" if error.errno in FULL else ""
-
-
-def write_all(fd: int, raw: bytes, offset: int) -> None:
-    """A full disk or a signal may shorten one write without an error."""
-    view = memoryview(raw)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def sync_folder(folder: str) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # folders need no sync on this file system
-            raise
-    finally:
-        close(fd)
 
 
 def write_file(path: str, write: Callable) -> None:

@@ -74,7 +74,8 @@ class Executor:
     used; what is read in every sweep is never left there. `experts`: how many experts each layer
     that has some keeps on the device and in host memory; what passes of the others has slots of
     its own (`plan.experts.passing`). `repeats`: a tile that comes again in a sweep -> the first
-    that is the same; where it stays in host memory, it is there once.
+    that is the same; where it stays in host memory, it is there once. `again`: as of the
+    schedule.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class Executor:
         page_cache: PageCache = PageCache.TAKE,
         experts: ExpertRooms = NO_EXPERTS,
         repeats: Mapping[int, int] = MappingProxyType({}),
+        again: Mapping[int, int] = MappingProxyType({}),
     ):
-        self.tiles, self._repeats = tiles, repeats
+        self.tiles, self._repeats, self._again = tiles, repeats, again
         self._devices, self._has_link = devices, PLATFORMS[devices.platform].has_link
         self.totals, self._watch = totals, watch
         self._tiers, self._ring, self._ahead = tiers, ring, ahead
@@ -117,6 +119,7 @@ class Executor:
             watch=watch,
             page_cache=page_cache,
             repeats=repeats,
+            again=again,
         )
         self._keep(tiers)
         self._on_device: dict[int, object] = {}  # tile -> its arrays on the device, or its room
@@ -214,6 +217,7 @@ class Executor:
                 attending=self._attending,
                 hosted=self._hosted,
                 experts=self.experts,
+                again=self._again,
             )
             with self._safely() as signals:
                 self._interpret(next(self._lists), None, signals)

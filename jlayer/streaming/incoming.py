@@ -35,7 +35,7 @@ class Incoming:
     what they hold. `expert_ring` slots more are for experts.
 
     `pin`: the memory is registered with the driver. `page_cache`: how it is used; what is read in
-    every sweep is never left there. `repeats`: as of the executor.
+    every sweep is never left there. `repeats`, `again`: as of the executor.
     """
 
     def __init__(
@@ -51,8 +51,11 @@ class Incoming:
         watch: Watch,
         page_cache: PageCache,
         repeats: Mapping[int, int] = MappingProxyType({}),
+        again: Mapping[int, int] = MappingProxyType({}),
     ):
         self.tiles, self._repeats = tiles, repeats
+        self._again, self._kept_for = again, frozenset(again.values())
+        self._passed: dict[int, object] = {}  # tile whose slot is kept -> its arrays there
         self._kept, self._read_once = frozenset(), frozenset()
         self._totals, self._watch = totals, watch
         self._checks, self._checked = checks, set()
@@ -198,9 +201,13 @@ class Incoming:
     def wait_for(self, tile: int, check: Callable[[], None]):
         """What is there of a tile, once it has been read. `check` is called while it is waited
         for."""
+        if tile in self._again:
+            return self._passed[self._again[tile]]
         if tile not in self._reads:
             return self._there[self._repeats.get(tile, tile)]
         views = self._await_read(tile, check)
+        if tile in self._kept_for:
+            self._passed[tile] = views
         if not isinstance(self._slot_of[tile], int):
             self._there[tile] = views
         return views

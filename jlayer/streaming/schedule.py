@@ -17,8 +17,9 @@ experts that the layer is guessed to use are on their way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 from jlayer.plan.tiles import Tier
 from jlayer.streaming.experts import ExpertStream, followers
@@ -38,6 +39,7 @@ def sweeps(
     attending: Sequence[int] = (),
     hosted: Collection[int] = (),
     experts: ExpertStream | None = None,
+    again: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[Generator[Step, Decision | None]]:
     """Yields the steps before the first sweep, then the steps of each sweep, without end; those of
     a sweep are to be taken to their end, and each in its turn.
@@ -49,7 +51,9 @@ def sweeps(
     where caches are in host memory, the tile of each layer whose run uses its cache. There are two
     caches on the device at a time: one in use, and the next one on its way. `hosted`: the tiles
     that the host's cores multiply, none of them of the device tier. `experts`: their tiles have no
-    tier and no slot of the ring.
+    tier and no slot of the ring. `again`: a tile that passes -> one before it with the same bytes,
+    whose slot is kept for it, so that it is not read; the ring has more slots than are kept for
+    tiles at any moment.
     """
     state = _Stream(
         *(tiers, experts),
@@ -58,6 +62,7 @@ def sweeps(
         in_place=in_place,
         attending=attending,
         hosted=hosted,
+        again=again,
     )
     yield from_list(state.begin())
     while True:
@@ -75,7 +80,7 @@ class _Stream:
     A move is one trip of a tile to where it is multiplied; moves are numbered.
     """
 
-    def __init__(self, tiers, experts, *, ring, ahead, in_place, attending, hosted):
+    def __init__(self, tiers, experts, *, ring, ahead, in_place, attending, hosted, again):
         self._tiers, self._ahead, self._ring = list(tiers), ahead, ring
         self._experts = experts
         self._choices = experts.choices if experts else {}
@@ -92,6 +97,8 @@ class _Stream:
         self._attending = frozenset(attending)
         self._free = deque(range(ring))
         self._slots: dict[int, int | None] = {}  # move -> its slot, from read to free
+        self._again, self._kept_for = again, frozenset(again.values())
+        self._kept: dict[int, int] = {}  # tile that was put -> its slot, kept for a later one
         self._moves = self._all_moves()
         self._to_read: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet read
         self._to_put: deque[tuple[int, int]] = deque()  # (move, tile) seen, not yet put
@@ -106,6 +113,7 @@ class _Stream:
             for tile in self._passing:
                 is_kept = self._tiers[tile] is Tier.HOST
                 in_place = is_kept and (not first or tile in self._in_place)
+                in_place = in_place or tile in self._again
                 yield number, tile, not in_place
                 number += 1
             first = False
@@ -169,6 +177,7 @@ class _Stream:
         while self._ran:
             number, tile = self._ran.popleft()
             slot = self._slots.pop(number)
+            slot = None if tile in self._kept_for else slot
             yield Free(tile, slot, after=tile)
             if slot is not None:
                 self._free.append(slot)
@@ -209,7 +218,7 @@ class _Stream:
         (self._on_host if tile in self._hosted else self._to_put).append((number, tile))
         if is_read:
             self._to_read.append((number, tile))
-        else:
+        elif tile not in self._again:
             self._slots[number] = None
         return True
 
@@ -254,11 +263,15 @@ class _Stream:
             self._to_put or self._queue_a_put()
         ):
             number, tile = self._to_put[0]
+            if tile in self._again:
+                self._slots[number] = self._kept.pop(self._again[tile])
             if number not in self._slots:
                 steps += self._read_ahead()
                 if number not in self._slots:
                     break
             self._to_put.popleft()
+            if tile in self._kept_for:
+                self._kept[tile] = self._slots[number]
             steps.append(Put(tile, self._slots[number]))
             self._on_device.append((number, tile))
         return steps

@@ -110,6 +110,7 @@ class Base:
                 True, kept_bytes=plan.disk_bytes, free_bytes=available_bytes()
             ),
             repeats=plan.repeats,
+            again=plan.again,
         )
 
     def close(self) -> None:

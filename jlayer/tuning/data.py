@@ -11,10 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import BinaryIO
-
-import numpy as np
 
 from jlayer.config import unknown_name
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
@@ -22,6 +19,7 @@ from jlayer.sizes import counted
 from jlayer.strict import GIT_LFS, open_regular, parse_json_object
 from jlayer.text.inputs import plain_variables
 from jlayer.text.tokenizer import Tokenizer
+from jlayer.tuning.examples import Data, Example
 from jlayer.tuning.turns import Span, Turns, weights_of
 
 LINES, PLAIN = (".jsonl", ".json"), (".txt",)
@@ -46,92 +44,6 @@ _OWN_OPTIONS = (
 _EXPECTED = "text, prompt and completion, instruction (with input) and output, or messages"
 _ALL = (_WEIGHT, *_OF_CHATS, *(key for form in _FORMS for part in form for key in part))
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Example:
-    """A text as tokens: 4 bytes for each, since the texts are all in memory.
-
-    `ids`: int32 [n]. `weights`: float32 [n], of each id by how much its prediction from those
-    before counts in the loss; the first is always 0. None: each of the others counts once. All are
-    0 where the data give the text weight 0.
-    """
-
-    ids: np.ndarray
-    weights: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, ids: Sequence[int], weights: Sequence[float] | None = None) -> Example:
-        """From numbers of any kind, of which there are as many."""
-        own = np.asarray(ids, np.int32)
-        if weights is None:
-            return cls(own)
-        found = np.asarray(weights, np.float32)
-        assert found.shape == own.shape, (found.shape, own.shape)
-        assert not found[:1].any(), "the first token is not predicted"
-        return cls(own) if (found[1:] == 1).all() else cls(own, found)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Example):
-            return NotImplemented
-        return np.array_equal(self.ids, other.ids) and np.array_equal(
-            self.all_weights, other.all_weights
-        )
-
-    __hash__ = None
-
-    @property
-    def all_weights(self) -> np.ndarray:
-        """Those of every id, where they are None too."""
-        if self.weights is not None:
-            return self.weights
-        found = np.ones(len(self), np.float32)
-        found[:1] = 0
-        return found
-
-    @property
-    def n_learned(self) -> int:
-        """How many tokens count."""
-        if self.weights is None:
-            return max(0, len(self) - 1)
-        return int(np.count_nonzero(self.weights))
-
-    def piece(self, first: int, end: int) -> Example:
-        """Some of its tokens, of which the first is not predicted. The ids are not copied."""
-        ids = self.ids[first:end]
-        if self.weights is None:
-            return Example(ids)
-        weights = self.weights[first:end].copy()
-        weights[:1] = 0
-        return Example.of(ids, weights)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The examples of a file, in its order, and the SHA-256 of its bytes."""
-
-    examples: list[Example]
-    sha256: str
-
-    @property
-    def n_tokens(self) -> int:
-        """Of those that are learned from."""
-        return sum(one.n_learned for one in self.examples)
-
-    @property
-    def digest(self) -> str:
-        """Of the file and of the tokens that it became, which hang on the tokenizer and the
-        template; some templates write the date."""
-        digest = hashlib.sha256(self.sha256.encode())
-        for one in self.examples:
-            digest.update(f"{len(one)} {one.weights is not None} ".encode())
-            digest.update(one.ids.tobytes())
-            if one.weights is not None:
-                digest.update(one.weights.tobytes())
-        return digest.hexdigest()
 
 
 def read_data(path: str | os.PathLike, tokenizer: Tokenizer, **options) -> Data:

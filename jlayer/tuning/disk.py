@@ -4,26 +4,29 @@ and the folder that a run keeps beside it, until it does."""
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Mapping
 
 from jlayer.checkpoint.adapter import WEIGHTS
+from jlayer.durable import (
+    LOCK,
+    is_file_of,
+    lock_holder,
+    open_lock,
+    room_advice,
+    sign_lock,
+    sync_folder,
+    take_lock,
+)
 from jlayer.errors import LockedError, StorageError, UsageError
 from jlayer.strict import close, is_there, resolve
 
 WORK = ".tuning"  # after the name of OUT
 MADE = "made"  # in that folder, the adapter before it is moved to OUT
-LOCK = ".jlayer-lock"
 UNFINISHED = ".jlayer-tmp"
 TRIES = 100  # to take a lock whose holder is just leaving
 UNSAVED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
-# The errors of file systems without such locks.
-_UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(folder: str | os.PathLike) -> None:
@@ -67,11 +70,6 @@ def new_folder(folder: str, files: Mapping[str, Iterable[bytes | memoryview]]) -
         raise StorageError(
             f"{folder}: cannot be written ({error.strerror}){room_advice(error)}"
         ) from None
-
-
-def room_advice(error: OSError) -> str:
-    """What to do where a disk is full; empty for other errors."""
-    return "; free some space" if error.errno in FULL else ""
 
 
 class WorkFolder:
@@ -162,7 +160,7 @@ class WorkFolder:
         lock = os.path.join(self.path, LOCK)
         try:
             self._make()
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = open_lock(lock)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -171,10 +169,11 @@ class WorkFolder:
             ) from None
         try:
             self._lock(fd)
-            if not _is_file_of(fd, lock):
+            if not is_file_of(fd, lock):
                 close(fd)
                 return False
-            _sign(fd)
+            with contextlib.suppress(OSError):  # it is for messages alone
+                sign_lock(fd)
         except BaseException:
             close(fd)
             raise
@@ -195,20 +194,20 @@ class WorkFolder:
 
     def _lock(self, fd):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            without = take_lock(fd)
         except BlockingIOError:
             raise LockedError(
-                f"{self.path}: another run is at work on it ({_holder(fd)}); wait until it is "
+                f"{self.path}: another run is at work on it ({lock_holder(fd)}); wait until it is "
                 "done, or stop it and run the same command again"
             ) from None
         except OSError as error:
-            if error.errno not in _UNLOCKABLE:
-                raise StorageError(
-                    f"{self.path}: cannot be locked ({error.strerror}){room_advice(error)}"
-                ) from None
+            raise StorageError(
+                f"{self.path}: cannot be locked ({error.strerror}){room_advice(error)}"
+            ) from None
+        if without is not None:
             self._note(
-                f"{self.path}: its file system has no locks ({error.strerror}); see that no other "
-                "run works on it"
+                f"{self.path}: its file system has no locks ({without.strerror}); see that no "
+                "other run works on it"
             )
 
     def _leave(self):
@@ -216,7 +215,7 @@ class WorkFolder:
         if self._fd >= 0:
             lock = os.path.join(self.path, LOCK)
             with contextlib.suppress(OSError):  # while locked: who comes now makes a new file
-                if _is_file_of(self._fd, lock):
+                if is_file_of(self._fd, lock):
                     os.unlink(lock)
             close(self._fd)
             self._fd = -1
@@ -234,53 +233,9 @@ def _is_number(name):
     return name.isascii() and name.isdigit()
 
 
-def _is_file_of(fd, path):
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
-    except FileNotFoundError:
-        return False
-
-
-def _sign(fd):
-    """Says who holds the lock; for messages alone, so a full disk is no reason to end."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-
-def _holder(fd):
-    with contextlib.suppress(OSError):
-        return ascii(os.pread(fd, 200, 0).decode(errors="replace").strip())[1:-1] or "unknown"
-    return "unknown"
-
-
 def _write(path, pieces):
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_tree(folder: str) -> None:
-    """Makes the files in a folder and in those inside durable. Raises OSError."""
-    for where, _, names in os.walk(folder):
-        for name in names:
-            _sync(os.path.join(where, name), os.O_RDONLY)
-        sync_folder(where)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path, flags):
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # folders need no sync on this file system
-            raise
-    finally:
-        close(fd)

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 
 from jlayer.errors import UsageError
-from jlayer.tuning.data import Example
+from jlayer.tuning.examples import Example
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ about the seconds of a step. Pure and without JAX, so that it works from a confi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +32,16 @@ from jlayer.sizes import human
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.tuning.settings import Settings
 from jlayer.tuning.units import again, units_of
-from jlayer.tuning.visits import Trained, Visit, Way, leaves_of, streamed, tiers_of, visits_of
+from jlayer.tuning.visits import (
+    Trained,
+    Visit,
+    Way,
+    kept_again,
+    leaves_of,
+    streamed,
+    tiers_of,
+    visits_of,
+)
 
 # The sizes of tiles that are tried, the largest first: fewer tiles take the host less time.
 TILE_BYTES = tuple(mib << 20 for mib in (128, 64, 32, 16, 8, 4, 2, 1))
@@ -67,8 +77,8 @@ class Order:
 @dataclass(frozen=True)
 class TunePlan:
     """`visits`: of a step; `tiles`: theirs, as they are streamed, and their `tiers`; `repeats`: as
-    of the executor. `order`: what a run that is gone on with must have too. `seconds`: about those
-    of a step.
+    of the executor, `again` too. `order`: what a run that is gone on with must have too. `seconds`:
+    about those of a step.
     """
 
     machine: Machine
@@ -76,6 +86,7 @@ class TunePlan:
     visits: tuple[Visit, ...]
     tiles: tuple[Tile, ...]
     repeats: Mapping[int, int]
+    again: Mapping[int, int]
     tiers: tuple[Tier, ...]
     ring: int
     ahead: int
@@ -101,16 +112,15 @@ class TunePlan:
     @property
     def disk_bytes(self) -> int:
         """Those of them that are read from disk in every step."""
-        pairs = zip(self.tiles, self.tiers, strict=True)
-        return sum(tile.n_bytes for tile, tier in pairs if tier is Tier.DISK)
+        return _read_bytes(self.tiles, self.tiers, self.again)
 
-    def check(self, subject: str = "tuning", other: str = SMALLER) -> None:
-        """Raises DoesNotFitError, with the sum, where the budgets do not hold it. `subject`: what
-        needs the memory; `other`: what can be done besides giving it more."""
+    def check(self, lead: str = "", other: str = SMALLER) -> None:
+        """Raises DoesNotFitError, with the sum, where the budgets do not hold it. `lead`: said
+        before that; `other`: what can be done besides giving it more."""
         for what, found in (("device", self.device), ("host", self.host)):
             if total(found) > found.budget_bytes:
                 raise DoesNotFitError(
-                    f"{subject} needs {human(total(found))} of {what} memory, of which "
+                    f"{lead}tuning needs {human(total(found))} of {what} memory, of which "
                     f"{human(found.budget_bytes)} may be used ({terms_of(found)}); give it "
                     f"--{what}-memory, or {other}",
                     report=self.as_dict(),
@@ -166,19 +176,22 @@ def make_plan(
     *,
     order: Order | None = None,
 ) -> TunePlan:
-    """The plan with the largest chunks and tiles that fit, and the most tiles ahead; if none fits,
-    the smallest (`check` refuses). `adapter`: what is trained. `order`: of a run that was begun,
-    whose chunks and tiles are taken whether or not they fit; it is of this platform."""
+    """The plan with the largest chunks and tiles that fit, the most tiles ahead, and the fewest
+    reads; if none fits, the smallest (`check` refuses). `adapter`: what is trained. `order`: of a
+    run that was begun, whose chunks and tiles are taken whether or not they fit; it is of this
+    platform."""
     trained = trained_of(weights.cfg, adapter)
 
-    def plan_of(tiling, count, ahead):
-        return _plan(weights, machine, settings, adapter, trained, tiling, count, ahead)
+    def plan_of(tiling, count, ahead, n_kept=0):
+        given = weights, machine, settings, adapter, trained, tiling
+        return _plan(*given, count, ahead, n_kept)
 
     if order is not None:
         assert order.platform == machine.platform, order
         of_tiles = partial(plan_of, cut(weights, order.tile_bytes, platform=machine.platform))
         plan = of_tiles(order.chunk_lanes, machine.kind.ahead)
-        return _further_ahead(plan, of_tiles, [order.chunk_lanes])
+        plan = _further_ahead(plan, of_tiles, [order.chunk_lanes])
+        return _with_fewer_reads(plan, of_tiles)
     lengths = [lanes_of_chunk(settings.length, settings.lanes, rows) for rows in CHUNK_ROWS]
     counts = list(dict.fromkeys(lengths))
     for tile_bytes in TILE_BYTES:
@@ -188,7 +201,8 @@ def make_plan(
             plan = of_tiles(count, machine.kind.ahead)
             if plan.fits:
                 enough = [n for n in counts[number + 1 :] if n * settings.length >= ENOUGH_ROWS]
-                return _further_ahead(plan, of_tiles, [count, *enough])
+                plan = _further_ahead(plan, of_tiles, [count, *enough])
+                return _with_fewer_reads(plan, of_tiles)
     return plan
 
 
@@ -206,6 +220,19 @@ def _further_ahead(plan, plan_of, counts):
     return plan
 
 
+def _with_fewer_reads(plan, of_tiles):
+    """The one with the fewest bytes from disk, where some slots keep tiles of a layer from when
+    they are computed with again until they are gone back through. Such a slot saves a read in every
+    layer, and one tile more that stays in host memory three of that one."""
+    kept = kept_again(plan.visits, plan.tiers, len(plan.tiles))
+    most = max(Counter(plan.visits[number].tile.layer for number in kept).values(), default=0)
+    found = [plan]
+    while most:
+        found.append(of_tiles(plan.order.chunk_lanes, plan.ahead, most))
+        most //= 2
+    return min((one for one in found if one.fits), key=lambda one: one.disk_bytes, default=plan)
+
+
 def _least(weights, tile_bytes):
     """A whole expert is a tile."""
     experts = weights.cfg.experts
@@ -215,12 +242,14 @@ def _least(weights, tile_bytes):
     return max(tile_bytes, 2 * ITEM_BYTES["float32"] * numbers)
 
 
-def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead):
+def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead, n_kept):
+    """`n_kept`: the slots in which tiles are kept from the second time to the third."""
     visits = visits_of(tiling.tiles, {n: frozenset(of) for n, of in trained.items()})
     tiles, repeats = streamed(visits)
     ahead = min(ahead, len(tiles))
+    ring = ahead + READING + n_kept
     needs = [
-        *memory.fixed_needs(weights, machine, tiling, ring=ahead + READING, ahead=ahead),
+        *memory.fixed_needs(weights, machine, tiling, ring=ring, ahead=ahead),
         *_needs(weights, machine, settings, trained, tiling, count, adapter),
     ]
     device = device_memory(machine.device_budget, needs)
@@ -230,6 +259,8 @@ def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead):
     host = host_memory(machine.host_budget, needs)
     room = host.budget_bytes - total(host)
     tiers = tiers_of(tiles, repeats, room, tiling.slack)
+    again = kept_again(visits, tiers, n_kept)
+    read = _read_bytes(tiles, tiers, again)
     kept = sum(
         tile.n_bytes + tiling.slack
         for number, (tile, tier) in enumerate(zip(tiles, tiers, strict=True))
@@ -242,13 +273,14 @@ def _plan(weights, machine, settings, adapter, trained, tiling, count, ahead):
         visits=visits,
         tiles=tiles,
         repeats=repeats,
+        again=again,
         tiers=tiers,
-        ring=ahead + READING,
+        ring=ring,
         ahead=ahead,
         order=Order(machine.platform, tiling.cut_as[0], count),
         device=device,
         host=host_memory(machine.host_budget, needs),
-        seconds=_seconds(weights, machine, settings, visits, tiles, tiers, count),
+        seconds=_seconds(weights, machine, settings, visits, tiles, read, count),
         tokens=settings.lanes * settings.length,
         n_trained=_numbers_of(weights.cfg, trained, adapter),
     )
@@ -369,10 +401,16 @@ def _mixing_bytes(cfg, length, count):
     return most
 
 
-def _seconds(weights, machine, settings, visits, tiles, tiers, count):
-    """The slowest of disk, link, arithmetic and the steps of the host."""
+def _read_bytes(tiles, tiers, again):
+    """The bytes that are read from disk in a step."""
+    pairs = enumerate(zip(tiles, tiers, strict=True))
+    return sum(t.n_bytes for n, (t, tier) in pairs if tier is Tier.DISK and n not in again)
+
+
+def _seconds(weights, machine, settings, visits, tiles, read, count):
+    """The slowest of disk, of which `read` bytes are read, link, arithmetic and the steps of the
+    host."""
     rows = settings.lanes * settings.length
-    disk = sum(tile.n_bytes for tile, tier in zip(tiles, tiers, strict=True) if tier is Tier.DISK)
     moved = sum(tile.n_bytes for tile in tiles) if machine.kind.has_link else 0
     times = {Way.FORWARD: 1, Way.AGAIN: 1, Way.BACK: 2, Way.HEAD: 4}
     products = sum(
@@ -383,7 +421,7 @@ def _seconds(weights, machine, settings, visits, tiles, tiers, count):
     n_calls = len(visits) * (settings.lanes // count)
     steps = len(visits) * machine.kind.step_s + 2 * n_calls * machine.kind.program_s
     return max(
-        disk / machine.disk_speed,
+        read / machine.disk_speed,
         moved / machine.bytes_per_s,
         2 * rows * products / speed,
         steps,

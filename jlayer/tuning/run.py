@@ -160,7 +160,7 @@ class Tuning:
         there = {**saved.facts["run"], DEVICE: order["platform"]}
         check_same(there, {**self._facts, DEVICE: machine.platform}, where=where)
         plan = make_plan(weights, machine, *words, order=Order(**order))
-        plan.check(f"{where}: the plan that the run was begun with", ANEW)
+        plan.check(f"{where}: goes on with the plan that it was begun with; ", ANEW)
         return plan
 
     def _begin(self, saved: Saved | None):

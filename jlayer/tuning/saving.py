@@ -22,11 +22,12 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from jlayer.durable import FULL, sync_folder, sync_tree
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.interrupts import imported
 from jlayer.strict import close
 from jlayer.tuning.adapter import State
-from jlayer.tuning.disk import UNSAVED, sync_folder, sync_tree
+from jlayer.tuning.disk import UNSAVED
 
 _TREES = ("params", "mu", "nu")
 _STATE, _FACTS = "state", "facts"  # the items of a step
@@ -287,7 +288,7 @@ def _remove_unfinished(folder):
 
 def _advice(code, steps):
     then = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing is saved yet"
-    room = "free some space, then " if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    room = "free some space, then " if code in FULL else ""
     return f"{room}give the same command again, and it {then}"
 
 

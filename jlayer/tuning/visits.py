@@ -122,6 +122,22 @@ def streamed(visits: Sequence[Visit]) -> tuple[tuple[Tile, ...], dict[int, int]]
     return tuple(tiles), repeats
 
 
+def kept_again(visits: Sequence[Visit], tiers: Sequence[Tier], most: int) -> dict[int, int]:
+    """A visit on the way back through a layer -> the one that computes again with its tile, whose
+    slot is kept for it: of each layer the last `most` that are read from disk, which are the first
+    on the way back."""
+    found, of_layer = {}, {}
+    for number, visit in enumerate(visits if most else ()):
+        if visit.way is Way.AGAIN:
+            if visit.begins_layer:
+                of_layer = {}
+            if tiers[number] is Tier.DISK:
+                of_layer[visit.tile.name] = number
+        elif visit.way is Way.BACK and visit.tile.name in list(of_layer)[-most:]:
+            found[number] = of_layer[visit.tile.name]
+    return found
+
+
 def tiers_of(
     tiles: Sequence[Tile], repeats: Mapping[int, int], room: int, slack: int
 ) -> tuple[Tier, ...]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from jlayer.checkpoint.layout import MANIFEST
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
-from jlayer.convert.target.lock import LOCK
 from jlayer.convert.target.seal import seal_folder
+from jlayer.durable import LOCK
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import files_of
 from tests.convert.faults import CHANGES, counted, killed_before

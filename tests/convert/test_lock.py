@@ -10,7 +10,8 @@ import pytest
 
 from jlayer.checkpoint.layout import layer_file
 from jlayer.convert import convert_checkpoint
-from jlayer.convert.target.lock import LOCK, TargetLock
+from jlayer.convert.target.lock import TargetLock
+from jlayer.durable import LOCK
 from jlayer.errors import JlayerError, LockedError
 from tests.convert.checkpoints import files_of
 from tests.convert.test_resume import Notes, slowly, wait_for

@@ -18,7 +18,7 @@ from jlayer.checkpoint.layout import MANIFEST
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.progress import Progress
 from jlayer.convert.target.journal import JOURNAL
-from jlayer.convert.target.lock import LOCK
+from jlayer.durable import LOCK
 from jlayer.errors import CheckpointError, JlayerError, UsageError
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import (

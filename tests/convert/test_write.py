@@ -10,8 +10,8 @@ from jlayer.checkpoint.layout import MANIFEST
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.progress import StderrProgress
 from jlayer.convert.target.journal import JOURNAL
-from jlayer.convert.target.lock import LOCK
 from jlayer.convert.target.write import TargetWriter
+from jlayer.durable import LOCK
 from tests.convert.checkpoints import files_of
 
 

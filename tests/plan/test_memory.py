@@ -1,5 +1,6 @@
 """What things need of memory, as closed formulas: held against compiled programs."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -18,6 +19,12 @@ from jlayer.families.adapted import A_END, B_END
 from jlayer.families.registry import published_tensors
 from jlayer.parts import LowRanks
 from jlayer.plan.cutting import cut
+from jlayer.plan.hosting import seconds_on_host
+from jlayer.plan.machine import (
+    CORE_LOW_RANK_NUMBERS,
+    CORE_LOW_RANK_OPERATIONS,
+    HostSpeeds,
+)
 from jlayer.plan.memory import OUTGOING, landing_bytes, logits_bytes, temporary_bytes
 from jlayer.plan.shapes import CHUNK_ROWS, RunShape, Shapes
 from jlayer.plan.tiles import Weights, unseen_weights
@@ -202,6 +209,23 @@ def test_what_an_adapter_adds_stays_within_the_formula(
     bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
     found = programs.temporary_bytes
     assert found <= bound <= 3 * found
+
+
+@pytest.mark.parametrize("of", ["bfloat16", "float32"])
+def test_what_an_adapter_adds_on_the_host_takes_one_core_s_time(of):
+    """Whatever A and B are stored as: no speed of the cores together is theirs."""
+    speeds, rows = HostSpeeds(forms=(("int8", ((1, 1e9),)), (of, ((1, 1e12),)))), (1, 5)
+    found = []
+    for weights in (weights_of(SMALL, stored="int8", dtype="bfloat16"), adapted("int8", of)):
+        tiling = cut(weights, 100_000, platform="gpu", shares=(("int8", 1.0),))
+        apart = [number for number, tile in enumerate(tiling.shapes) if tile.for_host]
+        found.append(np.array([seconds_on_host(speeds, tiling, apart, n) for n in rows]))
+    added = (part for number in apart for part in tiling.shapes[number].parts if part.is_low_rank)
+    n_numbers = sum(math.prod(part.shape) for part in added)
+    each = 1 / CORE_LOW_RANK_NUMBERS + 2 * np.array(rows) / CORE_LOW_RANK_OPERATIONS
+    alone, both = found
+    np.testing.assert_allclose(both - alone, n_numbers * each)
+    assert n_numbers > 0
 
 
 def test_an_adapter_is_neither_published_nor_landed_in():

@@ -19,7 +19,7 @@ from jlayer.tuning.adapter import (
     save_adapter,
     targets_of,
 )
-from jlayer.tuning.data import Example
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import cut, padded
 from jlayer.tuning.run import Tuning, Work
 from jlayer.tuning.settings import Settings

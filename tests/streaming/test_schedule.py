@@ -202,3 +202,45 @@ def test_the_host_begins_before_anything_waits_for_the_tile_before(sides, ahead)
     for before, step in pairwise(order):
         if isinstance(step, Run) and step.on == "host" and step.tile:
             assert before == Run(step.tile - 1, "host" if step.tile - 1 in hosted else "device")
+
+
+@st.composite
+def layers_back(draw):
+    """(tiers, ahead, a tile -> the one before it whose slot is kept for it, slots): layers that are
+    gone through twice, the second time in reverse, with some of their tiles kept for that."""
+    tiers, again, most = [], {}, 0
+    for _ in range(draw(st.integers(1, 4))):
+        size, first = draw(st.integers(1, 5)), len(tiers)
+        n_kept = draw(st.integers(0, size))
+        tiers += [Tier.DISK] * (2 * size)
+        again |= {first + 2 * size - 1 - n: first + n for n in range(size - n_kept, size)}
+        most = max(most, n_kept)
+    return tiers, draw(st.integers(1, 5)), again, most + draw(st.integers(1, 3))
+
+
+@given(layers_back())
+def test_a_slot_that_is_kept_for_a_later_tile_is_not_written_before_that_is_freed(plan):
+    tiers, ahead, again, ring = plan
+    lists = sweeps(tiers, ring=ring, ahead=ahead, again=again)
+    steps = [step for one in islice(lists, N_SWEEPS + 1) for step in one]
+    held, slot_of, reads = {}, {}, Counter()
+    for step in steps:
+        match step:
+            case Read(tile, slot):
+                assert slot not in held
+                held[slot] = tile
+                reads[tile] += 1
+            case Put(tile, slot):
+                first = again.get(tile, tile)
+                assert held[slot] == first
+                if tile in again:  # not where it was read to for the next sweep
+                    assert slot == slot_of[first]
+                slot_of[tile] = slot
+            case Free(tile, None):
+                assert tile in again.values()
+            case Free(tile, slot):
+                assert held.pop(slot) == again.get(tile, tile)
+    assert not reads.keys() & again.keys()
+    assert min(reads[tile] for tile in range(len(tiers)) if tile not in again) >= N_SWEEPS
+    ran = [step.tile for step in steps if isinstance(step, Run)]
+    assert ran == [*range(len(tiers))] * N_SWEEPS

@@ -18,11 +18,12 @@ from jlayer.run_config import RunConfig
 from jlayer.tuning import planning
 from jlayer.tuning.adapter import AdapterConfig, low_ranks, targets_of
 from jlayer.tuning.base import Base
-from jlayer.tuning.data import Example
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import packed
 from jlayer.tuning.planning import make_plan
 from jlayer.tuning.rows import chunks_of
 from jlayer.tuning.settings import Settings
+from jlayer.tuning.visits import kept_again
 from tests.tiny import tiny_llama
 from tests.tuning.states import drawn
 
@@ -40,9 +41,9 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def opened(folder, tiers, monkeypatch):
+def opened(folder, tiers, monkeypatch, n_kept=0):
     """(a base, the chunks of a step, its adapters). `tiers`: (number of a visit, its tile) -> where
-    it is kept."""
+    it is kept; `n_kept`: in how many slots tiles are kept for the way back."""
     monkeypatch.setattr(planning, "TILE_BYTES", (1500,))
 
     def plan_of(*given):
@@ -51,7 +52,8 @@ def opened(folder, tiers, monkeypatch):
         for number, tile in enumerate(plan.tiles):
             first = plan.repeats.get(number)
             chosen.append(tiers(number, tile) if first is None else chosen[first])
-        return replace(plan, tiers=tuple(chosen))
+        again = kept_again(plan.visits, chosen, n_kept)
+        return replace(plan, tiers=tuple(chosen), again=again, ring=plan.ring + n_kept)
 
     cfg = read_config(folder)
     state = drawn(cfg, HOW)
@@ -72,9 +74,9 @@ def once(base):
     return sum(tile.n_bytes for number, tile in tiles if number not in base.plan.repeats)
 
 
-def steps_of(folder, tiers, monkeypatch, n=1):
+def steps_of(folder, tiers, monkeypatch, n=1, n_kept=0):
     """(the losses and gradients of some steps, the bytes read, those of all weights once)."""
-    with opened(folder, tiers, monkeypatch) as (base, chunks, flats):
+    with opened(folder, tiers, monkeypatch, n_kept) as (base, chunks, flats):
         found = [base.stepper.run(base.executor, chunks, flats) for _ in range(n)]
         return found, base.totals.read_bytes, once(base)
 
@@ -98,6 +100,21 @@ def test_the_same_wherever_they_lie(folder, monkeypatch):
     assert n_host >= once
     assert 3 * STEPS * n_host > found["disk"][1] > 2 * STEPS * n_host
     assert n_host < found["both"][1] < found["disk"][1]
+
+
+@pytest.mark.parametrize(("tiers", "n_kept"), [("disk", 1), ("disk", 3), ("disk", 99), ("both", 2)])
+def test_what_waits_in_a_slot_for_the_way_back_is_read_once_less(
+    folder, monkeypatch, tiers, n_kept
+):
+    """With some of a layer's tiles, or all; the numbers are the same."""
+    (expected, *_), every, _ = steps_of(folder, TIERS[tiers], monkeypatch, STEPS)
+    found, read, _ = steps_of(folder, TIERS[tiers], monkeypatch, STEPS, n_kept)
+    for one in found:
+        np.testing.assert_array_equal(one.losses, expected.losses)
+        for layer, gradient in expected.gradients.items():
+            np.testing.assert_array_equal(one.gradients[layer], gradient)
+    assert read < every
+    assert n_kept < 99 or read < 0.8 * every  # of three reads two, but of what is not again
 
 
 @pytest.mark.parametrize("tiers", TIERS)

@@ -9,7 +9,8 @@ from jlayer.errors import CheckpointError, UsageError
 from jlayer.text.renderer import MOST_BYTES, Renderer
 from jlayer.text.sandbox import render
 from jlayer.tuning import data
-from jlayer.tuning.data import Example, read_examples
+from jlayer.tuning.data import read_examples
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import cut
 from tests.text.built import files_of
 from tests.text.chats import TEMPLATES

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlayer.errors import UsageError
-from jlayer.tuning.data import Example
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import Lanes, Steps, cut, order, packed, padded, placed
 
 LENGTH = 11

@@ -1,17 +1,19 @@
 """Plans of tuning a 70B model on a GPU, from its sizes alone."""
 
 import math
+from collections import Counter
 
 import pytest
 
 from jlayer.parts import LowRanks
 from jlayer.plan.machine import PLATFORMS, Machine
 from jlayer.plan.need import total
-from jlayer.plan.tiles import unseen_weights
+from jlayer.plan.tiles import Tier, unseen_weights
 from jlayer.tuning import planning
 from jlayer.tuning.adapter import AdapterConfig, targets_of
 from jlayer.tuning.planning import MOST_AHEAD, SPARE, make_plan
 from jlayer.tuning.settings import Settings
+from jlayer.tuning.visits import Way
 from tests.plan.models import llama
 
 AT_ONCE = PLATFORMS["gpu"].ahead
@@ -52,3 +54,22 @@ def test_no_tile_leaves_host_memory_for_it(one_chunk):
     tight = plan_of(64 << 30, total(roomy.host) - 1)
     assert AT_ONCE <= tight.ahead < MOST_AHEAD
     assert tight.disk_bytes == 0
+
+
+def test_slots_are_kept_for_the_way_back_where_that_saves_reads(monkeypatch):
+    """Of weights of 16 GiB: in place of a few tiles that would be there always."""
+    host_budget = 9 << 30
+    plan = plan_of(4096 << 20, host_budget)
+    assert plan.again
+    assert plan.fits
+    by_layer = Counter(plan.visits[number].tile.layer for number in plan.again)
+    assert plan.ring == plan.ahead + planning.READING + max(by_layer.values())
+    for later, first in plan.again.items():
+        assert plan.tiles[later].name == plan.tiles[first].name
+        assert (plan.visits[first].way, plan.visits[later].way) == (Way.AGAIN, Way.BACK)
+        assert plan.tiers[first] is Tier.DISK
+    monkeypatch.setattr(planning, "kept_again", lambda *_: {})
+    without = plan_of(4096 << 20, host_budget)
+    assert (without.ring, without.again) == (without.ahead + planning.READING, {})
+    assert plan.disk_bytes < 0.9 * without.disk_bytes
+    assert plan.seconds <= without.seconds

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jlayer.config import read_config
+from jlayer.durable import LOCK
 from jlayer.engine import alike
 from jlayer.errors import DoesNotFitError, LockedError, StorageError, UsageError
 from jlayer.plan.need import total
@@ -19,8 +20,8 @@ from jlayer.run_config import RunConfig
 from jlayer.sizes import human
 from jlayer.tuning import base, planning
 from jlayer.tuning.adapter import AdapterConfig, fresh, targets_of
-from jlayer.tuning.data import Example
-from jlayer.tuning.disk import LOCK, MADE, UNFINISHED, WORK, WorkFolder
+from jlayer.tuning.disk import MADE, UNFINISHED, WORK, WorkFolder
+from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import cut
 from jlayer.tuning.optimizer import AdamW, Moments, clip_factor, length_of, rates_of
 from jlayer.tuning.run import Tuning, Work, check_same
@@ -156,8 +157,8 @@ def test_a_plan_that_does_not_fit_any_more_is_one_line(work, less, tmp_path):
     go(work(), n_steps=2)
     with pytest.raises(DoesNotFitError) as error:
         Tuning(replace(work(), run=small))
-    start = f"{tmp_path}/out{WORK}: the plan that the run was begun with needs {human(n_bytes)} of "
-    assert str(error.value).startswith(f"{start}device memory, of which ")
+    start = f"{tmp_path}/out{WORK}: goes on with the plan that it was begun with; tuning needs "
+    assert str(error.value).startswith(f"{start}{human(n_bytes)} of device memory, of which ")
     end = "give it --device-memory, or remove the folder to begin anew with another plan"
     assert str(error.value).endswith(end)
     assert [one.step for one in go(work())[0]] == [3, 4, 5]

@@ -7,15 +7,13 @@ one cuts. Every line has an id by which it shows whether it is of the same input
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 
+from jlayer.durable import FULL, sync_folder, take_lock, write_all
 from jlayer.errors import LockedError, StorageError, UsageError
 from jlayer.serving.batch.names import Names
-from jlayer.serving.disk import FULL, sync_folder, write_all
 from jlayer.strict import close
 
 GO_ON = "run the same command again, it goes on from there"
@@ -23,8 +21,6 @@ _STRANGE = {
     "input": "another input, or this one before it was changed",
     "model": "another model, dtype, context or chat template",
 }
-# The errors of file systems without such locks.
-_UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 class Journal:
@@ -138,18 +134,18 @@ class Journal:
 
     def _lock(self, note):
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            without = take_lock(self._fd)
         except BlockingIOError:
             raise LockedError(
                 f"{self.path}: another batch writes to it; wait until it is done, or stop it and "
                 "run the same command again"
             ) from None
         except OSError as error:
-            if error.errno not in _UNLOCKABLE:
-                raise self._failure(error) from None
+            raise self._failure(error) from None
+        if without is not None:
             note(
-                f"{self.path}: its file system has no locks ({error.strerror}); see that no other "
-                "batch writes to it"
+                f"{self.path}: its file system has no locks ({without.strerror}); see that no "
+                "other batch writes to it"
             )
 
     def _whole_lines(self) -> Iterator[tuple[int, int, bytes]]:
