@@ -62,6 +62,11 @@ def least(label: str, values: Mapping[str, float | None]) -> dict:
     }
 
 
+def collected(label: str, value) -> list:
+    """What each process gives here, in order of their numbers: in one process its own alone."""
+    return [value] if _hosts is None else _hosts.collected(label, value)
+
+
 def agree(facts: Mapping[str, object]) -> None:
     """Raises UsageError in every process where these differ in one."""
     if _hosts is not None:
