@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlayer
 from jlayer.convert import convert_checkpoint
-from jlayer.engine import engine
+from jlayer.engine import alike
 from jlayer.engine.prompts import encode_prompts
 from jlayer.errors import CheckpointError, DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape
@@ -350,7 +350,7 @@ def test_a_closed_model_says_so(fable):
 def test_the_logits_of_a_prompt_are_part_of_the_promise(fable, monkeypatch):
     ids = [list(range(1000))]  # 16 MB of logits
     # What a plan finds the process to hold already grows from test to test.
-    monkeypatch.setattr(engine, "anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(alike, "anonymous_bytes", lambda: 100 << 20)
     options = {"device": "cpu", "keeps_layers": False}
     with jlayer.AutoModel.from_pretrained(fable, **options) as model:
         beside = model.plan.host.runtime_bytes

@@ -18,7 +18,7 @@ import jlayer
 from jlayer import AutoModel
 from jlayer.checkpoint import safetensors as header
 from jlayer.convert import convert_checkpoint
-from jlayer.engine import engine
+from jlayer.engine import alike, engine
 from jlayer.engine.compiles import backend_compiles
 from jlayer.errors import CheckpointError, DoesNotFitError, StorageError
 from jlayer.plan.making import make_plan
@@ -418,7 +418,7 @@ def executors(monkeypatch):
 
 def test_a_larger_run_makes_room_and_a_smaller_one_goes_on_as_it_is(tiny, monkeypatch, executors):
     """What is kept makes way for a longer context; what streams is not rebuilt without need."""
-    monkeypatch.setattr(engine, "anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(alike, "anonymous_bytes", lambda: 100 << 20)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         expected = model.generate(IDS, max_new_tokens=190, do_sample=False)
         model.generate(IDS, max_new_tokens=2, do_sample=False)
