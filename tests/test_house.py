@@ -19,6 +19,7 @@ ROOMS = (
         "errors",
         "strict",
         "interrupts",
+        "leaving",
         "protobuf",
         "tokenizer_files",
         "sizes",

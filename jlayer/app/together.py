@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from jlayer.app.options import flag
 from jlayer.app.running import opened, write_text
 from jlayer.app.streams import quiet
-from jlayer.engine.hosts import end_process, placement_of
+from jlayer.engine.hosts import placement_of
 from jlayer.errors import StorageError
+from jlayer.leaving import end_process
 from jlayer.run_config import RunConfig
 
 # Arguments that a process has for itself: where its weights are and what it has of the machine,
@@ -62,12 +63,15 @@ def opened_for(
     ref, left_out = args.ref if ref is None else ref, OWN | set(own)
     same = {flag(name): value for name, value in vars(args).items() if name not in left_out}
     with opened(ref, offline=args.offline, compared=same, **run_options) as model:
-        if model.engine.hosts is not None and args.json:
-            model.engine.hosts.end = print_loss
+        if args.json:
+            model.engine.watch.end = print_loss
+            if model.engine.hosts is not None:
+                model.engine.hosts.end = print_loss
         yield model
 
 
 def print_loss(line: str, code: int = StorageError.exit_code) -> None:
-    """Ends the process where another host is lost, with the object that --json asks for."""
+    """Ends the process where another host is lost, or a device stands still, with the object that
+    --json asks for."""
     write_text(f"{json.dumps({'error': line, 'exit_code': code})}\n")
     end_process(line, code)

@@ -14,9 +14,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from jlayer.engine.hosts import Hosts, Placement, end_at_once
+from jlayer.engine.hosts import Hosts, Placement
 from jlayer.errors import JlayerError, StorageError, UsageError
 from jlayer.interrupts import uninterrupted
+from jlayer.leaving import end_at_once
 
 STEP = "what follows"  # the label of a step
 END = "end"  # the step in which the model is closed

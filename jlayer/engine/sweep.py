@@ -143,7 +143,7 @@ class Sweeper:
                 outgoing.add_hosted(fetch, places, tile.parts[0].first_row)
             return result
 
-        caches = self._caches
+        caches, guard = self._caches, executor.guard
         try:
             passing = self._begin(parts, division)
             caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
@@ -154,9 +154,12 @@ class Sweeper:
                 hosted=hosted,
                 decide=lambda _, following: self.chooser.decide(passing, following),
                 guesses=executor.has_guesses,
+                n_rows=n_rows,
             )
-            outgoing.finish()
-            caches.finish()
+            with guard.step("the logits"):
+                outgoing.finish()
+            with guard.step("the cache"):
+                caches.finish()
             held = _tables_bytes(passing) + self._held.setdefault(shape, most_held)
             self.most_activation_bytes = max(self.most_activation_bytes, held)
         except BaseException:
