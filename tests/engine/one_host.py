@@ -105,6 +105,29 @@ def benchmarked(model, case):
     }
 
 
+def refused_logits(model, case):
+    """A text whose logits process 0 cannot take, beside none, and the same text after it."""
+    sweeper = model.engine.sweeper
+    run, left = sweeper.run, [StorageError("no room for these logits")]
+
+    def failing(executor, parts, take, **how):
+        def once(*given):
+            if left:
+                raise left.pop()
+            take(*given)
+
+        run(executor, parts, once, **how)
+
+    sweeper.run = failing
+    failed = model.submit(case["ids"], **case["run"])
+    try:
+        failed.result(timeout=120)
+    except StorageError as error:
+        said = str(error)
+    again = model.submit(case["ids"], **case["run"]).result(timeout=120)
+    return {"said": said, "token_ids": again.token_ids}
+
+
 def said_by(function, *given):
     try:
         function(*given)
@@ -118,6 +141,7 @@ GIVEN = {
     "fail": failed,
     "evaluate": evaluated,
     "bench": benchmarked,
+    "refuse": refused_logits,
 }
 
 if __name__ == "__main__":

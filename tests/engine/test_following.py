@@ -47,6 +47,7 @@ def hosts():
         case("drawn", {**DRAWN, "draft_tokens": 7}, **drafted),
         case("lookup", {**GREEDY, **lookup}),
         case("submit", {**DRAWN, "max_new_tokens": 8}, how="submit", prompts=PROMPTS),
+        case("refuse", GREEDY, how="refuse"),
         case("evaluate", {}, how="evaluate"),
     ]
     return answers(cases, 2, 1)
@@ -65,6 +66,12 @@ def test_texts_that_are_submitted_and_cancelled_in_process_0_ride_on_all(hosts):
     found = hosts[0]["submit"]
     assert found["texts"] == alone(*PROMPTS, IDS, **{**DRAWN, "max_new_tokens": 8})
     assert all(0 < count < 200 for count in found["n_cancelled"])
+
+
+def test_a_pass_whose_logits_process_0_cannot_take_ends_its_texts_alone(hosts):
+    found = hosts[0]["refuse"]
+    assert found["said"] == "no room for these logits"
+    assert [found["token_ids"]] == alone(IDS, **GREEDY)
 
 
 def test_a_text_is_as_likely_on_two_hosts_as_on_one(hosts, monkeypatch):
