@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import MappingProxyType
 
 import jax
@@ -111,7 +112,8 @@ class Executor:
         self._last_output = None
         self._lists = None  # the next lists of steps; None: no read or put is in progress
         self._refusal: JlayerError | None = None
-        self.guard = Guard(self._under_way, end or watch.end)
+        compiles = partial(getattr, watch, "n_compiling")
+        self.guard = Guard(self._under_way, end or watch.end, is_excused=compiles)
         self._is_closed = False
 
     def retier(

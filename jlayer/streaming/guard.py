@@ -47,12 +47,19 @@ class Guard:
     """Watches the steps of one thread, in which it may wait for a device: `with guard.step(..)`.
 
     `under_way`: gives what devices are at, in the order in which it was asked of them. `end`:
-    called with a line, in the guard's thread, where nothing else helps. `patience_s`: how long a
-    step may take. `cause`: what was found to be wrong, since the last `restart`; None: nothing.
+    called with a line, in the guard's thread, where nothing else helps. `is_excused`: whether a
+    step does something else now than to wait for a device. `patience_s`: how long a step may take.
+    `cause`: what was found to be wrong, since the last `restart`; None: nothing.
     """
 
-    def __init__(self, under_way: Callable[[], UnderWay], end: Callable[[str], None]):
-        self._under_way, self._end = under_way, end
+    def __init__(
+        self,
+        under_way: Callable[[], UnderWay],
+        end: Callable[[str], None],
+        *,
+        is_excused: Callable[[], bool] = lambda: False,
+    ):
+        self._under_way, self._end, self._is_excused = under_way, end, is_excused
         self.patience_s = LEAST_S
         self.cause: str | None = None
         self._at: Tile | str | None = None  # the step under way
@@ -106,8 +113,8 @@ class Guard:
 
     @property
     def number(self) -> int | None:
-        """That of the step under way; None between two."""
-        return None if self._at is None else self._count
+        """That of the step under way; None between two, and where it is excused."""
+        return None if self._at is None or self._is_excused() else self._count
 
     def look(self, waited: float, told: float) -> bool:
         """Looks at a step that takes so long. `told`: how long it has taken since who waits was

@@ -31,6 +31,7 @@ class Watch:
     on_compile: Callable | None = None
     on_draft: Callable | None = None
     end: Callable[[str], None] = end_process
+    n_compiling: int = 0  # programs that are compiled now
 
     def phase(self, words: str):
         """Announces a phase of opening; signals are handled here."""
@@ -43,9 +44,11 @@ class Watch:
         """Announces that a program is compiled inside the `with`."""
         if self.on_compile:
             self.on_compile(label)
+        self.n_compiling += 1
         try:
             yield
         finally:
+            self.n_compiling -= 1
             if self.on_compile:
                 self.on_compile(None)
 

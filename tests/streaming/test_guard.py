@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jlayer import AutoModel
 from jlayer.cores import native
 from jlayer.errors import StorageError
 from jlayer.streaming import exchange, guard
@@ -24,6 +25,7 @@ from jlayer.streaming.guard import (
     Guard,
     patience_s,
 )
+from jlayer.streaming.steps import Run
 from tests.streaming.test_exchange import on_each
 
 
@@ -132,6 +134,24 @@ def test_a_step_that_waits_for_the_disk_begins_anew():
         found.go_on()
         assert found.number not in (None, before)
     assert found.number is None
+
+
+def test_a_step_that_compiles_a_program_may_take_as_long_as_that(fable):
+    """XLA tries kernels of a program on the device, for a minute at times."""
+    numbers = []
+
+    def on_step(step, tile):
+        model.engine.watch.n_compiling = int(isinstance(step, Run))
+
+    def on_taken(step, result):
+        with model.engine.turn() as executor:
+            numbers.append((isinstance(step, Run), executor.guard.number is None))
+
+    with AutoModel.from_pretrained(fable, device="cpu") as model:
+        model.engine.watch.on_step, model.engine.watch.on_taken = on_step, on_taken
+        model.logits([1, 2])
+        model.engine.watch.n_compiling = 0
+    assert set(numbers) == {(True, True), (False, False)}
 
 
 def test_more_to_do_may_take_longer():
