@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,11 +34,13 @@ STOPS = (KeyboardInterrupt, Terminated)
 class _Held:
     """The handlers that were replaced, and the signal that is noted.
 
-    `at_once`: act on a signal when it comes, not at the next `check`. `is_put_off`: act on none.
+    `at_once`: act on a signal when it comes, not at the next `check`. `is_put_off`: act on none,
+    but call `again` with a second one that comes meanwhile.
     """
 
     def __init__(self):
         self.at_once = self.is_put_off = False
+        self.again: Callable[[int], None] | None = None
         self._handlers = {}
         self._noted = None
 
@@ -51,7 +54,10 @@ class _Held:
             signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
+        is_second = self.is_put_off and self._noted is not None
         self._noted = (number, frame)
+        if is_second and self.again is not None:
+            self.again(number)
         if self.at_once and not self.is_put_off:
             self.at_once = False  # a second signal does not interrupt the clean-up
             # The note stays: if this exception is dropped, `released` acts on it at its end.
@@ -145,18 +151,19 @@ def released():
 
 
 @contextmanager
-def uninterrupted():
+def uninterrupted(again: Callable[[int], None] | None = None):
     """Inside, held signals are not acted on: what is begun there is ended. The next safe point
-    after it acts on them."""
+    after it acts on them. `again`: called with the number of a second one, for who will not wait
+    so long."""
     held = _held
     if held is None or held.is_put_off or not _in_main_thread():
         yield
         return
-    held.is_put_off = True
+    held.is_put_off, held.again = True, again
     try:
         yield
     finally:
-        held.is_put_off = False
+        held.is_put_off, held.again = False, None
 
 
 def imported(name: str):

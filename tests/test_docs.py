@@ -167,6 +167,11 @@ TESTED = {
     "--processes 2 --process-id 0": By("tests/app/test_together.py"),
     "jlayer batch path/to/Llama-3-70B requests.jsonl answers.jsonl --coordinator 10.0.0.1:7070 "
     "--processes 2 --process-id 1": By("tests/app/test_together.py"),
+    "jlayer eval perplexity path/to/Llama-3-70B --text wikitext.txt --coordinator 10.0.0.1:7070 "
+    "--processes 2 --process-id 0": By("tests/app/test_together.py"),
+    "jlayer bench path/to/Llama-3-70B --coordinator 10.0.0.1:7070 --processes 2 --process-id 0": By(
+        "tests/app/test_together.py"
+    ),
     # quantization.md
     "jlayer eval compare path/to/Llama-3-8B-jlayer path/to/Llama-3-8B-int4 "
     "--text stories.txt": Here(),

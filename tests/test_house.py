@@ -20,6 +20,7 @@ ROOMS = (
         "strict",
         "durable",
         "interrupts",
+        "leaving",
         "protobuf",
         "tokenizer_files",
         "sizes",

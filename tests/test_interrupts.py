@@ -59,6 +59,21 @@ def test_where_nothing_may_end_halfway_it_waits_for_the_next_check_after_that(he
     check()
 
 
+def test_a_second_one_where_nothing_may_end_halfway_is_told(held):
+    told = []
+    with uninterrupted(told.append):
+        signal.raise_signal(signal.SIGINT)
+        assert not told
+        signal.raise_signal(signal.SIGTERM)
+        assert told == [signal.SIGTERM]
+    with pytest.raises(Terminated):
+        check()
+    signal.raise_signal(signal.SIGINT)
+    assert told == [signal.SIGTERM]  # it is the first one again
+    with pytest.raises(KeyboardInterrupt):
+        check()
+
+
 def test_a_signal_that_came_before_ends_a_wait_before_it_begins(held):
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), released():

@@ -8,14 +8,17 @@ import sys
 from contextlib import redirect_stdout
 
 from jlayer.app import options, progress
-from jlayer.app.running import describe, opened
+from jlayer.app.running import describe
 from jlayer.app.streams import is_terminal, tell
+from jlayer.app.together import followed, opened_for
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 from jlayer.run_config import RunConfig
 
 # What lm_eval tells of a run, without what it tells of the machine.
 SHOWN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+
+OF_FIRST = ("tasks", "include_path")  # what process 0 alone uses, where there are several
 
 
 def add_arguments(parser) -> None:
@@ -39,17 +42,22 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--system", metavar="S", help="a system message before each question")
     options.add_run(parser)
+    options.add_processes(parser)
     options.add_context(parser)
     options.add_offline(parser)
     options.add_adapter(parser)
     options.add_follow_links(parser)
 
 
-def run(args) -> dict:
-    run_options = options.given(args, *options.RUN, "context", "adapter", "follow_links")
+def run(args) -> dict | None:
+    run_options = options.given(
+        args, *options.RUN, *options.PROCESSES, "context", "adapter", "follow_links"
+    )
     tasks = _check(args, run_options)
+    if followed(args, run_options, own=OF_FIRST):
+        return None
     with (
-        opened(args.ref, offline=args.offline, **run_options) as model,
+        opened_for(args, run_options, own=OF_FIRST) as model,
         progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
     ):
         tell(f"{args.ref}: {describe(model)}")

@@ -10,8 +10,10 @@ exchange in it, so that a run that was given up leaves nothing behind:
 - Each goes on after these: then nobody reads its part any more.
 
 One for which the driver refuses something says no more, so that all of them fail: who waits for it
-gives up. Programs of so many devices have places of their own in the block: some of the devices may
-be at an exchange of fewer while the others have yet to see that the last one is done.
+gives up. So does then whoever waits, at this exchange or the next ones, which are called already:
+nobody is waited for any more, until Python says so. Programs of so many devices have places of
+their own in the block: some of the devices may be at an exchange of fewer while the others have yet
+to see that the last one is done.
 
 All of that is queued in the devices' own streams; the threads wait for one another only until it is
 queued. Without streams (CPUs, in tests) the parts are copied at once.
@@ -314,10 +316,14 @@ no_answer:
   %why = phi ptr [%no_run, %called], [%no_device, %which], [%no_stream, %ask_stream]
   ret ptr %why
 lost:
+  %sleeps_at = getelementptr i8, ptr %control, i64 {SLEEPS}
+  store atomic i64 0, ptr %sleeps_at release, align 8
   %popped2 = call i32 %pop(ptr %old)
   %error = call ptr @failed(ptr %frame, ptr @apart)
   ret ptr %error
 refusal:
+  %sleeps_at3 = getelementptr i8, ptr %control, i64 {SLEEPS}
+  store atomic i64 0, ptr %sleeps_at3 release, align 8
   %popped3 = call i32 %pop(ptr %old)
   %error2 = call ptr @failed(ptr %frame, ptr @refused)
   ret ptr %error2

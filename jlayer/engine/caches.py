@@ -24,7 +24,7 @@ from jlayer.model.cache import LayerCache, Rows, cache_struct
 from jlayer.plan.memory import POOLS_ON_DEVICE
 from jlayer.plan.shapes import PoolSizes
 from jlayer.plan.tiles import Tier
-from jlayer.streaming.executor import first_line
+from jlayer.streaming.guard import first_line
 from jlayer.streaming.slots import HostMemory
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 import jax
 
 from jlayer.interrupts import deferred
-from jlayer.streaming.devices import Devices
+from jlayer.streaming.devices import LAUNCHES, Devices
 from jlayer.streaming.watch import Watch
 
 # Programs for a GPU that are compiled at a time, each on a core: a program takes 0.1 to 1 s.
@@ -54,6 +55,17 @@ class _Program:
     run: Callable
     count: int
 
+    @cached_property
+    def in_turn(self) -> Callable:
+        """Runs it, launched on all of its devices before another program is."""
+        function = self.run
+
+        def run(*given):
+            with LAUNCHES:
+                return function(*given)
+
+        return run
+
 
 # The programs of all models that are open.
 all_programs: WeakValueDictionary[Hashable, _Program] = WeakValueDictionary()
@@ -87,7 +99,7 @@ class Compiler:
         every device. Inside `together`, None where it is not compiled yet."""
         name = label, key
         if name in self._programs:
-            return self._programs[name].run
+            return self._called(self._programs[name])
         if name in self._waiting:
             return None
         shared = self._shared_name(name, args, reuses, results)
@@ -157,7 +169,10 @@ class Compiler:
         self.temporary_bytes = max(self.temporary_bytes, temporary)
         self.compiles[name[0]] = self.compiles.get(name[0], 0) + program.count
         self._programs[name] = all_programs[shared] = program
-        return program.run
+        return self._called(program)
+
+    def _called(self, program):
+        return program.run if len(self._devices) == 1 else program.in_turn
 
 
 def _at_a_time(device):

@@ -14,13 +14,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from jlayer.engine.hosts import Hosts, Placement, end_at_once
+from jlayer.engine.hosts import Hosts, Placement
 from jlayer.errors import JlayerError, StorageError, UsageError
 from jlayer.interrupts import uninterrupted
+from jlayer.leaving import end_at_once
 
 STEP = "what follows"  # the label of a step
 END = "end"  # the step in which the model is closed
 BUG = 1  # the exit code of what is no error of ours
+BY_SIGNAL = 128  # and its number: the exit code after a signal
 
 _hosts: Hosts | None = None  # as JAX, a process is in one group from its start to its end
 
@@ -62,6 +64,11 @@ def least(label: str, values: Mapping[str, float | None]) -> dict:
     }
 
 
+def collected(label: str, value) -> list:
+    """What each process gives here, in order of their numbers: in one process its own alone."""
+    return [value] if _hosts is None else _hosts.collected(label, value)
+
+
 def agree(facts: Mapping[str, object]) -> None:
     """Raises UsageError in every process where these differ in one."""
     if _hosts is not None:
@@ -98,9 +105,9 @@ def step(what: str, given: Callable[[], list] = list) -> Iterator[None]:
     before. Does nothing where there are no others, and in these. `given`: gives what they need to
     know for it, as JSON.
 
-    No signal ends a step halfway. Where an error does, the others cannot go on, and this process
-    cannot either: they end, and it does with the error, at once if it is in another thread. Raises
-    StorageError where the others have ended."""
+    No signal ends a step halfway, but a second one ends the process. Where an error does, the
+    others cannot go on, and this process cannot either: they end, and it does with the error, at
+    once if it is in another thread. Raises StorageError where the others have ended."""
     if _hosts is None or follows():
         yield
         return
@@ -108,7 +115,7 @@ def step(what: str, given: Callable[[], list] = list) -> Iterator[None]:
         raise StorageError("hosts: the other processes have ended; start all of them again")
     _hosts.sent(STEP, [what, *given()])
     try:
-        with uninterrupted():
+        with uninterrupted(_end_now):
             yield
     except BaseException as error:
         line = f"{error}" if isinstance(error, JlayerError) else f"{type(error).__name__}: {error}"
@@ -116,6 +123,35 @@ def step(what: str, given: Callable[[], list] = list) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             _hosts.end(line, getattr(error, "exit_code", BUG))
         raise
+
+
+def _end_now(number):
+    """Ends this process, by a second signal, in the middle of a step; the others end with it."""
+    line = "stopped in the middle of a forward pass, by a second signal"
+    leave(line)
+    _hosts.end(line, BY_SIGNAL + number)
+
+
+@contextmanager
+def after_it(take: Callable) -> Iterator[Callable]:
+    """A function for a step, in place of `take`, which only this process calls: the others go on
+    with the step whatever it raises, so with others that is raised at the end of the `with`, and
+    nobody has to end."""
+    if _hosts is None:
+        yield take
+        return
+    errors: list[Exception] = []
+
+    def taking(*given):
+        try:
+            if not errors:
+                take(*given)
+        except Exception as error:
+            errors.append(error)
+
+    yield taking
+    if errors:
+        raise errors[0]
 
 
 def end_others() -> None:

@@ -20,8 +20,8 @@ from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.plan.machine import CACHE_PINNED, PINNED_PAGE_TABLES, PLATFORMS
 from jlayer.sizes import human
 from jlayer.streaming import exchange
-from jlayer.streaming.devices import MESH_AXES, ROWS, Devices
-from jlayer.streaming.executor import first_line
+from jlayer.streaming.devices import LAUNCHES, MESH_AXES, ROWS, Devices
+from jlayer.streaming.guard import first_line
 from jlayer.streaming.slots import HostMemory
 
 COMPILED_BYTES = 512 << 20  # of compiled programs in the user's cache folder; the oldest go first
@@ -159,7 +159,8 @@ def _meet(jax, devices):
     with _quiet():
         gather = devices.on_each(each, (sent,), everywhere)
         try:
-            came = jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(sent))
+            with LAUNCHES:
+                came = jax.block_until_ready(jax.jit(gather, out_shardings=everywhere)(sent))
         except jax.errors.JaxRuntimeError as error:
             raise StorageError(
                 f"{devices}: they cannot exchange what each has ({first_line(error)}); run with "

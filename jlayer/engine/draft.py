@@ -26,7 +26,7 @@ from jlayer.plan.shapes import LEAST_ROWS
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
-from jlayer.streaming.executor import first_line
+from jlayer.streaming.guard import first_line
 from jlayer.streaming.watch import Watch
 from jlayer.text.same import check_same_tokens
 

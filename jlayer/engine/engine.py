@@ -19,7 +19,7 @@ from jlayer.engine import device as choosing
 from jlayer.engine import residents
 from jlayer.engine.alike import hosts_of, measured_machine, opened, refuse_follower, told_of
 from jlayer.engine.caches import Caches
-from jlayer.engine.deciding import end_others, follows, step
+from jlayer.engine.deciding import end_others, follows, leave, step
 from jlayer.engine.draft import draft_for
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
@@ -325,7 +325,12 @@ class Engine:
             attending=plan.attending,
             page_cache=self._page_cache,
             experts=plan.experts,
+            end=self._end_stalled,
         )
+
+    def _end_stalled(self, line):
+        leave(line)
+        self.watch.end(line)
 
     def _check_context(self):
         limit, context = self.cfg.max_position_embeddings, self.run.context

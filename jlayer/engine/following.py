@@ -6,6 +6,7 @@ text.
 
 from __future__ import annotations
 
+from jlayer.engine.alone import lanes_of_hosts, layer_seconds, stream
 from jlayer.engine.deciding import END, follows, told
 from jlayer.engine.engine import Engine
 from jlayer.engine.messages import unpacked_parts, unpacked_shape
@@ -42,6 +43,14 @@ def _do(engine, what, *given):
         case ["fill", parts]:
             with engine.turn() as executor:
                 engine.sweeper.fill(executor, unpacked_parts(parts))
+        case ["stream"]:
+            with engine.turn() as executor:
+                stream(executor)
+        case ["layer", parts]:
+            with engine.turn() as executor:
+                layer_seconds(engine, executor, unpacked_parts(parts))
+        case ["lanes"]:
+            lanes_of_hosts(engine, engine.store.files)
         case ["run", parts]:
             with engine.turn() as executor:
                 engine.sweeper.run(executor, unpacked_parts(parts), lambda *_: None)

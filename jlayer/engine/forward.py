@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from jlayer.engine.alone import layer_seconds, stream
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.chunk import Chunk
 from jlayer.engine.home import Home
@@ -51,12 +52,18 @@ class Forward:
     def stream(self):
         """One sweep without arithmetic: all weights move, none is used."""
         with self._entered() as executor:
-            executor.sweep(lambda tile, arrays: arrays)
+            stream(executor)
 
-    def slot(self, number: int) -> np.ndarray:
-        """The memory of a host slot; see `Executor.slot`."""
+    def layer_seconds(self, n_tokens: int) -> list[float]:
+        """See `alone.layer_seconds`: with so many tokens, after `compile`."""
+        ids = [(7 * i) % self._engine.cfg.vocab_size for i in range(n_tokens)]
         with self._entered() as executor:
-            return executor.slot(number)
+            parts, new = self._parts([ids], [0], False)
+            try:
+                return layer_seconds(self._engine, executor, parts)
+            finally:
+                for rows in new:
+                    self._engine.caches.pool.release(rows)
 
     def settle(self):
         """Waits for all reads in progress."""

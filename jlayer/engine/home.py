@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from jlayer.engine.caches import Caches
+from jlayer.engine.programs import Programs
 from jlayer.engine.sweep import Sweeper
 from jlayer.plan.plan import Plan
 from jlayer.spec import ModelConfig
@@ -19,6 +20,7 @@ class Home(Protocol):
 
     cfg: ModelConfig
     plan: Plan
+    programs: Programs
     caches: Caches
     sweeper: Sweeper
     embedding: Embedding

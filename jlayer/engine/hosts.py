@@ -13,17 +13,16 @@ import json
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from os import _exit  # no clean-up, which would wait for what the other threads wait for
 
 from jlayer.errors import StorageError, UsageError
 from jlayer.interrupts import check
+from jlayer.leaving import end_process
 
 START_S = 120.0  # for all processes to be there
 END_S = 10.0  # for the others to be done, too
@@ -337,21 +336,6 @@ class _Outgoing:
         is_patient = _within(seconds)
         while (self._waiting or self._lock.locked()) and is_patient():
             time.sleep(LOOK_S / 10)
-
-
-def end_process(line: str, code: int = StorageError.exit_code) -> None:
-    """Ends this process at once: its other threads may wait for a lost host for ever."""
-    with suppress(OSError):
-        os.write(2, f"jlayer: {' '.join(line.split())}\n".encode())
-    end_at_once(code)
-
-
-def end_at_once(code: int) -> None:
-    """Ends this process without the clean-up that JAX would do at its end."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    _exit(code)
 
 
 def _free_port(address, family):

@@ -15,7 +15,7 @@ from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
 from jlayer.engine.choosing import Chooser
 from jlayer.engine.chunk import OF_STAGE, BoundCall, Chunk
-from jlayer.engine.deciding import step
+from jlayer.engine.deciding import after_it, step
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.messages import packed_parts
@@ -105,8 +105,8 @@ class Sweeper:
         The rows are written to the pools; nothing else of the pools changes, so a pass that is
         repeated or given up leaves the committed rows as they were.
         """
-        with step("run", lambda: [packed_parts(parts)]):
-            self._run(executor, parts, take, advance, check)
+        with after_it(take) as taking, step("run", lambda: [packed_parts(parts)]):
+            self._run(executor, parts, taking, advance, check)
 
     def _run(self, executor, parts, take, advance, check):
         n_rows = count_rows(parts)
@@ -143,7 +143,7 @@ class Sweeper:
                 outgoing.add_hosted(fetch, places, tile.parts[0].first_row)
             return result
 
-        caches = self._caches
+        caches, guard = self._caches, executor.guard
         try:
             passing = self._begin(parts, division)
             caches.begin([(chunk.flow["rows"], chunk.part.rows) for chunk in passing])
@@ -154,9 +154,12 @@ class Sweeper:
                 hosted=hosted,
                 decide=lambda _, following: self.chooser.decide(passing, following),
                 guesses=executor.has_guesses,
+                n_rows=n_rows,
             )
-            outgoing.finish()
-            caches.finish()
+            with guard.step("the logits"):
+                outgoing.finish()
+            with guard.step("the cache"):
+                caches.finish()
             held = _tables_bytes(passing) + self._held.setdefault(shape, most_held)
             self.most_activation_bytes = max(self.most_activation_bytes, held)
         except BaseException:

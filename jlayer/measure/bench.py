@@ -10,9 +10,8 @@ import math
 import time
 from collections.abc import Callable
 
-import jax
-
 from jlayer.api import Model
+from jlayer.engine.alone import lanes_of_hosts
 from jlayer.engine.device import link_speed
 from jlayer.families.registry import layer_of, published_tensors
 from jlayer.interrupts import check
@@ -47,7 +46,8 @@ class Bench:
     """The benchmark of an opened model.
 
     `speeds`: lists of the machine's speeds: "disk", "link", "memory" (bytes/s), "arithmetic"
-    (operations/s). `cores`: of the host's cores, where they multiply or could. Creating it makes
+    (operations/s). `cores`: of the host's cores, where they multiply or could. `lanes`: of each
+    host, where there are several links or hosts, as `lanes_of_hosts` gives it. Creating it makes
     the plan of the longest sweep, which serves all sizes, and measures nothing. Raises
     DoesNotFitError.
     """
@@ -66,20 +66,25 @@ class Bench:
         self.layer_weights, self.sweep_weights = _count_weights(engine.cfg)
         self.speeds: dict[str, list[float]] = {}
         self.cores: CoresMeasured | None = None
+        self.lanes: list[dict] = []
 
     def measure_machine(self):
         """Measures links, memory, arithmetic and the host's cores, while no weights move or are on
         the devices. Links are measured together, since some may share a way to main memory; memory
-        and arithmetic of several devices are those of one, so many times."""
+        and arithmetic of several devices are those of one, so many times. Of several hosts bytes
+        are those of this one, arithmetic is that of all."""
         self.forward.settle()
         devices = self.engine.devices
-        n, device = len(devices), devices.first
+        n, device = len(devices.own), devices.first
+        if self.engine.hosts is not None or (self.has_link and n > 1):
+            self.lanes = lanes_of_hosts(self.engine, self.engine.store.files)
         if self.has_link:
             alone = n == 1
             self.speeds["link"] = link_speeds(device) if alone else _together(devices)
         n_bytes = min(MEMORY_BYTES, self.sweep_bytes)
         self.speeds["memory"] = [n * one for one in memory_speeds(device, n_bytes)]
-        self.speeds["arithmetic"] = [n * s for s in arithmetic_speeds(device, self.engine.dtype)]
+        of_all = arithmetic_speeds(device, self.engine.dtype)
+        self.speeds["arithmetic"] = [len(devices) * one for one in of_all]
         self.cores = measure_cores(self.engine, self.plan)
 
     @property
@@ -109,54 +114,12 @@ class Bench:
         n_bytes = sum(tile.n_bytes for tile in tiles)
         for n_tokens in self.sizes:  # before any weight takes the compiler's room
             self.forward.compile(n_tokens)
-        arrays, rows = self._stand_ins(tiles), []
+        rows = []
         for n_tokens in self.sizes:
-            self._run_layer(tiles, arrays, n_tokens)
-            seconds = repeat(lambda n=n_tokens: self._run_layer(tiles, arrays, n))
+            seconds = self.forward.layer_seconds(n_tokens)
             limits = self._arithmetic(n_bytes, self.layer_weights, n_tokens)
             rows.append(_row(n_tokens, n_bytes, seconds, [limits] * len(seconds)))
         return rows
-
-    def _stand_ins(self, tiles):
-        """Arrays for each tile, with the present contents of the slots.
-
-        On the device each tile gets its own arrays while there is room, so that they are read from
-        memory as weights are; then tiles of one shape share them.
-        """
-        plan, last, stand_ins = self.plan, {}, []
-        room = plan.device.slots_bytes + plan.tier_bytes(Tier.DEVICE)
-        room -= sum({tile.signature: tile.n_bytes for tile in tiles}.values())
-        for number, tile in enumerate(tiles):
-            known = tile.signature in last
-            # A CPU's arrays are the slots themselves.
-            if not known or not self.has_link or room >= tile.n_bytes:
-                room -= tile.n_bytes if known else 0
-                last[tile.signature] = self._in_slot(number, tile)
-            stand_ins.append(last[tile.signature])
-        return stand_ins
-
-    def _in_slot(self, number, tile):
-        slot, at = self.forward.slot(number), 0
-
-        def take(struct):
-            nonlocal at
-            n_bytes = math.prod(struct.shape) * struct.dtype.itemsize
-            raw, at = slot[at : at + n_bytes], at + n_bytes
-            array = raw.view(struct.dtype).reshape(struct.shape)
-            return jax.device_put(array, struct.sharding or self.engine.devices.everywhere)
-
-        struct = self.engine.devices.struct_of(tile)
-        return jax.block_until_ready(jax.tree.map(take, struct))
-
-    def _run_layer(self, tiles, arrays, n_tokens):
-        """Seconds of one layer, from its input to its output."""
-        passing = self.forward.enter([self._ids(n_tokens)], [0])
-        jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
-        began = time.perf_counter()
-        for tile, its_arrays in zip(tiles, arrays, strict=True):
-            self.forward.advance(tile, its_arrays, passing)
-        jax.block_until_ready([chunk.flow["hidden"] for chunk in passing])
-        return time.perf_counter() - began
 
     def first_sweep(self) -> float:
         """Seconds of the first sweep, which also fills the tiers; no other figure includes it."""

@@ -7,6 +7,7 @@ hosts the mesh is over the devices of all, in order of the process; a process pu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,6 +21,10 @@ from jlayer.streaming import exchange
 from jlayer.streaming.putting import putter
 
 ROWS, HEADS = "rows", "kv_heads"
+# Programs of several devices are launched one after another, whichever thread calls them, so that
+# they are in the same order on each: where two exchange something, one device would be at the first
+# of them and another at the second, and each would wait. (A finalizer may call one inside another.)
+LAUNCHES = threading.RLock()
 # Words for axes of arrays -> axes of the mesh of devices.
 MESH_AXES = {ROWS: "devices", HEADS: "devices"}
 

@@ -85,7 +85,8 @@ def begin(devices: Sequence[jax.Device], platform: str, *, most_sleeps: int = MO
 def all_gather(x: jax.Array, n_devices: int) -> jax.Array:
     """Inside a program that every device runs: what each has -> [devices, *x.shape] on each, as
     `jax.lax.all_gather`; after `begin`. If one of them does not come, the program fails after a
-    minute or two."""
+    minute or two, or with `give_up`; so do all others then, until `take_heart`: who waited for each
+    of the programs that are called would wait as often."""
     numbers = {"n_bytes": np.int64(x.size * x.dtype.itemsize), "n_devices": np.int64(n_devices)}
     result = jax.ShapeDtypeStruct((n_devices, *x.shape), x.dtype)
     call = jax.custom_batching.custom_vmap(lambda x: jax.ffi.ffi_call(TARGET, result)(x, **numbers))
@@ -95,6 +96,18 @@ def all_gather(x: jax.Array, n_devices: int) -> jax.Array:
         return jnp.moveaxis(all_gather(x, n_devices), 1, 0), True
 
     return call(x)
+
+
+def give_up() -> None:
+    """Who waits in an exchange for another device waits no longer, and its program fails."""
+    for meeting in _meetings:
+        meeting.be_patient(0)
+
+
+def take_heart() -> None:
+    """Exchanges wait again."""
+    for meeting in _meetings:
+        meeting.be_patient()
 
 
 class _Meeting:
@@ -110,6 +123,8 @@ class _Meeting:
         self._drivers: list[Driver] = []
         self._admitted: set[int] = set()  # numbers of devices
         self._has_streams = PLATFORMS[platform].has_link
+        self._most_sleeps = MOST_SLEEPS
+        _meetings.append(self)
         self._write(HAS_STREAMS, int(self._has_streams))
         for place, name in _AT_ONCE.items():
             self._write(place, found[name])
@@ -118,7 +133,8 @@ class _Meeting:
 
     def admit(self, n_devices, most_sleeps):
         """Notes what belongs to the first devices."""
-        self._write(SLEEPS, most_sleeps)
+        self._most_sleeps = most_sleeps
+        self.be_patient()
         if not self._has_streams or n_devices in self._admitted:
             return
         while len(self._drivers) < n_devices:
@@ -132,10 +148,15 @@ class _Meeting:
                 self._write(own + place, driver.event().value)
         self._admitted.add(n_devices)
 
+    def be_patient(self, most_sleeps=None):
+        """`most_sleeps`: as it was admitted where it is None."""
+        self._write(SLEEPS, self._most_sleeps if most_sleeps is None else most_sleeps)
+
     def _write(self, place, value):
         self._control[place : place + 8].view(np.int64)[0] = value
 
 
+_meetings: list[_Meeting] = []
 _meeting = cache(_Meeting)
 
 

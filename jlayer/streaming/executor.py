@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import MappingProxyType
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -23,10 +23,12 @@ from jlayer.interrupts import deferred
 from jlayer.plan.experts import NO_EXPERTS, ExpertRooms, passing
 from jlayer.plan.machine import PLATFORMS
 from jlayer.plan.tiles import Tier, Tile
+from jlayer.streaming.asked import CachesOnHost, Waitable
 from jlayer.streaming.cached import PageCache
 from jlayer.streaming.devices import Devices
 from jlayer.streaming.driver import Driver
 from jlayer.streaming.experts import ExpertStream, choices
+from jlayer.streaming.guard import PRODUCTS, WEIGHTS, Guard, patience_s
 from jlayer.streaming.incoming import Incoming
 from jlayer.streaming.schedule import sweeps
 from jlayer.streaming.steps import (
@@ -45,26 +47,6 @@ from jlayer.streaming.turns import Room, Rooms
 from jlayer.streaming.watch import Totals, Watch
 
 
-class CachesOnHost(Protocol):
-    """Caches in host memory, by layer."""
-
-    def put(self, layer: int) -> int:
-        """Begins to put a layer's cache on the device; returns its bytes."""
-
-    def take(self, layer: int) -> None:
-        """Begins to bring back what was written to it, and drops it from the device."""
-
-
-class Waitable(Protocol):
-    """What the host's cores are at."""
-
-    def wait(self) -> None:
-        """Returns once the tile is multiplied, and its memory is not read any more."""
-
-    def leave(self) -> None:
-        """The same for a pass that is given up: it need not be multiplied."""
-
-
 class Executor:
     """Streams a model's tiles to `devices`, sweep after sweep.
 
@@ -75,7 +57,7 @@ class Executor:
     that has some keeps on the device and in host memory; what passes of the others has slots of
     its own (`plan.experts.passing`). `repeats`: a tile that comes again in a sweep -> the first
     that is the same; where it stays in host memory, it is there once. `again`: as of the
-    schedule.
+    schedule. `end`: in place of the watch's.
     """
 
     def __init__(
@@ -95,6 +77,7 @@ class Executor:
         experts: ExpertRooms = NO_EXPERTS,
         repeats: Mapping[int, int] = MappingProxyType({}),
         again: Mapping[int, int] = MappingProxyType({}),
+        end: Callable[[str], None] | None = None,
     ):
         self.tiles, self._repeats, self._again = tiles, repeats, again
         self._devices, self._has_link = devices, PLATFORMS[devices.platform].has_link
@@ -131,6 +114,8 @@ class Executor:
         self._last_output = None
         self._lists = None  # the next lists of steps; None: no read or put is in progress
         self._refusal: JlayerError | None = None
+        compiles = partial(getattr, watch, "n_compiling")
+        self.guard = Guard(self._under_way, end or watch.end, is_excused=compiles)
         self._is_closed = False
 
     def retier(
@@ -233,6 +218,7 @@ class Executor:
         decide: Callable[[Tile, Tile | None], Decision] | None = None,
         guesses: bool = False,
         run_together: Callable[[Sequence[Tile], Sequence], object] | None = None,
+        n_rows: int = 1,
     ):
         """One sweep: a forward pass over all tiles in order; `run` uses each. `caches`: those that
         are in host memory, for the steps that move them; without it they stay there. `hosted`: the
@@ -241,11 +227,12 @@ class Executor:
         decided. `decide`: (a layer's first tile with an expert, the same of the next layer if its
         experts are to be guessed) -> which are used; without it all of them are. `guesses`: whether
         guesses may be asked for. `run_together` uses experts that are one tile each, as many as one
-        call does; without it `run` uses each.
+        call does; without it `run` uses each. `n_rows`: that pass, for how long a device may take.
 
         After an error or an interrupt no read is in progress and no tile is on the device.
         """
         self.fill(hosted, n_tiles)
+        self.guard.patience_s = self._patience_s(n_rows)
         self._caches, self._multiply, self._decide = caches, multiply, decide
         self._run_together = run_together
         self._multiplying.clear()
@@ -255,6 +242,11 @@ class Executor:
             self._interpret(next(self._lists), run, signals)
             self.incoming.check_unchanged()
         self.totals.sweeps += 1
+
+    def _patience_s(self, n_rows):
+        n_bytes = self._ahead * max(tile.n_bytes for tile in self.tiles)
+        platform = "cpu" if self._hosted else self._devices.platform  # whose cores are waited for
+        return patience_s(platform, n_bytes, n_rows, n_hosts=self._devices.n_hosts)
 
     def slot(self, number: int) -> np.ndarray:
         """The memory of a host slot, by number modulo the ring; only before `fill`."""
@@ -271,6 +263,7 @@ class Executor:
         sweep; after an error, abandons all work in progress."""
         collects = gc.isenabled()
         gc.disable()
+        self.guard.restart()
         try:
             with deferred() as signals:
                 try:
@@ -295,14 +288,22 @@ class Executor:
         """Executes a step, and tells who watches; returns the decision that it asks for."""
         if self._watch.on_step:
             self._watch.on_step(step, self.tiles[step.tile])
-        try:
+        with self.guard.step(self.tiles[step.tile]):
             result = self._take(step, run, signals)
             if self._watch.on_taken:
                 self._watch.on_taken(step, result)
-        except jax.errors.JaxRuntimeError as error:
-            name = self.tiles[step.tile].name
-            raise StorageError(f"{name}: the device failed ({first_line(error)})") from error
         return result if isinstance(step, Fetch) else None
+
+    def _under_way(self):
+        """What devices may be at, for the guard, in the order in which it was asked of them: a tile
+        is waited for by the products of those after it."""
+        on_device, outputs = dict(self._on_device), dict(self._outputs)
+        for tile, held in on_device.items():
+            yield self.tiles[tile].name, WEIGHTS, held
+            if tile in outputs:
+                yield self.tiles[tile].name, PRODUCTS, outputs[tile]
+        if self._last_output is not None:
+            yield "the last tile", PRODUCTS, self._last_output
 
     def _take(self, step, run, signals):
         """Executes a step; returns its result for `Watch.on_taken`."""
@@ -387,6 +388,7 @@ class Executor:
 
     def _while_waiting(self, signals):
         def check():
+            self.guard.go_on()  # it is the disk that is late
             signals.check()
             self._check_refusal()
 
@@ -420,7 +422,7 @@ class Executor:
         for result in self._multiplying:
             result.leave()
         self._multiplying.clear()
-        with suppress(jax.errors.JaxRuntimeError, StorageError):
+        with suppress(StorageError), self.guard.step("what is under way"):
             held = list(self._on_device.values())
             jax.block_until_ready((self._last_output, held))
             if self._rooms:
@@ -439,11 +441,7 @@ class Executor:
             return
         self._is_closed = True
         self._abandon()
+        self.guard.close()
         self.incoming.close()
         if self._rooms:
             self._rooms.close()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of the device says, without its details."""
-    return str(error).strip().splitlines()[0]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jlayer.interrupts import check
+from jlayer.leaving import end_process
 
 
 @dataclass
@@ -17,9 +18,10 @@ class Watch:
     `on_step` (step, tile): before every step. `on_taken` (step, result): after every step, with its
     result (of a Read a Future, of a Put arrays, of a Run its output, of a Free None). `on_stall`
     (tile, seconds): again and again while a read is late. `on_phase` (words): a phase of opening
-    begins. `on_compile` (label): before a program is compiled, and (None) after it. `on_draft`
-    (begin, end): tokens were guessed for the next forward pass, from and to these seconds of
-    `time.perf_counter`.
+    begins. `end` (line): a device stands still, and who waits for it cannot be freed: ends the
+    process, from another thread. `on_compile` (label): before a program is compiled, and (None)
+    after it. `on_draft` (begin, end): tokens were guessed for the next forward pass, from and to
+    these seconds of `time.perf_counter`.
     """
 
     on_step: Callable | None = None
@@ -28,6 +30,8 @@ class Watch:
     on_phase: Callable | None = None
     on_compile: Callable | None = None
     on_draft: Callable | None = None
+    end: Callable[[str], None] = end_process
+    n_compiling: int = 0  # programs that are compiled now
 
     def phase(self, words: str):
         """Announces a phase of opening; signals are handled here."""
@@ -40,9 +44,11 @@ class Watch:
         """Announces that a program is compiled inside the `with`."""
         if self.on_compile:
             self.on_compile(label)
+        self.n_compiling += 1
         try:
             yield
         finally:
+            self.n_compiling -= 1
             if self.on_compile:
                 self.on_compile(None)
 

@@ -23,6 +23,8 @@ from jlayer.tuning.programs import TunePrograms
 from jlayer.tuning.units import again, units_of
 from jlayer.tuning.visits import Visit, Way
 
+AS_MANY_ROWS = 8  # of a forward pass: a visit may take as long, with its gradients in float32
+
 
 @dataclass(frozen=True)
 class ChunkRows:
@@ -123,7 +125,8 @@ class Stepper:
                 self._read_ahead(following)
             return on_way.take(visit, arrays)
 
-        executor.sweep(run, n_tiles=None if trains else self._n_forward)
+        n_rows = AS_MANY_ROWS * sum(len(one.ids) for one in chunks)
+        executor.sweep(run, n_tiles=None if trains else self._n_forward, n_rows=n_rows)
         return on_way.end()
 
     def _read_ahead(self, chunks):

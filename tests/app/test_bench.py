@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from jlayer.app.cli import main
-from jlayer.app.verbs.bench import cores_lines, row_line
+from jlayer.app.verbs.bench import cores_lines, lanes_lines, row_line
 from jlayer.measure import bench as measuring
 from jlayer.measure import together
 from jlayer.measure.cores import CoresMeasured
@@ -131,6 +131,19 @@ def test_a_line_of_the_cores_names_the_link_beside_them():
         "cores             1 token                74.6 GB/s  int4; 71.2 GB/s beside the link, "
         "which moves 48.7 GB/s: together 120 GB/s"
     )
+
+
+def test_lines_say_how_links_and_disks_add_up():
+    gpus = {"host": "", "disk": 2e9, "links": [55e9, 55e9], "together": 99e9}
+    assert lanes_lines([gpus]).split(maxsplit=1) == [
+        *("links", "links alone 55 GB/s, 55 GB/s; together 99 GB/s, 1.80 times one"),
+    ]
+    cpu = {"host": "", "disk": 1e9, "links": [], "together": None}
+    first, second, both = lanes_lines([gpus, gpus]).splitlines()
+    assert first.startswith("host 0 ")
+    assert "disk 2 GB/s; links alone 55 GB/s, 55 GB/s; together 99 GB/s" in second
+    assert both.split(maxsplit=2)[2] == "disks 4 GB/s; links 198 GB/s"
+    assert lanes_lines([cpu, {**cpu, "disk": None}]).splitlines()[2].split()[-1] == "-"
 
 
 def test_a_line_names_the_share_of_both():

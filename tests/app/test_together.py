@@ -9,9 +9,11 @@ import httpx
 import pytest
 
 from jlayer.app.cli import main
+from jlayer.convert import convert_checkpoint
 from tests.app.chat.talk import TEMPLATE
 from tests.app.screen import PYTHON, on_terminal
 from tests.app.test_chat import COMMAND
+from tests.conftest import BUNDLED
 from tests.engine.hosts import command, commands_of_the_page, ended, groups, started
 from tests.serving.batch.requests import answers, assert_same, request, written
 
@@ -41,6 +43,50 @@ def test_a_batch_is_answered_by_process_0_as_by_one(fable, tmp_path):
     assert (code, other) == (0, (0, "", ""))
     assert json.loads(out)["answered"] == len(REQUESTS)
     assert_same(answers(tmp_path / "two"), answers(tmp_path / "one"))
+
+
+def of_two(words):
+    """(exit code, stdout, stderr) of two hosts with these words of a command line."""
+    verb, *more = words
+    with started(*(command(verb, more[0], group, *more[1:]) for group in groups(2))) as processes:
+        return ended(processes)
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_two_hosts_is_that_of_one(fable, tmp_path, capsys):
+    """Of a text that only the first has; two models are opened one after another on both."""
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a little girl, and she was brave.\n" * 5)
+    convert_checkpoint(BUNDLED, tmp_path / "int8", quantize="int8")
+    more = ("--text", text, "--window", "24", "--json", *FLOAT32)
+    for kind in (["perplexity", fable], ["compare", fable, tmp_path / "int8"]):
+        words = [str(word) for word in ("eval", *kind, *more)]
+        assert main([*words, "--device", "cpu"]) == 0
+        one = json.loads(capsys.readouterr().out)
+        (code, out, _), other = of_two(words)
+        assert (code, other) == (0, (0, "", ""))
+        assert close_to(json.loads(out)) == close_to(one)
+
+
+def close_to(found):
+    """The figures of an evaluation, each about as it is."""
+    if isinstance(found, dict):
+        return {name: close_to(each) for name, each in found.items() if name != "folder"}
+    return pytest.approx(found, rel=1e-4, abs=1e-6) if isinstance(found, float) else found
+
+
+@pytest.mark.slow
+def test_a_benchmark_on_two_hosts_is_printed_by_the_first(fable):
+    (code, out, errors), other = of_two(["bench", str(fable), "--from-disk"])
+    assert (code, other) == (0, (0, "", "")), errors
+    *lines, last = out.splitlines()
+    assert any("on each of 2 hosts (all bytes below are of one)" in line for line in lines)
+    assert [line.split("  ")[0] for line in lines if "host" in line[:9]][-3:] == [
+        *("host 0", "host 1", "all hosts"),
+    ]
+    found = json.loads(last)
+    assert all("process" in own["host"] for own in found["lanes"])
+    assert [row["tokens"] for row in found["sweeps"]] == [0, 1, 64, 512]
 
 
 def test_workers_of_a_cluster_are_no_hosts_of_one_model(fable, tmp_path, capsys):

@@ -10,6 +10,9 @@ from contextlib import nullcontext
 import jlayer
 from jlayer import AutoModel
 from jlayer.errors import StorageError, UsageError
+from jlayer.measure import bench as bench_module
+from jlayer.measure import evaluate
+from jlayer.measure.bench import Bench
 from jlayer.plan import making
 from tests.programs import few_shapes
 
@@ -79,6 +82,52 @@ def failed(model, case):
     return model.submit(case["ids"], **case["run"]).result(timeout=120)
 
 
+def evaluated(model, case):
+    """The perplexity of some tokens, in windows of which two ride in a pass."""
+    evaluate.MOST_WINDOWS = 2
+    return vars(evaluate.perplexity(model, case["ids"], length=4, stride=2))
+
+
+def benchmarked(model, case):
+    """Each figure of `bench` once or twice, and the logits after it."""
+    bench_module.SIZES = (1, 9)  # so that fewer programs are compiled
+    bench_module.LEAST_ROUNDS = bench_module.MOST_ROUNDS = 2
+    bench = Bench(model)
+    bench.measure_machine()
+    blocks = bench.measure_blocks()
+    bench.first_sweep()
+    sweeps = bench.measure_sweeps()
+    return {
+        "lanes": bench.lanes,
+        "blocks": [row["tokens"] for row in blocks],
+        "sweeps": [row["tokens"] for row in sweeps],
+        "logits": model.logits([case["ids"]]).ravel().tolist(),
+    }
+
+
+def refused_logits(model, case):
+    """A text whose logits process 0 cannot take, beside none, and the same text after it."""
+    sweeper = model.engine.sweeper
+    run, left = sweeper.run, [StorageError("no room for these logits")]
+
+    def failing(executor, parts, take, **how):
+        def once(*given):
+            if left:
+                raise left.pop()
+            take(*given)
+
+        run(executor, parts, once, **how)
+
+    sweeper.run = failing
+    failed = model.submit(case["ids"], **case["run"])
+    try:
+        failed.result(timeout=120)
+    except StorageError as error:
+        said = str(error)
+    again = model.submit(case["ids"], **case["run"]).result(timeout=120)
+    return {"said": said, "token_ids": again.token_ids}
+
+
 def said_by(function, *given):
     try:
         function(*given)
@@ -86,7 +135,14 @@ def said_by(function, *given):
         return str(error)
 
 
-GIVEN = {"generate": generated, "submit": submitted, "fail": failed}
+GIVEN = {
+    "generate": generated,
+    "submit": submitted,
+    "fail": failed,
+    "evaluate": evaluated,
+    "bench": benchmarked,
+    "refuse": refused_logits,
+}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])

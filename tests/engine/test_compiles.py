@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from weakref import WeakValueDictionary
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jlayer.engine import compiles
 from jlayer.engine.compiles import Compiler, backend_compiles
-from jlayer.streaming.devices import Devices
+from jlayer.streaming.devices import LAUNCHES, Devices
 from jlayer.streaming.watch import Watch
 
 STRUCT = jax.ShapeDtypeStruct((3,), "float32")
@@ -149,3 +150,19 @@ def test_models_that_are_open_at_once_are_compiled_for_once(tiny, monkeypatch):
         assert backend_compiles() == before
         other.logits([[5, 17, 99]])
         assert backend_compiles() > before
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+def test_programs_of_several_devices_are_launched_one_after_another(n_devices):
+    """Or two threads would launch them in another order on each, and they wait for one another."""
+    devices = Devices(jax.devices("cpu")[:n_devices])
+    compiler = Compiler(devices, Watch(), of="in turn")
+    program = compiler.get("double", 0, lambda x: x * 2, (STRUCT,), reuses=False)
+    x = jax.device_put(np.ones(3, np.float32), devices.everywhere)
+    with ThreadPoolExecutor(1) as other:
+        with LAUNCHES:
+            program(x)  # a finalizer may call one inside another
+            called = other.submit(program, x)
+            done, _ = wait([called], timeout=0.2 if n_devices > 1 else 60)
+            assert bool(done) == (n_devices == 1)
+        np.testing.assert_array_equal(called.result(), np.full(3, 2))

@@ -12,6 +12,7 @@ from jlayer import AutoModel
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.messages import packed_parts, unpacked_parts
 from jlayer.engine.pool import Pool
+from jlayer.measure import evaluate
 from jlayer.plan.shapes import PoolSizes
 from tests.conftest import BUNDLED, REPOSITORY
 from tests.engine.hosts import answers, ended, groups, started, started_for
@@ -46,6 +47,8 @@ def hosts():
         case("drawn", {**DRAWN, "draft_tokens": 7}, **drafted),
         case("lookup", {**GREEDY, **lookup}),
         case("submit", {**DRAWN, "max_new_tokens": 8}, how="submit", prompts=PROMPTS),
+        case("refuse", GREEDY, how="refuse"),
+        case("evaluate", {}, how="evaluate"),
     ]
     return answers(cases, 2, 1)
 
@@ -63,6 +66,36 @@ def test_texts_that_are_submitted_and_cancelled_in_process_0_ride_on_all(hosts):
     found = hosts[0]["submit"]
     assert found["texts"] == alone(*PROMPTS, IDS, **{**DRAWN, "max_new_tokens": 8})
     assert all(0 < count < 200 for count in found["n_cancelled"])
+
+
+def test_a_pass_whose_logits_process_0_cannot_take_ends_its_texts_alone(hosts):
+    found = hosts[0]["refuse"]
+    assert found["said"] == "no room for these logits"
+    assert [found["token_ids"]] == alone(IDS, **GREEDY)
+
+
+def test_a_text_is_as_likely_on_two_hosts_as_on_one(hosts, monkeypatch):
+    found = hosts[0]["evaluate"]
+    monkeypatch.setattr(evaluate, "MOST_WINDOWS", 2)
+    with AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:
+        expected = evaluate.perplexity(model, IDS, length=4, stride=2)
+    assert found["nll"] == pytest.approx(expected.nll, rel=1e-6)
+    assert found["sweeps"] == expected.sweeps == 2
+    assert found["n_predicted"] == expected.n_predicted == len(IDS) - 1
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_of_all_hosts_and_changes_no_answer():
+    cases = [case("bench", {}, how="bench", options={"keeps_layers": False})]
+    found, other = (of_host["bench"] for of_host in answers(cases, 2, 2))
+    assert [set(lane) for lane in found["lanes"]] == [{"disk", "links", "together"}] * 2
+    assert found["blocks"] == [1, 9]
+    assert found["sweeps"] == [0, 1, 9]  # all weights moving, and passes
+    with AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:
+        logits = model.logits([IDS]).ravel()
+    np.testing.assert_allclose(found["logits"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    # Each pass of process 0 was one of the other's, the one without arithmetic too.
+    assert other["read_bytes"] >= 8 * other["sweep_bytes"]
 
 
 def test_another_process_takes_no_prompt(hosts):

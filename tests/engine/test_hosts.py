@@ -271,9 +271,9 @@ def test_what_several_processes_cannot_have_is_refused_before_any_is_waited_for(
         hosts_of(RunConfig.from_options(**options))
 
 
-@pytest.mark.parametrize("words", ["bench", "eval perplexity"])
-def test_other_commands_do_not_have_the_options(words, fable, capsys):
-    assert main([*words.split(), str(fable), "--processes", "2"]) == 2
+@pytest.mark.parametrize("words", [["plan", "MODEL"], ["tune", "MODEL", "data", "out"]])
+def test_other_commands_do_not_have_the_options(words, capsys):
+    assert main([*words, "--processes", "2"]) == 2
     assert "--processes" in capsys.readouterr().err
 
 

@@ -19,8 +19,9 @@ from jlayer.app import picture as timeline
 from jlayer.app.bundled import BUNDLED, converted_bundled
 from jlayer.app.inputs import name_of
 from jlayer.app.remedies import Helpers, conclude
-from jlayer.app.running import opened, write_text
+from jlayer.app.running import write_text
 from jlayer.app.streams import is_terminal, takes_utf8, tell
+from jlayer.app.together import followed, opened_for
 from jlayer.app.words import time_words
 from jlayer.interrupts import check
 from jlayer.plan.hosting import seconds_on_host
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep no layer in memory: read all in every forward pass",
     )
     options.add_run(parser)
+    options.add_processes(parser)
     options.add_draft(parser)
     options.add_adapter(parser)
     options.add_context(parser)
@@ -55,12 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timeline.add_option(parser)
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     timeline.check_file(args.timeline)
-    name = name_of(args.ref or BUNDLED)
+    name, run_options = name_of(args.ref or BUNDLED), _options(args)
+    with nullcontext(args.ref) if args.ref else converted_bundled() as ref:
+        if followed(args, run_options, refs=(ref,)):
+            return None
+        return _benchmark(args, ref, name, run_options)
+
+
+def _benchmark(args, ref, name, run_options):
     with (
-        nullcontext(args.ref) if args.ref else converted_bundled() as ref,
-        opened(ref, offline=args.offline, **_options(args)) as model,
+        opened_for(args, run_options, ref=ref) as model,
         progress.shown(model, _shower(args), words=_pass_words) as show,
     ):
         for note in model.notes:
@@ -78,7 +86,8 @@ def _pass_words(number):
 
 def _options(args):
     """The run options. The buffers of the disk's measurement are part of the host's budget."""
-    found = options.given(args, *options.RUN, "context", "draft", "adapter", "follow_links")
+    own = ("context", "draft", "adapter", "follow_links")
+    found = options.given(args, *options.RUN, *options.PROCESSES, *own)
     if args.host_memory is not None:
         from jlayer.measure.machine import HOST_BYTES
 
@@ -108,6 +117,13 @@ def measure(model, say, *, name: str, picture: str | None = None) -> dict:
     found["raw"] = {name: summary(speeds) for name, speeds in bench.speeds.items()}
     for name, speeds in found["raw"].items():
         say(raw_line(name, speeds))
+    if bench.lanes:
+        hosts = model.engine.hosts
+        names = [""] if hosts is None else [hosts.names[number] for number in range(hosts.n)]
+        found["lanes"] = [
+            {"host": name, **of_host} for name, of_host in zip(names, bench.lanes, strict=True)
+        ]
+        say(lanes_lines(found["lanes"]))
     if bench.cores is not None:
         found["cores"] = bench.cores.as_dict()
         say(cores_lines(found["cores"]))
@@ -219,8 +235,8 @@ def ceiling_lines(model) -> str:
     lines = [
         f"model     {model.engine.device_name}, {model.dtype}, layers: {', '.join(kept)}; "
         f"{plan.n_tiles} tiles of up to {human(plan.tile_bytes)}",
-        f"ceiling   a forward pass uses {human(plan.tiling.n_bytes)} of weights; its least time, "
-        "by the plan's figures, is the longest of:",
+        f"ceiling   a forward pass uses {human(plan.tiling.n_bytes)} of weights{_on_each(model)}; "
+        "its least time, by the plan's figures, is the longest of:",
     ]
     for name, n_bytes, speed, how in _expected(plan):
         lines.append(
@@ -228,6 +244,11 @@ def ceiling_lines(model) -> str:
             f"{time_words(n_bytes / speed):>10}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _on_each(model):
+    hosts = model.engine.hosts
+    return "" if hosts is None else f" on each of {hosts.n} hosts (all bytes below are of one)"
 
 
 def _expected(plan):
@@ -256,6 +277,30 @@ def raw_line(name: str, speeds: dict) -> str:
     form = operations if name == "arithmetic" else rate
     spread = f"{form(speeds['min'])} to {form(speeds['max'])}, {speeds['n']} times"
     return f"{names.get(name, 'raw arithmetic'):<18}{'':20}{form(speeds['median']):>12}  {spread}"
+
+
+def lanes_lines(lanes: list[dict]) -> str:
+    """How links add up, and disks: those of each host, and of all hosts."""
+    if len(lanes) == 1:
+        return f"{'links':<18}{_links_words(lanes[0])}"
+    lines = []
+    for number, own in enumerate(lanes):
+        words = [] if own["disk"] is None else [f"disk {rate(own['disk'])}"]
+        words += [_links_words(own)] if own["links"] else []
+        lines.append(f"{f'host {number}':<18}{'; '.join(words) or '-'}")
+    each = {"disks": [own["disk"] for own in lanes], "links": [own["together"] for own in lanes]}
+    words = [f"{name} {rate(sum(all_))}" for name, all_ in each.items() if None not in all_]
+    lines.append(f"{'all hosts':<18}{'; '.join(words) or '-'}")
+    return "\n".join(lines)
+
+
+def _links_words(own):
+    alone, together = own["links"], own["together"]
+    if len(alone) == 1:
+        return f"link {rate(together)}"
+    each = ", ".join(map(rate, alone))
+    times = together * len(alone) / sum(alone)
+    return f"links alone {each}; together {rate(together)}, {times:.2f} times one"
 
 
 def cores_lines(cores: dict) -> str:

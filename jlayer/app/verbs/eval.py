@@ -21,8 +21,9 @@ from contextlib import contextmanager
 
 from jlayer.app import harness, options, progress
 from jlayer.app.inputs import read_text
-from jlayer.app.running import describe, opened
+from jlayer.app.running import describe
 from jlayer.app.streams import is_terminal, tell
+from jlayer.app.together import followed, opened_for
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 from jlayer.run_config import RunConfig
@@ -62,6 +63,7 @@ def add_arguments(parser):
         )
         own.add_argument("--stride", type=int, metavar="N", help="tokens (default: the window)")
         options.add_run(own)
+        options.add_processes(own)
         options.add_offline(own)
         options.add_follow_links(own)
         # Here as well as before KIND; without a default, which would replace what was given there.
@@ -76,12 +78,20 @@ def add_arguments(parser):
     options.add_output(three, default=SUPPRESS)
 
 
-def run(args) -> dict:
+# What process 0 alone uses, where there are several: what a host calls its models, and files.
+OF_FIRST = ("a", "b", "text", "scratch")
+
+
+def run(args) -> dict | None:
     if args.kind == "harness":
         return harness.run(args)
     own = ("adapter",) if args.kind == "perplexity" else ()
-    run_options = options.given(args, *options.RUN, *own, "follow_links")
+    run_options = options.given(args, *options.RUN, *options.PROCESSES, *own, "follow_links")
     _check(args, run_options)
+    # As `compare` opens them: what speaks against B is said before A runs.
+    refs = (args.ref,) if args.kind == "perplexity" else (args.b, args.a, args.b)
+    if followed(args, run_options, refs=refs, own=OF_FIRST):
+        return None
     text = read_text(args.text, option="--text")
     cut = {"length": args.window, "stride": args.stride, "told": _tell}
     text_of = {}  # the text as the model reads it: ids, and tokens a byte
@@ -89,7 +99,7 @@ def run(args) -> dict:
     @contextmanager
     def opened_and_shown(ref):
         with (
-            opened(ref, offline=args.offline, **run_options) as model,
+            opened_for(args, run_options, ref=ref, own=OF_FIRST) as model,
             progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
         ):
             tell(f"{ref}: {describe(model)}")
@@ -112,8 +122,8 @@ def run(args) -> dict:
         if not args.json:
             print(_line(found))
         return found
-    refs = [lambda ref=ref: opened_and_shown(ref) for ref in (args.a, args.b)]
-    done = compare(*refs, encoded, scratch=args.scratch, **cut)
+    both = [lambda ref=ref: opened_and_shown(ref) for ref in (args.a, args.b)]
+    done = compare(*both, encoded, scratch=args.scratch, **cut)
     found = {
         "a": _result(args.a, done.first, text_of["a_byte"]),
         "b": _result(args.b, done.second, text_of["a_byte"]),
