@@ -30,6 +30,11 @@ class Handle:
         """Whether no more steps will come."""
         return not self._lane.is_alive
 
+    @property
+    def decoding(self) -> Decoding:
+        """The run behind it."""
+        return self._decoding
+
     def __iter__(self) -> Iterator[Step]:
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
@@ -19,10 +19,12 @@ from jlayer.engine.kept import Ended
 from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
+from jlayer.engine.past import Past
 from jlayer.engine.report import Account, Clock, Stats
 from jlayer.engine.scores import PromptScores, as_json
 from jlayer.engine.shaping import shape_of
 from jlayer.engine.stops import StopStrings
+from jlayer.engine.unguessed import what_is_not_guessed
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
@@ -73,6 +75,7 @@ class Decoding:
     and stop strings are looked for as in transformers. Without a seed in `options`, each prompt
     draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
     number. `constraint`: what each text may be. `shown`: as of `Lane`.
+    `past`: what it goes on from, where it was begun before.
 
     Admitted against the budgets at once, beside the runs that are alive; it holds its cache entries
     until it has ended, is closed or is dropped. Where the budgets hold some of the prompts, the
@@ -80,6 +83,7 @@ class Decoding:
     """
 
     keeps = False  # whether iterating it ends with `keep`, for a run of one prompt
+    before_end: Callable[[], None] | None = None  # called when iterating it ends, before `close`
 
     def __init__(
         self,
@@ -93,8 +97,10 @@ class Decoding:
         waits: bool = False,
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
+        past: Past | None = None,
     ):
-        self._engine, self.options = engine, options
+        self.engine = self._engine = engine
+        self.options, self.rows, self._past = options, rows, past
         for row in rows:
             engine.check_ids(row.ids, begin=options.bos_token_id)
         limits = []
@@ -144,10 +150,14 @@ class Decoding:
                 for own in [options if options.is_greedy else options.seeded()]
             )
             self.lanes = [lane for group in self._waiting for lane in group.lanes]
+            if past is not None:
+                past.take_up(self.lanes)
             self._end = weakref.finalize(self, _leave, self.lanes, self._tickets)
             self._begin(self._shape(rows, [min(limit, most) for limit in limits]), waits)
         self._compiles_before = dict(engine.compiles)
-        self.notes = (*self._what_was_cut(rows), *self._what_is_not_guessed(rows))
+        each = options.num_return_sequences
+        whole = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
+        self.notes = (*self._what_was_cut(rows), *what_is_not_guessed(self, whole))
 
     def _begin(self, shape, waits):
         """Admits all prompts, or the first ones if there is no room for all."""
@@ -194,6 +204,8 @@ class Decoding:
         """(a ticket, a table for each lane). The first one has the entries of a kept text that
         begins like its own, if there is one: takes over the table of one that it goes on from, and
         shares the rows of one that goes on in another way."""
+        if self._past is not None:
+            return self._past.board(self._engine, shape, lanes)
         engine, kept, first = self._engine, self._engine.kept, lanes[0]
         alike = first.history[: first.n_shareable + 1]
         ended, n_alike = kept.find(alike, is_long=first.has_switched) or (None, 0)
@@ -268,28 +280,10 @@ class Decoding:
         shape = self._tickets[0].shape
         return shape.nodes // shape.batch
 
-    def _what_is_not_guessed(self, rows):
-        """What the user should hear: that there is no room for the guesses that were asked for, or
-        that the draft model's context is too short."""
-        engine, options, each = self._engine, self.options, self.options.num_return_sequences
-        shape = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
-        wanted, found = shape.nodes // shape.batch, self.n_guesses
-        is_asked = options.draft_tokens is not None or (engine.draft is not None and not found)
-        if self._tickets and found < wanted and is_asked:
-            missing = None if engine.n_alive > 1 else engine.shortage(shape)
-            yield (
-                f"draft_tokens: {found or 'no'} guesses a forward pass instead of {wanted}; "
-                + (missing or "the other runs that are alive leave no room for more")
-            )
-        longest = max(lane.n_prompt + lane.limit for lane in self.lanes)
-        drafts = engine.draft is not None and options.speculate in ("auto", "draft") and found
-        if drafts and longest > engine.draft.context_limit:
-            limit = engine.draft.context_limit
-            rest = "come from the text alone" if options.speculate == "auto" else "end"
-            yield (
-                f"draft: {engine.draft.folder} has a context of {limit} tokens, the run of up to "
-                f"{longest}: guesses {rest} after {limit}"
-            )
+    @property
+    def is_admitted(self) -> bool:
+        """Whether some of its prompts are."""
+        return bool(self._tickets)
 
     def __iter__(self) -> Iterator[list[Step | None]]:
         """Yields a list whenever a forward pass has given something: the Step of each sequence,
@@ -305,7 +299,11 @@ class Decoding:
         self._end()
 
     def _finish(self):
-        self.keep() if self.keeps else self.close()
+        try:
+            if self.before_end is not None and not self.is_closed:
+                self.before_end()
+        finally:
+            self.keep() if self.keeps else self.close()
 
     def keep(self) -> None:
         """Ends a run of one prompt now, and keeps the entries of its first text for a prompt that

@@ -224,6 +224,12 @@ class Lane:
         )
         return count
 
+    def replay(self, choices: Sequence[Choice]) -> None:
+        """Adds tokens that an earlier process drew: no step waits for them, and no figure counts
+        them."""
+        for choice in choices:
+            self._add(choice)
+
     def _add(self, choice):
         self.choices.append(choice)
         self.history.append(choice.token_id)
