@@ -141,6 +141,15 @@ class StateFolder:
                 f"{self.path}: cannot be written, since {above} is not a folder to write in"
             )
 
+    @property
+    def holds_one(self) -> bool:
+        """Whether there is a state."""
+        return bool(self._numbers())
+
+    def is_at(self, path: str | os.PathLike) -> bool:
+        """Whether this is the folder at a path."""
+        return os.path.realpath(path) == os.path.realpath(self.path)
+
     def save(self, facts: Mapping, parts: Iterable[Part], *, n_bytes: int) -> None:
         """Writes a state in the place of what is there: until it is whole, the old one stands.
         Raises UsageError, LockedError or StorageError."""
