@@ -162,7 +162,7 @@ def take_up(
     """
     refuse_several()
     with StateFolder(folder).reading() as state:
-        facts = _checked(state, engine, RUN)
+        facts = checked(state, engine, RUN, where=folder)
         try:
             past = _Past(state, engine, max_new_tokens)
         except (LookupError, TypeError, ValueError) as error:
@@ -360,11 +360,12 @@ def _choice(token, logprob, top):
     return Choice(token, logprob, tuple(map(tuple, top)))
 
 
-def _checked(state, engine, kind):
+def checked(state: State, engine: Engine, kind: str, *, where) -> dict:
     """Its facts. Raises UsageError where it is of another model, or another kind."""
     facts = state.facts
     if facts.get("of") != kind:
-        raise UsageError(f"{state.path}: a saved {facts.get('of')!a:.40}, expected a saved {kind}")
+        found = str(facts.get("of"))
+        raise UsageError(f"{where}: a saved {found!a:.40}, expected a saved {kind}")
     own = identity_of(engine.store, engine.dtype)
-    check_identity(facts.get("model", {}), own, where=state.path)
+    check_identity(facts.get("model", {}), own, where=where)
     return facts

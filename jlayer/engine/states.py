@@ -52,7 +52,7 @@ class State:
         """Its arrays by name, a part at a time, as they were written. Raises CheckpointError for
         one that is damaged, or StorageError."""
         for number, digest in enumerate(self.digests):
-            part = _read_part(os.path.join(self.path, _part_name(number)))
+            part = read_part(os.path.join(self.path, _part_name(number)))
             if _digest(part) != digest:
                 raise _damaged(self.path, f"{_part_name(number)} is not that of its digest")
             yield part
@@ -67,18 +67,18 @@ def write_state(path: str, facts: Mapping, parts: Iterable[Part], *, n_bytes: in
     try:
         os.makedirs(parent, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run has left
-        _check_room(parent, n_bytes)
+        check_room(parent, n_bytes)
         os.mkdir(aside)
         digests = []
         for part in parts:
             part = {name: array for name, array in part.items() if array.size}
             if part:
-                _write_part(os.path.join(aside, _part_name(len(digests))), part)
+                write_part(os.path.join(aside, _part_name(len(digests))), part)
                 digests.append(_digest(part))
         own = {"facts": dict(facts), "parts": digests}
         with open(os.path.join(aside, FACTS), "w", encoding="utf-8") as file:
             json.dump(own | {"digest": _digest_of(own)}, file, ensure_ascii=False)
-        _sync_tree(aside)
+        sync_tree(aside)
         os.rename(aside, path)
         sync_folder(parent)
     except (ValueError, OSError) as error:
@@ -246,14 +246,14 @@ def _is_own(name):
     return _is_number(name.removesuffix(UNFINISHED)) or name == LOCK
 
 
-def _write_part(path, part):
+def write_part(path, part):
     ocp, checkpointer = _orbax()
     how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in part}
     with _quiet():
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(part), save_args=how))
 
 
-def _read_part(path):
+def read_part(path):
     ocp, checkpointer = _orbax()
     try:
         with _quiet():
@@ -290,14 +290,14 @@ def _digest_of(words):
     return xxhash.xxh3_128(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
-def _check_room(folder, n_bytes):
+def check_room(folder, n_bytes):
     """A disk that fills up meanwhile is told of by tensorstore, and not in one line."""
     found = os.statvfs(folder)
     if found.f_bavail * found.f_frsize < n_bytes + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _sync_tree(folder):
+def sync_tree(folder):
     for where, _, names in os.walk(folder):
         for name in names:
             _sync(os.path.join(where, name), os.O_RDONLY)
