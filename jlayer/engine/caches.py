@@ -191,9 +191,7 @@ class Caches:
         if self.tier is Tier.HOST:
             return {name: leaf[where] for name, leaf in vars(self._rooms[layer]).items()}
         kind, padded = self._kinds[layer], _padded(where, 0)
-        program = self._programs.pools.written(
-            kind, pool=self._n_rows(layer), n_rows=len(padded)
-        )
+        program = self._programs.pools.written(kind, pool=self._n_rows(layer), n_rows=len(padded))
         entries = vars(program(self.layers[layer], padded))
         fetch = self._programs.pools.fetch
         return {name: fetch(leaf)[: len(where)].copy() for name, leaf in entries.items()}
@@ -206,9 +204,7 @@ class Caches:
         kind, pool = self._kinds[layer], self._n_rows(layer)
         padded = _padded(where, pool)
         struct = cache_struct(kind.cache, n_rows=len(padded), dtype=self._programs.dtype)
-        new = {
-            name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in vars(struct).items()
-        }
+        new = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in vars(struct).items()}
         for name, array in entries.items():
             new[name][: len(where)] = array
         program = self._programs.pools.placed(kind, pool=pool, n_rows=len(padded))

@@ -197,6 +197,8 @@ class Decoding:
         self.stats.sweep_bytes = self.plan.tiling.n_bytes
         for lane, table in zip(lanes, tables, strict=True):
             lane.board(table, capacity_for(shape.context))
+        for group in groups if self._engine.prompt_cache is not None else ():
+            self._engine.prompt_cache.watch(group.lanes[0])
         ticket.on_end(lambda: all(not lane.is_alive for lane in lanes))
         self.stats.kept_tokens += len(tables[0])
 
@@ -227,6 +229,12 @@ class Decoding:
             tables += [ticket.table() for _ in lanes[1:]]
         if not tables[0].can_go_on:  # a layer has no more than its window, or its state, at the end
             tables[0].cut(0)
+        if engine.prompt_cache is not None:
+            try:
+                engine.prompt_cache.fill(first, tables[0])
+            except BaseException:
+                ticket.close()
+                raise
         return ticket, tables
 
     def _stops(self, row, stop_text):

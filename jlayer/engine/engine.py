@@ -29,6 +29,7 @@ from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.messages import packed_shape
 from jlayer.engine.programs import Programs
+from jlayer.engine.prompt_cache import PromptCache
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
@@ -112,6 +113,7 @@ class Engine:
         )
         self.speculation = Speculation(self, self.draft)
         self.scheduler = Scheduler(self, self.speculation)
+        self.prompt_cache = PromptCache.of(self)
         self.host_peak_bytes = anonymous_bytes()
         self.device_peak_bytes = 0
         self.load_s = clock.lap()

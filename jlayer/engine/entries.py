@@ -8,6 +8,7 @@ the pools. Entries are as they lie in the pools, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,32 +64,45 @@ def listed(pool: Pool, tables: Sequence[Table]) -> Listed:
     return Listed(pool, rows, places, slots)
 
 
-def take(pool: Pool, tables: Sequence[Table], places: Sequence[np.ndarray]) -> Listed:
-    """Takes pool rows for entries that are to be placed, once for those that several tables list.
-    The tables are empty, and list them when `commit` is called. `places`: all there are."""
+@contextmanager
+def placing(pool: Pool, tables: Sequence[Table], places: Sequence[np.ndarray]) -> Iterator[Listed]:
+    """Yields pool rows for entries that are to be placed inside, one for each that several tables
+    list; after it the tables, which are empty before, list them and have the states. `places`: as
+    in `Listed`, all there are. With an error nothing is taken."""
     n_rows = 1 + max((int(place.max()) for place in places if len(place)), default=-1)
     slots = tuple(table.target for table in tables) if pool.has_state else ()
     new = Listed(pool, pool.take(n_rows, n_seen=0), tuple(places), slots)
-    for window in pool.windows:
-        window.take(new.rows[new.seen(window)])
-    return new
+    try:
+        for window in pool.windows:
+            window.take(new.rows[new.seen(window)])
+        yield new
+        for table, place in zip(tables, places, strict=True):
+            rows = new.rows[place]
+            pool.share(rows)
+            table.commit(rows)
+    finally:
+        pool.release(new.rows)
 
 
-def commit(new: Listed, tables: Sequence[Table]) -> None:
-    """The tables list the entries that were placed, and have the states."""
-    for table, place in zip(tables, new.places, strict=True):
-        rows = new.rows[place]
-        new.pool.share(rows)
-        table.commit(rows)
-    new.pool.release(new.rows)
+def grows(spec: CacheSpec) -> bool:
+    """Whether a layer keeps an entry for every token, for good."""
+    return spec.kind == "rows" and spec.window is None
+
+
+def growing(rows: np.ndarray) -> Where:
+    """Entries in these pool rows, of the layers that keep all."""
+    return lambda spec: rows if grows(spec) else NONE
+
+
+def ending(entries: Listed) -> Where:
+    """What the other layers have: of what tables list the end, and the states."""
+    return lambda spec: NONE if grows(spec) else entries.where(spec)
 
 
 def n_bytes(caches: Caches, where: Where) -> int:
     """Of all arrays that `parts` gives."""
     sizes = [caches.entry_bytes(layer) for layer in range(len(caches.specs))]
-    return sum(
-        size * len(where(spec)) for size, spec in zip(sizes, caches.specs, strict=True)
-    )
+    return sum(size * len(where(spec)) for size, spec in zip(sizes, caches.specs, strict=True))
 
 
 def parts(caches: Caches, where: Where) -> Iterator[Part]:

@@ -51,6 +51,18 @@ class Constraint(Protocol):
     def copy(self) -> Constraint: ...
 
 
+class Keeper(Protocol):
+    """What keeps the cache entries of a prompt: see `PromptCache`."""
+
+    def most(self, first: int, n_tokens: int) -> int:
+        """How many of the next tokens ride in one pass."""
+        ...
+
+    def after_pass(self, lane: Lane) -> None:
+        """Takes note of a pass in which the lane rode."""
+        ...
+
+
 class Lane:
     """One sequence that is continued: its ids, its text, and whether and why it has ended.
 
@@ -88,6 +100,7 @@ class Lane:
         self.options = options
         self.account = account
         self.table: Table | None = None  # until it is admitted
+        self.keeper: Keeper | None = None  # of its prompt, where that is to be kept
         self.capacity = 0
         self.unread: deque[Step] = deque()
         self.error: Exception | None = None

@@ -116,9 +116,7 @@ class Sessions:
         UsageError where the folder holds no run, or one of another model, dtype or adapter;
         CheckpointError where it is damaged; LockedError, DoesNotFitError or StorageError.
         """
-        decoding, is_single = take_up(
-            folder, self.engine, self.text, max_new_tokens=max_new_tokens
-        )
+        decoding, is_single = take_up(folder, self.engine, self.text, max_new_tokens=max_new_tokens)
         return Session(decoding, is_single=is_single, owner=self)
 
 
@@ -241,7 +239,9 @@ class _Past:
         return ticket, tables
 
     def _place(self, engine, tables):
-        own = [table for table, lane in zip(tables, self._lanes, strict=True) if lane["has_entries"]]
+        own = [
+            table for table, lane in zip(tables, self._lanes, strict=True) if lane["has_entries"]
+        ]
         if not own:
             return
         caches, parts = engine.caches, self._state.parts()
@@ -252,15 +252,14 @@ class _Past:
             draft = None
         caches.ready()
         caches.make_room()
-        new = entries.take(caches.pool, own, places)
-        engine.speculation.forget(new.rows)
-        if draft is not None:
-            draft.reserve(caches.pool.n_rows)
-        for part in parts:
-            entries.place(caches, part, new.where)
+        with entries.placing(caches.pool, own, places) as new:
+            engine.speculation.forget(new.rows)
             if draft is not None:
-                entries.place_draft(draft, part, new.rows[first[KNOWN]])
-        entries.commit(new, own)
+                draft.reserve(caches.pool.n_rows)
+            for part in parts:
+                entries.place(caches, part, new.where)
+                if draft is not None:
+                    entries.place_draft(draft, part, new.rows[first[KNOWN]])
 
 
 def _has_entries(lane):

@@ -1,20 +1,8 @@
 """Runs that are put down and taken up give the tokens of runs that nobody disturbed."""
 
-import json
-import os
-import shutil
-
-import numpy as np
 import pytest
 
-import jlayer
-from jlayer.engine import identity
-from jlayer.engine.states import FACTS
-from jlayer.errors import CheckpointError, LockedError, StorageError, UsageError
-from jlayer.plan.tiles import Tier
-from tests.adapters import write_adapter
 from tests.campaigns import slow_but
-from tests.engine.lanes import check_rows
 from tests.engine.sessions import (
     DRAWN,
     KINDS,

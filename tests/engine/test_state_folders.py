@@ -134,7 +134,10 @@ def test_no_damage_goes_unseen(folder, tmp_path):
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear")
-    for path, words in ((tmp_path / "mine", "letter.txt"), (tmp_path / "mine/letter.txt", "no fol")):
+    for path, words in (
+        (tmp_path / "mine", "letter.txt"),
+        (tmp_path / "mine/letter.txt", "no fol"),
+    ):
         with pytest.raises(UsageError, match=words):
             save(StateFolder(path), 1)
     assert os.listdir(tmp_path / "mine") == ["letter.txt"]
