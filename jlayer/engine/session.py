@@ -3,7 +3,8 @@ disk, and a run that goes on from it to the same tokens as if nothing had been.
 
 Text, stop strings and penalties are not kept: a lane that is taken up is given its tokens again and
 finds them anew. Cache entries are, so that no prompt is computed a second time. Where they are
-missing (the run was waiting for room, or there is no room for all texts now) they are computed anew.
+missing (the run was waiting for room, or there is no room for all texts now) they are computed
+again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What tests of saved runs share: models of each kind of cache, and what a run gives undisturbed."""
+"""What tests of saved runs share: models of each kind of cache, and what a run gives when nobody
+disturbs it."""
 
 from contextlib import contextmanager
 

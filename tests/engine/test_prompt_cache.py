@@ -153,7 +153,7 @@ def test_what_is_wrong_with_it_is_said_by_name(tiny, tmp_path):
         with pytest.raises(CheckpointError, match=r"prompts/\w+/\w+: a damaged state .*remove it"):
             run(model, PROMPT)
         assert not model.engine.n_alive
-    with pytest.raises(UsageError, match="prompt_cache_size: .* of this model take"):
+    with pytest.raises(UsageError, match=r"prompt_cache_size: .* of this model take"):
         opened(tiny, prompt_cache=tmp_path, prompt_cache_size=1000).__enter__()
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"prompt_cache: .*file"):
