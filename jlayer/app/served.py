@@ -27,13 +27,21 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     options.add_draft(parser)
     options.add_adapter(parser)
     options.add_context(parser)
+    options.add_prompts(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
 
 
 def run_options(args: argparse.Namespace) -> dict:
     return options.given(
-        args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+        args,
+        *options.RUN,
+        *options.PROCESSES,
+        *options.PROMPTS,
+        "context",
+        "draft",
+        "adapter",
+        "follow_links",
     )
 
 

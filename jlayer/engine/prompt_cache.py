@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from jlayer.checkpoint.store import Store
+from jlayer.durable import LOCK, open_lock
 from jlayer.engine import entries
 from jlayer.engine.caches import Caches
 from jlayer.engine.deciding import is_one_of_several
@@ -32,7 +33,7 @@ from jlayer.engine.identity import check_identity, identity_of, key_of
 from jlayer.engine.lane import Lane
 from jlayer.engine.pool import Table
 from jlayer.engine.speculation import Speculation
-from jlayer.engine.states import LOCK, UNFINISHED, read_state, remove_state, write_state
+from jlayer.engine.states import UNFINISHED, read_state, remove_state, write_state
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
@@ -246,7 +247,7 @@ class PromptCache:
         """Nothing is removed while another process reads."""
         path = os.path.join(os.path.dirname(self._root), LOCK)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = open_lock(path)
         except OSError as error:
             raise StorageError(
                 f"prompt_cache: {self.folder} cannot be written ({error.strerror})"

@@ -23,16 +23,16 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from jlayer.durable import FULL, LOCK, open_lock, sync_folder, sync_tree
 from jlayer.errors import CheckpointError, LockedError, StorageError, UsageError
 from jlayer.interrupts import imported, uninterrupted
 from jlayer.strict import close, read_small_file
 
-FACTS, LOCK = "facts.json", ".jlayer-lock"
+FACTS = "facts.json"
 UNFINISHED = ".jlayer-tmp"
 MOST_FACTS_BYTES = 1 << 30  # the tokens of many long texts
 SPARE_BYTES = 1 << 20  # of a disk, for what Orbax writes beside the numbers
 CHUNK_BYTES = 64 << 20  # written at once
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CODE = re.compile(r"os_error_code='([0-9]+)'")  # as tensorstore has the system's errors
 # The errors of file systems without such locks.
 _UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
@@ -200,7 +200,7 @@ class StateFolder:
             try:
                 os.makedirs(self._inside, exist_ok=True)
                 lock = os.path.join(self._inside, LOCK)
-                fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                fd = open_lock(lock)
                 fcntl.flock(fd, how | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LockedError(
@@ -227,11 +227,6 @@ def remove_state(path: str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _part_name(number):
@@ -295,24 +290,6 @@ def check_room(folder, n_bytes):
     found = os.statvfs(folder)
     if found.f_bavail * found.f_frsize < n_bytes + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def sync_tree(folder):
-    for where, _, names in os.walk(folder):
-        for name in names:
-            _sync(os.path.join(where, name), os.O_RDONLY)
-        sync_folder(where)
-
-
-def _sync(path, flags):
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # folders need no sync on this file system
-            raise
-    finally:
-        close(fd)
 
 
 def _code_of(error):

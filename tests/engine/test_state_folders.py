@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jlayer.durable import LOCK
 from jlayer.engine import states
-from jlayer.engine.states import FACTS, LOCK, UNFINISHED, StateFolder
+from jlayer.engine.states import FACTS, UNFINISHED, StateFolder
 from jlayer.errors import CheckpointError, LockedError, StorageError, UsageError
 
 PARTS = [
