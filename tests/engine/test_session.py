@@ -1,8 +1,17 @@
 """Runs that are put down and taken up give the tokens of runs that nobody disturbed."""
 
+import shutil
+
 import pytest
 
+import jlayer
+from jlayer.engine import identity
+from jlayer.engine.states import FACTS
+from jlayer.errors import CheckpointError, UsageError
+from jlayer.plan.tiles import Tier
+from tests.adapters import write_adapter
 from tests.campaigns import slow_but
+from tests.engine.lanes import check_rows
 from tests.engine.sessions import (
     DRAWN,
     KINDS,
@@ -15,6 +24,7 @@ from tests.engine.sessions import (
     tokens_of,
     undisturbed,
 )
+from tests.tiny import tiny_llama
 
 SEVERAL = {**DRAWN, "num_return_sequences": 2, "repetition_penalty": 1.3}
 DRAFTED = {"speculate": "draft", "draft_tokens": 4}
@@ -81,3 +91,161 @@ def test_all_ways_of_a_run(folder, tmp_path, prompt, options, drafts):
         expected = undisturbed(model, prompt, **plain)
         own = {**plain, **(DRAFTED if drafts else {})}
         check_each(model, put_down_everywhere(model, tmp_path / "runs", prompt, **own), expected)
+
+
+def as_told(found):
+    """What of a text must not depend on how it came about."""
+    names = ("text", "token_ids", "finish_reason", "prompt_tokens", "seed", "logprobs")
+    return [getattr(found, name) for name in (*names, "prompt_logprobs")]
+
+
+def test_text_stops_and_probabilities_are_those_of_one_run(fable, tmp_path):
+    options = {**DRAWN, "max_new_tokens": 12, "logprobs": 2, "prompt_logprobs": 1}
+    with opened(fable) as model:
+        text = jlayer.generate(model, "Once upon a time", **options).text
+        options["stop"] = ["zebra", text[-8:-4]]
+        expected = jlayer.generate(model, "Once upon a time", **options)
+        assert expected.finish_reason == "stop"
+        folders = put_down_everywhere(model, tmp_path, "Once upon a time", **options)
+        for folder in folders:
+            session = model.load_session(folder)
+            assert expected.text.startswith(session.texts[0])
+            assert as_told(session.result()) == as_told(expected)
+
+
+def test_a_seed_that_was_drawn_is_kept(tiny, tmp_path):
+    with opened(tiny) as model:
+        session = model.session([PROMPT, PROMPT], **{**DRAWN, "seed": None})
+        next(session)
+        session.save(tmp_path / "run")
+        one, two = session.result()
+        assert one.token_ids != two.token_ids, "each drew its own"
+        found = model.load_session(tmp_path / "run").result()
+        assert [one.seed for one in found] == [one.seed, two.seed]
+        assert tokens_of(found) == [one.token_ids, two.token_ids]
+
+
+def test_a_run_in_the_background_is_saved_between_two_passes(tiny, tmp_path):
+    options = {**PLAIN, "max_new_tokens": 30}
+    with opened(tiny) as model:
+        expected = undisturbed(model, PROMPT, **options)
+        handle = model.submit(PROMPT, **options)
+        next(handle)
+        model.save_session(tmp_path / "run", handle)
+        assert [handle.result().token_ids] == expected, "it goes on"
+        session = model.load_session(tmp_path / "run")
+        assert len(session.token_ids[0]) >= 1
+        assert tokens_of(session.result()) == expected
+        with pytest.raises(UsageError, match="run: found str"):
+            model.save_session(tmp_path / "run", "x")
+
+
+def test_it_may_have_more_tokens_than_it_was_begun_with(tiny, tmp_path):
+    with opened(tiny) as model:
+        expected = undisturbed(model, PROMPT, **{**DRAWN, "max_new_tokens": 15})
+        session = model.session(PROMPT, **DRAWN)
+        next(session)
+        session.save(tmp_path / "run")
+        session.close()
+        assert tokens_of(model.load_session(tmp_path / "run", max_new_tokens=15).result()) == (
+            expected
+        )
+        with pytest.raises(UsageError, match=r"found 0, and .*run.* has 1 new tokens already"):
+            model.load_session(tmp_path / "run", max_new_tokens=0)
+        assert not model.engine.n_alive
+
+
+@pytest.mark.slow
+def test_texts_that_wait_for_room_are_saved_and_taken_up_with_less_room(fable, room_for, tmp_path):
+    """Entries are missing of those that wait, and of all where there is room for some alone: they
+    are computed anew."""
+    prompts = [[9 + n, *range(20, 24)] for n in range(3)]
+    options = {**DRAWN, "max_new_tokens": 30}
+    with opened(fable) as model:
+        expected = undisturbed(model, prompts, **options)
+    with opened(fable, **room_for(2, 64)) as model:
+        session = model.session(prompts, **options)
+        for _ in range(4):
+            next(session)
+        assert session.decoding.is_waiting
+        session.save(tmp_path / "waiting")
+        assert tokens_of(session.result()) == expected
+    with opened(fable) as model:
+        session = model.load_session(tmp_path / "waiting")
+        next(session)
+        session.save(tmp_path / "whole")
+        check_rows(model, session.decoding)
+        assert tokens_of(session.result()) == expected
+    with opened(fable, **room_for(1, 64)) as model:
+        for name in ("whole", "waiting"):
+            assert tokens_of(model.load_session(tmp_path / name).result()) == expected
+        assert not model.engine.n_alive
+
+
+def test_entries_move_between_the_device_and_host_memory(fable, room_for, tmp_path):
+    """In a budget that is filled pools lie in host memory."""
+    prompts, options = [[7, 8, 9, 10, 11], [7, 8, 9, 10, 12]], {**PLAIN, "max_new_tokens": 8}
+    small = {"device_memory": room_for(2, 64)["device_memory"]}
+    with opened(fable) as model:
+        expected = undisturbed(model, prompts, **options)
+    for number, (one, other) in enumerate([({}, small), (small, {})]):
+        with opened(fable, **one) as model:
+            session = model.session(prompts, **options)
+            next(session)
+            tiers = [model.engine.caches.tier]
+            session.save(tmp_path / str(number))
+            session.close()
+        with opened(fable, **other) as model:
+            session = model.load_session(tmp_path / str(number))
+            tiers.append(model.engine.caches.tier)
+            found = session.result()
+            assert tokens_of(found) == expected
+            assert found[0].stats["kept_tokens"] == len(prompts[0])
+        assert set(tiers) == {Tier.DEVICE, Tier.HOST}
+
+
+@pytest.fixture(scope="module")
+def put_down(tiny, tmp_path_factory):
+    """A saved run of `tiny`."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    with opened(tiny) as model:
+        session = model.session(PROMPT, **PLAIN)
+        next(session)
+        session.save(folder)
+        session.close()
+    return folder
+
+
+def test_another_model_is_refused_by_name(tiny, put_down, tmp_path, monkeypatch):
+    other = tiny_llama(tmp_path / "other", seed=8)
+    adapter = write_adapter(tmp_path / "adapter", tiny)
+    for folder, options, words in (
+        (tiny, {"dtype": "bfloat16"}, "another dtype: expected float32, found bfloat16"),
+        (other, {}, "another model .its weights.: expected .*, found .*; open the model"),
+        (tiny, {"adapter": adapter}, "another adapter: expected none, found .*; open the model"),
+    ):
+        with opened(folder, **options) as model:
+            with pytest.raises(UsageError, match=f"run: saved with {words}"):
+                model.load_session(put_down)
+            assert not model.engine.n_alive
+    with opened(tiny) as model:
+        assert model.load_session(put_down).result().token_ids
+        monkeypatch.setattr(identity, "FORMAT", identity.FORMAT + 1)
+        with pytest.raises(UsageError, match="another format: expected 1, found 2; begin the run"):
+            model.load_session(put_down)
+
+
+def test_damage_is_refused_and_nothing_is_held(tiny, put_down, tmp_path):
+    with opened(tiny) as model:
+        for what in (FACTS, "part-00001"):
+            damaged = tmp_path / what
+            shutil.copytree(put_down, damaged)
+            (state,) = (path for path in damaged.iterdir() if path.is_dir())
+            if what == FACTS:
+                (state / what).write_text((state / what).read_text().replace("40", "41", 1))
+            else:
+                shutil.rmtree(state / what)
+            with pytest.raises(CheckpointError, match=r"a damaged state .*; remove it"):
+                model.load_session(damaged)
+            assert not model.engine.n_alive
+        assert model.load_session(put_down).result().token_ids
