@@ -230,11 +230,13 @@ class Decoding:
         if not tables[0].can_go_on:  # a layer has no more than its window, or its state, at the end
             tables[0].cut(0)
         if engine.prompt_cache is not None:
+            clock = Clock()
             try:
                 engine.prompt_cache.fill(first, tables[0])
             except BaseException:
                 ticket.close()
                 raise
+            self.stats.prefill_s += clock.lap()
         return ticket, tables
 
     def _stops(self, row, stop_text):

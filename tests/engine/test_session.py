@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 import jlayer
-from jlayer.engine import identity
+from jlayer.engine import entries, identity, states
+from jlayer.engine.caches import Caches
 from jlayer.engine.states import FACTS
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.plan.tiles import Tier
@@ -249,3 +250,36 @@ def test_damage_is_refused_and_nothing_is_held(tiny, put_down, tmp_path):
                 model.load_session(damaged)
             assert not model.engine.n_alive
         assert model.load_session(put_down).result().token_ids
+
+
+def test_host_memory_holds_a_part_of_a_state_at_a_time(tiny, tmp_path, monkeypatch):
+    """No layer's entries are fetched, or read, before those of the part before are done with."""
+    monkeypatch.setattr(entries, "PART_BYTES", 1)
+    log = []
+
+    def logged(owner, name, what):
+        real = getattr(owner, name)
+
+        def call(*given, **more):
+            log.append(what)
+            return real(*given, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in (
+        (states, "write_part"),
+        (states, "read_part"),
+        (Caches, "entries"),
+        (Caches, "place"),
+    ):
+        logged(owner, name, name)
+    with opened(tiny) as model:
+        session = model.session(PROMPT, **PLAIN)
+        next(session)
+        session.save(tmp_path / "run")
+        session.close()
+        n_layers = model.config.num_hidden_layers
+        assert log == ["write_part", *["entries", "write_part"] * n_layers], "the table comes first"
+        log.clear()
+        model.load_session(tmp_path / "run").close()
+        assert log == ["read_part", *["read_part", "place"] * n_layers]
