@@ -81,6 +81,11 @@ class Background:
             decoding.close()
             raise UsageError("submit: takes one prompt and gives one text; submit it several times")
         handle = Handle(decoding, self._scheduler, owner)
+        try:
+            decoding.read_kept()
+        except BaseException:
+            decoding.close()
+            raise
         self._scheduler.join(decoding.lanes)
         with self._lock:
             self._runs.append(weakref.ref(decoding))

@@ -121,6 +121,7 @@ class Decoding:
         self.stats = Stats(load_s=engine.load_s)
         account = Account(self.stats)
         self._tickets: list[Ticket] = []
+        self._boarded, self._is_begun = [], False  # of each prompt the first lane; see `read_kept`
         with engine.turn():  # what fits still does when the run is admitted
             most = self._most_that_fit(rows, limits)
             # A sequence's number is its place among those of one prompt, not in the batch: so each
@@ -157,7 +158,10 @@ class Decoding:
         self._compiles_before = dict(engine.compiles)
         each = options.num_return_sequences
         whole = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
-        self.notes = (*self._what_was_cut(rows), *what_is_not_guessed(self, whole))
+        self.notes = (
+            *self._what_was_cut(rows),
+            *what_is_not_guessed(self, whole, is_admitted=bool(self._tickets)),
+        )
 
     def _begin(self, shape, waits):
         """Admits all prompts, or the first ones if there is no room for all."""
@@ -197,8 +201,9 @@ class Decoding:
         self.stats.sweep_bytes = self.plan.tiling.n_bytes
         for lane, table in zip(lanes, tables, strict=True):
             lane.board(table, capacity_for(shape.context))
-        for group in groups if self._engine.prompt_cache is not None else ():
-            self._engine.prompt_cache.watch(group.lanes[0])
+        self._boarded += [group.lanes[0] for group in groups]
+        if self._is_begun:
+            self.read_kept()
         ticket.on_end(lambda: all(not lane.is_alive for lane in lanes))
         self.stats.kept_tokens += len(tables[0])
 
@@ -229,15 +234,17 @@ class Decoding:
             tables += [ticket.table() for _ in lanes[1:]]
         if not tables[0].can_go_on:  # a layer has no more than its window, or its state, at the end
             tables[0].cut(0)
-        if engine.prompt_cache is not None:
-            clock = Clock()
-            try:
-                engine.prompt_cache.fill(first, tables[0])
-            except BaseException:
-                ticket.close()
-                raise
-            self.stats.prefill_s += clock.lap()
         return ticket, tables
+
+    def read_kept(self) -> None:
+        """Begins: reads what is kept on disk of prompts, once they are admitted. Raises
+        CheckpointError or StorageError."""
+        self._is_begun, lanes, self._boarded = True, self._boarded, []
+        if self._engine.prompt_cache is not None and self._past is None:
+            clock = Clock()
+            with self._engine.turn():
+                self.stats.kept_tokens += self._engine.prompt_cache.admit(lanes)
+            self.stats.prefill_s += clock.lap()
 
     def _stops(self, row, stop_text):
         if not self.options.stop or stop_text is None:
@@ -289,11 +296,6 @@ class Decoding:
             return 0
         shape = self._tickets[0].shape
         return shape.nodes // shape.batch
-
-    @property
-    def is_admitted(self) -> bool:
-        """Whether some of its prompts are."""
-        return bool(self._tickets)
 
     def __iter__(self) -> Iterator[list[Step | None]]:
         """Yields a list whenever a forward pass has given something: the Step of each sequence,
@@ -400,6 +402,7 @@ class Decoding:
         return [lane.scores for lane in self.lanes[::each] for _ in range(each)]
 
     def _steps(self):
+        self.read_kept()
         clock, scheduler = Clock(), self._engine.scheduler
         scheduler.join(self.lanes)
         filled = scheduler.prepare()

@@ -31,7 +31,6 @@ from jlayer.engine.caches import Caches
 from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.identity import check_identity, identity_of, key_of
 from jlayer.engine.lane import Lane
-from jlayer.engine.pool import Table
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.states import UNFINISHED, read_state, remove_state, write_state
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
@@ -129,18 +128,29 @@ class PromptCache:
 
     # Ahead of a run's first pass; within a turn.
 
-    def fill(self, lane: Lane, table: Table) -> None:
-        """Gives a lane's table the entries of its first tokens that are kept, where these are more
-        than it has. Raises CheckpointError or StorageError."""
-        names = self._names(lane)[: lane.n_shareable // BLOCK]
+    def admit(self, lanes: Sequence[Lane]) -> int:
+        """Gives the first of these lanes the entries of its first tokens that are kept, where these
+        are more than it has: others that begin alike share them, as they are planned to. Has the
+        prompts of all kept, once they are computed. -> how many tokens were read. Raises
+        CheckpointError or StorageError."""
+        there = [lane for lane in lanes if lane.table is not None and not lane.table.is_closed]
+        n_read = sum(map(self._fill, there[:1]))
+        for lane in there:
+            self._watch(lane)
+        return n_read
+
+    def _fill(self, lane):
+        names, table = self._names(lane)[: lane.n_shareable // BLOCK], lane.table
         with self._locked(fcntl.LOCK_SH):
             count = self._n_loadable(names)
-            if BLOCK * count > len(table):
-                table.cut(0)
-                self._load(names[:count], lane.history, table)
+            if BLOCK * count <= (n_before := len(table)):
+                return 0
+            table.cut(0)
+            self._load(names[:count], lane.history, table)
+        lane.board(table, lane.capacity)  # with entries from now on
+        return len(table) - n_before
 
-    def watch(self, lane: Lane) -> None:
-        """Has the prompt of a lane kept, once it is computed."""
+    def _watch(self, lane):
         names = self._names(lane)[: (lane.n_prompt - 1) // BLOCK]
         n_there = self._n_there(names)
         n_known = len(lane.table) // BLOCK

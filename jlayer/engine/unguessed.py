@@ -21,17 +21,15 @@ class Run(Protocol):
     @property
     def n_guesses(self) -> int: ...
 
-    @property
-    def is_admitted(self) -> bool: ...
 
-
-def what_is_not_guessed(run: Run, shape: RunShape) -> Iterator[str]:
+def what_is_not_guessed(run: Run, shape: RunShape, *, is_admitted: bool) -> Iterator[str]:
     """That there is no room for the guesses that were asked for, or that the draft model's context
-    is too short. `shape`: of the run with all the guesses that it asks for."""
+    is too short. `shape`: of the run with all the guesses that it asks for.
+    `is_admitted`: whether some of its prompts are."""
     engine, options = run.engine, run.options
     wanted, found = shape.nodes // shape.batch, run.n_guesses
     is_asked = options.draft_tokens is not None or (engine.draft is not None and not found)
-    if run.is_admitted and found < wanted and is_asked:
+    if is_admitted and found < wanted and is_asked:
         missing = None if engine.n_alive > 1 else engine.shortage(shape)
         yield (
             f"draft_tokens: {found or 'no'} guesses a forward pass instead of {wanted}; "

@@ -171,3 +171,15 @@ def test_a_full_disk_ends_the_run_and_says_why(tiny, tmp_path, monkeypatch):
         with pytest.raises(StorageError, match="No space left"):
             run(model, PROMPT)
         assert not model.engine.n_alive
+
+
+def test_a_stream_reads_it_once(tiny, tmp_path, monkeypatch):
+    reads, real = [], prompt_cache.read_state
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        expected, _ = run(model, PROMPT)
+        monkeypatch.setattr(
+            prompt_cache, "read_state", lambda path: reads.append(path) or real(path)
+        )
+        steps = list(jlayer.stream(model, PROMPT, **PLAIN))
+        assert [[one for step in steps for one in step.token_ids]] == expected
+        assert len(reads) == last_whole(PROMPT) // BLOCK
