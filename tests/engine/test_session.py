@@ -12,7 +12,7 @@ from jlayer.errors import CheckpointError, UsageError
 from jlayer.plan.tiles import Tier
 from tests.adapters import write_adapter
 from tests.campaigns import slow_but
-from tests.engine.lanes import check_rows
+from tests.engine.lanes import check_rows, limited
 from tests.engine.sessions import (
     DRAWN,
     KINDS,
@@ -25,6 +25,7 @@ from tests.engine.sessions import (
     tokens_of,
     undisturbed,
 )
+from tests.reference import dense_forms
 from tests.tiny import tiny_llama
 
 SEVERAL = {**DRAWN, "num_return_sequences": 2, "repetition_penalty": 1.3}
@@ -283,3 +284,57 @@ def test_host_memory_holds_a_part_of_a_state_at_a_time(tiny, tmp_path, monkeypat
         log.clear()
         model.load_session(tmp_path / "run").close()
         assert log == ["read_part", *["read_part", "place"] * n_layers]
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_half_computed_goes_on_from_there(model, tmp_path):
+    expected = undisturbed(model, PROMPT, **PLAIN)
+    with limited(model, rows=16):
+        session = model.session(PROMPT, **PLAIN)
+        scheduler = model.engine.scheduler
+        scheduler.join(session.decoding.lanes)
+        scheduler.drive_until(lambda: len(session.decoding.lanes[0].table) > 0)
+        session.save(tmp_path / "run")
+        session.close()
+        again = model.load_session(tmp_path / "run")
+        found = again.result()
+    assert 0 < found.stats["kept_tokens"] < len(PROMPT)
+    assert tokens_of(found) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (3, 2)])
+def test_on_another_number_of_devices(tiny, tmp_path, numbers):
+    found = []
+    for n_devices in numbers:
+        with opened(tiny, devices=n_devices) as model:
+            if not found:
+                found.append(undisturbed(model, PROMPTS, **DRAWN))
+                session = model.session(PROMPTS, **DRAWN)
+                next(session)
+                next(session)
+                session.save(tmp_path / "run")
+                session.close()
+            else:
+                session = model.load_session(tmp_path / "run")
+                assert tokens_of(session.result()) == found[0]
+
+
+@pytest.mark.slow
+def test_bfloat16_goes_on_with_the_same_bits(folder, tmp_path):
+    options = {**DRAWN, "max_new_tokens": 24}
+    with opened(folder, dtype="bfloat16") as model:
+        expected = undisturbed(model, PROMPT, **options)
+        folders = put_down_everywhere(model, tmp_path, PROMPT, **options)
+        check_each(model, folders, expected)
+
+
+@pytest.mark.slow
+def test_across_the_length_at_which_the_rotary_embedding_switches(tmp_path):
+    folder = dense_forms.save(tmp_path / "model", "phi3-longrope")
+    with opened(folder) as model:
+        n_before = model.config.switches_at - 5
+        prompt, options = [7 + n % 90 for n in range(n_before)], {**PLAIN, "max_new_tokens": 12}
+        expected = undisturbed(model, prompt, **options)
+        for saved in put_down_everywhere(model, tmp_path / "runs", prompt, **options):
+            assert tokens_of(model.load_session(saved).result()) == expected
