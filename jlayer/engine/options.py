@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from jlayer.config import unknown_name
 from jlayer.engine.ranges import RANGES, checked
 from jlayer.engine.unread import (
+    FILTERS,
     HARMLESS,
     REFUSED,
     Run,
@@ -27,7 +28,7 @@ from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
 
 # The name of an option in transformers -> its name here.
-ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
+ALIASES = {"stop_strings": "stop"}
 
 # Options that transformers does not know. It reads past them in a published file, and so does
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
@@ -35,7 +36,7 @@ OWN = (
     *("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs"),
     *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens"),
 )
-_WARPERS = ("temperature", "top_k", "top_p", "min_p")
+_WARPERS = ("temperature", *FILTERS)
 # None from a user turns an option off, which for these is not the default.
 _NONE_MEANS = {"top_k": 0, "speculate": "off"}
 _LENGTHS = ("max_new_tokens", "max_length")
@@ -51,7 +52,9 @@ _INSTEAD = (
 class SamplingOptions:
     """How ids are chosen and when a sequence ends; every field is checked when the object is made.
 
-    temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
+    temperature: 0 is greedy. top_k 0, top_p and typical_p 1, min_p None, cutoffs 0: off. seed: None
+    until `seeded` draws it. sequence_bias: on the last of ids that follow one another.
+    bad_words_ids: texts have none of these.
     logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
     prompt_logprobs: the same for the prompt's tokens, of which prompt_logprobs_from is the first
     that is reported, counted from 0; with max_new_tokens 0 nothing else is computed.
@@ -67,6 +70,9 @@ class SamplingOptions:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -74,6 +80,8 @@ class SamplingOptions:
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int | None = None
     min_length: int = 0
     max_new_tokens: int | None = None
@@ -144,8 +152,13 @@ class SamplingOptions:
 
     def check(self, vocab_size: int) -> None:
         """Raises UsageError where an id is outside the vocabulary."""
-        biased = [token for token, _ in self.logit_bias]
-        for name, ids in (("eos_token_id", self.eos_token_id), ("logit_bias", biased)):
+        named = {
+            "eos_token_id": self.eos_token_id,
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "sequence_bias": [token for ids, _ in self.sequence_bias for token in ids],
+            "bad_words_ids": [token for ids in self.bad_words_ids for token in ids],
+        }
+        for name, ids in named.items():
             if ids and max(ids) >= vocab_size:
                 raise UsageError(_outside(name, max(ids), vocab_size))
 

@@ -25,7 +25,6 @@ REFUSED = {
     "assistant_ensemble_weight": (None,),
     "assistant_model": (None,),
     "assistant_tokenizer": (None,),
-    "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "cache": (None,),
     # "quantized" keeps an approximate cache, "paged" gives the result in another shape.
@@ -38,8 +37,6 @@ REFUSED = {
     "custom_generate": (None,),
     "dola_layers": (None,),
     "encoder_outputs": (None,),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
     "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None,),
     "forced_bos_token_id": (None,),
@@ -68,7 +65,6 @@ REFUSED = {
     "suppress_tokens": (None, []),
     "token_healing": (None, False),
     "top_h": (None,),
-    "typical_p": (None, 1),
     "use_mtp": (None, False),
     "watermarking_config": (None,),
     **dict.fromkeys(("cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q"), (None,)),
@@ -91,8 +87,8 @@ HARMLESS = frozenset(
 )
 
 # What only some runs read, so that a published value of it stands in no other run's way.
-_FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-SAMPLING_ONLY = frozenset(("temperature", *_FILTERS, "num_return_sequences"))
+FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_ONLY = frozenset(("temperature", *FILTERS, "top_h", "num_return_sequences"))
 _DETAILS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
 
 

@@ -61,7 +61,11 @@ def test_every_option_of_transformers_is_known_ignored_or_refused():
         ("frequency_penalty", [2.1, -2.1, math.nan], r"\[-2, 2\]"),
         ("no_repeat_ngram_size", [-1, 1.0], "integer from 0 up"),
         ("logit_bias", [{1: math.nan}, {1: math.inf}, {-1: 0.0}, {"x": 1}, 3, {1: "2"}], "ids"),
-        ("sequence_bias", [{(1, 2): 1.0}, [[[1, 2], 1.0]], [[[1], 1.0], [[1], 2.0]]], "single"),
+        ("sequence_bias", [{(): 1.0}, {3: 1.0}, [[[1], 1.0], [[1], 2.0]], {(1,): math.inf}], "seq"),
+        ("bad_words_ids", [[3], [[]], [[-1]], [["a"]], 5], "list of lists"),
+        ("typical_p", [0, 1.1, math.nan, "x"], r"\(0, 1\]"),
+        ("epsilon_cutoff", [-0.1, 1, math.nan], r"\[0, 1\)"),
+        ("eta_cutoff", [-0.1, 1, math.nan], r"\[0, 1\)"),
         ("min_new_tokens", [-1], "from 0 up"),
         ("max_new_tokens", [-1, 2.5, "3"], "from 0 up"),
         ("max_length", [-1], "from 0 up"),
@@ -92,7 +96,7 @@ def test_unknown_option_offers_the_closest_name():
 
 @pytest.mark.parametrize(
     ("name", "value", "harmless"),
-    [("num_beams", 4, 1), ("typical_p", 0.9, 1.0), ("suppress_tokens", [1], [])],
+    [("num_beams", 4, 1), ("top_h", 0.9, None), ("suppress_tokens", [1], [])],
 )
 def test_what_is_not_done_is_refused_wherever_it_comes_from(name, value, harmless):
     with pytest.raises(UsageError, match=name):
@@ -146,7 +150,12 @@ def test_a_wrong_value_in_the_file_is_the_files_fault():
 
 
 def test_ids_outside_the_vocabulary_are_refused():
-    for name, value in (("eos_token_id", [1, V]), ("logit_bias", {V: 1.0})):
+    for name, value in (
+        ("eos_token_id", [1, V]),
+        ("logit_bias", {V: 1.0}),
+        ("sequence_bias", {(V, 1): 1.0}),
+        ("bad_words_ids", [[1], [1, V]]),
+    ):
         with pytest.raises(UsageError, match=f"{name}.*{V}"):
             SamplingOptions.from_mapping({name: value}, vocab_size=V)
 

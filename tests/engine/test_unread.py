@@ -105,18 +105,14 @@ def test_what_is_called_harmless_changes_no_token_in_transformers(both, name, sa
 
 
 CHANGES = {
-    "bad_words_ids": [[7]],
     "begin_suppress_tokens": [7],
     "cache_implementation": "quantized",
-    "epsilon_cutoff": 0.1,
-    "eta_cutoff": 0.1,
     "is_assistant": True,
     "num_beams": 3,
     "output_scores": True,
     "penalty_alpha": 0.6,
     "suppress_tokens": [7],
     "token_healing": True,
-    "typical_p": 0.5,
     "use_mtp": True,
 }
 
@@ -156,9 +152,9 @@ UNREAD_BY_GREEDY = {
     "top_p": 7,
     "min_p": "x",
     "top_h": 0.4,
-    "typical_p": 0.4,
-    "epsilon_cutoff": 0.1,
-    "eta_cutoff": 0.1,
+    "typical_p": 4,
+    "epsilon_cutoff": 1.5,
+    "eta_cutoff": 2,
     "output_scores": True,
     "output_logits": True,
     "output_attentions": True,
