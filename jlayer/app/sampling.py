@@ -24,6 +24,9 @@ SAMPLING = {
     "no_repeat_ngram_size": (int, "never repeat a sequence of this many tokens"),
     "min_new_tokens": (int, "do not end before this many new tokens"),
     "num_return_sequences": (int, "the number of texts, each sampled with its own noise"),
+    "num_beams": (int, "search with this many beams, which all ride in one forward pass"),
+    "length_penalty": (float, "of beams: the power of the length that a score is divided by"),
+    "early_stopping": (str, "of beams: true ends once enough texts have ended; false, or never"),
     "logprobs": (int, "with --json: log-probabilities of the new tokens and of the N likeliest"),
     "prompt_logprobs": (int, "the same for the tokens of the prompt"),
     "speculate": (

@@ -17,6 +17,7 @@ from jlayer.plan.shapes import CHUNK_ROWS
 MAX_SEED = (1 << 64) - 1
 # How tokens are guessed ahead: as pays best, not at all, from the text so far, or by a draft model.
 SPECULATE = ("auto", "off", "lookup", "draft")
+MOST_BEAMS = CHUNK_ROWS[-1]  # they ride together
 MOST_NODES = CHUNK_ROWS[-1] - 1  # guessed tokens in a chunk beside the next one
 
 
@@ -59,6 +60,13 @@ def _strings(value):
     if not all(isinstance(text, str) and text for text in listed):
         raise ValueError
     return listed
+
+
+def _early(value):
+    """When beam search ends: transformers' True, False or "never", which JSON and a command line
+    have as words."""
+    words = {"true": True, "false": False, "never": "never"}
+    return words[value] if isinstance(value, str) and value in words else _boolean(value)
 
 
 def _mode(value):
@@ -165,6 +173,10 @@ RANGES = {
     "pad_token_id": (_maybe(_id), "a token id"),
     "stop": (_strings, "a non-empty string or a list of them"),
     "num_return_sequences": (_integer(1), "an integer from 1 up"),
+    "num_beams": (_integer(1, MOST_BEAMS), f"an integer from 1 to {MOST_BEAMS} (1 is off)"),
+    "length_penalty": (_real(math.isfinite), "a finite number"),
+    "early_stopping": (_early, 'true, false or "never"'),
+    "renormalize_logits": (_boolean, "true or false"),
     "seed": (_maybe(_integer(0, MAX_SEED)), f"an integer from 0 to {MAX_SEED}"),
     "logprobs": (_maybe(_COUNT), _FROM_0),
     "prompt_logprobs": (_maybe(_COUNT), _FROM_0),
@@ -172,6 +184,8 @@ RANGES = {
     "speculate": (_mode, f"one of {', '.join(SPECULATE)}"),
     "draft_tokens": (_maybe(_integer(1, MOST_NODES)), f"an integer from 1 to {MOST_NODES}"),
     "return_dict_in_generate": (_boolean, "true or false"),
+    "output_scores": (_boolean, "true or false"),
+    "output_logits": (_boolean, "true or false"),
 }
 
 

@@ -13,7 +13,7 @@ encoders act on the prompt, which transformers takes for what an encoder read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +28,15 @@ class Choice:
     """A chosen token and, if options.logprobs is set, log-probabilities.
 
     They are computed from the raw logits, before any option, as in OpenAI and vLLM. `top`: (id,
-    log-probability) of the likeliest tokens, likeliest first.
+    log-probability) of the likeliest tokens, likeliest first. `logits`, `scores`: float32 [V]
+    before and after all options, where these are kept.
     """
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,34 @@ def choose(
         padding=padding,
         allowed=allowed,
     )
+    key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
+    return pick(scores, logits, options=options, key=key)
+
+
+def pick(
+    scores: np.ndarray, logits: np.ndarray, *, options: SamplingOptions, key: NoiseKey
+) -> Choice:
+    """The token that `scores` [V] give, which options have made of `logits`. Raises UsageError
+    where they leave none."""
+    check_choosable(scores, position=key.position)
     if options.is_greedy:
         token = int(np.argmax(scores))
     else:
         assert options.seed is not None, "options.seeded() draws the seed, once for all tokens"
         ids, weights = candidates(scores, options=options)
-        key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
         token = int(ids[np.argmax(weights + noise(ids, key))])
+    found = chosen(token, logits, options=options)
+    if options.keeps_logits:
+        found = replace(found, logits=np.array(logits, np.float32))
+    if options.keeps_scores:
+        final = scores if options.is_greedy else warped(scores, options=options)
+        final = log_softmax(final) if options.renormalize_logits else final
+        found = replace(found, scores=final)
+    return found
+
+
+def chosen(token: int, logits: np.ndarray, *, options: SamplingOptions) -> Choice:
+    """A token, with log-probabilities by `logits` where the options ask for them."""
     if options.logprobs is None:
         return Choice(token)
     return _with_logprobs(token, logits, n_top=options.logprobs)
@@ -101,7 +125,7 @@ def processed(
     """Scores, float32 [V]: `logits` after the options that always act; -inf rules a token out.
 
     Computed in float32 as in transformers, so scores are equal bit for bit and the greedy token is
-    the same.
+    the same. They may leave no token: see `check_choosable`.
     """
     scores = np.array(logits, dtype=np.float32)
     n_new = len(history) - n_prompt
@@ -135,7 +159,6 @@ def processed(
         scores[list(options.eos_token_id)] = -np.inf
     if allowed is not None:
         scores[~allowed] = -np.inf
-    _check_choosable(scores, position=len(history))
     return scores
 
 
@@ -162,6 +185,21 @@ def candidates(
         kept = select(weights, options, least)
         ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def warped(scores: np.ndarray, *, options: SamplingOptions, least: int = 1) -> np.ndarray:
+    """float32 [V]: `scores / temperature`, -inf where `candidates` leave a token out."""
+    ids, _ = candidates(scores, options=options, least=least)
+    found = np.full_like(scores, -np.inf)
+    found[ids] = scores[ids] / np.float32(options.temperature)
+    return found
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """float32 [V], by a sum in float64."""
+    exact = values.astype(np.float64)
+    exact -= exact.max()
+    return (exact - np.log(np.exp(exact).sum())).astype(np.float32)
 
 
 def gumbel(words: np.ndarray) -> np.ndarray:
@@ -288,7 +326,8 @@ def _check_finite(logits, *, position):
         )
 
 
-def _check_choosable(scores, *, position):
+def check_choosable(scores: np.ndarray, *, position: int) -> None:
+    """Raises UsageError where no token is left, or a score is beyond float32."""
     best = scores.max()
     if best == -np.inf:
         found = f"position {position}: the options rule out every token; relax "

@@ -29,7 +29,7 @@ def test_defaults_are_those_of_transformers():
     ours = SamplingOptions()
     for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
         assert getattr(ours, name) == theirs[name]
-    for name in ("no_repeat_ngram_size", "min_length", "num_return_sequences"):
+    for name in ("no_repeat_ngram_size", "min_length", "num_return_sequences", "num_beams"):
         assert getattr(ours, name) == theirs[name]
     assert theirs["max_length"] == DEFAULT_NEW_TOKENS
 
@@ -72,6 +72,10 @@ def test_every_option_of_transformers_is_known_ignored_or_refused():
         ("eos_token_id", [-1, [1, "2"], "2"], "token id"),
         ("stop", ["", ["a", ""], [1], 5], "non-empty"),
         ("num_return_sequences", [0, -1, 1.0], "from 1 up"),
+        ("num_beams", [0, 513, 2.0, True], "from 1 to 512"),
+        ("length_penalty", [math.nan, math.inf, "1"], "finite number"),
+        ("early_stopping", [1, "always"], "never"),
+        ("output_scores", [1, "yes"], "true or false"),
         ("seed", [-1, 1.5, "7", 2**64, True], "integer from 0 to"),
         ("logprobs", [-1, True], "from 0 up"),
         ("prompt_logprobs", [-1, True], "from 0 up"),
@@ -96,13 +100,14 @@ def test_unknown_option_offers_the_closest_name():
 
 @pytest.mark.parametrize(
     ("name", "value", "harmless"),
-    [("num_beams", 4, 1), ("top_h", 0.9, None), ("suppress_tokens", [1], [])],
+    [("num_beam_groups", 4, 1), ("top_h", 0.9, None), ("suppress_tokens", [1], [])],
 )
 def test_what_is_not_done_is_refused_wherever_it_comes_from(name, value, harmless):
     with pytest.raises(UsageError, match=name):
-        SamplingOptions.from_mapping({name: value})
+        SamplingOptions.from_mapping({name: value, "num_beams": 8})
+    published = {name: value, "do_sample": True, "num_beams": 8}
     with pytest.raises(UnsupportedModelError, match=rf"{name}.*overrule it in Python with {name}="):
-        SamplingOptions.from_mapping({}, generation_config={name: value, "do_sample": True})
+        SamplingOptions.from_mapping({}, generation_config=published)
     for neutral in (None, harmless):
         SamplingOptions.from_mapping({name: neutral}, generation_config={name: value})
         SamplingOptions.from_mapping({}, generation_config={name: neutral})

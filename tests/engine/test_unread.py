@@ -10,7 +10,7 @@ import pytest
 
 import jlayer
 from jlayer.engine.options import SamplingOptions, is_option, option_names
-from jlayer.engine.unread import HARMLESS, REFUSED
+from jlayer.engine.unread import BEAMS_ONLY, HARMLESS, REFUSED
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from tests.campaigns import slow_but
 
@@ -35,19 +35,14 @@ VALUES = {
     "continuous_batching_config": None,
     "decoder_start_token_id": 3,
     "disable_compile": True,
-    "diversity_penalty": 0.7,
-    "early_stopping": True,
-    "length_penalty": 2.5,
     "low_memory": True,
     "max_cache_len": 64,
     "max_matching_ngram_size": 3,
     "num_assistant_tokens": 2,
     "num_assistant_tokens_schedule": "heuristic",
-    "num_beam_groups": 2,
     "prefill_chunk_size": 2,
     "prompt_lookup_num_tokens": 3,
     "remove_invalid_values": True,
-    "renormalize_logits": True,
     "speculation_type": "eagle",
     "target_lookbehind": 3,
     "transformers_version": "4.0.0",
@@ -108,8 +103,7 @@ CHANGES = {
     "begin_suppress_tokens": [7],
     "cache_implementation": "quantized",
     "is_assistant": True,
-    "num_beams": 3,
-    "output_scores": True,
+    "output_attentions": True,
     "penalty_alpha": 0.6,
     "suppress_tokens": [7],
     "token_healing": True,
@@ -122,6 +116,7 @@ def test_what_changes_the_result_is_refused_wherever_it_stands(name):
     value = CHANGES.get(name, object() if name.endswith("_fn") else 3)
     value = False if name == "is_causal" else value
     run = {"do_sample": name != "penalty_alpha", "return_dict_in_generate": True}
+    run |= {"num_beams": 2} if name in BEAMS_ONLY else {}
     with pytest.raises(UsageError, match=f"{name}: found .*leave it out"):
         SamplingOptions.from_mapping({name: value, **run})
     with pytest.raises(UsageError, match=name):
@@ -155,8 +150,8 @@ UNREAD_BY_GREEDY = {
     "typical_p": 4,
     "epsilon_cutoff": 1.5,
     "eta_cutoff": 2,
-    "output_scores": True,
-    "output_logits": True,
+    "output_scores": 3,
+    "output_logits": "x",
     "output_attentions": True,
     "output_hidden_states": True,
 }
