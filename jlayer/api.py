@@ -16,6 +16,7 @@ import numpy as np
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import generation_file, read_generation_config
 from jlayer.engine.answers import answer
+from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, all_logits, check_called, drive
 from jlayer.engine.deciding import follows
@@ -265,6 +266,7 @@ class Model:
         `generation_config`: transformers' object, or a mapping, with further options of the
         user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
+        options = without_assistant(options, self.engine.run.draft)
         found = SamplingOptions.from_mapping(
             {**configured(generation_config), **options},
             generation_config=self.generation_config,
@@ -441,6 +443,7 @@ def _opened(model_or_ref, options):
     loads = own | {name for name in NAMES if not is_option(name)}
     run = {name: value for name, value in rest.items() if name in loads}
     rest = {name: value for name, value in rest.items() if name not in loads}
+    rest, run = as_draft(rest, run)
     check_names(taken(rest)[1], own)
     check_draft(rest.get("speculate"), run.get("draft"), unused=True)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
