@@ -3,16 +3,19 @@ the installed transformers, so an argument that is new there fails here."""
 
 import inspect
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 import jlayer
+from jlayer.engine import assistant, functions
 from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.unread import BEAMS_ONLY, HARMLESS, REFUSED
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from tests.campaigns import slow_but
+from tests.conftest import REPOSITORY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,6 +77,20 @@ def test_every_argument_of_generate_and_forward_is_known():
     ours = set(inspect.signature(jlayer.Model.generate).parameters)
     ours |= set(inspect.signature(jlayer.api.generate_ids).parameters)
     assert {name for name in found - ours - {"kwargs"} if not is_option(name)} == set()
+
+
+def test_the_page_says_of_every_name_what_becomes_of_it():
+    page = (REPOSITORY / "docs" / "generating.md").read_text()
+
+    def listed(kind):
+        part = re.search(rf"<!-- {kind} -->(.*?)<!-- end -->", page, re.DOTALL)[1]
+        return set(re.findall(r"`(\w+)`", part))
+
+    taken = {*functions.NAMES, assistant.NAME}
+    assert listed("harmless") == HARMLESS
+    assert listed("refused") == REFUSED.keys() - taken
+    done = page.split("## What is acted on")[1].split("\n## ")[0]
+    assert taken | set(option_names()) <= set(re.findall(r"`(\w+)`", done))
 
 
 def test_the_three_lists_share_no_name():
