@@ -15,21 +15,20 @@ import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import generation_file, read_generation_config
+from jlayer.engine.answers import answer
+from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
-from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
+from jlayer.engine.called import Output, all_logits, check_called, drive
 from jlayer.engine.deciding import follows
-from jlayer.engine.decoding import Decoding, Generation
+from jlayer.engine.decoding import Decoding
 from jlayer.engine.engine import Engine
 from jlayer.engine.following import follow
-from jlayer.engine.ids import as_rows, encoded, like
+from jlayer.engine.functions import taken
+from jlayer.engine.generation import Generation
+from jlayer.engine.ids import as_rows, encoded
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, check_names, translated
-from jlayer.engine.options import (
-    SamplingOptions,
-    check_draft,
-    configured,
-    is_option,
-)
+from jlayer.engine.options import SamplingOptions, check_draft, configured, is_option
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
@@ -180,8 +179,7 @@ class Model:
 
     @property
     def tokenizer(self):
-        """The published tokenizer as transformers gives it (loaded on first use, which imports
-        transformers).
+        """The published tokenizer as transformers gives it, which is imported on first use.
 
         Each thread has its own, copied from the first as it then is: padding and truncation are
         settings of the object, and threads that share one get each other's.
@@ -268,6 +266,7 @@ class Model:
         `generation_config`: transformers' object, or a mapping, with further options of the
         user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
+        options = without_assistant(options, self.engine.run.draft)
         found = SamplingOptions.from_mapping(
             {**configured(generation_config), **options},
             generation_config=self.generation_config,
@@ -300,10 +299,12 @@ class Model:
         self, prompt=None, *, options: dict, generation_config=None, **form
     ) -> tuple[Callable[[], Decoding], bool]:
         """What begins the run of `decoding`, and whether it was a single prompt."""
+        functions, options = taken(options)
         sampling = self.sampling_options(options, generation_config=generation_config)
         pad = sampling.padding_id
         rows, one = encode_prompts(self.text, prompt, folder=self.folder, pad=pad, **form)
-        return partial(Decoding, self.engine, rows, sampling, text=self.text), one
+        begin = partial(Decoding, self.engine, rows, sampling, text=self.text)
+        return partial(begin, functions=functions), one
 
     @property
     def follows(self) -> bool:
@@ -412,6 +413,7 @@ def generate_ids(
     """
     if inputs is not None and input_ids is not None:
         raise UsageError("inputs: input_ids was given too; leave one out")
+    functions, options = taken(options)
     sampling = model.sampling_options(options, generation_config=generation_config, implied=False)
     given, mask = encoded(input_ids if inputs is None else inputs, attention_mask)
     if given is None:
@@ -420,15 +422,12 @@ def generate_ids(
         given = np.array([[sampling.bos_token_id]])
     rows = as_rows(given, mask, pad=sampling.padding_id)
     text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
-    decoding = Decoding(model.engine, rows, sampling, stop_text=text)
+    decoding = Decoding(model.engine, rows, sampling, stop_text=text, functions=functions)
     try:
         drive(decoding, rows, streamer)
     finally:
         decoding.close()
-    n = sampling.num_return_sequences
-    whole = [rows[i // n].given + lane.token_ids for i, lane in enumerate(decoding.lanes)]
-    sequences = like(given, whole, sampling.filling_id)
-    return Sequences(sequences) if sampling.return_dict_in_generate else sequences
+    return answer(decoding, given)
 
 
 @contextmanager
@@ -444,7 +443,8 @@ def _opened(model_or_ref, options):
     loads = own | {name for name in NAMES if not is_option(name)}
     run = {name: value for name, value in rest.items() if name in loads}
     rest = {name: value for name, value in rest.items() if name not in loads}
-    check_names(rest, own)
+    rest, run = as_draft(rest, run)
+    check_names(taken(rest)[1], own)
     check_draft(rest.get("speculate"), run.get("draft"), unused=True)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form

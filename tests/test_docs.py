@@ -172,6 +172,9 @@ TESTED = {
     "jlayer bench path/to/Llama-3-70B --coordinator 10.0.0.1:7070 --processes 2 --process-id 0": By(
         "tests/app/test_together.py"
     ),
+    # generating.md
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --num-beams 4 '
+    "--length-penalty 0.8 -n 40": Here(),
     # quantization.md
     "jlayer eval compare path/to/Llama-3-8B-jlayer path/to/Llama-3-8B-int4 "
     "--text stories.txt": Here(),

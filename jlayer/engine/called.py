@@ -84,22 +84,17 @@ def all_logits(
         forward.close()
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """What `generate` returns with return_dict_in_generate: ids [B, T] of prompt and answer."""
-
-    sequences: object
-
-    def __getitem__(self, name):
-        return {"sequences": self.sequences, 0: self.sequences}[name]
-
-
 def drive(decoding: Decoding, rows: Sequence[Row], streamer) -> None:
     """Runs a decoding to its end; `streamer` gets the prompt, and new ids as they come."""
     if streamer is None:
         for _ in decoding:
             pass
         return
+    if decoding.options.searches:
+        raise UsageError(
+            f"streamer: found with num_beams {decoding.options.num_beams}, which knows its text at "
+            "the end alone; leave one of them out"
+        )
     if len(decoding.lanes) > 1:
         raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
     streamer.put(np.array([rows[0].given]))
