@@ -14,15 +14,13 @@ import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import BinaryIO
 
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import SourceFile, names_in, read_shard, regular_file
-from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.adapted import A_END, B_END, multiplied
+from jlayer.families.adapted import multiplied
 from jlayer.families.fields import Fields, printable
 from jlayer.families.layout import in_pairs, is_rearranged, paired_heads
 from jlayer.families.registry import (
@@ -33,7 +31,6 @@ from jlayer.families.registry import (
     layer_tensor_name,
     published_tensors,
 )
-from jlayer.parts import LowRanks
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
@@ -129,78 +126,6 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
         for name, module in named.items()
     }
     return Adapter(folder, file, tensors, matrices, raw)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """An adapter as it is used beside the weights of a model: its tensors by the names that they
-    have there, each with the path of a file, and their encodings. `memory`: what holds a file that
-    is in memory alone, if there is one."""
-
-    low_ranks: LowRanks
-    tensors: dict[str, tuple[str, TensorEntry]]
-    forms: dict[str, str]
-    memory: BinaryIO | None
-
-
-def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
-    """Raises UnsupportedModelError for one that can only be merged, or CheckpointError where its
-    numbers are not all finite."""
-    lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
-    others = adapter.matrices.keys() - {head_leaf(cfg).published, *layer_matrices(cfg)}
-    if lengths or others:
-        what = "scales the rows of" if lengths else "changes what is not multiplied row by row:"
-        raise UnsupportedModelError(
-            f"{adapter.folder}: {what} {listed(sorted(lengths or others))}, which is not done as "
-            "layers stream; merge it: jlayer convert MODEL TARGET --merge ADAPTER"
-        )
-    _check_finite(adapter)
-    tensors, forms, memory = {}, {}, None
-    for name, added in adapter.matrices.items():
-        stem = name.removesuffix("weight")
-        tensors[stem + A_END], tensors[stem + B_END] = (
-            (adapter.file.path, adapter.tensors[one]) for one in (added.a, added.b)
-        )
-        if added.heads is not None:
-            memory = memory or os.fdopen(os.memfd_create("jlayer-adapter"), "w+b")
-            tensors[stem + B_END] = _reordered(adapter, added, memory)
-        forms[stem + A_END] = FOR_ALL_ROWS[adapter.tensors[added.a].dtype].name
-        forms[stem + B_END] = adapter.tensors[added.b].dtype
-    rows = ((name, added.rank, added.scale) for name, added in adapter.matrices.items())
-    return Beside(LowRanks(tuple(sorted(rows))), tensors, forms, memory)
-
-
-def _reordered(adapter, added, memory):
-    """B with its rows as those of the matrix, in memory -> (the path there, its entry)."""
-    import numpy as np  # not for a command's help
-
-    entry = adapter.tensors[added.b]
-    with open(adapter.file.real, "rb") as file:
-        file.seek(entry.offset)
-        raw = np.frombuffer(file.read(entry.n_bytes), f"V{ITEM_BYTES[entry.dtype]}")
-    offset = memory.seek(0, os.SEEK_END)
-    memory.write(added.ordered(raw.reshape(entry.shape)).tobytes())
-    memory.flush()
-    found = TensorEntry(entry.dtype, entry.shape, offset, entry.n_bytes)
-    return f"/proc/self/fd/{memory.fileno()}", found
-
-
-def _check_finite(adapter):
-    """Reads it once: it is small."""
-    import ml_dtypes  # not for a command's help
-    import numpy as np
-
-    with open(adapter.file.real, "rb") as file:
-        for name, entry in adapter.tensors.items():
-            file.seek(entry.offset)
-            raw = np.frombuffer(
-                file.read(entry.n_bytes), getattr(ml_dtypes, entry.dtype, entry.dtype)
-            )
-            if not np.isfinite(raw).all():
-                raise CheckpointError(
-                    f"{adapter.file.path}: {name} has NaN or infinite numbers, expected finite "
-                    "ones; fetch the file again, or take an earlier state of the adapter"
-                )
 
 
 def layer_matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:

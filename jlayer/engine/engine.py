@@ -137,10 +137,9 @@ class Engine:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        budgets = {"device_budget": budget, "host_budget": host_budget}
-        return measured_machine(
-            self.devices, self.store.files, **budgets, context_bytes=context_bytes
-        )
+        found = {"device_budget": budget, "host_budget": host_budget}
+        found |= {"context_bytes": context_bytes, "held_bytes": self.store.memory_bytes}
+        return measured_machine(self.devices, self.store.files, **found)
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
@@ -231,9 +230,11 @@ class Engine:
     def _draft_weights(self):
         return None if self.draft is None else self.draft.weights
 
-    def start(self, shape: RunShape) -> Forward:
-        """Admits a run whose tokens are given. Raises what `admit` raises."""
-        return Forward(self, self.admit(shape))
+    def start(self, shape: RunShape, *, adapter: str | None = None) -> Forward:
+        """Admits a run whose tokens are given. Raises what `admit` raises, and UsageError where
+        there is no such `adapter`."""
+        number = self.store.adapter_number(adapter)
+        return Forward(self, self.admit(shape), adapter=number)
 
     def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
         """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run

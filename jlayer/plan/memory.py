@@ -220,6 +220,7 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     """
     width, n_rows = cfg.hidden_size, shapes.n_rows
     tables = _tables_bytes(shapes, windows_of(cfg))
+    tables += 4 * n_rows * (cfg.additions is not None and cfg.additions.choose)
     if whole:
         return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + _widest_stage(cfg)
@@ -330,11 +331,13 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
 
 
 def low_rank_bytes(tile: Tile, n_rows: int) -> int:
-    """Bytes of the temporaries of what an adapter adds to the products of a tile, all in float32:
-    copies of A and B where they are of 16 bits, a copy of the input [R, in], and A x [R, rank]."""
+    """Bytes of the temporaries of what adapters add to the products of a tile, all in float32:
+    copies of A and B where they are of 16 bits, a copy of the input [R, in], and A x [R, rank]; the
+    latter again, with where it is not a row's own, where rows choose."""
     parts = [part for part in tile.parts if part.is_low_rank]
     copies = sum(math.prod(part.shape) for part in parts if part.dtype != "float32")
     ranks = sum(part.shape[0] for part in parts if part.is_for_all_rows)
+    ranks *= 3 if tile.chooses else 1
     width = max((part.width for part in parts if part.is_for_all_rows), default=0)
     return 4 * (copies + n_rows * (width + ranks))
 

@@ -58,7 +58,7 @@ class Weights:
     def published_bytes(self) -> int:
         """Bytes of all tensors before jlayer quantized some, if any: the last that has plain
         numbers has the published dtype. What is published in another encoding stays in it."""
-        shapes = published_tensors(replace(self.cfg, adapter=None))
+        shapes = published_tensors(replace(self.cfg, additions=None))
         forms = [self.form_of(name) for name in shapes]
         vectors = (form for form in reversed(forms) if encoding(form).is_plain)
         plain = next(vectors, self.cfg.dtype or "bfloat16")
@@ -304,6 +304,11 @@ class Tile:
     def first_stage(self) -> Stage | None:
         """The stage that it begins with or goes on with; None for a whole layer."""
         return self.kind.expert_stages[0] if self.is_whole_expert else self.stage
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its products depend on the adapter that each row is computed with."""
+        return any(stage.chooses for stage in ([self.stage] if self.stage else self.kind.stages))
 
     @property
     def uses_cache(self) -> bool:

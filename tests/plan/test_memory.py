@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jlayer.additions import Addition, Additions, Columns
 from jlayer.checkpoint.quantization import published_quantization
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.plain import FOR_ALL_ROWS
@@ -17,7 +18,6 @@ from jlayer.engine.programs import Programs
 from jlayer.engine.size import Size
 from jlayer.families.adapted import A_END, B_END
 from jlayer.families.registry import published_tensors
-from jlayer.parts import LowRanks
 from jlayer.plan.cutting import cut
 from jlayer.plan.hosting import seconds_on_host
 from jlayer.plan.machine import (
@@ -181,11 +181,13 @@ def test_experts_in_mxfp4_are_decoded_within_the_formula(
 ADAPTED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapted(stored, of, *, dtype="bfloat16", rank=48):
-    """Weights with an adapter whose A and B are of the dtype `of`."""
+def adapted(stored, of, *, dtype="bfloat16", rank=48, n_adapters=1):
+    """Weights with adapters whose A and B are of the dtype `of`."""
     plain = weights_of(SMALL, stored=stored, dtype=dtype)
     names = [name for name in published_tensors(SMALL) if name.split(".")[-2] in ADAPTED]
-    cfg = replace(SMALL, adapter=LowRanks(tuple((name, rank, 2.0) for name in sorted(names))))
+    numbers = range(n_adapters) if n_adapters > 1 else [None]
+    added = Addition(tuple(Columns(rank // n_adapters, 2.0, number) for number in numbers))
+    cfg = replace(SMALL, additions=Additions(tuple((name, added) for name in sorted(names))))
     forms = {A_END: FOR_ALL_ROWS[of].name, B_END: of}
 
     def form_of(name):
@@ -197,11 +199,11 @@ def adapted(stored, of, *, dtype="bfloat16", rank=48):
 
 @pytest.mark.parametrize("of", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [2, 512])
-@pytest.mark.parametrize("tile_bytes", [None, 100_000])
-def test_what_an_adapter_adds_stays_within_the_formula(
-    of, tokens, tile_bytes, without_machine_code_optimised
+@pytest.mark.parametrize(("tile_bytes", "n_adapters"), [(None, 1), (100_000, 1), (100_000, 3)])
+def test_what_adapters_add_stays_within_the_formula(
+    of, tokens, tile_bytes, n_adapters, without_machine_code_optimised
 ):
-    weights = adapted("bfloat16", of)
+    weights = adapted("bfloat16", of, n_adapters=n_adapters)
     tiling = cut(weights, tile_bytes, platform="cpu")
     programs = Programs(weights.cfg, dtype="bfloat16", devices=Devices(jax.devices("cpu")[:1]))
     compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False)

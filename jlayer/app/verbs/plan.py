@@ -13,7 +13,7 @@ from jlayer import catalogue
 from jlayer.app import options, tuned
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.checkpoint.adapter import beside, read_adapter
+from jlayer.checkpoint.beside import Named, beside
 from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
@@ -212,8 +212,8 @@ def _weights(
 def _with_adapter(weights: Weights, adapter: str | None) -> Weights:
     if adapter is None:
         return weights
-    found = beside(read_adapter(adapter, weights.cfg), weights.cfg)
-    cfg = replace(weights.cfg, adapter=found.low_ranks)
+    found = beside(Named(adapter), weights.cfg)
+    cfg = replace(weights.cfg, additions=found.additions)
     return Weights(cfg, lambda name: found.forms.get(name) or weights.form_of(name), weights.dtype)
 
 
