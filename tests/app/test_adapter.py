@@ -1,12 +1,14 @@
 """`--adapter` on the command line."""
 
 import json
+from argparse import ArgumentParser
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlayer
+from jlayer.app import options
 from jlayer.app.cli import main
 from jlayer.checkpoint.adapter import WEIGHTS
 from tests.adapters import write_adapter
@@ -78,3 +80,38 @@ def test_a_folder_that_has_none(tmp_path, capsys):
     assert "missing, expected an adapter's folder, as PEFT saves it" in refused(
         capsys, *words, code=3
     )
+
+
+def parsed(*words):
+    parser = ArgumentParser()
+    options.add_adapters(parser)
+    return options.adapters_of(parser.parse_args([*map(str, words)]))
+
+
+def test_those_that_requests_ask_for_have_a_name(tmp_path):
+    named = ["--adapter", "one=a/b", "--adapter", "two=c=d"]
+    assert parsed(*named) == {"adapters": [("one", "a/b"), ("two", "c=d")]}
+    odd = tmp_path / "rank=8"
+    odd.mkdir()
+    assert parsed("--adapter", odd, *named[:2]) == {
+        "adapter": str(odd),
+        "adapters": [("one", "a/b")],
+    }
+    assert parsed() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["a", "b"], "a and b have no name"),
+        (["=a"], "expected FOLDER or NAME=FOLDER"),
+        (["a="], "expected FOLDER or NAME=FOLDER"),
+        (["x=a", "x=b"], "x is there twice"),
+        (["fable-3m=a"], "fable-3m is a name of the model itself"),
+    ],
+)
+def test_names_that_are_refused(tmp_path, capsys, words, what):
+    given = [each for word in words for each in ("--adapter", word)]
+    batch = tmp_path / "in.jsonl"
+    for command in (["serve", BUNDLED, "--port", 0], ["batch", BUNDLED, batch, tmp_path / "out"]):
+        assert what in refused(capsys, *command, *given, "--device", "cpu", code=2)
