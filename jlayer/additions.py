@@ -22,9 +22,11 @@ class Columns:
 class Addition:
     """What is added to the product W x of a matrix W [out, in]: `scale` * B (A x) of an adapter,
     where A is [rank, in] and B [out, rank] (LoRA, arXiv 2106.09685). Those of several adapters
-    stand beside each other: A [sum of ranks, in], B [out, sum of ranks]."""
+    stand beside each other: A [sum of ranks, in], B [out, sum of ranks]. `has_lengths`: every row
+    of the sum W + `scale` * B A then gets a length of its own (DoRA, arXiv 2402.09353)."""
 
     columns: tuple[Columns, ...]
+    has_lengths: bool = False
 
     @property
     def rank(self) -> int:
@@ -55,6 +57,11 @@ class Additions:
     def of_matrix(self) -> dict[str, Addition]:
         """By the published name of the matrix."""
         return dict(self.rows)
+
+    @cached_property
+    def have_lengths(self) -> bool:
+        """Whether some rows get a length of their own."""
+        return any(added.has_lengths for _, added in self.rows)
 
     @cached_property
     def choose(self) -> bool:

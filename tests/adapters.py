@@ -23,8 +23,9 @@ def write_adapter(
     targets: tuple[str, ...] = TARGETS,
     dtype: str = "float32",
     seed: int = 0,
+    has_lengths: bool = False,
 ) -> Path:
-    """One for some matrices of every layer of the model in `base`."""
+    """One for some matrices of every layer of the model in `base`. `has_lengths`: a DoRA."""
     generator, tensors = np.random.default_rng(seed), {}
     for name, shape in published_tensors(read_config(base)).items():
         module = name.removesuffix(".weight")
@@ -33,8 +34,12 @@ def write_adapter(
             for end, axes in (("A", (rank, width)), ("B", (out, rank))):
                 numbers = generator.normal(0, size, axes).astype(getattr(ml_dtypes, dtype, dtype))
                 tensors[f"base_model.model.{module}.lora_{end}.weight"] = numbers
+            if has_lengths:
+                numbers = generator.uniform(0.5, 2, out).astype(np.float32)
+                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = numbers
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS)
     said = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": targets}
+    said |= {"use_dora": has_lengths}
     (folder / CONFIG).write_text(json.dumps(said))
     return folder

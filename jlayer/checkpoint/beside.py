@@ -19,9 +19,11 @@ from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.adapted import A_END, B_END
+from jlayer.families.adapted import A_END, B_END, LENGTHS_END
 from jlayer.families.registry import head_leaf
 from jlayer.spec import ModelConfig
+
+MERGE = "merge it: jlayer convert MODEL TARGET --merge ADAPTER"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def beside(named: Named, cfg: ModelConfig) -> Beside:
     can only be merged."""
     adapters = tuple(read_adapter(folder, cfg) for folder in named.folders)
     for adapter in adapters:
-        _check_beside(adapter, cfg)
+        _check_beside(adapter, cfg, is_alone=not named.others)
         _check_finite(adapter)
     numbers = range(len(adapters)) if named.others else [None]
     of_matrix: dict[str, list] = {}
@@ -78,6 +80,8 @@ def beside(named: Named, cfg: ModelConfig) -> Beside:
     for name, own in of_matrix.items():
         stem = name.removesuffix("weight")
         found[stem + A_END], found[stem + B_END] = _arrays(name, [each for _, each in own], memory)
+        if (adapter := own[0][1]).matrices[name].magnitude:
+            found[stem + LENGTHS_END] = _lengths(name, adapter, memory)
     forms = {
         name: FOR_ALL_ROWS[entry.dtype].name if name.endswith(A_END) else entry.dtype
         for name, (_, entry) in found.items()
@@ -90,8 +94,9 @@ def beside(named: Named, cfg: ModelConfig) -> Beside:
 
 
 def _addition(name, own):
-    matrices = ((number, adapter.matrices[name]) for number, adapter in own)
-    return Addition(tuple(Columns(each.rank, each.scale, number) for number, each in matrices))
+    matrices = [(number, adapter.matrices[name]) for number, adapter in own]
+    columns = tuple(Columns(each.rank, each.scale, number) for number, each in matrices)
+    return Addition(columns, has_lengths=any(each.magnitude for _, each in matrices))
 
 
 def _digest(named, adapters):
@@ -144,6 +149,14 @@ def _arrays(matrix: str, adapters: Sequence[Adapter], memory: Memory):
     return found
 
 
+def _lengths(matrix, adapter, memory):
+    """(path, entry) of the lengths of a matrix's rows."""
+    added = adapter.matrices[matrix]
+    if added.heads is None:
+        return adapter.file.path, adapter.tensors[added.magnitude]
+    return memory.written(added.ordered(array_of(adapter, added.magnitude)))
+
+
 def array_of(adapter: Adapter, tensor: str):
     """A tensor of an adapter, read: an array of numpy."""
     import ml_dtypes  # not for a command's help
@@ -156,14 +169,18 @@ def array_of(adapter: Adapter, tensor: str):
     return np.frombuffer(raw, getattr(ml_dtypes, entry.dtype, entry.dtype)).reshape(entry.shape)
 
 
-def _check_beside(adapter, cfg):
-    lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
+def _check_beside(adapter, cfg, *, is_alone):
     others = adapter.matrices.keys() - {head_leaf(cfg).published, *layer_matrices(cfg)}
-    if lengths or others:
-        what = "scales the rows of" if lengths else "changes what is not multiplied row by row:"
+    if others:
         raise UnsupportedModelError(
-            f"{adapter.folder}: {what} {listed(sorted(lengths or others))}, which is not done as "
-            "layers stream; merge it: jlayer convert MODEL TARGET --merge ADAPTER"
+            f"{adapter.folder}: changes what is not multiplied row by row: "
+            f"{listed(sorted(others))}, which is not done as layers stream; {MERGE}"
+        )
+    lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
+    if lengths and not is_alone:
+        raise UnsupportedModelError(
+            f"{adapter.folder}: scales the rows of {listed(sorted(lengths))} (DoRA), which is not "
+            f"done for one of several adapters; give it alone, or {MERGE}"
         )
 
 

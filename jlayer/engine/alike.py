@@ -103,15 +103,13 @@ def machine_of_all(devices: Devices, **found: float | None) -> Machine:
     )
 
 
-def measured_machine(
-    devices: Devices, files: Sequence[str], *, held_bytes: int = 0, **given: int
-) -> Machine:
+def measured_machine(devices: Devices, files: Sequence[str], **given: int) -> Machine:
     """The machine of a plan over the files of a model, whose disk and link are measured. `given`:
-    its budgets, and the bytes of the driver's context. `held_bytes`: of files in memory."""
+    its budgets, and the bytes of the driver's context."""
     return machine_of_all(
         devices,
         **given,
-        baseline_bytes=anonymous_bytes() + held_bytes,
+        baseline_bytes=anonymous_bytes(),
         disk_speed=disk_speed(files) or DEFAULT_DISK,
         link_speed=link_speed(devices),
         cores=len(os.sched_getaffinity(0)),

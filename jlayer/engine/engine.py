@@ -36,6 +36,7 @@ from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
+from jlayer.plan.low_rank import check_host_share
 from jlayer.plan.machine import Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
@@ -137,13 +138,14 @@ class Engine:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        found = {"device_budget": budget, "host_budget": host_budget}
-        found |= {"context_bytes": context_bytes, "held_bytes": self.store.memory_bytes}
-        return measured_machine(self.devices, self.store.files, **found)
+        given = {"device_budget": budget, "host_budget": host_budget}
+        given["context_bytes"] = context_bytes
+        found = measured_machine(self.devices, self.store.files, **given)
+        return found.holding(self.store.memory_bytes)
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
-        if self.run.host_share == 0 or self.hosts is not None:
+        if self.hosts is not None or not check_host_share(self.cfg, self.run.host_share):
             return self.plan_for(shape)
         if self.run.host_share is None:
             alone = self.plan_for(shape)

@@ -1,7 +1,8 @@
 """A model with adapters: the leaves that stand beside its matrices, and what is added by them.
 
-A matrix W [out, in] gets A [rank, in] and B [out, rank]. B moves with the rows of W, as a bias
-does; A comes with each range of them: it is small.
+A matrix W [out, in] gets A [rank, in] and B [out, rank], and with some adapters the lengths of its
+rows [out]. B and lengths move with the rows of W, as a bias does; A comes with each range of them:
+it is small.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from jlayer.additions import Addition, Additions
-from jlayer.families.base import LayerKind, Stage, low_rank_names
+from jlayer.families.base import LayerKind, Stage, lengths_name, low_rank_names
 from jlayer.spec import Leaf, ModelConfig, Role
 
-# How the published name of a matrix ends, and those of A and B in the place of that.
+# How the published name of a matrix ends, and those of A, B and lengths in the place of that.
 _END = "weight"
-A_END, B_END = "lora_A.weight", "lora_B.weight"
+A_END, B_END, LENGTHS_END = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 def adapted_kinds(
@@ -30,16 +31,20 @@ def adapted_kinds(
     )
 
 
-def low_rank_leaves(cfg: ModelConfig, matrix: Leaf, rank: int) -> tuple[Leaf, Leaf]:
-    """A and B of a matrix."""
+def added_leaves(cfg: ModelConfig, matrix: Leaf, added: Addition) -> tuple[Leaf, ...]:
+    """A and B of a matrix, and the lengths of its rows if they get some."""
     (out, width), (a, b) = matrix.shape(cfg), low_rank_names(matrix.name)
     stem = matrix.published.removesuffix(_END)
-    sizes = (("rank", rank), ("adapted_in", width), ("adapted_out", out))
+    sizes = (("rank", added.rank), ("adapted_in", width), ("adapted_out", out))
     more = {"role": Role.LOW_RANK, "of": matrix.name, "sizes": sizes}
-    return (
+    found = (
         Leaf(a, stem + A_END, ("rank", "adapted_in"), **more),
         Leaf(b, stem + B_END, ("adapted_out", "rank"), **more),
     )
+    if not added.has_lengths:
+        return found
+    name = lengths_name(matrix.name)
+    return (*found, Leaf(name, stem + LENGTHS_END, ("adapted_out",), **more))
 
 
 def with_additions(stage: Stage, added: dict[str, Addition]) -> Stage:
@@ -74,7 +79,7 @@ def _adapted(cfg, kind, added, found):
         leaves = [
             leaf
             for matrix, addition in added
-            for leaf in low_rank_leaves(cfg, kind.leaf(matrix), addition.rank)
+            for leaf in added_leaves(cfg, kind.leaf(matrix), addition)
         ]
         found[kind.name, added] = replace(
             kind,

@@ -136,6 +136,11 @@ def low_rank_names(matrix: str) -> tuple[str, str]:
     return f"{matrix}_lora_a", f"{matrix}_lora_b"
 
 
+def lengths_name(matrix: str) -> str:
+    """The name in our trees of the lengths that an adapter gives the rows of a matrix: [out]."""
+    return f"{matrix}_lora_lengths"
+
+
 def one(leaf: str) -> Group:
     """A group of a single matrix; its product has the name of the matrix."""
     return Group(leaf, (leaf,))

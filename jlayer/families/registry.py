@@ -25,7 +25,14 @@ from jlayer.families import (
     phi,
     qwen_next,
 )
-from jlayer.families.adapted import A_END, B_END, adapted_kinds, low_rank_leaves, with_additions
+from jlayer.families.adapted import (
+    A_END,
+    B_END,
+    LENGTHS_END,
+    adapted_kinds,
+    added_leaves,
+    with_additions,
+)
 from jlayer.families.base import (
     FINAL_NORM,
     LAYER_PREFIX,
@@ -62,7 +69,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
-    *(f".{end}" for end in (A_END, B_END)),
+    *(f".{end}" for end in (A_END, B_END, LENGTHS_END)),
     *_LATENT,
 )
 
@@ -130,7 +137,7 @@ def beside_head(cfg: ModelConfig) -> tuple[Leaf, ...]:
         published = family_of(cfg).head_matrix.published.removesuffix("weight") + "bias"
         found.append(Leaf(bias_name(matrix.name), published, ("vocab",), Role.BIAS, of=matrix.name))
     if added := _added_to_head(cfg):
-        found += low_rank_leaves(cfg, matrix, added.rank)
+        found += added_leaves(cfg, matrix, added)
     return tuple(found)
 
 

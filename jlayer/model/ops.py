@@ -46,17 +46,20 @@ def normed(x, norm: Norm, weight=None, bias=None):
     return y.astype(x.dtype)
 
 
-def linear(x, weight, bias=None, more=None):
-    """x [..., in] -> [..., out] in x's dtype, rounded once after the bias and what is added beside
-    it: `more`, float32 [..., out]."""
-    return exact_linear(x, weight, bias, more).astype(x.dtype)
+def linear(x, weight, bias=None, more=None, factor=None):
+    """x [..., in] -> [..., out] in x's dtype, rounded once after the bias. `more`: float32
+    [..., out], what is added to the product. `factor`: float32 [out], what the sum is then
+    multiplied by."""
+    return exact_linear(x, weight, bias, more, factor).astype(x.dtype)
 
 
-def exact_linear(x, weight, bias=None, more=None):
+def exact_linear(x, weight, bias=None, more=None, factor=None):
     """The same as it is summed, float32."""
     y = product(x, weight)
     if more is not None:
         y = y + more
+    if factor is not None:
+        y = y * _last(factor, y)
     return y if bias is None else y + _last(bias.astype(jnp.float32), y)
 
 

@@ -20,6 +20,7 @@ from jlayer.families.base import (
     NormAt,
     Stage,
     bias_name,
+    lengths_name,
     low_rank_names,
 )
 from jlayer.families.decoder import SINKS
@@ -27,7 +28,7 @@ from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
 from jlayer.model.experts import mix_expert, mix_shared, route, stage_input
-from jlayer.model.low_rank import low_rank_product
+from jlayer.model.low_rank import low_rank_product, row_factors
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import (
     ACTIVATION,
@@ -126,11 +127,13 @@ def join(parts):
 
 
 def _linear(stage, group, x, weights, leaf, adapters):
-    more = None
+    more, factor = None, None
     if added := dict(group.added).get(leaf):
         a, b = (weights[name] for name in low_rank_names(leaf))
         more = low_rank_product(x, a, b, added, adapters)
-    given = x, weights[leaf], weights.get(bias_name(leaf)), more
+        if added.has_lengths:
+            factor = row_factors(x, weights[leaf], a, b, weights[lengths_name(leaf)], added)
+    given = x, weights[leaf], weights.get(bias_name(leaf)), more, factor
     return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 
 

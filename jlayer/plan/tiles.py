@@ -18,7 +18,7 @@ from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.plain import INPUTS_FIRST
 from jlayer.encodings.registry import SCHEMES, encoding
-from jlayer.families.base import LayerKind, Stage
+from jlayer.families.base import LayerKind, Stage, lengths_name
 from jlayer.families.registry import published_tensors, stacked_tensors
 from jlayer.plan.dealing import Deal, dealt
 from jlayer.plan.joined import Joined
@@ -135,6 +135,11 @@ class Part:
     def is_low_rank(self) -> bool:
         """Whether it is what an adapter has for a matrix: A, or some rows of B."""
         return self.of is not None and len(self.shape) == 2
+
+    @property
+    def is_lengths(self) -> bool:
+        """Whether it is the lengths that an adapter gives some rows."""
+        return self.of is not None and self.matrix == lengths_name(self.of)
 
     @property
     def is_for_all_rows(self) -> bool:
