@@ -38,6 +38,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _NAME = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, (_A, _B, _MAGNITUDE)))})")
+_COPY = re.compile(
+    r"base_model\.model\.(?:.+\.)?((?!base_layer)[^.]+)(?:\.base_layer)?\.(weight|bias)"
+)
 # Where the modules of transformers have the text model of a multimodal one.
 _TEXT_MODELS = ("model.language_model.", "language_model.model.")
 # What is read, and what says how an adapter was made or where: the tensors tell the rest.
@@ -85,13 +88,15 @@ class LowRank:
 @dataclass(frozen=True)
 class Adapter:
     """An adapter for a model. `matrices`: published name of a matrix -> what is added to it.
-    `tensors`: those of `file`."""
+    `tensors`: those of `file`. `copies`: published name of a tensor of the model -> the tensor here
+    that has to be equal to it (`copies.check_copies`)."""
 
     folder: str
     file: SourceFile
     tensors: dict[str, TensorEntry]
     matrices: dict[str, LowRank]
     config_bytes: bytes
+    copies: dict[str, str]
 
     @cached_property
     def digest(self) -> str:
@@ -104,8 +109,8 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
-    """The adapter in a folder, for a model. Raises CheckpointError, UnsupportedModelError or
-    StorageError."""
+    """The adapter in a folder, for a model, of which it may have copies: whoever uses it compares
+    them. Raises CheckpointError, UnsupportedModelError or StorageError."""
     folder = os.fspath(folder)
     _check_names(folder)
     config = regular_file(folder, CONFIG)
@@ -114,8 +119,9 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     _check_supported(fields)
     file = regular_file(folder, WEIGHTS)
     tensors = read_shard(file)
-    modules = _modules(file, tensors)
     shapes = published_tensors(cfg)
+    copies = _copies(file, tensors, shapes, cfg)
+    modules = _modules(file, tensors.keys() - set(copies.values()))
     named = _matrices(file, modules, shapes, cfg)
     _check_targets(fields, file, modules)
     matrices = {
@@ -125,7 +131,7 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
         )
         for name, module in named.items()
     }
-    return Adapter(folder, file, tensors, matrices, raw)
+    return Adapter(folder, file, tensors, matrices, raw, copies)
 
 
 def layer_matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -180,11 +186,33 @@ def _check_supported(fields):
         )
 
 
+def _copies(file, tensors, shapes, cfg):
+    """See `Adapter`. PEFT saves the head and the embedding as they were in training where one of
+    them has an adapter, or the vocabulary was resized (`save_embedding_layers`)."""
+    family, found = family_of(cfg), {}
+    leaves = {leaf.published.split(".")[-2]: leaf for leaf in (family.embedding, head_leaf(cfg))}
+    leaves.setdefault(family.head_matrix.published.split(".")[-2], head_leaf(cfg))
+    for name in tensors:
+        match = _COPY.fullmatch(name)
+        if match is None or match[1] not in leaves:
+            continue
+        published = leaves[match[1]].published.removesuffix("weight") + match[2]
+        shape = tensors[name].shape
+        if published not in shapes or shape != shapes[published]:
+            own = list(shapes[published]) if published in shapes else "none"
+            raise UnsupportedModelError(
+                f"{file.path}: has {name} {list(shape)}, the model's own is {own}: a resized "
+                f"vocabulary, {_LACKS}"
+            )
+        found[published] = name
+    return found
+
+
 def _modules(file, tensors):
     """Module -> the tensors of its A, B and magnitude by their kind."""
     found: dict[str, dict[str, str]] = {}
     others = []
-    for name in tensors:
+    for name in sorted(tensors):
         match = _NAME.fullmatch(name)
         if match is None:
             others.append(name)

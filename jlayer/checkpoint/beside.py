@@ -188,7 +188,7 @@ def _check_finite(adapter):
     """Reads it once: it is small."""
     import numpy as np
 
-    for name in adapter.tensors:
+    for name in adapter.tensors.keys() - set(adapter.copies.values()):
         if not np.isfinite(array_of(adapter, name)).all():
             raise CheckpointError(
                 f"{adapter.file.path}: {name} has NaN or infinite numbers, expected finite "

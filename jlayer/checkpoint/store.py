@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from jlayer.checkpoint.beside import Named, beside
+from jlayer.checkpoint.copies import check_copies
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.foreign import adapter_notes
 from jlayer.checkpoint.gguf import open_gguf
@@ -44,8 +45,10 @@ from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
 from jlayer.gguf.parts import is_gguf
-from jlayer.spec import ModelConfig
+from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import regular_status
+
+COMPARED_BYTES = 16 << 20  # of a tensor, read at a time
 
 
 @dataclass(frozen=True, order=True)
@@ -160,6 +163,32 @@ class Store:
             self.notes = tuple(note for note in self.notes if note not in beside_weights)
         both = f"{self.fingerprint} {self.adapter_digest}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        for adapter in found.adapters:
+            check_copies(adapter, self._plain_rows)
+
+    def _plain_rows(self, tensor):
+        """(the number of the first row, rows) of a tensor of plain numbers, one range of those that
+        are here after another; None for another tensor."""
+        import ml_dtypes  # not for a command's help
+        import numpy as np
+
+        form = self.form_of(tensor)
+        if form not in ITEM_BYTES:
+            return None
+        path, entry = self._where[tensor]
+        first = self._spans[tensor].first if tensor in self._spans else 0
+        row_bytes = entry.n_bytes // entry.shape[0]
+        at_once = max(1, COMPARED_BYTES // row_bytes)
+        kind = np.dtype(getattr(ml_dtypes, form, form))
+
+        def rows():
+            with open(path, "rb") as file:
+                file.seek(entry.offset)
+                for row in range(0, entry.shape[0], at_once):
+                    raw = file.read(min(at_once, entry.shape[0] - row) * row_bytes)
+                    yield first + row, np.frombuffer(raw, kind).reshape(-1, *entry.shape[1:])
+
+        return rows()
 
     def adapter_number(self, name: str | None) -> int:
         """The number of the adapter of this name; None: of the model's own; -1: no adapter, or the
