@@ -341,10 +341,10 @@ def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generati
 
     -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
     prompt next to each other). `options`: transformers' generation options, `generation_config`,
-    `seed`, `stop`, `logprobs`; `messages`, `chat`, `system`, and for the chat template
-    `chat_template`, `tools`, `documents`, `continue_final_message` and `chat_template_kwargs` (its
-    further variables, such as enable_thinking), as in `encode_prompts`; where a ref is given, those
-    of `AutoModel.from_pretrained`. Raises the errors of both.
+    `seed`, `stop`, `logprobs`, `adapter` (the name of one, of an open model); `messages`, `chat`,
+    `system`, and for the chat template `chat_template`, `tools`, `documents`,
+    `continue_final_message` and `chat_template_kwargs` (its further variables), as in
+    `encode_prompts`; where a ref is given, those of `from_pretrained`. Raises the errors of both.
 
     What is not given is as the model's makers published it: a published `do_sample` draws; without
     one it is greedy. temperature=0 is greedy, and a temperature, top_k, top_p or min_p draws.

@@ -41,16 +41,13 @@ def chosen(added: Addition, adapters):
     return adapters[:, None] == owners[None], scale
 
 
-def row_factors(x, weight, a, b, lengths, added: Addition):
+def row_factors(weight, a, b, lengths, added: Addition):
     """What the rows of W + `scale` * B A are multiplied by to have these `lengths`: float32 [out].
 
-    `x`: what W is multiplied by. Some rows of W are there in float32 at a time (`plan.low_rank`
-    counts them). How long they are could be known before only by a pass over all weights, whenever
-    a model is opened.
+    Some rows of W are there in float32 at a time (`plan.low_rank` counts them). How long they are
+    could be known before only by a pass over all weights, whenever a model is opened.
     """
     (only,) = added.columns
-    # After x is there: else the compiler may have blocks of all matrices of a layer at a time.
-    b, _ = jax.lax.optimization_barrier((b, x))
     by_blocks = partial(_row_lengths, scale=only.scale)
     own = jax.lax.platform_dependent(
         *(weight, a.astype(jnp.float32), b.astype(jnp.float32)),

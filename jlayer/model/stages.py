@@ -132,7 +132,7 @@ def _linear(stage, group, x, weights, leaf, adapters):
         a, b = (weights[name] for name in low_rank_names(leaf))
         more = low_rank_product(x, a, b, added, adapters)
         if added.has_lengths:
-            factor = row_factors(x, weights[leaf], a, b, weights[lengths_name(leaf)], added)
+            factor = row_factors(weights[leaf], a, b, weights[lengths_name(leaf)], added)
     given = x, weights[leaf], weights.get(bias_name(leaf)), more, factor
     return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 

@@ -26,16 +26,12 @@ def low_rank_bytes(tile: Tile, n_rows: int) -> int:
 
 
 def lengths_bytes(tile: Tile, platform: str) -> int:
-    """Bytes of the temporaries of the lengths of a tile's rows. For all matrices of a stage: a
-    block of rows in float32, and what is added to it. And all plain matrices once more, where they
-    are parts of a longer array, or of 16 bits on a CPU."""
+    """Bytes of the temporaries of the lengths of a tile's rows: of each matrix a block of rows in
+    float32, and what is added to it, since nothing says which is first. And all plain matrices once
+    more, where they are parts of a longer array, or of 16 bits on a CPU."""
     with_lengths = {part.of for part in tile.parts if part.is_lengths}
     own = [part for part in tile.parts if part.matrix in with_lengths and part.has_rows]
-    stages = [tile.stage] if tile.stage else tile.kind.stages
-    blocks = max(
-        sum(_block_bytes(part, platform) for part in own if part.matrix in stage.leaves)
-        for stage in stages
-    )
+    blocks = sum(_block_bytes(part, platform) for part in own)
     plain = [part for part in own if part.encoding.is_plain]
     is_joined, is_on_cpu = tile.joined is not None, platform == "cpu"
     copied = (p.n_bytes for p in plain if is_joined or (is_on_cpu and p.dtype != "float32"))

@@ -50,6 +50,21 @@ def test_a_plan_counts_it(adapter, capsys):
     assert found[1] - found[0] == n_bytes
 
 
+def test_a_plan_counts_several(adapter, tmp_path, capsys):
+    """Of one of them, and of others that requests ask for."""
+    other = write_adapter(tmp_path / "other", BUNDLED, rank=5, seed=1)
+    words = ["plan", str(BUNDLED), "--device", "cpu", "--host-share", "0", "--json"]
+    found = []
+    for more in ([], ["--adapter", str(adapter), "--adapter", f"other={other}"]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    files = [load_file(folder / WEIGHTS) for folder in (adapter, other)]
+    n_bytes = sum(array.nbytes for tensors in files for array in tensors.values())
+    assert found[1]["sweep"]["bytes"] - found[0]["sweep"]["bytes"] == n_bytes
+    runtime = [each["host"]["runtime_bytes"] for each in found]
+    assert runtime[1] - runtime[0] == n_bytes, "all of it is in memory, beside each other"
+
+
 def refused(capsys, *words, code):
     assert main([*map(str, words)]) == code
     return capsys.readouterr().err

@@ -19,15 +19,22 @@ from tests.encoded import random_pieces
 WIDTH, RANK, SCALE = 80, 3, 1.7
 
 
+def chosen(*args, cpu, default, on_gpu):
+    return (default if on_gpu else cpu)(*args)
+
+
 def drawn(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8_g128_float16", "fp8_128x128"])
 @pytest.mark.parametrize("rows", [8, 16, 21])
-def test_rows_have_their_lengths_whatever_a_block_holds(form, rows, monkeypatch):
-    """A block of 8 rows: one, two, and a last one that overlaps the one before."""
-    monkeypatch.setitem(BLOCK_BYTES, "cpu", 8 * 4 * WIDTH)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rows_have_their_lengths_whatever_a_block_holds(form, rows, platform, monkeypatch):
+    """A block of 8 rows: one, two, and a last one that overlaps the one before. What a GPU would
+    run is run here."""
+    monkeypatch.setitem(BLOCK_BYTES, platform, 8 * 4 * WIDTH)
+    monkeypatch.setattr(jax.lax, "platform_dependent", partial(chosen, on_gpu=platform == "gpu"))
     if ENCODINGS[form].is_plain:
         weight = drawn(rows, WIDTH).astype(getattr(ml_dtypes, form, form))
         exact, held = weight.astype(np.float64), jnp.asarray(weight)
@@ -37,7 +44,7 @@ def test_rows_have_their_lengths_whatever_a_block_holds(form, rows, monkeypatch)
         held = Encoded({name: jnp.asarray(a) for name, a in pieces.items()}, form, 1 << 20)
     a, b, lengths = drawn(RANK, WIDTH, seed=1), drawn(rows, RANK, seed=2), drawn(rows, seed=3)
     added = Addition((Columns(RANK, SCALE),), has_lengths=True)
-    found = jax.jit(partial(row_factors, added=added))(drawn(2, WIDTH), held, a, b, lengths)
+    found = jax.jit(partial(row_factors, added=added))(held, a, b, lengths)
     expected = lengths / np.linalg.norm(exact + SCALE * b.astype(np.float64) @ a, axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

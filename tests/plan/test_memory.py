@@ -246,7 +246,7 @@ def test_lengths_of_rows_stay_within_the_formula(
     shapes = Shapes(1, (64,), 64, tokens, tokens)
     bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
     found = programs.temporary_bytes
-    assert found <= bound <= 6 * found
+    assert found <= bound <= 9 * found
 
 
 def test_an_adapter_is_neither_published_nor_landed_in():
