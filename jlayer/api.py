@@ -69,14 +69,14 @@ class AutoModel:
         of the weights in host memory, the share that its own cores multiply where they lie, from 0
         to 1; "auto": as measured, where it pays. `watch` is told what opening does, and becomes the
         model's own. Further options: `adapter` (a folder, as PEFT saves it: docs/adapters.md),
+        `adapters` ({name: folder}: further ones, which `adapter=name` of a prompt asks for),
         `device` ("cpu" or "gpu"), `devices` (how many, or "all": each has `device_memory`, and its
         share of the rows of every layer), `coordinator`, `processes` and `process_id` (several
-        hosts: docs/hosts.md), `context`, `follow_links` (take what links in the folder lead to
-        outside), and those of transformers: what has a meaning here is taken (`device_map`,
+        hosts: docs/hosts.md), `context`, `follow_links` (take what links lead to outside of the
+        folder), and those of transformers: what has a meaning here is taken (`device_map`,
         `torch_dtype`, `revision`, `local_files_only`), what changes nothing is passed over
-        (`trust_remote_code`: code in a checkpoint is never run), the rest is refused.
-
-        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
+        (`trust_remote_code`: code in a checkpoint is never run), the rest is refused. Raises
+        CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
         """
         ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
@@ -212,14 +212,14 @@ class Model:
         check_called(options)
         return Output(self.logits(input_ids, attention_mask))
 
-    def logits(self, input_ids, attention_mask=None) -> np.ndarray:
+    def logits(self, input_ids, attention_mask=None, *, adapter: str | None = None) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
 
-        What a tokenizer gives is taken too, without padding. Raises UsageError: no tokens, rows of
-        different lengths, padding, ids outside the vocabulary, longer than the context.
+        What a tokenizer gives is taken too, without padding. `adapter`: as of `generate`. Raises
+        UsageError: no tokens, rows of different lengths, padding, unknown ids, beyond the context.
         """
         begin = self.generation_config.get("bos_token_id")
-        return all_logits(self.engine, input_ids, attention_mask, begin=begin)
+        return all_logits(self.engine, input_ids, attention_mask, begin=begin, adapter=adapter)
 
     def generate(
         self,
@@ -342,10 +342,10 @@ def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generati
 
     -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
     prompt next to each other). `options`: transformers' generation options, `generation_config`,
-    `seed`, `stop`, `logprobs`; `messages`, `chat`, `system`, and for the chat template
-    `chat_template`, `tools`, `documents`, `continue_final_message` and `chat_template_kwargs` (its
-    further variables, such as enable_thinking), as in `encode_prompts`; where a ref is given, those
-    of `AutoModel.from_pretrained`. Raises the errors of both.
+    `seed`, `stop`, `logprobs`, `adapter` (the name of one, of an open model); `messages`, `chat`,
+    `system`, and for the chat template `chat_template`, `tools`, `documents`,
+    `continue_final_message` and `chat_template_kwargs` (its further variables), as in
+    `encode_prompts`; where a ref is given, those of `from_pretrained`. Raises the errors of both.
 
     What is not given is as the model's makers published it: a published `do_sample` draws; without
     one it is greedy. temperature=0 is greedy, and a temperature, top_k, top_p or min_p draws.

@@ -98,7 +98,7 @@ class Decoding:
                 command_line=f"{found}--stop out, or take stop_strings out of the makers' file",
             )
         self.stats = Stats(load_s=engine.load_s)
-        account = Account(self.stats)
+        account, adapter = Account(self.stats), engine.store.adapter_number(options.adapter)
         self._tickets: list[Ticket] = []
         with engine.turn():  # what fits still does when the run is admitted
             most = self._most_that_fit(rows, limits)
@@ -121,6 +121,7 @@ class Decoding:
                             constraint=None if constraint is None else constraint.copy(),
                             shown=shown,
                             scores=None if number else PromptScores.of(row, options),
+                            adapter=adapter,
                         )
                         for number in range(options.n_lanes)
                     ],
@@ -190,7 +191,8 @@ class Decoding:
         shares the rows of one that goes on in another way."""
         engine, kept, first = self._engine, self._engine.kept, lanes[0]
         alike = first.history[: first.n_shareable + 1]
-        ended, n_alike = kept.find(alike, is_long=first.has_switched) or (None, 0)
+        how = {"is_long": first.has_switched, "adapter": first.adapter}
+        ended, n_alike = kept.find(alike, **how) or (None, 0)
         goes_on = ended is not None and 2 * n_alike >= len(ended.tokens)
         if not goes_on:
             ticket = engine.admit(shape)
@@ -315,7 +317,7 @@ class Decoding:
                 ticket.keep(table, RunShape(context=lane.capacity, entries=len(table)))
                 for each in self.riding:  # no other lane shares what will be another one's
                     each.leave_board()
-                kept.put(Ended(lane.history[: len(table)], table, ticket, is_long))
+                kept.put(Ended(lane.history[: len(table)], table, ticket, is_long, lane.adapter))
             self.close()
 
     def suspend(self) -> None:

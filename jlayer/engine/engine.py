@@ -36,6 +36,7 @@ from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
+from jlayer.plan.low_rank import check_host_share
 from jlayer.plan.machine import Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
@@ -137,14 +138,14 @@ class Engine:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        budgets = {"device_budget": budget, "host_budget": host_budget}
-        return measured_machine(
-            self.devices, self.store.files, **budgets, context_bytes=context_bytes
-        )
+        given = {"device_budget": budget, "host_budget": host_budget}
+        given["context_bytes"] = context_bytes
+        found = measured_machine(self.devices, self.store.files, **given)
+        return found.holding(self.store.memory_bytes)
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
-        if self.run.host_share == 0 or self.hosts is not None:
+        if self.hosts is not None or not check_host_share(self.cfg, self.run.host_share):
             return self.plan_for(shape)
         if self.run.host_share is None:
             alone = self.plan_for(shape)
@@ -231,9 +232,11 @@ class Engine:
     def _draft_weights(self):
         return None if self.draft is None else self.draft.weights
 
-    def start(self, shape: RunShape) -> Forward:
-        """Admits a run whose tokens are given. Raises what `admit` raises."""
-        return Forward(self, self.admit(shape))
+    def start(self, shape: RunShape, *, adapter: str | None = None) -> Forward:
+        """Admits a run whose tokens are given. Raises what `admit` raises, and UsageError where
+        there is no such `adapter`."""
+        number = self.store.adapter_number(adapter)
+        return Forward(self, self.admit(shape), adapter=number)
 
     def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
         """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jlayer.engine.batch import NONE
 from jlayer.engine.ids import Row
 from jlayer.engine.joint import Joint
 from jlayer.engine.options import SamplingOptions
@@ -74,14 +75,16 @@ class Lane:
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
         scores: PromptScores | None = None,
+        adapter: int = NONE,
     ):
         """`account`: of its run. `most_unread`: with so many steps unread
         it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
         else ends the sequence. `switches_at`: see `ModelConfig.switches_at`. `constraint`: what its
         text may be; the lane's own. `shown`: special tokens that stand in the text all the same.
-        `scores`: of its prompt, where they are wanted; with a `limit` of 0 nothing else is."""
+        `scores`: of its prompt, where they are wanted; with a `limit` of 0 nothing else is.
+        `adapter`: the number of the one that it is computed with."""
         prompt = row.ids
-        self.scores = scores
+        self.scores, self.adapter = scores, adapter
         self.draws = limit > 0
         # Nothing follows the last token of a prompt that is only scored.
         self.history = list(prompt if self.draws else prompt[:-1])

@@ -35,7 +35,7 @@ ALIASES = {"stop_strings": "stop"}
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
 OWN = (
     *("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs"),
-    *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens"),
+    *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens", "adapter"),
 )
 _WARPERS = ("temperature", *FILTERS)
 # None from a user turns an option off, which for these is not the default.
@@ -65,6 +65,8 @@ class SamplingOptions:
     after the options.
     speculate: how tokens are guessed ahead, one of ranges.SPECULATE; no text depends on it.
     draft_tokens: the most of these in a forward pass; None: as many as pay.
+    adapter: the name of the one to compute with, of those that the model was opened with; None: the
+    model as it is under its own name.
     length_from: the file that set the most tokens, None where the user did.
     Raises UsageError, with the option, the value and the range.
     """
@@ -108,6 +110,7 @@ class SamplingOptions:
     output_logits: bool = False
     speculate: str = "auto"
     draft_tokens: int | None = None
+    adapter: str | None = None
     length_from: str | None = None
 
     def __post_init__(self):

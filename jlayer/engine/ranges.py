@@ -69,6 +69,12 @@ def _early(value):
     return words[value] if isinstance(value, str) and value in words else _boolean(value)
 
 
+def _word(value):
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
 def _mode(value):
     """A way of guessing tokens. Raises UsageError with the closest name."""
     if not isinstance(value, str):
@@ -183,6 +189,7 @@ RANGES = {
     "prompt_logprobs_from": (_integer(1), "an integer from 1 up (1 is the second token)"),
     "speculate": (_mode, f"one of {', '.join(SPECULATE)}"),
     "draft_tokens": (_maybe(_integer(1, MOST_NODES)), f"an integer from 1 to {MOST_NODES}"),
+    "adapter": (_maybe(_word), "the name of an adapter that the model was opened with"),
     "return_dict_in_generate": (_boolean, "true or false"),
     "output_scores": (_boolean, "true or false"),
     "output_logits": (_boolean, "true or false"),
