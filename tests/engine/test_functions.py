@@ -108,7 +108,7 @@ def both_ways(both, ids, **options):
         },
         {"prefix_allowed_tokens_fn": lambda prompt, ids: [46], "bad_words_ids": [[46]]},
     ],
-    ids=str,
+    ids=" and ".join,
 )
 def test_functions_see_and_decide_what_they_do_in_transformers(both, ids, options):
     (_, ours), (_, theirs) = both_ways(both, ids, **options)
@@ -126,7 +126,7 @@ def test_functions_see_and_decide_what_they_do_in_transformers(both, ids, option
         {"prefix_allowed_tokens_fn": near, "num_return_sequences": 2},
         {"prefix_allowed_tokens_fn": near, "logits_processor": Shifts, "length_penalty": 0.3},
     ],
-    ids=str,
+    ids=" and ".join,
 )
 def test_functions_act_on_beams(both, options):
     (_, ours), (_, theirs) = both_ways(both, [LONG], num_beams=3, **options)
