@@ -15,13 +15,17 @@ import numpy as np
 
 from jlayer.checkpoint.hub import Weights, local_folder
 from jlayer.config import generation_file, read_generation_config
+from jlayer.engine.answers import answer
+from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
-from jlayer.engine.called import Output, Sequences, all_logits, check_called, drive
+from jlayer.engine.called import Output, all_logits, check_called, drive
 from jlayer.engine.deciding import follows
-from jlayer.engine.decoding import Decoding, Generation
+from jlayer.engine.decoding import Decoding
 from jlayer.engine.engine import Engine
 from jlayer.engine.following import follow
-from jlayer.engine.ids import as_rows, encoded, like
+from jlayer.engine.functions import taken
+from jlayer.engine.generation import Generation
+from jlayer.engine.ids import as_rows, encoded
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, check_names, translated
 from jlayer.engine.options import SamplingOptions, check_draft, configured, is_option
@@ -66,14 +70,14 @@ class AutoModel:
         of the weights in host memory, the share that its own cores multiply where they lie, from 0
         to 1; "auto": as measured, where it pays. `watch` is told what opening does, and becomes the
         model's own. Further options: `adapter` (a folder, as PEFT saves it: docs/adapters.md),
+        `adapters` ({name: folder}: further ones, which `adapter=name` of a prompt asks for),
         `device` ("cpu" or "gpu"), `devices` (how many, or "all": each has `device_memory`, and its
         share of the rows of every layer), `coordinator`, `processes` and `process_id` (several
-        hosts: docs/hosts.md), `context`, `follow_links` (take what links in the folder lead to
-        outside), and those of transformers: what has a meaning here is taken (`device_map`,
+        hosts: docs/hosts.md), `context`, `follow_links` (take what links lead to outside of the
+        folder), and those of transformers: what has a meaning here is taken (`device_map`,
         `torch_dtype`, `revision`, `local_files_only`), what changes nothing is passed over
-        (`trust_remote_code`: code in a checkpoint is never run), the rest is refused.
-
-        Raises CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
+        (`trust_remote_code`: code in a checkpoint is never run), the rest is refused. Raises
+        CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
         """
         ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
@@ -124,8 +128,7 @@ def _ref(ref, options):
 class Model(Sessions):
     """A model that is streamed tile by tile.
 
-    Close it, or use it in a `with`, to stop its reader threads. Several threads and several runs
-    may use it at a time.
+    Close it, or use it in a `with`, to stop its threads. Several threads and runs may use it.
     """
 
     def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
@@ -176,8 +179,7 @@ class Model(Sessions):
 
     @property
     def tokenizer(self):
-        """The published tokenizer as transformers gives it (loaded on first use, which imports
-        transformers).
+        """The published tokenizer as transformers gives it, which is imported on first use.
 
         Each thread has its own, copied from the first as it then is: padding and truncation are
         settings of the object, and threads that share one get each other's.
@@ -210,14 +212,14 @@ class Model(Sessions):
         check_called(options)
         return Output(self.logits(input_ids, attention_mask))
 
-    def logits(self, input_ids, attention_mask=None) -> np.ndarray:
+    def logits(self, input_ids, attention_mask=None, *, adapter: str | None = None) -> np.ndarray:
         """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
 
-        What a tokenizer gives is taken too, without padding. Raises UsageError: no tokens, rows of
-        different lengths, padding, ids outside the vocabulary, longer than the context.
+        What a tokenizer gives is taken too, without padding. `adapter`: as of `generate`. Raises
+        UsageError: no tokens, rows of different lengths, padding, unknown ids, beyond the context.
         """
         begin = self.generation_config.get("bos_token_id")
-        return all_logits(self.engine, input_ids, attention_mask, begin=begin)
+        return all_logits(self.engine, input_ids, attention_mask, begin=begin, adapter=adapter)
 
     def generate(
         self,
@@ -264,6 +266,7 @@ class Model(Sessions):
         `generation_config`: transformers' object, or a mapping, with further options of the
         user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
+        options = without_assistant(options, self.engine.run.draft)
         found = SamplingOptions.from_mapping(
             {**configured(generation_config), **options},
             generation_config=self.generation_config,
@@ -296,10 +299,12 @@ class Model(Sessions):
         self, prompt=None, *, options: dict, generation_config=None, **form
     ) -> tuple[Callable[[], Decoding], bool]:
         """What begins the run of `decoding`, and whether it was a single prompt."""
+        functions, options = taken(options)
         sampling = self.sampling_options(options, generation_config=generation_config)
         pad = sampling.padding_id
         rows, one = encode_prompts(self.text, prompt, folder=self.folder, pad=pad, **form)
-        return partial(Decoding, self.engine, rows, sampling, text=self.text), one
+        begin = partial(Decoding, self.engine, rows, sampling, text=self.text)
+        return partial(begin, functions=functions), one
 
     @property
     def follows(self) -> bool:
@@ -337,10 +342,10 @@ def generate(model_or_ref, prompt=None, **options) -> Generation | list[Generati
 
     -> a Generation, or a list where a list came in or num_return_sequences is above 1 (those of one
     prompt next to each other). `options`: transformers' generation options, `generation_config`,
-    `seed`, `stop`, `logprobs`; `messages`, `chat`, `system`, and for the chat template
-    `chat_template`, `tools`, `documents`, `continue_final_message` and `chat_template_kwargs` (its
-    further variables, such as enable_thinking), as in `encode_prompts`; where a ref is given, those
-    of `AutoModel.from_pretrained`. Raises the errors of both.
+    `seed`, `stop`, `logprobs`, `adapter` (the name of one, of an open model); `messages`, `chat`,
+    `system`, and for the chat template `chat_template`, `tools`, `documents`,
+    `continue_final_message` and `chat_template_kwargs` (its further variables), as in
+    `encode_prompts`; where a ref is given, those of `from_pretrained`. Raises the errors of both.
 
     What is not given is as the model's makers published it: a published `do_sample` draws; without
     one it is greedy. temperature=0 is greedy, and a temperature, top_k, top_p or min_p draws.
@@ -408,6 +413,7 @@ def generate_ids(
     """
     if inputs is not None and input_ids is not None:
         raise UsageError("inputs: input_ids was given too; leave one out")
+    functions, options = taken(options)
     sampling = model.sampling_options(options, generation_config=generation_config, implied=False)
     given, mask = encoded(input_ids if inputs is None else inputs, attention_mask)
     if given is None:
@@ -416,15 +422,12 @@ def generate_ids(
         given = np.array([[sampling.bos_token_id]])
     rows = as_rows(given, mask, pad=sampling.padding_id)
     text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
-    decoding = Decoding(model.engine, rows, sampling, stop_text=text)
+    decoding = Decoding(model.engine, rows, sampling, stop_text=text, functions=functions)
     try:
         drive(decoding, rows, streamer)
     finally:
         decoding.close()
-    n = sampling.num_return_sequences
-    whole = [rows[i // n].given + lane.token_ids for i, lane in enumerate(decoding.lanes)]
-    sequences = like(given, whole, sampling.filling_id)
-    return Sequences(sequences) if sampling.return_dict_in_generate else sequences
+    return answer(decoding, given)
 
 
 @contextmanager
@@ -440,7 +443,8 @@ def _opened(model_or_ref, options):
     loads = own | {name for name in NAMES if not is_option(name)}
     run = {name: value for name, value in rest.items() if name in loads}
     rest = {name: value for name, value in rest.items() if name not in loads}
-    check_names(rest, own)
+    rest, run = as_draft(rest, run)
+    check_names(taken(rest)[1], own)
     check_draft(rest.get("speculate"), run.get("draft"), unused=True)
     with AutoModel.from_pretrained(model_or_ref, **run) as model:
         yield model, rest, form

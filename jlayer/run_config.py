@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from jlayer.config import parse_choice, unknown_name
@@ -24,6 +25,7 @@ class RunConfig:
     host_share: float | None = None  # of the rows in host memory, multiplied there; None: auto
     draft: str | None = None  # a smaller model that guesses tokens: a folder or a hub id
     adapter: str | None = None  # the folder of a low-rank adapter that is used beside the weights
+    adapters: tuple[tuple[str, str], ...] = ()  # (name, folder) of those that requests ask for
     devices: int | None = 1  # its first so many; None: all
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
     coordinator: str | None = None  # of several processes, ADDR:PORT where number 0 listens
@@ -68,6 +70,7 @@ class RunConfig:
         ):
             if options.get(name) is not None:
                 options[name] = _path(options[name], name, expected)
+        options["adapters"] = _adapters(options.get("adapters"))
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
@@ -102,6 +105,23 @@ def _number(value, option, least, more=""):
         found = f"{option}: found {value!r:.80}, expected a number from {least} up{more}"
         raise UsageError(found)
     return int(words)
+
+
+def _adapters(value):
+    """Pairs of a name and a folder, from a mapping or pairs."""
+    pairs = value.items() if isinstance(value, Mapping) else value or ()
+    expected = "expected names with the folders of adapters, {name: folder}"
+    try:
+        found = tuple((name, _path(folder, "adapters", expected)) for name, folder in pairs)
+    except (TypeError, ValueError):
+        raise UsageError(f"adapters: found {value!r:.80}, {expected}") from None
+    names = [name for name, _ in found]
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UsageError(f"adapters: found {name!r:.80} for a name, {expected}")
+        if names.count(name) > 1:
+            raise UsageError(f"adapters: {name} is there twice; give each a name of its own")
+    return found
 
 
 def _path(value, option, expected):

@@ -17,13 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from jlayer.additions import Additions
 from jlayer.parts import (
     Attention,
     Delta,
     Experts,
     Latent,
     Logits,
-    LowRanks,
     Mlp,
     Norm,
     Places,
@@ -66,8 +66,8 @@ class ModelConfig:
     layer's output is multiplied by a number of its own. `qkv_is_fused`: queries, keys and values
     are one matrix. `head_bias`: the head has one, whether or not its matrix is the embedding.
     `quantized`: what is said of published weights that are no plain numbers. `layout`: what of the
-    values is not as published, by the names of `families.layout`. `adapter`: what is
-    added to some matrices, by an adapter that is used beside them.
+    values is not as published, by the names of `families.layout`. `additions`: what adapters that
+    are used beside the weights add to some matrices.
     """
 
     model_type: str
@@ -98,7 +98,7 @@ class ModelConfig:
     logits: Logits = Logits()
     quantized: Quantized | None = None
     layout: tuple[str, ...] = ()
-    adapter: LowRanks | None = None
+    additions: Additions | None = None
 
     @property
     def attention(self) -> Attention | Latent:

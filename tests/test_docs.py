@@ -96,6 +96,8 @@ TESTED = {
         "tests/convert/test_merge.py"
     ),
     'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --adapter path/to/adapter': Here(),
+    "jlayer serve path/to/Llama-3-8B --adapter stories=path/to/adapter "
+    "--adapter letters=path/to/tuned": Parsed(SERVES),
     "jlayer convert path/to/Llama-3-8B path/to/rows-0-of-2 --rows 0/2": Here(),
     "jlayer convert path/to/Llama-3-8B path/to/rows-1-of-2 --rows 1/2": Here(),
     "jlayer export path/to/Llama-3-8B-jlayer path/to/back --format huggingface": Here(),
@@ -172,6 +174,9 @@ TESTED = {
     "jlayer bench path/to/Llama-3-70B --coordinator 10.0.0.1:7070 --processes 2 --process-id 0": By(
         "tests/app/test_together.py"
     ),
+    # generating.md
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" --num-beams 4 '
+    "--length-penalty 0.8 -n 40": Here(),
     # quantization.md
     "jlayer eval compare path/to/Llama-3-8B-jlayer path/to/Llama-3-8B-int4 "
     "--text stories.txt": Here(),

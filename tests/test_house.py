@@ -24,6 +24,7 @@ ROOMS = (
         "protobuf",
         "tokenizer_files",
         "sizes",
+        "additions",
         "parts",
         "spec",
         "pieces",

@@ -6,6 +6,7 @@ Computed in float32, and rounded once to the matrix's own dtype.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from jlayer.checkpoint.adapter import Adapter, read_adapter
+from jlayer.checkpoint.copies import check_copies
 from jlayer.checkpoint.layout import MERGED
 from jlayer.convert.sources.files import Chunk, Room, Source, open_unchanged, read_bytes
 from jlayer.convert.sources.open import CheckedSource
@@ -35,11 +37,20 @@ def merged(checked: CheckedSource, folder: str | os.PathLike) -> CheckedSource:
             "cannot be merged into such; take the plain checkpoint of this model"
         )
     adapter = read_adapter(folder, checked.cfg)
+    check_copies(adapter, lambda name: _rows(checked.tensors, name))
     own = {"sha256": adapter.digest, "matrices": len(adapter.matrices)}
     made = {"adapters": [*_merged_before(checked), own]}
     sides = {**checked.side_files, MERGED: (json.dumps(made, indent=2) + "\n").encode()}
     tensors = MergedSource(checked.tensors, adapter)
     return replace(checked, tensors=tensors, side_files=sides)
+
+
+def _rows(source, name):
+    """Yields (the number of the first row, rows) of a tensor."""
+    entry, first = source.tensors[name], 0
+    for rows in whole_rows(source.chunks(name), entry.dtype, math.prod(entry.shape[1:])):
+        yield first, rows
+        first += len(rows)
 
 
 def _merged_before(checked):

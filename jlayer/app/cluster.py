@@ -270,7 +270,7 @@ def _key(ref, run, served):
 
     offline = run.pop("offline", False)
     config = RunConfig.from_options(**run)
-    how = {"follow_links": config.follow_links, "adapter": config.adapter}
+    how = {name: getattr(config, name) for name in ("follow_links", "adapter", "adapters")}
     store = Store(local_folder(ref, offline=offline), **how)
     context = config.context or store.cfg.max_position_embeddings
     dtype = config.dtype or store.float_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from jlayer.errors import UsageError
 from jlayer.sizes import parse_bytes
@@ -110,6 +111,36 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     line = "a low-rank adapter, as PEFT saves it, that is used beside the weights"
     parser.add_argument("--adapter", metavar="FOLDER", help=line)
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Adds --adapter of a verb that answers requests; `adapters_of` reads it."""
+    line = "the model's own low-rank adapter, as PEFT saves it; with NAME= one that requests ask "
+    line += "for as a model of this name; may be repeated"
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help=line
+    )
+
+
+def adapters_of(args: argparse.Namespace) -> dict:
+    """The options `adapter` and `adapters` of a run. A folder whose path has a "=" in it is one
+    without a name. Raises UsageError."""
+    own, named = [], []
+    for words in args.adapter:
+        name, equals, folder = words.partition("=")
+        if not equals or os.path.isdir(words):
+            own.append(words)
+        elif name.strip() and folder:
+            named.append((name, folder))
+        else:
+            raise UsageError(f"--adapter: found {words!r}, expected FOLDER or NAME=FOLDER")
+    if len(own) > 1:
+        raise UsageError(
+            f"--adapter: {own[0]} and {own[1]} have no name, expected one such at most, the "
+            "model's own; give the others one that requests ask for: NAME=FOLDER"
+        )
+    found = {"adapter": own[0]} if own else {}
+    return found | ({"adapters": named} if named else {})
 
 
 # Option of an adapter or of its training -> (its kind, metavar, what --help says).

@@ -25,7 +25,7 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
     options.add_processes(parser)
     options.add_draft(parser)
-    options.add_adapter(parser)
+    options.add_adapters(parser)
     options.add_context(parser)
     options.add_prompts(parser)
     options.add_offline(parser)
@@ -33,16 +33,8 @@ def add_served(parser: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> dict:
-    return options.given(
-        args,
-        *options.RUN,
-        *options.PROCESSES,
-        *options.PROMPTS,
-        "context",
-        "draft",
-        "adapter",
-        "follow_links",
-    )
+    names = (*options.RUN, *options.PROCESSES, *options.PROMPTS, "context", "draft", "follow_links")
+    return options.given(args, *names) | options.adapters_of(args)
 
 
 def template_of(args: argparse.Namespace) -> str | None:
@@ -56,7 +48,18 @@ def names_of(args: argparse.Namespace) -> tuple[str, ...]:
     if not all(map(str.strip, args.served_name)):
         raise UsageError("--served-name: is empty; give a name, or leave it out")
     own = name_of(args.ref) if os.path.exists(args.ref) else args.ref.partition("@")[0]
-    return tuple(dict.fromkeys([*args.served_name, own, name_of(own)]))
+    found = tuple(dict.fromkeys([*args.served_name, own, name_of(own)]))
+    for name in adapter_names(args):
+        if name in found:
+            raise UsageError(
+                f"--adapter: {name} is a name of the model itself; give the adapter another one"
+            )
+    return found
+
+
+def adapter_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """Under which clients may ask for the model with an adapter. Raises UsageError."""
+    return tuple(name for name, _ in options.adapters_of(args).get("adapters", ()))
 
 
 def check_packages(verb: str, packages: Sequence[str], *, extra: str = "serve") -> None:

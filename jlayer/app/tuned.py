@@ -29,7 +29,7 @@ def check(args) -> None:
     if not args.tune and given:
         raise UsageError(f"{options.flag(given[0])}: found without --tune, which it belongs to")
     others = ("draft", "adapter", "devices", "host_share")
-    there = [name for name in others if args.tune and getattr(args, name) is not None]
+    there = [name for name in others if args.tune and getattr(args, name) not in (None, [])]
     if there:
         raise UsageError(f"{options.flag(there[0])}: found with --tune, which has none; leave it")
 

@@ -14,15 +14,13 @@ import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import BinaryIO
 
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.safetensors import TensorEntry
 from jlayer.checkpoint.source import SourceFile, names_in, read_shard, regular_file
-from jlayer.encodings.plain import FOR_ALL_ROWS
 from jlayer.errors import CheckpointError, UnsupportedModelError
-from jlayer.families.adapted import A_END, B_END, multiplied
+from jlayer.families.adapted import multiplied
 from jlayer.families.fields import Fields, printable
 from jlayer.families.layout import in_pairs, is_rearranged, paired_heads
 from jlayer.families.registry import (
@@ -33,7 +31,6 @@ from jlayer.families.registry import (
     layer_tensor_name,
     published_tensors,
 )
-from jlayer.parts import LowRanks
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import parse_json_object, read_small_file
 
@@ -41,6 +38,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _NAME = re.compile(rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, (_A, _B, _MAGNITUDE)))})")
+_COPY = re.compile(
+    r"base_model\.model\.(?:.+\.)?((?!base_layer)[^.]+)(?:\.base_layer)?\.(weight|bias)"
+)
 # Where the modules of transformers have the text model of a multimodal one.
 _TEXT_MODELS = ("model.language_model.", "language_model.model.")
 # What is read, and what says how an adapter was made or where: the tensors tell the rest.
@@ -88,13 +88,15 @@ class LowRank:
 @dataclass(frozen=True)
 class Adapter:
     """An adapter for a model. `matrices`: published name of a matrix -> what is added to it.
-    `tensors`: those of `file`."""
+    `tensors`: those of `file`. `copies`: published name of a tensor of the model -> the tensor here
+    that has to be equal to it (`copies.check_copies`)."""
 
     folder: str
     file: SourceFile
     tensors: dict[str, TensorEntry]
     matrices: dict[str, LowRank]
     config_bytes: bytes
+    copies: dict[str, str]
 
     @cached_property
     def digest(self) -> str:
@@ -107,8 +109,8 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
-    """The adapter in a folder, for a model. Raises CheckpointError, UnsupportedModelError or
-    StorageError."""
+    """The adapter in a folder, for a model, of which it may have copies: whoever uses it compares
+    them. Raises CheckpointError, UnsupportedModelError or StorageError."""
     folder = os.fspath(folder)
     _check_names(folder)
     config = regular_file(folder, CONFIG)
@@ -117,8 +119,9 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
     _check_supported(fields)
     file = regular_file(folder, WEIGHTS)
     tensors = read_shard(file)
-    modules = _modules(file, tensors)
     shapes = published_tensors(cfg)
+    copies = _copies(file, tensors, shapes, cfg)
+    modules = _modules(file, tensors.keys() - set(copies.values()))
     named = _matrices(file, modules, shapes, cfg)
     _check_targets(fields, file, modules)
     matrices = {
@@ -128,79 +131,7 @@ def read_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Adapter:
         )
         for name, module in named.items()
     }
-    return Adapter(folder, file, tensors, matrices, raw)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """An adapter as it is used beside the weights of a model: its tensors by the names that they
-    have there, each with the path of a file, and their encodings. `memory`: what holds a file that
-    is in memory alone, if there is one."""
-
-    low_ranks: LowRanks
-    tensors: dict[str, tuple[str, TensorEntry]]
-    forms: dict[str, str]
-    memory: BinaryIO | None
-
-
-def beside(adapter: Adapter, cfg: ModelConfig) -> Beside:
-    """Raises UnsupportedModelError for one that can only be merged, or CheckpointError where its
-    numbers are not all finite."""
-    lengths = [name for name, added in adapter.matrices.items() if added.magnitude]
-    others = adapter.matrices.keys() - {head_leaf(cfg).published, *layer_matrices(cfg)}
-    if lengths or others:
-        what = "scales the rows of" if lengths else "changes what is not multiplied row by row:"
-        raise UnsupportedModelError(
-            f"{adapter.folder}: {what} {listed(sorted(lengths or others))}, which is not done as "
-            "layers stream; merge it: jlayer convert MODEL TARGET --merge ADAPTER"
-        )
-    _check_finite(adapter)
-    tensors, forms, memory = {}, {}, None
-    for name, added in adapter.matrices.items():
-        stem = name.removesuffix("weight")
-        tensors[stem + A_END], tensors[stem + B_END] = (
-            (adapter.file.path, adapter.tensors[one]) for one in (added.a, added.b)
-        )
-        if added.heads is not None:
-            memory = memory or os.fdopen(os.memfd_create("jlayer-adapter"), "w+b")
-            tensors[stem + B_END] = _reordered(adapter, added, memory)
-        forms[stem + A_END] = FOR_ALL_ROWS[adapter.tensors[added.a].dtype].name
-        forms[stem + B_END] = adapter.tensors[added.b].dtype
-    rows = ((name, added.rank, added.scale) for name, added in adapter.matrices.items())
-    return Beside(LowRanks(tuple(sorted(rows))), tensors, forms, memory)
-
-
-def _reordered(adapter, added, memory):
-    """B with its rows as those of the matrix, in memory -> (the path there, its entry)."""
-    import numpy as np  # not for a command's help
-
-    entry = adapter.tensors[added.b]
-    with open(adapter.file.real, "rb") as file:
-        file.seek(entry.offset)
-        raw = np.frombuffer(file.read(entry.n_bytes), f"V{ITEM_BYTES[entry.dtype]}")
-    offset = memory.seek(0, os.SEEK_END)
-    memory.write(added.ordered(raw.reshape(entry.shape)).tobytes())
-    memory.flush()
-    found = TensorEntry(entry.dtype, entry.shape, offset, entry.n_bytes)
-    return f"/proc/self/fd/{memory.fileno()}", found
-
-
-def _check_finite(adapter):
-    """Reads it once: it is small."""
-    import ml_dtypes  # not for a command's help
-    import numpy as np
-
-    with open(adapter.file.real, "rb") as file:
-        for name, entry in adapter.tensors.items():
-            file.seek(entry.offset)
-            raw = np.frombuffer(
-                file.read(entry.n_bytes), getattr(ml_dtypes, entry.dtype, entry.dtype)
-            )
-            if not np.isfinite(raw).all():
-                raise CheckpointError(
-                    f"{adapter.file.path}: {name} has NaN or infinite numbers, expected finite "
-                    "ones; fetch the file again, or take an earlier state of the adapter"
-                )
+    return Adapter(folder, file, tensors, matrices, raw, copies)
 
 
 def layer_matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -255,11 +186,33 @@ def _check_supported(fields):
         )
 
 
+def _copies(file, tensors, shapes, cfg):
+    """See `Adapter`. PEFT saves the head and the embedding as they were in training where one of
+    them has an adapter, or the vocabulary was resized (`save_embedding_layers`)."""
+    family, found = family_of(cfg), {}
+    leaves = {leaf.published.split(".")[-2]: leaf for leaf in (family.embedding, head_leaf(cfg))}
+    leaves.setdefault(family.head_matrix.published.split(".")[-2], head_leaf(cfg))
+    for name in tensors:
+        match = _COPY.fullmatch(name)
+        if match is None or match[1] not in leaves:
+            continue
+        published = leaves[match[1]].published.removesuffix("weight") + match[2]
+        shape = tensors[name].shape
+        if published not in shapes or shape != shapes[published]:
+            own = list(shapes[published]) if published in shapes else "none"
+            raise UnsupportedModelError(
+                f"{file.path}: has {name} {list(shape)}, the model's own is {own}: a resized "
+                f"vocabulary, {_LACKS}"
+            )
+        found[published] = name
+    return found
+
+
 def _modules(file, tensors):
     """Module -> the tensors of its A, B and magnitude by their kind."""
     found: dict[str, dict[str, str]] = {}
     others = []
-    for name in tensors:
+    for name in sorted(tensors):
         match = _NAME.fullmatch(name)
         if match is None:
             others.append(name)

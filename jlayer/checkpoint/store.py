@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from jlayer.checkpoint.adapter import beside, read_adapter
+from jlayer.checkpoint.beside import Named, beside
+from jlayer.checkpoint.copies import check_copies
 from jlayer.checkpoint.digest import Expected, rows_of
 from jlayer.checkpoint.foreign import adapter_notes
 from jlayer.checkpoint.gguf import open_gguf
@@ -39,12 +41,14 @@ from jlayer.checkpoint.source import Identity, identity_of, names_in, open_publi
 from jlayer.config import read_config
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
-from jlayer.errors import CheckpointError
+from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
 from jlayer.gguf.parts import is_gguf
-from jlayer.spec import ModelConfig
+from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import regular_status
+
+COMPARED_BYTES = 16 << 20  # of a tensor, read at a time
 
 
 @dataclass(frozen=True, order=True)
@@ -78,9 +82,11 @@ class Store:
     in a published folder lead to outside of it, and name them in a note. (Files of a layered folder
     may lie anywhere: the manifest vouches for them.) `host`: the one that reads its own rows, where
     several run the model; a folder may hold these alone, and rows are numbered as in the whole
-    model all the same. `adapter`: the folder of one that is used beside the weights: its
-    tensors are among those of the model, under names of their own. Raises CheckpointError if the
-    folder is incomplete, damaged, of another form, or holds the rows of another host.
+    model all the same. `adapter`: the folder of one that is used beside the weights: its tensors
+    are among those of the model, under names of their own; `adapters`: (name, folder) of those that
+    requests ask for by name. `adapter_names`: of those that have a number, by it; None: the model's
+    own. Raises CheckpointError if the folder is incomplete, damaged, of another form, or holds the
+    rows of another host.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Store:
         follow_links: bool = False,
         host: Host | None = None,
         adapter: str | os.PathLike | None = None,
+        adapters: Sequence[tuple[str, str | os.PathLike]] = (),
     ):
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
@@ -101,8 +108,10 @@ class Store:
         self._nested: dict[str, Nested] = {}  # by the name of a piece that is stored as codes
         self._spans: dict[str, Span] = {}  # of tensors of which only some rows are here
         self.adapter_digest: str | None = None
+        self.adapter_names: tuple[str | None, ...] = ()
+        self.memory_bytes = 0  # of files that are in memory alone
         self._in_memory: set[str] = set()  # files that are there alone
-        self._beside: dict[str, str] = {}  # an adapter's tensor -> its encoding
+        self._beside: dict[str, str] = {}  # a tensor of an adapter -> its encoding
         if is_layered(self.folder):
             self._open_layered(host)
         else:
@@ -110,8 +119,10 @@ class Store:
                 opened = open_gguf if is_gguf(self.folder) else open_published
                 self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
-        if adapter is not None:
-            self._take_adapter(read_adapter(adapter, self.cfg))
+        if adapter is not None or adapters:
+            own = None if adapter is None else os.fspath(adapter)
+            others = tuple((name, os.fspath(folder)) for name, folder in adapters)
+            self._take_adapters(Named(own, others))
 
     def _open_layered(self, host):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)
@@ -135,24 +146,62 @@ class Store:
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
 
-    def _take_adapter(self, adapter):
-        """Its fingerprint is another one: so are its tokens."""
-        found = beside(adapter, self.cfg)
-        self.cfg = replace(self.cfg, adapter=found.low_ranks)
+    def _take_adapters(self, named):
+        """With another adapter it has another fingerprint: so are its tokens."""
+        found = beside(named, self.cfg)
+        self.cfg = replace(self.cfg, additions=found.additions)
         self._where |= found.tensors
-        self._memory = found.memory
-        self._beside, self.adapter_digest = found.forms, adapter.digest
-        self._in_memory = {path for path, _ in found.tensors.values()} - {adapter.file.path}
-        self.identities = {
-            **self.identities,
-            adapter.file.path: adapter.file.identity,
-            **{path: identity_of(os.stat(path)) for path in self._in_memory},
-        }
-        if os.path.realpath(adapter.folder) == os.path.realpath(self.folder):
+        self._memory, self.memory_bytes = found.memory, found.memory_bytes
+        self._beside, self.adapter_digest = found.forms, found.digest
+        self.adapter_names = named.names
+        files = {adapter.file.path: adapter.file.identity for adapter in found.adapters}
+        self._in_memory = {path for path, _ in found.tensors.values()} - files.keys()
+        of_memory = {path: identity_of(os.stat(path)) for path in self._in_memory}
+        self.identities = {**self.identities, **files, **of_memory}
+        if os.path.realpath(self.folder) in map(os.path.realpath, named.folders):
             beside_weights = adapter_notes(self.folder, names_in(self.folder))
             self.notes = tuple(note for note in self.notes if note not in beside_weights)
         both = f"{self.fingerprint} {self.adapter_digest}"
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+        for adapter in found.adapters:
+            check_copies(adapter, self._plain_rows)
+
+    def _plain_rows(self, tensor):
+        """(the number of the first row, rows) of a tensor of plain numbers, one range of those that
+        are here after another; None for another tensor."""
+        import ml_dtypes  # not for a command's help
+        import numpy as np
+
+        form = self.form_of(tensor)
+        if form not in ITEM_BYTES:
+            return None
+        path, entry = self._where[tensor]
+        first = self._spans[tensor].first if tensor in self._spans else 0
+        row_bytes = entry.n_bytes // entry.shape[0]
+        at_once = max(1, COMPARED_BYTES // row_bytes)
+        kind = np.dtype(getattr(ml_dtypes, form, form))
+
+        def rows():
+            with open(path, "rb") as file:
+                file.seek(entry.offset)
+                for row in range(0, entry.shape[0], at_once):
+                    raw = file.read(min(at_once, entry.shape[0] - row) * row_bytes)
+                    yield first + row, np.frombuffer(raw, kind).reshape(-1, *entry.shape[1:])
+
+        return rows()
+
+    def adapter_number(self, name: str | None) -> int:
+        """The number of the adapter of this name; None: of the model's own; -1: no adapter, or the
+        one that all rows are computed with. Raises UsageError."""
+        if name in self.adapter_names:
+            return self.adapter_names.index(name)
+        if name is None:
+            return -1
+        known = ", ".join(filter(None, self.adapter_names)) or "none"
+        raise UsageError(
+            f"adapter: found {name!r:.200}, but this model has {known}; open it with "
+            "adapters={name: folder}"
+        )
 
     def form_of(self, tensor: str) -> str:
         """The name of a published tensor's encoding on disk: a dtype, or a scheme."""

@@ -23,7 +23,10 @@ from jlayer.streaming.devices import Devices
 from jlayer.streaming.direct import disk_speed
 
 # Options of a run that a host has for itself.
-OWN = ("host_memory", "coordinator", "processes", "process_id", "follow_links", "adapter")
+OWN = (
+    *("host_memory", "coordinator", "processes", "process_id", "follow_links"),
+    *("adapter", "adapters"),
+)
 # The most of all hosts; of everything else they have the least.
 MOST = ("context_bytes", "baseline_bytes")
 
@@ -46,7 +49,7 @@ def opened(folder: str | os.PathLike, run: RunConfig, hosts: Hosts | None) -> St
     """The weights of a model, of which each host may have its own rows alone. Raises
     CheckpointError, UnsupportedModelError or StorageError, and UsageError in every process where
     options, versions or the model differ in one."""
-    how = {"follow_links": run.follow_links, "adapter": run.adapter}
+    how = {"follow_links": run.follow_links, "adapter": run.adapter, "adapters": run.adapters}
     if hosts is None:
         return Store(folder, **how)
     store = Store(folder, **how, host=Host(hosts.number, hosts.n))
@@ -65,7 +68,7 @@ def _compare(run, store):
             **options,
             "the model's config": _digest(repr(store.cfg)),
             "the model's weights": _digest(repr(weights)),
-            "the adapter": store.adapter_digest,
+            "the adapters": store.adapter_digest,
         }
     )
 

@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 
-from jlayer.engine.decoding import LOOK_AGAIN_S, Decoding, Generation
+from jlayer.engine.decoding import LOOK_AGAIN_S, Decoding
+from jlayer.engine.generation import Generation
 from jlayer.engine.lane import Step
 from jlayer.engine.scheduler import Scheduler
 from jlayer.errors import JlayerError, UsageError
@@ -86,7 +87,7 @@ class Background:
         except BaseException:
             decoding.close()
             raise
-        self._scheduler.join(decoding.lanes)
+        self._scheduler.join(decoding.riding)
         with self._lock:
             self._runs.append(weakref.ref(decoding))
             if self._thread is None:

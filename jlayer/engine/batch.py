@@ -26,6 +26,8 @@ from jlayer.plan.shapes import (
     window_capacity,
 )
 
+NONE = -1  # the number of no adapter
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -37,7 +39,8 @@ class Entry:
     how many other entries of the pass, one after another, must have been written before. `wanted`:
     of so many of its last rows the logits are wanted. `is_long`: whether its text is longer than
     the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
-    state before and after its rows that are no guesses, of which there are `n_kept`.
+    state before and after its rows that are no guesses, of which there are `n_kept`. `adapter`: the
+    number of the one that it is computed with; -1: none.
     """
 
     tokens: Sequence[int]
@@ -51,15 +54,18 @@ class Entry:
     source: int = 0
     target: int = 0
     n_kept: int = 0
+    adapter: int = NONE
 
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk of a forward pass: `tokens` [R], -1 where it is padded; what attention needs; which
-    rows' logits are wanted, and the places of these among all wanted rows of the pass."""
+    """A chunk of a forward pass: `tokens` [R], -1 where it is padded; `adapters` [R], of `Entry`;
+    what attention needs; which rows' logits are wanted, and the places of these among all wanted
+    rows of the pass."""
 
     size: Size
     tokens: np.ndarray
+    adapters: np.ndarray
     rows: Rows
     wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -141,6 +147,7 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         and all(entries[member.lane].parents is None for member in pane.members),
     )
     is_long = np.zeros(size.rows, bool)
+    adapters = np.full(size.rows, NONE, np.int32)
     tokens = np.full(size.rows, -1, np.int32)
     positions = np.zeros(size.rows, np.int32)
     written = np.full(size.rows, pool, np.int32)
@@ -152,7 +159,7 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         entry, first, end = entries[member.lane], member.first, member.first + member.count
         n_committed, at = len(entry.committed), number * pane.tokens
         own = slice(at, at + member.count)
-        tokens[own] = entry.tokens[first:end]
+        tokens[own], adapters[own] = entry.tokens[first:end], entry.adapter
         written[own], is_long[own] = entry.new[first:end], entry.is_long
         length[number] = n_committed + first
         table[number, :n_committed] = entry.committed
@@ -178,7 +185,8 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         is_long=is_long if switches else None,
         **(_states(pane, entries, size) if slots else {}),
     )
-    return Part(size, tokens, rows, np.array(wanted, np.int32), np.array(places, np.int32))
+    numbers = (np.array(each, np.int32) for each in (wanted, places))
+    return Part(size, tokens, adapters, rows, *numbers)
 
 
 def _states(pane, entries, size) -> dict:
@@ -269,7 +277,8 @@ def arrange_growth(
         fresh_positions=places,
     )
     in_order = np.arange(len(wanted), dtype=np.int32)
-    return Part(size, padded, rows, np.array(wanted, np.int32), in_order)
+    none = np.full(size.rows, NONE, np.int32)  # a draft model has no adapters
+    return Part(size, padded, none, rows, np.array(wanted, np.int32), in_order)
 
 
 def lineage(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

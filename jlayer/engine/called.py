@@ -61,10 +61,15 @@ def check_called(options: Mapping) -> None:
 
 
 def all_logits(
-    engine: Engine, input_ids, attention_mask=None, *, begin: int | None = None
+    engine: Engine,
+    input_ids,
+    attention_mask=None,
+    *,
+    begin: int | None = None,
+    adapter: str | None = None,
 ) -> np.ndarray:
     """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host. `begin`: the
-    model's beginning token, for the message. Raises UsageError."""
+    model's beginning token, for the message. `adapter`: the name of one. Raises UsageError."""
     given, mask = encoded(input_ids, attention_mask)
     ids = as_id_lists(given)
     if mask is not None and any(row.padding.n_tokens for row in as_rows(ids, mask)):
@@ -76,22 +81,13 @@ def all_logits(
         engine.check_ids(row, begin=begin)
     engine.check_length(lengths[0])
     forward = engine.start(
-        RunShape(len(ids), lengths[0], lengths[0], all_logits=True, single_array=True)
+        RunShape(len(ids), lengths[0], lengths[0], all_logits=True, single_array=True),
+        adapter=adapter,
     )
     try:
         return forward.sweep(ids, [0] * len(ids), all_logits=True)
     finally:
         forward.close()
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What `generate` returns with return_dict_in_generate: ids [B, T] of prompt and answer."""
-
-    sequences: object
-
-    def __getitem__(self, name):
-        return {"sequences": self.sequences, 0: self.sequences}[name]
 
 
 def drive(decoding: Decoding, rows: Sequence[Row], streamer) -> None:
@@ -100,6 +96,11 @@ def drive(decoding: Decoding, rows: Sequence[Row], streamer) -> None:
         for _ in decoding:
             pass
         return
+    if decoding.options.searches:
+        raise UsageError(
+            f"streamer: found with num_beams {decoding.options.num_beams}, which knows its text at "
+            "the end alone; leave one of them out"
+        )
     if len(decoding.lanes) > 1:
         raise UsageError("streamer: takes one sequence at a time; leave it out for a batch")
     streamer.put(np.array([rows[0].given]))

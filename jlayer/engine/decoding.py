@@ -11,10 +11,13 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 
 from jlayer.engine.engine import Engine
+from jlayer.engine.functions import Functions
+from jlayer.engine.generation import Generation
 from jlayer.engine.ids import Row
+from jlayer.engine.joining import comes_whole, join
 from jlayer.engine.kept import Ended
 from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
@@ -28,32 +31,6 @@ from jlayer.engine.unguessed import what_is_not_guessed
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished text. `token_ids` are the new ones only; `logprobs`, where asked for, has a row
-    for each with the likeliest tokens beside it, and `prompt_logprobs` one for each token of the
-    prompt, None where it was not scored; `seed` gives it again, None where none was needed;
-    `stats`, `memory` and `plan` are as `generate --json` prints them. Printed without the last
-    five."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    device: str
-    dtype: str
-    seed: int | None
-    logprobs: list[dict] | None = field(repr=False)
-    prompt_logprobs: list[dict | None] | None = field(repr=False)
-    stats: dict = field(repr=False)
-    memory: dict = field(repr=False)
-    plan: dict = field(repr=False)
-
-    def as_dict(self) -> dict:
-        return {own.name: getattr(self, own.name) for own in fields(self)}
-
 
 # Prompts that wait for other runs to end try again after so long.
 LOOK_AGAIN_S = 0.05
@@ -76,6 +53,10 @@ class Decoding:
     draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
     number. `constraint`: what each text may be. `shown`: as of `Lane`.
     `past`: what it goes on from, where it was begun before.
+    `functions`: the user's; with them a run has no guesses.
+
+    `lanes`: the sequences that are asked for; `riding`: all that ride for these, such as the beams
+    of a search.
 
     Admitted against the budgets at once, beside the runs that are alive; it holds its cache entries
     until it has ended, is closed or is dropped. Where the budgets hold some of the prompts, the
@@ -98,9 +79,13 @@ class Decoding:
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
         past: Past | None = None,
+        functions: Functions | None = None,
     ):
         self.engine = self._engine = engine
         self.options, self.rows, self._past = options, rows, past
+        self.functions, self._comes_whole = functions, comes_whole(options, functions)
+        if functions is not None:
+            functions.check(options)
         for row in rows:
             engine.check_ids(row.ids, begin=options.bos_token_id)
         limits = []
@@ -119,11 +104,12 @@ class Decoding:
                 command_line=f"{found}--stop out, or take stop_strings out of the makers' file",
             )
         self.stats = Stats(load_s=engine.load_s)
-        account = Account(self.stats)
+        account, adapter = Account(self.stats), engine.store.adapter_number(options.adapter)
         self._tickets: list[Ticket] = []
         self._boarded, self._is_begun = [], False  # of each prompt the first lane; see `read_kept`
         with engine.turn():  # what fits still does when the run is admitted
             most = self._most_that_fit(rows, limits)
+            n_shown = options.num_return_sequences
             # A sequence's number is its place among those of one prompt, not in the batch: so each
             # is what it would be alone.
             self._waiting = deque(
@@ -137,23 +123,30 @@ class Decoding:
                             account=account,
                             most_unread=most_unread,
                             text=text,
-                            stops=self._stops(row, stop_text),
+                            stops=None if options.searches else self._stops(row, stop_text),
                             switches_at=engine.cfg.switches_at,
                             constraint=None if constraint is None else constraint.copy(),
                             shown=shown,
                             scores=None if number else PromptScores.of(row, options),
+                            adapter=adapter,
                         )
-                        for number in range(options.num_return_sequences)
+                        for number in range(options.n_lanes)
                     ],
                     self._shape([row], [min(limit, most)]),
                 )
                 for row, limit in zip(rows, limits, strict=True)
                 for own in [options if options.is_greedy else options.seeded()]
             )
-            self.lanes = [lane for group in self._waiting for lane in group.lanes]
+            self.riding = [lane for group in self._waiting for lane in group.lanes]
+            self.lanes = [lane for group in self._waiting for lane in group.lanes[:n_shown]]
+            join(
+                *([group.lanes for group in self._waiting], options, functions),
+                text=text,
+                stop_text=stop_text,
+            )
             if past is not None:
                 past.take_up(self.lanes)
-            self._end = weakref.finalize(self, _leave, self.lanes, self._tickets)
+            self._end = weakref.finalize(self, _leave, self.riding, self._tickets)
             self._begin(self._shape(rows, [min(limit, most) for limit in limits]), waits)
         self._compiles_before = dict(engine.compiles)
         each = options.num_return_sequences
@@ -169,6 +162,8 @@ class Decoding:
             self._admit(shape, list(self._waiting))
             self._waiting.clear()
         except DoesNotFitError:
+            if self._comes_whole and len(self._waiting) > 1:
+                raise  # rows that are decided together cannot wait for each other's end
             try:
                 self._admit_next()
             except DoesNotFitError:
@@ -215,7 +210,8 @@ class Decoding:
             return self._past.board(self._engine, shape, lanes)
         engine, kept, first = self._engine, self._engine.kept, lanes[0]
         alike = first.history[: first.n_shareable + 1]
-        ended, n_alike = kept.find(alike, is_long=first.has_switched) or (None, 0)
+        how = {"is_long": first.has_switched, "adapter": first.adapter}
+        ended, n_alike = kept.find(alike, **how) or (None, 0)
         goes_on = ended is not None and 2 * n_alike >= len(ended.tokens)
         if not goes_on:
             ticket = engine.admit(shape)
@@ -253,8 +249,10 @@ class Decoding:
 
     def _shape(self, rows, limits):
         """The shape of a run of these prompts, with at most so many new tokens each."""
-        batch, sweeps = self.options.num_return_sequences * len(rows), max(1, *limits)
-        nodes = self._engine.speculation.nodes_for(self.options, batch=batch, sweeps=sweeps)
+        batch, sweeps = self.options.n_lanes * len(rows), max(1, *limits)
+        guesses, nodes = self._engine.speculation, 0
+        if not self._comes_whole:
+            nodes = guesses.nodes_for(self.options, batch=batch, sweeps=sweeps)
         return shape_of(self._engine.cfg, rows, limits, self.options, nodes=nodes)
 
     def _most_that_fit(self, rows, limits):
@@ -327,9 +325,9 @@ class Decoding:
                 (ticket,) = self._tickets
                 self._tickets.clear()
                 ticket.keep(table, RunShape(context=lane.capacity, entries=len(table)))
-                for each in self.lanes:  # no other lane shares what will be another one's
+                for each in self.riding:  # no other lane shares what will be another one's
                     each.leave_board()
-                kept.put(Ended(lane.history[: len(table)], table, ticket, is_long))
+                kept.put(Ended(lane.history[: len(table)], table, ticket, is_long, lane.adapter))
             self.close()
 
     def suspend(self) -> None:
@@ -338,10 +336,10 @@ class Decoding:
         with self._engine.turn():
             if self.is_closed or self._waiting:
                 return
-            alive = [lane for lane in self.lanes if lane.is_alive]
+            alive = [lane for lane in self.riding if lane.is_alive]
             if not alive:  # nothing goes on
                 return
-            for lane in self.lanes:
+            for lane in self.riding:
                 lane.leave_board()
             shape = self._tickets[0].shape
             for ticket in self._tickets:
@@ -404,7 +402,7 @@ class Decoding:
     def _steps(self):
         self.read_kept()
         clock, scheduler = Clock(), self._engine.scheduler
-        scheduler.join(self.lanes)
+        scheduler.join(self.riding)
         filled = scheduler.prepare()
         self.stats.load_read_bytes += filled["read_bytes"]
         self.stats.load_cached_bytes += filled["cached_bytes"]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlayer.drafting.tree import ROOT
+from jlayer.engine.functions import Raised
+from jlayer.engine.joint import Commit
 from jlayer.engine.riders import Rider
 from jlayer.engine.sample import Choice
 from jlayer.errors import JlayerError
@@ -29,7 +31,7 @@ class Drawn:
     rider: Rider
     choices: list[Choice]
     nodes: list[int]
-    error: JlayerError | None = None
+    error: Exception | None = None
     is_finite: bool = True
 
 
@@ -43,6 +45,29 @@ def draw_all(pairs: Sequence[tuple[Rider, np.ndarray]]) -> list[Drawn]:
     n_threads = min(DRAWERS, len(os.sched_getaffinity(0)), len(pairs))
     with ThreadPoolExecutor(n_threads, thread_name_prefix="jlayer-draw") as drawers:
         return list(drawers.map(lambda pair: draw(*pair), pairs))
+
+
+def decide_all(pairs: Sequence[tuple[Rider, np.ndarray]]) -> tuple[list[Drawn], list[Commit]]:
+    """What lanes that wait for each other draw from their logits [1, V]: (what keeps some from it,
+    what is to be done to the lanes once the pass has succeeded). Changes nothing."""
+    drawn, together = [], {}
+    for rider, (logits,) in pairs:
+        if np.isfinite(logits).all():
+            together.setdefault(id(rider.lane.joint), []).append((rider, logits))
+        else:
+            drawn.append(Drawn(rider, [], [], is_finite=False))
+    commits = []
+    for some in together.values():
+        first = some[0][0]
+        try:
+            arrived = {rider.lane: logits for rider, logits in some}
+            commits.append(first.lane.joint.decide(arrived))
+        except (JlayerError, Raised) as error:
+            error = error.__cause__ if isinstance(error, Raised) else error
+            drawn.append(Drawn(first, [], [], error))
+            some = some[1:]
+        drawn += [Drawn(rider, [], []) for rider, _ in some]
+    return drawn, commits
 
 
 def draw(rider: Rider, logits: np.ndarray) -> Drawn:

@@ -37,6 +37,7 @@ from jlayer.engine.speeds import host_speeds
 from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
+from jlayer.plan.low_rank import check_host_share
 from jlayer.plan.machine import Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
@@ -68,8 +69,7 @@ class Engine:
         self.watch.phase("reading headers")
         self.hosts = hosts_of(run)
         self.store = opened(folder, run, self.hosts)
-        self.cfg = self.store.cfg
-        self.dtype = run.dtype or self.store.float_dtype
+        self.cfg, self.dtype = self.store.cfg, run.dtype or self.store.float_dtype
         self.draft = draft_for(self.store, run, self.dtype)
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
@@ -79,6 +79,7 @@ class Engine:
         self._ledger = Ledger(on_empty=self.drop_entries)
         self.kept = Kept(self._ledger)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
+        self.prompt_cache = PromptCache.of(self)
         self._closed = False
         self._executor: Executor | None = None
         self.host, self.helping = None, Helping()
@@ -113,9 +114,7 @@ class Engine:
         )
         self.speculation = Speculation(self, self.draft)
         self.scheduler = Scheduler(self, self.speculation)
-        self.prompt_cache = PromptCache.of(self)
-        self.host_peak_bytes = anonymous_bytes()
-        self.device_peak_bytes = 0
+        self.host_peak_bytes, self.device_peak_bytes = anonymous_bytes(), 0
         self.load_s = clock.lap()
 
     def drop_entries(self) -> None:
@@ -139,14 +138,14 @@ class Engine:
             host_memory=host_budget,
         )
         self.watch.phase("measuring the disk and the link")
-        budgets = {"device_budget": budget, "host_budget": host_budget}
-        return measured_machine(
-            self.devices, self.store.files, **budgets, context_bytes=context_bytes
-        )
+        given = {"device_budget": budget, "host_budget": host_budget}
+        given["context_bytes"] = context_bytes
+        found = measured_machine(self.devices, self.store.files, **given)
+        return found.holding(self.store.memory_bytes)
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
-        if self.run.host_share == 0 or self.hosts is not None:
+        if self.hosts is not None or not check_host_share(self.cfg, self.run.host_share):
             return self.plan_for(shape)
         if self.run.host_share is None:
             alone = self.plan_for(shape)
@@ -233,9 +232,11 @@ class Engine:
     def _draft_weights(self):
         return None if self.draft is None else self.draft.weights
 
-    def start(self, shape: RunShape) -> Forward:
-        """Admits a run whose tokens are given. Raises what `admit` raises."""
-        return Forward(self, self.admit(shape))
+    def start(self, shape: RunShape, *, adapter: str | None = None) -> Forward:
+        """Admits a run whose tokens are given. Raises what `admit` raises, and UsageError where
+        there is no such `adapter`."""
+        number = self.store.adapter_number(adapter)
+        return Forward(self, self.admit(shape), adapter=number)
 
     def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
         """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from jlayer.engine.alone import layer_seconds, stream
-from jlayer.engine.batch import Entry, arrange
+from jlayer.engine.batch import NONE, Entry, arrange
 from jlayer.engine.chunk import Chunk
 from jlayer.engine.home import Home
 from jlayer.engine.ledger import Ticket
@@ -28,8 +28,10 @@ class Forward:
     Close it to free its cache entries.
     """
 
-    def __init__(self, engine: Home, ticket: Ticket):
+    def __init__(self, engine: Home, ticket: Ticket, *, adapter: int = NONE):
+        """`adapter`: the number of the one that its rows are computed with."""
         self.plan: Plan = ticket.plan
+        self._adapter = adapter
         self._engine, self._ticket = engine, ticket
         self._tables = [ticket.table() for _ in range(ticket.shape.batch)]
         self._capacity = capacity_for(ticket.shape.context)
@@ -129,6 +131,7 @@ class Forward:
                     is_long=self._is_long(len(table) + 1),
                     source=table.source,
                     target=table.target,
+                    adapter=self._adapter,
                 )
                 parts = self._arrange([entry])
                 engine.sweeper.run(executor, parts, take)
@@ -207,6 +210,7 @@ class Forward:
                 source=table.source,
                 target=table.target,
                 n_kept=len(tokens),
+                adapter=self._adapter,
             )
             for tokens, table, rows in zip(ids, self._tables, new, strict=False)
         ]

@@ -18,6 +18,7 @@ import numpy as np
 from jlayer.cores.cores import Cores, Jobs, Matrix, padded_columns
 from jlayer.cores.topology import topology
 from jlayer.families.base import Stage, bias_name, low_rank_names
+from jlayer.model.low_rank import chosen
 from jlayer.model.ops import final_logits
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Tile
@@ -49,9 +50,9 @@ class Host:
         self._jobs: dict[tuple, tuple] = {}  # see `jobs_of`
         self._running: HostedStage | None = None
 
-    def begin(self, stage: Stage, xs, real, heights: Mapping[str, int]) -> HostedStage:
+    def begin(self, stage: Stage, xs, real, adapters, heights: Mapping[str, int]) -> HostedStage:
         """Begins a stage; see `HostedStage`."""
-        self._running = HostedStage(self, stage, xs, real, heights)
+        self._running = HostedStage(self, stage, xs, real, adapters, heights)
         return self._running
 
     def fetch(self, key, array: jax.Array) -> np.ndarray:
@@ -115,13 +116,13 @@ class HostedStage:
     """The rows of a stage that the host multiplies.
 
     `xs`: the input [R, in] of each chunk, on the device; `real`: the rows of each that are not
-    padding. `heights`: matrix -> its rows on the host. The products of all chunks' real rows, C of
-    them, are written to a landing float32 [padded C, sum of `heights`], the rows of one matrix
-    after another.
+    padding, and `adapters`: the numbers of the adapters of these. `heights`: matrix -> its rows on
+    the host. The products of all chunks' real rows, C of them, are written to a landing float32
+    [padded C, sum of `heights`], the rows of one matrix after another.
     """
 
-    def __init__(self, host: Host, stage: Stage, xs, real, heights: Mapping[str, int]):
-        self._host, self._xs, self._real = host, xs, real
+    def __init__(self, host: Host, stage: Stage, xs, real, adapters, heights: Mapping[str, int]):
+        self._host, self._xs, self._real, self._adapters = host, xs, real, adapters
         self.n_columns = sum(map(len, real))
         self._landing = host.landing(stage, landing_rows(self.n_columns), sum(heights.values()))
         firsts = accumulate(heights.values(), initial=0)
@@ -176,17 +177,24 @@ class HostedStage:
         self._product.finish()
         self._product = None
         for one in self._begun:
-            scales = {leaf: s for group in one.tile.stage.groups for leaf, s in group.scales}
+            additions = dict(each for group in one.tile.stage.groups for each in group.added)
             for name, place in self._places(one.tile).items():
-                if name in scales:
-                    a, b = (
-                        one.views[each].astype(np.float32, copy=False)
-                        for each in low_rank_names(name)
-                    )
-                    place += np.float32(scales[name]) * ((self._in_float32() @ a.T) @ b.T)
+                if name in additions:
+                    place += self._added(additions[name], one.views, name)
                 if (bias := one.views.get(bias_name(name))) is not None:
                     place += bias.astype(np.float32)
         self._begun = []
+
+    def _added(self, added, views, name):
+        """What adapters add to the products of a matrix: as `model.low_rank` has it."""
+        a, b = (views[each].astype(np.float32, copy=False) for each in low_rank_names(name))
+        inner = self._in_float32() @ a.T
+        if not added.chooses:
+            (only,) = added.columns
+            return np.float32(only.scale) * (inner @ b.T)
+        is_own, scale = chosen(added, np.concatenate(self._adapters))
+        inner[~is_own] = 0
+        return scale * (inner @ b.T)
 
     def _all_places(self):
         """Where the products of what was begun are written, padding included."""

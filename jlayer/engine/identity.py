@@ -29,7 +29,7 @@ def identity_of(store: Store, dtype: str) -> dict:
         weights = hashlib.sha256(encode_manifest(store.manifest)).hexdigest()
     else:
         weights = store.fingerprint
-    config = repr(replace(store.cfg, adapter=None))
+    config = repr(replace(store.cfg, additions=None))
     return {
         "format": FORMAT,
         "adapter": store.adapter_digest,

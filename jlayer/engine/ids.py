@@ -109,12 +109,21 @@ def like(given, rows, padding):
     longest = max(map(len, rows))
     array = np.array([row + [padding] * (longest - len(row)) for row in rows])
     array = array if given.ndim == 2 or len(rows) > 1 else array[0]
-    if isinstance(given, np.ndarray):
-        return array.astype(given.dtype)
+    return as_kind(given, array, like_ids=True)
+
+
+def as_kind(given, value, *, like_ids: bool = False):
+    """Arrays of numpy, or a tuple of them, as the kind that `given` was: numpy where that was a
+    list. `like_ids`: in its dtype too."""
+    if isinstance(value, tuple):
+        return tuple(as_kind(given, one) for one in value)
+    if isinstance(given, (list, tuple, np.ndarray)):
+        return value.astype(given.dtype) if like_ids else value
     if type(given).__module__.startswith("torch"):
         import torch
 
-        return torch.from_numpy(array).to(device=given.device, dtype=given.dtype)
+        found = torch.from_numpy(value)
+        return found.to(device=given.device, dtype=given.dtype if like_ids else found.dtype)
     import jax.numpy as jnp
 
-    return jnp.asarray(array, dtype=given.dtype)
+    return jnp.asarray(value, dtype=given.dtype if like_ids else value.dtype)

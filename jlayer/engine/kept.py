@@ -18,13 +18,14 @@ from jlayer.engine.riders import LEAST_SHARED
 
 @dataclass(frozen=True)
 class Ended:
-    """`tokens`: those that `table` has entries of, which `ticket` counts. `is_long`: see
-    `Lane.is_long`."""
+    """`tokens`: those that `table` has entries of, which `ticket` counts. `is_long`, `adapter`: see
+    `Lane`."""
 
     tokens: list[int]
     table: Table
     ticket: Ticket
     is_long: bool
+    adapter: int
 
 
 class Kept:
@@ -47,13 +48,16 @@ class Kept:
         while len(self._ended) > self.most:
             self.drop_oldest()
 
-    def find(self, prompt: Sequence[int], *, is_long: bool) -> tuple[Ended, int] | None:
+    def find(
+        self, prompt: Sequence[int], *, is_long: bool, adapter: int
+    ) -> tuple[Ended, int] | None:
         """The text that most tokens of a prompt can be taken from, and how many; None where no text
-        has enough of them."""
+        of this adapter has enough of them."""
         best, n_best = None, LEAST_SHARED - 1
         for ended in self._ended:
             n_alike = _n_alike(ended.tokens, prompt[:-1])  # the last one's logits are needed
-            if ended.is_long == is_long and n_alike > n_best:
+            is_of_its_kind = (ended.is_long, ended.adapter) == (is_long, adapter)
+            if is_of_its_kind and n_alike > n_best:
                 best, n_best = ended, n_alike
         return None if best is None else (best, n_best)
 

@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
+from jlayer.engine.batch import NONE
 from jlayer.engine.ids import Row
+from jlayer.engine.joint import Joint
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.pool import Table
 from jlayer.engine.report import Account
-from jlayer.engine.sample import Choice, NoiseKey, choose
+from jlayer.engine.sample import Choice, NoiseKey, choose, pick, processed
 from jlayer.engine.scores import PromptScores
 from jlayer.engine.stops import StopStrings
 from jlayer.errors import JlayerError
@@ -85,14 +87,16 @@ class Lane:
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
         scores: PromptScores | None = None,
+        adapter: int = NONE,
     ):
         """`account`: of its run. `most_unread`: with so many steps unread
         it waits; None: it never does. `text`: the tokenizer, where text is wanted; `stops`: what
         else ends the sequence. `switches_at`: see `ModelConfig.switches_at`. `constraint`: what its
         text may be; the lane's own. `shown`: special tokens that stand in the text all the same.
-        `scores`: of its prompt, where they are wanted; with a `limit` of 0 nothing else is."""
+        `scores`: of its prompt, where they are wanted; with a `limit` of 0 nothing else is.
+        `adapter`: the number of the one that it is computed with."""
         prompt = row.ids
-        self.scores = scores
+        self.scores, self.adapter = scores, adapter
         self.draws = limit > 0
         # Nothing follows the last token of a prompt that is only scored.
         self.history = list(prompt if self.draws else prompt[:-1])
@@ -111,15 +115,16 @@ class Lane:
         has_work = self.draws or (scores is not None and not scores.is_done)
         self.finish_reason: str | None = None if has_work else "length"
         self.choices: list[Choice] = []
-        self._row, self.limit, self._number = row, limit, number
-        self._constraint = constraint
+        self.row, self.limit, self._number = row, limit, number
+        self.joint: Joint | None = None  # those that its tokens are decided with
+        self.constraint = constraint
         # What follows text keeps its leading space; what follows nothing but BOS has none.
         continues = bool(text.decode(prompt)) if text else False
         self._stream = TextStream(text, continues=continues, shown=shown) if text else None
         self._stops = StopWatcher(options.stop)
-        self._all_stops = stops
+        self.stop_strings = stops
         special = text.special_tokens if text else {}  # they are in no text that is watched
-        self._ends = {*options.eos_token_id, *(special[s] for s in options.stop if s in special)}
+        self.ends = {*options.eos_token_id, *(special[s] for s in options.stop if s in special)}
         self._pieces: list[str] = []
 
     def board(self, table: Table, capacity: int) -> None:
@@ -159,13 +164,13 @@ class Lane:
     @property
     def is_hungry(self) -> bool:
         """Whether it is admitted, and whoever reads its steps has taken enough of them."""
-        if self.table is None:
+        if self.table is None or (self.joint is not None and self.joint.sleeps(self)):
             return False
         return self._most_unread is None or len(self.unread) < self._most_unread
 
     def is_sibling(self, other: Lane) -> bool:
         """Whether both continue one prompt of one run."""
-        return self._row is other._row
+        return self.row is other.row
 
     @property
     def n_shareable(self) -> int:
@@ -194,17 +199,35 @@ class Lane:
         return choose(
             logits,
             options=self.options,
-            history=[*self._row.given, *self.token_ids, *more],
-            n_prompt=len(self._row.given),
+            history=[*self.row.given, *self.token_ids, *more],
+            n_prompt=len(self.row.given),
             sequence=self._number,
-            padding=self._row.padding,
-            allowed=None if self._constraint is None else self._constraint.allowed(more),
+            padding=self.row.padding,
+            allowed=None if self.constraint is None else self.constraint.allowed(more),
         )
+
+    def scores_of(
+        self, values: np.ndarray, tokens: Sequence[int], constraint: Constraint | None
+    ) -> np.ndarray:
+        """float32 [V]: `values` of the token after the prompt and these tokens, as options and a
+        constraint change them."""
+        return processed(
+            values,
+            options=self.options,
+            history=[*self.row.given, *tokens],
+            n_prompt=len(self.row.given),
+            padding=self.row.padding,
+            allowed=None if constraint is None else constraint.allowed(()),
+        )
+
+    def pick(self, scores: np.ndarray, logits: np.ndarray) -> Choice:
+        """The token after its history, from scores [V] that were made of `logits`."""
+        return pick(scores, logits, options=self.options, key=self.noise_key(1))
 
     def noise_key(self, depth: int) -> NoiseKey:
         """Of the noise that `choose` adds for the token so many places after its history (1: the
         next one)."""
-        length = len(self._row.given) + len(self.token_ids) - self._row.padding.n_tokens
+        length = len(self.row.given) + len(self.token_ids) - self.row.padding.n_tokens
         return NoiseKey(self.options.seed, self._number, length + depth - 1)
 
     @property
@@ -214,17 +237,22 @@ class Lane:
 
     def ends_with(self, token: int, count: int) -> bool:
         """Whether it ends for sure once it has `count` more tokens, of which this is the last."""
-        return token in self._ends or count >= self.n_left
+        return token in self.ends or count >= self.n_left
 
-    def add(self, choices: Sequence[Choice]) -> int:
+    def add(self, choices: Sequence[Choice], *, ends: bool = False) -> int:
         """Adds tokens that were drawn, up to the one with which it ends; their step waits to be
-        read. -> how many were added."""
+        read. `ends`: it ends after them in any case. -> how many were added."""
         pieces, count = [], 0
         for choice in choices:
             pieces.append(self._add(choice))
             count += 1
             if self.finish_reason or self.error:
                 break
+        if ends and not self.finish_reason and not self.error:
+            self.finish_reason = "stop"
+            if self._stream:
+                pieces.append(self._rest())
+                self._pieces.append(pieces[-1])
         self.account.n_tokens += count
         added = tuple(choices[:count])
         self.unread.append(
@@ -243,18 +271,29 @@ class Lane:
         for choice in choices:
             self._add(choice)
 
+    def become(self, choices: Sequence[Choice]) -> None:
+        """Ends it with this text in place of what it has, of which the cache entries that are not
+        this text's are given back."""
+        tokens = [choice.token_id for choice in choices]
+        pairs = zip(self.token_ids, tokens, strict=False)
+        n_same = next((n for n, (own, new) in enumerate(pairs) if own != new), len(tokens))
+        if self.table is not None:
+            self.table.cut(min(len(self.table), self.n_prompt + n_same))
+        del self.history[self.n_prompt :]
+        self.add(choices, ends=True)
+
     def _add(self, choice):
         self.choices.append(choice)
         self.history.append(choice.token_id)
-        ended = choice.token_id in self._ends
-        if self._all_stops is not None:
-            ended |= self._all_stops.end_in(choice.token_id)
-        if self._constraint is not None and not ended:
+        ended = choice.token_id in self.ends
+        if self.stop_strings is not None:
+            ended |= self.stop_strings.end_in(choice.token_id)
+        if self.constraint is not None and not ended:
             try:
-                self._constraint.accept([choice.token_id])
+                self.constraint.accept([choice.token_id])
             except JlayerError as error:  # it has met a limit of its own: the others ride on
                 self.fail(error)
-            ended = self._constraint.is_over  # a pass for the end alone would take as long
+            ended = self.constraint.is_over  # a pass for the end alone would take as long
         piece = self._read(choice.token_id)
         if ended or self._stops.stopped is not None:
             self.finish_reason = "stop"
@@ -271,8 +310,11 @@ class Lane:
         self.unread.append(Step("", (), self.finish_reason))
 
     def fail(self, error: Exception) -> None:
-        """Ends it with an error, which whoever reads its steps gets."""
+        """Ends it with an error, which whoever reads its steps gets; and those that it is decided
+        with."""
         self.error = error
+        if self.joint is not None:
+            self.joint.fail(error)
 
     def interrupt(self):
         """Ends the sequence now; the text so far stays."""

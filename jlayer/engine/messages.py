@@ -24,7 +24,7 @@ def packed_parts(parts: Sequence[Part]) -> list:
     return [
         [
             astuple(part.size),
-            _packed_arrays(part, ("tokens", "wanted", "places")),
+            _packed_arrays(part, ("tokens", "adapters", "wanted", "places")),
             _packed_arrays(part.rows, _names(Rows)),
             {size: _packed_arrays(view, _names(View)) for size, view in part.rows.windows.items()},
             [part.rows.flash, part.rows.is_chain],

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from jlayer.config import unknown_name
 from jlayer.engine.ranges import RANGES, checked
 from jlayer.engine.unread import (
+    FILTERS,
     HARMLESS,
     REFUSED,
     Run,
@@ -28,15 +29,15 @@ from jlayer.sizes import counted
 DEFAULT_NEW_TOKENS = 20  # transformers', where neither the user nor the published file sets it
 
 # The name of an option in transformers -> its name here.
-ALIASES = {"stop_strings": "stop", "sequence_bias": "logit_bias"}
+ALIASES = {"stop_strings": "stop"}
 
 # Options that transformers does not know. It reads past them in a published file, and so does
 # jlayer: `seed` in a config.json may say how the weights were made, and not what to draw.
 OWN = (
     *("presence_penalty", "frequency_penalty", "logit_bias", "stop", "seed", "logprobs"),
-    *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens"),
+    *("prompt_logprobs", "prompt_logprobs_from", "speculate", "draft_tokens", "adapter"),
 )
-_WARPERS = ("temperature", "top_k", "top_p", "min_p")
+_WARPERS = ("temperature", *FILTERS)
 # None from a user turns an option off, which for these is not the default.
 _NONE_MEANS = {"top_k": 0, "speculate": "off"}
 _LENGTHS = ("max_new_tokens", "max_length")
@@ -52,13 +53,20 @@ _INSTEAD = (
 class SamplingOptions:
     """How ids are chosen and when a sequence ends; every field is checked when the object is made.
 
-    temperature: 0 is greedy. top_k 0, top_p 1, min_p None: off. seed: None until `seeded` draws it.
+    temperature: 0 is greedy. top_k 0, top_p and typical_p 1, min_p None, cutoffs 0: off. seed: None
+    until `seeded` draws it. sequence_bias: on the last of ids that follow one another.
+    bad_words_ids: texts have none of these.
     logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
     prompt_logprobs: the same for the prompt's tokens, of which prompt_logprobs_from is the first
     that is reported, counted from 0; with max_new_tokens 0 nothing else is computed.
     min_new_tokens, where not None, stands in for min_length, as in transformers.
+    num_beams: above 1 a beam search; length_penalty: the power of the length that a score is
+    divided by; early_stopping: see `beams`. renormalize_logits: scores are log-probabilities again
+    after the options.
     speculate: how tokens are guessed ahead, one of ranges.SPECULATE; no text depends on it.
     draft_tokens: the most of these in a forward pass; None: as many as pay.
+    adapter: the name of the one to compute with, of those that the model was opened with; None: the
+    model as it is under its own name.
     length_from: the file that set the most tokens, None where the user did.
     Raises UsageError, with the option, the value and the range.
     """
@@ -68,6 +76,9 @@ class SamplingOptions:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -75,6 +86,8 @@ class SamplingOptions:
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int | None = None
     min_length: int = 0
     max_new_tokens: int | None = None
@@ -84,28 +97,49 @@ class SamplingOptions:
     pad_token_id: int | None = None
     stop: tuple[str, ...] = ()
     num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    renormalize_logits: bool = False
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
     return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     speculate: str = "auto"
     draft_tokens: int | None = None
+    adapter: str | None = None
     length_from: str | None = None
 
     def __post_init__(self):
         for name in RANGES:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
-        if self.num_return_sequences > 1 and self.is_greedy:
+        if self.searches:
+            self._check_beams()
+        elif self.num_return_sequences > 1 and self.is_greedy:
             found = (
                 f"num_return_sequences: found {self.num_return_sequences} with greedy decoding, "
                 "which gives one; "
             )
             raise UsageError(
-                f"{found}set do_sample=True and a temperature above 0",
-                command_line=f"{found}give --temperature above 0",
+                f"{found}set do_sample=True and a temperature above 0, or num_beams",
+                command_line=f"{found}give --temperature above 0, or --num-beams",
             )
         _check_guesses(self.speculate, self.draft_tokens)
+
+    def _check_beams(self):
+        if self.num_return_sequences > self.num_beams:
+            raise UsageError(
+                f"num_return_sequences: found {self.num_return_sequences} with num_beams "
+                f"{self.num_beams}, expected at most as many"
+            )
+        for name in self.guessing:
+            raise UsageError(
+                f"{name}: found {getattr(self, name)!r} with num_beams {self.num_beams}, whose "
+                "beams take the place of guesses; leave one of them out"
+            )
 
     @classmethod
     def from_mapping(
@@ -135,7 +169,12 @@ class SamplingOptions:
             raise CheckpointError(f"{where}: {_outside('eos_token_id', max(eos_ids), vocab_size)}")
         length_from = None if published.keys().isdisjoint(_LENGTHS) else where
         found = cls(**{**published, **given}, length_from=length_from)
-        run = Run(found.do_sample, gives_details=found.return_dict_in_generate)
+        run = Run(
+            found.do_sample,
+            contrasts=not found.do_sample and not found.searches,
+            searches=found.searches,
+            gives_details=found.return_dict_in_generate,
+        )
         for name, value in options.items():
             if name in REFUSED and not is_harmless(name, value, run):
                 raise UsageError(refusal(name, value))
@@ -145,14 +184,47 @@ class SamplingOptions:
 
     def check(self, vocab_size: int) -> None:
         """Raises UsageError where an id is outside the vocabulary."""
-        biased = [token for token, _ in self.logit_bias]
-        for name, ids in (("eos_token_id", self.eos_token_id), ("logit_bias", biased)):
+        named = {
+            "eos_token_id": self.eos_token_id,
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "sequence_bias": [token for ids, _ in self.sequence_bias for token in ids],
+            "bad_words_ids": [token for ids in self.bad_words_ids for token in ids],
+        }
+        for name, ids in named.items():
             if ids and max(ids) >= vocab_size:
                 raise UsageError(_outside(name, max(ids), vocab_size))
 
     @property
     def is_greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
+
+    @property
+    def searches(self) -> bool:
+        """Whether it is a beam search."""
+        return self.num_beams > 1
+
+    @property
+    def n_lanes(self) -> int:
+        """Sequences of a prompt that ride in a forward pass."""
+        return self.num_beams if self.searches else self.num_return_sequences
+
+    @property
+    def guessing(self) -> list[str]:
+        """The options that ask for guesses in so many words."""
+        asked = {
+            "speculate": self.speculate in ("lookup", "draft"),
+            "draft_tokens": self.draft_tokens is not None,
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the scores of all tokens are told, which takes 4 bytes for each of them."""
+        return self.return_dict_in_generate and self.output_scores
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.return_dict_in_generate and self.output_logits
 
     def n_computed(self, n_prompt: int) -> int:
         """So many tokens of a prompt are computed: not the last one, where it is only scored."""
@@ -233,7 +305,10 @@ def check_given(options: Mapping) -> None:
     for name, value in given.items():
         checked(name, value)
     _check_guesses(given.get("speculate"), given.get("draft_tokens"))
-    run = Run(gives_details=bool(options.get("return_dict_in_generate")))
+    run = Run(
+        searches=given.get("num_beams", 1) > 1,
+        gives_details=bool(options.get("return_dict_in_generate")),
+    )
     for name, value in options.items():
         if name in REFUSED and not is_harmless(name, value, run):
             raise UsageError(refusal(name, value))
@@ -325,10 +400,11 @@ def _published(generation_config, *, where, options, given):
             return given.get(name, otherwise)
         return checked(name, found[name], where=where)
 
-    do_sample = decides("do_sample", False)
+    do_sample, searches = decides("do_sample", False), decides("num_beams", 1) > 1
     run = Run(
         samples=do_sample and decides("temperature", 1.0) != 0,
-        contrasts=not do_sample,
+        contrasts=not do_sample and not searches,
+        searches=searches,
         gives_details=decides("return_dict_in_generate", False),
     )
     read = {name: value for name, value in found.items() if is_read(name, run)}

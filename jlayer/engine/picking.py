@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jlayer.families.base import Stage
 from jlayer.model.experts import picked_rows, stage_input
 from jlayer.parts import Router
 from jlayer.plan.tiles import Tile
@@ -18,6 +19,8 @@ from jlayer.plan.tiles import Tile
 MANY_ROWS = 64
 LEAST_PICKED = 16
 MOST_LENGTHS = 4
+# In the flow: int32 [R], the number of the adapter that each row is computed with; -1: none.
+ADAPTERS = "adapters"
 
 
 def picked_lengths(router: Router, n_rows: int) -> tuple[int, ...]:
@@ -65,7 +68,13 @@ def likeliest(weights: np.ndarray) -> list[int]:
 def input_reads(tile: Tile, picked: int) -> set[str]:
     """What the input of a stage is made of."""
     is_of_expert = picked or tile.stage.weighs_input
-    return {tile.stage.source} | ({"routing", "expert"} if is_of_expert else set())
+    more = {"routing", "expert"} if is_of_expert else set()
+    return {tile.stage.source, *more, *chosen_by([tile.stage])}
+
+
+def chosen_by(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """What the products of some stages are made of, beside their inputs."""
+    return (ADAPTERS,) if any(stage.chooses for stage in stages) else ()
 
 
 def picked_input(tile: Tile, flow: Mapping, picked: int):

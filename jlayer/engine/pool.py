@@ -235,6 +235,16 @@ class Table:
         self._pool.share(rows)
         self.append(rows)
 
+    def become(self, other: Table) -> None:
+        """Lists the rows of another table, which both then do, in place of its own."""
+        count = min(len(self), len(other))
+        differ = np.flatnonzero(self.rows[:count] != other.rows[:count])
+        n_same = int(differ[0]) if len(differ) else count
+        self.cut(n_same)
+        rows = other.rows[n_same:].copy()
+        self._pool.share(rows)
+        self.append(rows)
+
     def commit(self, rows: Sequence[int] | np.ndarray) -> None:
         """Adds the rows of a forward pass, which has also written the state after them."""
         self.append(rows)

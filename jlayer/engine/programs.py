@@ -27,7 +27,7 @@ from jlayer.engine.gathering import (
     in_order_of_hosts,
     own_heads,
 )
-from jlayer.engine.picking import input_reads, picked_input, picks
+from jlayer.engine.picking import ADAPTERS, chosen_by, input_reads, picked_input, picks
 from jlayer.engine.pool_programs import PoolPrograms
 from jlayer.engine.size import Size
 from jlayer.families.base import Function, LayerKind
@@ -53,6 +53,8 @@ class Programs:
         self.cfg, self.dtype, self.devices = cfg, dtype, devices
         self._compiler = Compiler(devices, watch or Watch(), of=(cfg, dtype))
         self.pools = PoolPrograms(devices, dtype=dtype, get=self.get)
+        # Whether it must be known of each row with which adapter it is computed.
+        self.chooses = cfg.additions is not None and cfg.additions.choose
         self._block_bytes, self._gather = BLOCK_BYTES[devices.platform], devices.all_gather
 
     def calls_at(
@@ -118,10 +120,12 @@ class Programs:
         def function(given, consumed):
             layer = self.weights(tile, given["weights"]) | given.get("whole", {})
             rows = given["rows"].replace(flash=self.flash(tile.kind))
-            hidden, cache = block(tile.kind)(layer, given["hidden"], consumed["cache"], rows)
+            hidden, cache = block(tile.kind)(
+                *(layer, given["hidden"], consumed["cache"], rows, given.get(ADAPTERS))
+            )
             return {"hidden": hidden}, cache
 
-        reads = ("hidden", "rows")
+        reads = ("hidden", "rows", *chosen_by(tile.kind.stages))
         given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads)
         given |= self._whole("whole", self._device_leaves(tile), whole)
         label = f"block {size.rows} {size.attends(tile.kind.cache)}"
@@ -153,7 +157,7 @@ class Programs:
 
         def function(given, consumed):
             weights, x = self.weights(tile, given["weights"]), picked_input(tile, given, picked)
-            return {"products": self._multiplied(tile, x, weights)}, ()
+            return {"products": self._multiplied(tile, x, weights, given.get(ADAPTERS))}, ()
 
         reads = input_reads(tile, picked)
         given = {"weights": self.devices.struct_of(tile)} | self.flow(tile, size, reads, picked)
@@ -182,7 +186,8 @@ class Programs:
                 products[name] = [part, *products.get(name, ())]
             weights = self.weights(tile, given["weights"]) if uses_weights else {}
             if with_rows:
-                own = self._multiplied(tile, picked_input(tile, flow, picked), weights)
+                x = picked_input(tile, flow, picked)
+                own = self._multiplied(tile, x, weights, flow.get(ADAPTERS))
                 for name, part in own.items():
                     products.setdefault(name, []).append(part)
             for name, deal in shape.hosts:
@@ -257,14 +262,18 @@ class Programs:
 
         def function(given, consumed):
             weights = self.weights(tile, given["weights"])
-            x = self._wanted_input(tile, given)
-            (logits,) = self._multiplied(tile, x, weights).values()
+            x, adapters = self._wanted_input(tile, given), None
+            if ADAPTERS in given:
+                adapters = given[ADAPTERS].at[given["wanted"]].get(mode="clip")
+            (logits,) = self._multiplied(tile, x, weights, adapters).values()
             return {"logits": logits}, ()
 
         given = {"weights": self.devices.struct_of(tile)} | self._wanted_given(tile, size, n_wanted)
+        reads = chosen_by([tile.stage])
+        given |= self.flow(tile, size, reads)
         label = f"head {sum(tile.heights.values())} {size.rows} wanted {n_wanted}"
         program = self.get(label, tile.signature, function, (given, {}))
-        return Call(program, ("hidden", "wanted"), whole=tile.stage.input.whole)
+        return Call(program, ("hidden", "wanted", *reads), whole=tile.stage.input.whole)
 
     def _head_input(self, tile, size, n_wanted):
         """(whole, hidden, wanted [W]) -> the head's input x [W, D] of the wanted rows."""
@@ -302,9 +311,10 @@ class Programs:
         }
         return found | uncut
 
-    def _multiplied(self, tile, x, weights):
+    def _multiplied(self, tile, x, weights, adapters):
         """Inside a program: x [R, in] times the rows of a tile -> products [R, rows] by name."""
-        return gathered(multiply(tile.stage, x, weights), tile.stage, tile, self._gather)
+        products = multiply(tile.stage, x, weights, adapters)
+        return gathered(products, tile.stage, tile, self._gather)
 
     def _join(self, parts, arrays):
         pieces, forms = {}, {}
@@ -353,6 +363,7 @@ class Programs:
             "hidden": lambda: self._struct(size.rows, width),
             "x": lambda: self._struct(picked or size.rows, tile.parts[0].width),
             "rows": lambda: size.rows_struct,
+            ADAPTERS: lambda: jax.ShapeDtypeStruct((size.rows,), "int32"),
             "latent": lambda: self._struct(size.rows, tile.kind.latent.entry),
             "inputs": lambda: self._struct(size.rows, width),
             "routing": lambda: _float32(size, experts.router.n_experts),

@@ -168,8 +168,10 @@ class PromptCache:
 
     def _names(self, lane) -> list[str]:
         """Of the blocks of a lane's text."""
-        # Entries of a text beyond the switch of its rotary embedding are others.
-        digest = hashlib.sha256(repr((key_of(self._identity), lane.has_switched)).encode())
+        # Entries of a text beyond the switch of its rotary embedding are others, and those of each
+        # of several adapters.
+        own = key_of(self._identity), lane.has_switched, lane.adapter
+        digest = hashlib.sha256(repr(own).encode())
         names, tokens = [], np.array(lane.history, np.int32)
         for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
             digest.update(tokens[first : first + BLOCK].tobytes())

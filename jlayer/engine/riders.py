@@ -89,6 +89,7 @@ class Rider:
             source=lane.table.source,
             target=lane.table.target,
             n_kept=n_own,
+            adapter=lane.adapter,
         )
 
     def take_rows(self, pool: Pool, chunk: int) -> np.ndarray:
@@ -169,7 +170,8 @@ class Sources:
             self._alike(rider.lane)[id(rider.lane)] = rider
 
     def _alike(self, lane):
-        return self._known.setdefault(tuple(lane.history[:LEAST_SHARED]), {})
+        # Under another adapter the same tokens have other entries.
+        return self._known.setdefault((lane.adapter, *lane.history[:LEAST_SHARED]), {})
 
     def rider_of(self, lane: Lane) -> Rider | None:
         """The rider of a lane whose prompt is not done. A lane without entries takes those of

@@ -1,23 +1,24 @@
 """Logits → token, on the host: applies generation options, and adds sampling noise.
 
 The order is that of transformers 5 (`_get_logits_processor`):
-    always         logit_bias, encoder_repetition_penalty, repetition_penalty, [frequency_penalty,
-                   presence_penalty], no_repeat_ngram_size, encoder_no_repeat_ngram_size,
-                   min_length or min_new_tokens
-    when sampling  temperature, top_k, top_p, min_p
-The two in brackets are not in transformers. They act on generated tokens only, as OpenAI and vLLM
-define them, and at vLLM's place, right after the repetition penalty. Those of encoders act on the
-prompt, which transformers takes for what an encoder read.
+    always         [logit_bias], sequence_bias, encoder_repetition_penalty, repetition_penalty,
+                   [frequency_penalty, presence_penalty], no_repeat_ngram_size,
+                   encoder_no_repeat_ngram_size, bad_words_ids, min_length or min_new_tokens
+    when sampling  temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff
+Those in brackets are not in transformers. The two penalties act on generated tokens only, as OpenAI
+and vLLM define them, and at vLLM's place, right after the repetition penalty. Those of
+encoders act on the prompt, which transformers takes for what an encoder read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from jlayer.engine.filters import FILTERS
 from jlayer.engine.options import SamplingOptions
 from jlayer.errors import CheckpointError, UsageError
 
@@ -27,12 +28,15 @@ class Choice:
     """A chosen token and, if options.logprobs is set, log-probabilities.
 
     They are computed from the raw logits, before any option, as in OpenAI and vLLM. `top`: (id,
-    log-probability) of the likeliest tokens, likeliest first.
+    log-probability) of the likeliest tokens, likeliest first. `logits`, `scores`: float32 [V]
+    before and after all options, where these are kept.
     """
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    logits: np.ndarray | None = field(default=None, repr=False, compare=False)
+    scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,34 @@ def choose(
         padding=padding,
         allowed=allowed,
     )
+    key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
+    return pick(scores, logits, options=options, key=key)
+
+
+def pick(
+    scores: np.ndarray, logits: np.ndarray, *, options: SamplingOptions, key: NoiseKey
+) -> Choice:
+    """The token that `scores` [V] give, which options have made of `logits`. Raises UsageError
+    where they leave none."""
+    check_choosable(scores, position=key.position)
     if options.is_greedy:
         token = int(np.argmax(scores))
     else:
         assert options.seed is not None, "options.seeded() draws the seed, once for all tokens"
         ids, weights = candidates(scores, options=options)
-        key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
         token = int(ids[np.argmax(weights + noise(ids, key))])
+    found = chosen(token, logits, options=options)
+    if options.keeps_logits:
+        found = replace(found, logits=np.array(logits, np.float32))
+    if options.keeps_scores:
+        final = scores if options.is_greedy else warped(scores, options=options)
+        final = log_softmax(final) if options.renormalize_logits else final
+        found = replace(found, scores=final)
+    return found
+
+
+def chosen(token: int, logits: np.ndarray, *, options: SamplingOptions) -> Choice:
+    """A token, with log-probabilities by `logits` where the options ask for them."""
     if options.logprobs is None:
         return Choice(token)
     return _with_logprobs(token, logits, n_top=options.logprobs)
@@ -100,13 +125,15 @@ def processed(
     """Scores, float32 [V]: `logits` after the options that always act; -inf rules a token out.
 
     Computed in float32 as in transformers, so scores are equal bit for bit and the greedy token is
-    the same.
+    the same. They may leave no token: see `check_choosable`.
     """
     scores = np.array(logits, dtype=np.float32)
     n_new = len(history) - n_prompt
     with np.errstate(over="ignore"):  # a score beyond float32 is refused below
         for token, bias in options.logit_bias:
             scores[token] += np.float32(bias)
+        if options.sequence_bias:
+            _add_bias(scores, history, biases=options.sequence_bias)
         if options.encoder_repetition_penalty != 1.0:  # above 1 makes the prompt's tokens likelier
             penalty = np.float32(1 / options.encoder_repetition_penalty)
             _penalise_repetition(scores, history[:n_prompt], penalty=penalty)
@@ -120,6 +147,10 @@ def processed(
     if options.encoder_no_repeat_ngram_size:
         size = options.encoder_no_repeat_ngram_size
         _ban_ngrams(scores, history, of=history[:n_prompt], size=size)
+    for *before, last in options.bad_words_ids:
+        # An end is never ruled out so, as in transformers.
+        if (before or last not in options.eos_token_id) and _ends_with(history, before):
+            scores[last] = -np.inf
     if options.min_new_tokens is None:
         is_short = len(history) < options.min_length
     else:
@@ -128,29 +159,47 @@ def processed(
         scores[list(options.eos_token_id)] = -np.inf
     if allowed is not None:
         scores[~allowed] = -np.inf
-    _check_choosable(scores, position=len(history))
     return scores
 
 
-def candidates(scores: np.ndarray, *, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that sampling draws from: (ascending ids, float64 `scores / temperature`).
+def candidates(
+    scores: np.ndarray, *, options: SamplingOptions, least: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that sampling draws from: (ascending ids, float64 `scores / temperature`). At
+    least `least` of them, as far as `scores` leave so many.
 
-    The weights are shifted so that the maximum is 0, which changes no probability. float64, since
-    a float32 division overflows at a small temperature, and a float32 sum over 128k tokens is too
-    inexact for top_p. Of equal scores at the limit of top_k all stay, as in transformers; at the
-    limit of top_p the lower ids stay.
+    The weights are shifted so that the likeliest token's is 0, which changes no probability.
+    float64, since a float32 division overflows at a small temperature, and a float32 sum over 128k
+    tokens is too inexact for top_p. Of equal scores at the limit of top_k all stay, as in
+    transformers; at the limit of top_p the lower ids stay.
     """
     kept = scores > -np.inf
-    if 0 < options.top_k < len(scores):
-        kept &= scores >= np.partition(scores, -options.top_k)[-options.top_k]
+    top_k = max(options.top_k, least)
+    if options.top_k and top_k < len(scores):
+        kept &= scores >= np.partition(scores, -top_k)[-top_k]
     ids = np.flatnonzero(kept)
     weights = scores[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # at a tiny temperature -inf is right: only 0 can be drawn
         weights = (weights - weights.max()) / options.temperature
-    for select in (_within_top_p, _within_min_p):
-        kept = select(weights, options)
+    for select in FILTERS:
+        kept = select(weights, options, least)
         ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def warped(scores: np.ndarray, *, options: SamplingOptions, least: int = 1) -> np.ndarray:
+    """float32 [V]: `scores / temperature`, -inf where `candidates` leave a token out."""
+    ids, _ = candidates(scores, options=options, least=least)
+    found = np.full_like(scores, -np.inf)
+    found[ids] = scores[ids] / np.float32(options.temperature)
+    return found
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """float32 [V], by a sum in float64."""
+    exact = values.astype(np.float64)
+    exact -= exact.max()
+    return (exact - np.log(np.exp(exact).sum())).astype(np.float32)
 
 
 def gumbel(words: np.ndarray) -> np.ndarray:
@@ -208,6 +257,21 @@ def _stream(key):
     return np.random.Philox(key=np.array([key.seed, 0], dtype=np.uint64), counter=counter)
 
 
+def _add_bias(scores, history, *, biases):
+    """Adds the biases of the sequences of tokens that a next one would complete: those of a token
+    are summed first, as in transformers."""
+    sums: dict[int, np.float32] = {}
+    for (*before, last), bias in biases:
+        if _ends_with(history, before):
+            sums[last] = sums.get(last, np.float32(0)) + np.float32(bias)
+    for token, bias in sums.items():
+        scores[token] += bias
+
+
+def _ends_with(history, tokens):
+    return not tokens or list(history[-len(tokens) :]) == tokens
+
+
 def _penalise_repetition(scores, history, *, penalty):
     """Applies the penalty once to each token of the prompt and the new text, as in transformers."""
     seen = _ids_within(history, len(scores))
@@ -238,29 +302,6 @@ def _ids_within(ids, vocab_size):
     return unique[(unique >= 0) & (unique < vocab_size)]
 
 
-def _within_top_p(weights, options):
-    """Keeps the fewest likeliest tokens whose probability sum reaches top_p; at least one."""
-    if options.top_p >= 1.0:
-        return slice(None)
-    mass = np.exp(weights)
-    mass /= mass.sum()
-    spare = 1.0 - options.top_p
-    # All tokens below spare / V together have less than `spare`, so they are dropped without
-    # sorting: sorting 128k tokens takes 13 ms.
-    small = mass < min(spare / len(mass), mass.max())
-    # Ascending by mass. Of equal mass the higher id comes first, so it is dropped first.
-    large = np.flatnonzero(~small)[::-1]
-    order = large[np.argsort(mass[large], kind="stable")]
-    below = mass[small].sum() + np.cumsum(mass[order]) <= spare
-    below[-1] = False
-    return np.sort(order[~below])
-
-
-def _within_min_p(weights, options):
-    """Keeps tokens at least min_p times as likely as the likeliest, whose weight is 0."""
-    return slice(None) if options.min_p is None else np.exp(weights) >= options.min_p
-
-
 def _with_logprobs(token, logits, *, n_top):
     logprobs = np.asarray(logits, dtype=np.float64)
     logprobs = logprobs - logprobs.max()
@@ -285,17 +326,19 @@ def _check_finite(logits, *, position):
         )
 
 
-def _check_choosable(scores, *, position):
+def check_choosable(scores: np.ndarray, *, position: int) -> None:
+    """Raises UsageError where no token is left, or a score is beyond float32."""
     best = scores.max()
     if best == -np.inf:
         found = f"position {position}: the options rule out every token; relax "
         raise UsageError(
-            f"{found}no_repeat_ngram_size, logit_bias, min_new_tokens or the constraint",
+            f"{found}no_repeat_ngram_size, logit_bias, sequence_bias, bad_words_ids, "
+            "min_new_tokens or the constraint",
             command_line=f"{found}--no-repeat-ngram-size or --min-new-tokens",
         )
     if not np.isfinite(best):
         found = "takes a score beyond float32; set it closer to neutral"
         raise UsageError(
-            f"position {position}: repetition_penalty or logit_bias {found}",
+            f"position {position}: repetition_penalty, logit_bias or sequence_bias {found}",
             command_line=f"position {position}: --repetition-penalty {found}",
         )

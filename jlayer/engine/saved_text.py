@@ -37,6 +37,7 @@ def save_text(folder, engine: Engine, facts: Mapping) -> int:
             "model": identity_of(engine.store, engine.dtype),
             "tokens": ended.tokens if tables else [],
             "is_long": bool(tables) and ended.is_long,
+            "adapter": ended.adapter if tables else None,
             "facts": dict(facts),
         }
 
@@ -79,5 +80,5 @@ def load_text(folder, engine: Engine) -> dict:
             ticket.close()
             raise
         ticket.keep(table, shape)
-        engine.kept.put(Ended(tokens, table, ticket, whole["is_long"]))
+        engine.kept.put(Ended(tokens, table, ticket, whole["is_long"], whole["adapter"]))
         return whole["facts"]

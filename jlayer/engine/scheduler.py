@@ -17,7 +17,7 @@ import numpy as np
 
 from jlayer.engine.batch import Entry, arrange
 from jlayer.engine.deciding import is_one_of_several
-from jlayer.engine.drawing import Drawn, draw_all
+from jlayer.engine.drawing import Drawn, decide_all, draw_all
 from jlayer.engine.fork import check_process
 from jlayer.engine.home import Home
 from jlayer.engine.lane import Lane
@@ -160,7 +160,7 @@ class Scheduler:
                 logits = PassLogits(riders, engine.cfg.vocab_size)
                 engine.sweeper.run(executor, parts, logits.take, check=somebody_is_there)
                 sweep_s = clock.lap()
-                drawn = self._draw(executor, riders, logits, parts)
+                drawn, commits = self._draw(executor, riders, logits, parts)
                 engine.note_peaks()
                 seconds = Seconds(drafting_s, sweep_s, clock.lap())
             except BaseException as error:
@@ -169,7 +169,8 @@ class Scheduler:
                 if isinstance(error, _NobodyLeft):
                     return True
                 raise
-            self._commit(riders, logits, drawn, seconds, engine.totals.since(before))
+            moved = engine.totals.since(before)
+            self._commit(riders, logits, drawn, commits, seconds, moved)
             speculation.learn(drawn, parts, seconds)
             for rider in riders:
                 if rider.lane.keeper is not None:
@@ -186,7 +187,7 @@ class Scheduler:
         pool = self._engine.caches.pool
         return choose_riders(lanes, self._lanes, plan, pool, self._room.rows(plan))
 
-    def _commit(self, riders, logits, drawn, seconds, moved):
+    def _commit(self, riders, logits, drawn, commits, seconds, moved):
         """Gives the lanes their entries and tokens, between two looks of those that wait."""
         pool = self._engine.caches.pool
         with self._changed:
@@ -196,6 +197,8 @@ class Scheduler:
                 rider.lane.last_pass = self.n_passes
             for one in drawn:
                 self._accept(one, pool)
+            for commit in commits:
+                commit(pool)
             self.n_passes += 1
             n_rows = sum(rider.n_rows for rider in riders)
             for account in {id(r.lane.account): r.lane.account for r in riders}.values():
@@ -233,17 +236,21 @@ class Scheduler:
     def _draw(self, executor, riders, logits, parts):
         """Draws tokens for every lane whose tokens are all in; a lane that cannot draw, or whose
         prompt cannot be scored, fails alone. Changes nothing."""
-        drawn = _drawn(riders, logits)
+        drawn, commits = _drawn(riders, logits)
         failed = [one for one in drawn if not one.is_finite]
         error = self._engine.sweeper.find_nonfinite(executor, parts) if failed else None
-        return [one if one.is_finite else replace(one, error=error) for one in drawn]
+        drawn = [one if one.is_finite else replace(one, error=error) for one in drawn]
+        return drawn, commits
 
 
 def _drawn(riders, logits):
     drawn = [Drawn(r, [], [], is_finite=False) for r in riders if not logits.are_finite(r)]
     done = [rider for rider in riders if rider.is_complete and logits.are_finite(rider)]
     drawn += [Drawn(rider, [], []) for rider in done if not rider.n_drawn]
-    return drawn + draw_all([(rider, logits.of(rider)) for rider in done if rider.n_drawn])
+    pairs = [(rider, logits.of(rider)) for rider in done if rider.n_drawn]
+    decided, commits = decide_all([pair for pair in pairs if pair[0].lane.joint is not None])
+    drawn += decided + draw_all([pair for pair in pairs if pair[0].lane.joint is None])
+    return drawn, commits
 
 
 def _waited_for(lanes):

@@ -18,8 +18,9 @@ import numpy as np
 from jlayer.engine import entries
 from jlayer.engine.background import Handle
 from jlayer.engine.deciding import is_one_of_several
-from jlayer.engine.decoding import Decoding, Generation
+from jlayer.engine.decoding import Decoding
 from jlayer.engine.engine import Engine
+from jlayer.engine.generation import Generation
 from jlayer.engine.identity import check_identity, identity_of
 from jlayer.engine.ids import Row
 from jlayer.engine.lane import Lane, Step
@@ -129,6 +130,7 @@ def save_run(folder, run: Decoding, *, is_single: bool) -> None:
     processes run the model), LockedError or StorageError.
     """
     refuse_several()
+    check_can_be_saved(run)
     engine, into = run.engine, StateFolder(folder)
     with engine.turn():
         lanes = [lane for lane in run.lanes if _has_entries(lane)]
@@ -171,6 +173,21 @@ def take_up(
         finally:
             past.forget()
     return decoding, facts["is_single"]
+
+
+def check_can_be_saved(run: Decoding) -> None:
+    """Raises UsageError for a run of which not all that its tokens depend on can be saved."""
+    options, found = run.options, None
+    if options.searches:
+        found = f"num_beams: found {options.num_beams}; a beam search"
+    elif run.functions is not None:
+        found = "logits_processor, stopping_criteria and other functions: a run with them"
+    elif options.output_scores or options.output_logits:
+        found = "output_scores, output_logits: a run that keeps all scores"
+    elif any(lane.constraint is not None for lane in run.lanes):
+        found = "a text that a grammar constrains"
+    if found is not None:
+        raise UsageError(f"{found} cannot be saved; leave it out of a run that is saved")
 
 
 def refuse_several() -> None:

@@ -30,7 +30,7 @@ def shape_of(
     Sequences of one prompt share its entries, but for the last one, whose logits each of them
     needs; and so do prompts that stand next to each other, as far as they are alike.
     """
-    each = options.num_return_sequences
+    each = options.n_lanes
     lengths = [max(1, options.n_computed(len(row.ids))) for row in rows]
     before = _shared(cfg, rows, options)
     entries, rides = 0, []

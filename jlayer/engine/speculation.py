@@ -71,7 +71,7 @@ class Speculation:
     def nodes_for(self, options: SamplingOptions, *, batch: int, sweeps: int) -> int:
         """The most guesses in a forward pass that a run of so many lanes asks room for."""
         drafts = self._draft is not None
-        if options.speculate == "off" or sweeps < 2:
+        if options.speculate == "off" or options.searches or sweeps < 2:
             return 0
         most = options.draft_tokens
         if most is None:
@@ -214,7 +214,7 @@ class Speculation:
 
 def _may_guess(lane):
     """Whether guesses could help the lane: it goes on after its next token."""
-    return lane.options.speculate != "off" and lane.deepest > 0
+    return lane.joint is None and lane.options.speculate != "off" and lane.deepest > 0
 
 
 def _within_chunk(rider, share, chunk):

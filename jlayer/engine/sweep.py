@@ -20,7 +20,7 @@ from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, landing_rows
 from jlayer.engine.messages import packed_parts
 from jlayer.engine.outgoing import Outgoing
-from jlayer.engine.picking import picked_lengths
+from jlayer.engine.picking import ADAPTERS, picked_lengths
 from jlayer.engine.programs import Programs
 from jlayer.engine.residents import Residents
 from jlayer.engine.size import Size
@@ -195,6 +195,8 @@ class Sweeper:
             padded = np.zeros(part.n_wanted, np.int32)
             padded[: len(part.wanted)] = part.wanted
             flow = {"rows": jax.tree.map(put, part.rows), "wanted": put(padded)}
+            if self.programs.chooses:
+                flow[ADAPTERS] = put(part.adapters)
             calls = self._calls_of(part.size, part.n_wanted, division, landing)
             chunks.append(Chunk(part, flow | self._embed(part.tokens), put(row_of), calls))
         return chunks
@@ -257,8 +259,8 @@ class Sweeper:
         if self._stage is None:
             if is_head:
                 self.advance(tile, None, passing)
-            xs, real = _inputs(passing, None if is_head else tile.stage)
-            self._stage = self._host.begin(tile.stage, xs, real, division.heights_of(tile))
+            given = _inputs(passing, None if is_head else tile.stage)
+            self._stage = self._host.begin(tile.stage, *given, division.heights_of(tile))
         result = self._stage.add(tile, views, is_kept=is_kept)
         if id(tile) in division.last:
             self._stage.begin()
@@ -418,14 +420,16 @@ def count_rows(parts: Sequence[Part]) -> int:
 
 
 def _inputs(passing, stage):
-    """The input of a stage, and its rows that are not padding, of each chunk. That of the head
-    (None) is of the wanted rows alone."""
+    """The input of a stage, its rows that are not padding, and the adapters of these, of each
+    chunk. That of the head (None) is of the wanted rows alone."""
     if stage is not None:
-        xs = [chunk.flow[stage.source] for chunk in passing]
-        return xs, [chunk.part.real for chunk in passing]
+        real = [chunk.part.real for chunk in passing]
+        adapters = [chunk.part.adapters[chunk.part.real] for chunk in passing]
+        return [chunk.flow[stage.source] for chunk in passing], real, adapters
     chunks = [chunk for chunk in passing if chunk.part.n_wanted]
     wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
-    return [chunk.flow.pop("x") for chunk in chunks], wanted
+    adapters = [chunk.part.adapters[chunk.part.wanted] for chunk in chunks]
+    return [chunk.flow.pop("x") for chunk in chunks], wanted, adapters
 
 
 def _hosted_logits(stage, tile):

@@ -16,7 +16,8 @@ class Run:
     """What decides which options a run reads."""
 
     samples: bool = False
-    contrasts: bool = True  # penalty_alpha chooses the method where do_sample does not
+    contrasts: bool = True  # penalty_alpha chooses the method where nothing else does
+    searches: bool = False  # num_beams
     gives_details: bool = False  # return_dict_in_generate
 
 
@@ -25,7 +26,6 @@ REFUSED = {
     "assistant_ensemble_weight": (None,),
     "assistant_model": (None,),
     "assistant_tokenizer": (None,),
-    "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "cache": (None,),
     # "quantized" keeps an approximate cache, "paged" gives the result in another shape.
@@ -36,10 +36,9 @@ REFUSED = {
     "cache_params": (None,),
     "constraints": (None,),
     "custom_generate": (None,),
+    "diversity_penalty": (None, 0),
     "dola_layers": (None,),
     "encoder_outputs": (None,),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
     "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None,),
     "forced_bos_token_id": (None,),
@@ -53,12 +52,10 @@ REFUSED = {
     "max_time": (None,),
     "negative_prompt_attention_mask": (None,),
     "negative_prompt_ids": (None,),
-    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "output_logits": (None, False),
     "output_router_logits": (None, False),
-    "output_scores": (None, False),
     "past_key_values": (None,),
     "penalty_alpha": (None, 0),
     "position_ids": (None,),
@@ -68,31 +65,30 @@ REFUSED = {
     "suppress_tokens": (None, []),
     "token_healing": (None, False),
     "top_h": (None,),
-    "typical_p": (None, 1),
     "use_mtp": (None, False),
     "watermarking_config": (None,),
     **dict.fromkeys(("cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q"), (None,)),
 }
 
-# What cannot change the output here: options of beam search and of encoders, speed, bookkeeping.
-# `renormalize_logits` shifts all scores alike. `remove_invalid_values` replaces non-finite logits,
-# which are refused here. Prompt lookup and early exit only guess tokens, which the model checks.
-# `trust_remote_code` lets code of the checkpoint run: there is none that would be.
+# What cannot change the output here: options of encoders, speed, bookkeeping.
+# `remove_invalid_values` replaces non-finite logits, which are refused here. Prompt lookup and
+# early exit only guess tokens, which the model checks. `trust_remote_code` lets code of the
+# checkpoint run: there is none that would be.
 HARMLESS = frozenset(
     """
     _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit
     assistant_lookbehind cache_config compile_config continuous_batching_config
-    decoder_start_token_id disable_compile diversity_penalty early_stopping labels length_penalty
-    logits_to_keep low_memory max_cache_len max_matching_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule num_beam_groups num_items_in_batch prefill_chunk_size
-    prompt_lookup_num_tokens remove_invalid_values renormalize_logits speculation_type synced_gpus
+    decoder_start_token_id disable_compile labels logits_to_keep low_memory max_cache_len
+    max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_items_in_batch
+    prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values speculation_type synced_gpus
     target_lookbehind token_type_ids tokenizer transformers_version trust_remote_code use_cache
     """.split()  # noqa: SIM905 - forty names are read better as a paragraph
 )
 
 # What only some runs read, so that a published value of it stands in no other run's way.
-_FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-SAMPLING_ONLY = frozenset(("temperature", *_FILTERS, "num_return_sequences"))
+FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_ONLY = frozenset(("temperature", *FILTERS, "top_h"))
+BEAMS_ONLY = frozenset(("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty"))
 _DETAILS = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
 
 
@@ -107,6 +103,10 @@ def is_read(name: str, run: Run) -> bool:
     """Whether a run looks at an option that the model's makers published."""
     if name in SAMPLING_ONLY:
         return run.samples
+    if name in BEAMS_ONLY:
+        return run.searches
+    if name == "num_return_sequences":
+        return run.samples or run.searches
     if name in _DETAILS:
         return run.gives_details
     return run.contrasts if name == "penalty_alpha" else True
@@ -114,8 +114,9 @@ def is_read(name: str, run: Run) -> bool:
 
 def is_harmless(name: str, value, run: Run = Run()) -> bool:
     """Whether an argument of REFUSED has a value that leaves the output alone."""
-    harmless = is_among(value, REFUSED[name])
-    return harmless or (name in _DETAILS and not run.gives_details)
+    if is_among(value, REFUSED[name]) or (name in _DETAILS and not run.gives_details):
+        return True
+    return name in BEAMS_ONLY and not run.searches
 
 
 def is_among(value, values: Iterable) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 
+from jlayer.additions import Addition
 from jlayer.encodings.published import OF_ALL_FAMILIES
 from jlayer.families.fields import Fields
 from jlayer.parts import Attention, Delta, Latent, Logits, Norm, Router
@@ -23,6 +24,8 @@ from jlayer.spec import ITEM_BYTES, Leaf, ModelConfig, Place, Role
 #     x       [R, in] the input of the current stage; dropped when the stage ends
 #     cache   the pool of the layer's cache
 #     rows    positions, and what else a mixer needs to know of each row (`model.cache.Rows`)
+# Where requests choose among adapters also:
+#     adapters [R] int32, the number of the one that each row is computed with; -1: none
 # In a layer with latent attention also:
 #     latent  [R, L]  what the latent and the key of each row are made of
 # In a layer with experts also:
@@ -113,15 +116,14 @@ class Group:
 
     A tile holds the same rows of each matrix. `combine` names the pure function of
     `model.stages` that combines the products, and `how` is its form; None for a single matrix.
-    `product` names the result. `scales`: (a matrix, by what an adapter's part of its product is
-    multiplied).
+    `product` names the result. `added`: (a matrix, what adapters add to its product).
     """
 
     product: str
     leaves: tuple[str, ...]
     combine: str | None = None
     how: object = None
-    scales: tuple[tuple[str, float], ...] = ()
+    added: tuple[tuple[str, Addition], ...] = ()
 
 
 def bias_name(matrix: str) -> str:
@@ -132,6 +134,11 @@ def bias_name(matrix: str) -> str:
 def low_rank_names(matrix: str) -> tuple[str, str]:
     """The names in our trees of what an adapter has for a matrix: A [rank, in], B [out, rank]."""
     return f"{matrix}_lora_a", f"{matrix}_lora_b"
+
+
+def lengths_name(matrix: str) -> str:
+    """The name in our trees of the lengths that an adapter gives the rows of a matrix: [out]."""
+    return f"{matrix}_lora_lengths"
 
 
 def one(leaf: str) -> Group:
@@ -166,6 +173,11 @@ class Stage:
     def leaves(self) -> tuple[str, ...]:
         """The matrices, in order."""
         return tuple(leaf for group in self.groups for leaf in group.leaves)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its products depend on the adapter that each row is computed with."""
+        return any(added.chooses for group in self.groups for _, added in group.added)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,14 @@ from jlayer.families import (
     phi,
     qwen_next,
 )
-from jlayer.families.adapted import A_END, B_END, adapted_kinds, low_rank_leaves, with_scales
+from jlayer.families.adapted import (
+    A_END,
+    B_END,
+    LENGTHS_END,
+    adapted_kinds,
+    added_leaves,
+    with_additions,
+)
 from jlayer.families.base import (
     FINAL_NORM,
     LAYER_PREFIX,
@@ -62,7 +69,7 @@ _WHOLE = (
     ".gate.wg.weight",
     "shared_expert_gate.weight",
     "e_score_correction_bias",
-    *(f".{end}" for end in (A_END, B_END)),
+    *(f".{end}" for end in (A_END, B_END, LENGTHS_END)),
     *_LATENT,
 )
 
@@ -79,7 +86,7 @@ def family_of(cfg: ModelConfig) -> Family:
 def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
     """The kind of each decoder layer, with the leaves that this model has."""
     kinds = family_of(cfg).kinds(cfg)
-    if cfg.adapter is None:
+    if cfg.additions is None:
         return kinds
     return adapted_kinds(cfg, kinds, lambda leaf, layer: layer_tensor_name(cfg, leaf, layer))
 
@@ -130,13 +137,13 @@ def beside_head(cfg: ModelConfig) -> tuple[Leaf, ...]:
         published = family_of(cfg).head_matrix.published.removesuffix("weight") + "bias"
         found.append(Leaf(bias_name(matrix.name), published, ("vocab",), Role.BIAS, of=matrix.name))
     if added := _added_to_head(cfg):
-        found += low_rank_leaves(cfg, matrix, added[0])
+        found += added_leaves(cfg, matrix, added)
     return tuple(found)
 
 
 def _added_to_head(cfg):
-    """(rank, scale) of what an adapter adds to the head; None: nothing."""
-    return cfg.adapter and cfg.adapter.of_matrix.get(head_leaf(cfg).published)
+    """What adapters add to the head's product; None: nothing."""
+    return cfg.additions and cfg.additions.of_matrix.get(head_leaf(cfg).published)
 
 
 @lru_cache(maxsize=64)
@@ -144,7 +151,7 @@ def head_stage(cfg: ModelConfig) -> Stage:
     """The stage after the last layer; its products are the logits."""
     groups, added = (one(head_leaf(cfg).name),), _added_to_head(cfg)
     stage = Stage("head", groups, input=head_input(cfg), logits=cfg.logits)
-    return with_scales(stage, {head_leaf(cfg).name: added[1]}) if added else stage
+    return with_additions(stage, {head_leaf(cfg).name: added}) if added else stage
 
 
 def head_input(cfg: ModelConfig) -> Function:

@@ -46,21 +46,20 @@ def normed(x, norm: Norm, weight=None, bias=None):
     return y.astype(x.dtype)
 
 
-def linear(x, weight, bias=None, low_rank=None):
-    """x [..., in] -> [..., out] in x's dtype, rounded once after the bias and what an adapter adds.
-
-    `low_rank`: A [rank, in], B [out, rank] and the scale of their product, in float32 whatever x is
-    in: as PEFT has it.
-    """
-    return exact_linear(x, weight, bias, low_rank).astype(x.dtype)
+def linear(x, weight, bias=None, more=None, factor=None):
+    """x [..., in] -> [..., out] in x's dtype, rounded once after the bias. `more`: float32
+    [..., out], what is added to the product. `factor`: float32 [out], what the sum is then
+    multiplied by."""
+    return exact_linear(x, weight, bias, more, factor).astype(x.dtype)
 
 
-def exact_linear(x, weight, bias=None, low_rank=None):
+def exact_linear(x, weight, bias=None, more=None, factor=None):
     """The same as it is summed, float32."""
     y = product(x, weight)
-    if low_rank is not None:
-        a, b, scale = low_rank
-        y = y + scale * product(product(x.astype(jnp.float32), a), b)
+    if more is not None:
+        y = y + more
+    if factor is not None:
+        y = y * _last(factor, y)
     return y if bias is None else y + _last(bias.astype(jnp.float32), y)
 
 

@@ -20,6 +20,7 @@ from jlayer.families.base import (
     NormAt,
     Stage,
     bias_name,
+    lengths_name,
     low_rank_names,
 )
 from jlayer.families.decoder import SINKS
@@ -27,6 +28,7 @@ from jlayer.model.attention import attention
 from jlayer.model.cache import write
 from jlayer.model.delta import gated_delta
 from jlayer.model.experts import mix_expert, mix_shared, route, stage_input
+from jlayer.model.low_rank import low_rank_product, row_factors
 from jlayer.model.mla import attend_latent, query_latent
 from jlayer.model.ops import (
     ACTIVATION,
@@ -49,11 +51,11 @@ def block(kind: LayerKind) -> Callable:
 
     (layer, hidden [R, D], cache, rows) -> (hidden [R, D], cache with these R tokens).
     `layer`: weights by leaf, in the published layout; a projection is [out, in], and [E, out, in]
-    of all experts.
+    of all experts. `adapters`: see `multiply`.
     Compiled once, it serves every layer of the kind.
     """
 
-    def layer_of_this_kind(layer, hidden, cache, rows):
+    def layer_of_this_kind(layer, hidden, cache, rows, adapters=None):
         flow = {"hidden": hidden, "cache": cache, "rows": rows}
         for stage, expert in kind.passes():
             weights = layer
@@ -63,7 +65,7 @@ def block(kind: LayerKind) -> Callable:
                 weights = layer | {name: layer[name][expert] for name in names if name in layer}
             if stage.input and not expert:
                 flow |= call(stage.input, flow, layer)
-            products = multiply(stage, stage_input(stage, flow), weights)
+            products = multiply(stage, stage_input(stage, flow), weights, adapters)
             flow.pop("x", None)
             flow |= call(stage.finish, flow, layer, products)
         return flow["hidden"], flow["cache"]
@@ -71,17 +73,18 @@ def block(kind: LayerKind) -> Callable:
     return layer_of_this_kind
 
 
-def multiply(stage: Stage, x, weights: Mapping) -> dict:
+def multiply(stage: Stage, x, weights: Mapping, adapters=None) -> dict:
     """x [R, in] times some rows of a stage's matrices -> products [R, rows] by name.
 
     `weights`: by leaf, the same rows of each matrix of a group, and of what stands beside it. A
-    group whose leaves are missing is skipped.
+    group whose leaves are missing is skipped. `adapters`: int32 [R], the number of the adapter that
+    each row is computed with, where that is asked for (`Stage.chooses`).
     """
     products = {}
     for group in stage.groups:
         if group.leaves[0] not in weights:
             continue
-        parts = [_linear(stage, group, x, weights, leaf) for leaf in group.leaves]
+        parts = [_linear(stage, group, x, weights, leaf, adapters) for leaf in group.leaves]
         products[group.product] = COMBINE[group.combine](*parts, how=group.how)
     return products
 
@@ -123,11 +126,14 @@ def join(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def _linear(stage, group, x, weights, leaf):
-    low_rank = None
-    if scale := dict(group.scales).get(leaf):
-        low_rank = (*(weights[name] for name in low_rank_names(leaf)), scale)
-    given = x, weights[leaf], weights.get(bias_name(leaf)), low_rank
+def _linear(stage, group, x, weights, leaf, adapters):
+    more, factor = None, None
+    if added := dict(group.added).get(leaf):
+        a, b = (weights[name] for name in low_rank_names(leaf))
+        more = low_rank_product(x, a, b, added, adapters)
+        if added.has_lengths:
+            factor = row_factors(weights[leaf], a, b, weights[lengths_name(leaf)], added)
+    given = x, weights[leaf], weights.get(bias_name(leaf)), more, factor
     return final_logits(exact_linear(*given), stage.logits) if stage.logits else linear(*given)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 # Bytes/s if nothing was measured or given: a PCIe 4 x16 link, an NVMe disk.
@@ -186,6 +186,11 @@ class Machine:
     def runtime_bytes(self) -> int:
         """Host memory of the process itself, besides what the plan counts one by one."""
         return (self.baseline_bytes or self.kind.baseline_bytes) + self.kind.compiler_bytes
+
+    def holding(self, n_bytes: int) -> Machine:
+        """The machine, where the process holds so many bytes of host memory more."""
+        held = self.runtime_bytes - self.kind.compiler_bytes + n_bytes
+        return replace(self, baseline_bytes=held)
 
     @property
     def bytes_per_s(self) -> float:

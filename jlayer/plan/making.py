@@ -29,6 +29,7 @@ from jlayer.plan.experts import (
     sizes_of,
 )
 from jlayer.plan.limits import Limits, chunk_limits, row_limits
+from jlayer.plan.low_rank import check_host_share
 from jlayer.plan.machine import CACHE_PINNED, READING, HostSpeeds, Machine
 from jlayer.plan.need import Need, device_memory, host_memory, total
 from jlayer.plan.plan import Plan
@@ -81,7 +82,9 @@ def with_host(
 
 def matrix_forms(weights: Weights) -> tuple[str, ...]:
     """The encodings of the streamed matrices that the host's cores could multiply, in order of
-    their names: of all but experts, which they do not."""
+    their names: of all but experts, which they do not. None where they may not."""
+    if not check_host_share(weights.cfg, None):
+        return ()
     table = {family_of(weights.cfg).embedding.published} - {head_leaf(weights.cfg).published}
     shapes = published_tensors(weights.cfg)
     matrices = (name for name in shapes if is_matrix(name, shapes[name]))

@@ -22,6 +22,7 @@ from jlayer.pieces import (
 )
 from jlayer.plan.dealing import deals_heads
 from jlayer.plan.experts import passing, stacked_bytes
+from jlayer.plan.low_rank import hosted_low_rank_bytes, lengths_bytes, low_rank_bytes
 from jlayer.plan.machine import Machine
 from jlayer.plan.need import Need
 from jlayer.plan.shapes import (
@@ -34,7 +35,7 @@ from jlayer.plan.shapes import (
     rows_for,
     window_capacity,
 )
-from jlayer.plan.tiles import Tier, Tile, Weights
+from jlayer.plan.tiles import Tier, Weights
 from jlayer.plan.tiling import Tiling
 from jlayer.spec import ALIGNMENT, ITEM_BYTES, ModelConfig, Place, resident_dtype
 
@@ -127,20 +128,6 @@ def landing_bytes(tiling: Tiling, shapes: Shapes) -> int:
     )
 
 
-def hosted_low_rank_bytes(tiling: Tiling, shapes: Shapes) -> int:
-    """Bytes of host memory for what an adapter adds to products of the host's cores:
-    `low_rank_bytes` of a tile, and what is added to it, for one tile at a time."""
-    tiles = [tile for tile, _ in tiling.distinct if tile.for_host]
-    return max(
-        (
-            low_rank_bytes(tile, shapes.n_rows) + 4 * shapes.n_rows * max(tile.heights.values())
-            for tile in tiles
-            if any(part.is_low_rank for part in tile.parts)
-        ),
-        default=0,
-    )
-
-
 def kept_needs(tiling: Tiling, tiers: Sequence[Tier]) -> list[Need]:
     """The needs of the tiles that stay on the device or in host memory."""
     on_device = zip(tiling.device_sizes, tiers, strict=True)
@@ -220,6 +207,7 @@ def activation_bytes(cfg: ModelConfig, shapes: Shapes, *, item_bytes: int, whole
     """
     width, n_rows = cfg.hidden_size, shapes.n_rows
     tables = _tables_bytes(shapes, windows_of(cfg))
+    tables += 4 * n_rows * (cfg.additions is not None and cfg.additions.choose)
     if whole:
         return n_rows * 2 * width * item_bytes + tables
     each = 3 * width + _widest_stage(cfg)
@@ -317,8 +305,11 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     from_attention = most_attention_bytes(cfg, shapes, platform=platform)
     n_rows = shapes.chunk
     stacked = stacked_bytes(tiling, platform, n_rows=n_rows, hidden=cfg.hidden_size)
-    low_rank = max(low_rank_bytes(tile.share, n_rows) for tile, _ in tiling.distinct)
-    decoded = tiling.decoded_bytes + stacked + low_rank
+    added = max(
+        low_rank_bytes(tile.share, n_rows) + lengths_bytes(tile.share, platform)
+        for tile, _ in tiling.distinct
+    )
+    decoded = tiling.decoded_bytes + stacked + added
     if tiling.is_whole:
         # The products of the blocks of a decoded matrix are copied once more, to order them.
         is_plain = all(part.encoding.is_plain for part in tiling.shapes[0].parts)
@@ -327,16 +318,6 @@ def temporary_bytes(weights: Weights, shapes: Shapes, tiling: Tiling, *, platfor
     widest = max(cfg.hidden_size, widest_product(cfg))
     product = 3 * 4 * n_rows * tiling.most_rows + 4 * n_rows * widest
     return max(decoded + product, from_attention, 4 * 4 * n_rows * widest)
-
-
-def low_rank_bytes(tile: Tile, n_rows: int) -> int:
-    """Bytes of the temporaries of what an adapter adds to the products of a tile, all in float32:
-    copies of A and B where they are of 16 bits, a copy of the input [R, in], and A x [R, rank]."""
-    parts = [part for part in tile.parts if part.is_low_rank]
-    copies = sum(math.prod(part.shape) for part in parts if part.dtype != "float32")
-    ranks = sum(part.shape[0] for part in parts if part.is_for_all_rows)
-    width = max((part.width for part in parts if part.is_for_all_rows), default=0)
-    return 4 * (copies + n_rows * (width + ranks))
 
 
 def most_attention_bytes(cfg: ModelConfig, shapes: Shapes, *, platform: str) -> int:

@@ -18,7 +18,7 @@ from jlayer.checkpoint.quantization import Quantization
 from jlayer.encodings.base import Encoding
 from jlayer.encodings.plain import INPUTS_FIRST
 from jlayer.encodings.registry import SCHEMES, encoding
-from jlayer.families.base import LayerKind, Stage
+from jlayer.families.base import LayerKind, Stage, lengths_name
 from jlayer.families.registry import published_tensors, stacked_tensors
 from jlayer.plan.dealing import Deal, dealt
 from jlayer.plan.joined import Joined
@@ -58,7 +58,7 @@ class Weights:
     def published_bytes(self) -> int:
         """Bytes of all tensors before jlayer quantized some, if any: the last that has plain
         numbers has the published dtype. What is published in another encoding stays in it."""
-        shapes = published_tensors(replace(self.cfg, adapter=None))
+        shapes = published_tensors(replace(self.cfg, additions=None))
         forms = [self.form_of(name) for name in shapes]
         vectors = (form for form in reversed(forms) if encoding(form).is_plain)
         plain = next(vectors, self.cfg.dtype or "bfloat16")
@@ -135,6 +135,11 @@ class Part:
     def is_low_rank(self) -> bool:
         """Whether it is what an adapter has for a matrix: A, or some rows of B."""
         return self.of is not None and len(self.shape) == 2
+
+    @property
+    def is_lengths(self) -> bool:
+        """Whether it is the lengths that an adapter gives some rows."""
+        return self.of is not None and self.matrix == lengths_name(self.of)
 
     @property
     def is_for_all_rows(self) -> bool:
@@ -304,6 +309,11 @@ class Tile:
     def first_stage(self) -> Stage | None:
         """The stage that it begins with or goes on with; None for a whole layer."""
         return self.kind.expert_stages[0] if self.is_whole_expert else self.stage
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its products depend on the adapter that each row is computed with."""
+        return any(stage.chooses for stage in ([self.stage] if self.stage else self.kind.stages))
 
     @property
     def uses_cache(self) -> bool:

@@ -243,8 +243,8 @@ class Desk:
                 job = next((each for each in order if self._may_begin(each, begun)), None)
                 if job is None or not (self._room_may_have_grown or job.decoding is None):
                     return
-                n_riders = sum(len(each.sequences) for each in begun)
-                is_full = begun and n_riders + len(job.sequences) > MOST_RIDERS
+                n_riders = sum(each.order.options.n_lanes for each in begun)
+                is_full = begun and n_riders + job.order.options.n_lanes > MOST_RIDERS
             if is_full:
                 if job.is_batch or not self._suspend_a_batch_text():
                     return
@@ -317,7 +317,7 @@ class Desk:
                 job.state = RUNNING
         for job in noted:
             if job.start_error is None:
-                self._engine.scheduler.join(job.decoding.lanes)
+                self._engine.scheduler.join(job.decoding.riding)
             else:
                 self._leave(job, FAILED, job.start_error)
 
@@ -355,7 +355,7 @@ class Desk:
 
     def _one_pass(self):
         scheduler, n_before = self._engine.scheduler, self._engine.scheduler.n_passes
-        riders = sum(lane.is_alive for job in self._running for lane in job.decoding.lanes)
+        riders = sum(lane.is_alive for job in self._running for lane in job.decoding.riding)
         if not riders:  # such as texts of no token
             with self._changed:
                 is_idle = len(self._queue) and not self._with_room() and not self._has_leavers()

@@ -43,7 +43,7 @@ class Foresight:
     def check(self, order: Order, limit: int) -> None:
         """Raises DoesNotFitError, with the sum, where there would be no room for it even alone. A
         plan of a large model takes a second: what is smaller than what fitted needs none."""
-        shape = _shape(len(order.ids), limit, order.options.num_return_sequences)
+        shape = _shape(len(order.ids), limit, order.options.n_lanes)
         if any(_is_within(shape, other) for other in self._fitted):
             return
         self._engine.plan_for(shape, alone=True).check()
@@ -55,7 +55,7 @@ class Foresight:
         step = max(1, limit // 64)
         tried = [limit, *range(limit - step, DEFAULT_NEW_TOKENS, -step)]
         least = min(limit, DEFAULT_NEW_TOKENS)
-        n_prompt, n = len(order.ids), order.options.num_return_sequences
+        n_prompt, n = len(order.ids), order.options.n_lanes
 
         def fits(n_new):
             try:

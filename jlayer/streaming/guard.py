@@ -100,9 +100,8 @@ class Guard:
 
     def restart(self) -> None:
         """Before a new stream of steps."""
-        if self.cause is not None:
-            self.cause = None
-            exchange.take_heart()
+        self.cause = None
+        exchange.take_heart()  # an exchange may have failed by itself
 
     def close(self) -> None:
         """Ends the thread, and lets go of what was watched."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, heads_in_pairs, read_adapter
 from jlayer.checkpoint.agree import listed
+from jlayer.checkpoint.copies import AGAIN
 from jlayer.config import closest
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.families.adapted import A_END, B_END
@@ -193,6 +194,11 @@ def load_adapter(folder: str | os.PathLike, cfg: ModelConfig) -> Begun:
         raise UnsupportedModelError(
             f"{adapter.folder}: {what} {listed(lengths or others)}, which cannot be trained; "
             "begin with another adapter, or with none"
+        )
+    if adapter.copies:
+        raise UnsupportedModelError(
+            f"{adapter.file.path}: has {listed(sorted(adapter.copies.values()))}, copies of the "
+            f"model's own that nothing is trained in; {AGAIN}"
         )
     state, matrices = {}, adapter.matrices
     for name in (name for name in shapes if name in matrices):

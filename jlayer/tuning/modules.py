@@ -69,13 +69,13 @@ def name_there(published: str, lead: str = BODY) -> str:
 def trainable(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     """Published name -> shape of the matrices that can have an adapter which is trained, in the
     model's order: all linear modules of its layers but those of `untrained`."""
-    shapes = layer_matrices(replace(cfg, adapter=None))
+    shapes = layer_matrices(replace(cfg, additions=None))
     return {name: shape for name, shape in shapes.items() if not is_rearranged(cfg, name)}
 
 
 def untrained(cfg: ModelConfig) -> dict[str, str]:
     """Published name -> what it is, of the matrices that can have none."""
-    plain, known = replace(cfg, adapter=None), trainable(cfg)
+    plain, known = replace(cfg, additions=None), trainable(cfg)
     shapes = published_tensors(plain)
     names = [name for name, shape in shapes.items() if len(shape) == 2 and name not in known]
     head = family_of(cfg).head_matrix.published  # a module also where it is the embedding
@@ -83,7 +83,7 @@ def untrained(cfg: ModelConfig) -> dict[str, str]:
 
 
 def _what(cfg, name):
-    if is_of_an_expert(name) or name in stacked_tensors(replace(cfg, adapter=None)):
+    if is_of_an_expert(name) or name in stacked_tensors(replace(cfg, additions=None)):
         return "of many experts"
     if is_latent_matrix(name):
         return "used uncut, for keys and values of a latent"

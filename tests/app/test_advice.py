@@ -86,13 +86,15 @@ def test_a_penalty_beyond_float32_names_its_flag(capsys):
 
 
 def test_an_option_of_the_makers_that_is_not_supported(published, capsys, tmp_path):
-    folder = published(num_beams=4)
+    folder = published(suppress_tokens=[1])
     line = refused(capsys, *generate(folder, "-p", "x"))
     assert line.endswith("take it out of the file")
-    with pytest.raises(jlayer.UnsupportedModelError, match="overrule it in Python with num_beams="):
+    with pytest.raises(
+        jlayer.UnsupportedModelError, match="overrule it in Python with suppress_tokens="
+    ):
         jlayer.generate(folder, "x", device="cpu")
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
-    (note,) = [line for line in capsys.readouterr().err.splitlines() if "num_beams" in line]
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "suppress_tokens" in line]
     assert "will refuse this" in note
     assert not PYTHON.search(note)
 

@@ -118,16 +118,16 @@ def test_a_sealed_folder_is_that_of_a_mended_source(source, layered, tmp_path, m
 def test_the_way_from_options_that_are_refused_to_a_text(source, tmp_path, capsys):
     """convert warns, generate refuses, seal takes the mended file in: also without the source."""
     copy, target = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
-    edit_json(copy / "generation_config.json", num_beams=4)
+    edit_json(copy / "generation_config.json", suppress_tokens=[1])
     generate = ["generate", str(target), "-p", "Once", "-n", "2", "--device", "cpu"]
     assert main(["convert", str(copy), str(target), "--delete-source", "--yes", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert "generation_config.json: num_beams: found 4" in err
+    assert "generation_config.json: suppress_tokens: found [1]" in err
     assert "jlayer generate will refuse" in json.loads(out)["notes"][-1]
     shutil.rmtree(copy)
     assert main(generate) == 3
-    assert "num_beams" in capsys.readouterr().err
-    edit_json(target / "generation_config.json", num_beams=None)
+    assert "suppress_tokens" in capsys.readouterr().err
+    edit_json(target / "generation_config.json", suppress_tokens=None)
     assert main(generate) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{target / 'generation_config.json'}: changed since" in line
@@ -419,10 +419,10 @@ def test_any_call_that_fails_leaves_the_old_manifest_or_the_new_one(layered, tmp
 def test_a_quiet_seal_says_nothing_on_the_way(layered, capsys):
     """It had a progress of its own, which did not know of --quiet."""
     words = ["seal", str(layered)]
-    edit_json(layered / "generation_config.json", num_beams=4)
+    edit_json(layered / "generation_config.json", suppress_tokens=[1])
     assert main([*words, "--quiet"]) == 0
     quiet = capsys.readouterr()
     assert "sealed" in quiet.out
     assert quiet.err == ""
     assert main(words) == 0
-    assert "num_beams" in capsys.readouterr().err
+    assert "suppress_tokens" in capsys.readouterr().err

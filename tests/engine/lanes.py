@@ -24,7 +24,7 @@ class Run:
     def __init__(self, model, prompt, **options):
         self.decoding, _ = model.decoding(prompt, options=options)
         self.scheduler, self.lanes = model.engine.scheduler, self.decoding.lanes
-        self.scheduler.join(self.lanes)
+        self.scheduler.join(self.decoding.riding)
 
     def advance(self):
         """One pass or more; takes the steps."""

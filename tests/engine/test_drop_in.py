@@ -272,8 +272,9 @@ def test_a_generation_config_is_the_users(both):
             new = jlayer.generate(both.ours, ids, generation_config=config)[0].token_ids
             assert new == ours[0, 7:].tolist()
         both.same(ids, generation_config=Config(max_new_tokens=3), max_new_tokens=5)
-        with pytest.raises(UsageError, match="num_beams"):
-            both.ours.generate(ids, Config(num_beams=3))
+        both.same(ids, generation_config=Config(num_beams=3, max_new_tokens=3))
+        with pytest.raises(UsageError, match="suppress_tokens"):
+            both.ours.generate(ids, Config(suppress_tokens=[3]))
         with pytest.raises(UsageError, match="generation_config: found int"):
             both.ours.generate(ids, 5)
 

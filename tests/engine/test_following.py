@@ -147,7 +147,7 @@ def test_chunks_are_told_as_they_are(more):
     none = np.zeros(0, np.int32)
     entries = [
         Entry([5, 6, 7, 8, 9], none, tree, 64, wanted=3, parents=(-1, 0, 0, 1, 1), n_kept=1),
-        Entry([1, 2, 3, 4], text[:3], text[3:], 64, is_long=True, n_kept=4),
+        Entry([1, 2, 3, 4], text[:3], text[3:], 64, is_long=True, n_kept=4, adapter=2),
     ]
     parts = arrange(entries, pool=64, windows=pool.windows, switches=True, slots=slots)
     told = unpacked_parts(json.loads(json.dumps(packed_parts(parts))))

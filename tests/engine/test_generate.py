@@ -203,7 +203,7 @@ def test_figures_add_up(fable):
         (b"bytes", {}, "found bytes"),
         (None, {}, "give a prompt or messages"),
         (["a", 3.5], {}, "found float in a list of prompts"),
-        (PROMPT, {"num_beams": 4}, "num_beams"),
+        (PROMPT, {"suppress_tokens": [4]}, "suppress_tokens"),
         (PROMPT, {"num_return_sequences": 2, "temperature": 0}, "num_return_sequences"),
         (PROMPT, {"logit_bias": {4096: 1.0}}, "vocabulary"),
     ],

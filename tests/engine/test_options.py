@@ -29,7 +29,7 @@ def test_defaults_are_those_of_transformers():
     ours = SamplingOptions()
     for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
         assert getattr(ours, name) == theirs[name]
-    for name in ("no_repeat_ngram_size", "min_length", "num_return_sequences"):
+    for name in ("no_repeat_ngram_size", "min_length", "num_return_sequences", "num_beams"):
         assert getattr(ours, name) == theirs[name]
     assert theirs["max_length"] == DEFAULT_NEW_TOKENS
 
@@ -61,13 +61,21 @@ def test_every_option_of_transformers_is_known_ignored_or_refused():
         ("frequency_penalty", [2.1, -2.1, math.nan], r"\[-2, 2\]"),
         ("no_repeat_ngram_size", [-1, 1.0], "integer from 0 up"),
         ("logit_bias", [{1: math.nan}, {1: math.inf}, {-1: 0.0}, {"x": 1}, 3, {1: "2"}], "ids"),
-        ("sequence_bias", [{(1, 2): 1.0}, [[[1, 2], 1.0]], [[[1], 1.0], [[1], 2.0]]], "single"),
+        ("sequence_bias", [{(): 1.0}, {3: 1.0}, [[[1], 1.0], [[1], 2.0]], {(1,): math.inf}], "seq"),
+        ("bad_words_ids", [[3], [[]], [[-1]], [["a"]], 5], "list of lists"),
+        ("typical_p", [0, 1.1, math.nan, "x"], r"\(0, 1\]"),
+        ("epsilon_cutoff", [-0.1, 1, math.nan], r"\[0, 1\)"),
+        ("eta_cutoff", [-0.1, 1, math.nan], r"\[0, 1\)"),
         ("min_new_tokens", [-1], "from 0 up"),
         ("max_new_tokens", [-1, 2.5, "3"], "from 0 up"),
         ("max_length", [-1], "from 0 up"),
         ("eos_token_id", [-1, [1, "2"], "2"], "token id"),
         ("stop", ["", ["a", ""], [1], 5], "non-empty"),
         ("num_return_sequences", [0, -1, 1.0], "from 1 up"),
+        ("num_beams", [0, 513, 2.0, True], "from 1 to 512"),
+        ("length_penalty", [math.nan, math.inf, "1"], "finite number"),
+        ("early_stopping", [1, "always"], "never"),
+        ("output_scores", [1, "yes"], "true or false"),
         ("seed", [-1, 1.5, "7", 2**64, True], "integer from 0 to"),
         ("logprobs", [-1, True], "from 0 up"),
         ("prompt_logprobs", [-1, True], "from 0 up"),
@@ -92,13 +100,14 @@ def test_unknown_option_offers_the_closest_name():
 
 @pytest.mark.parametrize(
     ("name", "value", "harmless"),
-    [("num_beams", 4, 1), ("typical_p", 0.9, 1.0), ("suppress_tokens", [1], [])],
+    [("num_beam_groups", 4, 1), ("top_h", 0.9, None), ("suppress_tokens", [1], [])],
 )
 def test_what_is_not_done_is_refused_wherever_it_comes_from(name, value, harmless):
     with pytest.raises(UsageError, match=name):
-        SamplingOptions.from_mapping({name: value})
+        SamplingOptions.from_mapping({name: value, "num_beams": 8})
+    published = {name: value, "do_sample": True, "num_beams": 8}
     with pytest.raises(UnsupportedModelError, match=rf"{name}.*overrule it in Python with {name}="):
-        SamplingOptions.from_mapping({}, generation_config={name: value, "do_sample": True})
+        SamplingOptions.from_mapping({}, generation_config=published)
     for neutral in (None, harmless):
         SamplingOptions.from_mapping({name: neutral}, generation_config={name: value})
         SamplingOptions.from_mapping({}, generation_config={name: neutral})
@@ -146,7 +155,12 @@ def test_a_wrong_value_in_the_file_is_the_files_fault():
 
 
 def test_ids_outside_the_vocabulary_are_refused():
-    for name, value in (("eos_token_id", [1, V]), ("logit_bias", {V: 1.0})):
+    for name, value in (
+        ("eos_token_id", [1, V]),
+        ("logit_bias", {V: 1.0}),
+        ("sequence_bias", {(V, 1): 1.0}),
+        ("bad_words_ids", [[1], [1, V]]),
+    ):
         with pytest.raises(UsageError, match=f"{name}.*{V}"):
             SamplingOptions.from_mapping({name: value}, vocab_size=V)
 

@@ -71,6 +71,10 @@ ALWAYS = [
     {"repetition_penalty": 1.3},
     {"repetition_penalty": 0.7},
     {"sequence_bias": {(3,): 2.5, (90,): -1.0, (4,): -math.inf}},
+    {"sequence_bias": {(8, 3): 2.5, (90,): -1.0, (5, 8, 3): 0.3, (3,): -math.inf, (0,): 0.1}},
+    {"sequence_bias": [[[7], 0.1], [[2, 5, 7], 0.7], [[5, 7], -2.3], [[1] * 30, 9.0]]},
+    {"bad_words_ids": [[3], [8, 90], [5, 7], [2, 5, 1], [1] * 30]},
+    {"bad_words_ids": [[2], [5, 2], [4]], "eos_token_id": [2, 5]},
     {"no_repeat_ngram_size": 1},
     {"no_repeat_ngram_size": 2},
     {"no_repeat_ngram_size": 3},
@@ -82,6 +86,7 @@ ALWAYS = [
         "sequence_bias": {(1,): 3.0, (2,): -2.0},
         "repetition_penalty": 1.7,
         "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[11]],
         "min_new_tokens": 30,
         "eos_token_id": [2, 60],
     },
@@ -98,6 +103,13 @@ SAMPLING = [
     {"top_k": 0, "min_p": 0.1},
     {"top_k": 0, "min_p": 1.0},
     {"top_k": 0, "min_p": 0.0},
+    {"top_k": 0, "typical_p": 0.9},
+    {"top_k": 0, "typical_p": 0.2, "temperature": 2.0},
+    {"top_k": 20, "typical_p": 1e-6},
+    {"top_k": 0, "epsilon_cutoff": 0.02},
+    {"top_k": 0, "epsilon_cutoff": 0.99},
+    {"top_k": 0, "eta_cutoff": 0.3, "temperature": 3.0},
+    {"top_k": 9, "eta_cutoff": 0.99},
     {"temperature": 1.8, "top_k": 20, "top_p": 0.9, "min_p": 0.03},
     {"temperature": 3.0, "top_k": 12, "top_p": 0.6},
 ]
@@ -129,7 +141,8 @@ def test_warpers_keep_and_weigh_what_transformers_does(reference, options, seed)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     kept = np.isfinite(found)
     # One rounding to float32, at scores up to 16 / 0.3.
-    np.testing.assert_allclose(found[kept], (expected - expected.max())[kept], rtol=1e-6, atol=8e-6)
+    expected, found = expected[kept] - expected.max(), found[kept] - found.max()
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=8e-6)
 
 
 @pytest.mark.reference
@@ -139,6 +152,7 @@ def test_all_options_together_act_in_the_order_of_transformers(reference, seed):
     options = {
         "do_sample": True,
         "sequence_bias": {(int(i),): float(rng.normal() * 3) for i in range(12)},
+        "bad_words_ids": [[9], [13, 14]],
         "repetition_penalty": 1.4,
         "no_repeat_ngram_size": 3,
         "min_length": 22,
@@ -148,6 +162,9 @@ def test_all_options_together_act_in_the_order_of_transformers(reference, seed):
         "top_k": 30,
         "top_p": 0.92,
         "min_p": 0.02,
+        "typical_p": 0.95,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.05,
     }
     logits, history = random_logits(seed), history_of(24, seed)
     expected, names = reference(options, logits, history)
@@ -155,17 +172,22 @@ def test_all_options_together_act_in_the_order_of_transformers(reference, seed):
         "SequenceBiasLogitsProcessor",
         "RepetitionPenaltyLogitsProcessor",
         "NoRepeatNGramLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
         "MinLengthLogitsProcessor",
         "MinNewTokensLengthLogitsProcessor",
         "TemperatureLogitsWarper",
         "TopKLogitsWarper",
         "TopPLogitsWarper",
         "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
     ]
     found = warped(logits, SamplingOptions.from_mapping(options, vocab_size=V), history)
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     kept = np.isfinite(found)
-    np.testing.assert_allclose(found[kept], (expected - expected.max())[kept], rtol=1e-6, atol=8e-6)
+    expected, found = expected[kept] - expected.max(), found[kept] - found.max()
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=8e-6)
 
 
 # Penalties on use, which transformers lacks

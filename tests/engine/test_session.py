@@ -338,3 +338,41 @@ def test_across_the_length_at_which_the_rotary_embedding_switches(tmp_path):
         expected = undisturbed(model, prompt, **options)
         for saved in put_down_everywhere(model, tmp_path / "runs", prompt, **options):
             assert tokens_of(model.load_session(saved).result()) == expected
+
+
+def test_what_cannot_be_saved_is_refused_by_name(tiny, tmp_path):
+    with opened(tiny) as model:
+        for options, words in (
+            ({"num_beams": 2}, "num_beams: found 2; a beam search"),
+            ({"output_scores": True, "return_dict_in_generate": True}, "keeps all scores"),
+        ):
+            session = model.session(PROMPT, **{**PLAIN, **options})
+            with pytest.raises(UsageError, match=f"{words} cannot be saved"):
+                session.save(tmp_path / "run")
+            session.close()
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_adapters_by_name_have_runs_and_prompts_of_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("jlayer.engine.prompt_cache.BLOCK", 8)
+    adapters = {
+        name: write_adapter(tmp_path / name, tiny, size=size)
+        for name, size in (("a", 0.3), ("b", 0.6))
+    }
+    with opened(tiny, adapters=adapters, prompt_cache=tmp_path / "prompts") as model:
+        expected = {}
+        for name in (None, "a", "b"):
+            options = {**PLAIN, **({"adapter": name} if name else {})}
+            session = model.session(PROMPT, **options)
+            next(session)
+            session.save(tmp_path / f"run-{name}")
+            found = session.result()
+            assert found.stats["kept_tokens"] == 0, "each computes its own prompt"
+            expected[name] = found.token_ids
+        assert len(set(map(tuple, expected.values()))) == 3
+        for name, tokens in expected.items():
+            assert model.load_session(tmp_path / f"run-{name}").result().token_ids == tokens
+            again = jlayer.generate(model, PROMPT, **PLAIN, **({"adapter": name} if name else {}))
+            assert again.token_ids == tokens
+            assert again.stats["kept_tokens"] > 0

@@ -3,16 +3,19 @@ the installed transformers, so an argument that is new there fails here."""
 
 import inspect
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 import jlayer
+from jlayer.engine import assistant, functions
 from jlayer.engine.options import SamplingOptions, is_option, option_names
-from jlayer.engine.unread import HARMLESS, REFUSED
+from jlayer.engine.unread import BEAMS_ONLY, HARMLESS, REFUSED
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from tests.campaigns import slow_but
+from tests.conftest import REPOSITORY
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -35,19 +38,14 @@ VALUES = {
     "continuous_batching_config": None,
     "decoder_start_token_id": 3,
     "disable_compile": True,
-    "diversity_penalty": 0.7,
-    "early_stopping": True,
-    "length_penalty": 2.5,
     "low_memory": True,
     "max_cache_len": 64,
     "max_matching_ngram_size": 3,
     "num_assistant_tokens": 2,
     "num_assistant_tokens_schedule": "heuristic",
-    "num_beam_groups": 2,
     "prefill_chunk_size": 2,
     "prompt_lookup_num_tokens": 3,
     "remove_invalid_values": True,
-    "renormalize_logits": True,
     "speculation_type": "eagle",
     "target_lookbehind": 3,
     "transformers_version": "4.0.0",
@@ -81,6 +79,20 @@ def test_every_argument_of_generate_and_forward_is_known():
     assert {name for name in found - ours - {"kwargs"} if not is_option(name)} == set()
 
 
+def test_the_page_says_of_every_name_what_becomes_of_it():
+    page = (REPOSITORY / "docs" / "generating.md").read_text()
+
+    def listed(kind):
+        part = re.search(rf"<!-- {kind} -->(.*?)<!-- end -->", page, re.DOTALL)[1]
+        return set(re.findall(r"`(\w+)`", part))
+
+    taken = {*functions.NAMES, assistant.NAME}
+    assert listed("harmless") == HARMLESS
+    assert listed("refused") == REFUSED.keys() - taken
+    done = page.split("## What is acted on")[1].split("\n## ")[0]
+    assert taken | set(option_names()) <= set(re.findall(r"`(\w+)`", done))
+
+
 def test_the_three_lists_share_no_name():
     assert not HARMLESS & REFUSED.keys()
     assert not HARMLESS & set(option_names())
@@ -105,18 +117,13 @@ def test_what_is_called_harmless_changes_no_token_in_transformers(both, name, sa
 
 
 CHANGES = {
-    "bad_words_ids": [[7]],
     "begin_suppress_tokens": [7],
     "cache_implementation": "quantized",
-    "epsilon_cutoff": 0.1,
-    "eta_cutoff": 0.1,
     "is_assistant": True,
-    "num_beams": 3,
-    "output_scores": True,
+    "output_attentions": True,
     "penalty_alpha": 0.6,
     "suppress_tokens": [7],
     "token_healing": True,
-    "typical_p": 0.5,
     "use_mtp": True,
 }
 
@@ -126,6 +133,7 @@ def test_what_changes_the_result_is_refused_wherever_it_stands(name):
     value = CHANGES.get(name, object() if name.endswith("_fn") else 3)
     value = False if name == "is_causal" else value
     run = {"do_sample": name != "penalty_alpha", "return_dict_in_generate": True}
+    run |= {"num_beams": 2} if name in BEAMS_ONLY else {}
     with pytest.raises(UsageError, match=f"{name}: found .*leave it out"):
         SamplingOptions.from_mapping({name: value, **run})
     with pytest.raises(UsageError, match=name):
@@ -156,11 +164,11 @@ UNREAD_BY_GREEDY = {
     "top_p": 7,
     "min_p": "x",
     "top_h": 0.4,
-    "typical_p": 0.4,
-    "epsilon_cutoff": 0.1,
-    "eta_cutoff": 0.1,
-    "output_scores": True,
-    "output_logits": True,
+    "typical_p": 4,
+    "epsilon_cutoff": 1.5,
+    "eta_cutoff": 2,
+    "output_scores": 3,
+    "output_logits": "x",
     "output_attentions": True,
     "output_hidden_states": True,
 }

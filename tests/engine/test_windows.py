@@ -38,7 +38,8 @@ def opened(folder, **options):
 
 acts = st.lists(
     st.tuples(
-        st.sampled_from(["write", "fail", "share", "cut", "close"]), *[st.integers(0, 9)] * 3
+        st.sampled_from(["write", "fail", "share", "become", "cut", "close"]),
+        *[st.integers(0, 9)] * 3,
     ),
     max_size=40,
 )
@@ -63,6 +64,9 @@ def test_what_a_lane_sees_has_a_place_of_its_own(acts):
         elif act == "share" and not len(table) and pool.holds(source.rows[:number]):
             pool.share(source.rows[:number])
             table.append(source.rows[:number].copy())
+        elif act == "become" and table is not source:
+            table.become(source)
+            assert table.rows.tolist() == source.rows.tolist()
         elif act == "cut":
             table.cut(0 if number < 5 else len(table))
         elif act == "close":

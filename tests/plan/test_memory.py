@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jlayer.additions import Addition, Additions, Columns
 from jlayer.checkpoint.quantization import published_quantization
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.encodings.plain import FOR_ALL_ROWS
@@ -15,9 +16,8 @@ from jlayer.engine.division import divided
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.programs import Programs
 from jlayer.engine.size import Size
-from jlayer.families.adapted import A_END, B_END
+from jlayer.families.adapted import A_END, B_END, LENGTHS_END
 from jlayer.families.registry import published_tensors
-from jlayer.parts import LowRanks
 from jlayer.plan.cutting import cut
 from jlayer.plan.hosting import seconds_on_host
 from jlayer.plan.machine import (
@@ -181,12 +181,15 @@ def test_experts_in_mxfp4_are_decoded_within_the_formula(
 ADAPTED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapted(stored, of, *, dtype="bfloat16", rank=48):
-    """Weights with an adapter whose A and B are of the dtype `of`."""
+def adapted(stored, of, *, dtype="bfloat16", rank=48, n_adapters=1, has_lengths=False):
+    """Weights with adapters whose A and B are of the dtype `of`."""
     plain = weights_of(SMALL, stored=stored, dtype=dtype)
     names = [name for name in published_tensors(SMALL) if name.split(".")[-2] in ADAPTED]
-    cfg = replace(SMALL, adapter=LowRanks(tuple((name, rank, 2.0) for name in sorted(names))))
-    forms = {A_END: FOR_ALL_ROWS[of].name, B_END: of}
+    numbers = range(n_adapters) if n_adapters > 1 else [None]
+    columns = tuple(Columns(rank // n_adapters, 2.0, number) for number in numbers)
+    added = Addition(columns, has_lengths)
+    cfg = replace(SMALL, additions=Additions(tuple((name, added) for name in sorted(names))))
+    forms = {A_END: FOR_ALL_ROWS[of].name, B_END: of, LENGTHS_END: of}
 
     def form_of(name):
         end = next((end for end in forms if name.endswith(f".{end}")), None)
@@ -197,11 +200,11 @@ def adapted(stored, of, *, dtype="bfloat16", rank=48):
 
 @pytest.mark.parametrize("of", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [2, 512])
-@pytest.mark.parametrize("tile_bytes", [None, 100_000])
-def test_what_an_adapter_adds_stays_within_the_formula(
-    of, tokens, tile_bytes, without_machine_code_optimised
+@pytest.mark.parametrize(("tile_bytes", "n_adapters"), [(None, 1), (100_000, 1), (100_000, 3)])
+def test_what_adapters_add_stays_within_the_formula(
+    of, tokens, tile_bytes, n_adapters, without_machine_code_optimised
 ):
-    weights = adapted("bfloat16", of)
+    weights = adapted("bfloat16", of, n_adapters=n_adapters)
     tiling = cut(weights, tile_bytes, platform="cpu")
     programs = Programs(weights.cfg, dtype="bfloat16", devices=Devices(jax.devices("cpu")[:1]))
     compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False)
@@ -226,6 +229,24 @@ def test_what_an_adapter_adds_on_the_host_takes_one_core_s_time(of):
     alone, both = found
     np.testing.assert_allclose(both - alone, n_numbers * each)
     assert n_numbers > 0
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("tile_bytes", "block_bytes"), [(None, 1 << 20), (None, 64_000), (200_000, 64_000)]
+)
+def test_lengths_of_rows_stay_within_the_formula(
+    stored, tile_bytes, block_bytes, without_machine_code_optimised, compiled_anew, monkeypatch
+):
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block_bytes)
+    weights, tokens = adapted(stored, "float32", rank=2, has_lengths=True), 2
+    tiling = cut(weights, tile_bytes, platform="cpu")
+    programs = Programs(weights.cfg, dtype="bfloat16", devices=Devices(jax.devices("cpu")[:1]))
+    compile_all(programs, tiling, Size(tokens, 1, tokens, 64, 64), with_head=False)
+    shapes = Shapes(1, (64,), 64, tokens, tokens)
+    bound = temporary_bytes(weights, shapes, tiling, platform="cpu")
+    found = programs.temporary_bytes
+    assert found <= bound <= 9 * found
 
 
 def test_an_adapter_is_neither_published_nor_landed_in():

@@ -14,7 +14,8 @@ from jlayer.checkpoint.adapter import CONFIG, WEIGHTS
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
-from jlayer.errors import CheckpointError, UnsupportedModelError
+from jlayer.engine import engine
+from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.plan import making as plans
 from jlayer.plan.machine import PLATFORMS
 from jlayer.serving.batch.names import key_of
@@ -31,7 +32,6 @@ peft = pytest.importorskip("peft")
 
 IDS = np.random.default_rng(0).integers(3, 60, (1, 24))
 PROMPTS = IDS[:, :9].tolist()
-BESIDE = {name: options for name, options in FORMS.items() if not options.get("use_dora")}
 EVERYTHING = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear"}
 # Matrices that every mixture of experts multiplies by rows, where it has them.
 ATTENTION = r".*\.(q|k|v|o)_proj"
@@ -78,7 +78,7 @@ def assert_same(own, expected, *, tolerance=1e-5):
     assert own[1] in (None, expected[1])
 
 
-@pytest.mark.parametrize("form", BESIDE)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_form(base, made, form):
     adapter, expected = made(form)
     assert_same(of_jlayer(base, adapter, n_new=5, host_share=0), expected)
@@ -90,10 +90,16 @@ def test_with_cores_of_the_host(base, made, host_share):
     assert_same(of_jlayer(base, adapter, host_share=host_share), expected)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_in_tiles(base, made, monkeypatch, devices):
+@pytest.mark.parametrize(
+    ("devices", "form"),
+    [
+        *((2, form) for form in ("patterns", "dora")),
+        *(pytest.param(1, form, marks=pytest.mark.slow) for form in ("patterns", "dora")),
+    ],
+)
+def test_in_tiles(base, made, monkeypatch, devices, form):
     """Of a few rows each; on several devices also as one array, as they cross to GPUs."""
-    adapter, expected = made("patterns")
+    adapter, expected = made(form)
     monkeypatch.setattr(plans, "TILE_BYTES", (1500,))
     monkeypatch.setitem(PLATFORMS, "cpu", replace(PLATFORMS["cpu"], joins=devices > 1))
     assert_same(of_jlayer(base, adapter, devices=devices, host_share=0), expected)
@@ -106,13 +112,22 @@ def test_the_head_too(base, tmp_path):
         assert_same(of_jlayer(base, tmp_path, host_share=share), expected)
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
-def test_over_quantized_weights(tmp_path, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "scales_rows"),
+    [
+        ("int4", False),
+        ("int8", True),
+        pytest.param("int8", False, marks=pytest.mark.slow),
+        pytest.param("int4", True, marks=pytest.mark.slow),
+    ],
+)
+def test_over_quantized_weights(tmp_path, scheme, scales_rows):
     """As over the weights that they stand for."""
     source, layered = converted(tmp_path, scheme)
     stand_for(source, layered)
-    expected = of_peft(adapted(source, tmp_path / "adapter", **EVERYTHING))
-    for share in (0, 0.5):
+    options = {**EVERYTHING, "use_dora": scales_rows}
+    expected = of_peft(adapted(source, tmp_path / "adapter", **options))
+    for share in (0,) if scales_rows else (0, 0.5):
         own = of_jlayer(layered, tmp_path / "adapter", host_share=share)
         assert_same(own, expected, tolerance=3e-5)
 
@@ -124,9 +139,9 @@ DENSE = dict.fromkeys(dense_forms.DENSE, "all-linear") | {
 }
 
 
-def family(name, folder, targets, forms):
+def family(name, folder, targets, forms, **more):
     forms.save(folder / "model", name)
-    options = {"r": 3, "lora_alpha": 7, "target_modules": targets}
+    options = {"r": 3, "lora_alpha": 7, "target_modules": targets, **more}
     merged = adapted(folder / "model", folder / "adapter", load=forms.load, **options)
     with torch.no_grad():
         expected = merged(torch.tensor(IDS)).logits.numpy()
@@ -139,7 +154,14 @@ def family(name, folder, targets, forms):
 
 @pytest.mark.parametrize("name", FIRST)
 def test_a_family(tmp_path, name):
-    family(name, tmp_path, DENSE[name], dense_forms)
+    """With lengths of rows where it has biases, which these do not scale."""
+    family(name, tmp_path, DENSE[name], dense_forms, use_dora=name == "qwen2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scales_rows"), [("phi3", True), ("qwen2", False)])
+def test_the_same_in_the_other_way(tmp_path, name, scales_rows):
+    family(name, tmp_path, DENSE[name], dense_forms, use_dora=scales_rows)
 
 
 @pytest.mark.slow
@@ -199,6 +221,13 @@ def test_over_a_gguf_file(gguf, host_share):
     assert_same(of_jlayer(file, adapter, host_share=host_share), expected)
 
 
+def test_lengths_of_rows_over_a_gguf_file(gguf, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", BUNDLED, has_lengths=True)
+    own = of_jlayer(gguf[0], adapter, host_share=0)
+    assert_same(own, of_jlayer(BUNDLED, adapter, host_share=0))
+    assert not np.allclose(own[0], gguf[2][0], atol=1e-3)
+
+
 def test_what_is_in_memory_is_no_file_of_the_disk(gguf):
     file, adapter, _ = gguf
     store = Store(file, adapter=adapter)
@@ -220,10 +249,21 @@ def test_over_what_was_a_gguf_file(gguf, tmp_path):
     assert_same(of_jlayer(tmp_path / "layered", adapter), expected)
 
 
-def test_lengths_of_rows_are_refused_with_what_to_do(base, tmp_path):
-    adapted(base, tmp_path, **FORMS["dora"])
+def test_lengths_of_rows_beside_other_adapters_are_refused_with_what_to_do(base, made):
+    (lengths, _), (lora, _) = made("dora"), made("lora")
     with pytest.raises(UnsupportedModelError, match=r"scales the rows of .*q_proj.*--merge"):
-        Store(base, adapter=tmp_path)
+        Store(base, adapters=[("a", lora), ("b", lengths)])
+
+
+def test_cores_of_the_host_do_not_know_lengths_of_rows(base, made, monkeypatch):
+    """They are left out where nobody asks for them, however much they could do."""
+    monkeypatch.setattr(engine, "LEAST_HOSTED_BYTES", 1)
+    adapter, expected = made("dora")
+    with AutoModel.from_pretrained(base, adapter=adapter, device="cpu", dtype="float32") as model:
+        assert model.engine.host is None
+        assert_same((model.logits(IDS), None), expected)
+    with pytest.raises(UsageError, match=r"host_share: .*\(DoRA\).*set it to 0"):
+        of_jlayer(base, adapter, host_share=0.5)
 
 
 def test_a_matrix_that_is_used_uncut_is_refused(tmp_path):

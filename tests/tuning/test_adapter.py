@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jlayer import AutoModel
+from jlayer.additions import Addition, Additions, Columns
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
@@ -290,7 +291,9 @@ def test_a_model_that_has_been_read_with_an_adapter(tmp_path, cfg):
     from dataclasses import replace
 
     how = AdapterConfig(rank=2)
-    with_it = replace(cfg, adapter=low_ranks(drawn(cfg, how), how))
+    rows = low_ranks(drawn(cfg, how), how).rows
+    added = ((name, Addition((Columns(rank, scale),))) for name, rank, scale in rows)
+    with_it = replace(cfg, additions=Additions(tuple(added)))
     assert targets_of(with_it, how) == targets_of(cfg, how)
     assert choices(with_it) == choices(cfg)
 

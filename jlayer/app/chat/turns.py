@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from jlayer.app import progress
 from jlayer.app.chat.page import Page
-from jlayer.engine.decoding import Decoding, Generation
+from jlayer.engine.decoding import Decoding
+from jlayer.engine.generation import Generation
 from jlayer.engine.ids import Row
 from jlayer.engine.options import DEFAULT_NEW_TOKENS as LEAST_NEW_TOKENS
 from jlayer.engine.options import SamplingOptions

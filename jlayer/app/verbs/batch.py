@@ -125,6 +125,8 @@ def _seen_from_workers(args):
     for name in ("draft", "adapter"):
         if options.get(name) is not None:
             options[name] = _whole_path(options[name])
+    named = options.get("adapters", ())
+    options["adapters"] = [(name, _whole_path(folder)) for name, folder in named]
     return _whole_path(args.ref), options
 
 

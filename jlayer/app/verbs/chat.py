@@ -20,10 +20,12 @@ from jlayer.catalogue import preset
 from jlayer.checkpoint.hub import Weights
 from jlayer.errors import UsageError
 
-# A chat has one answer, and shows no figures of its tokens.
-NAMES = tuple(
-    name for name in SAMPLING if name not in ("num_return_sequences", "logprobs", "prompt_logprobs")
+# A chat has one answer, shows it as it grows, and no figures of its tokens.
+_LEFT_OUT = (
+    *("num_return_sequences", "logprobs", "prompt_logprobs"),
+    *("num_beams", "length_penalty", "early_stopping"),
 )
+NAMES = tuple(name for name in SAMPLING if name not in _LEFT_OUT)
 HISTORY, LAST = "chat_history", "chat_last.json"  # files of the state folder
 NO_TEMPLATE = (
     "{folder}: this model has no chat template, so it is none that one talks with; continue a text "

@@ -13,7 +13,7 @@ from jlayer import catalogue
 from jlayer.app import options, tuned
 from jlayer.app.streams import tell
 from jlayer.app.words import time_words
-from jlayer.checkpoint.adapter import beside, read_adapter
+from jlayer.checkpoint.beside import Named, beside
 from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
@@ -33,6 +33,7 @@ from jlayer.families.registry import (
 from jlayer.gguf.parts import is_gguf, model_at, parts_of
 from jlayer.interrupts import released
 from jlayer.plan.lanes import MOST_LANES, most_lanes
+from jlayer.plan.low_rank import check_host_share
 from jlayer.plan.machine import DEFAULT_DISK, PLATFORMS, Machine, expected_speeds
 from jlayer.plan.making import make_plan, matrix_forms, with_host
 from jlayer.plan.need import memory_name
@@ -54,7 +55,7 @@ def add_arguments(parser):
     )
     options.add_run(parser, device_memory="4GiB", host_memory="16GiB", device="gpu")
     options.add_draft(parser)
-    options.add_adapter(parser)
+    options.add_adapters(parser)
     options.add_context(parser, default=512)
     parser.add_argument(
         "--batch", type=int, metavar="N", default=1, help="lanes, texts at a time (default: 1)"
@@ -81,6 +82,7 @@ def run(args) -> dict:
         context=args.context,
         devices=1 if args.devices is None else args.devices,
         host_share=args.host_share,
+        **options.adapters_of(args),
     )
     if run.devices is None:
         raise UsageError("--devices: all is a number that this plan does not know; say how many")
@@ -110,7 +112,10 @@ def run(args) -> dict:
         machine = replace(machine, host=expected_speeds(machine))
     if args.tune:
         return tuned.run(args, _weights(args.ref, cfg, quantization, run.dtype), machine)
-    weights = _with_adapter(_weights(args.ref, cfg, quantization, run.dtype), args.adapter)
+    named = Named(run.adapter, run.adapters)
+    weights, in_memory = _with_adapters(_weights(args.ref, cfg, quantization, run.dtype), named)
+    machine = machine.holding(in_memory)
+    check_host_share(weights.cfg, run.host_share)
     shape = RunShape(args.batch, args.context, args.context)
     tilings: dict = {}
 
@@ -209,12 +214,16 @@ def _weights(
     )
 
 
-def _with_adapter(weights: Weights, adapter: str | None) -> Weights:
-    if adapter is None:
-        return weights
-    found = beside(read_adapter(adapter, weights.cfg), weights.cfg)
-    cfg = replace(weights.cfg, adapter=found.low_ranks)
-    return Weights(cfg, lambda name: found.forms.get(name) or weights.form_of(name), weights.dtype)
+def _with_adapters(weights: Weights, named: Named) -> tuple[Weights, int]:
+    """The weights with adapters beside them, and the bytes of what is in memory for these."""
+    if not named.folders:
+        return weights, 0
+    found = beside(named, weights.cfg)
+    cfg = replace(weights.cfg, additions=found.additions)
+    with_them = Weights(
+        cfg, lambda name: found.forms.get(name) or weights.form_of(name), weights.dtype
+    )
+    return with_them, found.memory_bytes
 
 
 def _draft(args, cfg, dtype) -> Weights | None:

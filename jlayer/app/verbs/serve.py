@@ -12,7 +12,14 @@ from contextlib import contextmanager
 
 from jlayer.app import options
 from jlayer.app.inputs import argument_text, read_text
-from jlayer.app.served import add_served, check_packages, names_of, run_options, template_of
+from jlayer.app.served import (
+    adapter_names,
+    add_served,
+    check_packages,
+    names_of,
+    run_options,
+    template_of,
+)
 from jlayer.app.streams import tell
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
@@ -98,8 +105,9 @@ def run(args) -> dict | None:
             serving.opened(model, desk, names=names_of(args), chat_template=template)
             for line in model.notes:
                 tell(line)
+            names = ", ".join((names_of(args)[0], *adapter_names(args)))
             tell(
-                f"serving {names_of(args)[0]} at {serving.address}/v1, with a page at "
+                f"serving {names} at {serving.address}/v1, with a page at "
                 f"{serving.address}/; Ctrl-C ends it"
             )
             try:
@@ -131,7 +139,7 @@ def _journal(args):
     from jlayer.serving.http.journal import Journal
 
     journal = Journal(args.state)
-    own = names_of(args)
+    own = (*names_of(args), *adapter_names(args))
     for request in journal.requests.values():
         if "ended" not in request and request["model"] not in own:
             journal.close()

@@ -164,7 +164,7 @@ class Lastings:
             digest,
             asked.identity,
             seeds,
-            served.name,
+            asked.model,
             asked=asked,
         )
         work = self._work(one)

@@ -105,7 +105,8 @@ class Teller(ABC):
 @dataclass(frozen=True)
 class Asked:
     """`views`: of each choice, the order and the sequence of it that it shows. `teller`: makes one
-    for a reader. `waits_for_prompt`: whether log-probabilities of the prompt are told."""
+    for a reader. `waits_for_prompt`: whether log-probabilities of the prompt are told. `model`: the
+    name that it is answered under."""
 
     orders: tuple[Order, ...]
     views: tuple[tuple[int, int], ...]
@@ -114,6 +115,7 @@ class Asked:
     progress: bool = False
     waits_for_prompt: bool = False
     identity: Identity = NONE
+    model: str = ""
 
 
 class Reader:

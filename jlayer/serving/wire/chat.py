@@ -33,7 +33,7 @@ def read_chat(
     gives."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Chat)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     form.check()
     if form.modalities not in (None, [], ["text"]):
         raise invalid("modalities: only text is supported", param="modalities")
@@ -58,6 +58,7 @@ def read_chat(
         stream=bool(form.stream),
         progress=bool(streaming and streaming.jlayer_progress),
         identity=own.identity,
+        model=served.name,
     )
 
 

@@ -52,7 +52,7 @@ def read_completion(
     """`identity`: of the answer, where it has one already. Raises Refused."""
     refuse_given(body, UNSUPPORTED)
     form = read_form(body, Completion)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     form.check()
     n = 1 if form.n is None else form.n
     if form.best_of not in (None, n):
@@ -100,6 +100,7 @@ def read_completion(
         progress=bool(streaming and streaming.jlayer_progress),
         waits_for_prompt=scores,
         identity=own.identity,
+        model=served.name,
     )
 
 

@@ -28,7 +28,7 @@ def estimated_of(body: dict, served: Served, estimate: Callable) -> dict:
             estimate(
                 len(order.ids),
                 order.options.new_tokens_limit(len(order.ids), context=served.context),
-                order.options.num_return_sequences,
+                order.options.n_lanes,
             ).as_dict()
             for order in asked.orders
         ]

@@ -27,7 +27,7 @@ def read_messages(
     """Raises Refused, and what a chat template gives. More new tokens than the context leaves are
     cut to that: coding agents ask for as many as there may be."""
     form = read_form(body, Messages)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     if form.max_tokens is None:
         raise invalid("max_tokens: none given, expected the most new tokens", param="max_tokens")
     chat_form = as_chat(body, form)
@@ -46,13 +46,14 @@ def read_messages(
         teller=lambda: MessagesTeller(own, served, *chat.new_answers(own.identity.id)),
         stream=bool(form.stream),
         identity=own.identity,
+        model=served.name,
     )
 
 
 def count_tokens(body: dict, served: Served) -> dict:
     """/v1/messages/count_tokens."""
     form = read_form(body, Messages)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     chat_form = as_chat(body, form)
     answers = answers_of(chat_form, served)
     ids = chat_ids(chat_form, served, tools=answers.rows, convention=answers.convention)

@@ -49,6 +49,9 @@ class Sampling(msgspec.Struct, kw_only=True):
     user: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     # What vLLM has beside OpenAI's.
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -81,7 +84,7 @@ class Sampling(msgspec.Struct, kw_only=True):
 
 _SAME = (
     *("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "logit_bias"),
+    *("repetition_penalty", "logit_bias", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from jlayer.api import Model
 from jlayer.engine.options import SamplingOptions
@@ -25,7 +26,8 @@ LONGEST_TOKEN = 256  # characters; the longest that published vocabularies have 
 class Served:
     """`names`: under which clients may ask for it, the one that answers carry first. `sampling`:
     a client's options over those published with the model. `chat_template`: in place of the
-    model's own."""
+    model's own. `adapters`: the names of those that clients may ask for in its place; `base`: of
+    one of these, the name of the model."""
 
     names: tuple[str, ...]
     context: int
@@ -34,11 +36,20 @@ class Served:
     text: Tokenizer | None
     sampling: Callable[[dict], SamplingOptions]
     chat_template: str | None = None
+    adapters: tuple[str, ...] = ()
+    base: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     tokens: TokenTexts = field(init=False)
+    _of_adapters: dict[str, Served] = field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "tokens", TokenTexts(self.text))
+        object.__setattr__(self, "_of_adapters", dict(map(self._of_adapter, self.adapters)))
+
+    def _of_adapter(self, name):
+        own = partial(_sampled, self.sampling, name)
+        how = {"names": (name,), "sampling": own, "adapters": (), "base": self.name}
+        return name, replace(self, **how)
 
     @classmethod
     def of(cls, model: Model, *, names: tuple[str, ...], chat_template: str | None = None):
@@ -50,21 +61,27 @@ class Served:
             text=model.text,
             sampling=model.sampling_options,
             chat_template=chat_template,
+            adapters=tuple(filter(None, model.engine.store.adapter_names)),
         )
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    def check_name(self, name: str | None) -> None:
-        """Raises Refused where another model is meant."""
-        if name and name not in self.names:
-            raise Refused(
-                404,
-                f"model: {name[:200]!r} is not served here; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def asked_for(self, name: str | None) -> Served:
+        """What a request of this name is about: the model, or the model with an adapter. Raises
+        Refused where another model is meant."""
+        if not name or name in self.names:
+            return self
+        if name in self._of_adapters:
+            return self._of_adapters[name]
+        known = ", ".join(map(repr, (self.name, *self.adapters)))
+        raise Refused(
+            404,
+            f"model: {name[:200]!r} is not served here; this server has {known}",
+            param="model",
+            code="model_not_found",
+        )
 
     def tokenizer(self) -> Tokenizer:
         if self.text is None:
@@ -117,3 +134,7 @@ class Served:
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _sampled(sampling, adapter, options):
+    return sampling({**options, "adapter": adapter})

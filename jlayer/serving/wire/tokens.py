@@ -20,7 +20,7 @@ class Detokenize(Chat, kw_only=True):
 
 def tokenize(body: dict, served: Served) -> dict:
     form = read_form(body, Tokenize)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     if (form.prompt is None) == (form.messages is None):
         raise invalid("prompt: give a prompt or messages, and not both", param="prompt")
     if form.messages is not None:
@@ -39,7 +39,7 @@ def tokenize(body: dict, served: Served) -> dict:
 
 def detokenize(body: dict, served: Served) -> dict:
     form = read_form(body, Detokenize)
-    served.check_name(form.model)
+    served = served.asked_for(form.model)
     if form.tokens is None or not is_ids(form.tokens):
         raise invalid("tokens: none given; expected a list of ids", param="tokens")
     wrong = next((token for token in form.tokens if not 0 <= token < served.vocab_size), None)
@@ -66,15 +66,15 @@ def tokenizer_info(served: Served) -> dict:
 
 
 def model_list(served: Served) -> dict:
-    return {"object": "list", "data": [_model(served, name) for name in served.names[:1]]}
+    each = [served, *map(served.asked_for, served.adapters)]
+    return {"object": "list", "data": [_model(one, one.name) for one in each]}
 
 
 def one_model(served: Served, name: str) -> dict:
     """Raises Refused where another one is served."""
     if not name:
         raise Refused(404, "model: none named", param="model", code="model_not_found")
-    served.check_name(name)
-    return _model(served, name)
+    return _model(served.asked_for(name), name)
 
 
 def _model(served, name):
@@ -83,7 +83,7 @@ def _model(served, name):
         "object": "model",
         "created": served.created,
         "owned_by": "jlayer",
-        "root": served.name,
-        "parent": None,
+        "root": served.base or served.name,
+        "parent": served.base,
         "max_model_len": served.context,
     }
