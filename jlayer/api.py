@@ -30,6 +30,7 @@ from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, check_names, translated
 from jlayer.engine.options import SamplingOptions, check_draft, configured, is_option
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
+from jlayer.engine.session import Sessions
 from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
@@ -124,11 +125,10 @@ def _ref(ref, options):
     return ref
 
 
-class Model:
+class Model(Sessions):
     """A model that is streamed tile by tile.
 
-    Close it, or use it in a `with`, to stop its reader threads. Several threads and several runs
-    may use it at a time.
+    Close it, or use it in a `with`, to stop its threads. Several threads and runs may use it.
     """
 
     def __init__(self, ref: str | os.PathLike, run: RunConfig, watch: Watch | None = None):

@@ -31,6 +31,8 @@ class RunConfig:
     coordinator: str | None = None  # of several processes, ADDR:PORT where number 0 listens
     processes: int | None = None  # on as many hosts
     process_id: int | None = None  # from 0 up
+    prompt_cache: str | None = None  # a folder for the cache entries of prompts, by content
+    prompt_cache_size: int = 10 << 30  # of that folder, in bytes
 
     @classmethod
     def from_options(cls, **options) -> RunConfig:
@@ -42,7 +44,7 @@ class RunConfig:
         for name in options:
             if name not in known:
                 raise UsageError(unknown_name("option", name, known))
-        for name in ("device_memory", "host_memory"):
+        for name in ("device_memory", "host_memory", "prompt_cache_size"):
             if options.get(name) is not None:
                 options[name] = parse_bytes(options[name], option=name)
         if options.get("dtype") is not None:
@@ -61,7 +63,11 @@ class RunConfig:
         for name, least in (("processes", 1), ("process_id", 0)):
             if options.get(name) is not None:
                 options[name] = _number(options[name], name, least)
-        for name, expected in (("draft", "a folder or a hub id"), ("adapter", "a folder")):
+        for name, expected in (
+            ("draft", "a folder or a hub id"),
+            ("adapter", "a folder"),
+            ("prompt_cache", "a folder"),
+        ):
             if options.get(name) is not None:
                 options[name] = _path(options[name], name, expected)
         options["adapters"] = _adapters(options.get("adapters"))

@@ -183,6 +183,14 @@ TESTED = {
     "jlayer eval perplexity path/to/Llama-3-8B-jlayer --text stories.txt": Here(),
     "jlayer plan llama-3.1-70b-instruct --quantize int4 --device-memory 1536MiB "
     "--host-memory 64GiB --context 64": Here(shows=True),
+    # sessions.md
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" -n 40 --save path/to/run '
+    "--save-every 20": Here(),
+    "jlayer generate path/to/Llama-3-8B --resume path/to/run --save path/to/run -n 60": Here(),
+    'jlayer generate path/to/Llama-3-8B -p "Once upon a time" -n 20 '
+    "--prompt-cache path/to/prompts": Here(),
+    "python benchmarks/prompt_cache.py path/to/Llama-3-70B-jlayer --device-memory 4GiB "
+    "--tokens 10000": By("tests/measure/test_prompt_cache.py"),
     # serving.md
     'pip install -e ".[serve]"': Parsed(NETWORK),
     "jlayer serve path/to/Llama-3-8B": Parsed(SERVES),

@@ -54,6 +54,17 @@ def add_run(parser: argparse.ArgumentParser, names=tuple(RUN), **defaults) -> No
         parser.add_argument(flag(name), metavar=_METAVARS[name], default=given, help=line)
 
 
+PROMPTS = {
+    "prompt_cache": ("FOLDER", "keep the cache of prompts there, for what begins like them"),
+    "prompt_cache_size": ("SIZE", "the most of that folder; the oldest goes (default: 10GiB)"),
+}
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    for name, (metavar, line) in PROMPTS.items():
+        parser.add_argument(flag(name), metavar=metavar, help=line)
+
+
 def add_context(parser: argparse.ArgumentParser, default: int | None = None) -> None:
     shown = "" if default is None else f" (default: {default})"
     line = f"the most tokens of prompt and new text together{shown}"

@@ -65,19 +65,22 @@ def told_to_others():
         raise
 
 
-def follow(model, decoding, show, *, view=None, before: str = "", verbose=False) -> dict:
+def follow(
+    model, decoding, show, *, view=None, before: str = "", after=None, verbose=False
+) -> dict:
     """Runs a decoding to its end or to a signal, and returns its result.
 
     `show` takes text (None: no text is shown): that of a single sequence while it grows, that of
     several at the end; token ids where the model has no tokenizer. `view`: as in `progress.shown`.
-    `before`: text to show first. `verbose`: more figures at the end. Raises Interrupted with the
-    result so far.
+    `before`: text to show first. `after`: called with the steps of each forward pass. `verbose`:
+    more figures at the end. Raises Interrupted with the result so far.
     """
     has_text = model.text is not None
     for line in (describe(model, decoding), *model.notes, *decoding.notes):
         tell(line)
     live = show if len(decoding.lanes) == 1 else None
-    stopped, n_shown = None, 0  # characters of the text
+    before += decoding.lanes[0].text  # of a run that goes on
+    stopped, n_shown = None, len(decoding.lanes[0].text)  # characters of the text
     with progress.shown(model, live, words=pass_words(decoding), view=view) as write:
         steps = iter(decoding)
         try:
@@ -87,6 +90,8 @@ def follow(model, decoding, show, *, view=None, before: str = "", verbose=False)
                 if write and has_text:
                     n_shown += len(gained[0].text)  # a signal comes once it is written
                     write(gained[0].text)
+                if after is not None:
+                    after(gained)
         except STOPS as stop:
             stopped = stop
         finally:

@@ -27,12 +27,13 @@ def add_served(parser: argparse.ArgumentParser) -> None:
     options.add_draft(parser)
     options.add_adapters(parser)
     options.add_context(parser)
+    options.add_prompts(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
 
 
 def run_options(args: argparse.Namespace) -> dict:
-    names = (*options.RUN, *options.PROCESSES, "context", "draft", "follow_links")
+    names = (*options.RUN, *options.PROCESSES, *options.PROMPTS, "context", "draft", "follow_links")
     return options.given(args, *names) | options.adapters_of(args)
 
 

@@ -31,6 +31,11 @@ class Handle:
         """Whether no more steps will come."""
         return not self._lane.is_alive
 
+    @property
+    def decoding(self) -> Decoding:
+        """The run behind it."""
+        return self._decoding
+
     def __iter__(self) -> Iterator[Step]:
         return self
 
@@ -77,6 +82,11 @@ class Background:
             decoding.close()
             raise UsageError("submit: takes one prompt and gives one text; submit it several times")
         handle = Handle(decoding, self._scheduler, owner)
+        try:
+            decoding.read_kept()
+        except BaseException:
+            decoding.close()
+            raise
         self._scheduler.join(decoding.riding)
         with self._lock:
             self._runs.append(weakref.ref(decoding))

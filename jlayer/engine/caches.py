@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import jax
@@ -19,13 +19,17 @@ from jlayer.engine.pool import Pool, Table
 from jlayer.engine.programs import Programs
 from jlayer.engine.size import Size
 from jlayer.errors import StorageError
+from jlayer.families.base import CacheSpec
 from jlayer.families.registry import has_state, layer_kinds, windows_of
 from jlayer.model.cache import LayerCache, Rows, cache_struct
 from jlayer.plan.memory import POOLS_ON_DEVICE
-from jlayer.plan.shapes import PoolSizes
+from jlayer.plan.shapes import PoolSizes, power_of_two
 from jlayer.plan.tiles import Tier
+from jlayer.spec import ITEM_BYTES
 from jlayer.streaming.guard import first_line
 from jlayer.streaming.slots import HostMemory
+
+BLOCK_ROWS = 512  # of a pool that are fetched, or placed, at a time
 
 
 class Caches:
@@ -157,6 +161,60 @@ class Caches:
             room = jax.tree.map(np.copy, room)
         return self._programs.pools.put(self._kinds[layer], room)
 
+    # Entries that come from elsewhere, or go there. Between passes, once the pools are `ready`.
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:
+        """The cache of each layer, as it is whole."""
+        return tuple(kind.cache for kind in self._kinds)
+
+    def entry_bytes(self, layer: int) -> int:
+        """Of one entry of a layer: of a token, or the state of a lane."""
+        spec = self._kinds[layer].cache
+        return spec.n_bytes(n_rows=1, item_bytes=ITEM_BYTES[self._programs.dtype])
+
+    def entries(self, layer: int, where: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of the entries in these rows, or slots, of a layer's pool."""
+        found = [self._fetched(layer, some) for some in _blocks_of(where)]
+        names = [array.name for array in self._kinds[layer].cache.arrays]
+        return {name: np.concatenate([one[name] for one in found]) for name in names if found}
+
+    def place(self, layer: int, where: np.ndarray, entries: Mapping[str, np.ndarray]) -> None:
+        """Writes entries into rows, or slots, of a layer's pool. Raises StorageError."""
+        first = 0
+        for some in _blocks_of(where):
+            own = {name: array[first : first + len(some)] for name, array in entries.items()}
+            self._place(layer, some, own)
+            first += len(some)
+
+    def _fetched(self, layer, where):
+        if self.tier is Tier.HOST:
+            return {name: leaf[where] for name, leaf in vars(self._rooms[layer]).items()}
+        kind, padded = self._kinds[layer], _padded(where, 0)
+        program = self._programs.pools.written(kind, pool=self._n_rows(layer), n_rows=len(padded))
+        entries = vars(program(self.layers[layer], padded))
+        fetch = self._programs.pools.fetch
+        return {name: fetch(leaf)[: len(where)].copy() for name, leaf in entries.items()}
+
+    def _place(self, layer, where, entries):
+        if self.tier is Tier.HOST:
+            for name, leaf in vars(self._rooms[layer]).items():
+                leaf[where] = entries[name]
+            return
+        kind, pool = self._kinds[layer], self._n_rows(layer)
+        padded = _padded(where, pool)
+        struct = cache_struct(kind.cache, n_rows=len(padded), dtype=self._programs.dtype)
+        new = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in vars(struct).items()}
+        for name, array in entries.items():
+            new[name][: len(where)] = array
+        program = self._programs.pools.placed(kind, pool=pool, n_rows=len(padded))
+        put = self._programs.pools.put(kind, type(struct)(**new))
+        try:
+            placed = program({"rows": padded, "entries": put}, self.layers[layer])
+            self.layers[layer] = jax.block_until_ready(placed)
+        except jax.errors.JaxRuntimeError as error:
+            raise StorageError(f"the cache: the device failed ({first_line(error)})") from error
+
     # A forward pass with pools in host memory.
 
     def compile(self, size: Size) -> None:
@@ -243,6 +301,17 @@ class Caches:
 
 def _n_rows(cache: LayerCache) -> int:
     return jax.tree.leaves(cache)[0].shape[0]
+
+
+def _blocks_of(where):
+    """Rows in blocks, so that there are few programs, and little beside the pool."""
+    return [where[first : first + BLOCK_ROWS] for first in range(0, len(where), BLOCK_ROWS)]
+
+
+def _padded(where, filling):
+    """Rows, padded to a power of two."""
+    more = power_of_two(len(where)) - len(where)
+    return np.pad(where.astype(np.int32), (0, more), constant_values=filling)
 
 
 def _is_lost(leaf):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -22,10 +22,12 @@ from jlayer.engine.kept import Ended
 from jlayer.engine.lane import Constraint, Lane, Step
 from jlayer.engine.ledger import Ticket
 from jlayer.engine.options import DEFAULT_NEW_TOKENS, SamplingOptions
+from jlayer.engine.past import Past
 from jlayer.engine.report import Account, Clock, Stats
 from jlayer.engine.scores import PromptScores, as_json
 from jlayer.engine.shaping import shape_of
 from jlayer.engine.stops import StopStrings
+from jlayer.engine.unguessed import what_is_not_guessed
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class Decoding:
     and stop strings are looked for as in transformers. Without a seed in `options`, each prompt
     draws one of its own. `most_unread`: so many steps of a sequence may wait to be taken; None: any
     number. `constraint`: what each text may be. `shown`: as of `Lane`.
+    `past`: what it goes on from, where it was begun before.
     `functions`: the user's; with them a run has no guesses.
 
     `lanes`: the sequences that are asked for; `riding`: all that ride for these, such as the beams
@@ -61,6 +64,7 @@ class Decoding:
     """
 
     keeps = False  # whether iterating it ends with `keep`, for a run of one prompt
+    before_end: Callable[[], None] | None = None  # called when iterating it ends, before `close`
 
     def __init__(
         self,
@@ -74,10 +78,12 @@ class Decoding:
         waits: bool = False,
         constraint: Constraint | None = None,
         shown: Collection[int] = (),
+        past: Past | None = None,
         functions: Functions | None = None,
     ):
-        self._engine, self.options = engine, options
-        self._comes_whole = comes_whole(options, functions)
+        self.engine = self._engine = engine
+        self.options, self.rows, self._past = options, rows, past
+        self.functions, self._comes_whole = functions, comes_whole(options, functions)
         if functions is not None:
             functions.check(options)
         for row in rows:
@@ -100,6 +106,7 @@ class Decoding:
         self.stats = Stats(load_s=engine.load_s)
         account, adapter = Account(self.stats), engine.store.adapter_number(options.adapter)
         self._tickets: list[Ticket] = []
+        self._boarded, self._is_begun = [], False  # of each prompt the first lane; see `read_kept`
         with engine.turn():  # what fits still does when the run is admitted
             most = self._most_that_fit(rows, limits)
             n_shown = options.num_return_sequences
@@ -137,10 +144,17 @@ class Decoding:
                 text=text,
                 stop_text=stop_text,
             )
+            if past is not None:
+                past.take_up(self.lanes)
             self._end = weakref.finalize(self, _leave, self.riding, self._tickets)
             self._begin(self._shape(rows, [min(limit, most) for limit in limits]), waits)
         self._compiles_before = dict(engine.compiles)
-        self.notes = (*self._what_was_cut(rows), *self._what_is_not_guessed(rows))
+        each = options.num_return_sequences
+        whole = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
+        self.notes = (
+            *self._what_was_cut(rows),
+            *what_is_not_guessed(self, whole, is_admitted=bool(self._tickets)),
+        )
 
     def _begin(self, shape, waits):
         """Admits all prompts, or the first ones if there is no room for all."""
@@ -182,6 +196,9 @@ class Decoding:
         self.stats.sweep_bytes = self.plan.tiling.n_bytes
         for lane, table in zip(lanes, tables, strict=True):
             lane.board(table, capacity_for(shape.context))
+        self._boarded += [group.lanes[0] for group in groups]
+        if self._is_begun:
+            self.read_kept()
         ticket.on_end(lambda: all(not lane.is_alive for lane in lanes))
         self.stats.kept_tokens += len(tables[0])
 
@@ -189,6 +206,8 @@ class Decoding:
         """(a ticket, a table for each lane). The first one has the entries of a kept text that
         begins like its own, if there is one: takes over the table of one that it goes on from, and
         shares the rows of one that goes on in another way."""
+        if self._past is not None:
+            return self._past.board(self._engine, shape, lanes)
         engine, kept, first = self._engine, self._engine.kept, lanes[0]
         alike = first.history[: first.n_shareable + 1]
         how = {"is_long": first.has_switched, "adapter": first.adapter}
@@ -212,6 +231,16 @@ class Decoding:
         if not tables[0].can_go_on:  # a layer has no more than its window, or its state, at the end
             tables[0].cut(0)
         return ticket, tables
+
+    def read_kept(self) -> None:
+        """Begins: reads what is kept on disk of prompts, once they are admitted. Raises
+        CheckpointError or StorageError."""
+        self._is_begun, lanes, self._boarded = True, self._boarded, []
+        if self._engine.prompt_cache is not None and self._past is None:
+            clock = Clock()
+            with self._engine.turn():
+                self.stats.kept_tokens += self._engine.prompt_cache.admit(lanes)
+            self.stats.prefill_s += clock.lap()
 
     def _stops(self, row, stop_text):
         if not self.options.stop or stop_text is None:
@@ -266,29 +295,6 @@ class Decoding:
         shape = self._tickets[0].shape
         return shape.nodes // shape.batch
 
-    def _what_is_not_guessed(self, rows):
-        """What the user should hear: that there is no room for the guesses that were asked for, or
-        that the draft model's context is too short."""
-        engine, options, each = self._engine, self.options, self.options.num_return_sequences
-        shape = self._shape(rows, [lane.limit for lane in self.lanes[::each]])
-        wanted, found = shape.nodes // shape.batch, self.n_guesses
-        is_asked = options.draft_tokens is not None or (engine.draft is not None and not found)
-        if self._tickets and found < wanted and is_asked:
-            missing = None if engine.n_alive > 1 else engine.shortage(shape)
-            yield (
-                f"draft_tokens: {found or 'no'} guesses a forward pass instead of {wanted}; "
-                + (missing or "the other runs that are alive leave no room for more")
-            )
-        longest = max(lane.n_prompt + lane.limit for lane in self.lanes)
-        drafts = engine.draft is not None and options.speculate in ("auto", "draft") and found
-        if drafts and longest > engine.draft.context_limit:
-            limit = engine.draft.context_limit
-            rest = "come from the text alone" if options.speculate == "auto" else "end"
-            yield (
-                f"draft: {engine.draft.folder} has a context of {limit} tokens, the run of up to "
-                f"{longest}: guesses {rest} after {limit}"
-            )
-
     def __iter__(self) -> Iterator[list[Step | None]]:
         """Yields a list whenever a forward pass has given something: the Step of each sequence,
         None if it has none."""
@@ -303,7 +309,11 @@ class Decoding:
         self._end()
 
     def _finish(self):
-        self.keep() if self.keeps else self.close()
+        try:
+            if self.before_end is not None and not self.is_closed:
+                self.before_end()
+        finally:
+            self.keep() if self.keeps else self.close()
 
     def keep(self) -> None:
         """Ends a run of one prompt now, and keeps the entries of its first text for a prompt that
@@ -390,6 +400,7 @@ class Decoding:
         return [lane.scores for lane in self.lanes[::each] for _ in range(each)]
 
     def _steps(self):
+        self.read_kept()
         clock, scheduler = Clock(), self._engine.scheduler
         scheduler.join(self.riding)
         filled = scheduler.prepare()

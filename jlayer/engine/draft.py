@@ -6,7 +6,8 @@ pools of both, so what is accepted there is kept here, and what is rejected is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +23,7 @@ from jlayer.engine.programs import Programs
 from jlayer.errors import StorageError, UnsupportedModelError
 from jlayer.model.cache import LayerCache, cache_struct
 from jlayer.model.whole import likeliest, one_kind
-from jlayer.plan.shapes import LEAST_ROWS
+from jlayer.plan.shapes import LEAST_ROWS, power_of_two
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
@@ -117,6 +118,53 @@ class DraftModel:
         """These pool rows have been taken for other tokens."""
         self._written[rows[rows < len(self._written)]] = False
 
+    @property
+    def n_layers(self) -> int:
+        return self.cfg.num_hidden_layers
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of the entries of a token, in all layers."""
+        struct = self._struct(1)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(struct))
+
+    def entries(self, layer: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of a layer's entries in these pool rows, which are known: see `n_known`."""
+        at = layer * self.n_rows + rows
+        return {name: np.asarray(leaf[at]) for name, leaf in vars(self.pools).items()}
+
+    def place(self, layer: int, rows: np.ndarray, entries: Mapping[str, np.ndarray]) -> None:
+        """Writes a layer's entries into these pool rows; those of the last layer make them known.
+        Raises StorageError."""
+        padded = np.full(power_of_two(len(rows)), self.n_layers * self.n_rows, np.int32)
+        padded[: len(rows)] = layer * self.n_rows + rows
+        more = len(padded) - len(rows)
+        new = {
+            name: np.pad(array, ((0, more), *[(0, 0)] * (array.ndim - 1)))
+            for name, array in entries.items()
+        }
+        try:
+            given = jax.device_put({"rows": padded, "entries": LayerCache(**new)}, self._device)
+            self.pools = jax.block_until_ready(self._placing(given)(given, self.pools))
+        except jax.errors.JaxRuntimeError as error:
+            self.drop()
+            raise _device_failed(error) from error
+        if layer == self.n_layers - 1:
+            self._written[rows] = True
+
+    def _placing(self, given):
+        """({rows, entries}, pools) -> pools."""
+
+        def place(given, pools):
+            def into(entry, new):
+                return entry.at[given["rows"]].set(new, mode="drop")
+
+            return jax.tree.map(into, pools, given["entries"])
+
+        struct = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype), given)
+        label = f"draft placed {len(given['rows'])} of {self.n_rows}"
+        return self._programs.get(label, (), place, (struct, self._struct(self.n_rows)))
+
     def drop(self) -> None:
         """Frees the pools."""
         self.pools, self._written = None, np.zeros(0, bool)
@@ -142,7 +190,7 @@ class DraftModel:
         return Likeliest(found[:, 0], np.ascontiguousarray(found[:, 1]).view(np.float32))
 
     def _run(self, part):
-        self._reserve(part.size.pool)
+        self.reserve(part.size.pool)
         n_wanted = _n_wanted(part)
         program = self._program(part.size, n_wanted)
         wanted = np.zeros(n_wanted, np.int32)
@@ -189,7 +237,7 @@ class DraftModel:
         label = f"draft {size.rows} {size.attends()} wanted {n_wanted}"
         return self._programs.get(label, most_ids, function, (given, self._struct(size.pool)))
 
-    def _reserve(self, n_rows):
+    def reserve(self, n_rows: int) -> None:
         """Makes the pools, or lets them grow."""
         before = len(self._written)
         if self.pools is not None and before == n_rows:

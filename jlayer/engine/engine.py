@@ -29,6 +29,7 @@ from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.messages import packed_shape
 from jlayer.engine.programs import Programs
+from jlayer.engine.prompt_cache import PromptCache
 from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
@@ -68,8 +69,7 @@ class Engine:
         self.watch.phase("reading headers")
         self.hosts = hosts_of(run)
         self.store = opened(folder, run, self.hosts)
-        self.cfg = self.store.cfg
-        self.dtype = run.dtype or self.store.float_dtype
+        self.cfg, self.dtype = self.store.cfg, run.dtype or self.store.float_dtype
         self.draft = draft_for(self.store, run, self.dtype)
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
@@ -79,6 +79,7 @@ class Engine:
         self._ledger = Ledger(on_empty=self.drop_entries)
         self.kept = Kept(self._ledger)
         self.caches = Caches(self.programs, tables=lambda: self._ledger.tables)
+        self.prompt_cache = PromptCache.of(self)
         self._closed = False
         self._executor: Executor | None = None
         self.host, self.helping = None, Helping()
@@ -113,8 +114,7 @@ class Engine:
         )
         self.speculation = Speculation(self, self.draft)
         self.scheduler = Scheduler(self, self.speculation)
-        self.host_peak_bytes = anonymous_bytes()
-        self.device_peak_bytes = 0
+        self.host_peak_bytes, self.device_peak_bytes = anonymous_bytes(), 0
         self.load_s = clock.lap()
 
     def drop_entries(self) -> None:

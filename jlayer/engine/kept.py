@@ -38,6 +38,11 @@ class Kept:
     def __len__(self) -> int:
         return len(self._ended)
 
+    @property
+    def latest(self) -> Ended | None:
+        """The one that was used last."""
+        return self._ended[-1] if self._ended else None
+
     def put(self, ended: Ended) -> None:
         self._ended.append(ended)
         while len(self._ended) > self.most:

@@ -53,6 +53,18 @@ class Constraint(Protocol):
     def copy(self) -> Constraint: ...
 
 
+class Keeper(Protocol):
+    """What keeps the cache entries of a prompt: see `PromptCache`."""
+
+    def most(self, first: int, n_tokens: int) -> int:
+        """How many of the next tokens ride in one pass."""
+        ...
+
+    def after_pass(self, lane: Lane) -> None:
+        """Takes note of a pass in which the lane rode."""
+        ...
+
+
 class Lane:
     """One sequence that is continued: its ids, its text, and whether and why it has ended.
 
@@ -92,6 +104,7 @@ class Lane:
         self.options = options
         self.account = account
         self.table: Table | None = None  # until it is admitted
+        self.keeper: Keeper | None = None  # of its prompt, where that is to be kept
         self.capacity = 0
         self.unread: deque[Step] = deque()
         self.error: Exception | None = None
@@ -251,6 +264,12 @@ class Lane:
             )
         )
         return count
+
+    def replay(self, choices: Sequence[Choice]) -> None:
+        """Adds tokens that an earlier process drew: no step waits for them, and no figure counts
+        them."""
+        for choice in choices:
+            self._add(choice)
 
     def become(self, choices: Sequence[Choice]) -> None:
         """Ends it with this text in place of what it has, of which the cache entries that are not

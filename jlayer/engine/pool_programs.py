@@ -84,6 +84,21 @@ class PoolPrograms:
         label, how = f"written rows {n_rows} of {pool}", {"reuses": False}
         return self._get(label, (kind.cache,), rows_of, given, results=self.over(kind), **how)
 
+    def placed(self, kind: LayerKind, *, pool: int, n_rows: int) -> Callable:
+        """The program ({rows [R], entries [R, ...]}, a pool) -> the pool with these entries in
+        these rows; rows beyond the pool are dropped."""
+
+        def place(given, cache):
+            def into(entry, new):
+                return entry.at[given["rows"]].set(new, mode="drop")
+
+            return jax.tree.map(into, cache, given["entries"])
+
+        rows = jax.ShapeDtypeStruct((n_rows,), "int32")
+        given = {"rows": rows, "entries": self.struct(kind, n_rows)}
+        label, args = f"placed rows {n_rows} of {pool}", (given, self.struct(kind, pool))
+        return self._get(label, (kind.cache,), place, args, results=self.over(kind))
+
     def _part(self, kind, n):
         """Of each entry what there is in each of `n` equal parts of the devices."""
         if not self.deals_heads(kind):

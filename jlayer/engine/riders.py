@@ -137,6 +137,8 @@ def choose_riders(
         if rider is None:
             continue
         n_tokens = min(rider.end - rider.first, room)
+        if lane.keeper is not None:
+            n_tokens = lane.keeper.most(rider.first, n_tokens)
         while n_tokens > 1 and not fits(n_tokens, rider.after):
             n_tokens //= 2
         if n_tokens < 1 or not fits(n_tokens, rider.after):

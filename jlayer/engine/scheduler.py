@@ -172,6 +172,9 @@ class Scheduler:
             moved = engine.totals.since(before)
             self._commit(riders, logits, drawn, commits, seconds, moved)
             speculation.learn(drawn, parts, seconds)
+            for rider in riders:
+                if rider.lane.keeper is not None:
+                    rider.lane.keeper.after_pass(rider.lane)
             n_prompt_rows = sum(r.end - r.first for r in riders if r.end - r.first > 1)
             if n_compiled < sum(engine.compiles.values()):
                 return True  # it took longer than the next one of its kind

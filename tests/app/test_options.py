@@ -50,6 +50,7 @@ def by_flag():
 TWO_MEANINGS = {
     *("--chat", "--chat-template", "--dtype", "--quantize", "--system", "--template-var"),
     *("--adapter", "--seed"),  # of a run, and of what is trained
+    "--save-every",  # tokens of a text, steps of tuning
 }
 
 

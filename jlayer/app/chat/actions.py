@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import Protocol
 
-from jlayer.app.chat import commands, files
+from jlayer.app.chat import commands, files, folders
 from jlayer.app.chat.commands import Command, number_of
 from jlayer.app.chat.conversation import Conversation
 from jlayer.app.chat.reading import Cleared, Keyboard, Pipe
@@ -129,12 +129,18 @@ def save(session: Home, command: Command) -> None:
     path = os.path.expanduser(command.rest)
     if not session.conversation.exchanges:
         raise UsageError("/save: nothing was said yet")
+    is_folder = path.endswith("/") or os.path.isdir(path)
+    is_replacing = folders.holds_one(path) if is_folder else is_there(path, follow=False)
     replaces = command.insists
-    if not replaces and session.source.is_terminal and is_there(path, follow=False):
+    if not replaces and session.source.is_terminal and is_replacing:
         if not _agreed(session, f"{path} exists; replace it? [y/N] "):
             session.say("nothing was saved")
             return
         replaces = True
+    if is_folder:
+        n_tokens = folders.save(path, session.model, session.conversation, replace=replaces)
+        session.say(f"saved to {path}, with the cache of {n_tokens:,} tokens")
+        return
     files.save(path, session.conversation, replace=replaces)
     session.say(f"saved to {path}")
 
@@ -150,7 +156,10 @@ def load(session: Home, command: Command) -> None:
     path = os.path.expanduser(command.rest) or session.last_path
     if path is None:
         raise UsageError("/load: expected /load F")
-    found = files.load(path)
+    if os.path.isdir(path):
+        found = folders.load(path, session.model, say=session.say)
+    else:
+        found = files.load(path)
     before = len(session.conversation.exchanges)
     session.conversation.system = found.system
     session.conversation.exchanges[:] = found.exchanges

@@ -16,7 +16,10 @@ COMMANDS = {
     "drop": ("N", "drop the oldest N messages with their answers"),
     "retry": ("", "answer the last message again"),
     "edit": ("[N]", "change the last message, or message N, and send it again"),
-    "save": ("F", "write the conversation to a new file; /save! F replaces one"),
+    "save": (
+        "F",
+        "write the conversation to a new file, or with its cache to a folder F/; /save! replaces",
+    ),
     "load": ("[F]", "go on with a saved conversation; without F, with the last one"),
     "stats": ("", "show tokens, passes, seconds, context and memory"),
     "exit": ("", "leave; so do Ctrl-D, and Ctrl-C twice"),

@@ -48,6 +48,7 @@ def add_arguments(parser):
     options.add_draft(parser)
     options.add_adapter(parser)
     options.add_context(parser)
+    options.add_prompts(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
 
@@ -58,7 +59,14 @@ def run(args) -> dict | None:
     run_options = {
         **(preset(args.preset) if args.preset else {}),
         **options.given(
-            args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+            args,
+            *options.RUN,
+            *options.PROCESSES,
+            *options.PROMPTS,
+            "context",
+            "draft",
+            "adapter",
+            "follow_links",
         ),
     }
     check_draft_of(sampling, run_options)

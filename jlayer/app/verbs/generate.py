@@ -18,6 +18,7 @@ from jlayer.app.inputs import (
 )
 from jlayer.app.running import follow, write_text
 from jlayer.app.sampling import add_sampling, check_draft_of, sampling_of
+from jlayer.app.saving import add_saving, check_saving, saving
 from jlayer.app.templates import TEMPLATE, VARIABLE, add_template, system_of, template_of
 from jlayer.app.together import followed, opened_for
 from jlayer.catalogue import preset
@@ -47,11 +48,13 @@ def add_arguments(parser):
     chat.add_argument(
         "--show-prompt", action="store_true", help="print the prompt as the model gets it, and end"
     )
+    add_saving(parser)
     options.add_run(parser)
     options.add_processes(parser)
     options.add_draft(parser)
     options.add_adapter(parser)
     options.add_context(parser)
+    options.add_prompts(parser)
     options.add_offline(parser)
     options.add_follow_links(parser)
     timeline.add_option(parser)
@@ -68,24 +71,38 @@ def run(args) -> dict | None:
             raise UsageError(f"{found}; add --json")
     sampling = sampling_of(args)
     form = chat_form(args)
-    prompt = read_prompt(args)
-    if args.show_prompt:
-        return show_prompt(args, prompt, form)
+    if args.show_prompt and args.resume is None:
+        return show_prompt(args, read_prompt(args), form)
     run_options = {
         **(preset(args.preset) if args.preset else {}),
         **options.given(
-            args, *options.RUN, *options.PROCESSES, "context", "draft", "adapter", "follow_links"
+            args,
+            *options.RUN,
+            *options.PROCESSES,
+            *options.PROMPTS,
+            "context",
+            "draft",
+            "adapter",
+            "follow_links",
         ),
     }
     check_draft_of(sampling, run_options)
+    templates = [name for name in form if form[name]]
+    check_saving(args, [*sampling, *templates], run_options)
+    prompt = read_prompt(args) if args.resume is None else None
     if followed(args, run_options):
         return None
     with opened_for(args, run_options) as model:
         check()
-        decoding, _ = model.decoding(prompt, options=sampling, **form)
+        if args.resume is None:
+            decoding, is_single = model.decoding(prompt, options=sampling, **form)
+        else:
+            session = model.load_session(args.resume, **sampling)
+            decoding, is_single = session.decoding, session.is_single
+        after = saving(args, decoding, is_single=is_single)
         with timeline.recorded(model, args.timeline, name_of(args.ref)):
             show = None if args.json else write_text
-            return follow(model, decoding, show, verbose=args.verbose)
+            return follow(model, decoding, show, after=after, verbose=args.verbose)
 
 
 def chat_form(args) -> dict:

@@ -6,6 +6,7 @@ import jlayer
 from jlayer import AutoModel
 from jlayer.app.chat.conversation import Exchange
 from jlayer.app.chat.reading import Cleared
+from jlayer.app.chat.session import TurnsFailed
 from jlayer.app.ending import Interrupted
 from jlayer.errors import StorageError
 from tests.app.chat.talk import CLEARED, CTRL_C, PLAIN, TEMPLATE, chat, failing, n_alike
@@ -242,6 +243,36 @@ def test_a_conversation_is_saved_and_goes_on_in_another_chat(model, tmp_path, ca
     assert capsys.readouterr().err.count("nothing was saved") == 1
     third = chat(model, f"/load {path}", is_terminal=False)
     assert third.run()["messages"] == result["messages"]
+
+
+def test_a_conversation_that_is_saved_to_a_folder_costs_its_new_tokens_alone(
+    model, fable, tmp_path, capsys
+):
+    path = tmp_path / "talk"
+    turns = Turns()
+    first = chat(model, FIRST, f"/save {path}/", f"/save {path}", "n", lambda: note())
+    note = turns.note(first)
+    first.run()
+    ((last, messages),) = turns
+    n_cached = last.prompt_tokens + last.new_tokens - 1
+    said = capsys.readouterr().err
+    assert f"saved to {path}/, with the cache of {n_cached} tokens" in said
+    assert "nothing was saved" in said
+    with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as other:
+        second = chat(other, f"/load {path}", SECOND, lambda: note())
+        note = turns.note(second)
+        result = second.run()
+        other.engine.kept.clear()
+        assert not other.engine.n_alive
+    assert result["messages"][:-2] == messages
+    before, tokens, _ = afresh(model, messages[:-1])
+    ids, _, text = afresh(model, result["messages"][:-1])
+    assert result["messages"][-1]["content"] == text
+    assert turns[-1][0].kept_tokens == n_alike([*before, *tokens][:-1], ids) > last.prompt_tokens
+    with AutoModel.from_pretrained(fable, device="cpu") as other:
+        refused = chat(other, f"/load {path}", is_terminal=False)
+        with pytest.raises(TurnsFailed, match="saved with another dtype"):
+            refused.run()
 
 
 def test_a_message_without_an_answer_is_answered_by_retry(model, tmp_path):

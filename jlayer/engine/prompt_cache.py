@@ -1,0 +1,315 @@
+"""Prompts whose cache entries stay on disk, by content: a prompt that begins like one before costs
+reading what they share.
+
+Entries are kept in blocks of BLOCK tokens. The name of a block is a hash of its tokens, of the
+block before it and of the model; so texts that begin alike have the same first blocks, whoever
+computed them. What the next token sees of layers with a window, and the state of layers with one,
+cannot be cut: they are kept beside a block as its end, and only where a forward pass has ended
+there. For such models passes are made to end at the last whole block of a prompt, and where it
+parts from those before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from jlayer.checkpoint.store import Store
+from jlayer.durable import LOCK, open_lock
+from jlayer.engine import entries
+from jlayer.engine.caches import Caches
+from jlayer.engine.deciding import is_one_of_several
+from jlayer.engine.identity import check_identity, identity_of, key_of
+from jlayer.engine.lane import Lane
+from jlayer.engine.speculation import Speculation
+from jlayer.engine.states import UNFINISHED, read_state, remove_state, write_state
+from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
+from jlayer.run_config import RunConfig
+from jlayer.sizes import human
+from jlayer.strict import close
+
+# A forward pass takes as long for so many tokens as for one, so that shorter blocks gain nothing.
+BLOCK = 256
+STEP_S = 1e-3  # between the times of use of a text's blocks
+END = ".end"  # after the name of a block
+_KEY, _NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}(\.end)?")
+
+
+class Home(Protocol):
+    """What it needs of an engine."""
+
+    run: RunConfig
+    store: Store
+    dtype: str
+    caches: Caches
+    speculation: Speculation
+
+
+@dataclass
+class Keeper:
+    """Of a lane whose prompt is to be kept. `names`: of its blocks; `marks`: after so many blocks a
+    forward pass ends."""
+
+    cache: PromptCache
+    names: list[str]
+    marks: list[int] = field(default_factory=list)
+
+    def most(self, first: int, n_tokens: int) -> int:
+        """How many of the next tokens, from token `first` on, ride in one pass."""
+        ends = [BLOCK * mark - first for mark in self.marks]
+        return min([n_tokens, *(end for end in ends if end > 0)])
+
+    def after_pass(self, lane: Lane) -> None:
+        """Keeps what a pass has computed. An error is the lane's own: others ride on."""
+        n_blocks, rest = divmod(len(lane.table), BLOCK)
+        is_last = n_blocks >= len(self.names)
+        if lane.table.is_closed or not (is_last or (not rest and n_blocks in self.marks)):
+            return
+        if is_last:
+            lane.keeper = None
+        try:
+            self.cache.keep(self.names[:n_blocks], lane, has_end=not rest and bool(self.marks))
+        except JlayerError as error:
+            lane.fail(error)
+
+
+class PromptCache:
+    """The prompts of one model in a folder, which holds those of others as well; in all at most
+    `most_bytes`: what was used longest ago goes first. Several processes may share it.
+
+    Raises UsageError or StorageError.
+    """
+
+    def __init__(self, folder: str, most_bytes: int, home: Home):
+        self.folder, self.most_bytes, self._home = folder, most_bytes, home
+        self._identity = identity_of(home.store, home.dtype)
+        self._root = os.path.join(os.path.abspath(folder), key_of(self._identity))
+        specs = home.caches.specs
+        self.has_ends = any(spec.kind == "state" or spec.window is not None for spec in specs)
+        self._check()
+
+    @classmethod
+    def of(cls, home: Home) -> PromptCache | None:
+        """That of the run's options; None without one."""
+        if home.run.prompt_cache is None:
+            return None
+        if is_one_of_several():
+            raise UsageError(
+                "prompt_cache: each of several processes has its own part of the cache, and they "
+                "cannot keep prompts yet; leave it out"
+            )
+        return cls(home.run.prompt_cache, home.run.prompt_cache_size, home)
+
+    def _check(self):
+        caches = self._home.caches
+        whole = [n for n, spec in enumerate(caches.specs) if entries.grows(spec)]
+        block_bytes = BLOCK * sum(map(caches.entry_bytes, whole))
+        if block_bytes > self.most_bytes:
+            raise UsageError(
+                f"prompt_cache_size: found {human(self.most_bytes)}, and {BLOCK} tokens of this "
+                f"model take {human(block_bytes)}; give more"
+            )
+        try:
+            os.makedirs(self._root, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"prompt_cache: {self.folder} cannot be written ({error.strerror})"
+            ) from None
+
+    # Ahead of a run's first pass; within a turn.
+
+    def admit(self, lanes: Sequence[Lane]) -> int:
+        """Gives the first of these lanes the entries of its first tokens that are kept, where these
+        are more than it has: others that begin alike share them, as they are planned to. Has the
+        prompts of all kept, once they are computed. -> how many tokens were read. Raises
+        CheckpointError or StorageError."""
+        there = [lane for lane in lanes if lane.table is not None and not lane.table.is_closed]
+        n_read = sum(map(self._fill, there[:1]))
+        for lane in there:
+            self._watch(lane)
+        return n_read
+
+    def _fill(self, lane):
+        names, table = self._names(lane)[: lane.n_shareable // BLOCK], lane.table
+        with self._locked(fcntl.LOCK_SH):
+            count = self._n_loadable(names)
+            if BLOCK * count <= (n_before := len(table)):
+                return 0
+            table.cut(0)
+            self._load(names[:count], lane.history, table)
+        lane.board(table, lane.capacity)  # with entries from now on
+        return len(table) - n_before
+
+    def _watch(self, lane):
+        names = self._names(lane)[: (lane.n_prompt - 1) // BLOCK]
+        n_there = self._n_there(names)
+        n_known = len(lane.table) // BLOCK
+        if not self.has_ends:
+            if n_there < len(names):
+                lane.keeper = Keeper(self, names)
+            return
+        marks = sorted(
+            mark
+            for mark in {n_there, len(names)}
+            if mark > n_known and not self._is_there(names[mark - 1] + END)
+        )
+        if marks:
+            lane.keeper = Keeper(self, names[: marks[-1]], marks)
+
+    def _names(self, lane) -> list[str]:
+        """Of the blocks of a lane's text."""
+        # Entries of a text beyond the switch of its rotary embedding are others, and those of each
+        # of several adapters.
+        own = key_of(self._identity), lane.has_switched, lane.adapter
+        digest = hashlib.sha256(repr(own).encode())
+        names, tokens = [], np.array(lane.history, np.int32)
+        for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            digest.update(tokens[first : first + BLOCK].tobytes())
+            names.append(digest.hexdigest()[:32])
+        return names
+
+    def _is_there(self, name):
+        return os.path.isdir(os.path.join(self._root, name))
+
+    def _n_there(self, names):
+        """How many of the first blocks are there."""
+        return next((n for n, name in enumerate(names) if not self._is_there(name)), len(names))
+
+    def _n_loadable(self, names):
+        count = self._n_there(names)
+        while self.has_ends and count and not self._is_there(names[count - 1] + END):
+            count -= 1
+        return count
+
+    def _load(self, names, history, table):
+        caches = self._home.caches
+        caches.ready()
+        caches.make_room()
+        n_tokens = BLOCK * len(names)
+        places = [np.arange(n_tokens, dtype=np.int32)]
+        with entries.placing(caches.pool, [table], places) as new:
+            self._home.speculation.forget(new.rows)
+            for number, name in enumerate(names):
+                own = slice(BLOCK * number, BLOCK * (number + 1))
+                self._place(name, history[own], entries.growing(new.rows[own]))
+            if self.has_ends:
+                own = slice(n_tokens - BLOCK, n_tokens)
+                self._place(names[-1] + END, history[own], entries.ending(new))
+        self._touch(names)
+
+    def _place(self, name, tokens, where):
+        state = read_state(os.path.join(self._root, name))
+        check_identity(state.facts.get("model", {}), self._identity, where=state.path)
+        if state.facts.get("tokens") != list(tokens):
+            raise CheckpointError(f"{state.path}: a kept prompt of other tokens; remove it")
+        for part in state.parts():
+            entries.place(self._home.caches, part, where)
+
+    def _touch(self, names):
+        """They were used just now, the last blocks of a text a little before its first ones: these
+        go last, since no others are of use without them."""
+        now = time.time()
+        for place, name in enumerate(reversed(names)):
+            used = now + place * STEP_S
+            for path in (os.path.join(self._root, own) for own in (name, name + END)):
+                with contextlib.suppress(FileNotFoundError):  # it has no end
+                    os.utime(path, (used, used))
+
+    # After a pass; within its turn.
+
+    def keep(self, names: Sequence[str], lane: Lane, *, has_end: bool) -> None:
+        """Writes the blocks of a lane's first tokens that are not there yet. `has_end`: they are
+        all that its table has. Raises StorageError."""
+        caches, rows, history = self._home.caches, lane.table.rows, lane.history
+        listed, began = entries.listed(caches.pool, [lane.table]), time.time()
+        with self._locked(fcntl.LOCK_EX):
+            self._touch(names)
+            held = Held(os.path.dirname(self._root), self.most_bytes, before=began)
+
+            def write(name, own, where):
+                path = os.path.join(self._root, name)
+                if os.path.isdir(path):
+                    return True
+                facts = {"of": "prompt", "model": self._identity, "tokens": history[own]}
+                n_bytes = entries.n_bytes(caches, where)
+                write_state(path, facts, entries.parts(caches, where), n_bytes=n_bytes)
+                return held.add(path)
+
+            for number, name in enumerate(names):
+                own = slice(BLOCK * number, BLOCK * (number + 1))
+                if not write(name, own, entries.growing(rows[own])):
+                    break
+            else:
+                if has_end:
+                    write(names[-1] + END, own, entries.ending(listed))
+            self._touch(names)
+
+    @contextmanager
+    def _locked(self, how) -> Iterator[None]:
+        """Nothing is removed while another process reads."""
+        path = os.path.join(os.path.dirname(self._root), LOCK)
+        try:
+            fd = open_lock(path)
+        except OSError as error:
+            raise StorageError(
+                f"prompt_cache: {self.folder} cannot be written ({error.strerror})"
+            ) from None
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(fd, how)
+            yield
+        finally:
+            close(fd)
+
+
+class Held:
+    """The blocks of all models in a folder, while some are added: in all at most `most_bytes`.
+    `before`: what was used last before this time may go."""
+
+    def __init__(self, folder: str, most_bytes: int, *, before: float):
+        self._most_bytes, self._before = most_bytes, before
+        self._there = sorted(_blocks_in(folder))
+        self._n_bytes = sum(size for _, _, size in self._there)
+
+    def add(self, path: str) -> bool:
+        """A block was written: the oldest ones go until all is within the bound. Where that is not
+        enough, it goes itself: False."""
+        self._n_bytes += (size := _bytes_of(path))
+        while self._n_bytes > self._most_bytes and self._there and self._there[0][0] < self._before:
+            _, oldest, n_bytes = self._there.pop(0)
+            remove_state(oldest)
+            self._n_bytes -= n_bytes
+        if self._n_bytes <= self._most_bytes:
+            return True
+        remove_state(path)
+        self._n_bytes -= size
+        return False
+
+
+def _blocks_in(folder):
+    """(when it was used last, its path, its bytes) of each block of all models; what a killed
+    process has left counts as the oldest."""
+    for key in filter(_KEY.fullmatch, os.listdir(folder)):
+        for name in os.listdir(os.path.join(folder, key)):
+            path = os.path.join(folder, key, name)
+            if _NAME.fullmatch(name.removesuffix(UNFINISHED)):
+                used = 0.0 if name.endswith(UNFINISHED) else os.stat(path).st_mtime
+                yield used, path, _bytes_of(path)
+
+
+def _bytes_of(folder):
+    return sum(
+        os.path.getsize(os.path.join(where, name))
+        for where, _, names in os.walk(folder)
+        for name in names
+    )

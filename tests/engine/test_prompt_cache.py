@@ -1,0 +1,185 @@
+"""Prompts that begin like one before take its cache entries from disk, and give the same tokens."""
+
+import os
+
+import pytest
+
+import jlayer
+from jlayer.engine import prompt_cache
+from jlayer.errors import CheckpointError, StorageError, UsageError
+from tests.campaigns import slow_but
+from tests.engine.sessions import (
+    DRAWN,
+    KINDS,
+    PLAIN,
+    draft_of,
+    opened,
+    saved_model,
+    tokens_of,
+    undisturbed,
+)
+
+BLOCK = 8
+PROMPT = [7 + n for n in range(61)]
+OTHER = [*PROMPT[:37], *range(90, 110)]  # parts from it in its fifth block
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_cache, "BLOCK", BLOCK)
+        yield
+
+
+@pytest.fixture(scope="module", params=slow_but(KINDS, ("llama", "qwen3_5")))
+def folder(request, tmp_path_factory):
+    return saved_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    with opened(folder) as model:
+        return {
+            (*prompt, drawn): undisturbed(model, prompt, **(DRAWN if drawn else PLAIN))
+            for prompt in (PROMPT, OTHER)
+            for drawn in (False, True)
+        }
+
+
+def run(model, prompt, **options):
+    """(tokens, how many of the prompt's were there)"""
+    found = jlayer.generate(model, prompt, **{**PLAIN, **options})
+    return tokens_of(found), found.stats["kept_tokens"]
+
+
+def last_whole(prompt):
+    return (len(prompt) - 1) // BLOCK * BLOCK
+
+
+def test_a_prompt_is_computed_once_for_all_processes(folder, expected, tmp_path):
+    for n_kept in (0, last_whole(PROMPT)):
+        with opened(folder, prompt_cache=tmp_path / "prompts") as model:
+            assert run(model, PROMPT) == (expected[*PROMPT, False], n_kept)
+            drawn, n_kept = run(model, PROMPT, **DRAWN)
+            assert (drawn, n_kept) == (expected[*PROMPT, True], last_whole(PROMPT))
+            assert not model.engine.n_alive
+
+
+def test_a_prompt_that_begins_alike_takes_what_they_share(folder, expected, tmp_path):
+    n_shared = 37 // BLOCK * BLOCK
+    with opened(folder, prompt_cache=tmp_path) as model:
+        run(model, PROMPT)
+        can_be_cut = not model.engine.prompt_cache.has_ends
+        # An end cannot be cut: the first that parts there computes it, and keeps it for others.
+        assert run(model, OTHER) == (expected[*OTHER, False], n_shared if can_be_cut else 0)
+        third = [*PROMPT[:37], *range(70, 90)]
+        assert run(model, third)[1] == n_shared
+        assert run(model, OTHER) == (expected[*OTHER, False], last_whole(OTHER))
+        assert run(model, PROMPT) == (expected[*PROMPT, False], last_whole(PROMPT))
+
+
+@pytest.mark.slow
+def test_batches_and_runs_in_the_background_take_it_too(folder, expected, tmp_path):
+    with opened(folder, prompt_cache=tmp_path) as model:
+        assert model.submit(PROMPT, **PLAIN).result().token_ids == expected[*PROMPT, False][0]
+        found = jlayer.generate(model, [PROMPT, OTHER, PROMPT], **PLAIN)
+        one, two = expected[*PROMPT, False], expected[*OTHER, False]
+        assert tokens_of(found) == [*one, *two, *one]
+        assert found[0].stats["kept_tokens"] == last_whole(PROMPT)
+        assert not model.engine.n_alive
+
+
+@pytest.mark.slow
+def test_with_a_draft_model(folder, expected, tmp_path):
+    options = {"draft": draft_of(tmp_path), "prompt_cache": tmp_path / "prompts"}
+    with opened(folder, **options) as model:
+        for n_kept in (0, last_whole(PROMPT)):
+            found = run(model, PROMPT, speculate="draft", draft_tokens=4)
+            assert found == (expected[*PROMPT, False], n_kept)
+
+
+def bytes_of(path):
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+
+
+def prompt(number):
+    return [20 + number, *range(30, 30 + 3 * BLOCK)]
+
+
+def test_it_stays_within_its_bytes_and_the_oldest_goes(tiny, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        run(model, prompt(0))
+        most = int(bytes_of(tmp_path) * 3.5)
+    with opened(tiny, prompt_cache=tmp_path, prompt_cache_size=most) as model:
+        run(model, prompt(1))
+        run(model, prompt(2))
+        assert run(model, prompt(0))[1] == 3 * BLOCK
+        run(model, prompt(3))
+        assert bytes_of(tmp_path) <= most
+        assert run(model, prompt(0))[1] == 3 * BLOCK, "it was used since"
+        kept = [run(model, prompt(number))[1] for number in (3, 2)]
+        assert kept == [3 * BLOCK] * 2
+        assert run(model, prompt(1))[1] < 3 * BLOCK
+
+
+def test_what_a_killed_process_has_left_goes_first(tiny, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        run(model, prompt(0))
+        most = int(bytes_of(tmp_path) * 2.2)
+        (key,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        left = key / ("0" * 32 + ".jlayer-tmp")
+        left.mkdir()
+        (left / "facts.json").write_bytes(b"x" * (most // 2))
+    with opened(tiny, prompt_cache=tmp_path, prompt_cache_size=most) as model:
+        run(model, prompt(1))
+        assert not left.exists()
+        assert run(model, prompt(0))[1] == 3 * BLOCK
+
+
+def test_another_model_or_dtype_takes_nothing_of_it(tiny, fable, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        run(model, PROMPT)
+    with opened(tiny, prompt_cache=tmp_path, dtype="bfloat16") as model:
+        assert run(model, PROMPT)[1] == 0
+    with opened(fable, prompt_cache=tmp_path) as model:
+        assert run(model, PROMPT)[1] == 0
+
+
+def test_what_is_wrong_with_it_is_said_by_name(tiny, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path / "prompts") as model:
+        run(model, PROMPT)
+        (part, *_) = sorted((tmp_path / "prompts").rglob("facts.json"))
+        part.write_text(part.read_text().replace("[", "[ 9,", 1))
+        with pytest.raises(CheckpointError, match=r"prompts/\w+/\w+: a damaged state .*remove it"):
+            run(model, PROMPT)
+        assert not model.engine.n_alive
+    with pytest.raises(UsageError, match=r"prompt_cache_size: .* of this model take"):
+        opened(tiny, prompt_cache=tmp_path, prompt_cache_size=1000).__enter__()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"prompt_cache: .*file"):
+        opened(tiny, prompt_cache=tmp_path / "file").__enter__()
+    with pytest.raises(UsageError, match="prompt_cache: found 3, expected a folder"):
+        opened(tiny, prompt_cache=3).__enter__()
+
+
+def test_a_full_disk_ends_the_run_and_says_why(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        monkeypatch.setattr("jlayer.engine.states.check_room", full)
+        with pytest.raises(StorageError, match="No space left"):
+            run(model, PROMPT)
+        assert not model.engine.n_alive
+
+
+def test_a_stream_reads_it_once(tiny, tmp_path, monkeypatch):
+    reads, real = [], prompt_cache.read_state
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        expected, _ = run(model, PROMPT)
+        monkeypatch.setattr(
+            prompt_cache, "read_state", lambda path: reads.append(path) or real(path)
+        )
+        steps = list(jlayer.stream(model, PROMPT, **PLAIN))
+        assert [[one for step in steps for one in step.token_ids]] == expected
+        assert len(reads) == last_whole(PROMPT) // BLOCK
