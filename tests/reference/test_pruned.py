@@ -1,0 +1,114 @@
+"""Models without some of their layers give the logits of Transformers' model with the same layers
+deleted: passed over as a model runs, and left out of a converted folder, which Transformers loads
+too. And the influence of a layer is that of Transformers' hidden states."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jlayer import AutoModel
+from jlayer.config import read_config
+from jlayer.convert import convert_checkpoint
+from jlayer.convert.transform.pruned import Pruning
+from jlayer.errors import UnsupportedModelError
+from jlayer.measure.influence import influences
+from tests.campaigns import slow_but
+from tests.reference import dense_forms, latent_forms, mixture_forms
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-5  # of the largest logit: float32's rounding, in another order
+IDS = np.random.default_rng(0).integers(3, 133, (1, 40))  # several windows, of 5 to 8
+FORMS = {
+    **{name: dense_forms for name in dense_forms.DENSE},
+    **{name: mixture_forms for name in mixture_forms.MIXTURES},
+    **{name: latent_forms for name in latent_forms.FORMS},
+}
+# Types of layers, layers without rotary embedding, and experts in some layers.
+FIRST = {"gemma3", "smollm3", "glm4_moe"}
+# (name, layers) whose others no config describes -> what the refusal names.
+REFUSED = {
+    ("ernie4_5_moe-some", (1,)): "ernie4_5_moe",  # experts before and after, not between
+    ("qwen3_next", (1,)): "full_attention",
+    ("qwen3_5_moe", (3,)): "full_attention",
+}
+
+
+def without(model, dropped):
+    """Transformers' model, the layers deleted."""
+    kept = [n for n in range(model.config.num_hidden_layers) if n not in dropped]
+    model.model.layers = torch.nn.ModuleList(model.model.layers[n] for n in kept)
+    for key in ("layer_types", "mlp_layer_types"):
+        if getattr(model.config, key, None):
+            setattr(model.config, key, [getattr(model.config, key)[n] for n in kept])
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.as_tensor(IDS), use_cache=False).logits.numpy()
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def choices(n_layers):
+    """Each layer by itself; the first ones and the last ones together."""
+    return [*((n,) for n in range(n_layers)), (0, 1), (n_layers - 2, n_layers - 1)]
+
+
+@pytest.mark.parametrize("name", slow_but(FORMS, FIRST))
+def test_logits_are_those_of_the_model_with_these_layers_deleted(name, tmp_path):
+    forms = FORMS[name]
+    source = forms.save(tmp_path / "source", name)
+    n_layers = read_config(source).num_hidden_layers
+    tried = choices(n_layers) if name not in FIRST else [(1,), (0, 1)]
+    for dropped in tried:
+        target = tmp_path / "-".join(map(str, dropped))
+        prune = Pruning(n_layers, dropped, {}, {})
+        if (name, dropped) in REFUSED:
+            with pytest.raises(UnsupportedModelError, match=REFUSED[name, dropped]):
+                convert_checkpoint(source, target, prune=prune)
+            continue
+        expected = logits_of(without(forms.load(source, torch.float32), dropped))
+        try:
+            convert_checkpoint(source, target, prune=prune)
+        except UnsupportedModelError as error:  # a family that needs a layer of a type
+            assert len(dropped) > 1 or "gemma4" in name, error
+            assert "full_attention" in str(error) or "keep one" in str(error)
+            continue
+        with AutoModel.from_pretrained(source, device="cpu", without_layers=dropped) as model:
+            assert_close(model.logits(IDS), expected)
+        with AutoModel.from_pretrained(target, device="cpu") as model:
+            assert model.config.num_hidden_layers == n_layers - len(dropped)
+            assert_close(model.logits(IDS), expected)
+        assert_close(logits_of(forms.load(target, torch.float32)), expected)
+
+
+@pytest.mark.parametrize("name", slow_but(FORMS, ["glm4_moe"]))
+def test_the_influence_is_that_of_transformers_hidden_states(name, tmp_path):
+    forms = FORMS[name]
+    source, found = Path(forms.save(tmp_path / "source", name)), []
+    model = forms.load(source, torch.float32)
+
+    def compare(_, inputs, output):
+        output = output if torch.is_tensor(output) else output[0]
+        one = torch.cosine_similarity(inputs[0].double(), output.double(), dim=-1)
+        found.append(float((1 - one).mean()))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(compare)
+    windows, n_tokens = [IDS[:, :16], IDS[:, 16:32], IDS[:, 32:]], [[16], [16], [8]]
+    with torch.no_grad():
+        for ids in windows:
+            model(torch.as_tensor(ids), use_cache=False)
+    expected = (np.array(found).reshape(3, -1) * n_tokens).sum(0) / 40
+    with AutoModel.from_pretrained(source, device="cpu") as model:
+        ours = influences(model, IDS[0].tolist(), length=16)
+    assert ours.n_tokens == 40
+    np.testing.assert_allclose(ours.of_layers, expected, atol=2e-5)
