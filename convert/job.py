@@ -204,8 +204,8 @@ def _advice_to_resume(target):
 def _convert(source, target, options, merge, prune, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
-    _refuse_rows(source)
-    _refuse_quantized(source)
+    refuse_rows(source)
+    refuse_quantized(source)
     try:
         with links_followed(wanted=options.follow_links) as taken:
             checked = reopen_source(source, journal, allow_extra=options.allow_extra)
@@ -247,7 +247,7 @@ def _convert(source, target, options, merge, prune, advise, progress, started):
         checked.tensors.close()
 
 
-def _refuse_quantized(source):
+def refuse_quantized(source: str) -> None:
     """Raises UnsupportedModelError for a folder that this project has quantized, whose precision is
     lost already, or has made from a GGUF file: the types of its blocks are in its manifest alone.
     """
@@ -266,7 +266,7 @@ def _refuse_quantized(source):
         )
 
 
-def _refuse_rows(source):
+def refuse_rows(source: str) -> None:
     """Raises CheckpointError for a folder that holds the rows of one host alone."""
     if not is_layered(source):
         return

@@ -72,7 +72,9 @@ def pruned(checked: CheckedSource, pruning: Pruning) -> CheckedSource:
     left = Renumbering(n_layers, pruning.dropped)
     before = _pruned_before(checked)
     made = {"pruned": [*before, pruning.as_dict()]}
-    sides = {**checked.side_files, PRUNED: (json.dumps(made, indent=2) + "\n").encode()}
+    # Sorted, as a journal gives them back: the same bytes once a run is resumed.
+    content = (json.dumps(made, indent=2, sort_keys=True) + "\n").encode()
+    sides = {**checked.side_files, PRUNED: content}
     if BESIDE in sides:
         beside = decode_beside(_content(sides[BESIDE]), where=BESIDE)
         sides[BESIDE] = encode_beside(left.names(beside))

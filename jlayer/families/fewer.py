@@ -27,7 +27,9 @@ _NAME = re.compile(rf"({_BEFORE})([0-9]+)({_AFTER}.+)", re.DOTALL)
 _MODULE = re.compile(r"(?<=layers\.)([0-9]+)(?=\.|$)")
 _PATTERN = re.compile(r"layers.{0,4}[0-9\[(]")
 # Keys that say something of each layer, or of some by number, which no family here reads.
-_OF_LAYERS = re.compile(r"per_layer_.*|.*_per_layer|layers?_.*|.*_layers?(_.*)?|.*_interval|.*block.*")
+_OF_LAYERS = re.compile(
+    r"per_layer_.*|.*_per_layer|layers?_.*|.*_layers?(_.*)?|.*_interval|.*block.*"
+)
 
 
 class Renumbering:
@@ -94,6 +96,18 @@ def config_with_fewer(
     left = Renumbering(cfg.num_hidden_layers, dropped)
     asked = _keys_read(raw, where)
     found = {**raw, COUNT: len(left.kept)}
+    check_renumbered(raw, where=where)
+    for keys, change in _CHANGES:
+        if any(key in asked for key in keys):
+            found |= change(raw, cfg, left)
+    if isinstance(said := raw.get("quantization_config"), dict):
+        found["quantization_config"] = _modules(said, left, where)
+    _check(read(found), fewer_layers(cfg, dropped), dropped, where)
+    return found
+
+
+def check_renumbered(raw: dict, *, where: str) -> None:
+    """Raises UnsupportedModelError where a config has lists of layers that nobody here knows."""
     for key, value in raw.items():
         if key in _RENUMBERED or key == COUNT:
             continue
@@ -102,13 +116,6 @@ def config_with_fewer(
                 f"{where}: {key} is {value!a:.80}, which is of single layers and cannot be "
                 "renumbered; remove it if it says nothing of this model, or keep all layers"
             )
-    for keys, change in _CHANGES:
-        if any(key in asked for key in keys):
-            found |= change(raw, cfg, left)
-    if isinstance(said := raw.get("quantization_config"), dict):
-        found["quantization_config"] = _modules(said, left, where)
-    _check(read(found), fewer_layers(cfg, dropped), dropped, where)
-    return found
 
 
 def _keys_read(raw, where):
