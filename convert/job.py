@@ -35,6 +35,7 @@ from jlayer.convert.target.resume import (
 )
 from jlayer.convert.target.write import check_target, remove_temporaries
 from jlayer.convert.transform.merged import merged
+from jlayer.convert.transform.pruned import Pruning, pruned
 from jlayer.convert.transform.quantize import Quantizer, sample_errors
 from jlayer.convert.verify import verify_folder
 from jlayer.durable import LOCK
@@ -100,6 +101,7 @@ def convert_checkpoint(
     follow_links: bool = False,
     rows: tuple[int, int] | None = None,
     merge: str | os.PathLike | None = None,
+    prune: Pruning | None = None,
     advise: Callable[[CheckedSource], Iterable[str]] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
@@ -113,6 +115,7 @@ def convert_checkpoint(
     hosts run the model together.
     `merge`: a folder with an adapter as PEFT saves it, which is merged into the matrices before
     anything else is done with them.
+    `prune`: the layers that are left out; the others get new numbers.
     `advise` is shown the source once it is checked, and returns further notes for the user.
 
     An interrupted conversion is resumed by the same call: the target then holds finished files and
@@ -151,6 +154,9 @@ def convert_checkpoint(
             f"delete_source and merge: {found}",
             command_line=f"--delete-source and --merge: {found}",
         )
+    if delete_source and prune is not None:
+        found = "the layers that are left out would be lost with the source; choose one of them"
+        raise UsageError(f"delete_source and prune: {found}")
     host = _host(rows)
     if delete_source and host:
         found = "the rows of the other hosts would be lost with the source; choose one of them"
@@ -164,7 +170,7 @@ def convert_checkpoint(
     with _advice_to_resume(target):
         check_target(target, source=source)
         with TargetLock(target, note=progress.note):
-            return _convert(source, target, options, merge, advise, progress, started)
+            return _convert(source, target, options, merge, prune, advise, progress, started)
 
 
 def _host(rows):
@@ -195,11 +201,11 @@ def _advice_to_resume(target):
         raise
 
 
-def _convert(source, target, options, merge, advise, progress, started):
+def _convert(source, target, options, merge, prune, advise, progress, started):
     names = remove_temporaries(target)
     journal = journal_to_resume(target, names, overwrite=options.overwrite)
-    _refuse_rows(source)
-    _refuse_quantized(source)
+    refuse_rows(source)
+    refuse_quantized(source)
     try:
         with links_followed(wanted=options.follow_links) as taken:
             checked = reopen_source(source, journal, allow_extra=options.allow_extra)
@@ -215,6 +221,8 @@ def _convert(source, target, options, merge, advise, progress, started):
             with links_followed(wanted=options.follow_links) as taken:
                 checked = merged(checked, merge)
             further += links_note(os.fspath(merge), taken)
+        if prune is not None:
+            checked = pruned(checked, prune)
         further += advise(checked) if advise else ()
         checked = replace(checked, notes=(*checked.notes, *further))
         for note in checked.notes:
@@ -228,6 +236,7 @@ def _convert(source, target, options, merge, advise, progress, started):
                 quantization=quantization,
                 quantizer=quantizer,
                 progress=progress,
+                pruning=prune,
             )
             is_complete = layered.resume(names, journal)
             if not is_complete:
@@ -238,7 +247,7 @@ def _convert(source, target, options, merge, advise, progress, started):
         checked.tensors.close()
 
 
-def _refuse_quantized(source):
+def refuse_quantized(source: str) -> None:
     """Raises UnsupportedModelError for a folder that this project has quantized, whose precision is
     lost already, or has made from a GGUF file: the types of its blocks are in its manifest alone.
     """
@@ -257,7 +266,7 @@ def _refuse_quantized(source):
         )
 
 
-def _refuse_rows(source):
+def refuse_rows(source: str) -> None:
     """Raises CheckpointError for a folder that holds the rows of one host alone."""
     if not is_layered(source):
         return

@@ -27,6 +27,7 @@ class RunConfig:
     adapter: str | None = None  # the folder of a low-rank adapter that is used beside the weights
     adapters: tuple[tuple[str, str], ...] = ()  # (name, folder) of those that requests ask for
     devices: int | None = 1  # its first so many; None: all
+    without_layers: tuple[int, ...] = ()  # numbers of layers that are passed over
     follow_links: bool = False  # what links in a published folder lead to outside of it is taken
     coordinator: str | None = None  # of several processes, ADDR:PORT where number 0 listens
     processes: int | None = None  # on as many hosts
@@ -71,6 +72,9 @@ class RunConfig:
             if options.get(name) is not None:
                 options[name] = _path(options[name], name, expected)
         options["adapters"] = _adapters(options.get("adapters"))
+        if options.get("without_layers", ()) not in (None, ()):
+            own = options.get("adapter") or options["adapters"]
+            options["without_layers"] = _layers(options["without_layers"], own or None)
         context = options.get("context")
         if context is not None and (type(context) is not int or context < 1):
             raise UsageError(f"context: found {context!r}, expected a positive number of tokens")
@@ -122,6 +126,19 @@ def _adapters(value):
         if names.count(name) > 1:
             raise UsageError(f"adapters: {name} is there twice; give each a name of its own")
     return found
+
+
+def _layers(value, adapter):
+    """Numbers of layers, in order, each once."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UsageError(f"without_layers: found {value!r:.80}, expected numbers of layers from 0")
+    if adapter is not None:
+        raise UsageError(
+            "without_layers: an adapter is of all layers; merge it first (jlayer convert --merge), "
+            "or leave it out"
+        )
+    return tuple(sorted(set(numbers)))
 
 
 def _path(value, option, expected):

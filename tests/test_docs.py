@@ -107,6 +107,20 @@ TESTED = {
     "python benchmarks/fuzz_quantized.py --count 1000": By(
         "tests/convert/test_damaged_quantized.py"
     ),
+    # edge.md
+    "jlayer plan llama-3.1-8b-instruct --quantize int4 --device cpu --device-memory 900MiB "
+    "--host-memory 1500MiB --disk-speed 90MB/s": Here(shows=True),
+    'jlayer generate path/to/Llama-3-8B --preset board-2gb -p "Once upon a time"': Here(),
+    "python benchmarks/edge.py path/to/Llama-3-8B-int4 --memory 2GiB --cores 2 --disk 90MB/s "
+    "--tokens 2": By("tests/measure/test_pruned_benchmarks.py"),
+    "python benchmarks/wheels.py": By("tests/measure/test_pruned_benchmarks.py"),
+    # pruning.md
+    "jlayer prune path/to/Llama-3-8B path/to/pruned --drop-layers 4 --text stories.txt": By(
+        "tests/app/test_prune.py"
+    ),
+    "python benchmarks/pruning.py path/to/fable-3m fairytales.txt.gz --tokens 49152 --seeds 8": By(
+        "tests/measure/test_pruned_benchmarks.py"
+    ),
     # errors.md
     "jlayer plan llama-3.1-8b-instruct --device-memory 900MiB": Here(code=4, shows=True),
     # evaluating.md

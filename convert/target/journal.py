@@ -21,6 +21,7 @@ from jlayer.config import model_config
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.target.disk import remove, replace_file, sync_folder
+from jlayer.convert.transform.pruned import Pruning
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import HEAD
 from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
@@ -93,6 +94,7 @@ def describe_source(
     quantization: Quantization | None,
     restorable: bool,
     host: Host | None = None,
+    pruning: Pruning | None = None,
 ) -> dict:
     """A source and its conversion as plain JSON, by which a later run knows both again.
 
@@ -115,6 +117,8 @@ def describe_source(
         description["quantization"] = quantization.as_dict()
     if host is not None:
         description["rows"] = host.as_dict()
+    if pruning is not None:
+        description["pruned"] = pruning.as_dict()
     if restorable:
         description["whole"] = {
             "config": checked.config_bytes.decode(),
@@ -153,6 +157,7 @@ def check_same_conversion(then: dict, now: dict, *, target: str, removed: list[s
         ("dtype", then["dtype"], now["dtype"], "as published"),
         ("quantize", _scheme_of(then), _scheme_of(now), "as published"),
         ("rows", _host_of(then), _host_of(now), "of all hosts"),
+        ("layers left out", _dropped(then), _dropped(now), "none"),
         ("merge", then["sides"].get(MERGED), now["sides"].get(MERGED), "of no adapter"),
     ):
         if before != after:
@@ -193,6 +198,11 @@ def quantization_to_resume(
 
 def _host_of(source):
     return Host.from_dict(source["rows"]) if "rows" in source else None
+
+
+def _dropped(source):
+    """The layers that are left out, in words."""
+    return ", ".join(map(str, source["pruned"]["dropped"])) if "pruned" in source else None
 
 
 def _scheme_of(source):

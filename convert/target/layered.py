@@ -50,6 +50,7 @@ from jlayer.convert.transform.outputs import (
     side_outputs,
     weight_outputs,
 )
+from jlayer.convert.transform.pruned import Pruning
 from jlayer.convert.transform.quantize import Quantizer
 from jlayer.durable import LOCK
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
@@ -90,6 +91,7 @@ class LayeredTarget:
         quantization: Quantization | None,
         quantizer: Quantizer,
         progress: Progress,
+        pruning: Pruning | None = None,
     ):
         self.quantization = quantization
         self.weights: list[WeightFile] = weight_outputs(
@@ -107,7 +109,7 @@ class LayeredTarget:
         self.host, self.n_resumed = options.host, 0
         self.removed: list[str] = []
         self._folder, self._checked, self._options = folder, checked, options
-        self._progress = progress
+        self._progress, self._pruning = progress, pruning
         self._journal = Journal({})
         self._names: list[str] = []
 
@@ -125,6 +127,7 @@ class LayeredTarget:
             dtype=options.dtype,
             quantization=self.quantization,
             host=options.host,
+            pruning=self._pruning,
             restorable=options.delete_source or (journal is not None and bool(journal.removed)),
         )
         self._journal = Journal(source)

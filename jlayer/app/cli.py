@@ -25,6 +25,7 @@ from jlayer.interrupts import STOPS, check, hold, release, released
 VERBS = {
     "demo": ("jlayer.app.verbs.demo", "stream the bundled model and watch it tell a story"),
     "convert": ("jlayer.app.verbs.convert", "turn a published checkpoint into one file a layer"),
+    "prune": ("jlayer.app.verbs.prune", "leave out the layers that change least"),
     "verify": ("jlayer.app.verbs.verify", "check every byte of a converted folder"),
     "seal": ("jlayer.app.verbs.seal", "take changed files beside the weights into the manifest"),
     "export": ("jlayer.app.verbs.export", "write a converted folder back as published"),

@@ -54,6 +54,7 @@ SIDE_FILES = (
 # What a published form of encoding has beside the weights: see `convert.sources.beside`.
 BESIDE = "quantization_tensors.json"
 MERGED = "merged_adapters.json"  # which adapters the weights have in them
+PRUNED = "pruned_layers.json"  # which layers were left out of the model, and why these
 TEMPLATES = "additional_chat_templates"  # the one folder of which files are kept
 # Names that a tokenizer or processor of transformers reads, and jlayer does not.
 _READ_BY_OTHERS = frozenset(
@@ -123,7 +124,7 @@ def is_side_file(name: str) -> bool:
     known = (
         name in SIDE_FILES
         or name in _READ_BY_OTHERS
-        or name in (BESIDE, MERGED)
+        or name in (BESIDE, MERGED, PRUNED)
         or is_document(name)
     )
     return known or _OF_A_VERSION.fullmatch(name) is not None

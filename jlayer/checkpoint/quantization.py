@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jlayer.checkpoint.encoded import NONE_ENCODED, EncodingTable
 from jlayer.encodings.base import Encoding
@@ -13,6 +13,7 @@ from jlayer.encodings.int4 import INT4
 from jlayer.encodings.int8 import INT8
 from jlayer.encodings.published import FORMS
 from jlayer.encodings.registry import ENCODINGS, SCHEMES, piece_name
+from jlayer.families.fewer import Renumbering
 from jlayer.families.left import is_left
 from jlayer.families.registry import (
     is_latent_matrix,
@@ -66,6 +67,13 @@ class Quantization:
         if layer_of(tensor) is None or tensor in self.at_int8:
             return INT8
         return SCHEMES[self.scheme]
+
+    def with_fewer(self, cfg: ModelConfig, left: Renumbering) -> Quantization:
+        """The same of a model without some layers. `cfg`: of the whole model."""
+        names = left.names({name: name for name in published_tensors(cfg)})
+        table = EncodingTable.of({new: self.table.of_tensor(old) for new, old in names.items()})
+        at_int8 = left.names(dict.fromkeys(self.at_int8))
+        return replace(self, at_int8=tuple(at_int8), table=table)
 
     def block_bits(self, shapes: Mapping[str, tuple[int, ...]]) -> float:
         """Bits per weight, scales included, on average over the matrices of the layers. There is a

@@ -43,6 +43,7 @@ from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import EMBEDDING
+from jlayer.families.fewer import Renumbering, fewer_layers
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
 from jlayer.gguf.parts import is_gguf
 from jlayer.spec import ITEM_BYTES, ModelConfig
@@ -85,8 +86,9 @@ class Store:
     model all the same. `adapter`: the folder of one that is used beside the weights: its tensors
     are among those of the model, under names of their own; `adapters`: (name, folder) of those that
     requests ask for by name. `adapter_names`: of those that have a number, by it; None: the model's
-    own. Raises CheckpointError if the folder is incomplete, damaged, of another form, or holds the
-    rows of another host.
+    own. `without_layers`: numbers of layers that are passed over; the others have the numbers and
+    the names that they would have in a model without these. Raises CheckpointError if the folder is
+    incomplete, damaged, of another form, or holds the rows of another host.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Store:
         host: Host | None = None,
         adapter: str | os.PathLike | None = None,
         adapters: Sequence[tuple[str, str | os.PathLike]] = (),
+        without_layers: Sequence[int] = (),
     ):
         self.folder = os.fspath(folder)
         self.cfg: ModelConfig
@@ -112,6 +115,7 @@ class Store:
         self.memory_bytes = 0  # of files that are in memory alone
         self._in_memory: set[str] = set()  # files that are there alone
         self._beside: dict[str, str] = {}  # a tensor of an adapter -> its encoding
+        self._left: Renumbering | None = None  # where layers are passed over
         if is_layered(self.folder):
             self._open_layered(host)
         else:
@@ -119,6 +123,8 @@ class Store:
                 opened = open_gguf if is_gguf(self.folder) else open_published
                 self._take_published(opened(self.folder))
             self.notes = (*self.notes, *links_note(self.folder, taken))
+        if without_layers:
+            self._pass_over(without_layers)
         if adapter is not None or adapters:
             own = None if adapter is None else os.fspath(adapter)
             others = tuple((name, os.fspath(folder)) for name, folder in adapters)
@@ -145,6 +151,25 @@ class Store:
         self.quantization, self._nested = source.quantization, source.nested
         self._where = {name: (file.path, entry) for name, (file, entry) in source.tensors.items()}
         self.identities = {file.path: file.identity for file, _ in source.tensors.values()}
+
+    def _pass_over(self, dropped):
+        """Goes on as if the folder had no such layers. Raises UsageError for one that it has not,
+        and where none would be left."""
+        n = self.cfg.num_hidden_layers
+        wrong = [layer for layer in dropped if not 0 <= layer < n]
+        if wrong or len(set(dropped)) == n:
+            raise UsageError(
+                f"without_layers: found {', '.join(map(str, dropped))}, expected some, not all, of "
+                f"the numbers of {self.folder}'s layers, 0 to {n - 1}"
+            )
+        self._left = left = Renumbering(n, dropped)
+        if self.quantization:
+            self.quantization = self.quantization.with_fewer(self.cfg, left)
+        self.cfg = fewer_layers(self.cfg, dropped)
+        self._where, self._nested = left.names(self._where), left.names(self._nested)
+        self._spans = left.names(self._spans)
+        both = f"{self.fingerprint} {left.kept}"
+        self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
 
     def _take_adapters(self, named):
         """With another adapter it has another fingerprint: so are its tokens."""
@@ -246,11 +271,12 @@ class Store:
         """The expected digest of each tensor; empty for a published folder, which has none."""
         if self.manifest is None:
             return {}
-        return {
+        found = {
             tensor: Expected(path, listed.digests[tensor], rows_of(listed.tensors[tensor].shape))
             for name, listed in self.manifest.files.items()
             for tensor, path in ((each, os.path.join(self.folder, name)) for each in listed.tensors)
         }
+        return self._left.names(found) if self._left else found
 
     @property
     def files(self) -> list[str]:

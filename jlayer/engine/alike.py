@@ -49,7 +49,8 @@ def opened(folder: str | os.PathLike, run: RunConfig, hosts: Hosts | None) -> St
     """The weights of a model, of which each host may have its own rows alone. Raises
     CheckpointError, UnsupportedModelError or StorageError, and UsageError in every process where
     options, versions or the model differ in one."""
-    how = {"follow_links": run.follow_links, "adapter": run.adapter, "adapters": run.adapters}
+    names = ("follow_links", "adapter", "adapters", "without_layers")
+    how = {name: getattr(run, name) for name in names}
     if hosts is None:
         return Store(folder, **how)
     store = Store(folder, **how, host=Host(hosts.number, hosts.n))

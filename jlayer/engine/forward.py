@@ -6,7 +6,7 @@ For logits, evaluation and measurements. Lanes that are continued are in `schedu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -147,6 +147,38 @@ class Forward:
         """
         starts = [0] * len(ids)
         self._run(ids, starts, scores.add, lambda: scores.are_finite, all_logits=True)
+
+    def observe(self, ids: Sequence[list[int]], seen: Callable[[int, Chunk], None]) -> None:
+        """One forward pass over `ids[b]` from position 0 on, all on the device. Calls `seen(layer,
+        chunk)` for each chunk after each layer, and before the first one with layer -1:
+        `chunk.flow["hidden"]` [R, D] is what comes out, of padding too. Raises what `sweep` raises.
+        """
+
+        def advance(tile, arrays, passing):
+            if tile is executor.tiles[0]:
+                for chunk in passing:
+                    seen(-1, chunk)
+            found = self.advance(tile, arrays, passing)
+            if tile.ends_layer and tile.kind is not None:
+                for chunk in passing:
+                    seen(tile.layer, chunk)
+            return found
+
+        with self._entered() as executor:
+            parts, new = self._parts(ids, [0] * len(ids), False)
+            finite = []
+
+            def take(logits, places, row):
+                finite.append(bool(np.isfinite(logits[: len(places)]).all()))
+
+            try:
+                self._engine.sweeper.run(executor, parts, take, advance=advance)
+                if not all(finite):
+                    raise self._engine.sweeper.find_nonfinite(executor, parts)
+            finally:
+                for rows in new:
+                    self._engine.caches.pool.release(rows)
+            self._engine.note_peaks()
 
     def enter(
         self, ids: Sequence[list[int]], starts: Sequence[int], *, all_logits: bool = False

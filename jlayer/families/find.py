@@ -131,7 +131,7 @@ def _alike(raw, where):
     needed = {key for key in keys if raw[key] not in (None, False)}
     found = []
     for family in FAMILIES.values():
-        watched = _Watched(raw)
+        watched = Watched(raw)
         try:
             family.read(Fields(watched, where))
         except CheckpointError:
@@ -143,7 +143,7 @@ def _alike(raw, where):
     return [LLAMA.model_type] if LLAMA.model_type in best else best[:3]
 
 
-class _Watched(dict):
+class Watched(dict):
     """A config that keeps in mind which keys were asked for."""
 
     def __init__(self, raw, seen=None):
@@ -163,4 +163,4 @@ class _Watched(dict):
         return super().get(key, default)
 
     def __or__(self, changes):
-        return _Watched({**self, **changes}, self.seen)
+        return Watched({**self, **changes}, self.seen)

@@ -151,13 +151,13 @@ def compare(
     with Scratch(scratch) as logits:
         with open_second() as model:  # what speaks against it is said before the first one runs
             expected, most = (model.config.vocab_size, ids(model)), _longest(model)
-            window, _ = _sizes(model, expected[1], length, stride, most)
+            window, _ = sizes_of(model, expected[1], length, stride, most)
             model.engine.plan_for(_shape(1, window, sweeps=1)).check()
         with open_first() as model:
             tokens, vocab = ids(model), model.config.vocab_size
             if (vocab, tokens) != expected:
                 raise UsageError("compare: the two models read this text as different tokens")
-            length, stride = _sizes(model, tokens, length, stride, min(most, _longest(model)))
+            length, stride = sizes_of(model, tokens, length, stride, min(most, _longest(model)))
             cut = windows(len(tokens), length=length, stride=stride)
             logits.reserve(sum(window.n_predicted for window in cut), vocab)
             first, scores = _evaluate(
@@ -178,7 +178,7 @@ def _evaluate(model, ids, length, stride, told, options):
 
     Returns (the evaluation, the scores of each sweep in the order of the text).
     """
-    length, stride = _sizes(model, ids, length, stride)
+    length, stride = sizes_of(model, ids, length, stride)
     cut = windows(len(ids), length=length, stride=stride)
     batch = _windows_a_sweep(model, len(cut), length)
     found, numbers = [], iter(range(sum(window.n_predicted for window in cut)))
@@ -222,7 +222,11 @@ def _longest(model):
     return min(model.context_limit, 1024)
 
 
-def _sizes(model, ids, length, stride, default=None):
+def sizes_of(
+    model: Model, ids: list[int], length: int | None, stride: int | None, default: int | None = None
+) -> tuple[int, int]:
+    """(the length of a window, the stride) for a text. `default`: the length where none is given.
+    Raises UsageError."""
     limit = model.context_limit
     length = (default or _longest(model)) if length is None else length
     stride = length if stride is None else stride

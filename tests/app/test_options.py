@@ -51,6 +51,7 @@ TWO_MEANINGS = {
     *("--chat", "--chat-template", "--dtype", "--quantize", "--system", "--template-var"),
     *("--adapter", "--seed"),  # of a run, and of what is trained
     "--save-every",  # tokens of a text, steps of tuning
+    "--held-out",  # of tuning, in the form of its data, and of pruning
 }
 
 

@@ -16,6 +16,7 @@ from jlayer.checkpoint.layout import MANIFEST
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
 from jlayer.convert.target.seal import seal_folder
+from jlayer.convert.transform.pruned import Pruning
 from jlayer.durable import LOCK
 from tests.conftest import REPOSITORY
 from tests.convert.checkpoints import files_of
@@ -26,8 +27,8 @@ def killed(verb: str, source: Path, expected: Path, *, n_last: int = 1000) -> li
     """The manifest after each kill, of an export the target: "none", "old", "new" or "other"; after
     the same command again, "differs" where the folder or file is not `expected`.
 
-    "convert" converts `source`, "convert 0/2" the rows of that host alone; "seal" seals a copy of
-    it; "export FORMAT" exports it.
+    "convert" converts `source`, "convert 0/2" the rows of that host alone; "prune 0/2" leaves out
+    layer 0 of 2; "seal" seals a copy of it; "export FORMAT" exports it.
     """
     command = [sys.executable, "-m", "tests.convert.kills", verb, source, expected, str(n_last)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -35,7 +36,10 @@ def killed(verb: str, source: Path, expected: Path, *, n_last: int = 1000) -> li
 
 
 def _states(verb, of, source, expected, n_last):
-    rows = tuple(map(int, of.split("/"))) if of else None
+    numbers = tuple(map(int, of.split("/"))) if of else None
+    options = {"rows": numbers}
+    if verb == "prune":
+        options = {"prune": Pruning(numbers[1], numbers[:1], {}, {})}
     with tempfile.TemporaryDirectory(dir=expected.parent) as home:
         folder, whole = Path(home) / "folder", files_of(expected)
         before = files_of(source).get(MANIFEST)
@@ -49,7 +53,7 @@ def _states(verb, of, source, expected, n_last):
             if verb == "seal":
                 seal_folder(folder)
             else:
-                convert_checkpoint(source, folder, rows=rows)
+                convert_checkpoint(source, folder, **options)
 
         start()
         n_calls = len(counted(work, CHANGES))

@@ -18,15 +18,13 @@ import os
 import sys
 
 from jlayer.app import options
-from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.inputs import folder_of
-from jlayer.app.streams import conversion_progress, is_terminal, tell
+from jlayer.app.streams import is_terminal
 from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id
-from jlayer.checkpoint.layout import EMBED_FILE, is_layered
+from jlayer.checkpoint.layout import EMBED_FILE
 from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
-from jlayer.interrupts import STOPS, released
-from jlayer.sizes import counted
+from jlayer.interrupts import released
 from jlayer.spec import ITEM_BYTES
 
 
@@ -88,54 +86,27 @@ def _source(args):
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Converts, and returns what was done; raises the errors of jlayer.errors.
-
-    A conversion may be stopped anywhere, so a signal does not wait.
-    """
-    from jlayer.app.refusals import refused_in_source
-    from jlayer.convert import RESUME, convert_checkpoint, is_begun
+    """Converts, and returns what was done; raises the errors of jlayer.errors."""
+    from jlayer.app.converted import converted, line_of
 
     rows = _rows(args.rows)
     if args.delete_source and not args.yes:
         _ask(args)
-    source = _source(args)
-    progress = conversion_progress()
-    try:
-        with released():
-            done = convert_checkpoint(
-                source,
-                args.target,
-                dtype=args.dtype,
-                quantize=args.quantize,
-                overwrite=args.overwrite,
-                delete_source=args.delete_source,
-                allow_extra=args.allow_extra,
-                allow_nonfinite=args.allow_nonfinite,
-                follow_links=args.follow_links,
-                rows=rows,
-                merge=args.merge,
-                advise=refused_in_source,
-                progress=progress,
-            )
-    except STOPS as stop:
-        progress.close()
-        left = "nothing was finished"
-        if is_begun(args.target):
-            left = f"what is finished stays; {RESUME}"
-        elif is_layered(args.target):
-            left = "the finished conversion there stays"
-        line = f"{args.target}: {word_of(stop)}; {left}"
-        tell(line)
-        found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
-        raise Interrupted(stop, found) from None
-    finally:
-        progress.close()
-    rate = done.source_bytes / max(done.elapsed_s, 1e-9) / 1e6
-    tell(
-        f"read {done.source_bytes:,} bytes of weights in {done.elapsed_s:.2f} s ({rate:,.0f} MB/s)"
+    done = converted(
+        _source(args),
+        args.target,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        overwrite=args.overwrite,
+        delete_source=args.delete_source,
+        allow_extra=args.allow_extra,
+        allow_nonfinite=args.allow_nonfinite,
+        follow_links=args.follow_links,
+        rows=rows,
+        merge=args.merge,
     )
     if not args.json:
-        print(_line(done))
+        print(line_of(done))
     return dataclasses.asdict(done)
 
 
@@ -169,22 +140,3 @@ def _ask(args):
         answer = sys.stdin.readline()
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("--delete-source: not confirmed; nothing was changed")
-
-
-def _line(done):
-    dtypes = ", ".join(f"{counted(n, 'tensor')} in {dtype}" for dtype, n in done.dtypes.items())
-    n_at_int8 = len(done.quantization["at_int8"]) if done.quantization else 0
-    verb = "already holds all of" if done.status == "unchanged" else "holds"
-    of = f"the rows of host {done.rows['host']} of {done.rows['hosts']} of " if done.rows else ""
-    return (
-        f"{done.target}: {verb} {of}{done.source}, {counted(done.n_layers, 'layer')} in "
-        f"{counted(done.n_files, 'file')}, {done.target_bytes:,} bytes, {dtypes}"
-        + (
-            f"; layers quantized to {done.quantization['scheme']}, "
-            f"{done.block_bits:.2f} bits a weight"
-            if done.block_bits
-            else ""
-        )
-        + (f", {n_at_int8} of their matrices at int8" if n_at_int8 else "")
-        + (f"; removed there: {', '.join(done.removed)}" if done.removed else "")
-    )
