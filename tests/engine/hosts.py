@@ -35,7 +35,9 @@ def groups(n):
 def started(*commands, n_devices=1, stdin=subprocess.DEVNULL):
     """A process for each of these command lines of Python; none is left at the end. `stdin`: of the
     first."""
-    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    before = os.environ["XLA_FLAGS"].split()
+    others = [flag for flag in before if "device_count" not in flag]
+    flags = " ".join([f"--xla_force_host_platform_device_count={n_devices}", *others])
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     how = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell has its background processes ignore it.
