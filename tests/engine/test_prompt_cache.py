@@ -31,7 +31,7 @@ def short_blocks():
         yield
 
 
-@pytest.fixture(scope="module", params=slow_but(KINDS, ("llama", "qwen3_5")))
+@pytest.fixture(scope="module", params=slow_but(KINDS, ("qwen3_5",)))
 def folder(request, tmp_path_factory):
     return saved_model(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -136,6 +136,7 @@ def test_what_a_killed_process_has_left_goes_first(tiny, tmp_path):
         assert run(model, prompt(0))[1] == 3 * BLOCK
 
 
+@pytest.mark.slow
 def test_another_model_or_dtype_takes_nothing_of_it(tiny, fable, tmp_path):
     with opened(tiny, prompt_cache=tmp_path) as model:
         run(model, PROMPT)

@@ -32,7 +32,7 @@ SEVERAL = {**DRAWN, "num_return_sequences": 2, "repetition_penalty": 1.3}
 DRAFTED = {"speculate": "draft", "draft_tokens": 4}
 
 
-@pytest.fixture(scope="module", params=slow_but(KINDS, ("llama", "qwen3_5")))
+@pytest.fixture(scope="module", params=slow_but(KINDS, ("llama",)))
 def folder(request, tmp_path_factory):
     return saved_model(request.param, tmp_path_factory.mktemp(request.param))
 
