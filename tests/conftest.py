@@ -174,7 +174,7 @@ def room_for(fable, monkeypatch):
     from jlayer.plan.tiles import Tier
     from tests.programs import all_shapes
 
-    monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("jlayer.engine.alike.anonymous_bytes", lambda: 100 << 20)
 
     def budgets(lanes, context):
         with AutoModel.from_pretrained(fable, device="cpu", dtype="float32") as model:

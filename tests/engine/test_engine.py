@@ -25,7 +25,7 @@ OPTIONS = {"max_new_tokens": 8, "temperature": 0.8, "seed": 3}
 @pytest.fixture(autouse=True)
 def baseline(monkeypatch):
     """Plans of two openings are compared here, and this process grows between them."""
-    monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("jlayer.engine.alike.anonymous_bytes", lambda: 100 << 20)
 
 
 def opened(folder, **options):

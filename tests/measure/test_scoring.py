@@ -100,7 +100,7 @@ def test_nothing_asked_is_nothing_found(model):
 @pytest.fixture
 def tight(monkeypatch):
     """The bundled model within budgets that hold so many lanes of a length, and no more."""
-    monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("jlayer.engine.alike.anonymous_bytes", lambda: 100 << 20)
 
     def opened(lanes, length):
         with AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:

@@ -341,7 +341,7 @@ def whole_pools(monkeypatch):
     from jlayer.plan.shapes import pool_sizes
 
     monkeypatch.setattr("jlayer.engine.engine.pool_sizes", pool_sizes)
-    monkeypatch.setattr("jlayer.engine.engine.anonymous_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("jlayer.engine.alike.anonymous_bytes", lambda: 100 << 20)
 
 
 @pytest.mark.slow
