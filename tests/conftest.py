@@ -61,9 +61,20 @@ def pytest_addoption(parser):
     )
 
 
+def long_tests() -> frozenset[str]:
+    """The names in tests/long.txt."""
+    lines = (REPOSITORY / "tests" / "long.txt").read_text().splitlines()
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Drops the tests of other parts. Which part a test is in hangs on its name alone, so all
-    workers agree, and a new test moves no other."""
+    """Marks long tests, and drops the tests of other parts. Which part a test is in hangs on its
+    name alone, so all workers agree, and a new test moves no other."""
+    long = long_tests()
+    for item in items:
+        if item.nodeid in long:
+            item.add_marker(pytest.mark.slow)
     if part := config.getoption("--part"):
         number, n_parts = map(int, part.split("/"))
         own = [item for item in items if crc32(item.nodeid.encode()) % n_parts == number]

@@ -59,7 +59,7 @@ def opened(folder: str | os.PathLike, run: RunConfig, hosts: Hosts | None) -> St
 
 
 def _compare(run, store):
-    options = {name: value for name, value in asdict(run).items() if name not in OWN}
+    options = {name: _said(value) for name, value in asdict(run).items() if name not in OWN}
     # Not the digests: a host may have its own rows alone, of which each checks its own.
     weights = store.manifest and (store.fingerprint, store.quantization)
     agree(
@@ -72,6 +72,11 @@ def _compare(run, store):
             "the adapters": store.adapter_digest,
         }
     )
+
+
+def _said(value):
+    """An option as hosts tell it each other: JSON has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def refuse_follower() -> None:
