@@ -16,8 +16,8 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs run for a millisecond and are compiled for a hundred: LLVM need not do its best. (With
-# its level 0 a Qwen 3.5 rounds more than the tolerance.) CI's long campaigns have what users have.
+# Most programs run for a millisecond and are compiled for a hundred: LLVM need not do its best (at
+# its level 0 Qwen 3.5 rounds more than the tolerance). CI's long campaigns have what users have.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=3 --xla_llvm_disable_expensive_passes=true",

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, long_tests
 
 # In the order in which they may import: each from itself and from those before it.
 ROOMS = (
@@ -294,3 +294,14 @@ for name in jlayer.__all__:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(modules) > 50
     assert done.stdout == ""
+
+
+def test_long_tests_are_there():
+    """Each line of tests/long.txt names a test, and none twice."""
+    lines = (REPOSITORY / "tests" / "long.txt").read_text().splitlines()
+    names = [line for line in lines if not line.startswith("#")]
+    assert len(names) == len(long_tests())
+    for name in names:
+        path, *_, function = name.partition("[")[0].split("::")
+        text = (REPOSITORY / path).read_text()
+        assert re.search(rf"^def {function}\(|^{function} = ", text, re.M), name
