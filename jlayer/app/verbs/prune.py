@@ -2,8 +2,8 @@
 
     jlayer prune MODEL TARGET --drop-layers N --text FILE
 
-One sweep over the text shows the influence of every layer: 1 - the cosine of its input and its
-output, on average over the tokens. The N layers of least influence are left out. Before anything
+One forward pass over the text shows the influence of every layer: 1 - the cosine of its input and
+its output, on average over the tokens. The N layers of least influence are left out. Before anything
 is written, a report shows the influences, and the perplexity of held-out text without 0 to N
 layers: the last quarter of the text, or --held-out. The others are converted as jlayer convert
 does it, under new numbers.
