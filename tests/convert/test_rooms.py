@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-ROOMS = ("progress", "sources", "transform", "target", "verify", "job", "export")
+ROOMS = ("progress", "sources", "transform", "target", "verify", "job", "pruning", "export")
 # They name what is public, and what starts: no room of their own.
 ENTRIES = ("__init__", "__main__")
 FILES = {

@@ -3,9 +3,9 @@
     jlayer prune MODEL TARGET --drop-layers N --text FILE
 
 One forward pass over the text shows the influence of every layer: 1 - the cosine of its input and
-its output, on average over the tokens. The N layers of least influence are left out. Before anything
-is written, a report shows the influences, and the perplexity of held-out text without 0 to N
-layers: the last quarter of the text, or --held-out. The others are converted as jlayer convert
+its output, on average over the tokens. The N layers of least influence are left out. Before
+anything is written, a report shows the influences, and the perplexity of held-out text without 0 to
+N layers: the last quarter of the text, or --held-out. The others are converted as jlayer convert
 does it, under new numbers.
 
 A run that was stopped while it wrote goes on when the same command is run again, with the layers
