@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -149,6 +149,15 @@ def choose_riders(
         sources.add(rider)
         room -= n_tokens
     return riders
+
+
+def shared_before(riders: Sequence[Rider]) -> Iterator[np.ndarray]:
+    """The rows that riders share of entries from before the pass: a window that has moved on since
+    must keep what they see of these."""
+    for rider in riders:
+        there = NOTHING if rider.source is None else rider.source.lane.table.rows
+        if 0 < rider.first <= len(there):
+            yield there[: rider.first]
 
 
 class Sources:

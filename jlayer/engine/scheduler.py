@@ -24,7 +24,7 @@ from jlayer.engine.lane import Lane
 from jlayer.engine.logits import PassLogits
 from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
-from jlayer.engine.riders import choose_riders
+from jlayer.engine.riders import choose_riders, shared_before
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.sweep import count_rows
 from jlayer.interrupts import check, deferred
@@ -151,7 +151,8 @@ class Scheduler:
                     raise _NobodyLeft
 
             try:
-                engine.caches.make_room(list(_waited_for(self._alive())))
+                waited_for, shared = _waited_for(self._alive()), shared_before(riders)
+                engine.caches.make_room([*waited_for, *shared])
                 for rider in riders:
                     speculation.forget(rider.take_rows(engine.caches.pool, engine.plan.chunk))
                 speculation.guess(riders, engine.plan)

@@ -13,7 +13,7 @@ from jlayer.families.registry import windows_of
 from jlayer.plan.shapes import PoolSizes, RunShape
 from tests.campaigns import slow_but
 from tests.convert.checkpoints import edit_json
-from tests.engine.lanes import GREEDY
+from tests.engine.lanes import GREEDY, Run, check_rows
 from tests.reference import dense_forms, mixture_forms
 
 pytestmark = pytest.mark.usefixtures("all_shapes")
@@ -153,3 +153,24 @@ def test_a_run_does_not_go_back_to_what_a_window_has_passed(windowed):
             forward.sweep([PROMPT[30:40]], [30])
         again = forward.sweep([PROMPT[:40]], [0], all_logits=True)
     np.testing.assert_array_equal(again, first)
+
+
+def test_a_prompt_that_begins_like_one_before_sees_its_window(windowed):
+    """Also where the window of the one before has moved on since: what is shared is kept until the
+    pass that shares it."""
+    other = [*PROMPT[:30], *(3 + token % 100 for token in PROMPT[30:40])]
+    options = {**GREEDY, "max_new_tokens": 2, "speculate": "off", "logprobs": 0}
+    with opened(windowed) as model:
+        want = [one["logprob"] for one in jlayer.generate(model, other, **options).logprobs]
+        runs = [Run(model, PROMPT, **options)]
+        runs[0].advance()
+        runs.append(Run(model, other, **options))
+        for run in runs:
+            run.tokens()
+        found = [choice.logprob for choice in runs[1].lanes[0].choices]
+        n_rows = runs[1].decoding.stats.as_dict()["rows"]
+        check_rows(model, *runs)
+        for run in runs:
+            run.close()
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert n_rows < len(other), "what both begin with is computed once"
