@@ -30,6 +30,7 @@ from jlayer.checkpoint.layout import (
     read_manifest,
 )
 from jlayer.checkpoint.links import links_followed
+from jlayer.checkpoint.orbax_errors import first_line
 from jlayer.checkpoint.rows import check_host
 from jlayer.checkpoint.sides import check_side_files
 from jlayer.checkpoint.source import names_in, read_published_config, regular_file, side_files
@@ -39,7 +40,7 @@ from jlayer.convert.progress import Progress
 from jlayer.convert.sources.beside import decode_beside
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.convert.sources.open import CheckedSource
-from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter, first_line
+from jlayer.convert.sources.orbax import UNFINISHED, OrbaxWriter
 from jlayer.convert.target.disk import (
     TEMPORARY,
     failure,

@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,12 @@ class Addition:
         return sum(each.rank for each in self.columns)
 
     @property
+    def scale(self) -> float:
+        """Of the one adapter that adds something."""
+        (only,) = self.columns
+        return only.scale
+
+    @property
     def chooses(self) -> bool:
         """Whether a row gets what its own adapter adds, and nothing of the others."""
         return any(each.adapter is not None for each in self.columns)
@@ -45,6 +52,12 @@ class Additions:
     sorted."""
 
     rows: tuple[tuple[str, Addition], ...]
+
+    @classmethod
+    def of_one(cls, matrices: Iterable[tuple[str, int, float]]) -> Additions:
+        """Those of one adapter: (published name of a matrix, rank, scale)."""
+        rows = ((name, Addition((Columns(rank, scale),))) for name, rank, scale in matrices)
+        return cls(tuple(sorted(rows, key=lambda row: row[0])))
 
     @cached_property
     def _hash(self):

@@ -5,7 +5,6 @@ only; the axis legend is in `spec`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -411,26 +410,3 @@ def delta_sizes(delta: Delta) -> dict[str, int]:
         "one": 1,
         "kernel": delta.kernel,
     }
-
-
-@dataclass(frozen=True)
-class LowRanks:
-    """What a low-rank adapter adds to a model's matrices: to W [out, in] `scale` * B A, where A is
-    [rank, in] and B [out, rank] (LoRA, arXiv 2106.09685).
-
-    `rows`: (published name of a matrix, rank, scale), sorted.
-    """
-
-    rows: tuple[tuple[str, int, float], ...]
-
-    @cached_property
-    def _hash(self):
-        return hash(self.rows)
-
-    def __hash__(self) -> int:
-        return self._hash  # a config is a key of many caches, and there may be thousands of rows
-
-    @cached_property
-    def of_matrix(self) -> dict[str, tuple[int, float]]:
-        """Published name of a matrix -> (rank, scale)."""
-        return {name: (rank, scale) for name, rank, scale in self.rows}

@@ -19,6 +19,7 @@ import numpy as np
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.links import real_path
 from jlayer.checkpoint.names import Names
+from jlayer.checkpoint.orbax_errors import first_line
 from jlayer.checkpoint.source import (
     SourceFile,
     Stored,
@@ -358,8 +359,3 @@ def _rows(chunks, n_bytes):
             del gathered[:n_bytes]
     if gathered:
         yield bytes(gathered)
-
-
-def first_line(error: Exception) -> str:
-    """What tensorstore says of an error: the first of its many lines, or the kind of the error."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jlayer.additions import Additions
 from jlayer.app import options
 from jlayer.app.words import time_words
 from jlayer.errors import UsageError
 from jlayer.families.registry import has_state
-from jlayer.parts import LowRanks
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Weights
 from jlayer.sizes import human
@@ -43,8 +43,8 @@ def run(args, weights: Weights, machine: Machine) -> dict:
     given |= {"alpha": 2 * args.rank} if args.rank else {}
     given |= {"targets": tuple(args.targets.split(","))} if args.targets not in (None, ALL) else {}
     how = AdapterConfig(**given)
-    rows = tuple(sorted((name, how.rank, how.scale) for name in targets_of(weights.cfg, how)))
-    plan = make_plan(weights, replace(machine, host=None), settings, LowRanks(rows))
+    rows = ((name, how.rank, how.scale) for name in targets_of(weights.cfg, how))
+    plan = make_plan(weights, replace(machine, host=None), settings, Additions.of_one(rows))
     if not args.json:
         print("\n".join([*described(plan), *_lines(plan)]))
     plan.check()

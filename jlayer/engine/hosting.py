@@ -190,8 +190,7 @@ class HostedStage:
         a, b = (views[each].astype(np.float32, copy=False) for each in low_rank_names(name))
         inner = self._in_float32() @ a.T
         if not added.chooses:
-            (only,) = added.columns
-            return np.float32(only.scale) * (inner @ b.T)
+            return np.float32(added.scale) * (inner @ b.T)
         is_own, scale = chosen(added, np.concatenate(self._adapters))
         inner[~is_own] = 0
         return scale * (inner @ b.T)

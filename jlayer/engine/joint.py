@@ -6,6 +6,7 @@ They ride as any others do, in as many forward passes as it takes. None of them 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class Waiting(Protocol):
     def is_alive(self) -> bool: ...
 
 
-class Joint:
+class Joint(ABC):
     """Lanes that wait for each other. Subclasses say what is decided."""
 
     def __init__(self, lanes: Sequence[Waiting]):
@@ -65,6 +66,6 @@ class Joint:
 
         return commit
 
+    @abstractmethod
     def decided(self, logits: Mapping[int, np.ndarray]) -> Commit:
         """What follows from the logits [V] of all lanes that are awake, by number."""
-        raise NotImplementedError

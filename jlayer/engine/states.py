@@ -12,9 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from jlayer.checkpoint.orbax_errors import first_line, quiet_orbax, system_code
 from jlayer.durable import FULL, LOCK, open_lock, sync_folder, sync_tree
 from jlayer.errors import CheckpointError, LockedError, StorageError, UsageError
 from jlayer.interrupts import imported, uninterrupted
@@ -33,7 +32,6 @@ UNFINISHED = ".jlayer-tmp"
 MOST_FACTS_BYTES = 1 << 30  # the tokens of many long texts
 SPARE_BYTES = 1 << 20  # of a disk, for what Orbax writes beside the numbers
 CHUNK_BYTES = 64 << 20  # written at once
-_CODE = re.compile(r"os_error_code='([0-9]+)'")  # as tensorstore has the system's errors
 # The errors of file systems without such locks.
 _UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
@@ -83,8 +81,8 @@ def write_state(path: str, facts: Mapping, parts: Iterable[Part], *, n_bytes: in
         sync_folder(parent)
     except (ValueError, OSError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        code = _code_of(error)
-        why = _first_line(error) if code is None else os.strerror(code)
+        code = system_code(error)
+        why = first_line(error) if code is None else os.strerror(code)
         room = "; free some space, or name a folder on another disk" if code in FULL else ""
         raise StorageError(f"{path}: cannot be saved ({why}){room}") from None
     except BaseException:
@@ -102,7 +100,7 @@ def read_state(path: str) -> State:
         if found["digest"] != _digest_of(own):
             raise ValueError("its facts are not those of their digest")
     except (ValueError, LookupError, TypeError) as error:
-        raise _damaged(path, _first_line(error)) from None
+        raise _damaged(path, first_line(error)) from None
     return State(path, own["facts"], tuple(own["parts"]))
 
 
@@ -244,22 +242,22 @@ def _is_own(name):
 def write_part(path, part):
     ocp, checkpointer = _orbax()
     how = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in part}
-    with _quiet():
+    with quiet_orbax():
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(part), save_args=how))
 
 
 def read_part(path):
     ocp, checkpointer = _orbax()
     try:
-        with _quiet():
+        with quiet_orbax():
             names = checkpointer.metadata(path).item_metadata.tree
             how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
             return dict(checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=how)))
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        code = _code_of(error)
+        code = system_code(error)
         if code not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise StorageError(f"{path}: cannot be read ({os.strerror(code)})") from None
-        raise _damaged(os.path.dirname(path), _first_line(error)) from None
+        raise _damaged(os.path.dirname(path), first_line(error)) from None
 
 
 def _orbax():
@@ -290,26 +288,3 @@ def check_room(folder, n_bytes):
     found = os.statvfs(folder)
     if found.f_bavail * found.f_frsize < n_bytes + SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _code_of(error):
-    """The system's number of an error; None where it is none of the system's."""
-    match = _CODE.search(str(error))
-    return int(match[1]) if match else getattr(error, "errno", None)
-
-
-def _first_line(error):
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-@contextmanager
-def _quiet():
-    """Orbax logs what it is about to raise, with its threads' tracebacks."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

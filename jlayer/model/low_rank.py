@@ -22,8 +22,7 @@ def low_rank_product(x, a, b, added: Addition, adapters=None):
     """
     inner = product(x.astype(jnp.float32), a)
     if not added.chooses:
-        (only,) = added.columns
-        return only.scale * product(inner, b)
+        return added.scale * product(inner, b)
     is_own, scale = chosen(added, adapters)
     # Not times 0: what has overflowed under another adapter would give NaN.
     return scale * product(jnp.where(is_own, inner, 0), b)
@@ -47,8 +46,7 @@ def row_factors(weight, a, b, lengths, added: Addition):
     Some rows of W are there in float32 at a time (`plan.low_rank` counts them). How long they are
     could be known before only by a pass over all weights, whenever a model is opened.
     """
-    (only,) = added.columns
-    by_blocks = partial(_row_lengths, scale=only.scale)
+    by_blocks = partial(_row_lengths, scale=added.scale)
     own = jax.lax.platform_dependent(
         *(weight, a.astype(jnp.float32), b.astype(jnp.float32)),
         cpu=partial(by_blocks, block_bytes=BLOCK_BYTES["cpu"], rows_of=_rows_on_cpu),

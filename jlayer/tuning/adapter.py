@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from jlayer.additions import Additions
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, heads_in_pairs, read_adapter
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.copies import AGAIN
@@ -25,7 +26,6 @@ from jlayer.families.base import BODY
 from jlayer.families.fields import Fields, as_integer
 from jlayer.families.layout import in_halves
 from jlayer.interrupts import imported
-from jlayer.parts import LowRanks
 from jlayer.spec import ITEM_BYTES, ModelConfig
 from jlayer.strict import parse_json_object
 from jlayer.tuning.disk import new_folder
@@ -159,7 +159,7 @@ def fresh(targets: Mapping[str, tuple[int, int]], how: AdapterConfig, seed: int)
 
 def low_ranks(
     state: State, how: AdapterConfig, alphas: Mapping[str, float] | None = None
-) -> LowRanks:
+) -> Additions:
     """What the state adds to the matrices of a model, for its config. `alphas`: of the matrices
     that have another than `how`."""
     alphas = alphas or {}
@@ -167,7 +167,7 @@ def low_ranks(
     for name, parts in state.items():
         rank = len(parts["a"])
         rows.append((name, rank, scale_of(alphas.get(name, how.alpha), rank, how.rslora)))
-    return LowRanks(tuple(sorted(rows)))
+    return Additions.of_one(rows)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from jlayer.additions import Additions
 from jlayer.checkpoint.digest import Checks
 from jlayer.checkpoint.store import Store
 from jlayer.engine import device as choosing
@@ -14,7 +15,6 @@ from jlayer.engine.programs import Programs
 from jlayer.engine.report import available_bytes
 from jlayer.errors import UsageError
 from jlayer.families.registry import has_state
-from jlayer.parts import LowRanks
 from jlayer.plan.machine import Machine
 from jlayer.plan.tiles import Weights
 from jlayer.run_config import RunConfig
@@ -43,7 +43,7 @@ class Base:
         folder: str | os.PathLike,
         run: RunConfig,
         settings: Settings,
-        adapter: LowRanks,
+        adapter: Additions,
         state: State,
         *,
         watch: Watch | None = None,

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from jlayer.additions import Additions
 from jlayer.errors import DoesNotFitError
 from jlayer.families.registry import layer_kinds, layer_tensor_name
-from jlayer.parts import LowRanks
 from jlayer.pieces import attention_pieces, delta_bytes
 from jlayer.plan import memory
 from jlayer.plan.cutting import cut
@@ -153,13 +153,13 @@ def lanes_of_chunk(length: int, n_lanes: int, most_rows: int) -> int:
     return max(count for count in range(1, most + 1) if n_lanes % count == 0)
 
 
-def trained_of(cfg: ModelConfig, adapter: LowRanks) -> Trained:
+def trained_of(cfg: ModelConfig, adapter: Additions) -> Trained:
     """The adapters of each layer that has some, by leaf."""
     found = {}
     for layer, kind in enumerate(layer_kinds(cfg)):
         names = {leaf.name: layer_tensor_name(cfg, leaf, layer) for leaf in kind.leaves}
         own = {
-            leaf: (name, adapter.of_matrix[name][1])
+            leaf: (name, adapter.of_matrix[name].scale)
             for leaf, name in names.items()
             if name in adapter.of_matrix
         }
@@ -172,7 +172,7 @@ def make_plan(
     weights: Weights,
     machine: Machine,
     settings: Settings,
-    adapter: LowRanks,
+    adapter: Additions,
     *,
     order: Order | None = None,
 ) -> TunePlan:
@@ -314,7 +314,7 @@ def _numbers_of(cfg, trained, adapter):
     """The numbers of the adapters of some layers."""
     kinds = layer_kinds(cfg)
     return sum(
-        adapter.of_matrix[name][0] * sum(kinds[layer].leaf(leaf).shape(cfg))
+        adapter.of_matrix[name].rank * sum(kinds[layer].leaf(leaf).shape(cfg))
         for layer, own in trained.items()
         for leaf, (name, _) in own.items()
     )

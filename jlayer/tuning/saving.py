@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
-import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 
+from jlayer.checkpoint.orbax_errors import first_line, quiet_orbax, system_code
 from jlayer.durable import FULL, sync_folder, sync_tree
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.interrupts import imported
@@ -38,7 +36,6 @@ _FORMAT = "jlayer tune 1"
 _VECTOR = "numbers"
 _CHUNK_BYTES = 64 << 20  # written at once
 _SPARE_BYTES = 1 << 20  # of a disk, for what Orbax writes beside the numbers
-_CODE = re.compile(r"os_error_code='([0-9]+)'")  # as tensorstore has the system's errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +88,11 @@ class Checkpoints:
         try:
             found = self._read(step)
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-            code = _code_of(error)
+            code = system_code(error)
             if code not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
                 raise StorageError(f"{path}: cannot be read ({os.strerror(code)})") from None
             if not _is_unfinished(path):
-                raise CheckpointError(self._damage(step, _first_line(error))) from None
+                raise CheckpointError(self._damage(step, first_line(error))) from None
             self._remove(step)
             return None
         if not _is_synced(path):
@@ -121,8 +118,8 @@ class Checkpoints:
             self._write(saved.step, vector, facts)
             self._sync(saved.step)
         except (ValueError, OSError) as error:
-            code = _code_of(error)
-            why = _first_line(error) if code is None else os.strerror(code)
+            code = system_code(error)
+            why = first_line(error) if code is None else os.strerror(code)
             _remove_unfinished(self._folder)
             raise StorageError(
                 f"{self._path(saved.step)}: cannot be saved ({why}); {_advice(code, steps)}"
@@ -131,7 +128,7 @@ class Checkpoints:
     def close(self) -> None:
         if self._opened is not None:
             opened, self._opened = self._opened, None
-            with _quiet():
+            with quiet_orbax():
                 opened.close()
 
     def _steps(self):
@@ -178,7 +175,7 @@ class Checkpoints:
                 _STATE: ocp.PyTreeCheckpointHandler(use_compression=False),
                 _FACTS: ocp.JsonCheckpointHandler(),
             }
-            with _quiet():
+            with quiet_orbax():
                 self._opened = ocp.CheckpointManager(
                     self._folder, options=options, item_handlers=handlers
                 )
@@ -197,7 +194,7 @@ class Checkpoints:
             _STATE: ocp.args.PyTreeSave({_VECTOR: vector}, save_args={_VECTOR: how}),
             _FACTS: ocp.args.JsonSave(facts),
         }
-        with _quiet():
+        with quiet_orbax():
             assert manager.save(step, args=ocp.args.Composite(**items)), step
             manager.wait_until_finished()
 
@@ -205,7 +202,7 @@ class Checkpoints:
         ocp, np, manager = imported("orbax.checkpoint"), imported("numpy"), self._manager()
         how = {_VECTOR: ocp.RestoreArgs(restore_type=np.ndarray)}
         items = {_STATE: ocp.args.PyTreeRestore(restore_args=how), _FACTS: ocp.args.JsonRestore()}
-        with _quiet():
+        with quiet_orbax():
             found = manager.restore(step, args=ocp.args.Composite(**items))
         vector, facts = found[_STATE][_VECTOR], found[_FACTS]
         if facts["format"] != _FORMAT:
@@ -290,26 +287,3 @@ def _advice(code, steps):
     then = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing is saved yet"
     room = "free some space, then " if code in FULL else ""
     return f"{room}give the same command again, and it {then}"
-
-
-def _code_of(error):
-    """The system's number of an error; None where it is none of the system's."""
-    match = _CODE.search(str(error))
-    return int(match[1]) if match else getattr(error, "errno", None)
-
-
-def _first_line(error):
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-@contextmanager
-def _quiet():
-    """Orbax logs what it is about to raise, with its threads' tracebacks."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

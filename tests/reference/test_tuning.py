@@ -9,12 +9,12 @@ import pytest
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file
 
+from jlayer.additions import Additions
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
 from jlayer.convert.export import export_checkpoint
 from jlayer.families.registry import has_state
-from jlayer.parts import LowRanks
 from jlayer.plan.need import total
 from jlayer.run_config import RunConfig
 from jlayer.tuning import planning, rows
@@ -88,7 +88,7 @@ def state_of(folder, cfg):
     pairs = {name: {"a": low.a, "b": low.b} for name, low in adapter.matrices.items()}
     state = {n: {side: tensors[t] for side, t in pair.items()} for n, pair in pairs.items()}
     rows = ((name, low.rank, low.scale) for name, low in adapter.matrices.items())
-    return state, LowRanks(tuple(sorted(rows))), pairs
+    return state, Additions.of_one(rows), pairs
 
 
 def live_bytes():

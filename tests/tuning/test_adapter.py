@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jlayer import AutoModel
-from jlayer.additions import Addition, Additions, Columns
 from jlayer.checkpoint.adapter import CONFIG, WEIGHTS, read_adapter
 from jlayer.config import read_config
 from jlayer.convert import convert_checkpoint
@@ -140,9 +139,10 @@ def test_what_is_saved_is_read(tmp_path, cfg):
     assert sorted(os.listdir(tmp_path / "a")) == ["README.md", CONFIG, WEIGHTS]
     assert (tmp_path / "a" / "README.md").read_text() == "words\n"
     read = read_adapter(tmp_path / "a", cfg)
-    assert {name: (one.rank, one.scale) for name, one in read.matrices.items()} == (
-        low_ranks(state, how).of_matrix
-    )
+    added = low_ranks(state, how).of_matrix
+    assert {name: (one.rank, one.scale) for name, one in read.matrices.items()} == {
+        name: (each.rank, each.scale) for name, each in added.items()
+    }
     begun = load_adapter(tmp_path / "a", cfg)
     assert_equal_states(begun.state, state)
     assert (begun.how.rank, begun.how.alpha, begun.how.rslora) == (3, 7.5, True)
@@ -291,9 +291,7 @@ def test_a_model_that_has_been_read_with_an_adapter(tmp_path, cfg):
     from dataclasses import replace
 
     how = AdapterConfig(rank=2)
-    rows = low_ranks(drawn(cfg, how), how).rows
-    added = ((name, Addition((Columns(rank, scale),))) for name, rank, scale in rows)
-    with_it = replace(cfg, additions=Additions(tuple(added)))
+    with_it = replace(cfg, additions=low_ranks(drawn(cfg, how), how))
     assert targets_of(with_it, how) == targets_of(cfg, how)
     assert choices(with_it) == choices(cfg)
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from jlayer.parts import LowRanks
+from jlayer.additions import Additions
 from jlayer.plan.machine import PLATFORMS, Machine
 from jlayer.plan.need import total
 from jlayer.plan.tiles import Tier, unseen_weights
@@ -22,11 +22,11 @@ AT_ONCE = PLATFORMS["gpu"].ahead
 def plan_of(device_budget, host_budget=60 << 30):
     cfg = llama(num_hidden_layers=8)
     how = AdapterConfig(rank=16)
-    rows = tuple(sorted((name, how.rank, how.scale) for name in targets_of(cfg, how)))
+    rows = ((name, how.rank, how.scale) for name in targets_of(cfg, how))
     machine = Machine("gpu", device_budget, host_budget, context_bytes=640 << 20)
     weights = unseen_weights(cfg, None, stored="bfloat16", dtype="bfloat16")
     settings = Settings(tokens_per_step=4096, length=512)
-    return make_plan(weights, machine, settings, LowRanks(rows))
+    return make_plan(weights, machine, settings, Additions.of_one(rows))
 
 
 @pytest.fixture
