@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.sizes import parse_bytes
 
@@ -106,6 +107,16 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 def add_draft(parser: argparse.ArgumentParser) -> None:
     line = "a smaller model with the same tokenizer, which guesses tokens; it stays on the device"
     parser.add_argument("--draft", metavar="REF", help=line)
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    line = "store matrices in 8 or about 4 bits a weight, at some loss of quality"
+    parser.add_argument("--quantize", choices=tuple(SCHEMES), help=line)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    line = "replace another model in TARGET, or convert again"
+    parser.add_argument("--overwrite", action="store_true", help=line)
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

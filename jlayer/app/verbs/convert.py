@@ -22,7 +22,6 @@ from jlayer.app.inputs import folder_of
 from jlayer.app.streams import is_terminal
 from jlayer.checkpoint.hub import Weights, cached_folder, is_hub_id
 from jlayer.checkpoint.layout import EMBED_FILE
-from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.interrupts import released
 from jlayer.spec import ITEM_BYTES
@@ -40,20 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(ITEM_BYTES),
         help="cast all weights, rounded to nearest (default: keep each weight's own dtype)",
     )
-    parser.add_argument(
-        "--quantize",
-        choices=tuple(SCHEMES),
-        help="store matrices in 8 or about 4 bits a weight, at some loss of quality",
-    )
+    options.add_quantize(parser)
     parser.add_argument(
         "--delete-source",
         action="store_true",
         help="remove each weight file of SOURCE once it is converted; asks first",
     )
     options.add_yes(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace another model in TARGET, or convert again"
-    )
+    options.add_overwrite(parser)
     parser.add_argument(
         "--allow-extra", action="store_true", help="leave out tensors that the model does not use"
     )

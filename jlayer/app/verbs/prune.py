@@ -23,7 +23,6 @@ from jlayer.app.inputs import folder_of, read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import tell
 from jlayer.checkpoint.hub import Weights
-from jlayer.encodings.registry import SCHEMES
 from jlayer.errors import UsageError
 from jlayer.interrupts import check
 from jlayer.run_config import RunConfig
@@ -54,14 +53,8 @@ def add_arguments(parser):
         choices=tuple(ITEM_BYTES),
         help="compute in it, and cast all weights to it (default: keep each weight's own dtype)",
     )
-    parser.add_argument(
-        "--quantize",
-        choices=tuple(SCHEMES),
-        help="store matrices in 8 or about 4 bits a weight, at some loss of quality",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace another model in TARGET, or convert again"
-    )
+    options.add_quantize(parser)
+    options.add_overwrite(parser)
     options.add_run(parser, RUN)
     options.add_offline(parser)
     options.add_follow_links(parser)
