@@ -166,7 +166,7 @@ def test_cached_equals_recomputed(tiny):
     np.testing.assert_allclose(cached, recomputed, rtol=0, atol=1e-5 * np.abs(recomputed).max())
 
 
-def test_an_80_layer_model_compiles_exactly_as_often_as_a_2_layer_one(tmp_path):
+def test_an_80_layer_model_compiles_exactly_as_often_as_a_2_layer_one(tmp_path, compiled_anew):
     counts, shapes = [], []
     for layers in (2, 80):
         source = tiny_llama(tmp_path / f"source-{layers}", num_hidden_layers=layers)
