@@ -392,11 +392,14 @@ def _mixing_bytes(cfg, length, count):
             attention = kind.attention or kind.latent.of_heads
             pieces = attention_pieces(attention, lanes=count, tokens=length, capacity=0)
             heads, size = attention.n_heads, attention.head_dim
-            # Scores and their gradients, of a piece. What is turned and multiplied, and the same on
-            # the way back, of all rows. What was mixed before each piece.
+            # Scores and their gradients, of a piece, with which are seen. What is turned, by which
+            # sines, normalised and multiplied, and the same on the way back, of all rows. What was
+            # mixed before each piece.
             scores = 2 * FLOAT32 * pieces.lanes * heads * length * (length // pieces.fresh)
             row = FLOAT32 * length * heads * size
-            found = scores + 9 * count * row + (pieces.fresh - 1) * pieces.lanes * row
+            copies = 9 + (2 if attention.head_norms or attention.clip else 0)
+            small = count * length * (length // pieces.fresh + 4 * FLOAT32 * size)
+            found = scores + copies * count * row + small + (pieces.fresh - 1) * pieces.lanes * row
         most = max(most, found)
     return most
 
