@@ -15,12 +15,14 @@ from jlayer.errors import UsageError
 @dataclass(frozen=True)
 class Row:
     """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding.
-    `scored_from`: in place of the option prompt_logprobs_from."""
+    `scored_from`: in place of the option prompt_logprobs_from. `pooling`: how its final hidden
+    states are pooled, where they are wanted."""
 
     given: list[int]
     ids: list[int]
     padding: Padding = NO_PADDING
     scored_from: int | None = None
+    pooling: str | None = None
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
