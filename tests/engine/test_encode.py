@@ -1,5 +1,5 @@
-"""Texts as vectors: the final hidden states of transformers' base model, pooled; each the same alone
-and beside others."""
+"""Texts as vectors: the final hidden states of transformers' base model, pooled; each the same
+alone and beside others."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_texts_share_their_sweeps_with_each_other_and_with_runs(model):
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_text_comes_in_portions_and_after_kept_ones(model, pooling):
-    """Chunk after chunk of it; what a text that was kept has is computed again where it is pooled."""
+    """Chunk after chunk; what a kept text has is computed again where it is pooled."""
     prompt = [*RNG.integers(3, 133, 70).tolist(), *PROMPTS[0]]
     expected = model.encode([prompt, *PROMPTS], pooling)
     kept, _ = model.decoding(prompt[:100], options={**GREEDY, "max_new_tokens": 1})
