@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,12 +27,14 @@ from jlayer.text.stream import StopWatcher, TextStream
 class Step:
     """What one sweep added to a text: complete characters only, so `text` may lag behind
     `token_ids`. `finish_reason`: why the text ends with it, None where it goes on. `choices`: the
-    tokens with their log-probabilities, where these were asked for."""
+    tokens with their log-probabilities, where these were asked for. `vector`: float32 [D], where
+    the prompt is pooled, with the last one."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     choices: tuple[Choice, ...] = ()
+    vector: np.ndarray | None = field(default=None, compare=False)
 
 
 class Constraint(Protocol):
@@ -305,9 +307,11 @@ class Lane:
         return piece
 
     def end(self) -> None:
-        """Ends it with a step without tokens: its prompt is scored, and nothing else was wanted."""
+        """Ends it with a step without tokens: its prompt is scored or pooled, and nothing else was
+        wanted."""
         self.finish_reason = "length"
-        self.unread.append(Step("", (), self.finish_reason))
+        vector = None if self.pooled is None else self.pooled.value
+        self.unread.append(Step("", (), self.finish_reason, vector=vector))
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which whoever reads its steps gets; and those that it is decided
