@@ -17,6 +17,7 @@ from jlayer.auto_tokenizer import AutoTokenizer, given_ref
 from jlayer.checkpoint.hub import local_folder
 from jlayer.config import generation_file, read_generation_config
 from jlayer.engine.answers import answer
+from jlayer.engine.arrays import as_kind
 from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, all_logits, check_called, drive
@@ -204,18 +205,18 @@ class Model(Sessions):
         *,
         normalize: bool = False,
         adapter: str | None = None,
-    ) -> np.ndarray:
+    ):
         """Texts as vectors: their final hidden states, pooled -> float32 [texts, D]; [D] of one.
 
         `texts`: a str, ids, or a list of these; all share forward passes, and each gives what it
-        would give alone. `pooling`: "mean" of all tokens, or of the "last" one. `normalize`: to
-        length 1. `adapter`: as of `generate`. Raises UsageError, DoesNotFitError, and what a
-        forward pass raises.
+        would give alone. Ids in an array give an array of its kind, all else numpy's. `pooling`:
+        "mean" of all tokens, or of the "last" one. `normalize`: to length 1. `adapter`: as of
+        `generate`. Raises UsageError, DoesNotFitError, and what a forward pass raises.
         """
         rows, one = encode_prompts(self.text, texts, folder=self.folder)
         how = {"pooling": pooling, "normalize": normalize, "adapter": adapter}
         found = embed(self.engine, rows, **how)
-        return found[0] if one else found
+        return as_kind(encoded(texts)[0], found[0] if one else found)
 
     def generate(
         self,
