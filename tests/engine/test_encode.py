@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 import jlayer
-from jlayer import AutoModel, UsageError
+from jlayer import AutoModel, CheckpointError, UsageError
 from tests.conftest import BUNDLED
 from tests.engine.lanes import GREEDY, limited
 from tests.reference.dense_forms import save
+from tests.streaming.conftest import set_tile_bytes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -119,3 +120,31 @@ def test_texts_are_tokenized_as_transformers_does(fable):
 def test_what_cannot_be_encoded_is_refused(model, texts, options, message):
     with pytest.raises(UsageError, match=message):
         model.encode(texts, **options)
+
+
+@pytest.mark.slow
+def test_the_hosts_cores_multiply_too(folder, model, monkeypatch):
+    """Also the head, of which no row is wanted; and with no more memory than is planned."""
+    set_tile_bytes(monkeypatch, 3_000)
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32", host_share=0.5) as shared:
+        assert shared.plan.host_share > 0
+        assert_near(shared.encode(PROMPTS), model.encode(PROMPTS))
+        held = shared.engine.sweeper.most_activation_bytes
+        assert held <= shared.plan.device.activation_bytes
+
+
+def test_a_text_without_numbers_fails_alone(model, monkeypatch):
+    read = model.engine.embedding.read
+
+    def damaged(ids):
+        return {
+            name: np.where((ids == 99)[:, None], np.nan, rows).astype(rows.dtype)
+            for name, rows in read(ids).items()
+        }
+
+    good = [token for token in PROMPTS[0] if token != 99]
+    want = model.encode(good)
+    monkeypatch.setattr(model.engine.embedding, "read", damaged)
+    with pytest.raises(CheckpointError, match="not finite"):
+        model.encode([good, [3, 99, 4]])
+    assert_near(model.encode(good), want)
