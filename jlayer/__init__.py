@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AutoModel": "jlayer.api",
     "AutoModelForCausalLM": "jlayer.api",
-    "AutoTokenizer": "jlayer.api",
+    "AutoTokenizer": "jlayer.auto_tokenizer",
     "Model": "jlayer.api",
     "Generation": "jlayer.engine.decoding",
     "Step": "jlayer.engine.lane",

@@ -13,9 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from jlayer.checkpoint.hub import Weights, local_folder
+from jlayer.auto_tokenizer import AutoTokenizer, given_ref
+from jlayer.checkpoint.hub import local_folder
 from jlayer.config import generation_file, read_generation_config
 from jlayer.engine.answers import answer
+from jlayer.engine.arrays import as_kind
 from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, all_logits, check_called, drive
@@ -29,6 +31,7 @@ from jlayer.engine.ids import as_rows, encoded
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, check_names, translated
 from jlayer.engine.options import SamplingOptions, check_draft, configured, is_option
+from jlayer.engine.pooling import embed
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.session import Sessions
 from jlayer.engine.stops import given_tokenizer
@@ -36,7 +39,6 @@ from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
 from jlayer.run_config import RunConfig
-from jlayer.small_files import as_folder
 from jlayer.streaming.watch import Watch
 
 FORMS = (*CHAT_OPTIONS, "generation_config")  # options of the prompt, not of drawing
@@ -80,7 +82,7 @@ class AutoModel:
         CheckpointError, UnsupportedModelError, UsageError, DoesNotFitError, NetworkError or
         StorageError.
         """
-        ref, options = translated(_ref(ref, options), {"dtype": dtype, **options})
+        ref, options = translated(given_ref(ref, options), {"dtype": dtype, **options})
         offline = options.pop("offline", offline)
         run = RunConfig.from_options(
             device_memory=device_memory,
@@ -98,31 +100,6 @@ class AutoModel:
 
 class AutoModelForCausalLM(AutoModel):
     """AutoModel under transformers' longer name."""
-
-
-class AutoTokenizer:
-    """Named as in transformers."""
-
-    @staticmethod
-    def from_pretrained(ref: str | os.PathLike | None = None, *inputs, offline=False, **options):
-        """The tokenizer as transformers gives it, of a folder, a GGUF file or a hub id. Code in a
-        checkpoint is not run. Raises UsageError, and what `local_folder` and transformers raise."""
-        ref = _ref(ref, options)
-        known = {name: options.pop(name) for name in NAMES & options.keys() - {"subfolder"}}
-        ref, known = translated(ref, known)
-        folder = local_folder(ref, weights=Weights.NONE, offline=known.get("offline", offline))
-        with deferred(), as_folder(folder) as home:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(home, *inputs, **options)
-
-
-def _ref(ref, options):
-    """The model that is meant, also under transformers' name of the argument."""
-    ref = options.pop("pretrained_model_name_or_path", ref)
-    if ref is None:
-        raise UsageError("ref: none given, expected a folder or a hub id")
-    return ref
 
 
 class Model(Sessions):
@@ -220,6 +197,26 @@ class Model(Sessions):
         """
         begin = self.generation_config.get("bos_token_id")
         return all_logits(self.engine, input_ids, attention_mask, begin=begin, adapter=adapter)
+
+    def encode(
+        self,
+        texts,
+        pooling: str = "mean",
+        *,
+        normalize: bool = False,
+        adapter: str | None = None,
+    ):
+        """Texts as vectors: their final hidden states, pooled -> float32 [texts, D]; [D] of one.
+
+        `texts`: a str, ids, or a list of these; all share forward passes, and each gives what it
+        would give alone. Ids in an array give an array of its kind, all else numpy's. `pooling`:
+        "mean" of all tokens, or of the "last" one. `normalize`: to length 1. `adapter`: as of
+        `generate`. Raises UsageError, DoesNotFitError, and what a forward pass raises.
+        """
+        rows, one = encode_prompts(self.text, texts, folder=self.folder)
+        how = {"pooling": pooling, "normalize": normalize, "adapter": adapter}
+        found = embed(self.engine, rows, **how)
+        return as_kind(encoded(texts)[0], found[0] if one else found)
 
     def generate(
         self,

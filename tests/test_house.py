@@ -36,7 +36,7 @@ ROOMS = (
         "run_config",
     ),
     *("catalogue", "model", "cores", "checkpoint", "plan", "streaming", "text", "drafting"),
-    *("engine", "api", "measure", "tuning", "serving", "batch", "app"),
+    *("engine", "auto_tokenizer", "api", "torch", "measure", "tuning", "serving", "batch", "app"),
 )
 GROUND = ROOMS[: ROOMS.index("model")]
 # What the converter stands on: it needs no JAX.

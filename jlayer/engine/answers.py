@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from jlayer.engine.arrays import as_kind
 from jlayer.engine.beaming import Beams
 from jlayer.engine.decoding import Decoding
-from jlayer.engine.ids import as_kind, like
+from jlayer.engine.ids import like
 
 
 @dataclass(frozen=True)

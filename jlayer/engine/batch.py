@@ -37,7 +37,8 @@ class Entry:
     `committed`. `new`: the pool rows that they are written to. `parents`: for each row the number
     of its parent, an earlier one, or -1; None: a chain. `capacity`: of the lane's table. `after`:
     how many other entries of the pass, one after another, must have been written before. `wanted`:
-    of so many of its last rows the logits are wanted. `is_long`: whether its text is longer than
+    of so many of its last rows the logits are wanted; `hidden`: of so many what the head's norm
+    makes of them. `is_long`: whether its text is longer than
     the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
     state before and after its rows that are no guesses, of which there are `n_kept`. `adapter`: the
     number of the one that it is computed with; -1: none.
@@ -55,13 +56,14 @@ class Entry:
     target: int = 0
     n_kept: int = 0
     adapter: int = NONE
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
 class Part:
     """A chunk of a forward pass: `tokens` [R], -1 where it is padded; `adapters` [R], of `Entry`;
     what attention needs; which rows' logits are wanted, and the places of these among all wanted
-    rows of the pass."""
+    rows of the pass; and which rows' final hidden states are, with their places."""
 
     size: Size
     tokens: np.ndarray
@@ -69,6 +71,8 @@ class Part:
     rows: Rows
     wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    hidden: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    hidden_places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @cached_property
     def real(self) -> np.ndarray:
@@ -79,6 +83,11 @@ class Part:
     def n_wanted(self) -> int:
         """The wanted rows, padded."""
         return padded_wanted(len(self.wanted))
+
+    @property
+    def n_hidden(self) -> int:
+        """The rows whose hidden states are wanted, padded."""
+        return padded_wanted(len(self.hidden))
 
 
 def padded_wanted(count: int) -> int:
@@ -100,10 +109,11 @@ def arrange(
     rows of the pools; `windows`: of layers with a window. `switches`: whether the rotary embedding
     does for long texts. `slots`: of layers with a state.
 
-    The wanted rows are numbered entry by entry. Rows of a tree must be in one chunk, unless they
-    are its trunk: so a pass has at most `most` rows below the first branch.
+    The wanted rows are numbered entry by entry, and so are those whose hidden states are wanted.
+    Rows of a tree must be in one chunk, unless they are its trunk: so a pass has at most `most`
+    rows below the first branch.
     """
-    firsts = np.cumsum([0, *(entry.wanted for entry in entries)])
+    firsts = np.cumsum([[0, 0], *((entry.wanted, entry.hidden) for entry in entries)], axis=0)
     ranks = [
         [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
         for rank in sorted({entry.after for entry in entries})
@@ -154,7 +164,7 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
     table = np.full((pane.lanes, capacity), pool, np.int32)
     length = np.zeros(pane.lanes, np.int32)
     seen = np.tile(np.tri(pane.tokens, dtype=bool), (pane.lanes, 1, 1))
-    wanted, places = [], []
+    told = ([], []), ([], [])  # (rows, places) of the logits and of the hidden states
     for number, member in enumerate(pane.members):
         entry, first, end = entries[member.lane], member.first, member.first + member.count
         n_committed, at = len(entry.committed), number * pane.tokens
@@ -171,10 +181,13 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
             assert ancestors[first:end, :first].all(), "a branch of a tree began in another chunk"
             positions[own] = n_committed + depth[first:end]
             seen[number, : member.count, : member.count] = ancestors[first:end, first:end]
-        from_row = max(first, len(entry.tokens) - entry.wanted)
-        place = firsts[member.lane] + from_row - (len(entry.tokens) - entry.wanted)
-        wanted += range(at + from_row - first, at + member.count)
-        places += range(place, place + end - from_row)
+        for (chosen, places), n_last, place in zip(
+            told, (entry.wanted, entry.hidden), firsts[member.lane], strict=True
+        ):
+            begin = len(entry.tokens) - n_last
+            from_row = max(first, begin)
+            chosen += range(at + from_row - first, at + member.count)
+            places += range(place + from_row - begin, place + end - begin)
     rows = Rows(
         positions=positions,
         write=written,
@@ -185,7 +198,7 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         is_long=is_long if switches else None,
         **(_states(pane, entries, size) if slots else {}),
     )
-    numbers = (np.array(each, np.int32) for each in (wanted, places))
+    numbers = (np.array(each, np.int32) for pair in told for each in pair)
     return Part(size, tokens, adapters, rows, *numbers)
 
 

@@ -90,6 +90,41 @@ def all_logits(
         forward.close()
 
 
+def logits_of_rows(
+    engine: Engine, rows: Sequence[Sequence[int]], *, begin: int | None = None
+) -> list[np.ndarray]:
+    """Logits of every position of prompts of any lengths, in one pass: float32 [T, V] of each.
+    `begin`: as of `all_logits`. Raises UsageError, and what a forward pass raises."""
+    ids = [list(row) for row in rows]
+    for row in ids:
+        engine.check_ids(row, begin=begin)
+    longest = max(map(len, ids))
+    engine.check_length(longest)
+    shape = RunShape(len(ids), longest, longest, all_logits=True, single_array=True)
+    forward = engine.start(shape)
+    try:
+        whole = _Whole(sum(map(len, ids)), engine.cfg.vocab_size)
+        forward.score(ids, whole)
+    finally:
+        forward.close()
+    ends = np.cumsum([len(row) for row in ids])
+    return np.split(whole.logits, ends[:-1])
+
+
+class _Whole:
+    """All logits of a pass; see `Forward.score`."""
+
+    def __init__(self, n_rows, vocab_size):
+        self.logits = np.empty((n_rows, vocab_size), np.float32)
+
+    def add(self, output, places, row):
+        self.logits[places, row : row + output.shape[1]] = output
+
+    @property
+    def are_finite(self):
+        return bool(np.isfinite(self.logits).all())
+
+
 def drive(decoding: Decoding, rows: Sequence[Row], streamer) -> None:
     """Runs a decoding to its end; `streamer` gets the prompt, and new ids as they come."""
     if streamer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jlayer.engine.batch import Part
 from jlayer.engine.calls import Call
 from jlayer.engine.picking import picked_length, picked_lengths
+from jlayer.families.base import Stage
 from jlayer.families.experts import OF_EXPERTS
 from jlayer.families.latent import OF_LATENT
 from jlayer.plan.tiles import Tile
@@ -80,3 +81,38 @@ class Chunk:
 # What a chunk has no more when a stage has ended, unless its end gives it anew.
 OF_STAGE = ("x", "products", "hosted")
 HELD = ("hidden", "x", *OF_LATENT, *OF_EXPERTS)
+
+
+def inputs_of(passing: Sequence[Chunk], stage: Stage | None) -> tuple[list, list, list]:
+    """The input of a stage, its rows that are not padding, and the adapters of these, of each
+    chunk. That of the head (None) is of the wanted rows alone."""
+    if stage is not None:
+        real = [chunk.part.real for chunk in passing]
+        adapters = [chunk.part.adapters[chunk.part.real] for chunk in passing]
+        return [chunk.flow[stage.source] for chunk in passing], real, adapters
+    chunks = [chunk for chunk in passing if chunk.part.n_wanted]
+    wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
+    adapters = [chunk.part.adapters[chunk.part.wanted] for chunk in chunks]
+    return [chunk.flow.pop("x") for chunk in chunks], wanted, adapters
+
+
+def final_hidden(chunk: Chunk, bound: BoundCall, put: Callable) -> np.ndarray:
+    """Those that are wanted, after the last layer and the head's norm: float32 [W, D]. `bound`:
+    what gives them on the device, where `put` puts arrays."""
+    wanted = chunk.part.hidden
+    rows = put(np.resize(wanted, chunk.part.n_hidden))
+    given = bound.leaves | {"hidden": chunk.flow["hidden"], "wanted": rows}
+    results, _ = bound.call.program(given, {})
+    return np.asarray(results["x"])[: len(wanted)].astype(np.float32)
+
+
+def is_finite(chunk: Chunk) -> bool:
+    """Whether the hidden states of real rows are finite; padding may hold anything."""
+    real = chunk.part.tokens >= 0
+    return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())
+
+
+def tables_bytes(passing: Sequence[Chunk]) -> int:
+    """Bytes of what attention knows of all rows; chunks share some of it."""
+    leaves = {id(leaf): leaf for chunk in passing for leaf in jax.tree.leaves(chunk.flow["rows"])}
+    return sum(leaf.nbytes for leaf in leaves.values())

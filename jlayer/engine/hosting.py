@@ -267,3 +267,9 @@ def hosted_heights(tiles: Sequence[Tile], stage: Stage) -> dict[str, int]:
         if rows:
             heights[leaf] = rows
     return heights
+
+
+def hosted_logits(stage: HostedStage, tile: Tile) -> np.ndarray:
+    """Waits for the host's cores -> a copy of what they wrote for a tile of the head."""
+    stage.settle()
+    return stage.logits(tile)

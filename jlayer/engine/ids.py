@@ -1,4 +1,4 @@
-"""Token ids in the types that users pass: lists, numpy, jax or torch."""
+"""Token ids in the types that users pass: lists, and arrays of any library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlayer.engine.arrays import as_kind, as_lists, is_array
 from jlayer.engine.sample import NO_PADDING, Padding
 from jlayer.errors import UsageError
 
@@ -15,16 +16,18 @@ from jlayer.errors import UsageError
 @dataclass(frozen=True)
 class Row:
     """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding.
-    `scored_from`: in place of the option prompt_logprobs_from."""
+    `scored_from`: in place of the option prompt_logprobs_from. `pooling`: how its final hidden
+    states are pooled, where they are wanted."""
 
     given: list[int]
     ids: list[int]
     padding: Padding = NO_PADDING
     scored_from: int | None = None
+    pooling: str | None = None
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
-    """Ids [B, T] or [T], as lists, numpy, jax or torch, as B lists of ints.
+    """Ids [B, T] or [T], as lists or arrays, as B lists of ints.
 
     Raises UsageError if they are no integers or have more than two dimensions.
     """
@@ -39,8 +42,8 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
 def plain(ids):
     """Arrays, and lists of arrays, as lists; anything else as it is."""
     if isinstance(ids, (list, tuple)):
-        return [plain(row) if hasattr(row, "tolist") else row for row in ids]
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+        return [plain(row) if is_array(row) else row for row in ids]
+    return as_lists(ids) if is_array(ids) else ids
 
 
 def is_id_list(row) -> bool:
@@ -98,8 +101,8 @@ def _row(row, mask):
 
 
 def like(given, rows, padding):
-    """Rows of ids as the kind that `given` was: list, numpy, jax or torch; padded on the right
-    where they are arrays.
+    """Rows of ids as the kind that `given` was: lists, or an array of its library, padded on the
+    right.
 
     One row where a flat list or array came in, unless there are several answers to it.
     """
@@ -108,22 +111,5 @@ def like(given, rows, padding):
         return rows[0] if flat else rows
     longest = max(map(len, rows))
     array = np.array([row + [padding] * (longest - len(row)) for row in rows])
-    array = array if given.ndim == 2 or len(rows) > 1 else array[0]
-    return as_kind(given, array, like_ids=True)
-
-
-def as_kind(given, value, *, like_ids: bool = False):
-    """Arrays of numpy, or a tuple of them, as the kind that `given` was: numpy where that was a
-    list. `like_ids`: in its dtype too."""
-    if isinstance(value, tuple):
-        return tuple(as_kind(given, one) for one in value)
-    if isinstance(given, (list, tuple, np.ndarray)):
-        return value.astype(given.dtype) if like_ids else value
-    if type(given).__module__.startswith("torch"):
-        import torch
-
-        found = torch.from_numpy(value)
-        return found.to(device=given.device, dtype=given.dtype if like_ids else found.dtype)
-    import jax.numpy as jnp
-
-    return jnp.asarray(value, dtype=given.dtype if like_ids else value.dtype)
+    is_flat = is_id_list(plain(given)) and len(rows) == 1
+    return as_kind(given, array[0] if is_flat else array, like_ids=True)

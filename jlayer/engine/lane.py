@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from jlayer.engine.batch import NONE
+from jlayer.engine.hidden import Pooled
 from jlayer.engine.ids import Row
 from jlayer.engine.joint import Joint
 from jlayer.engine.options import SamplingOptions
@@ -26,12 +27,14 @@ from jlayer.text.stream import StopWatcher, TextStream
 class Step:
     """What one sweep added to a text: complete characters only, so `text` may lag behind
     `token_ids`. `finish_reason`: why the text ends with it, None where it goes on. `choices`: the
-    tokens with their log-probabilities, where these were asked for."""
+    tokens with their log-probabilities, where these were asked for. `vector`: float32 [D], where
+    the prompt is pooled, with the last one."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     choices: tuple[Choice, ...] = ()
+    vector: np.ndarray | None = field(default=None, compare=False)
 
 
 class Constraint(Protocol):
@@ -97,9 +100,9 @@ class Lane:
         `adapter`: the number of the one that it is computed with."""
         prompt = row.ids
         self.scores, self.adapter = scores, adapter
-        self.draws = limit > 0
+        self.draws, self.pooled = limit > 0, Pooled.of(row)
         # Nothing follows the last token of a prompt that is only scored.
-        self.history = list(prompt if self.draws else prompt[:-1])
+        self.history = list(prompt if self.draws or self.pooled else prompt[:-1])
         self.n_prompt = len(prompt)
         self.options = options
         self.account = account
@@ -112,7 +115,7 @@ class Lane:
         self.last_pass = -1  # of the scheduler's passes, in which it rode
         self._switches_at, self.is_long = switches_at, False
         self._most_unread = most_unread
-        has_work = self.draws or (scores is not None and not scores.is_done)
+        has_work = self.draws or self.pooled or (scores is not None and not scores.is_done)
         self.finish_reason: str | None = None if has_work else "length"
         self.choices: list[Choice] = []
         self.row, self.limit, self._number = row, limit, number
@@ -175,10 +178,9 @@ class Lane:
     @property
     def n_shareable(self) -> int:
         """The entries of so many first tokens may be another's; the others must ride, for the
-        logits after them."""
-        if self.scores is None or self.scores.is_done:
-            return len(self.history) - 1
-        return min(self.scores.next, len(self.history) - 1)
+        logits after them or for their hidden states."""
+        wanting = [one for one in (self.scores, self.pooled) if one is not None and not one.is_done]
+        return min([len(self.history) - 1, *(one.next for one in wanting)])
 
     @property
     def n_pending(self) -> int:
@@ -305,9 +307,11 @@ class Lane:
         return piece
 
     def end(self) -> None:
-        """Ends it with a step without tokens: its prompt is scored, and nothing else was wanted."""
+        """Ends it with a step without tokens: its prompt is scored or pooled, and nothing else was
+        wanted."""
         self.finish_reason = "length"
-        self.unread.append(Step("", (), self.finish_reason))
+        vector = None if self.pooled is None else self.pooled.value
+        self.unread.append(Step("", (), self.finish_reason, vector=vector))
 
     def fail(self, error: Exception) -> None:
         """Ends it with an error, which whoever reads its steps gets; and those that it is decided

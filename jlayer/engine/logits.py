@@ -1,5 +1,5 @@
-"""The logits of a forward pass, as they come to the host: those that tokens are drawn from are kept
-whole, those of scored prompts are reduced at once.
+"""What a forward pass brings to the host: logits that tokens are drawn from are kept whole, those
+of scored prompts are reduced at once, and so are final hidden states.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlayer.engine.hidden import PassHidden
 from jlayer.engine.riders import Rider
 from jlayer.engine.scores import Scores
 
@@ -28,9 +29,10 @@ class _Places:
 
 
 class PassLogits:
-    """What `Sweeper.run` gives for some riders; `take` is called with it."""
+    """What `Sweeper.run` gives for some riders; `take` and `take_hidden` are called with it."""
 
-    def __init__(self, riders: Sequence[Rider], vocab_size: int):
+    def __init__(self, riders: Sequence[Rider], vocab_size: int, *, width: int):
+        """`width`: of hidden states."""
         self._places: dict[int, _Places] = {}
         targets, n_drawn, n_top = [], 0, 1
         for rider in riders:
@@ -42,6 +44,9 @@ class PassLogits:
                 n_top = max(n_top, rider.lane.scores.n_top)
             targets += [-1] * rider.n_drawn
             n_drawn = end
+        self._numbers = {id(rider): number for number, rider in enumerate(riders)}
+        self._hidden = PassHidden([(rider.lane.pooled, rider.pooled) for rider in riders], width)
+        self.take_hidden = self._hidden.take
         self._targets = np.array(targets, np.int64)
         self._drawn_at = np.cumsum(self._targets < 0) - 1
         self._drawn = np.empty((n_drawn, vocab_size), np.float32)
@@ -64,12 +69,15 @@ class PassLogits:
         return self._drawn[self._places[id(rider)].drawn]
 
     def are_finite(self, rider: Rider) -> bool:
-        """Whether those that score its prompt are."""
+        """Whether those that score its prompt are, and its hidden states."""
         own = self._places[id(rider)]
+        if not self._hidden.are_finite(self._numbers[id(rider)]):
+            return False
         return not own.scored or bool(self._scores.finite[own.of_scored].all())
 
-    def give_scores(self, rider: Rider) -> None:
+    def give(self, rider: Rider) -> None:
         """Gives a lane what the pass has found of its prompt."""
         own, scores = self._places[id(rider)], rider.lane.scores
         if own.scored and self.are_finite(rider):
             scores.add(own.scored, self._scores.choices(own.of_scored, scores.n_top))
+        self._hidden.give(self._numbers[id(rider)])

@@ -17,6 +17,7 @@ from jlayer.engine.size import Size
 from jlayer.model.cache import Rows, View
 from jlayer.plan.shapes import RunShape
 
+OF_PART = ("tokens", "adapters", "wanted", "places", "hidden", "hidden_places")
 NOT_ARRAYS = ("windows", "flash", "is_chain")  # fields of Rows
 
 
@@ -24,7 +25,7 @@ def packed_parts(parts: Sequence[Part]) -> list:
     return [
         [
             astuple(part.size),
-            _packed_arrays(part, ("tokens", "adapters", "wanted", "places")),
+            _packed_arrays(part, OF_PART),
             _packed_arrays(part.rows, _names(Rows)),
             {size: _packed_arrays(view, _names(View)) for size, view in part.rows.windows.items()},
             [part.rows.flash, part.rows.is_chain],

@@ -82,7 +82,7 @@ class Programs:
         if tile.stage is None:
             return (self._layer(tile, size),)
         if tile.stage.logits:
-            head = self._head_input if on_host else self._head
+            head = self.head_input if on_host else self._head
             return (head(tile, size, wanted),) if wanted else ()
         if not tile.ends_stage:
             return () if on_host else (self._rows(tile, size, picked),)
@@ -275,7 +275,7 @@ class Programs:
         program = self.get(label, tile.signature, function, (given, {}))
         return Call(program, ("hidden", "wanted", *reads), whole=tile.stage.input.whole)
 
-    def _head_input(self, tile, size, n_wanted):
+    def head_input(self, tile, size, n_wanted):
         """(whole, hidden, wanted [W]) -> the head's input x [W, D] of the wanted rows."""
 
         def function(given, consumed):

@@ -55,6 +55,12 @@ class Rider:
         return range(0) if scores is None else scores.rows(self.first, self.end)
 
     @property
+    def pooled(self) -> range:
+        """Those of its tokens whose final hidden states are wanted, its last ones."""
+        pooled = self.lane.pooled
+        return range(0) if pooled is None else pooled.rows(self.first, self.end)
+
+    @property
     def n_drawn(self) -> int:
         """From the logits of so many of its last rows tokens are drawn: its last token and the
         guesses."""
@@ -83,6 +89,7 @@ class Rider:
             np.concatenate([self.own, self.guessed]),
             lane.capacity,
             wanted=self.wanted,
+            hidden=len(self.pooled),
             parents=parents,
             after=self.after,
             is_long=lane.is_long,

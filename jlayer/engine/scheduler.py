@@ -69,6 +69,7 @@ class Scheduler:
                     *(rider.end - rider.first, rider.lane.capacity, rider.after),
                     n_scored=len(rider.scored),
                     n_drawn=int(rider.lane.draws),
+                    n_hidden=len(rider.pooled),
                 )
                 for rider in self._choose(lanes, plan)
             ]
@@ -158,8 +159,9 @@ class Scheduler:
                 speculation.guess(riders, engine.plan)
                 drafting_s = clock.lap()
                 parts = self._arrange([rider.entry for rider in riders])
-                logits = PassLogits(riders, engine.cfg.vocab_size)
-                engine.sweeper.run(executor, parts, logits.take, check=somebody_is_there)
+                logits = PassLogits(riders, engine.cfg.vocab_size, width=engine.cfg.hidden_size)
+                how = {"take_hidden": logits.take_hidden, "check": somebody_is_there}
+                engine.sweeper.run(executor, parts, logits.take, **how)
                 sweep_s = clock.lap()
                 drawn, commits = self._draw(executor, riders, logits, parts)
                 engine.note_peaks()
@@ -194,7 +196,7 @@ class Scheduler:
         with self._changed:
             for rider in riders:
                 rider.lane.table.commit(rider.gained)
-                logits.give_scores(rider)
+                logits.give(rider)
                 rider.lane.last_pass = self.n_passes
             for one in drawn:
                 self._accept(one, pool)
@@ -269,10 +271,10 @@ def _has_news(lanes):
     )
 
 
-def _stand_in(n_tokens, capacity, after=0, n_nodes=0, *, n_scored=0, n_drawn=1):
+def _stand_in(n_tokens, capacity, after=0, n_nodes=0, *, n_scored=0, n_drawn=1, n_hidden=0):
     """An entry of the shape of a lane's next one, of whose tokens the last ones are guesses."""
     none = np.zeros(0, np.int32)
     parents = range(-1, n_tokens - 1) if n_nodes else None
     new = np.zeros(n_tokens, np.int32)
     wanted = n_scored + n_drawn + n_nodes
-    return Entry([0] * n_tokens, none, new, capacity, wanted, parents, after)
+    return Entry([0] * n_tokens, none, new, capacity, wanted, parents, after, hidden=n_hidden)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from jlayer.engine.hidden import Pooled
 from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.riders import LEAST_SHARED, n_alike
@@ -39,7 +40,8 @@ def shape_of(
         n_shared = n_prompt - 1 if shares else 0
         entries += n_shared + each * (n_prompt - n_shared + limit) - n_before
         rides += [n_prompt - n_before, *[n_prompt - n_shared] * (each - 1)]
-    scores = options.prompt_logprobs is not None
+    # A vector of a row is less than its logits, which the plan knows.
+    scores = options.prompt_logprobs is not None or any(row.pooling for row in rows)
     return RunShape(
         batch=each * len(rows),
         longest=max(lengths),
@@ -61,6 +63,8 @@ def _shared(cfg, rows, options):
         most = options.n_computed(len(other.ids)) - 1
         if options.prompt_logprobs is not None:
             most = min(most, first_scored(other, options) - 1)
+        if other.pooling is not None:
+            most = min(most, Pooled.of(other).next)
         found.append(n_alike(one.ids, other.ids, min(most, len(one.ids) - 1)) if may_share else 0)
     return found
 

@@ -14,10 +14,18 @@ import numpy as np
 from jlayer.engine.batch import Part
 from jlayer.engine.caches import Caches
 from jlayer.engine.choosing import Chooser
-from jlayer.engine.chunk import OF_STAGE, BoundCall, Chunk
+from jlayer.engine.chunk import (
+    OF_STAGE,
+    BoundCall,
+    Chunk,
+    final_hidden,
+    inputs_of,
+    is_finite,
+    tables_bytes,
+)
 from jlayer.engine.deciding import after_it, step
 from jlayer.engine.division import Division, divided
-from jlayer.engine.hosting import Host, HostedStage, landing_rows
+from jlayer.engine.hosting import Host, HostedStage, hosted_logits, landing_rows
 from jlayer.engine.messages import packed_parts
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.picking import ADAPTERS, picked_lengths
@@ -32,6 +40,8 @@ from jlayer.streaming.executor import Executor
 
 # `take(logits [W, v], places [W], first vocabulary row)`: places among the wanted rows of the pass.
 Take = Callable[[np.ndarray, np.ndarray, int], None]
+# `take_hidden(final hidden states float32 [W, D], places [W])`: among the rows that want them.
+TakeHidden = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Sweeper:
@@ -74,18 +84,20 @@ class Sweeper:
 
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
-        shapes = frozenset((part.size, part.n_wanted) for part in parts)
+        shapes = frozenset((part.size, part.n_wanted, part.n_hidden) for part in parts)
         n_rows = count_rows(parts)
         landing, guesses = landing_rows(n_rows), executor.has_guesses
         key = (shapes, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
         if key not in self._prepared:
             with self.programs.together():
-                for n_rows in {size.rows for size, _ in shapes}:
+                for n_rows in {size.rows for size, *_ in shapes}:
                     self._embed_program(n_rows)
                     if guesses:
                         self.chooser.compile(self._tiles, n_rows)
-                for size, n_wanted in sorted(shapes, key=str):
+                for size, n_wanted, n_hidden in sorted(shapes, key=str):
                     self._caches.compile(size)
+                    if n_hidden:
+                        self._hidden_call(size, n_hidden)
                     self._make_calls(self._tiles, size, n_wanted, division, landing)
             self._prepared.add(key)
         return division
@@ -96,6 +108,7 @@ class Sweeper:
         parts: Sequence[Part],
         take: Take,
         *,
+        take_hidden: TakeHidden = lambda *_: None,
         advance=None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -105,10 +118,11 @@ class Sweeper:
         The rows are written to the pools; nothing else of the pools changes, so a pass that is
         repeated or given up leaves the committed rows as they were.
         """
-        with after_it(take) as taking, step("run", lambda: [packed_parts(parts)]):
-            self._run(executor, parts, taking, advance, check)
+        takes = after_it(take), after_it(take_hidden)
+        with takes[0] as one, takes[1] as other, step("run", lambda: [packed_parts(parts)]):
+            self._run(executor, parts, one, other, advance, check)
 
-    def _run(self, executor, parts, take, advance, check):
+    def _run(self, executor, parts, take, take_hidden, advance, check):
         n_rows = count_rows(parts)
         hosted = frozenset() if advance else self._hosted(n_rows)
         division = self._compile(executor, parts, hosted)
@@ -139,7 +153,7 @@ class Sweeper:
             result = self._begin_on_host(tile, views, is_kept, passing, division)
             if tile.kind is None and self._stage.n_columns:
                 places = np.concatenate([chunk.part.places for chunk in passing])
-                fetch = partial(_hosted_logits, self._stage, tile)
+                fetch = partial(hosted_logits, self._stage, tile)
                 outgoing.add_hosted(fetch, places, tile.parts[0].first_row)
             return result
 
@@ -158,9 +172,10 @@ class Sweeper:
             )
             with guard.step("the logits"):
                 outgoing.finish()
+                self._bring_hidden(passing, take_hidden)
             with guard.step("the cache"):
                 caches.finish()
-            held = _tables_bytes(passing) + self._held.setdefault(shape, most_held)
+            held = tables_bytes(passing) + self._held.setdefault(shape, most_held)
             self.most_activation_bytes = max(self.most_activation_bytes, held)
         except BaseException:
             caches.give_up()
@@ -237,6 +252,19 @@ class Sweeper:
             outputs.append(chunk.flow["mixed"])
         return outputs
 
+    def _hidden_call(self, size, n_hidden):
+        """What gives the final hidden states of some rows of a chunk."""
+        head = next(tile for tile in self._tiles if tile.kind is None)
+        call = self.programs.head_input(head, size, n_hidden)
+        return BoundCall(call, self._leaves_of(head, call))
+
+    def _bring_hidden(self, passing, take):
+        """Gives `take` the final hidden states that are wanted, after the last layer."""
+        for chunk in passing:
+            if n_hidden := chunk.part.n_hidden:
+                bound = self._hidden_call(chunk.part.size, n_hidden)
+                take(final_hidden(chunk, bound, self._put), chunk.part.hidden_places)
+
     def _vocabulary(self, tile):
         """(columns of a head tile's logits, the first row of the vocabulary) of each range."""
         part = tile.parts[0]
@@ -259,7 +287,7 @@ class Sweeper:
         if self._stage is None:
             if is_head:
                 self.advance(tile, None, passing)
-            given = _inputs(passing, None if is_head else tile.stage)
+            given = inputs_of(passing, None if is_head else tile.stage)
             self._stage = self._host.begin(tile.stage, *given, division.heights_of(tile))
         result = self._stage.add(tile, views, is_kept=is_kept)
         if id(tile) in division.last:
@@ -281,7 +309,7 @@ class Sweeper:
 
         def advance(tile, arrays, passing):
             outputs = self.advance(tile, arrays, passing)
-            if tile.ends_layer and not found and not all(map(_is_finite, passing)):
+            if tile.ends_layer and not found and not all(map(is_finite, passing)):
                 found.append(tile.layer)
             return outputs
 
@@ -417,33 +445,3 @@ NO_ROW = 1 << 30  # of padding: it reads zeros
 def count_rows(parts: Sequence[Part]) -> int:
     """The rows of a forward pass, without padding."""
     return sum(len(part.real) for part in parts)
-
-
-def _inputs(passing, stage):
-    """The input of a stage, its rows that are not padding, and the adapters of these, of each
-    chunk. That of the head (None) is of the wanted rows alone."""
-    if stage is not None:
-        real = [chunk.part.real for chunk in passing]
-        adapters = [chunk.part.adapters[chunk.part.real] for chunk in passing]
-        return [chunk.flow[stage.source] for chunk in passing], real, adapters
-    chunks = [chunk for chunk in passing if chunk.part.n_wanted]
-    wanted = [np.arange(len(chunk.part.wanted)) for chunk in chunks]
-    adapters = [chunk.part.adapters[chunk.part.wanted] for chunk in chunks]
-    return [chunk.flow.pop("x") for chunk in chunks], wanted, adapters
-
-
-def _hosted_logits(stage, tile):
-    stage.settle()
-    return stage.logits(tile)
-
-
-def _is_finite(chunk):
-    """Whether the hidden states of real rows are finite; padding may hold anything."""
-    real = chunk.part.tokens >= 0
-    return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())
-
-
-def _tables_bytes(passing):
-    """Bytes of what attention knows of all rows; chunks share some of it."""
-    leaves = {id(leaf): leaf for chunk in passing for leaf in jax.tree.leaves(chunk.flow["rows"])}
-    return sum(leaf.nbytes for leaf in leaves.values())

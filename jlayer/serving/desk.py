@@ -93,7 +93,8 @@ class Desk:
         job.seed = None if options.is_greedy else order.options.seed
         with self._changed:
             self._check_alive()
-            self._queue.check(job, self._wait_s())
+            if order.is_counted:
+                self._queue.check(job, self._wait_s())
             self._queue.add(job)
             self._has_arrivals = True
             self.n_requests += 1
@@ -325,9 +326,9 @@ class Desk:
         order = job.order
         return Decoding(
             self._engine,
-            [Row(list(order.ids), list(order.ids))],
+            [Row(list(order.ids), list(order.ids), pooling=order.pooling)],
             order.options,
-            text=self.model.text,
+            text=None if order.pooling else self.model.text,
             most_unread=None,
             waits=True,
             constraint=order.constraint,

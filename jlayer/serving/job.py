@@ -25,7 +25,9 @@ class Order:
     `constraint`: what each text may be. `shown`: special tokens that stand in the text all the
     same. `client`: whom fairness and limits count it for. `is_batch`: people come first. `keeps`:
     whether its cache entries stay for a prompt that goes on from it. `start`: what is written down
-    before its first pass, where it outlives the server.
+    before its first pass, where it outlives the server. `pooling`: of the prompt's final hidden
+    states, where these are wanted. `is_counted`: in the limits of the queue; the first one of a
+    request is, where its others may be many.
     """
 
     ids: tuple[int, ...]
@@ -36,6 +38,8 @@ class Order:
     is_batch: bool = False
     keeps: bool = False
     start: Start | None = None
+    pooling: str | None = None
+    is_counted: bool = True
 
     @property
     def is_last_try(self) -> bool:

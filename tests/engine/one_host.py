@@ -72,6 +72,10 @@ def cancelled(model, case):
     return len(run.result().token_ids)
 
 
+def encoded(model, case):
+    return {"vectors": model.encode(case["prompts"]).tolist()}
+
+
 def failed(model, case):
     """The reader of process 0 fails in a pass that another thread drives."""
 
@@ -141,6 +145,7 @@ GIVEN = {
     "fail": failed,
     "evaluate": evaluated,
     "bench": benchmarked,
+    "encode": encoded,
     "refuse": refused_logits,
 }
 

@@ -34,7 +34,12 @@ def case(name, run, **more):
 
 
 def leaves(parts):
-    return jax.tree.leaves([(part.tokens, part.wanted, part.places, part.rows) for part in parts])
+    return jax.tree.leaves(
+        [
+            (part.tokens, part.wanted, part.places, part.hidden, part.hidden_places, part.rows)
+            for part in parts
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,7 @@ def hosts():
         case("submit", {**DRAWN, "max_new_tokens": 8}, how="submit", prompts=PROMPTS),
         case("refuse", GREEDY, how="refuse"),
         case("evaluate", {}, how="evaluate"),
+        case("encode", {}, how="encode", prompts=PROMPTS),
     ]
     return answers(cases, 2, 1)
 
@@ -82,6 +88,13 @@ def test_a_text_is_as_likely_on_two_hosts_as_on_one(hosts, monkeypatch):
     assert found["nll"] == pytest.approx(expected.nll, rel=1e-6)
     assert found["sweeps"] == expected.sweeps == 2
     assert found["n_predicted"] == expected.n_predicted == len(IDS) - 1
+
+
+def test_a_text_has_the_same_vector_on_two_hosts_as_on_one(hosts):
+    with AutoModel.from_pretrained(BUNDLED, device="cpu", dtype="float32") as model:
+        expected = model.encode(PROMPTS)
+    found = hosts[0]["encode"]["vectors"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.slow

@@ -189,7 +189,8 @@ def test_measuring_changes_no_answer_and_leaves_no_thread(tiny, monkeypatch, qui
         bench.first_sweep()
         bench.measure_sweeps()
         left = {t.name.rstrip("_0123456789") for t in set(threading.enumerate()) - before}
-        assert left <= {"jlayer-reader", "jlayer-reader-moves", "jlayer-guard"}  # the executor's own
+        executors = {"jlayer-reader", "jlayer-reader-moves", "jlayer-guard"}
+        assert left <= executors
         found = model.logits(IDS)
     with AutoModel.from_pretrained(tiny, device="cpu") as model:
         assert np.array_equal(found, model.logits(IDS))

@@ -26,6 +26,7 @@ from jlayer.serving.page import page
 from jlayer.serving.wire.asked import Asked
 from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
+from jlayer.serving.wire.embeddings import read_embeddings
 from jlayer.serving.wire.errors import Refused, invalid, refused
 from jlayer.serving.wire.estimate import estimated_of
 from jlayer.serving.wire.fields import parse_body
@@ -41,6 +42,7 @@ from jlayer.serving.wire.tokens import (
 
 BODY_SILENCE_S = 30.0  # between two parts of a body
 MOST_BODIES = 256 << 20  # bytes of all bodies that are being read
+EMBEDDINGS = "/v1/embeddings"
 PREFIXES = ("/v1/models/", "/v1/requests/", *batches.PATHS)  # of paths that are counted together
 
 Reads = Callable[..., Asked]
@@ -68,6 +70,7 @@ def application(site: Site):
         ("/v1/messages/count_tokens", {"POST": partial(handlers.plain, count_tokens)}),
         ("/detokenize", {"POST": partial(handlers.plain, detokenize)}),
         ("/tokenizer_info", {"GET": handlers.tokenizer_info}),
+        (EMBEDDINGS, {"POST": handlers.embeddings}),
         ("/v1/estimate", {"POST": handlers.estimate}),
         ("/v1/requests/{id}", {"GET": requests.get, "DELETE": requests.delete}),
         ("/v1/requests/{id}/stream", {"GET": requests.stream}),
@@ -155,13 +158,21 @@ class Handlers:
         return as_json(await while_there(work, request.receive))
 
     async def generate(self, path: str, reads: Reads, request):
-        site = self._site
-        site.check_ready()
+        self._site.check_ready()
         raw = await self.body(request)
-        client = client_of(request)
-        found = await take(self._lastings, path, request, raw, client=client)
+        found = await take(self._lastings, path, request, raw, client=client_of(request))
         if found is not None:
             return found
+        return await self._answer(path, reads, raw, request)
+
+    async def embeddings(self, request):
+        """On its connection alone: there is no text that could be taken up later."""
+        self._site.check_ready()
+        raw = await self.body(request)
+        return await self._answer(EMBEDDINGS, read_embeddings, raw, request)
+
+    async def _answer(self, path, reads, raw, request):
+        site, client = self._site, client_of(request)
         digest = hashlib.sha256(path.encode() + b"\0" + raw).hexdigest()
         work = site.same(digest) if is_retry(request) else None
         if work is None:

@@ -73,7 +73,7 @@ def read_completion(
     constraint = constraint_of(wanted, served, options.eos_token_id)
     orders, views, texts = [], [], []
     for number, prompt in enumerate(prompts):
-        ids = _ids(prompt, served, adds=form.add_special_tokens is not False)
+        ids = ids_of(prompt, served, adds=form.add_special_tokens is not False)
         most = _cut(n_new, form, served, ids)
         drawn, sequences = with_texts(
             with_length(options, served, len(ids), most, param="prompt"), n
@@ -104,42 +104,47 @@ def read_completion(
     )
 
 
-def prompts_of(prompt: str | list | None) -> list[str | list[int]]:
+def prompts_of(
+    prompt: str | list | None, *, param: str = "prompt", most: int = MOST_PROMPTS
+) -> list[str | list[int]]:
     """Each prompt of a body, which may hold one or a list, as text or ids. Raises Refused."""
     if prompt is None:
-        raise invalid("prompt: none given; expected text, token ids, or a list", param="prompt")
+        raise invalid(f"{param}: none given; expected text, token ids, or a list", param=param)
     if isinstance(prompt, str) or (prompt and is_ids(prompt)):
         return [prompt]
     if not prompt:
-        raise invalid("prompt: an empty list; give at least one prompt", param="prompt")
-    if len(prompt) > MOST_PROMPTS:
+        raise invalid(f"{param}: an empty list; give at least one {param}", param=param)
+    if len(prompt) > most:
         raise invalid(
-            f"prompt: found {len(prompt)} prompts, at most {MOST_PROMPTS} are taken at a time",
-            param="prompt",
+            f"{param}: found {len(prompt)} {param}s, at most {most} are taken at a time",
+            param=param,
         )
     for at, one in enumerate(prompt):
         if not isinstance(one, str) and not is_ids(one):
             found = type(one).__name__
             raise invalid(
-                f"prompt[{at}]: found a {found}, expected text or a list of token ids",
-                param=f"prompt[{at}]",
+                f"{param}[{at}]: found a {found}, expected text or a list of token ids",
+                param=f"{param}[{at}]",
             )
     return prompt
 
 
-def _ids(prompt, served, *, adds):
-    """Ids are taken as they are; text gets what the model's texts begin with."""
+def ids_of(
+    prompt: str | list[int], served: Served, *, adds: bool = True, param: str = "prompt"
+) -> list[int]:
+    """Ids are taken as they are; text gets what the model's texts begin with, if it `adds` that.
+    Raises Refused."""
     if isinstance(prompt, str):
-        served.check_text(len(prompt), param="prompt")
+        served.check_text(len(prompt), param=param)
         ids = served.tokenizer().encode(prompt, add_special_tokens=adds)
     else:
         ids = prompt
     if not ids:
-        raise invalid("prompt: empty, and nothing to begin a text with; give text", param="prompt")
+        raise invalid(f"{param}: empty, and nothing to begin a text with; give text", param=param)
     wrong = next((token for token in ids if not 0 <= token < served.vocab_size), None)
     if wrong is not None:
         raise invalid(
-            f"prompt: id {wrong} is outside the vocabulary of {served.vocab_size}", param="prompt"
+            f"{param}: id {wrong} is outside the vocabulary of {served.vocab_size}", param=param
         )
     return ids
 

@@ -1,0 +1,131 @@
+"""A streamed model as a module of PyTorch, for what takes transformers' models: pipelines,
+lm_eval's `hf` class, scripts that look at `.logits` and `.loss`.
+
+It has no parameters, and gives no gradients: weights come and go below it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from jlayer.api import AutoModel, Model
+from jlayer.engine.called import check_called, logits_of_rows
+from jlayer.engine.ids import Row, as_id_lists, as_rows
+from jlayer.errors import UsageError
+from jlayer.small_files import as_folder
+
+IGNORED = -100  # a label that no loss is taken of
+
+
+class StreamedCausalLM(torch.nn.Module):
+    """`model`: an open one, which stays its owner's to close, or what `AutoModel.from_pretrained`
+    takes, with its `options`."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: Model | str | os.PathLike, **options):
+        super().__init__()
+        if isinstance(model, Model) and options:
+            name = next(iter(options))
+            raise UsageError(f"{name}: given with an open model; give it as you open the model")
+        is_open = isinstance(model, Model)
+        self.model = model if is_open else AutoModel.from_pretrained(model, **options)
+        self.name_or_path = self.model.folder
+        with as_folder(self.model.folder) as folder:
+            self.config = AutoConfig.from_pretrained(folder)
+        self.generation_config = GenerationConfig(**self.model.generation_config)
+        self._published = copy.deepcopy(self.generation_config)
+        self.hf_device_map = {"": self.device}  # of accelerate's: nobody moves it elsewhere
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, ref: str | os.PathLike, **options) -> StreamedCausalLM:
+        return cls(ref, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids are read and logits are given. Where the model runs is in
+        `model.engine.device_name`."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. Logits are float32."""
+        return getattr(torch, self.model.dtype)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def tie_weights(self) -> None:
+        """Nothing: a head that is the embedding table is read from it."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, **options
+    ) -> CausalLMOutputWithPast:
+        """Logits float32 [B, T, V], and with `labels` [B, T] the mean loss of those that are not
+        -100, each predicted from the position before it.
+
+        Where `attention_mask` says padding the logits are NaN, and no label may be predicted from
+        there. Further arguments of transformers' `forward` that ask for more are refused. Raises
+        UsageError, and what a forward pass raises.
+        """
+        if input_ids is None:
+            raise UsageError("input_ids: none given; give ids [B, T]")
+        check_called(options)
+        given = as_id_lists(input_ids)
+        lengths = [len(ids) for ids in given]
+        if len(set(lengths)) > 1:
+            raise UsageError(f"input_ids: rows of lengths {lengths}, expected equal ones")
+        rows = [Row(ids, ids) for ids in given]
+        if attention_mask is not None:
+            rows = as_rows(given, attention_mask)
+        begin = self.model.generation_config.get("bos_token_id")
+        logits = np.full((len(rows), lengths[0], self.model.config.vocab_size), np.nan, np.float32)
+        found = logits_of_rows(self.model.engine, [row.ids for row in rows], begin=begin)
+        places = _places(rows, attention_mask, lengths[0])
+        for own, at, row_logits in zip(logits, places, found, strict=True):
+            own[at] = row_logits
+        logits = torch.from_numpy(logits)
+        loss = None if labels is None else _loss(logits, torch.as_tensor(labels).cpu())
+        device = getattr(input_ids, "device", None)
+        if isinstance(device, torch.device):
+            logits, loss = logits.to(device), None if loss is None else loss.to(device)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def generate(self, inputs=None, **options):
+        """As `jlayer.Model.generate`; with return_dict_in_generate transformers' own object."""
+        if self.generation_config != self._published:  # set since, which counts as in transformers
+            options.setdefault("generation_config", self.generation_config)
+        found = self.model.generate(inputs, **options)
+        if not hasattr(found, "keys"):
+            return found
+        kind = GenerateDecoderOnlyOutput
+        if found.beam_indices is not None:
+            kind = GenerateBeamDecoderOnlyOutput
+        return kind(**{name: found[name] for name in found.keys()})  # noqa: SIM118 - no mapping
+
+
+def _places(rows, attention_mask, n_tokens):
+    """Of each row where its tokens stand among its padding: bool [T]."""
+    if attention_mask is None:
+        return np.ones((len(rows), n_tokens), bool)
+    return np.asarray(attention_mask).reshape(len(rows), n_tokens).astype(bool)
+
+
+def _loss(logits, labels):
+    labels = labels.reshape(logits.shape[:2])[:, 1:].reshape(-1)
+    before = logits[:, :-1].reshape(-1, logits.shape[-1])
+    asked = labels != IGNORED
+    if before[asked].isnan().any():
+        raise UsageError(
+            "labels: one is predicted from padding; give -100 for padding, and for the first token "
+            "after it"
+        )
+    return torch.nn.functional.cross_entropy(before[asked], labels[asked])
