@@ -57,7 +57,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--part",
         metavar="K/N",
-        help="only the tests of part K (from 0) of N: the long campaigns take two hours",
+        help="only the tests of part K (from 0) of N: the long campaigns take hours",
     )
 
 

@@ -354,15 +354,19 @@ def test_extras_in_the_text_exist():
             assert extra in extras["optional-dependencies"], page
 
 
-def test_the_python_examples_run(mine, capsys):
-    blocks = [
-        block
-        for text in PAGES.values()
-        for block in re.findall(r"^    import jlayer\n(?:    .*\n|\n)*", text, re.MULTILINE)
-    ]
-    assert blocks
-    for block in blocks:
+EXAMPLES = {
+    page: blocks
+    for page, text in PAGES.items()
+    if (blocks := re.findall(r"^    import jlayer\n(?:    .*\n|\n)*", text, re.MULTILINE))
+}
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[] if p == "README.md" else pytest.mark.slow) for p in EXAMPLES]
+)
+def test_the_python_examples_run(page, mine, capsys):
+    for block in EXAMPLES[page]:
         code = "\n".join(line[4:] for line in block.splitlines())
         with few_shapes():
             exec(compile(mine(code), "example", "exec"), {})
-    assert "(1, " in capsys.readouterr().out
+    assert page != "README.md" or "(1, " in capsys.readouterr().out

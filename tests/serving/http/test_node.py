@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 
 import jlayer
@@ -16,7 +17,7 @@ from tests.text.tool_templates import HERMES
 KEY = "s3cret"
 SCENARIOS = (
     *("models", "stream", "helper", "completion", "several", "forced", "auto", "runner", "schema"),
-    "errors",
+    *("vectors", "errors"),
 )
 
 
@@ -100,6 +101,14 @@ def test_the_runner_of_tools_gets_its_arguments(found):
 def test_a_schema_is_held(found):
     content = json.loads(found["schema"]["message"]["content"])
     assert (list(content), found["schema"]["finish_reason"]) == (["of"], "stop")
+
+
+def test_vectors_come_packed_and_as_numbers(model, found):
+    expected = model.encode(["Once", "One day"], normalize=True)
+    for form in ("packed", "plain"):
+        rows = found["vectors"][form]["data"]
+        assert [row["index"] for row in rows] == [0, 1]
+        assert np.abs(np.array([row["embedding"] for row in rows]) - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize(
