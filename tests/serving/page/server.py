@@ -130,12 +130,13 @@ class Asked:
 class Stub:
     """What the server is to do, and what it was asked.
 
-    `refusals`: answers (status, message, code) that the next posts get. `answers`: what each
+    `models`: the names that are served. `refusals`: answers (status, message, code) that the next posts get. `answers`: what each
     request that is taken gets at once. `n_lost`: posts that are taken, but whose answers are lost
     on the way. `is_open`: cleared, posts wait until it is set.
     """
 
     key: str | None = None
+    models: tuple[str, ...] = ("made-up-70b",)
     refusals: list[tuple[int, str, str | None]] = field(default_factory=list)
     answers: Callable[[Asked], object] | None = None
     n_lost: int = 0
@@ -181,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is_refused():
             return None
         if url.path == "/v1/models":
-            return self._json(200, {"data": [{"id": "made-up-70b", "max_model_len": 8192}]})
+            return self._json(200, {"data": [{"id": name} for name in self.stub.models]})
         if url.path == "/events":
             return self._events()
         for asked in self.stub.asked:

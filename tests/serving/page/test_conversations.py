@@ -109,6 +109,35 @@ def test_settings_reach_the_server(open_page):
 
 
 @needs_browser
+def test_an_adapter_is_chosen_as_a_model(open_page):
+    page = open_page(models=("made-up-70b", "poet", "lawyer"))
+    page.find("#settings summary").click()
+    page.wait_text("#which-model", "poet")
+    assert page.text("#set-model").split() == ["made-up-70b", "poet", "lawyer"]
+    page.find("#set-model option[value=poet]").click()
+    page.send("Hi")
+    page.stub.wait_for_request().say("A verse.").end()
+    assert page.stub.asked[0].body["model"] == "poet"
+    page.wait_text(f"{MODEL} .foot", "12 tokens")
+    page.stub.models = ("made-up-70b", "lawyer")  # another server, which has it no more
+    page.open(is_empty=False)
+    page.wait_text("#settings-words", "poet")
+    page.find("#settings summary").click()
+    page.wait_text("#which-model", "poet (not served)")
+    page.stub.refusals = [(404, "'poet': not served here", "model_not_found")]
+    page.send("Again")
+    page.wait_text(f"{MODEL} .failure", "'poet': not served here")
+
+
+@needs_browser
+def test_one_model_is_no_choice(open_page):
+    page = open_page()
+    page.find("#settings summary").click()
+    page.wait_text("#model", "made-up-70b")
+    assert not page.find("#which-model").is_displayed()
+
+
+@needs_browser
 def test_two_tabs_show_the_same_conversations(open_page):
     page = open_page()
     page.send("First")

@@ -59,7 +59,7 @@ def test_the_file_asks_nobody_else_and_makes_no_markup_of_strings():
 @needs_browser
 def test_the_lane_shows_where_layers_are_and_where_the_sweep_is(open_page):
     page = open_page()
-    page.wait_text("#state", "Sweep 1,204, layer 31 of 80")
+    page.wait_text("#state", "Forward pass 1,204, layer 31 of 80")
     classes = [each.get_attribute("class").split()[0] for each in page.all("#lane i")]
     assert classes == page.stub.status["tiers"]
     assert [len(page.all(f"#lane .{name}")) for name in ("past", "now")] == [31, 1]
@@ -71,7 +71,7 @@ def test_the_lane_shows_where_layers_are_and_where_the_sweep_is(open_page):
     assert page.text("#legend").split("\n") == ["10 device", "42 host memory", "28 disk"]
     facts = page.text("#facts").split("\n")
     assert sorted(facts) == sorted(
-        ["2.4 s", "a sweep", "1.3", "tokens a second", "3", "riders", "2", "in the queue"]
+        ["2.4 s", "a pass", "1.3", "tokens a second", "3", "riders", "2", "in the queue"]
     )
     meter = page.find("#meter-device")
     assert meter.get_attribute("aria-valuetext") == "3.10 of 4.00 GiB"
