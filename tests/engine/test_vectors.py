@@ -10,6 +10,7 @@ import pytest
 import jlayer
 from jlayer import AutoModel
 from jlayer.engine.decoding import Decoding
+from jlayer.engine.ids import Row
 from jlayer.engine.options import SamplingOptions
 from jlayer.engine.session import save_run
 from jlayer.engine.vectors import rows_of_vectors
@@ -173,9 +174,10 @@ def rows_of(model, given, mask=None):
     return rows_of_vectors(given, mask, width=width, dtype=dtype)
 
 
-def test_no_prompt_is_taken_for_another(both, tmp_path):
+def test_no_prompt_is_taken_for_another(both, tmp_path, monkeypatch):
     """Long ones that begin alike, in one call and one after another; what is kept of them: nothing
     in memory, on disk, or in a saved run."""
+    monkeypatch.setattr("jlayer.engine.prompt_cache.BLOCK", 8)
     n = 40
     one = drawn(1, n)
     other = one.clone()
@@ -229,6 +231,22 @@ def test_guesses_change_nothing(both, tmp_path):
         for asked in ({"speculate": "draft"}, {"assistant_model": str(draft)}):
             with pytest.raises(UsageError, match="a draft model reads ids"):
                 model.generate(inputs_embeds=given, **how, **asked)
+
+
+def test_the_plan_counts_them(both):
+    plans = []
+    for rows in (rows_of(both.ours, drawn(1, 30)), [Row(IDS[0], [7] * 30)]):
+        decoding = Decoding(both.ours.engine, rows, SamplingOptions(max_new_tokens=8))
+        plans.append(decoding.plan)
+        decoding.close()
+    assert plans[0].host_peak_bytes - plans[1].host_peak_bytes == 30 * WIDTH * 4
+    assert plans[0].device_peak_bytes == plans[1].device_peak_bytes
+
+
+def test_several_processes_refuse_them(both, monkeypatch):
+    monkeypatch.setattr("jlayer.engine.vectors.is_one_of_several", lambda: True)
+    with pytest.raises(UsageError, match=r"^inputs_embeds: several processes run the model"):
+        both.ours.generate(inputs_embeds=drawn(1, N))
 
 
 def test_they_ride_beside_ids_and_are_computed_anew(both):
