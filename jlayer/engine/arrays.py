@@ -98,4 +98,7 @@ def _library(value):
 def _unreadable(value, error):
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     why = str(error).partition("\n")[0]
-    return UsageError(f"{kind}: an array that cannot be read on the host ({why}); copy it there")
+    return UsageError(
+        f"{kind}: an array that cannot be read on the host ({why}); copy it there, or call this "
+        "outside of tf.function or jax.jit, inside of which arrays have no numbers"
+    )

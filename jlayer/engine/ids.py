@@ -42,7 +42,8 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
     if is_id_list(rows):
         rows = [rows]
     if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_id_list, rows)):
-        raise UsageError(f"{name}: expected integers of shape [B, T] or [T]")
+        found = type(input_ids).__name__
+        raise UsageError(f"{name}: found {found}, expected integers of shape [B, T] or [T]")
     return [[int(token) for token in row] for row in rows]
 
 

@@ -76,13 +76,13 @@ def test_texts_are_those_of_transformers(family):
     "options",
     [
         {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2},  # of new tokens alone
-        {"max_length": 12, "min_length": 10, "eos_token_id": [3, 20, 21, 22, 90]},  # of both
+        {"max_length": 12, "min_length": 10, "eos_token_id": [*range(90)]},  # of both
         {"sequence_bias": {(7,): 4.0, (7, 9): 9.0}, "bad_words_ids": [[5], [9, 9]]},
         {"num_beams": 3, "repetition_penalty": 1.9, "max_length": 12, "length_penalty": 0.3},
-        {"min_new_tokens": 3, "eos_token_id": [*range(60)], "pad_token_id": 9},
+        {"min_new_tokens": 3, "eos_token_id": [*range(90)], "pad_token_id": 9},
         {"max_length": 12, "output_scores": True, "return_dict_in_generate": True},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
 def test_options_see_no_ids_of_the_prompt(both, options, mask):
