@@ -16,25 +16,23 @@ import numpy as np
 from jlayer.auto_tokenizer import AutoTokenizer, given_ref
 from jlayer.checkpoint.hub import local_folder
 from jlayer.config import generation_file, read_generation_config
-from jlayer.engine.answers import answer
 from jlayer.engine.arrays import as_kind
 from jlayer.engine.assistant import as_draft, without_assistant
 from jlayer.engine.background import Background, Handle
-from jlayer.engine.called import Output, all_logits, check_called, drive
+from jlayer.engine.called import Output, all_logits, check_called, generate_ids
 from jlayer.engine.deciding import follows
 from jlayer.engine.decoding import Decoding
 from jlayer.engine.engine import Engine
 from jlayer.engine.following import follow
 from jlayer.engine.functions import taken
 from jlayer.engine.generation import Generation
-from jlayer.engine.ids import as_rows, encoded
+from jlayer.engine.ids import encoded
 from jlayer.engine.lane import Step
 from jlayer.engine.loading import NAMES, check_names, translated
 from jlayer.engine.options import SamplingOptions, check_draft, configured, is_option
 from jlayer.engine.pooling import embed
 from jlayer.engine.prompts import CHAT_OPTIONS, encode_prompts
 from jlayer.engine.session import Sessions
-from jlayer.engine.stops import given_tokenizer
 from jlayer.errors import UsageError
 from jlayer.interrupts import deferred
 from jlayer.plan.plan import Plan
@@ -181,22 +179,31 @@ class Model(Sessions):
                 self._text = Tokenizer.from_folder(self.folder)
             return self._text
 
-    def __call__(self, input_ids=None, attention_mask=None, **options) -> Output:
+    def __call__(
+        self, input_ids=None, attention_mask=None, *, inputs_embeds=None, **options
+    ) -> Output:
         """`model(input_ids).logits`, as in transformers: see `logits`. Arguments of its `forward`
         that ask for more are refused."""
-        if input_ids is None:
-            raise UsageError("input_ids: none given; give ids, or what a tokenizer gives")
         check_called(options)
-        return Output(self.logits(input_ids, attention_mask))
+        return Output(self.logits(input_ids, attention_mask, inputs_embeds=inputs_embeds))
 
-    def logits(self, input_ids, attention_mask=None, *, adapter: str | None = None) -> np.ndarray:
-        """Logits of every position: ids [B, T] or [T] -> float32 [B, T, V] on the host.
+    def logits(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        inputs_embeds=None,
+        adapter: str | None = None,
+    ) -> np.ndarray:
+        """Logits of every position: ids [B, T] or [T], or embeddings [B, T, D] as `inputs_embeds`
+        -> float32 [B, T, V] on the host.
 
         What a tokenizer gives is taken too, without padding. `adapter`: as of `generate`. Raises
         UsageError: no tokens, rows of different lengths, padding, unknown ids, beyond the context.
         """
-        begin = self.generation_config.get("bos_token_id")
-        return all_logits(self.engine, input_ids, attention_mask, begin=begin, adapter=adapter)
+        how = {"begin": self.generation_config.get("bos_token_id"), "adapter": adapter}
+        how["inputs_embeds"] = inputs_embeds
+        return all_logits(self.engine, input_ids, attention_mask, **how)
 
     def encode(
         self,
@@ -233,9 +240,9 @@ class Model(Sessions):
         custom_generate=None,
         **options,
     ):
-        """New tokens after `inputs` (or `input_ids`), as transformers' `generate` gives them, with
-        its arguments in its order; those that jlayer does not support are refused. See
-        `generate_ids`."""
+        """New tokens after `inputs` (`input_ids`, `inputs_embeds`), as transformers' `generate`
+        gives them, with its arguments in its order; those that jlayer does not support are
+        refused. See `generate_ids`."""
         named = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
@@ -384,47 +391,6 @@ def _steps(begin, model, opened):
                 yield step
         finally:
             decoding.close()
-
-
-def generate_ids(
-    model: Model,
-    inputs=None,
-    *,
-    input_ids=None,
-    attention_mask=None,
-    generation_config=None,
-    streamer=None,
-    tokenizer=None,
-    **options,
-):
-    """transformers' `generate`: ids [B, T] -> prompt and new ids, in the type that was given.
-
-    The ids may also be what a tokenizer gives, a mapping with both; without any, the text starts
-    from the model's beginning token. `attention_mask` marks padding with 0. Without one, the pad
-    token is padding, unless it also ends texts (as in transformers). `streamer`: any object with
-    `put` and `end`, for one sequence; it gets the prompt first, as in transformers. `tokenizer`:
-    transformers', to look for stop strings with; the model's own where it is not given.
-
-    With `do_sample` and no `seed`, each row draws with a seed of its own, and torch's generator has
-    no say.
-    """
-    if inputs is not None and input_ids is not None:
-        raise UsageError("inputs: input_ids was given too; leave one out")
-    functions, options = taken(options)
-    sampling = model.sampling_options(options, generation_config=generation_config, implied=False)
-    given, mask = encoded(input_ids if inputs is None else inputs, attention_mask)
-    if given is None:
-        if sampling.bos_token_id is None:
-            raise UsageError("inputs: none given, and the model has no bos_token_id to start from")
-        given = np.array([[sampling.bos_token_id]])
-    rows = as_rows(given, mask, pad=sampling.padding_id)
-    text = (given_tokenizer(tokenizer) or model.text) if sampling.stop else None
-    decoding = Decoding(model.engine, rows, sampling, stop_text=text, functions=functions)
-    try:
-        drive(decoding, rows, streamer)
-    finally:
-        decoding.close()
-    return answer(decoding, given)
 
 
 @contextmanager

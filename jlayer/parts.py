@@ -353,10 +353,13 @@ class Places:
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor. `is_rounded`: it is rounded to the compute dtype before it multiplies."""
+    """A factor. `is_rounded`: it is rounded to the compute dtype before it multiplies.
+    `is_of_table`: of an embedding table; vectors that are given in place of its rows are taken as
+    they are."""
 
     value: float = 1.0
     is_rounded: bool = False
+    is_of_table: bool = False
 
 
 @dataclass(frozen=True)

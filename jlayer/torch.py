@@ -16,7 +16,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jlayer.api import AutoModel, Model
-from jlayer.engine.called import check_called, logits_of_rows
+from jlayer.engine.called import check_called, check_one_prompt, logits_of_rows, vectors_of
 from jlayer.engine.ids import Row, as_id_lists, as_rows
 from jlayer.errors import UsageError
 from jlayer.small_files import as_folder
@@ -67,34 +67,36 @@ class StreamedCausalLM(torch.nn.Module):
         """Nothing: a head that is the embedding table is read from it."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, labels=None, **options
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        *,
+        inputs_embeds=None,
+        **options,
     ) -> CausalLMOutputWithPast:
-        """Logits float32 [B, T, V], and with `labels` [B, T] the mean loss of those that are not
-        -100, each predicted from the position before it.
+        """Logits float32 [B, T, V] of ids [B, T] or of embeddings [B, T, D], and with `labels`
+        [B, T] the mean loss of those that are not -100, each predicted from the position before it.
 
         Where `attention_mask` says padding the logits are NaN, and no label may be predicted from
         there. Further arguments of transformers' `forward` that ask for more are refused. Raises
         UsageError, and what a forward pass raises.
         """
-        if input_ids is None:
-            raise UsageError("input_ids: none given; give ids [B, T]")
         check_called(options)
-        given = as_id_lists(input_ids)
-        lengths = [len(ids) for ids in given]
-        if len(set(lengths)) > 1:
-            raise UsageError(f"input_ids: rows of lengths {lengths}, expected equal ones")
-        rows = [Row(ids, ids) for ids in given]
-        if attention_mask is not None:
-            rows = as_rows(given, attention_mask)
-        begin = self.model.generation_config.get("bos_token_id")
-        logits = np.full((len(rows), lengths[0], self.model.config.vocab_size), np.nan, np.float32)
-        found = logits_of_rows(self.model.engine, [row.ids for row in rows], begin=begin)
-        places = _places(rows, attention_mask, lengths[0])
+        check_one_prompt(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            rows = _rows(input_ids, attention_mask)
+        else:
+            rows = vectors_of(self.model.engine, inputs_embeds, attention_mask)
+        begin, width = self.model.generation_config.get("bos_token_id"), rows[0].width
+        logits = np.full((len(rows), width, self.model.config.vocab_size), np.nan, np.float32)
+        found = logits_of_rows(self.model.engine, rows, begin=begin)
+        places = _places(rows, attention_mask, width)
         for own, at, row_logits in zip(logits, places, found, strict=True):
             own[at] = row_logits
         logits = torch.from_numpy(logits)
         loss = None if labels is None else _loss(logits, torch.as_tensor(labels).cpu())
-        device = getattr(input_ids, "device", None)
+        device = getattr(input_ids if inputs_embeds is None else inputs_embeds, "device", None)
         if isinstance(device, torch.device):
             logits, loss = logits.to(device), None if loss is None else loss.to(device)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
@@ -110,6 +112,16 @@ class StreamedCausalLM(torch.nn.Module):
         if found.beam_indices is not None:
             kind = GenerateBeamDecoderOnlyOutput
         return kind(**{name: found[name] for name in found.keys()})  # noqa: SIM118 - no mapping
+
+
+def _rows(input_ids, attention_mask):
+    given = as_id_lists(input_ids)
+    lengths = [len(ids) for ids in given]
+    if len(set(lengths)) > 1:
+        raise UsageError(f"input_ids: rows of lengths {lengths}, expected equal ones")
+    if attention_mask is not None:
+        return as_rows(given, attention_mask)
+    return [Row(ids, ids) for ids in given]
 
 
 def _places(rows, attention_mask, n_tokens):

@@ -11,7 +11,7 @@ import numpy as np
 from jlayer.engine.arrays import as_kind
 from jlayer.engine.beaming import Beams
 from jlayer.engine.decoding import Decoding
-from jlayer.engine.ids import like
+from jlayer.engine.ids import filled, like
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Sequences:
 
 
 def answer(decoding: Decoding, given) -> object:
-    """The ids of all texts with their prompts, as `given` was; or `Sequences`."""
+    """The ids of all texts with their prompts, as `given` was; the new ones alone of a prompt of
+    embeddings. Or `Sequences`."""
     options, lanes = decoding.options, decoding.lanes
     whole = [lane.row.given + lane.token_ids for lane in lanes]
-    sequences = like(given, whole, _filling(options))
+    if lanes[0].row.vectors is None:
+        sequences = like(given, whole, _filling(options))
+    else:
+        sequences = as_kind(given, filled(whole, _filling(options)))
     if not options.return_dict_in_generate:
         return sequences
     told = {}

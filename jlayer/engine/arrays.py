@@ -28,9 +28,38 @@ def as_lists(value):
             return np.asarray(value).tolist()
         return np.from_dlpack(value).tolist()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{_name(value)}: an array that cannot be read on the host ({error}); copy it there"
-        ) from None
+        raise _unreadable(value, error) from None
+
+
+def as_floats(value, *, name: str) -> np.ndarray:
+    """An array of any library as numpy's on the host, in its own dtype: no copy where it lies there
+    already. Raises UsageError where it is none or cannot be read. `name`: what it is."""
+    if not is_array(value):
+        raise UsageError(f"{name}: found {type(value).__name__}, expected an array")
+    library = _library(value)
+    try:
+        if library == "torch":
+            value = value.detach().cpu()
+            if value.dtype is not sys.modules["torch"].bfloat16:
+                return value.numpy()
+            bits = value.contiguous().view(sys.modules["torch"].int16)  # numpy has no bfloat16
+            return bits.numpy().view("bfloat16")
+        if library == "cupy":
+            return value.get()
+        if hasattr(value, "__array__"):
+            return np.asarray(value)
+        return _exchanged(value)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _unreadable(value, error) from None
+
+
+def _exchanged(value):
+    try:
+        return np.from_dlpack(value)
+    except (AttributeError, BufferError, RuntimeError, TypeError):  # bfloat16, which it has not
+        import jax.numpy as jnp
+
+        return np.asarray(jnp.from_dlpack(value))
 
 
 def as_kind(given, value: np.ndarray | tuple, *, like_ids: bool = False):
@@ -40,7 +69,7 @@ def as_kind(given, value: np.ndarray | tuple, *, like_ids: bool = False):
         return tuple(as_kind(given, one, like_ids=like_ids) for one in value)
     if not is_array(given):
         return value
-    library, dtype = type(given).__module__.partition(".")[0], None
+    library, dtype = _library(given), None
     if like_ids:
         dtype = getattr(given, "dtype", None)
     if library == "numpy":
@@ -51,7 +80,7 @@ def as_kind(given, value: np.ndarray | tuple, *, like_ids: bool = False):
     if library in ("jax", "jaxlib"):
         import jax.numpy as jnp
 
-        return jnp.asarray(value, dtype=dtype or value.dtype)
+        return jnp.asarray(value, dtype=dtype)  # int64 becomes int32, unless JAX is told otherwise
     if library == "tensorflow":
         return sys.modules["tensorflow"].convert_to_tensor(value, dtype=dtype)
     if library == "cupy":
@@ -62,5 +91,14 @@ def as_kind(given, value: np.ndarray | tuple, *, like_ids: bool = False):
     return value
 
 
-def _name(value):
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _library(value):
+    return type(value).__module__.partition(".")[0]
+
+
+def _unreadable(value, error):
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    why = str(error).partition("\n")[0]
+    return UsageError(
+        f"{kind}: an array that cannot be read on the host ({why}); copy it there, or call this "
+        "outside of tf.function or jax.jit, inside of which arrays have no numbers"
+    )

@@ -27,6 +27,8 @@ from jlayer.plan.shapes import (
 )
 
 NONE = -1  # the number of no adapter
+PADDING = -1  # the token of a row that is none
+VECTOR = -2  # and of one that is an embedding in place of a token
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Entry:
     makes of them. `is_long`: whether its text is longer than
     the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
     state before and after its rows that are no guesses, of which there are `n_kept`. `adapter`: the
-    number of the one that it is computed with; -1: none.
+    number of the one that it is computed with; -1: none. `vectors` [some, D]: embeddings in place
+    of its first tokens, whose numbers are below -1.
     """
 
     tokens: Sequence[int]
@@ -57,13 +60,15 @@ class Entry:
     n_kept: int = 0
     adapter: int = NONE
     hidden: int = 0
+    vectors: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk of a forward pass: `tokens` [R], -1 where it is padded; `adapters` [R], of `Entry`;
-    what attention needs; which rows' logits are wanted, and the places of these among all wanted
-    rows of the pass; and which rows' final hidden states are, with their places."""
+    """A chunk of a forward pass: `tokens` [R], PADDING where it is padded, and VECTOR where
+    `vectors` [R, D] has an embedding instead; `adapters` [R], of `Entry`; what attention needs;
+    which rows' logits are wanted, and the places of these among all wanted rows of the pass; and
+    which rows' final hidden states are, with their places."""
 
     size: Size
     tokens: np.ndarray
@@ -73,11 +78,12 @@ class Part:
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     hidden: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     hidden_places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    vectors: np.ndarray | None = None
 
     @cached_property
     def real(self) -> np.ndarray:
         """The rows that are not padding."""
-        return np.flatnonzero(self.tokens >= 0)
+        return np.flatnonzero(self.tokens != PADDING)
 
     @property
     def n_wanted(self) -> int:
@@ -158,7 +164,7 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
     )
     is_long = np.zeros(size.rows, bool)
     adapters = np.full(size.rows, NONE, np.int32)
-    tokens = np.full(size.rows, -1, np.int32)
+    tokens, vectors = np.full(size.rows, PADDING, np.int32), None
     positions = np.zeros(size.rows, np.int32)
     written = np.full(size.rows, pool, np.int32)
     table = np.full((pane.lanes, capacity), pool, np.int32)
@@ -169,7 +175,8 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         entry, first, end = entries[member.lane], member.first, member.first + member.count
         n_committed, at = len(entry.committed), number * pane.tokens
         own = slice(at, at + member.count)
-        tokens[own], adapters[own] = entry.tokens[first:end], entry.adapter
+        tokens[own], adapters[own] = np.maximum(entry.tokens[first:end], VECTOR), entry.adapter
+        vectors = _with_vectors(vectors, entry, slice(first, end), at, size.rows)
         written[own], is_long[own] = entry.new[first:end], entry.is_long
         length[number] = n_committed + first
         table[number, :n_committed] = entry.committed
@@ -199,7 +206,20 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         **(_states(pane, entries, size) if slots else {}),
     )
     numbers = (np.array(each, np.int32) for pair in told for each in pair)
-    return Part(size, tokens, adapters, rows, *numbers)
+    return Part(size, tokens, adapters, rows, *numbers, vectors=vectors)
+
+
+def _with_vectors(vectors, entry, some, at, n_rows):
+    """The vectors of a chunk with those of some rows of an entry, from row `at` on; None: none."""
+    given = [] if entry.vectors is None else entry.vectors[some]
+    n_asked = sum(token <= VECTOR for token in entry.tokens[some])
+    assert n_asked == len(given), "rows of embeddings have their vectors, and no others"
+    if not n_asked:
+        return vectors
+    if vectors is None:
+        vectors = np.zeros((n_rows, given.shape[1]), given.dtype)
+    vectors[at : at + n_asked] = given
+    return vectors
 
 
 def _states(pane, entries, size) -> dict:
@@ -258,7 +278,7 @@ def arrange_growth(
     wanted. `fresh`: room for the nodes of a lane's tree."""
     lanes = power_of_two(len(growths))
     size = Size(rows_for(lanes * tokens), lanes, tokens, capacity, pool, fresh)
-    padded = np.full(size.rows, -1, np.int32)
+    padded = np.full(size.rows, PADDING, np.int32)
     positions = np.zeros(size.rows, np.int32)
     written = np.full(size.rows, pool, np.int32)
     table = np.full((lanes, capacity), pool, np.int32)

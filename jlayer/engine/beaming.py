@@ -83,7 +83,7 @@ class Beams(Joint):
 
     def _scores(self, rows):
         """float32 [beams, V]: log-probabilities after the options that act on them."""
-        options, n_before = self.options, len(self.row.given)
+        options, n_before = self.options, self.row.width
         n_before += len(self.search.running[0].tokens)
         found = [
             self.lanes[0].scores_of(log_softmax(logits), beam.tokens, beam.state.constraint)
@@ -103,7 +103,7 @@ class Beams(Joint):
 
     def _noise(self, scores):
         """Each beam's own, of what can be drawn."""
-        length = len(self.row.given) + len(self.search.running[0].tokens)
+        length = self.row.width + len(self.search.running[0].tokens)
         found = np.zeros(scores.shape)
         for number, row in enumerate(scores):
             ids = np.flatnonzero(row > -np.inf)

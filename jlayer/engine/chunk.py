@@ -108,8 +108,8 @@ def final_hidden(chunk: Chunk, bound: BoundCall, put: Callable) -> np.ndarray:
 
 def is_finite(chunk: Chunk) -> bool:
     """Whether the hidden states of real rows are finite; padding may hold anything."""
-    real = chunk.part.tokens >= 0
-    return bool(np.isfinite(np.asarray(chunk.flow["hidden"])[real].astype(np.float32)).all())
+    hidden = np.asarray(chunk.flow["hidden"])[chunk.part.real]
+    return bool(np.isfinite(hidden.astype(np.float32)).all())
 
 
 def tables_bytes(passing: Sequence[Chunk]) -> int:

@@ -28,6 +28,7 @@ from jlayer.engine.scores import PromptScores, as_json
 from jlayer.engine.shaping import shape_of
 from jlayer.engine.stops import StopStrings
 from jlayer.engine.unguessed import what_is_not_guessed
+from jlayer.engine.vectors import check_prompts
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.plan.shapes import RunShape, capacity_for
 from jlayer.text.tokenizer import Tokenizer
@@ -86,16 +87,13 @@ class Decoding:
         self.functions, self._comes_whole = functions, comes_whole(options, functions)
         if functions is not None:
             functions.check(options)
-        for row in rows:
-            engine.check_ids(row.ids, begin=options.bos_token_id)
+        check_prompts(engine, rows, options)
         limits = []
         for row in rows:
             n_prompt = len(row.ids)
             engine.check_length(options.n_computed(n_prompt))
             limits.append(
-                options.new_tokens_limit(
-                    n_prompt, context=engine.context_limit, width=len(row.given)
-                )
+                options.new_tokens_limit(n_prompt, context=engine.context_limit, width=row.width)
             )
         if options.stop and text is None and stop_text is None:
             found = "stop: the model has no tokenizer, so text cannot be watched; leave "
@@ -279,7 +277,7 @@ class Decoding:
             return ()
         name = "max_length" if options.max_new_tokens is None else "max_new_tokens"
         cut = min(lane.limit for lane in self.lanes)
-        wanted = min(options.new_tokens_limit(len(r.ids), width=len(r.given)) for r in rows)
+        wanted = min(options.new_tokens_limit(len(r.ids), width=r.width) for r in rows)
         if cut == wanted:
             return ()
         return (
@@ -321,7 +319,9 @@ class Decoding:
         with self._engine.turn():
             (lane, *_), kept = self.lanes, self._engine.kept
             table, is_long = lane.table, lane.is_long
-            if not self.is_closed and kept.most and table is not None and len(table):
+            # What stands for embeddings is known by this process alone, and nothing begins so.
+            may_keep = kept.most and not lane.n_embedded
+            if not self.is_closed and may_keep and table is not None and len(table):
                 (ticket,) = self._tickets
                 self._tickets.clear()
                 ticket.keep(table, RunShape(context=lane.capacity, entries=len(table)))

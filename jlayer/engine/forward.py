@@ -21,6 +21,8 @@ from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import capacity_for
 from jlayer.plan.tiles import Tile
 
+Vectors = Sequence[np.ndarray | None] | None  # of each lane
+
 
 class Forward:
     """A run of a caller: the tables of its lanes, and forward passes of more tokens.
@@ -91,13 +93,19 @@ class Forward:
                     table.commit(pool.take(n_more, n_seen=most))
 
     def sweep(
-        self, ids: Sequence[list[int]], starts: Sequence[int], *, all_logits: bool = False
+        self,
+        ids: Sequence[list[int]],
+        starts: Sequence[int],
+        *,
+        all_logits: bool = False,
+        vectors: Vectors = None,
     ) -> np.ndarray:
         """One forward pass over `ids[b]` at positions from `starts[b]` on -> float32 logits on the
         host.
 
         [B, 1, V] of the last token of each lane; with `all_logits` [B, T, V] of all tokens, of
-        lanes with the same number of them. Entries from `starts[b]` on are replaced.
+        lanes with the same number of them. Entries from `starts[b]` on are replaced. `vectors`: of
+        each lane [T, D] in place of its ids, or None.
         Raises CheckpointError for values that are not finite, with the first layer that gives one.
         """
         n_wanted = len(ids[0]) if all_logits else 1
@@ -106,7 +114,8 @@ class Forward:
         def take(output, places, row):
             logits[places, row : row + output.shape[1]] = output
 
-        self._run(ids, starts, take, lambda: np.isfinite(logits).all(), all_logits=all_logits)
+        how = {"all_logits": all_logits, "vectors": vectors}
+        self._run(ids, starts, take, lambda: np.isfinite(logits).all(), **how)
         return logits.reshape(len(ids), n_wanted, -1)
 
     def verify(self, tokens: Sequence[int], parents: Sequence[int]) -> np.ndarray:
@@ -140,13 +149,13 @@ class Forward:
             engine.note_peaks()
         return logits
 
-    def score(self, ids: Sequence[list[int]], scores) -> None:
+    def score(self, ids: Sequence[list[int]], scores, *, vectors: Vectors = None) -> None:
         """One forward pass over `ids[b]` from position 0 on; passes slices of the logits to
         `scores.add(output [W, v], places [W], first vocabulary row)`: tokens are numbered lane by
-        lane. Raises what `sweep` raises.
+        lane. `vectors`: as of `sweep`. Raises what `sweep` raises.
         """
-        starts = [0] * len(ids)
-        self._run(ids, starts, scores.add, lambda: scores.are_finite, all_logits=True)
+        starts, how = [0] * len(ids), {"all_logits": True, "vectors": vectors}
+        self._run(ids, starts, scores.add, lambda: scores.are_finite, **how)
 
     def observe(self, ids: Sequence[list[int]], seen: Callable[[int, Chunk], None]) -> None:
         """One forward pass over `ids[b]` from position 0 on, all on the device. Calls `seen(layer,
@@ -201,10 +210,10 @@ class Forward:
         with self._engine.turn() as executor:
             yield executor
 
-    def _run(self, ids, starts, take, are_finite, *, all_logits):
+    def _run(self, ids, starts, take, are_finite, *, all_logits, vectors):
         engine = self._engine
         with self._entered() as executor:
-            parts, new = self._parts(ids, starts, all_logits)
+            parts, new = self._parts(ids, starts, all_logits, vectors)
             try:
                 engine.sweeper.run(executor, parts, take)
                 if not are_finite():
@@ -216,7 +225,7 @@ class Forward:
             self._commit(new)
             engine.note_peaks()
 
-    def _parts(self, ids, starts, all_logits):
+    def _parts(self, ids, starts, all_logits, vectors=None):
         """(the chunks of a forward pass, the pool rows that it writes to)."""
         pool = self._engine.caches.pool
         for table, start, tokens in zip(self._tables, starts, ids, strict=False):
@@ -243,8 +252,11 @@ class Forward:
                 target=table.target,
                 n_kept=len(tokens),
                 adapter=self._adapter,
+                vectors=own,
             )
-            for tokens, table, rows in zip(ids, self._tables, new, strict=False)
+            for tokens, table, rows, own in zip(
+                ids, self._tables, new, vectors or [None] * len(ids), strict=False
+            )
         ]
         return self._arrange(entries), new
 

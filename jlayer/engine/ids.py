@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,13 +17,20 @@ from jlayer.errors import UsageError
 class Row:
     """A prompt of ids: `given`, as it was handed over, and `ids`, what of it is no padding.
     `scored_from`: in place of the option prompt_logprobs_from. `pooling`: how its final hidden
-    states are pooled, where they are wanted."""
+    states are pooled, where they are wanted. `vectors` [T, D]: embeddings, of which `ids` are
+    numbers that nothing else has; nothing was given as ids then."""
 
     given: list[int]
     ids: list[int]
     padding: Padding = NO_PADDING
     scored_from: int | None = None
     pooling: str | None = None
+    vectors: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def width(self) -> int:
+        """Its places, with its padding."""
+        return len(self.given) + self.padding.n_embedded
 
 
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
@@ -35,7 +42,8 @@ def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
     if is_id_list(rows):
         rows = [rows]
     if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_id_list, rows)):
-        raise UsageError(f"{name}: expected integers of shape [B, T] or [T]")
+        found = type(input_ids).__name__
+        raise UsageError(f"{name}: found {found}, expected integers of shape [B, T] or [T]")
     return [[int(token) for token in row] for row in rows]
 
 
@@ -74,18 +82,22 @@ def as_rows(input_ids, attention_mask, *, pad: int | None = None) -> list[Row]:
     """
     rows = as_id_lists(input_ids)
     if attention_mask is not None:
-        masks = _masks(attention_mask, rows)
+        masks = masks_of(attention_mask, [len(row) for row in rows])
     else:
         masks = [[token != pad for token in row] for row in rows]
     return [_row(row, mask) for row, mask in zip(rows, masks, strict=True)]
 
 
-def _masks(attention_mask, rows):
+def masks_of(
+    attention_mask, lengths: Sequence[int], *, of: str = "input_ids"
+) -> Sequence[Sequence[int]]:
+    """A mask [B, T] or [T] as a list for each row: 0 or 1 for each of so many places. `of`: what it
+    is a mask of, for the message. Raises UsageError."""
     masks = plain(attention_mask)
     if isinstance(masks, (list, tuple)) and not any(isinstance(m, (list, tuple)) for m in masks):
         masks = [masks]
-    if not isinstance(masks, (list, tuple)) or [len(m) for m in masks] != [len(r) for r in rows]:
-        raise UsageError("attention_mask: of another shape than input_ids")
+    if not isinstance(masks, (list, tuple)) or [len(m) for m in masks] != [*lengths]:
+        raise UsageError(f"attention_mask: of another shape than {of}")
     for mark in (mark for mask in masks for mark in mask):
         if mark not in (0, 1):  # True and 1.0 are 1
             raise UsageError(f"attention_mask: found {mark!r}, expected 0 (padding) or 1")
@@ -109,7 +121,12 @@ def like(given, rows, padding):
     if isinstance(given, (list, tuple)):
         flat = is_id_list(given) and len(rows) == 1
         return rows[0] if flat else rows
-    longest = max(map(len, rows))
-    array = np.array([row + [padding] * (longest - len(row)) for row in rows])
+    array = filled(rows, padding)
     is_flat = is_id_list(plain(given)) and len(rows) == 1
     return as_kind(given, array[0] if is_flat else array, like_ids=True)
+
+
+def filled(rows: Sequence[list[int]], padding: int) -> np.ndarray:
+    """Rows of ids as int64 [B, T], padded on the right."""
+    longest = max(map(len, rows))
+    return np.array([row + [padding] * (longest - len(row)) for row in rows], np.int64)

@@ -188,6 +188,16 @@ class Lane:
         return len(self.history) - len(self.table)
 
     @property
+    def n_embedded(self) -> int:
+        """So many of its first tokens are embeddings, and what stands for them in its history is no
+        id."""
+        return 0 if self.row.vectors is None else self.n_prompt
+
+    def vectors(self, first: int, end: int) -> np.ndarray | None:
+        """[some, D]: those in place of its tokens `first` to `end`, the first ones of these."""
+        return self.row.vectors[first:end] if first < self.n_embedded else None
+
+    @property
     def token_ids(self) -> list[int]:
         """The new ones."""
         return self.history[self.n_prompt :]
@@ -229,7 +239,7 @@ class Lane:
     def noise_key(self, depth: int) -> NoiseKey:
         """Of the noise that `choose` adds for the token so many places after its history (1: the
         next one)."""
-        length = len(self.row.given) + len(self.token_ids) - self.row.padding.n_tokens
+        length = self.row.width + len(self.token_ids) - self.row.padding.n_tokens
         return NoiseKey(self.options.seed, self._number, length + depth - 1)
 
     @property

@@ -22,6 +22,7 @@ NOT_ARRAYS = ("windows", "flash", "is_chain")  # fields of Rows
 
 
 def packed_parts(parts: Sequence[Part]) -> list:
+    assert all(part.vectors is None for part in parts), "embeddings are refused with several hosts"
     return [
         [
             astuple(part.size),

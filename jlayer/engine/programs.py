@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jlayer.encodings.grouped import BLOCK_BYTES
 from jlayer.engine.calls import Call
@@ -91,16 +92,24 @@ class Programs:
         end = self._end(tile, size, shape, with_rows=False, landing=landing)
         return (end,) if on_host or tile.uncut else (self._rows(tile, size), end)
 
-    def embed(self, parts: list[Part], first: Tile, *, n_rows: int) -> Callable:
+    def embed(
+        self, parts: list[Part], first: Tile, *, n_rows: int, has_vectors: bool = False
+    ) -> Callable:
         """The program {rows of the embedding [R, ...] by leaf, whole leaves of `first`} -> hidden
-        [R, D], and the input x of the first stage. `first`: the first tile."""
+        [R, D], and the input x of the first stage. `first`: the first tile. `has_vectors`: it gets
+        `vectors` [R, D] too, and takes these instead where `is_vector` [R] says so."""
         width, wanted = self.cfg.hidden_size, first.stage and first.stage.input
+        scale = self.cfg.embedding_scale
 
         def function(given):
             (weights,) = self._join(parts, given["rows"]).values()
             if isinstance(weights, Encoded):
                 weights = dequantize(weights, width)
-            flow = {"hidden": scaled(weights.astype(self.dtype), self.cfg.embedding_scale)}
+            flow = {"hidden": scaled(weights.astype(self.dtype), scale)}
+            if has_vectors:
+                vectors, instead = given["vectors"], given["is_vector"][:, None]
+                vectors = vectors if scale.is_of_table else scaled(vectors, scale)
+                flow = {"hidden": jnp.where(instead, vectors, flow["hidden"])}
             if wanted:
                 flow |= call(wanted, flow, given.get("whole", {}))
             return flow
@@ -110,8 +119,12 @@ class Programs:
         }
         given = {"rows": rows}
         given |= self._whole("whole", self._device_leaves(first), wanted.whole if wanted else ())
+        if has_vectors:
+            given["vectors"] = self._struct(n_rows, width)
+            given["is_vector"] = jax.ShapeDtypeStruct((n_rows,), "bool")
         key = (wanted, *(part.form for part in parts))
-        return self.get(f"embed {n_rows}", key, function, (given,))
+        label = f"embed {n_rows}{' with vectors' if has_vectors else ''}"
+        return self.get(label, key, function, (given,))
 
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""

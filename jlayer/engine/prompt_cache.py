@@ -133,6 +133,8 @@ class PromptCache:
         are more than it has: others that begin alike share them, as they are planned to. Has the
         prompts of all kept, once they are computed. -> how many tokens were read. Raises
         CheckpointError or StorageError."""
+        # The name of a block is made of ids, which a prompt of embeddings has none of.
+        lanes = [lane for lane in lanes if not lane.n_embedded]
         there = [lane for lane in lanes if lane.table is not None and not lane.table.is_closed]
         n_read = sum(map(self._fill, there[:1]))
         for lane in there:

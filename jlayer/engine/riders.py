@@ -45,6 +45,11 @@ class Rider:
         return self.lane.history[self.first : self.end]
 
     @property
+    def vectors(self) -> np.ndarray | None:
+        """The embeddings in place of its tokens: see `Lane.vectors`."""
+        return self.lane.vectors(self.first, self.end)
+
+    @property
     def n_rows(self) -> int:
         return self.end - self.first + len(self.guessed)
 
@@ -97,6 +102,7 @@ class Rider:
             target=lane.table.target,
             n_kept=n_own,
             adapter=lane.adapter,
+            vectors=self.vectors,
         )
 
     def take_rows(self, pool: Pool, chunk: int) -> np.ndarray:

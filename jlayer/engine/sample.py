@@ -45,10 +45,15 @@ class Padding:
 
     Options act on a padded prompt as in transformers: those that look for repeated tokens see
     padding too, and only repetition_penalty passes over what stands at the beginning.
+
+    `n_embedded`: the places of a prompt of embeddings, with its padding. Options see no id of it,
+    but lengths count it; and repetition_penalty passes over as many new tokens as there is padding
+    at the beginning, as in transformers.
     """
 
     n_tokens: int = 0
     n_first: int = 0
+    n_embedded: int = 0
 
 
 NO_PADDING = Padding()
@@ -80,7 +85,8 @@ def choose(
         padding=padding,
         allowed=allowed,
     )
-    key = NoiseKey(options.seed, sequence, len(history) - padding.n_tokens)
+    position = len(history) + padding.n_embedded - padding.n_tokens
+    key = NoiseKey(options.seed, sequence, position)
     return pick(scores, logits, options=options, key=key)
 
 
@@ -152,7 +158,7 @@ def processed(
         if (before or last not in options.eos_token_id) and _ends_with(history, before):
             scores[last] = -np.inf
     if options.min_new_tokens is None:
-        is_short = len(history) < options.min_length
+        is_short = len(history) + padding.n_embedded < options.min_length
     else:
         is_short = n_new < options.min_new_tokens
     if is_short:

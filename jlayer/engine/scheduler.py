@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jlayer.engine.batch import Entry, arrange
+from jlayer.engine.batch import VECTOR, Entry, arrange
 from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.drawing import Drawn, decide_all, draw_all
 from jlayer.engine.fork import check_process
@@ -70,6 +70,7 @@ class Scheduler:
                     n_scored=len(rider.scored),
                     n_drawn=int(rider.lane.draws),
                     n_hidden=len(rider.pooled),
+                    vectors=rider.vectors,
                 )
                 for rider in self._choose(lanes, plan)
             ]
@@ -271,10 +272,14 @@ def _has_news(lanes):
     )
 
 
-def _stand_in(n_tokens, capacity, after=0, n_nodes=0, *, n_scored=0, n_drawn=1, n_hidden=0):
+def _stand_in(
+    n_tokens, capacity, after=0, n_nodes=0, *, n_scored=0, n_drawn=1, n_hidden=0, vectors=None
+):
     """An entry of the shape of a lane's next one, of whose tokens the last ones are guesses."""
-    none = np.zeros(0, np.int32)
+    none, n_embedded = np.zeros(0, np.int32), 0 if vectors is None else len(vectors)
+    tokens = [VECTOR] * n_embedded + [0] * (n_tokens - n_embedded)
     parents = range(-1, n_tokens - 1) if n_nodes else None
     new = np.zeros(n_tokens, np.int32)
     wanted = n_scored + n_drawn + n_nodes
-    return Entry([0] * n_tokens, none, new, capacity, wanted, parents, after, hidden=n_hidden)
+    how = {"hidden": n_hidden, "vectors": vectors}
+    return Entry(tokens, none, new, capacity, wanted, parents, after, **how)

@@ -184,6 +184,8 @@ def check_can_be_saved(run: Decoding) -> None:
         found = "logits_processor, stopping_criteria and other functions: a run with them"
     elif options.output_scores or options.output_logits:
         found = "output_scores, output_logits: a run that keeps all scores"
+    elif any(row.vectors is not None for row in run.rows):
+        found = "inputs_embeds: a prompt of embeddings"
     elif any(lane.constraint is not None for lane in run.lanes):
         found = "a text that a grammar constrains"
     if found is not None:

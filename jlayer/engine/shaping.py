@@ -51,6 +51,7 @@ def shape_of(
         entries=entries,
         rides=_padded(rides, before, each) if scores or any(before) else None,
         nodes=nodes,
+        vectors=sum(len(row.ids) for row in rows if row.vectors is not None),
     )
 
 

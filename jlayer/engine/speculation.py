@@ -162,6 +162,8 @@ class Speculation:
         """Whether the draft model guesses for it."""
         if self._draft is None or len(lane.history) >= self._draft.context_limit:
             return False
+        if lane.n_embedded:  # it reads ids
+            return False
         return lane.options.speculate in ("auto", "draft")
 
     def _index(self, lane, trust):
@@ -169,7 +171,7 @@ class Speculation:
         index, length, before = self.own_texts.get(lane) or (None, 0, None)
         if trust is not before:  # a draft model's context may end before that of the model
             index, length = Index(trust.own_order), 0
-        index.append(lane.history[length:])
+        index.append(lane.history[max(length, lane.n_embedded) :])
         self.own_texts[lane] = (index, len(lane.history), trust)
         return index
 

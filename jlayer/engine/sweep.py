@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jlayer.engine.batch import Part
+from jlayer.engine.batch import VECTOR, Part
 from jlayer.engine.caches import Caches
 from jlayer.engine.choosing import Chooser
 from jlayer.engine.chunk import (
@@ -85,13 +85,14 @@ class Sweeper:
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
         shapes = frozenset((part.size, part.n_wanted, part.n_hidden) for part in parts)
+        entering = frozenset((part.size.rows, part.vectors is not None) for part in parts)
         n_rows = count_rows(parts)
         landing, guesses = landing_rows(n_rows), executor.has_guesses
-        key = (shapes, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
+        key = (shapes, entering, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
         if key not in self._prepared:
             with self.programs.together():
-                for n_rows in {size.rows for size, *_ in shapes}:
-                    self._embed_program(n_rows)
+                for n_rows, has_vectors in entering:
+                    self._embed_program(n_rows, has_vectors)
                     if guesses:
                         self.chooser.compile(self._tiles, n_rows)
                 for size, n_wanted, n_hidden in sorted(shapes, key=str):
@@ -213,7 +214,7 @@ class Sweeper:
             if self.programs.chooses:
                 flow[ADAPTERS] = put(part.adapters)
             calls = self._calls_of(part.size, part.n_wanted, division, landing)
-            chunks.append(Chunk(part, flow | self._embed(part.tokens), put(row_of), calls))
+            chunks.append(Chunk(part, flow | self._embed(part), put(row_of), calls))
         return chunks
 
     def advance(self, tile: Tile, arrays, passing: Sequence[Chunk]) -> list:
@@ -424,19 +425,20 @@ class Sweeper:
         leaves = self._residents.of(layer)
         return {key: {name: leaves[name] for name in names}} if names else {}
 
-    def _embed(self, tokens):
-        """tokens [R] -> hidden [R, D] on the device, in the compute dtype, and the first stage's
-        input; padding gets any row."""
-        real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
-        ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
-        rows = {leaf: unique[row_of] for leaf, unique in self._embedding.read(ids).items()}
-        first, rows = self._tiles[0], self._put(rows)
+    def _embed(self, part):
+        """A chunk's tokens [R] -> hidden [R, D] on the device, in the compute dtype, and the first
+        stage's input; padding gets any row."""
+        given = {"rows": self._put(self._embedding.rows_of(part.tokens))}
+        first, has_vectors = self._tiles[0], part.vectors is not None
+        if has_vectors:
+            given |= self._put({"vectors": part.vectors, "is_vector": part.tokens == VECTOR})
         wanted = first.stage and first.stage.input
-        whole = self._whole("whole", first.layer, wanted.whole if wanted else ())
-        return self._embed_program(len(tokens))({"rows": rows} | whole)
+        given |= self._whole("whole", first.layer, wanted.whole if wanted else ())
+        return self._embed_program(part.size.rows, has_vectors)(given)
 
-    def _embed_program(self, n_rows):
-        return self.programs.embed(self._embedding.parts, self._tiles[0], n_rows=n_rows)
+    def _embed_program(self, n_rows, has_vectors):
+        parts, first = self._embedding.parts, self._tiles[0]
+        return self.programs.embed(parts, first, n_rows=n_rows, has_vectors=has_vectors)
 
 
 NO_ROW = 1 << 30  # of padding: it reads zeros

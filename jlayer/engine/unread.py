@@ -96,6 +96,7 @@ _DETAILS = ("output_attentions", "output_hidden_states", "output_logits", "outpu
 _INSTEAD = {
     "assistant_model": "and open the model with draft=FOLDER instead",
     "assistant_tokenizer": "and open the model with a draft of the same tokenizer: draft=FOLDER",
+    "inputs_embeds": "or give it to model.generate, which takes it",
 }
 
 
@@ -129,7 +130,8 @@ def is_among(value, values: Iterable) -> bool:
 def refusal(name: str, value) -> str:
     """What the user is told of an argument of theirs."""
     instead = f", {_INSTEAD[name]}" if name in _INSTEAD else ""
-    found = f"{name}: found {reprlib.repr(value)}, which jlayer does not support"
+    shown = " ".join(reprlib.repr(value).split())  # an array's has several lines
+    found = f"{name}: found {shown}, which jlayer does not support"
     return f"{found}; leave it out{instead}"
 
 

@@ -45,7 +45,9 @@ def _common(fields, *, key, **switches):
         "activation_key": key,
         "qkv_bias": bias,
         "out_bias": bias,
-        "embedding_scale": Scale(math.sqrt(fields.integer("hidden_size")), is_rounded=True),
+        "embedding_scale": Scale(
+            math.sqrt(fields.integer("hidden_size")), is_rounded=True, is_of_table=True
+        ),
         **switches,
     }
 

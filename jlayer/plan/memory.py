@@ -415,9 +415,11 @@ def _pane_bytes(attention, n_rows, lanes, tokens, capacity, *, flash):
 
 
 def _rows_and_logits(weights, machine, shapes, tiling):
-    """Host bytes of embedding rows for the device, of logits that come back, and of guessing."""
+    """Host bytes of embedding rows for the device, of prompts of embeddings, of logits that come
+    back, and of guessing."""
     cfg, item = weights.cfg, ITEM_BYTES[weights.dtype]
     rows = shapes.n_rows * cfg.hidden_size * (item + 8)
+    rows += shapes.vectors * cfg.hidden_size * item
     drawn = (4 * shapes.wanted + DRAWN_BYTES * min(shapes.batch, DRAWERS)) * cfg.vocab_size
     copies = OUTGOING if machine.kind.has_link else 1
     logits = shapes.all_logits * copies * logits_bytes(cfg, shapes, tiling)

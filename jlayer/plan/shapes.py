@@ -61,7 +61,8 @@ class RunShape:
     how many forward passes it will take. `entries`: the most cache entries of all its lanes
     together, and `rides`: the rows of all their prompts, padding included, where lanes share some.
     `nodes`: the most guessed tokens of all its lanes together that ride in one forward pass, as
-    trees below the next tokens; each lane has an equal share.
+    trees below the next tokens; each lane has an equal share. `vectors`: tokens of its prompts that
+    are given as embeddings, which the host holds.
     """
 
     batch: int = 1
@@ -74,6 +75,7 @@ class RunShape:
     entries: int | None = None
     rides: int | None = None
     nodes: int = 0
+    vectors: int = 0
 
     def __post_init__(self):
         assert lane_rows(self) <= CHUNK_ROWS[-1], "the tree of a lane is in one chunk"
@@ -109,6 +111,7 @@ class RunShape:
             all_logits=self.all_logits or self.scores,
             single_array=self.single_array,
             nodes=self.nodes,
+            vectors=self.vectors,
         )
 
 
@@ -120,7 +123,7 @@ class Shapes:
     guessed tokens included. `chunk`: the most rows of a chunk. `n_rows`: rows of its longest
     forward pass, padding included, in `n_chunks` chunks. `n_decode_chunks`: chunks of a pass with
     the next token, and the guessed ones, of each lane. `prefills`: forward passes for its prompts.
-    `nodes`: the most guessed tokens in a pass.
+    `nodes`: the most guessed tokens in a pass. `vectors`: tokens that the host holds embeddings of.
     """
 
     batch: int
@@ -134,6 +137,7 @@ class Shapes:
     all_logits: bool = False
     single_array: bool = False
     nodes: int = 0
+    vectors: int = 0
 
     @property
     def wanted(self) -> int:
@@ -169,6 +173,7 @@ def together(runs: Sequence[Shapes], most: int = CHUNK_ROWS[-1], prompt_rows: in
         all_logits=any(run.all_logits for run in runs),
         single_array=any(run.single_array for run in runs),
         nodes=sum(run.nodes for run in runs),
+        vectors=sum(run.vectors for run in runs),
     )
 
 

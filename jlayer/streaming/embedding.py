@@ -46,6 +46,14 @@ class Embedding:
             for part in self.parts
         }
 
+    def rows_of(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of tokens [R], by leaf [R, ...], each read once; of one below 0 any row. Raises
+        what `read` raises."""
+        real, row_of = tokens >= 0, np.zeros(tokens.shape, np.int32)
+        ids, row_of[real] = np.unique(tokens[real], return_inverse=True)
+        found = self.read(ids if len(ids) else np.zeros(1, tokens.dtype))
+        return {leaf: unique[row_of] for leaf, unique in found.items()}
+
     def begin_whole(self, tensor: str, take: Callable[..., None], page_cache: PageCache) -> None:
         """Starts reading the whole of one of `tensors`; see `RowReader.begin_whole`."""
         self._readers[tensor].begin_whole(take, page_cache)

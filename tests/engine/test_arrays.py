@@ -4,6 +4,7 @@ for it that is not there already."""
 import subprocess
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,12 +63,16 @@ class Elsewhere:
 
 
 def of_library(name, monkeypatch, makes):
-    """A stand-in of a library's tensor, which has `__array__` and DLPack alone."""
+    """A stand-in of a library's tensor. CuPy's refuses to be copied by the way."""
 
     class Tensor(Exchanged):
         dtype = "int64"
-        __array__ = property(lambda self: self._own.__array__)
 
+    if name == "cupy":
+        Tensor.tolist = lambda self: self._own.tolist()
+        Tensor.get = lambda self: self._own
+    else:
+        Tensor.__array__ = property(lambda self: self._own.__array__)
     Tensor.__module__ = f"{name}.python.framework"
 
     def make(values, dtype=None):
@@ -75,12 +80,14 @@ def of_library(name, monkeypatch, makes):
         found.asked_for = dtype
         return found
 
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{makes: make}))
+    library = types.SimpleNamespace(**{makes: make}, __spec__=ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, name, library)
     return Tensor
 
 
 def read(array):
-    return np.asarray(array).tolist() if hasattr(array, "__array__") else np.from_dlpack(array)
+    found = array if hasattr(array, "__array__") else np.from_dlpack(array)
+    return np.asarray(found).tolist()
 
 
 def test_torch_and_jax(model):
@@ -110,6 +117,11 @@ def test_stand_ins_of_tensorflow_and_cupy(model, monkeypatch, name, makes):
     assert found.asked_for == "int64"
     assert read(found) == model.generate([ROW], **GREEDY)
     assert type(model.encode(kind([ROW]))) is kind
+    made = np.linspace(-1, 1, 96, dtype=np.float32).reshape(1, 4, 24)
+    found = model.generate(inputs_embeds=kind(made), **GREEDY)
+    assert type(found) is kind
+    assert found.asked_for is None
+    assert read(found) == model.generate(inputs_embeds=made, **GREEDY).tolist()
 
 
 def test_what_has_dlpack_alone(model):

@@ -61,7 +61,6 @@ def test_padding_and_what_is_no_mask_are_refused(both):
         ("output_attentions", True),
         ("labels", ROWS),
         ("past_key_values", object()),
-        ("inputs_embeds", np.zeros((1, 2, 24))),
         ("position_ids", ROWS),
         ("logits_to_keep", 1),
         ("return_dict", False),

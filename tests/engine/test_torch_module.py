@@ -60,6 +60,24 @@ def test_padding_is_no_part_of_a_row(both):
         ours(IDS, attention_mask=left, labels=IDS)
 
 
+def test_embeddings_in_place_of_ids(both):
+    ours, theirs = both
+    given = torch.tensor(np.random.default_rng(5).normal(size=(2, 9, 24)), dtype=torch.float32)
+    labels = torch.where(RIGHT.bool(), IDS, -100)
+    for mask, own in ((None, IDS), (RIGHT, labels)):
+        found = ours(inputs_embeds=given, attention_mask=mask, labels=own)
+        with torch.no_grad():
+            expected = theirs(inputs_embeds=given, attention_mask=mask, labels=own)
+        seen = torch.ones_like(IDS).bool() if mask is None else mask.bool()
+        near(found.logits[seen], expected.logits[seen])
+        near(found.loss, expected.loss)
+        assert found.logits[~seen].isnan().all()
+    options = {"inputs_embeds": given, "max_new_tokens": 4, "do_sample": False}
+    assert ours.generate(**options).tolist() == theirs.generate(**options).tolist()
+    with pytest.raises(UsageError, match="input_ids: none given"):
+        ours()
+
+
 def test_it_generates_as_transformers(both):
     ours, theirs = both
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

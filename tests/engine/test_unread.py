@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jlayer
-from jlayer.engine import assistant, functions
+from jlayer.engine import assistant, functions, vectors
 from jlayer.engine.options import SamplingOptions, is_option, option_names
 from jlayer.engine.unread import BEAMS_ONLY, HARMLESS, REFUSED
 from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -86,7 +86,7 @@ def test_the_page_says_of_every_name_what_becomes_of_it():
         part = re.search(rf"<!-- {kind} -->(.*?)<!-- end -->", page, re.DOTALL)[1]
         return set(re.findall(r"`(\w+)`", part))
 
-    taken = {*functions.NAMES, assistant.NAME}
+    taken = {*functions.NAMES, assistant.NAME, vectors.NAME}
     assert listed("harmless") == HARMLESS
     assert listed("refused") == REFUSED.keys() - taken
     done = page.split("## What is acted on")[1].split("\n## ")[0]
