@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from jlayer.api import AutoModel, Model
 from jlayer.engine.called import check_called, check_one_prompt, logits_of_rows, vectors_of
-from jlayer.engine.ids import Row, as_id_lists, as_rows
+from jlayer.engine.ids import Row, as_id_lists, as_rows, plain
 from jlayer.errors import UsageError
 from jlayer.small_files import as_folder
 
@@ -76,7 +76,8 @@ class StreamedCausalLM(torch.nn.Module):
         **options,
     ) -> CausalLMOutputWithPast:
         """Logits float32 [B, T, V] of ids [B, T] or of embeddings [B, T, D], and with `labels`
-        [B, T] the mean loss of those that are not -100, each predicted from the position before it.
+        [B, T] the mean loss of those that are not -100, each predicted from the position before it;
+        with `num_items_in_batch` their sum divided by that.
 
         Where `attention_mask` says padding the logits are NaN, and no label may be predicted from
         there. Further arguments of transformers' `forward` that ask for more are refused. Raises
@@ -95,17 +96,20 @@ class StreamedCausalLM(torch.nn.Module):
         for own, at, row_logits in zip(logits, places, found, strict=True):
             own[at] = row_logits
         logits = torch.from_numpy(logits)
-        loss = None if labels is None else _loss(logits, torch.as_tensor(labels).cpu())
+        loss = None
+        if labels is not None:
+            n_items = options.get("num_items_in_batch")
+            loss = _loss(logits, torch.as_tensor(labels).cpu(), n_items=n_items)
         device = getattr(input_ids if inputs_embeds is None else inputs_embeds, "device", None)
         if isinstance(device, torch.device):
             logits, loss = logits.to(device), None if loss is None else loss.to(device)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def generate(self, inputs=None, **options):
+    def generate(self, inputs=None, generation_config=None, *given, **options):
         """As `jlayer.Model.generate`; with return_dict_in_generate transformers' own object."""
-        if self.generation_config != self._published:  # set since, which counts as in transformers
-            options.setdefault("generation_config", self.generation_config)
-        found = self.model.generate(inputs, **options)
+        if generation_config is None and self.generation_config != self._published:
+            generation_config = self.generation_config  # set since, as in transformers
+        found = self.model.generate(inputs, generation_config, *given, **options)
         if not hasattr(found, "keys"):
             return found
         kind = GenerateDecoderOnlyOutput
@@ -128,11 +132,15 @@ def _places(rows, attention_mask, n_tokens):
     """Of each row where its tokens stand among its padding: bool [T]."""
     if attention_mask is None:
         return np.ones((len(rows), n_tokens), bool)
-    return np.asarray(attention_mask).reshape(len(rows), n_tokens).astype(bool)
+    return np.asarray(plain(attention_mask)).reshape(len(rows), n_tokens).astype(bool)
 
 
-def _loss(logits, labels):
-    labels = labels.reshape(logits.shape[:2])[:, 1:].reshape(-1)
+def _loss(logits, labels, *, n_items=None):
+    n_rows, n_tokens, n_vocab = logits.shape
+    if labels.numel() != n_rows * n_tokens:
+        found = f"found {list(labels.shape)}, expected {[n_rows, n_tokens]}"
+        raise UsageError(f"labels: {found}, as input_ids are")
+    labels = labels.reshape(n_rows, n_tokens)[:, 1:].reshape(-1)
     before = logits[:, :-1].reshape(-1, logits.shape[-1])
     asked = labels != IGNORED
     if before[asked].isnan().any():
@@ -140,4 +148,11 @@ def _loss(logits, labels):
             "labels: one is predicted from padding; give -100 for padding, and for the first token "
             "after it"
         )
-    return torch.nn.functional.cross_entropy(before[asked], labels[asked])
+    if outside := labels[asked][(labels[asked] < 0) | (labels[asked] >= n_vocab)].tolist():
+        raise UsageError(
+            f"labels: found id {outside[0]}, expected {IGNORED}, or ids below the vocabulary of "
+            f"{n_vocab}"
+        )
+    how = "mean" if n_items is None else "sum"
+    loss = torch.nn.functional.cross_entropy(before[asked], labels[asked], reduction=how)
+    return loss if n_items is None else loss / n_items

@@ -83,10 +83,13 @@ def _check_folders(args):
 
 def saving(args: argparse.Namespace, decoding, *, is_single: bool) -> Callable | None:
     """Has a run saved when it ends or is stopped, and whenever so many tokens more are there: what
-    is to be called with the steps of each forward pass. None without --save."""
+    is to be called with the steps of each forward pass. None without --save. Raises UsageError for
+    a run that cannot be saved, before its first pass."""
     if args.save is None:
         return None
-    from jlayer.engine.session import save_run
+    from jlayer.engine.session import check_can_be_saved, save_run
+
+    check_can_be_saved(decoding)
 
     def save():
         save_run(args.save, decoding, is_single=is_single)

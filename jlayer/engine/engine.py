@@ -240,9 +240,9 @@ class Engine:
 
     def admit(self, shape: RunShape, *, instead_of: Ticket | None = None) -> Ticket:
         """Admits a run and makes room for it, that of kept texts if need be. `instead_of`: a run
-        that it replaces. Raises DoesNotFitError where the budgets do not hold it beside the runs
-        that are alive, UsageError where the model is closed, or process 0 decides."""
-        check_process()  # the lock may have been held when the process was forked
+        that it replaces. Raises DoesNotFitError where the budgets do not hold it beside live runs,
+        UsageError where the model is closed, process 0 decides, or this is inside a pass."""
+        self.scheduler.check_caller()  # first: a process may be forked while a lock is held
         refuse_follower()
         with self._ledger.turn():
             if self._closed:

@@ -7,6 +7,7 @@ transformers has done; else numpy arrays. torch is never imported for them.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,16 +72,8 @@ class Functions:
             scores = self._restricted(ids, scores, prompts, asked)
         for processor in self.processors:
             given = tensors(ids), tensors(scores)
-            found = _array(_call(processor, *given))
-            if found.shape != scores.shape:
-                raise UsageError(
-                    f"logits_processor: {_class_of(processor)} gave scores of shape "
-                    f"{list(found.shape)}, expected {list(scores.shape)}"
-                )
-            scores = np.array(found, np.float32)
-        for number in asked:
-            if np.isnan(scores[number]).any():
-                raise UsageError("logits_processor: gave scores that are no numbers (NaN)")
+            found = _call(processor, *given)
+            scores = _scores(found, scores.shape, asked, who=_name_of(processor))
         return scores
 
     def _restricted(self, ids, scores, prompts, asked):
@@ -91,24 +84,20 @@ class Functions:
             rows = [number for number in asked if prompts[number] == prompt]
             mask = np.full((len(rows), scores.shape[1]), -np.inf, np.float32)
             for place, number in enumerate(rows):
-                allowed = _call(self.allowed, prompt, tensors(ids[number]))
-                allowed = np.asarray(_array(allowed), np.int64).reshape(-1)
-                if not len(allowed):
-                    raise UsageError(
-                        f"prefix_allowed_tokens_fn: allows no token for prompt {prompt} at "
-                        f"position {ids.shape[1]}"
-                    )
-                mask[place, allowed] = 0
+                found = _call(self.allowed, prompt, tensors(ids[number]))
+                where = f"for prompt {prompt} at position {ids.shape[1]}"
+                mask[place, _allowed(found, scores.shape[1], where=where)] = 0
             found = scores[rows] + mask
             scores[rows] = found if (found > -np.inf).any() else mask
         return scores
 
     def ended(self, ids: np.ndarray, scores: Sequence[np.ndarray] | None) -> np.ndarray:
-        """bool [B]: whether a row ends with its last token. Raises Raised."""
+        """bool [B]: whether a row ends with its last token. Raises Raised, UsageError."""
         ended = np.zeros(len(ids), bool)
         for criterion in self.criteria:
             given = None if scores is None else tuple(map(tensors, scores))
-            ended |= np.asarray(_array(_call(criterion, tensors(ids), given)), bool)
+            found = _call(criterion, tensors(ids), given)
+            ended |= _ends(found, len(ids), who=_name_of(criterion))
         return ended
 
 
@@ -158,6 +147,10 @@ def _class_of(function):
     return kind.__name__ if is_theirs else f"{kind.__module__}.{kind.__name__}"
 
 
+def _name_of(function):
+    return getattr(function, "__qualname__", None) or _class_of(function)
+
+
 def _call(function, *given):
     try:
         return function(*given)
@@ -173,9 +166,73 @@ def tensors(array: np.ndarray):
     return torch.from_numpy(array.copy())
 
 
+def _scores(found, shape, asked, *, who):
+    """What a processor gave, float32 of this shape: numbers in the rows `asked`, or -inf."""
+    array = _array(found)
+    if array is None or array.dtype.kind == "b":
+        kind = type(found).__name__
+        raise UsageError(
+            f"logits_processor: {who} gave {kind}, expected numbers of shape {list(shape)}"
+        )
+    if array.shape != shape:
+        raise UsageError(
+            f"logits_processor: {who} gave scores of shape {list(array.shape)}, expected "
+            f"{list(shape)}"
+        )
+    with np.errstate(over="ignore"):
+        scores = np.array(array, np.float32)
+    for number in asked:
+        if not (scores[number] < np.inf).all():
+            is_nan = np.isnan(scores[number]).any()
+            kind = "no numbers (NaN)" if is_nan else "beyond float32"
+            raise UsageError(
+                f"logits_processor: {who} gave scores that are {kind}, expected numbers, or -inf "
+                "for a token that is ruled out"
+            )
+    return scores
+
+
+def _ends(found, n_rows, *, who):
+    """What a criterion gave, bool: one for each row or, as transformers takes it too, for all."""
+    array = _array(found)
+    is_one_each = array is not None and array.shape in ((), (1,), (n_rows,))
+    if not is_one_each or array.dtype.kind not in "biu" or not np.isin(array, (0, 1)).all():
+        shape = "" if array is None else f" of shape {list(array.shape)}"
+        raise UsageError(
+            f"stopping_criteria: {who} gave {type(found).__name__}{shape}, expected a bool for "
+            f"each of the {n_rows} rows, or one for all"
+        )
+    return array.astype(bool)
+
+
+def _allowed(found, vocab_size, *, where):
+    """The ids that may follow, int64. Raises UsageError unless there are some."""
+    array = _array(found)
+    if array is not None and not array.size:
+        raise UsageError(f"prefix_allowed_tokens_fn: allows no token {where}")
+    if array is None or array.dtype.kind not in "iu" or array.ndim > 1:
+        raise UsageError(
+            f"prefix_allowed_tokens_fn: gave {reprlib.repr(found)} {where}, expected a list of ids"
+        )
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise UsageError(
+            f"prefix_allowed_tokens_fn: gave id {outside.flat[0]} {where}, expected ids below the "
+            f"vocabulary of {vocab_size}"
+        )
+    return array.astype(np.int64).reshape(-1)
+
+
 def _array(found):
-    """What a function gave, as numpy's: a tensor of torch on any device, or what numpy reads."""
-    if hasattr(found, "detach"):
-        found = found.detach().cpu()
-        return (found.float() if found.is_floating_point() else found).numpy()
-    return np.asarray(found)
+    """What a function gave, as numpy's: a tensor of torch on any device, or what numpy reads. None:
+    no array of real numbers."""
+    try:
+        if hasattr(found, "detach"):
+            found = found.detach().cpu()
+            return (found.float() if found.is_floating_point() else found).numpy()
+        array = np.asarray(found)
+        # Of an array's own dtypes, such as bfloat16, numpy knows no kind.
+        is_real = array.dtype.kind in "fiub" or np.can_cast(array.dtype, np.float32)
+    except (NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError):
+        return None
+    return array if is_real else None

@@ -339,7 +339,7 @@ def check_choosable(scores: np.ndarray, *, position: int) -> None:
         found = f"position {position}: the options rule out every token; relax "
         raise UsageError(
             f"{found}no_repeat_ngram_size, logit_bias, sequence_bias, bad_words_ids, "
-            "min_new_tokens or the constraint",
+            "min_new_tokens, the constraint or a function",
             command_line=f"{found}--no-repeat-ngram-size or --min-new-tokens",
         )
     if not np.isfinite(best):

@@ -27,6 +27,7 @@ from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders, shared_before
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.sweep import count_rows
+from jlayer.errors import UsageError
 from jlayer.interrupts import check, deferred
 
 PATIENCE_S = 0.5  # signals are looked for at least so often by who waits for another thread
@@ -43,7 +44,7 @@ class Scheduler:
         self._engine, self._speculation = engine, speculation
         self._lanes: list[Lane] = []
         self._changed = threading.Condition()
-        self._is_driven = False
+        self._driver: int | None = None  # the thread that drives
         self._room = PromptRoom()
         self.n_passes = 0
 
@@ -103,7 +104,7 @@ class Scheduler:
                     has_ridden = self._pass()
                 finally:
                     with self._changed:
-                        self._is_driven = False
+                        self._driver = None
                         self._changed.notify_all()
                 if not has_ridden:
                     return
@@ -112,12 +113,14 @@ class Scheduler:
         self, is_done: Callable[[], bool], *, or_free: bool = False, timeout: float | None = None
     ) -> bool:
         """Waits while other threads drive. With `or_free` also until none does: then it is up to
-        the caller to drive, and the result is True. Raises TimeoutError."""
+        the caller to drive, and the result is True. Raises TimeoutError, and UsageError as
+        `check_caller` does."""
         ends = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while not is_done():
-                if or_free and not self._is_driven:
-                    self._is_driven = True
+                self.check_caller()
+                if or_free and self._driver is None:
+                    self._driver = threading.get_ident()
                     return True
                 if ends is not None and time.monotonic() >= ends:
                     raise TimeoutError
@@ -125,6 +128,16 @@ class Scheduler:
                 self._changed.wait(max(0.0, left))
                 check()
             return False
+
+    def check_caller(self) -> None:
+        """Raises UsageError in a forked process, and inside a pass that this thread drives, such as
+        in a function of a run: it would wait for itself, or change what the pass has planned."""
+        check_process()
+        if self._driver == threading.get_ident():
+            raise UsageError(
+                "a function that is called within a forward pass asks the same model for another "
+                "one; open the model a second time for it"
+            )
 
     def notify(self) -> None:
         """Wakes those that wait, to look again."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from jlayer.checkpoint.adapter import WEIGHTS
-from jlayer.errors import StorageError, UsageError
+from jlayer.errors import CheckpointError, StorageError, UsageError
 from jlayer.run_config import RunConfig
 from jlayer.streaming.watch import Watch
 from jlayer.tuning.adapter import AdapterConfig, State, low_ranks, save_adapter
@@ -192,7 +192,8 @@ class Tuning:
 
     def go_on(self, check: Callable[[], None] = lambda: None) -> Iterator[Told]:
         """Takes the steps that are left. `check`: called at every tile; what it raises ends the
-        run, which can be gone on with."""
+        run, which can be gone on with. Raises CheckpointError where the loss, its gradient or the
+        perplexity is not finite: what was saved before stands."""
         settings = self._work.settings
         if self._held_out and self.history.before is None:
             self.history.before = self.perplexity(check)
@@ -228,7 +229,7 @@ class Tuning:
         loss = _sum_of(found.losses, chunks)
         length, rate = length_of(found.gradients), self._rates(number)
         if not math.isfinite(loss) or not math.isfinite(length):
-            raise UsageError(
+            raise CheckpointError(
                 f"step {number + 1}: the loss or its gradient is not finite; begin anew with a "
                 "lower --learning-rate, or run jlayer verify on the model"
             )
@@ -275,7 +276,7 @@ class Tuning:
             weight += float(lanes.weights.sum(dtype=np.float64))
         mean = total / weight
         if not mean < MOST_NATS:  # nor NaN
-            raise UsageError(
+            raise CheckpointError(
                 f"the held-out text after step {self.step} has {mean:.3g} nats a token, of which "
                 "there is no perplexity; begin anew with a lower --learning-rate"
             )

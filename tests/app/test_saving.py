@@ -101,6 +101,8 @@ def test_what_cannot_be_is_said_in_one_line(capsys, folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("Dear")
     assert "letter" in refused(capsys, *BEGIN, "--save", tmp_path / "mine")
+    beams = [*BEGIN, "--num-beams", 2, "--save", folder]
+    assert "a beam search cannot be saved" in refused(capsys, *beams), "before its first pass"
     run(capsys, *BEGIN, "-n", 3, "--save", folder)
     assert "holds a saved run already" in refused(capsys, *BEGIN, "--save", folder)
     for words in (["-p", "x"], ["x"], ["--seed", "1"], ["--system", "x"], ["--prompt-ids", "1"]):

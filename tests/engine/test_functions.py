@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from itertools import pairwise
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_what_functions_may_not_be_or_say_is_refused_by_name(both):
         ({"prefix_allowed_tokens_fn": lambda *_: []}, "allows no token for prompt 0 at position 7"),
         ({"logits_processor": nan}, "no numbers"),
         ({"logits_processor": [lambda ids, scores: scores[0]]}, r"shape \[133\], expected \[1, 13"),
-        ({"logits_processor": [lambda ids, scores: scores - np.inf]}, "rule out every token"),
+        ({"logits_processor": [lambda ids, scores: scores - np.inf]}, "relax .* or a function"),
         (
             {"logits_processor": [repetition], "repetition_penalty": 2.0},
             "repetition_penalty: given, and a RepetitionPenaltyLogitsProcessor",
@@ -228,6 +229,94 @@ def test_what_functions_may_not_be_or_say_is_refused_by_name(both):
         logits_processor=transformers.LogitsProcessorList([repetition]),
         max_new_tokens=5,
     )
+
+
+INF, NAN = float("inf"), float("nan")
+WRONG = {
+    "logits_processor": {
+        "gave NoneType, expected numbers of shape": lambda ids, scores: None,
+        "gave list, expected numbers": lambda ids, scores: [[1], [2, 3]],
+        "gave ndarray, expected numbers": lambda ids, scores: np.full(scores.shape, "a"),
+        "<lambda> gave ndarray, expected": lambda ids, scores: np.full(scores.shape, 1j),
+        "gave Tensor, expected numbers": lambda ids, scores: scores > 0,
+        "gave scores of shape": lambda ids, scores: 3.0,
+        "are no numbers .NaN., expected numbers, or -inf": lambda ids, scores: scores * NAN,
+        "are beyond float32, expected": lambda ids, scores: scores.double() + 1e300,
+        "scores that are beyond": lambda ids, scores: scores.index_fill(1, ids[0, :1], INF),
+    },
+    "stopping_criteria": {
+        "gave NoneType, expected a bool for each": lambda ids, scores: None,
+        "gave str": lambda ids, scores: "",
+        "gave float": lambda ids, scores: NAN,
+        "gave int": lambda ids, scores: 2,
+        "gave Tensor of shape .2, 1.|gave Tensor of shape .4, 1.": lambda ids, scores: (
+            ids[:, :1] > 1000
+        ),
+        "gave Tensor of shape .3.|gave Tensor of shape .5.": lambda ids, scores: torch.zeros(
+            len(ids) + 1, dtype=torch.bool
+        ),
+    },
+    "prefix_allowed_tokens_fn": {
+        "gave None for prompt 0 at position 7, expected a list": lambda prompt, ids: None,
+        "allows no token for prompt 0 at position 7": lambda prompt, ids: [],
+        "gave id -1 .* ids below the vocabulary of 133": lambda prompt, ids: [5, -1],
+        "gave id 133": lambda prompt, ids: [5, 133],
+        r"gave \[1.5\]": lambda prompt, ids: [1.5],
+        r"gave \['a'\]": lambda prompt, ids: ["a"],
+        r"gave \[\[1, 2\]\]": lambda prompt, ids: [[1, 2]],
+        "gave .True, False.": lambda prompt, ids: [True, False],
+        "gave {1, 2}": lambda prompt, ids: {1, 2},
+    },
+}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_function_gives_that_is_no_answer_is_refused_in_its_own_run(both, name, beams):
+    """In words, and not in the run of whoever makes the forward pass."""
+    options = {"num_beams": beams, "max_new_tokens": 3}
+    for words, function in WRONG[name].items():
+        given = {name: function if name.startswith("prefix") else [function]}
+        with pytest.raises(UsageError, match=f"^{name}: .*({words})"):
+            both.ours.generate([LONG, LONG[::-1]], **options, **given)
+    assert both.ours.engine.n_alive == 0
+
+
+def test_answers_of_other_kinds_are_taken(both):
+    expected = both.ours.generate(BATCH, max_new_tokens=3)
+    for given in (
+        {"logits_processor": [lambda ids, scores: scores.tolist()]},
+        {"logits_processor": [lambda ids, scores: scores.double().requires_grad_() * 1]},
+        {"stopping_criteria": [lambda ids, scores: False]},
+        {"stopping_criteria": [lambda ids, scores: torch.zeros(1, dtype=torch.bool)]},
+        {"stopping_criteria": [lambda ids, scores: [0] * len(ids)]},
+        {"prefix_allowed_tokens_fn": lambda prompt, ids: range(133)},
+        {"prefix_allowed_tokens_fn": lambda prompt, ids: torch.arange(133)},
+    ):
+        assert both.ours.generate(BATCH, max_new_tokens=3, **given) == expected
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_function_that_asks_its_own_model_for_a_pass_is_refused(both, beams):
+    """It would wait for itself, or take what the pass is about to write."""
+    model = both.ours
+    with closing(model.session(SHORT, max_new_tokens=3)) as begun:
+        for ask in (
+            lambda: model.logits([LONG]),
+            lambda: model.encode([LONG]),
+            lambda: model.generate([LONG], max_new_tokens=1),
+            lambda: model.submit(LONG, max_new_tokens=1).result(),
+            lambda: next(begun),
+        ):
+
+            def asks(ids, scores, ask=ask):
+                ask()
+                return scores
+
+            with pytest.raises(UsageError, match=r"asks the same model .* open the model a second"):
+                model.generate([SHORT], num_beams=beams, logits_processor=[asks])
+    assert model.engine.n_alive == 0
+    assert len(model.generate([SHORT], max_new_tokens=2)[0]) == 5
 
 
 def test_no_functions_are_none():

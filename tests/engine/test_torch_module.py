@@ -35,13 +35,22 @@ def near(found, expected):
 def test_logits_and_loss_are_those_of_transformers(both):
     ours, theirs = both
     found = ours(IDS, labels=IDS)
+    some = {"labels": torch.where(RIGHT.bool(), IDS, -100), "num_items_in_batch": 5}
     with torch.no_grad():
-        expected = theirs(IDS, labels=IDS)
+        expected, summed = theirs(IDS, labels=IDS), theirs(IDS, **some).loss
     assert type(found) is type(expected)
     near(found.logits, expected.logits)
     near(found.loss, expected.loss)
     assert found[0] is found.loss
     assert ours(IDS).loss is None
+    near(ours(IDS, **some).loss, summed)
+    for labels, words in (
+        (IDS[:, :5], r"labels: found \[2, 5\], expected \[2, 9\]"),
+        (IDS + 200, "labels: found id 325, expected -100, or ids below the vocabulary of 133"),
+        (torch.full_like(IDS, -1), "labels: found id -1"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            ours(IDS, labels=labels)
 
 
 def test_padding_is_no_part_of_a_row(both):
@@ -90,6 +99,10 @@ def test_it_generates_as_transformers(both):
     ours.generation_config.max_new_tokens = 2
     try:
         assert ours.generate(IDS, do_sample=False).shape == (2, 11)
+        assert ours.generate(IDS, None, do_sample=False).shape == (2, 11)
+        assert ours.generate(IDS, generation_config=None, do_sample=False).shape == (2, 11)
+        given = transformers.GenerationConfig(max_new_tokens=3, do_sample=False)
+        assert ours.generate(IDS, given).shape == (2, 12)
     finally:
         ours.generation_config.max_new_tokens = None
 

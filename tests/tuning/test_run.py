@@ -14,7 +14,13 @@ import pytest
 from jlayer.config import read_config
 from jlayer.durable import LOCK
 from jlayer.engine import alike
-from jlayer.errors import DoesNotFitError, LockedError, StorageError, UsageError
+from jlayer.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    LockedError,
+    StorageError,
+    UsageError,
+)
 from jlayer.plan.need import total
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
@@ -171,6 +177,23 @@ def test_a_run_goes_on_on_the_kind_of_device_that_it_was_begun_on(work, monkeypa
     monkeypatch.setattr(base, "measured_machine", there)
     with pytest.raises(UsageError, match="was begun with --device cpu, not gpu; give what it was"):
         Tuning(work())
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_the_last_checkpoint_stands(work, tmp_path):
+    whole = work(held_out=False, steps=2, save_every=1)
+    go(whole, n_steps=1)
+    tuning = Tuning(whole)
+    for pair in tuning.state.values():  # views of what it goes on with
+        pair["a"][:], pair["b"][:] = 1e30, 1e30
+    with contextlib.closing(tuning), pytest.raises(CheckpointError, match="step 2: the loss or"):
+        list(tuning.go_on())
+    assert os.listdir(tmp_path / f"out{WORK}") == ["1"]
+    measured = work("measured", steps=1)
+    begun = {
+        name: {part: a + 1e30 for part, a in pair.items()} for name, pair in measured.begun.items()
+    }
+    with pytest.raises(CheckpointError, match="the held-out text after step 0 has nan nats"):
+        go(replace(measured, begun=begun))
 
 
 def test_stopped_at_any_safe_point_nothing_is_lost(work, tmp_path):

@@ -56,7 +56,8 @@ def read_form(body: dict, form: type[Form]) -> Form:
 def refuse_given(body: dict, names: dict[str, str]) -> None:
     """Raises Refused where a body has one of these, with what to do instead."""
     for name, advice in names.items():
-        if body.get(name) not in (None, False, [], {}):
+        value = body.get(name)  # 0 asks for something, and equals False
+        if not (value is None or value is False or value in ([], {})):
             raise invalid(
                 f"{name}: not supported by this server; {advice}",
                 param=name,

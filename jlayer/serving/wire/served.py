@@ -86,7 +86,8 @@ class Served:
     def tokenizer(self) -> Tokenizer:
         if self.text is None:
             raise invalid(
-                "this model has no tokenizer; give the prompt of /v1/completions as token ids",
+                "this model has no tokenizer; give token ids, as the prompt of /v1/completions or "
+                "the input of /v1/embeddings",
                 param="prompt",
             )
         return self.text
@@ -121,7 +122,7 @@ class Served:
         room = self.context - n_prompt
         if room < (n_new or 0) or (room <= 0 and n_new is None):
             asked = f"your request has {n_prompt} prompt tokens"
-            if n_new is not None:
+            if n_new:
                 asked = f"you requested {n_prompt + n_new} tokens ({n_prompt} in the prompt, "
                 asked += f"{n_new} in the completion)"
             raise self._beyond(asked, param)

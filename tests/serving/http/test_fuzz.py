@@ -10,7 +10,15 @@ from jlayer.serving.http.app import application
 from jlayer.serving.http.guard import Rules
 from jlayer.serving.http.site import Site
 from tests.serving.http.conftest import NAMES
-from tests.serving.wire.bodies import CHAT, COMPLETION, NO_JSON, SAMPLING, TEMPLATE, messages
+from tests.serving.wire.bodies import (
+    CHAT,
+    COMPLETION,
+    EMBEDDING,
+    NO_JSON,
+    SAMPLING,
+    TEMPLATE,
+    messages,
+)
 
 AT_ONCE = 64
 KEY = "s3cr3t-k3y"
@@ -18,6 +26,7 @@ PATHS = {
     "/v1/completions": 12,
     "/v1/chat/completions": 2,  # a template takes a process
     "/v1/messages": 1,
+    "/v1/embeddings": 6,
     "/v1/messages/count_tokens": 1,
     "/tokenize": 3,
     "/detokenize": 3,
@@ -59,7 +68,7 @@ def weighted(random, table):
 def right(random):
     """A body that could be answered, by whatever path."""
     found = {"max_tokens": random.randrange(3), "prompt": "Once", "messages": messages("Hi")}
-    found |= {"tokens": [5, 6], "ignore_eos": random.random() < 0.5}
+    found |= {"input": ["Once", "a"], "tokens": [5, 6], "ignore_eos": random.random() < 0.5}
     if random.random() < 0.5:
         found.pop(random.choice(["prompt", "messages"]))
     return found
@@ -79,7 +88,7 @@ def spoilt(random, value, depth=0):
 def body(random):
     found = right(random)
     for _ in range(random.randrange(4)):
-        wrong = random.choice([*SAMPLING, *CHAT, *COMPLETION])
+        wrong = random.choice([*SAMPLING, *CHAT, *COMPLETION, *EMBEDDING])
         if "messages" not in wrong.part or random.random() < 0.1:  # some of these are long
             found = {**found, **wrong.part}
     for _ in range(random.randrange(3)):

@@ -114,6 +114,7 @@ SAMPLING = [
     Wrong({"guided_json": "{"}, "guided_json"),
     Wrong({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
     Wrong({"structured_outputs": {"yaml": "a"}}, "structured_outputs"),
+    Wrong({"prompt_logprobs": 0}, "prompt_logprobs", "unsupported_parameter"),
 ]
 CHAT = [
     Wrong({"messages": None}, "messages"),
@@ -165,6 +166,36 @@ COMPLETION = [
     Wrong({"suffix": "x"}, "suffix", "unsupported_parameter"),
     Wrong({"echo": "x"}, "echo"),
     Wrong({"prompt": ["a"] * 256, "n": 3, "temperature": 1}, "n"),
+]
+EMBEDDING = [
+    Wrong({"input": None}, "input"),
+    Wrong({"input": []}, "input"),
+    Wrong({"input": [[]]}, "input"),
+    Wrong({"input": 7}, "input"),
+    Wrong({"input": {"a": 1}}, "input"),
+    Wrong({"input": ["a", 7]}, "input[1]"),
+    Wrong({"input": [[1, 2], [1, "a"]]}, "input[1]"),
+    Wrong({"input": [1, True]}, "input[0]"),
+    Wrong({"input": [1.5]}, "input[0]"),
+    Wrong({"input": [4096]}, "input"),
+    Wrong({"input": [[5], [-1]]}, "input"),
+    Wrong({"input": [1 << 70]}, "input"),
+    Wrong({"input": ["a"] * 2049}, "input"),
+    Wrong({"input": "x " * 3000}, "input", "context_length_exceeded"),
+    Wrong({"input": [5] * 1025}, "input", "context_length_exceeded"),
+    Wrong({"model": 5}, "model"),
+    Wrong({"model": "gpt-9"}, "model", "model_not_found", 404),
+    Wrong({"encoding_format": 5}, "encoding_format"),
+    Wrong({"encoding_format": "int8"}, "encoding_format"),
+    Wrong({"pooling": "cls"}, "pooling"),
+    Wrong({"pooling": ["mean"]}, "pooling"),
+    Wrong({"normalize": 1}, "normalize"),
+    Wrong({"dimensions": 8}, "dimensions", "unsupported_parameter"),
+    Wrong({"dimensions": 0}, "dimensions", "unsupported_parameter"),
+    Wrong({"messages": messages("x")}, "messages", "unsupported_parameter"),
+    Wrong({"stream": True}, "stream", "unsupported_parameter"),
+    Wrong({"user": 5}, "user"),
+    Wrong({"user": "u" * 1001}, "user"),
 ]
 # The whole of a body, as bytes.
 NO_JSON = {

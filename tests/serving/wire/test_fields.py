@@ -6,25 +6,29 @@ import pytest
 
 from jlayer.serving.wire.chat import read_chat
 from jlayer.serving.wire.completions import read_completion
+from jlayer.serving.wire.embeddings import read_embeddings
 from jlayer.serving.wire.errors import Refused, refused
 from jlayer.serving.wire.fields import parse_body
 from jlayer.text.tokenizer import Tokenizer
 from tests.serving.wire.bodies import (
     CHAT,
     COMPLETION,
+    EMBEDDING,
     NO_JSON,
     SAMPLING,
     messages,
     served,
 )
 
-KINDS = {
+TEXTS = {
     "chat": (read_chat, {"messages": messages("Hello")}),
     "completion": (read_completion, {"prompt": "Hello"}),
 }
+KINDS = {**TEXTS, "embedding": (read_embeddings, {"input": "Hello"})}
 WRONG = [
     *(("chat", wrong) for wrong in (*SAMPLING, *CHAT)),
     *(("completion", wrong) for wrong in (*SAMPLING, *COMPLETION)),
+    *(("embedding", wrong) for wrong in EMBEDDING),
 ]
 
 
@@ -63,8 +67,8 @@ def test_a_part_that_is_wrong_is_named(model, kind, wrong):
 @pytest.mark.parametrize("kind", KINDS)
 def test_null_is_the_default_of_everything(model, kind):
     read, right = KINDS[kind]
-    names = {name for wrong in (*SAMPLING, *CHAT, *COMPLETION) for name in wrong.part}
-    nulls = dict.fromkeys(names - {"messages", "prompt"})
+    parts = (wrong.part for wrong in (*SAMPLING, *CHAT, *COMPLETION, *EMBEDDING))
+    nulls = dict.fromkeys({name for part in parts for name in part} - right.keys())
     (plain,), (with_nulls,) = (read(body, model).orders for body in (right, {**right, **nulls}))
     assert plain == with_nulls
 
@@ -94,9 +98,9 @@ def test_what_nobody_knows_is_passed_over(model, kind):
         ("min_tokens", "min_new_tokens", 3),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEXTS)
 def test_a_field_is_the_option_of_its_name(model, kind, field, option, value):
-    read, right = KINDS[kind]
+    read, right = TEXTS[kind]
     (order,) = read({**right, field: value}, model).orders
     assert getattr(order.options, option) == value
 
