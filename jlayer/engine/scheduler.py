@@ -47,6 +47,11 @@ class Scheduler:
         self._room = PromptRoom()
         self.n_passes = 0
 
+    @property
+    def lanes(self) -> list[Lane]:
+        """Those that ride, and those that wait to be admitted; within a turn."""
+        return [lane for lane in self._lanes if not lane.has_left]
+
     def join(self, lanes: Sequence[Lane]) -> None:
         """Adds lanes, from the next forward pass on. Suspended ones are there already."""
         check_process()
