@@ -41,7 +41,8 @@ class Entry:
     makes of them. `is_long`: whether its text is longer than
     the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
     state before and after its rows that are no guesses, of which there are `n_kept`. `adapter`: the
-    number of the one that it is computed with; -1: none.
+    number of the one that it is computed with; -1: none. `without`: the layers that it passes
+    over.
     """
 
     tokens: Sequence[int]
@@ -57,13 +58,15 @@ class Entry:
     n_kept: int = 0
     adapter: int = NONE
     hidden: int = 0
+    without: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Part:
     """A chunk of a forward pass: `tokens` [R], -1 where it is padded; `adapters` [R], of `Entry`;
     what attention needs; which rows' logits are wanted, and the places of these among all wanted
-    rows of the pass; and which rows' final hidden states are, with their places."""
+    rows of the pass; which rows' final hidden states are, with their places; and the layers that
+    all of its rows pass over."""
 
     size: Size
     tokens: np.ndarray
@@ -73,6 +76,7 @@ class Part:
     places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     hidden: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     hidden_places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    without: frozenset[int] = frozenset()
 
     @cached_property
     def real(self) -> np.ndarray:
@@ -114,10 +118,11 @@ def arrange(
     rows below the first branch.
     """
     firsts = np.cumsum([[0, 0], *((entry.wanted, entry.hidden) for entry in entries)], axis=0)
-    ranks = [
-        [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
-        for rank in sorted({entry.after for entry in entries})
-    ]
+    of_rank: dict[tuple, list[int]] = {}  # those that may share chunks
+    for n, entry in enumerate(entries):
+        if entry.tokens:
+            of_rank.setdefault((entry.after, *sorted(entry.without)), []).append(n)
+    ranks = [of_rank[key] for key in sorted(of_rank)]
     lengths = [[len(entries[n].tokens) for n in numbers] for numbers in ranks]
     whole = [whole_lanes([entries[n] for n in numbers], most) for numbers in ranks]
     pairs = list(zip(lengths, whole, strict=True))
@@ -199,7 +204,8 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         **(_states(pane, entries, size) if slots else {}),
     )
     numbers = (np.array(each, np.int32) for pair in told for each in pair)
-    return Part(size, tokens, adapters, rows, *numbers)
+    without = entries[pane.members[0].lane].without
+    return Part(size, tokens, adapters, rows, *numbers, without=without)
 
 
 def _states(pane, entries, size) -> dict:
@@ -292,6 +298,11 @@ def arrange_growth(
     in_order = np.arange(len(wanted), dtype=np.int32)
     none = np.full(size.rows, NONE, np.int32)  # a draft model has no adapters
     return Part(size, padded, none, rows, np.array(wanted, np.int32), in_order)
+
+
+def count_rows(parts: Sequence[Part]) -> int:
+    """The rows of a forward pass, without padding."""
+    return sum(len(part.real) for part in parts)
 
 
 def lineage(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -140,13 +140,16 @@ class Forward:
             engine.note_peaks()
         return logits
 
-    def score(self, ids: Sequence[list[int]], scores) -> None:
+    def score(
+        self, ids: Sequence[list[int]], scores, without: Sequence[frozenset[int]] = ()
+    ) -> None:
         """One forward pass over `ids[b]` from position 0 on; passes slices of the logits to
         `scores.add(output [W, v], places [W], first vocabulary row)`: tokens are numbered lane by
-        lane. Raises what `sweep` raises.
+        lane. `without`: of each lane, the layers that it passes over; the entries are not to be
+        gone on from then. Raises what `sweep` raises.
         """
-        starts = [0] * len(ids)
-        self._run(ids, starts, scores.add, lambda: scores.are_finite, all_logits=True)
+        starts, how = [0] * len(ids), {"all_logits": True, "without": without}
+        self._run(ids, starts, scores.add, lambda: scores.are_finite, **how)
 
     def observe(self, ids: Sequence[list[int]], seen: Callable[[int, Chunk], None]) -> None:
         """One forward pass over `ids[b]` from position 0 on, all on the device. Calls `seen(layer,
@@ -201,10 +204,10 @@ class Forward:
         with self._engine.turn() as executor:
             yield executor
 
-    def _run(self, ids, starts, take, are_finite, *, all_logits):
+    def _run(self, ids, starts, take, are_finite, *, all_logits, without=()):
         engine = self._engine
         with self._entered() as executor:
-            parts, new = self._parts(ids, starts, all_logits)
+            parts, new = self._parts(ids, starts, all_logits, without)
             try:
                 engine.sweeper.run(executor, parts, take)
                 if not are_finite():
@@ -216,7 +219,7 @@ class Forward:
             self._commit(new)
             engine.note_peaks()
 
-    def _parts(self, ids, starts, all_logits):
+    def _parts(self, ids, starts, all_logits, without=()):
         """(the chunks of a forward pass, the pool rows that it writes to)."""
         pool = self._engine.caches.pool
         for table, start, tokens in zip(self._tables, starts, ids, strict=False):
@@ -243,8 +246,11 @@ class Forward:
                 target=table.target,
                 n_kept=len(tokens),
                 adapter=self._adapter,
+                without=passed,
             )
-            for tokens, table, rows in zip(ids, self._tables, new, strict=False)
+            for tokens, table, rows, passed in zip(
+                ids, self._tables, new, without or [frozenset()] * len(ids), strict=False
+            )
         ]
         return self._arrange(entries), new
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jlayer.engine.batch import Entry, arrange
+from jlayer.engine.batch import Entry, arrange, count_rows
 from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.drawing import Drawn, decide_all, draw_all
 from jlayer.engine.fork import check_process
@@ -26,7 +26,6 @@ from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders, shared_before
 from jlayer.engine.speculation import Speculation
-from jlayer.engine.sweep import count_rows
 from jlayer.interrupts import check, deferred
 
 PATIENCE_S = 0.5  # signals are looked for at least so often by who waits for another thread
