@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jlayer.checkpoint.layout import CONFIG, MANIFEST, PRUNED
+from jlayer.config import model_config
 from jlayer.convert.job import refuse_quantized, refuse_rows
 from jlayer.convert.sources.open import open_source
-from jlayer.convert.target.journal import JOURNAL, read_journal
+from jlayer.convert.target.journal import JOURNAL, describe_source, read_journal
 from jlayer.convert.target.write import check_target
 from jlayer.convert.transform.pruned import Pruning, prunings_of
 from jlayer.errors import UsageError
-from jlayer.families.fewer import check_renumbered
+from jlayer.families.fewer import check_renumbered, config_with_fewer
 from jlayer.families.holders import text_only
 from jlayer.gguf.parts import model_at
+from jlayer.spec import ModelConfig
 from jlayer.strict import is_there, read_small_file
+
+
+@dataclass(frozen=True)
+class ToPrune:
+    """A source of which layers can be left out. `digest`: of what tells it from others, as a
+    conversion that goes on does: its config, and its files by their sizes and times."""
+
+    cfg: ModelConfig
+    digest: str
+    raw: dict
+    where: str
+
+    @property
+    def n_layers(self) -> int:
+        return self.cfg.num_hidden_layers
+
+    def check(self, dropped: Sequence[int]) -> None:
+        """Raises UnsupportedModelError where no config can say what is left without these."""
+        config_with_fewer(
+            *(self.raw, self.cfg, tuple(sorted(dropped))),
+            read=lambda raw: model_config(raw, where=self.where),
+            where=self.where,
+        )
 
 
 def check_to_prune(
     source: str | os.PathLike, target: str, *, n_dropped: int, keep: Sequence[int] = ()
-) -> int:
-    """Whether so many layers of a source can be left out in `target`: returns how many it has.
+) -> ToPrune:
+    """Whether so many layers of a source can be left out in `target`.
 
     Raises UsageError, UnsupportedModelError, CheckpointError or StorageError.
     """
@@ -31,7 +58,10 @@ def check_to_prune(
     refuse_rows(source)
     refuse_quantized(source)
     checked = open_source(source)
-    checked.tensors.close()
+    try:
+        described = describe_source(checked, dtype=None, quantization=None, restorable=False)
+    finally:
+        checked.tensors.close()
     n_layers = checked.cfg.num_hidden_layers
     wrong = [layer for layer in keep if not 0 <= layer < n_layers]
     if wrong:
@@ -47,8 +77,11 @@ def check_to_prune(
             f"from 1 to {most}"
         )
     where = os.path.join(source, CONFIG)
-    check_renumbered(text_only(json.loads(checked.config_bytes), where=where), where=where)
-    return n_layers
+    raw = text_only(json.loads(checked.config_bytes), where=where)
+    check_renumbered(raw, where=where)
+    del described["folder"]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return ToPrune(checked.cfg, digest, raw, where)
 
 
 def pruning_there(target: str) -> Pruning | None:

@@ -25,6 +25,7 @@ from jlayer.convert.progress import Progress
 from jlayer.convert.sources.files import check_unchanged, hash_stream
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.target.delete_source import SourceRemover
+from jlayer.convert.target.disk import remove
 from jlayer.convert.target.journal import (
     JOURNAL,
     FinishedFile,
@@ -32,6 +33,7 @@ from jlayer.convert.target.journal import (
     describe_source,
     remove_journal,
 )
+from jlayer.convert.target.measured import MEASURED
 from jlayer.convert.target.resume import (
     first_difference,
     intact_files,
@@ -153,7 +155,8 @@ class LayeredTarget:
             self._write_files(remover)
         except BaseException:
             with contextlib.suppress(OSError, JlayerError):
-                if set(os.listdir(self._folder)) <= {JOURNAL, LOCK}:  # nothing to resume from
+                # Nothing to resume from, but for what was measured.
+                if set(os.listdir(self._folder)) <= {JOURNAL, LOCK, MEASURED}:
                     remove_journal(self._folder)
             raise
 
@@ -184,6 +187,7 @@ class LayeredTarget:
             if remover:
                 remover.remove_rest()
                 self.removed = self._journal.removed
+            remove(os.path.join(self._folder, MEASURED))
             remove_journal(self._folder)
 
     def _write_weights(self, output, writer):
@@ -207,7 +211,7 @@ class LayeredTarget:
         At every moment one of manifest, embedding file and journal is there: by these a later run
         knows that the folder is a conversion's.
         """
-        keeps = {*self._journal.finished, JOURNAL}
+        keeps = {*self._journal.finished, JOURNAL, MEASURED}
         if len(self._journal.finished) == len(self.weights):
             # A manifest that is there is right: it may stay until it is replaced.
             keeps |= {MANIFEST, *(side.name for side in self.sides)}

@@ -23,15 +23,16 @@ from jlayer.convert.target.journal import (
     read_journal,
     restore_source,
 )
+from jlayer.convert.target.measured import MEASURED
 from jlayer.convert.transform.outputs import Output, WeightFile, config_of, files_of
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.strict import is_there, read_small_file, resolve
 
 
 def is_begun(target: str) -> bool:
-    """Whether the target has the journal of an unfinished conversion. (One that stops before it has
-    finished a file takes its journal away.)"""
-    return os.path.exists(os.path.join(target, JOURNAL))
+    """Whether the target has the journal of an unfinished conversion, or what was measured for it.
+    (One that stops before it has finished a file takes its journal away.)"""
+    return any(os.path.exists(os.path.join(target, name)) for name in (JOURNAL, MEASURED))
 
 
 def journal_to_resume(target: str, names: Sequence[str], *, overwrite: bool) -> Journal | None:

@@ -33,6 +33,7 @@ from jlayer.convert.target.disk import (
     written_aside,
 )
 from jlayer.convert.target.journal import JOURNAL
+from jlayer.convert.target.measured import MEASURED
 from jlayer.durable import LOCK
 from jlayer.errors import StorageError, UsageError
 
@@ -118,10 +119,13 @@ class TargetWriter:
         return sha256
 
 
+OWN = (LOCK, JOURNAL, MEASURED)
+
+
 def _is_ours(name, begun):
     """Whether a file may be a conversion's. Config and tokenizer alone are not: such a folder is a
     download that was cut off."""
-    if name.endswith(TEMPORARY) or is_weight_file(name) or name in (LOCK, JOURNAL):
+    if name.endswith(TEMPORARY) or is_weight_file(name) or name in OWN:
         return True
     return begun and (is_side_file(name) or name in (MANIFEST, INDEX, TEMPLATES))
 

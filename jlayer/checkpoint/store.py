@@ -41,7 +41,7 @@ from jlayer.checkpoint.source import Identity, identity_of, names_in, open_publi
 from jlayer.config import read_config
 from jlayer.encodings.blocks import BLOCKS
 from jlayer.encodings.registry import encoding
-from jlayer.errors import CheckpointError, UsageError
+from jlayer.errors import CheckpointError, UnsupportedModelError, UsageError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.fewer import Renumbering, fewer_layers
 from jlayer.families.registry import final_norm_leaves, is_matrix, published_tensors
@@ -166,6 +166,11 @@ class Store:
         if self.quantization:
             self.quantization = self.quantization.with_fewer(self.cfg, left)
         self.cfg = fewer_layers(self.cfg, dropped)
+        if self.cfg.delta is not None and not self.cfg.layer_types:
+            raise UnsupportedModelError(
+                f"without_layers: found {', '.join(map(str, dropped))}, which leaves layers of one "
+                f"type of {self.folder}, expected some with full and some with linear attention"
+            )
         self._where, self._nested = left.names(self._where), left.names(self._nested)
         self._spans = left.names(self._spans)
         both = f"{self.fingerprint} {left.kept}"

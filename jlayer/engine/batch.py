@@ -43,8 +43,8 @@ class Entry:
     makes of them. `is_long`: whether its text is longer than
     the length at which the model's rotary embedding switches. `source`, `target`: the slots of its
     state before and after its rows that are no guesses, of which there are `n_kept`. `adapter`: the
-    number of the one that it is computed with; -1: none. `vectors` [some, D]: embeddings in place
-    of its first tokens, whose numbers are below -1.
+    number of the one that it is computed with; -1: none. `without`: the layers that it passes
+    over. `vectors` [some, D]: embeddings in place of its first tokens, whose numbers are below -1.
     """
 
     tokens: Sequence[int]
@@ -61,14 +61,16 @@ class Entry:
     adapter: int = NONE
     hidden: int = 0
     vectors: np.ndarray | None = None
+    without: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Part:
     """A chunk of a forward pass: `tokens` [R], PADDING where it is padded, and VECTOR where
     `vectors` [R, D] has an embedding instead; `adapters` [R], of `Entry`; what attention needs;
-    which rows' logits are wanted, and the places of these among all wanted rows of the pass; and
-    which rows' final hidden states are, with their places."""
+    which rows' logits are wanted, and the places of these among all wanted rows of the pass; which
+    rows' final hidden states are, with their places; and the layers that all of its rows pass
+    over."""
 
     size: Size
     tokens: np.ndarray
@@ -79,6 +81,7 @@ class Part:
     hidden: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     hidden_places: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     vectors: np.ndarray | None = None
+    without: frozenset[int] = frozenset()
 
     @cached_property
     def real(self) -> np.ndarray:
@@ -120,10 +123,11 @@ def arrange(
     rows below the first branch.
     """
     firsts = np.cumsum([[0, 0], *((entry.wanted, entry.hidden) for entry in entries)], axis=0)
-    ranks = [
-        [n for n, entry in enumerate(entries) if entry.after == rank and entry.tokens]
-        for rank in sorted({entry.after for entry in entries})
-    ]
+    of_rank: dict[tuple, list[int]] = {}  # those that may share chunks
+    for n, entry in enumerate(entries):
+        if entry.tokens:
+            of_rank.setdefault((entry.after, *sorted(entry.without)), []).append(n)
+    ranks = [of_rank[key] for key in sorted(of_rank)]
     lengths = [[len(entries[n].tokens) for n in numbers] for numbers in ranks]
     whole = [whole_lanes([entries[n] for n in numbers], most) for numbers in ranks]
     pairs = list(zip(lengths, whole, strict=True))
@@ -206,7 +210,8 @@ def _part(pane: Pane, entries, firsts, pool, windows, switches, slots):
         **(_states(pane, entries, size) if slots else {}),
     )
     numbers = (np.array(each, np.int32) for pair in told for each in pair)
-    return Part(size, tokens, adapters, rows, *numbers, vectors=vectors)
+    without = entries[pane.members[0].lane].without
+    return Part(size, tokens, adapters, rows, *numbers, vectors=vectors, without=without)
 
 
 def _with_vectors(vectors, entry, some, at, n_rows):
@@ -312,6 +317,11 @@ def arrange_growth(
     in_order = np.arange(len(wanted), dtype=np.int32)
     none = np.full(size.rows, NONE, np.int32)  # a draft model has no adapters
     return Part(size, padded, none, rows, np.array(wanted, np.int32), in_order)
+
+
+def count_rows(parts: Sequence[Part]) -> int:
+    """The rows of a forward pass, without padding."""
+    return sum(len(part.real) for part in parts)
 
 
 def lineage(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -237,7 +237,8 @@ class Decoding:
         if self._engine.prompt_cache is not None and self._past is None:
             clock = Clock()
             with self._engine.turn():
-                self.stats.kept_tokens += self._engine.prompt_cache.admit(lanes)
+                beside = self._engine.scheduler.lanes
+                self.stats.kept_tokens += self._engine.prompt_cache.admit(lanes, beside)
             self.stats.prefill_s += clock.lap()
 
     def _stops(self, row, stop_text):

@@ -38,6 +38,10 @@ class Listed:
     places: tuple[np.ndarray, ...]
     slots: tuple[int, ...] = ()
 
+    def of(self, number: int) -> Listed:
+        """What one of the tables lists."""
+        return Listed(self.pool, self.rows, (self.places[number],), self.slots[number:][:1])
+
     def seen(self, window: Window) -> np.ndarray:
         """Those that layers with a window have, as places: what the next tokens see."""
         ends = [place[max(0, len(place) - window.n_behind) :] for place in self.places]
@@ -64,14 +68,25 @@ def listed(pool: Pool, tables: Sequence[Table]) -> Listed:
     return Listed(pool, rows, places, slots)
 
 
+def in_order(pool: Pool, table: Table) -> Listed:
+    """The entries of one table, in the order of its tokens."""
+    slots = (table.source,) if pool.has_state else ()
+    return Listed(pool, table.rows.copy(), (np.arange(len(table), dtype=np.int32),), slots)
+
+
 @contextmanager
-def placing(pool: Pool, tables: Sequence[Table], places: Sequence[np.ndarray]) -> Iterator[Listed]:
+def placing(
+    pool: Pool, tables: Sequence[Table], places: Sequence[np.ndarray], given: np.ndarray = NONE
+) -> Iterator[Listed]:
     """Yields pool rows for entries that are to be placed inside, one for each that several tables
     list; after it the tables, which are empty before, list them and have the states. `places`: as
-    in `Listed`, all there are. With an error nothing is taken."""
+    in `Listed`, all there are. `given`: pool rows behind the new ones, with entries that other
+    tables have; not where some layers have a window. With an error nothing is taken."""
+    assert not (len(given) and pool.windows), "a window has no place for what was seen long before"
     n_rows = 1 + max((int(place.max()) for place in places if len(place)), default=-1)
     slots = tuple(table.target for table in tables) if pool.has_state else ()
-    new = Listed(pool, pool.take(n_rows, n_seen=0), tuple(places), slots)
+    taken = pool.take(n_rows - len(given), n_seen=0)
+    new = Listed(pool, np.concatenate([taken, given]), tuple(places), slots)
     try:
         for window in pool.windows:
             window.take(new.rows[new.seen(window)])
@@ -81,7 +96,7 @@ def placing(pool: Pool, tables: Sequence[Table], places: Sequence[np.ndarray]) -
             pool.share(rows)
             table.commit(rows)
     finally:
-        pool.release(new.rows)
+        pool.release(taken)
 
 
 def grows(spec: CacheSpec) -> bool:

@@ -149,13 +149,21 @@ class Forward:
             engine.note_peaks()
         return logits
 
-    def score(self, ids: Sequence[list[int]], scores, *, vectors: Vectors = None) -> None:
+    def score(
+        self,
+        ids: Sequence[list[int]],
+        scores,
+        *,
+        vectors: Vectors = None,
+        without: Sequence[frozenset[int]] = (),
+    ) -> None:
         """One forward pass over `ids[b]` from position 0 on; passes slices of the logits to
         `scores.add(output [W, v], places [W], first vocabulary row)`: tokens are numbered lane by
-        lane. `vectors`: as of `sweep`. Raises what `sweep` raises.
+        lane. `vectors`: as of `sweep`. `without`: of each lane, the layers that it passes over; the
+        entries are not to be gone on from then. Raises what `sweep` raises.
         """
-        starts, how = [0] * len(ids), {"all_logits": True, "vectors": vectors}
-        self._run(ids, starts, scores.add, lambda: scores.are_finite, **how)
+        how = {"all_logits": True, "vectors": vectors, "without": without}
+        self._run(ids, [0] * len(ids), scores.add, lambda: scores.are_finite, **how)
 
     def observe(self, ids: Sequence[list[int]], seen: Callable[[int, Chunk], None]) -> None:
         """One forward pass over `ids[b]` from position 0 on, all on the device. Calls `seen(layer,
@@ -210,10 +218,10 @@ class Forward:
         with self._engine.turn() as executor:
             yield executor
 
-    def _run(self, ids, starts, take, are_finite, *, all_logits, vectors):
+    def _run(self, ids, starts, take, are_finite, **how):
         engine = self._engine
         with self._entered() as executor:
-            parts, new = self._parts(ids, starts, all_logits, vectors)
+            parts, new = self._parts(ids, starts, **how)
             try:
                 engine.sweeper.run(executor, parts, take)
                 if not are_finite():
@@ -225,7 +233,7 @@ class Forward:
             self._commit(new)
             engine.note_peaks()
 
-    def _parts(self, ids, starts, all_logits, vectors=None):
+    def _parts(self, ids, starts, all_logits, *, vectors=None, without=()):
         """(the chunks of a forward pass, the pool rows that it writes to)."""
         pool = self._engine.caches.pool
         for table, start, tokens in zip(self._tables, starts, ids, strict=False):
@@ -253,9 +261,12 @@ class Forward:
                 n_kept=len(tokens),
                 adapter=self._adapter,
                 vectors=own,
+                without=passed,
             )
-            for tokens, table, rows, own in zip(
-                ids, self._tables, new, vectors or [None] * len(ids), strict=False
+            for tokens, table, rows, own, passed in zip(
+                *(ids, self._tables, new, vectors or [None] * len(ids)),
+                without or [frozenset()] * len(ids),
+                strict=False,
             )
         ]
         return self._arrange(entries), new

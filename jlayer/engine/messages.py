@@ -30,6 +30,7 @@ def packed_parts(parts: Sequence[Part]) -> list:
             _packed_arrays(part.rows, _names(Rows)),
             {size: _packed_arrays(view, _names(View)) for size, view in part.rows.windows.items()},
             [part.rows.flash, part.rows.is_chain],
+            sorted(part.without),
         ]
         for part in parts
     ]
@@ -39,7 +40,7 @@ def unpacked_parts(packed: Sequence) -> list[Part]:
     return [_unpacked_part(*one) for one in packed]
 
 
-def _unpacked_part(size, of_part, of_rows, windows, flags):
+def _unpacked_part(size, of_part, of_rows, windows, flags, without):
     flash, is_chain = flags
     own = dict(zip([field.name for field in fields(Size)], size, strict=True))
     own["windows"] = tuple(map(tuple, own["windows"]))
@@ -50,7 +51,8 @@ def _unpacked_part(size, of_part, of_rows, windows, flags):
         flash=flash,
         is_chain=is_chain,
     )
-    return Part(Size(**own), rows=rows, **_unpacked_arrays(of_part))
+    arrays = _unpacked_arrays(of_part)
+    return Part(Size(**own), rows=rows, **arrays, without=frozenset(without))
 
 
 def packed_shape(shape: RunShape) -> dict:

@@ -126,6 +126,19 @@ class Programs:
         label = f"embed {n_rows}{' with vectors' if has_vectors else ''}"
         return self.get(label, key, function, (given,))
 
+    def enter(self, tile, size) -> Call:
+        """What makes the input of a layer at its first tile, where nothing before has: of hidden
+        states alone. (whole, hidden) -> x, or what else its first stage reads."""
+        wanted = tile.stage.input
+
+        def function(given, consumed):
+            return call(wanted, given, given.get("whole", {})), ()
+
+        given = self.flow(tile, size, wanted.reads)
+        given |= self._whole("whole", self._device_leaves(tile), wanted.whole)
+        program = self.get(f"enter {size.rows}", (wanted,), function, (given, {}))
+        return Call(program, tuple(wanted.reads), uses_weights=False, whole=wanted.whole)
+
     def _layer(self, tile, size):
         """A whole layer: (weights, whole, hidden, rows), cache -> (hidden, cache)."""
         whole = tuple(leaf.name for leaf in tile.kind.kept_in(Place.DEVICE))

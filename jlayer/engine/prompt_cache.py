@@ -33,6 +33,7 @@ from jlayer.engine.identity import check_identity, identity_of, key_of
 from jlayer.engine.lane import Lane
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.states import UNFINISHED, read_state, remove_state, write_state
+from jlayer.engine.taking import Fill, fills_of, places_of
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.run_config import RunConfig
 from jlayer.sizes import human
@@ -128,32 +129,48 @@ class PromptCache:
 
     # Ahead of a run's first pass; within a turn.
 
-    def admit(self, lanes: Sequence[Lane]) -> int:
-        """Gives the first of these lanes the entries of its first tokens that are kept, where these
-        are more than it has: others that begin alike share them, as they are planned to. Has the
-        prompts of all kept, once they are computed. -> how many tokens were read. Raises
+    def admit(self, lanes: Sequence[Lane], beside: Sequence[Lane] = ()) -> int:
+        """Gives these lanes, of one run, the entries of their first tokens that are kept, where
+        these are more than each has; those that begin alike share them, as they are planned to.
+        Has the prompts of all kept, once they are computed. `beside`: lanes that are there already,
+        whose entries are shared rather than read. -> how many tokens were read. Raises
         CheckpointError or StorageError."""
         # The name of a block is made of ids, which a prompt of embeddings has none of.
-        lanes = [lane for lane in lanes if not lane.n_embedded]
-        there = [lane for lane in lanes if lane.table is not None and not lane.table.is_closed]
-        n_read = sum(map(self._fill, there[:1]))
-        for lane in there:
-            self._watch(lane)
+        there = [lane for lane in lanes if _is_there(lane) and not lane.n_embedded]
+        names = [self._names(lane) for lane in there]
+        own = set(map(id, there))
+        others = [lane for lane in beside if _is_there(lane) and id(lane) not in own]
+        others = [lane for lane in others if not lane.n_embedded]
+        n_read = self._fill(there, names, others)
+        for lane, its_names in zip(there, names, strict=True):
+            self._watch(lane, its_names[: (lane.n_prompt - 1) // BLOCK])
         return n_read
 
-    def _fill(self, lane):
-        names, table = self._names(lane)[: lane.n_shareable // BLOCK], lane.table
+    def _fill(self, lanes, names, beside):
+        n_before = sum(len(lane.table) for lane in lanes)
         with self._locked(fcntl.LOCK_SH):
-            count = self._n_loadable(names)
-            if BLOCK * count <= (n_before := len(table)):
-                return 0
-            table.cut(0)
-            self._load(names[:count], lane.history, table)
-        lane.board(table, lane.capacity)  # with entries from now on
-        return len(table) - n_before
+            of_lane = {
+                id(lane): its_names[: self._n_loadable(its_names[: lane.n_shareable // BLOCK])]
+                for lane, its_names in zip(lanes, names, strict=True)
+            }
+            fills = self._fills(lanes, [BLOCK * len(of_lane[id(lane)]) for lane in lanes], beside)
+            if fills:
+                self._load(fills, [of_lane[id(fill.lane)] for fill in fills])
+        for lane in lanes:
+            lane.board(lane.table, lane.capacity)  # with entries from now on, or without
+        n_shared = sum(fill.n_shared for fill in fills)
+        return sum(len(lane.table) for lane in lanes) - n_shared - n_before
 
-    def _watch(self, lane):
-        names = self._names(lane)[: (lane.n_prompt - 1) // BLOCK]
+    def _fills(self, lanes, n_kept, beside):
+        if not self.has_ends:
+            return fills_of(lanes, n_kept, beside)
+        # Of another lane's entries a window may have moved on, and a state is at its end.
+        pairs = [pair for pair in zip(lanes, n_kept, strict=True) if pair[1] > len(pair[0].table)]
+        for lane, _ in pairs:
+            lane.table.cut(0)
+        return [Fill(lane, n_tokens) for lane, n_tokens in pairs]
+
+    def _watch(self, lane, names):
         n_there = self._n_there(names)
         n_known = len(lane.table) // BLOCK
         if not self.has_ends:
@@ -193,29 +210,41 @@ class PromptCache:
             count -= 1
         return count
 
-    def _load(self, names, history, table):
+    def _load(self, fills: Sequence[Fill], names: Sequence[Sequence[str]]):
+        """`names`: for each fill, of its blocks."""
         caches = self._home.caches
         caches.ready()
         caches.make_room()
-        n_tokens = BLOCK * len(names)
-        places = [np.arange(n_tokens, dtype=np.int32)]
-        with entries.placing(caches.pool, [table], places) as new:
-            self._home.speculation.forget(new.rows)
-            for number, name in enumerate(names):
-                own = slice(BLOCK * number, BLOCK * (number + 1))
-                self._place(name, history[own], entries.growing(new.rows[own]))
-            if self.has_ends:
-                own = slice(n_tokens - BLOCK, n_tokens)
-                self._place(names[-1] + END, history[own], entries.ending(new))
-        self._touch(names)
+        places, given = places_of(fills)
+        tables = [fill.lane.table for fill in fills]
+        with entries.placing(caches.pool, tables, places, given) as new:
+            self._home.speculation.forget(new.rows[: len(new.rows) - len(given)])
+            wanted: dict[str, list] = {}  # of each block: (lane, its tokens, how many are there)
+            for number, (fill, its_names) in enumerate(zip(fills, names, strict=True)):
+                for block in range(fill.n_shared // BLOCK, len(its_names)):
+                    own = slice(BLOCK * block, BLOCK * (block + 1))
+                    n_there = max(0, fill.n_shared - own.start)
+                    where = entries.growing(new.rows[places[number][own][n_there:]])
+                    tokens = fill.lane.history[own]
+                    wanted.setdefault(its_names[block], []).append((tokens, where, n_there))
+                if self.has_ends:
+                    one = (tokens, entries.ending(new.of(number)), 0)
+                    wanted.setdefault(its_names[-1] + END, []).append(one)
+            for name, targets in wanted.items():
+                self._place(name, targets)
+        for its_names in names:
+            self._touch(its_names)
 
-    def _place(self, name, tokens, where):
+    def _place(self, name, targets):
+        """Reads a block once, for all that want it."""
         state = read_state(os.path.join(self._root, name))
         check_identity(state.facts.get("model", {}), self._identity, where=state.path)
-        if state.facts.get("tokens") != list(tokens):
+        if any(state.facts.get("tokens") != list(tokens) for tokens, _, _ in targets):
             raise CheckpointError(f"{state.path}: a kept prompt of other tokens; remove it")
         for part in state.parts():
-            entries.place(self._home.caches, part, where)
+            for _, where, n_there in targets:
+                rest = {own: array[n_there:] for own, array in part.items()}
+                entries.place(self._home.caches, rest, where)
 
     def _touch(self, names):
         """They were used just now, the last blocks of a text a little before its first ones: these
@@ -232,8 +261,9 @@ class PromptCache:
     def keep(self, names: Sequence[str], lane: Lane, *, has_end: bool) -> None:
         """Writes the blocks of a lane's first tokens that are not there yet. `has_end`: they are
         all that its table has. Raises StorageError."""
-        caches, rows, history = self._home.caches, lane.table.rows, lane.history
-        listed, began = entries.listed(caches.pool, [lane.table]), time.time()
+        caches, history, began = self._home.caches, lane.history, time.time()
+        in_order = entries.in_order(caches.pool, lane.table)  # as they are placed again
+        rows = in_order.rows
         with self._locked(fcntl.LOCK_EX):
             self._touch(names)
             held = Held(os.path.dirname(self._root), self.most_bytes, before=began)
@@ -253,7 +283,7 @@ class PromptCache:
                     break
             else:
                 if has_end:
-                    write(names[-1] + END, own, entries.ending(listed))
+                    write(names[-1] + END, own, entries.ending(in_order))
             self._touch(names)
 
     @contextmanager
@@ -272,6 +302,10 @@ class PromptCache:
             yield
         finally:
             close(fd)
+
+
+def _is_there(lane):
+    return lane.table is not None and not lane.table.is_closed
 
 
 class Held:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jlayer.engine.batch import VECTOR, Entry, arrange
+from jlayer.engine.batch import VECTOR, Entry, arrange, count_rows
 from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.drawing import Drawn, decide_all, draw_all
 from jlayer.engine.fork import check_process
@@ -26,7 +26,6 @@ from jlayer.engine.prompt_room import PromptRoom
 from jlayer.engine.report import Clock, Seconds
 from jlayer.engine.riders import choose_riders, shared_before
 from jlayer.engine.speculation import Speculation
-from jlayer.engine.sweep import count_rows
 from jlayer.errors import UsageError
 from jlayer.interrupts import check, deferred
 
@@ -47,6 +46,11 @@ class Scheduler:
         self._driver: int | None = None  # the thread that drives
         self._room = PromptRoom()
         self.n_passes = 0
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Those that ride, and those that wait to be admitted; within a turn."""
+        return [lane for lane in self._lanes if not lane.has_left]
 
     def join(self, lanes: Sequence[Lane]) -> None:
         """Adds lanes, from the next forward pass on. Suspended ones are there already."""

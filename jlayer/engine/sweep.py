@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jlayer.engine.batch import VECTOR, Part
+from jlayer.engine.batch import VECTOR, Part, count_rows
 from jlayer.engine.caches import Caches
 from jlayer.engine.choosing import Chooser
 from jlayer.engine.chunk import (
@@ -26,6 +26,7 @@ from jlayer.engine.chunk import (
 from jlayer.engine.deciding import after_it, step
 from jlayer.engine.division import Division, divided
 from jlayer.engine.hosting import Host, HostedStage, hosted_logits, landing_rows
+from jlayer.engine.left_out import LeftOut, some_pass_over
 from jlayer.engine.messages import packed_parts
 from jlayer.engine.outgoing import Outgoing
 from jlayer.engine.picking import ADAPTERS, picked_lengths
@@ -42,6 +43,7 @@ from jlayer.streaming.executor import Executor
 Take = Callable[[np.ndarray, np.ndarray, int], None]
 # `take_hidden(final hidden states float32 [W, D], places [W])`: among the rows that want them.
 TakeHidden = Callable[[np.ndarray, np.ndarray], None]
+NO_ROW = 1 << 30  # of padding: it reads zeros
 
 
 class Sweeper:
@@ -63,6 +65,7 @@ class Sweeper:
         self.programs, self._embedding, self._residents = programs, embedding, residents
         self._caches, self._host, self._hosted = caches, host, hosted
         self.chooser, self._put = Chooser(programs, residents), programs.devices.put
+        self._left_out = LeftOut(programs, residents)
         self.most_activation_bytes = 0
         self._tiles: tuple[Tile, ...] = ()  # the tiles of the next four tables
         self._divisions: dict[frozenset[int], Division] = {}
@@ -75,20 +78,24 @@ class Sweeper:
     def compile(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Compiles all programs of a forward pass of chunks like these."""
         with step("compile", lambda: [packed_parts(parts)]):
-            self._compile(executor, parts, self._hosted(count_rows(parts)))
+            self._compile(executor, parts, self._hosted_in(parts))
 
     def fill(self, executor: Executor, parts: Sequence[Part]) -> None:
         """Starts reading the first weights, ahead of a forward pass of chunks like these."""
         with step("fill", lambda: [packed_parts(parts)]):
-            executor.fill(self._hosted(count_rows(parts)))
+            executor.fill(self._hosted_in(parts))
+
+    def _hosted_in(self, parts):
+        return frozenset() if some_pass_over(parts) else self._hosted(count_rows(parts))
 
     def _compile(self, executor, parts, hosted):
         division = self._divide(executor.tiles, hosted)
         shapes = frozenset((part.size, part.n_wanted, part.n_hidden) for part in parts)
         entering = frozenset((part.size.rows, part.vectors is not None) for part in parts)
-        n_rows = count_rows(parts)
-        landing, guesses = landing_rows(n_rows), executor.has_guesses
-        key = (shapes, entering, hosted, landing, guesses, self._caches.sizes, self._caches.tier)
+        landing, guesses = landing_rows(count_rows(parts)), executor.has_guesses
+        passed = frozenset((part.size, part.without) for part in parts)
+        states = hosted, landing, guesses, self._caches.sizes, self._caches.tier
+        key = (shapes, entering, passed, *states)
         if key not in self._prepared:
             with self.programs.together():
                 for n_rows, has_vectors in entering:
@@ -100,6 +107,7 @@ class Sweeper:
                     if n_hidden:
                         self._hidden_call(size, n_hidden)
                     self._make_calls(self._tiles, size, n_wanted, division, landing)
+                self._left_out.compile(self._tiles, parts)
             self._prepared.add(key)
         return division
 
@@ -125,7 +133,7 @@ class Sweeper:
 
     def _run(self, executor, parts, take, take_hidden, advance, check):
         n_rows = count_rows(parts)
-        hosted = frozenset() if advance else self._hosted(n_rows)
+        hosted = frozenset() if advance else self._hosted_in(parts)
         division = self._compile(executor, parts, hosted)
         outgoing, most_held = Outgoing(take), 0
         shape = (hosted, *((part.size, part.n_wanted) for part in parts))
@@ -167,8 +175,8 @@ class Sweeper:
                 run_together=run_together,
                 multiply=multiply,
                 hosted=hosted,
-                decide=lambda _, following: self.chooser.decide(passing, following),
-                guesses=executor.has_guesses,
+                decide=partial(self._left_out.decide, self.chooser, passing),
+                guesses=executor.has_guesses and not some_pass_over(parts),
                 n_rows=n_rows,
             )
             with guard.step("the logits"):
@@ -224,6 +232,7 @@ class Sweeper:
         """
         if self._stage is not None and tile.uncut:
             return self._end_stage(tile, passing, arrays)
+        passing = self._left_out.at(tile, passing)
         calls = [chunk.calls_at(tile) for chunk in passing]
         found = [
             self._call(tile, arrays, chunk, of_chunk[0]) if of_chunk else None
@@ -237,7 +246,7 @@ class Sweeper:
     ) -> list:
         """Moves every chunk through several experts of a layer, at most those of one call."""
         outputs, n = [], at_once(tiles[0])
-        for chunk in passing:
+        for chunk in self._left_out.at(tiles[0], passing):
             found = chunk.together(tiles)
             if found is None:
                 continue
@@ -439,11 +448,3 @@ class Sweeper:
     def _embed_program(self, n_rows, has_vectors):
         parts, first = self._embedding.parts, self._tiles[0]
         return self.programs.embed(parts, first, n_rows=n_rows, has_vectors=has_vectors)
-
-
-NO_ROW = 1 << 30  # of padding: it reads zeros
-
-
-def count_rows(parts: Sequence[Part]) -> int:
-    """The rows of a forward pass, without padding."""
-    return sum(len(part.real) for part in parts)

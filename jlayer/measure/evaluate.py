@@ -8,7 +8,7 @@ never held whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 
@@ -186,7 +186,7 @@ def _evaluate(model, ids, length, stride, told, options):
     with closing(model.engine.start(shape)) as forward:
         for begin in range(0, len(cut), batch):
             some = cut[begin : begin + batch]
-            targets, rows = _targets(ids, some, numbers)
+            targets, rows = targets_of(ids, some, numbers)
             scores = Compared(targets, rows=rows, **options(targets, rows))
             forward.score([ids[w.begin : w.end] for w in some], scores)
             found.append(scores)
@@ -194,7 +194,7 @@ def _evaluate(model, ids, length, stride, told, options):
     nll = np.concatenate([scores.nll for scores in found])
     mean = float(nll.mean())
     evaluation = Evaluation(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=perplexity_of(mean),
         nll=mean,
         n_predicted=len(nll),
         n_windows=len(cut),
@@ -206,8 +206,10 @@ def _evaluate(model, ids, length, stride, told, options):
     return evaluation, found
 
 
-def _targets(ids, some, numbers: Iterator[int]):
-    """(what each token of a sweep should predict, the number of each prediction)."""
+def targets_of(
+    ids: Sequence[int], some: Sequence[Window], numbers: Iterator[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(what each token of a sweep should predict, -1: nothing; the number of each prediction)."""
     targets, rows = [], []
     for window in some:
         for position in range(window.begin + 1, window.end + 1):
@@ -215,6 +217,11 @@ def _targets(ids, some, numbers: Iterator[int]):
             targets.append(ids[position] if asked else -1)
             rows.append(next(numbers) if asked else 0)
     return np.array(targets, np.int64), np.array(rows, np.int64)
+
+
+def perplexity_of(nll: float) -> float:
+    """Of nats a token."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _longest(model):

@@ -279,6 +279,8 @@ class Desk:
         except JlayerError as error:
             with self._changed:
                 self._queue.remove(job)
+            if job.decoding is not None:  # it was to go on
+                job.decoding.close()
             job.end(FAILED, error)
             return True
         with self._changed:
@@ -317,10 +319,19 @@ class Desk:
             for job in good:
                 job.state = RUNNING
         for job in noted:
-            if job.start_error is None:
+            error = job.start_error or self._error_of_kept(job)
+            if error is None:
                 self._engine.scheduler.join(job.decoding.riding)
             else:
-                self._leave(job, FAILED, job.start_error)
+                self._leave(job, FAILED, error)
+
+    def _error_of_kept(self, job):
+        """Reads what is kept of a job's prompt; what is wrong with that, if anything."""
+        try:
+            job.decoding.read_kept()
+        except JlayerError as error:
+            return error
+        return None
 
     def _decoding(self, job):
         order = job.order

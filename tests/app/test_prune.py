@@ -4,17 +4,24 @@ stopped run goes on with what it had chosen, and what is refused before a model 
 import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from jlayer import AutoModel
 from jlayer.app.cli import main
-from jlayer.checkpoint.layout import PRUNED, is_layered
+from jlayer.checkpoint.layout import MANIFEST, PRUNED, is_layered
 from jlayer.convert import convert_checkpoint
+from jlayer.convert.target.measured import MEASURED, Measured
+from jlayer.convert.target.write import TargetWriter
 from jlayer.convert.transform.pruned import Pruning
+from jlayer.errors import StorageError
 from jlayer.measure import influence
 from jlayer.measure.evaluate import perplexity
-from tests.conftest import BUNDLED
+from tests.conftest import BUNDLED, REPOSITORY
 from tests.convert.checkpoints import edit_json, files_of
 
 LINES = [
@@ -87,14 +94,14 @@ def test_the_report_comes_before_anything_is_written(text, tmp_path, monkeypatch
     target, seen = tmp_path / "target", []
 
     def converted(*_, **__):
-        seen.append((capsys.readouterr().out, target.exists()))
+        seen.append((capsys.readouterr().out, os.listdir(target)))
         raise OSError(errno.EIO, "stop here")
 
     monkeypatch.setattr("jlayer.app.converted.converted", converted)
     with pytest.raises(OSError, match="stop here"):
         main(words(text, target, "--debug", n=1))
-    ((report, is_there),) = seen
-    assert not is_there
+    ((report, there),) = seen
+    assert there == [MEASURED]
     assert ["0", "perplexity"] not in report.split()
     assert report.splitlines()[0].split() == ["layer", "influence"]
     assert sum("stays" in line for line in report.splitlines()) == 5
@@ -126,16 +133,149 @@ def test_a_stopped_run_goes_on_with_the_layers_it_had_chosen(done, tmp_path, mon
     again = json.loads(capsys.readouterr().out)
     assert again["resumed"]
     assert again["converted"]["n_resumed"] >= 1
-    assert files_of(target) == files_of(done[1])
+    assert_same(target, done[1])
     assert main(words(text, target, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["converted"]["status"] == "unchanged"
+
+
+def assert_same(target, other):
+    """The same bytes, and a report that is the same but for rounding: how a model is cut depends on
+    the speeds that are found as it is opened."""
+    found, expected = files_of(target), files_of(other)
+    reports = [json.loads(files.pop(PRUNED))["pruned"][0] for files in (found, expected)]
+    for files in (found, expected):
+        del files[MANIFEST]  # it has the report's digest
+    assert found == expected
+    one, wanted = (report.pop("found") for report in reports)
+    assert reports[0] == reports[1]
+    assert one["influence"] == pytest.approx(wanted["influence"], abs=1e-6)
+    for loss, wanted_loss in zip(one["curve"], wanted["curve"], strict=True):
+        assert loss["dropped"] == wanted_loss["dropped"]
+        assert loss["nll"] == pytest.approx(wanted_loss["nll"], abs=1e-6)
+
+
+class Killed(BaseException):
+    """Nobody tidies up after it but what every end runs."""
+
+
+def test_stopped_while_it_measures_the_same_command_goes_on(done, tmp_path, monkeypatch, capsys):
+    """After every save: what is measured then is only what is missing."""
+    monkeypatch.setattr(influence, "MOST_WINDOWS", 4)  # several sweeps
+    text, n_saved, real = done[1].parent / "text.txt", [], Measured.save
+
+    def prune(target, stops_at=None):
+        n_saved.clear()
+
+        def save(measured, found):
+            real(measured, found)
+            n_saved.append(found)
+            if len(n_saved) == stops_at:
+                raise Killed
+
+        monkeypatch.setattr(Measured, "save", save)
+        return main(words(text, target))
+
+    assert prune(tmp_path / "whole") == 0
+    n_all = len(n_saved)
+    assert n_all >= 4
+    assert MEASURED not in files_of(tmp_path / "whole")
+    for stops_at in (1, n_all - 1, n_all):
+        target = tmp_path / f"stopped {stops_at}"
+        with pytest.raises(Killed):
+            prune(target, stops_at)
+        assert os.listdir(target) == [MEASURED]
+        assert prune(target) == 0
+        assert len(n_saved) == n_all - stops_at
+        assert "some of it was measured before; going on from there" in capsys.readouterr().err
+        assert_same(target, tmp_path / "whole")
+
+
+def test_what_was_measured_of_something_else_is_refused_or_begun_anew(
+    text, tmp_path, monkeypatch, capsys
+):
+    target, model = tmp_path / "target", tmp_path / "model"
+    shutil.copytree(BUNDLED, model)
+
+    def save(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        real = Measured.save
+        patch.setattr(Measured, "save", lambda *given: (real(*given), save()))
+        with pytest.raises(Killed):
+            main(words(text, target, model=model))
+    before = files_of(target)
+    with monkeypatch.context() as patch:
+        patch.setattr("jlayer.app.verbs.prune.opened", None)
+        assert main(words(text, target, n=1, model=model)) == 2
+        assert "was begun with --drop-layers 2, not 1; run that" in capsys.readouterr().err
+        text.write_text(TEXT + "!")
+        assert main(words(text, target, model=model)) == 2
+        assert "was begun with --text another text; run that" in capsys.readouterr().err
+        text.write_text(TEXT)
+        os.utime(model / "model.safetensors", (1, 1))
+        assert main(words(text, target, model=model)) == 2
+        assert "begun with another model, or this one as it was before" in capsys.readouterr().err
+        assert files_of(target) == before
+        (target / MEASURED).write_text("{}")
+        assert main(words(text, target, model=model)) == 3
+        assert "what was measured so far cannot be used" in capsys.readouterr().err
+    monkeypatch.setattr(influence, "curve", unmeasured)
+    assert main(words(text, target, "--overwrite", model=model)) == 0
+    assert "something that is damaged; measuring anew" in capsys.readouterr().err
+    assert is_layered(target)
+    assert MEASURED not in files_of(target)
+
+
+def unwritten(*_, **__):
+    raise StorageError("the disk is gone")
+
+
+def test_a_conversion_that_could_not_begin_has_lost_nothing_of_it(
+    text, tmp_path, monkeypatch, capsys
+):
+    target = tmp_path / "target"
+    monkeypatch.setattr(influence, "curve", unmeasured)
+    with monkeypatch.context() as patch:
+        patch.setattr(TargetWriter, "write", unwritten)
+        assert main(words(text, target)) == 6
+    assert "to resume, run the same command again" in capsys.readouterr().err
+    monkeypatch.setattr("jlayer.app.verbs.prune.opened", None)
+    assert main(words(text, target)) == 0
+    assert is_layered(target)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_of_measuring_it_ends_the_same(done, tmp_path):
+    """SIGKILL before and after each of the calls that change the disk."""
+    text, target = done[1].parent / "text.txt", tmp_path / "target"
+    command = words(text, target)
+    for nth in range(1, 30):
+        killed = subprocess.run(
+            [sys.executable, "-m", "tests.app.prune_kills", str(nth), *command],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert main(command) == 0
+        assert_same(target, done[1])
+        shutil.rmtree(target)
+    assert nth > 6, "it saves after each pass, and removes what it saved"
+
+
+def unmeasured(model, ids, order, **_):
+    for n in range(len(order) + 1):
+        yield influence.Loss(tuple(sorted(order[:n])), 2.0, 0.7)
 
 
 def test_layers_that_are_to_stay_stay(done, text, tmp_path, monkeypatch, capsys):
     least = done[0]["curve"][1]["dropped"][0]
     found = influence.Influences(tuple(done[0]["influence"]), 300, 1)
     monkeypatch.setattr(influence, "influences", lambda *_, **__: found)
-    monkeypatch.setattr(influence, "perplexity", lambda *_, **__: influence.Loss((), 2.0, 0.7))
+    monkeypatch.setattr(influence, "curve", unmeasured)
     own = tmp_path / "held-out.txt"
     own.write_text(TEXT)
     more = ("--keep", f"0,{least}", "--held-out", own, "--quantize", "int8", "--json")

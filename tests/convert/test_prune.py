@@ -195,7 +195,7 @@ def test_what_is_quantized_already_is_refused_at_the_door(published, tmp_path):
     convert_checkpoint(published("single"), tmp_path / "int8", quantize="int8")
     with pytest.raises(UnsupportedModelError, match="quantized already"):
         check_to_prune(tmp_path / "int8", str(tmp_path / "out"), n_dropped=1)
-    assert check_to_prune(published("single"), str(tmp_path / "out"), n_dropped=1) == 3
+    assert check_to_prune(published("single"), str(tmp_path / "out"), n_dropped=1).n_layers == 3
 
 
 def test_a_damaged_note_of_what_was_left_out_is_refused(published, tmp_path):

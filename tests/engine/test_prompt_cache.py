@@ -1,13 +1,18 @@
 """Prompts that begin like one before take its cache entries from disk, and give the same tokens."""
 
 import os
+from contextlib import closing
 
 import pytest
 
 import jlayer
-from jlayer.engine import prompt_cache
+from jlayer.engine import entries, prompt_cache
+from jlayer.engine.pool import Pool, Table
 from jlayer.errors import CheckpointError, StorageError, UsageError
+from jlayer.families.base import CacheSpec
+from jlayer.plan.shapes import PoolSizes
 from tests.campaigns import slow_but
+from tests.engine.lanes import Run, check_rows
 from tests.engine.sessions import (
     DRAWN,
     KINDS,
@@ -85,7 +90,74 @@ def test_batches_and_runs_in_the_background_take_it_too(folder, expected, tmp_pa
         found = jlayer.generate(model, [PROMPT, OTHER, PROMPT], **PLAIN)
         one, two = expected[*PROMPT, False], expected[*OTHER, False]
         assert tokens_of(found) == [*one, *two, *one]
-        assert found[0].stats["kept_tokens"] == last_whole(PROMPT)
+        each_reads = model.engine.prompt_cache.has_ends  # else the third has what the first has
+        assert found[0].stats["kept_tokens"] == last_whole(PROMPT) * (1 + each_reads)
+        assert not model.engine.n_alive
+
+
+N_NEXT = PLAIN["max_new_tokens"] - 1  # rows of a text's next tokens
+
+
+def test_each_prompt_of_a_batch_takes_what_is_kept_of_it(folder, expected, tmp_path):
+    with opened(folder, prompt_cache=tmp_path) as model:
+        run(model, PROMPT)
+        run(model, OTHER)
+        found = jlayer.generate(model, [OTHER, PROMPT], **PLAIN)
+        assert tokens_of(found) == [*expected[*OTHER, False], *expected[*PROMPT, False]]
+        n_computed = sum(len(one) - last_whole(one) for one in (OTHER, PROMPT))
+        assert found[0].stats["rows"] == n_computed + 2 * N_NEXT
+        assert not model.engine.n_alive
+
+
+def test_what_is_kept_is_read_in_the_order_of_its_tokens(folder, expected, tmp_path):
+    with opened(folder, prompt_cache=tmp_path) as model:
+        # Two texts that leave give their rows back: the last tokens of the next one get lower ones.
+        runs = [Run(model, [n] * length, **PLAIN) for n, length in ((3, 20), (4, 52), (5, 20))]
+        for one in runs:
+            one.scheduler.advance(one.lanes)
+        for one in runs[:2]:
+            one.close()
+        assert run(model, PROMPT)[0] == expected[*PROMPT, False]
+        runs[2].close()
+    with opened(folder, prompt_cache=tmp_path) as model:
+        assert run(model, PROMPT) == (expected[*PROMPT, False], last_whole(PROMPT))
+
+
+def first_pass_of(model, prompts):
+    """((rows computed, pool rows held) once each text of a batch has a token, all its tokens)."""
+    with closing(model.session(prompts, **PLAIN)) as session:
+        while not all(session.token_ids):
+            next(session)
+        check_rows(model, session.decoding)
+        pool = model.engine.caches.pool
+        found = session.decoding.stats.rows, pool.n_rows - pool.n_free
+        return found, [one.token_ids for one in session.result()]
+
+
+LINE = [5, *range(80, 130)]
+LONGER = [*LINE[:44], *range(60, 70)]  # parts from it within its sixth block
+
+
+@pytest.mark.parametrize(
+    ("before", "batch", "n_read"),
+    [
+        ([PROMPT, LINE], [PROMPT, LINE], 56 + 48),
+        ([LINE], [PROMPT, LINE], 48),
+        # What they begin with is held once, and computed never.
+        ([PROMPT, OTHER], [PROMPT, OTHER], 56 + 56 - 37),
+        ([OTHER, LINE], [PROMPT, LINE, OTHER], 56 + 48),
+        ([LONGER[:41]], [LINE, LONGER, PROMPT], 40),
+        ([PROMPT], [PROMPT, PROMPT, PROMPT[:50]], 56),
+        ([], [PROMPT, OTHER], 0),
+    ],
+)
+def test_what_prompts_of_a_batch_share_is_held_once(tiny, tmp_path, before, batch, n_read):
+    with opened(tiny) as model:
+        (n_rows, n_held), expected = first_pass_of(model, batch)
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        for one in before:
+            run(model, one)
+        assert first_pass_of(model, batch) == ((n_rows - n_read, n_held), expected)
         assert not model.engine.n_alive
 
 
@@ -96,6 +168,38 @@ def test_with_a_draft_model(folder, expected, tmp_path):
         for n_kept in (0, last_whole(PROMPT)):
             found = run(model, PROMPT, speculate="draft", draft_tokens=4)
             assert found == (expected[*PROMPT, False], n_kept)
+
+
+def test_entries_of_a_run_in_memory_are_shared_rather_than_read(tiny, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        expected, _ = run(model, PROMPT)
+        with closing(model.session(PROMPT, **PLAIN)) as session:
+            next(session)
+            pool = model.engine.caches.pool
+            n_held = pool.n_rows - pool.n_free
+            with closing(model.session(PROMPT, **PLAIN)) as other:
+                next(other)
+                assert other.decoding.stats.rows == 2  # the last one of each
+                assert other.decoding.stats.kept_tokens == 0
+                assert pool.n_rows - pool.n_free == n_held + 2
+                assert [other.result().token_ids] == expected
+            assert [session.result().token_ids] == expected
+        assert not model.engine.n_alive
+
+
+def test_entries_of_a_text_are_listed_in_the_order_of_its_tokens():
+    pool, spec = Pool((4,)), CacheSpec("rows", (), window=4)
+    pool.grow(PoolSizes(16, (16,)))
+    one, other, table = Table(pool), Table(pool), Table(pool)
+    one.append(pool.take(5))
+    other.append(pool.take(5))
+    one.close()
+    other.close()  # its rows, the higher ones, are taken first
+    table.append(pool.take(7))
+    in_order = entries.in_order(pool, table)
+    assert in_order.rows.tolist() == table.rows.tolist() != sorted(table.rows)
+    seen = pool.windows[0].places[table.rows[-3:]]
+    assert in_order.where(spec).tolist() == seen.tolist()
 
 
 def bytes_of(path):

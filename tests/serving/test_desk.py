@@ -11,6 +11,7 @@ import pytest
 
 import jlayer
 from jlayer import AutoModel
+from jlayer.engine import prompt_cache
 from jlayer.errors import DoesNotFitError, UsageError
 from jlayer.serving import progress
 from jlayer.serving.desk import Desk, Stopping
@@ -329,3 +330,40 @@ def test_a_length_that_nobody_asked_for_is_cut_to_what_there_is_room_for(tight):
         more = replace(asked, max_new_tokens=job.limit + 1000 // 64)
         with pytest.raises(DoesNotFitError):
             desk.submit(Order(job.order.ids, more))
+
+
+def test_each_takes_what_is_kept_of_its_prompt(fable, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "BLOCK", 8)
+    texts = ["Once upon a time there was a king", "There was once a fox who went into the wood"]
+    with AutoModel.from_pretrained(
+        fable, device="cpu", dtype="float32", prompt_cache=tmp_path
+    ) as model:
+        desk = Desk(model, keeps=0)
+        desk.start()
+
+        def answers():
+            jobs = [desk.submit(order(model, text, options={"speculate": "off"})) for text in texts]
+            for job in jobs:
+                job.wait(PATIENCE_S)
+            return jobs
+
+        first, again = answers(), answers()
+        for before, job, text in zip(first, again, texts, strict=True):
+            assert job.sequences[0].token_ids == before.sequences[0].token_ids
+            whole = (len(model.text.encode(text)) - 1) // 8 * 8
+            assert (before.stats["kept_tokens"], job.stats["kept_tokens"]) == (0, whole)
+        (block,) = kept_blocks(tmp_path, model.text.encode(texts[1])[:8])
+        (block / "facts.json").write_text("{}")
+        one, other = answers()
+        assert (one.state, other.state) == (DONE, FAILED)
+        assert "a damaged state" in str(other.error)
+        desk.stop()
+        assert model.engine.n_alive == 0
+
+
+def kept_blocks(folder, tokens):
+    """The folders of blocks with these tokens."""
+    facts = [
+        path for path in folder.rglob("facts.json") if f'"tokens": {tokens}' in path.read_text()
+    ]
+    return [path.parent for path in facts]

@@ -8,8 +8,8 @@ anything is written, a report shows the influences, and the perplexity of held-o
 N layers: the last quarter of the text, or --held-out. The others are converted as jlayer convert
 does it, under new numbers.
 
-A run that was stopped while it wrote goes on when the same command is run again, with the layers
-that it had chosen.
+A run that was stopped goes on when the same command is run again: with what it had measured, and
+with the layers that it had chosen.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import hashlib
 from contextlib import contextmanager
 
 from jlayer.app import options, progress
+from jlayer.app.ending import Interrupted, code_of, word_of
 from jlayer.app.inputs import folder_of, read_text
 from jlayer.app.running import describe, opened
 from jlayer.app.streams import tell
 from jlayer.checkpoint.hub import Weights
-from jlayer.errors import UsageError
-from jlayer.interrupts import check
+from jlayer.errors import CheckpointError, DoesNotFitError, StorageError, UsageError
+from jlayer.interrupts import STOPS, check
 from jlayer.run_config import RunConfig
 from jlayer.spec import ITEM_BYTES
 
@@ -115,11 +116,12 @@ def _check(args):
 
 
 def _chosen(args, folder, keep, texts, run_options):
-    """(the layers that are left out, whether an earlier run has chosen them)."""
+    """(the layers that are left out, whether something of an earlier run was taken)."""
     from jlayer.convert.pruning import check_to_prune, pruning_there
+    from jlayer.convert.target.measured import measuring
     from jlayer.convert.transform.pruned import Pruning
 
-    n_layers = check_to_prune(folder, args.target, n_dropped=args.drop_layers, keep=keep)
+    source = check_to_prune(folder, args.target, n_dropped=args.drop_layers, keep=keep)
     asked = {
         "drop_layers": args.drop_layers,
         "keep": list(keep),
@@ -131,56 +133,114 @@ def _chosen(args, folder, keep, texts, run_options):
     }
     earlier = None if args.overwrite else pruning_there(args.target)
     if earlier is not None:
-        _check_same(args.target, earlier.asked, asked)
+        if found := _difference(earlier.asked, asked):
+            raise UsageError(_refusal(args.target, found))
         tell(f"{args.target}: the layers were chosen before; going on with these")
         return earlier, True
-    found = _measured(args, folder, keep, texts, run_options)
+    with measuring(args.target, {**asked, "model": source.digest}, note=tell) as measured:
+        is_resumed = _takes(args, measured)
+        with _said_to_go_on(args.target, measured):
+            found = (measured.found or {}).get("report")
+            if found is None:
+                found = _measured(args, folder, source, keep, texts, run_options, measured)
     dropped = tuple(found["curve"][-1]["dropped"])
-    return Pruning(n_layers, dropped, asked, found), False
+    return Pruning(source.n_layers, dropped, asked, found), is_resumed
 
 
-def _check_same(target, there, here):
+def _takes(args, measured):
+    """Whether an earlier run has measured some of it. Raises UsageError where that was something
+    else, and CheckpointError; with --overwrite it is measured anew."""
+    try:
+        there = measured.there()
+        found = None if there is None else _difference(there, measured.asked)
+    except CheckpointError:
+        if not args.overwrite:
+            raise
+        there, found = None, "something that is damaged"
+    if found:
+        if not args.overwrite:
+            raise UsageError(_refusal(args.target, found))
+        tell(f"{args.target}: was begun with {found}; measuring anew")
+    elif there is not None:
+        measured.take()
+        tell(f"{args.target}: some of it was measured before; going on from there")
+        return True
+    return False
+
+
+def _difference(there, here):
+    """What an earlier run was begun with, where this one is not; None: the same."""
     for name, value in here.items():
-        if there.get(name) != value:
-            is_text = name in ("text", "held_out")
-            found = "another text" if is_text else f"{there.get(name)}, not {value}"
-            raise UsageError(
-                f"{target}: was begun with {options.flag(name)} {found}; run that command again to "
-                "resume, or start again with --overwrite"
-            )
+        if there.get(name) == value:
+            continue
+        if name == "model":
+            return "another model, or this one as it was before"
+        found = (
+            "another text" if name in ("text", "held_out") else f"{there.get(name)}, not {value}"
+        )
+        return f"{options.flag(name)} {found}"
+    return None
 
 
-def _measured(args, folder, keep, texts, run_options):
-    """The influences, and the curve of perplexity by layers left out, for JSON."""
-    from jlayer.measure.influence import curve, influences
+def _refusal(target, found):
+    return (
+        f"{target}: was begun with {found}; run that command again to resume, or start again with "
+        "--overwrite"
+    )
 
-    @contextmanager
-    def opened_without(dropped):
+
+@contextmanager
+def _said_to_go_on(target, measured):
+    """Says of an end before the end that the same command goes on. Raises Interrupted."""
+    from jlayer.convert import RESUME
+
+    try:
+        yield
+    except STOPS as stop:
+        left = f"what was measured stays; {RESUME}" if measured.found else "nothing was measured"
+        line = f"{target}: {word_of(stop)}; {left}"
+        tell(line)
+        found = {"error": line, "exit_code": code_of(stop), "finish_reason": "interrupted"}
+        raise Interrupted(stop, found) from None
+    except (StorageError, DoesNotFitError) as error:
+        if measured.found:
+            error.args = (f"{error}; {RESUME}", *error.args[1:])
+        raise
+
+
+def _measured(args, folder, source, keep, texts, run_options, measured):
+    """The influences, and the curve of perplexity by layers left out, for JSON. Saves what is
+    known after each forward pass."""
+    from jlayer.measure.influence import SoFar, curve, influences
+
+    so_far = SoFar.from_dict(measured.found["so_far"]) if measured.found else SoFar()
+
+    def told(*_):
+        measured.save({"so_far": so_far.as_dict()})
         check()
-        with (
-            opened(folder, without_layers=dropped, **run_options) as model,
-            progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
-        ):
-            tell(f"{_without(dropped)}: {describe(model)}")
-            yield model
 
-    with opened_without(()) as model:
-        for note in model.notes:
+    with (
+        opened(folder, **run_options) as model,
+        progress.shown(model, None, words=lambda number: f"forward pass {number + 1}"),
+    ):
+        for note in (describe(model), *model.notes):
             tell(note)
         ids, held_out = _parts(model, texts, args.max_tokens)
-        of = influences(model, ids, length=args.window, told=lambda *_: check())
-    order = of.least(args.drop_layers, keep)
-    losses = []
-    rest = {"length": args.window, "told": lambda dropped: lambda *_: check()}
-    for loss in curve(opened_without, held_out, order, **rest):
-        tell(f"{_without(loss.dropped)}: perplexity {loss.perplexity:.4f}")
-        losses.append({"n": len(loss.dropped), **dataclasses.asdict(loss)})
-    return {
+        how = {"length": args.window, "so_far": so_far, "told": told}
+        of, losses = influences(model, ids, **how), []
+        order = of.least(args.drop_layers, keep)
+        source.check(order)  # before the rest is measured
+        for loss in curve(model, held_out, order, **how):
+            tell(f"{_without(loss.dropped)}: perplexity {loss.perplexity:.4f}")
+            losses.append({"n": len(loss.dropped), **dataclasses.asdict(loss)})
+    found = {
         "influence": list(of.of_layers),
         "calibration_tokens": of.n_tokens,
         "held_out_tokens": len(held_out),
         "curve": [{**one, "dropped": list(one["dropped"])} for one in losses],
     }
+    measured.save({"report": found})
+    return found
 
 
 def _parts(model, texts, max_tokens):

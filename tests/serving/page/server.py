@@ -130,9 +130,9 @@ class Asked:
 class Stub:
     """What the server is to do, and what it was asked.
 
-    `models`: the names that are served. `refusals`: answers (status, message, code) that the next posts get. `answers`: what each
-    request that is taken gets at once. `n_lost`: posts that are taken, but whose answers are lost
-    on the way. `is_open`: cleared, posts wait until it is set.
+    `models`: the names that are served. `refusals`: answers (status, message, code) that the next
+    posts get. `answers`: what each request that is taken gets at once. `n_lost`: posts that are
+    taken, but whose answers are lost on the way. `is_open`: cleared, posts wait until it is set.
     """
 
     key: str | None = None
