@@ -137,6 +137,8 @@ class PromptCache:
         CheckpointError or StorageError."""
         # The name of a block is made of ids, which a prompt of embeddings has none of.
         there = [lane for lane in lanes if _is_there(lane) and not lane.n_embedded]
+        if not there:
+            return 0
         names = [self._names(lane) for lane in there]
         own = set(map(id, there))
         others = [lane for lane in beside if _is_there(lane) and id(lane) not in own]
