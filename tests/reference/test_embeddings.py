@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jlayer import AutoModel
-from tests.reference import dense_forms, latent_forms, mixture_forms
+from tests.reference import dense_forms, gpt_oss_forms, latent_forms, mixture_forms
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -23,7 +23,16 @@ FORMS = {
 def test_logits_and_tokens(tmp_path, name):
     forms = FORMS[name]
     folder = forms.save(tmp_path / name, name)
-    theirs = forms.load(folder, torch.float32)
+    check(folder, forms.load(folder, torch.float32))
+
+
+def test_gpt_oss(tmp_path):
+    drawn = gpt_oss_forms.drawn()
+    folder = gpt_oss_forms.write(tmp_path / "model", *drawn)
+    check(folder, gpt_oss_forms.in_transformers(*drawn, torch.float32))
+
+
+def check(folder, theirs):
     width = theirs.config.get_text_config().hidden_size
     made = np.random.default_rng(0).normal(scale=0.5, size=(1, 40, width))
     given = torch.tensor(made, dtype=torch.float32)
