@@ -76,7 +76,7 @@ def test_another_draft_takes_the_place_of_the_one_it_was_opened_with(models, fab
     expected = plain.generate([PROMPT], **GREEDY)
     found = jlayer.generate(drafted, PROMPT, assistant_model=plain, **GREEDY)
     assert drafted.engine.draft.folder == str(fable)
-    assert found.stats["accepted_by_depth"][:1] == [found.stats["sweeps"] - 1], "it guesses all"
+    assert found.stats["accepted_by_depth"][0] >= found.stats["sweeps"] - 1, "it guesses all"
     assert found.token_ids == expected[0][len(PROMPT) :]
     assert drafted.generate([PROMPT], **GREEDY) == expected
     assert drafted.engine.draft.folder == str(BUNDLED)
