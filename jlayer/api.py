@@ -17,7 +17,7 @@ from jlayer.auto_tokenizer import AutoTokenizer, given_ref
 from jlayer.checkpoint.hub import local_folder
 from jlayer.config import generation_file, read_generation_config
 from jlayer.engine.arrays import as_kind
-from jlayer.engine.assistant import as_draft, without_assistant
+from jlayer.engine.assistant import as_draft, of_call
 from jlayer.engine.background import Background, Handle
 from jlayer.engine.called import Output, all_logits, check_called, generate_ids
 from jlayer.engine.deciding import follows
@@ -270,7 +270,7 @@ class Model(Sessions):
         `generation_config`: transformers' object, or a mapping, with further options of the
         user's. `implied`: a temperature or a filter means sampling, without `do_sample`.
         """
-        options = without_assistant(options, self.engine.run.draft)
+        options, draft = of_call(options)
         found = SamplingOptions.from_mapping(
             {**configured(generation_config), **options},
             generation_config=self.generation_config,
@@ -278,6 +278,8 @@ class Model(Sessions):
             sampling_implied=implied,
             where=self._generation_file,
         )
+        if draft is not None or not self.engine.n_alive:
+            self.engine.use_draft(draft)
         check_draft(found.speculate, self.engine.run.draft)
         return found
 

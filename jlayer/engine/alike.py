@@ -11,16 +11,18 @@ from importlib.metadata import version
 from jlayer import __version__
 from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.store import Store
+from jlayer.engine import device as choosing
 from jlayer.engine.deciding import agree, follows, joined, least
 from jlayer.engine.device import link_speed
 from jlayer.engine.hosts import Hosts, placement_of
-from jlayer.engine.report import anonymous_bytes
+from jlayer.engine.report import anonymous_bytes, available_bytes
 from jlayer.errors import UsageError
 from jlayer.plan.machine import DEFAULT_DISK, Machine
 from jlayer.plan.plan import Plan
 from jlayer.run_config import RunConfig
 from jlayer.streaming.devices import Devices
 from jlayer.streaming.direct import disk_speed
+from jlayer.streaming.watch import Watch
 
 # Options of a run that a host has for itself.
 OWN = (
@@ -107,6 +109,26 @@ def machine_of_all(devices: Devices, **found: float | None) -> Machine:
         collectives=devices.collectives,
         **of_all,
     )
+
+
+def machine_for(
+    run: RunConfig, store: Store, hosts: Hosts | None, watch: Watch
+) -> tuple[Devices, Machine]:
+    """Chooses the devices of a model, and measures the speeds and memory that a plan depends on."""
+    watch.phase("starting the device")
+    host_budget = run.host_memory or available_bytes() * 4 // 5
+    devices, budget, context_bytes = choosing.choose(
+        run.device,
+        run.device_memory,
+        n_devices=run.devices,
+        hosts=hosts,
+        pinned_bytes=min(host_budget, store.weight_bytes if run.keeps_layers else 0),
+        host_memory=host_budget,
+    )
+    watch.phase("measuring the disk and the link")
+    given = {"device_budget": budget, "host_budget": host_budget, "context_bytes": context_bytes}
+    found = measured_machine(devices, store.files, **given)
+    return devices, found.holding(store.memory_bytes)
 
 
 def measured_machine(devices: Devices, files: Sequence[str], **given: int) -> Machine:

@@ -1,5 +1,6 @@
-"""transformers' `assistant_model`, which is the draft model here. It is opened together with the
-model, since both share the device's memory."""
+"""transformers' `assistant_model`, which is the draft model here. That of a call takes the place of
+the one that the model was opened with, if any, for the calls that name it: both share the device's
+memory with the model."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from jlayer.checkpoint.hub import local_folder
 from jlayer.errors import UsageError
 
 NAME = "assistant_model"
+NO_OTHER_DRAFT = (
+    f"{NAME}: {{folder}} cannot guess while other texts are generated, or where several processes "
+    "run the model; wait until they have ended, or open the model with draft={folder!r}"
+)
 
 
 def folder_of(assistant) -> str:
@@ -37,22 +42,14 @@ def as_draft(options: Mapping, run: Mapping) -> tuple[dict, dict]:
     return rest, {**run, "draft": folder}
 
 
-def without_assistant(options: Mapping, draft: str | None) -> dict:
-    """The options without an assistant, which must be the `draft` that a model was opened with.
-    Raises UsageError."""
+def of_call(options: Mapping) -> tuple[dict, str | None]:
+    """(the options without an assistant, its folder on this machine). Raises UsageError, also where
+    it could guess nothing, and CheckpointError where there is no such folder."""
     rest = {name: value for name, value in options.items() if name != NAME}
     if options.get(NAME) is None:
-        return rest
+        return rest, None
     folder = folder_of(options[NAME])
-    if draft is None:
-        found = f"{NAME}: found {folder}, but the model was opened without a draft"
-        raise UsageError(f"{found}; open it with draft={folder!r}")
     local = local_folder(folder, offline=True, option=NAME)
-    if os.path.realpath(local) != os.path.realpath(draft):
-        raise UsageError(
-            f"{NAME}: found {folder}, but the model was opened with draft {draft}; open it with "
-            f"draft={folder!r}, or leave this out"
-        )
     if (options.get("num_beams") or 1) > 1:
         raise UsageError(
             f"{NAME}: found {folder} with num_beams {options['num_beams']}, whose beams take the "
@@ -63,4 +60,11 @@ def without_assistant(options: Mapping, draft: str | None) -> dict:
             f"{NAME}: found {folder}, but speculate is {options['speculate']!r}, which uses no "
             "draft model; leave one of them out"
         )
-    return rest
+    return rest, local
+
+
+def is_same_folder(one: str | None, other: str | None) -> bool:
+    """Whether both lead to one folder, or are None."""
+    if one is None or other is None:
+        return one is other
+    return os.path.realpath(one) == os.path.realpath(other)

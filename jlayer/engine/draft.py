@@ -169,6 +169,11 @@ class DraftModel:
         """Frees the pools."""
         self.pools, self._written = None, np.zeros(0, bool)
 
+    def close(self) -> None:
+        """Frees its weights and pools."""
+        self.drop()
+        self.model = None
+
     def compile(self, part: Part) -> None:
         """Compiles the program for chunks of this shape."""
         self._program(part.size, _n_wanted(part))

@@ -15,22 +15,23 @@ from functools import partial
 
 from jlayer.checkpoint.digest import Checks
 from jlayer.cores.native import missing
-from jlayer.engine import device as choosing
 from jlayer.engine import residents
-from jlayer.engine.alike import hosts_of, measured_machine, opened, refuse_follower, told_of
+from jlayer.engine.alike import hosts_of, machine_for, opened, refuse_follower, told_of
+from jlayer.engine.assistant import NO_OTHER_DRAFT, is_same_folder
 from jlayer.engine.caches import Caches
-from jlayer.engine.deciding import end_others, follows, leave, step
+from jlayer.engine.deciding import end_others, follows, is_one_of_several, leave, step
 from jlayer.engine.draft import draft_for
 from jlayer.engine.fork import check_process, is_forked
 from jlayer.engine.forward import Forward
 from jlayer.engine.helping import Helping
 from jlayer.engine.hosting import Host, cores_beside
+from jlayer.engine.ids import check_ids
 from jlayer.engine.kept import Kept
 from jlayer.engine.ledger import Ledger, Ticket
 from jlayer.engine.messages import packed_shape
 from jlayer.engine.programs import Programs
 from jlayer.engine.prompt_cache import PromptCache
-from jlayer.engine.report import Clock, anonymous_bytes, available_bytes, free_beside
+from jlayer.engine.report import Clock, anonymous_bytes, free_beside, memory_of
 from jlayer.engine.scheduler import Scheduler
 from jlayer.engine.speculation import Speculation
 from jlayer.engine.speeds import host_speeds
@@ -38,7 +39,6 @@ from jlayer.engine.sweep import Sweeper
 from jlayer.errors import DoesNotFitError, StorageError, UsageError
 from jlayer.families.registry import windows_of
 from jlayer.plan.low_rank import check_host_share
-from jlayer.plan.machine import Machine
 from jlayer.plan.making import fitting, make_plan, matrix_forms, pays, refit, with_host
 from jlayer.plan.plan import Plan
 from jlayer.plan.shapes import RunShape, pool_sizes
@@ -64,7 +64,7 @@ class Engine:
     def __init__(self, folder: str | os.PathLike, run: RunConfig, watch: Watch | None = None):
         check_process()
         clock = Clock()
-        self.run = run
+        self.run, self._opened_draft = run, run.draft
         self.watch, self.totals = watch or Watch(), Totals()
         self.watch.phase("reading headers")
         self.hosts = hosts_of(run)
@@ -73,7 +73,7 @@ class Engine:
         self.draft = draft_for(self.store, run, self.dtype)
         self.weights = Weights(self.cfg, self.store.form_of, self.dtype)
         self._check_context()
-        self._machine = self._look_at_machine()
+        self.devices, self._machine = machine_for(run, self.store, self.hosts, self.watch)
         self.watch.phase("planning")
         self.programs = Programs(self.cfg, dtype=self.dtype, devices=self.devices, watch=self.watch)
         self._ledger = Ledger(on_empty=self.drop_entries)
@@ -98,9 +98,8 @@ class Engine:
             )
             self._checks = self._make_checks()
             self._residents = residents.load(self.store, self.weights, self._checks, self.devices)
-            if self.draft is not None and not follows():
-                self.watch.phase("loading the draft model")
-                self.draft.load(self.devices.first, most_ids=self.cfg.vocab_size, watch=self.watch)
+            if not follows():
+                self._load_draft()
         except BaseException:
             self.embedding.close()
             raise
@@ -117,31 +116,52 @@ class Engine:
         self.host_peak_bytes, self.device_peak_bytes = anonymous_bytes(), 0
         self.load_s = clock.lap()
 
+    def _load_draft(self):
+        if self.draft is not None:
+            self.watch.phase("loading the draft model")
+            self.draft.load(self.devices.first, most_ids=self.cfg.vocab_size, watch=self.watch)
+
+    def use_draft(self, folder: str | None) -> None:
+        """Has the draft model in a folder guess from now on, in place of the present one; None:
+        that which the model was opened with, if any. Does nothing where that is so already.
+
+        Raises UsageError (runs are alive, or it has other tokens), UnsupportedModelError,
+        DoesNotFitError where there is no room for it, then nothing has changed; CheckpointError or
+        StorageError, then there is none.
+        """
+        folder = folder or self._opened_draft
+        if is_same_folder(folder, self.run.draft):
+            return
+        with self.turn():
+            if len(self._ledger.alive) > len(self.kept) or is_one_of_several():
+                raise UsageError(NO_OTHER_DRAFT.format(folder=folder))
+            run, self.draft, before = replace(self.run, draft=folder), None, self.draft
+            try:
+                self.draft = draft_for(self.store, run, self.dtype)
+                self.kept.clear()
+                plan = self.plan_for(RunShape(context=run.context or 1))
+                plan.check()
+            except BaseException:
+                self.draft = before
+                raise
+            if before is not None:
+                before.close()
+            self.run, self._shortest_s = run, plan.cautious_seconds
+            self._stream_as(plan)
+            try:
+                self._load_draft()
+            except BaseException:
+                self.draft, self.run = None, replace(run, draft=None)
+                raise
+            finally:
+                self.speculation.take_draft(self.draft)
+
     def drop_entries(self) -> None:
         """Frees the pools; no run may be alive."""
         with step("drop"):
             self.caches.drop()
         if self.draft is not None:
             self.draft.drop()
-
-    def _look_at_machine(self) -> Machine:
-        """Chooses the device, and measures the speeds and memory that a plan depends on."""
-        run = self.run
-        self.watch.phase("starting the device")
-        host_budget = run.host_memory or available_bytes() * 4 // 5
-        self.devices, budget, context_bytes = choosing.choose(
-            run.device,
-            run.device_memory,
-            n_devices=run.devices,
-            hosts=self.hosts,
-            pinned_bytes=min(host_budget, self.store.weight_bytes if run.keeps_layers else 0),
-            host_memory=host_budget,
-        )
-        self.watch.phase("measuring the disk and the link")
-        given = {"device_budget": budget, "host_budget": host_budget}
-        given["context_bytes"] = context_bytes
-        found = measured_machine(self.devices, self.store.files, **given)
-        return found.holding(self.store.memory_bytes)
 
     def _first_plan(self, shape):
         """The plan of a small run; measures the host's cores first if they could help with it."""
@@ -343,18 +363,7 @@ class Engine:
     def check_ids(self, ids: list[int], *, begin: int | None = None) -> None:
         """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary. `begin`: the
         model's beginning token, if it has one."""
-        if not ids and begin is None:
-            raise UsageError(
-                "prompt: empty, and this model has no beginning token to start from; give some text"
-            )
-        if not ids:
-            found = f"prompt: empty; give some text, or the model's beginning token, {begin}"
-            raise UsageError(found, command_line=f"{found} (--prompt-ids {begin})")
-        for token in ids:
-            if not 0 <= token < self.cfg.vocab_size:
-                raise UsageError(
-                    f"prompt: id {token} is outside the vocabulary of {self.cfg.vocab_size}"
-                )
+        check_ids(ids, vocab_size=self.cfg.vocab_size, begin=begin)
 
     def check_length(self, n_prompt: int) -> None:
         """Raises UsageError if a prompt is longer than the context."""
@@ -413,21 +422,12 @@ class Engine:
         self.device_peak_bytes = max(self.device_peak_bytes, held)
 
     def memory(self) -> dict:
-        """Budgets and peaks as `generate --json` prints them.
-
-        JAX reports no allocator statistics on a CPU: there the peak is a sum of what is held.
-        """
-        stats = [one.memory_stats() or {} for one in self.devices.own]
-        peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
-        measured = peak and peak + self._machine.context_bytes
-        return {
-            "device_budget_bytes": self._machine.device_budget,
-            "device_peak_bytes": measured or self.device_peak_bytes,
-            "device_peak_how": "measured" if measured else "accounted",
-            "host_budget_bytes": self._machine.host_budget,
-            "host_peak_bytes": self.host_peak_bytes,
-            "host_peak_how": "measured",
-        }
+        """Budgets and peaks as `generate --json` prints them."""
+        return memory_of(
+            *(self._machine, self.devices.own),
+            device_peak=self.device_peak_bytes,
+            host_peak=self.host_peak_bytes,
+        )
 
     def close(self) -> None:
         """Ends the readers' threads and closes the files. A forward pass that is under way in

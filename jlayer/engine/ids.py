@@ -33,6 +33,21 @@ class Row:
         return len(self.given) + self.padding.n_embedded
 
 
+def check_ids(ids: Sequence[int], *, vocab_size: int, begin: int | None) -> None:
+    """Raises UsageError unless `ids` is a non-empty list of ids of the vocabulary. `begin`: the
+    model's beginning token, if it has one."""
+    if not ids and begin is None:
+        raise UsageError(
+            "prompt: empty, and this model has no beginning token to start from; give some text"
+        )
+    if not ids:
+        found = f"prompt: empty; give some text, or the model's beginning token, {begin}"
+        raise UsageError(found, command_line=f"{found} (--prompt-ids {begin})")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"prompt: id {token} is outside the vocabulary of {vocab_size}")
+
+
 def as_id_lists(input_ids, *, name: str = "input_ids") -> list[list[int]]:
     """Ids [B, T] or [T], as lists or arrays, as B lists of ints.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jlayer.plan.machine import Machine
 from jlayer.streaming.watch import ADDED
 
 
@@ -162,3 +164,21 @@ def available_bytes() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return 0
+
+
+def memory_of(machine: Machine, devices: Sequence, *, device_peak: int, host_peak: int) -> dict:
+    """Budgets and peaks as `generate --json` prints them. `device_peak`: as accounted.
+
+    JAX reports no allocator statistics on a CPU: there the peak is a sum of what is held.
+    """
+    stats = [one.memory_stats() or {} for one in devices]
+    peak = max(one.get("peak_bytes_in_use", 0) for one in stats)
+    measured = peak and peak + machine.context_bytes
+    return {
+        "device_budget_bytes": machine.device_budget,
+        "device_peak_bytes": measured or device_peak,
+        "device_peak_how": "measured" if measured else "accounted",
+        "host_budget_bytes": machine.host_budget,
+        "host_peak_bytes": host_peak,
+        "host_peak_how": "measured",
+    }

@@ -46,14 +46,20 @@ class Speculation:
     """
 
     def __init__(self, engine: Home, draft: DraftModel | None):
-        self._engine, self._draft = engine, draft
-        self._widths = Widths(engine.sweeper.programs)
+        self._engine = engine
         self.own_texts: WeakKeyDictionary = (
             WeakKeyDictionary()
         )  # lane -> (index, tokens in it, trust)
         self._patience: WeakKeyDictionary = WeakKeyDictionary()  # lane -> Patience
         self._seats: list[Seat] = []
-        self.grower = Grower(engine.cfg.vocab_size, draft, self._widths)
+        self.take_draft(draft)
+
+    def take_draft(self, draft: DraftModel | None) -> None:
+        """From now on this one guesses, and what was learnt of another is forgotten; no run may be
+        alive."""
+        self._draft = draft
+        self._widths = Widths(self._engine.sweeper.programs)
+        self.grower = Grower(self._engine.cfg.vocab_size, draft, self._widths)
         self.forget_answers()
 
     def forget_answers(self) -> None:

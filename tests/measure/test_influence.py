@@ -13,10 +13,9 @@ from jlayer.errors import UnsupportedModelError
 from jlayer.measure import influence
 from jlayer.measure.evaluate import perplexity
 from jlayer.measure.influence import SoFar, curve, influences
-from jlayer.plan.tiles import Tier
+from jlayer.plan import making
 from tests.programs import few_shapes
 from tests.reference import dense_forms, latent_forms, mixture_forms
-from tests.tiny import tiny_llama
 
 IDS = np.random.default_rng(0).integers(3, 133, 70).tolist()
 LENGTH = 16
@@ -58,8 +57,13 @@ def by_itself(folder, dropped):
 
 
 @pytest.mark.slow  # tests/app/test_prune.py has one for each day
+@pytest.mark.parametrize("tile_bytes", [None, 3_000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_loss_is_that_of_the_model_opened_without_these_layers(kind, tmp_path):
+def test_each_loss_is_that_of_the_model_opened_without_these_layers(
+    kind, tile_bytes, tmp_path, monkeypatch
+):
+    if tile_bytes is not None:
+        monkeypatch.setattr(making, "TILE_BYTES", (tile_bytes,))
     folder = Path(KINDS[kind].save(tmp_path / "source", kind))
     with opened(folder) as model:
         n_layers = model.config.num_hidden_layers
@@ -72,13 +76,8 @@ def test_each_loss_is_that_of_the_model_opened_without_these_layers(kind, tmp_pa
             assert loss.nll == pytest.approx(known[loss.dropped], abs=2e-6), loss.dropped
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "source")
-
-
-def test_it_takes_one_sweep_and_under_small_budgets_more(tiny_folder, monkeypatch):
-    with opened(tiny_folder) as model:
+def test_it_takes_one_sweep_and_under_small_budgets_more(tiny, monkeypatch):
+    with opened(tiny) as model:
         before = model.engine.totals.sweeps
         whole = losses(model, [1, 0])
         assert model.engine.totals.sweeps == before + 1
@@ -102,9 +101,9 @@ class Stopped(BaseException):
     pass
 
 
-def test_stopped_after_any_sweep_the_rest_gives_the_same_numbers(tiny_folder, monkeypatch):
+def test_stopped_after_any_sweep_the_rest_gives_the_same_numbers(tiny, monkeypatch):
     monkeypatch.setattr(influence, "MOST_WINDOWS", 6)  # several sweeps
-    with opened(tiny_folder) as model:
+    with opened(tiny) as model:
 
         def measured(so_far, stops_at=None):
             n_told = 0
@@ -132,12 +131,14 @@ def test_stopped_after_any_sweep_the_rest_gives_the_same_numbers(tiny_folder, mo
             assert model.engine.totals.sweeps == before + n_sweeps - stops_at
 
 
-def test_the_host_tier_and_tiles_give_the_same(tiny_folder):
-    with opened(tiny_folder) as model:
+def test_layers_in_tiles_give_the_same(tiny, monkeypatch):
+    """The first input of a layer is made at the end of the one before it, which may be left out."""
+    with opened(tiny) as model:
         expected = losses(model, [0, 1])
-        needed = model.plan.as_dict()["device"]["peak_bytes"]
-    with opened(tiny_folder, device_memory=needed // 2) as model:
-        assert Tier.DEVICE not in model.plan.tiers
+        assert all(tile.stage is None for tile in model.plan.tiles if tile.kind)
+    monkeypatch.setattr(making, "TILE_BYTES", (3_000,))
+    with opened(tiny) as model:
+        assert all(tile.stage is not None for tile in model.plan.tiles)
         found = losses(model, [0, 1])
     for one, other in zip(found, expected, strict=True):
         assert one.nll == pytest.approx(other.nll, abs=1e-6)
