@@ -128,7 +128,12 @@ class Store:
         if adapter is not None or adapters:
             own = None if adapter is None else os.fspath(adapter)
             others = tuple((name, os.fspath(folder)) for name, folder in adapters)
-            self._take_adapters(Named(own, others))
+            named = Named(own, others)
+            with links_followed(wanted=follow_links) as taken:
+                self._take_adapters(named)
+            for each in named.folders:
+                inside = [link for link in taken if link[0].startswith(os.path.join(each, ""))]
+                self.notes = (*self.notes, *links_note(each, inside))
 
     def _open_layered(self, host):
         self.cfg, self.manifest = read_config(self.folder), read_manifest(self.folder)

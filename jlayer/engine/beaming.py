@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from jlayer.engine.beams import Search
+from jlayer.engine.beams import Search, check_penalty
 from jlayer.engine.functions import Functions
 from jlayer.engine.joint import Commit, Joint
 from jlayer.engine.lane import Constraint, Lane
@@ -44,7 +44,8 @@ class _State:
 class Beams(Joint):
     """The search of a prompt. `stops`: tells of stop strings, in the text or all of it.
     `functions`: the user's, which see the beams of one prompt at a time; `number`: the prompt's.
-    `told`: of each token the (logits, scores) [beams, V], where they are wanted."""
+    `told`: of each token the (logits, scores) [beams, V], where they are wanted. Raises UsageError
+    where the length penalty is beyond float32."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Beams(Joint):
         self.told: list[tuple[np.ndarray, np.ndarray]] = []
         first = self.lanes[0]
         self.options, self.row, self.limit = first.options, first.row, first.limit
+        check_penalty(self.options, self.limit)
         self.search = Search.of(len(lanes), _State((), stops, first.constraint))
         self._is_new = True
 

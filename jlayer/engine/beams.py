@@ -8,16 +8,19 @@ looks at the greatest length instead, where a length penalty above 0 would favou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jlayer.engine.options import SamplingOptions
+from jlayer.errors import UsageError
 
 # Of what must not be taken: transformers adds it to a score, and begins with it.
 NEVER = np.float32(-1e9)
 ZERO = np.float32(0)
+MOST_POWER = 126  # of 2, in float32
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Search:
         grow: Callable[[Sequence[Beam]], Sequence[Beam]],
         noise: np.ndarray | None = None,
     ) -> Search:
-        """The search after one token more.
+        """The search after one token more. Raises UsageError where no text has a score above NEVER,
+        at which it counts for none.
 
         `scores`: float32 [beams, V], log-probabilities of the next token after each running beam.
         `limit`: the most tokens. `grow`: gives new beams their state, and says which have ended.
@@ -71,6 +75,7 @@ class Search:
         best.
         """
         made, total = self._made(scores, len(options.eos_token_id), noise)
+        self._check(total[0], len(made[0].tokens), options)
         made = grow(made)
         hits = np.array([beam.has_ended for beam in made])
         going = total + np.where(hits, NEVER, ZERO)
@@ -91,6 +96,15 @@ class Search:
             not can_improve or (found.is_full and options.early_stopping is True) or hits.all()
         )
         return replace(found, can_improve=can_improve, is_over=bool(is_over))
+
+    def _check(self, total, n_tokens, options):
+        """`total`: the sum of the best, which only falls."""
+        best = min(total, _divided(total, n_tokens, options))
+        if not best > NEVER and not any(beam.has_ended for beam in self.ended):
+            raise UsageError(
+                f"num_beams: the best text's score is {best:.3g}, expected one above {NEVER:.3g}; "
+                "set length_penalty, temperature, biases or what a function adds closer to neutral"
+            )
 
     def _made(self, scores, n_ends, noise):
         """(the continuations that come into question, their sums float32), best first: so many that
@@ -120,7 +134,7 @@ class Search:
         """The best that have ended, of those before and those that ended now among the first."""
         n_beams = len(self.running)
         now = hits & (np.arange(len(made)) < n_beams)
-        final = total / _divisor(len(made[0].tokens), options)
+        final = _divided(total, len(made[0].tokens), options)
         if self.is_full and options.early_stopping is True:
             final += NEVER
         if not self.can_improve:
@@ -135,8 +149,22 @@ class Search:
         return tuple(merged[n] for n in best)
 
 
+def _divided(total, n_tokens, options):
+    with np.errstate(over="ignore"):
+        return total / _divisor(n_tokens, options)
+
+
 def _divisor(n_tokens, options):
     return np.float32(n_tokens**options.length_penalty)
+
+
+def check_penalty(options: SamplingOptions, limit: int) -> None:
+    """Raises UsageError where what a score is divided by is beyond float32 at some length up to
+    `limit` tokens."""
+    power = abs(options.length_penalty) * math.log2(max(limit, 1))
+    if power > MOST_POWER:
+        found = f"found {options.length_penalty}, whose scores of {limit} tokens are beyond float32"
+        raise UsageError(f"length_penalty: {found}; set it closer to 0")
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

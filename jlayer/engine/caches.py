@@ -173,6 +173,11 @@ class Caches:
         spec = self._kinds[layer].cache
         return spec.n_bytes(n_rows=1, item_bytes=ITEM_BYTES[self._programs.dtype])
 
+    def struct(self, layer: int, n_entries: int) -> dict[str, tuple]:
+        """The name, shape and dtype of each array of so many entries of a layer."""
+        own = cache_struct(self._kinds[layer].cache, n_rows=n_entries, dtype=self._programs.dtype)
+        return {name: (leaf.shape, leaf.dtype) for name, leaf in vars(own).items()}
+
     def entries(self, layer: int, where: np.ndarray) -> dict[str, np.ndarray]:
         """Copies of the entries in these rows, or slots, of a layer's pool."""
         found = [self._fetched(layer, some) for some in _blocks_of(where)]

@@ -126,10 +126,22 @@ def parts(caches: Caches, where: Where) -> Iterator[Part]:
     yield from _grouped(LAYER, (caches.entries(layer, where(spec)) for layer, spec in layers))
 
 
-def place(caches: Caches, part: Part, where: Where) -> None:
-    """Writes what of a part is of layers into the pools."""
-    for layer, arrays in _layers_of(part, LAYER).items():
-        caches.place(layer, where(caches.specs[layer]), arrays)
+def kept_layers(caches: Caches, where: Where) -> set[int]:
+    """The layers of which `parts` gives something."""
+    return {layer for layer, spec in enumerate(caches.specs) if len(where(spec))}
+
+
+def place(caches: Caches, part: Part, where: Where) -> set[int]:
+    """Writes what of a part is of layers into the pools; -> which layers these are. Raises
+    ValueError or LookupError where the arrays are not those of such a layer."""
+    found = _layers_of(part, LAYER)
+    for layer, arrays in found.items():
+        own = where(caches.specs[layer])
+        expected = caches.struct(layer, len(own))
+        if {name: (one.shape, one.dtype) for name, one in arrays.items()} != expected:
+            raise ValueError(f"layer {layer}: entries of another shape or dtype")
+        caches.place(layer, own, arrays)
+    return set(found)
 
 
 def draft_parts(draft: DraftModel, rows: np.ndarray) -> Iterator[Part]:

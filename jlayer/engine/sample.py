@@ -135,7 +135,8 @@ def processed(
     """
     scores = np.array(logits, dtype=np.float32)
     n_new = len(history) - n_prompt
-    with np.errstate(over="ignore"):  # a score beyond float32 is refused below
+    # A score beyond float32 is refused below: `check_choosable`.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         for token, bias in options.logit_bias:
             scores[token] += np.float32(bias)
         if options.sequence_bias:
@@ -197,7 +198,8 @@ def warped(scores: np.ndarray, *, options: SamplingOptions, least: int = 1) -> n
     """float32 [V]: `scores / temperature`, -inf where `candidates` leave a token out."""
     ids, _ = candidates(scores, options=options, least=least)
     found = np.full_like(scores, -np.inf)
-    found[ids] = scores[ids] / np.float32(options.temperature)
+    with np.errstate(over="ignore"):  # at a tiny temperature they are infinite in float32
+        found[ids] = (scores[ids].astype(np.float64) / options.temperature).astype(np.float32)
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from jlayer.engine.options import SamplingOptions
 from jlayer.engine.pool import Table
 from jlayer.engine.prompts import CHAT_OPTIONS
 from jlayer.engine.sample import Choice, Padding
+from jlayer.engine.saved_facts import check_facts, check_places
 from jlayer.engine.states import Part, State, StateFolder
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.plan.shapes import RunShape
@@ -164,15 +166,23 @@ def take_up(
     refuse_several()
     with StateFolder(folder).reading() as state:
         facts = checked(state, engine, RUN, where=folder)
-        try:
+        with _damage_of(state):
+            check_facts(facts, vocab_size=engine.cfg.vocab_size)
             past = _Past(state, engine, max_new_tokens)
-        except (LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{state.path}: a damaged state ({error!a:.200})") from None
         try:
             decoding = Decoding(engine, past.rows, past.options, text=text, past=past)
         finally:
             past.forget()
     return decoding, facts["is_single"]
+
+
+@contextmanager
+def _damage_of(state):
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        found = f"{state.path}: a damaged state ({error!a:.200}); remove it"
+        raise CheckpointError(found) from None
 
 
 def check_can_be_saved(run: Decoding) -> None:
@@ -252,21 +262,25 @@ class _Past:
         is_whole = [id(lane) for lane in lanes] == self._taken
         if self._state is not None and is_whole and any(lane.is_alive for lane in lanes):
             try:
-                self._place(engine, tables)
+                with _damage_of(self._state):
+                    self._place(engine, tables, lanes)
             except BaseException:
                 ticket.close()
                 raise
         return ticket, tables
 
-    def _place(self, engine, tables):
+    def _place(self, engine, tables, lanes):
+        of_lanes = list(zip(tables, lanes, self._lanes, strict=True))
         own = [
-            table for table, lane in zip(tables, self._lanes, strict=True) if lane["has_entries"]
+            (table, len(lane.history)) for table, lane, saved in of_lanes if saved["has_entries"]
         ]
         if not own:
             return
         caches, parts = engine.caches, self._state.parts()
-        first = next(parts)
+        first = next(parts, {})
         places = [first[TABLE.format(number)] for number in range(len(own))]
+        own, lengths = zip(*own, strict=True)
+        check_places(places, lengths)
         draft = engine.draft
         if draft is None or self._facts["draft"] != _draft_of(engine):
             draft = None
@@ -276,10 +290,13 @@ class _Past:
             engine.speculation.forget(new.rows)
             if draft is not None:
                 draft.reserve(caches.pool.n_rows)
+            missing = entries.kept_layers(caches, new.where)
             for part in parts:
-                entries.place(caches, part, new.where)
+                missing -= entries.place(caches, part, new.where)
                 if draft is not None:
                     entries.place_draft(draft, part, new.rows[first[KNOWN]])
+            if missing:
+                raise ValueError(f"layer {min(missing)} is missing")
 
 
 def _has_entries(lane):
@@ -382,9 +399,11 @@ def _choice(token, logprob, top):
 def checked(state: State, engine: Engine, kind: str, *, where) -> dict:
     """Its facts. Raises UsageError where it is of another model, or another kind."""
     facts = state.facts
+    if not isinstance(facts, dict) or not isinstance(facts.get("model"), dict):
+        raise CheckpointError(f"{state.path}: a damaged state (no model); remove it")
     if facts.get("of") != kind:
         found = str(facts.get("of"))
         raise UsageError(f"{where}: a saved {found!a:.40}, expected a saved {kind}")
     own = identity_of(engine.store, engine.dtype)
-    check_identity(facts.get("model", {}), own, where=where)
+    check_identity(facts["model"], own, where=where)
     return facts

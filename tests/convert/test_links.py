@@ -9,11 +9,13 @@ import pytest
 
 import jlayer
 from jlayer.app.cli import main
+from jlayer.checkpoint.adapter import WEIGHTS
 from jlayer.checkpoint.store import Store
 from jlayer.convert import convert_checkpoint, verify_folder
 from jlayer.convert.export import export_checkpoint
 from jlayer.convert.target.seal import seal_folder
 from jlayer.errors import CheckpointError, StorageError, UsageError
+from tests.adapters import write_adapter
 from tests.conftest import BUNDLED
 from tests.convert.checkpoints import edit_json, files_of, random_checkpoint
 from tests.convert.faults import failing
@@ -176,6 +178,22 @@ def test_python_says_what_python_can_do_and_names_the_links(linked_model, tmp_pa
         assert (model.logits([[5, 6, 7]]) == found).all()
     with pytest.raises(UsageError, match="follow_links: found 'yes', expected a bool"):
         jlayer.AutoModel.from_pretrained(linked_model, device="cpu", follow_links="yes")
+
+
+def test_links_of_adapters_are_followed_where_that_is_allowed(tiny, tmp_path):
+    folders = [write_adapter(tmp_path / name, tiny) for name in ("own", "other")]
+    for folder in folders:
+        (folder / WEIGHTS).rename(tmp_path / f"{folder.name}.outside")
+        (folder / WEIGHTS).symlink_to(tmp_path / f"{folder.name}.outside")
+    given = {"adapter": folders[0], "adapters": [("other", folders[1])]}
+    with pytest.raises(CheckpointError, match="or allow it with follow_links=True"):
+        Store(tiny, **given)
+    store = Store(tiny, **given, follow_links=True)
+    for folder in folders:
+        assert f"{folder}: links followed outside the folder: {WEIGHTS} to {tmp_path}" in str(
+            store.notes
+        )
+    assert main(["plan", str(tiny), "--device", "cpu", "--adapter", str(folders[0])]) == 0
 
 
 def test_a_plan_needs_no_leave_to_read_a_config(linked_model):

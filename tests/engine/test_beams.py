@@ -200,11 +200,22 @@ def test_what_goes_badly_with_beams_is_refused(both):
         ({"num_beam_groups": 3}, "num_beam_groups"),
         ({"diversity_penalty": 0.5}, "diversity_penalty"),
         ({"streamer": object()}, "streamer: found with num_beams 3"),
+        ({"length_penalty": 200.0}, "length_penalty: found 200.0, whose scores of 20 tokens"),
+        ({"length_penalty": -1e300, "max_new_tokens": 2}, "length_penalty: found -1e.300, whose"),
+        ({"length_penalty": -29.0}, "num_beams: the best text's score is .*, expected one above"),
+        ({"do_sample": True, "temperature": 1e-30}, "num_beams: the best text's score is .*e.30,"),
+        ({"do_sample": True, "temperature": 1e-300}, "num_beams: the best text's score is -inf,"),
     ):
         with pytest.raises(UsageError, match=words):
             both.ours.generate([LONG], num_beams=3, **options)
     assert both.ours.engine.n_alive == 0
     jlayer.generate(both.ours, LONG, num_beams=3, speculate="auto", max_new_tokens=2)
+    for penalty in (1e-320, 29.0, -3.0, 1e300):
+        n_tokens = 1 if penalty == 1e300 else 20
+        ids = both.ours.generate(
+            [LONG], num_beams=2, length_penalty=penalty, max_new_tokens=n_tokens
+        )
+        assert len(ids[0]) == len(LONG) + n_tokens
 
 
 # Text

@@ -2,12 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 import jlayer
 from jlayer.engine import entries, identity, states
 from jlayer.engine.caches import Caches
-from jlayer.engine.states import FACTS
+from jlayer.engine.states import FACTS, StateFolder
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.plan.tiles import Tier
 from tests.adapters import write_adapter
@@ -251,6 +252,75 @@ def test_damage_is_refused_and_nothing_is_held(tiny, put_down, tmp_path):
                 model.load_session(damaged)
             assert not model.engine.n_alive
         assert model.load_session(put_down).result().token_ids
+
+
+def forged(saved, folder, change):
+    """A copy of a saved run whose facts and parts are changed, written as a run's own are."""
+    with StateFolder(saved).reading() as state:
+        facts, parts = state.facts, list(state.parts())
+    change(facts, parts)
+    StateFolder(folder).save(facts, parts, n_bytes=1)
+    return folder
+
+
+def of_lane(name, value):
+    return lambda facts, parts: facts["lanes"][0].update({name: value})
+
+
+def of_row(name, value):
+    return lambda facts, parts: facts["rows"][0].update({name: value})
+
+
+def of_part(number, name, change):
+    def made(facts, parts):
+        (full,) = (own for own in parts[number] if own.startswith(name))
+        parts[number][full] = change(parts[number][full])
+
+    return made
+
+
+FORGED = {
+    "a text more": lambda facts, parts: facts["lanes"].append(facts["lanes"][0]),
+    "no prompts": lambda facts, parts: facts.update(rows=[], lanes=[]),
+    "no model": lambda facts, parts: facts.update(model=None),
+    "a fact less": lambda facts, parts: facts.pop("is_single"),
+    "beams": lambda facts, parts: facts["options"].update(num_beams=2),
+    "a token of no vocabulary": of_lane("tokens", [133]),
+    "a token that is no number": of_lane("tokens", ["5"]),
+    "more tokens than may be": of_lane("tokens", [5] * 7),
+    "no seed of a draw": of_lane("seed", None),
+    "scores that nobody asked for": of_lane("logprobs", [[-1.0, []]]),
+    "scores of a prompt": of_lane("prompt_scores", [None] * 40),
+    "a prompt of no vocabulary": of_row("ids", [-1] * 40),
+    "padding": of_row("padding", [3, 0]),
+    "a table of another length": of_part(0, "table", lambda rows: np.arange(99, dtype=np.int32)),
+    "a table with holes": of_part(0, "table", lambda rows: rows * 2),
+    "a table before the first": of_part(0, "table", lambda rows: rows - 5),
+    "a table of fractions": of_part(0, "table", lambda rows: rows.astype(np.float32)),
+    "entries of another dtype": of_part(1, "layer-00000.k", lambda own: own.astype(np.float16)),
+    "entries of some tokens": of_part(1, "layer-00001.v", lambda own: own[:3]),
+    "no entries": lambda facts, parts: parts.clear(),
+    "a layer less": lambda facts, parts: [
+        part.pop(name) for part in parts for name in list(part) if name.startswith("layer-00002")
+    ],
+    "a layer more": lambda facts, parts: parts.append({"layer-00099.k": np.zeros(3)}),
+    "a layer without a number": lambda facts, parts: parts.append({"layer-x.k": np.zeros(3)}),
+}
+
+
+def test_what_no_run_has_saved_is_refused_whatever_its_digest_says(tiny, tmp_path):
+    with opened(tiny) as model:
+        session = model.session(PROMPT, **DRAWN)
+        next(session)
+        session.save(tmp_path / "run")
+        expected = session.result().token_ids
+        same = forged(tmp_path / "run", tmp_path / "same", lambda facts, parts: None)
+        assert model.load_session(same).result().token_ids == expected
+        for name, change in FORGED.items():
+            folder = forged(tmp_path / "run", tmp_path / name, change)
+            with pytest.raises(CheckpointError, match=rf"{name}/1: a damaged state .*; remove it"):
+                model.load_session(folder)
+            assert not model.engine.n_alive, name
 
 
 def test_host_memory_holds_a_part_of_a_state_at_a_time(tiny, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from jlayer.checkpoint.beside import Named, beside
 from jlayer.checkpoint.foreign import refuse_adapter, refuse_file
 from jlayer.checkpoint.hub import hub_config, is_hub_id
 from jlayer.checkpoint.layout import CONFIG, is_layered, read_manifest
+from jlayer.checkpoint.links import links_followed
 from jlayer.checkpoint.quantization import Quantization, published_quantization, quantization_of
 from jlayer.checkpoint.rows import check_host
 from jlayer.checkpoint.source import names_in
@@ -218,7 +219,8 @@ def _with_adapters(weights: Weights, named: Named) -> tuple[Weights, int]:
     """The weights with adapters beside them, and the bytes of what is in memory for these."""
     if not named.folders:
         return weights, 0
-    found = beside(named, weights.cfg)
+    with links_followed():  # it runs nothing
+        found = beside(named, weights.cfg)
     cfg = replace(weights.cfg, additions=found.additions)
     with_them = Weights(
         cfg, lambda name: found.forms.get(name) or weights.form_of(name), weights.dtype

@@ -167,6 +167,7 @@ def _opened(args, place, run, settings, how):
 
 def _work(args, folder, run, settings, how):
     """(what is to be done, the data)."""
+    from jlayer.checkpoint.links import links_followed
     from jlayer.checkpoint.store import Store
     from jlayer.text.tokenizer import NO_TOKENIZER, Tokenizer
     from jlayer.tuning import lanes
@@ -181,7 +182,8 @@ def _work(args, folder, run, settings, how):
     if args.adapter is None:
         begun = fresh(targets_of(store.cfg, how), how, settings.seed)
     else:
-        found = load_adapter(args.adapter, store.cfg)
+        with links_followed(wanted=run.follow_links):
+            found = load_adapter(args.adapter, store.cfg)
         begun, how, alphas, begun_with = found.state, found.how, found.alphas, found.digest
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:
