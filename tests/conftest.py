@@ -67,13 +67,15 @@ def long_tests() -> frozenset[str]:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
+LONG = long_tests()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Marks long tests, and drops the tests of other parts. Which part a test is in hangs on its
     name alone, so all workers agree, and a new test moves no other."""
-    long = long_tests()
     for item in items:
-        if item.nodeid in long:
+        if item.nodeid in LONG:
             item.add_marker(pytest.mark.slow)
     if part := config.getoption("--part"):
         number, n_parts = map(int, part.split("/"))
@@ -142,7 +144,8 @@ def all_shapes():
 
 @pytest.fixture(autouse=True)
 def campaigns_have_all_shapes(request):
-    if request.node.get_closest_marker("slow"):
+    """Not those of the table: what they compare with is made by fixtures of their module."""
+    if request.node.get_closest_marker("slow") and request.node.nodeid not in LONG:
         request.getfixturevalue("all_shapes")
 
 
