@@ -10,7 +10,9 @@ from jlayer.checkpoint.layout import encode_manifest
 from jlayer.checkpoint.store import Store
 from jlayer.errors import UsageError
 
-FORMAT = 1  # of saved cache entries and what stands beside them; another one is refused
+# Of saved cache entries and what stands beside them; another one is refused. Entries of windows stood
+# out of order in the first.
+FORMAT = 2
 
 # What is compared -> (what it is called, what to do where it differs).
 _COMPARED = {
