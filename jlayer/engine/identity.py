@@ -10,8 +10,8 @@ from jlayer.checkpoint.layout import encode_manifest
 from jlayer.checkpoint.store import Store
 from jlayer.errors import UsageError
 
-# Of saved cache entries and what stands beside them; another one is refused. Entries of windows stood
-# out of order in the first.
+# Of saved cache entries and what stands beside them; another one is refused. Entries of windows
+# stood out of order in the first.
 FORMAT = 2
 
 # What is compared -> (what it is called, what to do where it differs).
