@@ -72,6 +72,7 @@ PURPOSES = {
     "xxhash": "checks rows as they are read; about ten times as fast as SHA-256",
     "rich": "progress bars, and the width of characters on a terminal",
     "jinja2": "chat templates",
+    "regex": "patterns in an adapter's config: those of `re`, but what matches has an end",
     "torch": "reads `pytorch_model.bin` and Meta's `.pth` files; reference in the tests",
     "matplotlib": "draws the pictures of `--timeline` and `--picture`",
     "llvmlite": "compiles the kernels with which the host's cores multiply weights in host memory",

@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import regex
+
 from jlayer.checkpoint.agree import listed
 from jlayer.checkpoint.names import Names
 from jlayer.checkpoint.safetensors import TensorEntry
@@ -55,6 +57,7 @@ _TOLD = {
     "task_type",
 }
 _ALL_LINEAR = "all-linear"
+PATIENCE_S = 2.0  # for a pattern and a name: some patterns take longer than anybody lives
 _LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which the sum is computed
 # Keys whose values change what is computed -> those under which it is what stands above.
 _ONLY = {
@@ -299,7 +302,7 @@ def _is_among(fields, key, module):
     """Whether a pattern matches the whole name, or one of a list of names its end."""
     found = fields.raw.get(key)
     if isinstance(found, str):
-        return _match(fields, key, found, module, how=re.fullmatch) is not None
+        return _match(fields, key, found, module, how=regex.fullmatch) is not None
     return any(f".{module}".endswith(f".{name}") for name in _list_of(fields, key, str))
 
 
@@ -328,11 +331,19 @@ def _list_of(fields, key, kind):
     return found
 
 
-def _match(fields, key, pattern, module, *, around="{}", how=re.match):
-    """`around`: what PEFT has around a pattern of the config."""
+def _match(fields, key, pattern, module, *, around="{}", how=regex.match):
+    """`around`: what PEFT has around a pattern of the config. It is one of `re`, as PEFT's are, but
+    its matching has an end."""
+    whole = around.replace("{}", pattern)
     try:
-        return how(around.replace("{}", pattern), module)
-    except (re.error, RecursionError, OverflowError) as error:
+        re.compile(whole)
+        return how(whole, module, timeout=PATIENCE_S)
+    except TimeoutError:
+        raise CheckpointError(
+            f"{fields.where}: {key} has {printable(pattern)!a:.80}, which after {PATIENCE_S:g} s "
+            f"had neither matched {module} nor not; write it without repeats of repeats"
+        ) from None
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise CheckpointError(
             f"{fields.where}: {key} has {printable(pattern)!a}, which is no pattern ({error})"
         ) from None

@@ -209,6 +209,22 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(base, adapter, tmp_
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "((.|..)+)+[#%]"},
+        {"rank_pattern": {"((.|..)+)+[#%]": 3}},
+        {"layers_to_transform": 0, "layers_pattern": "((.|..)+)+[#%]"},
+    ],
+)
+def test_a_pattern_whose_matching_does_not_end_is_refused(
+    base, adapter, tmp_path, monkeypatch, config
+):
+    monkeypatch.setattr("jlayer.checkpoint.adapter.PATIENCE_S", 0.1)
+    with pytest.raises(CheckpointError, match=r"after 0\.1 s had neither matched .* of repeats"):
+        convert_checkpoint(base, tmp_path / "out", merge=changed(adapter, tmp_path, **config))
+
+
 EMBEDDING = "base_model.model.model.embed_tokens"
 
 
