@@ -46,12 +46,17 @@ _ALL = (_WEIGHT, *_OF_CHATS, *(key for form in _FORMS for part in form for key i
 _WORDS = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
 
 
-def read_data(path: str | os.PathLike, tokenizer: Tokenizer, **options) -> Data:
-    """The data of a file. `options`, and what is raised: as of `read_examples`."""
-    examples = read_examples(path, tokenizer, **options)
+def read_data(
+    path: str | os.PathLike, tokenizer: Tokenizer, *, skips_bad: bool = False, **options
+) -> Data:
+    """The data of a file. `skips_bad`: without its bad lines. `options`, and what is raised: as of
+    `read_examples`."""
+    skipped = [] if skips_bad else None
+    examples = read_examples(path, tokenizer, skipped=skipped, **options)
     try:
         with open(path, "rb") as file:
-            return Data(examples, hashlib.file_digest(file, "sha256").hexdigest())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return Data(examples, digest, tuple(skipped or ()))
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -62,6 +67,7 @@ def read_examples(
     *,
     chat_template: str | None = None,
     turns_apart: bool = False,
+    skipped: list[str] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> list[Example]:
     """The texts of a file, in its order: .jsonl or .json, with an object a line, or .txt, which is
@@ -74,7 +80,8 @@ def read_examples(
     name or a source) or the model's own; words of messages that are special tokens stay text.
     `weight`, of a line or of the assistant's message, multiplies. `turns_apart`: a chat whose
     template writes turns in another way once others follow becomes a text for each turn, as
-    the model would see it then; without it such a chat is refused.
+    the model would see it then; without it such a chat is refused. `skipped`: is told what is wrong
+    with each bad line, in the place of the error.
     `on_bytes`: is told how many bytes were read so far.
 
     Raises UsageError ("FILE line N: ...": what is wrong), StorageError, or CheckpointError (a chat
@@ -94,7 +101,10 @@ def read_examples(
     ):
         reader = _Reader(tokenizer, t)
         try:
-            read = _of_plain(file, name, reader) if kind in PLAIN else _of_lines(file, name, reader)
+            if kind in PLAIN:
+                read = _of_plain(file, name, reader)
+            else:
+                read = _of_lines(file, name, reader, skipped)
             found = []
             for examples in read:
                 found += examples
@@ -102,6 +112,8 @@ def read_examples(
                     on_bytes(file.tell())
         except OSError as error:
             raise StorageError(f"{name}: cannot be read ({error.strerror})") from None
+    if not found and skipped:
+        raise UsageError(f"{name}: all of its {len(skipped):,} lines are bad: {skipped[0]}")
     if not found:
         raise UsageError(f"{name}: has no line that is not empty; expected {_EXPECTED}, one a line")
     return found
@@ -137,18 +149,19 @@ def _of_plain(file, name, reader):
         yield [reader.text(text, 1.0)]
 
 
-def _of_lines(file, name, reader):
+def _of_lines(file, name, reader, skipped):
     for number, raw in _raw_lines(file):
-        where = f"{name} line {number}"
-        if raw is None:
-            raise UsageError(
-                f"{where}: longer than {MOST_LINE_BYTES:,} bytes, expected an object a line; split "
-                "the text into several lines"
-            )
-        if number == 1:
+        if number == 1 and raw is not None:
             _refuse_pointer(raw, name)
-        with _located(where):
-            yield reader.line(_parsed(raw))
+        try:
+            with _located(f"{name} line {number}"):
+                found = reader.line(_parsed(raw))
+        except UsageError as error:
+            if skipped is None:
+                raise
+            skipped.append(error.command_line)
+        else:
+            yield found
 
 
 def _raw_lines(file) -> Iterator[tuple[int, bytes | None]]:
@@ -172,6 +185,11 @@ def _refuse_pointer(raw, name):
 
 
 def _parsed(raw):
+    if raw is None:
+        raise UsageError(
+            f"longer than {MOST_LINE_BYTES:,} bytes, expected an object a line; split the text "
+            "into several lines"
+        )
     if raw.lstrip()[:1] == b"[":
         raise UsageError(
             "found a JSON list, expected an object a line; write each object of the list as a line"

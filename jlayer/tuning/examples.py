@@ -72,10 +72,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a file, in its order, and the SHA-256 of its bytes."""
+    """The examples of a file, in its order, and the SHA-256 of its bytes. `skipped`: what is wrong
+    with each line that was left out."""
 
     examples: list[Example]
     sha256: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def n_tokens(self) -> int:

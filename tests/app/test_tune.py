@@ -97,7 +97,9 @@ def test_it_trains_an_adapter_that_generates_and_goes_on_from_it(tune, fable, tm
 
 
 def test_json_is_a_line_a_step_and_the_result(tune, tmp_path, capsys):
-    held = ("--held-out", tmp_path / "held.jsonl", "--eval-every", 1)
+    held = ("--held-out", tmp_path / "held.jsonl", "--eval-every", 1, "--skip-bad")
+    with open(tmp_path / "data.jsonl", "a") as file:
+        file.write('\n{"txt": 1}\n')
     assert tune(*held, "--json", "--quiet", "--picture", tmp_path / "loss.png") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -108,7 +110,7 @@ def test_json_is_a_line_a_step_and_the_result(tune, tmp_path, capsys):
         assert {"seconds", "put_bytes", "perplexity"} < set(step)
     assert result["finish_reason"] == "complete"
     assert result["out"] == f"{tmp_path}/out"
-    assert result["steps"] == 2
+    assert (result["steps"], result["skipped_lines"]) == (2, 1)
     assert result["loss"] == steps[-1]["loss"]
     assert result["perplexity"] == steps[-1]["perplexity"]
     assert result["tokens"] == sum(step["tokens"] for step in steps)

@@ -9,7 +9,7 @@ from jlayer.errors import CheckpointError, UsageError
 from jlayer.text.renderer import MOST_BYTES, Renderer
 from jlayer.text.sandbox import render
 from jlayer.tuning import data
-from jlayer.tuning.data import read_examples
+from jlayer.tuning.data import read_data, read_examples
 from jlayer.tuning.examples import Example
 from jlayer.tuning.lanes import cut
 from tests.text.built import files_of
@@ -46,6 +46,24 @@ def read(tmp_path):
         return read_examples(path, tokenizer, **options)
 
     return read
+
+
+def test_bad_lines_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
+    tokenizer = bundled()
+    good, bad = '{"text": "a cat"}\n', ('{"txt": 1}\n', "[]\n", '{"text": "a", "weight": -1}\n')
+    file, clean = tmp_path / "some.jsonl", tmp_path / "clean.jsonl"
+    file.write_text(bad[0] + good + "".join(bad[1:]) + good)
+    clean.write_text(2 * good)
+    found = read_data(file, tokenizer, skips_bad=True)
+    assert found.examples == read_data(clean, tokenizer).examples
+    places = [told.split(": ")[0] for told in found.skipped]
+    assert places == [f"{file} line {number}" for number in (1, 3, 4)]
+    file.write_text("".join(bad))
+    with pytest.raises(UsageError, match=r"all of its 3 lines are bad: .* line 1: "):
+        read_data(file, tokenizer, skips_bad=True)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n" + good)
+    with pytest.raises(UsageError, match="Git LFS pointer"):
+        read_data(file, tokenizer, skips_bad=True)
 
 
 def runs(tokenizer, example):

@@ -70,6 +70,8 @@ def add_arguments(parser):
     )
     line = "make a text of each turn of a chat, where a template rewrites earlier turns"
     parser.add_argument("--turns-apart", action="store_true", help=line)
+    line = "leave out and count the lines of DATA and --held-out that are bad"
+    parser.add_argument("--skip-bad", action="store_true", help=line)
     options.add_run(parser, RUN)
     options.add_offline(parser)
     options.add_follow_links(parser)
@@ -192,10 +194,14 @@ def _work(args, folder, run, settings, how):
     if args.chat_template is not None:
         template = read_text(args.chat_template, option="--chat-template")
     how_read = {"chat_template": template, "turns_apart": args.turns_apart}
+    how_read["skips_bad"] = args.skip_bad
     data = read_data(args.data, tokenizer, **how_read)
     held_out = None
     if args.held_out is not None:
         held_out = read_data(args.held_out, tokenizer, **how_read)
+    for read in filter(None, (data, held_out)):
+        if read.skipped:
+            tell(f"left out {counted(len(read.skipped), 'bad line')}, the first: {read.skipped[0]}")
     _tell_of(data, begun, settings)
     work = Work(
         folder=folder,
@@ -269,7 +275,7 @@ def _go_on(args, tuning, work, data):
     except STOPS as stop:
         tuning.save()
         tell(f"stopped {_after(tuning)}; the same command {_then(tuning)}")
-        raise Interrupted(stop, _result(args, tuning, word_of(stop))) from None
+        raise Interrupted(stop, _result(args, tuning, data, word_of(stop))) from None
     except Exception:  # a failure of the device too: the steps that are done are whole
         _keep(tuning)
         raise
@@ -278,7 +284,7 @@ def _go_on(args, tuning, work, data):
             _draw(args, tuning)
         except JlayerError as error:  # how the run ended is more than its picture
             tell(str(error))
-    found = _result(args, tuning, "complete")
+    found = _result(args, tuning, data, "complete")
     if not args.json:
         print(_last_line(found))
     return found
@@ -316,12 +322,13 @@ def _draw(args, tuning):
     draw_losses(tuning.history, args.picture, what=f"{name_of(args.ref)}: loss")
 
 
-def _result(args, tuning, why):
+def _result(args, tuning, data, why):
     steps = tuning.history.steps
     before, after = tuning.history.perplexity or (tuning.history.before, None)
     return {
         "out": args.out if why == "complete" else None,
         "finish_reason": why,
+        "skipped_lines": len(data.skipped),
         "steps": tuning.step,
         "loss": steps[-1]["loss"] if steps else None,
         "seconds": sum(step["seconds"] for step in steps),
