@@ -233,8 +233,10 @@ def test_another_model_is_refused_by_name(tiny, put_down, tmp_path, monkeypatch)
             assert not model.engine.n_alive
     with opened(tiny) as model:
         assert model.load_session(put_down).result().token_ids
-        monkeypatch.setattr(identity, "FORMAT", identity.FORMAT + 1)
-        with pytest.raises(UsageError, match="another format: expected 1, found 2; begin the run"):
+        own = identity.FORMAT
+        monkeypatch.setattr(identity, "FORMAT", own + 1)
+        words = f"another format: expected {own}, found {own + 1}; begin the run"
+        with pytest.raises(UsageError, match=words):
             model.load_session(put_down)
 
 
