@@ -49,7 +49,7 @@ SEARCHES = {
 
 
 def check(both, ids, *, scale=1e-5, **options):
-    """The same texts, scores and rows as transformers gives; logits within `scale` of the largest."""
+    """The same texts, scores and rows as transformers gives; logits within `scale` of the most."""
     details = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options = {"max_new_tokens": 10, "pad_token_id": PAD, **options, **details}
     theirs = both.theirs.generate(torch.tensor(ids), **options)
