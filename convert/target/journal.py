@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from jlayer.checkpoint.layout import CONFIG, MERGED, check_seal, seal
+from jlayer.checkpoint.layout import CONFIG, MERGED, seal
 from jlayer.checkpoint.quantization import Quantization
 from jlayer.checkpoint.rows import Host
 from jlayer.checkpoint.sides import side_names
@@ -21,10 +21,11 @@ from jlayer.config import model_config
 from jlayer.convert.sources.files import FileSource, Place, TensorInfo
 from jlayer.convert.sources.open import CheckedSource
 from jlayer.convert.target.disk import remove, replace_file, sync_folder
+from jlayer.convert.target.sealed import read_sealed
 from jlayer.convert.transform.pruned import Pruning
 from jlayer.errors import CheckpointError, UsageError
 from jlayer.families.base import HEAD
-from jlayer.strict import is_there, parse_json_object, read_small_file, resolve
+from jlayer.strict import is_there, read_small_file, resolve
 
 JOURNAL = ".jlayer-journal"
 _VERSION = 1
@@ -66,17 +67,7 @@ class Journal:
 def read_journal(folder: str) -> Journal:
     """The journal in a target. Raises CheckpointError where it is damaged, or StorageError."""
     path = os.path.join(folder, JOURNAL)
-    raw = read_small_file(path)
-    try:
-        body = parse_json_object(raw, what=path)
-        check_seal(raw, body, what=path)
-        if body["version"] != _VERSION:
-            raise CheckpointError(f"{path}: of version {body['version']!a}, expected {_VERSION}")
-    except (CheckpointError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: the journal of the interrupted run cannot be used ({error}); "
-            "start again with --overwrite"
-        ) from None
+    body = read_sealed(path, version=_VERSION, what="the journal of the interrupted run")
     finished = {name: FinishedFile(**entry) for name, entry in body["finished"].items()}
     return Journal(body["source"], finished, body["removed"])
 

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from jlayer.checkpoint.layout import check_seal, seal
+from jlayer.checkpoint.layout import seal
 from jlayer.convert.target.disk import replace_file
 from jlayer.convert.target.lock import TargetLock
-from jlayer.errors import CheckpointError
-from jlayer.strict import is_there, parse_json_object, read_small_file
+from jlayer.convert.target.sealed import read_sealed
+from jlayer.strict import is_there
 
 MEASURED = ".jlayer-measured"
 _VERSION = 1
@@ -51,18 +51,7 @@ class Measured:
     def _body(self):
         if not is_there(self._path):
             return None
-        raw = read_small_file(self._path)
-        try:
-            body = parse_json_object(raw, what=self._path)
-            check_seal(raw, body, what=self._path)
-            if body["version"] != _VERSION:
-                raise CheckpointError(f"of version {body['version']!a}, expected {_VERSION}")
-        except (CheckpointError, KeyError) as error:
-            raise CheckpointError(
-                f"{self._path}: what was measured so far cannot be used ({error}); start again "
-                "with --overwrite"
-            ) from None
-        return body
+        return read_sealed(self._path, version=_VERSION, what="what was measured so far")
 
 
 @contextmanager
