@@ -113,7 +113,7 @@ def read_examples(
         except OSError as error:
             raise StorageError(f"{name}: cannot be read ({error.strerror})") from None
     if not found and skipped:
-        raise UsageError(f"{name}: all of its {len(skipped):,} lines are bad: {skipped[0]}")
+        raise UsageError(f"no text is left; {counted(len(skipped), 'bad line')}: {skipped[0]}")
     if not found:
         raise UsageError(f"{name}: has no line that is not empty; expected {_EXPECTED}, one a line")
     return found

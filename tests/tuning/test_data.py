@@ -59,7 +59,7 @@ def test_bad_lines_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
     places = [told.split(": ")[0] for told in found.skipped]
     assert places == [f"{file} line {number}" for number in (1, 3, 4)]
     file.write_text("".join(bad))
-    with pytest.raises(UsageError, match=r"all of its 3 lines are bad: .* line 1: "):
+    with pytest.raises(UsageError, match=r"no text is left; 3 bad lines: .* line 1: "):
         read_data(file, tokenizer, skips_bad=True)
     file.write_text("version https://git-lfs.github.com/spec/v1\n" + good)
     with pytest.raises(UsageError, match="Git LFS pointer"):
