@@ -24,10 +24,10 @@ class Resident:
     def __init__(self, base):
         self._base, self._arrays = base, {}
 
-    def sweep(self, run, *, n_tiles=None):
+    def sweep(self, run, *, n_tiles=None, n_rows=1):
         """As the executor's."""
         if not self._arrays:
-            self._base.executor.sweep(self._keeping(run), n_tiles=n_tiles)
+            self._base.executor.sweep(self._keeping(run), n_tiles=n_tiles, n_rows=n_rows)
             return
         outputs = []
         for tile in self._base.plan.tiles[:n_tiles]:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from jlayer.checkpoint.quantization import Quantization, stored_tensors
 from jlayer.checkpoint.rows import Host, Span
-from jlayer.checkpoint.safetensors import LENGTH_BYTES, TensorEntry
+from jlayer.checkpoint.safetensors import TensorEntry, encode_tensors
 from jlayer.encodings.base import WHOLE
 from jlayer.encodings.grouped import Q
 from jlayer.encodings.registry import piece_name, split_piece
 from jlayer.errors import CheckpointError
 from jlayer.families.base import EMBEDDING
 from jlayer.families.registry import layer_of, published_tensors
-from jlayer.spec import ALIGNMENT, PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
+from jlayer.spec import PUBLISHED_DTYPE, STORED_BYTES, STORED_DTYPES, ModelConfig
 from jlayer.strict import is_relative_path, parse_json_object, read_small_file
 
 FORMAT = "jlayer"
@@ -210,29 +210,10 @@ def encode_header(
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """(the bytes of a file before its data, the entry of each tensor in the order of offsets).
 
-    `whole`: the shapes with all rows, where a file holds only some. The header is padded with
-    spaces (which the format allows) so that the data begins at a multiple of ALIGNMENT.
+    `whole`: the shapes with all rows, where a file holds only some.
     """
-    table, at = {}, 0
-    for name in order_of_tensors(whole or shapes, dtypes, held=shapes):
-        table[name] = (at, _n_bytes(shapes[name], dtypes[name]))
-        at = sum(table[name])
-    raw = {
-        name: {
-            "dtype": PUBLISHED_DTYPE[dtypes[name]],
-            "shape": list(shapes[name]),
-            "data_offsets": [begin, begin + n_bytes],
-        }
-        for name, (begin, n_bytes) in table.items()
-    }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **raw}, separators=(",", ":")).encode()
-    data_start = -(-(LENGTH_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT
-    text = text.ljust(data_start - LENGTH_BYTES, b" ")
-    entries = {
-        name: TensorEntry(dtypes[name], tuple(shapes[name]), data_start + begin, n_bytes)
-        for name, (begin, n_bytes) in table.items()
-    }
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, entries
+    order = order_of_tensors(whole or shapes, dtypes, held=shapes)
+    return encode_tensors({name: (dtypes[name], shapes[name]) for name in order})
 
 
 def encode_index(files: dict[str, dict[str, TensorEntry]]) -> bytes:

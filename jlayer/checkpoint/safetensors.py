@@ -6,13 +6,17 @@ tensors; this one does not. It reads only the header and returns the position of
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jlayer.encodings.plain import INPUTS_FIRST
 from jlayer.errors import CheckpointError, StorageError
-from jlayer.spec import DTYPES, STORED_DTYPES
+from jlayer.spec import ALIGNMENT, DTYPES, STORED_DTYPES
 from jlayer.strict import (
     GIT_LFS,
     MAX_KEYS,
@@ -47,6 +51,7 @@ _DTYPES = {word: (name, 8 * n_bytes) for word, (name, n_bytes) in STORED_DTYPES.
     "F6_E2M3": ("float6_e2m3fn", 6),
     "F6_E3M2": ("float6_e3m2fn", 6),
 }
+_WORDS = {name: (word, bits) for word, (name, bits) in _DTYPES.items()}
 # Bits of a number, of the dtypes that share bytes.
 BITS_OF_SMALL = {name: bits for name, bits in _DTYPES.values() if bits % 8}
 _PICKLE = "a pickle, not safetensors; take the model's checkpoint of safetensors files"
@@ -103,11 +108,13 @@ class Header:
     """A checked header.
 
     `tensors`: in the order of their bytes, which fill the file from `data_start` to its end.
+    `metadata`: what else is said of the file.
     """
 
     tensors: dict[str, TensorEntry]
     data_start: int
     file_bytes: int
+    metadata: dict[str, str]
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -131,6 +138,31 @@ def read_header(path: str | os.PathLike) -> Header:
     return parse_header(raw, file_bytes=size, where=os.fspath(path))
 
 
+def encode_tensors(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """(the bytes of a file before its data, the entry of each tensor).
+
+    `tensors`: the dtype and shape of each, in the order of their bytes. `metadata`: what else is
+    said of the file. The header is padded with spaces (which the format allows) so that the data
+    begins at a multiple of ALIGNMENT.
+    """
+    raw, at = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, (dtype, shape) in tensors.items():
+        word, bits = _WORDS[dtype]
+        begin, at = at, at + math.prod(shape) * bits // 8
+        raw[name] = {"dtype": word, "shape": list(shape), "data_offsets": [begin, at]}
+    text = json.dumps(raw, separators=(",", ":")).encode()
+    data_start = -(-(LENGTH_BYTES + len(text)) // ALIGNMENT) * ALIGNMENT
+    text = text.ljust(data_start - LENGTH_BYTES, b" ")
+    entries = {}
+    for name, (dtype, shape) in tensors.items():
+        begin, end = raw[name]["data_offsets"]
+        entries[name] = TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, entries
+
+
 def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
     """Parses `raw`, the header of a file of `file_bytes` bytes.
 
@@ -143,7 +175,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
         tensors = parse_json_object(
             raw, what=f"{where}: header", convert=lambda found: _entry(found, data_start)
         )
-        _check_metadata(tensors.pop("__metadata__", None), where)
+        metadata = _metadata(tensors.pop("__metadata__", None), where)
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(
                 f"{where}: {len(tensors)} tensors, over the limit of {MAX_TENSORS}"
@@ -158,7 +190,7 @@ def parse_header(raw: bytes, *, file_bytes: int, where: str) -> Header:
             by_place = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes))
             tensors = dict(by_place)
         _check_tiling(tensors, data_start, file_bytes, where)
-    return Header(tensors, data_start, file_bytes)
+    return Header(tensors, data_start, file_bytes, metadata)
 
 
 def _header_length(start, size, path):
@@ -191,11 +223,12 @@ def _refuse_other_formats(start, path):
             raise CheckpointError(f"{path}: {advice}")
 
 
-def _check_metadata(found, where):
+def _metadata(found, where):
     """The library takes null, too, for no metadata."""
     found = {} if found is None else found
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{where}: header: __metadata__ is not a map of strings")
+    return found
 
 
 def _entry(found, data_start):

@@ -29,7 +29,7 @@ from jlayer.spec import ITEM_BYTES
 from jlayer.streaming.guard import first_line
 from jlayer.streaming.slots import HostMemory
 
-BLOCK_ROWS = 512  # of a pool that are fetched, or placed, at a time
+BLOCK_ROWS = 2048  # of a pool that are fetched, or placed, at a time
 
 
 class Caches:
@@ -209,9 +209,11 @@ class Caches:
         kind, pool = self._kinds[layer], self._n_rows(layer)
         padded = _padded(where, pool)
         struct = cache_struct(kind.cache, n_rows=len(padded), dtype=self._programs.dtype)
-        new = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in vars(struct).items()}
-        for name, array in entries.items():
-            new[name][: len(where)] = array
+        new = dict(entries)
+        if len(padded) > len(where):
+            new = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in vars(struct).items()}
+            for name, array in entries.items():
+                new[name][: len(where)] = array
         program = self._programs.pools.placed(kind, pool=pool, n_rows=len(padded))
         put = self._programs.pools.put(kind, type(struct)(**new))
         try:

@@ -30,9 +30,18 @@ from jlayer.engine import entries
 from jlayer.engine.caches import Caches
 from jlayer.engine.deciding import is_one_of_several
 from jlayer.engine.identity import check_identity, identity_of, key_of
+from jlayer.engine.kept_blocks import (
+    SUFFIX,
+    NewBlock,
+    Wanted,
+    opened,
+    place_blocks,
+    together,
+    write_blocks,
+)
 from jlayer.engine.lane import Lane
 from jlayer.engine.speculation import Speculation
-from jlayer.engine.states import UNFINISHED, read_state, remove_state, write_state
+from jlayer.engine.states import UNFINISHED
 from jlayer.engine.taking import Fill, fills_of, places_of
 from jlayer.errors import CheckpointError, JlayerError, StorageError, UsageError
 from jlayer.run_config import RunConfig
@@ -43,7 +52,7 @@ from jlayer.strict import close
 BLOCK = 256
 STEP_S = 1e-3  # between the times of use of a text's blocks
 END = ".end"  # after the name of a block
-_KEY, _NAME = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{32}(\.end)?")
+_KEY, _NAME = re.compile(r"[0-9a-f]{32}"), re.compile(rf"[0-9a-f]{{32}}(\.end)?\{SUFFIX}")
 
 
 class Home(Protocol):
@@ -200,7 +209,10 @@ class PromptCache:
         return names
 
     def _is_there(self, name):
-        return os.path.isdir(os.path.join(self._root, name))
+        return os.path.isfile(self._path(name))
+
+    def _path(self, name):
+        return os.path.join(self._root, name + SUFFIX)
 
     def _n_there(self, names):
         """How many of the first blocks are there."""
@@ -232,21 +244,25 @@ class PromptCache:
                 if self.has_ends:
                     one = (tokens, entries.ending(new.of(number)), 0)
                     wanted.setdefault(its_names[-1] + END, []).append(one)
-            for name, targets in wanted.items():
-                self._place(name, targets)
+            for some in together(list(wanted), caches, BLOCK):
+                self._place({name: wanted[name] for name in some})
         for its_names in names:
             self._touch(its_names)
 
-    def _place(self, name, targets):
-        """Reads a block once, for all that want it."""
-        state = read_state(os.path.join(self._root, name))
-        check_identity(state.facts.get("model", {}), self._identity, where=state.path)
-        if any(state.facts.get("tokens") != list(tokens) for tokens, _, _ in targets):
-            raise CheckpointError(f"{state.path}: a kept prompt of other tokens; remove it")
-        for part in state.parts():
-            for _, where, n_there in targets:
-                rest = {own: array[n_there:] for own, array in part.items()}
-                entries.place(self._home.caches, rest, where)
+    def _place(self, wanted):
+        """Reads blocks, each once, for all that want it."""
+        with opened(map(self._path, wanted)) as blocks:
+            for block, targets in zip(blocks, wanted.values(), strict=True):
+                check_identity(block.facts.get("model", {}), self._identity, where=block.path)
+                if any(block.facts.get("tokens") != list(tokens) for tokens, _, _ in targets):
+                    raise CheckpointError(f"{block.path}: a kept prompt of other tokens; remove it")
+            place_blocks(
+                self._home.caches,
+                [
+                    Wanted(block, [target[1:] for target in targets])
+                    for block, targets in zip(blocks, wanted.values(), strict=True)
+                ],
+            )
 
     def _touch(self, names):
         """They were used just now, the last blocks of a text a little before its first ones: these
@@ -254,7 +270,7 @@ class PromptCache:
         now = time.time()
         for place, name in enumerate(reversed(names)):
             used = now + place * STEP_S
-            for path in (os.path.join(self._root, own) for own in (name, name + END)):
+            for path in map(self._path, (name, name + END)):
                 with contextlib.suppress(FileNotFoundError):  # it has no end
                     os.utime(path, (used, used))
 
@@ -263,29 +279,32 @@ class PromptCache:
     def keep(self, names: Sequence[str], lane: Lane, *, has_end: bool) -> None:
         """Writes the blocks of a lane's first tokens that are not there yet. `has_end`: they are
         all that its table has. Raises StorageError."""
-        caches, history, began = self._home.caches, lane.history, time.time()
-        in_order = entries.in_order(caches.pool, lane.table)  # as they are placed again
+        history, began = lane.history, time.time()
+        in_order = entries.in_order(self._home.caches.pool, lane.table)  # as they are placed again
         rows = in_order.rows
         with self._locked(fcntl.LOCK_EX):
             self._touch(names)
             held = Held(os.path.dirname(self._root), self.most_bytes, before=began)
+            new: list[NewBlock] = []
 
-            def write(name, own, where):
-                path = os.path.join(self._root, name)
-                if os.path.isdir(path):
+            def has_room(name, own, where):
+                if self._is_there(name):
                     return True
                 facts = {"of": "prompt", "model": self._identity, "tokens": history[own]}
-                n_bytes = entries.n_bytes(caches, where)
-                write_state(path, facts, entries.parts(caches, where), n_bytes=n_bytes)
-                return held.add(path)
+                block = NewBlock(self._path(name), facts, where, self._home.caches)
+                if is_held := held.add(block.n_bytes):
+                    new.append(block)
+                return is_held
 
             for number, name in enumerate(names):
                 own = slice(BLOCK * number, BLOCK * (number + 1))
-                if not write(name, own, entries.growing(rows[own])):
+                if not has_room(name, own, entries.growing(rows[own])):
                     break
             else:
                 if has_end:
-                    write(names[-1] + END, own, entries.ending(in_order))
+                    has_room(names[-1] + END, own, entries.ending(in_order))
+            for some in together(new, self._home.caches, BLOCK):
+                write_blocks(some)
             self._touch(names)
 
     @contextmanager
@@ -319,19 +338,22 @@ class Held:
         self._there = sorted(_blocks_in(folder))
         self._n_bytes = sum(size for _, _, size in self._there)
 
-    def add(self, path: str) -> bool:
-        """A block was written: the oldest ones go until all is within the bound. Where that is not
-        enough, it goes itself: False."""
-        self._n_bytes += (size := _bytes_of(path))
-        while self._n_bytes > self._most_bytes and self._there and self._there[0][0] < self._before:
-            _, oldest, n_bytes = self._there.pop(0)
-            remove_state(oldest)
-            self._n_bytes -= n_bytes
-        if self._n_bytes <= self._most_bytes:
-            return True
-        remove_state(path)
-        self._n_bytes -= size
-        return False
+    def add(self, n_bytes: int) -> bool:
+        """A block of so many bytes is to be written: the oldest ones go until all is within the
+        bound. False where that is not enough."""
+        while (
+            self._n_bytes + n_bytes > self._most_bytes
+            and self._there
+            and self._there[0][0] < self._before
+        ):
+            _, oldest, its_bytes = self._there.pop(0)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(oldest)
+            self._n_bytes -= its_bytes
+        if self._n_bytes + n_bytes > self._most_bytes:
+            return False
+        self._n_bytes += n_bytes
+        return True
 
 
 def _blocks_in(folder):
@@ -341,13 +363,6 @@ def _blocks_in(folder):
         for name in os.listdir(os.path.join(folder, key)):
             path = os.path.join(folder, key, name)
             if _NAME.fullmatch(name.removesuffix(UNFINISHED)):
-                used = 0.0 if name.endswith(UNFINISHED) else os.stat(path).st_mtime
-                yield used, path, _bytes_of(path)
-
-
-def _bytes_of(folder):
-    return sum(
-        os.path.getsize(os.path.join(where, name))
-        for where, _, names in os.walk(folder)
-        for name in names
-    )
+                found = os.stat(path)
+                used = 0.0 if name.endswith(UNFINISHED) else found.st_mtime
+                yield used, path, found.st_size

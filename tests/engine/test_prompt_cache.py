@@ -4,9 +4,10 @@ import os
 from contextlib import closing
 
 import pytest
+import safetensors
 
 import jlayer
-from jlayer.engine import entries, prompt_cache
+from jlayer.engine import entries, kept_blocks, prompt_cache
 from jlayer.engine.pool import Pool, Table
 from jlayer.errors import CheckpointError, StorageError, UsageError
 from jlayer.families.base import CacheSpec
@@ -33,6 +34,7 @@ OTHER = [*PROMPT[:37], *range(90, 110)]  # parts from it in its fifth block
 def short_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_cache, "BLOCK", BLOCK)
+        patch.setattr(kept_blocks, "MOST_TOGETHER", 3)
         yield
 
 
@@ -231,9 +233,8 @@ def test_what_a_killed_process_has_left_goes_first(tiny, tmp_path):
         run(model, prompt(0))
         most = int(bytes_of(tmp_path) * 2.2)
         (key,) = (path for path in tmp_path.iterdir() if path.is_dir())
-        left = key / ("0" * 32 + ".jlayer-tmp")
-        left.mkdir()
-        (left / "facts.json").write_bytes(b"x" * (most // 2))
+        left = key / ("0" * 32 + ".safetensors.jlayer-tmp")
+        left.write_bytes(b"x" * (most // 2))
     with opened(tiny, prompt_cache=tmp_path, prompt_cache_size=most) as model:
         run(model, prompt(1))
         assert not left.exists()
@@ -252,12 +253,31 @@ def test_another_model_or_dtype_takes_nothing_of_it(tiny, fable, tmp_path):
 
 def test_what_is_wrong_with_it_is_said_by_name(tiny, tmp_path):
     with opened(tiny, prompt_cache=tmp_path / "prompts") as model:
-        run(model, PROMPT)
-        (part, *_) = sorted((tmp_path / "prompts").rglob("facts.json"))
-        part.write_text(part.read_text().replace("[", "[ 9,", 1))
-        with pytest.raises(CheckpointError, match=r"prompts/\w+/\w+: a damaged state .*remove it"):
-            run(model, PROMPT)
-        assert not model.engine.n_alive
+        expected, _ = run(model, PROMPT)
+        (block, *_) = sorted((tmp_path / "prompts").rglob("*.safetensors"))
+        whole = block.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")  # of the numbers
+        for said, damaged in (
+            ("its facts are not those", whole.replace(b'"prompt', b'"promqt', 1)),
+            (
+                "is not that of its digest",
+                whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :],
+            ),
+            ("is not that of its digest", whole[:-1] + bytes([whole[-1] ^ 1])),
+            ("cut off", whole[:-1]),
+            ("trailing bytes", whole + b"x"),
+            ("header", whole[: start // 2]),
+            ("empty", b""),
+        ):
+            block.write_bytes(damaged)
+            path = r"prompts/\w+/\w+\.safetensors: a damaged block of a kept prompt"
+            with pytest.raises(CheckpointError, match=rf"^[^\n]*{path} \([^\n]*{said}.*remove it$"):
+                run(model, PROMPT)
+            assert not model.engine.n_alive
+            block.unlink()
+            assert run(model, PROMPT)[0] == expected
+            block.write_bytes(whole)
+            assert run(model, PROMPT) == (expected, last_whole(PROMPT))
     with pytest.raises(UsageError, match=r"prompt_cache_size: .* of this model take"):
         opened(tiny, prompt_cache=tmp_path, prompt_cache_size=1000).__enter__()
     (tmp_path / "file").write_text("x")
@@ -272,18 +292,53 @@ def test_a_full_disk_ends_the_run_and_says_why(tiny, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     with opened(tiny, prompt_cache=tmp_path) as model:
-        monkeypatch.setattr("jlayer.engine.states.check_room", full)
+        monkeypatch.setattr("jlayer.engine.kept_blocks.check_room", full)
         with pytest.raises(StorageError, match="No space left"):
             run(model, PROMPT)
         assert not model.engine.n_alive
 
 
+def test_blocks_that_were_whole_stay_where_the_disk_fails(tiny, tmp_path, monkeypatch):
+    real, left = os.rename, 4
+
+    def failing(*given):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(5, os.strerror(5))
+        real(*given)
+
+    with opened(tiny, prompt_cache=tmp_path) as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(kept_blocks.os, "rename", failing)
+            with pytest.raises(StorageError, match=r"safetensors: cannot be kept \(Input/output"):
+                run(model, PROMPT)
+        assert not model.engine.n_alive
+        names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+        assert len([name for name in names if name.endswith(".safetensors")]) == 4
+        assert not [name for name in names if "tmp" in name]
+        assert run(model, PROMPT)[1] == 4 * BLOCK
+
+
+def test_a_block_is_a_file_that_the_library_reads(tiny, tmp_path):
+    with opened(tiny, prompt_cache=tmp_path, dtype="bfloat16") as model:
+        expected, _ = run(model, PROMPT)
+        assert run(model, PROMPT) == (expected, last_whole(PROMPT))
+        for path in tmp_path.rglob("*.safetensors"):
+            with safetensors.safe_open(path, "numpy") as file:
+                names = list(file.keys())
+                assert len(names) == 2 * model.config.num_hidden_layers
+                assert {file.get_tensor(name).shape[0] for name in names} == {BLOCK}
+
+
 def test_a_stream_reads_it_once(tiny, tmp_path, monkeypatch):
-    reads, real = [], prompt_cache.read_state
+    reads, real = [], kept_blocks.place_blocks
     with opened(tiny, prompt_cache=tmp_path) as model:
         expected, _ = run(model, PROMPT)
         monkeypatch.setattr(
-            prompt_cache, "read_state", lambda path: reads.append(path) or real(path)
+            prompt_cache,
+            "place_blocks",
+            lambda caches, wanted: reads.extend(wanted) or real(caches, wanted),
         )
         steps = list(jlayer.stream(model, PROMPT, **PLAIN))
         assert [[one for step in steps for one in step.token_ids]] == expected
