@@ -185,8 +185,8 @@ def publish(
     folder.mkdir(parents=True)
     raw = config(shape, layers, fp8=fp8)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-    shards, room, kept = [], 0, {}
-    for name, dims, dtype, use in _published(model_config(raw, where="benchmark")):
+    shards, room, kept, cfg = [], 0, {}, model_config(raw, where="benchmark")
+    for name, dims, dtype, use in _published(cfg):
         kept |= {name: use} if use else {}
         n_bytes = STORED_BYTES[dtype] * math.prod(dims)
         if n_bytes > room:
@@ -194,7 +194,8 @@ def publish(
             room = shard_bytes
         shards[-1][name] = (dims, dtype, n_bytes)
         room -= n_bytes
-    drawn, weight_map = _draw(quantized=False) | _draw_encoded(kept), {}
+    drawn = _draw(quantized=False, tied=cfg.tie_word_embeddings) | _draw_encoded(kept)
+    weight_map = {}
     for number, held in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(held, file)
