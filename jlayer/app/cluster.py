@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 
@@ -184,23 +185,24 @@ def answered(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.max_consecutive_actor_init_deaths = MOST_DEATHS
-    answers = ray.data.from_items(list(lines), override_num_blocks=n_tasks).map_batches(
-        _Worker,
-        batch_size=task_lines,
-        compute=ray.data.ActorPoolStrategy(
-            size=n_workers,
-            max_tasks_in_flight_per_actor=n_calls,
-            max_concurrent_calls_per_actor=n_calls,
-            enable_true_multi_threading=True,
-        ),
-        fn_constructor_args=(ref,),
-        fn_constructor_kwargs={"column": "item", **options},
-        num_cpus=needs["CPU"],
-        num_gpus=needs.get("GPU"),
-        memory=needs["memory"],
-        # A worker that dies is replaced however often; what it was at is not asked without end.
-        max_task_retries=MOST_TRIES - 1,
-    )
+    with _without_deprecations():
+        answers = ray.data.from_items(list(lines), override_num_blocks=n_tasks).map_batches(
+            _Worker,
+            batch_size=task_lines,
+            compute=ray.data.ActorPoolStrategy(
+                size=n_workers,
+                max_tasks_in_flight_per_actor=n_calls,
+                max_concurrent_calls_per_actor=n_calls,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_args=(ref,),
+            fn_constructor_kwargs={"column": "item", **options},
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU"),
+            memory=needs["memory"],
+            # A worker that dies is replaced however often; what it was at is not asked without end.
+            max_task_retries=MOST_TRIES - 1,
+        )
     n_answered = 0
     with closing(iter(answers.iter_batches(batch_size=None, prefetch_batches=0))) as batches:
         while True:
@@ -213,6 +215,17 @@ def answered(
             for text in filter(None, batch["error"]):
                 raise _unpacked(text)
             yield [json.loads(text) for text in batch["answer"]]
+
+
+@contextmanager
+def _without_deprecations():
+    """`max_task_retries` is one of the remote arguments of a worker, of which Ray 2.60 warns: they
+    are to have parameters with names by 2.64. This one has none yet."""
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield
 
 
 @contextmanager
