@@ -1,8 +1,10 @@
 """`jlayer batch --ray`: workers of a cluster answer as one process does, in the order asked, also
 where one is killed; and what is refused at the doors."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,13 +46,19 @@ def command(model, source, output, *words):
 
 
 @pytest.fixture(scope="module")
-def nodes():
-    """The address of a cluster of two nodes, each with room for one worker. A process of its own
+def cluster():
+    """The process of a cluster of two nodes, each with room for one worker. A process of its own
     starts it: that of the tests has threads of JAX, and forks badly."""
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", NODES], cwd=REPOSITORY, **options)
-    yield process.stdout.readline().strip().removeprefix("at ")
+    yield process
     process.communicate()
+
+
+@pytest.fixture(scope="module")
+def nodes(cluster):
+    """The address of the cluster."""
+    return cluster.stdout.readline().strip().removeprefix("at ")
 
 
 @pytest.mark.slow
@@ -170,17 +178,25 @@ def wait_for_lines(process, path, n):
         time.sleep(0.05)
 
 
-def workers(doing=""):
-    """The processes that have a model, and do this, by Ray's name of them."""
+def workers(cluster, doing=""):
+    """The processes of a cluster that have a model, and do this, by Ray's name of them."""
     found = []
     for home in Path("/proc").iterdir():
-        try:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             title = (home / "cmdline").read_bytes() if home.name.isdigit() else b""
-        except OSError:  # it has ended meanwhile
-            continue
-        if title.startswith(b"ray::MapWorker") and doing.encode() in title:
-            found.append(int(home.name))
+            is_worker = title.startswith(b"ray::MapWorker") and doing.encode() in title
+            if is_worker and cluster.pid in ancestors(home.name):
+                found.append(int(home.name))
     return found
+
+
+def ancestors(number):
+    """The processes that one comes from."""
+    found = [int(number)]
+    while found[-1] > 1:
+        status = Path("/proc", str(found[-1]), "status").read_text()
+        found.append(int(re.search(r"^PPid:\s+(\d+)$", status, re.MULTILINE)[1]))
+    return found[1:]
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +209,14 @@ def alone(fable, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced_and_no_line_is_lost(fable, nodes, alone, tmp_path):
+def test_a_worker_that_is_killed_is_replaced_and_no_line_is_lost(
+    fable, cluster, nodes, alone, tmp_path
+):
     source, expected = alone
     output = tmp_path / "out"
     process = start(*command(fable, source, output, "--ray", nodes, "--workers", "2", "--json"))
     wait_for_lines(process, output, 16)
-    own = workers()
+    own = workers(cluster)
     assert len(own) == 2
     os.kill(own[0], signal.SIGKILL)
     assert n_lines(output) < 200
@@ -211,13 +229,13 @@ def test_a_worker_that_is_killed_is_replaced_and_no_line_is_lost(fable, nodes, a
 
 
 @pytest.mark.slow
-def test_lines_that_kill_every_worker_are_not_asked_without_end(fable, nodes, tmp_path):
+def test_lines_that_kill_every_worker_are_not_asked_without_end(fable, cluster, nodes, tmp_path):
     source = written(tmp_path / "in", many(40))
     process = start(*command(fable, source, tmp_path / "out", "--ray", nodes, "--workers", "1"))
     n_killed, deadline = 0, time.monotonic() + 240
     while process.poll() is None:
         assert time.monotonic() < deadline
-        for worker in workers("submit"):
+        for worker in workers(cluster, "submit"):
             os.kill(worker, signal.SIGKILL)
             n_killed += 1
         time.sleep(0.01)
@@ -231,7 +249,7 @@ def test_lines_that_kill_every_worker_are_not_asked_without_end(fable, nodes, tm
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
-def test_the_same_command_goes_on_in_order(fable, nodes, alone, tmp_path, number, code):
+def test_the_same_command_goes_on_in_order(fable, cluster, nodes, alone, tmp_path, number, code):
     source, expected = alone
     output = tmp_path / "out"
     words = command(fable, source, output, "--ray", nodes, "--workers", "2")
@@ -245,7 +263,7 @@ def test_the_same_command_goes_on_in_order(fable, nodes, alone, tmp_path, number
     if code > 0:
         assert f"{before} of 200 lines are answered and kept; run the same command again" in err
     deadline = time.monotonic() + 120
-    while workers():  # they end with the process that asked for them
+    while workers(cluster):  # they end with the process that asked for them
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process = start(*words)
