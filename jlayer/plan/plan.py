@@ -13,7 +13,7 @@ from functools import cached_property
 from jlayer.errors import DoesNotFitError
 from jlayer.plan import hosting, memory, time
 from jlayer.plan.experts import ExpertRooms, Moved, counts_of, moved, sizes_of
-from jlayer.plan.machine import Machine
+from jlayer.plan.machine import PINNED_PAGE_TABLES, Machine
 from jlayer.plan.need import DeviceMemory, HostMemory, total
 from jlayer.plan.need import terms as terms_of
 from jlayer.plan.shapes import Shapes
@@ -328,6 +328,15 @@ class Plan:
             line = "; ".join(filter(None, problems))
             raise DoesNotFitError(line, report={"plan": self.as_dict()})
 
+    @property
+    def _counts_others(self):
+        """Whether what is taken for the driver's is more than any driver takes: it is what went
+        from the GPU's free memory while JAX started."""
+        on = self.machine
+        usual = on.kind.context_of(collectives=on.collectives)
+        most = 2 * usual + on.host_budget // PINNED_PAGE_TABLES
+        return on.kind.has_link and self.device.context_bytes > most
+
     def _over(self, option, memory_of, token_bytes, draft_bytes):
         """What to say of a budget that is too small; None where it is not. `token_bytes`: what
         fewer tokens would save at most. `draft_bytes`: of the draft model."""
@@ -339,6 +348,8 @@ class Plan:
         if draft_bytes and peak - draft_bytes <= budget:
             advice += ", or take a smaller draft model, or none"
         advice += ", or end other runs" if self.n_held else ""
+        if option == "device_memory" and self._counts_others:
+            advice += ", or run it again: another program took memory of the GPU as this one began"
         return (
             f"{option}: {human(budget)} given, needed{others} are {human(peak)} = "
             f"{terms_of(memory_of)}; give at least {-(-peak // 2**20)}MiB{advice}"

@@ -341,6 +341,16 @@ def test_an_accepted_plan_keeps_both_promises_and_a_refused_one_says_what_would_
     assert not with_budgets(smallest - 1, 1 << 50).fits
 
 
+@pytest.mark.parametrize(("context", "is_said"), [(1 << 30, False), (3 << 30, True)])
+def test_a_refusal_says_where_another_program_took_memory_meanwhile(context, is_said):
+    """Two runs that were begun together had each other's memory for the driver's."""
+    on = machine(device_budget=context + (100 << 20), context_bytes=context)
+    with pytest.raises(DoesNotFitError, match="give at least") as refused:
+        plan_of(SMALL_8B, on=on).check()
+    words = "run it again: another program took memory of the GPU as this one began"
+    assert (words in str(refused.value)) == is_said
+
+
 def test_a_refusal_names_both_budgets_and_advises_fewer_tokens_only_where_they_help():
     """One budget was named at a time, and fewer tokens were advised where one was asked for."""
     tiny = plan_of(SMALL_8B, on=machine(platform="cpu", device_budget=1, host_budget=1))
