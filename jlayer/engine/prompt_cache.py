@@ -54,6 +54,7 @@ from jlayer.strict import close
 # A forward pass takes as long for so many tokens as for one, so that shorter blocks gain nothing.
 BLOCK = 256
 STEP_S = 1e-3  # between the times of use of a text's blocks
+MOST_TOKEN = 999_999  # about the largest id that a vocabulary has
 END = ".end"  # after the name of a block
 _KEY, _NAME = re.compile(r"[0-9a-f]{32}"), re.compile(rf"[0-9a-f]{{32}}(\.end)?\{SUFFIX}")
 
@@ -124,9 +125,9 @@ class PromptCache:
         return cls(home.run.prompt_cache, home.run.prompt_cache_size, home)
 
     def _check(self):
-        caches = self._home.caches
-        whole = [n for n, spec in enumerate(caches.specs) if entries.grows(spec)]
-        block_bytes = BLOCK * sum(map(caches.entry_bytes, whole))
+        facts = self._facts("0" * 32, [MOST_TOKEN] * BLOCK)
+        where = entries.growing(np.zeros(BLOCK, np.int32))
+        block_bytes = NewBlock("", facts, where, self._home.caches).n_bytes
         if block_bytes > self.most_bytes:
             raise UsageError(
                 f"prompt_cache_size: found {human(self.most_bytes)}, and {BLOCK} tokens of this "
@@ -260,7 +261,7 @@ class PromptCache:
             for block, (name, targets) in zip(blocks, wanted.items(), strict=True):
                 if any(block.facts != self._facts(name, tokens) for tokens, _, _ in targets):
                     raise CheckpointError(
-                        f"{block.path}: a kept prompt of another model or other tokens; remove it"
+                        f"{block.path}: a kept prompt of another model or text; remove it"
                     )
             place_blocks(
                 self._home.caches,
