@@ -10,11 +10,13 @@ block of an 80-layer model has 160 of one MiB or less.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +30,7 @@ from jlayer.engine.entries import LAYER, PART_BYTES, Where
 from jlayer.engine.states import UNFINISHED, check_room
 from jlayer.errors import CheckpointError, StorageError
 from jlayer.streaming.direct import n_readers
-from jlayer.strict import close, open_regular
+from jlayer.strict import close, open_regular, parse_json_object
 
 SUFFIX = ".safetensors"
 MOST_TOGETHER = 64  # files that are open at a time
@@ -57,6 +59,11 @@ class NewBlock:
         """Of its file."""
         header, tensors = self.header(dict.fromkeys(self.structs, _NO_SUM))
         return len(header) + sum(entry.n_bytes for entry in tensors.values())
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the layer that has most of it."""
+        return bytes_of_layer(self.caches, self.where)
 
     def header(self, digests: Mapping[str, str]) -> tuple[bytes, dict[str, TensorEntry]]:
         """What its file begins with, as long whatever the digests are; and where each array is."""
@@ -112,12 +119,32 @@ def opened(paths: Iterable[str]) -> Iterator[list[Block]]:
         yield blocks
 
 
-def together(names: Sequence, caches: Caches, n_tokens: int) -> Iterator[Sequence]:
-    """Blocks of so many tokens in groups, of which a layer takes about PART_BYTES at most."""
-    most = max(map(caches.entry_bytes, range(len(caches.specs))), default=0)
-    count = min(MOST_TOGETHER, max(1, PART_BYTES // max(1, most * n_tokens)))
-    for first in range(0, len(names), count):
-        yield names[first : first + count]
+def bytes_of_layer(caches: Caches, where: Where, n_there: int = 0) -> int:
+    """Of a block's entries of the layer that has most, of which `n_there` are not listed."""
+    counts = [len(where(spec)) for spec in caches.specs]
+    sizes = [(n + n_there) * caches.entry_bytes(layer) for layer, n in enumerate(counts) if n]
+    return max(sizes, default=0)
+
+
+def together(blocks: Sequence, layer_bytes: Sequence[int]) -> Iterator[Sequence]:
+    """Blocks in groups that are open at a time, of which a layer takes about PART_BYTES at most.
+    `layer_bytes`: of each."""
+    first = 0
+    while first < len(blocks):
+        most, end, n_bytes = _most_open(), first + 1, layer_bytes[first]
+        while end < min(first + most, len(blocks)) and n_bytes + layer_bytes[end] <= PART_BYTES:
+            n_bytes += layer_bytes[end]
+            end += 1
+        yield blocks[first:end]
+        first = end
+
+
+def _most_open():
+    """So many files as leave half of the descriptors of this process that are free to others."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY:
+        return MOST_TOGETHER
+    return max(1, min(MOST_TOGETHER, (most - len(os.listdir("/proc/self/fd"))) // 2))
 
 
 def place_blocks(caches: Caches, wanted: Sequence[Wanted]) -> None:
@@ -194,23 +221,30 @@ def write_blocks(blocks: Sequence[NewBlock]) -> None:
     if not blocks:
         return
     parent = os.path.dirname(blocks[0].path)
-    with ExitStack() as stack:
-        try:
-            os.makedirs(parent, exist_ok=True)
-            check_room(parent, sum(block.n_bytes for block in blocks))
-            files = [stack.enter_context(_writing(block)) for block in blocks]
-            with ThreadPoolExecutor(n_readers(), thread_name_prefix="jlayer-kept-block") as pool:
-                _write_layers(files, pool)
-                _settled([pool.submit(file.finish) for file in files])
-            for file in files:
-                file.appear()
-            sync_folder(parent)
-        except OSError as error:
-            room = error.errno in FULL
-            advice = "; free some space, or name a folder on another disk" if room else ""
-            raise StorageError(
-                f"{blocks[0].path}: cannot be kept ({error.strerror}){advice}"
-            ) from None
+    with _kept_at(blocks[0].path), ExitStack() as stack:
+        os.makedirs(parent, exist_ok=True)
+        check_room(parent, sum(block.n_bytes for block in blocks))
+        files = [stack.enter_context(_writing(block)) for block in blocks]
+        with ThreadPoolExecutor(n_readers(), thread_name_prefix="jlayer-kept-block") as pool:
+            _write_layers(files, pool)
+            _settled([pool.submit(file.finish) for file in files])
+        for file in files:
+            file.appear()
+        sync_folder(parent)
+
+
+@contextmanager
+def _kept_at(path):
+    """Says of an error where a block cannot be kept, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = ""
+        if error.errno in FULL:
+            advice = "; free some space, or name a folder on another disk"
+        elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+            advice = "; remove it"
+        raise StorageError(f"{path}: cannot be kept ({error.strerror}){advice}") from None
 
 
 def _write_layers(files, pool):
@@ -233,14 +267,19 @@ def _write_layers(files, pool):
 def _writing(block):
     """A file beside the block's, which is gone afterwards if it has not become it."""
     aside = block.path + UNFINISHED
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    file = _File(block, fd)
+    with _kept_at(aside):
+        with suppress(FileNotFoundError):
+            os.unlink(aside)  # what a killed process has left, or a link or FIFO
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file = None
     try:
+        file = _File(block, fd)
         yield file
     finally:
         close(fd)
-        if not file.is_whole:
-            os.unlink(aside)
+        if file is None or not file.is_whole:
+            with suppress(OSError):  # the error that came before is told of
+                os.unlink(aside)
 
 
 class _File:
@@ -254,30 +293,39 @@ class _File:
 
     def write(self, name, array):
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        write_all(self._fd, data, self._tensors[name].offset)
+        with _kept_at(self.block.path):
+            write_all(self._fd, data, self._tensors[name].offset)
         self._digests[name] = _digest(data)
 
     def finish(self):
         header, _ = self.block.header(self._digests)
-        write_all(self._fd, header, 0)
-        os.fsync(self._fd)
+        with _kept_at(self.block.path):
+            write_all(self._fd, header, 0)
+            os.fsync(self._fd)
 
     def appear(self):
-        os.rename(self.block.path + UNFINISHED, self.block.path)
+        with _kept_at(self.block.path):
+            os.rename(self.block.path + UNFINISHED, self.block.path)
         self.is_whole = True
 
 
 def _opened(path):
     try:
         header = read_header(path)
-        said = header.metadata[_FACTS]
-        if header.metadata[_SUM] != _digest(said.encode()):
+        said = header.metadata[_FACTS].encode()
+        if header.metadata[_SUM] != _digest(said):
             raise ValueError("its facts are not those of their digest")
-        found = json.loads(said)
-        own = path, found["facts"], header.tensors, found["digests"]
-    except (CheckpointError, ValueError, LookupError, TypeError) as error:
-        raise _damaged(path, str(error).removeprefix(f"{path}: ")) from None
-    return Block(*own, open_regular(path))
+        found = parse_json_object(said, what="its facts")
+        facts, digests = found["facts"], found["digests"]
+        if not isinstance(facts, dict) or not isinstance(digests, dict):
+            raise ValueError("its facts are of another form")
+        fd = open_regular(path)
+    except KeyError as error:
+        raise _damaged(path, f"it has no {error.args[0]}") from None
+    except (CheckpointError, ValueError) as error:
+        # What to do with a file that was fetched does not help with one that was written here.
+        raise _damaged(path, str(error).removeprefix(f"{path}: ").partition(";")[0]) from None
+    return Block(path, facts, header.tensors, digests, fd)
 
 
 def _check(caches, wanted):

@@ -16,8 +16,10 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,11 +31,12 @@ from jlayer.durable import LOCK, open_lock
 from jlayer.engine import entries
 from jlayer.engine.caches import Caches
 from jlayer.engine.deciding import is_one_of_several
-from jlayer.engine.identity import check_identity, identity_of, key_of
+from jlayer.engine.identity import identity_of, key_of
 from jlayer.engine.kept_blocks import (
     SUFFIX,
     NewBlock,
     Wanted,
+    bytes_of_layer,
     opened,
     place_blocks,
     together,
@@ -51,6 +54,7 @@ from jlayer.strict import close
 # A forward pass takes as long for so many tokens as for one, so that shorter blocks gain nothing.
 BLOCK = 256
 STEP_S = 1e-3  # between the times of use of a text's blocks
+MOST_TOKEN = 999_999  # about the largest id that a vocabulary has
 END = ".end"  # after the name of a block
 _KEY, _NAME = re.compile(r"[0-9a-f]{32}"), re.compile(rf"[0-9a-f]{{32}}(\.end)?\{SUFFIX}")
 
@@ -88,7 +92,7 @@ class Keeper:
         if is_last:
             lane.keeper = None
         try:
-            self.cache.keep(self.names[:n_blocks], lane, has_end=not rest and bool(self.marks))
+            self.cache.keep(self.names[:n_blocks], lane)
         except JlayerError as error:
             lane.fail(error)
 
@@ -121,20 +125,16 @@ class PromptCache:
         return cls(home.run.prompt_cache, home.run.prompt_cache_size, home)
 
     def _check(self):
-        caches = self._home.caches
-        whole = [n for n, spec in enumerate(caches.specs) if entries.grows(spec)]
-        block_bytes = BLOCK * sum(map(caches.entry_bytes, whole))
+        facts = self._facts("0" * 32, [MOST_TOKEN] * BLOCK)
+        where = entries.growing(np.zeros(BLOCK, np.int32))
+        block_bytes = NewBlock("", facts, where, self._home.caches).n_bytes
         if block_bytes > self.most_bytes:
             raise UsageError(
                 f"prompt_cache_size: found {human(self.most_bytes)}, and {BLOCK} tokens of this "
                 f"model take {human(block_bytes)}; give more"
             )
-        try:
+        with self._writable():
             os.makedirs(self._root, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"prompt_cache: {self.folder} cannot be written ({error.strerror})"
-            ) from None
 
     # Ahead of a run's first pass; within a turn.
 
@@ -208,6 +208,11 @@ class PromptCache:
             names.append(digest.hexdigest()[:32])
         return names
 
+    def _facts(self, name, tokens):
+        """What is said of a block. `name`: with it what comes before these tokens, of which others
+        have other entries."""
+        return {"of": "prompt", "name": name, "model": self._identity, "tokens": list(tokens)}
+
     def _is_there(self, name):
         return os.path.isfile(self._path(name))
 
@@ -244,7 +249,8 @@ class PromptCache:
                 if self.has_ends:
                     one = (tokens, entries.ending(new.of(number)), 0)
                     wanted.setdefault(its_names[-1] + END, []).append(one)
-            for some in together(list(wanted), caches, BLOCK):
+            layer_bytes = [bytes_of_layer(caches, *own[0][1:]) for own in wanted.values()]
+            for some in together(list(wanted), layer_bytes):
                 self._place({name: wanted[name] for name in some})
         for its_names in names:
             self._touch(its_names)
@@ -252,10 +258,11 @@ class PromptCache:
     def _place(self, wanted):
         """Reads blocks, each once, for all that want it."""
         with opened(map(self._path, wanted)) as blocks:
-            for block, targets in zip(blocks, wanted.values(), strict=True):
-                check_identity(block.facts.get("model", {}), self._identity, where=block.path)
-                if any(block.facts.get("tokens") != list(tokens) for tokens, _, _ in targets):
-                    raise CheckpointError(f"{block.path}: a kept prompt of other tokens; remove it")
+            for block, (name, targets) in zip(blocks, wanted.items(), strict=True):
+                if any(block.facts != self._facts(name, tokens) for tokens, _, _ in targets):
+                    raise CheckpointError(
+                        f"{block.path}: a kept prompt of another model or text; remove it"
+                    )
             place_blocks(
                 self._home.caches,
                 [
@@ -271,26 +278,30 @@ class PromptCache:
         for place, name in enumerate(reversed(names)):
             used = now + place * STEP_S
             for path in map(self._path, (name, name + END)):
-                with contextlib.suppress(FileNotFoundError):  # it has no end
+                # It has no end, or another user has written it.
+                with contextlib.suppress(FileNotFoundError, PermissionError):
                     os.utime(path, (used, used))
 
     # After a pass; within its turn.
 
-    def keep(self, names: Sequence[str], lane: Lane, *, has_end: bool) -> None:
-        """Writes the blocks of a lane's first tokens that are not there yet. `has_end`: they are
-        all that its table has. Raises StorageError."""
-        history, began = lane.history, time.time()
+    def keep(self, names: Sequence[str], lane: Lane) -> None:
+        """Writes the blocks of a lane's first tokens that are not there yet, and their end where
+        they are all that its table has: with entries of another lane, which has longer ones, a pass
+        ends where no mark is. Raises StorageError."""
+        history = lane.history
+        has_end = self.has_ends and len(lane.table) == BLOCK * len(names)
         in_order = entries.in_order(self._home.caches.pool, lane.table)  # as they are placed again
         rows = in_order.rows
         with self._locked(fcntl.LOCK_EX):
             self._touch(names)
-            held = Held(os.path.dirname(self._root), self.most_bytes, before=began)
+            own_paths = {self._path(name + end) for name in names for end in ("", END)}
+            held = Held(os.path.dirname(self._root), self.most_bytes, stays=own_paths)
             new: list[NewBlock] = []
 
             def has_room(name, own, where):
                 if self._is_there(name):
                     return True
-                facts = {"of": "prompt", "model": self._identity, "tokens": history[own]}
+                facts = self._facts(name, history[own])
                 block = NewBlock(self._path(name), facts, where, self._home.caches)
                 if is_held := held.add(block.n_bytes):
                     new.append(block)
@@ -303,26 +314,34 @@ class PromptCache:
             else:
                 if has_end:
                     has_room(names[-1] + END, own, entries.ending(in_order))
-            for some in together(new, self._home.caches, BLOCK):
+            layer_bytes = [block.layer_bytes for block in new]
+            for some in together(new, layer_bytes):
                 write_blocks(some)
             self._touch(names)
 
     @contextmanager
     def _locked(self, how) -> Iterator[None]:
-        """Nothing is removed while another process reads."""
-        path = os.path.join(os.path.dirname(self._root), LOCK)
+        """Nothing is removed while another process reads. Raises StorageError, for what is done
+        inside as well."""
+        with self._writable():
+            os.makedirs(self._root, exist_ok=True)  # the user may have removed it meanwhile
+            fd = open_lock(os.path.join(os.path.dirname(self._root), LOCK))
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(fd, how)
+                yield
+            finally:
+                close(fd)
+
+    @contextmanager
+    def _writable(self):
         try:
-            fd = open_lock(path)
-        except OSError as error:
-            raise StorageError(
-                f"prompt_cache: {self.folder} cannot be written ({error.strerror})"
-            ) from None
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(fd, how)
             yield
-        finally:
-            close(fd)
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise StorageError(
+                f"prompt_cache: {self.folder} cannot be written ({error.strerror}{where})"
+            ) from None
 
 
 def _is_there(lane):
@@ -331,22 +350,19 @@ def _is_there(lane):
 
 class Held:
     """The blocks of all models in a folder, while some are added: in all at most `most_bytes`.
-    `before`: what was used last before this time may go."""
+    `stays`: the paths of those that may not go. Raises OSError."""
 
-    def __init__(self, folder: str, most_bytes: int, *, before: float):
-        self._most_bytes, self._before = most_bytes, before
-        self._there = sorted(_blocks_in(folder))
-        self._n_bytes = sum(size for _, _, size in self._there)
+    def __init__(self, folder: str, most_bytes: int, *, stays: Collection[str]):
+        self._most_bytes = most_bytes
+        there = list(_blocks_in(folder))
+        self._n_bytes = sum(size for _, _, size in there)
+        self._oldest = deque(sorted(one for one in there if one[1] not in stays))
 
     def add(self, n_bytes: int) -> bool:
         """A block of so many bytes is to be written: the oldest ones go until all is within the
         bound. False where that is not enough."""
-        while (
-            self._n_bytes + n_bytes > self._most_bytes
-            and self._there
-            and self._there[0][0] < self._before
-        ):
-            _, oldest, its_bytes = self._there.pop(0)
+        while self._n_bytes + n_bytes > self._most_bytes and self._oldest:
+            _, oldest, its_bytes = self._oldest.popleft()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(oldest)
             self._n_bytes -= its_bytes
@@ -360,9 +376,19 @@ def _blocks_in(folder):
     """(when it was used last, its path, its bytes) of each block of all models; what a killed
     process has left counts as the oldest."""
     for key in filter(_KEY.fullmatch, os.listdir(folder)):
-        for name in os.listdir(os.path.join(folder, key)):
+        for name in _names_in(os.path.join(folder, key)):
             path = os.path.join(folder, key, name)
-            if _NAME.fullmatch(name.removesuffix(UNFINISHED)):
-                found = os.stat(path)
-                used = 0.0 if name.endswith(UNFINISHED) else found.st_mtime
-                yield used, path, found.st_size
+            if not _NAME.fullmatch(name.removesuffix(UNFINISHED)):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # where nothing is locked
+                found = os.lstat(path)
+                if not stat.S_ISDIR(found.st_mode):  # one is told of where its place is needed
+                    used = 0.0 if name.endswith(UNFINISHED) else found.st_mtime
+                    yield used, path, found.st_size
+
+
+def _names_in(folder):
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -287,6 +287,26 @@ def test_what_is_wrong_with_it_is_said_by_name(tiny, tmp_path):
         opened(tiny, prompt_cache=3).__enter__()
 
 
+def test_an_end_is_kept_where_a_pass_has_ended(tmp_path):
+    """A text that goes on from the entries of one in memory passes by its last whole block."""
+    folder = saved_model("gemma3", tmp_path)
+    long = {**DRAWN, "max_new_tokens": 60}
+    with opened(folder) as model:
+        ((*tokens,),) = undisturbed(model, [1, 2, 3, 4, 5, 6, 7], **long)
+        text = [1, 2, 3, 4, 5, 6, 7, *tokens]
+        expected = undisturbed(model, text[: 8 * BLOCK], **DRAWN)
+        shorter = undisturbed(model, text[: 7 * BLOCK + 1], **DRAWN)
+    with opened(folder, prompt_cache=tmp_path / "prompts") as model:
+        with closing(model.session(text[:7], **long)) as session:
+            while len(session.token_ids[0]) < 7 * BLOCK:
+                next(session)
+            found = jlayer.generate(model, text[: 8 * BLOCK], **DRAWN)
+            assert (tokens_of(found), found.stats["rows"] < 2 * BLOCK) == (expected, True)
+        for n_kept in (0, 7 * BLOCK):
+            found = jlayer.generate(model, text[: 7 * BLOCK + 1], **DRAWN)
+            assert (tokens_of(found), found.stats["kept_tokens"]) == (shorter, n_kept)
+
+
 def test_a_full_disk_ends_the_run_and_says_why(tiny, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, os.strerror(28))
