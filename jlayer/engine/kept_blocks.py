@@ -144,7 +144,7 @@ def _most_open():
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY:
         return MOST_TOGETHER
-    return max(1, min(MOST_TOGETHER, (most - len(os.listdir("/proc/self/fd"))) // 2))
+    return max(1, min(MOST_TOGETHER, (most - len(os.listdir("/dev/fd"))) // 2))
 
 
 def place_blocks(caches: Caches, wanted: Sequence[Wanted]) -> None:
