@@ -59,15 +59,18 @@ def together(model, names=NAMES, **options):
     they share)."""
     runs = [Run(model, PROMPT, **{**PLAIN, "adapter": name, **options}) for name in names]
     lanes = [lane for run in runs for lane in run.lanes]
+    n_before = model.engine.scheduler.n_passes
     while any(lane.is_alive for lane in lanes):
         model.engine.scheduler.advance(lanes, once=True)
         for run in runs:
             run.take()
     for run in runs:
         run.close()
-    stats = [run.decoding.stats for run in runs]
-    assert len({(each.sweeps, each.rows) for each in stats}) == 1, "all rode together"
-    return [run.lanes[0].token_ids for run in runs], stats[0].rows
+    # Where guesses are taken some end before others: the last one has seen all passes.
+    last = max((run.decoding.stats for run in runs), key=lambda stats: stats.sweeps)
+    n_passes = model.engine.scheduler.n_passes - n_before
+    assert last.sweeps == n_passes, "all rode together"
+    return [run.lanes[0].token_ids for run in runs], last.rows
 
 
 def tokens_of(alone, names=NAMES):
