@@ -49,7 +49,7 @@ def assert_same(found, expected):
         pairs = zip(_logprobs(line), _logprobs(other), strict=True)
         for own, others in pairs:
             assert own == pytest.approx(others, abs=1e-4)
-        assert line == other
+        assert line == other, f"{line}\n{other}"
 
 
 def _logprobs(line):
