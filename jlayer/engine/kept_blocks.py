@@ -4,7 +4,7 @@ A block has the cache entries of some tokens, of all layers. Blocks are written,
 together, a layer of all of them at a time: so the pools are called once a layer, however many
 blocks a prompt has, several threads have the disk, and host memory holds two layers of them more.
 
-Orbax, which saved runs are written with, takes 3 ms for each array that it reads (2 cores), and a
+Orbax, which saved runs are written with, takes 2 to 3 ms for each array it reads (2 cores), and a
 block of an 80-layer model has 160 of one MiB or less.
 """
 

@@ -340,7 +340,8 @@ class PromptCache:
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             raise StorageError(
-                f"prompt_cache: {self.folder} cannot be written ({error.strerror}{where})"
+                f"prompt_cache: {self.folder} cannot be written ({error.strerror}{where}); name "
+                "another folder"
             ) from None
 
 

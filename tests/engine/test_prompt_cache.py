@@ -281,7 +281,7 @@ def test_what_is_wrong_with_it_is_said_by_name(tiny, tmp_path):
     with pytest.raises(UsageError, match=r"prompt_cache_size: .* of this model take"):
         opened(tiny, prompt_cache=tmp_path, prompt_cache_size=1000).__enter__()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"prompt_cache: .*file"):
+    with pytest.raises(StorageError, match=r"prompt_cache: .*file.*; name another folder$"):
         opened(tiny, prompt_cache=tmp_path / "file").__enter__()
     with pytest.raises(UsageError, match="prompt_cache: found 3, expected a folder"):
         opened(tiny, prompt_cache=3).__enter__()

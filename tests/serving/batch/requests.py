@@ -17,8 +17,12 @@ def request(custom_id, prompt="Once upon a time", **body):
 
 
 def many(n):
-    """Requests of all kinds that end in different passes: greedy, drawn, several texts, wrong."""
-    kinds = ({}, {"temperature": 0.8}, {"temperature": 0.9, "n": 2}, {"logprobs": 2})
+    """Requests of all kinds that end in different passes: greedy, drawn, several texts, wrong.
+
+    The two likeliest tokens of a draw lie 1.6e-4 apart or more, among 1,000 on fable-3m. At a
+    temperature of 0.9 two lay 9e-6 apart, where it depends on who rides beside which one is drawn.
+    """
+    kinds = ({}, {"temperature": 0.8}, {"temperature": 0.85, "n": 2}, {"logprobs": 2})
     for at in range(n):
         own = {"max_tokens": -1} if at % 10 == 7 else kinds[at % 4]
         prompt = f"Once upon a time there was a {ANIMALS[at % 4]} who had {at} hats and"
